@@ -3,7 +3,8 @@
 python benchmarks/attention.py --out benchmarks/results/attention.json
 
 A kernel, full or causal, is compared with the faster of `jax.nn.dot_product_attention` and flowgen's own
-`softmax_attention` with the same mask. What would exceed --max-seconds or --max-bytes is not run; its row says why.
+`softmax_attention` with the same mask. A call that would exceed --max-seconds or --max-bytes is skipped; its row says
+why.
 """
 
 import argparse
@@ -25,13 +26,13 @@ from flowgen.attention import gated_delta_rule, kernel, soft_attention, softmax_
 
 BATCH, HEADS, WIDTH = 1, 8, 64
 FORWARD, BACKWARD = "forward", "forward backward"
-# A call under 0.2 s is repeated at least 10 times; the slowest 3 times.
+# Calls under 0.2 s are repeated at least 10 times, the slowest ones 3 times.
 SECONDS_PER_RUN, MIN_REPEATS, MAX_REPEATS = 2.0, 3, 30
 SLOPE_FROM, SLOPE_GOAL = 4096, 1.05
 
 
 class Method(NamedTuple):
-    """A form of attention. num_inputs: how many of q, k, v, β and log-decay it takes; all are differentiated."""
+    """A form of attention. num_inputs: how many of q, k, v, β and log-decay it takes; gradients are taken for all."""
 
     attend: Callable[..., jax.Array]
     mask: str
@@ -76,11 +77,11 @@ def parse_arguments() -> argparse.Namespace:
     parser.add_argument("--max-tokens", type=int, default=65536, help="tokens double from 64 up to this")
     names = list(kernel_methods())
     parser.add_argument("--kernels", nargs="+", choices=names, default=names, metavar="NAME", help=", ".join(names))
-    parser.add_argument("--max-seconds", type=float, default=10.0, help="a call expected to take longer is left out")
-    parser.add_argument("--max-bytes", type=float, default=8e9, help="a call with more temporary memory is left out")
+    parser.add_argument("--max-seconds", type=float, default=10.0, help="skip calls that are expected to take longer")
+    parser.add_argument("--max-bytes", type=float, default=8e9, help="skip calls that need more temporary memory")
     arguments = parser.parse_args()
     if not arguments.out.parent.is_dir():
-        parser.error(f"--out is {arguments.out}, whose directory does not exist; create it first.")
+        parser.error(f"--out is {arguments.out}, but its directory does not exist; create it first.")
     return arguments
 
 
@@ -118,7 +119,7 @@ def measure_methods(
     before: list[dict],
     arguments: argparse.Namespace,
 ) -> list[dict]:
-    """Returns one row per method at this length; all their runs alternate. before: the rows for shorter ones."""
+    """Returns one row per method at this length; the methods take turns. before: the rows for shorter lengths."""
     dtype = jnp.dtype(arguments.dtype)
     cotangent, *inputs = draw_inputs(tokens, dtype)
     programs, skipped = {}, {}
@@ -127,13 +128,15 @@ def measure_methods(
         expected = extrapolate(history, "milliseconds", tokens) / 1e3
         expected_bytes = extrapolate(history, "temporary_bytes", tokens)
         if expected > arguments.max_seconds:
-            skipped[name] = f"a call would take about {expected:.0f} s, over --max-seconds {arguments.max_seconds:g}"
+            skipped[name] = (
+                f"a call would take about {expected:.0f} s, more than --max-seconds {arguments.max_seconds:g}"
+            )
         elif expected_bytes <= arguments.max_bytes:
             programs[name] = build(method, direction, cotangent, inputs)
             expected_bytes = programs[name].temporary_bytes
         if name not in skipped and expected_bytes > arguments.max_bytes:
             programs.pop(name, None)
-            skipped[name] = f"needs about {expected_bytes / 1e9:.1f} GB, over --max-bytes {arguments.max_bytes:g}"
+            skipped[name] = f"needs about {expected_bytes / 1e9:.1f} GB, more than --max-bytes {arguments.max_bytes:g}"
     timings = alternate({name: program.run for name, program in programs.items()})
 
     rows = []
@@ -182,7 +185,7 @@ def build(method: Method, direction: str, cotangent: jax.Array, inputs: list[jax
 
 
 def alternate(runs: dict[str, measure.Run]) -> dict[str, measure.Timing]:
-    """Returns timings of runs that take turns, as `measure.alternate` does; shorter runs are repeated more often."""
+    """Returns timings of runs that take turns, like `measure.alternate`, but repeats shorter runs more often."""
     timings = {name: measure.Timing(run(), []) for name, run in runs.items()}
     repeats = {}
     for name, run in runs.items():
@@ -197,7 +200,7 @@ def alternate(runs: dict[str, measure.Run]) -> dict[str, measure.Timing]:
 
 
 def extrapolate(history: list[dict], quantity: str, tokens: int) -> float:
-    """Extrapolates a quantity from the last two lengths to a longer one, with linear to quadratic growth."""
+    """Extrapolates a quantity from the last two lengths to a longer one, assuming linear to quadratic growth."""
     points = [(row["tokens"], max(row[quantity], 1e-6)) for row in history if quantity in row][-2:]
     if not points:
         return 0.0
@@ -212,8 +215,9 @@ def extrapolate(history: list[dict], quantity: str, tokens: int) -> float:
 def summary(name: str, direction: str, rows: list[dict]) -> dict[str, Any]:
     """Returns how the time of one method grows, and the length from which it is faster than softmax.
 
-    crossover_tokens: None if it is slower at the largest length that could be compared, compared_up_to. slope: of
-    log time against log tokens; slope_processor: of all threads' processor time, which other load affects less.
+    crossover_tokens: this length, or None if the method is slower at the largest length compared, compared_up_to.
+    slope: slope of log time against log tokens; slope_processor: the same for the processor time of all threads,
+    which other load affects less.
     """
     measured = [r for r in rows if r["name"] == name and r["direction"] == direction and "milliseconds" in r]
     compared = [r for r in measured if "ratio" in r]
@@ -246,10 +250,10 @@ def line(row: dict) -> str:
     """Returns a measurement as a line of the table, with a note if softmax is faster."""
     start = f"{row['tokens']:6d} {row['direction']:16} {row['name']:36}"
     if "skipped" in row:
-        return f"{start} left out: {row['skipped']}"
+        return f"{start} skipped: {row['skipped']}"
     start += f" {row['milliseconds']:10.2f} ms {row['temporary_bytes'] / 1e6:9.1f} MB"
     if "ratio" not in row:
-        return f"{start}          - (softmax was left out)"
+        return f"{start}          - (softmax was skipped)"
     slower = row["ratio"] > 1 and not row["name"].startswith("softmax")
     repeats = f" ({row['repeats']} repeats)" if row["repeats"] < 10 else ""
     return f"{start} {row['ratio']:10.3f}{'  softmax is faster' if slower else ''}{repeats}"

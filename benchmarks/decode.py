@@ -14,7 +14,7 @@ TOLERANCE = 1e-4
 
 
 def measure_shape(shape: str, theirs, threads: int) -> list[dict]:
-    """Returns the rows for one shape; all its runs alternate."""
+    """Returns the rows for one shape; its runs take turns."""
     import jax
     import jax.numpy as jnp
 

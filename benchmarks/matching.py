@@ -1,4 +1,4 @@
-"""Measures flow matching in the plane: the quality of each coupling, and the cost of our and torchcfm's training steps.
+"""Measures flow matching in the plane: the quality of each coupling, and the cost of our training steps and torchcfm's.
 
 python benchmarks/matching.py --out benchmarks/results/matching.json --torch-python PATH_TO_python_WITH_torchcfm
 """
@@ -34,16 +34,16 @@ def parse_arguments() -> argparse.Namespace:
     parser.add_argument("--parts", nargs="+", choices=("speed", "quality"), default=["speed", "quality"])
     parser.add_argument("--pairs", nargs="+", choices=quality.PAIRS, default=list(quality.PAIRS))
     parser.add_argument(
-        "--methods", nargs="+", choices=quality.KINDS, default=list(quality.KINDS), help="of the quality part"
+        "--methods", nargs="+", choices=quality.KINDS, default=list(quality.KINDS), help="methods of the quality part"
     )
-    parser.add_argument("--steps", type=int, default=20_000, help="training steps of the quality part")
-    parser.add_argument("--seeds", type=int, default=3, help="trainings of each method, from seed 0 on")
-    parser.add_argument("--jobs", type=int, default=cores, help="trainings side by side, one core each")
+    parser.add_argument("--steps", type=int, default=20_000, help="training steps in the quality part")
+    parser.add_argument("--seeds", type=int, default=3, help="number of trainings per method, with seeds from 0")
+    parser.add_argument("--jobs", type=int, default=cores, help="number of trainings at a time, one core each")
     parser.add_argument(
-        "--threads", type=int, nargs="+", default=sorted({1, min(2, cores)}), help="cores of the speed part"
+        "--threads", type=int, nargs="+", default=sorted({1, min(2, cores)}), help="numbers of cores for the speed part"
     )
     parser.add_argument(
-        "--torch-python", type=Path, help="interpreter with torchcfm; without it only our side is timed"
+        "--torch-python", type=Path, help="interpreter with torchcfm; without it, only our side is timed"
     )
     arguments = parser.parse_args()
     measure.check_cores(parser, "--jobs", arguments.jobs)
@@ -52,7 +52,7 @@ def parse_arguments() -> argparse.Namespace:
     if arguments.steps < 1 or arguments.seeds < 1:
         parser.error(f"--steps is {arguments.steps} and --seeds {arguments.seeds}; both must be at least 1.")
     if not arguments.out.parent.is_dir():
-        parser.error(f"--out is {arguments.out}, whose directory does not exist; create it first.")
+        parser.error(f"--out is {arguments.out}, but its directory does not exist; create it first.")
     return arguments
 
 

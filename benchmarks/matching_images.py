@@ -1,4 +1,4 @@
-"""Compares trained velocity networks on the built-in digits at 4, 10 and 50 evaluations: a figure and distances.
+"""Compares velocity networks trained on the built-in digits at 4, 10 and 50 evaluations, with a figure and distances.
 
 for name in cfm otcfm wcfm; do python train.py --config configs/${name}_digits.py --workdir runs/$name; done
 python benchmarks/matching_images.py --runs runs/cfm runs/otcfm runs/wcfm --figure docs/images/matching_digits.png \\
@@ -46,9 +46,9 @@ def main() -> None:
                 method="mean_flow" if one_step else "heun",
                 num_steps=evaluations if one_step else evaluations // 2,
             )
-            drawn = dataclasses.replace(experiment, sampling=sampling)
+            solved = dataclasses.replace(experiment, sampling=sampling)
             began = time.perf_counter()
-            draw = partial(drawn.draw_batch, network, variables)
+            draw = partial(solved.draw_batch, network, variables)
             digits = data[np.arange(len(data))].context
             metrics = sample_metrics(
                 draw, extractor, data, SAMPLES, conditions=lambda positions, y=digits: y[positions]

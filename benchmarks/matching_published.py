@@ -1,6 +1,6 @@
 """The PyTorch side of benchmarks/matching.py: training steps as in torchcfm's tutorial, run by --torch-python.
 
-As a script it serves one JSON request per line; `Published` is the client.
+As a script, it answers one JSON request per line; `Published` is the client.
 """
 
 import json
@@ -17,7 +17,7 @@ from measure import Cost, cost
 
 ICFM, OTCFM = "torchcfm I-CFM", "torchcfm OT-CFM exact"
 OWN_SAMPLERS = ", own samplers"
-# Steps per call, chosen so that a call takes some tenths of a second. torchcfm's own samplers loop in Python.
+# Steps per call, chosen so that a call takes a few tenths of a second. torchcfm's own samplers loop in Python.
 STEPS = {ICFM: 200, OTCFM: 50, ICFM + OWN_SAMPLERS: 20, OTCFM + OWN_SAMPLERS: 20}
 
 
@@ -30,11 +30,11 @@ class Published:
         self.close = self.process.close
 
     def time(self, name: str) -> Cost:
-        """Returns the cost of one call, STEPS[name] training steps."""
+        """Returns the cost of one call, which does STEPS[name] training steps."""
         return Cost(*self.process.ask({"time": name}))
 
     def loss(self, name: str) -> float:
-        """Returns the median, over calls, of the last loss."""
+        """Returns the median over calls of each call's last loss."""
         return self.process.ask({"loss": name})
 
 
@@ -66,7 +66,7 @@ def serve() -> None:
 
 
 def train(name: str, batch: int, learning_rate: float) -> Training:
-    """Returns a training from 8 Gaussians to moons: eager, float32, fresh points at each step."""
+    """Returns a training from 8 Gaussians to moons: eager, in float32, with fresh points at each step."""
     import torch
     from torchcfm import conditional_flow_matching as cfm
     from torchcfm import utils

@@ -1,6 +1,6 @@
-"""The quality part of benchmarks/matching.py: flow matching with every coupling, trained and evaluated over seeds.
+"""The quality part of benchmarks/matching.py: trains and evaluates flow matching with every coupling, over seeds.
 
-The training step that matching_speed.py times is also defined here.
+Also defines the training step that matching_speed.py times.
 """
 
 import argparse
@@ -30,7 +30,7 @@ LEARNING_RATE = 2e-3  # decays to 0 along a half cosine
 POINTS, DISTANCE_POINTS, ESS_BATCHES = 1500, 3000, 64
 FEW_STEPS = (1, 4, 10)
 ENTROPIC_EPSILON = 1.0
-SWEEPS = {2.0: 5, 1.0: 10, 0.5: 20}  # of Sinkhorn's iteration, by epsilon
+SWEEPS = {2.0: 5, 1.0: 10, 0.5: 20}  # numbers of Sinkhorn sweeps, by epsilon
 RUNNING_EPSILON = 0.5
 # Columns, and the number of decimals shown.
 COLUMNS = {
@@ -49,7 +49,7 @@ Sampler = Callable[[jax.Array, int], jax.Array]
 class Pair(NamedTuple):
     """The distributions of x0 and x1, the mean of |x1 - x0|² over independent pairs, and the epsilons for W-CFM.
 
-    evaluated: the distribution that generated points are compared with.
+    evaluated: the distribution to compare generated points with.
     """
 
     x0: Sampler
@@ -60,7 +60,7 @@ class Pair(NamedTuple):
 
 
 def even_moons(key: jax.Array, num: int) -> jax.Array:
-    """Returns moons as torchcfm draws them: half of the points in each, at even angles. They make W2 less noisy."""
+    """Returns moons as torchcfm draws them, half of the points in each, at even angles. This makes W2 less noisy."""
     angle = jnp.linspace(0, jnp.pi, num // 2), jnp.linspace(0, jnp.pi, num - num // 2)
     x = jnp.concatenate([jnp.cos(angle[0]), 1 - jnp.cos(angle[1])])
     y = jnp.concatenate([jnp.sin(angle[0]), 0.5 - jnp.sin(angle[1])])
@@ -80,7 +80,7 @@ KINDS = ("exact", "entropic", "corrected", "weighted", "running", "independent")
 
 
 class Method(NamedTuple):
-    """A coupling as the tables name it; kind: one of KINDS."""
+    """A coupling with its name in the tables. kind: one of KINDS."""
 
     kind: str
     name: str
@@ -142,7 +142,7 @@ def methods(pair: Pair) -> list[Method]:
 
 
 def measure_quality(arguments: argparse.Namespace) -> Iterable[list[dict]]:
-    """Yields all rows so far each time another one is finished."""
+    """Yields all rows so far, each time another one is finished."""
     context = multiprocessing.get_context("spawn")
     cores = context.SimpleQueue()
     for core in sorted(os.sched_getaffinity(0))[: arguments.jobs]:
@@ -173,13 +173,13 @@ def measure_quality(arguments: argparse.Namespace) -> Iterable[list[dict]]:
 
 def _take_core(cores) -> None:
     os.sched_setaffinity(0, {cores.get()})
-    # On one core XLA has one thread, and a program would wait forever for the copy of a matrix that its callback, the
-    # exact assignment, requests from that thread (500 points and more; jax 0.10).
+    # On one core, XLA has one thread. The callback for exact assignment asks this thread to copy a matrix, so a program
+    # with 500 points or more would wait forever (jax 0.10).
     jax.config.update("jax_cpu_enable_async_dispatch", False)
 
 
 def reference(name: str, seeds: int) -> dict[str, list[float]]:
-    """Returns W2² between x0 and x1, and the W2 of a perfect network, for one draw per seed."""
+    """Returns W2² between x0 and x1 and the W2 of a perfect network, each for one draw per seed."""
     pair, distance = PAIRS[name], jax.jit(fm.wasserstein)
     found: dict[str, list[float]] = {"squared_distance": [], "w2_floor": []}
     for seed in range(seeds):
@@ -192,7 +192,7 @@ def reference(name: str, seeds: int) -> dict[str, list[float]]:
 
 
 def train(name: str, method: Method, steps: int, seeds: int) -> list[dict[str, float]]:
-    """Returns the metrics for each seed. A seed gives the same points and initial network to all methods."""
+    """Returns the metrics for each seed. With one seed, all methods have the same points and initial network."""
     pair = PAIRS[name]
     start, update = training(pair, method.coupling, optax.cosine_decay_schedule(LEARNING_RATE, steps))
 
@@ -210,7 +210,7 @@ def train(name: str, method: Method, steps: int, seeds: int) -> list[dict[str, f
 
 
 def evaluate(name: str, coupling: Coupling, variables: Any, key: jax.Array) -> dict[str, float]:
-    """Returns the metrics of a network on fresh points, and the mean effective sample size of batches."""
+    """Returns the metrics of a network on fresh points, and the mean effective sample size over batches."""
     points_key, ess_key = jax.random.split(key)
     metrics = _transport(name)(variables, points_key) | {"ess": _mean_ess(PAIRS[name], coupling, ess_key)}
     return {name: float(value) for name, value in metrics.items()}
@@ -218,7 +218,7 @@ def evaluate(name: str, coupling: Coupling, variables: Any, key: jax.Array) -> d
 
 @functools.cache
 def _transport(name: str) -> Callable[[Any, jax.Array], dict[str, jax.Array]]:
-    """Returns the function that measures a pair, compiled once for all methods."""
+    """Returns the function that measures networks on a pair, compiled once for all methods."""
     pair, network = PAIRS[name], fm.VelocityMLP(fm.MLPConfig(dim=2, width=64, num_layers=3))
 
     @jax.jit
@@ -240,7 +240,7 @@ def _transport(name: str) -> Callable[[Any, jax.Array], dict[str, jax.Array]]:
 
 
 def _mean_ess(pair: Pair, coupling: Coupling, key: jax.Array) -> jax.Array:
-    """Returns the mean over batches as in training, because the weights of corrected W-CFM depend on the batch."""
+    """Returns the mean over batches of training size, because corrected W-CFM's weights depend on the batch."""
 
     def of_batch(key):
         x0_key, x1_key, pair_key = jax.random.split(key, 3)
@@ -253,7 +253,7 @@ def _mean_ess(pair: Pair, coupling: Coupling, key: jax.Array) -> jax.Array:
 
 
 def quality_row(name: str, method: Method, results: list[dict], against: dict[str, list[float]], steps: int) -> dict:
-    """Returns mean and standard deviation (of the sample, n - 1) over the seeds."""
+    """Returns a row with means and sample standard deviations (n - 1) over the seeds."""
     squared = statistics.mean(against["squared_distance"])
     columns = {column: [result[column] for result in results] for column in results[0]}
     columns["signed_npe"] = [fm.signed_path_energy(energy, squared) for energy in columns["path_energy"]]

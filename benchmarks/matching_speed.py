@@ -1,4 +1,4 @@
-"""The speed part of benchmarks/matching.py: our training steps and torchcfm's, and the overhead of weights."""
+"""The speed part of benchmarks/matching.py: our training steps and torchcfm's, and the overhead of the weights."""
 
 import concurrent.futures
 import contextlib
@@ -22,12 +22,12 @@ from flowgen.matching.couplings import Coupling
 PAIR = "8gaussians-moons"
 LEARNING_RATE = 1e-3
 SCAN, SHORT_SCAN, JITTED, EAGER = "scan", "scan of 16", "jitted step", "eager"
-STEPS, SLOW_STEPS = 160, 48  # per call; the latter if a step takes milliseconds. Multiples of 16
+STEPS, SLOW_STEPS = 160, 48  # Per call; SLOW_STEPS if a step takes milliseconds. Multiples of 16.
 ROUNDS, OVERHEAD_STEPS, OVERHEAD_ROUNDS = 20, 100, 200
 
 
 class Method(NamedTuple):
-    """A coupling whose step is timed, the forms of the step, and the torchcfm method to compare with."""
+    """A coupling to time, the forms of its training step, and the torchcfm method to compare with."""
 
     coupling: Coupling
     counterpart: str
@@ -48,12 +48,12 @@ METHODS = {
     ),
     EXACT: Method(fm.MinibatchOT(method="exact"), published.OTCFM, steps=SLOW_STEPS),
 }
-# Compared with I-CFM step by step; the second I-CFM shows the resolution of such a comparison.
+# Compared with I-CFM step by step; the second I-CFM shows how precise this comparison is.
 OVERHEAD_OF = (f"{ICFM} again", "W-CFM", "W-CFM un-normalised")
 
 
 def measure_speed(thread_counts: list[int], torch_python: Path | None) -> list[dict]:
-    """Returns the rows of the speed part. Each thread count has a process of ours, and one of torchcfm's."""
+    """Returns the rows of the speed part. We and torchcfm each use one process per thread count."""
     rows: list[dict] = []
     context = multiprocessing.get_context("spawn")
     with contextlib.ExitStack() as stack:
@@ -95,7 +95,7 @@ def _in_pool(pool: concurrent.futures.Executor, name: str, form: str, steps: int
 
 
 def time_program(name: str, form: str, steps: int) -> measure.Cost:
-    """Returns the cost of `steps` training steps, in a process that keeps the training for the next call."""
+    """Returns the cost of `steps` training steps; the process keeps the training for the next call."""
     return measure.cost(program(name, form, steps))
 
 
@@ -131,7 +131,7 @@ def program(name: str, form: str, steps: int) -> Callable[[], jax.Array]:
 
 
 def _row(key: tuple[int, str, str], timings: dict[Any, measure.Timing], loss: float) -> dict:
-    """Returns the row of one program. Its baseline is the other side's best time with at most as many threads."""
+    """Returns the row of one program. Its baseline is the other side's best time with no more threads."""
     threads, name, form = key
     timing = timings[key]
     if form == EAGER:
@@ -151,7 +151,7 @@ def _row(key: tuple[int, str, str], timings: dict[Any, measure.Timing], loss: fl
 
 
 def measure_overhead(threads: int, pool: concurrent.futures.Executor) -> list[dict]:
-    """Returns how much longer steps take than I-CFM's, over rounds of one short call each, every other one reversed."""
+    """Returns how much longer steps take than I-CFM's, over rounds of one short call each, in alternating order."""
     names = [ICFM, *OVERHEAD_OF]
     seconds: dict[str, list[float]] = {name: [] for name in names}
     for name in names * 2:
@@ -185,7 +185,7 @@ def measure_overhead(threads: int, pool: concurrent.futures.Executor) -> list[di
 
 
 def median_interval(values: list[float]) -> tuple[float, float, float]:
-    """Returns the median and the order statistics that enclose the true one with 95 % (normal approximation)."""
+    """Returns the median between the ends of its 95 % interval, which are order statistics (normal approximation)."""
     ordered = sorted(values)
     reach = 0.98 * math.sqrt(len(ordered))
     low = ordered[max(0, math.floor(len(ordered) / 2 - reach))]

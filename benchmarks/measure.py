@@ -1,4 +1,4 @@
-"""How the benchmarks measure: the same two shapes, one thread budget, alternating runs, one JSON row each."""
+"""How the benchmarks measure: two shapes, one thread budget, runs that take turns, and one JSON row per run."""
 
 import argparse
 import dataclasses
@@ -25,23 +25,23 @@ SHAPES = {
 BATCH = 16
 REPEATS = 10
 SLOW_REPEATS, SLOW_SECONDS = 3, 5.0
-PAUSE_SECONDS = 0.005  # so that the previous run's threads go to sleep
+PAUSE_SECONDS = 0.005  # lets the previous run's threads go to sleep
 
 
 class Cost(NamedTuple):
-    """The cost of one call: wall-clock seconds, and processor seconds of all threads of its process."""
+    """The cost of one call: wall-clock seconds, and the processor seconds of all threads in its process."""
 
     seconds: float
     processor: float
 
 
-Run = Callable[[], Cost]  # does the work once and waits for it
+Run = Callable[[], Cost]  # does the work once and waits until it is done
 
 
 @dataclasses.dataclass
 class Timing:
-    """The timings of one run. first: the first call, compilation included. steps: how often a call repeats the work;
-    the properties are per step."""
+    """The timings of one run. first: the first call, including compilation. steps: how often a call repeats the work.
+    The properties are per step."""
 
     first: Cost
     calls: list[Cost]
@@ -61,32 +61,32 @@ class Timing:
 
 
 def parse_arguments(description: str) -> argparse.Namespace:
-    """Returns the arguments that every benchmark takes, and applies the thread budget. Call it before jax runs."""
+    """Returns the arguments that every benchmark takes, and applies the thread budget. Call it before using jax."""
     parser = argparse.ArgumentParser(description=description)
     parser.add_argument("--out", type=Path, required=True, help="JSON file to write")
-    parser.add_argument("--reference", type=Path, help="checkout of apple/ml-tarflow; without it only our side is run")
+    parser.add_argument("--reference", type=Path, help="checkout of apple/ml-tarflow; without it, only our side runs")
     parser.add_argument("--torch-python", type=Path, help="interpreter with torch, if this one has none")
-    parser.add_argument("--threads", type=int, default=2, help="processor cores that both sides may use")
+    parser.add_argument("--threads", type=int, default=2, help="number of processor cores for each side")
     parser.add_argument("--shapes", nargs="+", choices=SHAPES, default=list(SHAPES))
     arguments = parser.parse_args()
     if arguments.torch_python and not arguments.reference:
-        parser.error("--torch-python is given without --reference; give the checkout that it should run.")
+        parser.error("--torch-python needs --reference; give the checkout to run.")
     if not arguments.out.parent.is_dir():
-        parser.error(f"--out is {arguments.out}, whose directory does not exist; create it first.")
+        parser.error(f"--out is {arguments.out}, but its directory does not exist; create it first.")
     check_cores(parser, "--threads", arguments.threads)
     confine(arguments.threads)
     return arguments
 
 
 def check_cores(parser: argparse.ArgumentParser, option: str, count: int) -> None:
-    """Ends the program with a message unless it may use that many cores."""
+    """Ends the program with an error message unless it may use that many cores."""
     cores = len(os.sched_getaffinity(0))
     if not 1 <= count <= cores:
-        parser.error(f"{option} is {count}; this process may use 1 to {cores} cores.")
+        parser.error(f"{option} is {count}; it must be from 1 to {cores}, the cores available to this process.")
 
 
 def confine(threads: int) -> None:
-    """Restricts this process to its first `threads` cores. XLA sizes its thread pool by them when jax first runs."""
+    """Restricts this process to its first `threads` cores. XLA sizes its thread pool to match when jax first runs."""
     os.sched_setaffinity(0, sorted(os.sched_getaffinity(0))[:threads])
 
 
@@ -107,8 +107,8 @@ def cost(work: Callable[[], Any]) -> Cost:
 def alternate(runs: dict[str, Run], rounds: int = REPEATS) -> dict[str, Timing]:
     """Returns timings of runs that take turns, so that other load on the machine affects all of them.
 
-    Each run is repeated `rounds` times after two calls that are not counted; three times if it is slower than five
-    seconds.
+    Each run is repeated `rounds` times, or three times if it takes more than five seconds, after two calls that are not
+    counted.
     """
     timings = {name: Timing(run(), []) for name, run in runs.items()}
     repeats = {}
@@ -123,7 +123,7 @@ def alternate(runs: dict[str, Run], rounds: int = REPEATS) -> dict[str, Timing]:
 
 
 def row(name: str, shape: str, timing: Timing, *, baseline: str, against: Timing, compiled: bool, **more: Any) -> dict:
-    """Returns one measurement of a shape."""
+    """Returns the row of one measurement for a shape."""
     model = SHAPES[shape]
     what = {
         "name": name,
@@ -135,7 +135,7 @@ def row(name: str, shape: str, timing: Timing, *, baseline: str, against: Timing
 
 
 def figures(timing: Timing, *, baseline: str, against: Timing, compiled: bool, **more: Any) -> dict:
-    """Returns the measurements of one step; `ratio` is its median over the baseline's, so below 1 is faster."""
+    """Returns the measurements of one step; `ratio` is its median over the baseline's, so values below 1 are faster."""
     result = {
         "milliseconds": _milliseconds(timing.median),
         "fastest": _milliseconds(timing.fastest),
@@ -154,7 +154,7 @@ def figures(timing: Timing, *, baseline: str, against: Timing, compiled: bool, *
 
 
 def environment(threads: int, torch_version: str | None) -> dict[str, Any]:
-    """Returns the conditions of the measurement: device, thread budget, load, versions."""
+    """Returns the conditions of the measurement: device, thread budget, load and versions."""
     import jax
 
     device = jax.devices()[0]

@@ -1,6 +1,6 @@
-"""The PyTorch side of the benchmarks: the published TARFlow, run unchanged, here or in another interpreter.
+"""The PyTorch side of the benchmarks: the published TARFlow, unchanged, in this interpreter or in another.
 
-As a script it serves one JSON request per line; `connect` decides which of the two is used.
+As a script, it answers one JSON request per line; `connect` chooses the interpreter.
 """
 
 import dataclasses
@@ -72,7 +72,7 @@ class Published:
         return loss
 
     def time(self, name: str, threads: int) -> Cost:
-        """Returns the cost of one call of method `name`."""
+        """Returns the cost of one call to method `name`."""
         self.torch.set_num_threads(threads)
         return cost(getattr(self, name))
 
@@ -116,7 +116,7 @@ class Remote:
 
 
 def run(description: str, measure_shape: Callable[..., list[dict]]) -> None:
-    """Runs a benchmark; `measure_shape(shape, theirs, threads)` returns the rows for each requested shape."""
+    """Runs a benchmark; `measure_shape(shape, theirs, threads)` returns the rows for a shape."""
     arguments = measure.parse_arguments(description)
     import jax
 
@@ -138,13 +138,11 @@ def connect(
     if reference is None:
         return None
     if not (reference / "transformer_flow.py").is_file():
-        raise SystemExit(
-            f"--reference is {reference}, which has no transformer_flow.py; give a checkout of ml-tarflow."
-        )
+        raise SystemExit(f"--reference {reference} has no transformer_flow.py; give a checkout of apple/ml-tarflow.")
     if torch_python is not None:
         return Remote(torch_python, reference, shape, batch)
     if importlib.util.find_spec("torch") is None:
-        raise SystemExit("This interpreter has no torch; install it or give --torch-python PATH.")
+        raise SystemExit("This interpreter has no torch; install it, or give another interpreter with --torch-python.")
     return Published(reference, shape, batch)
 
 

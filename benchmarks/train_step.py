@@ -16,7 +16,7 @@ COUNTERPARTS = {**{name: name for name in METHODS}, STORED: "forward backward", 
 
 
 def measure_shape(shape: str, theirs, threads: int) -> list[dict]:
-    """Returns the rows for one shape; all its runs alternate."""
+    """Returns the rows for one shape; its runs take turns."""
     loss_of_ours, runs = our_runs(shape)
     more = {}
     if theirs is not None:
@@ -41,7 +41,7 @@ def measure_shape(shape: str, theirs, threads: int) -> list[dict]:
 
 
 def our_runs(shape: str) -> tuple[float, dict[str, measure.Run]]:
-    """Returns our loss before any update, and the runs, each one a compiled program."""
+    """Returns our loss before any update, and the runs, each of a compiled program."""
     import jax
     import jax.numpy as jnp
     import numpy as np

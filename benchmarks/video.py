@@ -1,4 +1,4 @@
-"""Times sampling of clips from a trained STARFlow-V: sequential, by windows or sliding windows, from noise or frames.
+"""Times sampling of clips from a trained STARFlow-V: sequential or in fixed or sliding windows, from noise or frames.
 
 python train.py --config configs/starflow_v_bouncing.py --workdir runs/bouncing
 python benchmarks/video.py --checkpoint runs/bouncing --out benchmarks/results/video.json \\
@@ -18,7 +18,7 @@ CLIPS = 4
 
 
 def plans(tokens: int) -> dict:
-    """Returns plans for the deep block, by name; a window is half a frame, a frame, or the whole clip."""
+    """Returns plans for the deep block, by name; a window is half a frame, one frame or the whole clip."""
     from flowgen.decoding import Jacobi, Sequential, SlidingWindow
 
     made = {"sequential": Sequential()}
@@ -76,9 +76,9 @@ def of_a_run(run_dir: Path, rounds: int) -> list[dict]:
 
 
 def beside_the_published(other: measure.Process, version: str, rounds: int) -> list[dict]:
-    """Returns the rows for a small guided text model with the same weights and noise on both sides.
+    """Returns the rows for a small guided text model, with the same weights and noise on both sides.
 
-    other: the process of `video_published.py`, of torch `version`.
+    other: the process that runs `video_published.py`. version: its version of torch.
     """
     import jax
     import jax.numpy as jnp
@@ -142,17 +142,17 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--checkpoint", type=Path, required=True, help="run directory of a video flow")
     parser.add_argument("--out", type=Path, required=True, help="JSON file to write")
-    parser.add_argument("--reference", type=Path, help="checkout of apple/ml-starflow; without it only our side is run")
+    parser.add_argument("--reference", type=Path, help="checkout of apple/ml-starflow; without it, only our side runs")
     parser.add_argument(
         "--torch-python", type=Path, help="interpreter with torch, numpy, einops and tqdm, for --reference"
     )
-    parser.add_argument("--threads", type=int, default=2, help="processor cores to use")
+    parser.add_argument("--threads", type=int, default=2, help="number of processor cores to use")
     parser.add_argument("--rounds", type=int, default=measure.REPEATS)
     options = parser.parse_args()
     measure.check_cores(parser, "--threads", options.threads)
     measure.confine(options.threads)
 
-    if options.reference is not None:  # Fails now rather than after a minute of measuring.
+    if options.reference is not None:  # Started first, so that it fails before a minute of measuring.
         other = measure.Process(options.torch_python, Path(__file__).with_name("video_published.py"))
         version = other.ask({"reference": str(options.reference), "threads": options.threads})
     rows = of_a_run(options.checkpoint, options.rounds)

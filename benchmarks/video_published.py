@@ -1,6 +1,6 @@
-"""The PyTorch side of `video.py`: the published STARFlow-V's samplers, run unchanged in an interpreter with torch.
+"""The PyTorch side of `video.py`: the published samplers of STARFlow-V, unchanged, in an interpreter with torch.
 
-It serves one JSON request per line, the first of which says where the checkout is.
+It answers one JSON request per line; the first gives the path of the checkout.
 """
 
 import json
@@ -14,7 +14,7 @@ import starflow_v_weights as sv
 import starflow_weights as sw
 
 GUIDANCE = 2.5
-BLOCK = 8  # half a frame; after the first frame the published sampler takes four times as many
+BLOCK = 8  # half a frame; after the first frame, the published sampler uses four times as many tokens
 THRESHOLD = 1e-3
 SHAPE = sv.Clips(
     img_size=4,
@@ -43,7 +43,7 @@ def serve() -> None:
     import transformer_flow
 
     torch.set_num_threads(setup["threads"])
-    torch.distributed.all_reduce = lambda *unused, **unused_too: None  # there are no other processes to ask
+    torch.distributed.all_reduce = lambda *unused, **unused_too: None  # there are no other processes
     model = record.build(transformer_flow, SHAPE, torch.float32)
     noise = torch.from_numpy(sv.noise(SHAPE))
     text, null = (torch.from_numpy(e * m[..., None]) for e, m in (sw.text(SHAPE), sw.null_text(SHAPE)))

@@ -1,5 +1,5 @@
-"""Video autoencoder of bouncing digits: 4x4x8 latents for 16x16 pixels, with one latent frame for the first frame and
-one for every two frames after it.
+"""Video autoencoder for bouncing digits. It maps 16x16 pixels to 4x4x8 latents. The first frame becomes one latent
+frame, and so does each later pair of frames.
 
 python train.py --config configs/autoencoder_bouncing.py --workdir runs/autoencoder_bouncing
 """

@@ -1,8 +1,8 @@
-"""Autoencoder of OpenMoji images at 64x64 with 16x16x4 latents, for configs/starflow_openmoji.py: one accelerator.
+"""Autoencoder for 64x64 OpenMoji images with 16x16x4 latents, for configs/starflow_openmoji.py; uses one accelerator.
 
     python train.py --config configs/autoencoder_openmoji.py --workdir runs/autoencoder_openmoji
 
-Needs pip install -e ".[train,datasets]". Not measured yet, so there is no expected metric.
+Needs pip install -e ".[train,datasets]". We have not measured it yet, so there is no expected metric.
 """
 
 from flowgen.codecs import AutoencoderConfig

@@ -1,14 +1,14 @@
-"""CIFAR-10 by flow matching with torchcfm's recipe (Tong et al., arXiv 2302.00482): a U-Net of 35,746,307 parameters.
+"""Flow matching on CIFAR-10 with torchcfm's recipe (Tong et al., arXiv 2302.00482) and a 35,746,307-parameter U-Net.
 
     python train.py --config configs/cfm_cifar10.py --workdir runs/cifar10 --data.path cifar10.npz
 
-cifar10.npz holds `images`, uint8 (50000, 32, 32, 3), and `labels`, which are not used. Training uses Adam at 2e-4
-after 5,000 steps of warm-up, batch 128, clipping at 1, EMA 0.9999, random flips, dropout 0.1 and 400,001 steps. The
-network receives unscaled times.
+cifar10.npz contains `images`, uint8 (50000, 32, 32, 3), and `labels`, which are not used. Training takes 400,001 steps
+with batch size 128, Adam with learning rate 2e-4 after 5,000 steps of warm-up, clipping at 1, EMA 0.9999, random flips
+and dropout 0.1. The network receives unscaled times.
 
-Published: FID 3.5 (clean-fid, legacy_tensorflow, 50,000 samples, dopri5 at 1e-5). Not measured here, because flowgen
-has no Inception network. For W-CFM as published (FID 7.33 at an unpublished budget), add --matching.coupling
-GibbsWeights --matching.coupling.epsilon 5. For OT-CFM, add --matching.coupling MinibatchOT.
+Published: FID 3.5 (clean-fid, legacy_tensorflow, 50,000 samples, dopri5 at 1e-5). We have not measured it, because
+flowgen has no Inception network. For W-CFM as published (FID 7.33, training budget not published), add
+--matching.coupling GibbsWeights --matching.coupling.epsilon 5. For OT-CFM, add --matching.coupling MinibatchOT.
 """
 
 from flowgen.data import DataConfig

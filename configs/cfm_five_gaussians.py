@@ -1,4 +1,4 @@
-"""Eight to five Gaussians on one ring by flow matching, with corrected Gibbs weights: a minute or two on a CPU.
+"""Flow matching from eight to five Gaussians on one ring, with corrected Gibbs weights. Takes a minute or two on a CPU.
 
     python train.py --config configs/cfm_five_gaussians.py --workdir runs/five
     python sample.py --checkpoint runs/five --num 1000 --out five.png
@@ -6,8 +6,8 @@
 Other couplings, each in its own workdir: --matching.coupling Independent (I-CFM), --matching.coupling MinibatchOT
 (OT-CFM), --matching.coupling.sinkhorn_sweeps 0 (plain W-CFM, which works best here, because the rings are
 concentric).
-The toy data have quirks that comparisons must share: see flowgen/matching/toy.py. `reference` holds the expected
-metrics, means over three seeds of benchmarks/matching.py, with a floor of 0.88 ± 0.43 (docs/matching.md).
+The toy data have quirks that comparisons must reproduce: see flowgen/matching/toy.py. `reference` gives the expected
+metrics, averaged over three seeds of benchmarks/matching.py. A perfect network has W2 0.88 ± 0.43 (docs/matching.md).
 """
 
 from flowgen.data import PointsConfig

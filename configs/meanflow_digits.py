@@ -1,4 +1,4 @@
-"""MeanFlow on the built-in digits: samples in one evaluation of the network.
+"""MeanFlow on the built-in digits; sampling takes one network evaluation.
 
 python train.py --config configs/meanflow_digits.py --workdir runs/meanflow
 """

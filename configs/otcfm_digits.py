@@ -1,4 +1,4 @@
-"""Optimal-transport flow matching (OT-CFM) on the built-in digits: exact transport within each batch, class by class.
+"""Optimal-transport flow matching (OT-CFM) on the built-in digits: exact transport within each class of a batch.
 
 python train.py --config configs/otcfm_digits.py --workdir runs/otcfm
 """

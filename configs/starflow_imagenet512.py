@@ -1,11 +1,11 @@
-"""STARFlow 1.4 B, class-conditional, on ImageNet 512x512 latents (arXiv 2506.06276): 1,412,255,816 parameters.
+"""Class-conditional STARFlow 1.4 B on ImageNet 512x512 latents (arXiv 2506.06276), with 1,412,255,816 parameters.
 
     python -m flowgen encode --config configs/starflow_imagenet512.py --out latents --data.path train --data.flip true
     python train.py --config configs/starflow_imagenet512.py --workdir runs/imagenet512 \\
         --data Latents --data.path latents
 
-codec.path is the folder of a published autoencoder. `reference` holds the published FID of 50,000 samples, decoded by
-a decoder that was fine-tuned on noisy latents. It is not measured here.
+codec.path is the folder of a published autoencoder. `reference` gives the published FID for 50,000 samples and a
+decoder fine-tuned on noisy latents. We have not measured it.
 """
 
 import dataclasses

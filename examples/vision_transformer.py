@@ -1,9 +1,9 @@
-"""A small vision transformer on the built-in 8x8 digits, with any attention of `flowgen.attention` in its layers.
+"""A small vision transformer on the built-in 8x8 digits, with any attention from `flowgen.attention`.
 
 python examples/vision_transformer.py --attention all --seeds 0 1
 
 Each digit is placed at random on a 12x12 canvas, which is cut into 16 tokens of 3x3 pixels, so that a single token says
-little. Training takes 80 epochs of 1,258 images; the 539 test images have fixed places. The results are from two cores
+little. Training takes 80 epochs of 1,258 images; the 539 test images have fixed places. The results come from two cores
 of a shared CPU with other jobs running, so the seconds are rough:
 
     attention      parameters test accuracy        of seeds  softmax  s/epoch
@@ -19,10 +19,10 @@ of a shared CPU with other jobs running, so the seconds are rough:
     soft               61,066         87.8%     87.6%-87.9%     -3.5     0.41
     none               36,106         86.5%     85.3%-87.6%     -4.8     0.05
 
-One standard error of 539 images is 1.2 points. nala and nala-hook compute the same function and differ only in their
+With 539 images, one standard error is 1.2 points. nala and nala-hook compute the same function and differ only in their
 initial weights, so most differences between the kernels are little more than noise. Three rows differ by more: the
 whole NaLaFormer layer, with its gate and 5x5 convolution; SOFT, with tied keys and 4 landmarks; and the control without
-attention. The settings were chosen with softmax and without attention. With 16 tokens, softmax is also the fastest;
+attention. The settings were tuned on softmax attention and on the control. With 16 tokens, softmax is also the fastest;
 linear attention is for long sequences (benchmarks/attention.py).
 """
 
@@ -60,7 +60,7 @@ def attention_layer(name: str, width: int, heads: int, grid: tuple[int, int]) ->
             return nn.MultiHeadDotProductAttention(heads)
         case "nala-hook":  # Flax's own module, which takes any kernel
             return nn.MultiHeadDotProductAttention(heads, attention_fn=make_attention_fn("nala"))
-        case "nala-module":  # the layer of the paper: gate, norm, convolution and rotary features
+        case "nala-module":  # the paper's layer, with gate, norm, convolution and rotary features
             return partial(NaLaAttention(width, heads), grid=grid)
         case "soft":  # landmarks are means over cells of the grid
             return partial(SOFTAttention(width, heads, num_landmarks=4), grid=grid)
@@ -73,7 +73,7 @@ def attention_layer(name: str, width: int, heads: int, grid: tuple[int, int]) ->
 
 @dataclasses.dataclass(frozen=True)
 class Settings:
-    """The model and its training, the same for every attention. Sizes of canvas and patch are in pixels."""
+    """The settings of the model and its training, the same for every attention. canvas and patch are in pixels."""
 
     canvas: int = 12
     patch: int = 3
@@ -88,7 +88,7 @@ class Settings:
 
 
 class VisionTransformer(nn.Module):
-    """Class logits of images: patches as tokens, pre-norm layers, the mean over tokens, a linear head."""
+    """Maps images to class logits, with patches as tokens, pre-norm layers, a mean over tokens and a linear head."""
 
     attention: str
     settings: Settings
@@ -131,7 +131,7 @@ def train_step(state: TrainState, images: jax.Array, labels: jax.Array) -> tuple
 
 
 def digits(split: str, settings: Settings) -> tuple[np.ndarray, np.ndarray]:
-    """Returns the images, `n 8 8 1` in [-1, 1], and the labels of a split; the held-out part is always the same."""
+    """Returns the images, `n 8 8 1` in [-1, 1], and the labels of a split. The held-out images are always the same."""
     config = DataConfig("digits", eval_fraction=settings.test_fraction)
     dataset = load(config, image_size=(IMAGE_SIZE, IMAGE_SIZE), channels=1, split=split)
     batch = dataset[np.arange(len(dataset))]
@@ -139,7 +139,7 @@ def digits(split: str, settings: Settings) -> tuple[np.ndarray, np.ndarray]:
 
 
 def place(images: np.ndarray, canvas: int, random: np.random.Generator) -> np.ndarray:
-    """Returns the images on black canvases, each at a random place."""
+    """Returns the images on black canvases, each in a random place."""
     corners = random.integers(0, canvas - IMAGE_SIZE + 1, (2, len(images)))
     row, column = corners[:, :, None] + np.arange(IMAGE_SIZE)
     placed = np.full((len(images), canvas, canvas, 1), -1, images.dtype)
@@ -148,7 +148,7 @@ def place(images: np.ndarray, canvas: int, random: np.random.Generator) -> np.nd
 
 
 def train(attention: str, seed: int, settings: Settings) -> Result:
-    """Trains with one attention and returns the result; the seed decides the initial weights and the image order."""
+    """Trains with one attention and returns the result. The seed sets the initial weights and the image order."""
     (images, labels), (test_images, test_labels) = (digits(split, settings) for split in ("train", "eval"))
     steps = len(images) // settings.batch
     test_images = place(test_images, settings.canvas, np.random.default_rng(0))
@@ -174,13 +174,13 @@ def train(attention: str, seed: int, settings: Settings) -> Result:
         seed,
         parameters=sum(leaf.size for leaf in jax.tree.leaves(params)),
         accuracy=float((predicted == test_labels).mean()),
-        seconds_per_epoch=statistics.median(seconds[1:] or seconds),  # the first compiles
+        seconds_per_epoch=statistics.median(seconds[1:] or seconds),  # the first epoch includes compilation
         losses=losses,
     )
 
 
 def table(results: Sequence[Result]) -> str:
-    """Returns a line per attention, with its mean test accuracy over seeds and its difference from softmax."""
+    """Returns one line per attention: its mean test accuracy over seeds, and the difference from softmax."""
     groups = {name: [r for r in results if r.attention == name] for name in dict.fromkeys(r.attention for r in results)}
     accuracy = {name: statistics.mean(r.accuracy for r in group) for name, group in groups.items()}
     lines = [

@@ -170,7 +170,7 @@ WRONG = {
     "sample: no numbers": (lambda: sample(FLOW, PARAMS, key(), range(0)), "num is empty"),
     "sample: fractions": (
         lambda: sample(FLOW, PARAMS, key(), np.array([0.5, 1.9])),
-        "num is float64 of shape (2,); give how many samples",
+        "num is float64 of shape (2,); it must be the number of samples",
     ),
     "sample: a mask": (lambda: sample(FLOW, PARAMS, key(), np.array([True, False])), "num is bool of shape (2,)"),
     "sample: a table": (lambda: sample(FLOW, PARAMS, key(), np.array([[0, 1]])), "num is int64 of shape (1, 2)"),
@@ -179,7 +179,10 @@ WRONG = {
         "num has numbers from 0 to 4294967297",
     ),
     "sample: below 0": (lambda: sample(FLOW, PARAMS, key(), range(-1, 2)), "num has numbers from -1 to 1"),
-    "sample: a clip of images": (lambda: sample(FLOW, PARAMS, key(), 1, clip=Clip(frames=2)), "clip is given"),
+    "sample: a clip of images": (
+        lambda: sample(FLOW, PARAMS, key(), 1, clip=Clip(frames=2)),
+        "clip is only for a STARFlowV",
+    ),
     "sample: frames for a clip": (lambda: sample(CLIP_FLOW, CLIP_PARAMS, key(), 1, clip=2), "clip is 2"),
     "Guidance: a text": (lambda: Guidance(scale="strong"), "scale is 'strong'"),
     "Jacobi: a text": (lambda: Jacobi(window="8"), "window is '8'"),

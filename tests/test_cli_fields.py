@@ -230,10 +230,10 @@ def test_solvers_take_their_fields(tmp_path, points_run):
 
 
 REFUSED = {
-    "another group": (["--model.width", "8"], "--model.width is not an option here"),
+    "another group": (["--model.width", "8"], "--model.width is not an option of this command"),
     "no option": (["more"], "'more' is not understood"),
     "an unknown field": (["--sampling.rules", "product"], "sampling.rules is not a field"),
-    "a window without a plan": (["--sampling.window", "4"], "--window, --tol and --init are for --plan jacobi"),
+    "a window without a plan": (["--sampling.window", "4"], "--window, --tol and --init need --plan jacobi"),
     "a value out of range": (["--sampling.temperature", "0"], "temperature is 0"),
     "a field of solvers": (["--sampling.num_steps", "4"], "sampling.num_steps is not a field"),
 }
@@ -247,9 +247,9 @@ def test_fields_that_do_not_fit_are_refused(tmp_path, flow_run, name):
 
 
 EVALUATE_REFUSED = {
-    "nothing is drawn": (["--sampling.guidance", "2"], "--sampling.guidance is given, but no samples are drawn"),
+    "nothing is drawn": (["--sampling.guidance", "2"], "--sampling.guidance has no effect without samples"),
     "another count": (["--samples", "4", "--sampling.num", "2"], "--sampling.num has no effect in evaluate"),
-    "another group": (["--optim.lr", "1"], "--optim.lr is not an option here"),
+    "another group": (["--optim.lr", "1"], "--optim.lr is not an option of this command"),
 }
 
 

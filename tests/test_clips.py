@@ -207,10 +207,10 @@ def test_a_denoiser_gets_all_frames_still_noisy():
 REFUSED = {
     "no frames": ({"frames": 0}, "frames is 0"),
     "no clips": ({"num": 0}, "num is 0"),
-    "an image": ({"given": jnp.zeros((2, 4, 2, 2))}, "given has shape (2, 4, 2, 2); this call takes (2, frames given"),
-    "another size": ({"given": jnp.zeros((2, 1, 2, 4, 2))}, "frames given, 4, 2, 2)"),
+    "an image": ({"given": jnp.zeros((2, 4, 2, 2))}, "given has shape (2, 4, 2, 2); its shape must be (2, frames"),
+    "another size": ({"given": jnp.zeros((2, 1, 2, 4, 2))}, "frames, 4, 2, 2)"),
     "another batch": ({"given": jnp.zeros((3, 1, 4, 2, 2))}, "given has shape (3, 1, 4, 2, 2)"),
-    "all given": ({"given": jnp.zeros((2, 3, 4, 2, 2))}, "given has 3 frames, and the clip has 3"),
+    "all given": ({"given": jnp.zeros((2, 3, 4, 2, 2))}, "given has 3 frames, but the clip has 3"),
     "none given": ({"given": jnp.zeros((2, 0, 4, 2, 2))}, "given has 0 frames"),
     "no context": ({"frames": 9, "context": 0}, "context is 0; it must be from 1 to 2"),
     "all context": ({"frames": 9, "context": 3}, "context is 3; it must be from 1 to 2"),
@@ -239,7 +239,7 @@ def test_restarts_have_a_condition_of_their_own():
     expected = restarted(flow, params, other, plain.x[:, :3], noise(CLASSES, 5), context=2)
     assert_close(told.x, expected, NETWORK)
     assert jnp.abs(told.x - plain.x).max() > 1e-3
-    with pytest.raises(ValueError, match=r"clip\.restart_cond is given, but cond is not"):
+    with pytest.raises(ValueError, match=r"clip\.restart_cond needs cond"):
         sample(flow, params, KEY, 2, clip=Clip(restart_cond=other))
 
 
@@ -263,5 +263,5 @@ def test_progress_counts_every_token_of_the_deep_block_once(deep):
 
 def test_a_flow_of_images_is_refused(untyped):
     plain = STARFlow(STARFlowConfig(image_size=4, width=64, layers_per_block=(1, 1)))
-    with pytest.raises(ValueError, match="clip is given, but the flow makes images; leave it out, or give a STARFlowV"):
+    with pytest.raises(ValueError, match="clip is only for a STARFlowV, but this flow generates images; leave it out"):
         sample(plain, {"params": {}}, KEY, 2, clip=Clip(frames=1))

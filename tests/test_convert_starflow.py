@@ -203,7 +203,7 @@ def test_mistakes_in_the_files_are_named(published, tmp_path):
         ((weights, "--arguments", tmp_path / "no.yaml"), "does not list 'name: value' under 'arguments'"),
         ((weights, "--arguments", tmp_path / "nowhere.yaml"), "give the YAML that was published with the weights"),
         ((cut, *good), "is damaged or not a safetensors file"),
-        ((weights, *good, "--image-size", "256"), "--image-size is given, but --arguments sets it already"),
+        ((weights, *good, "--image-size", "256"), "--image-size is already set by the file in --arguments"),
         ((weights, *good, "--autoencoder", tmp_path / "nowhere"), "does not exist; give the published folder"),
         (
             (weights, "--arguments", tmp_path / "fps.yaml"),
@@ -212,9 +212,9 @@ def test_mistakes_in_the_files_are_named(published, tmp_path):
         ((weights, "--arguments", tmp_path / "null.yaml"), "soft_clip is None; it must be a number"),
         (
             (weights, "--image-size", "256", "--dtype", "bfloat16"),
-            "--dtype is for STARFlow, which needs --arguments",
+            "--dtype is for STARFlow, which also needs --arguments",
         ),
-        ((weights,), "--image-size is missing; give it for a TARFlow, or --arguments for a STARFlow"),
+        ((weights,), "--image-size is missing; give it for a TARFlow, or give --arguments for a STARFlow"),
     ):
         assert message in refused("convert", *words, "--to", to)
         assert not to.exists()

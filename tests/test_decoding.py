@@ -123,7 +123,7 @@ def test_a_plan_per_block_and_plans_by_name(case):
     windows = -(-(flow.config.num_tokens - free) // 3)
     assert jnp.all(r.sweeps[0, :windows] > 0)
     assert jnp.all(r.sweeps[0, windows:] == 0)
-    with pytest.raises(ValueError, match="plan has 3 blocks and the flow has 2"):
+    with pytest.raises(ValueError, match="plan has 3 blocks, but the flow has 2"):
         invert(flow, params, z, cond, plan=DecodePlan((Sequential(),) * 3))
     with pytest.raises(ValueError, match="plan is 'jacobbi'; choose one of sequential, jacobi, sliding, auto"):
         invert(flow, params, z, cond, plan="jacobbi")
@@ -212,7 +212,7 @@ def test_blocks_that_are_not_guided_are_not(key):
     none = invert(flow, params, z, cond).x
     assert jnp.abs(only_first - both).max() > 1e-4
     assert jnp.abs(only_first - none).max() > 1e-4
-    with pytest.raises(ValueError, match=r"guidance\.blocks has 2; this flow has blocks 0..1"):
+    with pytest.raises(ValueError, match=r"guidance\.blocks has 2, but this flow has blocks 0 to 1"):
         invert(flow, params, z, cond, guidance=Guidance(scale=1.0, blocks=(2,)))
 
 
@@ -378,7 +378,7 @@ def test_a_call_that_cannot_work_is_refused(arguments, message):
 
 def test_z_of_another_shape_and_impossible_plans_are_refused():
     flow, params, _, _ = laws.case("classes")
-    with pytest.raises(ValueError, match=r"z has shape \(1, 4, 8\); this flow takes \(batch, 9, 8\)"):
+    with pytest.raises(ValueError, match=r"z has shape \(1, 4, 8\); its shape must be \(batch, 9, 8\)"):
         invert(flow, params, jnp.zeros((1, 4, 8)))
     with pytest.raises(ValueError, match="window is 0"):
         Jacobi(window=0)

@@ -158,15 +158,15 @@ def test_shrunk_configs_train(name, tmp_path):
 
 
 MISTAKES = {
-    "sample --out a.png --plan jacobi --checkpoint POINTS": "--plan is not an option here for a MLP",
-    "sample --out a.png --certify --checkpoint POINTS": "--certify is not an option here for a MLP",
+    "sample --out a.png --plan jacobi --checkpoint POINTS": "--plan is not an option of this command for a MLP",
+    "sample --out a.png --certify --checkpoint POINTS": "--certify is not an option of this command for a MLP",
     "sample --out a.png --single some --checkpoint POINTS": "--single writes images, but this model draws points",
     "sample --out a.png --classes 1 --checkpoint POINTS": "--classes is 1, but this model has no classes",
     "sample --out a.png --guidance 1 --checkpoint POINTS": "but the model has no classes to guide towards (num_",
     "sample --out a.png --method rk5 --checkpoint POINTS": "sampling.method is 'rk5'; it must be 'euler' or 'midpoint'",
     "sample --out a.png --method mean_flow --checkpoint POINTS": "sampling.method is 'mean_flow', which works only",
     "sample --out a.png --num-steps 0 --checkpoint POINTS": "sampling.num_steps is 0; it must be ",
-    "evaluate --noise uniform --checkpoint POINTS": "--noise is not an option here for a MLP",
+    "evaluate --noise uniform --checkpoint POINTS": "--noise is not an option of this command for a MLP",
     "evaluate --samples 1 --checkpoint POINTS": "samples is 1, but a distance needs at least 2; ",
     "evaluate --checkpoint POINTS --data.x1 circles": "data.x1 is 'circles'; it must be 'normal' or",
     "train --workdir POINTS --config CONFIG --matching.coupling.ess 0.3": "started with another config",

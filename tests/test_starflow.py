@@ -168,11 +168,11 @@ def test_guidance_of_texts_needs_a_null_and_leads_nowhere_from_the_condition_its
     assert jnp.abs(guided.x - x).max() > 1e-3
     deep = invert(flow, params, z, text, guidance=dataclasses.replace(towards, blocks=(1,)))
     assert_close(deep.x, guided.x, NETWORK)  # the shallow block has no condition to guide by
-    with pytest.raises(ValueError, match=r"guidance\.null is missing, but the flow takes texts"):
+    with pytest.raises(ValueError, match=r"guidance\.null is missing; this flow is conditioned on text"):
         invert(flow, params, z, text, guidance=guidance)
     labelled, params, x, cond = laws.case("starflow class prefix")
     z, _ = apply(labelled, params, x, cond)
-    with pytest.raises(ValueError, match=r"guidance\.null is given, but the flow takes no texts"):
+    with pytest.raises(ValueError, match=r"guidance\.null is only for flows conditioned on text"):
         invert(labelled, params, z, cond, guidance=towards)
 
 

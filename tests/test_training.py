@@ -145,7 +145,7 @@ def test_a_longer_run_goes_on(whole, tmp_path):
 
 def test_a_shorter_run_is_refused_and_changes_nothing(whole, tmp_path):
     workdir = shutil.copytree(whole[0], tmp_path / "run")
-    with pytest.raises(ValueError, match=r"already has 40 steps, more than train\.steps 39; raise it\.$"):
+    with pytest.raises(ValueError, match=r"already has 40 steps, more than train\.steps 39; raise train\.steps\.$"):
         toy.run(toy.make_job(), workdir, steps=39, config={"other": True})
     assert read_config(workdir) == {"toy": True}
     assert_complete_metrics(workdir, toy.STEPS)

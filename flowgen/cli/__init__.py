@@ -1,7 +1,7 @@
 """The commands: `python -m flowgen {train,sample,evaluate,encode,convert,info}`; `train.py` and `sample.py` call
 the first two.
 
-A user error prints one sentence on standard error and exits with code 2, before anything is computed.
+After a user error, they print one sentence on standard error and exit with code 2, before computing anything.
 """
 
 from __future__ import annotations
@@ -38,14 +38,14 @@ COMMANDS: dict[str, tuple[ModuleType, str]] = {
     "evaluate": (evaluate, "Print the metrics of a model on its data, such as bits per dimension."),
     "encode": (encode, "Compute and store the latents and text features of a dataset."),
     "convert": (convert, "Create a run directory from published weights."),
-    "info": (info, "Print the fields of a config or of a run."),
+    "info": (info, "Print the fields of a config or a run."),
 }
 
 
 class Parser(argparse.ArgumentParser):
     """An argument parser that reports an error in one sentence, without the usage text."""
 
-    # Builds the help on config fields, which follows a command's options.
+    # Builds the help on config fields, printed after the help on a command's options.
     fields_help: Callable[[], str] | None = None
 
     def format_help(self) -> str:
@@ -64,8 +64,8 @@ class Parser(argparse.ArgumentParser):
 def main(arguments: Sequence[str] | None = None) -> int:
     """Runs a command line and returns its exit code.
 
-    The code is 0, 2 for a user error, 3 for non-finite numbers, 141 if the output pipe was closed, or
-    128 + signal if a signal stopped a training run.
+    The code is 0 for success, 2 for a user error, 3 for non-finite numbers, 141 if the output pipe was closed, or
+    128 plus the signal's number if a signal stopped the command.
 
     Example:
         main(["info", "--config", "configs/tarflow_digits.py"])
@@ -80,7 +80,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 
 def make_parser() -> Parser:
-    """Returns the parser of all commands; it leaves config fields unparsed.
+    """Returns the parser for all commands; it leaves config fields unparsed.
 
     Example:
         options, fields = make_parser().parse_known_args(["info", "--config", "configs/tarflow_digits.py"])
@@ -98,7 +98,7 @@ def make_parser() -> Parser:
                 metavar="MODULE",
                 action="append",
                 default=[],
-                help="import a module whose objects a run or config names; repeat for more",
+                help="import a module that defines objects used in a run or config; can be repeated",
             )
     return parser
 
@@ -139,20 +139,20 @@ def _run(words: list[str]) -> int:
     except (MemoryError, RuntimeError) as error:
         if isinstance(error, RuntimeError) and OUT_OF_MEMORY not in str(error):
             raise
-        return _fail(f"Out of memory ({error}); make the model, the batch or the images smaller.", 2)
+        return _fail(f"Out of memory ({error}); use a smaller model, batch or image size.", 2)
 
 
 def _outside(module: str) -> str:
     """Returns the message for a missing package that flowgen requires."""
     return (
         f"The package {module.partition('.')[0]} is not installed for {sys.executable}; run "
-        f'`{sys.executable} -m pip install -e ".[train]"` in the flowgen folder, or use the Python of an environment '
-        "that has it, such as .venv/bin/python after `make demo`."
+        f'`{sys.executable} -m pip install -e ".[train]"` in the flowgen folder, or use a Python environment that has '
+        "it, such as .venv/bin/python after `make demo`."
     )
 
 
 def _silence() -> None:
-    """Discards unwritten output; otherwise Python complains about the broken pipe at exit."""
+    """Discards unwritten output, so that Python does not complain about the broken pipe at exit."""
     nowhere = os.open(os.devnull, os.O_WRONLY)
     for stream in (sys.stdout, sys.stderr):
         with contextlib.suppress(OSError, ValueError):  # Not a file, or already closed.
@@ -160,7 +160,7 @@ def _silence() -> None:
 
 
 def program(arguments: Sequence[str] | None = None) -> int:
-    """Runs `main` and returns its exit code. The process should then end; it ignores Ctrl-C from then on.
+    """Runs `main` and returns its exit code. The process must then end, because it ignores Ctrl-C from then on.
 
     Example:
         sys.exit(program())
@@ -177,7 +177,7 @@ def program(arguments: Sequence[str] | None = None) -> int:
 def _ending_at_once() -> Generator[None]:
     """Returns a context for imports in which Ctrl-C ends the process at once.
 
-    An exception could be lost in a callback of an imported package."""
+    Otherwise, an imported package could lose the KeyboardInterrupt in a callback."""
 
     def end(number, frame):
         _fail(INTERRUPTED, EXIT_INTERRUPTED)
@@ -208,13 +208,13 @@ def _show_warning(
     file: TextIO | None = None,
     line: str | None = None,
 ) -> None:
-    """Shows a warning as one sentence, with its location in the code unless it is flowgen's own."""
+    """Shows a warning as one sentence, with its location in the code unless it comes from flowgen."""
     place = "" if category is UserWarning else f" ({category.__name__}, {filename}:{lineno})"
     sys.stderr.write(f"flowgen: warning: {as_sentence(message)}{place}\n")
 
 
 class _Sentences(logging.Handler):
-    """Shows flowgen's log messages in the same way as warnings."""
+    """Shows flowgen's log messages like warnings."""
 
     def emit(self, record: logging.LogRecord) -> None:
         sys.stderr.write(f"flowgen: {record.levelname.lower()}: {as_sentence(record.getMessage())}\n")
@@ -223,7 +223,7 @@ class _Sentences(logging.Handler):
 @contextlib.contextmanager
 def _log_as_sentences() -> Generator[None]:
     handler, logger = _Sentences(logging.WARNING), logging.getLogger("flowgen")
-    # Other packages add a root handler, which would print the line a second time.
+    # Other packages add a root handler, which would print the line again.
     propagates, logger.propagate = logger.propagate, False
     logger.addHandler(handler)
     try:

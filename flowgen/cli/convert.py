@@ -15,17 +15,17 @@ def declare(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--to", required=True, help="run directory to create")
     tarflow = parser.add_argument_group("TARFlow")
     tarflow.add_argument("--image-size", help="side of the images, or height,width")
-    tarflow.add_argument("--patch-size", type=whole_number(1), help="default: from a published file name")
-    tarflow.add_argument("--channels", type=whole_number(1), help="default: 3")
+    tarflow.add_argument("--patch-size", type=whole_number(1), help="side of a patch (default: from the file name)")
+    tarflow.add_argument("--channels", type=whole_number(1), help="channels of the images (default: 3)")
     tarflow.add_argument(
-        "--noise-std", type=finite_number, help="std of the training noise; default: from a published file name"
+        "--noise-std", type=finite_number, help="standard deviation of the training noise (default: from the file name)"
     )
     starflow = parser.add_argument_group("STARFlow")
-    starflow.add_argument("--arguments", metavar="YAML", help="the arguments file published with the weights")
+    starflow.add_argument("--arguments", metavar="YAML", help="arguments file published with the weights")
     starflow.add_argument("--dtype", choices=("float32", "bfloat16"), help="dtype of the parameters (default: float32)")
     starflow.add_argument("--autoencoder", metavar="DIR", help="folder of the autoencoder, recorded in the run")
     starflow.add_argument("--text-encoder", metavar="DIR", help="folder of the text encoder, recorded in the run")
-    parser.add_argument("--entry", help="which state dict, if the file holds several")
+    parser.add_argument("--entry", help="name of the state dict to read, if the file contains several")
 
 
 def run(options: argparse.Namespace, rest: list[str]) -> int:
@@ -47,15 +47,15 @@ def _tarflow(options: argparse.Namespace) -> tuple[Any, Any, Any]:
     for name in ("dtype", "autoencoder", "text_encoder"):
         if getattr(options, name) is not None:
             option = f"--{name.replace('_', '-')}"
-            raise ValueError(f"{option} is for STARFlow, which needs --arguments too; add it, or leave out {option}.")
+            raise ValueError(f"{option} is for STARFlow, which also needs --arguments; add it, or leave out {option}.")
     if options.image_size is None:
-        raise ValueError("--image-size is missing; give it for a TARFlow, or --arguments for a STARFlow.")
+        raise ValueError("--image-size is missing; give it for a TARFlow, or give --arguments for a STARFlow.")
     named = convert.parse_file_name(options.file) or {}
     patch_size = named.get("patch_size") if options.patch_size is None else options.patch_size
     noise_std = named.get("noise_std") if options.noise_std is None else options.noise_std
     if patch_size is None or noise_std is None:
         missing = "--patch-size" if patch_size is None else "--noise-std"
-        raise ValueError(f"{missing} is missing, and the name of {options.file} does not state it; give it.")
+        raise ValueError(f"{missing} is missing, and the file name {options.file} does not contain its value; give it.")
     flow, variables = convert.tarflow(
         convert.read_state_dict(options.file, entry=options.entry),
         image_size=_image_size(options.image_size),
@@ -80,7 +80,7 @@ def _starflow(options: argparse.Namespace) -> tuple[Any, Any, Any]:
 
     for name in ("image_size", "patch_size", "channels", "noise_std"):
         if getattr(options, name) is not None:
-            raise ValueError(f"--{name.replace('_', '-')} is given, but --arguments sets it already; leave it out.")
+            raise ValueError(f"--{name.replace('_', '-')} is already set by the file in --arguments; leave it out.")
     arguments = convert.read_arguments(options.arguments)
     codec = _codec(options, arguments) if arguments.get("vae") else None
     state_dict = convert.read_state_dict(options.file, entry=options.entry)
@@ -102,14 +102,14 @@ def _starflow(options: argparse.Namespace) -> tuple[Any, Any, Any]:
 def _codec(options: argparse.Namespace, arguments: Any) -> Any:
     from flowgen.experiments import PretrainedAutoencoder
 
-    # The published name of a video autoencoder may end with the factor on its latents.
+    # The published name of a video autoencoder may end with a scale for its latents.
     name, _, scale = str(arguments["vae"]).partition(":")
     try:
         temporal_scale = float(scale or 1)
     except ValueError as error:
         raise ValueError(
-            f"vae in --arguments {options.arguments} is '{name}:{scale}', but '{scale}', the factor on the latents, is "
-            f"not a number; write '{name}:0.6', or leave the factor out."
+            f"vae in --arguments {options.arguments} is '{name}:{scale}', but the scale of the latents, '{scale}', is "
+            f"not a number; write, for example, '{name}:0.6', or leave out the scale."
         ) from error
     return PretrainedAutoencoder(_place(options.autoencoder), temporal_scale=temporal_scale)
 
@@ -127,16 +127,16 @@ def _text(options: argparse.Namespace, arguments: Any) -> Any:
 
 
 def _place(path: str | None) -> str:
-    """Returns an absolute path, valid in any working directory; empty if it is not known yet."""
+    """Returns the absolute path of a folder, or an empty string if none is given."""
     if path is None:
         return ""
     if not Path(path).is_dir():
-        raise FileNotFoundError(f"There is no folder '{path}'; give the published folder.")
+        raise FileNotFoundError(f"There is no folder '{path}'; give the path of the published folder.")
     return str(Path(path).absolute())
 
 
 def _image_size(text: str) -> int | tuple[int, int]:
     sides = text.split(",")
     if not all(side.isdecimal() for side in sides) or len(sides) not in (1, 2):
-        raise ValueError(f"--image-size is {text!r}; give a side such as 64, or height,width such as 32,48.")
+        raise ValueError(f"--image-size is {text!r}; give one side, such as 64, or height,width, such as 32,48.")
     return int(sides[0]) if len(sides) == 1 else (int(sides[0]), int(sides[1]))

@@ -11,10 +11,10 @@ from flowgen.cli.options import say
 
 def declare(parser: argparse.ArgumentParser) -> None:
     """Adds the options of the command."""
-    parser.add_argument("--config", required=True, help="Python file with config() of a flow on latents")
+    parser.add_argument("--config", required=True, help="Python file with the config() of a flow on latents")
     parser.add_argument("--out", required=True, help="new directory for the latents and caption features")
-    parser.add_argument("--debug", action="store_true", help="encode for the experiment that --debug trains")
-    parser.epilog = "Any field of the config can be set: --codec.path DIR --data.name folder --data.path DIR."
+    parser.add_argument("--debug", action="store_true", help="encode data for the experiment that train --debug runs")
+    parser.epilog = "Any field of the config can be set, such as --codec.path DIR --data.name folder --data.path DIR."
 
 
 def run(options: argparse.Namespace, rest: list[str]) -> int:
@@ -29,10 +29,13 @@ def run(options: argparse.Namespace, rest: list[str]) -> int:
     checkpoint.check_new(options.out)
     experiment = load_experiment(options, rest)
     if not isinstance(experiment, AutoregressiveExperiment) or not experiment.is_latent:
-        raise ValueError(f"{experiment.name} has neither codec nor text, so there is nothing to encode; set --codec.")
+        raise ValueError(f"{experiment.name} has no codec and no text encoder, so nothing needs encoding; set --codec.")
     if isinstance(experiment.data, LatentsConfig):
-        raise ValueError("data are cached latents, which are already encoded; give images or clips.")
-    data, experiment = experiment.data, experiment.with_provenance()  # Other networks are refused later.
+        raise ValueError("data are cached latents, so they are already encoded; give images or clips instead.")
+    data, experiment = (
+        experiment.data,
+        experiment.with_provenance(),
+    )  # Training with other networks then raises an error.
     splits = ("train", "eval") if data.eval_fraction > 0 else ("train",)
     writer, names = LatentWriter(options.out), ()
     with told_once():
@@ -44,7 +47,7 @@ def run(options: argparse.Namespace, rest: list[str]) -> int:
 
 
 def _encode(writer: Any, experiment: Any, split: Any) -> tuple[str, ...]:
-    """Writes the latents of a split; returns its class names."""
+    """Writes the latents of a split and returns its class names."""
     from flowgen.data.dataset import buckets_of
     from flowgen.data.latents import kind_of
     from flowgen.experiments.drawing import per_second

@@ -14,8 +14,8 @@ def declare(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--checkpoint", required=True, help="directory of a run")
     parser.add_argument("--step", type=step_or_best, help="checkpoint to use: a number, or best (default: the latest)")
     parser.epilog = (
-        "To use other data: --data.name folder --data.path DIR. To draw samples with settings that differ from the "
-        "run's: --guidance 2 --plan jacobi; info --checkpoint lists the fields."
+        "To use other data, add --data.name folder --data.path DIR. To change how samples are drawn, add fields such "
+        "as --guidance 2 --plan jacobi; info --checkpoint lists them."
     )
 
 
@@ -64,7 +64,7 @@ def _check_data(given: set[str]) -> None:
 
 
 def _check_sampling(given: set[str], experiment: Any, asked: Any) -> None:
-    """Raises ValueError if sampling fields are set that this evaluation does not use."""
+    """Raises ValueError if a sampling field is set that this evaluation does not use."""
     from flowgen.data import PointsConfig
     from flowgen.experiments import MatchingExperiment
 
@@ -73,14 +73,14 @@ def _check_sampling(given: set[str], experiment: Any, asked: Any) -> None:
             raise ValueError(f"--{name} has no effect in evaluate; set the number of samples with --samples.")
         if isinstance(experiment.data, PointsConfig):
             raise ValueError(
-                f"--{name} has no effect in evaluate, which compares fixed solvers on points; leave it out."
+                f"--{name} has no effect here, because evaluate compares fixed solvers on points; leave it out."
             )
         if not asked.samples and not isinstance(experiment, MatchingExperiment):
-            raise ValueError(f"--{name} is given, but no samples are drawn; add --samples 100, or leave it out.")
+            raise ValueError(f"--{name} has no effect without samples; add --samples 100, or leave it out.")
 
 
 def _on_other_data(trained: Any, changed: Any) -> Any:
-    """Returns the experiment with the requested data, whose classes are mapped to the run's by name."""
+    """Returns the experiment on the requested data, with classes matched to the run's by name."""
     from flowgen.data.inventory import name_list, tell
     from flowgen.experiments.images import with_class_names
 
@@ -88,12 +88,10 @@ def _on_other_data(trained: Any, changed: Any) -> Any:
     if known and not asked:  # another type of data has no classes yet
         return dataclasses.replace(changed, data=dataclasses.replace(changed.data, classes=known))
     if known and asked != known:
-        raise ValueError(
-            f"--data.classes is {asked}, but the run numbers its classes {name_list(known)}; leave it out."
-        )
+        raise ValueError(f"--data.classes is {asked}, but the run's classes are {name_list(known)}; leave it out.")
     if not known and changed.data != trained.data and (found := getattr(with_class_names(changed).data, "classes", ())):
         tell(
-            f"The run has no class names, so its labels 0, 1, ... are taken to mean {name_list(found)}; check "
-            "their order."
+            f"The run has no class names, so its labels 0, 1, ... are assumed to mean {name_list(found)}; "
+            "check their order."
         )
     return changed

@@ -1,6 +1,6 @@
 """The grammar of all commands: `--group.field value` sets a field of the experiment, `--option value` an option.
 
-Fields of `sampling` and some common ones need no group, in any command. Hyphens and underscores are equivalent.
+In every command, fields of `sampling` and some common fields need no group. Hyphens and underscores are equivalent.
 """
 
 from __future__ import annotations
@@ -35,12 +35,12 @@ E = TypeVar("E", bound=Experiment)
 def apply_words(
     words: Sequence[str], experiment: E, options: Any = None, *, groups: tuple[str, ...] | None = None
 ) -> tuple[E, Any, set[str]]:
-    """Returns the experiment and the options with the values set on a command line, and the names that were set.
+    """Returns the experiment and the options with the values from a command line, and the names of the fields set.
 
-    options: a dataclass whose fields are the command's own options for this kind of experiment. groups: groups of the
-    experiment that the command takes, or single fields such as "codec.path"; None for all.
+    options: a dataclass whose fields are the command's own options for this kind of experiment. groups: field
+    groups of the experiment that the command accepts, or single fields such as "codec.path"; None accepts all.
 
-    Raises ValueError if a word is not a field, a field is set twice, or a value does not fit; names it.
+    Raises ValueError if a field is unknown, is set twice or has an invalid value; the message names the field.
 
     Example:
         experiment, options, given = apply_words(["--num", "4", "--seed=1"], experiment, DrawOptions())
@@ -72,7 +72,7 @@ def apply_words(
 
 
 def _overridden(options: Any, words: list[str]) -> Any:
-    """Returns the options with the values that words set; errors name options as they were written."""
+    """Returns the options with the values from the words; error messages name options as on the command line."""
     try:
         return override(options, words)
     except ValueError as error:
@@ -82,7 +82,7 @@ def _overridden(options: Any, words: list[str]) -> Any:
 
 
 def load_experiment(options: argparse.Namespace, words: list[str]) -> Experiment:
-    """Returns the experiment of `--config`, reduced by `--debug`, with the fields that words set."""
+    """Returns the experiment of `--config`, shrunk if `--debug` is given, with the fields set by the words."""
     path = config_path(options.config)
     try:
         experiment = load_config(path)
@@ -91,12 +91,12 @@ def load_experiment(options: argparse.Namespace, words: list[str]) -> Experiment
         if line is None:
             raise
         reason = str(error).rstrip(".") if isinstance(error, ValueError) else f"{type(error).__name__}: {error}"
-        raise ValueError(f"config {path} fails on line {line} ({reason}); correct it there.") from error
+        raise ValueError(f"config {path} fails on line {line} ({reason}); correct that line.") from error
     return apply_words(words, experiment.debug() if options.debug else experiment)[0]
 
 
 def _line_of(path: str, error: Exception) -> int | None:
-    """Returns the line of a config file at which an error arose; None if the error came from elsewhere."""
+    """Returns the line of a config file that raised an error, or None if the error came from elsewhere."""
     if isinstance(error, SyntaxError) and (error.filename in (path, None) or error.lineno is None):
         return error.lineno or 1  # An error about a NUL byte has no line number.
     lines = [frame.lineno for frame in traceback.extract_tb(error.__traceback__) if frame.filename == path]
@@ -104,7 +104,7 @@ def _line_of(path: str, error: Exception) -> int | None:
 
 
 def short_names(experiment: Experiment) -> dict[str, str]:
-    """Returns the fields of an experiment that need no group on a command line, by their short names.
+    """Returns the full names of the fields that need no group on a command line, by short name.
 
     Example:
         short_names(experiment)["guidance"]  # "sampling.guidance"
@@ -120,7 +120,7 @@ def short_names(experiment: Experiment) -> dict[str, str]:
 def options_help(
     title: str, options: Any, *, without: tuple[Any, ...] = (), group: str = "", omit: tuple[str, ...] = ()
 ) -> str:
-    """Returns a line for each field of a command's options or of a group of fields, under a title.
+    """Returns a title, then one line for each field of a command's options or of a config group.
 
     without: options whose fields are listed elsewhere. omit: further fields to leave out. group: prefix of the field
     names.
@@ -138,7 +138,7 @@ def _pairs(words: Sequence[str]) -> list[tuple[str, str | None]]:
     while rest:
         word = rest.pop(0)
         if not word.startswith("--") or word == "--":
-            raise ValueError(f"'{word}' is not understood; set fields as in --sampling.num 4.")
+            raise ValueError(f"'{word}' is not understood; set a field as in --sampling.num 4.")
         name, equals, text = word[2:].partition("=")
         if not equals and rest and not rest[0].startswith("--"):
             pairs.append((name, rest.pop(0)))
@@ -171,20 +171,20 @@ def _unknown(word: str, experiment: Experiment, own: tuple[str, ...], groups: tu
     names = [name.replace("_", "-") for name in (*own, *short)]
     close = difflib.get_close_matches(word, names, n=1, cutoff=0.6) or difflib.get_close_matches(word, known, n=1)
     kind = type(experiment).__name__.removesuffix("Experiment")
-    what = f"--{word} is not an option here for a {type_name(experiment.model)} ({kind} experiment)"
+    what = f"--{word} is not an option of this command for a {type_name(experiment.model)} ({kind} experiment)"
     if close:
         return f"{what}; did you mean --{close[0]}?"
     options = f"options {', '.join(f'--{name}' for name in names)}" if names else ""
     present = dict.fromkeys(name if name in (groups or ()) else f"{name.partition('.')[0]}.*" for name in known)
     ours = "every field, such as --train.steps" if groups is None else " and ".join(f"--{g}" for g in present)
-    return f"{what}; it takes {' and '.join(filter(None, (options, ours)))}."
+    return f"{what}; it accepts {' and '.join(filter(None, (options, ours)))}."
 
 
 def _check_parallel(began: Experiment, experiment: Experiment) -> None:
-    """Raises ValueError if fields of parallel plans were changed, but the plan is not parallel."""
+    """Raises ValueError if a field for parallel plans was changed, but the plan is not parallel."""
     before, now = (getattr(one, "sampling", None) for one in (began, experiment))
     changed = any(getattr(before, name, None) != getattr(now, name, None) for name in OF_PARALLEL_PLANS)
     if changed and getattr(now, "plan", None) not in PARALLEL_PLANS:
         raise ValueError(
-            f"--window, --tol and --init are for --plan {' or '.join(PARALLEL_PLANS)}; add it, or leave them out."
+            f"--window, --tol and --init need --plan {' or '.join(PARALLEL_PLANS)}; add it, or leave them out."
         )

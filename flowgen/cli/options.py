@@ -1,4 +1,4 @@
-"""Code that several commands share: option parsers, help lines, a memory check and printing."""
+"""Code shared by several commands: option parsers, help lines, a memory check and printing."""
 
 from __future__ import annotations
 
@@ -54,7 +54,7 @@ def step_or_best(text: str) -> int | str:
 
 
 def described(setting: Setting) -> str:
-    """Returns a field as on a command line, followed by its help as a shell comment."""
+    """Returns a field as written on a command line, followed by its help as a shell comment."""
     value = str(setting.value)
     quoted = f'"{value}"' if "'" in value and not set(value) & set('"$`\\') else shlex.quote(value)
     option = f"--{setting.name} {quoted}"
@@ -62,7 +62,7 @@ def described(setting: Setting) -> str:
 
 
 def num_parameters(flow: Any) -> int:
-    """Returns the number of parameters of a model, without allocating them."""
+    """Returns the number of parameters in a model, without allocating them."""
     import jax
 
     from flowgen.nn import init
@@ -72,8 +72,8 @@ def num_parameters(flow: Any) -> int:
 
 
 def check_memory(parameters: int, *, copies: int) -> None:
-    """Raises ValueError if a model's parameters do not fit in this machine's memory, and warns if the copies that
-    training keeps (parameters, moments, average) do not.
+    """Raises ValueError if a model's parameters do not fit in this machine's memory. Warns if they fit, but the
+    copies that training keeps (gradient, moments, average) do not.
 
     Only CPUs are checked: accelerators have their own memory, and several may share a model.
     """
@@ -88,7 +88,7 @@ def check_memory(parameters: int, *, copies: int) -> None:
         return
     message = (
         f"the model's {parameters:,} parameters take {needed / 1e9:.1f} GB, and training keeps {copies} copies, but "
-        f"this machine has {available / 1e9:.1f} GB of memory; make the model narrower, or give it fewer layers."
+        f"this machine has {available / 1e9:.1f} GB of memory; make the model narrower, or use fewer layers."
     )
     if needed > available:
         raise ValueError(message)
@@ -102,7 +102,7 @@ def say(line: str) -> None:
 
 
 def as_sentence(message: object) -> str:
-    """Returns a message on one line, with control characters escaped and, if it is very long, without its middle."""
+    """Returns a message on one line, with control characters escaped; leaves out the middle of a very long one."""
     text = str(message)
     if len(text) > MAX_MESSAGE:
         text = f"{text[: MAX_MESSAGE // 2]} ... {text[-MAX_MESSAGE // 2 :]}"

@@ -25,7 +25,7 @@ KINDS = {2: "points", 4: "images", 5: "clips"}  # by the number of axes
 
 @dataclass(frozen=True)
 class Output:
-    """Where samples are written.
+    """Where to write samples.
 
     path: an image, or .npz; for clips also .gif or .mp4. single: a new directory for one file per sample, or None.
 
@@ -54,12 +54,12 @@ class Output:
         check(self.path)
         if self.single is not None:
             if self.single == self.path:
-                raise ValueError(f"--single and --out are both {self.path}; give --single a directory of its own.")
+                raise ValueError(f"--single and --out are both {self.path}; give --single a different path.")
             check_new(self.single)
             pillow()
 
     def check_fits(self, experiment: Experiment, options: DrawOptions) -> None:
-        """Raises ValueError if the samples of an experiment cannot be written in this form."""
+        """Raises ValueError if an experiment's samples cannot be written in this form."""
         is_clips = isinstance(experiment, VideoFlowExperiment)
         if self.is_video and not is_clips:
             raise ValueError(f"--out is {self.path}, but this model does not draw videos; use .png or .npz.")
@@ -70,11 +70,11 @@ class Output:
         if experiment.drawn_channels is None:  # points
             matplotlib()
             if self.single is not None:
-                raise ValueError("--single writes images, but this model draws points; leave it out.")
+                raise ValueError("--single writes images, but this model draws points; leave out --single.")
         elif (not self.is_arrays or self.single) and experiment.drawn_channels not in DRAWABLE_CHANNELS:
             raise ValueError(
-                f"The model draws {experiment.drawn_channels} channels, but image files have 1 or 3; use only "
-                "--out samples.npz."
+                f"The samples have {experiment.drawn_channels} channels, but images have 1 or 3; use --out samples.npz "
+                "without --single."
             )
 
     def write(self, experiment: Experiment, model: Any, variables: Any, samples: Samples, options: Any) -> None:

@@ -25,12 +25,12 @@ def declare(parser: argparse.ArgumentParser) -> None:
         "--single", metavar="DIR", help="also write each sample to a file in this new directory: PNG, or GIF for clips"
     )
     parser.add_argument(
-        "--prompt", action="append", help="a prompt; repeat it to give several, which are drawn in turn"
+        "--prompt", action="append", help="a prompt; repeat the option to sample several prompts in turn"
     )
     parser.add_argument("--prompts", metavar="FILE", help="text file with one prompt per line")
     parser.epilog = (
-        "--autoencoder and --text-encoder override the paths that the run recorded. info --checkpoint lists the "
-        "fields of a run with their values."
+        "--autoencoder and --text-encoder override the paths recorded in the run. info --checkpoint lists a "
+        "run's fields and their values."
     )
 
 
@@ -70,7 +70,7 @@ def run(options: argparse.Namespace, rest: list[str]) -> int:
     make_options = experiment.draw_options
     if make_options is None:
         raise ValueError(
-            f"{options.checkpoint} is the run of an autoencoder, which cannot be sampled; train a flow on its latents."
+            f"{options.checkpoint} is an autoencoder run, which cannot be sampled; train a flow on its latents."
         )
     groups = ("sampling", "codec.path", "text.encoder")
     experiment, asked, given = apply_words(rest, experiment, make_options(), groups=groups)
@@ -87,11 +87,11 @@ def run(options: argparse.Namespace, rest: list[str]) -> int:
 
 
 def _with_prompts(experiment: Any, prompts: tuple[str, ...], given: set[str]) -> Any:
-    """Returns the experiment with the command line's prompts, each drawn once unless a number is given."""
+    """Returns the experiment with the command line's prompts, each sampled once unless --num is given."""
     sampling = experiment.sampling
     if prompts:
         if not getattr(experiment.model, "text_dim", 0):
-            raise ValueError(f"--prompt is {prompts[0]!r}, but this model takes no texts; leave it out.")
+            raise ValueError(f"--prompt is {prompts[0]!r}, but this model is not conditioned on text; leave it out.")
         if "sampling.prompts" in given:
             raise ValueError("--prompt or --prompts and --sampling.prompts set the same field; leave one out.")
         sampling = dataclasses.replace(sampling, prompts=prompts)
@@ -103,10 +103,10 @@ def _with_prompts(experiment: Any, prompts: tuple[str, ...], given: set[str]) ->
 
 
 def _prompts(options: argparse.Namespace) -> tuple[str, ...]:
-    """Returns the prompts of the command line; ValueError if a file has none."""
+    """Returns the prompts from the command line. Raises ValueError if a file has none."""
     if options.prompt is not None and options.prompts is not None:
         raise ValueError(
-            "--prompt and --prompts are both given; put all prompts into the file, or on the command line."
+            "--prompt and --prompts cannot be combined; put all prompts in the file, or give each one with --prompt."
         )
     if options.prompts is None:
         return tuple(options.prompt or ())
@@ -120,19 +120,19 @@ def _prompts(options: argparse.Namespace) -> tuple[str, ...]:
             "prompt per line."
         ) from error
     except UnicodeDecodeError as error:
-        raise ValueError(f"--prompts {options.prompts} is not UTF-8 text ({error}); convert it.") from error
+        raise ValueError(f"--prompts {options.prompts} is not UTF-8 text ({error}); convert it to UTF-8.") from error
     if not any(line.strip() for line in lines):
-        raise ValueError(f"--prompts {options.prompts} has no prompt; write one per line.")
+        raise ValueError(f"--prompts {options.prompts} has no prompts; write one per line.")
     return tuple(line.strip() for line in lines if line.strip())
 
 
 def _progress_bar() -> Callable[[int, int], None]:
-    """Returns a callback that shows a progress bar of each batch's decoded tokens on standard error."""
+    """Returns a callback that shows a progress bar on standard error for the decoded tokens of each batch."""
     try:
         from tqdm import tqdm
     except ModuleNotFoundError as error:
         raise missing("--progress", "tqdm", otherwise="leave it out") from error
-    bars: list[Any] = []  # the current batch's bar, from compilation until it is decoded
+    bars: list[Any] = []  # the current batch's bar, until the batch is decoded
 
     def progress(solved: int, total: int) -> None:
         if not bars:

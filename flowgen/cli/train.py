@@ -7,7 +7,7 @@ import os
 
 from flowgen.cli.options import check_memory, num_parameters, say
 
-DEBUG = "--debug: a tiny model, to check that everything runs; its numbers mean nothing."
+DEBUG = "--debug trains a tiny model to check that everything runs; its metrics mean nothing."
 
 
 def declare(parser: argparse.ArgumentParser) -> None:
@@ -15,10 +15,10 @@ def declare(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--config", required=True, help="Python file with config(), or the name of one, such as tarflow_digits"
     )
-    parser.add_argument("--workdir", required=True, help="directory of the run; resumed if it holds a checkpoint")
+    parser.add_argument("--workdir", required=True, help="directory of the run, which resumes if it has a checkpoint")
     parser.add_argument("--debug", action="store_true", help="shrink the experiment, so that it takes seconds on a CPU")
     parser.epilog = (
-        "Any field of the config can be set: --optim.lr 3e-4 --train.steps 1000, or --lr and --steps; info lists them."
+        "Any field of the config can be set, such as --optim.lr 3e-4 or, for short, --lr 3e-4; info lists the fields."
     )
 
 
@@ -50,12 +50,11 @@ def run(options: argparse.Namespace, rest: list[str]) -> int:
                 say(DEBUG)
             result = fit(experiment, options.workdir, signals=signals)
         except Interrupted as stop:
-            say("Stopped before the first step; nothing is lost, and the same command starts over.")
+            say("Stopped before the first step; nothing is lost. Run the same command to start over.")
             return 128 + stop.number
     if result.signal:
         say(
-            f"Stopped at step {result.state.step}, which is saved in {options.workdir}; the same command "
-            "resumes from it."
+            f"Stopped at step {result.state.step}, which is saved in {options.workdir}; run the same command to resume."
         )
         return 128 + result.signal
     if result.metrics:

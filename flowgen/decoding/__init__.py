@@ -1,4 +1,4 @@
-"""Inversion of autoregressive flows: sequential and parallel decoding, guidance, sampling."""
+"""Inversion of autoregressive flows: sequential and parallel decoding, guidance and sampling."""
 
 from flowgen.decoding.clips import Clip
 from flowgen.decoding.plan import DecodePlan, Jacobi, Sequential, SlidingWindow, resolve_plan

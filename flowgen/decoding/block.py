@@ -1,4 +1,4 @@
-"""One flow block for decoding: noise to tokens and back, under a condition and guidance."""
+"""A flow block for decoding: maps noise to tokens and back, under a condition and guidance."""
 
 from __future__ import annotations
 
@@ -30,8 +30,8 @@ from flowgen.nn.layers import master_dtype
 class GuidedBlock:
     """A block bound to its variables, condition and guidance.
 
-    cond: the condition; under guidance, those of both branches, the conditional one first. None for unconditional
-    blocks.
+    cond: the condition; with guidance, the conditional branch's condition followed by the unconditional branch's. None
+    for unconditional blocks.
     """
 
     block: AutoregressiveBlock
@@ -48,8 +48,8 @@ class GuidedBlock:
     ) -> Solution:
         """Returns the tokens whose noise is z, both in raster order, and the solver's report.
 
-        context: tokens that precede the tokens of z; only for blocks in raster order without passthrough tokens.
-        solved: called on the device with the number of tokens solved by each window.
+        context: the tokens before those to be decoded; only for blocks in raster order without passthrough tokens.
+        solved: called on the device after each window, with the number of tokens that it solved.
         """
         config, passthrough = self.block.config, self.block.num_passthrough
         u = reorder(each_frame(z, config.frames), config.order)
@@ -68,7 +68,7 @@ class GuidedBlock:
         )
 
     def forward(self, x: Float[Array, "b n c"]) -> Float[Array, "b n c"]:
-        """Returns the noise of tokens, both in raster order, in one parallel pass; this undoes `inverse`."""
+        """Returns the noise for tokens x, both in raster order, in one parallel pass; undoes `inverse`."""
         config, passthrough = self.block.config, self.block.num_passthrough
         if self.guidance is None:
             return self.block.apply(self.variables, x, self.cond)[0]
@@ -84,7 +84,7 @@ class GuidedBlock:
         batch, begin = len(known), known.shape[1] - block.num_passthrough
 
         def begin_cache(length: int) -> tuple | None:
-            """Caches with room for `length` more tokens, filled with the prefix and the known tokens."""
+            """Caches that contain the prefix and the known tokens, with room for `length` more."""
             factors = self._inverse_temperature(batch)
             branches = batch if factors is None else 2 * batch
             caches = block.apply(variables, branches, begin + length, self.cond, factors, method="prefill")
@@ -122,14 +122,14 @@ class GuidedBlock:
         return *self.guidance.combine(conditional, unconditional, progress[None, :, None]), caches
 
     def _inverse_temperature(self, batch: int) -> Float[Array, " branches"] | None:
-        """The factors on the attention logits of both branches; None without guidance."""
+        """One factor on the attention logits per sample and branch; None without guidance."""
         if self.guidance is None:
             return None
         dtype = master_dtype(self.block.config.transformer.dtype)
         return jnp.where(jnp.arange(2 * batch) < batch, 1.0, 1.0 / self.guidance.temperature).astype(dtype)
 
     def _unrolled(self) -> GuidedBlock:
-        """The same block with unrolled layers, which take caches."""
+        """This block with unrolled layers, which support caches."""
         block, variables = decoding_block(self.block.config, self.variables)
         return replace(self, block=block, variables=variables)
 
@@ -148,7 +148,7 @@ def guided_block(
 
 
 def _last_frame(config: BlockConfig, known: Float[Array, "b m c"]) -> PreviousFrame | None:
-    """The last frame of the known tokens; None for blocks of one frame."""
+    """The last frame of the known tokens; None for blocks that model one frame."""
     if config.positions is None or config.positions.frames == 1:
         return None
     tokens = config.num_tokens // config.positions.frames

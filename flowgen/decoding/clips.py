@@ -1,4 +1,4 @@
-"""`Clip`: clips that begin with given frames, and clips longer than those the flow models (arXiv 2511.20462)."""
+"""`Clip`: clips that begin with given frames, or that are longer than the flow's own clips (arXiv 2511.20462)."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from flowgen.flows.starflow_v import STARFlowVConfig
 from flowgen.nn.layers import master_dtype
 
 MOST_FRAMES = 1 << 20
-CONTEXT = 0.75  # share of a clip's frames: 16 of 21, as published
+CONTEXT = 0.75  # fraction of the frames that the flow models: 16 of 21, as published
 
 
 @jax.tree_util.register_dataclass
@@ -26,13 +26,13 @@ CONTEXT = 0.75  # share of a clip's frames: 16 of 21, as published
 class Clip:
     """How long the clips of a `STARFlowV` are, how they begin, and how they continue beyond the F frames it models.
 
-    frames: frames per clip; None means F. given: the first frames, including the noise that the flow models; only
-    denoising changes them. context: how many frames a restart begins with, for clips of more than F frames; None means
-    3/4 of F, rounded. restart_cond: condition of restarts, such as the texts that clips without their first frame had
-    in training; None means the condition of the clip.
+    frames: frames per clip; None means F. given: the first frames, with the training noise added; only denoising
+    changes them. context: how many frames each restart begins with, in clips of more than F frames; None means 3/4 of
+    F, rounded. restart_cond: the condition for restarts, such as the texts used in training for clips without their
+    first frame; None means the clip's condition.
     progress: called on the host as progress(solved, total) whenever the deep block solves tokens; `solved` is the
-    number just solved, and `total` the number to be solved per clip. The program does not wait for this call, and is
-    compiled once per such function.
+    number of tokens just solved, and `total` the number to solve per clip. The program does not wait for this call, and
+    is recompiled for each new function.
 
     Example:
         r = sample(flow, params, jax.random.key(0), 2, texts, clip=Clip(frames=41, given=noisy_first_frames))
@@ -46,26 +46,26 @@ class Clip:
 
 
 def checked_clip(clip: Clip | None, config: FlowConfig, cond: Condition | None, batch: int) -> Clip:
-    """Returns the clip with jax arrays and all defaults filled in; None means a clip of the flow's own length.
+    """Returns the clip with jax arrays and with its defaults filled in; None means a clip of the flow's own length.
 
-    cond: the condition of the clip. Raises ValueError if the clip does not fit the flow or the batch.
+    cond: the clip's condition. Raises ValueError if the clip does not fit the flow or the batch.
     """
     if clip is None:
         clip = Clip()
     elif not isinstance(clip, Clip):
-        raise ValueError(f"clip is {shown(clip)}; give Clip(frames=...), or None.")
+        raise ValueError(f"clip is {shown(clip)}; it must be Clip(frames=...) or None.")
     elif not isinstance(config, STARFlowVConfig):
-        raise ValueError("clip is given, but the flow makes images; leave it out, or give a STARFlowV.")
+        raise ValueError("clip is only for a STARFlowV, but this flow generates images; leave it out.")
     if clip.restart_cond is not None and cond is None:
-        raise ValueError("clip.restart_cond is given, but cond is not; give both, or neither.")
+        raise ValueError("clip.restart_cond needs cond; give both, or neither.")
     frames = modelled_frames(config) if clip.frames is None else clip.frames
     check_count("clip.frames", frames)
     if frames > MOST_FRAMES:
         raise ValueError(f"clip.frames is {frames}; it must be at most {MOST_FRAMES}.")
     if clip.context is not None and not isinstance(clip.context, int | np.integer):
-        raise ValueError(f"clip.context is {shown(clip.context)}; give a whole number of frames.")
+        raise ValueError(f"clip.context is {shown(clip.context)}; it must be a whole number of frames.")
     if clip.progress is not None and not callable(clip.progress):
-        raise ValueError(f"clip.progress is {shown(clip.progress)}; give a function (solved, total), or None.")
+        raise ValueError(f"clip.progress is {shown(clip.progress)}; it must be a function of (solved, total), or None.")
     _check_given(clip, frames, config, batch)
     return replace(
         clip,
@@ -100,21 +100,21 @@ def _check_given(clip: Clip, frames: int, config: FlowConfig, batch: int) -> Non
     check_floating("clip.given", given)
     if given.ndim != 5 or given.shape[0] != batch or given.shape[2:] != shape:
         raise ValueError(
-            f"clip.given has shape {tuple(given.shape)}; this call takes ({batch}, frames given, "
+            f"clip.given has shape {tuple(given.shape)}; its shape must be ({batch}, frames, "
             f"{', '.join(map(str, shape))})."
         )
     if not 1 <= given.shape[1] < frames:
         raise ValueError(
-            f"clip.given has {given.shape[1]} frames, and the clip has {frames}; "
-            f"give at least 1 and fewer than {frames}."
+            f"clip.given has {given.shape[1]} frames, but the clip has {frames}; "
+            f"give at least 1 frame and fewer than {frames}."
         )
 
 
 def _checked_context(context: int | None, frames: int, most: int) -> int:
-    """How many frames restarts begin with; 0 without restarts, so that all values of `context` share one program."""
+    """How many frames a restart begins with; 0 without restarts, so that all values of `context` share one program."""
     if frames > most == 1:
-        raise ValueError(f"clip.frames is {frames}, but a flow of 1 frame cannot continue a clip; ask for 1.")
+        raise ValueError(f"clip.frames is {frames}, but a flow of 1 frame cannot continue a clip; set it to 1.")
     if context is not None and not 1 <= context < most:
-        raise ValueError(f"clip.context is {context}; it must be from 1 to {most - 1}, for a flow of {most} frames.")
+        raise ValueError(f"clip.context is {context}; it must be from 1 to {most - 1} for a flow of {most} frames.")
     default = max(1, min(round(CONTEXT * most), most - 1))
     return 0 if frames <= most else default if context is None else context

@@ -1,7 +1,7 @@
 """`run`: the one compiled program behind `invert` and `sample`.
 
 Decoding first inverts the last block, segment by segment, from noise to tokens u. The other blocks then map u to
-images, or to frames one by one. Given frames are first mapped to their u by a forward pass of the other blocks; one
+images, or to frames one by one. If frames are given, a forward pass of the other blocks first maps them to their u. A
 pass over this u fills the last block's caches, and decoding continues from there.
 """
 
@@ -26,7 +26,7 @@ from flowgen.nn.layers import master_dtype
 
 
 def run(request: DecodeRequest) -> DecodeResult:
-    """Returns the requested images or clips and the reports on them, sharded like their noise.
+    """Returns the requested images or clips with reports on their decoding, sharded like their noise.
 
     Raises ValueError inside `jax.shard_map`, unless its `check_vma` is False.
     """
@@ -59,7 +59,7 @@ def _run(params: Variables, request: DecodeRequest) -> DecodeResult:
 
 
 def _noise(request: DecodeRequest) -> Float[Array, "b n c"]:
-    """The noise tokens of all frames: given, or drawn with one key for the first clip and one for each later frame."""
+    """The noise tokens of all frames, given or drawn with one key for the first clip and one for each later frame."""
     keys = request.noise
     if not isinstance(keys, SampleKeys):
         return keys
@@ -70,7 +70,7 @@ def _noise(request: DecodeRequest) -> Float[Array, "b n c"]:
     later = jnp.arange(frames, max(layout.reached, frames))
 
     def of_sample(index):
-        key = jax.random.fold_in(keys.key, index)  # Also the parent of the keys of later frames.
+        key = jax.random.fold_in(keys.key, index)  # Later frames derive their keys from it.
         first = jax.random.normal(key, (tokens, channels), master)
         rest = jax.vmap(lambda k: jax.random.normal(k, (per_frame, channels), master))(
             jax.vmap(partial(jax.random.fold_in, key))(later)
@@ -83,7 +83,7 @@ def _noise(request: DecodeRequest) -> Float[Array, "b n c"]:
 
 
 def _invert_last_block(request: DecodeRequest, noise: Float[Array, "b n c"]) -> Solution:
-    """The tokens u of all decoded frames, given ones included, and the report over all segments."""
+    """The tokens u of all frames, given ones included, with the report over all segments."""
     layout, given = request.layout, request.clip.given
     u, reports = noise[:, :0] if given is None else enter_last_block(request, jnp.asarray(given))[0], []
     for part in layout.segments:
@@ -106,7 +106,7 @@ def _invert_last_block(request: DecodeRequest, noise: Float[Array, "b n c"]) -> 
 def _invert_other_blocks(
     request: DecodeRequest, flow: Flow, u: Float[Array, "b n c"]
 ) -> tuple[list[Solution], list[Float[Array, " b"]]]:
-    """The other blocks' solutions, data side first, and their errors if a guided request is certified."""
+    """The other blocks' solutions, data side first; also their errors if a guided request is certified."""
     solutions, errors = [], []
     for index in reversed(range(flow.config.num_blocks - 1)):
         block = _block(request, flow, index)
@@ -141,7 +141,7 @@ def _last_block_error(
 
 
 def _last_block(request: DecodeRequest, part: Segments) -> GuidedBlock:
-    """The last block for some segments, under their condition."""
+    """The last block, with the condition for some segments."""
     flow = request.flow.with_num_frames(request.layout.clip)
     return _block(replace(request, cond=request.condition_of(part)), flow, flow.config.num_blocks - 1)
 
@@ -154,7 +154,7 @@ def _block(request: DecodeRequest, flow: Flow, index: int) -> GuidedBlock:
 
 
 def _tell(request: DecodeRequest, count: Array) -> None:
-    """Reports newly solved tokens of the last block, if the clip asks for it."""
+    """Reports newly solved tokens of the last block if the clip has a progress function."""
     layout, progress = request.layout, request.clip.progress
     if progress is not None:
         total = (layout.reached - layout.given) * layout.tokens_per_frame

@@ -1,9 +1,8 @@
 """The solver that inverts an autoregressive block: windowed fixed-point sweeps over a cache.
 
-The tokens of a block solve x_t = shift_t(x_<t) + exp(log_scale_t(x_<t)) · z_t. Windows of w tokens are solved
-one after another. w = 1 is sequential decoding; w = n is the Jacobi iteration of Song et al. 2021
-(arXiv 2002.03629); sizes in between give Gauss-Seidel-Jacobi iteration. After k sweeps the first k tokens of a window
-are exact.
+The tokens of a block satisfy x_t = shift_t(x_<t) + exp(log_scale_t(x_<t)) · z_t. The solver solves windows of w tokens
+one after another. w = 1 is sequential decoding; w = n is the Jacobi iteration of Song et al. 2021 (arXiv 2002.03629);
+sizes in between give Gauss-Seidel-Jacobi iteration. After k sweeps the first k tokens of a window are exact.
 """
 
 from __future__ import annotations
@@ -25,19 +24,19 @@ OVERFLOW = 1e6
 
 
 class PreviousFrame(NamedTuple):
-    """One frame's worth of tokens just before those to be solved, and how many of them are known."""
+    """The last frame's worth of tokens before the next window, and how many of them are known."""
 
     tokens: Float[Array, "b p c"]
     known: Int[Array, ""]
 
     def guess(self, noise: Float[Array, "b w c"]) -> Float[Array, "b w c"]:
-        """Returns, for each next token, the latest known token at its place in a frame or, without one, its noise."""
+        """Returns a guess for each next token: the latest known token at the same place in a frame, else its noise."""
         period = self.tokens.shape[1]
         place = jnp.arange(noise.shape[1]) % period
         return jnp.where((place >= period - self.known)[None, :, None], self.tokens[:, place], noise)
 
     def then(self, tokens: Float[Array, "b w c"]) -> PreviousFrame:
-        """Returns the last frame's worth of tokens once `tokens` are solved too."""
+        """Returns the last frame's worth of tokens after `tokens` are solved too."""
         period = self.tokens.shape[1]
         last = jnp.concatenate([self.tokens, tokens], axis=1)[:, -period:]
         return PreviousFrame(last, jnp.minimum(self.known + tokens.shape[1], period))
@@ -52,9 +51,9 @@ class Conditioner(NamedTuple):
 
     window(previous, start, cache) -> (shift, log_scale, cache): parameters of the tokens after `previous`.
     rewind(before, after) -> cache: a cache from which the same window can run again.
-    begin_cache(length) -> cache: a cache of the prefix and the known tokens, with room for `length` more.
+    begin_cache(length) -> cache: a cache that contains the prefix and the known tokens, with room for `length` more.
     first: the network's input for the first token to be solved. begin: the row of that input.
-    previous_frame: the frame before that token, from which plans may guess; None for images.
+    previous_frame: the frame before that token, for plans that guess from it; None for images.
     solved(count): called after each window with the number of newly solved tokens.
     """
 
@@ -85,7 +84,7 @@ class _Window(NamedTuple):
 
 
 class _Before(NamedTuple):
-    """What earlier windows leave behind: the last token, the cache, and the previous frame if guesses use it."""
+    """What earlier windows pass on: the last token, the cache, and the previous frame if guesses use it."""
 
     last: Float[Array, "b 1 c"]
     cache: Any
@@ -119,7 +118,7 @@ def solve(conditioner: Conditioner, z: Float[Array, "b n c"], plan: Jacobi) -> S
 def _solve_window(
     conditioner: Conditioner, plan: Jacobi, n: int, before: _Before, inputs: tuple[Array, Array]
 ) -> tuple[_Before, Solution]:
-    """What the next window begins with, and this window's solution. n: the total number of tokens."""
+    """What is passed on to the next window, and this window's solution. n: the total number of tokens."""
     noise, start = inputs
     size = noise.shape[1]
     window = _Window(noise, start, (start + jnp.arange(size) < n)[None, :, None])
@@ -139,7 +138,7 @@ def _solve_window(
         overflows=jnp.zeros(len(noise), jnp.int32),
     )
     state = sweep(state) if max_sweeps == 1 else jax.lax.while_loop(unsolved, sweep, state)
-    # After as many sweeps as tokens, a sample is exact, whatever its last change was.
+    # After one sweep per token, a sample is exact, however large its last change was.
     exact = (state.count >= size) & ((state.residual > plan.tol) | (size == 1))
     broken = (overflown(state.out) & window.real).any(axis=(1, 2))
     residual = jnp.where(broken, jnp.inf, jnp.where(exact, 0, state.residual))

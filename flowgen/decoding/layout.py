@@ -1,4 +1,4 @@
-"""`ClipLayout`: how a clip's frames are split into segments for decoding, as static frame counts.
+"""`ClipLayout`: how decoding splits a clip's frames into segments, as static frame counts.
 
 The last block of a video flow sees F frames together. A longer clip is decoded by restarts: the last C frames begin a
 new clip of F frames, whose positions start at 0 again, and F - C more frames are decoded after them. This repeats until
@@ -20,7 +20,7 @@ class Segments(NamedTuple):
     """`count` equal segments of frames, decoded one after another, each after its context.
 
     begin: index of the first segment's first frame, context included. context, new: numbers of context frames and of
-    new frames in each segment. is_restart: whether the segments use the condition of restarts.
+    new frames in each segment. is_restart: whether the segments use the condition for restarts.
     """
 
     begin: int
@@ -31,10 +31,10 @@ class Segments(NamedTuple):
 
 
 class ClipLayout(NamedTuple):
-    """The decoding of a clip of `total` frames by a flow whose last block sees `clip` of them together.
+    """How to decode a clip of `total` frames with a flow whose last block sees `clip` frames together.
 
-    given: frames known from the start. context: frames that a restart begins with; 0 without restarts.
-    tokens_per_frame: tokens of each frame.
+    given: number of frames known from the start. context: number of frames that each restart begins with; 0 without
+    restarts. tokens_per_frame: number of tokens in each frame.
     """
 
     total: int
@@ -45,7 +45,7 @@ class ClipLayout(NamedTuple):
 
     @property
     def reached(self) -> int:
-        """Number of frames that the segments reach, at least `total`."""
+        """Number of frames up to the end of the last segment; at least `total`."""
         last = self.segments[-1]
         return last.begin + last.context + last.count * last.new
 
@@ -61,7 +61,7 @@ class ClipLayout(NamedTuple):
 
     @property
     def places(self) -> Int[np.ndarray, " frames"]:
-        """Each frame's position in the clip that decodes it; 0 for given frames beyond the first clip."""
+        """Each frame's position in the segment that decodes it; 0 for given frames beyond the first clip."""
         places = np.arange(self.reached) * (np.arange(self.reached) < self.clip)
         for part in self.segments:
             begin = part.begin + part.context

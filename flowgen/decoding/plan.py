@@ -11,8 +11,8 @@ from flowgen.settings.ranges import Count, NonNegative
 
 InitialGuess = Literal["noise", "zeros", "previous_frame"]
 
-# Rows (batch x branches x window) up to which a pass on an accelerator costs about as much as one row. This is peak
-# FLOP/s in bf16 over memory bandwidth: 206 (H200) to 295 (H100), 166 to 560 (TPU v5p to v6e).
+# On an accelerator, a pass over up to this many rows (batch x branches x window) costs about as much as one row. The
+# limit is peak bf16 FLOP/s divided by memory bandwidth: 206 (H200) to 295 (H100), 166 to 560 (TPU v5p to v6e).
 FREE_ROWS = 256
 MIN_PARALLEL_WINDOW = 8
 AUTO_TOLERANCE = 1e-4
@@ -37,7 +37,7 @@ class Jacobi:
 
     window: tokens solved together; None means one window over all tokens, and 1 is `Sequential`.
     init: initial guess for a window: the "noise" itself, "zeros", or, in a block over several frames, the tokens of the
-    "previous_frame"; frame 0 and blocks of one frame then start from the noise.
+    "previous_frame". With "previous_frame", frame 0 and blocks over one frame start from the noise.
 
     Example:
         r = invert(flow, params, z, cond, plan=Jacobi(window=32, tol=1e-4))
@@ -51,12 +51,12 @@ class Jacobi:
 
 @config
 class SlidingWindow:
-    """Decodes by sweeps over a window, which advances past the tokens that each sweep solves, at least one.
+    """Decodes by sweeps over a window that advances past the tokens solved by each sweep, at least one.
 
     Each sweep accepts the window's longest prefix that changed by at most `tol` in every sample of the batch, plus the
     next token (Song et al. 2021, arXiv 2002.03629). With tolerance 0 the solution is exact; otherwise each returned
-    token is within `tol` of the value implied by the tokens before it. There are at most as many sweeps as tokens. The
-    attention must keep a cache slot per token, as softmax attention does. Within the tolerance, a sample depends on the
+    token is within `tol` of the value implied by the tokens before it. There are never more sweeps than tokens. The
+    attention must keep a cache slot per token, as softmax attention does. Up to the tolerance, a sample depends on the
     other samples in its batch.
 
     window, tol, init: as for `Jacobi`.
@@ -94,8 +94,8 @@ def resolve_plan(plan: Plan | str, *, rows: Sequence[int]) -> DecodePlan:
     pass grows with its rows. On accelerators it is Jacobi with the largest window that costs about as much as one
     token, FREE_ROWS / rows, or sequential if this window is shorter than MIN_PARALLEL_WINDOW. rows: rows per token in
     each block, data side first: the batch size, times 2 if guided, times the number of frames that the block maps
-    independently. On accelerators, the window of "auto" depends on the batch size, and so do images, within the
-    tolerance; an explicit plan is the same for any batch size.
+    independently. On accelerators, the window of "auto" depends on the batch size, so images also depend on it,
+    within the tolerance. An explicit plan is the same for any batch size.
 
     Example:
         plan = resolve_plan("auto", rows=(16, 16, 16, 32))
@@ -105,11 +105,11 @@ def resolve_plan(plan: Plan | str, *, rows: Sequence[int]) -> DecodePlan:
         plan = DecodePlan(tuple(_named_plan(plan, of_block) for of_block in rows))
     if isinstance(plan, DecodePlan):
         if len(plan.blocks) != num_blocks:
-            raise ValueError(f"plan has {len(plan.blocks)} blocks and the flow has {num_blocks}; give one per block.")
+            raise ValueError(f"plan has {len(plan.blocks)} blocks, but the flow has {num_blocks}; give one per block.")
         return plan
     if not isinstance(plan, BlockPlan):
         raise ValueError(
-            f"plan is {plan!r}; give Sequential(), Jacobi(...), SlidingWindow(...), DecodePlan(...) or a name."
+            f"plan is {plan!r}; it must be Sequential(), Jacobi(...), SlidingWindow(...), DecodePlan(...) or a name."
         )
     return DecodePlan((plan,) * num_blocks)
 

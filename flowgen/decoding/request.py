@@ -26,7 +26,7 @@ class DecodeResult(NamedTuple):
     """Decoded images or clips, and reports on the decoding.
 
     x: images `b height width c` or clips `b frames height width c`, not clipped.
-    sweeps: network passes per block (data side first) and window; 0 for windows that a block does not have.
+    sweeps: network passes per block (data side first) and window; 0 where a block has fewer windows.
     residual: largest change (max norm) in the last sweep of any block and window; 0 if there were enough sweeps to make
     x exact.
     overflows: number of iterates that were not finite or exceeded 1e6. finite: whether x is finite.
@@ -43,7 +43,7 @@ class DecodeResult(NamedTuple):
 
 
 class SampleKeys(NamedTuple):
-    """Keys for noise that the program draws itself: sample i uses fold_in(key, i), for every i in indices."""
+    """The key and indices with which the program draws noise: sample i uses fold_in(key, i), for i in indices."""
 
     key: Key[Array, ""]
     indices: Int[Array, " b"]
@@ -60,7 +60,7 @@ class TweedieStep:
 @jax.tree_util.register_dataclass
 @dataclass(frozen=True)
 class Denoiser:
-    """A learned denoiser in place of the Tweedie step: clean = function(variables, noisy, cond), on the whole batch.
+    """A learned denoiser that replaces the Tweedie step: clean = function(variables, noisy, cond), on the whole batch.
 
     Example:
         r = sample(flow, params, key, 16, labels, denoise=Denoiser(network.apply, network_variables))
@@ -73,11 +73,11 @@ class Denoiser:
 @jax.tree_util.register_dataclass
 @dataclass(frozen=True)
 class DecodeRequest:
-    """What to decode and how, checked. Static fields are compiled in; the others can change without recompiling.
+    """What to decode and how, after checks. Static fields are compiled in; others can change without recompiling.
 
-    noise: tokens in raster order, or the keys to draw them from. cond: condition of all samples. plan: one per block.
-    clip: length, beginning and restarts of the clips; an image is a clip of one frame. guidance: its `blocks` lists the
-    blocks that it changes; None if it changes none. certify: whether to measure the error. denoise: removes the
+    noise: tokens in raster order, or the keys to draw them with. cond: condition of all samples. plan: one per block.
+    clip: length, first frames and restarts of the clips; an image is a clip of one frame. guidance: its `blocks` lists
+    the blocks that it changes; None if it changes none. certify: whether to measure the error. denoise: removes the
     training noise from the result.
     """
 
@@ -97,7 +97,7 @@ class DecodeRequest:
         return clip_layout(self.clip, self.flow.config)
 
     def condition_of(self, part: Segments) -> Condition | None:
-        """Returns the condition under which some segments are decoded."""
+        """Returns the condition for decoding some segments."""
         restart_cond = self.clip.restart_cond
         assert not isinstance(restart_cond, list | np.ndarray)  # a checked clip has arrays
         return restart_cond if part.is_restart else self.cond
@@ -112,10 +112,10 @@ def decode_request(
     guidance: Guidance | None = None,
     clip: Clip | None = None,
 ) -> DecodeRequest:
-    """Returns a request to decode noise, without a certificate or denoising.
+    """Returns a request to decode noise, without `certify` and `denoise`.
 
-    clip: None means samples of the flow's own size. Raises ValueError if cond, plan, guidance or clip does not fit the
-    flow.
+    clip: None decodes samples of the flow's own size. Raises ValueError if cond, plan, guidance or clip does not fit
+    the flow.
     """
     config = flow.config
     batch = len(noise.indices if isinstance(noise, SampleKeys) else noise)
@@ -149,7 +149,7 @@ def resolve_denoise(denoise: bool | float | Denoiser, noise_std: float) -> Tweed
 def _active(guidance: Guidance | None, cond: Condition | None, config: FlowConfig) -> Guidance | None:
     """Guidance whose `blocks` lists the blocks that it changes; None if it changes none."""
     if guidance is not None and not isinstance(guidance, Guidance):
-        raise ValueError(f"guidance is {shown(guidance)}; give Guidance(scale=...), or None.")
+        raise ValueError(f"guidance is {shown(guidance)}; it must be Guidance(scale=...) or None.")
     if guidance is None or _is(guidance.scale, 0):
         return None
     same_temperature = _is(guidance.temperature, 1)
@@ -158,17 +158,20 @@ def _active(guidance: Guidance | None, cond: Condition | None, config: FlowConfi
     blocks = tuple(range(config.num_blocks)) if guidance.blocks is None else guidance.blocks
     outside = [index for index in blocks if not 0 <= index < config.num_blocks]
     if outside:
-        raise ValueError(f"guidance.blocks has {outside[0]}; this flow has blocks 0..{config.num_blocks - 1}.")
+        raise ValueError(f"guidance.blocks has {outside[0]}, but this flow has blocks 0 to {config.num_blocks - 1}.")
     if same_temperature:  # the two branches of an unconditional block are then the same
         blocks = tuple(index for index in blocks if config.blocks[index].is_conditional)
     if not blocks:
         return None
     attention = config.blocks[0].transformer.attention
     if not same_temperature and not causal_kernel(attention).has_temperature:
-        value, fix = guidance.temperature, "set it to 1."
-        if isinstance(value, Tracer):
-            value, fix = "unknown inside jit", "build Guidance there and leave its temperature out."
-        raise ValueError(f"guidance.temperature is {value}, but {attention!r} attention has no temperature; {fix}")
+        traced = isinstance(guidance.temperature, Tracer)
+        raise ValueError(
+            f"guidance.temperature must be 1, not {'a traced number' if traced else guidance.temperature}, because "
+            f"{attention!r} attention has no temperature."
+            + " Build the Guidance inside your jit, without a temperature."
+            * traced
+        )
     return replace(guidance, blocks=blocks)
 
 
@@ -181,11 +184,11 @@ def _checked_null(null: TextCondition | None, config: FlowConfig, batch: int) ->
     """The text of the unconditional branch, if the flow takes texts."""
     if not config.text_dim:
         if null is not None:
-            raise ValueError("guidance.null is given, but the flow takes no texts; leave it out.")
+            raise ValueError("guidance.null is only for flows conditioned on text; leave it out.")
         return None
     if null is None:
         raise ValueError(
-            "guidance.null is missing, but the flow takes texts; give Guidance(null=...), the encoded empty text."
+            "guidance.null is missing; this flow is conditioned on text, so set it to the encoded empty text."
         )
     checked = config.check_cond(null, 1 if len(null.mask) == 1 else batch)
     assert isinstance(checked, TextCondition)
@@ -199,7 +202,7 @@ def _resolve(plan: Plan | str, guidance: Guidance | None, config: FlowConfig, ba
     attention = config.blocks[0].transformer.attention
     if any(isinstance(block, SlidingWindow) for block in resolved.blocks) and not causal_kernel(attention).has_slots:
         raise ValueError(
-            f"plan has a SlidingWindow, which may begin at any token, but {attention!r} attention keeps a running "
-            "state instead of a slot per token; use Jacobi or Sequential."
+            f"plan contains a SlidingWindow, which needs a cache slot per token, but {attention!r} attention keeps a "
+            "running state; use Jacobi or Sequential."
         )
     return resolved

@@ -32,11 +32,11 @@ def invert(
     guidance: Guidance | None = None,
     certify: bool = False,
 ) -> DecodeResult:
-    """Returns the images or clips whose `forward` is z, decoded by `plan` under `guidance`.
+    """Returns the images or clips that `forward` maps to z, decoded by `plan` under `guidance`.
 
-    z: noise tokens in raster order, as `forward` returns them. certify: whether to run one forward pass on the result
-    and report the reconstruction error, guidance included. Raises ValueError if z, cond, plan or guidance does not fit
-    the flow. The scale, temperature and null text of guidance can change without recompiling.
+    z: noise tokens in raster order, as `forward` returns them. certify: whether to run one forward pass on the result,
+    under the same guidance, and report the reconstruction error. Raises ValueError if z, cond, plan or guidance does
+    not fit the flow. The scale, temperature and null text of guidance can change without recompiling.
 
     Example:
         r = invert(flow, params, z, cond, plan=Jacobi(window=32))
@@ -46,7 +46,7 @@ def invert(
     config = flow.config
     expected = (config.num_tokens, config.token_dim)
     if z.ndim != 3 or z.shape[1:] != expected:
-        raise ValueError(f"z has shape {tuple(z.shape)}; this flow takes (batch, {expected[0]}, {expected[1]}).")
+        raise ValueError(f"z has shape {tuple(z.shape)}; its shape must be (batch, {expected[0]}, {expected[1]}).")
     z = jnp.asarray(z, master_dtype(config.dtype))
     return run(replace(decode_request(flow, params, z, cond, plan, guidance), certify=certify))
 
@@ -69,12 +69,12 @@ def sample(
     num: how many samples to draw, or their numbers, such as range(16, 32). Sample i depends only on (key, i), so a job
     can be split into batches of any size.
     denoise: True takes one Tweedie step x + strength · σ² ∇ log p(x | cond), with σ from the flow's config and strength
-    1; a number sets the strength. The density p is the one that decoding without given frames follows. A learned
+    1; a number sets the strength. p is the density of samples drawn without guidance or given frames. A learned
     `Denoiser` replaces this step and receives all frames of a clip, still noisy.
     certify: as for `invert`; for a clip, the error covers its generated frames.
     clip: for clips whose length differs from the flow's, or that begin with given frames. A token's noise depends only
-    on the key, the sample's number and the token's position. So, before denoising, which looks ahead, a longer clip
-    begins with the shorter one. The deep block's sweeps are reported segment by segment.
+    on the key, the sample's number and the token's position. A longer clip therefore begins with the same frames as a
+    shorter one, before denoising, which looks ahead. The deep block's sweeps are reported segment by segment.
     Raises ValueError if cond, plan, guidance or clip does not fit the flow, or if `num` is not positive.
 
     Example:
@@ -93,9 +93,11 @@ def _numbers(num: int | range | Integer[np.ndarray, " b"]) -> Int[Array, " b"]:
         check_count("num", num)
         numbers = np.arange(int(numbers))
     if not numbers.size:
-        raise ValueError("num is empty; give at least one sample number, or how many samples to draw.")
+        raise ValueError("num is empty; give at least one sample number, or the number of samples to draw.")
     if numbers.ndim != 1 or numbers.dtype.kind not in "iu":
-        raise ValueError(f"num is {shown(num)}; give how many samples, or their numbers as integers `b`.")
+        raise ValueError(f"num is {shown(num)}; it must be the number of samples, or a 1-D array of sample numbers.")
     if numbers.min() < 0 or numbers.max() > MOST_SAMPLES:
-        raise ValueError(f"num has numbers from {numbers.min()} to {numbers.max()}; they go from 0 to {MOST_SAMPLES}.")
+        raise ValueError(
+            f"num has numbers from {numbers.min()} to {numbers.max()}; they must be from 0 to {MOST_SAMPLES}."
+        )
     return jnp.asarray(numbers, jnp.int32)

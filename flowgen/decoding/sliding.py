@@ -1,9 +1,9 @@
 """A window that advances past the tokens it has solved (Song et al. 2021, arXiv 2002.03629).
 
 A pass over the tokens t .. t+w-1 maps a guess to an output. Let k be the number of leading tokens that changed by at
-most `tol` in every sample. These keep their guesses, from which the cached keys of later tokens were computed. Token
-t+k then has only accepted inputs, so its new value is exact; it takes this value, and the window advances by k+1. The
-window's remaining tokens take their new values as the next guess. So every pass accepts at least one token.
+most `tol` in every sample. These keep their guesses, because the cached keys of later tokens were computed from them.
+Token t+k then has only accepted inputs, so its new value is exact. It takes this value, and the window advances by k+1.
+The window's remaining tokens take their new values as the next guess. So every pass accepts at least one token.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ from flowgen.flows.affine import to_data
 
 
 class _Pass(NamedTuple):
-    """tokens: the network's first input, the accepted tokens, and guesses for the other tokens reached so far."""
+    """tokens: the network's first input, then the accepted tokens, then guesses for the other tokens reached so far."""
 
     tokens: Float[Array, "b slots c"]
     start: Int[Array, ""]
@@ -46,7 +46,7 @@ class _Noise(NamedTuple):
 def solve_sliding(conditioner: Conditioner, z: Float[Array, "b n c"], plan: SlidingWindow) -> Solution:
     """Returns x, as `flowgen.decoding.jacobi.solve` does; `sweeps` is one number, the total of passes, at most n.
 
-    The cache's slots must be overwritable, so that a window may begin at any of them.
+    The cache must allow its slots to be overwritten, because a window may begin at any of them.
     """
     batch, n, _ = z.shape
     window = min(plan.window or n, n)
@@ -96,7 +96,7 @@ def _pass(conditioner: Conditioner, plan: SlidingWindow, noise: _Noise, state: _
 def _with_guesses(
     conditioner: Conditioner, plan: SlidingWindow, noise: _Noise, tokens: Float[Array, "b slots c"], end: Int[Array, ""]
 ) -> Float[Array, "b slots c"]:
-    """The tokens with initial guesses from `end` on; the next window uses as many of these as it needs."""
+    """The tokens, with initial guesses from `end` on; the next window uses as many of these as it needs."""
     frame = conditioner.previous_frame
     if frame is not None:
         period = frame.tokens.shape[1]

@@ -1,4 +1,4 @@
-"""Training: the step, its data parallelism, the loop, checkpoints and reports."""
+"""Training: the update, data parallelism, the loop, checkpoints and reports."""
 
 from __future__ import annotations
 

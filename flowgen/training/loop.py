@@ -1,4 +1,4 @@
-"""The training loop for all experiments. It handles steps, checkpoints and reports; a `Job` says what to train."""
+"""The training loop for all experiments. It runs the steps, checkpoints and reports; a `Job` says what to train."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ from flowgen.training.parallel import DataParallel, barrier, from_primary, is_pr
 from flowgen.training.signals import Interrupted, Signals
 from flowgen.training.step import Objective, Step, TrainState, init_state, make_step
 
-# Steps that may be queued on the device, to keep it busy while the host prepares the next step.
+# How many steps may be queued on the device, to keep it busy while the host prepares the next one.
 STEPS_AHEAD = 2
 # How often, in steps, to check for signals in other processes; each check waits for the current step.
 AGREE_EVERY = 8
@@ -32,7 +32,7 @@ class Job:
     init(key) -> variables. objective: see `make_step`. batches(start, stop) -> this process's batches for steps
     start..stop-1. evaluate(variables) -> metrics; the checkpoint with the lowest `best_metric` is kept.
     sample(variables) -> uint8 image `height width 3`. optims: separate optimizers for parameter groups, by top-level
-    name. inventory: a summary of the data, to be logged and saved with the run.
+    name. inventory: a summary of the data, which is logged and saved with the run.
     """
 
     init: Callable[[jax.Array], Any]
@@ -48,8 +48,8 @@ class Job:
 class Result(NamedTuple):
     """The outcome of a run.
 
-    state: unreplicated numpy arrays. metrics: from the last evaluation. samples: path of the last sample grid,
-    or None. signal: number of the signal that stopped the run, 0 if it finished.
+    state: the final state as numpy arrays, not replicated. metrics: from the last evaluation. samples: path of the last
+    sample grid, or None. signal: number of the signal that stopped the run, or 0 if it finished.
     """
 
     state: TrainState
@@ -74,17 +74,17 @@ def train(
     check_config: Callable[[dict[str, Any]], None],
     signals: Signals | None = None,
 ) -> Result:
-    """Trains in `workdir`, resuming if it has a checkpoint, and returns the result.
+    """Trains in `workdir`, or resumes the run there if it has a checkpoint, and returns the result.
 
-    config: JSON saved with the run. check_config(saved config): raises ValueError if the current config cannot resume a
-    run with the saved one. signals: a `Signals` already in use; by default, a new one. A run that is stopped (by
-    SIGINT, SIGTERM or a kill) and resumed on the same number of devices ends in the same state, bit for bit, as an
+    config: JSON to save with the run. check_config(saved config): raises ValueError if the current config cannot resume
+    a run with the saved one. signals: a `Signals` already in use; by default, a new one. If a run is stopped (by
+    SIGINT, SIGTERM or a kill) and resumed on the same number of devices, it ends in the same state, bit for bit, as an
     uninterrupted run.
 
     Raises:
         ValueError: the devices cannot share the batch equally, the config does not fit, or a checkpoint is damaged.
-        FileExistsError, OSError: the workdir holds something else, is in use, or cannot be written.
-        FloatingPointError: the loss or a gradient is not finite; names the step. Checkpoints stay intact.
+        FileExistsError, OSError: the workdir contains other files, is in use, or cannot be written.
+        FloatingPointError: the loss or a gradient is not finite; the message names the step. Checkpoints stay intact.
         Interrupted: a signal arrived before the first step.
 
     Example:
@@ -104,7 +104,7 @@ def train(
         with _interruptible(signals):
             check_workdir(workdir, check_config, locks=is_primary())
             barrier("flowgen: workdir checked")  # Otherwise, one process's first file would look foreign to another.
-            # Anything that may be refused is read before anything is written.
+            # Reads everything that may be refused before it writes anything.
             reader = CheckpointReader(workdir / CHECKPOINTS)
             latest = _resumed_from(reader, train.steps, check_config)
             state = initial() if latest is None else reader.restore(latest, jax.eval_shape(initial))
@@ -121,7 +121,7 @@ def train(
 
 
 def _writer(workdir: Path, latest: int | None, log: LogConfig, best_metric: str) -> RunWriter | NullWriter:
-    """Returns the run's writer, which writes only in the first process. If it cannot, every process raises OSError."""
+    """Returns the run's writer; only the first process writes. If it cannot, every process raises OSError."""
     record: RunWriter | NullWriter = NullWriter(workdir)
     error: OSError | None = None
     if is_primary():
@@ -130,12 +130,12 @@ def _writer(workdir: Path, latest: int | None, log: LogConfig, best_metric: str)
         except OSError as caught:
             error = caught
     if largest(int(error is not None)):
-        raise error or OSError(f"The first process cannot write to workdir {workdir}; its message says why.")
+        raise error or OSError(f"The first process cannot write to workdir {workdir}; see its error message.")
     return record
 
 
 def _resumed_from(reader: CheckpointReader, steps: int, check_config: Callable[[dict[str, Any]], None]) -> int | None:
-    """Returns the step to resume from, or None, the same in all processes.
+    """Returns the step to resume from, or None; the result is the same in all processes.
 
     Raises ValueError if all checkpoints have lost files, the step exceeds `steps`, or the config does not fit.
     """
@@ -148,7 +148,7 @@ def _resumed_from(reader: CheckpointReader, steps: int, check_config: Callable[[
     saved = reader.manifest(latest)
     if latest > steps:
         raise ValueError(
-            f"{reader.directory.parent} already has {latest} steps, more than train.steps {steps}; raise it."
+            f"{reader.directory.parent} already has {latest} steps, more than train.steps {steps}; raise train.steps."
         )
     try:
         check_config(saved["config"])
@@ -191,7 +191,7 @@ class _Run:
         self.signal = 0
 
     def train(self, update: Step, state: TrainState, key: jax.Array, scores: dict[str, float] | None) -> Result:
-        """Trains from step `first` to the last and returns the result. scores: the evaluation of `first`, if any."""
+        """Trains from step `first` to the last step and returns the result. scores: the metrics of `first`, if any."""
         with _interruptible(self.signals):
             state = self.parallel.replicate(state)
             key = self.parallel.replicate_key(key)
@@ -206,7 +206,7 @@ class _Run:
         return Result(self.parallel.to_host(state), self.metrics, self.samples, self.signal)
 
     def resume(self, state: TrainState, scores: dict[str, float] | None) -> None:
-        """Reports where the run resumes, and repeats an evaluation that did not finish after its checkpoint."""
+        """Reports where the run resumes, and repeats the checkpoint's evaluation if it did not finish."""
         finished = self.first == self.steps
         if scores is not None:
             self.metrics, self.evaluated = scores, self.first
@@ -231,7 +231,7 @@ class _Run:
                 batch = next(batches, None)
                 if batch is None:
                     raise ValueError(
-                        f"the batches end after step {step}, but train.steps is {self.steps}; give that many."
+                        f"the batches end after step {step}, but train.steps is {self.steps}; give one per step."
                     )
                 batch = self.parallel.shard(batch, self.rows)
             state, metrics = update(state, batch, key)
@@ -239,7 +239,7 @@ class _Run:
             self.pending.append((step, metrics))
             with self.keeping(step, state):
                 if not self.pace.begun:
-                    jax.block_until_ready(metrics)  # Everything before this is compilation time.
+                    jax.block_until_ready(metrics)  # The time until here is mostly compilation.
                     self.pace.begin(step)
                 self.wait_for_all_but(0 if self.parallel.must_wait else STEPS_AHEAD)
                 self.record.advance(step)
@@ -258,7 +258,7 @@ class _Run:
 
     @contextmanager
     def keeping(self, step: int, state: TrainState) -> Generator[None]:
-        """Saves the state if an error inside this context, such as a data error, ends the run."""
+        """Returns a context that saves the state if an error in it, such as a data error, ends the run."""
         try:
             yield
         except FloatingPointError:
@@ -295,7 +295,7 @@ class _Run:
         self.signals.doing = (
             "Stopping this evaluation; its step is saved"
             if alone
-            else "Stopping after this evaluation, for the other processes; its step is saved"
+            else "Stopping after this evaluation, which other processes share; its step is saved"
         )
         try:
             with self.pace.left_out(), self.signals.raising() if alone else nullcontext():
@@ -305,12 +305,12 @@ class _Run:
         self.signals.doing = doing
 
     def wait_for_all_but(self, ahead: int) -> None:
-        """Waits until at most `ahead` steps are queued, so that the bar is accurate and the run can stop promptly."""
+        """Waits until no more than `ahead` steps are queued, so the bar is accurate and the run can stop promptly."""
         if len(self.pending) > ahead:
             jax.block_until_ready(self.pending[-1 - ahead][1])
 
     def told_to_stop(self, step: int) -> bool:
-        """Returns whether any process received a signal; all stop at the same step."""
+        """Returns whether any process has received a signal; all processes stop at the same step."""
         number = self.signals.number
         if jax.process_count() > 1:
             number = largest(number) if _due(step, AGREE_EVERY) else 0
@@ -318,7 +318,7 @@ class _Run:
         return number > 0
 
     def due(self, step: int, state: TrainState) -> None:
-        """Makes any reports, checkpoints, evaluations and samples that are due at this step."""
+        """Makes the reports, checkpoints, evaluations and samples that are due at this step."""
         evaluates = self.job.evaluate is not None and _due(step, self.config.eval_every)
         draws = _due(step, self.config.sample_every)
         if _due(step, self.config.log_every):
@@ -331,7 +331,7 @@ class _Run:
             self.unless_stopped(lambda: self.draw(step, state))
 
     def report(self, step: int) -> None:
-        """Writes the metrics since the last report, as means over unskipped steps, and the fraction of skipped steps.
+        """Writes the metrics since the last report, averaged over unskipped steps, and the fraction of skipped steps.
 
         Raises FloatingPointError if the run cannot continue.
         """
@@ -352,14 +352,14 @@ class _Run:
             self.record.show(step, means, self.pace.seconds_for(self.steps - step))
 
     def check(self, step: int, row: dict[str, float]) -> None:
-        """Raises FloatingPointError if an unskipped step is not finite, or too many in a row were skipped."""
+        """Raises FloatingPointError if an unskipped step is not finite, or if too many steps in a row were skipped."""
         in_a_row, most = row.get("skipped_in_a_row", 0), self.max_skips
         if in_a_row <= most and (in_a_row or (np.isfinite(row["loss"]) and np.isfinite(row["grad_norm"]))):
             return
         why = f"; {in_a_row:.0f} updates in a row were skipped, more than optim.max_skips" if in_a_row else ""
         raise FloatingPointError(
             f"Step {step} has loss {row['loss']} and gradient norm {row['grad_norm']}{why}, so the run was stopped "
-            f"(last good checkpoint: {self.saved}); lower optim.lr or optim.clip_norm in a new --workdir."
+            f"(last good checkpoint: {self.saved}); start a new run with a lower optim.lr or optim.clip_norm."
         )
 
     def evaluate(self, step: int, state: TrainState) -> None:
@@ -394,5 +394,5 @@ def _due(step: int, every: int) -> bool:
 
 
 def _interruptible(signals: Signals) -> Any:
-    """Returns a context in which a signal may raise: nothing would be lost, and no other process waits for this one."""
+    """Returns a context in which a signal raises Interrupted, unless other processes would wait for this one."""
     return signals.raising() if jax.process_count() == 1 else nullcontext()

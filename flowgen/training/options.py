@@ -12,7 +12,7 @@ from flowgen.settings.ranges import BatchSize, Count, CountOrZero, Fraction, Non
 
 
 def check_warmups(warmups: Mapping[str, int], steps: int) -> None:
-    """Raises ValueError if warm-ups are as long as the run or longer; names them all.
+    """Raises ValueError if any warm-up is as long as the run or longer; the message names all of these.
 
     Example:
         check_warmups({"optim.warmup_steps": 100}, steps=2000)
@@ -33,15 +33,15 @@ class OptimConfig:
     min_lr: learning rate at the start of the warm-up and at the end of cosine decay; at most lr.
     schedule: after the warm-up, "cosine" decays to min_lr and "constant" keeps lr.
     warmup_steps: steps over which the learning rate rises from min_lr to lr; fewer than train.steps.
-    weight_decay: AdamW's decoupled weight decay; 0 for none.
+    weight_decay: AdamW's decoupled weight decay; 0 for no decay.
     b1: decay rate of the running mean of gradients; at least 0 and below 1.
     b2: decay rate of the running mean of squared gradients; at least 0 and below 1.
     eps: constant added to the denominator of AdamW's updates.
-    clip_norm: bound on the global gradient norm; 0 for none.
-    skip_norm: skip updates whose gradient norm, before clipping, exceeds this or is not finite; 0 for none.
+    clip_norm: clip the global gradient norm to this value; 0 for no clipping.
+    skip_norm: skip updates if the gradient norm before clipping exceeds this value or is not finite; 0 skips none.
     skip_after: number of initial updates that are never skipped.
     max_skips: how many updates in a row may be skipped before the run stops; at least 1.
-    ema_decay: decay rate of the parameter average used for sampling; below 1, 0 for no average.
+    ema_decay: decay rate of the parameter average used for sampling; below 1, or 0 for no average.
     ema_warmup: raise the decay rate gradually, as min(ema_decay, (1 + step) / (10 + step)).
     """
 
@@ -72,8 +72,8 @@ class TrainConfig:
     steps: updates of the parameters; at least 1.
     batch_size: samples per update, over all devices and hosts; a multiple of the number of devices times accumulation.
     seed: seed of initial parameters, data order and noise; a whole number below 2^32.
-    label_dropout: fraction of labels or texts to drop, to train the unconditional branch of guidance; at most 1.
-    accumulation: micro-batches that each device's share of a batch is split into, to save memory.
+    label_dropout: fraction of labels or texts to drop, which trains guidance's unconditional branch; at most 1.
+    accumulation: number of micro-batches to split each device's share of a batch into, to save memory.
     """
 
     steps: Count = 1000
@@ -91,9 +91,9 @@ class LogConfig:
     eval_every: steps between evaluations on held-out data; 0 for only at the end.
     sample_every: steps between sample grids; 0 for only at the end.
     checkpoint_every: steps between checkpoints; 0 for only at the end.
-    keep: how many of the latest checkpoints to keep, besides the best one; at least 1.
-    tensorboard: write events next to metrics.jsonl.
-    progress: show a progress bar if standard error is a terminal; otherwise each report is a line.
+    keep: number of recent checkpoints to keep, in addition to the best one; at least 1.
+    tensorboard: write TensorBoard events next to metrics.jsonl.
+    progress: show a progress bar if standard error is a terminal; otherwise, print each report as a line.
     """
 
     log_every: Count = 50
@@ -106,7 +106,7 @@ class LogConfig:
 
 
 def check_packages(log: LogConfig) -> None:
-    """Raises a one-sentence ImportError if a requested report needs a missing package.
+    """Raises ImportError if a requested report needs a missing package.
 
     Example:
         check_packages(LogConfig(tensorboard=True))

@@ -12,7 +12,7 @@ class Pace:
 
     Example:
         pace = Pace()
-        pace.begin(step=1)    # the first step has ended, and with it compilation
+        pace.begin(step=1)    # the first step, and so compilation, has ended
         pace.measure(step=51)["steps_per_second"]
     """
 
@@ -35,7 +35,7 @@ class Pace:
             self._since += time.perf_counter() - before
 
     def measure(self, step: int) -> dict[str, float]:
-        """Returns the speed since the last call, or an empty dict if no step was done since."""
+        """Returns the speed since the last call, or an empty dict if there was no step since."""
         if not self.begun or step == self._at:
             return {}
         now = time.perf_counter()
@@ -45,5 +45,5 @@ class Pace:
         return {"steps_per_second": steps / max(seconds, 1e-9)}
 
     def seconds_for(self, steps: int) -> float | None:
-        """Returns the seconds that this many steps take at the average speed so far, or None if it is unknown."""
+        """Returns the seconds that this many steps take at the average speed, or None if the speed is not known yet."""
         return steps * self._seconds / self._steps if self._steps else None

@@ -1,4 +1,4 @@
-"""Devices and processes; no other file uses pmap."""
+"""Data parallelism over devices and processes; the only file that uses pmap."""
 
 from __future__ import annotations
 
@@ -20,9 +20,9 @@ from flowgen.training.step import AXIS, Step
 
 @dataclass(frozen=True)
 class DataParallel:
-    """One copy of the state on each of this process's devices, and a share of the batch for each.
+    """Each of this process's devices has a copy of the state and gets a share of the batch.
 
-    Arrays on devices have a leading device axis, as pmap expects. `devices` is for tests; None uses all local devices.
+    Arrays on devices have a leading device axis, as pmap expects. `devices` is for tests; None means all local devices.
 
     Example:
         parallel = DataParallel()
@@ -54,7 +54,7 @@ class DataParallel:
             )
 
     def compile(self, step: Step) -> Step:
-        """Returns the step mapped over all devices; the call donates its input state."""
+        """Returns the step mapped over all devices; calling it donates the input state."""
         return jax.pmap(step, axis_name=AXIS, devices=self.devices, donate_argnums=0)
 
     def replicate(self, tree: Any) -> Any:
@@ -74,8 +74,8 @@ class DataParallel:
     def shard(self, batch: Any, rows: int | None = None) -> Any:
         """Returns this process's batch in equal consecutive shares, one per device, without waiting for the transfer.
 
-        rows: rows of every array, this process's share of train.batch_size; None for any number that devices can share.
-        Raises ValueError unless all leaves are arrays of numbers with this many rows.
+        rows: the number of rows required, this process's share of train.batch_size; None allows any number that the
+        devices can share equally. Raises ValueError unless all leaves are arrays of numbers with this many rows.
         """
         count = len(self.local_devices)
         check_rows(batch, count, rows)
@@ -92,7 +92,7 @@ class DataParallel:
 
 
 def check_rows(batch: Any, devices: int, rows: int | None = None) -> None:
-    """Raises ValueError unless all leaves are arrays of numbers, with equally many rows that the devices can share.
+    """Raises ValueError unless all leaves are arrays of numbers with the same number of rows, a multiple of `devices`.
 
     Example:
         check_rows({"x": np.zeros((16, 3))}, devices=4, rows=16)
@@ -102,20 +102,20 @@ def check_rows(batch: Any, devices: int, rows: int | None = None) -> None:
         name = f"batch{jax.tree_util.keystr(path)}"
         shape, dtype = getattr(leaf, "shape", ()), getattr(leaf, "dtype", object)
         if not shape or not any(jnp.issubdtype(dtype, kind) for kind in (jnp.number, jnp.bool_)):
-            raise ValueError(f"{name} is {shown(leaf)}; give arrays of numbers with one row per sample.")
+            raise ValueError(f"{name} is {shown(leaf)}; it must be an array of numbers with one row per sample.")
         counts[name] = shape[0]
     if not counts:
-        raise ValueError("the batch holds no array; give arrays of numbers with one row per sample.")
+        raise ValueError("the batch has no arrays; give arrays of numbers with one row per sample.")
     first, found = next(iter(counts.items()))
     for name, count in counts.items():
         if count != found:
             raise ValueError(
-                f"{first} has {found} rows and {name} {count}; give all arrays of a batch the same number of rows."
+                f"{first} has {found} rows, but {name} has {count}; give all arrays of a batch the same number of rows."
             )
     if rows is not None and found != rows:
         raise ValueError(f"{first} has {found} rows; it must have {rows}, this process's share of train.batch_size.")
     if found == 0 or found % devices:
-        raise ValueError(f"{first} has {found} rows; devices share them equally, so give a multiple of {devices}.")
+        raise ValueError(f"{first} has {found} rows; the devices share them equally, so give a multiple of {devices}.")
 
 
 def is_primary() -> bool:

@@ -1,4 +1,4 @@
-"""Ctrl-C and SIGTERM during training: a signal is acknowledged at once, and obeyed once nothing would be lost."""
+"""Ctrl-C and SIGTERM during training. A signal is acknowledged at once and obeyed as soon as nothing would be lost."""
 
 from __future__ import annotations
 
@@ -14,11 +14,11 @@ from collections.abc import Callable, Generator
 from contextlib import contextmanager
 from typing import Any
 
-# SIGHUP, on systems that have it, is sent when a terminal closes.
+# A closing terminal sends SIGHUP, on systems that have it.
 NUMBERS = tuple(getattr(signal, name) for name in ("SIGINT", "SIGTERM", "SIGHUP") if hasattr(signal, name))
 # Programs such as `timeout` signal a process and then its group. Signals within this many seconds count as one request.
 _TOGETHER = 0.2
-# Seconds until an exception lost in a callback is raised again; by then the callback has ended.
+# Seconds until an exception that was lost in a callback is raised again; the callback has ended by then.
 _AGAIN = 0.01
 
 
@@ -34,10 +34,10 @@ class Signals:
     """Records the first SIGINT or SIGTERM in `number` and reports at once what will happen. A second signal ends the
     program without saving.
 
-    A separate thread prints the message, since the main thread may be compiling, which Python cannot interrupt. `doing`
-    is the message's text. On the second signal, that thread calls on_second(number), which may end the process; without
-    on_second, the signal has its usual effect in the main thread. Signals are caught only if the context is entered in
-    the main thread.
+    A separate thread prints the message, because the main thread may be compiling, which Python cannot interrupt.
+    `doing` is the message's text. On the second signal, that thread calls on_second(number), which may end the process;
+    without on_second, the signal has its usual effect in the main thread. Signals are caught only if the context is
+    entered in the main thread.
 
     Example:
         with Signals() as signals:
@@ -54,7 +54,7 @@ class Signals:
         self.doing = "Stopping before the first step; nothing is lost"
         self._on_second, self._ending, self._raises = on_second, False, False
         self._lost = False  # whether the first signal's exception was lost and must be raised again
-        self._repeats = 0  # unread signals that came from `_repeat`
+        self._repeats = 0  # signals from `_repeat` that have not been read yet
         self._noted = ""  # `doing` when the main thread noticed the signal
         self._previous: dict[int, Any] = {}
 
@@ -154,7 +154,7 @@ class Signals:
                     signal.pthread_kill(threading.main_thread().ident or 0, number)
 
     def _forget(self) -> None:
-        """Stops handling signals in a forked process, such as a data loader."""
+        """Stops handling signals in a forked process, such as a data-loading worker."""
         if self._previous:
             signal.set_wakeup_fd(-1)
             self._restore()

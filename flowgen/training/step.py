@@ -1,4 +1,4 @@
-"""One update: the state, the optimizer, and the pure function that pmap maps over devices.
+"""The training step: its state, the optimizer, and the pure function that pmap maps over devices.
 
 g = mean over devices and micro-batches of ∇ loss;   θ <- θ - AdamW(clip(g));   θ̄ <- θ̄ + (1 - d)(θ - θ̄)
 """
@@ -23,14 +23,14 @@ Metrics = dict[str, Array]
 Objective = Callable[[Any, Any, Key[Array, ""]], tuple]
 Step = Callable[[Any, Any, Key[Array, ""]], tuple[Any, Metrics]]
 AXIS = "data"
-MAIN = "main"  # The optimizer of all parameters without a separate one.
+MAIN = "main"  # The optimizer for all parameters without a separate one.
 
 
 class TrainState(struct.PyTreeNode):
     """Everything a run keeps between steps.
 
-    step: number of updates done. params: trained parameters. collections: the objective's carried state, all other
-    collections of the Flax variables. ema: the average of params, or None if there is none.
+    step: number of updates done. params: trained parameters. collections: all other collections of the Flax variables,
+    which carry the objective's state. ema: the average of params, or None if there is none.
     """
 
     step: Int[Any, "*device"]
@@ -41,7 +41,7 @@ class TrainState(struct.PyTreeNode):
 
     @property
     def averaged(self) -> Any:
-        """The variables for evaluation and sampling: the averaged params, if any, else params, with the collections."""
+        """The variables for evaluation and sampling, with the average in place of params if there is one."""
         return {"params": self.params if self.ema is None else self.ema, **self.collections}
 
 
@@ -166,17 +166,17 @@ def make_step(
     objective: (variables, batch, key) -> (loss, metrics) or (loss, metrics, collections).
     batch: this device's share of the rows; shares are consecutive, in the order of the axis.
     key: the same for all steps and devices.
-    The objective receives a key unique to its device, step and micro-batch and, if the batch is a `Batch` or a dict, an
-    additional `rows`, a `flowgen.rows.Rows`. Draws from `rows` are the same on any number of devices and with any
+    The objective receives a key that is unique to the device, step and micro-batch. A batch that is a `Batch` or a dict
+    also receives `rows`, a `flowgen.rows.Rows`. Draws from `rows` are the same on any number of devices and with any
     accumulation; draws from the key are not. Micro-batch j has the rows j, j + accumulation, ... of the whole batch.
-    While it is traced, the update raises ValueError if a batch already has `rows`, if micro-batches cannot share it,
-    or if the objective returns something else.
+    While it is traced, the update raises ValueError if the batch already has `rows`, if micro-batches cannot share it
+    equally, or if the objective returns anything else.
     metrics: the objective's metrics, `loss`, `grad_norm` (before clipping) and `lr`, averaged over devices and
     micro-batches. If spikes are skipped, also `skipped`, 0 or 1, and `skipped_in_a_row`.
-    others: as for `make_optimizer`; lr and skipping are reported for the main optimizer.
-    Carried state: each micro-batch computes a new state from the state before the update. The result is their mean over
-    devices and micro-batches, unless a `flowgen.rows.StatefulObjective` defines how micro-batches are combined.
-    Integers in the state must not depend on the batch.
+    others: as for `make_optimizer`; lr and skipped updates are reported for the main optimizer.
+    Carried state: each micro-batch computes a new state from the state before the update. The result is the mean of
+    these over devices and micro-batches, unless a `flowgen.rows.StatefulObjective` defines how to combine
+    micro-batches. Integers in the state must not depend on the batch.
 
     Example:
         update = jax.pmap(make_step(objective, OptimConfig(), steps=1_000), axis_name="data", donate_argnums=0)
@@ -241,14 +241,16 @@ def make_step(
 
 
 def check_share(batch: Any, accumulation: int) -> int:
-    """Returns the number of rows in a device's share of a batch; ValueError if micro-batches cannot share it equally.
+    """Returns the number of rows in a device's share of a batch. Raises ValueError if micro-batches cannot share them.
 
     Example:
         num = check_share({"x": jnp.zeros((8, 3))}, accumulation=2)
     """
     shapes = [jnp.shape(x) for x in jax.tree.leaves(batch)]
     if not shapes or any(shape[:1] != shapes[0][:1] or not shape for shape in shapes):
-        raise ValueError(f"the batch has arrays of shapes {shapes}; give all the same number of rows, one per sample.")
+        raise ValueError(
+            f"the batch has arrays of shapes {shapes}; give them all the same number of rows, one per sample."
+        )
     num = shapes[0][0]
     if num == 0 or num % accumulation:
         raise ValueError(
@@ -258,7 +260,7 @@ def check_share(batch: Any, accumulation: int) -> int:
 
 
 def check_outcome(outcome: Any) -> tuple:
-    """Returns an objective's result; ValueError unless it is (loss, metrics) or (loss, metrics, collections).
+    """Returns an objective's result. Raises ValueError unless it is (loss, metrics) or (loss, metrics, collections).
 
     Example:
         loss, metrics, *carried = check_outcome(objective(variables, batch, key))
@@ -271,13 +273,13 @@ def check_outcome(outcome: Any) -> tuple:
         )
     loss, metrics, *carried = outcome
     if not _is_number(loss) or not _is_float(loss):
-        raise ValueError(f"the objective's loss is {shown(loss)}; it must be one floating-point number.")
+        raise ValueError(f"the objective's loss is {shown(loss)}; it must be a single floating-point number.")
     for name, value in (("metrics", metrics), *(("collections", x) for x in carried)):
         if not isinstance(value, Mapping):
-            raise ValueError(f"the objective's {name} are {shown(value)}; they must be a dict.")
+            raise ValueError(f"the objective's {name} must be a dict, not {shown(value)}.")
     for name, value in metrics.items():
         if not _is_number(value):
-            raise ValueError(f"metric {name!r} is {shown(value)}; each must be one number, such as a mean.")
+            raise ValueError(f"metric {name!r} is {shown(value)}; it must be a single number, such as a mean.")
     return tuple(outcome)
 
 
