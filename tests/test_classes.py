@@ -147,7 +147,7 @@ def test_the_largest_label_of_a_type_counts(tmp_path, labels, classes):
 def test_sparse_labels_are_refused_before_anything_is_made_of_them(tmp_path, largest):
     labels = np.array([0, largest], np.uint64)
     np.savez(tmp_path / "a.npz", images=np.zeros((2, 8, 8), np.uint8), labels=labels)
-    with pytest.raises(ValueError, match=rf"'labels' .* contains {largest} for 2 images"):
+    with pytest.raises(ValueError, match=rf"'labels' .* contains {largest}, which is too large for 2 images"):
         load(DataConfig("npz", path=str(tmp_path / "a.npz")), image_size=(8, 8), channels=1, split="all")
 
 

@@ -276,7 +276,7 @@ def test_values_that_depend_on_each_other_are_checked_together(experiment):
     [
         (
             ["--matching.path=SchroedingerBridge", "--matching.loss=FlowMatching", "--matching.loss.prediction=x1"],
-            "matching.loss.prediction is 'x1', but the path has noise of its own, sigma 1.0,",
+            "matching.loss.prediction is 'x1', but the path adds noise (sigma 1.0), which",
         ),
         (["--matching.loss.guidance_weight=1"], "matching.loss.guidance_weight is 1.0, but the model has no classes"),
         (["--sampling.guidance=1"], "sampling.guidance is 1.0, but the model has no classes to guide towards"),

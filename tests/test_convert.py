@@ -216,7 +216,7 @@ def changed(**replaced):
                 "'blocks.0.proj_out.bias' is",
             ],
         ),
-        (changed(extra=np.ones(3)), ["1 problem: 'extra' is not expected"]),
+        (changed(extra=np.ones(3)), ["(1 problem): 'extra' is not expected"]),
         (changed(blocks__2__proj_in__bias=np.ones(64)), ["'blocks.2.proj_in.bias' is not expected"]),
         (changed(blocks__00__pos_embed=np.ones((6, 64))), ["'blocks.00.pos_embed' is not expected"]),
         (
@@ -225,7 +225,7 @@ def changed(**replaced):
         ),
         (
             changed(blocks__1__pos_embed=np.ones((7, 64), np.float32)),
-            ["'blocks.1.pos_embed' has shape (7, 64), which becomes (7, 64), but the model has (6, 64)"],
+            ["'blocks.1.pos_embed' has shape (7, 64), which becomes (7, 64), but the model needs (6, 64)"],
         ),
         (
             changed(blocks__1__class_embed=np.ones((3, 2, 64), np.float32)),

@@ -204,7 +204,7 @@ def test_mistakes_in_the_files_are_named(published, tmp_path):
         ((weights, "--arguments", tmp_path / "nowhere.yaml"), "give the YAML that was published with the weights"),
         ((cut, *good), "is damaged or not a safetensors file"),
         ((weights, *good, "--image-size", "256"), "--image-size is already set by the file in --arguments"),
-        ((weights, *good, "--autoencoder", tmp_path / "nowhere"), "does not exist; give the published folder"),
+        ((weights, *good, "--autoencoder", tmp_path / "nowhere"), "There is no folder"),
         (
             (weights, "--arguments", tmp_path / "fps.yaml"),
             "fps_cond is 1, but vid_size is missing; give both",

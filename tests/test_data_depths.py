@@ -129,7 +129,7 @@ REFUSED = {
         "floating-point",
     ),
     "PFM": (b"Pf\n2 1\n-1.0\n" + numbers("f", 0.6, 0.1), "floating-point"),
-    "TIFF of 32 bits": (tiff(numbers("I", 1 << 31, 1 << 20), 32), "32 bits"),
+    "TIFF of 32 bits": (tiff(numbers("I", 1 << 31, 1 << 20), 32), "has 32-bit samples, whose range"),
     "TIFF of 32 bits with a sign": (tiff(numbers("i", 1 << 30, -5), 32, sample_format=2), "signed 32-bit samples"),
     "TIFF of 16 bits with a sign": (tiff(numbers("h", 1 << 14, -5), 16, sample_format=2), "signed 16-bit samples"),
     "TIFF of 8 bits with a sign": (tiff(numbers("b", 100, -5), 8, sample_format=2), "signed 8-bit samples"),

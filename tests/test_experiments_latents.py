@@ -441,5 +441,5 @@ def test_autoencoders_of_no_pixels_are_refused(size):
 
 def test_an_autoencoder_of_other_channels_is_refused(autoencoder):
     model = dataclasses.replace(TINY, channels=8)
-    with pytest.raises(ValueError, match=r"has latents of 4 channels; set model.channels to 4"):
+    with pytest.raises(ValueError, match=r"makes latents with 4 channels; set model.channels to 4"):
         experiment_of(model=model, codec=PretrainedAutoencoder(str(autoencoder))).job()

@@ -170,7 +170,7 @@ def test_data_of_ones_own_keep_the_classes_of_their_run(tmp_path):
     _, _, saved = flowgen.load(tmp_path)
     longer = dataclasses.replace(saved, train=TrainConfig(steps=4, batch_size=8))
     with pytest.raises(
-        ValueError, match=r"dataset has the classes level, upright, but data\.classes lists only upright, level"
+        ValueError, match=r"dataset has the classes level, upright, but data\.classes are upright, level"
     ):
         flowgen.fit(longer, tmp_path, dataset=changed(class_names=("level", "upright")))
 

@@ -171,7 +171,7 @@ def test_a_command_goes_on_with_a_run_of_own_parts(tmp_path, capsys):
 @pytest.mark.usefixtures("not_imported")
 def test_reading_a_run_imports_nothing(run):
     with pytest.raises(
-        ValueError, match=r"model is 'own_parts:FieldConfig', and own_parts is not imported; .*--import own_parts"
+        ValueError, match=r"model is 'own_parts:FieldConfig', but own_parts is not imported; .*--import own_parts"
     ):
         flowgen.load(run)
     assert "own_parts" not in sys.modules

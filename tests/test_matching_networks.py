@@ -154,5 +154,5 @@ def test_inputs_that_do_not_fit_are_refused(name, untyped):
     with pytest.raises(ValueError, match="one time per sample"):
         network.apply(variables, t[:2], x)
     if not network.config.num_classes:
-        with pytest.raises(ValueError, match="without classes"):
+        with pytest.raises(ValueError, match="the model has no classes"):
             network.apply(variables, t, x, jnp.zeros(BATCH, jnp.int32))

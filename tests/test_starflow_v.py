@@ -76,7 +76,7 @@ def test_frames_and_the_text_are_told_apart_by_position():
         ({"frames": 0}, "frames is 0; it must be at least 1"),
         ({"conditioned_blocks": "all"}, "conditioned_blocks is 'all', but blocks that map single frames"),
         ({"layers_per_block": (1, 1, 2)}, "the deep block runs backwards in time"),
-        ({"order": "raster"}, "order 'raster' the deep block runs"),
+        ({"order": "raster"}, "order is 'raster', so the deep block runs"),
         ({"head_dim": 16, "width": 32}, "head_dim is 16; rotary positions need"),
     ],
 )
