@@ -78,7 +78,7 @@ class Inventory:
 
     what: images, clips or latents. train, held_out: how many there are in each split. before: (height, width) of some
     of the files, in pixels; empty if files are not resized. after: the model's input shapes. train_files,
-    held_out_files: a mark of each file's content, such as its size, by file name; empty for data that come with a
+    held_out_files: map each file name to a mark of its content, such as its size; empty for data that come with a
     package. left_out: descriptions of what was left out. stills: number of images to train on in addition to clips.
     at_most: for each split, whether the count is an upper bound, because some files may turn out to be unreadable.
 

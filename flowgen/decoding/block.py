@@ -1,4 +1,4 @@
-"""A flow block for decoding: maps noise to tokens and back, under a condition and guidance."""
+"""A flow block for decoding: maps noise to tokens and back, with optional condition and guidance."""
 
 from __future__ import annotations
 

@@ -82,7 +82,9 @@ class CheckpointStore(CheckpointReader):
         self._thread.start()
 
     def score(self, step: int, metrics: dict[str, float]) -> None:
-        """Adds the metrics of an evaluation to a saved step, which may become the best one. Waits for its save.
+        """Adds evaluation metrics to a saved step, which may then become the best one.
+
+        If the step is still being saved, waits for the save to finish.
 
         Non-finite metrics are left out.
         """

@@ -53,7 +53,7 @@ def choices(annotation: Any) -> dict[str, type]:
 
 
 def takes_own(annotation: Any) -> bool:
-    """Returns whether a field takes your own objects: functions, or what `Own` describes."""
+    """Returns whether a field takes user-defined objects: functions, or what `Own` describes."""
     return any(is_function(member) or own_of(member) is not None for member in members(annotation))
 
 
@@ -69,7 +69,7 @@ def own_of(annotation: Any) -> Own | None:
 
 
 def is_own(annotation: Any, value: Any) -> bool:
-    """Returns whether a field's value is your own object: neither plain nor one of the field's declared configs."""
+    """Returns whether a field's value is user-defined: neither plain nor one of the field's declared configs."""
     plain = value is None or isinstance(value, bool | int | float | str)
     return takes_own(annotation) and not plain and type(value) not in configs_of(annotation).values()
 

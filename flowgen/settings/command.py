@@ -34,8 +34,8 @@ def override(config: T, arguments: Sequence[str]) -> T:
 
     Values are numbers, true or false, none, (8, 12) or [8, 12], and plain text. A group with several types takes the
     name of a type and starts from that type's defaults; its fields are set afterwards. If a group is None, setting
-    one of its fields first creates the group with its defaults. Your own objects are named "package.module:object"; the
-    module is imported. The fields of a frozen dataclass are set like those in a group.
+    one of its fields first creates the group with its defaults. User-defined objects are named
+    "package.module:object"; the module is imported. The fields of a frozen dataclass are set like those in a group.
 
     Raises:
         ValueError: a field is unknown (suggests the closest one) or is a group; or a value is missing or does not fit.

@@ -1,4 +1,4 @@
-"""Finds your own objects by name, "package.module:object", in commands and in the JSON that a run saves.
+"""Finds user-defined objects by name, "package.module:object", in commands and in the JSON that a run saves.
 
 Only commands import the modules that they name. A name in a file must belong to a module that is already imported, so
 reading a file runs no code. Errors are clauses that follow the name of a field.

@@ -2,8 +2,8 @@
 
 A value is checked against the annotation of its field: bool, int, float, str, None, Literal, Callable, tuple, dict with
 str keys, unions of these, `Annotated` with bounds such as those of `flowgen.settings.ranges`, and configs. A field that
-may be one of several configs stores its choice as "type": the class name without "Config". Your own object is stored
-as its name, "package.module:object". A frozen dataclass without a name stores the name of its class as "type".
+may be one of several configs stores its choice as "type": the class name without "Config". A user-defined object is
+stored as its name, "package.module:object". A frozen dataclass without a name stores the name of its class as "type".
 """
 
 from __future__ import annotations
@@ -120,7 +120,8 @@ def to_plain(value: Any, annotation: Any = None) -> Any:
 
     annotation: the field's annotation; if it allows several configs, the dict names the type.
 
-    Raises FieldError if your own object, or its class, is not at the top level of a module.
+    Raises FieldError if a field holds a user-defined object that cannot be stored by name: neither it nor its dataclass
+    is at the top level of an imported module.
 
     Example:
         text = json.dumps(to_plain(config), allow_nan=False)
@@ -152,7 +153,7 @@ def _fields_to_plain(value: Any) -> dict[str, Any]:
 
 
 def _own_to_plain(value: Any) -> Any:
-    """Returns the name of your own object, or the name of its class with its fields."""
+    """Returns the name of a user-defined object, or the name of its class with its fields."""
     if (name := name_of(value)) is not None:
         return name
     if is_dataclass(value) and (name := name_of(type(value))) is not None:

@@ -86,7 +86,7 @@ class OneOf:
 
 @dataclass(frozen=True)
 class Own:
-    """Your own objects: values in Python, "package.module:object" in commands and JSON.
+    """User-defined objects: values in Python, "package.module:object" in commands and JSON.
 
     about: what an object must be, as a noun phrase for errors.
 

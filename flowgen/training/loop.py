@@ -1,4 +1,4 @@
-"""The training loop for all experiments. It runs the steps, checkpoints and reports; a `Job` says what to train."""
+"""The training loop for all experiments: runs the steps, saves checkpoints and reports progress for a `Job`."""
 
 from __future__ import annotations
 
