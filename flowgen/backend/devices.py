@@ -133,16 +133,6 @@ def _unit_lower_inverse_by_blocks(lower: Array) -> Array:
 # Attention and memory
 
 
-def attention_implementation(asked: str) -> str:
-    """Returns the implementation of softmax attention to use: so far always "xla", in chunks of queries.
-
-    asked: "auto" or "xla". Raises ValueError for anything else.
-    """
-    if asked not in ("auto", "xla"):
-        raise ValueError(f"implementation must be 'auto' or 'xla', not {asked!r}.")
-    return "xla"
-
-
 def queries_at_once(batch: object, heads: object, keys: object, max_logits: int | None) -> int | None:
     """Returns how many queries to process at once, for at most `max_logits` logits over all samples and heads.
 

@@ -184,6 +184,29 @@ def varies(x: Array) -> bool:
     return bool(jax.typeof(x).manual_axis_type.varying)
 
 
+def explicit_axes(tree: PyTree) -> bool:
+    """Returns whether an array of a tree is on a mesh with explicit axes.
+
+    Example:
+        explicit_axes((q, k, v))
+    """
+    return _explicit_mesh(tree) is not None
+
+
+def partitioned(x: Array) -> bool:
+    """Returns whether the compiler may divide the computation of x over several devices.
+
+    It may not in a program mapped over all axes of its mesh, or if there is one device. Explicit axes do not count,
+    because `map_axes` maps over them.
+
+    Example:
+        jax.pmap(lambda x: x * partitioned(x))(x)
+    """
+    mesh = jax.typeof(x).sharding.mesh
+    mesh = get_abstract_mesh() if mesh.empty else mesh
+    return jax.device_count() > 1 if mesh.empty else AxisType.Auto in mesh.axis_types
+
+
 def check_unmapped(what: str, tree: PyTree) -> None:
     """Raises ValueError if an array of a tree varies over an axis of a mapped program.
 

@@ -22,6 +22,7 @@ def run(options: argparse.Namespace, rest: list[str]) -> int:
     """Runs the command and returns its exit code."""
     from flowgen.cli.grammar import load_experiment
     from flowgen.experiments import from_json
+    from flowgen.experiments.attention import attention_lines
     from flowgen.runs import CHECKPOINTS, CheckpointReader, read_config
     from flowgen.settings import settings
 
@@ -35,6 +36,8 @@ def run(options: argparse.Namespace, rest: list[str]) -> int:
     else:
         experiment = load_experiment(options, rest)
     say(f"parameters: {num_parameters(experiment.build()):,}")
+    for line in attention_lines(experiment.model):
+        say(line)
     if options.checkpoint and (classes := getattr(experiment.data, "classes", ())):
         say("classes: " + ", ".join(f"{number} {name}" for number, name in enumerate(classes)))
     for setting in settings(experiment):

@@ -11,6 +11,7 @@ from flowgen.arrays import shown
 from flowgen.data import ClipsConfig, DataConfig, Dataset, LatentsConfig, told_once
 from flowgen.data.dataset import OWN
 from flowgen.data.inventory import name_list
+from flowgen.experiments.attention import warn_of_dtype
 from flowgen.experiments.experiment import Experiment
 from flowgen.experiments.own_data import check_protocol
 from flowgen.runs import check_workdir
@@ -72,6 +73,7 @@ def fit(
             # Before data are encoded, because this raises if a user's object has no name to save.
             config = experiment.to_json()
             check_workdir(Path(workdir), experiment.check_resumable, locks=is_primary())
+            warn_of_dtype(experiment.model)
             with told_once():
                 job = experiment.job(dataset=dataset, held_out=held_out, model=model)
         return train(

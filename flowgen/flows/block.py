@@ -38,6 +38,7 @@ from flowgen.flows.affine import (
 from flowgen.flows.positions import GridPositions
 from flowgen.nn.embeddings import class_embedding, class_one_hot
 from flowgen.nn.layers import RMSNorm, linear, master_dtype
+from flowgen.nn.softmax_shape import SoftmaxShape
 from flowgen.nn.transformer import TransformerConfig, transformer_stack, unstack_layers
 
 Shift = Literal["output", "input"]
@@ -105,6 +106,15 @@ class BlockConfig:
     @property
     def prefix_length(self) -> int:
         return 0 if self.prefix is None else self.prefix.length
+
+    @property
+    def softmax_shape(self) -> SoftmaxShape | None:
+        """The attention of the block's layers over whole sequences; None unless it is softmax attention."""
+        layers = self.transformer
+        if not (isinstance(layers.attention, str) and layers.attention == "softmax"):
+            return None
+        rows = self.num_tokens - (self.shift == "output") + self.prefix_length
+        return SoftmaxShape(rows, layers.num_heads, layers.head_dim, layers.dtype, True, layers.num_kv_heads)
 
     @property
     def is_conditional(self) -> bool:
@@ -262,6 +272,11 @@ class AutoregressiveBlock(nn.Module):
     def rewind(self, before: tuple, after: tuple) -> tuple:
         """Returns caches from which the window that turned `before` into `after` can run again."""
         return causal_kernel(self.config.transformer.attention).rewind(before, after)
+
+
+def softmax_shapes(blocks: tuple[BlockConfig, ...]) -> tuple[SoftmaxShape, ...]:
+    """Returns the different shapes of the blocks' softmax attention, in the order of the blocks."""
+    return tuple(dict.fromkeys(shape for block in blocks if (shape := block.softmax_shape) is not None))
 
 
 def each_frame(x: Float[Array, "b n c"], frames: int) -> Float[Array, "b_and_frames tokens c"]:

@@ -11,6 +11,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float, Key
 
 from flowgen.arrays import check_floating, check_key
+from flowgen.backend import any_derivative
 from flowgen.gaussian import gaussian_log_density
 from flowgen.matching.checks import check_output, check_velocity
 from flowgen.matching.solvers import Method, Velocity, integrate
@@ -89,7 +90,11 @@ def divergence(
     Example:
         v, change = divergence(velocity, t, x, probe=jax.random.rademacher(key, x.shape, x.dtype))
     """
-    field = lambda y: check_output(velocity(t, y, cond), y)  # noqa: E731
+
+    def field(y):
+        with any_derivative():
+            return check_output(velocity(t, y, cond), y)
+
     dtype = jnp.promote_types(x.dtype, jnp.float32)
     if probe is not None:
         v, moved = jax.jvp(field, (x,), (probe,))

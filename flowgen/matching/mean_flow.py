@@ -20,6 +20,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float, Key
 
 from flowgen.arrays import check_floating
+from flowgen.backend import any_derivative
 from flowgen.conditioning import UNCONDITIONAL, no_labels
 from flowgen.guidance import linear_rule
 from flowgen.matching.checks import check_output
@@ -139,7 +140,11 @@ def average_and_target(
         u, target = average_and_target(average_velocity, t, x_t, None, interval, v)
     """
     v = jax.lax.stop_gradient(v)
-    field = lambda t, x, interval: check_output(average_velocity(t, x, cond, interval), x)  # noqa: E731
+
+    def field(t, x, interval):
+        with any_derivative():
+            return check_output(average_velocity(t, x, cond, interval), x)
+
     u, change = jax.jvp(field, (t, x_t, interval), (jnp.ones_like(t), v, -jnp.ones_like(interval)))
     return u, jax.lax.stop_gradient(v + over_event(interval, v) * change)
 
