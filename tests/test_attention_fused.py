@@ -67,13 +67,13 @@ def test_the_plan_is_a_function_of_shapes_and_platform(name):
         ("flash", shapes(), "gpu", "auto, xla, cudnn, tpu"),
     ],
 )
-def test_what_cannot_run_is_refused_with_the_reason(asked, inputs, platform, problem):
+def test_what_cannot_run_is_refused_with_the_reason(asked, inputs, platform, problem, untyped):
     with pytest.raises(ValueError, match=rf"implementation .*{problem}"):
         attention_plan(*inputs, implementation=asked, platform=platform)
 
 
 @pytest.mark.parametrize("asked", ["cudnn", "tpu", "flash"])
-def test_attention_and_models_refuse_before_compute(asked, key):
+def test_attention_and_models_refuse_before_compute(asked, key, untyped):
     x = jnp.zeros((1, 4, 2, 8), jnp.bfloat16)
     with pytest.raises(ValueError, match=f"implementation .*{asked}"):
         softmax_attention(x, x, x, implementation=asked)
@@ -140,12 +140,13 @@ def attend(t, x, cond=None, interval=None, implementation="auto"):
 
 def test_only_reverse_mode_works_and_says_so(on_tpu):
     x = jnp.asarray(RNG.normal(size=(1, 128, 8)), jnp.float32)
-    for call in (attend, jax.jit(attend)):
-        with pytest.raises(TypeError, match="forward-mode derivative; pass implementation='xla'"):
-            jax.jvp(lambda x, call=call: call(None, x), (x,), (x,))
+    with pytest.raises(TypeError, match="forward-mode derivative; pass implementation='xla'"):
+        jax.jvp(lambda x: attend(None, x), (x,), (x,))
+    with pytest.raises(TypeError, match="forward-mode"):  # JAX's own sentence, from where it compiles the program.
+        jax.jvp(jax.jit(lambda x: attend(None, x)), (x,), (x,))
 
 
-def test_divergences_and_mean_flow_ask_for_xla(on_tpu, key):
+def test_divergences_and_mean_flow_ask_for_xla(on_tpu):
     x, t = jnp.asarray(RNG.normal(size=(2, 128, 8)), jnp.float32), jnp.full(2, 0.5)
     velocity = jax.jit(attend)
     velocity(t, x)  # This program has the fused kernel, and must not be taken from the cache below.
@@ -156,7 +157,7 @@ def test_divergences_and_mean_flow_ask_for_xla(on_tpu, key):
     ours, expected = (divergence(field, t, x, probe=jnp.ones_like(x)) for field in (velocity, by_xla))
     for value, other in zip(ours, expected, strict=True):
         assert_close(value, other, LAYER)
-    losses = [mean_flow_loss()(field, {"x1": x}, key)[0] for field in (velocity, by_xla)]
+    losses = [mean_flow_loss()(field, {"x1": x}, jax.random.key(0))[0] for field in (velocity, by_xla)]
     assert_close(losses[0], losses[1], LAYER)
     with pytest.raises(ValueError, match="'tpu' cannot run: fused kernels have no forward-mode derivative"):
         divergence(lambda t, x, cond: attend(t, x, implementation="tpu"), t, x, probe=x)
@@ -168,7 +169,7 @@ def toy_tarflow(**options):
 
 
 def toy_starflow(**options):
-    sizes = {"image_size": 20, "channels": 1, "width": 32, "head_dim": 16, "expansion": 1, "layers_per_block": (1,)}
+    sizes = {"image_size": 20, "channels": 1, "width": 48, "head_dim": 24, "expansion": 1, "layers_per_block": (1,)}
     return flowgen.STARFlowConfig(**sizes, num_classes=3, num_kv_heads=1, dtype="bfloat16", **options)
 
 
@@ -197,9 +198,9 @@ def lowered(model, target):
 
 
 def has_logits(program):
-    """Whether some array has two axes of a hundred or more: of 400 tokens, in up to four slices, and 32 channels."""
-    sizes = (shape.split("x") for shape in re.findall(r"tensor<((?:\d+x)+)", program))
-    return any(sum(int(size) >= 100 for size in shape if size) > 1 for shape in sizes)
+    """Whether an array has two axes of tokens: of 400, in up to four slices. The kernel for TPUs has 128 lanes."""
+    shapes = ([int(size) for size in shape.split("x")] for shape in re.findall(r"tensor<(\d+(?:x\d+)*)x", program))
+    return any(sum(size >= 100 and size != 128 for size in shape) > 1 for shape in shapes)
 
 
 @pytest.mark.parametrize("implementation", TARGETS)

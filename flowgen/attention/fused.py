@@ -27,7 +27,7 @@ def chosen_implementation(
     plan = attention_plan(q, k, v, mask=kind, is_causal=is_causal, implementation=asked, platform=platform)
     if plan.implementation == "xla":
         return "xla"
-    problem = backend.program_problem(plan.implementation, asked, q, mask is not None)
+    problem = backend.program_problem(plan.implementation, asked, q, k, v, mask)
     if problem and asked != "auto":
         raise ValueError(f"implementation {asked!r} cannot run: {problem}; use 'auto' or 'xla'.")
     return "xla" if problem else plan.implementation

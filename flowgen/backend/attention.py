@@ -136,13 +136,15 @@ def attention_platform() -> str:
     return f"GPU of compute capability {capability}" if older else "gpu"
 
 
-def program_problem(kernel: Kernel, implementation: Implementation, q: Array, masked: bool) -> str:
+def program_problem(
+    kernel: Kernel, implementation: Implementation, q: Array, k: Array, v: Array, mask: Array | None
+) -> str:
     """Returns why a kernel cannot run in the program that is being traced, as a clause; empty if it can."""
     if _any_derivative.value:
         return "fused kernels have no forward-mode derivative, which is needed here"
-    if masked and explicit_axes(q):
+    if mask is not None and explicit_axes((q, k, v, mask)):
         return "fused kernels take no mask on meshes with explicit axes"
-    if kernel == "tpu" and varies(q):
+    if kernel == "tpu" and any(varies(x) for x in (q, k, v)):
         return "the TPU kernel does not pass the checks of jax.shard_map, which check_vma=False turns off"
     if kernel == "tpu" and implementation == "auto" and partitioned(q):
         return "the compiler cannot divide the TPU kernel over devices"
