@@ -7,6 +7,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from commands import succeed
+from conftest import rows
 from jax.sharding import AxisType, NamedSharding, PartitionSpec
 from tolerances import LAYER, assert_close
 
@@ -93,6 +94,19 @@ def on_tpu(monkeypatch):
     monkeypatch.setattr(jax, "device_count", lambda: 1)
 
 
+@pytest.fixture
+def on_gpu(monkeypatch):
+    """Attention is planned as on a GPU, and JAX computes in XLA what it would ask of cuDNN."""
+
+    def in_xla(q, k, v, lengths, is_causal):
+        return jax.nn.dot_product_attention(
+            q, k, v, is_causal=is_causal, key_value_seq_lengths=lengths, implementation="xla"
+        )
+
+    monkeypatch.setattr(backend, "attention_platform", lambda: "gpu")
+    monkeypatch.setattr(backend, "cudnn_attention", in_xla)
+
+
 KEYS = RNG.random((2, 1, 1, 150)) < 0.5
 KEYS[0, ..., :5] = False  # In causal order, the first queries see nothing.
 NOTHING = KEYS & np.array([True, False])[:, None, None, None]
@@ -102,15 +116,13 @@ CASES = {
     "padded": (130, 150, None, False, "float32"),
     "key mask": (130, 150, NOTHING, False, "float32"),
     "causal key mask": (150, 150, KEYS, True, "float32"),
-    "bfloat16": (150, 150, None, True, "bfloat16"),
-    "bfloat16 key mask": (130, 150, KEYS, False, "bfloat16"),
+    "bfloat16 causal": (150, 150, None, True, "bfloat16"),
+    "bfloat16 padded": (130, 150, None, False, "bfloat16"),
+    "bfloat16 key mask": (130, 150, NOTHING, False, "bfloat16"),
 }
 
 
-@pytest.mark.parametrize(
-    "case", [pytest.param(c, marks=pytest.mark.slow) if c in ("padded", "causal key mask") else c for c in CASES]
-)
-def test_the_tpu_kernel_is_xla_in_float32(case, on_tpu):
+def check_kernel(case, implementation):
     n, m, mask, is_causal, dtype = CASES[case]
     rounded = [
         jnp.asarray(RNG.normal(size=(2, tokens, heads, 16)), dtype) for tokens, heads in ((n, 4), (m, 2), (m, 2))
@@ -127,9 +139,19 @@ def test_the_tpu_kernel_is_xla_in_float32(case, on_tpu):
         return [out, *gradients]
 
     tolerance = LAYER if dtype == "float32" else BFLOAT16
-    for ours, expected in zip(both("tpu", dtype), both("xla", "float32"), strict=True):
+    for ours, expected in zip(both(implementation, dtype), both("xla", "float32"), strict=True):
         assert ours.dtype == dtype
         assert_close(ours.astype(jnp.float32), expected, tolerance)
+
+
+@pytest.mark.parametrize("case", rows(CASES, rare=("padded", "bfloat16 padded", "bfloat16 key mask")))
+def test_the_tpu_kernel_is_xla_in_float32(case, on_tpu):
+    check_kernel(case, "tpu")
+
+
+@pytest.mark.parametrize("case", [case for case in CASES if case.startswith("bfloat16")])
+def test_what_cudnn_is_asked_is_the_attention(case, on_gpu):
+    check_kernel(case, "cudnn")
 
 
 def attend(t, x, cond=None, interval=None, implementation="auto"):
