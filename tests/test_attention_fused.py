@@ -1,5 +1,6 @@
 """Fused softmax attention: when it is chosen, the TPU kernel interpreted against XLA, lowering for accelerators."""
 
+import dataclasses
 import re
 
 import jax
@@ -241,17 +242,19 @@ def test_models_lower_to_the_kernel_without_logits(name, implementation, monkeyp
 
 
 @pytest.mark.parametrize("implementation", TARGETS)
-@pytest.mark.parametrize("spec", [PartitionSpec("data"), PartitionSpec(None, None, "data")], ids=["batch", "heads"])
-def test_on_explicit_axes_each_device_runs_the_kernel(spec, implementation, monkeypatch):
+@pytest.mark.parametrize("axis", ["batch", "tokens", "heads"])
+def test_on_explicit_axes_each_device_runs_the_kernel_on_its_part(axis, implementation, monkeypatch):
     platform, target, call = TARGETS[implementation]
     monkeypatch.setattr(backend, "attention_platform", lambda: platform)
     monkeypatch.setattr("jax._src.cudnn.fused_attention_stablehlo.check_cudnn_version", lambda: 91002)
+    spec = PartitionSpec(*["data" if name == axis else None for name in ("batch", "tokens", "heads")])
     sharding = NamedSharding(jax.make_mesh((4,), ("data",)), spec)
-    arrays = [jax.ShapeDtypeStruct((4, 150, heads, 16), jnp.bfloat16, sharding=sharding) for heads in (8, 4, 4)]
+    arrays = [jax.ShapeDtypeStruct((4, 160, heads, 16), jnp.bfloat16, sharding=sharding) for heads in (8, 4, 4)]
     gradient = jax.grad(lambda *qkv: softmax_attention(*qkv, is_causal=True).astype(jnp.float32).sum(), (0, 1, 2))
     program = jax.jit(gradient).trace(*arrays).lower(lowering_platforms=(target,)).as_text()
-    assert program.count(call) > 1
-    assert "manual" in program
+    # Over divided tokens, XLA computes attention, and the devices communicate.
+    assert (program.count(call) > 1) == (axis != "tokens")
+    assert ("manual" in program) == (axis != "tokens")
 
 
 def test_automatic_axes_keep_tpus_from_the_kernel(monkeypatch):
@@ -288,6 +291,12 @@ def test_automatic_axes_keep_tpus_from_the_kernel(monkeypatch):
 def test_a_dtype_that_keeps_a_gpu_from_the_kernel_is_told(config, platform, warns, recwarn):
     warn_of_dtype(config, platform=platform)
     assert [str(warning.message).partition(",")[0] for warning in recwarn] == ["model.dtype is 'float32'"] * warns
+
+
+def test_a_run_may_resume_with_another_implementation():
+    experiment = flowgen.load_config("tarflow_digits")
+    model = dataclasses.replace(experiment.model, attention_implementation="xla")
+    dataclasses.replace(experiment, model=model).check_resumable(experiment.to_json())
 
 
 def test_info_prints_the_plan():

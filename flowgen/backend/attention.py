@@ -12,7 +12,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int
 
-from flowgen.backend.meshes import explicit_axes, partitioned, varies
+from flowgen.backend.meshes import divided_axes, explicit_axes, partitioned, varies
 
 Implementation = Literal["auto", "xla", "cudnn", "tpu"]
 Kernel = Literal["cudnn", "tpu"]
@@ -144,6 +144,8 @@ def program_problem(
         return "fused kernels have no forward-mode derivative, which is needed here"
     if mask is not None and explicit_axes((q, k, v, mask)):
         return "fused kernels take no mask on meshes with explicit axes"
+    if any({1, 3} & divided_axes(x) for x in (q, k, v)):
+        return "fused kernels take whole sequences and heads, and their axes are divided over devices"
     if kernel == "tpu" and any(varies(x) for x in (q, k, v)):
         return "the TPU kernel does not pass the checks of jax.shard_map, which check_vma=False turns off"
     if kernel == "tpu" and implementation == "auto" and partitioned(q):

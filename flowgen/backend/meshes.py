@@ -193,6 +193,17 @@ def explicit_axes(tree: PyTree) -> bool:
     return _explicit_mesh(tree) is not None
 
 
+def divided_axes(x: Array) -> set[int]:
+    """Returns the axes of x that are sharded over explicit axes of a mesh.
+
+    Example:
+        if 1 in divided_axes(q): ...
+    """
+    if _explicit_mesh(x) is None:
+        return set()
+    return {axis for axis, names in enumerate(jax.typeof(x).sharding.spec) if names is not None}
+
+
 def partitioned(x: Array) -> bool:
     """Returns whether the compiler may divide the computation of x over several devices.
 
