@@ -45,6 +45,7 @@ PLANS = {
     "wide heads": (shapes(width=256), {}, "xla xla tpu", "up to 128"),
     "odd heads": (shapes(width=36), {}, "xla xla tpu", "multiples of 8"),
     "wider values": ([*shapes()[:2], shapes(width=96)[2]], {}, "xla xla xla", "one width"),
+    "nothing": (shapes(n=0, m=5), {}, "xla xla xla", "empty"),
     "few queries": (shapes(n=48), {}, "xla xla xla", "there are 48"),
     "xla": (shapes(), {"implementation": "xla"}, "xla xla xla", "asked for"),
 }

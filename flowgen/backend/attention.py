@@ -96,6 +96,8 @@ def _problem(kernel: Kernel, q: Shaped, k: Shaped, v: Shaped, mask: str, is_caus
         return f"{name} needs {DEVICES[kernel]}, and the device is a {platform}"
     if not all(isinstance(size, int) for x in (q, k, v) for size in x.shape):
         return f"{name} needs sizes that are known, and some are symbols"
+    if any(size == 0 for x in (q, k, v) for size in x.shape):
+        return f"{name} takes no empty arrays"
     if not dtypes[0] == dtypes[1] == dtypes[2]:
         return f"{name} takes q, k and v of one dtype, and theirs are {', '.join(dtypes)}"
     if dtypes[0] not in DTYPES[kernel]:
