@@ -156,7 +156,7 @@ def take_rows(x: Array, index: Array) -> Array:
 
 
 def alike_rows(tree: PyTree) -> PyTree:
-    """Returns the tree with the rows of every array sharded like the first array with rows sharded over explicit axes.
+    """Returns the tree with all rows sharded like those of the first array with rows sharded over explicit axes.
 
     Inside jit, the mesh must be the context; see `on_mesh_of`.
 

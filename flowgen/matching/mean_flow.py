@@ -169,7 +169,7 @@ def guided_target(
 def integrate_mean(
     average_velocity: AverageVelocity, x0: Float[Array, "b *event"], cond: Any = None, *, num_steps: int = 1
 ) -> tuple[Float[Array, "b *event"], int]:
-    """Returns samples and the number of evaluations; takes equal steps x ← x + interval · u(t, x, cond, interval).
+    """Returns samples, drawn in equal steps x ← x + interval · u(t, x, cond, interval), and the number of evaluations.
 
     Raises ValueError for fewer than one step.
 
