@@ -8,7 +8,7 @@ Let u be the tokens in the block's order (TARFlow, arXiv 2412.06329, and STARFlo
 
 With shift "output" (TARFlow), p_t = u_t and f = 1: the network predicts the parameters of the next token. Token 0
 passes through unchanged, and the last token is never fed to the network. With shift "input" (STARFlow), f = 0, p_0 is a
-learned start token in data space, and later p_t = u_{t-1}, so every token is transformed.
+learned start token in data space, and p_t = u_{t-1} for t > 0, so every token is transformed.
 
 Positions are either a learned table in token order, or rotary angles of the slots, which do not depend on that order.
 The condition is either a class embedding added to every token, or a prefix of tokens that all other tokens see.

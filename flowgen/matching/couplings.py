@@ -185,7 +185,7 @@ class GibbsWeights:
 
     @property
     def sees(self) -> str:
-        """The rows that a weight depends on: its own ("row"), or those in `scope` with sweeps or a batch mean."""
+        """The rows that a weight depends on: its own ("row") or, with sweeps or a batch mean, those in `scope`."""
         return self.scope if self.sinkhorn_sweeps or self.normalize == "batch" else "row"
 
     def __call__(

@@ -32,7 +32,7 @@ class NetworkConfig(Protocol):
 
     @property
     def event_shape(self) -> tuple[int, ...]:
-        """Shape of one sample: (height, width, channels) of images, (2,) of points."""
+        """Shape of one sample: (height, width, channels) for images, (2,) for points in the plane."""
         ...
 
     @property
