@@ -59,8 +59,8 @@ def velocity_to_x1(
 ) -> Float[Array, "b *event"]:
     """Returns the data x1 = (beta v - beta' x_t) / D implied by a velocity; a learned velocity gives E[x1 | x_t].
 
-    D = alpha' beta - beta' alpha. Times are clipped with `clip_times(path, t)`. Raises ValueError for a path with a
-    spread and for times outside [0, 1].
+    Here D = alpha' beta - beta' alpha. Times are clipped with `clip_times(path, t)`. Raises ValueError for a path with
+    a spread and for times outside [0, 1].
 
     Example:
         x1 = velocity_to_x1(CondOT(), t, x_t, v)
@@ -74,8 +74,8 @@ def velocity_to_noise(
 ) -> Float[Array, "b *event"]:
     """Returns the noise x0 = (alpha' x_t - alpha v) / D implied by a velocity; a learned velocity gives E[x0 | x_t].
 
-    D = alpha' beta - beta' alpha. Times are clipped with `clip_times(path, t)`. Raises ValueError for a path with a
-    spread and for times outside [0, 1].
+    Here D = alpha' beta - beta' alpha. Times are clipped with `clip_times(path, t)`. Raises ValueError for a path with
+    a spread and for times outside [0, 1].
 
     Example:
         x0 = velocity_to_noise(CondOT(), t, x_t, v)

@@ -81,8 +81,8 @@ class MinibatchOT:
     each x0 once; "sinkhorn" draws an x0 for each x1 from the entropic plan, inside the compiled program.
     epsilon: regularisation of the entropic plan, in units of the mean cost; positive.
     tolerance: share of the mass of x0 that the entropic plan may misplace on average; positive.
-    num_sweeps: largest number of Sinkhorn sweeps; at least 1. If the plan then still misses the tolerance, the coupling
-    raises ValueError outside jit; inside jit, its weights, and therefore the loss, are NaN.
+    num_sweeps: largest number of Sinkhorn sweeps; at least 1. If the plan still misses the tolerance after that, the
+    coupling raises ValueError outside jit; inside jit, its weights, and therefore the loss, are NaN.
     class_aware: move noise only within a class; each x0 has the label of its original pair. Otherwise, the noise
     that a class is trained on differs from the noise that it is sampled from (C2OT, ICCV 2025). Needs integer labels
     `b` as cond.

@@ -198,7 +198,7 @@ def choose_epsilon(
 
 
 def fit_epsilon(coupling: GibbsWeights, x0: Float[Array, "b *event"], x1: Float[Array, "b *event"]) -> GibbsWeights:
-    """Returns the coupling with epsilon chosen from independent pairs for the coupling's target and cost.
+    """Returns the coupling with the smallest epsilon at which independent pairs reach the coupling's target.
 
     The target is `tilt` if given, otherwise `ess`. With a tilt or Sinkhorn sweeps, only the first 1,024 pairs are used;
     the ess of plain weights uses all pairs. A coupling that already has an epsilon is returned unchanged.
