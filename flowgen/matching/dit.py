@@ -48,7 +48,7 @@ class DiTConfig:
     expansion: hidden width of the feed-forward layers, as a multiple of width.
     num_classes: number of classes that the field is conditioned on; 0 for none.
     attention: attention kernel of the layers: a name, or your own kernel or feature map.
-    intervals: whether to predict average velocities over an interval too (MeanFlow).
+    intervals: whether to also predict average velocities over an interval (MeanFlow).
     time_scale: factor on times before the sinusoidal embedding, which expects 0 to 1,000. MeanFlow's loss contains a
     derivative in t, so MeanFlow needs a small factor, such as 1.0.
     dtype: dtype of matrix products and activations; parameters, norms and the modulation stay float32.

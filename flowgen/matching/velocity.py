@@ -56,7 +56,7 @@ class MLPConfig:
     width: width of the hidden layers.
     num_layers: number of hidden layers.
     num_classes: number of classes that the field is conditioned on; 0 for none.
-    intervals: whether to predict average velocities over an interval too (MeanFlow).
+    intervals: whether to also predict average velocities over an interval (MeanFlow).
     """
 
     dim: Channels = 2
