@@ -123,7 +123,7 @@ def _flatten(guidance: Guidance) -> tuple[tuple[Any, ...], tuple[Any, ...]]:
 
 
 def _unflatten(static: tuple[Any, ...], traced: tuple[Any, ...]) -> Guidance:
-    guidance = object.__new__(Guidance)  # jax also builds pytrees of placeholders, which no check would pass.
+    guidance = object.__new__(Guidance)  # jax also builds pytrees of placeholders, which would fail the checks.
     for name, value in zip((*_TRACED, *_STATIC), (*traced, *static), strict=True):
         object.__setattr__(guidance, name, value)
     return guidance

@@ -29,9 +29,9 @@ from jaxtyping import Array, PyTree
 def keep_axes(fn: Callable[..., Any], *args: Any, named: Iterable[tuple[Array, str]], out: Any) -> Any:
     """Returns fn(*args), computed under automatic axes if the mesh of an argument has explicit ones.
 
-    named: arrays with one letter per axis, such as "b n h k". out: the letters of the results, in the tree that fn
-    returns. Each axis of a result is sharded like the axis with the same letter in the first named array that shards
-    this axis.
+    named: arrays with one letter per axis, such as "b n h k". out: the letters of the results, in a tree like the one
+    that fn returns. Each axis of a result is sharded like the axis with the same letter in the first named array that
+    shards this axis.
 
     Example:
         out = keep_axes(attend, q, k, v, named=[(q, "b n h k")], out="b n h d")
@@ -156,7 +156,7 @@ def take_rows(x: Array, index: Array) -> Array:
 
 
 def alike_rows(tree: PyTree) -> PyTree:
-    """Returns the tree with the rows of every array sharded like the first array with rows sharded over explicit axes.
+    """Returns the tree with all rows sharded like those of the first array with rows sharded over explicit axes.
 
     Inside jit, the mesh must be the context; see `on_mesh_of`.
 
