@@ -38,7 +38,7 @@ def load_autoencoder(path: str | os.PathLike[str]) -> AutoencoderCodec:
     Latents are normalised to (latents - shift_factor) · scaling_factor, with the values in the config.
 
     Raises:
-        FileNotFoundError: the folder does not exist, or has no config.json or weights; the message names it.
+        FileNotFoundError: the folder does not exist, or has no config.json or weights; the message names the folder.
         ValueError: the weights or the config are damaged, or belong to another network.
 
     Example:

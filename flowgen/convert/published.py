@@ -1,4 +1,4 @@
-"""Imports published TARFlow checkpoints; some settings come from tensor shapes, the others from the caller."""
+"""Imports published TARFlow checkpoints. Tensor shapes give some of the settings, and the caller gives the others."""
 
 from __future__ import annotations
 

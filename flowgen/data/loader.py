@@ -133,7 +133,7 @@ def prefetch(loader: StatelessLoader, start: int, stop: int, *, depth: int = 2) 
 
 
 def fixed_batches(dataset: Dataset, batch_size: int) -> Iterator[tuple[Batch, Bool[np.ndarray, " b"]]]:
-    """Returns an iterator that passes over the dataset once, in order and with constant shapes, for evaluation.
+    """Returns an iterator over the batches of a dataset for evaluation: one pass, in order, with constant shapes.
 
     Each batch comes with a mask `b`. The last batch is padded with copies of its last sample, for which the mask is
     False.

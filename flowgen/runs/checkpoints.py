@@ -237,7 +237,7 @@ class CheckpointReader:
 
 
 def leftovers(directory: Path) -> list[Path]:
-    """Returns what killed saves and deletions left in a directory of checkpoints.
+    """Returns the paths that interrupted saves and deletions left in a directory of checkpoints.
 
     Example:
         for path in leftovers(Path("runs/digits/checkpoints")): ...

@@ -28,7 +28,7 @@ SAMPLES = "samples"
 
 
 def is_run(run_dir: str | Path) -> bool:
-    """Returns whether a directory has a config.json written by a run, and not, say, one published with a model.
+    """Returns whether a directory has a config.json written by a run, rather than one published with a model.
 
     Raises ValueError if its config is not JSON.
 
@@ -101,7 +101,7 @@ def write_config(run_dir: str | Path, config: dict[str, Any]) -> None:
 
 
 def data_changes(run_dir: str | Path, inventory: Inventory) -> str:
-    """Returns a line that says what changed in the data since a run began, or "" if nothing did.
+    """Returns a line that says what has changed in the data since a run began; empty if nothing has.
 
     Example:
         data_changes("runs/photos", inventory)
@@ -118,7 +118,7 @@ def data_changes(run_dir: str | Path, inventory: Inventory) -> str:
 def check_workdir(workdir: Path, check_config: Callable[[dict[str, Any]], None], *, locks: bool = True) -> None:
     """Raises an error if a directory contains anything but a run with this config. Writes nothing.
 
-    locks: whether to also raise BlockingIOError if another process trains in it.
+    locks: whether to also raise BlockingIOError if another process is training there.
 
     Example:
         check_workdir(Path("runs/digits"), experiment.check_resumable)

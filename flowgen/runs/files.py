@@ -80,7 +80,7 @@ def signed(value: dict[str, Any]) -> dict[str, Any]:
 
 
 def verified(value: dict[str, Any]) -> dict[str, Any]:
-    """Returns the values without their digest; raises ValueError if it is missing or does not match.
+    """Returns the values without their digest; raises ValueError if the digest is missing or does not match.
 
     Example:
         verified(signed({"step": 3})) == {"step": 3}

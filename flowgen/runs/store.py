@@ -24,7 +24,7 @@ _SETTLING, _PAUSE = 40, 0.05
 
 
 class CheckpointStore(CheckpointReader):
-    """Saves in the background; keeps the latest `keep` steps and the one with the lowest `best_metric`.
+    """Saves checkpoints in the background; keeps the latest `keep` steps and the one with the lowest `best_metric`.
 
     Opening a store removes what a killed process left unfinished. `close` waits for the current save. say: called with
     a line about anything that is ignored or moved aside.
@@ -108,7 +108,7 @@ class CheckpointStore(CheckpointReader):
             raise error
 
     def close(self) -> None:
-        """Waits for the current save."""
+        """Waits for the current save to finish."""
         try:
             self.wait()
         finally:

@@ -159,7 +159,7 @@ class RunWriter:
         return folder / f"{step:07d}.png"
 
     def save(self, step: int, state: Any) -> None:
-        """Starts saving the state of a step; waits for the previous save."""
+        """Waits for the previous save, and then starts saving the state of a step."""
         self._wait()
         with _named(self._shown):
             self._make_again(step)
