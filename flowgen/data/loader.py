@@ -23,7 +23,7 @@ _ORDER, _FLIP, _SCHEDULE = 0, 1, 2
 
 @dataclasses.dataclass(frozen=True)
 class Loader:
-    """Training batches in an order fixed by the seed, without state.
+    """Stateless training batches, in an order determined by the seed.
 
     The samples of all epochs, each epoch in a new random order, form one endless sequence. Batch `step` takes positions
     step B .. (step + 1) B - 1 of this sequence, where B is `batch_size` over all processes. Process i of P takes the

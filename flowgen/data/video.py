@@ -1,4 +1,4 @@
-"""Reads clips from video files at any frame rate, and writes them, with PyAV and Pillow."""
+"""Reads clips from video files at any frame rate, and writes clips to video files, with PyAV and Pillow."""
 
 from __future__ import annotations
 

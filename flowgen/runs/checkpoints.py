@@ -35,7 +35,9 @@ _LEFTOVER = re.compile(rf"[0-9]+\.({SAVING}|{DELETED})(-[0-9]+)?")
 
 
 class CheckpointReader:
-    """Reads the complete checkpoints of a directory. It writes nothing, so you can use it while a run trains there.
+    """Reads the complete checkpoints of a directory.
+
+    It writes nothing, so you can use it while a run is training there.
 
     Example:
         reader = CheckpointReader("runs/digits/checkpoints")

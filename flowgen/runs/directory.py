@@ -5,7 +5,7 @@
 <run>/checkpoints/     see `flowgen.runs.checkpoints`
 <run>/metrics.jsonl    means since the last report, and evaluations; events.* the same for TensorBoard
 <run>/samples/         an image for each step at which samples were drawn
-<run>/lock             held by the process that trains here
+<run>/lock             held by the process that is training here
 """
 
 from __future__ import annotations
