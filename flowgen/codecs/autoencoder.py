@@ -73,7 +73,7 @@ class AutoencoderConfig:
 
     @property
     def inputs(self) -> tuple[jax.ShapeDtypeStruct, ...]:
-        """Shape and dtype of a batch of one image, the smallest that passes through every layer."""
+        """Shape and dtype of a batch with the smallest image that passes through every layer."""
         return (jax.ShapeDtypeStruct((1, self.factor, self.factor, self.channels), jnp.float32),)
 
 

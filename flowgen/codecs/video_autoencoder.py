@@ -107,7 +107,7 @@ class VideoAutoencoderConfig:
 
     @property
     def inputs(self) -> tuple[jax.ShapeDtypeStruct, ...]:
-        """Shape and dtype of a batch of one clip, the smallest that passes through every layer."""
+        """Shape and dtype of a batch with the smallest clip that passes through every layer."""
         shape = (1, 1 + self.stride, self.factor, self.factor, self.channels)
         return (jax.ShapeDtypeStruct(shape, jnp.float32),)
 

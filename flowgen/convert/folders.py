@@ -113,7 +113,8 @@ def load_text_encoder(path: str | os.PathLike[str], *, length: int) -> FrozenTex
     network, variables = _named(folder, lambda: importers[kind](_weights(folder, "text encoder"), config))
     if kind == "bert" and length > network.config.max_length:
         raise ValueError(
-            f"model.text_length is {length}, but '{folder}' takes at most {network.config.max_length} tokens; lower it."
+            f"model.text_length is {length}, but '{folder}' takes at most {network.config.max_length} tokens; lower "
+            "model.text_length."
         )
     return FrozenTextEncoder(
         tokenizer,

@@ -98,7 +98,7 @@ def tarflow(
 
 
 def check_state_dict(state_dict: Any) -> None:
-    """Raises ValueError unless the weights map names to tensors, for example if they are a path.
+    """Raises ValueError if the weights do not map names to tensors, for example if they are a path.
 
     Example:
         check_state_dict({"weight": weight})
@@ -182,7 +182,7 @@ def _shape(state_dict: Mapping[str, np.ndarray], name: str, ndim: int) -> tuple[
 
 
 def _count(state_dict: Mapping[str, np.ndarray], template: str) -> int:
-    """Returns how many names of a template are in the state dict, with consecutive indices from 0 on."""
+    """Returns how many names in the state dict a template gives with the indices 0, 1, 2, ..., without a gap."""
     return next(index for index in itertools.count() if template.format(index=index) not in state_dict)
 
 

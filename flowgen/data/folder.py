@@ -138,7 +138,7 @@ def _caption(path: Path) -> str:
     try:
         return " ".join(read_bytes(path).decode("utf-8-sig").split())
     except UnicodeDecodeError as error:
-        raise ValueError(f"the caption '{path}' in data.path is not UTF-8 text ({error}); convert it.") from error
+        raise ValueError(f"the caption '{path}' in data.path is not UTF-8 ({error}); convert it to UTF-8.") from error
 
 
 def _aspects(files: list[Path], on_corrupt: OnCorrupt, split: Split) -> list[str | None]:

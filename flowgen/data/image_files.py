@@ -51,7 +51,7 @@ def read_image(
 ) -> UInt8[np.ndarray, "height width c"]:
     """Returns the image in a file as uint8 of shape (*size, channels), turned upright.
 
-    Transparency is composited on white; samples of more than 8 bits keep their highest 8; only the first frame of an
+    Transparency is composited on white. Samples of more than 8 bits keep their highest 8. Only the first frame of an
     animation is read. Unreadable metadata are ignored. For a damaged TIFF, libtiff may also print a message.
 
     Raises:

@@ -54,7 +54,7 @@ def tell(sentence: str) -> None:
 
 
 def quoted(name: str) -> str:
-    """Returns a name in quotes, as `printable` text.
+    """Returns a name in quotes, in a form that is safe to show in a terminal.
 
     Example:
         quoted("cat")  # "'cat'"

@@ -173,7 +173,7 @@ class LatentWriter:
     ) -> None:
         """Writes one shard. null: the encoded empty text, required if the shard has texts."""
         if (shard.texts is None) != (null is None):
-            raise ValueError("null, the encoded empty text, goes with a shard that has texts; give both or neither.")
+            raise ValueError("give null (the encoded empty text) if the shard has texts, and leave it out otherwise.")
         entry = ShardEntry(
             folder=f"{split}-{len(self.entries):05d}",
             split=split,
@@ -241,7 +241,7 @@ def _parsed_index(path: Path, written: int, size: int) -> LatentIndex:
 def read_latents(
     directory: str | os.PathLike[str], split: Split, classes: tuple[str, ...] = ()
 ) -> LatentDataset | BucketedDataset:
-    """Returns a split of cached latents, memory-mapped; if there are several kinds or shapes, each becomes a bucket.
+    """Returns a split of cached latents, memory-mapped. If there are several kinds or shapes, each becomes a bucket.
 
     classes: the classes that labels are mapped to by name; if empty, the classes of the data are kept.
 

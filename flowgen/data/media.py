@@ -157,7 +157,7 @@ def check_writable(path: str | os.PathLike[str]) -> None:
 
 @contextlib.contextmanager
 def atomic_file(path: str | os.PathLike[str]) -> Generator[IO[bytes]]:
-    """Yields a binary file that becomes `path` on success and is deleted on any error; creates its folder.
+    """Yields a binary file that becomes `path` on success and is deleted on any error. Creates missing folders.
 
     Example:
         with atomic_file("samples.npz") as file:

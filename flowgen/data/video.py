@@ -1,4 +1,4 @@
-"""Reads clips from video files at any frame rate, and writes clips to video files, with PyAV and Pillow."""
+"""Reads and writes clips as video files, with PyAV and Pillow. Clips can be read at any frame rate."""
 
 from __future__ import annotations
 

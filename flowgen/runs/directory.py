@@ -61,7 +61,7 @@ def read_config(run_dir: str | Path) -> dict[str, Any]:
 
     Raises:
         FileNotFoundError: the directory does not exist or is not a run; the message says which.
-        ValueError: the config is not a file, not JSON, or was changed; the message names the changed values.
+        ValueError: the config is not a file, is not JSON, or has been changed; the message names the changed values.
 
     Example:
         read_config("runs/digits")["model"]

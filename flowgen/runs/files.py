@@ -39,7 +39,7 @@ def read_json(path: str | Path) -> dict[str, Any]:
 
 
 def read_bytes(path: str | Path) -> bytes:
-    """Returns the bytes of a regular file; raises ValueError for anything else, such as a pipe, which would block.
+    """Returns the bytes of a regular file; raises ValueError for anything else, such as a pipe that would block.
 
     Example:
         content = read_bytes("runs/digits/metrics.jsonl")

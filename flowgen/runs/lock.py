@@ -91,7 +91,9 @@ class Place:
 
 
 def check_unlocked(run_dir: str | Path) -> None:
-    """Raises BlockingIOError, which names the process, if another one is training in a directory. Creates no files.
+    """Raises BlockingIOError if another process is training in a directory; the message names the process.
+
+    Creates no files.
 
     Example:
         check_unlocked("runs/digits")

@@ -184,7 +184,7 @@ class RunWriter:
                 self.store.score(step, metrics)
 
     def _wait(self) -> None:
-        """Waits for the current save; raises its error only if the directory still exists."""
+        """Waits for the current save. If the save failed, raises the error only if the directory still exists."""
         try:
             self.store.wait()
         except OSError:

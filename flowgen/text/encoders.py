@@ -20,7 +20,7 @@ from flowgen.text.tokenizers import Tokenizer, shortened, tokenize
 
 @runtime_checkable
 class TextEncoder(Protocol):
-    """A function that maps texts to conditions of `length` tokens with `dim` features each, which are zero in padding.
+    """A function that maps texts to conditions of `length` tokens with `dim` features each; padding has zero features.
 
     Raises ValueError if a text has more than `length` tokens, unless `truncate` is True.
 

@@ -85,7 +85,7 @@ class JsonTokenizer:
 
 
 class SentencePieceTokenizer:
-    """The tokenizer of a `spiece.model`, used as in T5: it appends the end token </s>, and padding is 0.
+    """The tokenizer of a `spiece.model`, used as in T5: the end token </s> is appended, and the padding token is 0.
 
     Raises ModuleNotFoundError if the package is missing, and ValueError if the file is not a valid tokenizer.
 
