@@ -182,7 +182,7 @@ def _shape(state_dict: Mapping[str, np.ndarray], name: str, ndim: int) -> tuple[
 
 
 def _count(state_dict: Mapping[str, np.ndarray], template: str) -> int:
-    """Returns how many names in the state dict a template gives with the indices 0, 1, 2, ..., without a gap."""
+    """Returns the number of indices 0, 1, 2, ... whose names are in the state dict, up to the first that is missing."""
     return next(index for index in itertools.count() if template.format(index=index) not in state_dict)
 
 
