@@ -85,7 +85,7 @@ class JsonTokenizer:
 
 
 class SentencePieceTokenizer:
-    """The tokenizer of a `spiece.model`, used as in T5: it appends the end token </s>, and padding is 0.
+    """The tokenizer of a `spiece.model`, used as in T5: the end token </s> is appended, and the padding token is 0.
 
     Raises ModuleNotFoundError if the package is missing, and ValueError if the file is not a valid tokenizer.
 
@@ -131,7 +131,8 @@ def tokenize(
         tokens = tokenizer(text)
         if max(tokens, default=0) > MAX_TOKEN:
             raise ValueError(
-                f"the tokenizer returned token {max(tokens)}, but the largest valid token is {MAX_TOKEN}; get it again."
+                f"the tokenizer returned token {max(tokens)}, but the largest valid token is {MAX_TOKEN}; get the "
+                "tokenizer again."
             )
         if len(tokens) > length:
             if not truncate:
@@ -156,8 +157,7 @@ def _check_of_package(error: BaseException) -> None:
 
 
 def _check_template(post_processor: Any) -> None:
-    """Raises ValueError if the template around a text names a special token that it does not define; the package would
-    panic."""
+    """Raises ValueError if the template names a special token that it does not define; the package would panic."""
     known = {} if post_processor is None else json.loads(post_processor.__getstate__())
     for step in known.get("processors", [known]):
         parts = [*(step.get("single") or ()), *(step.get("pair") or ())] if "special_tokens" in step else ()
