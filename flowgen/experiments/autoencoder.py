@@ -58,7 +58,7 @@ class AutoencodingConfig:
     noise: std of the noise added to normalised latents before decoding, so that the decoder learns to decode a flow's
     noisy latents; 0 for none.
     decoder_of: run directory or published folder of an autoencoder; its decoder is trained further, and its encoder
-    stays frozen.
+    stays frozen. If empty, a new autoencoder is trained.
     shown: number of images shown next to their reconstructions in the run's sample grid; at least 1.
     """
 

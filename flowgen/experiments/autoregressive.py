@@ -227,8 +227,8 @@ class AutoregressiveExperiment(Experiment):
     ) -> Callable[[Any], np.ndarray] | None:
         """Returns the function that draws a run's sample images; None if samples cannot be shown in grey or colour.
 
-        It draws samples of each class in turn, or for the prompts. draw_batch: the experiment's method. show: makes one
-        image from (samples, classes).
+        The function draws samples of each class in turn, or for the prompts. draw_batch: the experiment's method. show:
+        makes one image from (samples, classes).
         """
         without_codec = isinstance(self.data, LatentsConfig) and self.codec is None
         if without_codec or self.encoding.open_codec().pixel_channels not in DRAWABLE_CHANNELS:

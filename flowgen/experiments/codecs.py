@@ -64,7 +64,7 @@ CodecConfig = SpaceToDepth | PretrainedAutoencoder
 
 
 def open_codec(config: CodecConfig | None, channels: int) -> Codec:
-    """Returns the codec of a config, which is opened only once; None gives the identity.
+    """Returns a config's codec, which is opened only once. If config is None, returns the identity.
 
     channels: number of latent channels that the model takes.
 

@@ -96,7 +96,7 @@ def image_batches(
 ) -> Callable[[int, int], Iterator[Batch]]:
     """Returns a function for `Job` that takes (start, stop) and yields this process's batches for steps start..stop-1.
 
-    Latents are not mirrored here, because their mirror images are encoded in advance.
+    Latents are not mirrored here, because mirror images are encoded in advance.
 
     Example:
         batches = image_batches(dataset, experiment.data, experiment.train)(0, 1000)

@@ -322,7 +322,7 @@ def _check_texts(made: Provenance, path: str, encoding: Encoding) -> None:
 
 
 def _check_shape(model: TARFlowConfig | STARFlowConfig, path: str, bucket: LatentDataset) -> None:
-    """Raises ValueError if a model cannot take latents of this kind and shape at any size."""
+    """Raises ValueError if a model cannot take latents of this kind and shape, even at another size."""
     *frames, height, width, channels = bucket.event_shape
     whole = list(model.event_shape[:-3])
     expected = {"image": [], "clip": whole, "continued": [count - 1 for count in whole], "still": [1]}[bucket.kind]

@@ -44,14 +44,14 @@ class TextConfig:
     digest: str | None = None
 
     def template(self, noise_std: float, *, still: bool = False) -> PromptTemplate:
-        """Returns the template that wraps texts. still: whether they describe images among clips."""
+        """Returns the template that wraps texts. still: whether the texts describe images among clips."""
         told = noise_std if self.noise_level else None
         fps = 0 if still and self.frames_per_second is not None else self.frames_per_second
         return PromptTemplate(noise_std=told, frames_per_second=fps, aspect=self.aspect)
 
 
 def weakly_cached(function: Callable[..., T]) -> Callable[..., T]:
-    """Returns the function with a cache that keeps each result for as long as the first argument is alive.
+    """Returns the function with a cache that keeps each result while the first argument is alive.
 
     Example:
         digest = weakly_cached(digest)
@@ -69,7 +69,9 @@ def weakly_cached(function: Callable[..., T]) -> Callable[..., T]:
 
 
 def version_of(path: str) -> tuple[str, int]:
-    """Returns a folder's path and a hash of its files' names, sizes and times; together they identify its content.
+    """Returns a folder's absolute path, and a hash of its files' names, sizes and modification times.
+
+    Together, they identify the folder's content.
 
     Example:
         place, version = version_of("flan-t5-xl")
@@ -149,7 +151,7 @@ def release_text_encoders() -> None:
 
 @weakly_cached
 def encoded_text(encoder: TextEncoder, text: str) -> TextCondition:
-    """Returns one encoded text, cut if it is too long, as a condition; it is encoded only once.
+    """Returns one text, cut if it is too long, as an encoded condition; each text is encoded only once.
 
     Example:
         null = encoded_text(encoder, "")

@@ -170,8 +170,8 @@ class VideoFlowExperiment(AutoregressiveExperiment):
         """Returns clips `b frames height width c` and a line about their decoding; clip i depends only on (key, i).
 
         cond: labels, a `TextCondition`, or None. guidance: None uses the guidance of `sampling`. clip: length and
-        given frames, in latent frames, for all clips. Its given frames `1 given height width c` have no noise and are
-        returned unchanged. The clips use the texts in its `restart_cond` in turn. The codec decodes latents to clips.
+        given frames of all clips, as latent frames. The given frames, `1 given height width c`, have no noise and are
+        returned unchanged. The clips use the texts in `restart_cond` in turn. The codec decodes latents to clips.
         """
         given, restarts = clip.given, clip.restart_cond
         noisy = None if given is None else with_noise(flow, given, key, numbers)

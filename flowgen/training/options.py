@@ -12,7 +12,7 @@ from flowgen.settings.ranges import BatchSize, Count, CountOrZero, Fraction, Non
 
 
 def check_warmups(warmups: Mapping[str, int], steps: int) -> None:
-    """Raises ValueError if any warm-up is as long as the run or longer; the message names all of these.
+    """Raises ValueError if any warm-up is as long as the run or longer; the message names every such warm-up.
 
     Example:
         check_warmups({"optim.warmup_steps": 100}, steps=2000)
@@ -27,7 +27,7 @@ def check_warmups(warmups: Mapping[str, int], steps: int) -> None:
 
 @config
 class OptimConfig:
-    """AdamW with warm-up and decay, clipping and an exponential moving average of the parameters.
+    """AdamW with warm-up, learning-rate decay, clipping, and an exponential moving average of the parameters.
 
     lr: learning rate after the warm-up; positive.
     min_lr: learning rate at the start of the warm-up and at the end of cosine decay; at most lr.
