@@ -123,7 +123,7 @@ class Experiment(abc.ABC):
         return settings.from_plain(cls, {name: value for name, value in plain.items() if name != settings.TYPE})
 
     def check_resumable(self, saved: dict[str, Any]) -> None:
-        """Raises a ValueError that lists all differences from the run's `saved` experiment that prevent resuming, if any."""
+        """Raises a ValueError that lists all differences from the run's `saved` experiment that prevent resuming."""
         if (kind := saved.get(settings.TYPE)) != type(self).__name__:
             raise ValueError(
                 f"the run was started as a {kind!s:.80}, but this is a {type(self).__name__}; train in a new --workdir."
