@@ -88,7 +88,7 @@ def _choose(reader: CheckpointReader, run_dir: str | Path, step: int | str | Non
     steps = reader.steps()
     if not steps:
         reader.check_not_broken()
-        raise FileNotFoundError(f"{run_dir} has no checkpoint yet; train the run first, or give another one.")
+        raise FileNotFoundError(f"{run_dir} has no checkpoint yet; train the run first, or give another run.")
     if step is None:
         return steps[-1]
     if step == "best":

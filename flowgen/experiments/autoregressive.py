@@ -171,7 +171,7 @@ class AutoregressiveExperiment(Experiment):
     def opened(
         self, dataset: Dataset | None, held_out: Dataset | None
     ) -> tuple[Dataset | BucketedDataset, Dataset | BucketedDataset | None]:
-        """Returns the data to train and evaluate on: the given datasets, or by default the experiment's."""
+        """Returns the data to train and evaluate on: the given datasets or, by default, the experiment's."""
         if dataset is not None:
             assert not isinstance(self.data, LatentsConfig)  # `fit` replaces it
             codec, model = self.encoding.open_codec(), self.model
@@ -267,7 +267,7 @@ class AutoregressiveExperiment(Experiment):
     def guidance(self, flow: Any, null: TextCondition | None = None) -> Guidance:
         """Returns the guidance for samples; for a text flow, it includes the text of the unconditional branch.
 
-        null: this text; by default the empty text, which is encoded here if needed.
+        null: the text of the unconditional branch; by default the empty text, which is encoded here if needed.
         """
         guidance = self.sampling.to_guidance()
         if not (self.model.text_dim and guidance.scale):

@@ -49,7 +49,7 @@ def latent_frames(codec: Codec, frames: int) -> int:
 
 
 def check_length(codec: Codec, most: int, frames: int | None, context: int | None) -> None:
-    """Raises ValueError if the codec cannot make clips of this length, or if `context` is set without restarts.
+    """Raises ValueError if the codec cannot make clips of this length, or if `context` is set but no clip restarts.
 
     most: largest number of latent frames that are decoded at once.
 

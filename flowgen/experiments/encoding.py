@@ -54,9 +54,9 @@ class Encoding:
     ) -> TextCondition:
         """Returns prompts as a condition for the model, wrapped like the training captions.
 
-        grid: (height, width), by default the model's; texts may state its aspect ratio. truncate: cut prompts that are
-        too long, as captions are cut. still: whether the prompts describe single images for a video flow; such texts
-        state no frame rate.
+        grid: the (height, width) whose aspect ratio texts may state; by default the model's. truncate: cut prompts that
+        are too long, as captions are cut. still: whether the prompts describe single images for a video flow; such
+        texts state no frame rate.
         """
         encoder = self.open_text_encoder()
         wrapped = [self._wrapped(prompt, grid, still) for prompt in prompts]
@@ -87,8 +87,8 @@ class Encoding:
     def with_digests(self, cached: Provenance | None = None) -> Encoding:
         """Returns the encoding with the digests of its autoencoder and text encoder, as saved with a run.
 
-        cached: provenance of cached latents. If it names the same text encoder, its digest is reused without opening
-        the encoder. A network without a path gets no digest.
+        cached: provenance of cached latents. If it names the same text encoder, the digest in it is reused without
+        opening the encoder. A network without a path gets no digest.
         """
         codec, text = self.codec, self.text
         if isinstance(codec, PretrainedAutoencoder) and codec.digest is None and codec.path:

@@ -187,8 +187,8 @@ class MatchingExperiment(Experiment):
         network = self.model.build()
         if getattr(network, "config", None) != self.model:
             raise ValueError(
-                f"model is {self.model}, but its build() returns a network that does not store it; store it in the "
-                "network's field `config`."
+                f"model is {self.model}, but its build() returns a network that does not store this config; store it "
+                "in the network's field `config`."
             )
         return network
 

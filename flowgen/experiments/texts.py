@@ -33,7 +33,7 @@ class TextConfig:
     noise_level: state the training noise level in every text; see `PromptTemplate`.
     aspect: state the aspect ratio in every text; see `PromptTemplate`.
     frames_per_second: frame rate to state in every text; None for none.
-    digest: digest of the encoder; training a flow sets it, to detect a different encoder later.
+    digest: digest of the encoder. Training a flow sets it, so that a different encoder is detected later.
     """
 
     encoder: str = "minilm"
@@ -51,7 +51,7 @@ class TextConfig:
 
 
 def weakly_cached(function: Callable[..., T]) -> Callable[..., T]:
-    """Returns the function with a cache that keeps each result while the first argument is alive.
+    """Wraps a function in a cache that keeps each result while the function's first argument is alive.
 
     Example:
         digest = weakly_cached(digest)
@@ -87,10 +87,10 @@ def version_of(path: str) -> tuple[str, int]:
 
 @weakly_cached
 def text_digest(encoder: TextEncoder) -> str:
-    """Returns a digest of everything that affects an encoder's text features; its path does not.
+    """Returns a digest of everything that affects an encoder's text features. The path is not included.
 
-    It covers the network's shape, the tokenizer, and 1,024 evenly spaced values of every tensor, so it is fast even for
-    billions of parameters.
+    The digest covers the network's shape, the tokenizer, and 1,024 evenly spaced values of every tensor, so it is fast
+    to compute even for billions of parameters.
 
     Example:
         same = text_digest(encoder) == experiment.text.digest

@@ -24,8 +24,8 @@ def hints_of(cls: type) -> dict[str, Any]:
         hints = typing.get_type_hints(cls, include_extras=True)
     except NameError as error:
         raise ValueError(
-            f"{cls.__module__}:{cls.__qualname__} uses {error.name!r} in an annotation, but it is not at the top level "
-            "of the module; define it there."
+            f"{cls.__module__}:{cls.__qualname__} uses {error.name!r} in an annotation, but this name is not "
+            "defined at the top level of the module; define it there."
         ) from error
     return {field.name: hints[field.name] for field in dataclasses.fields(cls) if field.init}  # ty: ignore[invalid-argument-type]
 

@@ -117,7 +117,7 @@ def name_of(value: Any) -> str | None:
 
 
 def _is_python(module: str) -> bool:
-    """Returns whether a module belongs to Python itself; a config never names its objects."""
+    """Returns whether a module belongs to Python itself; configs never name objects of such modules."""
     return module.partition(".")[0] in sys.stdlib_module_names
 
 

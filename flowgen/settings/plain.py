@@ -138,7 +138,7 @@ def to_plain(value: Any, annotation: Any = None) -> Any:
         return [to_plain(item) for item in value]
     if value is None or isinstance(value, bool | int | float | str):
         return value
-    raise _Refusal(f"is {shown(value)}, which JSON cannot store; give a number, a text or a tuple of them.")
+    raise _Refusal(f"is {shown(value)}, which JSON cannot store; give a number, a text, or a tuple of these.")
 
 
 def _fields_to_plain(value: Any) -> dict[str, Any]:

@@ -233,7 +233,7 @@ class _Run:
                 batch = next(batches, None)
                 if batch is None:
                     raise ValueError(
-                        f"the batches end after step {step}, but train.steps is {self.steps}; give one per step."
+                        f"the batches end after step {step}, but train.steps is {self.steps}; give one batch per step."
                     )
                 batch = self.parallel.shard(batch, self.rows)
             state, metrics = update(state, batch, key)
