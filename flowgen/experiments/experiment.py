@@ -47,7 +47,7 @@ class Experiment(abc.ABC):
     data: the data to train on.
     optim: the optimizer.
     train: length of training and batch size.
-    log: reports and checkpoints.
+    log: when to report and to save checkpoints.
     reference: expected metrics by name; the config's docstring says whether they are published or measured.
 
     Example:
@@ -116,14 +116,14 @@ class Experiment(abc.ABC):
 
     @classmethod
     def from_json(cls, plain: Mapping[str, Any]) -> Experiment:
-        """Returns the experiment that `to_json` wrote; a ValueError names any unknown field or wrong value."""
+        """Returns the experiment that `to_json` wrote. Raises ValueError if a field is unknown or a value is wrong."""
         kind = plain.get(settings.TYPE)
         if kind != cls.__name__:
             raise ValueError(f"type is {kind!r:.80}; it must be {cls.__name__}.")
         return settings.from_plain(cls, {name: value for name, value in plain.items() if name != settings.TYPE})
 
     def check_resumable(self, saved: dict[str, Any]) -> None:
-        """Raises a ValueError that lists all differences from the run's `saved` experiment that prevent resuming."""
+        """Raises ValueError if the run with the `saved` config cannot be resumed; the message lists every reason."""
         if (kind := saved.get(settings.TYPE)) != type(self).__name__:
             raise ValueError(
                 f"the run was started as a {kind!s:.80}, but this is a {type(self).__name__}; train in a new --workdir."

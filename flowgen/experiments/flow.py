@@ -125,7 +125,7 @@ class FlowExperiment(AutoregressiveExperiment):
         return Samples(draw_in_batches(draw_batch, conditions, self.sampling.num, options, say), about)
 
     def evaluate(self, model: Any, variables: Any, options: FlowEvaluateOptions) -> list[str]:
-        """Returns lines that report sample metrics, and a split's likelihood under the flow and under a Gaussian."""
+        """Returns lines with a split's likelihood under the flow and a fitted Gaussian, and with sample metrics."""
         compared = self._compared(options.split) if options.samples else None
         dataset = self.flow_dataset(options.split, labelled=not options.unconditional)
         lines = self.likelihood_lines(model, variables, dataset, options)
@@ -136,7 +136,7 @@ class FlowExperiment(AutoregressiveExperiment):
     def debug(self) -> FlowExperiment:
         """Returns the experiment with a tiny flow of the same kind on the built-in digits.
 
-        The tiny flow's latents are pixel blocks, and its text features are random features of words.
+        The tiny flow uses pixel blocks as latents, and random features of words as texts.
         """
         return debug_run(self, **debug_flow(self), data=debug_images(self.data))
 

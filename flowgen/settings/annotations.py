@@ -75,7 +75,7 @@ def is_own(annotation: Any, value: Any) -> bool:
 
 
 def type_name(value: Any) -> str:
-    """Returns the name of a config or of its class, without "Config"; "none" for None.
+    """Returns the name of a config's class, or of the given class, without "Config"; "none" for None.
 
     Example:
         type_name(TARFlowConfig(image_size=8))  # "TARFlow"
