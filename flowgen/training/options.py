@@ -38,7 +38,7 @@ class OptimConfig:
     b2: decay rate of the running mean of squared gradients; at least 0 and below 1.
     eps: constant added to the denominator of AdamW's updates.
     clip_norm: clip the global gradient norm to this value; 0 for no clipping.
-    skip_norm: skip updates if the gradient norm before clipping exceeds this value or is not finite; 0 skips none.
+    skip_norm: skip updates if the gradient norm before clipping exceeds this value or is not finite; 0 for no skipping.
     skip_after: number of initial updates that are never skipped.
     max_skips: how many updates in a row may be skipped before the run stops; at least 1.
     ema_decay: decay rate of the parameter average used for sampling; below 1, or 0 for no average.
@@ -72,7 +72,7 @@ class TrainConfig:
     steps: updates of the parameters; at least 1.
     batch_size: samples per update, over all devices and hosts; a multiple of the number of devices times accumulation.
     seed: seed of initial parameters, data order and noise; a whole number below 2^32.
-    label_dropout: fraction of labels or texts to drop, which trains guidance's unconditional branch; at most 1.
+    label_dropout: fraction of labels or texts to drop, so that guidance's unconditional branch is trained; at most 1.
     accumulation: number of micro-batches to split each device's share of a batch into, to save memory.
     """
 
