@@ -21,7 +21,7 @@ def load(
 ) -> tuple[Any, Any, Experiment]:
     """Returns (model, variables, experiment) of a run.
 
-    step: a step number, "best" (the step with the lowest evaluated bits/dim or sample distance), or None for the latest.
+    step: a step number, "best" (that with the lowest evaluated bits/dim or sample distance), or None for the latest.
     ema: whether to use the averaged parameters, if the run has them.
     model: the model that was given to `fit`; None means the experiment's own.
 

@@ -1,7 +1,7 @@
 """The commands of `python -m flowgen`: train, sample, evaluate, encode, convert and info.
 
-`train.py` and `sample.py` call the first two. On a user error, a command prints one sentence to standard error and exits
-with code 2 before it computes anything.
+`train.py` and `sample.py` call the first two. On a user error, a command prints one sentence to standard error
+and exits with code 2 before it computes anything.
 """
 
 from __future__ import annotations
