@@ -60,7 +60,7 @@ def _check_data(given: set[str]) -> None:
     """Raises ValueError if fields are set that only change which data a flow is trained on."""
     for name in sorted(given):
         if name.startswith(("data.drop_first", "data.images")):
-            raise ValueError(f"--{name} has no effect in evaluate, which takes whole clips alone; leave it out.")
+            raise ValueError(f"--{name} has no effect in evaluate, which uses only whole clips; leave it out.")
 
 
 def _check_sampling(given: set[str], experiment: Any, asked: Any) -> None:

@@ -58,10 +58,10 @@ LEAST_FPS, MOST_FPS = 0.1, 100.0
 class ClipDrawOptions(FlowDrawOptions):
     """Options for drawing clips, in addition to the fields of `sampling`.
 
-    frames: frames per clip, which may exceed the training length; by default the training length.
+    frames: frames per clip, possibly more than in training; by default, as many as in training.
     given: image or video that clips begin with; a video is cut to be shorter than the clips.
     context: number of latent frames that each restart of a long clip begins with.
-    fps: frames per second of the output; by default the rate of the training clips.
+    fps: frames per second of the output; by default, the rate of the training clips.
     progress: show a progress bar of decoded tokens.
     """
 
@@ -170,8 +170,8 @@ class VideoFlowExperiment(AutoregressiveExperiment):
         """Returns clips `b frames height width c` and a line about their decoding; clip i depends only on (key, i).
 
         cond: labels, a `TextCondition`, or None. guidance: None uses the guidance of `sampling`. clip: length and
-        given frames, in latent frames, for all clips. Its given frames `1 given height width c` have no noise and are
-        returned unchanged. The clips use the texts in its `restart_cond` in turn. The codec decodes latents to clips.
+        given frames of all clips, both in latent frames. The given frames, `1 given height width c`, have no noise and
+        are returned unchanged. The clips use the texts in `restart_cond` in turn. The codec decodes latents to clips.
         """
         given, restarts = clip.given, clip.restart_cond
         noisy = None if given is None else with_noise(flow, given, key, numbers)
