@@ -66,7 +66,9 @@ def map_axes(fn: Callable[..., Any], args: tuple[Array, ...], letters: str, *, d
 
 
 def keep_rows(fn: Callable[..., Any], variables: Any, *args: Any, **options: Any) -> Any:
-    """Returns fn(variables, *args, **options), under automatic axes if the mesh of an array has explicit ones.
+    """Returns the result of fn(variables, *args, **options).
+
+    If the mesh of an input array has explicit axes, fn runs with automatic axes instead.
 
     The rows (first axis) of the results are sharded like the first array in args or options that has sharded rows.
 

@@ -124,7 +124,7 @@ def with_noise(
     key: Key[Array, ""],
     numbers: Int[np.ndarray, " b"],
 ) -> Float[Array, "b given height width c"]:
-    """Returns a copy of the clean latents for each numbered clip, with its own training noise added.
+    """Returns one copy of the clean latents for each clip number, each with its own training noise added.
 
     Example:
         given = with_noise(flow, latents, jax.random.key(0), np.arange(4))

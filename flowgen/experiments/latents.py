@@ -40,7 +40,10 @@ def flow_dataset(
 ) -> Dataset | BucketedDataset:
     """Returns the data that a flow is trained on: images or clips, or the outputs of its codec and text encoder.
 
-    Encodes data into memory if they are not encoded yet. labelled: whether a class model needs the labels.
+    If the flow needs encoded inputs and they are not cached, this function encodes them and keeps the results in
+    memory.
+
+    labelled: whether a class model needs the labels.
 
     Raises ValueError if cached latents were made by another codec or text encoder, or do not fit the model.
 

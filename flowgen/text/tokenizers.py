@@ -76,7 +76,7 @@ class JsonTokenizer:
             ) from error
 
     def cut(self, ids: list[int], length: int) -> list[int]:
-        """Returns the first tokens and the last one, which is the end token in these vocabularies."""
+        """Returns the first `length` - 1 tokens and the last one, which is the end token in these vocabularies."""
         return [*ids[: length - 1], ids[-1]]
 
     def content(self) -> bytes:
@@ -87,7 +87,8 @@ class JsonTokenizer:
 class SentencePieceTokenizer:
     """The tokenizer of a `spiece.model`, used as in T5: the end token </s> is appended, and the padding token is 0.
 
-    Raises ModuleNotFoundError if the package is missing, and ValueError if the file is not a valid tokenizer.
+    Raises ModuleNotFoundError if the `sentencepiece` package is missing, and ValueError if the file is not a valid
+    tokenizer.
 
     Example:
         tokenizer = SentencePieceTokenizer("flan-t5-xl/spiece.model")
@@ -110,7 +111,7 @@ class SentencePieceTokenizer:
         return [*self._processor.encode(text), self._processor.eos_id()]
 
     def cut(self, ids: list[int], length: int) -> list[int]:
-        """Returns the first tokens and </s>."""
+        """Returns the first `length` - 1 tokens, followed by </s>."""
         return [*ids[: length - 1], ids[-1]]
 
     def content(self) -> bytes:
