@@ -223,12 +223,12 @@ def read_index(directory: str | os.PathLike[str]) -> LatentIndex:
             "missing. Run `python -m flowgen encode`."
         )
     status = path.stat()
-    return _parsed_index(path, status.st_mtime_ns, status.st_size)
+    return _parsed_index(path.resolve(), status.st_ino, status.st_mtime_ns, status.st_size)
 
 
 @functools.lru_cache(maxsize=2)
-def _parsed_index(path: Path, written: int, size: int) -> LatentIndex:
-    """The index in a file, which is parsed again only if its modification time or size changes."""
+def _parsed_index(path: Path, *version: int) -> LatentIndex:
+    """The index in a file, which is parsed again only if there is another version of the file."""
     plain = read_json(path, fix="encode the data again")
     if not isinstance(plain, dict) or plain.get("format") != FORMAT:
         raise ValueError(f"'{path}' is not an index in the format '{FORMAT}'; encode the data again.")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import dataclasses
 import math
 from collections.abc import Generator
 from functools import partial
@@ -16,7 +17,7 @@ from jaxtyping import Array, Float, Int, Key
 
 from flowgen.batch import Batch, Moments
 from flowgen.codecs import Codec
-from flowgen.data import from_uint8
+from flowgen.data import ClipsConfig, LatentsConfig, from_uint8
 from flowgen.data.dataset import BucketedDataset, Dataset, buckets_of
 from flowgen.data.image_files import read_image, read_image_size
 from flowgen.data.latents import kind_of
@@ -132,6 +133,16 @@ def with_noise(
     keys = jax.vmap(lambda i: jax.random.fold_in(jax.random.fold_in(key, GIVEN), i))(jnp.asarray(numbers))
     noise = jax.vmap(lambda key: jax.random.normal(key, clean.shape[1:]))(keys)
     return jnp.asarray(clean) + flow.config.noise_std * noise
+
+
+def of_whole_clips(data: ClipsConfig | LatentsConfig) -> ClipsConfig | LatentsConfig:
+    """Returns the same data without images and without clips that lack their first frame, which only training uses.
+
+    Example:
+        clips = flow_dataset(of_whole_clips(data), encoding, "eval")
+    """
+    unused = {"images": None, "drop_first": 0.0, "images_fraction": 0.0}
+    return dataclasses.replace(data, **{name: value for name, value in unused.items() if hasattr(data, name)})
 
 
 def clips_alone(dataset: Dataset | BucketedDataset) -> Dataset:

@@ -50,7 +50,7 @@ class SamplingConfig:
     num: number of samples to draw; at least 1.
     plan: how tokens are decoded; "auto" is sequential, except on accelerators if parallel decoding is faster.
     window: number of tokens that "jacobi" and "sliding" solve at once, at least 1; None for all.
-    tol: "jacobi" and "sliding" stop after a sweep that changes no token by more than this; 0 is exact.
+    tol: largest change in a sweep at which "jacobi" and "sliding" accept a token as solved; 0 is exact.
     init: initial guess for the sweeps of "jacobi" and "sliding": the noise, zeros, or the previous frame.
     guidance: guidance weight w towards the class or text; 0 for none.
     rule: how conditional and unconditional branches are combined: TARFlow's linear or STARFlow's product rule.

@@ -32,12 +32,14 @@ from flowgen.experiments.clips import (
     frame_distances,
     latent_frames,
     of_batch,
+    of_whole_clips,
     read_given,
     with_noise,
 )
 from flowgen.experiments.debug import debug_clips, debug_flow, debug_run
 from flowgen.experiments.drawing import draw_in_batches
 from flowgen.experiments.experiment import Samples
+from flowgen.experiments.latents import flow_dataset, pixel_dataset
 from flowgen.experiments.plots import strips
 from flowgen.flows import STARFlowVConfig, denoiser_variables, flow_score_objective
 from flowgen.flows.objective import nll_objective
@@ -132,7 +134,7 @@ class VideoFlowExperiment(AutoregressiveExperiment):
 
     def dataset(self, split: Split) -> Dataset:
         """Returns the clips in a split, at the size that the codec turns into the model's latents."""
-        return clips_alone(super().dataset(split))
+        return clips_alone(pixel_dataset(of_whole_clips(self.data), self.encoding, split))
 
     def job(self, *, dataset: Dataset | None = None, held_out: Dataset | None = None, model: Any = None) -> Job:
         """Opens the data, encodes them if necessary, and returns the training job.
@@ -248,7 +250,8 @@ class VideoFlowExperiment(AutoregressiveExperiment):
         Likelihood and PSNR are measured on a split; frame distances compare samples with data. PSNR and frame distances
         are computed on decoded latents.
         """
-        dataset = clips_alone(self.flow_dataset(options.split, labelled=not options.unconditional))
+        data, labelled = of_whole_clips(self.data), not options.unconditional
+        dataset = clips_alone(flow_dataset(data, self.encoding, options.split, labelled=labelled))
         lines = self.likelihood_lines(model, variables, dataset, options)
         key, codec = jax.random.key(options.seed), self.encoding.open_codec()
         ratios = denoised_psnr(codec, model, variables, dataset, key, most=DENOISED)

@@ -153,7 +153,7 @@ def _no_value(path: str, group: type | None, types: list[str], text: str) -> str
     what = f"a group, and {text!r} is not one of its types" if types else "a group"
     what += f" (did you mean {close[0]}?)" if close else ""
     fields = ", ".join(f"--{path}.{field}" for field in hints_of(group)) if group else ""
-    ways = [f"give one of its types, {', '.join(types)}"] * bool(types) + [f"set one of {fields}"] * bool(fields)
+    ways = [f"give {', '.join(types)}"] * bool(types) + [f"set one of {fields}"] * bool(fields)
     return f"--{path} is {what}; {', or '.join(ways)}."
 
 

@@ -100,6 +100,7 @@ def name_of(value: Any) -> str | None:
     where = f"{module}:{path}" if _is_there(module, path, value) else None
     if where is not None and not _is_private(str(module)):
         return where
+    package = str(module).partition(".")[0]
     names = [
         (module, name)
         for module, contents in list(sys.modules.items())
@@ -107,11 +108,12 @@ def name_of(value: Any) -> str | None:
         for name, held in list(vars(contents).items())
         if held is value and name.isidentifier()
     ]
-    package = str(module).partition(".")[0]
+    if where is not None:  # A public module of the same package may show an object that a private one defines.
+        names = [found for found in names if found[0].partition(".")[0] == package and not _is_private(found[0])]
 
-    def rank(found: tuple[str, str]) -> tuple[bool, bool, bool]:
-        """Prefers public modules, then modules of the object's own package, then the name that it was defined under."""
-        return _is_private(found[0]), found[0].partition(".")[0] != package, found[1] != path
+    def rank(found: tuple[str, str]) -> tuple[bool, bool]:
+        """Names in the object's own package come first, then the name that it was defined under."""
+        return found[0].partition(".")[0] != package, found[1] != path
 
     return ":".join(min(names, key=rank)) if names else where
 
