@@ -31,8 +31,8 @@ class Job:
 
     init(key) -> variables. objective: see `make_step`. batches(start, stop) -> this process's batches for steps
     start..stop-1. evaluate(variables) -> metrics; the checkpoint with the lowest `best_metric` is kept.
-    sample(variables) -> uint8 image `height width 3`. optims: separate optimizers for parameter groups, by top-level
-    name. inventory: a summary of the data, which is logged and saved with the run.
+    sample(variables) -> uint8 image `height width 3`. optims: separate optimizers for parameter groups, keyed by
+    the groups' top-level names. inventory: a summary of the data, which is logged and saved with the run.
     """
 
     init: Callable[[jax.Array], Any]
@@ -48,8 +48,8 @@ class Job:
 class Result(NamedTuple):
     """The outcome of a run.
 
-    state: the final state as numpy arrays, not replicated. metrics: from the last evaluation. samples: path of the last
-    sample grid, or None. signal: number of the signal that stopped the run, or 0 if it finished.
+    state: the final state as numpy arrays, not replicated. metrics: results of the last evaluation. samples: path of
+    the last sample grid, or None. signal: number of the signal that stopped the run, or 0 if it finished.
     """
 
     state: TrainState
@@ -76,14 +76,16 @@ def train(
 ) -> Result:
     """Trains in `workdir`, or resumes the run there if it has a checkpoint, and returns the result.
 
+    If a run is stopped (by SIGINT, SIGTERM or a kill) and resumed on the same number of devices, it ends in the same
+    state, bit for bit, as an uninterrupted run.
+
     config: JSON to save with the run. check_config(saved config): raises ValueError if the current config cannot resume
-    a run with the saved one. signals: a `Signals` already in use; by default, a new one. If a run is stopped (by
-    SIGINT, SIGTERM or a kill) and resumed on the same number of devices, it ends in the same state, bit for bit, as an
-    uninterrupted run.
+    a run with the saved one. signals: a `Signals` already in use; by default, a new one.
 
     Raises:
-        ValueError: the devices cannot share the batch equally, the config does not fit, or a checkpoint is damaged.
-        FileExistsError, OSError: the workdir contains other files, is in use, or cannot be written.
+        ValueError: the devices cannot share the batch equally, the config does not fit the run, or a checkpoint is
+            damaged.
+        FileExistsError, OSError: the workdir contains other files, is in use, or cannot be written to.
         FloatingPointError: the loss or a gradient is not finite; the message names the step. Checkpoints stay intact.
         Interrupted: a signal arrived before the first step.
 
@@ -137,7 +139,7 @@ def _writer(workdir: Path, latest: int | None, log: LogConfig, best_metric: str)
 def _resumed_from(reader: CheckpointReader, steps: int, check_config: Callable[[dict[str, Any]], None]) -> int | None:
     """Returns the step to resume from, or None; the result is the same in all processes.
 
-    Raises ValueError if all checkpoints have lost files, the step exceeds `steps`, or the config does not fit.
+    Raises ValueError if every checkpoint has missing files, the step exceeds `steps`, or the config does not fit.
     """
     latest = reader.latest_step()
     if latest is None:
@@ -221,7 +223,7 @@ class _Run:
             self.unless_stopped(lambda: self.evaluate(self.first, state))
 
     def run(self, update: Step, state: TrainState, key: jax.Array) -> tuple[int, TrainState]:
-        """Runs the steps, saves the last state reached, and returns it with its step."""
+        """Runs the steps and saves the last state. Returns the number of the last step, and this state."""
         self.signals.doing = "Stopping after the current step and saving it"
         self.record.say("Compiling the training step.")
         batches = iter(self.job.batches(self.first, self.steps))
@@ -231,7 +233,7 @@ class _Run:
                 batch = next(batches, None)
                 if batch is None:
                     raise ValueError(
-                        f"the batches end after step {step}, but train.steps is {self.steps}; give one per step."
+                        f"the batches end after step {step}, but train.steps is {self.steps}; give one batch per step."
                     )
                 batch = self.parallel.shard(batch, self.rows)
             state, metrics = update(state, batch, key)
@@ -258,7 +260,7 @@ class _Run:
 
     @contextmanager
     def keeping(self, step: int, state: TrainState) -> Generator[None]:
-        """Returns a context that saves the state if an error in it, such as a data error, ends the run."""
+        """Returns a context in which an error, such as a data error, saves the state before it ends the run."""
         try:
             yield
         except FloatingPointError:
@@ -305,7 +307,7 @@ class _Run:
         self.signals.doing = doing
 
     def wait_for_all_but(self, ahead: int) -> None:
-        """Waits until no more than `ahead` steps are queued, so the bar is accurate and the run can stop promptly."""
+        """Waits until no more than `ahead` steps are queued, so that the bar is accurate and the run can stop soon."""
         if len(self.pending) > ahead:
             jax.block_until_ready(self.pending[-1 - ahead][1])
 
@@ -318,7 +320,7 @@ class _Run:
         return number > 0
 
     def due(self, step: int, state: TrainState) -> None:
-        """Makes the reports, checkpoints, evaluations and samples that are due at this step."""
+        """Writes metrics, saves, evaluates and draws samples, each only if it is due at this step."""
         evaluates = self.job.evaluate is not None and _due(step, self.config.eval_every)
         draws = _due(step, self.config.sample_every)
         if _due(step, self.config.log_every):
@@ -331,7 +333,7 @@ class _Run:
             self.unless_stopped(lambda: self.draw(step, state))
 
     def report(self, step: int) -> None:
-        """Writes the metrics since the last report, averaged over unskipped steps, and the fraction of skipped steps.
+        """Writes the mean metrics since the last report, without skipped steps, and the fraction of skipped steps.
 
         Raises FloatingPointError if the run cannot continue.
         """
@@ -352,7 +354,11 @@ class _Run:
             self.record.show(step, means, self.pace.seconds_for(self.steps - step))
 
     def check(self, step: int, row: dict[str, float]) -> None:
-        """Raises FloatingPointError if an unskipped step is not finite, or if too many steps in a row were skipped."""
+        """Raises FloatingPointError if the run cannot continue.
+
+        This is the case if a step that was not skipped has a non-finite loss or gradient, or if too many steps
+        in a row were skipped.
+        """
         in_a_row, most = row.get("skipped_in_a_row", 0), self.max_skips
         if in_a_row <= most and (in_a_row or (np.isfinite(row["loss"]) and np.isfinite(row["grad_norm"]))):
             return

@@ -12,7 +12,7 @@ class Pace:
 
     Example:
         pace = Pace()
-        pace.begin(step=1)    # the first step, and so compilation, has ended
+        pace.begin(step=1)    # the first step, which includes compilation, has ended
         pace.measure(step=51)["steps_per_second"]
     """
 
@@ -22,12 +22,12 @@ class Pace:
         self._steps, self._seconds = 0, 0.0
 
     def begin(self, step: int) -> None:
-        """Starts counting after the first step."""
+        """Starts the measurement after the first step."""
         self.begun, self._at, self._since = True, step, time.perf_counter()
 
     @contextmanager
     def left_out(self) -> Generator[None]:
-        """Excludes the time spent in its `with` block."""
+        """Returns a context whose duration does not count."""
         before = time.perf_counter()
         try:
             yield
@@ -35,7 +35,7 @@ class Pace:
             self._since += time.perf_counter() - before
 
     def measure(self, step: int) -> dict[str, float]:
-        """Returns the speed since the last call, or an empty dict if there was no step since."""
+        """Returns the speed since the last call, or an empty dict if no step has ended since."""
         if not self.begun or step == self._at:
             return {}
         now = time.perf_counter()
