@@ -304,3 +304,6 @@ def test_info_prints_the_plan():
     out = succeed("info --config tarflow_afhq256 --model.dtype bfloat16")
     for line in ("cpu: xla (there is no fused kernel for a cpu)", "gpu: cudnn (", "tpu: tpu ("):
         assert f"attention on {line}" in out
+    out = succeed("info --config tarflow_afhq256 --model.attention_implementation cudnn")
+    assert "attention on cpu: implementation 'cudnn' cannot run" in out
+    assert "attention on gpu: cudnn (it was asked for)" in out

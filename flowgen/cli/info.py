@@ -22,7 +22,7 @@ def run(options: argparse.Namespace, rest: list[str]) -> int:
     """Runs the command and returns its exit code."""
     from flowgen.cli.grammar import load_experiment
     from flowgen.experiments import from_json
-    from flowgen.experiments.attention import attention_lines
+    from flowgen.experiments.attention import attention_lines, on_any_device
     from flowgen.runs import CHECKPOINTS, CheckpointReader, read_config
     from flowgen.settings import settings
 
@@ -35,7 +35,7 @@ def run(options: argparse.Namespace, rest: list[str]) -> int:
         say(f"checkpoints: {', '.join(map(str, steps)) or 'none'}")
     else:
         experiment = load_experiment(options, rest)
-    say(f"parameters: {num_parameters(experiment.build()):,}")
+    say(f"parameters: {num_parameters(on_any_device(experiment).build()):,}")
     for line in attention_lines(experiment.model):
         say(line)
     if options.checkpoint and (classes := getattr(experiment.data, "classes", ())):

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import dataclasses
 import warnings
 from typing import Any
 
 from flowgen.backend import attention_platform
 from flowgen.backend.attention import KERNELS
+from flowgen.experiments.experiment import Experiment
 from flowgen.nn.softmax_shape import SoftmaxShape
 
 
@@ -25,6 +27,13 @@ def attention_lines(model: Any) -> list[str]:
             told.setdefault(_told(shape, asked, platform), []).append(str(shape))
         lines += [f"attention on {platform}: {answer} [{'; '.join(of)}]" for answer, of in told.items()]
     return lines
+
+
+def on_any_device(experiment: Experiment) -> Experiment:
+    """Returns the experiment with attention that runs on any device, for shapes that do not depend on the choice."""
+    if getattr(experiment.model, "attention_implementation", "auto") == "auto":
+        return experiment
+    return dataclasses.replace(experiment, model=dataclasses.replace(experiment.model, attention_implementation="auto"))
 
 
 def _told(shape: SoftmaxShape, asked: Any, platform: str) -> str:
