@@ -1,0 +1,138 @@
+"""FLOP and memory of a traced program, counted from its jaxpr.
+
+XLA's own analysis counts the body of a loop once, and its plan of buffers is that of one backend. The counts here need
+no compiler, so they are the same on every machine and take no longer than tracing.
+"""
+
+from __future__ import annotations
+
+import math
+from collections import Counter
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from jax.extend.core import Jaxpr, JaxprEqn, Var, jaxprs_in_params
+
+from flowgen import backend
+
+# The scope in which jax puts what `jax.checkpoint` computes again.
+RECOMPUTED = "rematted_computation"
+# Operations whose results XLA does not store, because it computes them where they are used.
+NOT_STORED = frozenset({"broadcast_in_dim", "iota"})
+# Operations whose results cannot take the place of an operand.
+PRODUCTS = frozenset({"dot_general", "conv_general_dilated"})
+
+
+def flop_of(jaxpr: Jaxpr) -> dict[str, float]:
+    """Returns the FLOP of a traced program by the dtype of the factors.
+
+    A multiplication and the addition after it are 2 FLOP. Matrix products, convolutions and fused attention are
+    counted, and everything else is left out, as usual for the model FLOP of arXiv 2204.02311, appendix B. What
+    `jax.checkpoint` computes again does not count. The body of a scan counts once per iteration, that of a loop of
+    unknown length once, and of several branches the most expensive one.
+
+    Example:
+        flop = flop_of(jax.make_jaxpr(step)(state, batch).jaxpr)
+    """
+    total: Counter[str] = Counter()
+    for eqn in jaxpr.eqns:
+        if RECOMPUTED in str(eqn.source_info.name_stack):
+            continue
+        count = _FORMULAS.get(eqn.primitive.name)
+        if count is not None:
+            total[_dtype_of_factors(eqn)] += count(eqn)
+            continue
+        bodies = [flop_of(body) for body in jaxprs_in_params(eqn.params)]
+        if eqn.primitive.name == "cond":
+            bodies = [max(bodies, key=lambda flop: sum(flop.values()))]
+        for body in bodies:
+            for dtype, flop in body.items():
+                total[dtype] += _iterations(eqn) * flop
+    return dict(total)
+
+
+def peak_of(jaxpr: Jaxpr) -> int:
+    """Returns an estimate of the most bytes that a traced program stores at once, without its arguments.
+
+    The program is followed in the order in which it is traced. An array is stored from the operation that computes it
+    to the last one that uses it; it takes the place of an operand that is not used again. Compilers fuse and reorder
+    operations, so a compiled program may need less, or somewhat more.
+
+    Example:
+        size = peak_of(jax.make_jaxpr(jax.grad(loss))(params, batch).jaxpr)
+    """
+    last = {var: index for index, eqn in enumerate(jaxpr.eqns) for var in eqn.invars if isinstance(var, Var)}
+    kept = {var for var in jaxpr.outvars if isinstance(var, Var)}
+    stored: dict[Var, int] = {}
+    now = peak = 0
+    for index, eqn in enumerate(jaxpr.eqns):
+        name, used = eqn.primitive.name, {var for var in eqn.invars if isinstance(var, Var)}
+        freed = sum(stored.pop(var) for var in used - kept if last[var] == index and var in stored)
+        made = {var: _bytes(var.aval) for var in eqn.outvars if var in last or var in kept}
+        if name in NOT_STORED:
+            made = dict.fromkeys(made, 0)
+        out, inside = sum(made.values()), max((peak_of(body) for body in jaxprs_in_params(eqn.params)), default=0)
+        # A scan collects the results of its iterations; the results of another body are those of the operation.
+        during = out + inside if name == "scan" else max(out, inside)
+        peak = max(peak, now + during - (0 if inside or name in PRODUCTS else freed))
+        stored |= made
+        now += out - freed
+    return peak
+
+
+def bytes_of(tree: Any) -> int:
+    """Returns the bytes of all arrays in a tree; shapes and dtypes suffice.
+
+    Example:
+        size = bytes_of(jax.eval_shape(init, key))
+    """
+    return sum(_bytes(leaf) for leaf in jax.tree.leaves(tree))
+
+
+def _iterations(eqn: JaxprEqn) -> int:
+    if eqn.primitive.name == "scan":
+        return eqn.params["length"]
+    if eqn.primitive.name == "pallas_call":
+        return math.prod(size for size in eqn.params["grid_mapping"].grid if isinstance(size, int))
+    return 1
+
+
+def _dtype_of_factors(eqn: JaxprEqn) -> str:
+    left, right = eqn.invars[:2]
+    return jnp.promote_types(left.aval.dtype, right.aval.dtype).name
+
+
+def _of_product(eqn: JaxprEqn) -> float:
+    (summed, _), _ = eqn.params["dimension_numbers"]
+    return 2.0 * eqn.outvars[0].aval.size * math.prod(eqn.invars[0].aval.shape[axis] for axis in summed)
+
+
+def _of_convolution(eqn: JaxprEqn) -> float:
+    """Every output is a sum over the kernel's places and input channels; zeros put between inputs do not count."""
+    kernel, spec = eqn.invars[1].aval, eqn.params["dimension_numbers"].rhs_spec
+    terms = kernel.size / kernel.shape[spec[0]] / math.prod(eqn.params["lhs_dilation"])
+    return 2.0 * eqn.outvars[0].aval.size * terms
+
+
+def _of_fused_attention(eqn: JaxprEqn) -> float:
+    """Two products per pair of a query and a key; cuDNN's arrays are `b n h k`.
+
+    Causal attention counts the pairs that the sliced form computes, so a model has the same FLOP in both forms.
+    """
+    queries, keys = (var.aval.shape[1] for var in eqn.invars[:2])
+    causal = "CAUSAL" in str(eqn.params["mask_type"])
+    return 4.0 * eqn.invars[0].aval.size * keys * (backend.causal_share(queries) if causal else 1.0)
+
+
+_FORMULAS: dict[str, Callable[[JaxprEqn], float]] = {
+    "dot_general": _of_product,
+    "conv_general_dilated": _of_convolution,
+    "dot_product_attention_fwd_wrapper": _of_fused_attention,
+    "dot_product_attention_bwd_wrapper": lambda eqn: 2 * _of_fused_attention(eqn),
+}
+
+
+def _bytes(leaf: Any) -> int:
+    return math.prod(leaf.shape) * leaf.dtype.itemsize
