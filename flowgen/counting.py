@@ -7,8 +7,8 @@ no compiler, so they are the same on every machine and take no longer than traci
 from __future__ import annotations
 
 import math
-from collections import Counter
-from collections.abc import Callable
+from collections import defaultdict
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import jax
@@ -36,13 +36,13 @@ def flop_of(jaxpr: Jaxpr) -> dict[str, float]:
     Example:
         flop = flop_of(jax.make_jaxpr(step)(state, batch).jaxpr)
     """
-    total: Counter[str] = Counter()
+    total: defaultdict[str, float] = defaultdict(float)
     for eqn in jaxpr.eqns:
         if RECOMPUTED in str(eqn.source_info.name_stack):
             continue
-        count = _FORMULAS.get(eqn.primitive.name)
-        if count is not None:
-            total[_dtype_of_factors(eqn)] += count(eqn)
+        if (count := _FORMULAS.get(eqn.primitive.name)) is not None:
+            left, right = _arrays(eqn.invars[:2])
+            total[jnp.promote_types(left.dtype, right.dtype).name] += count(eqn)
             continue
         bodies = [flop_of(body) for body in jaxprs_in_params(eqn.params)]
         if eqn.primitive.name == "cond":
@@ -99,21 +99,22 @@ def _iterations(eqn: JaxprEqn) -> int:
     return 1
 
 
-def _dtype_of_factors(eqn: JaxprEqn) -> str:
-    left, right = eqn.invars[:2]
-    return jnp.promote_types(left.aval.dtype, right.aval.dtype).name
+def _arrays(variables: Sequence[Any]) -> list[Any]:
+    """The shapes and dtypes of variables."""
+    return [var.aval for var in variables]
 
 
 def _of_product(eqn: JaxprEqn) -> float:
     (summed, _), _ = eqn.params["dimension_numbers"]
-    return 2.0 * eqn.outvars[0].aval.size * math.prod(eqn.invars[0].aval.shape[axis] for axis in summed)
+    left, out = _arrays([eqn.invars[0], eqn.outvars[0]])
+    return 2.0 * out.size * math.prod(left.shape[axis] for axis in summed)
 
 
 def _of_convolution(eqn: JaxprEqn) -> float:
     """Every output is a sum over the kernel's places and input channels; zeros put between inputs do not count."""
-    kernel, spec = eqn.invars[1].aval, eqn.params["dimension_numbers"].rhs_spec
-    terms = kernel.size / kernel.shape[spec[0]] / math.prod(eqn.params["lhs_dilation"])
-    return 2.0 * eqn.outvars[0].aval.size * terms
+    kernel, out = _arrays([eqn.invars[1], eqn.outvars[0]])
+    channels = kernel.shape[eqn.params["dimension_numbers"].rhs_spec[0]]
+    return 2.0 * out.size * kernel.size / channels / math.prod(eqn.params["lhs_dilation"])
 
 
 def _of_fused_attention(eqn: JaxprEqn) -> float:
@@ -121,9 +122,9 @@ def _of_fused_attention(eqn: JaxprEqn) -> float:
 
     Causal attention counts the pairs that the sliced form computes, so a model has the same FLOP in both forms.
     """
-    queries, keys = (var.aval.shape[1] for var in eqn.invars[:2])
+    q, k = _arrays(eqn.invars[:2])
     causal = "CAUSAL" in str(eqn.params["mask_type"])
-    return 4.0 * eqn.invars[0].aval.size * keys * (backend.causal_share(queries) if causal else 1.0)
+    return 4.0 * q.size * k.shape[1] * (backend.causal_share(q.shape[1]) if causal else 1.0)
 
 
 _FORMULAS: dict[str, Callable[[JaxprEqn], float]] = {

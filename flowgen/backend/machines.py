@@ -31,7 +31,7 @@ class Machine:
 
     name: str
     kinds: tuple[str, ...]
-    memory: float
+    memory: int
     bfloat16: float
     float32: float
     source: str
@@ -72,7 +72,9 @@ def seconds_at_peak(flop: Mapping[str, float], device_kind: str) -> float | None
     if machine is None:
         return None
     peaks = [machine.peak(dtype) for dtype in flop]
-    return sum(count / peak for count, peak in zip(flop.values(), peaks, strict=True) if peak) if all(peaks) else None
+    if not all(peaks):
+        return None
+    return sum((count / peak for count, peak in zip(flop.values(), peaks, strict=True) if peak), start=0.0)
 
 
 def peak_memory(devices: Sequence[jax.Device]) -> int | None:

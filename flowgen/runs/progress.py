@@ -11,7 +11,7 @@ from flowgen.printable import printable
 # The metrics that a report shows, in this order.
 SHOWN = ("loss", "bits_per_dim", "nats_per_dim", "grad_norm", "lr")
 
-# The measures of speed that follow, and how they are shown.
+# How lines show the other measures of speed, in this order.
 SPEEDS = {
     "samples_per_second": lambda speed: f"{speed:.3g} samples/s",
     "tokens_per_second": lambda speed: f"{with_prefix(speed)}tokens/s",
@@ -55,9 +55,10 @@ class Progress:
         words = [f"{name} {metrics[name]:.4g}" for name in SHOWN if name in metrics]
         if "steps_per_second" in metrics:
             words.append(f"{metrics['steps_per_second']:.3g} steps/s")
+        if self._bar is None:  # A bar has no room for more.
+            words += [speed(metrics[name]) for name, speed in SPEEDS.items() if name in metrics]
         if seconds_left is not None:
             words.append(f"{clock(seconds_left)} left")
-        words += [speed(metrics[name]) for name, speed in SPEEDS.items() if name in metrics]
         if self._bar is not None:
             with _unseen():
                 self._bar.set_postfix_str(", ".join(words), refresh=True)

@@ -17,8 +17,8 @@ from flowgen.runs import CHECKPOINTS, EVAL, CheckpointReader, NullWriter, RunWri
 from flowgen.training.options import LogConfig, OptimConfig, TrainConfig, check_packages
 from flowgen.training.pace import Pace
 from flowgen.training.parallel import DataParallel, barrier, from_primary, is_primary, largest
-from flowgen.training.signals import Interrupted, Signals
 from flowgen.training.profile import Profile
+from flowgen.training.signals import Interrupted, Signals
 from flowgen.training.step import Objective, TrainState, init_state, make_step
 from flowgen.training.work import CountedStep, work_of
 
@@ -35,8 +35,8 @@ class Job:
     init(key) -> variables. objective: see `make_step`. batches(start, stop) -> this process's batches for steps
     start..stop-1. evaluate(variables) -> metrics; the checkpoint with the lowest `best_metric` is kept.
     sample(variables) -> uint8 image `height width 3`. optims: separate optimizers for parameter groups, by top-level
-    name. inventory: a summary of the data, which is logged and saved with the run. tokens(batch) -> the number of tokens
-    in a batch, for reports on speed. profile: the number of steps to trace for a profiler; 0 for none.
+    name. inventory: a summary of the data, which is logged and saved with the run. tokens(batch) -> the number of
+    tokens in a batch, for reports on speed. profile: the number of steps to trace for a profiler; 0 for none.
     """
 
     init: Callable[[jax.Array], Any]
@@ -363,7 +363,7 @@ class _Run:
             means["skipped"] = 1 - len(taken) / len(rows)
         means |= self.pace.measure(step)
         if (most := backend.peak_memory(self.parallel.local_devices)) is not None:
-            means["peak_memory_bytes"] = most
+            means["peak_memory_bytes"] = float(most)
         self.record.write(step, means)
         if _due(step, self.config.log_every) or step == self.steps:
             self.record.show(step, means, self.pace.seconds_for(self.steps - step))

@@ -75,10 +75,10 @@ class Pace:
         steps, seconds = step - self._at, max(time.perf_counter() - self._since, 1e-9)
         speed = {"steps_per_second": steps / seconds, "data_wait": min(self._waited / seconds, 1.0)}
         if self._work:
-            samples, tokens, flop = (sum(work[place] for work in self._work) for place in range(3))
-            speed["samples_per_second"] = samples / seconds
-            if tokens:
+            speed["samples_per_second"] = sum(work.samples for work in self._work) / seconds
+            if tokens := sum(work.tokens for work in self._work):
                 speed["tokens_per_second"] = tokens / seconds
+            flop = sum(work.flop for work in self._work)
             speed |= {"flop_per_step": flop / len(self._work), "flop_per_second": flop / seconds}
             ideal = [work.seconds_at_peak for work in self._work if work.seconds_at_peak is not None]
             if len(ideal) == len(self._work):

@@ -50,7 +50,7 @@ def work_of(flop: Mapping[str, float], devices: Sequence[jax.Device], samples: i
     return Work(
         samples=processes * samples,
         tokens=processes * tokens,
-        flop=processes * len(devices) * sum(flop.values()),
+        flop=processes * len(devices) * sum(flop.values(), start=0.0),
         seconds_at_peak=backend.seconds_at_peak(flop, devices[0].device_kind) if flop else None,
     )
 
