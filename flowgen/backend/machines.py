@@ -2,10 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
-
-import jax
+from typing import Any
 
 # Where the numbers come from. Peaks are without sparsity.
 _H100 = "NVIDIA H100 datasheet, 2023"
@@ -77,7 +76,7 @@ def seconds_at_peak(flop: Mapping[str, float], device_kind: str) -> float | None
     return sum((count / peak for count, peak in zip(flop.values(), peaks, strict=True) if peak), start=0.0)
 
 
-def peak_memory(devices: Sequence[jax.Device]) -> int | None:
+def peak_memory(devices: Iterable[Any]) -> int | None:
     """Returns the most bytes that a device has had in use so far, the largest of all devices; None if not known."""
     known = [(device.memory_stats() or {}).get("peak_bytes_in_use") for device in devices]
     return max((size for size in known if size), default=None)

@@ -136,7 +136,7 @@ def _sampling_fit(cost: TrainingCost, drawn: SamplingCost | None, num: int, mach
     return f", sampling {num} at a time {fits} ({_bytes(needed)})"
 
 
-def _bytes(size: float) -> str:
+def _bytes(size: int) -> str:
     from flowgen.runs.progress import with_prefix
 
-    return f"{with_prefix(size)}B"
+    return f"{with_prefix(float(size))}B"

@@ -108,10 +108,13 @@ def decoding_cost(flow: Any, variables: Any, num: int, *, guided: Collection[int
     config, flop, cache = flow.config, 0.0, 0
     cond, conds = (jax.eval_shape(lambda rows=rows: some_condition(config, rows)) for rows in (1, num))
     tokens = jax.ShapeDtypeStruct((1, config.num_tokens, config.token_dim), jnp.float32)
+    known: dict[BlockConfig, float] = {}
     for index, block in enumerate(config.blocks):
-        branches = 1 + (index in guided)
-        run = AutoregressiveBlock(block).apply
-        flop += branches * _flop(jax.make_jaxpr(run)(block_parameters(variables, index), tokens, cond).jaxpr)
+        branches, shape = 1 + (index in guided), dataclasses.replace(block, order="raster")  # Most blocks are alike.
+        if shape not in known:
+            run = AutoregressiveBlock(shape).apply
+            known[shape] = _flop(jax.make_jaxpr(run)(block_parameters(variables, index), tokens, cond).jaxpr)
+        flop += branches * known[shape]
         cache = max(cache, branches * _cache_bytes(block))
     memory = num * cache
     if by_score:

@@ -12,6 +12,17 @@ from flowgen.runs.files import read_bytes, write_bytes
 
 METRICS_FILE = "metrics.jsonl"
 EVAL = "eval/"  # Prefix of held-out metrics.
+# Metrics of speed and memory, explained in docs/training.md. A repeated step has the same metrics except for these.
+SPEED = (
+    "steps_per_second",
+    "samples_per_second",
+    "tokens_per_second",
+    "flop_per_step",
+    "flop_per_second",
+    "mfu",
+    "data_wait",
+    "peak_memory_bytes",
+)
 
 
 class MetricsLog:

@@ -20,7 +20,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from flowgen.rows import batch_rows
-from flowgen.runs import CHECKPOINTS, CheckpointReader
+from flowgen.runs import CHECKPOINTS, SPEED, CheckpointReader
 from flowgen.training import Interrupted, Job, LogConfig, OptimConfig, Result, TrainConfig, train
 
 ROOT = Path(__file__).parent.parent.parent
@@ -92,6 +92,11 @@ def rows_of(workdir: Path) -> list[dict]:
     path = workdir / "metrics.jsonl"
     # A program may be writing the last row right now.
     return [json.loads(line) for line in path.read_text().splitlines(True) if line[-1] == "\n"] if path.exists() else []
+
+
+def without_speed(row: dict) -> dict:
+    """A row of metrics without those that a repeated step measures anew; the first step of a process has none."""
+    return {name: value for name, value in row.items() if name not in SPEED}
 
 
 def arrays_of(workdir: Path, step: int | None = None) -> dict[str, np.ndarray]:
