@@ -13,8 +13,8 @@ SHOWN = ("loss", "bits_per_dim", "nats_per_dim", "grad_norm", "lr")
 
 # How lines show the other measures of speed, in this order.
 SPEEDS = {
-    "samples_per_second": lambda speed: f"{speed:.3g} samples/s",
-    "tokens_per_second": lambda speed: f"{with_prefix(speed)}tokens/s",
+    "samples_per_second": lambda speed: f"{_whole(speed)} samples/s",
+    "tokens_per_second": lambda speed: f"{_whole(speed)} tokens/s",
     "flop_per_second": lambda speed: f"{with_prefix(speed)}FLOP/s",
     "mfu": lambda share: f"MFU {share:.1%}",
     "peak_memory_bytes": lambda size: f"{with_prefix(size)}B used",
@@ -105,6 +105,10 @@ def clock(seconds: float) -> str:
     minutes, rest = divmod(round(seconds), 60)
     hours, minutes = divmod(minutes, 60)
     return f"{hours}:{minutes:02}:{rest:02}" if hours else f"{minutes}:{rest:02}"
+
+
+def _whole(number: float) -> str:
+    return f"{number:,.0f}" if number >= 100 else f"{number:.3g}"
 
 
 def with_prefix(number: float) -> str:
