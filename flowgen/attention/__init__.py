@@ -1,4 +1,4 @@
-"""Attention on arrays `b n h k`. From flowgen, it imports only `flowgen.backend`.
+"""Attention on arrays `b n h k`. The only part of flowgen that this package imports is `flowgen.backend`.
 
 softmax        softmax_attention
 frames         attention of video frames to nearby frames

@@ -94,7 +94,7 @@ def attend_kv_window(
 
 
 def _recurrent(kernel: Kernel) -> CausalKernel:
-    """Makes a causal kernel from a kernel with a running state. Its cache does not grow with the sequence."""
+    """Returns the causal kernel of a kernel with a running state; its cache does not grow with the sequence."""
     running = _Running(kernel)
     return CausalKernel(
         attend=running.attend,

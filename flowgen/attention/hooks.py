@@ -46,8 +46,8 @@ def make_attention_fn(
       support it. In causal attention, keep it below 80, so that exp does not overflow. Without causal order, only
       the differences between biases matter.
     - A single query with a mask over several keys, as in decoding from Flax's cache, is never causal: the mask alone
-      says what the query sees. Retention and feature maps with positions then raise ValueError, because the query's
-      position is unknown.
+      determines what the query sees. Retention and feature maps with positions then raise ValueError, because the
+      query's position is unknown.
     - dtype: the dtype to which query, key and value are converted. precision: the products are at least this precise.
 
     Functions made with equal arguments are equal, and they can be pickled. Raises ValueError for an unknown name. The

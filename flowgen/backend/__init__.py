@@ -1,6 +1,7 @@
-"""Device-specific code and compiler workarounds, each in a function that says why. Imports nothing from flowgen.
+"""Device-specific code and compiler workarounds, each in a function that explains it.
 
-Formulas elsewhere are the same for every device. The code here affects speed, memory and rounding, but nothing else.
+This package imports nothing from flowgen. Formulas elsewhere are the same for every device. The code here affects
+speed, memory and rounding, but nothing else.
 """
 
 from flowgen.backend.devices import (

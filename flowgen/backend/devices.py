@@ -70,7 +70,7 @@ def flat_dot(
 
 
 def nan_if(condition: Array, dtype: DTypeLike) -> Array:
-    """Returns NaN where the condition is True and 0 elsewhere; add it to numbers to make them NaN.
+    """Returns NaN where the condition is True and 0 elsewhere; add the result to numbers to make them NaN.
 
     On CPUs, XLA compiles exp(where(condition, nan, x)) to a finite number; x plus this result stays NaN.
     """

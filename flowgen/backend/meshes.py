@@ -29,9 +29,9 @@ from jaxtyping import Array, PyTree
 def keep_axes(fn: Callable[..., Any], *args: Any, named: Iterable[tuple[Array, str]], out: Any) -> Any:
     """Returns fn(*args), computed under automatic axes if the mesh of an argument has explicit ones.
 
-    named: arrays with one letter per axis, such as "b n h k". out: the letters of the results, in the tree that fn
-    returns. Each axis of a result is sharded like the axis with the same letter in the first named array that shards
-    this axis.
+    named: arrays with one letter per axis, such as "b n h k". out: the letters of the results, in a tree like the one
+    that fn returns. Each axis of a result is sharded like the axis with the same letter in the first named array that
+    shards this axis.
 
     Example:
         out = keep_axes(attend, q, k, v, named=[(q, "b n h k")], out="b n h d")
@@ -66,7 +66,9 @@ def map_axes(fn: Callable[..., Any], args: tuple[Array, ...], letters: str, *, d
 
 
 def keep_rows(fn: Callable[..., Any], variables: Any, *args: Any, **options: Any) -> Any:
-    """Returns fn(variables, *args, **options), under automatic axes if the mesh of an array has explicit ones.
+    """Returns the result of fn(variables, *args, **options).
+
+    If the mesh of an input array has explicit axes, fn runs with automatic axes instead.
 
     The rows (first axis) of the results are sharded like the first array in args or options that has sharded rows.
 
@@ -156,7 +158,7 @@ def take_rows(x: Array, index: Array) -> Array:
 
 
 def alike_rows(tree: PyTree) -> PyTree:
-    """Returns the tree with the rows of every array sharded like the first array with rows sharded over explicit axes.
+    """Returns the tree with all rows sharded like those of the first array with rows sharded over explicit axes.
 
     Inside jit, the mesh must be the context; see `on_mesh_of`.
 

@@ -59,7 +59,7 @@ class AutoencodingConfig:
     noise: std of the noise added to normalised latents before decoding, so that the decoder learns to decode a flow's
     noisy latents; 0 for none.
     decoder_of: run directory or published folder of an autoencoder; its decoder is trained further, and its encoder
-    stays frozen.
+    stays frozen. If empty, a new autoencoder is trained.
     shown: number of images shown next to their reconstructions in the run's sample grid; at least 1.
     """
 
@@ -207,7 +207,7 @@ class AutoencoderExperiment(Experiment):
         ]
 
     def debug(self) -> AutoencoderExperiment:
-        """Returns the experiment with a tiny autoencoder of the same factor, on the built-in or bouncing digits."""
+        """Returns the experiment with a tiny autoencoder of the same factor, on built-in or bouncing digits."""
         model, few = self.model, {"shown": SAMPLES}
         widths = (8,) * len(model.widths)
         if not isinstance(model, VideoAutoencoderConfig):
@@ -227,9 +227,9 @@ def autoencoding_objective(autoencoder: Any, config: AutoencodingConfig) -> Call
     """Returns the objective (variables, batch, key) -> (loss, metrics, carried state) of an autoencoder.
 
     batch: a `flowgen.data.Batch` of images or clips. Carried state: the collection "latents", with the running mean
-    and variance of each latent channel, updated at a rate of 0.02. Flows use them to normalise latents. They are
-    computed over the whole batch, on any number of devices and with gradient accumulation; each micro-batch scales its
-    noise by the statistics after its own update.
+    and variance of each latent channel, updated at a rate of 0.02. Flows use these statistics to normalise
+    latents. The statistics are computed over the whole batch, on any number of devices and with gradient accumulation;
+    each micro-batch scales its noise by the statistics after its own update.
 
     Example:
         loss, metrics, state = autoencoding_objective(autoencoder, AutoencodingConfig())(variables, batch, key)

@@ -175,7 +175,7 @@ class AutoregressiveExperiment(Experiment):
     def opened(
         self, dataset: Dataset | None, held_out: Dataset | None
     ) -> tuple[Dataset | BucketedDataset, Dataset | BucketedDataset | None]:
-        """Returns the data to train and evaluate on: the given datasets, or by default the experiment's."""
+        """Returns the data to train and evaluate on: the given datasets or, by default, the experiment's."""
         if dataset is not None:
             assert not isinstance(self.data, LatentsConfig)  # `fit` replaces it
             codec, model = self.encoding.open_codec(), self.model
@@ -253,8 +253,8 @@ class AutoregressiveExperiment(Experiment):
     ) -> Callable[[Any], np.ndarray] | None:
         """Returns the function that draws a run's sample images; None if samples cannot be shown in grey or colour.
 
-        It draws samples of each class in turn, or for the prompts. draw_batch: the experiment's method. show: makes one
-        image from (samples, classes).
+        The function draws samples of each class in turn, or for the prompts. draw_batch: the experiment's method. show:
+        makes one image from (samples, classes).
         """
         without_codec = isinstance(self.data, LatentsConfig) and self.codec is None
         if without_codec or self.encoding.open_codec().pixel_channels not in DRAWABLE_CHANNELS:
@@ -293,7 +293,7 @@ class AutoregressiveExperiment(Experiment):
     def guidance(self, flow: Any, null: TextCondition | None = None) -> Guidance:
         """Returns the guidance for samples; for a text flow, it includes the text of the unconditional branch.
 
-        null: this text; by default the empty text, which is encoded here if needed.
+        null: the text of the unconditional branch; by default the empty text, which is encoded here if needed.
         """
         guidance = self.sampling.to_guidance()
         if not (self.model.text_dim and guidance.scale):

@@ -1,7 +1,8 @@
 """An experiment as plain data: the model, its data, its training and the expected result.
 
 `Experiment` is the base class of all kinds. Each kind is a frozen dataclass in a separate module. A config file defines
-a function `config()` that returns an experiment. Every run saves its experiment as JSON, which restores it exactly.
+a function `config()` that returns an experiment. Every run saves its experiment as JSON, from which the same
+experiment can be restored.
 """
 
 from __future__ import annotations
@@ -71,8 +72,8 @@ class Experiment(abc.ABC):
     data: the data to train on.
     optim: the optimizer.
     train: length of training and batch size.
-    log: reports and checkpoints.
-    reference: expected metrics by name, published or measured, as the config's docstring explains.
+    log: when to report and to save checkpoints.
+    reference: expected metrics by name; the config's docstring says whether they are published or measured.
 
     Example:
         experiment = flowgen.load_config("configs/tarflow_digits.py")
@@ -138,7 +139,7 @@ class Experiment(abc.ABC):
     def debug(self) -> Experiment:
         """Returns a small version of the experiment that trains and samples in seconds on a CPU.
 
-        It uses data that ship with flowgen. The kinds of model and training stay the same.
+        The small version uses data that ship with flowgen. The kinds of model and training stay the same.
         """
 
     def with_provenance(self) -> Experiment:
@@ -151,14 +152,14 @@ class Experiment(abc.ABC):
 
     @classmethod
     def from_json(cls, plain: Mapping[str, Any]) -> Experiment:
-        """Returns the experiment that `to_json` wrote; a ValueError names any unknown field or wrong value."""
+        """Returns the experiment that `to_json` wrote. Raises ValueError if a field is unknown or a value is wrong."""
         kind = plain.get(settings.TYPE)
         if kind != cls.__name__:
             raise ValueError(f"type is {kind!r:.80}; it must be {cls.__name__}.")
         return settings.from_plain(cls, {name: value for name, value in plain.items() if name != settings.TYPE})
 
     def check_resumable(self, saved: dict[str, Any]) -> None:
-        """Raises ValueError if differences from the run's `saved` experiment prevent resuming; lists them all."""
+        """Raises ValueError if the run with the `saved` config cannot be resumed; the message lists every reason."""
         if (kind := saved.get(settings.TYPE)) != type(self).__name__:
             raise ValueError(
                 f"the run was started as a {kind!s:.80}, but this is a {type(self).__name__}; train in a new --workdir."
@@ -175,7 +176,7 @@ class Experiment(abc.ABC):
             )
 
     def check_warmups(self, others: Mapping[str, int] = MappingProxyType({})) -> None:
-        """Raises ValueError if a warm-up is longer than the training. others: other warm-ups by field name."""
+        """Raises ValueError if a warm-up is as long as the training or longer. others: other warm-ups by field name."""
         check_warmups({"optim.warmup_steps": self.optim.warmup_steps, **others}, self.train.steps)
 
 

@@ -54,9 +54,10 @@ def fit(
     """Trains an experiment in `workdir` and returns the result; resumes if the directory holds a checkpoint.
 
     dataset: used instead of `experiment.data`; see `flowgen.data.Dataset`. held_out: the data that a run on `dataset`
-    is evaluated on; without it, such a run is not evaluated. model: trained instead of `experiment.build()`, with the
-    same methods; pass it to `flowgen.load` too. signals: a `Signals` already in use; by default, a new one that
-    watches this process's signals. profile: the number of steps, after the first one, to trace into `workdir`/profile.
+    is evaluated on; without it, such a run is not evaluated. model: trained instead of `experiment.build()`; it must
+    have the same methods. Pass it to `flowgen.load` too. signals: a `Signals` already in use; by default, a new one
+    that watches this process's signals. profile: the number of steps, after the first one, to trace into the folder
+    `profile` of the run.
 
     Checks all options before any computation. Raises the same errors as `train` and the experiment's parts.
 

@@ -95,7 +95,7 @@ class MatchingExperiment(Experiment):
 
     model: the network.
     data: the images or points to train on.
-    matching: training options: path, coupling and loss.
+    matching: the path, the coupling, the loss and other training options.
     sampling: how samples are drawn.
 
     Raises ValueError if the parts do not fit together.
@@ -188,8 +188,8 @@ class MatchingExperiment(Experiment):
         network = self.model.build()
         if getattr(network, "config", None) != self.model:
             raise ValueError(
-                f"model is {self.model}, but its build() returns a network that does not store it; store it in the "
-                "network's field `config`."
+                f"model is {self.model}, but its build() returns a network that does not store this config; store it "
+                "in the network's field `config`."
             )
         return network
 
@@ -324,8 +324,8 @@ class MatchingExperiment(Experiment):
     ) -> tuple[np.ndarray, str]:
         """Returns samples `b *event` and a line about how they were drawn.
 
-        cond: labels, or None. Sample i depends only on (key, i); dopri5 adapts its steps to the batch, so with
-        it, this is true only up to the tolerance.
+        cond: labels, or None. Sample i depends only on (key, i). For dopri5, which adapts its steps to the batch, this
+        holds only up to the tolerance.
         """
         sampling = self.sampling
         if sampling.guidance and cond is None:
@@ -363,7 +363,7 @@ class MatchingExperiment(Experiment):
         return Samples(samples, {} if points else {"labels": np.full(num, -1) if labels is None else labels})
 
     def plot(self, network: Any, variables: Any, points: np.ndarray, key: jax.Array) -> np.ndarray:
-        """Returns a plot of the field's paths, solved with rk4, and sampled points on top of data."""
+        """Returns a plot of the field's paths, solved with rk4, and a plot of sampled points on top of data."""
         assert isinstance(self.data, PointsConfig)
         x0, data = self.data.draw(key, max(DRAWN_PATHS, len(points)))
         velocity = velocity_field(network, _weights(variables), self.matching)

@@ -48,11 +48,11 @@ class DiTConfig:
     expansion: hidden width of the feed-forward layers, as a multiple of width.
     num_classes: number of classes that the field is conditioned on; 0 for none.
     attention: attention kernel of the layers: a name, or your own kernel or feature map.
-    intervals: also predict average velocities over an interval (MeanFlow).
-    time_scale: factor on times before the sinusoidal embedding, which expects 0 to 1,000; MeanFlow's loss contains a
+    intervals: whether to also predict average velocities over an interval (MeanFlow).
+    time_scale: factor on times before the sinusoidal embedding, which expects 0 to 1,000. MeanFlow's loss contains a
     derivative in t, so MeanFlow needs a small factor, such as 1.0.
     dtype: dtype of matrix products and activations; parameters, norms and the modulation stay float32.
-    remat: recompute layers in the backward pass instead of storing them.
+    remat: whether to recompute layers in the backward pass instead of storing them.
     """
 
     image_size: Side | tuple[Side, Side]
@@ -166,7 +166,7 @@ class DiT(OnMeshes, nn.Module):
 
 
 class DiTLayer(nn.Module):
-    """One layer: modulated attention and MLP with gates that are initialised to 0."""
+    """One layer: modulated attention and a modulated MLP, with gates that are initialised to 0."""
 
     config: DiTConfig
 
@@ -185,7 +185,7 @@ class DiTLayer(nn.Module):
 
 
 def _modulated(h: Array, shift: Array, scale: Array) -> Array:
-    """Returns the LayerNorm of h without parameters, in at least float32, then scaled and shifted per sample."""
+    """Returns LayerNorm(h) (1 + scale) + shift in at least float32, with one scale and shift per sample."""
     master = jnp.promote_types(h.dtype, jnp.float32)
     x = h.astype(master)
     x = x - x.mean(axis=-1, keepdims=True)

@@ -66,8 +66,8 @@ def mean_flow_loss(
     instantaneous: share of the pairs with interval 0. power: with power 1, the contribution of each pair stays below 1,
     so monitor "unweighted_loss", the square averaged over dimensions. In high dimensions, all squares are similar. In
     low dimensions, the weight moves the minimum towards the most likely target, so use power 0. guidance_weight: w in
-    (1 + w) v - w u(t, x, -1, 0), which replaces v if the label is not -1; one step then draws guided samples. It needs
-    integer labels, and a label_dropout above 0 to train the field for -1. batch, label_dropout and log_mean: see
+    (1 + w) v - w u(t, x, -1, 0), which replaces v if the label is not -1; one step then draws guided samples. Guidance
+    needs integer labels, and a label_dropout above 0 to train the field for -1. batch, label_dropout and log_mean: see
     `flow_matching_loss`. Raises ValueError if settings are invalid.
 
     Example:
@@ -169,7 +169,7 @@ def guided_target(
 def integrate_mean(
     average_velocity: AverageVelocity, x0: Float[Array, "b *event"], cond: Any = None, *, num_steps: int = 1
 ) -> tuple[Float[Array, "b *event"], int]:
-    """Returns samples and the number of evaluations; takes equal steps x ← x + interval · u(t, x, cond, interval).
+    """Returns samples, drawn in equal steps x ← x + interval · u(t, x, cond, interval), and the number of evaluations.
 
     Raises ValueError for fewer than one step.
 

@@ -73,9 +73,10 @@ class UNetConfig:
     scale_shift_norm: whether the embedding scales and shifts the normalised activations; otherwise, it is added before
     the norm.
     time_scale: factor on times before the sinusoidal embedding, which expects 0 to 1,000.
-    intervals: also predict average velocities over an interval (MeanFlow).
+    intervals: whether to also predict average velocities over an interval (MeanFlow).
     dtype: dtype of convolutions and activations; parameters, norms, the embedding and the velocity stay float32.
-    remat: recompute blocks in the backward pass instead of storing them; this saves memory and takes more time.
+    remat: whether to recompute blocks in the backward pass instead of storing them; this saves memory but takes
+    more time.
     """
 
     image_size: Side | tuple[Side, Side]

@@ -50,7 +50,7 @@ class MetricsLog:
             self._events.write(step, metrics)
 
     def restore(self, step: int) -> None:
-        """Rewrites files that were removed: the rows so far, and events from the next step on."""
+        """Recreates files that were removed: metrics with the rows so far, and events from the next step on."""
         if self._path.exists() and os.path.samestat(os.stat(self._path), os.fstat(self._file.fileno())):
             return
         self._file.seek(0)

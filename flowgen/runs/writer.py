@@ -22,13 +22,13 @@ from flowgen.runs.store import CheckpointStore
 class RunWriter:
     """Locks a run directory for one training process, and writes its config, checkpoints, metrics and samples.
 
-    latest: the latest step when the directory was read, or None if there was none.
+    latest: the latest step at the time when the directory was read; None if it had no checkpoint.
 
     Opening a writer creates the directory, takes its lock and removes what a killed process left unfinished; `begin`
     writes the config and opens the metrics. If the directory is removed, the next save recreates it and reports this.
 
     Raises:
-        BlockingIOError: another process trains here, or has trained here since `latest` was read.
+        BlockingIOError: another process is training here, or has trained here since `latest` was read.
         OSError: the directory cannot be written.
 
     Example:
@@ -163,7 +163,7 @@ class RunWriter:
         return self.workdir / PROFILE
 
     def save(self, step: int, state: Any) -> None:
-        """Starts saving the state of a step; waits for the previous save."""
+        """Waits for the previous save, and then starts saving the state of a step."""
         self._wait()
         with _named(self._shown):
             self._make_again(step)
@@ -188,7 +188,7 @@ class RunWriter:
                 self.store.score(step, metrics)
 
     def _wait(self) -> None:
-        """Waits for the current save; raises its error only if the directory still exists."""
+        """Waits for the current save. If the save failed, raises the error only if the directory still exists."""
         try:
             self.store.wait()
         except OSError:

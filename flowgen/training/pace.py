@@ -27,7 +27,7 @@ class Pace:
 
     Example:
         pace = Pace()
-        pace.begin(step=1)    # the first step, and so compilation, has ended
+        pace.begin(step=1)    # the first step, which includes compilation, has ended
         pace.add(Work(samples=64))    # for each later step
         pace.measure(step=51)["samples_per_second"]
     """
@@ -39,7 +39,7 @@ class Pace:
         self._steps, self._seconds = 0, 0.0
 
     def begin(self, step: int) -> None:
-        """Starts counting after the first step."""
+        """Starts the measurement after the first step."""
         self.begun, self._at = True, step
         self._restart()
 
@@ -49,7 +49,7 @@ class Pace:
 
     @contextmanager
     def left_out(self) -> Generator[None]:
-        """Excludes the time spent in its `with` block."""
+        """Returns a context whose duration does not count."""
         before = time.perf_counter()
         try:
             yield
@@ -66,7 +66,7 @@ class Pace:
             self._waited += time.perf_counter() - before
 
     def measure(self, step: int) -> dict[str, float]:
-        """Returns the speed since the last call, or an empty dict if there was no step since.
+        """Returns the speed since the last call, or an empty dict if no step has ended since.
 
         The names are explained in docs/training.md.
         """
