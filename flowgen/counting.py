@@ -40,8 +40,8 @@ def flop_of(jaxpr: Jaxpr) -> dict[str, float]:
     for eqn in jaxpr.eqns:
         if RECOMPUTED in str(eqn.source_info.name_stack):
             continue
-        if (count := _FORMULAS.get(eqn.primitive.name)) is not None:
-            left, right = _arrays(eqn.invars[:2])
+        if (count := _FORMULAS.get(_name(eqn))) is not None:
+            left, right = [x for x in _arrays(eqn.invars) if jnp.issubdtype(x.dtype, jnp.floating)][:2]
             total[jnp.promote_types(left.dtype, right.dtype).name] += count(eqn)
             continue
         bodies = [flop_of(body) for body in jaxprs_in_params(eqn.params)]
@@ -117,21 +117,45 @@ def _of_convolution(eqn: JaxprEqn) -> float:
     return 2.0 * out.size * kernel.size / channels / math.prod(eqn.params["lhs_dilation"])
 
 
-def _of_fused_attention(eqn: JaxprEqn) -> float:
-    """Two products per pair of a query and a key; cuDNN's arrays are `b n h k`.
-
-    Causal attention counts the pairs that the sliced form computes, so a model has the same FLOP in both forms.
-    """
+def _of_cudnn(eqn: JaxprEqn) -> float:
+    """cuDNN's attention of arrays `b n h k`."""
     q, k = _arrays(eqn.invars[:2])
-    causal = "CAUSAL" in str(eqn.params["mask_type"])
-    return 4.0 * q.size * k.shape[1] * (backend.causal_share(q.shape[1]) if causal else 1.0)
+    return _of_pairs(q, q.shape[1], k.shape[1], is_causal="CAUSAL" in str(eqn.params["mask_type"]))
 
 
+def _of_splash(eqn: JaxprEqn) -> float:
+    """JAX's attention for TPUs, of arrays `h n k` or `b h n k`; causal kernels also take the positions of queries."""
+    arrays = _arrays(eqn.invars)
+    q, k = [x for x in arrays if x.ndim >= 3 and jnp.issubdtype(x.dtype, jnp.floating)][:2]
+    is_causal = any(x.ndim == 2 and x.dtype == jnp.int32 for x in arrays)
+    return _of_pairs(q, q.shape[-2], k.shape[-2], is_causal=is_causal)
+
+
+def _of_pairs(q: Any, queries: int, keys: int, *, is_causal: bool) -> float:
+    """Two products for each pair of a query and a key.
+
+    Causal attention counts the pairs that the sliced form computes, so a model has the same FLOP in all forms.
+    """
+    return 4.0 * q.size * keys * (backend.causal_share(queries) if is_causal else 1.0)
+
+
+def _name(eqn: JaxprEqn) -> str:
+    """The name of an operation, or of its kernel if it is one of Pallas."""
+    if eqn.primitive.name != "pallas_call":
+        return eqn.primitive.name
+    return str(eqn.params.get("name_and_src_info") or eqn.params.get("name")).split(" ")[0]
+
+
+# Attention's backward pass has four products, and each of the two splash kernels for it stands for two of them.
 _FORMULAS: dict[str, Callable[[JaxprEqn], float]] = {
     "dot_general": _of_product,
     "conv_general_dilated": _of_convolution,
-    "dot_product_attention_fwd_wrapper": _of_fused_attention,
-    "dot_product_attention_bwd_wrapper": lambda eqn: 2 * _of_fused_attention(eqn),
+    "dot_product_attention_fwd_wrapper": _of_cudnn,
+    "dot_product_attention_bwd_wrapper": lambda eqn: 2 * _of_cudnn(eqn),
+    "splash_mha_fwd_no_residuals": _of_splash,
+    "splash_mha_fwd_residuals": _of_splash,
+    "splash_mha_dkv_no_residuals": _of_splash,
+    "splash_mha_dq_no_residuals": _of_splash,
 }
 
 

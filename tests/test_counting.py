@@ -176,3 +176,28 @@ def test_causal_share_is_that_of_the_slices():
     full = flop(lambda q: flowgen.attention.softmax_attention(q, q, q), q)["float32"]
     causal = flop(lambda q: flowgen.attention.softmax_attention(q, q, q, is_causal=True), q)["float32"]
     assert causal == pytest.approx(backend.causal_share(300) * full)
+
+
+@pytest.mark.parametrize("is_causal", [False, True])
+def test_the_fused_kernel_of_tpus_has_the_flop_of_the_sliced_form(is_causal):
+    from jax.experimental.pallas.ops.tpu.splash_attention import splash_attention_kernel as splash
+    from jax.experimental.pallas.ops.tpu.splash_attention import splash_attention_mask as masks
+
+    n, heads = 256, 2
+    mask = (masks.CausalMask if is_causal else masks.FullMask)((n, n))
+    kernel = splash.make_splash_mha(masks.MultiHeadMask([mask] * heads), head_shards=1, q_seq_shards=1)
+
+    def fused(q, k, v):
+        return jax.vmap(kernel)(*(x.swapaxes(1, 2) for x in (q, k, v))).swapaxes(1, 2)
+
+    def sliced(q, k, v):
+        return flowgen.attention.softmax_attention(q, k, v, is_causal=is_causal)
+
+    q = jax.ShapeDtypeStruct((2, n, heads, 64), jnp.bfloat16)
+    for transformed in (lambda attend: attend, of_loss):
+        found, expected = (sum(flop(transformed(attend), q, q, q).values()) for attend in (fused, sliced))
+        assert found == pytest.approx(expected, rel=0.01)
+
+
+def of_loss(attend):
+    return jax.grad(lambda *args: attend(*args).astype(jnp.float32).sum(), argnums=(0, 1, 2))

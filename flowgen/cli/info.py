@@ -86,7 +86,7 @@ def estimates(experiment: Experiment) -> list[str]:
     told += f" in {train.accumulation} parts" if train.accumulation > 1 else ""
     lines = [
         f"estimates by counting, for {rows} samples at a time on each device (train.batch_size {told}):",
-        *_training_lines(cost),
+        *_training_lines(cost, str(getattr(experiment.model, "remat", False)).lower()),
         *_flop_lines(cost, drawn, train.batch_size),
     ]
     return lines + [
@@ -96,12 +96,12 @@ def estimates(experiment: Experiment) -> list[str]:
     ]
 
 
-def _training_lines(cost: TrainingCost) -> list[str]:
+def _training_lines(cost: TrainingCost, remat: str) -> list[str]:
     state = {"parameters": cost.parameters, "gradient": cost.gradient, "moments": cost.moments, "average": cost.average}
     stored = f"activations: {_bytes(cost.stored)} stored"
     if cost.recomputed is not None:
         stored += f", or {_bytes(cost.recomputed)} if layers are computed again in the backward pass"
-        stored += f" (model.remat is {str(cost.recomputes).lower()})"
+        stored += f" (model.remat is {remat})"
     return ["training state: " + ", ".join(f"{name} {_bytes(size)}" for name, size in state.items()), stored]
 
 
