@@ -167,7 +167,7 @@ def limiting(batches: Callable, step: int):
         for at, batch in zip(range(start, stop), batches(start, stop), strict=True):
             if at == step:
                 time.sleep(1)  # A save may be under way.
-                resource.setrlimit(resource.RLIMIT_FSIZE, (4096, resource.RLIM_INFINITY))
+                resource.setrlimit(resource.RLIMIT_FSIZE, (5500, resource.RLIM_INFINITY))
             yield batch
 
     return limited
