@@ -167,7 +167,7 @@ def limiting(batches: Callable, step: int):
         for at, batch in zip(range(start, stop), batches(start, stop), strict=True):
             if at == step:
                 time.sleep(1)  # A save may be under way.
-                resource.setrlimit(resource.RLIMIT_FSIZE, (5500, resource.RLIM_INFINITY))
+                resource.setrlimit(resource.RLIMIT_FSIZE, (4096, resource.RLIM_INFINITY))
             yield batch
 
     return limited
@@ -180,6 +180,7 @@ def main() -> None:
     parser.add_argument("--evaluated", action="store_true", help="evaluate and draw, too")
     parser.add_argument("--slow", choices=["init", "objective", "evaluate", "sample"], help="what waits for WORKDIR.go")
     parser.add_argument("--limit-at", type=int, help="step from which no larger files can be written")
+    parser.add_argument("--log-every", type=int, default=1)
     parser.add_argument("--address", help="coordinator of several processes")
     parser.add_argument("--processes", type=int, default=1)
     parser.add_argument("--process", type=int, default=0)
@@ -187,7 +188,7 @@ def main() -> None:
     if options.processes > 1:
         jax.distributed.initialize(options.address, options.processes, options.process)
     written = note_written_files(Path(options.workdir))
-    parts, log = {}, QUIET
+    parts, log = {}, dataclasses.replace(QUIET, log_every=options.log_every)
     if options.evaluated:
         parts = {
             # Each process sees another number, as numerics may; only one of them may decide.
