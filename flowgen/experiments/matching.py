@@ -234,11 +234,16 @@ class MatchingExperiment(Experiment):
 
     def sampling_cost(self, model: Any, variables: Any, num: int) -> SamplingCost:
         """Returns what drawing `num` samples at a time takes, for the network alone."""
-        weights, key = _weights(variables), jax.eval_shape(lambda: jax.random.key(0))
-        numbers = jax.ShapeDtypeStruct((num,), jnp.int32)
-        traced = jax.make_jaxpr(partial(self._drawn, model))(
-            weights, key, numbers, numbers if self.model.num_classes else None
-        ).jaxpr
+        run = partial(
+            draw_by_solver,
+            model,
+            distribution=self.data.x0 if isinstance(self.data, PointsConfig) else None,
+            matching=dataclasses.replace(self.matching, coupling=MatchingConfig().coupling),
+            sampling=self.sampling,
+        )
+        numbers, key = jax.ShapeDtypeStruct((num,), jnp.int32), jax.eval_shape(lambda: jax.random.key(0))
+        labels = numbers if self.model.num_classes else None
+        traced = jax.make_jaxpr(lambda *args: run(*args)[0])(_weights(variables), key, numbers, labels).jaxpr
         flop = sum(flop_of(traced).values(), start=0.0) / num
         return SamplingCost(None if self.sampling.method == "dopri5" else flop, 0, peak_of(traced))
 
@@ -330,22 +335,17 @@ class MatchingExperiment(Experiment):
         sampling = self.sampling
         if sampling.guidance and cond is None:
             raise ValueError(f"guidance is {sampling.guidance}, but cond is None; give labels, or set it to 0.")
-        labels = None if cond is None else jnp.asarray(cond)
-        x, evaluations = self._drawn(network, _weights(variables), key, jnp.asarray(numbers), labels)
-        return np.asarray(x), f"{sampling.method}, {int(evaluations)} evaluations"
-
-    def _drawn(self, network: Any, weights: Any, key: Array, numbers: Array, labels: Array | None) -> tuple[Any, Any]:
-        """Returns samples and the number of velocity evaluations."""
-        return draw_by_solver(
+        x, evaluations = draw_by_solver(
             network,
-            weights,
+            _weights(variables),
             key,
-            numbers,
-            labels,
+            jnp.asarray(numbers),
+            None if cond is None else jnp.asarray(cond),
             distribution=self.data.x0 if isinstance(self.data, PointsConfig) else None,
             matching=dataclasses.replace(self.matching, coupling=MatchingConfig().coupling),
-            sampling=self.sampling,
+            sampling=sampling,
         )
+        return np.asarray(x), f"{sampling.method}, {int(evaluations)} evaluations"
 
     def draw(
         self, model: Any, variables: Any, options: VelocityDrawOptions, say: Callable[[str], None] = lambda line: None
