@@ -18,6 +18,7 @@ LEVELS = {
     "flowgen.gaussian": -1,
     "flowgen.guidance": -1,
     "flowgen.backend": -2,
+    "flowgen.counting": -1,
     "flowgen.attention": -1,
     "flowgen.matching.checks": 0,
     "flowgen.matching.paths": 0,

@@ -149,6 +149,12 @@ def causal_slice(n: int) -> int:
     return max(MIN_CAUSAL_SLICE, -(-n // MAX_CAUSAL_SLICES))
 
 
+def causal_share(n: int) -> float:
+    """Returns the share of all pairs of n queries and n keys for which causal attention in slices computes logits."""
+    size = causal_slice(n)
+    return sum((min(start + size, n) - start) * min(start + size, n) for start in range(0, n, size)) / n**2
+
+
 def samples_at_once(pixels: int) -> int:
     """Returns how many samples of this many pixels an autoencoder processes at a time."""
     return max(1, min(IMAGES_AT_ONCE, PIXELS_AT_ONCE // pixels))

@@ -16,6 +16,7 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float
 
+from flowgen.batch import Batch
 from flowgen.codecs import AutoencoderConfig, VideoAutoencoderConfig
 from flowgen.data import (
     ClipsConfig,
@@ -33,7 +34,7 @@ from flowgen.evaluation import psnr
 from flowgen.experiments.codecs import STATISTICS, open_autoencoder
 from flowgen.experiments.debug import SAMPLES, debug_clips, debug_images, debug_run
 from flowgen.experiments.drawing import EvaluateOptions
-from flowgen.experiments.experiment import Experiment
+from flowgen.experiments.experiment import Experiment, Rehearsal
 from flowgen.experiments.images import image_batches
 from flowgen.experiments.own_data import own_data
 from flowgen.experiments.plots import DRAWABLE_CHANNELS, sample_grid, strips
@@ -181,6 +182,16 @@ class AutoencoderExperiment(Experiment):
             sample=draw_image if self.model.channels in DRAWABLE_CHANNELS else None,
             best_metric=self.best_metric,
             inventory=take_inventory(self.data, dataset, held_out),
+        )
+
+    def rehearsal(self, model: Any, rows: int) -> Rehearsal:
+        """Returns what is needed to trace a training step on `rows` images or clips."""
+        frames = (self.autoencoding.frames,) if self.autoencoding.frames else ()
+        shape = (rows, *frames, *self.autoencoding.image_hw, self.model.channels)
+        return Rehearsal(
+            init=lambda key: _initial(self.model, "", model, key),
+            objective=autoencoding_objective(model, self.autoencoding),
+            batch=jax.eval_shape(lambda: Batch(jnp.zeros(shape, jnp.uint8))),
         )
 
     def evaluate(self, model: Any, variables: Any, options: EvaluateOptions) -> list[str]:

@@ -13,6 +13,7 @@ from dataclasses import dataclass, field
 from types import MappingProxyType
 from typing import Any, ClassVar, NamedTuple
 
+import jax
 import numpy as np
 
 from flowgen import settings
@@ -21,6 +22,7 @@ from flowgen.data.inventory import name_list
 from flowgen.experiments.drawing import DrawOptions, EvaluateOptions
 from flowgen.training import Job, LogConfig, OptimConfig, TrainConfig
 from flowgen.training.options import check_warmups
+from flowgen.training.step import Objective
 
 # Fields that a resumed run may change: they do not affect the checkpoint's contents or the data seen so far. (Frozen
 # networks are compared by digest, not by path. Class names are compared separately.)
@@ -46,6 +48,29 @@ class Samples(NamedTuple):
 
     arrays: np.ndarray
     conditions: dict[str, np.ndarray]
+
+
+class Rehearsal(NamedTuple):
+    """What is needed to trace a training step without data.
+
+    init(key) -> variables. objective: see `flowgen.training.make_step`. batch: the shapes and dtypes of a batch.
+    """
+
+    init: Callable[[jax.Array], Any]
+    objective: Objective
+    batch: Any
+
+
+class SamplingCost(NamedTuple):
+    """What sampling takes besides the weights, by counting.
+
+    flop: FLOP of one sample; None if it depends on the data. cache: bytes of one sample's decoding cache, or 0. memory:
+    bytes in use at once for all samples.
+    """
+
+    flop: float | None
+    cache: int
+    memory: int
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -97,6 +122,17 @@ class Experiment(abc.ABC):
 
         dataset, held_out: used instead of `data` for training and evaluation. model: trained instead of `build()`.
         """
+
+    def rehearsal(self, model: Any, rows: int) -> Rehearsal | None:
+        """Returns what is needed to trace a training step on a batch of `rows` samples; None if it is not known.
+
+        Opens no data and no frozen networks.
+        """
+        return None
+
+    def sampling_cost(self, model: Any, variables: Any, num: int) -> SamplingCost | None:
+        """Returns what drawing `num` samples at a time takes; None if it is not known. variables: shapes and dtypes."""
+        return None
 
     def draw(self, model: Any, variables: Any, options: Any, say: Callable[[str], None] = lambda line: None) -> Samples:
         """Returns `sampling.num` samples.

@@ -31,6 +31,7 @@ from flowgen.flows.objective import nll_objective
 from flowgen.guidance import Guidance
 from flowgen.settings import config, type_name
 from flowgen.training import Job
+from flowgen.training.step import Objective
 
 
 @config(kw_only=True)
@@ -80,11 +81,14 @@ class FlowExperiment(AutoregressiveExperiment):
         return self.flow_job(
             flow,
             trained_on,
-            partial(nll_objective, norm_penalty=self.likelihood.norm_penalty),
             held_out=evaluated,
             evaluate=None if evaluated is None else self._evaluator(flow, trained_on, evaluated),
             sample=self.sampler(flow, evaluated or trained_on, self.draw_batch, sample_grid),
         )
+
+    def objective(self, flow: Any, **options: Any) -> Objective:
+        """Returns the maximum-likelihood objective; see `nll_objective`."""
+        return nll_objective(flow, norm_penalty=self.likelihood.norm_penalty, **options)
 
     def draw_batch(
         self,

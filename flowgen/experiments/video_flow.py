@@ -47,6 +47,7 @@ from flowgen.guidance import Guidance
 from flowgen.settings import config
 from flowgen.settings.ranges import Frames, Within
 from flowgen.training import Job
+from flowgen.training.step import Objective
 
 DENOISED = 64  # number of held-out clips to denoise for the PSNR
 WHOLE = Clip()  # a clip of the flow's length
@@ -148,7 +149,6 @@ class VideoFlowExperiment(AutoregressiveExperiment):
         return self.flow_job(
             flow,
             trained_on,
-            flow_score_objective if has_denoiser else partial(nll_objective, norm_penalty=likelihood.norm_penalty),
             held_out=evaluated,
             evaluate=None if evaluated is None else self._evaluator(flow, evaluated),
             sample=self.sampler(
@@ -156,6 +156,12 @@ class VideoFlowExperiment(AutoregressiveExperiment):
             ),
             optims={"denoiser": likelihood.denoiser or self.optim} if has_denoiser else {},
         )
+
+    def objective(self, flow: Any, **options: Any) -> Objective:
+        """Returns the joint objective of a flow and its denoiser, or `nll_objective` without one."""
+        if self.model.denoiser_layers:
+            return flow_score_objective(flow, **options)
+        return nll_objective(flow, norm_penalty=self.likelihood.norm_penalty, **options)
 
     def draw_batch(
         self,

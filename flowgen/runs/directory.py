@@ -5,6 +5,7 @@
 <run>/checkpoints/     see `flowgen.runs.checkpoints`
 <run>/metrics.jsonl    means since the last report, and evaluations; events.* the same for TensorBoard
 <run>/samples/         an image for each step at which samples were drawn
+<run>/profile/         traces of training steps for a profiler, if asked for
 <run>/lock             held by the process that is training here
 """
 
@@ -25,6 +26,7 @@ CONFIG_FILE = "config.json"
 DATA_FILE = "data.json"
 CHECKPOINTS = "checkpoints"
 SAMPLES = "samples"
+PROFILE = "profile"
 
 
 def is_run(run_dir: str | Path) -> bool:
@@ -139,7 +141,7 @@ def check_workdir(workdir: Path, check_config: Callable[[dict[str, Any]], None],
 
 def _check_kinds(workdir: Path) -> None:
     """Raises OSError if one of a run's folders is not a folder, or one of its files is not a regular file."""
-    for name in (CHECKPOINTS, SAMPLES):
+    for name in (CHECKPOINTS, SAMPLES, PROFILE):
         if os.path.lexists(workdir / name) and not (workdir / name).is_dir():
             raise NotADirectoryError(f"{workdir / name} is not a folder; remove it.")
     for name in (DATA_FILE, LOCK_FILE):

@@ -11,7 +11,7 @@ import numpy as np
 
 from flowgen.data.inventory import Inventory
 from flowgen.data.media import save_image
-from flowgen.runs.directory import CHECKPOINTS, CONFIG_FILE, DATA_FILE, SAMPLES, data_changes, write_config
+from flowgen.runs.directory import CHECKPOINTS, CONFIG_FILE, DATA_FILE, PROFILE, SAMPLES, data_changes, write_config
 from flowgen.runs.files import remove_temporaries, write_json
 from flowgen.runs.lock import Place, RunLock
 from flowgen.runs.metrics import MetricsLog, last_step
@@ -158,6 +158,10 @@ class RunWriter:
             save_image(folder / f"{step:07d}.png", image)
         return folder / f"{step:07d}.png"
 
+    def profile_folder(self) -> Path:
+        """Returns the folder for traces of training steps."""
+        return self.workdir / PROFILE
+
     def save(self, step: int, state: Any) -> None:
         """Waits for the previous save, and then starts saving the state of a step."""
         self._wait()
@@ -262,6 +266,8 @@ class NullWriter:
     def write(self, step: int, metrics: dict[str, float]) -> None: ...
 
     def show(self, step: int, metrics: dict[str, float], seconds_left: float | None) -> None: ...
+
+    def profile_folder(self) -> None: ...
 
     def save(self, step: int, state: Any) -> None: ...
 
