@@ -57,7 +57,7 @@ def run(options: argparse.Namespace, rest: list[str]) -> int:
     for line in attention_lines(experiment.model):
         say(line)
     if not options.checkpoint:
-        for line in estimates(experiment):
+        for line in estimates(on_any_device(experiment)):
             say(line)
     if options.checkpoint and (classes := getattr(experiment.data, "classes", ())):
         say("classes: " + ", ".join(f"{number} {name}" for number, name in enumerate(classes)))
