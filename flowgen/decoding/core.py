@@ -12,9 +12,11 @@ from functools import partial
 
 import jax
 import jax.numpy as jnp
+import numpy as np
+from jax.sharding import Mesh, PartitionSpec
 from jaxtyping import Array, Float
 
-from flowgen.backend import check_unmapped, keep_rows
+from flowgen.backend import WHOLE, check_unmapped, copies, keep_rows, on_first_device, on_own_rows, rows_mesh
 from flowgen.decoding.block import GuidedBlock, guided_block
 from flowgen.decoding.denoising import denoised, enter_last_block
 from flowgen.decoding.jacobi import Solution
@@ -28,10 +30,29 @@ from flowgen.nn.layers import master_dtype
 def run(request: DecodeRequest) -> DecodeResult:
     """Returns the requested images or clips with reports on their decoding, sharded like their noise.
 
-    Raises ValueError inside `jax.shard_map`, unless its `check_vma` is False.
+    If the rows of the noise are divided over devices, each device decodes its own rows: the token loop of one device
+    waits for no other. Raises ValueError inside `jax.shard_map`, unless its `check_vma` is False.
     """
     check_unmapped("decoding", request)
-    return keep_rows(_run, request.params, replace(request, params={}))
+    divided = rows_mesh(request.rows, request.params)
+    if divided is None:
+        return keep_rows(_run, request.params, replace(request, params={}))
+    mesh, axis = divided
+    result = _run_on_own_rows(copies(request.params, mesh), replace(request, params={}), mesh=mesh, axis=axis)
+    # The maximum over devices is taken on the host, because devices that wait for each other need a thread each.
+    return result._replace(sweeps=jnp.asarray(np.asarray(result.sweeps).max(axis=0)))
+
+
+@partial(jax.jit, static_argnames=("mesh", "axis"))
+def _run_on_own_rows(params: Variables, request: DecodeRequest, *, mesh: Mesh, axis: str | tuple) -> DecodeResult:
+    """The result of `_run`, with the sweeps `devices blocks windows` of every device."""
+
+    def run_one(params, request):
+        result = _run(params, request)
+        return result._replace(sweeps=result.sweeps[None])
+
+    specs = (WHOLE, request.specs(PartitionSpec(axis), WHOLE))
+    return on_own_rows(run_one, mesh, specs, axis)(params, request)
 
 
 @jax.jit
@@ -158,4 +179,4 @@ def _tell(request: DecodeRequest, count: Array) -> None:
     layout, progress = request.layout, request.clip.progress
     if progress is not None:
         total = (layout.reached - layout.given) * layout.tokens_per_frame
-        jax.debug.callback(lambda count: progress(int(count), total), count)
+        on_first_device(lambda count: jax.debug.callback(lambda n: progress(int(n), total), count), count)

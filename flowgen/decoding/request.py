@@ -9,10 +9,12 @@ from typing import Any, NamedTuple
 import jax
 import numpy as np
 from jax.core import Tracer
+from jax.sharding import PartitionSpec
 from jaxtyping import Array, Bool, Float, Int, Integer, Key
 
 from flowgen.arrays import shown
 from flowgen.attention import causal_kernel
+from flowgen.backend import rows_on_device
 from flowgen.conditioning import Condition, TextCondition
 from flowgen.decoding.clips import Clip, checked_clip, clip_layout
 from flowgen.decoding.layout import ClipLayout, Segments
@@ -96,6 +98,24 @@ class DecodeRequest:
         """The segments of frames to decode."""
         return clip_layout(self.clip, self.flow.config)
 
+    @property
+    def rows(self) -> Array:
+        """The array that numbers the samples or holds their noise."""
+        return self.noise.indices if isinstance(self.noise, SampleKeys) else self.noise
+
+    def specs(self, rows: PartitionSpec, whole: PartitionSpec) -> DecodeRequest:
+        """Returns a request of partition specs: `rows` for what each sample has, `whole` for what all share."""
+        return replace(
+            self,
+            params=whole,
+            noise=SampleKeys(whole, rows) if isinstance(self.noise, SampleKeys) else rows,
+            cond=rows,
+            clip=rows,
+            # The null text is one for all samples, or one for each.
+            guidance=jax.tree.map(lambda x: rows if np.ndim(x) and len(x) > 1 else whole, self.guidance),
+            denoise=whole,
+        )
+
     def condition_of(self, part: Segments) -> Condition | None:
         """Returns the condition for decoding some segments."""
         restart_cond = self.clip.restart_cond
@@ -118,7 +138,8 @@ def decode_request(
     the flow.
     """
     config = flow.config
-    batch = len(noise.indices if isinstance(noise, SampleKeys) else noise)
+    rows = noise.indices if isinstance(noise, SampleKeys) else noise
+    batch = len(rows)
     cond = config.check_cond(cond, batch)
     guidance = _active(guidance, cond, config)
     if guidance is not None:
@@ -128,7 +149,7 @@ def decode_request(
         params=params,
         noise=noise,
         cond=cond,
-        plan=_resolve(plan, guidance, config, batch),
+        plan=_resolve(plan, guidance, config, rows_on_device(rows)),
         clip=checked_clip(clip, config, cond, batch),
         guidance=guidance,
     )

@@ -19,6 +19,7 @@ from flowgen.experiments.autoregressive import (
     AutoregressiveExperiment,
     FlowDrawOptions,
     FlowEvaluateOptions,
+    decoded_by_all,
     decoding_line,
 )
 from flowgen.experiments.debug import debug_flow, debug_images, debug_run
@@ -102,17 +103,21 @@ class FlowExperiment(AutoregressiveExperiment):
         cond: labels, a `TextCondition`, or None. guidance: None uses the guidance of `sampling`.
         The codec decodes latents to images.
         """
-        result = sample(
-            flow,
-            variables,
-            key,
-            numbers,
-            cond,
-            plan=self.sampling.to_plan(),
-            guidance=guidance or self.guidance(flow),
-            denoise=self.sampling.denoise,
-            certify=certify,
-        )
+
+        def decode(variables, numbers, cond):
+            return sample(
+                flow,
+                variables,
+                key,
+                numbers,
+                cond,
+                plan=self.sampling.to_plan(),
+                guidance=guidance or self.guidance(flow),
+                denoise=self.sampling.denoise,
+                certify=certify,
+            )
+
+        result = decoded_by_all(decode, variables, numbers, cond)
         return np.asarray(self.encoding.open_codec().decode(result.x)), decoding_line(result)
 
     def draw(

@@ -13,6 +13,7 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array
 
+from flowgen import backend
 from flowgen.data import (
     Batch,
     DataConfig,
@@ -306,17 +307,17 @@ class MatchingExperiment(Experiment):
         sampling = self.sampling
         if sampling.guidance and cond is None:
             raise ValueError(f"guidance is {sampling.guidance}, but cond is None; give labels, or set it to 0.")
-        x, evaluations = draw_by_solver(
-            network,
-            _weights(variables),
-            key,
-            jnp.asarray(numbers),
-            None if cond is None else jnp.asarray(cond),
+        x, evaluations = backend.by_rows(
+            draw_by_solver,
+            (_weights(variables), key),
+            numbers,
+            cond,
+            network=network,
             distribution=self.data.x0 if isinstance(self.data, PointsConfig) else None,
             matching=dataclasses.replace(self.matching, coupling=MatchingConfig().coupling),
             sampling=sampling,
         )
-        return np.asarray(x), f"{sampling.method}, {int(evaluations)} evaluations"
+        return x, f"{sampling.method}, {evaluations.max()} evaluations"
 
     def draw(
         self, model: Any, variables: Any, options: VelocityDrawOptions, say: Callable[[str], None] = lambda line: None

@@ -22,6 +22,7 @@ from flowgen.experiments.autoregressive import (
     FlowDrawOptions,
     FlowEvaluateOptions,
     chosen_texts,
+    decoded_by_all,
     decoding_line,
 )
 from flowgen.experiments.clips import (
@@ -176,18 +177,23 @@ class VideoFlowExperiment(AutoregressiveExperiment):
         given, restarts = clip.given, clip.restart_cond
         noisy = None if given is None else with_noise(flow, given, key, numbers)
         restarts = chosen_texts(restarts, numbers) if isinstance(restarts, TextCondition) else restarts
-        result = sample(
-            flow,
-            variables,
-            key,
-            numbers,
-            cond,
-            plan=self.sampling.to_plan(),
-            guidance=guidance or self.guidance(flow),
-            denoise=self._denoiser(flow, variables),
-            clip=dataclasses.replace(clip, given=noisy, restart_cond=restarts),
-            certify=certify,
-        )
+
+        def decode(variables, numbers, cond, clip):
+            return sample(
+                flow,
+                variables,
+                key,
+                numbers,
+                cond,
+                plan=self.sampling.to_plan(),
+                guidance=guidance or self.guidance(flow),
+                denoise=self._denoiser(flow, variables),
+                clip=clip,
+                certify=certify,
+            )
+
+        clip = dataclasses.replace(clip, given=noisy, restart_cond=restarts)
+        result = decoded_by_all(decode, variables, numbers, cond, clip)
         latents = np.array(result.x)
         if given is not None:
             latents[:, : given.shape[1]] = given
