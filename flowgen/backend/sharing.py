@@ -94,7 +94,8 @@ def copies(variables: PyTree, mesh: Mesh | None) -> PyTree:
             x = np.asarray(jax.device_put(x, first))
         return jax.device_put(x, whole)
 
-    return jax.tree.map(copy, variables)
+    with jax.ensure_compile_time_eval():  # Inside jit, the variables of an outer function.
+        return jax.tree.map(copy, variables)
 
 
 def by_rows(fn: Callable[..., PyTree], shared: PyTree, *rows: PyTree, **static: Any) -> PyTree:

@@ -13,6 +13,7 @@ from functools import partial
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.core import Tracer
 from jax.sharding import Mesh, PartitionSpec
 from jaxtyping import Array, Float
 
@@ -39,8 +40,9 @@ def run(request: DecodeRequest) -> DecodeResult:
         return keep_rows(_run, request.params, replace(request, params={}))
     mesh, axis = divided
     result = _run_on_own_rows(copies(request.params, mesh), replace(request, params={}), mesh=mesh, axis=axis)
-    # The maximum over devices is taken on the host, because devices that wait for each other need a thread each.
-    return result._replace(sweeps=jnp.asarray(np.asarray(result.sweeps).max(axis=0)))
+    # On the host, because devices that wait for each other need a thread each; inside jit there is no host.
+    sweeps = result.sweeps if isinstance(result.sweeps, Tracer) else np.asarray(result.sweeps)
+    return result._replace(sweeps=jnp.asarray(sweeps.max(axis=0)))
 
 
 @partial(jax.jit, static_argnames=("mesh", "axis"))

@@ -3,9 +3,12 @@
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Sequence
 from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
+
+import jax
 
 from flowgen.arrays import shown
 from flowgen.data import ClipsConfig, DataConfig, Dataset, LatentsConfig, told_once
@@ -49,13 +52,15 @@ def fit(
     held_out: Dataset | None = None,
     model: Any = None,
     signals: Signals | None = None,
+    devices: Sequence[jax.Device] | None = None,
 ) -> Result:
     """Trains an experiment in `workdir` and returns the result; resumes if the directory holds a checkpoint.
 
     dataset: used instead of `experiment.data`; see `flowgen.data.Dataset`. held_out: the data that a run on `dataset`
     is evaluated on; without it, such a run is not evaluated. model: trained instead of `experiment.build()`, with the
     same methods; pass it to `flowgen.load` too. signals: a `Signals` already in use; by default, a new one that
-    watches this process's signals.
+    watches this process's signals. devices: those of this process to train on; by default all. Samples and evaluations
+    use all.
 
     Checks all options before any computation. Raises the same errors as `train` and the experiment's parts.
 
@@ -75,7 +80,7 @@ def fit(
             with told_once():
                 job = experiment.job(dataset=dataset, held_out=held_out, model=model)
         return train(
-            job,
+            dataclasses.replace(job, devices=devices),
             workdir,
             optim=experiment.optim,
             train=experiment.train,

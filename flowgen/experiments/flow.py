@@ -23,8 +23,8 @@ from flowgen.experiments.autoregressive import (
     decoding_line,
 )
 from flowgen.experiments.debug import debug_flow, debug_images, debug_run
-from flowgen.experiments.distances import sample_lines, sample_metrics, train_features
-from flowgen.experiments.drawing import draw_in_batches
+from flowgen.experiments.distances import SAMPLES_AT_ONCE, sample_lines, sample_metrics, train_features
+from flowgen.experiments.drawing import AT_ONCE, draw_in_batches, on_devices
 from flowgen.experiments.experiment import Samples
 from flowgen.experiments.plots import sample_grid
 from flowgen.flows import STARFlowConfig, STARFlowVConfig, TARFlowConfig
@@ -126,6 +126,7 @@ class FlowExperiment(AutoregressiveExperiment):
         """Returns `sampling.num` images; `say` receives a line about the speed of each batch."""
         flow = self.sized(model, options.aspect)
         conditions, about = self.asked(flow, options.classes)
+        variables = on_devices(variables, min(options.batch or AT_ONCE, self.sampling.num))
         draw_batch = partial(self.draw_batch, flow, variables, guidance=self.guidance(flow), certify=options.certify)
         return Samples(draw_in_batches(draw_batch, conditions, self.sampling.num, options, say), about)
 
@@ -156,7 +157,7 @@ class FlowExperiment(AutoregressiveExperiment):
     ) -> list[str]:
         conditions = self.conditions_of(data, unconditional=options.unconditional)
         extractor, num = train_features(train), options.samples
-        draw_batch = partial(self.draw_batch, flow, variables)
+        draw_batch = partial(self.draw_batch, flow, on_devices(variables, min(num, SAMPLES_AT_ONCE)))
         metrics = sample_metrics(draw_batch, extractor, data, num, seed=options.seed, conditions=conditions)
         return sample_lines(metrics, extractor, num, f"guidance {self.sampling.guidance:g}")
 

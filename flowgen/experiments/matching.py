@@ -27,7 +27,7 @@ from flowgen.data import (
 from flowgen.data.dataset import Split
 from flowgen.evaluation import point_metrics, point_samples, velocity_bits_per_dim
 from flowgen.experiments.debug import SAMPLES, debug_images, debug_run
-from flowgen.experiments.distances import sample_lines, sample_metrics, train_features
+from flowgen.experiments.distances import SAMPLES_AT_ONCE, sample_lines, sample_metrics, train_features
 from flowgen.experiments.drawing import (
     AT_ONCE,
     DrawOptions,
@@ -37,6 +37,7 @@ from flowgen.experiments.drawing import (
     cycled_labels,
     draw_in_batches,
     drawn_classes,
+    on_devices,
 )
 from flowgen.experiments.experiment import Experiment, Samples
 from flowgen.experiments.images import image_batches, image_dataset, tell_unused_classes, with_class_names
@@ -289,7 +290,7 @@ class MatchingExperiment(Experiment):
             metrics = {name: float(np.mean([row[name] for row in rows])) for name in ("loss", "unweighted_loss")}
             num = self.sampling.frechet_samples
             if num:
-                of_samples = partial(self.draw_batch, network, variables)
+                of_samples = partial(self.draw_batch, network, on_devices(variables, min(num, SAMPLES_AT_ONCE)))
                 conditions = _labels_of(held_out) if self.model.num_classes else None
                 metrics = {**sample_metrics(of_samples, extractor(), held_out, num, conditions=conditions), **metrics}
             return metrics
@@ -330,8 +331,9 @@ class MatchingExperiment(Experiment):
             return None if labels is None else labels[numbers]
 
         points = isinstance(self.data, PointsConfig)
-        draw_batch = partial(self.draw_batch, model, variables)
-        samples = draw_in_batches(draw_batch, conditions, num, options, say, batch=num if points else AT_ONCE)
+        at_once = num if points else AT_ONCE
+        draw_batch = partial(self.draw_batch, model, on_devices(variables, min(options.batch or at_once, num)))
+        samples = draw_in_batches(draw_batch, conditions, num, options, say, batch=at_once)
         return Samples(samples, {} if points else {"labels": np.full(num, -1) if labels is None else labels})
 
     def plot(self, network: Any, variables: Any, points: np.ndarray, key: jax.Array) -> np.ndarray:
@@ -361,7 +363,7 @@ class MatchingExperiment(Experiment):
         conditions = _labels_of(dataset) if conditional else None
         guidance = self.sampling.guidance if conditional else 0.0
         drawn = dataclasses.replace(self, sampling=dataclasses.replace(self.sampling, guidance=guidance))
-        of_samples = partial(drawn.draw_batch, model, variables)
+        of_samples = partial(drawn.draw_batch, model, on_devices(variables, min(num, SAMPLES_AT_ONCE)))
         metrics = sample_metrics(of_samples, extractor, dataset, num, seed=options.seed, conditions=conditions)
         return [
             f"{len(dataset)} images ({options.split})",

@@ -37,7 +37,7 @@ from flowgen.experiments.clips import (
     with_noise,
 )
 from flowgen.experiments.debug import debug_clips, debug_flow, debug_run
-from flowgen.experiments.drawing import draw_in_batches
+from flowgen.experiments.drawing import AT_ONCE, draw_in_batches, on_devices
 from flowgen.experiments.experiment import Samples
 from flowgen.experiments.plots import strips
 from flowgen.flows import STARFlowVConfig, denoiser_variables, flow_score_objective
@@ -215,6 +215,7 @@ class VideoFlowExperiment(AutoregressiveExperiment):
         clip = self._clip(flow, options)
         conditions, about = self.asked(flow, options.classes)
         clip = dataclasses.replace(clip, restart_cond=self._restart_texts(flow), progress=progress)
+        variables = on_devices(variables, min(options.batch or AT_ONCE, self.sampling.num))
         draw_batch = partial(
             self.draw_batch, flow, variables, guidance=self.guidance(flow), clip=clip, certify=options.certify
         )

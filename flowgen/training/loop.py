@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Generator, Iterator, Mapping
+from collections.abc import Callable, Generator, Iterator, Mapping, Sequence
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -32,7 +32,8 @@ class Job:
     init(key) -> variables. objective: see `make_step`. batches(start, stop) -> this process's batches for steps
     start..stop-1. evaluate(variables) -> metrics; the checkpoint with the lowest `best_metric` is kept.
     sample(variables) -> uint8 image `height width 3`. optims: separate optimizers for parameter groups, by top-level
-    name. inventory: a summary of the data, which is logged and saved with the run.
+    name. inventory: a summary of the data, which is logged and saved with the run. devices: this process's devices to
+    train on; None means all of them.
     """
 
     init: Callable[[jax.Array], Any]
@@ -43,6 +44,7 @@ class Job:
     best_metric: str = "bits_per_dim"
     optims: Mapping[str, OptimConfig] = field(default_factory=dict)
     inventory: Inventory | None = None
+    devices: Sequence[jax.Device] | None = None
 
 
 class Result(NamedTuple):
@@ -90,7 +92,7 @@ def train(
     Example:
         result = train(job, "runs/digits", optim=optim, train=train, log=log, config={}, check_config=print)
     """
-    parallel = DataParallel()
+    parallel = DataParallel(job.devices)
     parallel.check_batch(train)
     check_packages(log)
     step = make_step(job.objective, optim, steps=train.steps, accumulation=train.accumulation, others=job.optims)
