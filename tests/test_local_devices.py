@@ -24,13 +24,19 @@ from flowgen.data import ArrayDataset, PointsConfig
 from flowgen.decoding import Clip, Guidance, Jacobi, Sequential, invert, sample
 from flowgen.evaluation import flow_bits_per_dim, velocity_bits_per_dim
 from flowgen.experiments import MatchingExperiment, SolverConfig
-from flowgen.experiments.drawing import DrawOptions
+from flowgen.experiments.matching import VelocityDrawOptions
 
 KEY = jax.random.key(5)
 # Eleven samples: four devices get three each, and one row is repeated.
 NUMBERS = np.arange(3, 14)
 LABELS = NUMBERS % 3
 IMAGES = np.random.default_rng(0).integers(0, 256, (11, 6, 6, 2), dtype=np.uint8)
+POINTS = MatchingExperiment(
+    name="points",
+    model=fm.MLPConfig(dim=2, width=16, num_layers=1),
+    data=PointsConfig(),
+    sampling=SolverConfig(num=11, num_steps=2),
+)
 COLLECTIVE = re.compile(r"all-reduce|all-gather|all-to-all|collective-permute|reduce-scatter")
 
 
@@ -61,15 +67,23 @@ def draw_clips():
 
 def draw_by_solver(**sampling):
     experiment = flowgen.load_config("wcfm_digits").debug()
-    experiment = dataclasses.replace(experiment, sampling=SolverConfig(num_steps=2, **sampling))
-    return partial(experiment.draw_batch, *perturbed(experiment), KEY, NUMBERS, LABELS)
+    return draw_of(dataclasses.replace(experiment, sampling=SolverConfig(num_steps=2, **sampling)), LABELS)
+
+
+def draw_points():
+    # dopri5 chooses its steps for all samples of a device, so they agree only as far as it is accurate.
+    return draw_of(dataclasses.replace(POINTS, sampling=SolverConfig(method="dopri5", rtol=1e-6, atol=1e-6)), None)
+
+
+def draw_of(experiment, labels):
+    return partial(experiment.draw_batch, *perturbed(experiment), KEY, NUMBERS, labels)
 
 
 DRAWS = {
     "images": draw_images,
     "clips": draw_clips,
     "heun": partial(draw_by_solver, guidance=0.5),
-    "dopri5": partial(draw_by_solver, method="dopri5"),
+    "dopri5": draw_points,
 }
 
 
@@ -81,19 +95,13 @@ def test_samples_do_not_depend_on_the_number_of_devices(name):
     one, expected_line = on_one_device(draw)
     assert four.shape == one.shape
     assert_close(four, one, NETWORK)
-    if name in ("clips", "heun"):  # The numbers of passes and evaluations are fixed, and nothing is measured.
+    if name != "dopri5":
         assert line.partition(";")[0] == expected_line.partition(";")[0]
 
 
 def test_batches_of_any_size_give_the_same_samples():
-    experiment = MatchingExperiment(
-        name="points",
-        model=fm.MLPConfig(dim=2, width=16, num_layers=1),
-        data=PointsConfig(),
-        sampling=SolverConfig(num=11, num_steps=2),
-    )
-    model, variables = perturbed(experiment)
-    drawn = [experiment.draw(model, variables, DrawOptions(batch=batch)).arrays for batch in (11, 5, 2)]
+    model, variables = perturbed(POINTS)
+    drawn = [POINTS.draw(model, variables, VelocityDrawOptions(batch=batch)).arrays for batch in (11, 5, 2)]
     assert_trees_close(drawn[1:], [drawn[0]] * 2, NETWORK)
     assert drawn[0].shape == (11, 2)
 
@@ -114,7 +122,7 @@ def test_likelihoods_do_not_depend_on_the_number_of_devices():
 @pytest.mark.parametrize("plan", [Sequential(), Jacobi(window=3, tol=1e-3)], ids=["sequential", "windows"])
 def test_no_device_waits_for_another(plan):
     flow, variables = laws.perturbed(laws.FLOWS["classes"], KEY)
-    z = np.asarray(jax.random.normal(KEY, (8, flow.config.num_tokens, flow.config.token_dim)))
+    z = np.random.default_rng(0).normal(size=(8, flow.config.num_tokens, flow.config.token_dim)).astype(np.float32)
     decode = partial(invert, flow, plan=plan, guidance=Guidance(scale=1.5))
     mesh = backend.sharing(8)
     divided = backend.share_rows(z, mesh)
@@ -133,13 +141,13 @@ def test_no_device_waits_for_another(plan):
     assert not COLLECTIVE.search(program(divided))
 
 
-def test_texts_and_their_null_text_are_divided_or_not():
+@pytest.mark.parametrize("of_all", [False, pytest.param(True, marks=pytest.mark.slow)])
+def test_the_null_text_is_one_for_each_sample_or_for_all(of_all):
     flow, variables = laws.perturbed(laws.FLOWS["starflow text"], KEY)
     texts = jax.tree.map(np.asarray, laws.labels(flow.config, 8))
-    numbers = backend.share_rows(np.arange(8), backend.sharing(8))
-    for null in (jax.tree.map(lambda x: x[:1], texts), jax.tree.map(lambda x: x[::-1], texts)):
-        draw = partial(sample, flow, variables, KEY, cond=texts, guidance=Guidance(scale=1.0, null=null))
-        assert_close(draw(num=numbers).x, draw(num=8).x, NETWORK)
+    guidance = Guidance(scale=1.0, null=jax.tree.map(lambda x: x[:1] if of_all else x[::-1], texts))
+    draw = partial(sample, flow, variables, KEY, cond=texts, guidance=guidance, denoise=False)
+    assert_close(draw(num=backend.share_rows(np.arange(8), backend.sharing(8))).x, draw(num=8).x, NETWORK)
 
 
 def test_one_device_reports_progress():
@@ -196,4 +204,5 @@ def test_only_commands_make_a_device_per_core(name):
         [sys.executable, "-c", code + COUNT], env={**environment, **chosen}, check=True, capture_output=True, text=True
     ).stdout
     assert int(told.split()[-1]) == expected
-    assert ("False" in told.split()) == (MAKE in code)
+    if MAKE in code:
+        assert "True" not in told

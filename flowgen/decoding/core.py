@@ -49,12 +49,15 @@ def run(request: DecodeRequest) -> DecodeResult:
 def _run_on_own_rows(params: Variables, request: DecodeRequest, *, mesh: Mesh, axis: str | tuple) -> DecodeResult:
     """The result of `_run`, with the sweeps `devices blocks windows` of every device."""
 
-    def run_one(params, request):
-        result = _run(params, request)
+    leaves, tree = jax.tree.flatten(request)
+    rows = jax.tree.leaves(request.by_sample)
+    specs = [PartitionSpec(axis) if any(x is row for row in rows) else WHOLE for x in leaves]
+
+    def run_one(params, leaves):
+        result = _run(params, jax.tree.unflatten(tree, leaves))
         return result._replace(sweeps=result.sweeps[None])
 
-    specs = (WHOLE, request.specs(PartitionSpec(axis), WHOLE))
-    return on_own_rows(run_one, mesh, specs, axis)(params, request)
+    return on_own_rows(run_one, mesh, (WHOLE, specs), axis)(params, leaves)
 
 
 @jax.jit

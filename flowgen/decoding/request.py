@@ -9,7 +9,6 @@ from typing import Any, NamedTuple
 import jax
 import numpy as np
 from jax.core import Tracer
-from jax.sharding import PartitionSpec
 from jaxtyping import Array, Bool, Float, Int, Integer, Key
 
 from flowgen.arrays import shown
@@ -103,18 +102,11 @@ class DecodeRequest:
         """The array that numbers the samples or holds their noise."""
         return self.noise.indices if isinstance(self.noise, SampleKeys) else self.noise
 
-    def specs(self, rows: PartitionSpec, whole: PartitionSpec) -> DecodeRequest:
-        """Returns a request of partition specs: `rows` for what each sample has, `whole` for what all share."""
-        return replace(
-            self,
-            params=whole,
-            noise=SampleKeys(whole, rows) if isinstance(self.noise, SampleKeys) else rows,
-            cond=rows,
-            clip=rows,
-            # The null text is one for all samples, or one for each.
-            guidance=jax.tree.map(lambda x: rows if np.ndim(x) and len(x) > 1 else whole, self.guidance),
-            denoise=whole,
-        )
+    @property
+    def by_sample(self) -> tuple[Any, ...]:
+        """The arrays with a row for each sample, in trees."""
+        null = None if self.guidance is None else self.guidance.null
+        return self.rows, self.cond, self.clip, null if null is not None and len(null.mask) > 1 else None
 
     def condition_of(self, part: Segments) -> Condition | None:
         """Returns the condition for decoding some segments."""

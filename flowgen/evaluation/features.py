@@ -64,7 +64,9 @@ class Classifier:
     def _run(self, images, output):
         check_floating("images", images)
         parts = [images[start : start + READ_AT_ONCE] for start in range(0, len(images), READ_AT_ONCE)]
-        return np.concatenate([backend.by_rows(_outputs, self.variables, part, network=self.network)[output] for part in parts])
+        return np.concatenate(
+            [backend.by_rows(_outputs, self.variables, part, network=self.network)[output] for part in parts]
+        )
 
 
 def train_classifier(dataset: Dataset, key: Key[Array, ""], *, steps: int = 200) -> Classifier:

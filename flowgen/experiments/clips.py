@@ -179,7 +179,10 @@ def denoised_psnr(
     batch, _ = next(fixed_batches(dataset, min(most, len(dataset))))
     noisy = batch_input(key, jax.tree.map(jnp.asarray, batch.x), flow.config.noise_std)
     cond = condition_of(flow, batch)
-    cleaned: dict[str, Any] = {"as they are": noisy, "by the score": backend.by_rows(_tweedie_step, variables, noisy, cond, flow=flow)}
+    cleaned: dict[str, Any] = {
+        "as they are": noisy,
+        "by the score": backend.by_rows(_tweedie_step, variables, noisy, cond, flow=flow),
+    }
     if flow.config.denoiser_layers:
         step = denoising_step(flow)
         cleaned["by the denoiser"] = backend.by_rows(_denoised, denoiser_variables(variables), noisy, cond, step=step)
