@@ -15,6 +15,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from jax import lax
+from jax.core import Tracer
 from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec, get_abstract_mesh
 from jaxtyping import Array, PyTree
 
@@ -22,6 +23,7 @@ AXIS = "rows"
 WHOLE = PartitionSpec()
 # On a CPU, one row alone takes as long as two: most of the time goes into starting operations.
 MIN_ROWS_ON_CPU = 2
+_CONFIG: Any = jax.config  # whose attributes are not typed
 
 
 def make_core_devices() -> bool:
@@ -30,7 +32,7 @@ def make_core_devices() -> bool:
     It does nothing if the environment sets the number of CPU devices, if jax already runs, or if it runs in several
     processes. Only programs that own their process call it: jax fixes the number of devices when it starts.
     """
-    chosen = jax.config.jax_num_cpu_devices >= 0 or "host_platform_device_count" in os.environ.get("XLA_FLAGS", "")
+    chosen = _CONFIG.jax_num_cpu_devices >= 0 or "host_platform_device_count" in os.environ.get("XLA_FLAGS", "")
     if chosen or jax.distributed.is_initialized():
         return False
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
@@ -46,7 +48,7 @@ def devices_for(rows: int) -> list[jax.Device]:
 
     This is one device inside `jax.default_device`. On CPUs, each device gets at least two rows.
     """
-    if jax.config.jax_default_device is not None:
+    if _CONFIG.jax_default_device is not None:
         return jax.local_devices()[:1]
     devices = jax.local_devices()
     least = MIN_ROWS_ON_CPU if devices[0].platform == "cpu" else 1
@@ -134,7 +136,7 @@ def rows_mesh(x: Any, variables: PyTree = None) -> tuple[Mesh, Any] | None:
 
     It is None for other arrays, inside jit, and if the variables are divided too.
     """
-    sharding = None if isinstance(x, jax.core.Tracer) else getattr(x, "sharding", None)
+    sharding = None if isinstance(x, Tracer) else getattr(x, "sharding", None)
     if not isinstance(sharding, NamedSharding) or not x.is_fully_addressable:
         return None
     spec, mesh = tuple(sharding.spec), sharding.mesh
@@ -160,8 +162,10 @@ def on_first_device(call: Callable[..., None], *args: Array) -> None:
 
 def _is_whole(x: Any) -> bool:
     """Whether every device that has an array has all of it; on a mesh with explicit axes, the caller decides."""
-    if not isinstance(x, jax.Array) or isinstance(x, jax.core.Tracer):
-        return not isinstance(x, jax.core.Tracer)
+    if not isinstance(x, jax.Array):
+        return True
+    if isinstance(x, Tracer):
+        return False
     mesh = x.sharding.mesh if isinstance(x.sharding, NamedSharding) else None
     explicit = mesh is not None and AxisType.Explicit in mesh.axis_types
     return x.is_fully_addressable and x.sharding.is_fully_replicated and not explicit
