@@ -13,7 +13,6 @@ import optax
 from flax import linen as nn
 from jaxtyping import Array, Float, Int, Key
 
-from flowgen import backend
 from flowgen.arrays import check_floating
 from flowgen.data.dataset import Dataset
 from flowgen.data.loader import Loader
@@ -64,9 +63,7 @@ class Classifier:
     def _run(self, images, output):
         check_floating("images", images)
         parts = [images[start : start + READ_AT_ONCE] for start in range(0, len(images), READ_AT_ONCE)]
-        return np.concatenate(
-            [backend.by_rows(_outputs, self.variables, part, network=self.network)[output] for part in parts]
-        )
+        return np.concatenate([np.asarray(_apply(self.network, self.variables, part)[output]) for part in parts])
 
 
 def train_classifier(dataset: Dataset, key: Key[Array, ""], *, steps: int = 200) -> Classifier:
@@ -109,5 +106,6 @@ def _update(network, steps, variables, state, batch, key):
     return optax.apply_updates(variables, updates), state
 
 
-def _outputs(variables, images, *, network):
+@partial(jax.jit, static_argnums=0)
+def _apply(network, variables, images):
     return network.apply(variables, images)
