@@ -132,13 +132,12 @@ def test_no_device_waits_for_another(plan):
     assert_trees_close((r.x, r.residual), (expected.x, expected.residual), NETWORK)
     assert r.sweeps.shape == expected.sweeps.shape
 
-    def program(z):
-        compiled = jax.jit(lambda scale: decode(variables, z, labels).x * scale).lower(1.0).compile()
-        return compiled.as_text()
-
-    assert "while(" in program(divided)
-    assert "partition-id" in program(divided) or "num_partitions=4" in program(divided)
-    assert not COLLECTIVE.search(program(divided))
+    by_each = jax.jit(lambda scale: decode(variables, divided, labels).x * scale).lower(1.0).compile().as_text()
+    assert "num_partitions=4" in by_each
+    assert not COLLECTIVE.search(by_each)
+    # Inside jit, the division of an argument is unknown and left to the compiler, whose devices exchange rows.
+    by_compiler = jax.jit(lambda z: decode(variables, z, labels).x).lower(divided).compile().as_text()
+    assert COLLECTIVE.search(by_compiler)
 
 
 @pytest.mark.parametrize("of_all", [False, pytest.param(True, marks=pytest.mark.slow)])
