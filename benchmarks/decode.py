@@ -73,10 +73,14 @@ def measure_shape(shape: str, theirs, threads: int) -> list[dict]:
             more["tolerance"] = TOLERANCE
             more["error"] = float(np.abs(np.asarray(result.x - results["sequential"].x)).max())
             more["sweeps_per_block"] = np.asarray(result.sweeps.sum(axis=1)).tolist()
-        for ours in (name, f"{name}, all devices"):
-            if ours in timings:
-                against = {"baseline": baseline, "against": timings[baseline]}
-                rows.append(measure.row(ours, shape, timings[ours], **against, compiled=True, **more))
+        rows.append(
+            measure.row(name, shape, timings[name], baseline=baseline, against=timings[baseline], compiled=True, **more)
+        )
+        if (shared := f"{name}, all devices") in timings:
+            other = name if theirs is None else baseline
+            rows.append(
+                measure.row(shared, shape, timings[shared], baseline=other, against=timings[other], compiled=True)
+            )
     for name, timing in timings.items():
         if name.startswith("published"):
             ours = name.removeprefix("published ").partition(",")[0]

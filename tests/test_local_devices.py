@@ -13,6 +13,7 @@ import laws
 import numpy as np
 import pytest
 import toy_clips
+from conftest import rows
 from jax.sharding import NamedSharding, PartitionSpec
 from scripts import toy
 from tolerances import NETWORK, assert_close, assert_trees_close
@@ -87,7 +88,7 @@ DRAWS = {
 }
 
 
-@pytest.mark.parametrize("name", DRAWS)
+@pytest.mark.parametrize("name", rows(DRAWS, rare=("dopri5",)))
 def test_samples_do_not_depend_on_the_number_of_devices(name):
     assert len(backend.devices_for(len(NUMBERS))) == 4
     draw = DRAWS[name]()
@@ -119,7 +120,11 @@ def test_likelihoods_do_not_depend_on_the_number_of_devices():
     assert_close(estimate(), on_one_device(estimate), NETWORK)
 
 
-@pytest.mark.parametrize("plan", [Sequential(), Jacobi(window=3, tol=1e-3)], ids=["sequential", "windows"])
+@pytest.mark.parametrize(
+    "plan",
+    [pytest.param(Sequential(), marks=pytest.mark.slow), Jacobi(window=3, tol=1e-3)],
+    ids=["sequential", "windows"],
+)
 def test_no_device_waits_for_another(plan):
     flow, variables = laws.perturbed(laws.FLOWS["classes"], KEY)
     z = np.random.default_rng(0).normal(size=(16, flow.config.num_tokens, flow.config.token_dim)).astype(np.float32)
@@ -171,7 +176,7 @@ def test_variables_that_the_caller_divides_stay_where_they_are():
     divided = backend.share_rows(np.ones((8, 2), np.float32), mesh)
     assert backend.sharing(8, {"w": divided}) is None
     assert backend.sharing(8, {"w": jnp.ones(2)}) == mesh
-    assert [len(backend.devices_for(rows)) for rows in (1, 7, 8, 15, 16, 100)] == [1, 1, 2, 3, 4, 4]
+    assert [len(backend.devices_for(count)) for count in (1, 7, 8, 15, 16, 100)] == [1, 1, 2, 3, 4, 4]
 
 
 def test_a_job_names_the_devices_to_train_on(whole, tmp_path):
@@ -193,9 +198,7 @@ PROGRAMS = {
 }
 
 
-@pytest.mark.parametrize(
-    "name", [pytest.param(name, marks=[] if name == "a command" else pytest.mark.slow) for name in PROGRAMS]
-)
+@pytest.mark.parametrize("name", rows(PROGRAMS, rare=set(PROGRAMS) - {"a command"}))
 def test_only_commands_make_a_device_per_core(name):
     code, chosen, expected = PROGRAMS[name]
     environment = {key: value for key, value in os.environ.items() if key not in ("XLA_FLAGS", "JAX_NUM_CPU_DEVICES")}
