@@ -1,8 +1,12 @@
 """Times our sampling (sequential, guided, parallel) against the published PyTorch sampler.
 
+Rows "all devices" have one CPU device per core, each with its share of the batch; the published code has a row of as
+many processes with one thread each.
+
 python benchmarks/decode.py --reference PATH_TO_ml-tarflow --out benchmarks/results/decode.json
 """
 
+import contextlib
 from functools import partial
 
 import measure
@@ -18,7 +22,7 @@ def measure_shape(shape: str, theirs, threads: int) -> list[dict]:
     import jax
     import jax.numpy as jnp
 
-    from flowgen import convert
+    from flowgen import backend, convert
     from flowgen.decoding import Guidance, Jacobi, Sequential, invert
 
     model = measure.SHAPES[shape]
@@ -38,11 +42,20 @@ def measure_shape(shape: str, theirs, threads: int) -> list[dict]:
     }
     methods = {"sequential": "reverse", "guided 1.5": "reverse_guided"}
     runs = {name: measure.ours(function, *inputs) for name, function in decode.items()}
-    if theirs is not None:
-        for name, method in methods.items():
-            for count in sorted({1, threads}):
-                runs[f"published {name}, threads {count}"] = partial(theirs.time, method, count)
-    timings = measure.alternate(runs)
+    mesh = backend.sharing(measure.BATCH)
+    if mesh is not None:
+        divided = backend.copies(inputs[0], mesh), *backend.share_rows(inputs[1:], mesh)
+        runs |= {f"{name}, all devices": measure.ours(decode[name], *divided) for name in methods}
+    with contextlib.ExitStack() as stack:
+        if theirs is not None:
+            shares = published.Shares(*theirs.given, threads)
+            stack.callback(shares.close)
+            for name, method in methods.items():
+                for count in sorted({1, threads}):
+                    runs[f"published {name}, threads {count}"] = partial(theirs.time, method, count)
+                if threads > 1:
+                    runs[f"published {name}, processes {threads}"] = partial(shares.time, method)
+        timings = measure.alternate(runs)
     results = {name: function(*inputs) for name, function in decode.items()}
 
     rows = []
@@ -63,12 +76,17 @@ def measure_shape(shape: str, theirs, threads: int) -> list[dict]:
         rows.append(
             measure.row(name, shape, timings[name], baseline=baseline, against=timings[baseline], compiled=True, **more)
         )
+        if (shared := f"{name}, all devices") in timings:
+            other = name if theirs is None else baseline
+            rows.append(
+                measure.row(shared, shape, timings[shared], baseline=other, against=timings[other], compiled=True)
+            )
     for name, timing in timings.items():
-        if name not in results:
+        if name.startswith("published"):
             ours = name.removeprefix("published ").partition(",")[0]
             rows.append(measure.row(name, shape, timing, baseline=ours, against=timings[ours], compiled=False))
     return rows
 
 
 if __name__ == "__main__":
-    published.run(__doc__.splitlines()[0], measure_shape)
+    published.run(__doc__.splitlines()[0], measure_shape, core_devices=True)

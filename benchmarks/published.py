@@ -9,6 +9,7 @@ import json
 import subprocess
 import sys
 import tempfile
+import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -27,6 +28,7 @@ class Published:
         sys.path.insert(0, str(reference))
         import transformer_flow
 
+        self.given = None, reference, shape, batch
         self.torch, self.version = torch, torch.__version__
         self.model = transformer_flow.Model(
             in_channels=shape.channels,
@@ -91,11 +93,21 @@ class Remote:
         self.process = subprocess.Popen(
             [str(python), str(Path(__file__).resolve())], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True
         )
+        self.given = python, reference, shape, batch
         setup = {"reference": str(reference), "shape": dataclasses.asdict(shape), "batch": batch}
         self.version = self._ask(setup)
 
     def time(self, name: str, threads: int) -> Cost:
-        return Cost(*self._ask({"time": name, "threads": threads}))
+        self.begin(name, threads)
+        return self.end()
+
+    def begin(self, name: str, threads: int) -> None:
+        """Starts a call to method `name` and does not wait for it."""
+        self._send({"time": name, "threads": threads})
+
+    def end(self) -> Cost:
+        """Waits for the call that was started, and returns its cost."""
+        return Cost(*self._receive())
 
     def result(self, name: str) -> np.ndarray:
         with tempfile.TemporaryDirectory() as folder:
@@ -107,19 +119,53 @@ class Remote:
         self.process.communicate()
 
     def _ask(self, request: dict[str, Any]) -> Any:
+        self._send(request)
+        return self._receive()
+
+    def _send(self, request: dict[str, Any]) -> None:
         self.process.stdin.write(json.dumps(request) + "\n")
         self.process.stdin.flush()
+
+    def _receive(self) -> Any:
         answer = self.process.stdout.readline()
         if not answer:
             raise RuntimeError("The process of --torch-python ended early; its message is above.")
         return json.loads(answer)
 
 
-def run(description: str, measure_shape: Callable[..., list[dict]]) -> None:
-    """Runs a benchmark; `measure_shape(shape, theirs, threads)` returns the rows for a shape."""
+class Shares:
+    """The published model as processes of one thread, which work on equal shares of the batch at the same time.
+
+    python, reference, shape, batch: the field `given` of the model in one process.
+    """
+
+    def __init__(self, python: Path | None, reference: Path, shape: rw.Shape, batch: int, count: int):
+        python = python or Path(sys.executable)
+        self.processes = [Remote(python, reference, shape, batch // count) for _ in range(count)]
+
+    def time(self, name: str) -> Cost:
+        """Returns the seconds until all processes are done, and the processor seconds of all."""
+        began = time.perf_counter()
+        for process in self.processes:
+            process.begin(name, threads=1)
+        costs = [process.end() for process in self.processes]
+        return Cost(time.perf_counter() - began, sum(cost.processor for cost in costs))
+
+    def close(self) -> None:
+        for process in self.processes:
+            process.close()
+
+
+def run(description: str, measure_shape: Callable[..., list[dict]], *, core_devices: bool = False) -> None:
+    """Runs a benchmark; `measure_shape(shape, theirs, threads)` returns the rows for a shape.
+
+    core_devices: whether jax has one CPU device per core, of which programs use the first unless told otherwise.
+    """
     arguments = measure.parse_arguments(description)
     import jax
 
+    if core_devices:
+        jax.config.update("jax_num_cpu_devices", arguments.threads)
     rows, version = [], None
     for shape in arguments.shapes:
         theirs = connect(arguments.reference, arguments.torch_python, measure.SHAPES[shape], measure.BATCH)

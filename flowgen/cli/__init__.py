@@ -70,8 +70,12 @@ def main(arguments: Sequence[str] | None = None) -> int:
     Example:
         main(["info", "--config", "configs/tarflow_digits.py"])
     """
+    return _guarded(arguments, owns_process=False)
+
+
+def _guarded(arguments: Sequence[str] | None, *, owns_process: bool) -> int:
     try:
-        code = _run(list(sys.argv[1:] if arguments is None else arguments))
+        code = _run(list(sys.argv[1:] if arguments is None else arguments), owns_process)
         _flush()
         return code
     except BrokenPipeError:  # The reader closed the pipe, as in `info | head`.
@@ -103,7 +107,7 @@ def make_parser() -> Parser:
     return parser
 
 
-def _run(words: list[str]) -> int:
+def _run(words: list[str], owns_process: bool) -> int:
     parser = make_parser()
     try:
         for word in words:
@@ -123,6 +127,9 @@ def _run(words: list[str]) -> int:
                     import_module(module)
                 except ValueError as error:
                     raise ValueError(f"--import {error}") from error
+            from flowgen.backend import make_core_devices
+
+            options.makes_devices = owns_process and make_core_devices()
         with warnings.catch_warnings(), _log_as_sentences():
             warnings.showwarning = _show_warning  # ty: ignore[invalid-assignment]
             return COMMANDS[options.command][0].run(options, rest)
@@ -160,12 +167,15 @@ def _silence() -> None:
 
 
 def program(arguments: Sequence[str] | None = None) -> int:
-    """Runs `main` and returns its exit code. The process must then end, because it ignores Ctrl-C from then on.
+    """Runs `main` in a process of its own, with one CPU device per core, and returns its exit code.
+
+    The process must then end, because it ignores Ctrl-C from then on. The environment can set another number of CPU
+    devices; see `flowgen.backend.make_core_devices`.
 
     Example:
         sys.exit(program())
     """
-    code = main(arguments)
+    code = _guarded(arguments, owns_process=True)
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # Python would print a traceback while it shuts down.
     if code > 128:  # Interrupted work may still be compiling, which crashes if Python shuts down meanwhile.
         _flush()

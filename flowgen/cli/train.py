@@ -39,6 +39,9 @@ def fields_help() -> str:
 
 def run(options: argparse.Namespace, rest: list[str]) -> int:
     """Runs the command and returns its exit code."""
+    import jax
+
+    from flowgen import backend
     from flowgen.cli.grammar import load_experiment
     from flowgen.experiments import fit
     from flowgen.training import Interrupted, Signals
@@ -54,7 +57,9 @@ def run(options: argparse.Namespace, rest: list[str]) -> int:
             say(f"{experiment.name}: {parameters:,} parameters, {experiment.train.steps} steps")
             if options.debug:
                 say(DEBUG)
-            result = fit(experiment, options.workdir, signals=signals, profile=options.profile or 0)
+            # CPU devices for sampling do not speed up training.
+            devices = jax.local_devices()[:1] if options.makes_devices and backend.platform() == "cpu" else None
+            result = fit(experiment, options.workdir, signals=signals, profile=options.profile or 0, devices=devices)
         except Interrupted as stop:
             say("Stopped before the first step; nothing is lost. Run the same command to start over.")
             return 128 + stop.number

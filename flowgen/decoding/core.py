@@ -12,9 +12,12 @@ from functools import partial
 
 import jax
 import jax.numpy as jnp
+import numpy as np
+from jax.core import Tracer
+from jax.sharding import Mesh, PartitionSpec
 from jaxtyping import Array, Float
 
-from flowgen.backend import check_unmapped, keep_rows
+from flowgen.backend import WHOLE, check_unmapped, copies, keep_rows, on_first_device, on_own_rows, rows_mesh
 from flowgen.decoding.block import GuidedBlock, guided_block
 from flowgen.decoding.denoising import denoised, enter_last_block
 from flowgen.decoding.jacobi import Solution
@@ -28,10 +31,33 @@ from flowgen.nn.layers import master_dtype
 def run(request: DecodeRequest) -> DecodeResult:
     """Returns the requested images or clips with reports on their decoding, sharded like their noise.
 
-    Raises ValueError inside `jax.shard_map`, unless its `check_vma` is False.
+    If the rows of the noise are divided over devices, each device decodes its own rows: the token loop of one device
+    waits for no other. Raises ValueError inside `jax.shard_map`, unless its `check_vma` is False.
     """
     check_unmapped("decoding", request)
-    return keep_rows(_run, request.params, replace(request, params={}))
+    divided = rows_mesh(request.rows, request.params)
+    if divided is None:
+        return keep_rows(_run, request.params, replace(request, params={}))
+    mesh, axis = divided
+    result = _run_on_own_rows(copies(request.params, mesh), replace(request, params={}), mesh=mesh, axis=axis)
+    # On the host, because devices that wait for each other need a thread each; inside jit there is no host.
+    sweeps = result.sweeps if isinstance(result.sweeps, Tracer) else np.asarray(result.sweeps)
+    return result._replace(sweeps=jnp.asarray(sweeps.max(axis=0)))
+
+
+@partial(jax.jit, static_argnames=("mesh", "axis"))
+def _run_on_own_rows(params: Variables, request: DecodeRequest, *, mesh: Mesh, axis: str | tuple) -> DecodeResult:
+    """The result of `_run`, with the sweeps `devices blocks windows` of every device."""
+
+    leaves, tree = jax.tree.flatten(request)
+    rows = jax.tree.leaves(request.by_sample)
+    specs = [PartitionSpec(axis) if any(x is row for row in rows) else WHOLE for x in leaves]
+
+    def run_one(params, leaves):
+        result = _run(params, jax.tree.unflatten(tree, leaves))
+        return result._replace(sweeps=result.sweeps[None])
+
+    return on_own_rows(run_one, mesh, (WHOLE, specs), axis)(params, leaves)
 
 
 @jax.jit
@@ -158,4 +184,4 @@ def _tell(request: DecodeRequest, count: Array) -> None:
     layout, progress = request.layout, request.clip.progress
     if progress is not None:
         total = (layout.reached - layout.given) * layout.tokens_per_frame
-        jax.debug.callback(lambda count: progress(int(count), total), count)
+        on_first_device(lambda count: jax.debug.callback(lambda n: progress(int(n), total), count), count)

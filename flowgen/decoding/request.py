@@ -13,6 +13,7 @@ from jaxtyping import Array, Bool, Float, Int, Integer, Key
 
 from flowgen.arrays import shown
 from flowgen.attention import causal_kernel
+from flowgen.backend import rows_on_device
 from flowgen.conditioning import Condition, TextCondition
 from flowgen.decoding.clips import Clip, checked_clip, clip_layout
 from flowgen.decoding.layout import ClipLayout, Segments
@@ -96,6 +97,17 @@ class DecodeRequest:
         """The segments of frames to decode."""
         return clip_layout(self.clip, self.flow.config)
 
+    @property
+    def rows(self) -> Array:
+        """The array that numbers the samples or holds their noise."""
+        return self.noise.indices if isinstance(self.noise, SampleKeys) else self.noise
+
+    @property
+    def by_sample(self) -> tuple[Any, ...]:
+        """The arrays with a row for each sample, in trees."""
+        null = None if self.guidance is None else self.guidance.null
+        return self.rows, self.cond, self.clip, null if null is not None and len(null.mask) > 1 else None
+
     def condition_of(self, part: Segments) -> Condition | None:
         """Returns the condition for decoding some segments."""
         restart_cond = self.clip.restart_cond
@@ -118,7 +130,8 @@ def decode_request(
     the flow.
     """
     config = flow.config
-    batch = len(noise.indices if isinstance(noise, SampleKeys) else noise)
+    rows = noise.indices if isinstance(noise, SampleKeys) else noise
+    batch = len(rows)
     cond = config.check_cond(cond, batch)
     guidance = _active(guidance, cond, config)
     if guidance is not None:
@@ -128,7 +141,7 @@ def decode_request(
         params=params,
         noise=noise,
         cond=cond,
-        plan=_resolve(plan, guidance, config, batch),
+        plan=_resolve(plan, guidance, config, rows_on_device(rows)),
         clip=checked_clip(clip, config, cond, batch),
         guidance=guidance,
     )

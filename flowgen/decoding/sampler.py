@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from dataclasses import replace
 
+import jax
 import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float, Int, Integer, Key
@@ -55,7 +56,7 @@ def sample(
     flow: Flow,
     params: Variables,
     key: Key[Array, ""],
-    num: int | range | Integer[np.ndarray, " b"],
+    num: int | range | Integer[Array | np.ndarray, " b"],
     cond: Integer[Array | np.ndarray, " b"] | list[int] | TextCondition | None = None,
     *,
     plan: Plan | str = "auto",
@@ -67,7 +68,8 @@ def sample(
     """Returns images or clips drawn from the flow, with the training noise removed.
 
     num: how many samples to draw, or their numbers, such as range(16, 32). Sample i depends only on (key, i), so a job
-    can be split into batches of any size.
+    can be split into batches of any size. If the numbers are an array with its rows divided over devices, each device
+    draws its own samples; x and the reports per sample are divided in the same way.
     denoise: True takes one Tweedie step x + strength · σ² ∇ log p(x | cond), with σ from the flow's config and strength
     1; a number sets the strength. p is the density of samples drawn without guidance or given frames. A learned
     `Denoiser` replaces this step and receives all frames of a clip, still noisy.
@@ -87,7 +89,7 @@ def sample(
     return run(replace(request, denoise=resolve_denoise(denoise, flow.config.noise_std), certify=certify))
 
 
-def _numbers(num: int | range | Integer[np.ndarray, " b"]) -> Int[Array, " b"]:
+def _numbers(num: int | range | Integer[Array | np.ndarray, " b"]) -> Int[Array, " b"]:
     numbers = np.asarray(num)
     if numbers.ndim == 0:
         check_count("num", num)
@@ -100,4 +102,4 @@ def _numbers(num: int | range | Integer[np.ndarray, " b"]) -> Int[Array, " b"]:
         raise ValueError(
             f"num has numbers from {numbers.min()} to {numbers.max()}; they must be from 0 to {MOST_SAMPLES}."
         )
-    return jnp.asarray(numbers, jnp.int32)
+    return jnp.asarray(num if isinstance(num, jax.Array) and num.ndim else numbers, jnp.int32)

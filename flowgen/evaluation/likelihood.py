@@ -12,6 +12,7 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float, Key
 
+from flowgen import backend
 from flowgen.data.dataset import BucketedDataset, Dataset, buckets_of
 from flowgen.data.loader import fixed_batches
 from flowgen.data.media import from_uint8
@@ -75,20 +76,24 @@ def _mean_nats(flow, variables, dataset, key, *, noise_std, batch_size, conditio
     if flow.config.text_dim and not conditional:
         raise ValueError("this flow needs texts to compute a likelihood; leave out unconditional.")
     sigma = flow.config.noise_std if noise_std is None else noise_std
-    variables = jax.device_put(variables)
     total = 0.0
     for bucket in buckets_of(dataset):
         sized = flow.with_image_size(*bucket.event_shape[-3:-1])
+        mesh = backend.sharing(min(batch_size, len(bucket)), variables)
+        shared = backend.copies(jax.device_put(variables), mesh), key
 
-        def nats(batch, keys, sized=sized):
-            return _flow_nats(sized, variables, batch, keys, sigma=sigma, conditional=conditional)
+        def nats(batch, positions, sized=sized, shared=shared):
+            return backend.by_rows(
+                _flow_nats, shared, batch, positions, flow=sized, sigma=sigma, conditional=conditional
+            )
 
-        total += len(bucket) * _mean(bucket, key, batch_size, nats)
+        total += len(bucket) * _mean(bucket, batch_size, nats)
     return total / len(dataset)
 
 
-@partial(jax.jit, static_argnames=("flow", "sigma", "conditional"))
-def _flow_nats(flow, variables, batch, keys, *, sigma, conditional):
+def _flow_nats(shared, batch, positions, *, flow, sigma, conditional):
+    variables, key = shared
+    keys = jax.vmap(partial(jax.random.fold_in, key))(positions)
     noised = jax.vmap(lambda key, one: batch_input(key, jax.tree.map(lambda x: x[None], one), sigma)[0])(keys, batch.x)
     cond = condition_of(flow, batch) if conditional else None
     return -flow.apply(variables, noised, cond, method="log_prob") / flow.config.num_dims
@@ -117,16 +122,21 @@ def velocity_bits_per_dim(
         x = jax.vmap(lambda key, image: add_noise(key, image[None], 0.0)[0])(pairs[:, 0], images)
         return bits_per_dim(log_prob(x, labels, pairs[0, 1]), math.prod(dataset.event_shape))
 
-    return _mean(dataset, key, batch_size, lambda batch, keys: bits(batch.pixels, batch.labels, keys))
+    def measure(batch, positions):
+        keys = jax.vmap(partial(jax.random.fold_in, key))(positions)
+        # The probes are drawn for the whole batch, so the compiler divides the program.
+        mesh = backend.sharing(len(positions))
+        return bits(*backend.share_rows((batch.pixels, batch.labels, keys), mesh))
+
+    return _mean(dataset, batch_size, measure)
 
 
-def _mean(dataset: Dataset, key: Key[Array, ""], batch_size: int, measure: Callable[..., Array]) -> float:
-    """Returns the mean of measure(batch, keys) over a dataset. Each row has a separate key, whatever the batch size."""
+def _mean(dataset: Dataset, batch_size: int, measure: Callable[..., Any]) -> float:
+    """Returns the mean of measure(batch, positions) over a dataset. positions: of the batch's samples in it."""
     total = 0.0
     for index, (batch, mask) in enumerate(fixed_batches(dataset, min(batch_size, len(dataset)))):
         positions = index * len(mask) + np.arange(len(mask))
-        keys = jax.vmap(partial(jax.random.fold_in, key))(positions)
-        total += float(np.asarray(measure(batch, keys))[mask].sum())
+        total += float(np.asarray(measure(batch, positions))[: len(mask)][mask].sum())
     return total / len(dataset)
 
 

@@ -8,7 +8,6 @@ from __future__ import annotations
 import dataclasses
 import math
 from collections.abc import Callable
-from functools import partial
 from typing import Any
 
 import jax
@@ -16,6 +15,7 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float
 
+from flowgen import backend
 from flowgen.batch import Batch
 from flowgen.codecs import AutoencoderConfig, VideoAutoencoderConfig
 from flowgen.data import (
@@ -305,14 +305,13 @@ def _initial(model: Any, path: str, autoencoder: Any, key: jax.Array) -> Any:
     }
 
 
-@partial(jax.jit, static_argnums=0)
-def _decoded_mean(autoencoder, params, images):
+def _decoded_mean(params, images, *, autoencoder):
     mean, _ = autoencoder.apply({"params": params}, images, method="encode")
     return autoencoder.apply({"params": params}, mean, method="decode")
 
 
 def _reconstruct(autoencoder: Any, variables: Any, images: np.ndarray) -> np.ndarray:
-    return np.asarray(_decoded_mean(autoencoder, variables["params"], images))
+    return backend.by_rows(_decoded_mean, variables["params"], images, autoencoder=autoencoder)
 
 
 def _distortion(autoencoder: Any, variables: Any, dataset: Dataset) -> dict[str, float]:

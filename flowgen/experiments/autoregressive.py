@@ -14,6 +14,7 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Int
 
+from flowgen import backend
 from flowgen.batch import Batch, Moments
 from flowgen.conditioning import TextCondition
 from flowgen.data import Dataset, LatentsConfig, take_inventory
@@ -379,6 +380,21 @@ def captions_condition(dataset: Dataset, positions: Int[np.ndarray, " b"]) -> Te
     texts = dataset[positions].context
     assert isinstance(texts, TextCondition)  # these latents have texts
     return TextCondition(jnp.asarray(texts.embeddings, jnp.float32), jnp.asarray(texts.mask))
+
+
+def decoded_by_all(
+    decode: Callable[..., DecodeResult], variables: Any, numbers: Int[np.ndarray, " b"], *rows: Any
+) -> DecodeResult:
+    """Returns the result of decode(variables, numbers, *rows) on the host; all devices decode, each its own samples.
+
+    rows: trees of arrays with one row per sample.
+
+    Example:
+        decoded_by_all(lambda variables, numbers: sample(flow, variables, key, numbers), params, np.arange(16))
+    """
+    mesh = backend.sharing(len(numbers), variables)
+    result = jax.device_get(decode(backend.copies(variables, mesh), *backend.share_rows((numbers, *rows), mesh)))
+    return result._replace(x=result.x[: len(numbers)])
 
 
 def decoding_line(result: DecodeResult) -> str:

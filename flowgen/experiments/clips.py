@@ -6,7 +6,6 @@ import contextlib
 import dataclasses
 import math
 from collections.abc import Generator
-from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +14,7 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float, Int, Key
 
+from flowgen import backend
 from flowgen.batch import Batch, Moments
 from flowgen.codecs import Codec
 from flowgen.data import ClipsConfig, LatentsConfig, from_uint8
@@ -191,9 +191,13 @@ def denoised_psnr(
     batch, _ = next(fixed_batches(dataset, min(most, len(dataset))))
     noisy = batch_input(key, jax.tree.map(jnp.asarray, batch.x), flow.config.noise_std)
     cond = condition_of(flow, batch)
-    cleaned: dict[str, Any] = {"as they are": noisy, "by the score": _tweedie_step(flow, variables, noisy, cond)}
+    cleaned: dict[str, Any] = {
+        "as they are": noisy,
+        "by the score": backend.by_rows(_tweedie_step, variables, noisy, cond, flow=flow),
+    }
     if flow.config.denoiser_layers:
-        cleaned["by the denoiser"] = _denoised(denoising_step(flow), denoiser_variables(variables), noisy, cond)
+        step = denoising_step(flow)
+        cleaned["by the denoiser"] = backend.by_rows(_denoised, denoiser_variables(variables), noisy, cond, step=step)
     expected = np.clip(codec.decode(of_batch(batch)), -1, 1)
 
     def ratio(x):
@@ -211,12 +215,11 @@ def of_batch(batch: Batch) -> np.ndarray:
     return np.asarray(batch.x.mean if isinstance(batch.x, Moments) else from_uint8(batch.pixels))
 
 
-# Compiled once for all evaluations of a run.
-_tweedie_step = jax.jit(tweedie_step, static_argnums=0)
+def _tweedie_step(variables, noisy, cond, *, flow):
+    return tweedie_step(flow, variables, noisy, cond)
 
 
-@partial(jax.jit, static_argnums=0)
-def _denoised(step, variables, noisy, cond):
+def _denoised(variables, noisy, cond, *, step):
     return step(variables, noisy, cond)
 
 

@@ -10,6 +10,7 @@ import jax
 import numpy as np
 from jaxtyping import Float, Int
 
+from flowgen import backend
 from flowgen.data.classes import parse_classes
 from flowgen.data.dataset import Split
 from flowgen.settings import config
@@ -89,6 +90,15 @@ def draw_in_batches(
         say(f"samples {first}..{first + count - 1}: {per_second(count / seconds)}{compiled}; {line}")
         parts.append(samples[:count])
     return np.concatenate(parts)
+
+
+def on_devices(variables: Any, rows: int) -> Any:
+    """Returns a model's variables on all devices that share a batch of this many rows, for several batches.
+
+    Example:
+        variables = on_devices(variables, rows=AT_ONCE)
+    """
+    return backend.copies(variables, backend.sharing(rows, variables))
 
 
 def per_second(rate: float) -> str:

@@ -3,9 +3,12 @@
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Sequence
 from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
+
+import jax
 
 from flowgen.arrays import check_count, shown
 from flowgen.data import ClipsConfig, DataConfig, Dataset, LatentsConfig, told_once
@@ -51,6 +54,7 @@ def fit(
     model: Any = None,
     signals: Signals | None = None,
     profile: int = 0,
+    devices: Sequence[jax.Device] | None = None,
 ) -> Result:
     """Trains an experiment in `workdir` and returns the result; resumes if the directory holds a checkpoint.
 
@@ -58,7 +62,7 @@ def fit(
     is evaluated on; without it, such a run is not evaluated. model: trained instead of `experiment.build()`; it must
     have the same methods. Pass it to `flowgen.load` too. signals: a `Signals` already in use; by default, a new one
     that watches this process's signals. profile: the number of steps, after the first one, to trace into the folder
-    `profile` of the run.
+    `profile` of the run. devices: this process's devices to train on; by default, all. Samples and evaluations use all.
 
     Checks all options before any computation. Raises the same errors as `train` and the experiment's parts.
 
@@ -81,7 +85,7 @@ def fit(
             with told_once():
                 job = experiment.job(dataset=dataset, held_out=held_out, model=model)
         return train(
-            dataclasses.replace(job, profile=profile),
+            dataclasses.replace(job, profile=profile, devices=devices),
             workdir,
             optim=experiment.optim,
             train=experiment.train,

@@ -19,11 +19,12 @@ from flowgen.experiments.autoregressive import (
     AutoregressiveExperiment,
     FlowDrawOptions,
     FlowEvaluateOptions,
+    decoded_by_all,
     decoding_line,
 )
 from flowgen.experiments.debug import debug_flow, debug_images, debug_run
-from flowgen.experiments.distances import sample_lines, sample_metrics, train_features
-from flowgen.experiments.drawing import draw_in_batches
+from flowgen.experiments.distances import SAMPLES_AT_ONCE, sample_lines, sample_metrics, train_features
+from flowgen.experiments.drawing import AT_ONCE, draw_in_batches, on_devices
 from flowgen.experiments.experiment import Samples
 from flowgen.experiments.plots import sample_grid
 from flowgen.flows import STARFlowConfig, STARFlowVConfig, TARFlowConfig
@@ -106,17 +107,21 @@ class FlowExperiment(AutoregressiveExperiment):
         cond: labels, a `TextCondition`, or None. guidance: None uses the guidance of `sampling`.
         The codec decodes latents to images.
         """
-        result = sample(
-            flow,
-            variables,
-            key,
-            numbers,
-            cond,
-            plan=self.sampling.to_plan(),
-            guidance=guidance or self.guidance(flow),
-            denoise=self.sampling.denoise,
-            certify=certify,
-        )
+
+        def decode(variables, numbers, cond):
+            return sample(
+                flow,
+                variables,
+                key,
+                numbers,
+                cond,
+                plan=self.sampling.to_plan(),
+                guidance=guidance or self.guidance(flow),
+                denoise=self.sampling.denoise,
+                certify=certify,
+            )
+
+        result = decoded_by_all(decode, variables, numbers, cond)
         return np.asarray(self.encoding.open_codec().decode(result.x)), decoding_line(result)
 
     def draw(
@@ -125,6 +130,7 @@ class FlowExperiment(AutoregressiveExperiment):
         """Returns `sampling.num` images; `say` receives a line about the speed of each batch."""
         flow = self.sized(model, options.aspect)
         conditions, about = self.asked(flow, options.classes)
+        variables = on_devices(variables, min(options.batch or AT_ONCE, self.sampling.num))
         draw_batch = partial(self.draw_batch, flow, variables, guidance=self.guidance(flow), certify=options.certify)
         return Samples(draw_in_batches(draw_batch, conditions, self.sampling.num, options, say), about)
 
@@ -155,7 +161,7 @@ class FlowExperiment(AutoregressiveExperiment):
     ) -> list[str]:
         conditions = self.conditions_of(data, unconditional=options.unconditional)
         extractor, num = train_features(train), options.samples
-        draw_batch = partial(self.draw_batch, flow, variables)
+        draw_batch = partial(self.draw_batch, flow, on_devices(variables, min(num, SAMPLES_AT_ONCE)))
         metrics = sample_metrics(draw_batch, extractor, data, num, seed=options.seed, conditions=conditions)
         return sample_lines(metrics, extractor, num, f"guidance {self.sampling.guidance:g}")
 

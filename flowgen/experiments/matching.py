@@ -13,6 +13,7 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array
 
+from flowgen import backend
 from flowgen.counting import flop_of, peak_of
 from flowgen.data import (
     Batch,
@@ -27,7 +28,7 @@ from flowgen.data import (
 from flowgen.data.dataset import Split
 from flowgen.evaluation import point_metrics, point_samples, velocity_bits_per_dim
 from flowgen.experiments.debug import SAMPLES, debug_images, debug_run
-from flowgen.experiments.distances import sample_lines, sample_metrics, train_features
+from flowgen.experiments.distances import SAMPLES_AT_ONCE, sample_lines, sample_metrics, train_features
 from flowgen.experiments.drawing import (
     AT_ONCE,
     DrawOptions,
@@ -37,6 +38,7 @@ from flowgen.experiments.drawing import (
     cycled_labels,
     draw_in_batches,
     drawn_classes,
+    on_devices,
 )
 from flowgen.experiments.experiment import Experiment, Rehearsal, Samples, SamplingCost
 from flowgen.experiments.images import image_batches, image_dataset, tell_unused_classes, with_class_names
@@ -236,14 +238,14 @@ class MatchingExperiment(Experiment):
         """Returns what drawing `num` samples at a time takes, for the network alone."""
         run = partial(
             draw_by_solver,
-            model,
+            network=model,
             distribution=self.data.x0 if isinstance(self.data, PointsConfig) else None,
             matching=dataclasses.replace(self.matching, coupling=MatchingConfig().coupling),
             sampling=self.sampling,
         )
         numbers, key = jax.ShapeDtypeStruct((num,), jnp.int32), jax.eval_shape(lambda: jax.random.key(0))
         labels = numbers if self.model.num_classes else None
-        traced = jax.make_jaxpr(lambda *args: run(*args)[0])(_weights(variables), key, numbers, labels).jaxpr
+        traced = jax.make_jaxpr(lambda *args: run(*args)[0])((_weights(variables), key), numbers, labels).jaxpr
         flop = sum(flop_of(traced).values(), start=0.0) / num
         return SamplingCost(None if self.sampling.method == "dopri5" else flop, 0, peak_of(traced))
 
@@ -317,7 +319,7 @@ class MatchingExperiment(Experiment):
             metrics = {name: float(np.mean([row[name] for row in rows])) for name in ("loss", "unweighted_loss")}
             num = self.sampling.frechet_samples
             if num:
-                of_samples = partial(self.draw_batch, network, variables)
+                of_samples = partial(self.draw_batch, network, on_devices(variables, min(num, SAMPLES_AT_ONCE)))
                 conditions = _labels_of(held_out) if self.model.num_classes else None
                 metrics = {**sample_metrics(of_samples, extractor(), held_out, num, conditions=conditions), **metrics}
             return metrics
@@ -335,17 +337,17 @@ class MatchingExperiment(Experiment):
         sampling = self.sampling
         if sampling.guidance and cond is None:
             raise ValueError(f"guidance is {sampling.guidance}, but cond is None; give labels, or set it to 0.")
-        x, evaluations = draw_by_solver(
-            network,
-            _weights(variables),
-            key,
-            jnp.asarray(numbers),
-            None if cond is None else jnp.asarray(cond),
+        x, evaluations = backend.by_rows(
+            draw_by_solver,
+            (_weights(variables), key),
+            numbers,
+            cond,
+            network=network,
             distribution=self.data.x0 if isinstance(self.data, PointsConfig) else None,
             matching=dataclasses.replace(self.matching, coupling=MatchingConfig().coupling),
             sampling=sampling,
         )
-        return np.asarray(x), f"{sampling.method}, {int(evaluations)} evaluations"
+        return x, f"{sampling.method}, {evaluations.max()} evaluations"
 
     def draw(
         self, model: Any, variables: Any, options: VelocityDrawOptions, say: Callable[[str], None] = lambda line: None
@@ -358,8 +360,9 @@ class MatchingExperiment(Experiment):
             return None if labels is None else labels[numbers]
 
         points = isinstance(self.data, PointsConfig)
-        draw_batch = partial(self.draw_batch, model, variables)
-        samples = draw_in_batches(draw_batch, conditions, num, options, say, batch=num if points else AT_ONCE)
+        at_once = num if points else AT_ONCE
+        draw_batch = partial(self.draw_batch, model, on_devices(variables, min(options.batch or at_once, num)))
+        samples = draw_in_batches(draw_batch, conditions, num, options, say, batch=at_once)
         return Samples(samples, {} if points else {"labels": np.full(num, -1) if labels is None else labels})
 
     def plot(self, network: Any, variables: Any, points: np.ndarray, key: jax.Array) -> np.ndarray:
@@ -389,7 +392,7 @@ class MatchingExperiment(Experiment):
         conditions = _labels_of(dataset) if conditional else None
         guidance = self.sampling.guidance if conditional else 0.0
         drawn = dataclasses.replace(self, sampling=dataclasses.replace(self.sampling, guidance=guidance))
-        of_samples = partial(drawn.draw_batch, model, variables)
+        of_samples = partial(drawn.draw_batch, model, on_devices(variables, min(num, SAMPLES_AT_ONCE)))
         metrics = sample_metrics(of_samples, extractor, dataset, num, seed=options.seed, conditions=conditions)
         return [
             f"{len(dataset)} images ({options.split})",

@@ -6,6 +6,7 @@ from functools import partial
 from typing import Annotated, Literal
 
 import jax
+import jax.numpy as jnp
 from flax import linen as nn
 from jaxtyping import Array, Float, Int, Key, PyTree
 
@@ -56,26 +57,26 @@ class SolverConfig:
             raise ValueError(f"times is 'edm', but {self.method} uses no time grid; set it to 'uniform'.")
 
 
-@partial(jax.jit, static_argnames=("network", "distribution", "matching", "sampling"))
 def draw_by_solver(
-    network: nn.Module,
-    variables: PyTree,
-    key: Key[Array, ""],
+    shared: tuple[PyTree, Key[Array, ""]],
     indices: Int[Array, " b"],
     labels: Int[Array, " b"] | None,
     *,
+    network: nn.Module,
     distribution: Distribution | None,
     matching: MatchingConfig,
     sampling: SolverConfig,
-) -> tuple[Float[Array, "b *event"], int | Int[Array, ""]]:
-    """Returns samples and the number of velocity evaluations; sample i starts from noise that depends only on (key, i).
+) -> tuple[Float[Array, "b *event"], Int[Array, " b"]]:
+    """Returns samples, and for each the number of velocity evaluations, for `flowgen.backend.by_rows`.
 
+    shared: the network's variables, and the key; sample i starts from noise that depends only on (key, i).
     distribution: the distribution of x0, by its name in `PointsConfig`; None means Gaussian noise.
 
     Example:
-        settings = {"matching": MatchingConfig(), "sampling": SolverConfig()}
-        x, evaluations = draw_by_solver(network, params, key, jnp.arange(4), None, distribution=None, **settings)
+        settings = {"distribution": None, "matching": MatchingConfig(), "sampling": SolverConfig()}
+        x, evaluations = by_rows(draw_by_solver, (params, key), np.arange(4), None, network=network, **settings)
     """
+    variables, key = shared
     keys = jax.vmap(partial(jax.random.fold_in, key))(indices)
     if distribution is None:
         x0 = jax.vmap(lambda key: jax.random.normal(key, network.config.event_shape))(keys)
@@ -86,11 +87,12 @@ def draw_by_solver(
         def average(t, x, cond, interval):
             return network.apply(variables, t, x, cond, interval)
 
-        return integrate_mean(average, x0, labels, num_steps=sampling.num_steps)
+        x, evaluations = integrate_mean(average, x0, labels, num_steps=sampling.num_steps)
+        return x, jnp.full(len(x), evaluations)
     velocity = velocity_field(network, variables, matching)
     if sampling.guidance:
         velocity = guided(velocity, UNCONDITIONAL, weight=sampling.guidance, interval=sampling.guidance_interval)
-    return integrate(
+    x, evaluations = integrate(
         velocity,
         x0,
         labels,
@@ -100,3 +102,4 @@ def draw_by_solver(
         rtol=sampling.rtol,
         atol=sampling.atol,
     )
+    return x, jnp.full(len(x), evaluations)

@@ -22,6 +22,7 @@ from flowgen.experiments.autoregressive import (
     FlowDrawOptions,
     FlowEvaluateOptions,
     chosen_texts,
+    decoded_by_all,
     decoding_line,
 )
 from flowgen.experiments.clips import (
@@ -37,7 +38,7 @@ from flowgen.experiments.clips import (
     with_noise,
 )
 from flowgen.experiments.debug import debug_clips, debug_flow, debug_run
-from flowgen.experiments.drawing import draw_in_batches
+from flowgen.experiments.drawing import AT_ONCE, draw_in_batches, on_devices
 from flowgen.experiments.experiment import Samples
 from flowgen.experiments.latents import flow_dataset, pixel_dataset
 from flowgen.experiments.plots import strips
@@ -184,18 +185,23 @@ class VideoFlowExperiment(AutoregressiveExperiment):
         given, restarts = clip.given, clip.restart_cond
         noisy = None if given is None else with_noise(flow, given, key, numbers)
         restarts = chosen_texts(restarts, numbers) if isinstance(restarts, TextCondition) else restarts
-        result = sample(
-            flow,
-            variables,
-            key,
-            numbers,
-            cond,
-            plan=self.sampling.to_plan(),
-            guidance=guidance or self.guidance(flow),
-            denoise=self._denoiser(flow, variables),
-            clip=dataclasses.replace(clip, given=noisy, restart_cond=restarts),
-            certify=certify,
-        )
+
+        def decode(variables, numbers, cond, clip):
+            return sample(
+                flow,
+                variables,
+                key,
+                numbers,
+                cond,
+                plan=self.sampling.to_plan(),
+                guidance=guidance or self.guidance(flow),
+                denoise=self._denoiser(flow, variables),
+                clip=clip,
+                certify=certify,
+            )
+
+        clip = dataclasses.replace(clip, given=noisy, restart_cond=restarts)
+        result = decoded_by_all(decode, variables, numbers, cond, clip)
         latents = np.array(result.x)
         if given is not None:
             latents[:, : given.shape[1]] = given
@@ -217,6 +223,7 @@ class VideoFlowExperiment(AutoregressiveExperiment):
         clip = self._clip(flow, options)
         conditions, about = self.asked(flow, options.classes)
         clip = dataclasses.replace(clip, restart_cond=self._restart_texts(flow), progress=progress)
+        variables = on_devices(variables, min(options.batch or AT_ONCE, self.sampling.num))
         draw_batch = partial(
             self.draw_batch, flow, variables, guidance=self.guidance(flow), clip=clip, certify=options.certify
         )

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Generator, Iterator, Mapping
+from collections.abc import Callable, Generator, Iterator, Mapping, Sequence
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -37,7 +37,7 @@ class Job:
     sample(variables) -> uint8 image `height width 3`. optims: separate optimizers for parameter groups, keyed by
     the groups' top-level names. inventory: a summary of the data, which is logged and saved with the run.
     tokens(batch) -> the number of tokens in a batch, for reports on speed. profile: the number of steps to trace for a
-    profiler; 0 for none.
+    profiler; 0 for none. devices: this process's devices to train on; None means all of them.
     """
 
     init: Callable[[jax.Array], Any]
@@ -50,6 +50,7 @@ class Job:
     inventory: Inventory | None = None
     tokens: Callable[[Any], int] | None = None
     profile: int = 0
+    devices: Sequence[jax.Device] | None = None
 
 
 class Result(NamedTuple):
@@ -99,7 +100,7 @@ def train(
     Example:
         result = train(job, "runs/digits", optim=optim, train=train, log=log, config={}, check_config=print)
     """
-    parallel = DataParallel()
+    parallel = DataParallel(job.devices)
     parallel.check_batch(train)
     check_packages(log)
     step = make_step(job.objective, optim, steps=train.steps, accumulation=train.accumulation, others=job.optims)

@@ -22,7 +22,7 @@ from flowgen.training.step import AXIS, Step
 class DataParallel:
     """Data parallelism: each of this process's devices has a copy of the state and gets a share of the batch.
 
-    Arrays on devices have a leading device axis, as pmap expects. `devices` is for tests; None means all local devices.
+    Arrays on devices have a leading device axis, as pmap expects. devices: None means all local devices.
 
     Example:
         parallel = DataParallel()

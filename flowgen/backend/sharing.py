@@ -1,0 +1,176 @@
+"""Batches that the devices of this host share: every device computes its own rows, and sends nothing to the others.
+
+The compiler would also divide the rows of a program, but it exchanges rows to concatenate or reorder a batch, and asks
+all devices whether a loop is done. A token loop runs such a step for every token.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable
+from functools import partial
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax import lax
+from jax.core import Tracer
+from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec, get_abstract_mesh
+from jaxtyping import Array, PyTree
+
+AXIS = "rows"
+WHOLE = PartitionSpec()
+# On a CPU, fewer rows hardly save time in a token loop, which then mostly starts operations.
+MIN_ROWS_ON_CPU = 4
+_CONFIG: Any = jax.config  # whose attributes are not typed
+
+
+def make_core_devices() -> bool:
+    """Makes one CPU device per core that this process may use; returns whether it did.
+
+    It does nothing if the environment sets the number of CPU devices, if jax already runs, or if it runs in several
+    processes. Only programs that own their process call it: jax fixes the number of devices when it starts.
+    """
+    chosen = _CONFIG.jax_num_cpu_devices >= 0 or "host_platform_device_count" in os.environ.get("XLA_FLAGS", "")
+    if chosen or jax.distributed.is_initialized():
+        return False
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    try:
+        jax.config.update("jax_num_cpu_devices", cores)
+    except RuntimeError:  # jax has started, for example in a module that the user imports.
+        return False
+    return True
+
+
+def devices_for(rows: int) -> list[jax.Device]:
+    """Returns the devices of this host that share a batch of this many rows.
+
+    This is one device inside `jax.default_device`. On CPUs, each device gets at least four rows, so that a small batch
+    stays on one device.
+    """
+    if _CONFIG.jax_default_device is not None:
+        return jax.local_devices()[:1]
+    devices = jax.local_devices()
+    least = MIN_ROWS_ON_CPU if devices[0].platform == "cpu" else 1
+    return devices[: max(1, rows // least)]
+
+
+def sharing(rows: int, variables: PyTree = None) -> Mesh | None:
+    """Returns the mesh of the devices that share a batch of this many rows; None for a single device.
+
+    It is None too if the caller has divided the variables over devices, because their placement decides.
+    """
+    devices = devices_for(rows)
+    if len(devices) == 1 or not all(_is_whole(x) for x in jax.tree.leaves(variables)):
+        return None
+    return Mesh(np.array(devices), (AXIS,))
+
+
+def share_rows(tree: PyTree, mesh: Mesh | None) -> PyTree:
+    """Returns arrays with their rows divided over a mesh; rows are repeated until all devices have the same number.
+
+    Returns the tree unchanged if the mesh is None.
+    """
+    if mesh is None:
+        return tree
+    rows = NamedSharding(mesh, PartitionSpec(AXIS))
+
+    def share(x):
+        size = -(-len(x) // mesh.size) * mesh.size
+        return jax.device_put(x if size == len(x) else x[np.resize(np.arange(len(x)), size)], rows)
+
+    return jax.tree.map(share, tree)
+
+
+def copies(variables: PyTree, mesh: Mesh | None) -> PyTree:
+    """Returns the variables on all devices of a mesh; CPU devices share their memory. None leaves them unchanged."""
+    if mesh is None:
+        return variables
+    whole, first = NamedSharding(mesh, WHOLE), mesh.devices.flat[0]
+
+    def copy(x):
+        if isinstance(x, jax.Array) and x.sharding == whole:
+            return x
+        if first.platform == "cpu" and not (isinstance(x, jax.Array) and _is_key(x)):
+            # jax copies a device array to every device, but all devices use a numpy view of its memory in place.
+            x = np.asarray(jax.device_put(x, first))
+        return jax.device_put(x, whole)
+
+    with jax.ensure_compile_time_eval():  # Inside jit, the variables of an outer function.
+        return jax.tree.map(copy, variables)
+
+
+def by_rows(fn: Callable[..., PyTree], shared: PyTree, *rows: PyTree, **static: Any) -> PyTree:
+    """Returns fn(shared, *rows, **static) as numpy arrays, computed by all devices of this host, each on its own rows.
+
+    fn: a function of a module, compiled for each `static`. Row i of its results must depend only on row i of `rows`.
+    shared: what all rows need, such as variables and a key.
+
+    Example:
+        features = by_rows(_features, variables, images, network=network)
+    """
+    count = len(jax.tree.leaves(rows)[0])
+    mesh = sharing(count, shared)
+    run = partial(_by_rows, fn=fn, mesh=mesh, static=tuple(static.items()))
+    return jax.tree.map(lambda x: np.asarray(x)[:count], run(copies(shared, mesh), share_rows(rows, mesh)))
+
+
+@partial(jax.jit, static_argnames=("fn", "mesh", "static"))
+def _by_rows(shared, rows, *, fn, mesh, static):
+    def run(shared, rows):
+        return fn(shared, *rows, **dict(static))
+
+    return run(shared, rows) if mesh is None else on_own_rows(run, mesh, (WHOLE, PartitionSpec(AXIS)))(shared, rows)
+
+
+def on_own_rows(fn: Callable[..., PyTree], mesh: Mesh, specs: Any, axis: Any = AXIS) -> Callable[..., PyTree]:
+    """Returns fn, run by every device of a mesh on its own rows of the arguments.
+
+    specs: for each argument, a tree of `WHOLE` and of `PartitionSpec(axis)`. All results have rows.
+    """
+    return jax.shard_map(fn, mesh=mesh, in_specs=specs, out_specs=PartitionSpec(axis), check_vma=False)
+
+
+def rows_mesh(x: Any, variables: PyTree = None) -> tuple[Mesh, Any] | None:
+    """Returns the mesh whose automatic axes divide the rows of an array on this host's devices, and these axes.
+
+    It is None for other arrays, inside jit, and if the variables are divided too.
+    """
+    sharding = None if isinstance(x, Tracer) else getattr(x, "sharding", None)
+    if not isinstance(sharding, NamedSharding) or not x.is_fully_addressable:
+        return None
+    spec, mesh = tuple(sharding.spec), sharding.mesh
+    if not spec or spec[0] is None or any(spec[1:]) or any(kind is not AxisType.Auto for kind in mesh.axis_types):
+        return None
+    return (mesh, spec[0]) if all(_is_whole(leaf) for leaf in jax.tree.leaves(variables)) else None
+
+
+def rows_on_device(x: Array) -> int:
+    """Returns how many rows of an array a device has."""
+    divided = rows_mesh(x)
+    return len(x) if divided is None else x.sharding.shard_shape(x.shape)[0]
+
+
+def on_first_device(call: Callable[..., None], *args: Array) -> None:
+    """Calls `call`, which reports to the host, on one of the devices that run a mapped program."""
+    axes = get_abstract_mesh().manual_axes
+    if not axes:
+        return call(*args)
+    first = jnp.stack([lax.axis_index(axis) == 0 for axis in axes]).all()
+    return lax.cond(first, lambda *args: call(*args), lambda *args: None, *args)
+
+
+def _is_whole(x: Any) -> bool:
+    """Whether every device that has an array has all of it; on a mesh with explicit axes, the caller decides."""
+    if not isinstance(x, jax.Array):
+        return True
+    if isinstance(x, Tracer):
+        return False
+    mesh = x.sharding.mesh if isinstance(x.sharding, NamedSharding) else None
+    explicit = mesh is not None and AxisType.Explicit in mesh.axis_types
+    return x.is_fully_addressable and x.sharding.is_fully_replicated and not explicit
+
+
+def _is_key(x: jax.Array) -> bool:
+    return jnp.issubdtype(x.dtype, jax.dtypes.prng_key)
