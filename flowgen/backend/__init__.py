@@ -1,8 +1,9 @@
-"""Device-specific code and compiler workarounds, each in a function that says why. Imports nothing from flowgen.
+"""Device-specific code and compiler workarounds, each in a function that says why. Imports only `flowgen.huge_pages`.
 
 Formulas elsewhere are the same for every device. The code here affects speed, memory and rounding, but nothing else.
 """
 
+from flowgen.backend.activations import LayerForm, Machine, Remat, layer_form, this_machine
 from flowgen.backend.devices import (
     HIGHEST,
     IMAGES_AT_ONCE,
@@ -42,12 +43,15 @@ from flowgen.backend.meshes import (
 __all__ = [
     "HIGHEST",
     "IMAGES_AT_ONCE",
+    "LayerForm",
     "MAX_CAUSAL_SLICES",
     "MAX_LOGITS",
     "MIN_CAUSAL_SLICE",
     "PIXELS_AT_ONCE",
     "TEXTS_AT_ONCE",
+    "Machine",
     "OnMeshes",
+    "Remat",
     "alike_rows",
     "attention_implementation",
     "call_host",
@@ -59,6 +63,7 @@ __all__ = [
     "in_parts",
     "keep_axes",
     "keep_rows",
+    "layer_form",
     "map_axes",
     "must_wait",
     "nan_if",
@@ -68,6 +73,7 @@ __all__ = [
     "queries_at_once",
     "samples_at_once",
     "take_rows",
+    "this_machine",
     "unit_lower_inverse",
     "varies",
     "varying",
