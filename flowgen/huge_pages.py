@@ -134,7 +134,11 @@ def _at_start(variable: str) -> str | None:
 def _asks_for_them() -> bool:
     """Returns whether the mapping of a large block from malloc has the flag "hg"; True if the kernel does not tell."""
     libc = ctypes.CDLL(None)
-    libc.malloc.argtypes, libc.malloc.restype, libc.free.argtypes = [ctypes.c_size_t], ctypes.c_void_p, [ctypes.c_void_p]
+    libc.malloc.argtypes, libc.malloc.restype, libc.free.argtypes = (
+        [ctypes.c_size_t],
+        ctypes.c_void_p,
+        [ctypes.c_void_p],
+    )
     address, inside = libc.malloc(BLOCK), False
     try:
         for line in Path("/proc/self/smaps").read_text(errors="replace").splitlines():

@@ -43,12 +43,12 @@ from flowgen.backend.meshes import (
 __all__ = [
     "HIGHEST",
     "IMAGES_AT_ONCE",
-    "LayerForm",
     "MAX_CAUSAL_SLICES",
     "MAX_LOGITS",
     "MIN_CAUSAL_SLICE",
     "PIXELS_AT_ONCE",
     "TEXTS_AT_ONCE",
+    "LayerForm",
     "Machine",
     "OnMeshes",
     "Remat",

@@ -12,6 +12,9 @@ from flowgen import huge_pages
 Remat = Literal["auto"] | bool
 # A stack stores at most this share of the memory: flows have up to about ten stacks, mostly smaller than the last.
 SHARE_OF_MEMORY = 1 / 16
+# Most layers that a program contains one by one. Compilation and code grow with them: on two cores, a gradient through
+# 8 layers was as fast as with recomputation, and one through 24 layers took 1.4 times as long, and 20 s to compile.
+MAX_ONE_BY_ONE = 4
 
 
 class Machine(NamedTuple):
@@ -35,23 +38,22 @@ class LayerForm(NamedTuple):
     one_by_one: bool
 
 
-def layer_form(remat: Remat, stored_bytes: int, machine: Machine | None = None) -> LayerForm:
+def layer_form(remat: Remat, num_layers: int, stored_bytes: int, machine: Machine | None = None) -> LayerForm:
     """Returns the form of a stack that would store `stored_bytes` of activations; results differ only in rounding.
 
-    remat: "auto" stores activations where that is known to be faster: on a CPU with huge pages, if they fit.
-    machine: the one that this process runs on, by default.
+    remat: "auto" stores activations where that was measured to be faster: in stacks of few layers, on a CPU with huge
+    pages, if they fit. machine: the one that this process runs on, by default.
 
-    Accelerators loop over the layers. On CPUs, stored activations are not stacked over the layers, because writing the
-    stacks takes longer than all else that a loop saves. Without huge pages, storing takes longer than recomputing. If
-    several processes train together, all of them must compile the same program, whatever their pages.
+    Accelerators always loop over the layers. On CPUs, few layers are compiled one by one if their activations are
+    stored, because a loop would write these into stacked arrays. Without huge pages, storing takes longer than
+    recomputing. Processes that train together must compile the same program, whatever their pages.
     """
     machine = this_machine() if machine is None else machine
-    if machine.platform != "cpu":
-        return LayerForm(recompute=remat is not False, one_by_one=False)
+    few = machine.platform == "cpu" and num_layers <= MAX_ONE_BY_ONE
     if remat == "auto":
-        fits = isinstance(stored_bytes, int) and stored_bytes <= SHARE_OF_MEMORY * machine.memory
-        remat = not (fits and machine.huge_pages and machine.processes == 1)
-    return LayerForm(recompute=remat, one_by_one=not remat)
+        fits = isinstance(stored_bytes, int) and stored_bytes <= SHARE_OF_MEMORY * machine.memory  # else symbolic
+        remat = not (few and fits and machine.huge_pages and machine.processes == 1)
+    return LayerForm(recompute=remat, one_by_one=few and not remat)
 
 
 def this_machine() -> Machine:

@@ -33,6 +33,7 @@ def fields_help() -> str:
 
 def run(options: argparse.Namespace, rest: list[str]) -> int:
     """Runs the command and returns its exit code."""
+    from flowgen import backend, huge_pages
     from flowgen.cli.grammar import load_experiment
     from flowgen.experiments import fit
     from flowgen.training import Interrupted, Signals
@@ -48,6 +49,8 @@ def run(options: argparse.Namespace, rest: list[str]) -> int:
             say(f"{experiment.name}: {parameters:,} parameters, {experiment.train.steps} steps")
             if options.debug:
                 say(DEBUG)
+            if backend.platform() == "cpu" and (problem := huge_pages.why_absent()):
+                say(f"No huge pages, with which flows train faster on CPUs: {problem}.")
             result = fit(experiment, options.workdir, signals=signals)
         except Interrupted as stop:
             say("Stopped before the first step; nothing is lost. Run the same command to start over.")

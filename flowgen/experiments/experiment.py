@@ -23,7 +23,10 @@ from flowgen.training.options import check_warmups
 
 # Fields that a resumed run may change: they do not affect the checkpoint's contents or the data seen so far. (Frozen
 # networks are compared by digest, not by path. Class names are compared separately.)
-RESUMABLE = ("name", "train.steps", "log.", "sampling.", "reference", "codec.path", "text.encoder", "data.classes")
+RESUMABLE = (
+    *("name", "train.steps", "log.", "sampling.", "reference", "codec.path", "text.encoder", "data.classes"),
+    "model.remat",
+)
 
 
 class Samples(NamedTuple):

@@ -49,7 +49,7 @@ class TARFlowConfig(ImageTokens):
     noise_std: σ of the Gaussian training noise; 0 means uniform dequantisation.
     dtype: dtype of matrix products and activations; parameters, affine maps and log-determinants are at least float32.
     remat: whether to recompute activations in the backward pass instead of storing them, which saves memory; "auto"
-    stores them on CPUs with huge pages, where that is faster.
+    stores them in blocks of few layers on CPUs with huge pages, where that is faster.
     """
 
     image_size: Side | tuple[Side, Side]

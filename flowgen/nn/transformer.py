@@ -135,7 +135,8 @@ class LayerStack(nn.Module):
         self, h: Float[Array, "b n d"], caches: None, start: Slot, inverse_temperature: Scale, rotation: Rotation
     ) -> tuple[Float[Array, "b n d"], None]:
         config = self.config
-        form = layer_form(config.remat, config.num_layers * activation_bytes(config, *h.shape[:2]))
+        stored = config.num_layers * activation_bytes(config, *h.shape[:2])
+        form = layer_form(config.remat, config.num_layers, stored)
         layers = nn.scan(
             nn.remat(TransformerLayer, prevent_cse=False) if form.recompute else TransformerLayer,
             variable_axes={"params": 0},
@@ -187,8 +188,8 @@ def transformer_stack(config: TransformerConfig) -> nn.Module:
 def activation_bytes(config: TransformerConfig, batch: int, n: int) -> int:
     """Returns about how many bytes of activations one layer stores for the backward pass, in float32.
 
-    A token has 8 vectors outside the MLP, 5 in its hidden layer, and two times its attention logits. XLA's plans for a
-    CPU agree to 5 %.
+    A token has 8 vectors outside the MLP, 5 in its hidden layer, and two times its attention logits. For two shapes,
+    XLA's plans for a CPU agree to 5 %.
     """
     return 4 * batch * n * ((8 + 5 * config.expansion) * config.width + 2 * config.num_heads * n)
 
