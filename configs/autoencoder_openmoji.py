@@ -1,8 +1,8 @@
-"""Autoencoder for 64x64 OpenMoji images with 16x16x4 latents, for configs/starflow_openmoji.py; uses one accelerator.
+"""Autoencoder for 64x64 OpenMoji images with 16x16x4 latents, for configs/starflow_openmoji.py. Uses one accelerator.
 
     python train.py --config configs/autoencoder_openmoji.py --workdir runs/autoencoder_openmoji
 
-Needs pip install -e ".[train,datasets]". We have not measured it yet, so there is no expected metric.
+Needs pip install -e ".[train,datasets]". We have not measured this config yet, so there is no expected metric.
 """
 
 from flowgen.codecs import AutoencoderConfig

@@ -5,7 +5,7 @@
         --data Latents --data.path latents
 
 codec.path is the folder of a published autoencoder. `reference` gives the published FID for 50,000 samples and a
-decoder fine-tuned on noisy latents. We have not measured it.
+decoder fine-tuned on noisy latents. We have not measured this metric.
 """
 
 import dataclasses

@@ -1,4 +1,4 @@
-"""STARFlow 3B, text to 256x256 images, as released (arXiv 2506.06276), with 3,858,281,544 parameters and 1024 tokens.
+"""STARFlow 3B, text to 256x256 images, as released (arXiv 2506.06276), with 3,858,281,544 parameters and 1,024 tokens.
 
     python train.py --config configs/starflow_t2i_256.py --workdir runs/t2i --data.path IMAGES_WITH_CAPTIONS
     python -m flowgen convert starflow_3B_t2i_256x256.pth --arguments starflow_3B_t2i_256x256.yaml --to runs/t2i \\
@@ -6,8 +6,8 @@
     python sample.py --checkpoint runs/t2i --prompt "a cat" --aspect 1:1 --guidance 3.6
 
 codec.path and text.encoder are folders of published networks. Parameters, moments and average are not sharded yet, so
-they take 62 GB on each device in float32. `reference` gives the paper's FID-30K on COCO; its model was trained on more
-data than CC12M. We have not measured it.
+they take 62 GB on each device in float32. `reference` gives the paper's FID-30K on COCO; the paper's model was trained
+on more data than CC12M. We have not measured this metric.
 """
 
 import dataclasses

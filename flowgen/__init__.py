@@ -40,7 +40,6 @@ _PACKAGES = (
     "experiments",
     "flows",
     "matching",
-    "models",
     "nn",
     "runs",
     "text",

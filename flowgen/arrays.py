@@ -73,7 +73,7 @@ def shown(value: Any) -> str:
 def at_least_float32(name: str, x: Any) -> jax.Array:
     """Returns a floating-point array, converted to float32 if its precision is lower.
 
-    Raises what `check_floating` raises.
+    Raises the same errors as `check_floating`.
 
     Example:
         x = at_least_float32("x", x)

@@ -21,7 +21,7 @@ def load(
 ) -> tuple[Any, Any, Experiment]:
     """Returns (model, variables, experiment) of a run.
 
-    step: a step number, "best" (the lowest evaluated bits/dim or sample distance), or None for the latest.
+    step: a step number, "best" (that with the lowest evaluated bits/dim or sample distance), or None for the latest.
     ema: whether to use the averaged parameters, if the run has them.
     model: the model that was given to `fit`; None means the experiment's own.
 
@@ -88,7 +88,7 @@ def _choose(reader: CheckpointReader, run_dir: str | Path, step: int | str | Non
     steps = reader.steps()
     if not steps:
         reader.check_not_broken()
-        raise FileNotFoundError(f"{run_dir} has no checkpoint yet; train the run first, or give another one.")
+        raise FileNotFoundError(f"{run_dir} has no checkpoint yet; train the run first, or give another run.")
     if step is None:
         return steps[-1]
     if step == "best":

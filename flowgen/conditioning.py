@@ -14,7 +14,7 @@ UNCONDITIONAL = -1
 
 
 class TextCondition(NamedTuple):
-    """Texts encoded by a frozen encoder: the features of each token, and a mask that is True for tokens, not padding.
+    """Texts encoded by a frozen encoder: features of each token, and a mask, True for tokens and False for padding.
 
     Example:
         cond = TextCondition(encoder(ids), mask=ids != 0)
@@ -53,7 +53,7 @@ def drop_texts(key: Key[Array, ""], texts: TextCondition, null: TextCondition, r
 
 
 def broadcast_text(text: TextCondition, batch: int) -> TextCondition:
-    """Repeats a single text for every sample in a batch; returns one text per sample unchanged."""
+    """Returns one text per sample of a batch: repeats a single text, and leaves a whole batch of texts unchanged."""
     return TextCondition(*(jnp.broadcast_to(part, (batch, *part.shape[1:])) for part in text))
 
 

@@ -64,7 +64,9 @@ def read_json(path: PathLike, *, most: int = MAX_BYTES, fix: str = "get the file
 
 
 def parse_json(content: bytes) -> Any:
-    """Parses JSON in UTF-8 bytes. Raises ValueError in the same cases as `read_json`, without the name of a file.
+    """Parses JSON in UTF-8 bytes.
+
+    Raises ValueError for the same invalid content as `read_json`, but the message does not name a file.
 
     Example:
         header = parse_json(content[8 : 8 + length])
@@ -93,8 +95,8 @@ def check_depth(content: bytes) -> None:
 def read_yaml(path: PathLike, *, fix: str = "get the file again") -> Any:
     """Returns the content of a YAML file: strings, numbers, lists and mappings.
 
-    Raises what `read_json` raises, and ValueError if the file has aliases, tags or a string of more than 4,096
-    characters, or is larger than 64 KiB.
+    Raises the same errors as `read_json`. Also raises ValueError if the file has aliases, tags or a string of more than
+    4,096 characters, or is larger than 64 KiB.
 
     Example:
         arguments = read_yaml("starflow_3B_t2i_256x256.yaml")["arguments"]

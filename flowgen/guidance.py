@@ -60,7 +60,8 @@ class Guidance:
     """What guidance changes in a flow, in which blocks, and how strongly. Scale 0 turns it off at no cost.
 
     A pytree of scale, temperature and null, so these three can change without recompiling. Inside jit, scale and
-    temperature may also be traced scalars; a traced value is not checked.
+    temperature may also be traced scalars, which are not checked. If the attention has no temperature, build the
+    Guidance inside jit, because an argument of jit has a traced temperature.
 
     scale: the weight w in c + w (c - u), at least 0; `flowgen.matching.guided` calls it `weight`.
     rule: "linear" or "product".
@@ -89,7 +90,8 @@ class Guidance:
         for name, annotation in hints_of(Guidance).items():
             value = getattr(self, name)
             if not isinstance(value, Tracer):
-                object.__setattr__(self, name, settings.check(annotation, value, path=name))
+                known = _KNOWN.get(name, annotation)
+                object.__setattr__(self, name, settings.check(known, value, path=name))
             elif value.shape:
                 raise ValueError(f"{name} has shape {value.shape}; it must be a scalar.")
         if self.rule == "product" and self.parts != "both":
@@ -114,6 +116,8 @@ class Guidance:
         )
 
 
+# What scale and temperature may be if they are not traced.
+_KNOWN = {"scale": NonNegative, "temperature": Positive}
 _TRACED = ("scale", "temperature", "null")
 _STATIC = tuple(field.name for field in fields(Guidance) if field.name not in _TRACED)
 
@@ -123,7 +127,7 @@ def _flatten(guidance: Guidance) -> tuple[tuple[Any, ...], tuple[Any, ...]]:
 
 
 def _unflatten(static: tuple[Any, ...], traced: tuple[Any, ...]) -> Guidance:
-    guidance = object.__new__(Guidance)  # jax also builds pytrees of placeholders, which no check would pass.
+    guidance = object.__new__(Guidance)  # jax also builds pytrees of placeholders, which would fail the checks.
     for name, value in zip((*_TRACED, *_STATIC), (*traced, *static), strict=True):
         object.__setattr__(guidance, name, value)
     return guidance

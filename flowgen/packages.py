@@ -7,7 +7,7 @@ from types import ModuleType
 
 
 def need(module: str, purpose: str, package: str = "") -> ModuleType:
-    """Returns the imported module, or raises the error of `missing` if it is not installed.
+    """Imports and returns a module. If it is not installed, raises the error that `missing` makes.
 
     package: the name on the package index, if it differs from the module's.
 

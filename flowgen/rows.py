@@ -48,9 +48,10 @@ class Rows(struct.PyTreeNode):
         return tuple(self.replace(key=key) for key in jax.random.split(self.key, num))
 
     def draw(self, fn: Callable[..., Any], *arrays: Any) -> Any:
-        """Calls fn on every row, with its key and its part of each array, and stacks the results; all are pytrees.
+        """Calls fn on every row, with the row's key and its part of each array, and stacks the results.
 
-        fn sees batches of one, so a function (key, batch) -> batch can be passed directly.
+        Arrays and results can be pytrees. fn sees batches of one, so a function (key, batch) -> batch can be passed
+        directly.
         """
 
         def one(position, parts):
@@ -60,7 +61,7 @@ class Rows(struct.PyTreeNode):
         return on_mesh_of(lambda *rows: jax.vmap(one)(*alike_rows(rows)), self.positions, arrays)
 
     def draw_whole(self, fn: Callable[[Key[Array, ""], int], Any]) -> Any:
-        """Draws fn(key, size) for the whole batch, the same on every device, and returns these rows of it."""
+        """Calls fn(key, size) for the whole batch, the same on every device, and returns the part for these rows."""
         return jax.tree.map(lambda x: x[self.positions], fn(self.key, self.size))
 
     def part_key(self) -> Key[Array, ""]:
@@ -86,7 +87,7 @@ class Rows(struct.PyTreeNode):
         return jax.tree.map(lambda x: lax.dynamic_slice_in_dim(x, start, num), tree)
 
     def mean(self, tree: Any) -> Any:
-        """Averages a mean over these rows across devices; with equal shares, this is the mean over the whole batch."""
+        """Averages the devices' means over their rows. With equal shares, this is the mean over the whole batch."""
         return tree if self.axis_name is None else lax.pmean(tree, self.axis_name)
 
 

@@ -251,7 +251,7 @@ def test_train_script_refuses_in_one_line(tmp_path):
 
 
 def test_numbers_that_are_not_finite_have_their_own_exit_code(monkeypatch, tmp_path):
-    def fit(experiment, workdir, signals):
+    def fit(experiment, workdir, signals, profile):
         raise FloatingPointError("Step 3 has loss nan.")
 
     monkeypatch.setattr("flowgen.experiments.fit", fit)
@@ -260,7 +260,7 @@ def test_numbers_that_are_not_finite_have_their_own_exit_code(monkeypatch, tmp_p
 
 
 def test_a_bug_of_ours_keeps_its_traceback(monkeypatch, tmp_path):
-    def fit(experiment, workdir, signals):
+    def fit(experiment, workdir, signals, profile):
         raise TypeError("unsupported operand")
 
     monkeypatch.setattr("flowgen.experiments.fit", fit)

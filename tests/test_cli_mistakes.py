@@ -205,7 +205,7 @@ MISTAKES = {
     f"{SAMPLE} run --seed 4294967296": r"--seed is 4294967296; it must be from 0 to 4294967295",
     # Outputs.
     "sample --checkpoint run --out file.txt/a.png": r"Cannot write 'file\.txt/a\.png': 'file\.txt' is a file, not a f",
-    "sample --checkpoint run --out empty": r"the path 'empty' must end in one of \.png",
+    "sample --checkpoint run --out empty": r"--out is 'empty'; it must end in one of \.png",
     "sample --checkpoint run --out a.gif": r"--out is a\.gif, but this model does not draw videos; use \.png",
     "sample --checkpoint run --single mine": r"mine already exists; give another directory",
     "sample --checkpoint run --out a.png --single a.png": r"--single and --out are both a\.png; give --single",

@@ -40,6 +40,7 @@ DIGITS = Path(__file__).parent.parent / "configs/tarflow_digits.py"
 UNUSUAL = FlowExperiment(
     name="unusual",
     model=TARFlowConfig(
+        attention_implementation="xla",
         image_size=(12, 20),
         channels=4,
         patch_size=2,

@@ -176,8 +176,10 @@ def test_evaluation_says_how_frames_move(run, capsys):
     assert "PSNR of noisy clips as they are" in printed
     assert "by the denoiser" in printed
     assert "frames of 4 samples: distance to the next" in printed
+    assert main(["evaluate", "--checkpoint", str(run), "--data.images-fraction=0.2"]) == 2
+    assert "--data.images_fraction has no effect in evaluate" in capsys.readouterr().err
     assert main(["evaluate", "--checkpoint", str(run), "--data.drop_first", "0.2"]) == 2
-    assert "--data.drop_first has no effect in evaluate, which takes whole clips alone" in capsys.readouterr().err
+    assert "--data.drop_first has no effect in evaluate, which uses only whole clips" in capsys.readouterr().err
 
 
 @pytest.mark.slow

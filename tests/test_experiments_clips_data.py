@@ -11,6 +11,8 @@ from flowgen.cli import main
 from flowgen.data import ClipsConfig, DataConfig, LatentsConfig
 from flowgen.decoding import sample
 from flowgen.experiments import SamplingConfig, SpaceToDepth, TextConfig, clips, fit, video_flow
+from flowgen.experiments.autoregressive import FlowEvaluateOptions
+from flowgen.nn import init
 from flowgen.text import PromptTemplate
 from flowgen.training import TrainConfig
 
@@ -43,6 +45,16 @@ def test_images_come_in_the_fraction_of_batches_that_is_asked_for():
     assert stills / sum(dataset.shares) == pytest.approx(0.2)
     with pytest.raises(ValueError, match=r"images_fraction is 0.2, but images is not set"):
         ClipsConfig(images_fraction=0.2)
+
+
+def test_evaluation_opens_whole_clips_alone(tmp_path):
+    gone = DataConfig("folder", path=str(tmp_path / "gone"))
+    experiment = experiment_of(data=ClipsConfig(num=60, images=gone, drop_first=0.25))
+    assert experiment.dataset("all").event_shape[0] == 3
+    assert experiment.flow_dataset("eval").event_shape[0] == 3
+    flow = experiment.build()
+    lines = experiment.evaluate(flow, init(flow, jax.random.key(0)), FlowEvaluateOptions(split="train", batch=32))
+    assert "54 clips (train)" in " ".join(lines)
 
 
 def test_clips_without_their_first_frame_are_trained_on_as_often_as_asked():

@@ -13,7 +13,7 @@ from tolerances import NETWORK, assert_trees_close
 
 import flowgen
 from flowgen import backend, huge_pages
-from flowgen.backend import LayerForm, Machine
+from flowgen.backend import Host, LayerForm
 from flowgen.huge_pages import TUNABLE, VARIABLE, Pages
 
 PROJECT = Path(__file__).parent.parent
@@ -44,7 +44,7 @@ def test_who_has_huge_pages(name):
 
 
 GIB = 1 << 30
-HUGE = Machine("cpu", huge_pages=True, memory=16 * GIB)
+HUGE = Host("cpu", huge_pages=True, memory=16 * GIB)
 LOOP_RECOMPUTE, LOOP_STORE, ONE_BY_ONE = LayerForm(True, False), LayerForm(False, False), LayerForm(False, True)
 FORMS = {
     "huge pages": (("auto", 2, GIB), HUGE, ONE_BY_ONE),
@@ -63,8 +63,8 @@ FORMS = {
 
 @pytest.mark.parametrize("name", FORMS)
 def test_form_of_layers(name):
-    asked, machine, form = FORMS[name]
-    assert backend.layer_form(*asked, machine) == form
+    asked, host, form = FORMS[name]
+    assert backend.layer_form(*asked, host) == form
 
 
 FLOWS = {

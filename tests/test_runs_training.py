@@ -246,14 +246,18 @@ def test_an_evaluation_that_was_cut_off_is_made_up_for(whole, tmp_path, capsys, 
     assert_bitwise(arrays_of(workdir), arrays_of(whole))
 
 
-def test_a_disk_that_takes_no_more_is_told_in_one_sentence(whole, tmp_path):
+# What no longer fits: a checkpoint, or the metrics, of which a row for each step is longer.
+@pytest.mark.parametrize(
+    ("log_every", "failed"), [("5", "could not be saved"), pytest.param("1", "cannot be", marks=pytest.mark.slow)]
+)
+def test_a_disk_that_takes_no_more_is_told_in_one_sentence(log_every, failed, whole, tmp_path):
     workdir = tmp_path / "run"
-    process = start(workdir, "--limit-at", "12")
+    process = start(workdir, "--limit-at", "12", "--log-every", log_every)
     out, err = process.communicate(timeout=PATIENCE)
     assert (process.returncode, out) == (1, "")
     said = [line for line in err.splitlines() if not line.startswith(("step ", "Compiling "))]
     assert said == [line for line in said if line.startswith(("toy: ", "Step "))], err
-    assert "could not be saved" in said[-1]
+    assert failed in said[-1]
     assert "File too large" in said[-1]
     reader = CheckpointReader(workdir / CHECKPOINTS)
     assert reader.steps() == [5, 10]

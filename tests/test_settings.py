@@ -5,10 +5,12 @@ import json
 import sys
 from collections.abc import Callable
 from dataclasses import field
+from types import ModuleType
 from typing import Annotated, Any, Literal
 
 import jax
 import numpy as np
+import own_parts
 import pytest
 
 from flowgen.settings import (
@@ -311,8 +313,8 @@ def test_what_is_not_named_stays_the_same_object():
         (["--rates", "{'lr': 1}"], "--rates is a group; set one of --rates.lr, --rates.min_lr, --rates.steps."),
         (
             ["--shape", "square"],
-            "--shape is a group, and 'square' is not one of its types (did you mean Square?); give one of its types, "
-            "Circle, Square, or set one of --shape.radius.",
+            "--shape is a group, and 'square' is not one of its types (did you mean Square?); give Circle, Square, "
+            "or set one of --shape.radius.",
         ),
         (["--shape", "Square"], "shape.side is missing; give it a value."),
         (
@@ -352,11 +354,15 @@ def test_encoders_have_help_for_every_field(cls):
     assert all(help_of(cls).get(field.name, "").endswith(".") for field in dataclasses.fields(cls))
 
 
-def test_objects_are_found_by_name():
+def test_objects_are_found_by_name(monkeypatch):
+    elsewhere = ModuleType("elsewhere")  # a module that happens to be imported names what another one defines
+    elsewhere.mine = own_parts.softplus_kernel
+    monkeypatch.setitem(sys.modules, "elsewhere", elsewhere)
     assert resolve("numpy:ndarray.sum").__name__ == "sum"
     assert import_object("own_parts:Ordered").__name__ == "Ordered"
     assert name_of(np.linalg.norm) == "numpy.linalg:norm"
     assert name_of(jax.nn.silu) == "jax.nn:silu"  # defined in a module of jax that may move
+    assert name_of(own_parts.softplus_kernel) == "own_parts:softplus_kernel"
     assert name_of(json.dumps) is None
     assert name_of(lambda: None) is None
 

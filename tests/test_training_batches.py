@@ -62,12 +62,12 @@ OUTCOMES = {
     "nothing": (None, ["returned None"]),
     "a loss of each row": ((np.ones(8, np.float32), {}), ["loss is float32 of shape (8,)"]),
     "a whole loss": ((np.int32(1), {}), ["loss is int32 of shape ()"]),
-    "no metrics": ((LOSS, None), ["metrics are None", "dict"]),
-    "metrics in a list": ((LOSS, [1.0]), ["metrics are a list", "dict"]),
+    "no metrics": ((LOSS, None), ["metrics must be a dict, not None"]),
+    "metrics in a list": ((LOSS, [1.0]), ["metrics must be a dict, not a list"]),
     "a vector": ((LOSS, {"error": np.ones(3, np.float32)}), ["metric 'error' is float32 of shape (3,)"]),
     "a name": ((LOSS, {"error": "large"}), ["metric 'error' is 'large'"]),
     "a dict": ((LOSS, {"error": {"a": LOSS}}), ["metric 'error' is a dict"]),
-    "collections of nothing": ((LOSS, {}, None), ["collections are None", "dict"]),
+    "collections of nothing": ((LOSS, {}, None), ["collections must be a dict, not None"]),
 }
 
 

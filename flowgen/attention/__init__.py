@@ -1,6 +1,6 @@
-"""Attention on arrays `b n h k`. From flowgen, it imports only `flowgen.backend`.
+"""Attention on arrays `b n h k`. The only part of flowgen that this package imports is `flowgen.backend`.
 
-softmax        softmax_attention
+softmax        softmax_attention; fused: the kernels of GPUs and TPUs that can compute it
 frames         attention of video frames to nearby frames
 linear         linear_attention and its running state: init_state, prefill, step
 features       the feature maps of linear attention
@@ -70,11 +70,13 @@ from flowgen.attention.prefix import Features, LinearState, prefix_product
 from flowgen.attention.rotary import Rotary, rotary_grid, rotary_line, rotate
 from flowgen.attention.soft import gaussian_landmark_features, soft_attention
 from flowgen.attention.softmax import attend_heads, softmax_attention
+from flowgen.backend import AttentionPlan, attention_plan
 
 __all__ = [
     "CAUSAL_KERNEL_NAMES",
     "FEATURE_MAPS",
     "KERNELS",
+    "AttentionPlan",
     "Causal",
     "CausalKernel",
     "DeltaState",
@@ -95,6 +97,7 @@ __all__ = [
     "attend_features",
     "attend_heads",
     "attend_kv_window",
+    "attention_plan",
     "causal_kernel",
     "cosformer_attention",
     "cosformer_features",

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 from typing import NamedTuple
 
 import jax
@@ -20,7 +21,7 @@ from flowgen.attention.checks import check_floats
 from flowgen.attention.features import FeatureMap
 from flowgen.attention.kernels import KERNELS, Kernel, State, kernel
 from flowgen.attention.softmax import attend_in_parts, softmax_attention
-from flowgen.backend import keep_axes
+from flowgen.backend import Implementation, keep_axes
 
 
 class KVCache(NamedTuple):
@@ -94,7 +95,7 @@ def attend_kv_window(
 
 
 def _recurrent(kernel: Kernel) -> CausalKernel:
-    """Makes a causal kernel from a kernel with a running state. Its cache does not grow with the sequence."""
+    """Returns the causal kernel of a kernel with a running state; its cache does not grow with the sequence."""
     running = _Running(kernel)
     return CausalKernel(
         attend=running.attend,
@@ -130,9 +131,12 @@ class _Running:
 
 
 def _attend_causally(
-    q: Float[Array, "b n h k"], k: Float[Array, "b n g k"], v: Float[Array, "b n g d"]
+    q: Float[Array, "b n h k"],
+    k: Float[Array, "b n g k"],
+    v: Float[Array, "b n g d"],
+    implementation: Implementation = "auto",
 ) -> Float[Array, "b n h d"]:
-    return softmax_attention(q, k, v, is_causal=True)
+    return softmax_attention(q, k, v, is_causal=True, implementation=implementation)
 
 
 def _before(before: State, after: State) -> State:
@@ -154,10 +158,13 @@ SOFTMAX = CausalKernel(
 CAUSAL_KERNEL_NAMES = ("softmax", *KERNELS)
 
 
-def causal_kernel(attention: str | Kernel | FeatureMap | CausalKernel) -> CausalKernel:
+def causal_kernel(
+    attention: str | Kernel | FeatureMap | CausalKernel, implementation: Implementation = "auto"
+) -> CausalKernel:
     """Returns the causal kernel for a name, a kernel or a feature map; returns a `CausalKernel` unchanged.
 
-    Raises ValueError for an unknown name; the message lists the known ones.
+    implementation: what computes softmax attention of whole sequences; other kernels ignore it. Raises ValueError for
+    an unknown name; the message lists the known ones.
 
     Example:
         kernel = causal_kernel("softmax")
@@ -168,4 +175,8 @@ def causal_kernel(attention: str | Kernel | FeatureMap | CausalKernel) -> Causal
         raise ValueError(
             f"attention {attention!r} is not a causal kernel; choose one of {', '.join(CAUSAL_KERNEL_NAMES)}."
         )
-    return SOFTMAX if isinstance(attention, str) and attention == "softmax" else _recurrent(kernel(attention))
+    if not (isinstance(attention, str) and attention == "softmax"):
+        return _recurrent(kernel(attention))
+    if implementation == "auto":
+        return SOFTMAX
+    return SOFTMAX._replace(attend=partial(_attend_causally, implementation=implementation))

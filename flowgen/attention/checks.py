@@ -157,21 +157,21 @@ def check_pallas(block_size: int, segment_ids: Array | None) -> None:
 
 
 @contextmanager
-def errors_of_pallas() -> Generator[None]:
-    """Replaces JAX's errors about the Pallas kernel with clearer ones.
+def errors_of_kernel(name: str) -> Generator[None]:
+    """Replaces JAX's errors about a kernel with clearer ones. name: how the errors call it.
 
     Example:
-        with errors_of_pallas():
+        with errors_of_kernel("the Pallas kernel"):
             out, total = causal_product(q, k, v)
     """
     try:
         yield
     except (TypeError, ValueError) as error:
         if "custom_vjp" in str(error):
-            raise TypeError("the Pallas kernel has no forward-mode derivative; use implementation='xla'.") from error
+            raise TypeError(f"{name} has no forward-mode derivative; pass implementation='xla'.") from error
         if "axis_names" in str(error):
             raise ValueError(
-                "vmap cannot map the Pallas kernel over an explicit mesh axis; use implementation='xla', or fold "
-                "that axis into the batch."
+                f"vmap cannot map {name} over an explicit mesh axis; pass implementation='xla', or fold that axis into "
+                "the batch."
             ) from error
         raise

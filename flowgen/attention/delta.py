@@ -67,9 +67,9 @@ def gated_delta_rule(
     strength, between 0 and 1. log_decay: g ≤ 0, in nats per token; -inf forgets everything before the token, and None
     means no decay. The ranges of beta and log_decay are not checked.
 
-    Tokens within a chunk of `chunk_size` are processed in parallel (Yang et al., DeltaNet, arXiv 2406.06484), and the
-    chunks in order. The backward pass stores one state per chunk. n need not be a multiple of chunk_size. With `state`,
-    the call continues exactly where an earlier call or step ended.
+    Tokens within a chunk of `chunk_size` are processed in parallel (Yang et al., DeltaNet, arXiv 2406.06484), and
+    chunks are processed in order. The backward pass stores one state per chunk. n need not be a multiple of chunk_size.
+    With `state`, the call continues exactly where an earlier call or step ended.
 
     mask: True for tokens to keep. A masked token does not affect others, whatever its values: even its decay is
     ignored. Its output is what its query reads from the state before it.
@@ -211,7 +211,7 @@ def _unit(x: Array) -> Array:
 
 
 def _precision(given: _Tokens) -> jax.lax.Precision:
-    """Returns full precision for inputs of 32 bits or more, because some devices round the factors by default."""
+    """Returns full precision for inputs of 32 bits or more; by default, some devices round the factors."""
     narrow = jnp.finfo(jnp.result_type(given.q, given.k, given.v)).bits < 32
     return jax.lax.Precision.DEFAULT if narrow else jax.lax.Precision.HIGHEST
 

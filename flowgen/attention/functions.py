@@ -71,8 +71,8 @@ def cosformer_attention(
     """Returns cosFormer attention (arXiv 2202.08791), whose weights decrease with distance; see `cosformer_features`.
 
     eps: added to the sum of the weights. The released layer instead clamps this sum to at least 1e-6, which is the
-    same as eps=0 except for nearly empty rows. Its M is the larger of the two lengths. Raises ValueError if there
-    are more tokens than max_length.
+    same as eps=0 except for nearly empty rows. In that layer, M is the larger of the two lengths. Raises
+    ValueError if there are more tokens than max_length.
 
     Example:
         out = cosformer_attention(q, k, v, max_length=1024)

@@ -1,4 +1,4 @@
-"""Converts row-major tokens to images and back, for convolutions; keeps their sharding over a mesh."""
+"""Conversion of row-major tokens to images and back, for convolutions, with the same sharding over a mesh."""
 
 from __future__ import annotations
 

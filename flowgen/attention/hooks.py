@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 from typing import Literal
 
 import jax
@@ -21,13 +22,18 @@ from flowgen.attention.masks import own_keys
 from flowgen.attention.prefix import Features
 from flowgen.attention.soft import soft_attention
 from flowgen.attention.softmax import softmax_attention
+from flowgen.backend import Implementation
 
 # Query-key masks or key masks; axes of length 1 broadcast.
 Pairs = Bool[Array, "#b #h #n #m"] | None
 
 
 def make_attention_fn(
-    name: str | Kernel | FeatureMap, *, is_causal: bool | Causal = False, masks: Literal["pairs", "keys"] = "pairs"
+    name: str | Kernel | FeatureMap,
+    *,
+    is_causal: bool | Causal = False,
+    masks: Literal["pairs", "keys"] = "pairs",
+    implementation: Implementation = "auto",
 ) -> Callable[..., Array]:
     """Returns an `attention_fn` for Flax's multi-head attention modules that computes the named kernel.
 
@@ -46,8 +52,9 @@ def make_attention_fn(
       support it. In causal attention, keep it below 80, so that exp does not overflow. Without causal order, only
       the differences between biases matter.
     - A single query with a mask over several keys, as in decoding from Flax's cache, is never causal: the mask alone
-      says what the query sees. Retention and feature maps with positions then raise ValueError, because the query's
-      position is unknown.
+      determines what the query sees. Retention and feature maps with positions then raise ValueError, because the
+      query's position is unknown.
+    - implementation: what computes softmax attention, as in `softmax_attention`; other kernels ignore it.
     - dtype: the dtype to which query, key and value are converted. precision: the products are at least this precise.
 
     Functions made with equal arguments are equal, and they can be pickled. Raises ValueError for an unknown name. The
@@ -60,10 +67,10 @@ def make_attention_fn(
     if masks not in ("pairs", "keys"):
         raise ValueError(f"masks must be 'pairs' or 'keys', not {masks!r}.")
     if isinstance(name, str) and name in ("softmax", "soft"):
-        return _AttentionFn(name, is_causal, masks)
+        return _AttentionFn(name, is_causal, masks, implementation)
     if isinstance(name, str) and name not in KERNELS:
         raise ValueError(f"attention {name!r} is unknown; choose one of softmax, soft, {', '.join(KERNELS)}.")
-    return _AttentionFn(kernel(name), is_causal, masks)
+    return _AttentionFn(kernel(name), is_causal, masks, implementation)
 
 
 @dataclass(frozen=True, eq=False)
@@ -71,6 +78,7 @@ class _AttentionFn(ByFields):
     kernel: Literal["softmax", "soft"] | Kernel
     always_causal: bool | Causal
     masks: str
+    implementation: Implementation = "auto"
 
     def __call__(
         self,
@@ -114,7 +122,8 @@ class _AttentionFn(ByFields):
                 f"bias has shape {bias.shape}, but {_name(self.kernel)!r} attention supports no bias; leave it out."
             )
         if isinstance(self.kernel, str):
-            attend = softmax_attention if self.kernel == "softmax" else soft_attention
+            of_softmax = partial(softmax_attention, implementation=self.implementation)
+            attend = of_softmax if self.kernel == "softmax" else soft_attention
             # Both raise an error if given a `Causal`.
             return attend(q, k, v, mask=mask, is_causal=causal)  # ty: ignore[invalid-argument-type]
         return self.kernel.attend(q, k, v, mask=mask, is_causal=causal)

@@ -171,7 +171,7 @@ class PolaKernel(ByFields):
         return _halves(normalised(out, total, self.eps, v.dtype)), state
 
     def _features(self, q: Queries, k: Keys, v: Values) -> Features:
-        """Returns features with two queries per head, for equal and for opposite signs.
+        """Returns features with two queries per head, one for equal and one for opposite signs.
 
         Both read the same keys, so they share one state.
         """

@@ -87,7 +87,7 @@ def newton_inverse(
 ) -> Float[Array, "*heads l l"]:
     """Returns SOFT's Newton-Raphson inverse of B = A + ridge I, for symmetric A with entries >= 0.
 
-    It iterates X <- 2X - X B X from X = alpha B, with one alpha per matrix: 1.8 / (largest row sum of A)², or less if
+    X <- 2X - X B X is iterated from X = alpha B, with one alpha per matrix: 1.8 / (largest row sum of A)², or less if
     the ridge is so large that this would diverge. The result is a spectral filter: an eigenvalue w of B becomes
     (1 - (1 - alpha w²)^(2^iterations)) / w, which is close to 1/w only if w exceeds about a thousandth of the largest
     eigenvalue. The derivative is the closed form dX = -X dA X (forward and reverse mode), so it matches the value only

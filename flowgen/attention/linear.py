@@ -27,7 +27,7 @@ from flowgen.attention.checks import (
     check_pallas,
     check_quadratic,
     check_segments,
-    errors_of_pallas,
+    errors_of_kernel,
     hide_keys,
     is_key_mask,
 )
@@ -56,7 +56,7 @@ class Causal:
 
     block_size: number of tokens in a block; tokens see their whole block and every earlier block. chunk_size: number of
     tokens computed together, which affects speed and memory but not the result. implementation: "xla", or "pallas" for
-    the kernel in `flowgen.attention.pallas`, which supports neither blocks nor segments.
+    the kernel in `flowgen.attention.pallas`, which runs on TPUs and supports neither blocks nor segments.
     """
 
     block_size: int = 1
@@ -155,7 +155,7 @@ def products(
         check_quadratic(q, k)
     if causal is not None and causal.implementation == "pallas":
         check_pallas(causal.block_size, segment_ids)
-        with errors_of_pallas():
+        with errors_of_kernel("the Pallas kernel"):
             results = _products(features, v, mask, segment_ids, causal)
     else:
         results = _products(features, v, mask, segment_ids, causal)
@@ -330,7 +330,7 @@ def step(
 
 
 def _pallas(features: Features, v: Array, causal: Causal) -> tuple[Array, Array]:
-    from flowgen.attention.pallas import causal_product  # imported here because it loads the TPU and GPU dialects
+    from flowgen.attention.pallas import causal_product  # imported here because it loads the TPU dialects
 
     out, total = causal_product(features.q, features.k, v, causal.chunk_size)
     if features.norm_q is not None:

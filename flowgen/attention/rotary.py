@@ -34,8 +34,8 @@ def rotary_line(num_positions: int, dim: int, base: float = 10_000.0) -> Rotary:
 
 
 def rotary_grid(height: int, width: int, dim: int, base: float = 10_000.0) -> Rotary:
-    """Returns the table for a row-major grid: the first half of the channels rotates with the row, the other with the
-    column.
+    """Returns the table for a row-major grid: the first half of the channels rotates with the row, the second half
+    with the column.
 
     The frequencies of the dim/4 pairs of each half are base^(-t), with t evenly spaced from 0 to 1 inclusive, as in the
     released NaLaFormer. Raises ValueError unless dim is a multiple of 4.

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from functools import partial
-from typing import Literal
 
 import jax
 import jax.numpy as jnp
@@ -13,7 +12,8 @@ from jaxtyping import Array, Bool, Float, Int
 
 from flowgen import backend
 from flowgen.attention.checks import check_causal, check_heads, check_mask, hide_keys
-from flowgen.backend import keep_axes
+from flowgen.attention.fused import chosen_implementation, fused_attention
+from flowgen.backend import Implementation, keep_axes
 
 # Whether a query may attend to a key; axes of length 1 broadcast.
 Mask = Bool[Array, "#b #h #n #m"] | None
@@ -121,30 +121,35 @@ def softmax_attention(
     v: Float[Array, "b m g d"],
     mask: Mask = None,
     is_causal: bool = False,
-    implementation: Literal["auto", "xla"] = "auto",
+    implementation: Implementation = "auto",
 ) -> Float[Array, "b n h d"]:
     """Returns softmax(q kᵀ / √k) v per head; there may be fewer key heads than query heads.
 
     With g key heads, h/g query heads share each key head. mask: True if a query may attend to a key. is_causal: query i
     attends to the keys among 0..i that `mask` allows; n and m must then be equal. A query without allowed keys gives 0.
-    implementation: "auto" uses the implementation that `flowgen.backend` chooses for the device. Raises ValueError if
-    shapes do not match.
+
+    implementation: "xla" computes the logits in chunks of queries. "cudnn" and "tpu" are fused kernels for GPUs and
+    TPUs; they have only first derivatives, in reverse mode. "auto" follows `attention_plan`: a fused kernel in half
+    precision where one fits, otherwise "xla". Raises ValueError if shapes do not match, or if the implementation cannot
+    run.
 
     Example:
         out = softmax_attention(q, k, v, is_causal=True)
     """
-    backend.attention_implementation(implementation)
     check_heads(q, k, v)
     if not isinstance(is_causal, bool | np.bool_):
         raise ValueError(
             f"is_causal is {is_causal}, but softmax_attention takes True or False; for another order, pass a mask."
         )
     mask = check_mask(mask, q, k)
+    chosen = chosen_implementation(q, k, v, mask, bool(is_causal), implementation)
     k, v = hide_keys(k, v, mask)
     if 0 in (q.shape[1], k.shape[1]):
         return jnp.zeros((*q.shape[:3], v.shape[-1]), v.dtype)
     if is_causal:
         check_causal(q, k)
+    if chosen != "xla":
+        return fused_attention(q, k, v, mask, bool(is_causal), chosen)
     n = q.shape[1]
     q, k, v = (x.swapaxes(1, 2) for x in (q, k, v))
     if not is_causal:

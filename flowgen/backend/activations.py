@@ -17,7 +17,7 @@ SHARE_OF_MEMORY = 1 / 16
 MAX_ONE_BY_ONE = 4
 
 
-class Machine(NamedTuple):
+class Host(NamedTuple):
     """What the form of a stack depends on.
 
     platform: "cpu", "gpu" or "tpu". huge_pages: whether malloc gives huge pages. memory: bytes of memory for each
@@ -38,27 +38,27 @@ class LayerForm(NamedTuple):
     one_by_one: bool
 
 
-def layer_form(remat: Remat, num_layers: int, stored_bytes: int, machine: Machine | None = None) -> LayerForm:
+def layer_form(remat: Remat, num_layers: int, stored_bytes: int, host: Host | None = None) -> LayerForm:
     """Returns the form of a stack that would store `stored_bytes` of activations; results differ only in rounding.
 
     remat: "auto" stores activations where that was measured to be faster: in stacks of few layers, on a CPU with huge
-    pages, if they fit. machine: the one that this process runs on, by default.
+    pages, if they fit. host: the one that this process runs on, by default.
 
     Accelerators always loop over the layers. On CPUs, few layers are compiled one by one if their activations are
     stored, because a loop would write these into stacked arrays. Without huge pages, storing takes longer than
     recomputing. Processes that train together must compile the same program, whatever their pages.
     """
-    machine = this_machine() if machine is None else machine
-    few = machine.platform == "cpu" and num_layers <= MAX_ONE_BY_ONE
+    host = this_host() if host is None else host
+    few = host.platform == "cpu" and num_layers <= MAX_ONE_BY_ONE
     if remat == "auto":
-        fits = isinstance(stored_bytes, int) and stored_bytes <= SHARE_OF_MEMORY * machine.memory  # else symbolic
-        remat = not (few and fits and machine.huge_pages and machine.processes == 1)
+        fits = isinstance(stored_bytes, int) and stored_bytes <= SHARE_OF_MEMORY * host.memory  # else symbolic
+        remat = not (few and fits and host.huge_pages and host.processes == 1)
     return LayerForm(recompute=remat, one_by_one=few and not remat)
 
 
-def this_machine() -> Machine:
+def this_host() -> Host:
     """Returns the machine that this process runs on."""
-    return Machine(
+    return Host(
         platform=jax.default_backend(),
         huge_pages=not huge_pages.why_absent(),
         memory=_memory() // jax.local_device_count(),

@@ -70,7 +70,7 @@ def flat_dot(
 
 
 def nan_if(condition: Array, dtype: DTypeLike) -> Array:
-    """Returns NaN where the condition is True and 0 elsewhere; add it to numbers to make them NaN.
+    """Returns NaN where the condition is True and 0 elsewhere; add the result to numbers to make them NaN.
 
     On CPUs, XLA compiles exp(where(condition, nan, x)) to a finite number; x plus this result stays NaN.
     """
@@ -133,16 +133,6 @@ def _unit_lower_inverse_by_blocks(lower: Array) -> Array:
 # Attention and memory
 
 
-def attention_implementation(asked: str) -> str:
-    """Returns the implementation of softmax attention to use: so far always "xla", in chunks of queries.
-
-    asked: "auto" or "xla". Raises ValueError for anything else.
-    """
-    if asked not in ("auto", "xla"):
-        raise ValueError(f"implementation must be 'auto' or 'xla', not {asked!r}.")
-    return "xla"
-
-
 def queries_at_once(batch: object, heads: object, keys: object, max_logits: int | None) -> int | None:
     """Returns how many queries to process at once, for at most `max_logits` logits over all samples and heads.
 
@@ -157,6 +147,12 @@ def queries_at_once(batch: object, heads: object, keys: object, max_logits: int 
 def causal_slice(n: int) -> int:
     """Returns the number of queries per slice of causal attention over n queries."""
     return max(MIN_CAUSAL_SLICE, -(-n // MAX_CAUSAL_SLICES))
+
+
+def causal_share(n: int) -> float:
+    """Returns the share of all pairs of n queries and n keys for which causal attention in slices computes logits."""
+    size = causal_slice(n)
+    return sum((min(start + size, n) - start) * min(start + size, n) for start in range(0, n, size)) / n**2
 
 
 def samples_at_once(pixels: int) -> int:

@@ -29,9 +29,9 @@ from jaxtyping import Array, PyTree
 def keep_axes(fn: Callable[..., Any], *args: Any, named: Iterable[tuple[Array, str]], out: Any) -> Any:
     """Returns fn(*args), computed under automatic axes if the mesh of an argument has explicit ones.
 
-    named: arrays with one letter per axis, such as "b n h k". out: the letters of the results, in the tree that fn
-    returns. Each axis of a result is sharded like the axis with the same letter in the first named array that shards
-    this axis.
+    named: arrays with one letter per axis, such as "b n h k". out: the letters of the results, in a tree like the one
+    that fn returns. Each axis of a result is sharded like the axis with the same letter in the first named array that
+    shards this axis.
 
     Example:
         out = keep_axes(attend, q, k, v, named=[(q, "b n h k")], out="b n h d")
@@ -66,7 +66,9 @@ def map_axes(fn: Callable[..., Any], args: tuple[Array, ...], letters: str, *, d
 
 
 def keep_rows(fn: Callable[..., Any], variables: Any, *args: Any, **options: Any) -> Any:
-    """Returns fn(variables, *args, **options), under automatic axes if the mesh of an array has explicit ones.
+    """Returns the result of fn(variables, *args, **options).
+
+    If the mesh of an input array has explicit axes, fn runs with automatic axes instead.
 
     The rows (first axis) of the results are sharded like the first array in args or options that has sharded rows.
 
@@ -156,7 +158,7 @@ def take_rows(x: Array, index: Array) -> Array:
 
 
 def alike_rows(tree: PyTree) -> PyTree:
-    """Returns the tree with the rows of every array sharded like the first array with rows sharded over explicit axes.
+    """Returns the tree with all rows sharded like those of the first array with rows sharded over explicit axes.
 
     Inside jit, the mesh must be the context; see `on_mesh_of`.
 
@@ -182,6 +184,40 @@ def varies(x: Array) -> bool:
         jax.shard_map(lambda x: x * varies(x), ...)
     """
     return bool(jax.typeof(x).manual_axis_type.varying)
+
+
+def explicit_axes(tree: PyTree) -> bool:
+    """Returns whether an array of a tree is on a mesh with explicit axes.
+
+    Example:
+        explicit_axes((q, k, v))
+    """
+    return _explicit_mesh(tree) is not None
+
+
+def divided_axes(x: Array) -> set[int]:
+    """Returns the axes of x that are sharded over explicit axes of a mesh.
+
+    Example:
+        if 1 in divided_axes(q): ...
+    """
+    if _explicit_mesh(x) is None:
+        return set()
+    return {axis for axis, names in enumerate(jax.typeof(x).sharding.spec) if names is not None}
+
+
+def partitioned(x: Array) -> bool:
+    """Returns whether the compiler may divide the computation of x over several devices.
+
+    It may not in a program mapped over all axes of its mesh, or if there is one device. Explicit axes do not count,
+    because `map_axes` maps over them.
+
+    Example:
+        jax.pmap(lambda x: x * partitioned(x))(x)
+    """
+    mesh = jax.typeof(x).sharding.mesh
+    mesh = get_abstract_mesh() if mesh.empty else mesh
+    return jax.device_count() > 1 if mesh.empty else AxisType.Auto in mesh.axis_types
 
 
 def check_unmapped(what: str, tree: PyTree) -> None:

@@ -1,7 +1,7 @@
-"""The commands: `python -m flowgen {train,sample,evaluate,encode,convert,info}`; `train.py` and `sample.py` call
-the first two.
+"""The commands of `python -m flowgen`: train, sample, evaluate, encode, convert and info.
 
-After a user error, they print one sentence on standard error and exit with code 2, before computing anything.
+`train.py` and `sample.py` call the first two. On a user error, a command prints one sentence to standard error
+and exits with code 2 before it computes anything.
 """
 
 from __future__ import annotations
@@ -50,11 +50,11 @@ class Parser(argparse.ArgumentParser):
     fields_help: Callable[[], str] | None = None
 
     def format_help(self) -> str:
-        """Returns the help on the options and, if the command has any, on config fields."""
+        """Returns the help on the command's options, followed by the help on its config fields if it has any."""
         return super().format_help() + ("" if self.fields_help is None else f"\n{self.fields_help()}\n")
 
     def exit(self, status: int = 0, message: str | None = None) -> NoReturn:
-        """Flushes the help and exits; the output pipe may already be closed."""
+        """Flushes the help before exiting, so that a closed output pipe raises an error here."""
         sys.stdout.flush()
         super().exit(status, message)
 

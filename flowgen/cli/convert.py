@@ -33,6 +33,8 @@ def run(options: argparse.Namespace, rest: list[str]) -> int:
     from flowgen import checkpoint
 
     checkpoint.check_new(options.to)
+    if not Path(options.file).exists():
+        raise FileNotFoundError(f"There is no file '{options.file}'; check the path.")
     flow, variables, experiment = (_tarflow if options.arguments is None else _starflow)(options)
     checkpoint.write_run(options.to, experiment.with_provenance(), variables)
     say(f"Wrote {options.to}: {num_parameters(flow):,} parameters; sample with --checkpoint {options.to}")

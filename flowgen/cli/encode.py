@@ -11,7 +11,7 @@ from flowgen.cli.options import say
 
 def declare(parser: argparse.ArgumentParser) -> None:
     """Adds the options of the command."""
-    parser.add_argument("--config", required=True, help="Python file with the config() of a flow on latents")
+    parser.add_argument("--config", required=True, help="Python file with a config() that returns a flow on latents")
     parser.add_argument("--out", required=True, help="new directory for the latents and caption features")
     parser.add_argument("--debug", action="store_true", help="encode data for the experiment that train --debug runs")
     parser.epilog = "Any field of the config can be set, such as --codec.path DIR --data.name folder --data.path DIR."
@@ -32,10 +32,8 @@ def run(options: argparse.Namespace, rest: list[str]) -> int:
         raise ValueError(f"{experiment.name} has no codec and no text encoder, so nothing needs encoding; set --codec.")
     if isinstance(experiment.data, LatentsConfig):
         raise ValueError("data are cached latents, so they are already encoded; give images or clips instead.")
-    data, experiment = (
-        experiment.data,
-        experiment.with_provenance(),
-    )  # Training with other networks then raises an error.
+    # Training with other networks then raises an error.
+    data, experiment = experiment.data, experiment.with_provenance()
     splits = ("train", "eval") if data.eval_fraction > 0 else ("train",)
     writer, names = LatentWriter(options.out), ()
     with told_once():

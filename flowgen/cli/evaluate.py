@@ -43,10 +43,10 @@ def run(options: argparse.Namespace, rest: list[str]) -> int:
 
     model, params, trained = checkpoint.load(options.checkpoint, options.step)
     groups = ("data", "sampling", "codec.path", "text.encoder")
+    _check_data(rest)
     experiment, asked, given = apply_words(rest, trained, trained.evaluate_options(), groups=groups)
     if "split" not in given and given & {"data", "data.path", "data.name"}:
         asked = dataclasses.replace(asked, split="all")
-    _check_data(given)
     _check_sampling(given, experiment, asked)
     experiment = _on_other_data(trained, experiment)
     with told_once():
@@ -56,11 +56,12 @@ def run(options: argparse.Namespace, rest: list[str]) -> int:
     return 0
 
 
-def _check_data(given: set[str]) -> None:
+def _check_data(words: list[str]) -> None:
     """Raises ValueError if fields are set that only change which data a flow is trained on."""
-    for name in sorted(given):
-        if name.startswith(("data.drop_first", "data.images")):
-            raise ValueError(f"--{name} has no effect in evaluate, which takes whole clips alone; leave it out.")
+    for word in words:
+        name = word.partition("=")[0].removeprefix("--").replace("-", "_")
+        if word.startswith("--") and name.startswith(("data.drop_first", "data.images")):
+            raise ValueError(f"--{name} has no effect in evaluate, which uses only whole clips; leave it out.")
 
 
 def _check_sampling(given: set[str], experiment: Any, asked: Any) -> None:

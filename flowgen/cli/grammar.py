@@ -1,6 +1,7 @@
 """The grammar of all commands: `--group.field value` sets a field of the experiment, `--option value` an option.
 
-In every command, fields of `sampling` and some common fields need no group. Hyphens and underscores are equivalent.
+In every command, fields of `sampling` and some common fields can be set without their group. Hyphens and underscores
+are equivalent.
 """
 
 from __future__ import annotations
@@ -82,7 +83,7 @@ def _overridden(options: Any, words: list[str]) -> Any:
 
 
 def load_experiment(options: argparse.Namespace, words: list[str]) -> Experiment:
-    """Returns the experiment of `--config`, shrunk if `--debug` is given, with the fields set by the words."""
+    """Returns the experiment that `--config` names, shrunk if `--debug` is given, with fields set by the words."""
     path = config_path(options.config)
     try:
         experiment = load_config(path)

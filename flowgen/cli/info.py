@@ -4,8 +4,26 @@ from __future__ import annotations
 
 import argparse
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from flowgen.cli.options import described, num_parameters, say
+
+if TYPE_CHECKING:
+    from flowgen.backend import Machine
+    from flowgen.experiments.estimates import TrainingCost
+    from flowgen.experiments.experiment import Experiment, SamplingCost
+
+# The machines that a model is compared with.
+COMPARED = (
+    "H100 80 GB",
+    "H200 141 GB",
+    "A100 40 GB",
+    "A100 80 GB",
+    "TPU v5e 16 GB",
+    "TPU v5p 95 GB",
+    "TPU v6e 32 GB",
+    "RTX 4090 24 GB",
+)
 
 
 def declare(parser: argparse.ArgumentParser) -> None:
@@ -22,6 +40,7 @@ def run(options: argparse.Namespace, rest: list[str]) -> int:
     """Runs the command and returns its exit code."""
     from flowgen.cli.grammar import load_experiment
     from flowgen.experiments import from_json
+    from flowgen.experiments.attention import attention_lines, on_any_device
     from flowgen.runs import CHECKPOINTS, CheckpointReader, read_config
     from flowgen.settings import settings
 
@@ -34,9 +53,93 @@ def run(options: argparse.Namespace, rest: list[str]) -> int:
         say(f"checkpoints: {', '.join(map(str, steps)) or 'none'}")
     else:
         experiment = load_experiment(options, rest)
-    say(f"parameters: {num_parameters(experiment.build()):,}")
+    say(f"parameters: {num_parameters(on_any_device(experiment).build()):,}")
+    for line in attention_lines(experiment.model):
+        say(line)
+    if not options.checkpoint:
+        for line in estimates(on_any_device(experiment)):
+            say(line)
     if options.checkpoint and (classes := getattr(experiment.data, "classes", ())):
         say("classes: " + ", ".join(f"{number} {name}" for number, name in enumerate(classes)))
     for setting in settings(experiment):
         say(described(setting))
     return 0
+
+
+def estimates(experiment: Experiment) -> list[str]:
+    """Returns lines about the memory and FLOP of a config, and the machines it fits; see docs/training.md.
+
+    The list is empty if the experiment is of a kind that cannot be traced without data.
+    """
+    import jax
+
+    from flowgen.backend import MACHINES
+    from flowgen.experiments.drawing import AT_ONCE
+    from flowgen.experiments.estimates import training_cost
+    from flowgen.nn import init
+
+    train, devices = experiment.train, jax.device_count()
+    rows = max(1, train.batch_size // (devices * train.accumulation))
+    cost = training_cost(experiment, rows)
+    if cost is None:
+        return []
+    model, num = experiment.build(), min(AT_ONCE, getattr(getattr(experiment, "sampling", None), "num", 1))
+    drawn = experiment.sampling_cost(model, jax.eval_shape(lambda: init(model, jax.random.key(0))), num)
+    told = f"{train.batch_size} on {devices} {'device' if devices == 1 else 'devices'}"
+    told += f" in {train.accumulation} parts" if train.accumulation > 1 else ""
+    lines = [
+        f"estimates by counting, for {rows} samples at a time on each device (train.batch_size {told}):",
+        *_training_lines(cost, str(getattr(experiment.model, "remat", False)).lower()),
+        *_flop_lines(cost, drawn, train.batch_size),
+    ]
+    return lines + [
+        f"{machine.name}: {_training_fit(cost, rows, machine)}{_sampling_fit(cost, drawn, num, machine)}"
+        for machine in MACHINES
+        if machine.name in COMPARED
+    ]
+
+
+def _training_lines(cost: TrainingCost, remat: str) -> list[str]:
+    state = {"parameters": cost.parameters, "gradient": cost.gradient, "moments": cost.moments, "average": cost.average}
+    stored = f"activations: {_bytes(cost.stored)} stored"
+    if cost.recomputed is not None:
+        stored += f", or {_bytes(cost.recomputed)} if layers are computed again in the backward pass"
+        stored += f" (model.remat is {remat})"
+    return ["training state: " + ", ".join(f"{name} {_bytes(size)}" for name, size in state.items()), stored]
+
+
+def _flop_lines(cost: TrainingCost, drawn: SamplingCost | None, batch_size: int) -> list[str]:
+    from flowgen.runs.progress import with_prefix
+
+    line = f"FLOP: {with_prefix(cost.flop * batch_size)}FLOP per training step, {with_prefix(cost.flop)}FLOP per sample"
+    if drawn is None:
+        return [line]
+    if drawn.flop is not None:
+        line += f" of it; {with_prefix(drawn.flop)}FLOP to draw a sample"
+    return [line] + ([f"decoding cache: {_bytes(drawn.cache)} per sample"] if drawn.cache else [])
+
+
+def _training_fit(cost: TrainingCost, rows: int, machine: Machine) -> str:
+    """Says whether training fits, and if not, what is too large."""
+    memory, needed = machine.memory * 10**9, cost.state + cost.activations
+    if needed <= memory:
+        return f"training fits ({_bytes(needed)})"
+    if cost.state >= memory:
+        return f"training does not fit (the state alone takes {_bytes(cost.state)})"
+    most = int((memory - cost.state) / (cost.activations / rows))
+    instead = f"about {most} at a time would" if most else "not even 1 at a time would"
+    return f"training does not fit ({_bytes(needed)}; {instead})"
+
+
+def _sampling_fit(cost: TrainingCost, drawn: SamplingCost | None, num: int, machine: Machine) -> str:
+    if drawn is None:
+        return ""
+    needed = cost.parameters + drawn.memory
+    fits = "fits" if needed <= machine.memory * 10**9 else "does not fit"
+    return f", sampling {num} at a time {fits} ({_bytes(needed)})"
+
+
+def _bytes(size: int) -> str:
+    from flowgen.runs.progress import with_prefix
+
+    return f"{with_prefix(float(size))}B"

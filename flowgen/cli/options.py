@@ -72,10 +72,10 @@ def num_parameters(flow: Any) -> int:
 
 
 def check_memory(parameters: int, *, copies: int) -> None:
-    """Raises ValueError if a model's parameters do not fit in this machine's memory. Warns if they fit, but the
-    copies that training keeps (gradient, moments, average) do not.
+    """Raises ValueError if a model's parameters do not fit in this machine's memory.
 
-    Only CPUs are checked: accelerators have their own memory, and several may share a model.
+    Warns if the parameters fit but the copies that training keeps (gradient, moments, average) do not. Only CPUs are
+    checked: accelerators have their own memory, and several may share a model.
     """
     import jax
 
@@ -102,7 +102,7 @@ def say(line: str) -> None:
 
 
 def as_sentence(message: object) -> str:
-    """Returns a message on one line, with control characters escaped; leaves out the middle of a very long one."""
+    """Returns a message on one line, with control characters escaped. Drops the middle of a very long message."""
     text = str(message)
     if len(text) > MAX_MESSAGE:
         text = f"{text[: MAX_MESSAGE // 2]} ... {text[-MAX_MESSAGE // 2 :]}"

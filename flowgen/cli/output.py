@@ -12,7 +12,7 @@ import numpy as np
 
 from flowgen.checkpoint import check_new
 from flowgen.data import atomic_file, check_image_path, check_writable, save_image, to_uint8
-from flowgen.data.media import pillow
+from flowgen.data.media import IMAGE_SUFFIXES, pillow
 from flowgen.data.video import VIDEO_SUFFIXES, check_video_path, write_video
 from flowgen.experiments import MatchingExperiment, Samples, VideoFlowExperiment
 from flowgen.experiments.drawing import DrawOptions, drawn_classes
@@ -48,6 +48,12 @@ class Output:
 
     def check(self) -> None:
         """Raises an error if the files cannot be written or the suffix is unknown."""
+        suffix = self.path.suffix.lower()
+        if suffix not in (*IMAGE_SUFFIXES, *VIDEO_SUFFIXES, ".npz"):
+            raise ValueError(
+                f"--out is '{self.path}'; it must end in one of {', '.join(IMAGE_SUFFIXES)} for an image, "
+                f"{', '.join(VIDEO_SUFFIXES)} for clips, or .npz for arrays."
+            )
         check: Callable[[Path], Any] = check_image_path
         if self.is_arrays or self.is_video:
             check = check_writable if self.is_arrays else check_video_path

@@ -47,10 +47,10 @@ def fields_help() -> str:
     parts = [
         options_help("all models", every),
         options_help("flows", flows, without=(every,)),
-        options_help("flows of video", ClipDrawOptions(), without=(flows,)),
+        options_help("video flows", ClipDrawOptions(), without=(flows,)),
         options_help("velocity networks", VelocityDrawOptions(), without=(every,)),
-        options_help("sampling of flows, also as --sampling.num", SamplingConfig(), omit=("prompts",)),
-        options_help("sampling of velocity networks, also as --sampling.num", SolverConfig()),
+        options_help("sampling of flows (--num is short for --sampling.num)", SamplingConfig(), omit=("prompts",)),
+        options_help("sampling of velocity networks (--num is short for --sampling.num)", SolverConfig()),
     ]
     return "\n\n".join(parts)
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import argparse
 import os
 
-from flowgen.cli.options import check_memory, num_parameters, say
+from flowgen.cli.options import check_memory, num_parameters, say, whole_number
 
 DEBUG = "--debug trains a tiny model to check that everything runs; its metrics mean nothing."
 
@@ -15,8 +15,14 @@ def declare(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--config", required=True, help="Python file with config(), or the name of one, such as tarflow_digits"
     )
-    parser.add_argument("--workdir", required=True, help="directory of the run, which resumes if it has a checkpoint")
+    parser.add_argument("--workdir", required=True, help="run directory; if it has a checkpoint, the run resumes")
     parser.add_argument("--debug", action="store_true", help="shrink the experiment, so that it takes seconds on a CPU")
+    parser.add_argument(
+        "--profile",
+        type=whole_number(1),
+        metavar="STEPS",
+        help="trace this many steps, after the first one, for a profiler; written to WORKDIR/profile",
+    )
     parser.epilog = (
         "Any field of the config can be set, such as --optim.lr 3e-4 or, for short, --lr 3e-4; info lists the fields."
     )
@@ -51,7 +57,7 @@ def run(options: argparse.Namespace, rest: list[str]) -> int:
                 say(DEBUG)
             if backend.platform() == "cpu" and (problem := huge_pages.why_absent()):
                 say(f"No huge pages, with which flows train faster on CPUs: {problem}.")
-            result = fit(experiment, options.workdir, signals=signals)
+            result = fit(experiment, options.workdir, signals=signals, profile=options.profile or 0)
         except Interrupted as stop:
             say("Stopped before the first step; nothing is lost. Run the same command to start over.")
             return 128 + stop.number

@@ -73,7 +73,7 @@ class AutoencoderConfig:
 
     @property
     def inputs(self) -> tuple[jax.ShapeDtypeStruct, ...]:
-        """Shape and dtype of a batch of one image, the smallest that passes through every layer."""
+        """Shape and dtype of a batch with the smallest image that passes through every layer."""
         return (jax.ShapeDtypeStruct((1, self.factor, self.factor, self.channels), jnp.float32),)
 
 
@@ -112,7 +112,7 @@ class Autoencoder(OnMeshes, nn.Module):
 
 
 class Encoder(nn.Module):
-    """Maps images to the mean and log variance, without the last 1 × 1 convolution."""
+    """Maps images to the mean and log variance. `Autoencoder` applies the 1 × 1 convolution that follows."""
 
     config: AutoencoderConfig
 
@@ -133,7 +133,7 @@ class Encoder(nn.Module):
 
 
 class Decoder(nn.Module):
-    """Maps latents to images, without the first 1 × 1 convolution."""
+    """Maps latents to images. `Autoencoder` applies the 1 × 1 convolution that comes first."""
 
     config: AutoencoderConfig
 

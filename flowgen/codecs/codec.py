@@ -78,7 +78,7 @@ class PixelCodec:
         return self.pixel_channels * self.factor**2
 
     def moments(self, x: Pixels) -> tuple[Latents, Latents]:
-        """Returns the pixels of each block in the order row, column, channel, and a standard deviation of zeros."""
+        """Returns the pixels of each block in the order row, column, channel as the mean, and zeros as the std."""
         *frames, height, width = check_pixels(self, x)
         tokens = patchify(_images(at_least_float32("images", x)), self.factor, "channel_last")
         mean = tokens.reshape(len(x), *frames, height // self.factor, width // self.factor, self.channels)

@@ -92,7 +92,7 @@ class VideoAutoencoderConfig:
 
     @property
     def strides(self) -> tuple[tuple[int, int], ...]:
-        """The factors by which each level divides the numbers of frames and pixels along a side."""
+        """The factors by which each level divides the number of frames and the number of pixels along a side."""
         return (*((2 if halve else 1, 2) for halve in self.halve_time), (1, 1))
 
     @property
@@ -107,7 +107,7 @@ class VideoAutoencoderConfig:
 
     @property
     def inputs(self) -> tuple[jax.ShapeDtypeStruct, ...]:
-        """Shape and dtype of a batch of one clip, the smallest that passes through every layer."""
+        """Shape and dtype of a batch with the smallest clip that passes through every layer."""
         shape = (1, 1 + self.stride, self.factor, self.factor, self.channels)
         return (jax.ShapeDtypeStruct(shape, jnp.float32),)
 
@@ -135,7 +135,7 @@ def _check_shortcuts(config: VideoAutoencoderConfig) -> None:
 
 
 def _strides_up(config: VideoAutoencoderConfig) -> tuple[tuple[int, int], ...]:
-    """Returns the factors by which each decoder level multiplies frames and sides, from the encoder level below it."""
+    """Returns the factors by which each decoder level multiplies the number of frames and the sides."""
     return ((1, 1), *config.strides[:-1])
 
 
@@ -215,7 +215,7 @@ class VideoAutoencoder(OnMeshes, nn.Module):
 
 
 class Encoder(nn.Module):
-    """Maps squares of pixels to the mean and log variance, without the last linear map."""
+    """Maps squares of pixels to the mean and log variance. `VideoAutoencoder` applies the linear map that follows."""
 
     config: VideoAutoencoderConfig
 
@@ -232,7 +232,7 @@ class Encoder(nn.Module):
 
 
 class Decoder(nn.Module):
-    """Maps latents to squares of pixels, without the first linear map."""
+    """Maps latents to squares of pixels. `VideoAutoencoder` applies the linear map that comes first."""
 
     config: VideoAutoencoderConfig
 

@@ -20,10 +20,12 @@ from flowgen.codecs.video_autoencoder import VideoAutoencoder, decode_in_chunks,
 
 @dataclass(frozen=True, eq=False)
 class VideoAutoencoderCodec:
-    """A frozen video autoencoder and its variables, as a codec with normalised latents; an image is a one-frame clip.
+    """A frozen video autoencoder and its variables, as a codec with normalised latents.
 
-    temporal_scale: factor on all latent frames but the first, after normalisation. The codec processes as many clips at
-    a time as memory allows, and splits longer clips into chunks.
+    An image is encoded as a clip of one frame. The codec processes as many clips at a time as memory allows, and splits
+    clips that are too large into chunks.
+
+    temporal_scale: factor on all latent frames but the first, after normalisation.
 
     Example:
         codec = VideoAutoencoderCodec(autoencoder, params, LatentNormalisation(scale=0.5), temporal_scale=0.6)

@@ -38,7 +38,7 @@ def load_autoencoder(path: str | os.PathLike[str]) -> AutoencoderCodec:
     Latents are normalised to (latents - shift_factor) · scaling_factor, with the values in the config.
 
     Raises:
-        FileNotFoundError: the folder does not exist, or has no config.json or weights; the message names it.
+        FileNotFoundError: the folder does not exist, or has no config.json or weights; the message names the folder.
         ValueError: the weights or the config are damaged, or belong to another network.
 
     Example:
@@ -113,7 +113,8 @@ def load_text_encoder(path: str | os.PathLike[str], *, length: int) -> FrozenTex
     network, variables = _named(folder, lambda: importers[kind](_weights(folder, "text encoder"), config))
     if kind == "bert" and length > network.config.max_length:
         raise ValueError(
-            f"model.text_length is {length}, but '{folder}' takes at most {network.config.max_length} tokens; lower it."
+            f"model.text_length is {length}, but '{folder}' takes at most {network.config.max_length} tokens; lower "
+            "model.text_length."
         )
     return FrozenTextEncoder(
         tokenizer,

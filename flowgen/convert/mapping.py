@@ -126,7 +126,7 @@ def _pattern(template: str) -> re.Pattern[str]:
 
 
 def fill(target: Any, state_dict: Mapping[str, np.ndarray], rules: Iterable[Rule]) -> tuple[Any, tuple[str, ...]]:
-    """Returns the tree with every leaf filled from the state dict, as numpy arrays, and the dropped names.
+    """Returns a tree of numpy arrays filled from the state dict, and the names of the dropped tensors.
 
     target: a tree of arrays or `jax.ShapeDtypeStruct`; the result has its shapes and dtypes. Exactly one rule
     must fill each leaf. Every tensor must be used exactly once, or dropped by a rule.

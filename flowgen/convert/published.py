@@ -1,4 +1,4 @@
-"""Imports published TARFlow checkpoints; some settings come from tensor shapes, the others from the caller."""
+"""Imports published TARFlow checkpoints. Tensor shapes give some of the settings, and the caller gives the others."""
 
 from __future__ import annotations
 
@@ -98,7 +98,7 @@ def tarflow(
 
 
 def check_state_dict(state_dict: Any) -> None:
-    """Raises ValueError unless the weights map names to tensors, for example if they are a path.
+    """Raises ValueError if the weights do not map names to tensors, for example if they are a path.
 
     Example:
         check_state_dict({"weight": weight})
@@ -182,7 +182,7 @@ def _shape(state_dict: Mapping[str, np.ndarray], name: str, ndim: int) -> tuple[
 
 
 def _count(state_dict: Mapping[str, np.ndarray], template: str) -> int:
-    """Returns how many names of a template are in the state dict, with consecutive indices from 0 on."""
+    """Returns the number of indices 0, 1, 2, ... whose names are in the state dict, up to the first that is missing."""
     return next(index for index in itertools.count() if template.format(index=index) not in state_dict)
 
 

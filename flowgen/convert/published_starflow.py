@@ -229,7 +229,10 @@ def _check_values(known: dict[str, Any]) -> None:
 
 
 def model_config(state_dict: Mapping[str, np.ndarray], arguments: Mapping[str, Any]) -> STARFlowConfig:
-    """Returns the config of a published model, from its arguments and, where they do not suffice, its weights."""
+    """Returns the config of a published model from its arguments.
+
+    If they do not suffice, the weights supply the rest.
+    """
     known = _known(arguments)
     if not str(known["layers_per_block"]).replace(" ", "").isdecimal():
         raise ValueError(
@@ -300,9 +303,9 @@ def _of_clips(known: Mapping[str, Any]) -> dict[str, int]:
 
 
 def clip_size(vid_size: str) -> tuple[int, int]:
-    """Returns (frames, frames per second) from the published argument `vid_size`; uses the first of several rates.
+    """Returns (frames, frames per second) from the published argument `vid_size`.
 
-    Raises ValueError if `vid_size` has another form.
+    If it has several rates, the first one is returned. Raises ValueError if `vid_size` has another form.
 
     Example:
         clip_size("81:16")  # (81, 16)

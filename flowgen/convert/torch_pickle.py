@@ -154,7 +154,7 @@ class TensorUnpickler:
         return self.text(end + 1)[:-1]
 
     def key(self, value: Any) -> Any:
-        """Returns a key for a dictionary or set; raises Refusal if it is neither text nor an integer."""
+        """Returns a key for a dictionary or set; raises Refusal if the value is neither text nor an integer."""
         if type(value) is str:
             return value
         if type(value) is not int or abs(value) >= sys.hash_info.modulus:

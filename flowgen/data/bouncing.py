@@ -73,7 +73,7 @@ def _weights(at: Float[np.ndarray, "b f"], length: int, side: int) -> Float[np.n
 def bouncing_digits(
     num: int, eval_fraction: float, *, frames: int, image_size: tuple[int, int], channels: int, split: Split
 ) -> BouncingDigits:
-    """Returns the clips of a split; a digit's side is half the clip's shorter side, but at least 8 pixels.
+    """Returns the clips of a split. A digit's side is half the clip's shorter side, but at least 8 pixels.
 
     num: number of clips in both splits combined. eval_fraction: fraction of both the digits and the clips to hold out.
 

@@ -1,4 +1,4 @@
-"""Class names: maps the labels of any data to a run's class numbers, by name."""
+"""Maps the labels of any data to a run's class numbers, by class name."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ class HasClasses(Protocol):
 def checked_names(classes: object, field: str = "classes") -> tuple[str, ...]:
     """Returns the class names in `composed` form.
 
-    Raises a ValueError that names the field unless they are a tuple of distinct names.
+    Raises ValueError if they are not a tuple of distinct names; the message names the field.
 
     Example:
         checked_names(("cat", "dog"))  # ("cat", "dog")
@@ -77,7 +77,7 @@ def with_classes(found: T, classes: tuple[str, ...], where: str) -> T:
 
 
 def renumbered(labels: Int[np.ndarray, " n"], numbers: Int[np.ndarray, " found"]) -> Int32[np.ndarray, " n"]:
-    """Returns numbers[labels]; a label of -1 stays -1.
+    """Returns numbers[labels], but keeps labels of -1.
 
     Example:
         renumbered(np.array([0, -1, 1]), np.array([1, 2]))  # 1, -1, 2
@@ -88,7 +88,7 @@ def renumbered(labels: Int[np.ndarray, " n"], numbers: Int[np.ndarray, " found"]
 def class_numbers(found: tuple[str, ...], classes: tuple[str, ...], where: str) -> Int32[np.ndarray, " found"] | None:
     """Returns the index in `classes` of each class found, or None if there is nothing to map.
 
-    Warns and raises in the same cases as `with_classes`.
+    Gives the same warnings and raises the same errors as `with_classes`.
 
     Example:
         class_numbers(("dog", "fox"), ("cat", "dog", "fox"), "data.path 'photos'")  # 1, 2
@@ -136,12 +136,13 @@ def check_classes(dataset: HasClasses, num_classes: int) -> None:
 
 
 def parse_classes(text: str, names: tuple[str, ...], num_classes: int) -> list[int]:
-    """Returns the class numbers that `--classes` selects, each by name or, if no class has that name, by number.
+    """Returns the numbers of the classes selected with `--classes`.
 
-    text: names or numbers separated by commas; a name that contains a comma is double-quoted. If any class name is
-    itself a number, such as "10", only names and -1 (unconditional) are accepted.
+    text: names or numbers separated by commas; a name that contains a comma is double-quoted. An entry is read as a
+    number only if no class has that name. If any class name is itself a number, such as "10", only names and -1
+    (unconditional) are accepted.
 
-    Raises a ValueError that lists the known names if the model has no such class.
+    Raises ValueError if the model has no such class; the message lists the known names.
 
     Example:
         parse_classes("dog,0", ("cat", "dog"), 2)  # [1, 0]

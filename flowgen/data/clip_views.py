@@ -55,9 +55,9 @@ class StillClips(_View):
 
 @dataclasses.dataclass(frozen=True)
 class ContinuedClips(_View):
-    """Clips without their first frame, as in the continuation of a long clip; a prefix marks their captions.
+    """Clips without their first frame, as in the continuation of a long clip. A prefix marks their captions.
 
-    Their latents are the whole clips' latents without the first latent frame, which codecs treat differently.
+    Their latents are those of the whole clips without the first latent frame, which codecs encode differently.
 
     Example:
         dataset = ContinuedClips(load_clips(config, frames=8, image_size=(16, 16), channels=1, split="train"))

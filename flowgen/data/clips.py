@@ -43,7 +43,7 @@ _REAL_VIDEOS = ("bikes.mp4", "bigbuckbunny.mp4", "carphone_pristine.mp4")
 
 @config
 class ClipsConfig:
-    """Which clips to train on; frames, image size and channels come from the model and its codec.
+    """Which clips to train on. The number of frames, the image size and the channels come from the model and its codec.
 
     name: `bouncing`, digits that move and bounce off the borders, labelled by digit; `crafter`, what a player of the
     game Crafter sees while repeating one of six actions, which is the label; `real`, clips cut from three videos in the
@@ -59,8 +59,8 @@ class ClipsConfig:
     their captions begin with "(extend) ". The published fraction is 0.25.
     crop: "center" scales frames to cover the model's size and crops the centre; "none" stretches them to that size.
     on_corrupt: an unreadable video stops the run ("refuse") or is skipped with a warning ("skip").
-    eval_fraction: fraction held out for evaluation, the same on every machine: of the digits (`bouncing`), of the clips
-    (`crafter`), of the videos (`folder`), or the end of each video (`real`); 0 holds nothing out.
+    eval_fraction: fraction held out for evaluation: of the digits (`bouncing`), of the clips (`crafter`), of the videos
+    (`folder`), or of each video, at its end (`real`). The split is the same on every machine; 0 holds nothing out.
     in_memory_bytes: if the clips cut from videos need more than this, each batch is decoded on demand.
     images: images to train on in addition to the clips, in separate batches, as clips of one frame.
     images_fraction: fraction of the training batches that consist of images; 0 uses every clip and image equally often.

@@ -27,7 +27,7 @@ def record(
     Each clip begins where the previous one ended. A hundred consecutive clips share a world, but splits never do. A
     clip in which the player dies is played again in the next world. num: number of clips in both splits combined.
 
-    Raises ModuleNotFoundError if the package crafter is missing, or ValueError if the images are grey or too small.
+    Raises ModuleNotFoundError if the package crafter is missing, and ValueError if the images are grey or too small.
 
     Example:
         clips, labels, names = record(1000, 0.1, frames=8, image_size=(64, 64), channels=3, split="train")

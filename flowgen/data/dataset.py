@@ -1,4 +1,4 @@
-"""The dataset protocol, the config that chooses a dataset, and the hold-out that all runs share."""
+"""The dataset protocol, the config that chooses a dataset, and the held-out split that all runs share."""
 
 from __future__ import annotations
 
@@ -38,7 +38,7 @@ class DataConfig:
     path: the folder or .npz file; empty for the other names.
     flip: mirror each training image left to right with probability one half.
     aspects: sort a folder's images by aspect ratio into nine shapes, each with about as many pixels as the model's
-    shape, instead of cropping all to one; the images in a batch share a shape.
+    shape, instead of cropping all images to one shape. All images in a batch have the same shape.
     crop: "center" scales images to cover the model's size and crops the centre; "none" stretches them to that size. Not
     used by `npz`.
     on_corrupt: an unreadable file in a folder stops the run ("refuse") or is skipped with a warning ("skip").
@@ -155,7 +155,7 @@ def image_set(name: str) -> ImageSet | None:
 
 @dataclasses.dataclass(frozen=True)
 class BucketedDataset:
-    """Datasets with different shapes but the same classes, one per bucket; each batch comes from one bucket.
+    """Buckets: datasets with different shapes but the same classes. Each batch comes from one bucket.
 
     shares: number of samples to take from each bucket per pass over the data; None takes all, so that every sample is
     used equally often.
@@ -194,15 +194,15 @@ def buckets_of(dataset: Dataset | BucketedDataset) -> tuple[Dataset, ...]:
 
 
 def of_one_shape(dataset: Dataset | BucketedDataset, user: str) -> Dataset:
-    """Returns the dataset if all its samples have one shape. user: what requires this, for the error message.
+    """Returns the dataset. Raises ValueError if its samples have several shapes.
 
-    Raises ValueError if the samples have several shapes.
+    user: what requires one shape, for the error message.
 
     Example:
         dataset = of_one_shape(load(config, image_size=8, channels=1, split="train"), "an Autoencoder")
     """
     if isinstance(dataset, BucketedDataset):
-        raise ValueError(f"data.aspects is set, but {user} takes images of one shape; set it to false.")
+        raise ValueError(f"data.aspects is set, but {user} takes images of one shape; set data.aspects to false.")
     return dataset
 
 
@@ -236,7 +236,7 @@ def hold_out(size: int, fraction: float, split: Split) -> Int[np.ndarray, " m"]:
 
 
 def hold_out_files(names: Sequence[str], fraction: float, split: Split) -> Int[np.ndarray, " m"]:
-    """Returns the positions of a split among files, in ascending order; digests of the file names decide the split.
+    """Returns the positions of a split among files, in ascending order. Digests of the file names decide the split.
 
     The number of files held out is the same as in `hold_out`. If a file is added or removed, at most one other file
     moves between the splits. names: paths relative to the data folder, so that the split does not depend on where the

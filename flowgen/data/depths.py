@@ -1,7 +1,8 @@
 """Bit depths of image samples: converts grey levels of more than 8 bits to bytes, and detects unknown ranges.
 
 The number of bits determines the range of samples. A PGM file states its largest value instead, and Pillow scales by
-it. Floating-point, signed and 32-bit samples may have any unit, so it is unknown which values are black and white.
+this value. Floating-point, signed and 32-bit samples may have any unit, so it is unknown which values are black and
+white.
 """
 
 from __future__ import annotations
@@ -37,7 +38,9 @@ class Samples(NamedTuple):
 
 
 def samples_of(image: Image, path: str | os.PathLike[str]) -> Samples:
-    """Returns the sample depth of an open image. path: its file, because Pillow does not expose the whole header.
+    """Returns the depth of an open image's samples.
+
+    path: the file of the image, which is read again because Pillow does not expose the whole header.
 
     Example:
         samples = samples_of(image, "cat.tif")
@@ -55,7 +58,7 @@ def samples_of(image: Image, path: str | os.PathLike[str]) -> Samples:
 
 
 def without_range(image: Image) -> str:
-    """Returns why the range of an image's samples is unknown, and the remedy; empty if the range is known.
+    """Returns the reason why the range of an image's samples is unknown, and a remedy; empty if the range is known.
 
     Example:
         without_range(image)  # "has floating-point samples, ...; convert it to unsigned 8 or 16 bits"
@@ -85,7 +88,7 @@ def grey_bytes(levels: Integer[np.ndarray, "height width"], samples: Samples) ->
 def hide_by_value(image: Image, file: BufferedIOBase) -> None:
     """Makes each pixel of a 16-bit colour PNG transparent if it matches the transparent colour in all bits.
 
-    image: the high bytes of the samples, as decoded by Pillow. file: the file that it was read from.
+    image: the high bytes of the samples, as decoded by Pillow. file: the file that Pillow read the image from.
 
     Example:
         hide_by_value(image, file)
@@ -93,7 +96,7 @@ def hide_by_value(image: Image, file: BufferedIOBase) -> None:
     clear = image.info.pop("transparency")
     file.seek(0)
     with pillow().open(file, formats=("PNG",)) as low:
-        # Read as little-endian, the low bytes become the high ones.
+        # If the samples are read as little-endian, Pillow keeps their low bytes instead of the high ones.
         low.tile = [(*tile[:3], "RGB;16L") for tile in low.tile]
         low.load()
         alpha = pillow().new("L", image.size, 0)

@@ -17,8 +17,8 @@ from flowgen.data.unreadable import FileReader
 class FileDataset:
     """Images or clips that are decoded from their files, in parallel threads, for every batch.
 
-    reader: reads the sample at a position. If it may skip files, the next readable sample and its label replace an
-    unreadable one, so the result depends only on the position; a warning names each unreadable file once. If samples
+    reader: reads the sample at a position. If the reader may skip files, the next readable sample and its label replace
+    an unreadable one, so the result depends only on the position. A warning names each unreadable file once. If samples
     have captions, an unreadable file raises an error instead, because the caption would not match.
 
     Example:

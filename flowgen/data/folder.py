@@ -35,8 +35,8 @@ def read_folder(
     moves another file between splits; see `hold_out_files`. Images are decoded once, unless they would need more than
     `config.in_memory_bytes`; then each batch is decoded on demand. A file `cat.txt` or `cat.png.txt` next to `cat.png`
     contains its caption; either all images or none must have one. A warning says what was left out, and why. If
-    `config.aspects` is set, each image goes to the bucket with the nearest aspect ratio. The sides of a bucket are
-    multiples of `multiple`, and it has about as many pixels as `image_size`.
+    `config.aspects` is set, each image goes to the bucket with the nearest aspect ratio. The sides of a bucket's
+    images are multiples of `multiple`, and their area is about that of `image_size`.
 
     Raises:
         FileNotFoundError, NotADirectoryError: `config.path` is not a folder.
@@ -138,7 +138,7 @@ def _caption(path: Path) -> str:
     try:
         return " ".join(read_bytes(path).decode("utf-8-sig").split())
     except UnicodeDecodeError as error:
-        raise ValueError(f"the caption '{path}' in data.path is not UTF-8 text ({error}); convert it.") from error
+        raise ValueError(f"the caption '{path}' in data.path is not UTF-8 ({error}); convert it to UTF-8.") from error
 
 
 def _aspects(files: list[Path], on_corrupt: OnCorrupt, split: Split) -> list[str | None]:

@@ -136,7 +136,7 @@ def _sizes(config: DataConfig | ClipsConfig, listing: Listing) -> tuple[tuple[in
 
 
 def _marks(config: DataConfig | ClipsConfig | LatentsConfig, listing: Listing | None) -> tuple[Marks, Marks]:
-    """Each split's file names, with a mark of each file's content; a file with data for both is in the first."""
+    """Each split's file names, with a mark of each file's content. A file with data for both splits is in the first."""
     if isinstance(config, LatentsConfig):
         folder = Path(config.path)
         files = [folder / INDEX_FILE, *sorted(folder.glob("*/*.npy"))]

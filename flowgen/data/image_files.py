@@ -51,12 +51,12 @@ def read_image(
 ) -> UInt8[np.ndarray, "height width c"]:
     """Returns the image in a file as uint8 of shape (*size, channels), turned upright.
 
-    Transparency is composited on white; samples of more than 8 bits keep their highest 8; only the first frame of an
+    Transparency is composited on white. Samples of more than 8 bits keep their highest 8. Only the first frame of an
     animation is read. Unreadable metadata are ignored. For a damaged TIFF, libtiff may also print a message.
 
     Raises:
         UnreadableImage: the pixels are damaged or truncated; the image has more than 178 million pixels (44 million for
-        WebP); the format is not one of `image_formats`; or the range of the samples is unknown, see `without_range`.
+        WebP); the format is not one of `image_formats`; or the range of the samples is unknown (see `without_range`).
 
     Example:
         image = read_image("cat.jpg", size=(64, 64), channels=3, crop="center")
@@ -81,7 +81,7 @@ def read_image(
 def read_image_size(path: str | os.PathLike[str]) -> tuple[int, int]:
     """Returns (height, width) of the image in a file, turned upright; reads only its header.
 
-    Raises UnreadableImage if the header shows that `read_image` would raise it.
+    Raises UnreadableImage if the header alone shows that `read_image` would fail.
 
     Example:
         height, width = read_image_size("cat.jpg")
@@ -139,8 +139,9 @@ def _opened(path: str | os.PathLike[str], content: bytes | None = None) -> Gener
 def fit(image: Image, size: tuple[int, int], crop: Crop, *, pixel_aspect: float = 1.0) -> Image:
     """Returns the image resized to `size` (height, width) with antialiased bilinear resampling.
 
-    "center" scales until the image covers `size` and crops the centre (short side to S, then centre crop), as in the
-    training of the published models. "none" crops nothing and stretches each side independently.
+    "center" scales the image until it just covers `size`, and then crops the centre, as in the training of the
+    published models. "none" crops nothing and stretches each side independently.
+
     pixel_aspect: ratio of a pixel's displayed width to its height.
 
     Example:
@@ -153,7 +154,7 @@ def fit(image: Image, size: tuple[int, int], crop: Crop, *, pixel_aspect: float 
 def fit_array(
     images: UInt8[np.ndarray, "b height width c"], size: tuple[int, int], crop: Crop
 ) -> UInt8[np.ndarray, "b new_height new_width c"]:
-    """Returns the images resized to `size`; an array that already has this size is returned without using Pillow.
+    """Returns the images resized to `size`. Pillow is needed only if they do not already have this size.
 
     Example:
         images = fit_array(images, (16, 16), "center")

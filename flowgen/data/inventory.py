@@ -26,7 +26,7 @@ _told: ContextVar[set[str] | None] = ContextVar("told", default=None)
 
 @contextlib.contextmanager
 def told_once() -> Generator[None]:
-    """Within this context, `tell` logs each sentence once, however many splits of the same data are opened.
+    """Within this context, `tell` logs each sentence only once, even if several splits of the same data are opened.
 
     Example:
         with told_once():
@@ -54,7 +54,7 @@ def tell(sentence: str) -> None:
 
 
 def quoted(name: str) -> str:
-    """Returns a name in quotes; see `printable`.
+    """Returns a name in quotes, in a form that is safe to show in a terminal.
 
     Example:
         quoted("cat")  # "'cat'"
@@ -76,7 +76,7 @@ def name_list(names: Sequence[str], most: int = _CLASSES_NAMED) -> str:
 class Inventory:
     """What was found in the data of a run.
 
-    what: images, clips or latents. train, held_out: how many there are in each split. before: (height, width) of some
+    what: images, clips or latents. train, held_out: their number in each split. before: (height, width) of some
     of the files, in pixels; empty if files are not resized. after: the model's input shapes. train_files,
     held_out_files: map each file name to a mark of its content, such as its size; empty for data that come with a
     package. left_out: descriptions of what was left out. stills: number of images to train on in addition to clips.
@@ -128,7 +128,7 @@ class Inventory:
         return content.hexdigest()
 
     def record(self) -> dict[str, Any]:
-        """Returns the JSON record to keep with a run: what was found and, unless it is very long, the list of files.
+        """Returns the JSON record to keep with a run: what was found, and the list of files unless it is very long.
 
         Example:
             json.dumps(inventory.record())

@@ -86,7 +86,7 @@ class TextProvenance:
 
 @config
 class Provenance:
-    """How cached latents were made. Other latents have an empty provenance; only flows without a codec accept them.
+    """How cached latents were made; empty if that is unknown. Only flows without a codec accept an empty provenance.
 
     codec: description of the codec; empty for pixels. codec_digest: digest of everything that the latents depend on.
     text: how the captions were encoded; None without texts. noise_std: noise level of the flow, which the texts may
@@ -154,7 +154,7 @@ class ShardFile:
 
 
 class LatentWriter:
-    """Writes the shards of a dataset into a new directory; `finish` completes it for `read_latents`.
+    """Writes the shards of a dataset into a new directory. After `finish`, `read_latents` can read them.
 
     Example:
         writer = LatentWriter("data/latents")
@@ -173,7 +173,7 @@ class LatentWriter:
     ) -> None:
         """Writes one shard. null: the encoded empty text, required if the shard has texts."""
         if (shard.texts is None) != (null is None):
-            raise ValueError("null, the encoded empty text, goes with a shard that has texts; give both or neither.")
+            raise ValueError("give null (the encoded empty text) if the shard has texts, and leave it out otherwise.")
         entry = ShardEntry(
             folder=f"{split}-{len(self.entries):05d}",
             split=split,
@@ -223,12 +223,12 @@ def read_index(directory: str | os.PathLike[str]) -> LatentIndex:
             "missing. Run `python -m flowgen encode`."
         )
     status = path.stat()
-    return _parsed_index(path, status.st_mtime_ns, status.st_size)
+    return _parsed_index(path.resolve(), status.st_ino, status.st_mtime_ns, status.st_size)
 
 
 @functools.lru_cache(maxsize=2)
-def _parsed_index(path: Path, written: int, size: int) -> LatentIndex:
-    """The index in a file, which is parsed once until its time of writing or its size changes."""
+def _parsed_index(path: Path, *version: int) -> LatentIndex:
+    """The index in a file, which is parsed again only if there is another version of the file."""
     plain = read_json(path, fix="encode the data again")
     if not isinstance(plain, dict) or plain.get("format") != FORMAT:
         raise ValueError(f"'{path}' is not an index in the format '{FORMAT}'; encode the data again.")
@@ -241,7 +241,7 @@ def _parsed_index(path: Path, written: int, size: int) -> LatentIndex:
 def read_latents(
     directory: str | os.PathLike[str], split: Split, classes: tuple[str, ...] = ()
 ) -> LatentDataset | BucketedDataset:
-    """Returns a split of cached latents, memory-mapped; if there are several kinds or shapes, each becomes a bucket.
+    """Returns a split of cached latents, memory-mapped. If there are several kinds or shapes, each becomes a bucket.
 
     classes: the classes that labels are mapped to by name; if empty, the classes of the data are kept.
 

@@ -76,7 +76,7 @@ class LatentDataset:
     in `class_names`; empty if labels need no mapping. use_texts: whether texts, if there are any, serve as contexts
     instead of labels.
 
-    Indexing raises a ValueError that names the shard if latents or texts are not finite, or a std is negative.
+    Indexing raises ValueError if latents or texts are not finite, or a std is negative; the message names the shard.
 
     Example:
         dataset = LatentDataset((shard,), class_names=("cat", "dog"))
@@ -121,7 +121,7 @@ class LatentDataset:
 
 
 def kind_of(dataset: Dataset) -> Kind:
-    """Returns the kind of a dataset or of latents: images, clips, or a view that a video flow also trains on.
+    """Returns what a dataset or its latents contain: images, clips, or a view that a video flow also trains on.
 
     Example:
         kind_of(StillClips(images))  # "still"

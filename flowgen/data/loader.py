@@ -23,7 +23,7 @@ _ORDER, _FLIP, _SCHEDULE = 0, 1, 2
 
 @dataclasses.dataclass(frozen=True)
 class Loader:
-    """Training batches in an order fixed by the seed, without state.
+    """Stateless training batches, in an order determined by the seed.
 
     The samples of all epochs, each epoch in a new random order, form one endless sequence. Batch `step` takes positions
     step B .. (step + 1) B - 1 of this sequence, where B is `batch_size` over all processes. Process i of P takes the
@@ -65,7 +65,7 @@ class Loader:
             raise ValueError(f"process_index is {self.process_index}; it must be from 0 to {self.process_count - 1}.")
 
     def batch(self, step: int) -> Batch:
-        """Returns this process's share of batch `step`, batch_size // process_count samples."""
+        """Returns this process's share of batch `step`, which has batch_size // process_count samples."""
         bucket, index = self.place(step)
         share = self.batch_size // self.process_count
         start = index * self.batch_size + self.process_index * share
@@ -120,7 +120,7 @@ class StatelessLoader(Protocol):
 def prefetch(loader: StatelessLoader, start: int, stop: int, *, depth: int = 2) -> Iterator[Batch]:
     """Returns an iterator over batches start..stop-1; a thread prepares the next `depth` batches in advance.
 
-    An error while making a batch is raised when that batch is due. When the iterator is closed or garbage-collected,
+    An error in preparing a batch is raised when that batch is due. When the iterator is closed or garbage-collected,
     the thread ends after its current batch.
 
     Example:
@@ -133,10 +133,10 @@ def prefetch(loader: StatelessLoader, start: int, stop: int, *, depth: int = 2) 
 
 
 def fixed_batches(dataset: Dataset, batch_size: int) -> Iterator[tuple[Batch, Bool[np.ndarray, " b"]]]:
-    """Returns an iterator that passes over the dataset once, in order and with constant shapes, for evaluation.
+    """Returns an iterator over the batches of a dataset for evaluation: one pass, in order, with constant shapes.
 
-    Each batch comes with a mask `b`. The last batch is padded with copies of its last sample, for which the mask is
-    False.
+    Each batch comes with a mask `b`. The last batch is padded with copies of its last sample. The mask is False
+    for these copies.
 
     Example:
         for batch, mask in fixed_batches(dataset, 256):

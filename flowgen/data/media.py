@@ -53,8 +53,8 @@ def from_uint8(
 ) -> Float[Array | np.ndarray, "*shape"]:
     """Returns float32 pixels in [-1, 1]: images / 127.5 - 1, the convention of the published TARFlow weights.
 
-    0 and 255 map to -1 and 1 exactly, and `to_uint8` recovers every level. Works on NumPy and JAX arrays, also under
-    jit.
+    0 and 255 map to -1 and 1 exactly, and `to_uint8` recovers every level. Works on NumPy and JAX arrays, and
+    under `jax.jit`.
 
     Example:
         x = from_uint8(batch.pixels)
@@ -157,7 +157,7 @@ def check_writable(path: str | os.PathLike[str]) -> None:
 
 @contextlib.contextmanager
 def atomic_file(path: str | os.PathLike[str]) -> Generator[IO[bytes]]:
-    """Yields a binary file that becomes `path` on success and is deleted on any error; creates its folder.
+    """Yields a binary file that becomes `path` on success and is deleted on any error. Creates missing folders.
 
     Example:
         with atomic_file("samples.npz") as file:

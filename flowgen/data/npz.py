@@ -14,7 +14,7 @@ from flowgen.data.inventory import name_list, tell
 from flowgen.documents import ARRAY_DAMAGE
 
 _ARRAYS = ("images", "labels", "class_names")
-# Labels from this value on must be smaller than the number of labels; larger ones are unlikely to be class numbers.
+# A label of at least this value must be below the number of labels; otherwise, it is unlikely to be a class number.
 MOST_SPARSE = 1 << 16
 
 

@@ -43,7 +43,7 @@ _COMPARED_AT = 64
 
 
 def read_openmoji(config: DataConfig, size: tuple[int, int]) -> ArrayDataset:
-    """Returns the distinct OpenMoji drawings on white, with the emoji's group as label and its name as caption.
+    """Returns the distinct OpenMoji drawings on white, with emoji groups as labels and emoji names as captions.
 
     The drawings are CC BY-SA 4.0 (openmoji.org); groups and names are Unicode's. Drawings that Unicode does not list
     have an empty caption; see `describe` for their group. Drawings are square; for other shapes, they are padded with

@@ -32,7 +32,7 @@ class PointsConfig:
     x1: Distribution = "eight_gaussians"
 
     def draw(self, key: Key[Array, ""], num: int) -> tuple[Float[Array, "num 2"], Float[Array, "num 2"]]:
-        """Returns independent points of x0 and x1; pure, so it can be used under `jax.jit`."""
+        """Returns independent points of x0 and x1; works under `jax.jit`."""
         key0, key1 = jax.random.split(key)
         return toy.DISTRIBUTIONS[self.x0](key0, num), toy.DISTRIBUTIONS[self.x1](key1, num)
 

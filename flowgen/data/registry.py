@@ -34,7 +34,7 @@ def load(
 
     image_size: side, or (height, width). channels: grey images are repeated to 3 channels; colour images are converted
     to 1 channel if they come from a folder, and refused otherwise. multiple: if `config.aspects` is set, the sides of
-    all buckets are multiples of this.
+    all buckets are multiples of this number.
 
     Labels index `class_names`, which are `config.classes` if given; -1 marks an image without a label.
 

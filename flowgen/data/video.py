@@ -1,4 +1,4 @@
-"""Reads clips from video files at any frame rate, and writes them, with PyAV and Pillow."""
+"""Reads and writes clips as video files, with PyAV and Pillow. Clips can be read at any frame rate."""
 
 from __future__ import annotations
 
@@ -54,8 +54,8 @@ def video_size(path: str | os.PathLike[str]) -> tuple[int, int]:
 def frame_times(path: str | os.PathLike[str], *, fps: float | int | None = None) -> Float[np.ndarray, " n"]:
     """Returns the times in seconds at which `read_clip` finds frames. The first key frame is at second 0.
 
-    The times are i / fps over the video's duration or, if fps is None, the times of the video's frames, which are read
-    without decoding.
+    If fps is None, these are the times of the video's frames, which are read without decoding. Otherwise, they are
+    i / fps over the video's duration.
 
     Raises UnreadableVideo if the file is not a video, is damaged at its end, or claims to last longer than its size
     allows.

@@ -39,8 +39,8 @@ def frame_pixels(frame: Any, least: int | None = None) -> UInt8[np.ndarray, "hei
     least: smallest side needed; to save memory, a frame with more than 4096 x 2048 pixels is shrunk by an integer
     factor to sides of at least twice this length.
 
-    The frame names the matrix between YCbCr and RGB. If it does not, the matrix is BT.709 for high definition (width
-    1280 or height 577 and up) and BT.601 otherwise, as in video players.
+    Pixels are converted with the matrix between YCbCr and RGB that the frame names. If it names none, the matrix is
+    BT.709 for high definition (width 1280 or height 577 and up) and BT.601 otherwise, as in video players.
     """
     high = frame.width >= 1280 or frame.height > 576
     full = frame.color_range == _FULL_RANGE or frame.format.name.startswith("yuvj")

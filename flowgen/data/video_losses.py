@@ -1,4 +1,4 @@
-"""Detects bytes missing from a video, which containers and decoders skip silently."""
+"""Detects bytes missing from a video; containers and decoders do not report them."""
 
 from __future__ import annotations
 

@@ -107,7 +107,7 @@ class Video:
     def whole_packets(self) -> list[tuple[float, float]]:
         """Returns the display intervals of all frames with complete packets, from the container's current position.
 
-        If no key frame follows some damage, the frames after it are left out, because they cannot be decoded.
+        Frames after damage are left out if no key frame follows, because they cannot be decoded.
         """
         found: list[tuple[float, float]] = []
         end = math.inf
@@ -126,8 +126,8 @@ class Video:
     def seek(self, second: float) -> bool:
         """Seeks to a key frame before the given second, and returns whether this succeeded.
 
-        It fails if the file is not seekable, or if reordered frames have no time stamps and so can only be counted from
-        the beginning.
+        A seek fails if the file is not seekable, or if reordered frames have no time stamps and so can only be counted
+        from the beginning.
         """
         if self.counts_packets and self.stream.codec_context.has_b_frames:
             return False
@@ -230,9 +230,10 @@ def _has_time(part: Any) -> bool:
 
 
 def last_end(path: str | os.PathLike[str]) -> float:
-    """Returns the time at which a video's last complete frame ends; relies on packets, not on what the file claims."""
-    # The packets from the last key frame on determine it, and a seek to the end leads there. MPEG-TS seeks to any
-    # packet, so the seek goes back some frames, because the frame shown last may come before others in packet order.
+    """Returns the time at which a video's last complete frame ends, according to its packets, not its header."""
+    # The packets from the last key frame on determine this time, and a seek to the end leads to that key frame. In
+    # MPEG-TS, however, a seek can lead to any packet, and the frame shown last may come before others in packet order.
+    # Therefore, the target is some frames before the end.
     for searched in (True, False):
         with opened(path) as video:
             if searched:

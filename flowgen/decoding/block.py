@@ -68,7 +68,7 @@ class GuidedBlock:
         )
 
     def forward(self, x: Float[Array, "b n c"]) -> Float[Array, "b n c"]:
-        """Returns the noise for tokens x, both in raster order, in one parallel pass; undoes `inverse`."""
+        """Returns the noise of tokens x, both in raster order, from one parallel pass; the opposite of `inverse`."""
         config, passthrough = self.block.config, self.block.num_passthrough
         if self.guidance is None:
             return self.block.apply(self.variables, x, self.cond)[0]

@@ -24,7 +24,7 @@ CONTEXT = 0.75  # fraction of the frames that the flow models: 16 of 21, as publ
 @jax.tree_util.register_dataclass
 @dataclass(frozen=True)
 class Clip:
-    """How long the clips of a `STARFlowV` are, how they begin, and how they continue beyond the F frames it models.
+    """How long the clips of a `STARFlowV` are, how they begin, and how they continue beyond its own F frames.
 
     frames: frames per clip; None means F. given: the first frames, with the training noise added; only denoising
     changes them. context: how many frames each restart begins with, in clips of more than F frames; None means 3/4 of

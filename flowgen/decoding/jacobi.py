@@ -36,7 +36,7 @@ class PreviousFrame(NamedTuple):
         return jnp.where((place >= period - self.known)[None, :, None], self.tokens[:, place], noise)
 
     def then(self, tokens: Float[Array, "b w c"]) -> PreviousFrame:
-        """Returns the last frame's worth of tokens after `tokens` are solved too."""
+        """Returns the last frame's worth of tokens once `tokens` are solved too."""
         period = self.tokens.shape[1]
         last = jnp.concatenate([self.tokens, tokens], axis=1)[:, -period:]
         return PreviousFrame(last, jnp.minimum(self.known + tokens.shape[1], period))

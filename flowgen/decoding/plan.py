@@ -51,13 +51,13 @@ class Jacobi:
 
 @config
 class SlidingWindow:
-    """Decodes by sweeps over a window that advances past the tokens solved by each sweep, at least one.
+    """Decodes by sweeps over a window; after each sweep, the window advances past the solved tokens, at least one.
 
     Each sweep accepts the window's longest prefix that changed by at most `tol` in every sample of the batch, plus the
     next token (Song et al. 2021, arXiv 2002.03629). With tolerance 0 the solution is exact; otherwise each returned
     token is within `tol` of the value implied by the tokens before it. There are never more sweeps than tokens. The
-    attention must keep a cache slot per token, as softmax attention does. Up to the tolerance, a sample depends on the
-    other samples in its batch.
+    attention must keep a cache slot per token, as softmax attention does. Within the tolerance, a sample depends on
+    the other samples in its batch.
 
     window, tol, init: as for `Jacobi`.
 

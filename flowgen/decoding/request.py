@@ -26,7 +26,7 @@ class DecodeResult(NamedTuple):
     """Decoded images or clips, and reports on the decoding.
 
     x: images `b height width c` or clips `b frames height width c`, not clipped.
-    sweeps: network passes per block (data side first) and window; 0 where a block has fewer windows.
+    sweeps: network passes per block (data side first) and window; 0 for windows that a block does not have.
     residual: largest change (max norm) in the last sweep of any block and window; 0 if there were enough sweeps to make
     x exact.
     overflows: number of iterates that were not finite or exceeded 1e6. finite: whether x is finite.

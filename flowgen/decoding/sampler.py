@@ -32,10 +32,10 @@ def invert(
     guidance: Guidance | None = None,
     certify: bool = False,
 ) -> DecodeResult:
-    """Returns the images or clips that `forward` maps to z, decoded by `plan` under `guidance`.
+    """Returns the images or clips that `forward` maps to z, decoded by `plan` with `guidance`.
 
     z: noise tokens in raster order, as `forward` returns them. certify: whether to run one forward pass on the result,
-    under the same guidance, and report the reconstruction error. Raises ValueError if z, cond, plan or guidance does
+    with the same guidance, and report the reconstruction error. Raises ValueError if z, cond, plan or guidance does
     not fit the flow. The scale, temperature and null text of guidance can change without recompiling.
 
     Example:
@@ -73,8 +73,8 @@ def sample(
     `Denoiser` replaces this step and receives all frames of a clip, still noisy.
     certify: as for `invert`; for a clip, the error covers its generated frames.
     clip: for clips whose length differs from the flow's, or that begin with given frames. A token's noise depends only
-    on the key, the sample's number and the token's position. A longer clip therefore begins with the same frames as a
-    shorter one, before denoising, which looks ahead. The deep block's sweeps are reported segment by segment.
+    on the key, the sample's number and the token's position. Before denoising, which looks ahead, a longer clip
+    therefore begins with the same frames as a shorter one. The deep block's sweeps are reported segment by segment.
     Raises ValueError if cond, plan, guidance or clip does not fit the flow, or if `num` is not positive.
 
     Example:

@@ -38,7 +38,7 @@ def flow_bits_per_dim(
     """Returns a flow's mean bits/dim over a dataset, with one draw of noise per image.
 
     noise_std: std of the Gaussian noise added to images; 0 means uniform dequantisation (the published measure), and
-    None the training noise. conditional: whether to pass labels to a flow with classes.
+    None means the training noise. conditional: whether to pass labels to a flow with classes.
 
     Example:
         bpd = flow_bits_per_dim(flow, params, dataset, jax.random.key(0), noise_std=0.0)
@@ -104,8 +104,8 @@ def velocity_bits_per_dim(
     """Returns a continuous flow's mean bits/dim over a dataset, under uniform dequantisation.
 
     log_prob(x, labels, key): returns log p in nats for images in [-1, 1), for example by calling
-    `flowgen.matching.log_prob` with a velocity field. The key draws Hutchinson's probes, once per batch. This function
-    compiles log_prob.
+    `flowgen.matching.log_prob` with a velocity field. Each batch has a separate key, for Hutchinson's probes. This
+    function compiles log_prob.
 
     Example:
         bpd = velocity_bits_per_dim(lambda x, y, key: fm.log_prob(velocity, x, y, key=key), dataset, key)

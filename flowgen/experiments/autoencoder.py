@@ -16,6 +16,7 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float
 
+from flowgen.batch import Batch
 from flowgen.codecs import AutoencoderConfig, VideoAutoencoderConfig
 from flowgen.data import (
     ClipsConfig,
@@ -33,7 +34,7 @@ from flowgen.evaluation import psnr
 from flowgen.experiments.codecs import STATISTICS, open_autoencoder
 from flowgen.experiments.debug import SAMPLES, debug_clips, debug_images, debug_run
 from flowgen.experiments.drawing import EvaluateOptions
-from flowgen.experiments.experiment import Experiment
+from flowgen.experiments.experiment import Experiment, Rehearsal
 from flowgen.experiments.images import image_batches
 from flowgen.experiments.own_data import own_data
 from flowgen.experiments.plots import DRAWABLE_CHANNELS, sample_grid, strips
@@ -58,7 +59,7 @@ class AutoencodingConfig:
     noise: std of the noise added to normalised latents before decoding, so that the decoder learns to decode a flow's
     noisy latents; 0 for none.
     decoder_of: run directory or published folder of an autoencoder; its decoder is trained further, and its encoder
-    stays frozen.
+    stays frozen. If empty, a new autoencoder is trained.
     shown: number of images shown next to their reconstructions in the run's sample grid; at least 1.
     """
 
@@ -183,6 +184,16 @@ class AutoencoderExperiment(Experiment):
             inventory=take_inventory(self.data, dataset, held_out),
         )
 
+    def rehearsal(self, model: Any, rows: int) -> Rehearsal:
+        """Returns what is needed to trace a training step on `rows` images or clips."""
+        frames = (self.autoencoding.frames,) if self.autoencoding.frames else ()
+        shape = (rows, *frames, *self.autoencoding.image_hw, self.model.channels)
+        return Rehearsal(
+            init=lambda key: _initial(self.model, "", model, key),
+            objective=autoencoding_objective(model, self.autoencoding),
+            batch=jax.eval_shape(lambda: Batch(jnp.zeros(shape, jnp.uint8))),
+        )
+
     def evaluate(self, model: Any, variables: Any, options: EvaluateOptions) -> list[str]:
         """Returns lines that report the reconstruction error on a split and the statistics of the latents."""
         dataset = self.dataset(options.split)
@@ -196,7 +207,7 @@ class AutoencoderExperiment(Experiment):
         ]
 
     def debug(self) -> AutoencoderExperiment:
-        """Returns the experiment with a tiny autoencoder of the same factor, on the built-in or bouncing digits."""
+        """Returns the experiment with a tiny autoencoder of the same factor, on built-in or bouncing digits."""
         model, few = self.model, {"shown": SAMPLES}
         widths = (8,) * len(model.widths)
         if not isinstance(model, VideoAutoencoderConfig):
@@ -216,9 +227,9 @@ def autoencoding_objective(autoencoder: Any, config: AutoencodingConfig) -> Call
     """Returns the objective (variables, batch, key) -> (loss, metrics, carried state) of an autoencoder.
 
     batch: a `flowgen.data.Batch` of images or clips. Carried state: the collection "latents", with the running mean
-    and variance of each latent channel, updated at a rate of 0.02. Flows use them to normalise latents. They are
-    computed over the whole batch, on any number of devices and with gradient accumulation; each micro-batch scales its
-    noise by the statistics after its own update.
+    and variance of each latent channel, updated at a rate of 0.02. Flows use these statistics to normalise
+    latents. The statistics are computed over the whole batch, on any number of devices and with gradient accumulation;
+    each micro-batch scales its noise by the statistics after its own update.
 
     Example:
         loss, metrics, state = autoencoding_objective(autoencoder, AutoencodingConfig())(variables, batch, key)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import abc
 import dataclasses
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -13,6 +14,7 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Int
 
+from flowgen.batch import Batch, Moments
 from flowgen.conditioning import TextCondition
 from flowgen.data import Dataset, LatentsConfig, take_inventory
 from flowgen.data.dataset import BucketedDataset, Split, buckets_of
@@ -31,7 +33,8 @@ from flowgen.experiments.drawing import (
     drawn_classes,
 )
 from flowgen.experiments.encoding import Encoding
-from flowgen.experiments.experiment import Experiment
+from flowgen.experiments.estimates import decoding_cost, some_condition, tokens_of
+from flowgen.experiments.experiment import Experiment, Rehearsal, SamplingCost
 from flowgen.experiments.images import holds_latents, image_batches, tell_unused_classes, with_class_names
 from flowgen.experiments.latents import FlowData, as_taken, flow_dataset, is_latent, null_texts, pixel_dataset
 from flowgen.experiments.options import LikelihoodConfig, SamplingConfig
@@ -44,6 +47,7 @@ from flowgen.nn import init
 from flowgen.settings import config
 from flowgen.settings.ranges import Within
 from flowgen.training import Job, OptimConfig
+from flowgen.training.step import Objective
 
 NumSamples = Annotated[int, Within(0, 1 << 24)]
 # Text flows sample this many held-out captions during training, unless sampling.prompts is set.
@@ -171,7 +175,7 @@ class AutoregressiveExperiment(Experiment):
     def opened(
         self, dataset: Dataset | None, held_out: Dataset | None
     ) -> tuple[Dataset | BucketedDataset, Dataset | BucketedDataset | None]:
-        """Returns the data to train and evaluate on: the given datasets, or by default the experiment's."""
+        """Returns the data to train and evaluate on: the given datasets or, by default, the experiment's."""
         if dataset is not None:
             assert not isinstance(self.data, LatentsConfig)  # `fit` replaces it
             codec, model = self.encoding.open_codec(), self.model
@@ -187,7 +191,6 @@ class AutoregressiveExperiment(Experiment):
         self,
         flow: Any,
         dataset: Dataset | BucketedDataset,
-        objective: Callable[..., Any],
         *,
         held_out: Dataset | BucketedDataset | None,
         evaluate: Callable[[Any], dict[str, float]] | None,
@@ -196,13 +199,12 @@ class AutoregressiveExperiment(Experiment):
     ) -> Job:
         """Returns the training job on opened data, and releases the text encoder.
 
-        objective: called as objective(flow, label_dropout=, loss_scale=, null_text=), like `nll_objective`. held_out:
-        opened held-out data, if any. For the other arguments, see `Job`.
+        held_out: opened held-out data, if any. For the other arguments, see `Job`.
         """
         tell_unused_classes(dataset, self.data, self.model.num_classes)
         made = Job(
             init=lambda key: init(flow, key),
-            objective=objective(
+            objective=self.objective(
                 flow,
                 label_dropout=self.train.label_dropout,
                 loss_scale=self.likelihood.loss_scale(self.model.noise_std),
@@ -214,9 +216,33 @@ class AutoregressiveExperiment(Experiment):
             best_metric=self.best_metric,
             optims=optims or {},
             inventory=take_inventory(self.data, dataset, held_out),
+            tokens=partial(tokens_of, self.model),
         )
         release_text_encoders()
         return made
+
+    @abc.abstractmethod
+    def objective(self, flow: Any, **options: Any) -> Objective:
+        """Returns the training objective of a flow. options: label_dropout, loss_scale and null_text of it."""
+
+    def rehearsal(self, model: Any, rows: int) -> Rehearsal:
+        """Returns what is needed to trace a training step on a batch of `rows` samples."""
+        shape = (rows, *self.model.event_shape)
+
+        def batch() -> Batch:
+            latents = jnp.zeros(shape)
+            x = Moments(latents, latents) if self.is_latent else jnp.zeros(shape, jnp.uint8)
+            return Batch(x, some_condition(self.model, rows))
+
+        return Rehearsal(lambda key: init(model, key), self.objective(model), jax.eval_shape(batch))
+
+    def sampling_cost(self, model: Any, variables: Any, num: int) -> SamplingCost:
+        """Returns what drawing each of `num` samples takes, token by token, without the codec and text encoder."""
+        sampling = self.sampling
+        blocks = range(self.model.num_blocks) if sampling.blocks is None else sampling.blocks
+        by_score = self.model.noise_std > 0 and sampling.denoise > 0 and not getattr(self.model, "denoiser_layers", 0)
+        guided = blocks if sampling.guidance else ()
+        return decoding_cost(model, variables, num, guided=guided, by_score=by_score)
 
     def sampler(
         self,
@@ -227,8 +253,8 @@ class AutoregressiveExperiment(Experiment):
     ) -> Callable[[Any], np.ndarray] | None:
         """Returns the function that draws a run's sample images; None if samples cannot be shown in grey or colour.
 
-        It draws samples of each class in turn, or for the prompts. draw_batch: the experiment's method. show: makes one
-        image from (samples, classes).
+        The function draws samples of each class in turn, or for the prompts. draw_batch: the experiment's method. show:
+        makes one image from (samples, classes).
         """
         without_codec = isinstance(self.data, LatentsConfig) and self.codec is None
         if without_codec or self.encoding.open_codec().pixel_channels not in DRAWABLE_CHANNELS:
@@ -267,7 +293,7 @@ class AutoregressiveExperiment(Experiment):
     def guidance(self, flow: Any, null: TextCondition | None = None) -> Guidance:
         """Returns the guidance for samples; for a text flow, it includes the text of the unconditional branch.
 
-        null: this text; by default the empty text, which is encoded here if needed.
+        null: the text of the unconditional branch; by default the empty text, which is encoded here if needed.
         """
         guidance = self.sampling.to_guidance()
         if not (self.model.text_dim and guidance.scale):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import dataclasses
 import math
 from collections.abc import Generator
 from functools import partial
@@ -16,7 +17,7 @@ from jaxtyping import Array, Float, Int, Key
 
 from flowgen.batch import Batch, Moments
 from flowgen.codecs import Codec
-from flowgen.data import from_uint8
+from flowgen.data import ClipsConfig, LatentsConfig, from_uint8
 from flowgen.data.dataset import BucketedDataset, Dataset, buckets_of
 from flowgen.data.image_files import read_image, read_image_size
 from flowgen.data.latents import kind_of
@@ -49,7 +50,7 @@ def latent_frames(codec: Codec, frames: int) -> int:
 
 
 def check_length(codec: Codec, most: int, frames: int | None, context: int | None) -> None:
-    """Raises ValueError if the codec cannot make clips of this length, or if `context` is set but nothing restarts.
+    """Raises ValueError if the codec cannot make clips of this length, or if `context` is set but no clip restarts.
 
     most: largest number of latent frames that are decoded at once.
 
@@ -66,7 +67,7 @@ def check_length(codec: Codec, most: int, frames: int | None, context: int | Non
 def read_given(
     codec: Codec, flow: Any, path: str, *, frames: int | None = None, fps: float | None = None
 ) -> Float[np.ndarray, "given height width c"]:
-    """Reads the frames that clips begin with from an image or video file; returns them in [-1, 1].
+    """Returns the frames that clips begin with, read from an image or video file, in [-1, 1].
 
     An image gives one frame; a video, read at `fps`, gives as many as the codec can encode. frames: length of the
     clips; a longer video is cut so that at least one frame is left to generate. None takes the whole video, which must
@@ -124,7 +125,7 @@ def with_noise(
     key: Key[Array, ""],
     numbers: Int[np.ndarray, " b"],
 ) -> Float[Array, "b given height width c"]:
-    """Returns clean latents with training noise added, drawn separately for each numbered clip.
+    """Returns one copy of the clean latents for each clip number, each with its own training noise added.
 
     Example:
         given = with_noise(flow, latents, jax.random.key(0), np.arange(4))
@@ -134,8 +135,18 @@ def with_noise(
     return jnp.asarray(clean) + flow.config.noise_std * noise
 
 
+def of_whole_clips(data: ClipsConfig | LatentsConfig) -> ClipsConfig | LatentsConfig:
+    """Returns the same data without images and without clips that lack their first frame, which only training uses.
+
+    Example:
+        clips = flow_dataset(of_whole_clips(data), encoding, "eval")
+    """
+    unused = {"images": None, "drop_first": 0.0, "images_fraction": 0.0}
+    return dataclasses.replace(data, **{name: value for name, value in unused.items() if hasattr(data, name)})
+
+
 def clips_alone(dataset: Dataset | BucketedDataset) -> Dataset:
-    """Returns only a dataset's whole clips: no images, and no clips that lack their first frame.
+    """Returns the whole clips of a dataset, without images and without clips that lack their first frame.
 
     Raises ValueError if there are no whole clips, or if they have several shapes.
 
@@ -169,9 +180,10 @@ def frame_distances(clips: Float[np.ndarray, "n frames height width c"]) -> tupl
 def denoised_psnr(
     codec: Codec, flow: Any, variables: Any, dataset: Dataset, key: jax.Array, *, most: int
 ) -> dict[str, float]:
-    """Returns the PSNR in dB of up to `most` clips: noisy, after a Tweedie step and, if there is a denoiser, denoised.
+    """Returns the PSNR in dB of up to `most` clips, before and after removing the training noise.
 
-    Latents are decoded before the comparison.
+    The noise is removed by a Tweedie step and, if the flow has a denoiser, separately by the denoiser. Latents are
+    decoded before the comparison.
 
     Example:
         denoised_psnr(codec, flow, params, dataset, key, most=64)  # {"as they are": 14.1, "by the score": 20.3, ...}
@@ -191,7 +203,7 @@ def denoised_psnr(
 
 
 def of_batch(batch: Batch) -> np.ndarray:
-    """Returns the clean pixels or latents of a batch that a flow models.
+    """Returns the clean data of a batch: pixels in [-1, 1], or latents.
 
     Example:
         latents = of_batch(dataset[np.arange(4)])

@@ -50,8 +50,8 @@ class PretrainedAutoencoder:
 
     path: run directory of an autoencoder trained with flowgen, or folder of a published AutoencoderKL (images) or
     AutoencoderKLWan (video).
-    digest: digest of everything that affects its latents; training a flow sets it, to detect a different autoencoder
-    later.
+    digest: digest of everything that affects the latents. Training a flow sets it, so that a different autoencoder is
+    detected later.
     temporal_scale: factor that multiplies a clip's latents after the first frame; 0.6 as published, 1 for no change.
     """
 
@@ -64,11 +64,11 @@ CodecConfig = SpaceToDepth | PretrainedAutoencoder
 
 
 def open_codec(config: CodecConfig | None, channels: int) -> Codec:
-    """Returns the codec of a config, which is opened only once; None gives the identity.
+    """Returns a config's codec, which is opened only once. If config is None, returns the identity.
 
     channels: number of latent channels that the model takes.
 
-    Raises FileNotFoundError or ValueError if the codec is missing, damaged, or does not match the digest or the
+    Raises FileNotFoundError or ValueError if the codec is missing or damaged, or does not match the digest or the
     channels.
 
     Example:
@@ -149,7 +149,7 @@ def _open_autoencoder(
 
 @weakly_cached
 def codec_digest(codec: Codec) -> str:
-    """Returns a digest of everything that affects a codec's latents; the decoder does not.
+    """Returns a digest of everything that affects a codec's latents. The decoder is not included.
 
     Example:
         same = codec_digest(codec) == read_index("data/latents").provenance.codec_digest

@@ -28,7 +28,7 @@ class FeatureExtractor:
 
 
 def train_features(dataset: Dataset) -> FeatureExtractor:
-    """Trains a classifier and returns an extractor of its features; if the dataset has no labels, they are pixels.
+    """Trains a classifier and returns an extractor of its features. Without labels, the features are pixels.
 
     Example:
         extractor = train_features(experiment.dataset("train"))
@@ -50,8 +50,8 @@ def sample_metrics(
 ) -> dict[str, float]:
     """Returns the Fréchet distance between `num` samples and the data, and the fraction that show their class.
 
-    The fraction is left out without conditions, or if the extractor does not predict classes. conditions: a function
-    from positions in the data to labels or texts; the samples get the data's class proportions. None draws
+    The fraction is left out if there are no conditions, or if the extractor does not predict classes. conditions: a
+    function from positions in the data to labels or texts; the samples get the data's class proportions. None draws
     unconditional samples.
 
     Example:

@@ -15,7 +15,7 @@ from flowgen.data.dataset import Split
 from flowgen.settings import config
 from flowgen.settings.ranges import BatchSize, Seed
 
-# (key, numbers, cond) -> the samples with these numbers under this condition, and a line about how they were drawn.
+# (key, numbers, cond) -> the samples with these numbers and conditions, and a line about how they were drawn.
 # Sample i depends only on (key, i).
 DrawBatch = Callable[[jax.Array, Int[np.ndarray, " b"], Any], tuple[np.ndarray, str]]
 # Positions or numbers -> the condition of each.

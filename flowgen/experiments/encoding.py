@@ -21,7 +21,7 @@ from flowgen.text import TextEncoder, aspect_size
 
 @dataclass(frozen=True)
 class Encoding:
-    """The codec and the text encoder of a flow, opened once, on first use.
+    """The codec and the text encoder of a flow. Each is opened once, on first use.
 
     model: config of the flow that takes the latents and texts.
     codec: config of the codec; None for a flow on pixels.
@@ -54,18 +54,18 @@ class Encoding:
     ) -> TextCondition:
         """Returns prompts as a condition for the model, wrapped like the training captions.
 
-        grid: (height, width), by default the model's; texts may state its aspect ratio. truncate: cut prompts that are
-        too long, as captions are cut. still: whether the prompts describe single images for a video flow; their texts
-        state no frame rate.
+        grid: the (height, width) whose aspect ratio texts may state; by default the model's. truncate: cut prompts that
+        are too long, as captions are cut. still: whether the prompts describe single images for a video flow; such
+        texts state no frame rate.
         """
         encoder = self.open_text_encoder()
         wrapped = [self._wrapped(prompt, grid, still) for prompt in prompts]
         return TextCondition(*map(jnp.asarray, encoder(wrapped, truncate=truncate)))
 
     def empty_text(self, grid: tuple[int, int] | None = None, *, still: bool = False) -> TextCondition:
-        """Returns the encoded empty text, wrapped like a prompt: the unconditional text for guidance and label dropout.
+        """Returns the encoded empty text, wrapped like a prompt; it is encoded only once.
 
-        It is encoded only once. grid, still: see `condition`.
+        Guidance and label dropout use it as the unconditional text. grid, still: see `condition`.
         """
         return encoded_text(self.open_text_encoder(), self._wrapped("", grid, still))
 
@@ -77,7 +77,7 @@ class Encoding:
     def latent_size(self, aspect: str) -> tuple[int, int]:
         """Returns the latents' (height, width) for an aspect ratio, at about the model's area.
 
-        Raises ValueError if the aspect ratio is not one of the nine that are supported.
+        Raises ValueError if the aspect ratio is not one of the nine supported ones.
         """
         factor = self.open_codec().factor
         side = round(math.sqrt(math.prod(self.model.image_hw)) * factor)
@@ -87,8 +87,8 @@ class Encoding:
     def with_digests(self, cached: Provenance | None = None) -> Encoding:
         """Returns the encoding with the digests of its autoencoder and text encoder, as saved with a run.
 
-        cached: provenance of cached latents. If it names the same text encoder, its digest is reused without opening
-        the encoder. A network without a path gets no digest.
+        cached: provenance of cached latents. If it names the same text encoder, the digest in it is reused without
+        opening the encoder. A network without a path gets no digest.
         """
         codec, text = self.codec, self.text
         if isinstance(codec, PretrainedAutoencoder) and codec.digest is None and codec.path:

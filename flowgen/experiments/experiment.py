@@ -1,7 +1,8 @@
 """An experiment as plain data: the model, its data, its training and the expected result.
 
 `Experiment` is the base class of all kinds. Each kind is a frozen dataclass in a separate module. A config file defines
-a function `config()` that returns an experiment. Every run saves its experiment as JSON, which restores it exactly.
+a function `config()` that returns an experiment. Every run saves its experiment as JSON, from which the same
+experiment can be restored.
 """
 
 from __future__ import annotations
@@ -12,6 +13,7 @@ from dataclasses import dataclass, field
 from types import MappingProxyType
 from typing import Any, ClassVar, NamedTuple
 
+import jax
 import numpy as np
 
 from flowgen import settings
@@ -20,11 +22,20 @@ from flowgen.data.inventory import name_list
 from flowgen.experiments.drawing import DrawOptions, EvaluateOptions
 from flowgen.training import Job, LogConfig, OptimConfig, TrainConfig
 from flowgen.training.options import check_warmups
+from flowgen.training.step import Objective
 
 # Fields that a resumed run may change: they do not affect the checkpoint's contents or the data seen so far. (Frozen
 # networks are compared by digest, not by path. Class names are compared separately.)
 RESUMABLE = (
-    *("name", "train.steps", "log.", "sampling.", "reference", "codec.path", "text.encoder", "data.classes"),
+    "name",
+    "train.steps",
+    "log.",
+    "sampling.",
+    "reference",
+    "codec.path",
+    "text.encoder",
+    "data.classes",
+    "model.attention_implementation",
     "model.remat",
 )
 
@@ -40,6 +51,29 @@ class Samples(NamedTuple):
     conditions: dict[str, np.ndarray]
 
 
+class Rehearsal(NamedTuple):
+    """What is needed to trace a training step without data.
+
+    init(key) -> variables. objective: see `flowgen.training.make_step`. batch: the shapes and dtypes of a batch.
+    """
+
+    init: Callable[[jax.Array], Any]
+    objective: Objective
+    batch: Any
+
+
+class SamplingCost(NamedTuple):
+    """What sampling takes besides the weights, by counting.
+
+    flop: FLOP of one sample; None if it depends on the data. cache: bytes of one sample's decoding cache, or 0. memory:
+    bytes in use at once for all samples.
+    """
+
+    flop: float | None
+    cache: int
+    memory: int
+
+
 @dataclass(frozen=True, kw_only=True)
 class Experiment(abc.ABC):
     """A model, its data and its training. Each kind is a dataclass that adds groups of fields.
@@ -49,8 +83,8 @@ class Experiment(abc.ABC):
     data: the data to train on.
     optim: the optimizer.
     train: length of training and batch size.
-    log: reports and checkpoints.
-    reference: expected metrics by name, published or measured, as the config's docstring explains.
+    log: when to report and to save checkpoints.
+    reference: expected metrics by name; the config's docstring says whether they are published or measured.
 
     Example:
         experiment = flowgen.load_config("configs/tarflow_digits.py")
@@ -90,6 +124,17 @@ class Experiment(abc.ABC):
         dataset, held_out: used instead of `data` for training and evaluation. model: trained instead of `build()`.
         """
 
+    def rehearsal(self, model: Any, rows: int) -> Rehearsal | None:
+        """Returns what is needed to trace a training step on a batch of `rows` samples; None if it is not known.
+
+        Opens no data and no frozen networks.
+        """
+        return None
+
+    def sampling_cost(self, model: Any, variables: Any, num: int) -> SamplingCost | None:
+        """Returns what drawing `num` samples at a time takes; None if it is not known. variables: shapes and dtypes."""
+        return None
+
     def draw(self, model: Any, variables: Any, options: Any, say: Callable[[str], None] = lambda line: None) -> Samples:
         """Returns `sampling.num` samples.
 
@@ -105,7 +150,7 @@ class Experiment(abc.ABC):
     def debug(self) -> Experiment:
         """Returns a small version of the experiment that trains and samples in seconds on a CPU.
 
-        It uses data that ship with flowgen. The kinds of model and training stay the same.
+        The small version uses data that ship with flowgen. The kinds of model and training stay the same.
         """
 
     def with_provenance(self) -> Experiment:
@@ -118,14 +163,14 @@ class Experiment(abc.ABC):
 
     @classmethod
     def from_json(cls, plain: Mapping[str, Any]) -> Experiment:
-        """Returns the experiment that `to_json` wrote; a ValueError names any unknown field or wrong value."""
+        """Returns the experiment that `to_json` wrote. Raises ValueError if a field is unknown or a value is wrong."""
         kind = plain.get(settings.TYPE)
         if kind != cls.__name__:
             raise ValueError(f"type is {kind!r:.80}; it must be {cls.__name__}.")
         return settings.from_plain(cls, {name: value for name, value in plain.items() if name != settings.TYPE})
 
     def check_resumable(self, saved: dict[str, Any]) -> None:
-        """Raises ValueError if differences from the run's `saved` experiment prevent resuming; lists them all."""
+        """Raises ValueError if the run with the `saved` config cannot be resumed; the message lists every reason."""
         if (kind := saved.get(settings.TYPE)) != type(self).__name__:
             raise ValueError(
                 f"the run was started as a {kind!s:.80}, but this is a {type(self).__name__}; train in a new --workdir."
@@ -142,7 +187,7 @@ class Experiment(abc.ABC):
             )
 
     def check_warmups(self, others: Mapping[str, int] = MappingProxyType({})) -> None:
-        """Raises ValueError if a warm-up is longer than the training. others: other warm-ups by field name."""
+        """Raises ValueError if a warm-up is as long as the training or longer. others: other warm-ups by field name."""
         check_warmups({"optim.warmup_steps": self.optim.warmup_steps, **others}, self.train.steps)
 
 

@@ -60,7 +60,7 @@ def config_path(path: str | Path) -> Path:
 
 
 def override(experiment: E, arguments: Sequence[str]) -> E:
-    """Returns the experiment with `--group.field value` arguments applied; a ValueError names any that are invalid.
+    """Returns the experiment with `--group.field value` arguments applied; raises ValueError if one is invalid.
 
     Example:
         experiment = override(experiment, ["--optim.lr", "3e-4"])
@@ -69,7 +69,9 @@ def override(experiment: E, arguments: Sequence[str]) -> E:
 
 
 def from_json(plain: Mapping[str, Any]) -> Experiment:
-    """Returns the experiment that `Experiment.to_json` wrote; a ValueError names any unknown field or wrong value.
+    """Returns the experiment that `Experiment.to_json` wrote.
+
+    Raises ValueError if a field is unknown or a value is wrong; the message names the field.
 
     Example:
         experiment = from_json(json.loads(text))

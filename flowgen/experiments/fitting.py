@@ -7,10 +7,11 @@ from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
-from flowgen.arrays import shown
+from flowgen.arrays import check_count, shown
 from flowgen.data import ClipsConfig, DataConfig, Dataset, LatentsConfig, told_once
 from flowgen.data.dataset import OWN
 from flowgen.data.inventory import name_list
+from flowgen.experiments.attention import warn_of_dtype
 from flowgen.experiments.experiment import Experiment
 from flowgen.experiments.own_data import check_protocol
 from flowgen.runs import check_workdir
@@ -49,13 +50,15 @@ def fit(
     held_out: Dataset | None = None,
     model: Any = None,
     signals: Signals | None = None,
+    profile: int = 0,
 ) -> Result:
     """Trains an experiment in `workdir` and returns the result; resumes if the directory holds a checkpoint.
 
     dataset: used instead of `experiment.data`; see `flowgen.data.Dataset`. held_out: the data that a run on `dataset`
-    is evaluated on; without it, such a run is not evaluated. model: trained instead of `experiment.build()`, with the
-    same methods; pass it to `flowgen.load` too. signals: a `Signals` already in use; by default, a new one that
-    watches this process's signals.
+    is evaluated on; without it, such a run is not evaluated. model: trained instead of `experiment.build()`; it must
+    have the same methods. Pass it to `flowgen.load` too. signals: a `Signals` already in use; by default, a new one
+    that watches this process's signals. profile: the number of steps, after the first one, to trace into the folder
+    `profile` of the run.
 
     Checks all options before any computation. Raises the same errors as `train` and the experiment's parts.
 
@@ -66,16 +69,19 @@ def fit(
         raise ValueError(f"experiment is {shown(experiment)}; pass a flowgen.Experiment first, and then the workdir.")
     if dataset is None and held_out is not None:
         raise ValueError("held_out is given without dataset; give both, or neither.")
+    if profile:
+        check_count("profile", profile)
     with Signals() if signals is None else nullcontext(signals) as signals:
         with signals.raising():
             experiment = experiment.with_provenance() if dataset is None else _of_own(experiment, dataset, held_out)
             # Before data are encoded, because this raises if a user's object has no name to save.
             config = experiment.to_json()
             check_workdir(Path(workdir), experiment.check_resumable, locks=is_primary())
+            warn_of_dtype(experiment.model)
             with told_once():
                 job = experiment.job(dataset=dataset, held_out=held_out, model=model)
         return train(
-            job,
+            dataclasses.replace(job, profile=profile),
             workdir,
             optim=experiment.optim,
             train=experiment.train,

@@ -31,6 +31,7 @@ from flowgen.flows.objective import nll_objective
 from flowgen.guidance import Guidance
 from flowgen.settings import config, type_name
 from flowgen.training import Job
+from flowgen.training.step import Objective
 
 
 @config(kw_only=True)
@@ -80,11 +81,14 @@ class FlowExperiment(AutoregressiveExperiment):
         return self.flow_job(
             flow,
             trained_on,
-            partial(nll_objective, norm_penalty=self.likelihood.norm_penalty),
             held_out=evaluated,
             evaluate=None if evaluated is None else self._evaluator(flow, trained_on, evaluated),
             sample=self.sampler(flow, evaluated or trained_on, self.draw_batch, sample_grid),
         )
+
+    def objective(self, flow: Any, **options: Any) -> Objective:
+        """Returns the maximum-likelihood objective; see `nll_objective`."""
+        return nll_objective(flow, norm_penalty=self.likelihood.norm_penalty, **options)
 
     def draw_batch(
         self,
@@ -125,7 +129,7 @@ class FlowExperiment(AutoregressiveExperiment):
         return Samples(draw_in_batches(draw_batch, conditions, self.sampling.num, options, say), about)
 
     def evaluate(self, model: Any, variables: Any, options: FlowEvaluateOptions) -> list[str]:
-        """Returns lines that report sample metrics, and the likelihoods of the flow and a Gaussian fit on a split."""
+        """Returns lines with a split's likelihood under the flow and a fitted Gaussian, and with sample metrics."""
         compared = self._compared(options.split) if options.samples else None
         dataset = self.flow_dataset(options.split, labelled=not options.unconditional)
         lines = self.likelihood_lines(model, variables, dataset, options)
@@ -136,7 +140,7 @@ class FlowExperiment(AutoregressiveExperiment):
     def debug(self) -> FlowExperiment:
         """Returns the experiment with a tiny flow of the same kind on the built-in digits.
 
-        It uses pixel blocks as latents and random word features as texts.
+        The tiny flow uses pixel blocks as latents, and random features of words as texts.
         """
         return debug_run(self, **debug_flow(self), data=debug_images(self.data))
 
@@ -156,7 +160,7 @@ class FlowExperiment(AutoregressiveExperiment):
         return sample_lines(metrics, extractor, num, f"guidance {self.sampling.guidance:g}")
 
     def _baseline_lines(self, flow: Any, dataset: Any, options: FlowEvaluateOptions) -> list[str]:
-        """Returns lines that report a Gaussian's likelihood under the same noise, if all images have the same size."""
+        """Returns lines that report a Gaussian's likelihood with the same noise, if all images have the same size."""
         split = "train" if options.split == "eval" else options.split
         fitted = self.flow_dataset(split, labelled=False)
         if isinstance(dataset, BucketedDataset) or isinstance(fitted, BucketedDataset):

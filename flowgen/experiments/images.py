@@ -48,7 +48,7 @@ def image_dataset(data: DataConfig, model: Any, split: Split, *, labelled: bool 
 def with_class_names(experiment: E) -> E:
     """Returns the experiment with the class names of its data, as saved with a run.
 
-    Returns it unchanged if it already has names or its model does not use them.
+    Returns the experiment unchanged if it already has names or its model does not use them.
 
     Example:
         with_class_names(experiment).data.classes  # ("cat", "dog", "fox")
@@ -96,7 +96,7 @@ def image_batches(
 ) -> Callable[[int, int], Iterator[Batch]]:
     """Returns a function for `Job` that takes (start, stop) and yields this process's batches for steps start..stop-1.
 
-    Latents are not mirrored here, because their mirror images are encoded in advance.
+    Latents are not mirrored here, because mirror images are encoded in advance.
 
     Example:
         batches = image_batches(dataset, experiment.data, experiment.train)(0, 1000)

@@ -40,7 +40,10 @@ def flow_dataset(
 ) -> Dataset | BucketedDataset:
     """Returns the data that a flow is trained on: images or clips, or the outputs of its codec and text encoder.
 
-    Encodes data into memory if they are not encoded yet. labelled: whether a class model needs the labels.
+    If the flow needs encoded inputs and they are not cached, this function encodes them and keeps the results in
+    memory.
+
+    labelled: whether a class model needs the labels.
 
     Raises ValueError if cached latents were made by another codec or text encoder, or do not fit the model.
 
@@ -62,7 +65,7 @@ def as_taken(
 ) -> Dataset | BucketedDataset:
     """Returns images or clips in the form that a flow takes: unchanged, or encoded into memory.
 
-    flip: whether to encode their mirror images too.
+    flip: whether to encode mirror images too.
 
     Example:
         dataset = as_taken(images, data, encoding, flip=False)
@@ -299,7 +302,9 @@ def _check_codec(made: Provenance, path: str, encoding: Encoding) -> None:
 def _check_texts(made: Provenance, path: str, encoding: Encoding) -> None:
     model, by, text = encoding.model, made.text, _text_provenance(encoding)
     if model.text_dim and by is None:
-        raise ValueError(f"data.path '{path}' has no texts, but model.text_dim is {model.text_dim}; encode with texts.")
+        raise ValueError(
+            f"data.path '{path}' has no texts, but model.text_dim is {model.text_dim}; encode again with texts."
+        )
     if text is None or by is None:
         return
     if by.digest != text.digest:
@@ -322,7 +327,7 @@ def _check_texts(made: Provenance, path: str, encoding: Encoding) -> None:
 
 
 def _check_shape(model: TARFlowConfig | STARFlowConfig, path: str, bucket: LatentDataset) -> None:
-    """Raises ValueError if a model cannot take latents of this kind and shape at any size."""
+    """Raises ValueError if a model cannot take latents of this kind and shape, even at another size."""
     *frames, height, width, channels = bucket.event_shape
     whole = list(model.event_shape[:-3])
     expected = {"image": [], "clip": whole, "continued": [count - 1 for count in whole], "still": [1]}[bucket.kind]

@@ -13,6 +13,7 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array
 
+from flowgen.counting import flop_of, peak_of
 from flowgen.data import (
     Batch,
     DataConfig,
@@ -37,7 +38,7 @@ from flowgen.experiments.drawing import (
     draw_in_batches,
     drawn_classes,
 )
-from flowgen.experiments.experiment import Experiment, Samples
+from flowgen.experiments.experiment import Experiment, Rehearsal, Samples, SamplingCost
 from flowgen.experiments.images import image_batches, image_dataset, tell_unused_classes, with_class_names
 from flowgen.experiments.own_data import own_data
 from flowgen.experiments.plots import DRAWABLE_CHANNELS, DRAWN_PATHS, path_plot, sample_grid
@@ -94,7 +95,7 @@ class MatchingExperiment(Experiment):
 
     model: the network.
     data: the images or points to train on.
-    matching: training options: path, coupling and loss.
+    matching: the path, the coupling, the loss and other training options.
     sampling: how samples are drawn.
 
     Raises ValueError if the parts do not fit together.
@@ -187,8 +188,8 @@ class MatchingExperiment(Experiment):
         network = self.model.build()
         if getattr(network, "config", None) != self.model:
             raise ValueError(
-                f"model is {self.model}, but its build() returns a network that does not store it; store it in the "
-                "network's field `config`."
+                f"model is {self.model}, but its build() returns a network that does not store this config; store it "
+                "in the network's field `config`."
             )
         return network
 
@@ -219,13 +220,43 @@ class MatchingExperiment(Experiment):
             dataset, held_out = own_data(dataset, held_out, self.model.event_shape, self.model.num_classes)
         return self._images_job(network, self.data, dataset, held_out)
 
+    def rehearsal(self, model: Any, rows: int) -> Rehearsal:
+        """Returns what is needed to trace a training step on `rows` samples; pairs them independently."""
+        matching = dataclasses.replace(self.matching, coupling=MatchingConfig().coupling)
+        shape = (rows,) if isinstance(self.data, PointsConfig) else (rows, *self.model.event_shape)
+
+        def batch() -> Batch:
+            labels = jnp.zeros(rows, jnp.int32) if self.model.num_classes else None
+            return Batch(jnp.zeros(shape, jnp.uint8), labels)
+
+        objective = matching_objective(model, matching.loss_fn(), self._pairs)
+        return Rehearsal(lambda key: init(model, key), objective, jax.eval_shape(batch))
+
+    def sampling_cost(self, model: Any, variables: Any, num: int) -> SamplingCost:
+        """Returns what drawing `num` samples at a time takes, for the network alone."""
+        run = partial(
+            draw_by_solver,
+            model,
+            distribution=self.data.x0 if isinstance(self.data, PointsConfig) else None,
+            matching=dataclasses.replace(self.matching, coupling=MatchingConfig().coupling),
+            sampling=self.sampling,
+        )
+        numbers, key = jax.ShapeDtypeStruct((num,), jnp.int32), jax.eval_shape(lambda: jax.random.key(0))
+        labels = numbers if self.model.num_classes else None
+        traced = jax.make_jaxpr(lambda *args: run(*args)[0])(_weights(variables), key, numbers, labels).jaxpr
+        flop = sum(flop_of(traced).values(), start=0.0) / num
+        return SamplingCost(None if self.sampling.method == "dopri5" else flop, 0, peak_of(traced))
+
+    def _pairs(self, key: Array, batch: Batch) -> dict[str, Any]:
+        """Returns the noise and data of a batch of points, or the data and labels of a batch of images."""
+        if isinstance(self.data, PointsConfig):
+            rows = batch_rows(batch, key, batch.size)
+            x0, x1 = rows.draw_whole(self.data.draw)
+            return {"x0": x0, "x1": x1}
+        return {"x1": from_uint8(batch.pixels), "cond": batch.labels if self.model.num_classes > 0 else None}
+
     def _points_job(self, network: Any, data: PointsConfig) -> Job:
         matching = self.matching.fitted(*data.draw(jax.random.key(self.train.seed), REPORT_PAIRS))
-
-        def pairs(key, batch):
-            rows = batch_rows(batch, key, batch.size)
-            x0, x1 = rows.draw_whole(data.draw)
-            return {"x0": x0, "x1": x1}
 
         @jax.jit
         def samples(variables, key):
@@ -238,7 +269,7 @@ class MatchingExperiment(Experiment):
 
         return Job(
             init=lambda key: {**init(network, key), **matching.state()},
-            objective=matching_objective(network, matching.loss_fn(), pairs),
+            objective=matching_objective(network, matching.loss_fn(), self._pairs),
             batches=partial(blank_batches, self.train.batch_size // jax.process_count()),
             evaluate=lambda variables: point_metrics(samples(_weights(variables), jax.random.key(1))),
             sample=plot,
@@ -251,7 +282,6 @@ class MatchingExperiment(Experiment):
         x1 = from_uint8(dataset[np.sort(order[:REPORT_PAIRS])].pixels)
         x0 = jax.random.normal(jax.random.key(self.train.seed), x1.shape)
         matching = self.matching.fitted(x0, jnp.asarray(x1))
-        pairs = partial(_image_pairs, conditional=self.model.num_classes > 0)
         classes = drawn_classes(self.model, self.data)
 
         def draw_image(variables: Any) -> np.ndarray:
@@ -262,7 +292,7 @@ class MatchingExperiment(Experiment):
         loss = matching.loss_fn(label_dropout=self.train.label_dropout)
         return Job(
             init=lambda key: {**init(network, key), **matching.state()},
-            objective=matching_objective(network, loss, pairs),
+            objective=matching_objective(network, loss, self._pairs),
             batches=image_batches(dataset, data, self.train),
             evaluate=None if held_out is None else self._evaluator(matching, network, dataset, held_out),
             sample=draw_image if self.drawn_channels in DRAWABLE_CHANNELS else None,
@@ -274,8 +304,7 @@ class MatchingExperiment(Experiment):
         self, matching: MatchingConfig, network: Any, dataset: Dataset, held_out: Dataset
     ) -> Callable[[Any], dict[str, float]]:
         """Returns a function that computes the held-out loss and, if requested, the Fréchet distance of samples."""
-        pairs = partial(_image_pairs, conditional=self.model.num_classes > 0)
-        loss = jax.jit(matching_objective(network, matching.loss_fn(), pairs, train=False))
+        loss = jax.jit(matching_objective(network, matching.loss_fn(), self._pairs, train=False))
         extractor = functools.cache(lambda: train_features(dataset))
 
         def evaluated(variables: Any) -> dict[str, float]:
@@ -300,8 +329,8 @@ class MatchingExperiment(Experiment):
     ) -> tuple[np.ndarray, str]:
         """Returns samples `b *event` and a line about how they were drawn.
 
-        cond: labels, or None. Sample i depends only on (key, i); dopri5 adapts its steps to the batch, so with
-        it, this is true only up to the tolerance.
+        cond: labels, or None. Sample i depends only on (key, i). For dopri5, which adapts its steps to the batch, this
+        holds only up to the tolerance.
         """
         sampling = self.sampling
         if sampling.guidance and cond is None:
@@ -334,7 +363,7 @@ class MatchingExperiment(Experiment):
         return Samples(samples, {} if points else {"labels": np.full(num, -1) if labels is None else labels})
 
     def plot(self, network: Any, variables: Any, points: np.ndarray, key: jax.Array) -> np.ndarray:
-        """Returns a plot of the field's paths, solved with rk4, and sampled points on top of data."""
+        """Returns a plot of the field's paths, solved with rk4, and a plot of sampled points on top of data."""
         assert isinstance(self.data, PointsConfig)
         x0, data = self.data.draw(key, max(DRAWN_PATHS, len(points)))
         velocity = velocity_field(network, _weights(variables), self.matching)
@@ -376,10 +405,6 @@ class MatchingExperiment(Experiment):
         model = self.model if shrunk is None else shrunk()
         data = self.data if isinstance(self.data, PointsConfig) else debug_images(self.data)
         return debug_run(self, sampling=sampling, model=model, data=data)
-
-
-def _image_pairs(key: Array, batch: Batch, *, conditional: bool) -> dict[str, Any]:
-    return {"x1": from_uint8(batch.pixels), "cond": batch.labels if conditional else None}
 
 
 def _labels_of(dataset: Dataset) -> Callable[[np.ndarray], np.ndarray]:

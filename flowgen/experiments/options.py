@@ -23,8 +23,8 @@ class LikelihoodConfig:
 
     norm_penalty: weight of the penalty on the mean square of each block's input; 1e-4 as published, 0 for none.
     noise_weight: multiply the loss by σ / 0.3, as published for prompts that state the noise level.
-    denoiser: the optimizer for a video flow's denoiser, except ema_decay, ema_warmup and max_skips, which `optim` sets
-    for all parameters; None uses a separate optimizer with the same values as `optim`.
+    denoiser: options of the optimizer for a video flow's denoiser; None uses the same values as `optim`. ema_decay,
+    ema_warmup and max_skips cannot be set here, because `optim` sets them for all parameters.
     """
 
     norm_penalty: NonNegative = 0.0
@@ -48,9 +48,9 @@ class SamplingConfig:
     """How samples are drawn, in training and by default in `sample.py`.
 
     num: number of samples to draw; at least 1.
-    plan: how tokens are decoded; "auto" is sequential on CPUs, and on accelerators parallel if that is faster.
+    plan: how tokens are decoded; "auto" is sequential, except on accelerators if parallel decoding is faster.
     window: number of tokens that "jacobi" and "sliding" solve at once, at least 1; None for all.
-    tol: "jacobi" and "sliding" stop after a sweep that changes no token by more than this; 0 is exact.
+    tol: largest change in a sweep at which "jacobi" and "sliding" accept a token as solved; 0 is exact.
     init: initial guess for the sweeps of "jacobi" and "sliding": the noise, zeros, or the previous frame.
     guidance: guidance weight w towards the class or text; 0 for none.
     rule: how conditional and unconditional branches are combined: TARFlow's linear or STARFlow's product rule.

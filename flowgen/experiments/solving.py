@@ -1,4 +1,4 @@
-"""Sampling from velocity networks: the group `sampling` of their experiments, and the function that draws."""
+"""Sampling from velocity networks: the group `sampling` of their experiments, and the function that draws samples."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ class SolverConfig:
     rtol: relative error that "dopri5" allows; positive.
     atol: absolute error that "dopri5" allows; positive.
     guidance: weight w in (1 + w) v_c - w v_u; 0 for none.
-    guidance_interval: guidance is applied only between these two times in [0, 1].
+    guidance_interval: two times in [0, 1] between which guidance is applied.
     frechet_samples: number of images that each evaluation draws and compares with held-out images; 0 for none.
     """
 

@@ -33,7 +33,7 @@ class TextConfig:
     noise_level: state the training noise level in every text; see `PromptTemplate`.
     aspect: state the aspect ratio in every text; see `PromptTemplate`.
     frames_per_second: frame rate to state in every text; None for none.
-    digest: digest of the encoder; training a flow sets it, to detect a different encoder later.
+    digest: digest of the encoder. Training a flow sets it, so that a different encoder is detected later.
     """
 
     encoder: str = "minilm"
@@ -44,14 +44,14 @@ class TextConfig:
     digest: str | None = None
 
     def template(self, noise_std: float, *, still: bool = False) -> PromptTemplate:
-        """Returns the template that wraps texts. still: whether they describe images among clips."""
+        """Returns the template that wraps texts. still: whether the texts describe images among clips."""
         told = noise_std if self.noise_level else None
         fps = 0 if still and self.frames_per_second is not None else self.frames_per_second
         return PromptTemplate(noise_std=told, frames_per_second=fps, aspect=self.aspect)
 
 
 def weakly_cached(function: Callable[..., T]) -> Callable[..., T]:
-    """Returns the function with a cache that keeps each result for as long as the first argument is alive.
+    """Wraps a function in a cache that keeps each result while the function's first argument is alive.
 
     Example:
         digest = weakly_cached(digest)
@@ -69,7 +69,9 @@ def weakly_cached(function: Callable[..., T]) -> Callable[..., T]:
 
 
 def version_of(path: str) -> tuple[str, int]:
-    """Returns a folder's path and a hash of its files' names, sizes and times; together they identify its content.
+    """Returns a folder's absolute path, and a hash of its files' names, sizes and modification times.
+
+    Together, they identify the folder's content.
 
     Example:
         place, version = version_of("flan-t5-xl")
@@ -85,10 +87,10 @@ def version_of(path: str) -> tuple[str, int]:
 
 @weakly_cached
 def text_digest(encoder: TextEncoder) -> str:
-    """Returns a digest of everything that affects an encoder's text features; its path does not.
+    """Returns a digest of everything that affects an encoder's text features. The path is not included.
 
-    It covers the network's shape, the tokenizer, and 1,024 evenly spaced values of every tensor, so it is fast even for
-    billions of parameters.
+    The digest covers the network's shape, the tokenizer, and 1,024 evenly spaced values of every tensor, so it is fast
+    to compute even for billions of parameters.
 
     Example:
         same = text_digest(encoder) == experiment.text.digest
@@ -149,7 +151,7 @@ def release_text_encoders() -> None:
 
 @weakly_cached
 def encoded_text(encoder: TextEncoder, text: str) -> TextCondition:
-    """Returns one encoded text, cut if it is too long, as a condition; it is encoded only once.
+    """Returns one text, cut if it is too long, as an encoded condition; each text is encoded only once.
 
     Example:
         null = encoded_text(encoder, "")

@@ -32,12 +32,14 @@ from flowgen.experiments.clips import (
     frame_distances,
     latent_frames,
     of_batch,
+    of_whole_clips,
     read_given,
     with_noise,
 )
 from flowgen.experiments.debug import debug_clips, debug_flow, debug_run
 from flowgen.experiments.drawing import draw_in_batches
 from flowgen.experiments.experiment import Samples
+from flowgen.experiments.latents import flow_dataset, pixel_dataset
 from flowgen.experiments.plots import strips
 from flowgen.flows import STARFlowVConfig, denoiser_variables, flow_score_objective
 from flowgen.flows.objective import nll_objective
@@ -45,6 +47,7 @@ from flowgen.guidance import Guidance
 from flowgen.settings import config
 from flowgen.settings.ranges import Frames, Within
 from flowgen.training import Job
+from flowgen.training.step import Objective
 
 DENOISED = 64  # number of held-out clips to denoise for the PSNR
 WHOLE = Clip()  # a clip of the flow's length
@@ -58,10 +61,10 @@ LEAST_FPS, MOST_FPS = 0.1, 100.0
 class ClipDrawOptions(FlowDrawOptions):
     """Options for drawing clips, in addition to the fields of `sampling`.
 
-    frames: frames per clip, which may exceed the training length; by default the training length.
+    frames: frames per clip, possibly more than in training; by default, as many as in training.
     given: image or video that clips begin with; a video is cut to be shorter than the clips.
     context: number of latent frames that each restart of a long clip begins with.
-    fps: frames per second of the output; by default the rate of the training clips.
+    fps: frames per second of the output; by default, the rate of the training clips.
     progress: show a progress bar of decoded tokens.
     """
 
@@ -132,7 +135,7 @@ class VideoFlowExperiment(AutoregressiveExperiment):
 
     def dataset(self, split: Split) -> Dataset:
         """Returns the clips in a split, at the size that the codec turns into the model's latents."""
-        return clips_alone(super().dataset(split))
+        return clips_alone(pixel_dataset(of_whole_clips(self.data), self.encoding, split))
 
     def job(self, *, dataset: Dataset | None = None, held_out: Dataset | None = None, model: Any = None) -> Job:
         """Opens the data, encodes them if necessary, and returns the training job.
@@ -146,7 +149,6 @@ class VideoFlowExperiment(AutoregressiveExperiment):
         return self.flow_job(
             flow,
             trained_on,
-            flow_score_objective if has_denoiser else partial(nll_objective, norm_penalty=likelihood.norm_penalty),
             held_out=evaluated,
             evaluate=None if evaluated is None else self._evaluator(flow, evaluated),
             sample=self.sampler(
@@ -154,6 +156,12 @@ class VideoFlowExperiment(AutoregressiveExperiment):
             ),
             optims={"denoiser": likelihood.denoiser or self.optim} if has_denoiser else {},
         )
+
+    def objective(self, flow: Any, **options: Any) -> Objective:
+        """Returns the joint objective of a flow and its denoiser, or `nll_objective` without one."""
+        if self.model.denoiser_layers:
+            return flow_score_objective(flow, **options)
+        return nll_objective(flow, norm_penalty=self.likelihood.norm_penalty, **options)
 
     def draw_batch(
         self,
@@ -170,8 +178,8 @@ class VideoFlowExperiment(AutoregressiveExperiment):
         """Returns clips `b frames height width c` and a line about their decoding; clip i depends only on (key, i).
 
         cond: labels, a `TextCondition`, or None. guidance: None uses the guidance of `sampling`. clip: length and
-        given frames, in latent frames, for all clips. Its given frames `1 given height width c` have no noise and are
-        returned unchanged. The clips use the texts in its `restart_cond` in turn. The codec decodes latents to clips.
+        given frames of all clips, both in latent frames. The given frames, `1 given height width c`, have no noise and
+        are returned unchanged. The clips use the texts in `restart_cond` in turn. The codec decodes latents to clips.
         """
         given, restarts = clip.given, clip.restart_cond
         noisy = None if given is None else with_noise(flow, given, key, numbers)
@@ -248,7 +256,8 @@ class VideoFlowExperiment(AutoregressiveExperiment):
         Likelihood and PSNR are measured on a split; frame distances compare samples with data. PSNR and frame distances
         are computed on decoded latents.
         """
-        dataset = clips_alone(self.flow_dataset(options.split, labelled=not options.unconditional))
+        data, labelled = of_whole_clips(self.data), not options.unconditional
+        dataset = clips_alone(flow_dataset(data, self.encoding, options.split, labelled=labelled))
         lines = self.likelihood_lines(model, variables, dataset, options)
         key, codec = jax.random.key(options.seed), self.encoding.open_codec()
         ratios = denoised_psnr(codec, model, variables, dataset, key, most=DENOISED)

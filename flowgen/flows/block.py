@@ -6,9 +6,9 @@ Let u be the tokens in the block's order (TARFlow, arXiv 2412.06329, and STARFlo
     o_t = W_out norm(h_t) + b_out
     (log_scale_{t+f}, shift_{t+f}) = o_t,    z_t = (u_t - shift_t) · exp(-log_scale_t)
 
-shift "output" (TARFlow): the network sees p_t = u_t and predicts the next token's parameters, f = 1. Token 0 passes
-through unchanged, and the last token is never fed to the network. shift "input" (STARFlow): p_0 is a learned start
-token in data space and p_t = u_{t-1}, f = 0, so every token is transformed.
+With shift "output" (TARFlow), p_t = u_t and f = 1: the network predicts the parameters of the next token. Token 0
+passes through unchanged, and the last token is never fed to the network. With shift "input" (STARFlow), f = 0, p_0 is a
+learned start token in data space, and p_t = u_{t-1} for t > 0, so every token is transformed.
 
 Positions are either a learned table in token order, or rotary angles of the slots, which do not depend on that order.
 The condition is either a class embedding added to every token, or a prefix of tokens that all other tokens see.
@@ -38,6 +38,7 @@ from flowgen.flows.affine import (
 from flowgen.flows.positions import GridPositions
 from flowgen.nn.embeddings import class_embedding, class_one_hot
 from flowgen.nn.layers import RMSNorm, linear, master_dtype
+from flowgen.nn.softmax_shape import SoftmaxShape
 from flowgen.nn.transformer import TransformerConfig, transformer_stack, unstack_layers
 
 Shift = Literal["output", "input"]
@@ -105,6 +106,15 @@ class BlockConfig:
     @property
     def prefix_length(self) -> int:
         return 0 if self.prefix is None else self.prefix.length
+
+    @property
+    def softmax_shape(self) -> SoftmaxShape | None:
+        """The attention of the block's layers over whole sequences; None unless it is softmax attention."""
+        layers = self.transformer
+        if not (isinstance(layers.attention, str) and layers.attention == "softmax"):
+            return None
+        rows = self.num_tokens - (self.shift == "output") + self.prefix_length
+        return SoftmaxShape(rows, layers.num_heads, layers.head_dim, layers.dtype, True, layers.num_kv_heads)
 
     @property
     def is_conditional(self) -> bool:
@@ -178,7 +188,7 @@ class AutoregressiveBlock(nn.Module):
     ) -> tuple[Float[Array, "b n c"], Float[Array, "b n c"]]:
         """Returns (shift, log_scale) of all tokens in raster order; both are 0 for passthrough tokens."""
         config = self.config
-        cond = cond if config.is_conditional else None  # Blocks that map single frames take none.
+        cond = cond if config.is_conditional else None  # Blocks that map single frames take no condition.
         u = reorder(each_frame(x, config.frames), config.order)
         shift, log_scale, _ = self.conditioner(self.previous(u), cond)
         passthrough = ((0, 0), (self.num_passthrough, 0), (0, 0))
@@ -262,6 +272,11 @@ class AutoregressiveBlock(nn.Module):
     def rewind(self, before: tuple, after: tuple) -> tuple:
         """Returns caches from which the window that turned `before` into `after` can run again."""
         return causal_kernel(self.config.transformer.attention).rewind(before, after)
+
+
+def softmax_shapes(blocks: tuple[BlockConfig, ...]) -> tuple[SoftmaxShape, ...]:
+    """Returns the different shapes of the blocks' softmax attention, in the order of the blocks."""
+    return tuple(dict.fromkeys(shape for block in blocks if (shape := block.softmax_shape) is not None))
 
 
 def each_frame(x: Float[Array, "b n c"], frames: int) -> Float[Array, "b_and_frames tokens c"]:

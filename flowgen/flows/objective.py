@@ -67,7 +67,7 @@ def nll(
     norm_penalty: float = 0.0,
     loss_scale: float = 1.0,
 ) -> tuple[Float[Array, ""], dict[str, Array], Float[Array, "b n token"]]:
-    """Returns the loss of `nll_objective` for noisy x of any size that the flow takes, its metrics, and z."""
+    """Returns the loss of `nll_objective`, its metrics, and z, for noisy x of any size that the flow takes."""
     sized = on_samples_like(flow, x)
     num_dims = sized.config.num_dims
     states, logdet = sized.apply(variables, x, cond, method="trajectory")

@@ -101,7 +101,7 @@ def flow_score_objective(
 
 @jax.custom_vjp
 def with_gradient(value: Float[Array, ""], variables: Variables, gradient: Any) -> Float[Array, ""]:
-    """Returns `value`, whose gradient with respect to `variables` is the given, precomputed `gradient`."""
+    """Returns `value` with the precomputed `gradient` as its gradient with respect to `variables`."""
     return value
 
 

@@ -6,13 +6,15 @@ import dataclasses
 import math
 from typing import Annotated, Any, Literal
 
-from flowgen.backend import Remat
+from flowgen.backend import Implementation, Remat
 from flowgen.conditioning import Condition, check_labels, check_text
 from flowgen.flows.affine import OwnScale, TokenOrder
-from flowgen.flows.block import BlockConfig, ClassPrefix, TextPrefix
+from flowgen.flows.block import BlockConfig, ClassPrefix, TextPrefix, softmax_shapes
 from flowgen.flows.flow import AutoregressiveFlow, ImageTokens
 from flowgen.flows.positions import GridPositions, rotary_pairs
+from flowgen.nn.checks import check_implementation
 from flowgen.nn.layers import Activation, Norm
+from flowgen.nn.softmax_shape import SoftmaxShape
 from flowgen.nn.transformer import Attention, TransformerConfig
 from flowgen.settings import config
 from flowgen.settings.ranges import (
@@ -70,6 +72,8 @@ class STARFlowConfig(ImageTokens):
     conditioned_blocks: which blocks see the class or the text.
     rope_base_grid: side, in tokens, of the grid that positions refer to; None places the tokens 1 apart.
     attention: attention kernel of the layers: a name, or your own kernel.
+    attention_implementation: what computes softmax attention: "auto", "xla", "cudnn" on GPUs or "tpu" on TPUs; see
+    docs/attention.md.
     noise_std: σ of the Gaussian training noise; above 0 for latents.
     dtype: dtype of matrix products and activations; parameters, affine maps and log-determinants are at least float32.
     remat: whether to recompute activations in the backward pass instead of storing them, which saves memory; "auto"
@@ -100,12 +104,14 @@ class STARFlowConfig(ImageTokens):
     conditioned_blocks: Literal["deep", "all"] = "deep"
     rope_base_grid: Positive | None = None
     attention: Attention = "softmax"
+    attention_implementation: Implementation = "auto"
     noise_std: NonNegative = 0.3
     dtype: Literal["float32", "bfloat16", "float64"] = "float32"
     remat: Remat = "auto"
 
     def __post_init__(self):
         self.check_images()
+        check_implementation(self.attention_implementation, self.attention)
         if (numbers := self.num_tokens * self.head_dim) > MAX_ROTATIONS:
             raise ValueError(
                 f"image_size {self.image_size}, patch_size {self.patch_size} and head_dim {self.head_dim} give a "
@@ -209,6 +215,7 @@ class STARFlowConfig(ImageTokens):
                 expansion=self.expansion,
                 activation=self.activation,
                 attention=self.attention,
+                attention_implementation=self.attention_implementation,
                 dtype=self.dtype,
                 remat=self.remat,
                 num_kv_heads=self.num_kv_heads,
@@ -223,6 +230,11 @@ class STARFlowConfig(ImageTokens):
             positions=self._positions,
             prefix=self._prefix if conditional else None,
         )
+
+    @property
+    def softmax_shapes(self) -> tuple[SoftmaxShape, ...]:
+        """The different shapes of the blocks' softmax attention."""
+        return softmax_shapes(self.blocks)
 
     def check_cond(self, cond: Any, batch: int) -> Condition | None:
         """Returns cond as int32 labels, a text or None. Raises ValueError if it does not fit this model and batch."""

@@ -6,12 +6,14 @@ from typing import Any, Literal
 
 from jaxtyping import Array, Int
 
-from flowgen.backend import Remat
+from flowgen.backend import Implementation, Remat
 from flowgen.conditioning import check_labels
 from flowgen.flows.affine import OwnScale
-from flowgen.flows.block import BlockConfig
+from flowgen.flows.block import BlockConfig, softmax_shapes
 from flowgen.flows.flow import AutoregressiveFlow, ImageTokens
+from flowgen.nn.checks import check_implementation
 from flowgen.nn.layers import Activation
+from flowgen.nn.softmax_shape import SoftmaxShape
 from flowgen.nn.transformer import Attention, TransformerConfig
 from flowgen.settings import config
 from flowgen.settings.ranges import (
@@ -45,6 +47,8 @@ class TARFlowConfig(ImageTokens):
     scale_parameterisation: "exponential" (the paper's nvp), "volume_preserving" with log-determinant 0 and a tracked
     prior variance, or your own function (shift, raw) -> (shift, log_scale).
     attention: attention kernel of the layers: a name, or your own kernel.
+    attention_implementation: what computes softmax attention: "auto", "xla", "cudnn" on GPUs or "tpu" on TPUs; see
+    docs/attention.md.
     activation: activation of the feed-forward layers.
     noise_std: σ of the Gaussian training noise; 0 means uniform dequantisation.
     dtype: dtype of matrix products and activations; parameters, affine maps and log-determinants are at least float32.
@@ -63,6 +67,7 @@ class TARFlowConfig(ImageTokens):
     num_classes: Classes = 0
     scale_parameterisation: Scale | OwnScale = "exponential"
     attention: Attention = "softmax"
+    attention_implementation: Implementation = "auto"
     activation: Activation = "gelu"
     noise_std: NonNegative = 0.0
     dtype: Literal["float32", "bfloat16", "float64"] = "float32"
@@ -70,6 +75,7 @@ class TARFlowConfig(ImageTokens):
 
     def __post_init__(self):
         self.check_images()
+        check_implementation(self.attention_implementation, self.attention)
         if self.width > self.head_dim and self.width % self.head_dim:
             raise ValueError(
                 f"width is {self.width}, which is not a multiple of head_dim {self.head_dim}; change one of them."
@@ -99,6 +105,7 @@ class TARFlowConfig(ImageTokens):
             expansion=self.expansion,
             activation=self.activation,
             attention=self.attention,
+            attention_implementation=self.attention_implementation,
             dtype=self.dtype,
             remat=self.remat,
         )
@@ -113,6 +120,11 @@ class TARFlowConfig(ImageTokens):
             )
             for index in range(self.num_blocks)
         )
+
+    @property
+    def softmax_shapes(self) -> tuple[SoftmaxShape, ...]:
+        """The different shapes of the blocks' softmax attention."""
+        return softmax_shapes(self.blocks)
 
     def check_cond(self, cond: Any, batch: int) -> Int[Array, " b"] | None:
         """Returns cond as int32 labels or None. Raises ValueError if it does not fit this model and batch."""

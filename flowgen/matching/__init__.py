@@ -8,7 +8,7 @@ semidiscrete   optimal transport from noise to a whole dataset
 times          distributions of training times
 loss           weighted regression of the velocity; bridge: velocity and score ([SF]²M)
 mean_flow      average velocities, for sampling in one step
-solvers        integrate, both ways; guidance, SDE; likelihood: log p and divergence
+solvers        integration in both directions, guidance, SDE; likelihood: log p and divergence
 diagnostics    effective sample size, tilt, choice of epsilon, path energy, distances
 velocity       a network for points, and the interface of your own networks; toy: two-dimensional distributions
 """

@@ -14,7 +14,7 @@ from flowgen.matching.checks import check_times
 from flowgen.matching.paths import SMALLEST, Path, Schedule, over_event, schedule_over
 
 Prediction = Literal["velocity", "x1", "noise", "score"]
-# Replaces SMALLEST if a network predicts x1, noise or a score, because conversion divides its errors by this number.
+# Replaces SMALLEST if a network predicts x1, noise or a score: the conversion divides its errors by this number.
 NETWORK_SMALLEST = 0.02
 
 
@@ -59,8 +59,8 @@ def velocity_to_x1(
 ) -> Float[Array, "b *event"]:
     """Returns the data x1 = (beta v - beta' x_t) / D implied by a velocity; a learned velocity gives E[x1 | x_t].
 
-    D = alpha' beta - beta' alpha. Times are clipped with `clip_times(path, t)`. Raises ValueError for a path with a
-    spread and for times outside [0, 1].
+    Here D = alpha' beta - beta' alpha. Times are clipped with `clip_times(path, t)`. Raises ValueError for a path with
+    a spread and for times outside [0, 1].
 
     Example:
         x1 = velocity_to_x1(CondOT(), t, x_t, v)
@@ -74,8 +74,8 @@ def velocity_to_noise(
 ) -> Float[Array, "b *event"]:
     """Returns the noise x0 = (alpha' x_t - alpha v) / D implied by a velocity; a learned velocity gives E[x0 | x_t].
 
-    D = alpha' beta - beta' alpha. Times are clipped with `clip_times(path, t)`. Raises ValueError for a path with a
-    spread and for times outside [0, 1].
+    Here D = alpha' beta - beta' alpha. Times are clipped with `clip_times(path, t)`. Raises ValueError for a path with
+    a spread and for times outside [0, 1].
 
     Example:
         x0 = velocity_to_noise(CondOT(), t, x_t, v)
@@ -101,7 +101,7 @@ def velocity_to_score(
 
 
 def clip_times(path: Path, t: Float[Array, " b"], smallest: float = SMALLEST) -> Float[Array, " b"]:
-    """Returns times clipped to [1e-5, 1 - 1e-5] and to where alpha/beta is within [smallest, 1/smallest].
+    """Returns times clipped to [1e-5, 1 - 1e-5] and to the range in which alpha/beta is within [smallest, 1/smallest].
 
     Example:
         t = clip_times(Polynomial(10.0), t)  # at least 0.316; earlier, x_t equals x0 to five digits
@@ -116,7 +116,7 @@ def change_path(
     """Returns the velocity field along new_path that corresponds to a velocity trained along path.
 
     Let t be the time at which path has the same ratio alpha/beta as new_path at r (found by bisection), and
-    s² = (alpha² + beta²)_new(r) / (alpha² + beta²)(t) the squared scale between the two. Then
+    let s² = (alpha² + beta²)_new(r) / (alpha² + beta²)(t) be the squared scale between the two. Then
     v_new(r, x) = (s'/s) x + s t' v(t, x/s), where t' = D_new / (D s²) and D = alpha' beta - beta' alpha (Pokle et al.,
     arXiv 2310.04432). Both fields have the same endpoints up to s, which is 1 if both paths have alpha² + beta² = 1.
     r is clipped to stay 1e-5 away from both ends, where D of some paths is 0 or infinite. If path does not reach a
@@ -169,7 +169,7 @@ def time_of_ratio(path: Path, alpha: Float[Array, "*t"], beta: Float[Array, "*t"
 
 
 def check_prediction(kind: str, path: Path | None = None) -> None:
-    """Raises ValueError unless the prediction can be converted to a velocity, along the path if one is given.
+    """Raises ValueError unless this kind of prediction can be converted to a velocity (along `path`, if given).
 
     Example:
         check_prediction("x1", CondOT())
@@ -201,7 +201,7 @@ def _inner_ends(path: Path, smallest: float) -> tuple[float, float]:
 
 
 def _inner(path: Path, t: Array, x: Array, smallest: float) -> tuple[Schedule, Array]:
-    """Returns the schedule, broadcast over x, at the time nearest to t where conversions are regular, and D there."""
+    """Returns the schedule and D, broadcast over x, at the time nearest to t at which conversions are regular."""
     check_times(t, x)
     check_no_spread(path)
     schedule = schedule_over(path, clip_times(path, t, smallest), x)

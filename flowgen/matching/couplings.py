@@ -58,7 +58,7 @@ class Coupling(Protocol):
 
 @config
 class Independent:
-    """The pairs as given, all with weight 1: I-CFM.
+    """The pairs as given, all with weight 1 (I-CFM).
 
     Example:
         x0, x1, cond, log_weight = Independent()(key, x0, x1)
@@ -81,10 +81,10 @@ class MinibatchOT:
     each x0 once; "sinkhorn" draws an x0 for each x1 from the entropic plan, inside the compiled program.
     epsilon: regularisation of the entropic plan, in units of the mean cost; positive.
     tolerance: share of the mass of x0 that the entropic plan may misplace on average; positive.
-    num_sweeps: largest number of Sinkhorn sweeps; at least 1. If the plan then still misses the tolerance, the coupling
-    raises ValueError outside jit; inside jit, its weights, and therefore the loss, are NaN.
-    class_aware: move noise only within a class; each x0 has the label of its original pair. Otherwise, a class is
-    trained on a different noise distribution from the one it is sampled from (C2OT, ICCV 2025). Needs integer labels
+    num_sweeps: largest number of Sinkhorn sweeps; at least 1. If the plan still misses the tolerance after that, the
+    coupling raises ValueError outside jit; inside jit, its weights, and therefore the loss, are NaN.
+    class_aware: move noise only within a class; each x0 has the label of its original pair. Otherwise, the noise
+    that a class is trained on differs from the noise that it is sampled from (C2OT, ICCV 2025). Needs integer labels
     `b` as cond.
     scope: "global" plans over the rows of all devices, and each device solves the same problem; "device" plans over
     the rows of each device separately.
@@ -102,7 +102,7 @@ class MinibatchOT:
 
     @property
     def sees(self) -> str:
-        """The rows that a plan covers."""
+        """The rows that a plan covers: those in `scope`."""
         return self.scope
 
     def __call__(
@@ -144,7 +144,7 @@ class MinibatchOT:
         """Raises ValueError outside jit if the error of a plan exceeds the tolerance."""
         if not isinstance(error, Tracer) and not float(error) <= self.tolerance:
             raise ValueError(
-                f"num_sweeps is {self.num_sweeps}, but the plan with epsilon {self.epsilon} is then still off by "
+                f"num_sweeps is {self.num_sweeps}, but after that, the plan with epsilon {self.epsilon} is off by "
                 f"{float(error):.2g}, above tolerance {self.tolerance}; increase num_sweeps or epsilon, or use "
                 "method='exact'."
             )
@@ -185,7 +185,7 @@ class GibbsWeights:
 
     @property
     def sees(self) -> str:
-        """The rows that a weight depends on: only its pair ("row") if there are no sweeps and no batch mean."""
+        """The rows that a weight depends on: its own ("row") or, with sweeps or a batch mean, those in `scope`."""
         return self.scope if self.sinkhorn_sweeps or self.normalize == "batch" else "row"
 
     def __call__(

@@ -50,7 +50,7 @@ def effective_sample_size(log_weight: Float[Array, " b"]) -> Float[Array, ""]:
 def weight_report(
     x0: Float[Array, "b *event"], x1: Float[Array, "m *event"], epsilon: float, cost: Cost = "euclidean"
 ) -> WeightReport:
-    """Returns the effect of the weights exp(-cost/epsilon) on all pairs of x0 and x1; needs b x m memory.
+    """Returns the effect of the weights exp(-cost/epsilon) on all pairs of x0 and x1. This needs b x m memory.
 
     If row_std or column_std exceeds interaction_std, the weights affect which noise or data are learned more than how
     they are paired, and `warn_if_tilted` warns. All three are inversely proportional to epsilon, so their ratios depend
@@ -76,7 +76,7 @@ def weight_report(
 
 
 def warn_if_tilted(report: WeightReport) -> None:
-    """Warns (UserWarning) if weights re-weight noise or data more than they couple them.
+    """Warns (UserWarning) if Gibbs weights tilt noise or data more than they couple the two.
 
     Example:
         warn_if_tilted(weight_report(x0, x1, epsilon=2.0))
@@ -113,9 +113,9 @@ def tilted_wasserstein(
     """Returns W2 between noise and tilted noise, and between data and tilted data.
 
     A flow trained with plain weights learns the tilted marginals: f(x) mu(dx) with f = E_data[w(x, .)] / E[w], and
-    likewise g(y) nu(dy). Here f and g are means over the samples. Systematic resampling turns the tilted sample into
-    one with equal weights, and an exact assignment matches that sample to the original. The assignment takes O(b³) time
-    on the host: seconds for 1,000 samples.
+    likewise g(y) nu(dy). Here f and g are estimated by means over the samples. Systematic resampling turns the
+    tilted sample into one with equal weights, and an exact assignment matches that sample to the original. The
+    assignment takes O(b³) time on the host: seconds for 1,000 samples.
 
     Example:
         distances = tilted_wasserstein(x0, x1, epsilon=2.0)
@@ -160,7 +160,7 @@ def choose_epsilon(
 
     ess: smallest effective sample size, as a share of the pairs (x0_i, x1_i). tilt: largest relative variance of either
     marginal's re-weighting; set ess to None to use it. sinkhorn_sweeps: number of Sinkhorn sweeps that correct the
-    weights before their ess is computed. The search bisects log epsilon; a tilt or Sinkhorn sweeps need b x b memory.
+    weights before their ess is computed. The search bisects log epsilon; with a tilt or sweeps, it needs b x b memory.
     Raises ValueError unless exactly one target is given and is in range, or if the mean cost is 0 or not finite.
 
     Example:
@@ -198,7 +198,7 @@ def choose_epsilon(
 
 
 def fit_epsilon(coupling: GibbsWeights, x0: Float[Array, "b *event"], x1: Float[Array, "b *event"]) -> GibbsWeights:
-    """Returns the coupling with epsilon chosen from independent pairs for the coupling's target and cost.
+    """Returns the coupling with the smallest epsilon at which independent pairs reach the coupling's target.
 
     The target is `tilt` if given, otherwise `ess`. With a tilt or Sinkhorn sweeps, only the first 1,024 pairs are used;
     the ess of plain weights uses all pairs. A coupling that already has an epsilon is returned unchanged.
@@ -252,9 +252,10 @@ def path_report(
 
 
 def signed_path_energy(energy: Float[Array, ""] | float, squared_distance: Float[Array, ""] | float) -> Any:
-    """Returns (path energy - W2²) / W2²; if it is negative, the paths are too short to transport the marginals.
+    """Returns the signed path energy, (path energy - W2²) / W2².
 
-    The usual normalised path energy is the absolute value, which hides that case.
+    If it is negative, the paths are too short to transport the marginals. The usual normalised path energy is the
+    absolute value, which hides that case.
 
     Example:
         npe = signed_path_energy(path_report(velocity, x0).energy, wasserstein(x0, x1) ** 2)

@@ -18,12 +18,13 @@ from flax import linen as nn
 from jaxtyping import Array, Float, Int
 
 from flowgen.attention import KERNELS, FeatureMap, Kernel, make_attention_fn
-from flowgen.backend import OnMeshes, flat_dot
+from flowgen.backend import Implementation, OnMeshes, flat_dot
 from flowgen.conditioning import check_labels
 from flowgen.matching.velocity import check_inputs
-from flowgen.nn.checks import check_patches, image_sides
+from flowgen.nn.checks import check_implementation, check_patches, image_sides
 from flowgen.nn.embeddings import TIME_SCALE, ConditionEmbedding, grid_positions
 from flowgen.nn.layers import ACTIVATIONS, master_dtype, patchify, unpatchify
+from flowgen.nn.softmax_shape import SoftmaxShape
 from flowgen.settings import config
 from flowgen.settings.ranges import Channels, Classes, Expansion, HeadDim, Layers, OneOf, Own, Positive, Side, Width
 
@@ -48,11 +49,13 @@ class DiTConfig:
     expansion: hidden width of the feed-forward layers, as a multiple of width.
     num_classes: number of classes that the field is conditioned on; 0 for none.
     attention: attention kernel of the layers: a name, or your own kernel or feature map.
-    intervals: also predict average velocities over an interval (MeanFlow).
-    time_scale: factor on times before the sinusoidal embedding, which expects 0 to 1,000; MeanFlow's loss contains a
+    attention_implementation: what computes softmax attention: "auto", "xla", "cudnn" on GPUs or "tpu" on TPUs; see
+    docs/attention.md.
+    intervals: whether to also predict average velocities over an interval (MeanFlow).
+    time_scale: factor on times before the sinusoidal embedding, which expects 0 to 1,000. MeanFlow's loss contains a
     derivative in t, so MeanFlow needs a small factor, such as 1.0.
     dtype: dtype of matrix products and activations; parameters, norms and the modulation stay float32.
-    remat: recompute layers in the backward pass instead of storing them.
+    remat: whether to recompute layers in the backward pass instead of storing them.
     """
 
     image_size: Side | tuple[Side, Side]
@@ -64,6 +67,7 @@ class DiTConfig:
     expansion: Expansion = 4
     num_classes: Classes = 0
     attention: Annotated[str, OneOf(ATTENTIONS)] | OwnAttention = "softmax"
+    attention_implementation: Implementation = "auto"
     intervals: bool = False
     time_scale: Positive = TIME_SCALE
     dtype: Literal["float32", "bfloat16", "float64"] = "float32"
@@ -71,6 +75,7 @@ class DiTConfig:
 
     def __post_init__(self):
         check_patches(self.image_size, self.patch_size)
+        check_implementation(self.attention_implementation, self.attention)
         if (numbers := math.prod(self.token_hw) * self.width) > MAX_POSITIONS:
             raise ValueError(
                 f"image_size {self.image_size}, patch_size {self.patch_size} and width {self.width} give a position "
@@ -119,6 +124,14 @@ class DiTConfig:
         height, width = self.image_hw
         return height // self.patch_size, width // self.patch_size
 
+    @property
+    def softmax_shapes(self) -> tuple[SoftmaxShape, ...]:
+        """The shape of the layers' attention; empty unless it is softmax attention."""
+        if not (isinstance(self.attention, str) and self.attention == "softmax"):
+            return ()
+        heads = self.width // self.head_dim
+        return (SoftmaxShape(math.prod(self.token_hw), heads, self.head_dim, self.dtype),)
+
 
 class DiT(OnMeshes, nn.Module):
     """A velocity network on images or latents `b height width c`.
@@ -166,7 +179,7 @@ class DiT(OnMeshes, nn.Module):
 
 
 class DiTLayer(nn.Module):
-    """One layer: modulated attention and MLP with gates that are initialised to 0."""
+    """One layer: modulated attention and a modulated MLP, with gates that are initialised to 0."""
 
     config: DiTConfig
 
@@ -177,7 +190,8 @@ class DiTLayer(nn.Module):
         y = _modulated(h, shift, scale).astype(config.dtype)
         qkv = _dense(3 * config.width, config.dtype, name="qkv")(y)
         q, k, v = (z.reshape(*z.shape[:2], -1, config.head_dim) for z in jnp.split(qkv, 3, axis=-1))
-        y = make_attention_fn(config.attention)(q, k, v).reshape(h.shape).astype(config.dtype)
+        attend = make_attention_fn(config.attention, implementation=config.attention_implementation)
+        y = attend(q, k, v).reshape(h.shape).astype(config.dtype)
         h = h + gate[:, None].astype(h.dtype) * _dense(config.width, config.dtype, name="proj")(y)
         y = _modulated(h, mlp_shift, mlp_scale).astype(config.dtype)
         y = ACTIVATIONS["gelu_tanh"](_dense(config.expansion * config.width, config.dtype, name="up")(y))
@@ -185,7 +199,7 @@ class DiTLayer(nn.Module):
 
 
 def _modulated(h: Array, shift: Array, scale: Array) -> Array:
-    """Returns the LayerNorm of h without parameters, in at least float32, then scaled and shifted per sample."""
+    """Returns LayerNorm(h) (1 + scale) + shift in at least float32, with one scale and shift per sample."""
     master = jnp.promote_types(h.dtype, jnp.float32)
     x = h.astype(master)
     x = x - x.mean(axis=-1, keepdims=True)

@@ -11,6 +11,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float, Key
 
 from flowgen.arrays import check_floating, check_key
+from flowgen.backend import any_derivative
 from flowgen.gaussian import gaussian_log_density
 from flowgen.matching.checks import check_output, check_velocity
 from flowgen.matching.solvers import Method, Velocity, integrate
@@ -29,13 +30,14 @@ def log_prob(
     atol: float = 1e-5,
     max_steps: int = 4096,
 ) -> Float[Array, " b"]:
-    """Returns log p1(x1) = log p0(x0) - ∫ div v dt in nats, along the path that ends at x1; it is differentiable.
+    """Returns log p1(x1) = log p0(x0) - ∫ div v dt in nats, along the path that ends at x1.
 
     key: None for the exact divergence, with one Jacobian-vector product per dimension and no error other than the
     solver's; a key for Hutchinson's estimate, with one Rademacher probe per sample, fixed along the whole path
     (Grathwohl et al., arXiv 1810.01367). log_p0: log density of x0, standard normal by default. The other settings are
     the same as for `integrate`. With "dopri5", the tolerances apply jointly to the state and the integral of the
-    divergence, and only reverse-mode differentiation works. The integral is accumulated in at least float32.
+    divergence, and only reverse-mode differentiation works. The integral is accumulated in at least float32. The
+    result is differentiable.
 
     Example:
         lp = log_prob(velocity, x1, key=jax.random.key(0))
@@ -89,7 +91,11 @@ def divergence(
     Example:
         v, change = divergence(velocity, t, x, probe=jax.random.rademacher(key, x.shape, x.dtype))
     """
-    field = lambda y: check_output(velocity(t, y, cond), y)  # noqa: E731
+
+    def field(y):
+        with any_derivative():
+            return check_output(velocity(t, y, cond), y)
+
     dtype = jnp.promote_types(x.dtype, jnp.float32)
     if probe is not None:
         v, moved = jax.jvp(field, (x,), (probe,))

@@ -20,6 +20,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float, Key
 
 from flowgen.arrays import check_floating
+from flowgen.backend import any_derivative
 from flowgen.conditioning import UNCONDITIONAL, no_labels
 from flowgen.guidance import linear_rule
 from flowgen.matching.checks import check_output
@@ -66,8 +67,8 @@ def mean_flow_loss(
     instantaneous: share of the pairs with interval 0. power: with power 1, the contribution of each pair stays below 1,
     so monitor "unweighted_loss", the square averaged over dimensions. In high dimensions, all squares are similar. In
     low dimensions, the weight moves the minimum towards the most likely target, so use power 0. guidance_weight: w in
-    (1 + w) v - w u(t, x, -1, 0), which replaces v if the label is not -1; one step then draws guided samples. It needs
-    integer labels, and a label_dropout above 0 to train the field for -1. batch, label_dropout and log_mean: see
+    (1 + w) v - w u(t, x, -1, 0), which replaces v if the label is not -1; one step then draws guided samples. Guidance
+    needs integer labels, and a label_dropout above 0 to train the field for -1. batch, label_dropout and log_mean: see
     `flow_matching_loss`. Raises ValueError if settings are invalid.
 
     Example:
@@ -139,7 +140,11 @@ def average_and_target(
         u, target = average_and_target(average_velocity, t, x_t, None, interval, v)
     """
     v = jax.lax.stop_gradient(v)
-    field = lambda t, x, interval: check_output(average_velocity(t, x, cond, interval), x)  # noqa: E731
+
+    def field(t, x, interval):
+        with any_derivative():
+            return check_output(average_velocity(t, x, cond, interval), x)
+
     u, change = jax.jvp(field, (t, x_t, interval), (jnp.ones_like(t), v, -jnp.ones_like(interval)))
     return u, jax.lax.stop_gradient(v + over_event(interval, v) * change)
 
@@ -169,7 +174,7 @@ def guided_target(
 def integrate_mean(
     average_velocity: AverageVelocity, x0: Float[Array, "b *event"], cond: Any = None, *, num_steps: int = 1
 ) -> tuple[Float[Array, "b *event"], int]:
-    """Returns samples and the number of evaluations; takes equal steps x ← x + interval · u(t, x, cond, interval).
+    """Returns samples, drawn in equal steps x ← x + interval · u(t, x, cond, interval), and the number of evaluations.
 
     Raises ValueError for fewer than one step.
 

@@ -103,9 +103,9 @@ class MatchingConfig:
         return self.loss.prediction if isinstance(self.loss, FlowMatching) else "velocity"
 
     def fitted(self, x0: Float[Array, "b *event"], x1: Float[Array, "b *event"]) -> MatchingConfig:
-        """Returns this config. If epsilon is None, first chooses it from samples of noise and data.
+        """Returns this config; an epsilon of None is replaced by one chosen from samples of noise and data.
 
-        Warns (UserWarning) if plain Gibbs weights re-weight noise or data more than they couple them.
+        Warns (UserWarning) if plain Gibbs weights tilt noise or data more than they couple the two.
         """
         coupling = self.coupling
         if not isinstance(coupling, GibbsWeights):
@@ -136,7 +136,7 @@ class MatchingConfig:
         )
 
     def state(self) -> dict[str, Any]:
-        """Returns the collection that training carries across steps; empty unless the weights have a running mean."""
+        """Returns the state that training carries from step to step; empty unless the weights have a running mean."""
         running = isinstance(self.coupling, GibbsWeights) and self.coupling.normalize == "running"
         return {STATE: {"log_mean": jnp.full((), -jnp.inf, jnp.float32)}} if running else {}
 

@@ -16,7 +16,7 @@ from flowgen.matching.checks import check_pair
 from flowgen.settings import config
 from flowgen.settings.ranges import NonNegative, Positive, ProperFraction, Within
 
-# Conversions, unlike paths, are singular at both ends, so they stay this far away, in time and in alpha/beta.
+# Conversions, unlike paths, are singular at both ends, so they stay this far from them, in time and in alpha/beta.
 SMALLEST = 1e-5
 
 
@@ -113,7 +113,7 @@ class Target(AffinePath):
 
 @config
 class Trigonometric(AffinePath):
-    """The cosine path x_t = sin(πt/2) x1 + cos(πt/2) x0, variance preserving (Albergo 2209.15571).
+    """The variance-preserving cosine path x_t = sin(πt/2) x1 + cos(πt/2) x0 (Albergo 2209.15571).
 
     sigma: Gaussian spread around the path; 0 for none.
     """
@@ -170,7 +170,7 @@ class VariancePreserving(AffinePath):
 
 @config
 class LinearVariancePreserving(AffinePath):
-    """The path x_t = t x1 + √(1 - t²) x0: variance preserving, with linear alpha.
+    """The variance-preserving path with linear alpha: x_t = t x1 + √(1 - t²) x0.
 
     beta' = -t/beta is infinite at t = 1. The divisor is therefore at least √1e-5, which is the value of beta at
     t = 1 - 5e-6.

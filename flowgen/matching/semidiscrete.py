@@ -36,10 +36,10 @@ AVERAGING = 0.02
 class SemidiscreteOT:
     """Pairs each x0 with the data point whose cell contains it; all weights are 1.
 
-    It replaces the data and labels of the batch. y: the dataset. potentials: from `fit_semidiscrete`, or any other
-    solver for the squared Euclidean cost. labels: the data's labels, returned as cond. A class is then trained only on
-    the noise in its cells, but sampled from all noise, so use this coupling for unconditional models, or with guidance
-    that accounts for the difference. A call needs memory for a b x n matrix.
+    These data points and their labels replace those of the batch. y: the dataset. potentials: from `fit_semidiscrete`,
+    or any other solver for the squared Euclidean cost. labels: the data's labels, returned as cond. A class is then
+    trained only on the noise in its cells, but sampled from all noise. Therefore use this coupling for unconditional
+    models, or with guidance that accounts for the difference. A call needs memory for a b x n matrix.
 
     Raises ValueError if shapes do not match, or if the batch has a condition and the data have no labels.
 

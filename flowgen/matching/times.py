@@ -1,4 +1,4 @@
-"""Distributions of training times on [0, 1]: callables (key, batch) -> t, as classes so that they print readably."""
+"""Distributions of training times on [0, 1]: functions (key, batch) -> t, as classes so that they print readably."""
 
 from __future__ import annotations
 

@@ -28,7 +28,7 @@ def normal(key: Key[Array, ""], num: int) -> Float[Array, "num 2"]:
 
 
 def gaussian_ring(key: Key[Array, ""], num: int, components: int = 8) -> Float[Array, "num 2"]:
-    """Returns points from a mixture of equal Gaussians, std 0.562, on a ring of radius 5.
+    """Returns points from a mixture of equal Gaussians (std 0.562) on a ring of radius 5.
 
     components: number of Gaussians; 8 or 5 in the literature.
 

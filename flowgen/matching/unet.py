@@ -22,13 +22,14 @@ from einops import reduce, repeat
 from flax import linen as nn
 from jaxtyping import Array, Float, Int
 
-from flowgen.backend import OnMeshes
+from flowgen.backend import Implementation, OnMeshes
 from flowgen.conditioning import check_labels
 from flowgen.matching.velocity import check_inputs
 from flowgen.nn.checks import image_sides
 from flowgen.nn.convolution import Cache, ResidualBlock, SpatialAttention, conv, group_norm
 from flowgen.nn.embeddings import TIME_SCALE, ConditionEmbedding
 from flowgen.nn.layers import linear, master_dtype
+from flowgen.nn.softmax_shape import SoftmaxShape
 from flowgen.settings import config
 from flowgen.settings.ranges import (
     MAX_LEVELS,
@@ -67,15 +68,18 @@ class UNetConfig:
     attention_factors: blocks have attention at levels where the image is smaller by one of these factors; the middle
     always has attention.
     head_dim: number of channels per attention head; a level with fewer channels has one head.
+    attention_implementation: what computes softmax attention: "auto", "xla", "cudnn" on GPUs or "tpu" on TPUs; see
+    docs/attention.md.
     num_groups: number of groups in group norm.
     dropout: share of activations set to 0 in training; at least 0 and below 1.
     num_classes: number of classes that the field is conditioned on; 0 for none.
     scale_shift_norm: whether the embedding scales and shifts the normalised activations; otherwise, it is added before
     the norm.
     time_scale: factor on times before the sinusoidal embedding, which expects 0 to 1,000.
-    intervals: also predict average velocities over an interval (MeanFlow).
+    intervals: whether to also predict average velocities over an interval (MeanFlow).
     dtype: dtype of convolutions and activations; parameters, norms, the embedding and the velocity stay float32.
-    remat: recompute blocks in the backward pass instead of storing them; this saves memory and takes more time.
+    remat: whether to recompute blocks in the backward pass instead of storing them; this saves memory but takes
+    more time.
     """
 
     image_size: Side | tuple[Side, Side]
@@ -86,6 +90,7 @@ class UNetConfig:
     resample: Literal["conv", "pool"] = "conv"
     attention_factors: Annotated[tuple[int, ...], Entries(0, MAX_LEVELS)] = (2,)
     head_dim: HeadDim = 64
+    attention_implementation: Implementation = "auto"
     num_groups: Groups = 32
     dropout: ProperFraction = 0.1
     num_classes: Classes = 0
@@ -168,6 +173,17 @@ class UNetConfig:
     def attends(self, level: int) -> bool:
         """Returns whether the blocks of a level have attention."""
         return 2**level in self.attention_factors
+
+    @property
+    def softmax_shapes(self) -> tuple[SoftmaxShape, ...]:
+        """The shapes of attention at the levels that have it, and in the middle."""
+        height, width = self.image_hw
+        return tuple(
+            SoftmaxShape(height * width // 4**level, heads, channels // heads, self.dtype)
+            for level, channels in enumerate(self.level_widths)
+            if self.attends(level) or level == len(self.multipliers) - 1
+            for heads in [max(1, channels // self.head_dim)]
+        )
 
     def shrunk(self) -> UNetConfig:
         """Returns a tiny config of the same kind, at most 8 pixels high and wide, for tests and `--debug`."""
@@ -255,6 +271,7 @@ class Block(ResidualBlock):
     """A residual block conditioned on the embedding e, followed by attention if `num_heads` is positive."""
 
     num_heads: int = 0
+    attention_implementation: Implementation = "auto"
 
     @nn.compact
     def __call__(
@@ -266,7 +283,10 @@ class Block(ResidualBlock):
     ) -> tuple[Float[Array, "b *places d"], Cache]:
         h, cache = super().__call__(x, cache, e, train)
         if self.num_heads:
-            h, _ = SpatialAttention(self.dtype, self.norm, self.num_heads, zero=True, name="attention")(h)
+            attention = SpatialAttention(
+                self.dtype, self.norm, self.num_heads, True, self.attention_implementation, name="attention"
+            )
+            h, _ = attention(h)
         return h, cache
 
 
@@ -281,6 +301,7 @@ def _block(config: UNetConfig, level: int, name: str, *, attends: bool | None = 
         dropout=config.dropout,
         zero=True,
         num_heads=max(1, width // config.head_dim) if attends else 0,
+        attention_implementation=config.attention_implementation,
         name=name,
     )
 

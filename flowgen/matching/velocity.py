@@ -32,7 +32,7 @@ class NetworkConfig(Protocol):
 
     @property
     def event_shape(self) -> tuple[int, ...]:
-        """Shape of one sample: (height, width, channels) of images, (2,) of points."""
+        """Shape of one sample: (height, width, channels) for images, (2,) for points in the plane."""
         ...
 
     @property
@@ -56,7 +56,7 @@ class MLPConfig:
     width: width of the hidden layers.
     num_layers: number of hidden layers.
     num_classes: number of classes that the field is conditioned on; 0 for none.
-    intervals: also predict average velocities over an interval (MeanFlow).
+    intervals: whether to also predict average velocities over an interval (MeanFlow).
     """
 
     dim: Channels = 2

@@ -1,4 +1,4 @@
-"""Checks of image sizes, shared by the configs of models; each message names the field, its value and the fix."""
+"""Checks shared by the configs of models; each message names the field, its value and the fix."""
 
 from __future__ import annotations
 
@@ -38,4 +38,13 @@ def check_patches(image_size: object, patch_size: int) -> None:
         raise ValueError(
             f"image_size has {' and '.join(odd)}, which patch_size {patch_size} does not divide; "
             f"use a multiple of {patch_size} or another patch_size."
+        )
+
+
+def check_implementation(implementation: str, attention: object) -> None:
+    """Raises ValueError if an implementation is chosen for attention that is not softmax attention."""
+    if implementation != "auto" and not (isinstance(attention, str) and attention == "softmax"):
+        raise ValueError(
+            f"attention_implementation is {implementation!r}, which applies only to softmax attention, but attention "
+            f"is {attention!r:.80}; leave it at 'auto'."
         )

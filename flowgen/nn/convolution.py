@@ -16,6 +16,7 @@ from flax import linen as nn
 from jaxtyping import Array, Float, PyTree
 
 from flowgen.attention import softmax_attention
+from flowgen.backend import Implementation
 from flowgen.nn.layers import linear, master_dtype, uniform_bias
 
 # A layer's cache of the frames before its input; None at the start of a clip, and for images.
@@ -159,7 +160,8 @@ class SpatialAttention(nn.Module):
     """x + W attention(norm(x)) over the positions of each image, or of each frame of a clip; returns the cache
     unchanged.
 
-    norm: name -> layer. zero: whether W starts at zero, so that the layer starts as the identity.
+    norm: name -> layer. zero: whether W starts at zero, so that the layer starts as the identity. implementation: see
+    `softmax_attention`.
 
     Example:
         attention = SpatialAttention("float32", functools.partial(group_norm, 32, "float32", epsilon=1e-6))
@@ -170,6 +172,7 @@ class SpatialAttention(nn.Module):
     norm: Callable[..., nn.Module]
     num_heads: int = 1
     zero: bool = False
+    implementation: Implementation = "auto"
 
     @nn.compact
     def __call__(
@@ -180,4 +183,4 @@ class SpatialAttention(nn.Module):
         images = qkv.reshape(-1, *qkv.shape[-3:])
         q, k, v = rearrange(images, "b i j (s h k) -> s b (i j) h k", s=3, h=self.num_heads)
         proj = linear(width, width, self.dtype, zero_kernel=self.zero, zero_bias=self.zero, name="proj")
-        return x + proj(softmax_attention(q, k, v).reshape(x.shape)), cache
+        return x + proj(softmax_attention(q, k, v, implementation=self.implementation).reshape(x.shape)), cache

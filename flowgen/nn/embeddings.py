@@ -39,8 +39,8 @@ def class_rows(
 def class_embedding(
     table: Float[Array, "classes d"], labels: Int[Array, " b"] | None, batch: int
 ) -> Float[Array, "b d"]:
-    """Returns `class_rows` for a table without an unconditional row: as in TARFlow, the mean over all classes takes its
-    place."""
+    """Returns `class_rows` for a table without an unconditional row: as in TARFlow, the mean over all classes takes the
+    place of that row."""
     return class_rows(jnp.concatenate([table, table.mean(axis=0, keepdims=True)]), labels, batch)
 
 

@@ -24,7 +24,7 @@ ACTIVATIONS: dict[str, Callable[[Array], Array]] = {
     "silu": jax.nn.silu,
     "relu_squared": lambda x: jnp.square(jax.nn.relu(x)),
 }
-# Gated MLPs, down(activation(gate(x)) · up(x)): maps their names to the activation of the gate.
+# Names of gated MLPs, down(activation(gate(x)) · up(x)), and the activation of each gate.
 GATED_ACTIVATIONS = {"geglu": "gelu_tanh"}
 TORCH_LAYER_NORM_EPS = 1e-5
 RMS_NORM_EPS = 1e-6

@@ -13,7 +13,7 @@ from jaxtyping import Array, Float, Int, PyTree
 from flowgen.attention import CAUSAL_KERNEL_NAMES, CausalKernel, FeatureMap, FrameWindow, Kernel, causal_kernel
 from flowgen.attention.kernels import State
 from flowgen.attention.rotary import turn
-from flowgen.backend import Remat, layer_form
+from flowgen.backend import Implementation, Remat, layer_form
 from flowgen.nn.layers import MLP, NORMS, RMSNorm, linear
 from flowgen.settings.ranges import OneOf, Own
 
@@ -38,6 +38,7 @@ class TransformerConfig:
     layer its own parameters and cache, because inside a loop over tokens a scan over layers would copy the weights and
     cache of every layer out of the stack for each token.
     window: attention to nearby frames instead of causal attention; such a stack takes no caches.
+    attention_implementation: what computes softmax attention of whole sequences; see `softmax_attention`.
     """
 
     width: int
@@ -55,6 +56,7 @@ class TransformerConfig:
     post_norm: bool = False
     use_bias: bool = True
     window: FrameWindow | None = None
+    attention_implementation: Implementation = "auto"
 
     @property
     def head_dim(self) -> int:
@@ -82,7 +84,8 @@ class SelfAttention(nn.Module):
     def __call__(
         self, x: Float[Array, "b n d"], cache: State, start: Slot, inverse_temperature: Scale, rotation: Rotation
     ) -> tuple[Float[Array, "b n d"], State]:
-        config, kernel = self.config, causal_kernel(self.config.attention)
+        config = self.config
+        kernel = causal_kernel(config.attention, config.attention_implementation)
         heads, key_heads = config.num_heads, config.key_heads
         qkv = self.qkv(x).reshape(*x.shape[:2], heads + 2 * key_heads, config.head_dim)
         q, k, v = jnp.split(qkv, (heads, heads + key_heads), axis=2)

@@ -5,7 +5,7 @@ from flowgen.runs.checkpoints import CheckpointReader
 from flowgen.runs.directory import CHECKPOINTS, check_workdir, is_run, read_config, was_trained_in, write_config
 from flowgen.runs.files import DIGEST
 from flowgen.runs.lock import RunLock
-from flowgen.runs.metrics import EVAL
+from flowgen.runs.metrics import EVAL, SPEED
 from flowgen.runs.progress import on_terminal
 from flowgen.runs.store import CheckpointStore
 from flowgen.runs.writer import NullWriter, RunWriter
@@ -14,6 +14,7 @@ __all__ = [
     "CHECKPOINTS",
     "DIGEST",
     "EVAL",
+    "SPEED",
     "CheckpointReader",
     "CheckpointStore",
     "NullWriter",

@@ -35,7 +35,9 @@ _LEFTOVER = re.compile(rf"[0-9]+\.({SAVING}|{DELETED})(-[0-9]+)?")
 
 
 class CheckpointReader:
-    """Reads the complete checkpoints of a directory. It writes nothing, so you can use it while a run trains there.
+    """Reads the complete checkpoints of a directory.
+
+    It writes nothing, so you can use it while a run is training there.
 
     Example:
         reader = CheckpointReader("runs/digits/checkpoints")
@@ -237,7 +239,7 @@ class CheckpointReader:
 
 
 def leftovers(directory: Path) -> list[Path]:
-    """Returns what killed saves and deletions left in a directory of checkpoints.
+    """Returns the paths that interrupted saves and deletions left in a directory of checkpoints.
 
     Example:
         for path in leftovers(Path("runs/digits/checkpoints")): ...

@@ -5,7 +5,8 @@
 <run>/checkpoints/     see `flowgen.runs.checkpoints`
 <run>/metrics.jsonl    means since the last report, and evaluations; events.* the same for TensorBoard
 <run>/samples/         an image for each step at which samples were drawn
-<run>/lock             held by the process that trains here
+<run>/profile/         traces of training steps for a profiler, if asked for
+<run>/lock             held by the process that is training here
 """
 
 from __future__ import annotations
@@ -25,10 +26,11 @@ CONFIG_FILE = "config.json"
 DATA_FILE = "data.json"
 CHECKPOINTS = "checkpoints"
 SAMPLES = "samples"
+PROFILE = "profile"
 
 
 def is_run(run_dir: str | Path) -> bool:
-    """Returns whether a directory has a config.json written by a run, and not, say, one published with a model.
+    """Returns whether a directory has a config.json written by a run, rather than one published with a model.
 
     Raises ValueError if its config is not JSON.
 
@@ -61,7 +63,7 @@ def read_config(run_dir: str | Path) -> dict[str, Any]:
 
     Raises:
         FileNotFoundError: the directory does not exist or is not a run; the message says which.
-        ValueError: the config is not a file, not JSON, or was changed; the message names the changed values.
+        ValueError: the config is not a file, is not JSON, or has been changed; the message names the changed values.
 
     Example:
         read_config("runs/digits")["model"]
@@ -101,7 +103,7 @@ def write_config(run_dir: str | Path, config: dict[str, Any]) -> None:
 
 
 def data_changes(run_dir: str | Path, inventory: Inventory) -> str:
-    """Returns a line that says what changed in the data since a run began, or "" if nothing did.
+    """Returns a line that says what has changed in the data since a run began; empty if nothing has.
 
     Example:
         data_changes("runs/photos", inventory)
@@ -118,7 +120,7 @@ def data_changes(run_dir: str | Path, inventory: Inventory) -> str:
 def check_workdir(workdir: Path, check_config: Callable[[dict[str, Any]], None], *, locks: bool = True) -> None:
     """Raises an error if a directory contains anything but a run with this config. Writes nothing.
 
-    locks: whether to also raise BlockingIOError if another process trains in it.
+    locks: whether to also raise BlockingIOError if another process is training there.
 
     Example:
         check_workdir(Path("runs/digits"), experiment.check_resumable)
@@ -139,7 +141,7 @@ def check_workdir(workdir: Path, check_config: Callable[[dict[str, Any]], None],
 
 def _check_kinds(workdir: Path) -> None:
     """Raises OSError if one of a run's folders is not a folder, or one of its files is not a regular file."""
-    for name in (CHECKPOINTS, SAMPLES):
+    for name in (CHECKPOINTS, SAMPLES, PROFILE):
         if os.path.lexists(workdir / name) and not (workdir / name).is_dir():
             raise NotADirectoryError(f"{workdir / name} is not a folder; remove it.")
     for name in (DATA_FILE, LOCK_FILE):

@@ -39,7 +39,7 @@ def read_json(path: str | Path) -> dict[str, Any]:
 
 
 def read_bytes(path: str | Path) -> bytes:
-    """Returns the bytes of a regular file; raises ValueError for anything else, such as a pipe, which would block.
+    """Returns the bytes of a regular file; raises ValueError for anything else, such as a pipe that would block.
 
     Example:
         content = read_bytes("runs/digits/metrics.jsonl")
@@ -80,7 +80,7 @@ def signed(value: dict[str, Any]) -> dict[str, Any]:
 
 
 def verified(value: dict[str, Any]) -> dict[str, Any]:
-    """Returns the values without their digest; raises ValueError if it is missing or does not match.
+    """Returns the values without their digest; raises ValueError if the digest is missing or does not match.
 
     Example:
         verified(signed({"step": 3})) == {"step": 3}

@@ -23,7 +23,7 @@ class RunLock:
     protects: whether the file system supports locks; if not, other processes can train here too.
 
     Raises:
-        BlockingIOError: another process trains in the directory; the message names it.
+        BlockingIOError: another process is training in the directory; the message names the process.
         OSError: the lock cannot be created.
 
     Example:
@@ -91,7 +91,9 @@ class Place:
 
 
 def check_unlocked(run_dir: str | Path) -> None:
-    """Raises BlockingIOError if another process trains in a directory; the message names it. Creates no files.
+    """Raises BlockingIOError if another process is training in a directory; the message names the process.
+
+    Creates no files.
 
     Example:
         check_unlocked("runs/digits")

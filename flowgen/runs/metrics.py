@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import time
@@ -12,6 +13,17 @@ from flowgen.runs.files import read_bytes, write_bytes
 
 METRICS_FILE = "metrics.jsonl"
 EVAL = "eval/"  # Prefix of held-out metrics.
+# Metrics of speed and memory, explained in docs/training.md. A repeated step has the same metrics except for these.
+SPEED = (
+    "steps_per_second",
+    "samples_per_second",
+    "tokens_per_second",
+    "flop_per_step",
+    "flop_per_second",
+    "mfu",
+    "data_wait",
+    "peak_memory_bytes",
+)
 
 
 class MetricsLog:
@@ -39,7 +51,7 @@ class MetricsLog:
             self._events.write(step, metrics)
 
     def restore(self, step: int) -> None:
-        """Rewrites files that were removed: the rows so far, and events from the next step on."""
+        """Recreates files that were removed: metrics with the rows so far, and events from the next step on."""
         if self._path.exists() and os.path.samestat(os.stat(self._path), os.fstat(self._file.fileno())):
             return
         self._file.seek(0)
@@ -50,7 +62,8 @@ class MetricsLog:
 
     def close(self) -> None:
         """Closes the files."""
-        self._file.close()
+        with contextlib.suppress(OSError):  # Rows that could not be written have already raised an error in `write`.
+            self._file.close()
         if self._events is not None:
             self._events.close()
 

@@ -11,6 +11,16 @@ from flowgen.printable import printable
 # The metrics that a report shows, in this order.
 SHOWN = ("loss", "bits_per_dim", "nats_per_dim", "grad_norm", "lr")
 
+# How lines show the other measures of speed, in this order.
+SPEEDS = {
+    "samples_per_second": lambda speed: f"{_whole(speed)} samples/s",
+    "tokens_per_second": lambda speed: f"{_whole(speed)} tokens/s",
+    "flop_per_second": lambda speed: f"{with_prefix(speed)}FLOP/s",
+    "mfu": lambda share: f"MFU {share:.1%}",
+    "peak_memory_bytes": lambda size: f"{with_prefix(size)}B used",
+    "data_wait": lambda share: f"{share:.0%} waiting for data",
+}
+
 
 class Progress:
     """Shows loss, speed and time left on standard error.
@@ -45,6 +55,8 @@ class Progress:
         words = [f"{name} {metrics[name]:.4g}" for name in SHOWN if name in metrics]
         if "steps_per_second" in metrics:
             words.append(f"{metrics['steps_per_second']:.3g} steps/s")
+        if self._bar is None:  # A bar has no room for more.
+            words += [speed(metrics[name]) for name, speed in SPEEDS.items() if name in metrics]
         if seconds_left is not None:
             words.append(f"{clock(seconds_left)} left")
         if self._bar is not None:
@@ -93,3 +105,20 @@ def clock(seconds: float) -> str:
     minutes, rest = divmod(round(seconds), 60)
     hours, minutes = divmod(minutes, 60)
     return f"{hours}:{minutes:02}:{rest:02}" if hours else f"{minutes}:{rest:02}"
+
+
+def _whole(number: float) -> str:
+    return f"{number:,.0f}" if number >= 100 else f"{number:.3g}"
+
+
+def with_prefix(number: float) -> str:
+    """Returns a number to three digits with the prefix of a unit, which may be empty: "1.25 T", "40 ".
+
+    Example:
+        with_prefix(1.25e12) + "FLOP/s" == "1.25 TFLOP/s"
+    """
+    prefixes = ("", "k", "M", "G", "T", "P", "E")
+    thousands = 0
+    while abs(number) >= 999.5 and thousands < len(prefixes) - 1:
+        number, thousands = number / 1000, thousands + 1
+    return f"{number:.3g} {prefixes[thousands]}"

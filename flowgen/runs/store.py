@@ -24,7 +24,7 @@ _SETTLING, _PAUSE = 40, 0.05
 
 
 class CheckpointStore(CheckpointReader):
-    """Saves in the background; keeps the latest `keep` steps and the one with the lowest `best_metric`.
+    """Saves checkpoints in the background; keeps the latest `keep` steps and the one with the lowest `best_metric`.
 
     Opening a store removes what a killed process left unfinished. `close` waits for the current save. say: called with
     a line about anything that is ignored or moved aside.
@@ -64,9 +64,9 @@ class CheckpointStore(CheckpointReader):
         self.close()
 
     def save(self, step: int, state: Any, *, config: Any, metrics: dict[str, float] | None = None) -> None:
-        """Starts saving a tree of numpy arrays, which must not change until `wait` returns.
+        """Waits for the previous save, and then starts saving a tree of numpy arrays.
 
-        Waits for the previous save first.
+        The arrays must not change until `wait` returns.
 
         metrics: the results of an evaluation, as for `score`.
 
@@ -84,9 +84,7 @@ class CheckpointStore(CheckpointReader):
     def score(self, step: int, metrics: dict[str, float]) -> None:
         """Adds evaluation metrics to a saved step, which may then become the best one.
 
-        If the step is still being saved, waits for the save to finish.
-
-        Non-finite metrics are left out.
+        If the step is still being saved, waits for the save to finish. Non-finite metrics are left out.
         """
         self.wait()
         _write_evaluation(self.directory / str(step), step, self._read_meta(step)[DIGEST], metrics)
@@ -94,7 +92,7 @@ class CheckpointStore(CheckpointReader):
         self._retire(step)
 
     def best(self) -> tuple[int, float] | None:
-        """Returns (step, value) of the lowest `best_metric` among the kept steps, or None."""
+        """Returns (step, value) for the kept step with the lowest `best_metric`; None if no step was evaluated."""
         scored = [(value, -step) for step, value in self._scores.items() if value is not None]
         return (-min(scored)[1], min(scored)[0]) if scored else None
 
@@ -108,7 +106,7 @@ class CheckpointStore(CheckpointReader):
             raise error
 
     def close(self) -> None:
-        """Waits for the current save."""
+        """Waits for the current save to finish."""
         try:
             self.wait()
         finally:

@@ -11,7 +11,7 @@ import numpy as np
 
 from flowgen.data.inventory import Inventory
 from flowgen.data.media import save_image
-from flowgen.runs.directory import CHECKPOINTS, CONFIG_FILE, DATA_FILE, SAMPLES, data_changes, write_config
+from flowgen.runs.directory import CHECKPOINTS, CONFIG_FILE, DATA_FILE, PROFILE, SAMPLES, data_changes, write_config
 from flowgen.runs.files import remove_temporaries, write_json
 from flowgen.runs.lock import Place, RunLock
 from flowgen.runs.metrics import MetricsLog, last_step
@@ -22,13 +22,13 @@ from flowgen.runs.store import CheckpointStore
 class RunWriter:
     """Locks a run directory for one training process, and writes its config, checkpoints, metrics and samples.
 
-    latest: the latest step when the directory was read, or None if there was none.
+    latest: the latest step at the time when the directory was read; None if it had no checkpoint.
 
     Opening a writer creates the directory, takes its lock and removes what a killed process left unfinished; `begin`
     writes the config and opens the metrics. If the directory is removed, the next save recreates it and reports this.
 
     Raises:
-        BlockingIOError: another process trains here, or has trained here since `latest` was read.
+        BlockingIOError: another process is training here, or has trained here since `latest` was read.
         OSError: the directory cannot be written.
 
     Example:
@@ -158,8 +158,12 @@ class RunWriter:
             save_image(folder / f"{step:07d}.png", image)
         return folder / f"{step:07d}.png"
 
+    def profile_folder(self) -> Path:
+        """Returns the folder for traces of training steps."""
+        return self.workdir / PROFILE
+
     def save(self, step: int, state: Any) -> None:
-        """Starts saving the state of a step; waits for the previous save."""
+        """Waits for the previous save, and then starts saving the state of a step."""
         self._wait()
         with _named(self._shown):
             self._make_again(step)
@@ -184,7 +188,7 @@ class RunWriter:
                 self.store.score(step, metrics)
 
     def _wait(self) -> None:
-        """Waits for the current save; raises its error only if the directory still exists."""
+        """Waits for the current save. If the save failed, raises the error only if the directory still exists."""
         try:
             self.store.wait()
         except OSError:
@@ -262,6 +266,8 @@ class NullWriter:
     def write(self, step: int, metrics: dict[str, float]) -> None: ...
 
     def show(self, step: int, metrics: dict[str, float], seconds_left: float | None) -> None: ...
+
+    def profile_folder(self) -> None: ...
 
     def save(self, step: int, state: Any) -> None: ...
 

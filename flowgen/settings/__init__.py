@@ -2,7 +2,7 @@
 
 A config is a class decorated with `config`. Its annotations declare the allowed values (`flowgen.settings.ranges` has
 ranges), its docstring has a line for each field, and `__post_init__` checks relations between fields. Errors name only
-the field; the enclosing config adds the group. A field may take user-defined objects, whose names in text are
+the field; the enclosing config adds the group. A field may take user-defined objects, which text names as
 "package.module:object" (`flowgen.settings.named`). This package imports no other part of flowgen.
 """
 

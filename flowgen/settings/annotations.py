@@ -1,4 +1,4 @@
-"""Inspects the annotations of config fields: the configs among their members, and a description in words."""
+"""Inspects the annotations of config fields: finds the configs among their members, and describes them in words."""
 
 from __future__ import annotations
 
@@ -19,13 +19,13 @@ SIMPLE = {int: "an integer", float: "a number", bool: "true or false", str: "tex
 
 @functools.cache
 def hints_of(cls: type) -> dict[str, Any]:
-    """Returns the annotations of a dataclass's fields, in order; ValueError if one cannot be evaluated."""
+    """Returns the annotations of a dataclass's fields, in order. Raises ValueError if one cannot be evaluated."""
     try:
         hints = typing.get_type_hints(cls, include_extras=True)
     except NameError as error:
         raise ValueError(
-            f"{cls.__module__}:{cls.__qualname__} uses {error.name!r} in an annotation, but it is not at the top level "
-            "of the module; define it there."
+            f"{cls.__module__}:{cls.__qualname__} uses {error.name!r} in an annotation, but this name is not "
+            "defined at the top level of the module; define it there."
         ) from error
     return {field.name: hints[field.name] for field in dataclasses.fields(cls) if field.init}  # ty: ignore[invalid-argument-type]
 
@@ -47,13 +47,13 @@ def configs_of(annotation: Any) -> dict[str, type]:
 
 
 def choices(annotation: Any) -> dict[str, type]:
-    """Returns the config types that a field may have, by name; empty if there is no choice."""
+    """Returns the config types that a field may have, by name, or an empty dict if there is no choice."""
     found = configs_of(annotation)
     return found if len(found) + takes_own(annotation) > 1 else {}
 
 
 def takes_own(annotation: Any) -> bool:
-    """Returns whether a field takes user-defined objects: functions, or what `Own` describes."""
+    """Returns whether a field takes user-defined objects: functions, or objects that an `Own` describes."""
     return any(is_function(member) or own_of(member) is not None for member in members(annotation))
 
 
@@ -75,7 +75,7 @@ def is_own(annotation: Any, value: Any) -> bool:
 
 
 def type_name(value: Any) -> str:
-    """Returns the name of a config or of its class, without "Config"; "none" for None.
+    """Returns the name of a config's class, or of the given class, without "Config"; "none" for None.
 
     Example:
         type_name(TARFlowConfig(image_size=8))  # "TARFlow"

@@ -1,4 +1,4 @@
-"""Sets fields of a config from command-line arguments, `--group.field value`."""
+"""Sets fields of a config from command-line arguments of the form `--group.field value`."""
 
 from __future__ import annotations
 
@@ -33,12 +33,13 @@ def override(config: T, arguments: Sequence[str]) -> T:
     """Returns `config` with fields replaced by `--group.field value` or `--group.field=value` arguments.
 
     Values are numbers, true or false, none, (8, 12) or [8, 12], and plain text. A group with several types takes the
-    name of a type and starts from that type's defaults; its fields are set afterwards. If a group is None, setting
-    one of its fields first creates the group with its defaults. User-defined objects are named
-    "package.module:object"; the module is imported. The fields of a frozen dataclass are set like those in a group.
+    name of one of them and then starts from that type's defaults; its fields are set afterwards. If a group is None,
+    setting one of its fields first creates the group with its defaults. User-defined objects are named
+    "package.module:object"; the module is imported. The fields of a frozen dataclass are set like those of a group.
 
     Raises:
-        ValueError: a field is unknown (suggests the closest one) or is a group; or a value is missing or does not fit.
+        ValueError: a field is unknown or is a group, or a value is missing or does not fit. For an unknown field, the
+            message suggests the closest one.
 
     Example:
         experiment = override(experiment, ["--optim.lr", "3e-4", "--model.image_size=(32, 48)"])
@@ -152,7 +153,7 @@ def _no_value(path: str, group: type | None, types: list[str], text: str) -> str
     what = f"a group, and {text!r} is not one of its types" if types else "a group"
     what += f" (did you mean {close[0]}?)" if close else ""
     fields = ", ".join(f"--{path}.{field}" for field in hints_of(group)) if group else ""
-    ways = [f"give one of its types, {', '.join(types)}"] * bool(types) + [f"set one of {fields}"] * bool(fields)
+    ways = [f"give {', '.join(types)}"] * bool(types) + [f"set one of {fields}"] * bool(fields)
     return f"--{path} is {what}; {', or '.join(ways)}."
 
 

@@ -1,4 +1,4 @@
-"""Lists the fields of a config for users: dotted name, value, help and allowed values."""
+"""Lists the fields of a config for users, each with its dotted name, value, help and allowed values."""
 
 from __future__ import annotations
 
@@ -24,8 +24,8 @@ from flowgen.settings.named import name_of
 class Setting(NamedTuple):
     """A field: its dotted name, its value, its docstring entry, and its allowed values.
 
-    For a group with several possible types, the value is the name of its type, and the group's fields follow. For your
-    own object, the value is its name, if it has one.
+    For a group with several possible types, the value is the name of its type, and the group's fields follow. For a
+    user-defined object, the value is the object's name if it has one.
     """
 
     name: str

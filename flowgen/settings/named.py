@@ -70,9 +70,9 @@ def resolve(name: str) -> Any:
 
 
 def import_object(name: str) -> Any:
-    """Returns the object that "package.module:object" names. It imports the module, so the name must be trusted.
+    """Imports a module and returns the object that "package.module:object" names. The name must be trusted.
 
-    Raises what `resolve` and `import_module` raise.
+    Raises the same errors as `import_module` and `resolve`.
 
     Example:
         coupling = import_object("my_couplings:SlicedOT")
@@ -82,7 +82,7 @@ def import_object(name: str) -> Any:
 
 
 def split_name(name: str) -> tuple[str, list[str]]:
-    """Returns the module and the attributes that lead to an object; ValueError if the name has another form."""
+    """Returns the module and the attributes that lead to an object. Raises ValueError if the name has another form."""
     module, _, path = name.partition(":")
     attributes = path.split(".")
     if not all(part.isidentifier() for part in [*module.split("."), *attributes]):
@@ -91,7 +91,7 @@ def split_name(name: str) -> tuple[str, list[str]]:
 
 
 def name_of(value: Any) -> str | None:
-    """Returns the name by which `resolve` finds this object; None if no imported module has it at its top level.
+    """Returns the name by which `resolve` finds an object, or None if no imported module has it at its top level.
 
     Example:
         name_of(my_couplings.SlicedOT)  # "my_couplings:SlicedOT"
@@ -100,6 +100,7 @@ def name_of(value: Any) -> str | None:
     where = f"{module}:{path}" if _is_there(module, path, value) else None
     if where is not None and not _is_private(str(module)):
         return where
+    package = str(module).partition(".")[0]
     names = [
         (module, name)
         for module, contents in list(sys.modules.items())
@@ -107,17 +108,18 @@ def name_of(value: Any) -> str | None:
         for name, held in list(vars(contents).items())
         if held is value and name.isidentifier()
     ]
-    package = str(module).partition(".")[0]
+    if where is not None:  # A public module of the same package may show an object that a private one defines.
+        names = [found for found in names if found[0].partition(".")[0] == package and not _is_private(found[0])]
 
-    def rank(found: tuple[str, str]) -> tuple[bool, bool, bool]:
-        """Public modules come first, then those of the object's own package, then the name it was defined under."""
-        return _is_private(found[0]), found[0].partition(".")[0] != package, found[1] != path
+    def rank(found: tuple[str, str]) -> tuple[bool, bool]:
+        """Names in the object's own package come first, then the name that it was defined under."""
+        return found[0].partition(".")[0] != package, found[1] != path
 
     return ":".join(min(names, key=rank)) if names else where
 
 
 def _is_python(module: str) -> bool:
-    """Returns whether a module belongs to Python itself; a config never names its objects."""
+    """Returns whether a module belongs to Python itself; configs never name objects of such modules."""
     return module.partition(".")[0] in sys.stdlib_module_names
 
 

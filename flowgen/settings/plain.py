@@ -3,7 +3,8 @@
 A value is checked against the annotation of its field: bool, int, float, str, None, Literal, Callable, tuple, dict with
 str keys, unions of these, `Annotated` with bounds such as those of `flowgen.settings.ranges`, and configs. A field that
 may be one of several configs stores its choice as "type": the class name without "Config". A user-defined object is
-stored as its name, "package.module:object". A frozen dataclass without a name stores the name of its class as "type".
+stored as its name, "package.module:object". If an instance of a frozen dataclass has no name, the name of its
+class is stored as "type".
 """
 
 from __future__ import annotations
@@ -82,10 +83,10 @@ def config(*, kw_only: bool) -> Callable[[type[T]], type[T]]: ...
 def config(cls: type[T] | None = None, *, kw_only: bool = False) -> type[T] | Callable[[type[T]], type[T]]:
     """Returns the class as a frozen dataclass whose constructor checks its fields and converts them to their types.
 
-    The class's `__post_init__` runs afterwards. If fields contradict each other, it raises ValueError with a sentence
-    that begins with the name of one of them.
+    The class's `__post_init__` runs afterwards. If fields contradict each other, it must raise ValueError with a
+    sentence that begins with the name of one of them.
 
-    The constructor raises a FieldError that names all fields with a wrong type or out of range.
+    The constructor raises a FieldError that names all fields whose values have a wrong type or are out of range.
 
     Example:
         @config
@@ -120,8 +121,8 @@ def to_plain(value: Any, annotation: Any = None) -> Any:
 
     annotation: the field's annotation; if it allows several configs, the dict names the type.
 
-    Raises FieldError if a field holds a user-defined object that cannot be stored by name: neither it nor its dataclass
-    is at the top level of an imported module.
+    Raises FieldError if a field holds a user-defined object that cannot be stored by name, because neither it nor its
+    dataclass is at the top level of an imported module.
 
     Example:
         text = json.dumps(to_plain(config), allow_nan=False)
@@ -137,7 +138,7 @@ def to_plain(value: Any, annotation: Any = None) -> Any:
         return [to_plain(item) for item in value]
     if value is None or isinstance(value, bool | int | float | str):
         return value
-    raise _Refusal(f"is {shown(value)}, which JSON cannot store; give a number, a text or a tuple of them.")
+    raise _Refusal(f"is {shown(value)}, which JSON cannot store; give a number, a text, or a tuple of these.")
 
 
 def _fields_to_plain(value: Any) -> dict[str, Any]:
@@ -168,7 +169,7 @@ def from_plain(cls: type[T], data: Any) -> T:
     """Returns the config of type `cls` from the result of `to_plain`. A missing field takes its default.
 
     Raises:
-        FieldError: a field is unknown, is missing and has no default, or has the wrong type; names the field.
+        FieldError: a field is unknown, is missing and has no default, or has the wrong type; the message names it.
 
     Example:
         config = from_plain(TrainConfig, {"steps": 100, "batch_size": 8})
@@ -194,7 +195,7 @@ def from_plain(cls: type[T], data: Any) -> T:
 
 
 def _fitting(cls: type, values: Mapping[str, Any]) -> dict[str, Any]:
-    """Converts the values of fields to their annotations; raises a FieldError that names all that do not fit."""
+    """Converts the values of fields to their types. Raises a FieldError that names all fields that do not fit."""
     fitting, problems = {}, []
     for name, annotation in hints_of(cls).items():
         if name in values:
@@ -208,11 +209,13 @@ def _fitting(cls: type, values: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def check(annotation: Any, value: Any, *, path: str) -> Any:
-    """Returns `value` converted to its annotation: whole numbers to int or float and lists to tuples, but never a bool
-    to an int.
+    """Returns `value` converted to the type in its annotation.
+
+    Whole numbers become int or float, and lists become tuples, but a bool never becomes an int.
 
     Raises:
-        FieldError: the value does not fit, or a float is not finite; names the path, the value and what is expected.
+        FieldError: the value does not fit, or a float is not finite; the message names the path, the value and what is
+            expected.
 
     Example:
         size = check(int | tuple[int, int], [32, 48], path="image_size")  # (32, 48)

@@ -1,7 +1,7 @@
 """Allowed values of a field, declared in its type: ranges of numbers, counts of entries, names.
 
-A range covers every plausible value, far beyond any trained model, so that a wrong number is rejected before a model
-of that size is built.
+Each range extends far beyond any trained model, so it covers every plausible value. A number outside it is a mistake,
+which is rejected before a model of that size is built.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ class Bound(Protocol):
     """Metadata of an annotated type that limits its values."""
 
     def problem(self, value: Any) -> str:
-        """Returns a value's problem, as a clause after the field's name; empty if there is none."""
+        """Returns the problem with a value, as a clause to follow the field's name; empty if there is none."""
         ...
 
 
@@ -86,7 +86,7 @@ class OneOf:
 
 @dataclass(frozen=True)
 class Own:
-    """User-defined objects: values in Python, "package.module:object" in commands and JSON.
+    """User-defined objects, given as values in Python, and as "package.module:object" in commands and JSON.
 
     about: what an object must be, as a noun phrase for errors.
 
@@ -153,5 +153,5 @@ MAX_LEVELS = 1 << 3
 BatchSize = Annotated[int, Within(1, 1 << 20)]
 Samples = Annotated[int, Within(1, 1 << 24)]
 Bytes = Annotated[int, Within(0, 1 << 60)]
-# Without 64-bit integers JAX truncates larger seeds, so two different seeds could give the same samples.
+# Without 64-bit integers, JAX truncates larger seeds, so two different seeds could give the same samples.
 Seed = Annotated[int, Within(0, (1 << 32) - 1)]

@@ -2,7 +2,7 @@
 
     h <- norm(h + W attention(h)),    h <- norm(h + down(gelu(up(h))))
 
-These layers follow word, position and segment embeddings, and a norm. Only the first segment is used.
+These layers come after word, position and segment embeddings and a norm. Only the first segment is used.
 """
 
 from __future__ import annotations

@@ -20,7 +20,7 @@ from flowgen.text.tokenizers import Tokenizer, shortened, tokenize
 
 @runtime_checkable
 class TextEncoder(Protocol):
-    """A function that maps texts to conditions of `length` tokens with `dim` features each, zero in the padding.
+    """A function that maps texts to conditions of `length` tokens with `dim` features each; padding has zero features.
 
     Raises ValueError if a text has more than `length` tokens, unless `truncate` is True.
 
@@ -41,8 +41,9 @@ class TextEncoder(Protocol):
 
 @dataclass(frozen=True, eq=False)
 class FrozenTextEncoder:
-    """A tokenizer and a frozen network with its variables; encodes up to 64 texts at a time, with few compiled
-    programs.
+    """A tokenizer and a frozen network with its variables.
+
+    Up to 64 texts are encoded at a time, with few compiled programs.
 
     Example:
         encoder = FrozenTextEncoder(tokenizer, T5Encoder(config), params, length=128, dim=2048)
@@ -55,7 +56,7 @@ class FrozenTextEncoder:
     dim: int
 
     def __call__(self, texts: Sequence[str], *, truncate: bool = False) -> TextCondition:
-        """Returns features `b n e` float32 and mask `b n` of texts, as numpy arrays."""
+        """Returns the float32 features `b n e` and the mask `b n` of texts, as numpy arrays."""
         ids, mask = tokenize(self.tokenizer, texts, self.length, truncate=truncate)
         if ids.max(initial=0) >= self.network.config.vocab_size:
             raise ValueError(
@@ -72,7 +73,7 @@ class FrozenTextEncoder:
 class HashedWords:
     """Encodes each word as fixed random features, derived from its SHA-256, and appends an end token.
 
-    It needs no download, but the features carry no meaning; use it for tests and closed vocabularies.
+    This encoder needs no download, but its features carry no meaning. Use it for tests and closed vocabularies.
 
     Example:
         cond = HashedWords(length=8, dim=16)(["red apple"])
@@ -82,7 +83,7 @@ class HashedWords:
     dim: int
 
     def __call__(self, texts: Sequence[str], *, truncate: bool = False) -> TextCondition:
-        """Returns features `b n e` float32 and mask `b n` of texts, as numpy arrays."""
+        """Returns the float32 features `b n e` and the mask `b n` of texts, as numpy arrays."""
         features = np.zeros((len(texts), self.length, self.dim), np.float32)
         mask = np.zeros((len(texts), self.length), bool)
         for row, text in enumerate(texts):

@@ -22,9 +22,10 @@ ASPECTS: dict[str, tuple[int, int]] = {
 
 
 def aspect_size(aspect: str, side: int, multiple: int = 1) -> tuple[int, int]:
-    """Returns a (height, width) of about side² pixels in an aspect ratio, both rounded to multiples of `multiple`.
+    """Returns the (height, width) of an image with an aspect ratio and about side² pixels.
 
-    height = round(side / √r) and width = round(side √r), where r is the ratio of width to height; halves round to even.
+    height = round(side / √r) and width = round(side √r), where r is the ratio of width to height. Both are rounded to
+    multiples of `multiple`; halves round to even.
 
     Raises ValueError if the aspect is not one of the nine, side or multiple is below 1, or a length rounds to 0.
 
@@ -44,7 +45,7 @@ def aspect_size(aspect: str, side: int, multiple: int = 1) -> tuple[int, int]:
 
 
 def nearest_aspect(height: int, width: int) -> str:
-    """Returns the aspect ratio with the nearest logarithm, so that an image and its transpose are treated alike.
+    """Returns the aspect ratio whose logarithm is nearest, so that an image and its transpose are treated alike.
 
     Example:
         nearest_aspect(1080, 1920)  # "16:9"
@@ -71,7 +72,7 @@ class PromptTemplate:
     aspect: bool = False
 
     def __call__(self, text: str, grid: tuple[int, int]) -> str:
-        """Returns the text inserted into the template, for an image of size `grid`, (height, width) in any unit."""
+        """Returns the template filled with the text. grid: (height, width) of the image, in any unit."""
         if self.frames_per_second is not None:
             kind = f"A video with {self.frames_per_second} fps" if self.frames_per_second else "An image"
             text = f"{kind}:\n{text}\n"

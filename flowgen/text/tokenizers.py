@@ -76,7 +76,7 @@ class JsonTokenizer:
             ) from error
 
     def cut(self, ids: list[int], length: int) -> list[int]:
-        """Returns the first tokens and the last one, which is the end token in these vocabularies."""
+        """Returns the first `length` - 1 tokens and the last one, which is the end token in these vocabularies."""
         return [*ids[: length - 1], ids[-1]]
 
     def content(self) -> bytes:
@@ -85,9 +85,10 @@ class JsonTokenizer:
 
 
 class SentencePieceTokenizer:
-    """The tokenizer of a `spiece.model`, used as in T5: it appends the end token </s>, and padding is 0.
+    """The tokenizer of a `spiece.model`, used as in T5: the end token </s> is appended, and the padding token is 0.
 
-    Raises ModuleNotFoundError if the package is missing, and ValueError if the file is not a valid tokenizer.
+    Raises ModuleNotFoundError if the `sentencepiece` package is missing, and ValueError if the file is not a valid
+    tokenizer.
 
     Example:
         tokenizer = SentencePieceTokenizer("flan-t5-xl/spiece.model")
@@ -110,7 +111,7 @@ class SentencePieceTokenizer:
         return [*self._processor.encode(text), self._processor.eos_id()]
 
     def cut(self, ids: list[int], length: int) -> list[int]:
-        """Returns the first tokens and </s>."""
+        """Returns the first `length` - 1 tokens, followed by </s>."""
         return [*ids[: length - 1], ids[-1]]
 
     def content(self) -> bytes:
@@ -131,7 +132,8 @@ def tokenize(
         tokens = tokenizer(text)
         if max(tokens, default=0) > MAX_TOKEN:
             raise ValueError(
-                f"the tokenizer returned token {max(tokens)}, but the largest valid token is {MAX_TOKEN}; get it again."
+                f"the tokenizer returned token {max(tokens)}, but the largest valid token is {MAX_TOKEN}; get the "
+                "tokenizer again."
             )
         if len(tokens) > length:
             if not truncate:
@@ -156,8 +158,7 @@ def _check_of_package(error: BaseException) -> None:
 
 
 def _check_template(post_processor: Any) -> None:
-    """Raises ValueError if the template around a text names a special token that it does not define; the package would
-    panic."""
+    """Raises ValueError if the template names a special token that it does not define; the package would panic."""
     known = {} if post_processor is None else json.loads(post_processor.__getstate__())
     for step in known.get("processors", [known]):
         parts = [*(step.get("single") or ()), *(step.get("pair") or ())] if "special_tokens" in step else ()

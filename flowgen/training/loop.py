@@ -11,13 +11,16 @@ from typing import Any, NamedTuple
 import jax
 import numpy as np
 
+from flowgen import backend
 from flowgen.data.inventory import Inventory
 from flowgen.runs import CHECKPOINTS, EVAL, CheckpointReader, NullWriter, RunWriter, check_workdir
 from flowgen.training.options import LogConfig, OptimConfig, TrainConfig, check_packages
 from flowgen.training.pace import Pace
 from flowgen.training.parallel import DataParallel, barrier, from_primary, is_primary, largest
+from flowgen.training.profile import Profile
 from flowgen.training.signals import Interrupted, Signals
-from flowgen.training.step import Objective, Step, TrainState, init_state, make_step
+from flowgen.training.step import Objective, TrainState, init_state, make_step
+from flowgen.training.work import CountedStep, work_of
 
 # How many steps may be queued on the device, to keep it busy while the host prepares the next one.
 STEPS_AHEAD = 2
@@ -31,8 +34,10 @@ class Job:
 
     init(key) -> variables. objective: see `make_step`. batches(start, stop) -> this process's batches for steps
     start..stop-1. evaluate(variables) -> metrics; the checkpoint with the lowest `best_metric` is kept.
-    sample(variables) -> uint8 image `height width 3`. optims: separate optimizers for parameter groups, by top-level
-    name. inventory: a summary of the data, which is logged and saved with the run.
+    sample(variables) -> uint8 image `height width 3`. optims: separate optimizers for parameter groups, keyed by
+    the groups' top-level names. inventory: a summary of the data, which is logged and saved with the run.
+    tokens(batch) -> the number of tokens in a batch, for reports on speed. profile: the number of steps to trace for a
+    profiler; 0 for none.
     """
 
     init: Callable[[jax.Array], Any]
@@ -43,13 +48,15 @@ class Job:
     best_metric: str = "bits_per_dim"
     optims: Mapping[str, OptimConfig] = field(default_factory=dict)
     inventory: Inventory | None = None
+    tokens: Callable[[Any], int] | None = None
+    profile: int = 0
 
 
 class Result(NamedTuple):
     """The outcome of a run.
 
-    state: the final state as numpy arrays, not replicated. metrics: from the last evaluation. samples: path of the last
-    sample grid, or None. signal: number of the signal that stopped the run, or 0 if it finished.
+    state: the final state as numpy arrays, not replicated. metrics: results of the last evaluation. samples: path of
+    the last sample grid, or None. signal: number of the signal that stopped the run, or 0 if it finished.
     """
 
     state: TrainState
@@ -76,14 +83,16 @@ def train(
 ) -> Result:
     """Trains in `workdir`, or resumes the run there if it has a checkpoint, and returns the result.
 
+    If a run is stopped (by SIGINT, SIGTERM or a kill) and resumed on the same number of devices, it ends in the same
+    state, bit for bit, as an uninterrupted run.
+
     config: JSON to save with the run. check_config(saved config): raises ValueError if the current config cannot resume
-    a run with the saved one. signals: a `Signals` already in use; by default, a new one. If a run is stopped (by
-    SIGINT, SIGTERM or a kill) and resumed on the same number of devices, it ends in the same state, bit for bit, as an
-    uninterrupted run.
+    a run with the saved one. signals: a `Signals` already in use; by default, a new one.
 
     Raises:
-        ValueError: the devices cannot share the batch equally, the config does not fit, or a checkpoint is damaged.
-        FileExistsError, OSError: the workdir contains other files, is in use, or cannot be written.
+        ValueError: the devices cannot share the batch equally, the config does not fit the run, or a checkpoint is
+            damaged.
+        FileExistsError, OSError: the workdir contains other files, is in use, or cannot be written to.
         FloatingPointError: the loss or a gradient is not finite; the message names the step. Checkpoints stay intact.
         Interrupted: a signal arrived before the first step.
 
@@ -117,7 +126,7 @@ def train(
                 if job.inventory is not None:
                     record.describe_data(job.inventory, resumed=latest is not None)
             run = _Run(job, record, log, parallel, signals, length=train, first=latest, max_skips=optim.max_skips)
-            return run.train(parallel.compile(step), state, step_key, scores)
+            return run.train(CountedStep(step), state, step_key, scores)
 
 
 def _writer(workdir: Path, latest: int | None, log: LogConfig, best_metric: str) -> RunWriter | NullWriter:
@@ -137,7 +146,7 @@ def _writer(workdir: Path, latest: int | None, log: LogConfig, best_metric: str)
 def _resumed_from(reader: CheckpointReader, steps: int, check_config: Callable[[dict[str, Any]], None]) -> int | None:
     """Returns the step to resume from, or None; the result is the same in all processes.
 
-    Raises ValueError if all checkpoints have lost files, the step exceeds `steps`, or the config does not fit.
+    Raises ValueError if every checkpoint has missing files, the step exceeds `steps`, or the config does not fit.
     """
     latest = reader.latest_step()
     if latest is None:
@@ -185,12 +194,13 @@ class _Run:
         self.first, self.saved, self.max_skips = first or 0, first, max_skips
         self.pending: list[tuple[int, Any]] = []
         self.pace = Pace()
+        self.profile = Profile(record.profile_folder() if job.profile else None, job.profile, self.pace, record.say)
         self.metrics: dict[str, float] = {}
         self.evaluated: int | None = None  # the step that the metrics belong to
         self.samples: Path | None = None
         self.signal = 0
 
-    def train(self, update: Step, state: TrainState, key: jax.Array, scores: dict[str, float] | None) -> Result:
+    def train(self, counted: CountedStep, state: TrainState, key: jax.Array, scores: dict[str, float] | None) -> Result:
         """Trains from step `first` to the last step and returns the result. scores: the metrics of `first`, if any."""
         with _interruptible(self.signals):
             state = self.parallel.replicate(state)
@@ -199,7 +209,8 @@ class _Run:
             self.resume(state, scores)
         step = self.first
         if step < self.steps and not self.signal:
-            step, state = self.run(update, state, key)
+            with self.profile:
+                step, state = self.run(counted, state, key)
         if step == self.steps and not self.signal:
             self.finish(step, state)
         self.signal = self.signal or self.signals.number
@@ -220,28 +231,26 @@ class _Run:
         if missing and not finished and _due(self.first, self.config.eval_every):
             self.unless_stopped(lambda: self.evaluate(self.first, state))
 
-    def run(self, update: Step, state: TrainState, key: jax.Array) -> tuple[int, TrainState]:
-        """Runs the steps, saves the last state reached, and returns it with its step."""
+    def run(self, counted: CountedStep, state: TrainState, key: jax.Array) -> tuple[int, TrainState]:
+        """Runs the steps and saves the last state. Returns the number of the last step, and this state."""
         self.signals.doing = "Stopping after the current step and saving it"
         self.record.say("Compiling the training step.")
+        update = self.parallel.compile(counted)
         batches = iter(self.job.batches(self.first, self.steps))
         step = self.first
         while step < self.steps:
             with self.keeping(step, state):
-                batch = next(batches, None)
-                if batch is None:
-                    raise ValueError(
-                        f"the batches end after step {step}, but train.steps is {self.steps}; give one per step."
-                    )
-                batch = self.parallel.shard(batch, self.rows)
+                batch, tokens = self.next_batch(batches, step)
             state, metrics = update(state, batch, key)
             step += 1
             self.pending.append((step, metrics))
             with self.keeping(step, state):
+                self.pace.add(work_of(counted.flop(batch), self.parallel.local_devices, self.rows, tokens))
                 if not self.pace.begun:
                     jax.block_until_ready(metrics)  # The time until here is mostly compilation.
                     self.pace.begin(step)
                 self.wait_for_all_but(0 if self.parallel.must_wait else STEPS_AHEAD)
+                self.profile.after(step, metrics)
                 self.record.advance(step)
                 if self.told_to_stop(step):
                     break
@@ -256,9 +265,20 @@ class _Run:
         self.save_last(step, state)
         return step, state
 
+    def next_batch(self, batches: Iterator[Any], step: int) -> tuple[Any, int]:
+        """Returns the batch after this step, on the devices, and the number of tokens in it."""
+        with self.pace.waiting():
+            batch = next(batches, None)
+        if batch is None:
+            raise ValueError(
+                f"the batches end after step {step}, but train.steps is {self.steps}; give one batch per step."
+            )
+        tokens = 0 if self.job.tokens is None else self.job.tokens(batch)
+        return self.parallel.shard(batch, self.rows), tokens
+
     @contextmanager
     def keeping(self, step: int, state: TrainState) -> Generator[None]:
-        """Returns a context that saves the state if an error in it, such as a data error, ends the run."""
+        """Returns a context in which an error, such as a data error, saves the state before it ends the run."""
         try:
             yield
         except FloatingPointError:
@@ -305,7 +325,7 @@ class _Run:
         self.signals.doing = doing
 
     def wait_for_all_but(self, ahead: int) -> None:
-        """Waits until no more than `ahead` steps are queued, so the bar is accurate and the run can stop promptly."""
+        """Waits until no more than `ahead` steps are queued, so that the bar is accurate and the run can stop soon."""
         if len(self.pending) > ahead:
             jax.block_until_ready(self.pending[-1 - ahead][1])
 
@@ -318,7 +338,7 @@ class _Run:
         return number > 0
 
     def due(self, step: int, state: TrainState) -> None:
-        """Makes the reports, checkpoints, evaluations and samples that are due at this step."""
+        """Writes metrics, saves, evaluates and draws samples, each only if it is due at this step."""
         evaluates = self.job.evaluate is not None and _due(step, self.config.eval_every)
         draws = _due(step, self.config.sample_every)
         if _due(step, self.config.log_every):
@@ -331,7 +351,7 @@ class _Run:
             self.unless_stopped(lambda: self.draw(step, state))
 
     def report(self, step: int) -> None:
-        """Writes the metrics since the last report, averaged over unskipped steps, and the fraction of skipped steps.
+        """Writes the mean metrics since the last report, without skipped steps, and the fraction of skipped steps.
 
         Raises FloatingPointError if the run cannot continue.
         """
@@ -347,12 +367,18 @@ class _Run:
             means.pop("skipped_in_a_row", None)
             means["skipped"] = 1 - len(taken) / len(rows)
         means |= self.pace.measure(step)
+        if (most := backend.peak_memory(self.parallel.local_devices)) is not None:
+            means["peak_memory_bytes"] = float(most)
         self.record.write(step, means)
         if _due(step, self.config.log_every) or step == self.steps:
             self.record.show(step, means, self.pace.seconds_for(self.steps - step))
 
     def check(self, step: int, row: dict[str, float]) -> None:
-        """Raises FloatingPointError if an unskipped step is not finite, or if too many steps in a row were skipped."""
+        """Raises FloatingPointError if the run cannot continue.
+
+        This is the case if a step that was not skipped has a non-finite loss or gradient, or if too many steps
+        in a row were skipped.
+        """
         in_a_row, most = row.get("skipped_in_a_row", 0), self.max_skips
         if in_a_row <= most and (in_a_row or (np.isfinite(row["loss"]) and np.isfinite(row["grad_norm"]))):
             return

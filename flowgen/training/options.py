@@ -12,7 +12,7 @@ from flowgen.settings.ranges import BatchSize, Count, CountOrZero, Fraction, Non
 
 
 def check_warmups(warmups: Mapping[str, int], steps: int) -> None:
-    """Raises ValueError if any warm-up is as long as the run or longer; the message names all of these.
+    """Raises ValueError if any warm-up is as long as the run or longer; the message names every such warm-up.
 
     Example:
         check_warmups({"optim.warmup_steps": 100}, steps=2000)
@@ -27,7 +27,7 @@ def check_warmups(warmups: Mapping[str, int], steps: int) -> None:
 
 @config
 class OptimConfig:
-    """AdamW with warm-up and decay, clipping and an exponential moving average of the parameters.
+    """AdamW with warm-up, learning-rate decay, clipping, and an exponential moving average of the parameters.
 
     lr: learning rate after the warm-up; positive.
     min_lr: learning rate at the start of the warm-up and at the end of cosine decay; at most lr.
@@ -38,7 +38,7 @@ class OptimConfig:
     b2: decay rate of the running mean of squared gradients; at least 0 and below 1.
     eps: constant added to the denominator of AdamW's updates.
     clip_norm: clip the global gradient norm to this value; 0 for no clipping.
-    skip_norm: skip updates if the gradient norm before clipping exceeds this value or is not finite; 0 skips none.
+    skip_norm: skip updates if the gradient norm before clipping exceeds this value or is not finite; 0 for no skipping.
     skip_after: number of initial updates that are never skipped.
     max_skips: how many updates in a row may be skipped before the run stops; at least 1.
     ema_decay: decay rate of the parameter average used for sampling; below 1, or 0 for no average.
@@ -72,7 +72,7 @@ class TrainConfig:
     steps: updates of the parameters; at least 1.
     batch_size: samples per update, over all devices and hosts; a multiple of the number of devices times accumulation.
     seed: seed of initial parameters, data order and noise; a whole number below 2^32.
-    label_dropout: fraction of labels or texts to drop, which trains guidance's unconditional branch; at most 1.
+    label_dropout: fraction of labels or texts to drop, so that guidance's unconditional branch is trained; at most 1.
     accumulation: number of micro-batches to split each device's share of a batch into, to save memory.
     """
 

@@ -1,49 +1,96 @@
-"""Training speed and remaining time."""
+"""The speed of training: steps, samples and FLOP per second, the share of the peak, and the remaining time."""
 
 from __future__ import annotations
 
 import time
 from collections.abc import Generator
 from contextlib import contextmanager
+from typing import NamedTuple
+
+
+class Work(NamedTuple):
+    """What one step does, on all devices together.
+
+    samples: the size of the batch. tokens: the number of tokens in it, or 0 if the model has none. flop: see
+    `flowgen.counting`. seconds_at_peak: the time that the devices take for these FLOP at their peak, or None if it is
+    not known.
+    """
+
+    samples: int = 0
+    tokens: int = 0
+    flop: float = 0.0
+    seconds_at_peak: float | None = None
 
 
 class Pace:
-    """Measures steps per second, excluding compilation, evaluation, sampling and saving.
+    """Measures the speed between two reports, excluding compilation, evaluation, sampling and saving.
 
     Example:
         pace = Pace()
-        pace.begin(step=1)    # the first step, and so compilation, has ended
-        pace.measure(step=51)["steps_per_second"]
+        pace.begin(step=1)    # the first step, which includes compilation, has ended
+        pace.add(Work(samples=64))    # for each later step
+        pace.measure(step=51)["samples_per_second"]
     """
 
     def __init__(self):
         self.begun = False
-        self._at, self._since = 0, 0.0
+        self._at, self._since, self._waited = 0, 0.0, 0.0
+        self._work: list[Work] = []
         self._steps, self._seconds = 0, 0.0
 
     def begin(self, step: int) -> None:
-        """Starts counting after the first step."""
-        self.begun, self._at, self._since = True, step, time.perf_counter()
+        """Starts the measurement after the first step."""
+        self.begun, self._at = True, step
+        self._restart()
+
+    def add(self, work: Work) -> None:
+        """Counts the work of a step that has been started."""
+        self._work.append(work)
 
     @contextmanager
     def left_out(self) -> Generator[None]:
-        """Excludes the time spent in its `with` block."""
+        """Returns a context whose duration does not count."""
         before = time.perf_counter()
         try:
             yield
         finally:
             self._since += time.perf_counter() - before
 
+    @contextmanager
+    def waiting(self) -> Generator[None]:
+        """Counts the time spent in its `with` block as time spent waiting for data."""
+        before = time.perf_counter()
+        try:
+            yield
+        finally:
+            self._waited += time.perf_counter() - before
+
     def measure(self, step: int) -> dict[str, float]:
-        """Returns the speed since the last call, or an empty dict if there was no step since."""
+        """Returns the speed since the last call, or an empty dict if no step has ended since.
+
+        The names are explained in docs/training.md.
+        """
         if not self.begun or step == self._at:
             return {}
-        now = time.perf_counter()
-        steps, seconds = step - self._at, now - self._since
-        self._at, self._since = step, now
+        steps, seconds = step - self._at, max(time.perf_counter() - self._since, 1e-9)
+        speed = {"steps_per_second": steps / seconds, "data_wait": min(self._waited / seconds, 1.0)}
+        if self._work:
+            speed["samples_per_second"] = sum(work.samples for work in self._work) / seconds
+            if tokens := sum(work.tokens for work in self._work):
+                speed["tokens_per_second"] = tokens / seconds
+            flop = sum(work.flop for work in self._work)
+            speed |= {"flop_per_step": flop / len(self._work), "flop_per_second": flop / seconds}
+            ideal = [work.seconds_at_peak for work in self._work if work.seconds_at_peak is not None]
+            if len(ideal) == len(self._work):
+                speed["mfu"] = sum(ideal) / seconds
         self._steps, self._seconds = self._steps + steps, self._seconds + seconds
-        return {"steps_per_second": steps / max(seconds, 1e-9)}
+        self._at = step
+        self._restart()
+        return speed
 
     def seconds_for(self, steps: int) -> float | None:
         """Returns the seconds that this many steps take at the average speed, or None if the speed is not known yet."""
         return steps * self._seconds / self._steps if self._steps else None
+
+    def _restart(self) -> None:
+        self._since, self._waited, self._work = time.perf_counter(), 0.0, []

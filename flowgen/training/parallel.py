@@ -20,7 +20,7 @@ from flowgen.training.step import AXIS, Step
 
 @dataclass(frozen=True)
 class DataParallel:
-    """Each of this process's devices has a copy of the state and gets a share of the batch.
+    """Data parallelism: each of this process's devices has a copy of the state and gets a share of the batch.
 
     Arrays on devices have a leading device axis, as pmap expects. `devices` is for tests; None means all local devices.
 
@@ -45,7 +45,7 @@ class DataParallel:
         return backend.must_wait(self.local_devices)
 
     def check_batch(self, config: TrainConfig) -> None:
-        """Raises ValueError if devices cannot share the batch equally."""
+        """Raises ValueError if the devices cannot share the batch equally."""
         devices = len(self.local_devices) * jax.process_count()
         if config.batch_size % (devices * config.accumulation):
             raise ValueError(
@@ -54,11 +54,11 @@ class DataParallel:
             )
 
     def compile(self, step: Step) -> Step:
-        """Returns the step mapped over all devices; calling it donates the input state."""
+        """Returns the step mapped over all devices. A call donates its input state."""
         return jax.pmap(step, axis_name=AXIS, devices=self.devices, donate_argnums=0)
 
     def replicate(self, tree: Any) -> Any:
-        """Returns a copy of every leaf on every device."""
+        """Returns the tree with a copy of every leaf on every device."""
         count = len(self.local_devices)
 
         def copies(x):
@@ -72,10 +72,11 @@ class DataParallel:
         return jax.random.wrap_key_data(self.replicate(jax.random.key_data(key)))
 
     def shard(self, batch: Any, rows: int | None = None) -> Any:
-        """Returns this process's batch in equal consecutive shares, one per device, without waiting for the transfer.
+        """Returns this process's batch in equal consecutive shares, one per device; does not wait for the transfer.
 
-        rows: the number of rows required, this process's share of train.batch_size; None allows any number that the
-        devices can share equally. Raises ValueError unless all leaves are arrays of numbers with this many rows.
+        rows: the required number of rows, which is this process's share of train.batch_size; None allows any number
+        that the devices can share equally. Raises ValueError unless all leaves are arrays of numbers with this many
+        rows.
         """
         count = len(self.local_devices)
         check_rows(batch, count, rows)
@@ -124,20 +125,20 @@ def is_primary() -> bool:
 
 
 def barrier(name: str) -> None:
-    """Returns when every process has reached this point."""
+    """Waits until every process has reached this point."""
     if jax.process_count() > 1:
         multihost_utils.sync_global_devices(name)
 
 
 def largest(value: int) -> int:
-    """Returns the largest value over all processes, in every process; waits for their current steps."""
+    """Returns the largest value of all processes to each of them, after waiting for their current steps."""
     if jax.process_count() == 1:
         return value
     return int(np.max(multihost_utils.process_allgather(np.array(value))))
 
 
 def from_primary(value: float) -> float:
-    """Returns the first process's value in every process."""
+    """Returns the first process's value to every process."""
     if jax.process_count() == 1:
         return value
     return float(multihost_utils.broadcast_one_to_all(np.array(value, np.float32)))

@@ -31,13 +31,12 @@ class Interrupted(KeyboardInterrupt):
 
 
 class Signals:
-    """Records the first SIGINT or SIGTERM in `number` and reports at once what will happen. A second signal ends the
-    program without saving.
+    """Records the first SIGINT or SIGTERM in `number` and reports at once what will happen.
 
-    A separate thread prints the message, because the main thread may be compiling, which Python cannot interrupt.
-    `doing` is the message's text. On the second signal, that thread calls on_second(number), which may end the process;
-    without on_second, the signal has its usual effect in the main thread. Signals are caught only if the context is
-    entered in the main thread.
+    A separate thread prints the report, because the main thread may be compiling, which Python cannot interrupt.
+    `doing` is the text of the report. A second signal ends the program without saving: the thread calls
+    on_second(number), which may end the process; without on_second, the signal has its usual effect in the main thread.
+    Signals are caught only if the context is entered in the main thread.
 
     Example:
         with Signals() as signals:
@@ -84,7 +83,7 @@ class Signals:
 
     @contextmanager
     def raising(self) -> Generator[None]:
-        """Returns a context in which a signal raises Interrupted on arrival, or on entry if one arrived earlier.
+        """Returns a context that raises Interrupted when a signal arrives, or on entry if one has already arrived.
 
         Python loses exceptions raised in some callbacks, such as those of garbage collection. A lost Interrupted is
         raised again.

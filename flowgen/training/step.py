@@ -30,7 +30,8 @@ class TrainState(struct.PyTreeNode):
     """Everything a run keeps between steps.
 
     step: number of updates done. params: trained parameters. collections: all other collections of the Flax variables,
-    which carry the objective's state. ema: the average of params, or None if there is none.
+    which carry the objective's state. opt_state: the optimizer's state. ema: the average of params, or None if no
+    average is kept.
     """
 
     step: Int[Any, "*device"]
@@ -41,7 +42,7 @@ class TrainState(struct.PyTreeNode):
 
     @property
     def averaged(self) -> Any:
-        """The variables for evaluation and sampling, with the average in place of params if there is one."""
+        """The variables for evaluation and sampling, with averaged parameters if an average is kept."""
         return {"params": self.params if self.ema is None else self.ema, **self.collections}
 
 
@@ -66,7 +67,11 @@ def make_schedule(config: OptimConfig, steps: int) -> optax.Schedule:
 
 
 class SkipState(NamedTuple):
-    """The state of `skip_spikes`: updates requested, skipped in total, and currently skipped in a row."""
+    """The state of `skip_spikes`.
+
+    asked: number of updates requested. skipped: number of updates skipped. in_a_row: number of consecutive updates
+    skipped most recently. inner: the state of the inner transformation.
+    """
 
     asked: Int[Array, "*device"]
     skipped: Int[Array, "*device"]
@@ -77,7 +82,7 @@ class SkipState(NamedTuple):
 def skip_spikes(
     inner: optax.GradientTransformation, *, max_norm: float, after: int = 0
 ) -> optax.GradientTransformation:
-    """Returns a transformation that applies `inner`, but skips updates with a gradient spike.
+    """Returns a transformation that applies `inner`, but skips updates whose gradient has a spike.
 
     An update is skipped if the gradient's global norm is not finite or, from update `after` on, exceeds max_norm.
     A skipped update changes neither the parameters nor the state of `inner`.
@@ -105,9 +110,10 @@ def skip_spikes(
 def make_optimizer(
     config: OptimConfig, steps: int, others: Mapping[str, OptimConfig] | None = None
 ) -> optax.GradientTransformation:
-    """Returns AdamW, with clipping by global norm and skipping of spikes if they are enabled.
+    """Returns AdamW, which clips gradients by global norm and skips spikes if the config enables this.
 
-    others: separate optimizers for parameter groups, by top-level name. Each group has its own gradient norm.
+    others: separate optimizers for parameter groups, keyed by the groups' top-level names. Each group has its own
+    gradient norm.
 
     Example:
         tx = make_optimizer(OptimConfig(lr=3e-4), steps=1_000)
@@ -137,7 +143,7 @@ def _one_optimizer(config: OptimConfig, steps: int) -> optax.GradientTransformat
 def init_state(
     variables: Any, config: OptimConfig, steps: int, others: Mapping[str, OptimConfig] | None = None
 ) -> TrainState:
-    """Returns the state at step 0; the average starts at the initial parameters. others: as for `make_optimizer`.
+    """Returns the state at step 0. The average starts at the initial parameters. others: see `make_optimizer`.
 
     Example:
         state = init_state(flowgen.init(flow, key), OptimConfig(), steps=1_000)
@@ -169,13 +175,13 @@ def make_step(
     The objective receives a key that is unique to the device, step and micro-batch. A batch that is a `Batch` or a dict
     also receives `rows`, a `flowgen.rows.Rows`. Draws from `rows` are the same on any number of devices and with any
     accumulation; draws from the key are not. Micro-batch j has the rows j, j + accumulation, ... of the whole batch.
-    While it is traced, the update raises ValueError if the batch already has `rows`, if micro-batches cannot share it
-    equally, or if the objective returns anything else.
+    While it is traced, the update raises ValueError if the batch already has `rows`, if micro-batches cannot share the
+    batch equally, or if the objective's result has another form.
     metrics: the objective's metrics, `loss`, `grad_norm` (before clipping) and `lr`, averaged over devices and
-    micro-batches. If spikes are skipped, also `skipped`, 0 or 1, and `skipped_in_a_row`.
-    others: as for `make_optimizer`; lr and skipped updates are reported for the main optimizer.
+    micro-batches. If spikes are skipped, the metrics also contain `skipped`, which is 0 or 1, and `skipped_in_a_row`.
+    others: see `make_optimizer`. The metrics report the learning rate and the skipped updates of the main optimizer.
     Carried state: each micro-batch computes a new state from the state before the update. The result is the mean of
-    these over devices and micro-batches, unless a `flowgen.rows.StatefulObjective` defines how to combine
+    these states over devices and micro-batches, unless a `flowgen.rows.StatefulObjective` defines how to combine
     micro-batches. Integers in the state must not depend on the batch.
 
     Example:
@@ -241,7 +247,9 @@ def make_step(
 
 
 def check_share(batch: Any, accumulation: int) -> int:
-    """Returns the number of rows in a device's share of a batch. Raises ValueError if micro-batches cannot share them.
+    """Returns the number of rows in a device's share of a batch.
+
+    Raises ValueError if the arrays differ in their number of rows, or if micro-batches cannot share the rows equally.
 
     Example:
         num = check_share({"x": jnp.zeros((8, 3))}, accumulation=2)

@@ -20,7 +20,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from flowgen.rows import batch_rows
-from flowgen.runs import CHECKPOINTS, CheckpointReader
+from flowgen.runs import CHECKPOINTS, SPEED, CheckpointReader
 from flowgen.training import Interrupted, Job, LogConfig, OptimConfig, Result, TrainConfig, train
 
 ROOT = Path(__file__).parent.parent.parent
@@ -92,6 +92,11 @@ def rows_of(workdir: Path) -> list[dict]:
     path = workdir / "metrics.jsonl"
     # A program may be writing the last row right now.
     return [json.loads(line) for line in path.read_text().splitlines(True) if line[-1] == "\n"] if path.exists() else []
+
+
+def without_speed(row: dict) -> dict:
+    """A row of metrics without those that a repeated step measures anew; the first step of a process has none."""
+    return {name: value for name, value in row.items() if name not in SPEED}
 
 
 def arrays_of(workdir: Path, step: int | None = None) -> dict[str, np.ndarray]:
@@ -175,6 +180,7 @@ def main() -> None:
     parser.add_argument("--evaluated", action="store_true", help="evaluate and draw, too")
     parser.add_argument("--slow", choices=["init", "objective", "evaluate", "sample"], help="what waits for WORKDIR.go")
     parser.add_argument("--limit-at", type=int, help="step from which no larger files can be written")
+    parser.add_argument("--log-every", type=int, default=1)
     parser.add_argument("--address", help="coordinator of several processes")
     parser.add_argument("--processes", type=int, default=1)
     parser.add_argument("--process", type=int, default=0)
@@ -182,7 +188,7 @@ def main() -> None:
     if options.processes > 1:
         jax.distributed.initialize(options.address, options.processes, options.process)
     written = note_written_files(Path(options.workdir))
-    parts, log = {}, QUIET
+    parts, log = {}, dataclasses.replace(QUIET, log_every=options.log_every)
     if options.evaluated:
         parts = {
             # Each process sees another number, as numerics may; only one of them may decide.

@@ -28,7 +28,7 @@ from pathlib import Path
 
 import numpy as np
 
-from flowgen.runs import CHECKPOINTS, CheckpointReader
+from flowgen.runs import CHECKPOINTS, SPEED, CheckpointReader
 
 ROOT = Path(__file__).parent.parent.parent
 STEPS = 40
@@ -153,7 +153,7 @@ def check_end(process: subprocess.Popen, workdir: Path, errors: str, before: int
 
 def rows_of(workdir: Path) -> list[dict]:
     rows = [json.loads(line) for line in (workdir / "metrics.jsonl").read_text().splitlines()]
-    return [{name: value for name, value in row.items() if name != "steps_per_second"} for row in rows]
+    return [{name: value for name, value in row.items() if name not in SPEED} for row in rows]
 
 
 def check_same(workdir: Path, reference: Path) -> None:

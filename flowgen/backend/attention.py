@@ -1,0 +1,227 @@
+"""Softmax attention by fused kernels, which never write the logits to memory: when each can run, and its call.
+
+cuDNN has a kernel for NVIDIA GPUs, and JAX has one for TPUs, splash attention in Pallas. Neither has been timed here.
+"""
+
+from __future__ import annotations
+
+from contextlib import AbstractContextManager
+from typing import Any, Literal, NamedTuple, Protocol, get_args, runtime_checkable
+
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, Bool, Float, Int
+
+from flowgen.backend.meshes import divided_axes, explicit_axes, partitioned, varies
+
+Implementation = Literal["auto", "xla", "cudnn", "tpu"]
+Kernel = Literal["cudnn", "tpu"]
+# The kernel of each platform. The kernels take whole blocks of tokens: these sizes are their tiles.
+KERNELS: dict[str, Kernel] = {"gpu": "cudnn", "tpu": "tpu"}
+BLOCKS: dict[Kernel, int] = {"cudnn": 64, "tpu": 128}
+NAMES: dict[Kernel, str] = {"cudnn": "cuDNN's kernel", "tpu": "the TPU kernel"}
+DEVICES: dict[Kernel, str] = {"cudnn": "an NVIDIA GPU of compute capability 8.0 or later", "tpu": "a TPU"}
+DTYPES: dict[Kernel, tuple[str, ...]] = {"cudnn": ("bfloat16", "float16"), "tpu": ("bfloat16", "float32")}
+MIN_CAPABILITY = (8, 0)
+# cuDNN takes heads of up to 256 channels on newer GPUs than it needs for 128.
+MAX_CUDNN_WIDTH = 128
+# Larger tiles mean fewer steps; the tile is the largest of these that divides the padded number of tokens.
+TPU_BLOCKS = (512, 256, 128)
+
+_any_derivative = jax.make_user_context(False)
+
+
+class AttentionPlan(NamedTuple):
+    """What computes softmax attention, and why."""
+
+    implementation: Literal["xla", "cudnn", "tpu"]
+    reason: str
+
+
+@runtime_checkable
+class Shaped(Protocol):
+    """Anything with a shape and a dtype: an array, or a `jax.ShapeDtypeStruct`."""
+
+    @property
+    def shape(self) -> Any: ...
+
+    @property
+    def dtype(self) -> Any: ...
+
+
+def attention_plan(
+    q: Shaped,
+    k: Shaped,
+    v: Shaped,
+    *,
+    mask: Literal["none", "keys", "pairs"] = "none",
+    is_causal: bool = False,
+    implementation: Implementation = "auto",
+    platform: str | None = None,
+) -> AttentionPlan:
+    """Returns what computes softmax attention of q `b n h k`, k `b m g k` and v `b m g d`, and the reason.
+
+    Only shapes and dtypes count. mask: "keys" if the mask is the same for all queries and heads, "pairs" for any other.
+    platform: "cpu", "gpu" or "tpu"; None for the present one, `attention_platform()`. "auto" takes the platform's fused
+    kernel for half-precision inputs that it supports, and XLA for all others. Raises ValueError if the implementation
+    is unknown, or asked for by name and unable to run.
+
+    Example:
+        q = k = v = jax.ShapeDtypeStruct((8, 1023, 12, 64), jnp.bfloat16)
+        attention_plan(q, k, v, is_causal=True, platform="gpu").implementation  # "cudnn"
+    """
+    if implementation not in get_args(Implementation):
+        raise ValueError(
+            f"implementation must be one of {', '.join(get_args(Implementation))}, not {implementation!r}."
+        )
+    platform = attention_platform() if platform is None else platform
+    if implementation == "xla":
+        return AttentionPlan("xla", "it was asked for")
+    kernel = KERNELS.get(platform) if implementation == "auto" else implementation
+    if kernel is None:
+        return AttentionPlan("xla", f"there is no fused kernel for a {platform}")
+    problem = _problem(kernel, q, k, v, mask, is_causal, platform)
+    if implementation != "auto":
+        if problem:
+            raise ValueError(f"implementation {implementation!r} cannot run: {problem}; use 'auto' or 'xla'.")
+        return AttentionPlan(implementation, "it was asked for")
+    problem = problem or _cost(kernel, q)
+    return AttentionPlan("xla", problem) if problem else AttentionPlan(kernel, f"{NAMES[kernel]} takes these inputs")
+
+
+def _problem(kernel: Kernel, q: Shaped, k: Shaped, v: Shaped, mask: str, is_causal: bool, platform: str) -> str:
+    """Returns why a kernel cannot run, as a clause; empty if it can."""
+    name, dtypes = NAMES[kernel], [jnp.dtype(x.dtype).name for x in (q, k, v)]
+    if KERNELS.get(platform) != kernel:
+        return f"{name} needs {DEVICES[kernel]}, and the device is a {platform}"
+    if not all(isinstance(size, int) for x in (q, k, v) for size in x.shape):
+        return f"{name} needs sizes that are known, and some are symbols"
+    if any(size == 0 for x in (q, k, v) for size in x.shape):
+        return f"{name} takes no empty arrays"
+    if not dtypes[0] == dtypes[1] == dtypes[2]:
+        return f"{name} takes q, k and v of one dtype, and theirs are {', '.join(dtypes)}"
+    if dtypes[0] not in DTYPES[kernel]:
+        return f"{name} takes {' or '.join(DTYPES[kernel])}, and the dtype is {dtypes[0]}"
+    if q.shape[3] != v.shape[3]:
+        return f"{name} takes keys and values of one width, and theirs are {k.shape[3]} and {v.shape[3]}"
+    if kernel == "cudnn" and (q.shape[3] % 8 or q.shape[3] > MAX_CUDNN_WIDTH):
+        return f"{name} takes head widths that are multiples of 8 up to {MAX_CUDNN_WIDTH}, and this one is {q.shape[3]}"
+    if mask == "pairs":
+        return f"{name} takes masks over keys, and this one differs between queries or heads"
+    if kernel == "cudnn" and mask == "keys" and is_causal:
+        return f"{name} takes no mask over keys in causal attention"
+    return ""
+
+
+def _cost(kernel: Kernel, q: Shaped) -> str:
+    """Returns why "auto" leaves a kernel that could run, as a clause; empty if it takes the kernel."""
+    if jnp.dtype(q.dtype) == jnp.float32:
+        return f"{NAMES[kernel]} is meant for bfloat16, and the dtype is float32"
+    if q.shape[1] < BLOCKS[kernel]:
+        return f"{NAMES[kernel]} takes {BLOCKS[kernel]} queries at a time, and there are {q.shape[1]}"
+    return ""
+
+
+def attention_platform() -> str:
+    """Returns the platform that attention is planned for: "cpu", "tpu", "gpu" for GPUs that cuDNN's kernel supports, or
+    a phrase for other GPUs.
+    """
+    device = getattr(jax.config, "jax_default_device")  # noqa: B009  (unknown to type checkers)
+    if not isinstance(device, jax.Device):
+        device = jax.local_devices(backend=device)[0]
+    if device.platform != "gpu":
+        return device.platform
+    if "cuda" not in device.client.platform_version:
+        return "GPU without CUDA"
+    capability = str(device.compute_capability)
+    older = tuple(map(int, capability.split("."))) < MIN_CAPABILITY
+    return f"GPU of compute capability {capability}" if older else "gpu"
+
+
+def program_problem(
+    kernel: Kernel, implementation: Implementation, q: Array, k: Array, v: Array, mask: Array | None
+) -> str:
+    """Returns why a kernel cannot run in the program that is being traced, as a clause; empty if it can."""
+    if _any_derivative.value:
+        return "fused kernels have no forward-mode derivative, which is needed here"
+    if mask is not None and explicit_axes((q, k, v, mask)):
+        return "fused kernels take no mask on meshes with explicit axes"
+    if any({1, 3} & divided_axes(x) for x in (q, k, v)):
+        return "fused kernels take whole sequences and heads, and their axes are divided over devices"
+    if kernel == "tpu" and any(varies(x) for x in (q, k, v)):
+        return "the TPU kernel does not pass the checks of jax.shard_map, which check_vma=False turns off"
+    if kernel == "tpu" and implementation == "auto" and partitioned(q):
+        return "the compiler cannot divide the TPU kernel over devices"
+    return ""
+
+
+def any_derivative() -> AbstractContextManager:
+    """Returns a context in which "auto" means "xla" for softmax attention.
+
+    Enter it to differentiate in forward mode, or twice: fused kernels have only a first derivative in reverse mode.
+    jax.jit does not share programs between the inside and the outside.
+
+    Example:
+        with any_derivative():
+            v, change = jax.jvp(velocity, (x,), (direction,))
+    """
+    return _any_derivative(True)
+
+
+def interpret_kernels() -> bool:
+    """Returns whether the CPU interprets kernels for TPUs: never, except in tests, which replace this function."""
+    return False
+
+
+def cudnn_attention(
+    q: Float[Array, "b n h k"],
+    k: Float[Array, "b m g k"],
+    v: Float[Array, "b m g k"],
+    lengths: Int[Array, " b"] | None,
+    is_causal: bool,
+) -> Float[Array, "b n h k"]:
+    """Returns softmax attention by cuDNN. lengths: numbers of keys that may be seen, at least 1; None for all."""
+    return jax.nn.dot_product_attention(
+        q, k, v, is_causal=is_causal, key_value_seq_lengths=lengths, implementation="cudnn"
+    )
+
+
+def tpu_attention(
+    q: Float[Array, "b n h k"],
+    k: Float[Array, "b m g k"],
+    v: Float[Array, "b m g k"],
+    keys: Bool[Array, "b m"] | None,
+    is_causal: bool,
+    interpret: bool,
+) -> Float[Array, "b n h k"]:
+    """Returns softmax attention by JAX's splash attention; the numbers of tokens must be multiples of 128.
+
+    keys: keys that may be seen; a query that sees none returns some finite numbers.
+    """
+    # Imported here because it loads the TPU dialects.
+    from jax.experimental.pallas.ops.tpu.splash_attention import splash_attention_kernel as splash
+    from jax.experimental.pallas.ops.tpu.splash_attention import splash_attention_mask as masks
+
+    n, m = q.shape[1], k.shape[1]
+    of_queries, of_keys = (next(block for block in TPU_BLOCKS if size % block == 0) for size in (n, m))
+    attend = splash.make_splash_mha(
+        masks.MultiHeadMask([masks.CausalMask((n, m)) if is_causal else masks.FullMask((n, m))] * q.shape[2]),
+        block_sizes=splash.BlockSizes(
+            block_q=of_queries,
+            block_kv=of_keys,
+            block_q_dkv=of_queries,
+            block_kv_dkv=of_keys,
+            block_q_dq=of_queries,
+            block_kv_dq=of_keys,
+        ),
+        head_shards=1,
+        q_seq_shards=1,
+        interpret=interpret,
+    )
+
+    def one(q, k, v, keys):
+        ids = None if keys is None else splash.SegmentIds(jnp.ones(n, jnp.int32), keys.astype(jnp.int32))
+        return attend(q, k, v, segment_ids=ids)
+
+    q, k, v = (x.swapaxes(1, 2) for x in (q * q.shape[-1] ** -0.5, k, v))
+    return jax.vmap(one)(q, k, v, keys).swapaxes(1, 2)

@@ -1,0 +1,82 @@
+"""Known accelerators: their memory and the peak speed of their matrix products, from their makers' specifications."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+# Where the numbers come from. Peaks are without sparsity.
+_H100 = "NVIDIA H100 datasheet, 2023"
+_H200 = "NVIDIA H200 datasheet, 2024"
+_A100 = "NVIDIA A100 datasheet, 2021"
+_BLACKWELL = "NVIDIA HGX B200 datasheet, 2024"
+_L40S = "NVIDIA L40S datasheet, 2023"
+_GA102 = "NVIDIA Ampere GA102 whitepaper, 2020"
+_ADA = "NVIDIA Ada architecture whitepaper, 2022"
+_RTX_BLACKWELL = "NVIDIA RTX Blackwell architecture whitepaper, 2025"
+_TPU = "cloud.google.com/tpu/docs, system architecture"
+
+
+@dataclass(frozen=True)
+class Machine:
+    """An accelerator.
+
+    kinds: the names that JAX may give it as `device_kind`. memory: in GB of 10^9 bytes, as advertised; what a GPU has
+    beyond this is left to the driver. bfloat16: peak of products of bfloat16 or float16 numbers that are summed in
+    float32, in TFLOP/s. float32: the same for float32 numbers at JAX's default precision, which is TF32 on GPUs and one
+    bfloat16 product on TPUs. source: where the numbers are published.
+    """
+
+    name: str
+    kinds: tuple[str, ...]
+    memory: int
+    bfloat16: float
+    float32: float
+    source: str
+
+    def peak(self, dtype: str) -> float | None:
+        """Returns the peak in FLOP/s of products of this dtype, or None if it is not known."""
+        teras = {"bfloat16": self.bfloat16, "float16": self.bfloat16, "float32": self.float32}.get(dtype)
+        return None if teras is None else teras * 1e12
+
+
+MACHINES = (
+    Machine("H100 80 GB", ("NVIDIA H100 80GB HBM3",), 80, 989.4, 494.7, _H100),
+    Machine("H100 PCIe", ("NVIDIA H100 PCIe",), 80, 756.5, 378.0, _H100),
+    Machine("H100 NVL", ("NVIDIA H100 NVL",), 94, 835.5, 417.5, _H100),
+    Machine("H200 141 GB", ("NVIDIA H200",), 141, 989.4, 494.7, _H200),
+    Machine("B200", ("NVIDIA B200",), 180, 2250.0, 1125.0, _BLACKWELL),
+    Machine("A100 40 GB", ("NVIDIA A100-SXM4-40GB", "NVIDIA A100-PCIE-40GB"), 40, 312.0, 156.0, _A100),
+    Machine("A100 80 GB", ("NVIDIA A100-SXM4-80GB", "NVIDIA A100 80GB PCIe"), 80, 312.0, 156.0, _A100),
+    Machine("L40S", ("NVIDIA L40S",), 48, 362.05, 183.0, _L40S),
+    Machine("RTX 3090 24 GB", ("NVIDIA GeForce RTX 3090",), 24, 71.0, 35.6, _GA102),
+    Machine("RTX 4090 24 GB", ("NVIDIA GeForce RTX 4090",), 24, 165.2, 82.6, _ADA),
+    Machine("RTX 5090 32 GB", ("NVIDIA GeForce RTX 5090",), 32, 209.5, 104.8, _RTX_BLACKWELL),
+    Machine("TPU v4 32 GB", ("TPU v4",), 32, 275.0, 275.0, _TPU),
+    Machine("TPU v5e 16 GB", ("TPU v5 lite", "TPU v5e"), 16, 197.0, 197.0, _TPU),
+    Machine("TPU v5p 95 GB", ("TPU v5", "TPU v5p"), 95, 459.0, 459.0, _TPU),
+    Machine("TPU v6e 32 GB", ("TPU v6 lite", "TPU v6e"), 32, 918.0, 918.0, _TPU),
+)
+
+
+def machine_of(device_kind: str) -> Machine | None:
+    """Returns the machine that JAX calls by this name, or None if it is not known, as for CPUs."""
+    return next((machine for machine in MACHINES if device_kind in machine.kinds), None)
+
+
+def seconds_at_peak(flop: Mapping[str, float], device_kind: str) -> float | None:
+    """Returns how long a device takes at its peak for these FLOP, given by dtype; None if a peak is not known."""
+    machine = machine_of(device_kind)
+    if machine is None:
+        return None
+    peaks = [machine.peak(dtype) for dtype in flop]
+    if not all(peaks):
+        return None
+    return sum((count / peak for count, peak in zip(flop.values(), peaks, strict=True) if peak), start=0.0)
+
+
+def peak_memory(devices: Iterable[Any]) -> int | None:
+    """Returns the most bytes that a device has had in use so far, the largest of all devices; None if not known."""
+    known = [(device.memory_stats() or {}).get("peak_bytes_in_use") for device in devices]
+    return max((size for size in known if size), default=None)

@@ -1,0 +1,163 @@
+"""FLOP and memory of a traced program, counted from its jaxpr.
+
+XLA's own analysis counts the body of a loop once, and its plan of buffers is that of one backend. The counts here need
+no compiler, so they are the same on every machine and take no longer than tracing.
+"""
+
+from __future__ import annotations
+
+import math
+from collections import defaultdict
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from jax.extend.core import Jaxpr, JaxprEqn, Var, jaxprs_in_params
+
+from flowgen import backend
+
+# The scope in which jax puts what `jax.checkpoint` computes again.
+RECOMPUTED = "rematted_computation"
+# Operations whose results XLA does not store, because it computes them where they are used.
+NOT_STORED = frozenset({"broadcast_in_dim", "iota"})
+# Operations whose results cannot take the place of an operand.
+PRODUCTS = frozenset({"dot_general", "conv_general_dilated"})
+
+
+def flop_of(jaxpr: Jaxpr) -> dict[str, float]:
+    """Returns the FLOP of a traced program by the dtype of the factors.
+
+    A multiplication and the addition after it are 2 FLOP. Matrix products, convolutions and fused attention are
+    counted, and everything else is left out, as usual for the model FLOP of arXiv 2204.02311, appendix B. What
+    `jax.checkpoint` computes again does not count. The body of a scan counts once per iteration, that of a loop of
+    unknown length once, and of several branches the most expensive one.
+
+    Example:
+        flop = flop_of(jax.make_jaxpr(step)(state, batch).jaxpr)
+    """
+    total: defaultdict[str, float] = defaultdict(float)
+    for eqn in jaxpr.eqns:
+        if RECOMPUTED in str(eqn.source_info.name_stack):
+            continue
+        if (count := _FORMULAS.get(_name(eqn))) is not None:
+            left, right = [x for x in _arrays(eqn.invars) if jnp.issubdtype(x.dtype, jnp.floating)][:2]
+            total[jnp.promote_types(left.dtype, right.dtype).name] += count(eqn)
+            continue
+        bodies = [flop_of(body) for body in jaxprs_in_params(eqn.params)]
+        if eqn.primitive.name == "cond":
+            bodies = [max(bodies, key=lambda flop: sum(flop.values()))]
+        for body in bodies:
+            for dtype, flop in body.items():
+                total[dtype] += _iterations(eqn) * flop
+    return dict(total)
+
+
+def peak_of(jaxpr: Jaxpr) -> int:
+    """Returns an estimate of the most bytes that a traced program stores at once, without its arguments.
+
+    The program is followed in the order in which it is traced. An array is stored from the operation that computes it
+    to the last one that uses it; it takes the place of an operand that is not used again. Compilers fuse and reorder
+    operations, so a compiled program may need less, or somewhat more.
+
+    Example:
+        size = peak_of(jax.make_jaxpr(jax.grad(loss))(params, batch).jaxpr)
+    """
+    last = {var: index for index, eqn in enumerate(jaxpr.eqns) for var in eqn.invars if isinstance(var, Var)}
+    kept = {var for var in jaxpr.outvars if isinstance(var, Var)}
+    stored: dict[Var, int] = {}
+    now = peak = 0
+    for index, eqn in enumerate(jaxpr.eqns):
+        name, used = eqn.primitive.name, {var for var in eqn.invars if isinstance(var, Var)}
+        freed = sum(stored.pop(var) for var in used - kept if last[var] == index and var in stored)
+        made = {var: _bytes(var.aval) for var in eqn.outvars if var in last or var in kept}
+        if name in NOT_STORED:
+            made = dict.fromkeys(made, 0)
+        out, inside = sum(made.values()), max((peak_of(body) for body in jaxprs_in_params(eqn.params)), default=0)
+        # A scan collects the results of its iterations; the results of another body are those of the operation.
+        during = out + inside if name == "scan" else max(out, inside)
+        peak = max(peak, now + during - (0 if inside or name in PRODUCTS else freed))
+        stored |= made
+        now += out - freed
+    return peak
+
+
+def bytes_of(tree: Any) -> int:
+    """Returns the bytes of all arrays in a tree; shapes and dtypes suffice.
+
+    Example:
+        size = bytes_of(jax.eval_shape(init, key))
+    """
+    return sum(_bytes(leaf) for leaf in jax.tree.leaves(tree))
+
+
+def _iterations(eqn: JaxprEqn) -> int:
+    if eqn.primitive.name == "scan":
+        return eqn.params["length"]
+    if eqn.primitive.name == "pallas_call":
+        return math.prod(size for size in eqn.params["grid_mapping"].grid if isinstance(size, int))
+    return 1
+
+
+def _arrays(variables: Sequence[Any]) -> list[Any]:
+    """The shapes and dtypes of variables."""
+    return [var.aval for var in variables]
+
+
+def _of_product(eqn: JaxprEqn) -> float:
+    (summed, _), _ = eqn.params["dimension_numbers"]
+    left, out = _arrays([eqn.invars[0], eqn.outvars[0]])
+    return 2.0 * out.size * math.prod(left.shape[axis] for axis in summed)
+
+
+def _of_convolution(eqn: JaxprEqn) -> float:
+    """Every output is a sum over the kernel's places and input channels; zeros put between inputs do not count."""
+    kernel, out = _arrays([eqn.invars[1], eqn.outvars[0]])
+    channels = kernel.shape[eqn.params["dimension_numbers"].rhs_spec[0]]
+    return 2.0 * out.size * kernel.size / channels / math.prod(eqn.params["lhs_dilation"])
+
+
+def _of_cudnn(eqn: JaxprEqn) -> float:
+    """cuDNN's attention of arrays `b n h k`."""
+    q, k = _arrays(eqn.invars[:2])
+    return _of_pairs(q, q.shape[1], k.shape[1], is_causal="CAUSAL" in str(eqn.params["mask_type"]))
+
+
+def _of_splash(eqn: JaxprEqn) -> float:
+    """JAX's attention for TPUs, of arrays `h n k` or `b h n k`; causal kernels also take the positions of queries."""
+    arrays = _arrays(eqn.invars)
+    q, k = [x for x in arrays if x.ndim >= 3 and jnp.issubdtype(x.dtype, jnp.floating)][:2]
+    is_causal = any(x.ndim == 2 and x.dtype == jnp.int32 for x in arrays)
+    return _of_pairs(q, q.shape[-2], k.shape[-2], is_causal=is_causal)
+
+
+def _of_pairs(q: Any, queries: int, keys: int, *, is_causal: bool) -> float:
+    """Two products for each pair of a query and a key.
+
+    Causal attention counts the pairs that the sliced form computes, so a model has the same FLOP in all forms.
+    """
+    return 4.0 * q.size * keys * (backend.causal_share(queries) if is_causal else 1.0)
+
+
+def _name(eqn: JaxprEqn) -> str:
+    """The name of an operation, or of its kernel if it is one of Pallas."""
+    if eqn.primitive.name != "pallas_call":
+        return eqn.primitive.name
+    return str(eqn.params.get("name_and_src_info") or eqn.params.get("name")).split(" ")[0]
+
+
+# Attention's backward pass has four products, and each of the two splash kernels for it stands for two of them.
+_FORMULAS: dict[str, Callable[[JaxprEqn], float]] = {
+    "dot_general": _of_product,
+    "conv_general_dilated": _of_convolution,
+    "dot_product_attention_fwd_wrapper": _of_cudnn,
+    "dot_product_attention_bwd_wrapper": lambda eqn: 2 * _of_cudnn(eqn),
+    "splash_mha_fwd_no_residuals": _of_splash,
+    "splash_mha_fwd_residuals": _of_splash,
+    "splash_mha_dkv_no_residuals": _of_splash,
+    "splash_mha_dq_no_residuals": _of_splash,
+}
+
+
+def _bytes(leaf: Any) -> int:
+    return math.prod(leaf.shape) * leaf.dtype.itemsize

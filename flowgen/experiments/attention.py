@@ -1,0 +1,63 @@
+"""What computes the softmax attention of a model, told by `info` and before training."""
+
+from __future__ import annotations
+
+import dataclasses
+import warnings
+from typing import Any
+
+from flowgen.backend import attention_platform
+from flowgen.backend.attention import KERNELS
+from flowgen.experiments.experiment import Experiment
+from flowgen.nn.softmax_shape import SoftmaxShape
+
+
+def attention_lines(model: Any) -> list[str]:
+    """Returns lines that say what computes the attention of a model config here, on GPUs and on TPUs, and why.
+
+    There are none for models without softmax attention.
+    """
+    shapes: tuple[SoftmaxShape, ...] = getattr(model, "softmax_shapes", ())
+    asked = getattr(model, "attention_implementation", "auto")
+    fused = [platform for platform, name in KERNELS.items() if asked in ("auto", name)]
+    lines = []
+    for platform in dict.fromkeys((attention_platform(), *fused)):
+        told: dict[str, list[str]] = {}
+        for shape in shapes:
+            told.setdefault(_told(shape, asked, platform), []).append(str(shape))
+        lines += [f"attention on {platform}: {answer} [{'; '.join(of)}]" for answer, of in told.items()]
+    return lines
+
+
+def on_any_device(experiment: Experiment) -> Experiment:
+    """Returns the experiment with attention that runs on any device, for shapes that do not depend on the choice."""
+    if getattr(experiment.model, "attention_implementation", "auto") == "auto":
+        return experiment
+    return dataclasses.replace(experiment, model=dataclasses.replace(experiment.model, attention_implementation="auto"))
+
+
+def _told(shape: SoftmaxShape, asked: Any, platform: str) -> str:
+    try:
+        plan = shape.plan(asked, platform)
+    except ValueError as error:
+        return str(error)
+    return f"{plan.implementation} ({plan.reason})"
+
+
+def warn_of_dtype(model: Any, platform: str | None = None) -> None:
+    """Warns (UserWarning) if a model config's dtype alone keeps a GPU from its fused kernel.
+
+    platform: as in `attention_plan`.
+    """
+    platform = attention_platform() if platform is None else platform
+    if platform != "gpu" or getattr(model, "attention_implementation", "xla") != "auto":
+        return
+    shapes: tuple[SoftmaxShape, ...] = getattr(model, "softmax_shapes", ())
+    slow = [shape for shape in shapes if shape.plan("auto", platform).implementation == "xla"]
+    if any(shape._replace(dtype="bfloat16").plan("auto", platform).implementation != "xla" for shape in slow):
+        warnings.warn(
+            f"model.dtype is {model.dtype!r}, so attention runs in XLA, which writes all logits to memory; "
+            "--model.dtype bfloat16 uses cuDNN's fused kernel, and --model.attention_implementation xla stops this "
+            "warning.",
+            stacklevel=2,
+        )

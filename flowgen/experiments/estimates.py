@@ -1,0 +1,166 @@
+"""Estimates of what training and sampling take, counted from shapes: memory, FLOP, and the machines they fit."""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+from collections.abc import Collection
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+
+from flowgen.batch import Batch, Moments
+from flowgen.conditioning import Condition, TextCondition
+from flowgen.counting import bytes_of, flop_of, peak_of
+from flowgen.experiments.experiment import Experiment, SamplingCost
+from flowgen.flows import ClipDenoiser, denoiser_variables
+from flowgen.flows.block import AutoregressiveBlock, BlockConfig, block_parameters
+from flowgen.training.step import init_state
+
+
+class TrainingCost(NamedTuple):
+    """What training takes on one device, by counting.
+
+    parameters, gradient, moments, average, carried: bytes of these; `carried` are the other variables of the state.
+    stored: bytes of the activations if the backward pass computes none of them again. recomputed: the same if it
+    computes each layer again; None if the model does not have this choice. recomputes: what the model does.
+    flop: FLOP per sample, without recomputation.
+    """
+
+    parameters: int
+    gradient: int
+    moments: int
+    average: int
+    carried: int
+    stored: int
+    recomputed: int | None
+    recomputes: bool
+    flop: float
+
+    @property
+    def state(self) -> int:
+        """Bytes that training takes with any batch."""
+        return self.parameters + self.gradient + self.moments + self.average + self.carried
+
+    @property
+    def activations(self) -> int:
+        """Bytes of the activations of the model as it is configured."""
+        return self.recomputed if self.recomputes and self.recomputed is not None else self.stored
+
+
+def training_cost(experiment: Experiment, rows: int) -> TrainingCost | None:
+    """Returns what a training step on `rows` samples takes on one device; None if the experiment does not tell.
+
+    The activations are the most bytes that the forward and backward pass stores at once (`peak_of`), apart from the
+    gradient. Traces the step, but computes nothing.
+
+    Example:
+        cost = training_cost(load_config("tarflow_digits"), rows=64)
+    """
+    has_choice = hasattr(experiment.model, "remat")
+    recomputes = has_choice and experiment.model.remat is not False
+    activations, flop = {}, 0.0
+    for remat in (True, False) if has_choice else (False,):
+        model = dataclasses.replace(experiment.model, remat=remat) if has_choice else experiment.model
+        variant = dataclasses.replace(experiment, model=model)
+        rehearsal = variant.rehearsal(variant.build(), rows)
+        if rehearsal is None:
+            return None
+        objective, key = rehearsal.objective, jax.eval_shape(lambda: jax.random.key(0))
+        variables = jax.eval_shape(rehearsal.init, key)
+
+        def gradient(variables, batch, key, objective=objective):
+            def loss(params):
+                value, *rest = objective({**variables, "params": params}, batch, key)
+                return value, rest
+
+            return jax.grad(loss, has_aux=True)(variables["params"])
+
+        traced = jax.make_jaxpr(gradient)(variables, rehearsal.batch, key).jaxpr
+        activations[remat] = max(0, peak_of(traced) - bytes_of(variables["params"]))
+        flop = _flop(traced)
+    state = jax.eval_shape(lambda variables: init_state(variables, experiment.optim, experiment.train.steps), variables)
+    return TrainingCost(
+        parameters=bytes_of(state.params),
+        gradient=bytes_of(state.params),
+        moments=bytes_of(state.opt_state),
+        average=bytes_of(state.ema),
+        carried=bytes_of(state.collections),
+        stored=activations[False],
+        recomputed=activations.get(True),
+        recomputes=recomputes,
+        flop=flop / rows,
+    )
+
+
+def decoding_cost(flow: Any, variables: Any, num: int, *, guided: Collection[int], by_score: bool) -> SamplingCost:
+    """Returns what decoding `num` samples at a time takes, token by token; traces the flow, but computes nothing.
+
+    variables: shapes and dtypes. guided: numbers of the blocks under guidance, which computes two branches. by_score:
+    whether the training noise is removed with the score of the flow.
+    Decoding token by token computes the products of one forward pass; parallel decoding computes them in each pass.
+    The cache of a block is in use while it is decoded, and the score needs the activations of all blocks.
+
+    Example:
+        cost = decoding_cost(flow, jax.eval_shape(lambda: flowgen.init(flow, key)), 16, guided=(), by_score=True)
+    """
+    config, flop, cache = flow.config, 0.0, 0
+    cond, conds = (jax.eval_shape(lambda rows=rows: some_condition(config, rows)) for rows in (1, num))
+    tokens = jax.ShapeDtypeStruct((1, config.num_tokens, config.token_dim), jnp.float32)
+    known: dict[BlockConfig, float] = {}
+    for index, block in enumerate(config.blocks):
+        branches, shape = 1 + (index in guided), dataclasses.replace(block, order="raster")  # Most blocks are alike.
+        if shape not in known:
+            run = AutoregressiveBlock(shape).apply
+            known[shape] = _flop(jax.make_jaxpr(run)(block_parameters(variables, index), tokens, cond).jaxpr)
+        flop += branches * known[shape]
+        cache = max(cache, branches * _cache_bytes(block))
+    memory = num * cache
+    if by_score:
+        x = jax.ShapeDtypeStruct((num, *config.event_shape), jnp.float32)
+
+        def score(variables, x, cond):
+            return jax.grad(lambda x: flow.apply(variables, x, cond, method="log_prob").sum())(x)
+
+        traced = jax.make_jaxpr(score)(variables, x, conds).jaxpr
+        flop, memory = flop + _flop(traced) / num, max(memory, peak_of(traced))
+    elif getattr(config, "denoiser_layers", 0):
+        x = jax.ShapeDtypeStruct((1, *config.event_shape), jnp.float32)
+        run = ClipDenoiser(config, parent=None).apply
+        traced = jax.make_jaxpr(run)(denoiser_variables(variables), x, cond).jaxpr
+        flop, memory = flop + _flop(traced), max(memory, num * peak_of(traced))
+    if config.dtype == "bfloat16":  # Decoding reads a copy of the weights in this dtype.
+        memory += bytes_of(variables["params"]) // 2
+    return SamplingCost(flop, cache, memory)
+
+
+def some_condition(config: Any, rows: int) -> Condition | None:
+    """Returns a condition that a flow takes for `rows` samples, with arbitrary values; None if it takes none.
+
+    Example:
+        cond = jax.eval_shape(lambda: some_condition(flow.config, 4))
+    """
+    if config.text_dim:
+        embeddings = jnp.zeros((rows, config.text_length, config.text_dim))
+        return TextCondition(embeddings, jnp.zeros(embeddings.shape[:2], bool))
+    return jnp.zeros(rows, jnp.int32) if config.num_classes else None
+
+
+def tokens_of(config: Any, batch: Batch) -> int:
+    """Returns the number of tokens in a batch of any image size, for a flow with this config.
+
+    Example:
+        tokens = tokens_of(flow.config, batch)
+    """
+    x = batch.x.mean if isinstance(batch.x, Moments) else batch.x
+    return x.size * config.num_tokens // math.prod(config.event_shape)
+
+
+def _flop(jaxpr: Any) -> float:
+    return sum(flop_of(jaxpr).values(), start=0.0)
+
+
+def _cache_bytes(block: BlockConfig) -> int:
+    """The bytes of one sample's caches in a block, for all of its frames."""
+    return block.frames * bytes_of(jax.eval_shape(lambda: AutoregressiveBlock(block).init_caches(1, block.num_tokens)))

@@ -1,0 +1,59 @@
+"""What each training step does in samples, tokens and FLOP, for the reports on speed."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import jax
+
+from flowgen import backend
+from flowgen.counting import flop_of
+from flowgen.training.pace import Work
+from flowgen.training.step import Step
+
+Shapes = tuple[tuple[int, ...], ...]
+
+
+class CountedStep:
+    """A training step that counts its FLOP when it is traced, which costs no second trace.
+
+    Example:
+        counted = CountedStep(make_step(objective, OptimConfig(), steps=1_000))
+        state, metrics = parallel.compile(counted)(state, batch, key)
+        flop = counted.flop(batch)  # {"float32": 1.2e9}
+    """
+
+    def __init__(self, step: Step):
+        # Inlined, so the program is the same as that of `step`; the trace is kept between the two calls below.
+        self._step = jax.jit(step, inline=True)
+        self._flop: dict[Shapes, dict[str, float]] = {}
+
+    def __call__(self, state: Any, batch: Any, key: jax.Array) -> tuple[Any, dict[str, jax.Array]]:
+        self._flop[_shapes(batch)] = flop_of(self._step.trace(state, batch, key).jaxpr.jaxpr)
+        return self._step(state, batch, key)
+
+    def flop(self, batch: Any) -> dict[str, float]:
+        """Returns the FLOP of one device's step by dtype, for a batch with a leading device axis; empty if unknown."""
+        return self._flop.get(tuple(shape[1:] for shape in _shapes(batch)), {})
+
+
+def work_of(flop: Mapping[str, float], devices: Sequence[jax.Device], samples: int, tokens: int) -> Work:
+    """Returns what all processes do in a step.
+
+    flop: of one device, by dtype. devices, samples, tokens: of one process.
+
+    Example:
+        pace.add(work_of(counted.flop(batch), jax.local_devices(), samples=64, tokens=0))
+    """
+    processes = jax.process_count()
+    return Work(
+        samples=processes * samples,
+        tokens=processes * tokens,
+        flop=processes * len(devices) * sum(flop.values(), start=0.0),
+        seconds_at_peak=backend.seconds_at_peak(flop, devices[0].device_kind) if flop else None,
+    )
+
+
+def _shapes(batch: Any) -> Shapes:
+    return tuple(x.shape for x in jax.tree.leaves(batch))
