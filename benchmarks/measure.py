@@ -154,8 +154,10 @@ def figures(timing: Timing, *, baseline: str, against: Timing, compiled: bool, *
 
 
 def environment(threads: int, torch_version: str | None) -> dict[str, Any]:
-    """Returns the conditions of the measurement: device, thread budget, load and versions."""
+    """Returns the conditions of the measurement: device, thread budget, memory pages, load and versions."""
     import jax
+
+    from flowgen import huge_pages
 
     device = jax.devices()[0]
     packages = {name: metadata.version(name) for name in ("jax", "jaxlib", "flax", "optax", "numpy")}
@@ -163,6 +165,7 @@ def environment(threads: int, torch_version: str | None) -> dict[str, Any]:
         "device": f"{device.device_kind} ({_processor()})" if device.platform == "cpu" else device.device_kind,
         "threads": threads,
         "cores": os.cpu_count(),
+        "huge_pages": not huge_pages.why_absent(),
         "load_average": round(os.getloadavg()[0], 1),
         "versions": {"python": platform.python_version(), **packages, "torch": torch_version},
     }

@@ -11,6 +11,7 @@ ROOT = Path(__file__).parent.parent / "flowgen"
 
 # A module may import from lower levels, and in its own package also from its own. The longest matching name counts.
 LEVELS = {
+    "flowgen.huge_pages": -3,
     "flowgen.packages": -1,
     "flowgen.printable": -1,
     "flowgen.arrays": -2,

@@ -1,9 +1,10 @@
 """Device-specific code and compiler workarounds, each in a function that explains it.
 
-This package imports nothing from flowgen. Formulas elsewhere are the same for every device. The code here affects
-speed, memory and rounding, but nothing else.
+This package imports only `flowgen.huge_pages` from flowgen. Formulas elsewhere are the same for every device. The code
+here affects speed, memory and rounding, but nothing else.
 """
 
+from flowgen.backend.activations import Host, LayerForm, Remat, layer_form, this_host
 from flowgen.backend.attention import (
     AttentionPlan,
     Implementation,
@@ -78,9 +79,12 @@ __all__ = [
     "TEXTS_AT_ONCE",
     "WHOLE",
     "AttentionPlan",
+    "Host",
     "Implementation",
+    "LayerForm",
     "Machine",
     "OnMeshes",
+    "Remat",
     "alike_rows",
     "any_derivative",
     "attention_plan",
@@ -101,6 +105,7 @@ __all__ = [
     "interpret_kernels",
     "keep_axes",
     "keep_rows",
+    "layer_form",
     "machine_of",
     "make_core_devices",
     "map_axes",
@@ -122,6 +127,7 @@ __all__ = [
     "share_rows",
     "sharing",
     "take_rows",
+    "this_host",
     "tpu_attention",
     "unit_lower_inverse",
     "varies",

@@ -18,6 +18,7 @@ from collections.abc import Callable, Generator, Sequence
 from types import ModuleType
 from typing import NoReturn, TextIO
 
+from flowgen import huge_pages
 from flowgen.cli import convert, encode, evaluate, info, sample, train
 from flowgen.cli.options import as_sentence
 
@@ -172,10 +173,16 @@ def program(arguments: Sequence[str] | None = None) -> int:
     The process must then end, because it ignores Ctrl-C from then on. The environment can set another number of CPU
     devices; see `flowgen.backend.make_core_devices`.
 
+    If these arguments are the process's own and say `train`, the process first restarts itself with huge pages, if it
+    can have them; see `flowgen.huge_pages.restart`.
+
     Example:
         sys.exit(program())
     """
-    code = _guarded(arguments, owns_process=True)
+    words = list(sys.argv[1:] if arguments is None else arguments)
+    if words[:1] == ["train"] and {"-h", "--help"}.isdisjoint(words):
+        huge_pages.restart(words[1:])
+    code = _guarded(words, owns_process=True)
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # Python would print a traceback while it shuts down.
     if code > 128:  # Interrupted work may still be compiling, which crashes if Python shuts down meanwhile.
         _flush()

@@ -41,7 +41,7 @@ def run(options: argparse.Namespace, rest: list[str]) -> int:
     """Runs the command and returns its exit code."""
     import jax
 
-    from flowgen import backend
+    from flowgen import backend, huge_pages
     from flowgen.cli.grammar import load_experiment
     from flowgen.experiments import fit
     from flowgen.training import Interrupted, Signals
@@ -57,6 +57,8 @@ def run(options: argparse.Namespace, rest: list[str]) -> int:
             say(f"{experiment.name}: {parameters:,} parameters, {experiment.train.steps} steps")
             if options.debug:
                 say(DEBUG)
+            if backend.platform() == "cpu" and (problem := huge_pages.why_absent()):
+                say(f"No huge pages, with which flows train faster on CPUs: {problem}.")
             # CPU devices for sampling do not speed up training.
             devices = jax.local_devices()[:1] if options.makes_devices and backend.platform() == "cpu" else None
             result = fit(experiment, options.workdir, signals=signals, profile=options.profile or 0, devices=devices)

@@ -36,6 +36,7 @@ RESUMABLE = (
     "text.encoder",
     "data.classes",
     "model.attention_implementation",
+    "model.remat",
 )
 
 

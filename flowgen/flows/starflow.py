@@ -6,7 +6,7 @@ import dataclasses
 import math
 from typing import Annotated, Any, Literal
 
-from flowgen.backend import Implementation
+from flowgen.backend import Implementation, Remat
 from flowgen.conditioning import Condition, check_labels, check_text
 from flowgen.flows.affine import OwnScale, TokenOrder
 from flowgen.flows.block import BlockConfig, ClassPrefix, TextPrefix, softmax_shapes
@@ -76,8 +76,8 @@ class STARFlowConfig(ImageTokens):
     docs/attention.md.
     noise_std: σ of the Gaussian training noise; above 0 for latents.
     dtype: dtype of matrix products and activations; parameters, affine maps and log-determinants are at least float32.
-    remat: whether to recompute activations in the backward pass instead of storing them; this saves memory and, on
-    CPUs, time.
+    remat: whether to recompute activations in the backward pass instead of storing them, which saves memory; "auto"
+    stores them in blocks of few layers on CPUs with huge pages, where that is faster.
     """
 
     image_size: Side | tuple[Side, Side]
@@ -107,7 +107,7 @@ class STARFlowConfig(ImageTokens):
     attention_implementation: Implementation = "auto"
     noise_std: NonNegative = 0.3
     dtype: Literal["float32", "bfloat16", "float64"] = "float32"
-    remat: bool = True
+    remat: Remat = "auto"
 
     def __post_init__(self):
         self.check_images()

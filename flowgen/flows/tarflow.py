@@ -6,7 +6,7 @@ from typing import Any, Literal
 
 from jaxtyping import Array, Int
 
-from flowgen.backend import Implementation
+from flowgen.backend import Implementation, Remat
 from flowgen.conditioning import check_labels
 from flowgen.flows.affine import OwnScale
 from flowgen.flows.block import BlockConfig, softmax_shapes
@@ -52,8 +52,8 @@ class TARFlowConfig(ImageTokens):
     activation: activation of the feed-forward layers.
     noise_std: σ of the Gaussian training noise; 0 means uniform dequantisation.
     dtype: dtype of matrix products and activations; parameters, affine maps and log-determinants are at least float32.
-    remat: whether to recompute activations in the backward pass instead of storing them; this saves memory and, on
-    CPUs, time.
+    remat: whether to recompute activations in the backward pass instead of storing them, which saves memory; "auto"
+    stores them in blocks of few layers on CPUs with huge pages, where that is faster.
     """
 
     image_size: Side | tuple[Side, Side]
@@ -71,7 +71,7 @@ class TARFlowConfig(ImageTokens):
     activation: Activation = "gelu"
     noise_std: NonNegative = 0.0
     dtype: Literal["float32", "bfloat16", "float64"] = "float32"
-    remat: bool = True
+    remat: Remat = "auto"
 
     def __post_init__(self):
         self.check_images()

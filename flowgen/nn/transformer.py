@@ -1,4 +1,4 @@
-"""The transformer stack of a flow block: causal pre-norm layers, scanned over depth or, for decoding, one by one."""
+"""The transformer stack of a flow block: causal pre-norm layers with stacked or, for decoding, separate parameters."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from jaxtyping import Array, Float, Int, PyTree
 from flowgen.attention import CAUSAL_KERNEL_NAMES, CausalKernel, FeatureMap, FrameWindow, Kernel, causal_kernel
 from flowgen.attention.kernels import State
 from flowgen.attention.rotary import turn
-from flowgen.backend import Implementation
+from flowgen.backend import Implementation, Remat, layer_form
 from flowgen.nn.layers import MLP, NORMS, RMSNorm, linear
 from flowgen.settings.ranges import OneOf, Own
 
@@ -32,9 +32,11 @@ class TransformerConfig:
     num_kv_heads: number of key heads, each shared by num_heads / num_kv_heads query heads; None means num_heads.
     norm: norm before attention and MLP. qk_norm: RMSNorm over the channels of each head, before the rotary rotation.
     post_norm: RMSNorm of the outputs of attention and MLP. use_bias: whether the linear maps have biases.
-    scan: True, for training, compiles one layer and stores parameters with a leading axis of `num_layers`. False, for
-    decoding, gives each layer its own parameters and cache, because inside a loop over tokens a scan over layers would
-    copy the weights and cache of every layer out of the stack for each token.
+    remat: whether the backward pass recomputes the activations of each layer; `flowgen.backend.layer_form` defines
+    "auto". Results differ only in rounding, and parameters do not differ.
+    scan: True, for training, stores parameters with a leading axis of `num_layers`. False, for decoding, gives each
+    layer its own parameters and cache, because inside a loop over tokens a scan over layers would copy the weights and
+    cache of every layer out of the stack for each token.
     window: attention to nearby frames instead of causal attention; such a stack takes no caches.
     attention_implementation: what computes softmax attention of whole sequences; see `softmax_attention`.
     """
@@ -46,7 +48,7 @@ class TransformerConfig:
     activation: str = "gelu"
     attention: Attention = "softmax"
     dtype: str = "float32"
-    remat: bool = False
+    remat: Remat = False
     scan: bool = True
     num_kv_heads: int | None = None
     norm: str = "layer_norm"
@@ -126,6 +128,30 @@ class TransformerLayer(nn.Module):
         return h + (self.mlp_post_norm(update) if self.config.post_norm else update), cache
 
 
+class LayerStack(nn.Module):
+    """Applies layers whose parameters are stacked along a leading axis; see `transformer_stack`."""
+
+    config: TransformerConfig
+
+    @nn.compact
+    def __call__(
+        self, h: Float[Array, "b n d"], caches: None, start: Slot, inverse_temperature: Scale, rotation: Rotation
+    ) -> tuple[Float[Array, "b n d"], None]:
+        config = self.config
+        stored = config.num_layers * activation_bytes(config, *h.shape[:2])
+        form = layer_form(config.remat, config.num_layers, stored)
+        layers = nn.scan(
+            nn.remat(TransformerLayer, prevent_cse=False) if form.recompute else TransformerLayer,
+            variable_axes={"params": 0},
+            split_rngs={"params": True},
+            in_axes=(nn.broadcast,) * 4,
+            length=config.num_layers,
+            unroll=config.num_layers if form.one_by_one else 1,
+        )(config)
+        nn.share_scope(self, layers)
+        return layers(h, caches, start, inverse_temperature, rotation)
+
+
 class LayerLoop(nn.Module):
     """Applies layers one by one, each with its own parameters and cache; see `transformer_stack`."""
 
@@ -159,17 +185,16 @@ def transformer_stack(config: TransformerConfig) -> nn.Module:
     Example:
         h, caches = stack(h, None, 0, None, None)
     """
-    if not config.scan:
-        return LayerLoop(config)
-    layer = nn.remat(TransformerLayer, prevent_cse=False) if config.remat else TransformerLayer
-    scanned = nn.scan(
-        layer,
-        variable_axes={"params": 0},
-        split_rngs={"params": True},
-        in_axes=(nn.broadcast,) * 4,
-        length=config.num_layers,
-    )
-    return scanned(config)
+    return LayerStack(config) if config.scan else LayerLoop(config)
+
+
+def activation_bytes(config: TransformerConfig, batch: int, n: int) -> int:
+    """Returns about how many bytes of activations one layer stores for the backward pass, in float32.
+
+    A token has 8 vectors outside the MLP, 5 in its hidden layer, and two times its attention logits. For two shapes,
+    XLA's plans for a CPU agree to 5 %.
+    """
+    return 4 * batch * n * ((8 + 5 * config.expansion) * config.width + 2 * config.num_heads * n)
 
 
 def unstack_layers(stacked: PyTree, num_layers: int) -> PyTree:

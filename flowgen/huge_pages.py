@@ -1,0 +1,155 @@
+"""Huge pages: whether malloc gives them to this process, and a restart of a command that switches them on.
+
+A training step on a CPU allocates its arrays anew, and the kernel provides their memory page by page. With pages of
+2 MiB instead of 4 KiB, this takes much less time. If the kernel's setting is "madvise", programs must ask for huge
+pages; glibc 2.35 and later asks for them if GLIBC_TUNABLES contains `glibc.malloc.hugetlb=1` when the process starts.
+
+This module needs only the standard library, so that a command can restart before it imports jax.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import ctypes
+import functools
+import importlib.util
+import os
+import platform
+import sys
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import NamedTuple
+
+VARIABLE = "GLIBC_TUNABLES"
+TUNABLE = "glibc.malloc.hugetlb=1"
+OLDEST_GLIBC = (2, 35)
+KERNEL_SETTING = Path("/sys/kernel/mm/transparent_hugepage/enabled")
+RESTARTED = "FLOWGEN_RESTARTED"  # set in a restarted process, so that it never restarts again
+BLOCK = 8 << 20  # bytes; malloc maps blocks of this size separately
+
+
+class Pages(NamedTuple):
+    """What decides whether malloc gives huge pages.
+
+    system: name of the operating system, such as "Linux". glibc: version of the C library; None if it is another one.
+    kernel: the kernel's setting, "always", "madvise" or "never"; empty if it is unknown. tunables: the value of
+    GLIBC_TUNABLES when the process started; None if it was not set.
+    """
+
+    system: str
+    glibc: tuple[int, ...] | None
+    kernel: str
+    tunables: str | None
+
+    def problem(self) -> str:
+        """Returns why malloc gives no huge pages, as a clause; empty if it does."""
+        if self.system != "Linux":
+            return f"{self.system} has no such setting"
+        if self.kernel == "always":
+            return ""
+        if self.kernel != "madvise":
+            return f"{KERNEL_SETTING} is {self.kernel or 'missing'}"
+        if self.glibc is None:
+            return "the C library is not glibc"
+        if self.glibc < OLDEST_GLIBC:
+            return f"glibc {'.'.join(map(str, self.glibc))} is older than 2.35"
+        if TUNABLE not in (self.tunables or "").split(":"):
+            return f"{VARIABLE} did not contain {TUNABLE} when the process started"
+        return ""
+
+    def can_switch_on(self) -> bool:
+        """Returns whether a new process would have huge pages if GLIBC_TUNABLES, which is not set, asked for them."""
+        return self.tunables is None and bool(self.problem()) and not self._replace(tunables=TUNABLE).problem()
+
+
+def pages() -> Pages:
+    """Returns what decides about huge pages in this process."""
+    return Pages(platform.system(), _glibc(), _kernel_setting(), _at_start(VARIABLE))
+
+
+@functools.cache
+def why_absent() -> str:
+    """Returns why malloc gives this process no huge pages, as a clause; empty if it does."""
+    found = pages()
+    if not (problem := found.problem()) and found.kernel == "madvise" and not _asks_for_them():
+        return "malloc does not ask for them, so it may not be the one from glibc"
+    return problem
+
+
+def restart(words: Sequence[str], environ: Mapping[str, str] = os.environ) -> None:
+    """Replaces this process by the same command with huge pages, if it can have them; otherwise returns.
+
+    words: the last words of the command line that started this process; in a process that was started otherwise, such
+    as a program that calls a command with words of its own, nothing happens. The new program has the same process id,
+    working directory, standard streams and interpreter options. Nothing happens either if GLIBC_TUNABLES is set, even
+    to an empty text, under a debugger or profiler, or if JAX may use an accelerator.
+    """
+    started_so = sys.orig_argv[len(sys.orig_argv) - len(words) :] == list(words)
+    observed = sys.gettrace() or sys.getprofile() or not {"pydevd", "coverage"}.isdisjoint(sys.modules)
+    if VARIABLE in environ or RESTARTED in environ or not started_so or observed or not sys.executable:
+        return
+    if not (pages().can_switch_on() and _only_cpus(environ)):
+        return
+    for stream in (sys.stdout, sys.stderr):
+        with contextlib.suppress(AttributeError, OSError, ValueError):  # closed, or None
+            stream.flush()
+    with contextlib.suppress(OSError):  # The interpreter's file is gone: go on without huge pages.
+        command = [sys.executable, *sys.orig_argv[1:]]
+        os.execve(sys.executable, command, {**environ, VARIABLE: TUNABLE, RESTARTED: "1"})
+
+
+def _only_cpus(environ: Mapping[str, str]) -> bool:
+    """Returns whether JAX will run on CPUs: it was told to, or no plugin for an accelerator is installed."""
+    if asked := environ.get("JAX_PLATFORMS"):
+        return asked == "cpu"
+    return not any(importlib.util.find_spec(name) for name in ("jax_plugins", "libtpu"))
+
+
+def _glibc() -> tuple[int, ...] | None:
+    try:
+        name, _, version = (os.confstr("CS_GNU_LIBC_VERSION") or "").partition(" ")
+        return tuple(map(int, version.split("."))) if name == "glibc" else None
+    except (AttributeError, OSError, ValueError):
+        return None
+
+
+def _kernel_setting() -> str:
+    """Returns the chosen word of a line such as "always [madvise] never"."""
+    try:
+        return KERNEL_SETTING.read_text().partition("[")[2].partition("]")[0]
+    except OSError:
+        return ""
+
+
+def _at_start(variable: str) -> str | None:
+    """Returns an environment variable as it was when the process started; later changes do not reach malloc."""
+    try:
+        lines = Path("/proc/self/environ").read_bytes().split(b"\0")
+    except OSError:
+        return os.environ.get(variable)
+    values = (line.partition(b"=")[2] for line in lines if line.startswith(f"{variable}=".encode()))
+    return next((value.decode(errors="replace") for value in values), None)
+
+
+def _asks_for_them() -> bool:
+    """Returns whether the mapping of a large block from malloc has the flag "hg"; True if the kernel does not tell."""
+    libc = ctypes.CDLL(None)
+    libc.malloc.argtypes, libc.malloc.restype, libc.free.argtypes = (
+        [ctypes.c_size_t],
+        ctypes.c_void_p,
+        [ctypes.c_void_p],
+    )
+    address, inside = libc.malloc(BLOCK), False
+    try:
+        for line in Path("/proc/self/smaps").read_text(errors="replace").splitlines():
+            first, _, rest = line.partition(" ")
+            if first == "VmFlags:" and inside:
+                return "hg" in rest.split()
+            if not first.endswith(":"):
+                start, _, end = first.partition("-")
+                inside = int(start, 16) <= (address or 0) + BLOCK // 2 < int(end, 16)
+    except (OSError, ValueError):
+        pass
+    finally:
+        libc.free(address)
+    return True
