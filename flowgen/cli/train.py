@@ -56,7 +56,7 @@ def run(options: argparse.Namespace, rest: list[str]) -> int:
             if options.debug:
                 say(DEBUG)
             if backend.platform() == "cpu" and (problem := huge_pages.why_absent()):
-                say(f"No huge pages, with which flows train faster on CPUs: {problem}.")
+                say(f"No huge pages, with which larger flows train faster on CPUs: {problem}.")
             result = fit(experiment, options.workdir, signals=signals, profile=options.profile or 0)
         except Interrupted as stop:
             say("Stopped before the first step; nothing is lost. Run the same command to start over.")
