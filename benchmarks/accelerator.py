@@ -100,7 +100,7 @@ def training_step(config: str, sizes: Sizes) -> Row:
 
 
 def decoding(config: str, plan: str, sizes: Sizes) -> Row:
-    """Returns the time of drawing samples with guidance, with perturbed parameters, so that no block is the identity."""
+    """Returns the time of drawing samples with guidance; parameters are perturbed, so that no block is the identity."""
     import jax
     import jax.numpy as jnp
 
