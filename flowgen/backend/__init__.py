@@ -12,6 +12,7 @@ from flowgen.backend.devices import (
     PIXELS_AT_ONCE,
     TEXTS_AT_ONCE,
     attention_implementation,
+    cache_stages,
     call_host,
     causal_slice,
     cholesky,
@@ -23,6 +24,7 @@ from flowgen.backend.devices import (
     platform,
     queries_at_once,
     samples_at_once,
+    settled,
     unit_lower_inverse,
 )
 from flowgen.backend.meshes import (
@@ -37,6 +39,7 @@ from flowgen.backend.meshes import (
     take_rows,
     varies,
     varying,
+    with_automatic_axes,
 )
 
 __all__ = [
@@ -50,6 +53,7 @@ __all__ = [
     "OnMeshes",
     "alike_rows",
     "attention_implementation",
+    "cache_stages",
     "call_host",
     "causal_slice",
     "check_unmapped",
@@ -67,8 +71,10 @@ __all__ = [
     "platform",
     "queries_at_once",
     "samples_at_once",
+    "settled",
     "take_rows",
     "unit_lower_inverse",
     "varies",
     "varying",
+    "with_automatic_axes",
 ]

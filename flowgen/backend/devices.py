@@ -11,6 +11,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from jax import lax
+from jax.core import Tracer
 from jax.experimental.buffer_callback import buffer_callback
 from jax.typing import ArrayLike, DTypeLike
 from jaxtyping import Array, Float, Shaped
@@ -25,6 +26,13 @@ MAX_LOGITS = 1 << 28
 # would save little, and take longer to compile.
 MAX_CAUSAL_SLICES = 4
 MIN_CAUSAL_SLICE = 64
+
+# A cache grows in at most this many stages, each of which reads it at a fixed length: 58 % of the slots, where one
+# stage reads all and endless stages read 50 %. The token loop is compiled once per stage.
+MAX_CACHE_STAGES = 6
+MIN_CACHE_STAGE = 16
+# Largest number of layers in the token loops of all stages of a program; compiling a layer takes 0.1 s to 1 s.
+MAX_LOOP_LAYERS = 48
 
 # 32 images of 256 x 256 pixels at once; the published autoencoders need 3 GiB to encode them and 7 GiB to decode them.
 PIXELS_AT_ONCE = 32 * 256**2
@@ -159,6 +167,14 @@ def causal_slice(n: int) -> int:
     return max(MIN_CAUSAL_SLICE, -(-n // MAX_CAUSAL_SLICES))
 
 
+def cache_stages(tokens: int, layers: int) -> int:
+    """Returns in how many stages a cache grows while tokens are decoded one after another.
+
+    layers: number of layers that are compiled for every stage of the same program.
+    """
+    return max(1, min(MAX_CACHE_STAGES, tokens // MIN_CACHE_STAGE, MAX_LOOP_LAYERS // max(layers, 1)))
+
+
 def samples_at_once(pixels: int) -> int:
     """Returns how many samples of this many pixels an autoencoder processes at a time."""
     return max(1, min(IMAGES_AT_ONCE, PIXELS_AT_ONCE // pixels))
@@ -192,6 +208,15 @@ def in_parts(
 def must_wait(devices: Sequence[jax.Device]) -> bool:
     """Returns whether steps must run one by one: on several CPU devices, queued steps can deadlock."""
     return len(devices) > 1 and devices[0].platform == "cpu"
+
+
+def settled(tree: Any) -> Any:
+    """Returns the tree once its arrays are computed if they are on devices that must wait; else at once.
+
+    A program that other programs follow calls this, so that they are not queued where they can deadlock.
+    """
+    arrays = [x for x in jax.tree.leaves(tree) if isinstance(x, jax.Array) and not isinstance(x, Tracer)]
+    return jax.block_until_ready(tree) if any(must_wait(list(x.devices())) for x in arrays) else tree
 
 
 def call_host(fn: Callable[..., np.ndarray], out: jax.ShapeDtypeStruct, *arrays: Array) -> Array:
