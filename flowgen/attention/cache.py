@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 from typing import NamedTuple
 
 import jax
@@ -71,8 +72,9 @@ def grow_kv_cache(cache: KVCache, length: int) -> KVCache:
     Example:
         cache = grow_kv_cache(cache, length=128)
     """
-    more = length - cache.keys.shape[2]
-    return KVCache(*(jnp.pad(part, ((0, 0), (0, 0), (0, more), (0, 0))) for part in cache))
+    batch, heads, _, width = cache.keys.shape
+    longer = init_kv_cache(batch, length, heads, width, cache.keys.dtype)
+    return jax.tree.map(partial(jax.lax.dynamic_update_slice, start_indices=(0, 0, 0, 0)), longer, cache)
 
 
 def attend_kv_window(

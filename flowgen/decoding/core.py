@@ -58,7 +58,8 @@ def run(request: DecodeRequest) -> DecodeResult:
     Raises ValueError inside `jax.shard_map`, unless its `check_vma` is False.
     """
     check_unmapped("decoding", request)
-    params, request = request.params, replace(request, params={})
+    params = jax.tree.map(lambda x: x if isinstance(x, jax.Array) else jnp.asarray(x), request.params)
+    request = replace(request, params={})
     traced = any(isinstance(leaf, Tracer) for leaf in jax.tree.leaves((params, request)))
     weights = None if traced else decoding_weights(request.flow.config, params)
     return keep_rows(_run, (params, weights), request)

@@ -4,8 +4,8 @@ The tokens of a block satisfy x_t = shift_t(x_<t) + exp(log_scale_t(x_<t)) · z_
 one after another. w = 1 is sequential decoding; w = n is the Jacobi iteration of Song et al. 2021 (arXiv 2002.03629);
 sizes in between give Gauss-Seidel-Jacobi iteration. After k sweeps the first k tokens of a window are exact.
 
-Every sweep reads the whole cache, filled or not. So the windows are solved in a few stages, one loop each, and the cache
-has as many slots as its stage needs.
+Every sweep reads the whole cache, filled or not. So the windows are solved in a few stages, one loop each, and in each
+stage the cache has only as many slots as it needs.
 """
 
 from __future__ import annotations
@@ -123,13 +123,24 @@ def solve(conditioner: Conditioner, z: Float[Array, "b n c"], plan: Jacobi) -> S
     frame = conditioner.previous_frame if plan.init == "previous_frame" else None
     ends = stage_ends(count, conditioner.stages)
     before = _Before(conditioner.first, conditioner.begin_cache(ends[0] * size), frame)
-    step = partial(_solve_window, conditioner, plan, n)
-    stages = []
+    solved = Solution(
+        x=jnp.zeros_like(noise),
+        sweeps=jnp.zeros(count, jnp.int32),
+        residual=jnp.zeros((count, batch), z.dtype),
+        overflows=jnp.zeros((count, batch), jnp.int32),
+    )
+
+    def step(state):
+        index, before, solved = state
+        before, one = _solve_window(conditioner, plan, n, before, noise[index], index * size)
+        return index + 1, before, jax.tree.map(lambda parts, part: parts.at[index].set(part), solved, one)
+
+    # Stages differ only in their cache, so that the rest of the loop is compiled once.
     for begin, end in pairwise((0, *ends)):
         before = before._replace(cache=conditioner.grow(before.cache, end * size))
-        before, solutions = jax.lax.scan(step, before, (noise[begin:end], jnp.arange(begin, end) * size))
-        stages.append(solutions)
-    out, sweeps, residual, overflows = jax.tree.map(lambda *parts: jnp.concatenate(parts), *stages)
+        state = jnp.asarray(begin, jnp.int32), before, solved
+        _, before, solved = jax.lax.while_loop(lambda state, end=end: state[0] < end, step, state)
+    out, sweeps, residual, overflows = solved
     x = out.swapaxes(0, 1).reshape(batch, count * size, channels)[:, :n]
     return Solution(x, sweeps, residual.max(axis=0), overflows.sum(axis=0))
 
@@ -141,10 +152,14 @@ def stage_ends(steps: int, stages: int) -> tuple[int, ...]:
 
 
 def _solve_window(
-    conditioner: Conditioner, plan: Jacobi, n: int, before: _Before, inputs: tuple[Array, Array]
+    conditioner: Conditioner,
+    plan: Jacobi,
+    n: int,
+    before: _Before,
+    noise: Float[Array, "b w c"],
+    start: Int[Array, ""],
 ) -> tuple[_Before, Solution]:
     """What is passed on to the next window, and this window's solution. n: the total number of tokens."""
-    noise, start = inputs
     size = noise.shape[1]
     window = _Window(noise, start, (start + jnp.arange(size) < n)[None, :, None])
     sweep = partial(_sweep, conditioner, plan.tol, before, window)

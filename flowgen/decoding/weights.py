@@ -36,12 +36,9 @@ def decoding_weights(config: FlowConfig, params: Variables) -> Weights:
 
 
 def unstacked_weights(config: FlowConfig, params: Variables) -> Weights:
-    """Returns the same as `decoding_weights`, without keeping it; blocks of one shape share a compiled program."""
+    """Returns the same as `decoding_weights`, without keeping it."""
     blocks = enumerate(config.blocks)
-    return tuple(_decoding_variables(block_parameters(params, index), *_form(block)) for index, block in blocks)
-
-
-_decoding_variables = jax.jit(decoding_variables, static_argnums=(1, 2, 3))
+    return tuple(decoding_variables(block_parameters(params, index), *_form(block)) for index, block in blocks)
 
 
 def _form(block: Any) -> tuple[Any, ...]:

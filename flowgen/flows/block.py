@@ -304,8 +304,9 @@ def decoding_variables(variables: Variables, order: TokenOrder, num_layers: int,
 
     Every layer has its own arrays. Those of linear maps have the dtype in which they are used.
     """
-    params = cast_linear(variables["params"], dtype)
-    params["layers"] = unstack_layers(params["layers"], num_layers)
+    others = {name: part for name, part in variables["params"].items() if name != "layers"}
+    layers = unstack_layers(variables["params"]["layers"], num_layers, dtype)
+    params = {**cast_linear(others, dtype), "layers": layers}
     if "pos_embed" in params:
         params["pos_embed"] = reorder(jnp.asarray(params["pos_embed"]), order)
     return {"params": params}
