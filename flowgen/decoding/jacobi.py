@@ -138,7 +138,7 @@ def solve(conditioner: Conditioner, z: Float[Array, "b n c"], plan: Jacobi) -> S
     # Stages differ only in their cache, so that the rest of the loop is compiled once.
     for begin, end in pairwise((0, *ends)):
         before = before._replace(cache=conditioner.grow(before.cache, end * size))
-        state = jnp.asarray(begin, jnp.int32), before, solved
+        state = jnp.asarray(begin), before, solved
         _, before, solved = jax.lax.while_loop(lambda state, end=end: state[0] < end, step, state)
     out, sweeps, residual, overflows = solved
     x = out.swapaxes(0, 1).reshape(batch, count * size, channels)[:, :n]
