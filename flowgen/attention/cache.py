@@ -43,6 +43,8 @@ class CausalKernel(NamedTuple):
     has_slots: whether the cache has one slot per token, so that a window may start at any token that has already been
     processed.
     has_temperature: whether scaling the queries sharpens or flattens the weights, as in a softmax.
+    grow(cache, length) -> cache: the same cache with room for `length` positions. Decoders then begin with a short
+        cache, because every pass reads all of it. None means that the cache must have its full length from the start.
     """
 
     attend: Callable[..., Array]
@@ -51,6 +53,7 @@ class CausalKernel(NamedTuple):
     rewind: Callable[[State, State], State]
     has_slots: bool
     has_temperature: bool
+    grow: Callable[[State, int], State] | None = None
 
 
 def init_kv_cache(batch: int, length: int, num_heads: int, head_dim: int, dtype: DTypeLike) -> KVCache:
@@ -61,6 +64,17 @@ def init_kv_cache(batch: int, length: int, num_heads: int, head_dim: int, dtype:
     """
     zeros = jnp.zeros((batch, num_heads, length, head_dim), dtype)
     return KVCache(zeros, zeros)
+
+
+def grow_kv_cache(cache: KVCache, length: int) -> KVCache:
+    """Returns the cache with room for `length` positions, at least as many as before.
+
+    Example:
+        cache = grow_kv_cache(cache, length=128)
+    """
+    batch, heads, _, width = cache.keys.shape
+    longer = init_kv_cache(batch, length, heads, width, cache.keys.dtype)
+    return jax.tree.map(partial(jax.lax.dynamic_update_slice, start_indices=(0, 0, 0, 0)), longer, cache)
 
 
 def attend_kv_window(
@@ -154,6 +168,7 @@ SOFTMAX = CausalKernel(
     rewind=_after,
     has_slots=True,
     has_temperature=True,
+    grow=grow_kv_cache,
 )
 CAUSAL_KERNEL_NAMES = ("softmax", *KERNELS)
 

@@ -24,6 +24,7 @@ from flowgen.backend.devices import (
     MIN_CAUSAL_SLICE,
     PIXELS_AT_ONCE,
     TEXTS_AT_ONCE,
+    cache_stages,
     call_host,
     causal_share,
     causal_slice,
@@ -36,6 +37,7 @@ from flowgen.backend.devices import (
     platform,
     queries_at_once,
     samples_at_once,
+    settled,
     unit_lower_inverse,
 )
 from flowgen.backend.machines import MACHINES, Machine, machine_of, peak_memory, seconds_at_peak
@@ -53,6 +55,7 @@ from flowgen.backend.meshes import (
     take_rows,
     varies,
     varying,
+    with_automatic_axes,
 )
 from flowgen.backend.sharing import (
     WHOLE,
@@ -90,6 +93,7 @@ __all__ = [
     "attention_plan",
     "attention_platform",
     "by_rows",
+    "cache_stages",
     "call_host",
     "causal_share",
     "causal_slice",
@@ -124,6 +128,7 @@ __all__ = [
     "rows_on_device",
     "samples_at_once",
     "seconds_at_peak",
+    "settled",
     "share_rows",
     "sharing",
     "take_rows",
@@ -132,4 +137,5 @@ __all__ = [
     "unit_lower_inverse",
     "varies",
     "varying",
+    "with_automatic_axes",
 ]

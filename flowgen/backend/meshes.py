@@ -88,11 +88,9 @@ def keep_rows(fn: Callable[..., Any], variables: Any, *args: Any, **options: Any
     automatic, context = _automatic(mesh), get_abstract_mesh()
 
     def to_automatic(x):
-        if _explicit_mesh(x) is None:
-            return x
-        if traced:
+        if traced and _explicit_mesh(x) is not None:
             return reshard(x, PartitionSpec(*[None] * jnp.ndim(x)))
-        return jax.device_put(x, NamedSharding(automatic, x.sharding.spec))
+        return _moved(x, automatic)
 
     def to_explicit(x):
         letters = of_rows(x) if jnp.shape(x)[:1] == (count,) else ""
@@ -103,6 +101,22 @@ def keep_rows(fn: Callable[..., Any], variables: Any, *args: Any, **options: Any
         out = fn(variables, *args, **options)
     # Inside another call of this function everything stays under automatic axes.
     return out if traced and context == automatic else jax.tree.map(to_explicit, out)
+
+
+def with_automatic_axes(fn: Callable[[Any], Any], tree: Any) -> Any:
+    """Returns fn(tree) for arrays outside jit, computed and left under automatic axes if their mesh has explicit ones.
+
+    `keep_rows` takes the result beside arrays of the original mesh.
+
+    Example:
+        weights = with_automatic_axes(unstack, variables)
+    """
+    explicit = [x for x in jax.tree.leaves(tree) if _explicit_mesh(x) is not None]
+    if not explicit:
+        return fn(tree)
+    automatic = _automatic(explicit[0].sharding.mesh)
+    with nullcontext() if get_abstract_mesh().empty else use_abstract_mesh(automatic.abstract_mesh):
+        return fn(jax.tree.map(lambda x: _moved(x, automatic), tree))
 
 
 def on_mesh_of(fn: Callable[..., Any], *args: Any) -> Any:
@@ -261,6 +275,11 @@ def _automatic(mesh: Any) -> Any:
     if isinstance(mesh, AbstractMesh):
         return mesh.update_axis_types(dict(zip(mesh.axis_names, types, strict=True)))
     return Mesh(mesh.devices, mesh.axis_names, axis_types=types)
+
+
+def _moved(x: Any, automatic: Any) -> Any:
+    """An array on the same mesh with automatic axes; unchanged if its mesh has no explicit ones."""
+    return x if _explicit_mesh(x) is None else jax.device_put(x, NamedSharding(automatic, x.sharding.spec))
 
 
 def _rows_of(x: Array) -> dict[str, Any]:

@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
+from functools import partial
 
 import jax
 import jax.numpy as jnp
-from jaxtyping import Array, Float, Int
+from jaxtyping import Array, Bool, Float, Int
 
+from flowgen.backend import cache_stages
 from flowgen.conditioning import Condition, unconditional
 from flowgen.decoding.jacobi import Conditioner, PreviousFrame, Solution, ignore, solve
 from flowgen.decoding.plan import BlockPlan, Jacobi, Sequential, SlidingWindow
@@ -19,53 +21,22 @@ from flowgen.flows.block import (
     BlockConfig,
     BlockState,
     Variables,
-    decoding_block,
     each_frame,
 )
 from flowgen.guidance import AffineParameters, Guidance
 from flowgen.nn.layers import master_dtype
 
 
+@jax.tree_util.register_dataclass
 @dataclass(frozen=True)
 class GuidedBlock:
-    """A block bound to its variables, condition and guidance.
+    """A block bound to its variables, condition and guidance; cond is None for unconditional blocks, and guidance for
+    unguided ones."""
 
-    cond: the condition; with guidance, the conditional branch's condition followed by the unconditional branch's. None
-    for unconditional blocks.
-    """
-
-    block: AutoregressiveBlock
+    block: AutoregressiveBlock = field(metadata={"static": True})
     variables: Variables
     cond: Condition | None
     guidance: Guidance | None
-
-    def inverse(
-        self,
-        z: Float[Array, "b n c"],
-        plan: BlockPlan,
-        context: Float[Array, "b m c"] | None = None,
-        solved: Callable[[Array], None] = ignore,
-    ) -> Solution:
-        """Returns the tokens whose noise is z, both in raster order, and the solver's report.
-
-        context: the tokens before those to be decoded; only for blocks in raster order without passthrough tokens.
-        solved: called on the device after each window, with the number of tokens that it solved.
-        """
-        config, passthrough = self.block.config, self.block.num_passthrough
-        u = reorder(each_frame(z, config.frames), config.order)
-        known = u[:, :passthrough] if context is None else context
-        conditioner = self._unrolled().conditioner(known, solved)
-        noise = u[:, passthrough:]
-        if isinstance(plan, SlidingWindow):
-            solution = solve_sliding(conditioner, noise, plan)
-        else:
-            solution = solve(conditioner, noise, Jacobi(window=1, tol=0.0) if isinstance(plan, Sequential) else plan)
-        return Solution(
-            x=reorder(jnp.concatenate([u[:, :passthrough], solution.x], axis=1), config.order).reshape(z.shape),
-            sweeps=solution.sweeps,
-            residual=solution.residual.reshape(len(z), config.frames).max(axis=1),
-            overflows=solution.overflows.reshape(len(z), config.frames).sum(axis=1),
-        )
 
     def forward(self, x: Float[Array, "b n c"]) -> Float[Array, "b n c"]:
         """Returns the noise of tokens x, both in raster order, from one parallel pass; the opposite of `inverse`."""
@@ -74,32 +45,36 @@ class GuidedBlock:
             return self.block.apply(self.variables, x, self.cond)[0]
         u = reorder(each_frame(x, config.frames), config.order)
         rows = self.block.apply(self.variables, u, method="previous")
-        shift, log_scale, _ = self.parameters(rows, 0, None)
+        shift, log_scale, _ = self._with_both_conditions().parameters(rows, 0, None)
         z, _ = to_noise(u[:, passthrough:], shift, log_scale)
         return reorder(jnp.concatenate([u[:, :passthrough], z], axis=1), config.order).reshape(x.shape)
 
-    def conditioner(self, known: Float[Array, "b m c"], solved: Callable[[Array], None]) -> Conditioner:
+    def conditioner(
+        self, known: Float[Array, "b m c"], stages: int = 1, solved: Callable[[Array], None] = ignore
+    ) -> Conditioner:
         """Returns what a solver needs to find the tokens after the known ones, all in the block's order."""
-        block, variables = self.block, self.variables
+        block, variables, both = self.block, self.variables, self._with_both_conditions()
         batch, begin = len(known), known.shape[1] - block.num_passthrough
 
         def begin_cache(length: int) -> tuple | None:
             """Caches that contain the prefix and the known tokens, with room for `length` more."""
             factors = self._inverse_temperature(batch)
             branches = batch if factors is None else 2 * batch
-            caches = block.apply(variables, branches, begin + length, self.cond, factors, method="prefill")
+            caches = block.apply(variables, branches, begin + length, both.cond, factors, method="prefill")
             if not begin:
                 return caches
-            return self.parameters(block.apply(variables, known, method="previous"), 0, caches)[2]
+            return both.parameters(block.apply(variables, known, method="previous"), 0, caches)[2]
 
         return Conditioner(
-            window=self.parameters,
+            window=both.parameters,
             rewind=block.rewind,
             begin_cache=begin_cache,
             first=known[:, -1:] if begin else block.apply(variables, known, method="first_previous"),
             begin=begin,
             previous_frame=_last_frame(block.config, known),
             solved=solved,
+            grow=lambda caches, length: block.grow_caches(caches, begin + length),
+            stages=stages,
         )
 
     def parameters(
@@ -107,7 +82,8 @@ class GuidedBlock:
     ) -> tuple[Float[Array, "b w c"], Float[Array, "b w c"], tuple | None]:
         """Returns the guided (shift, log_scale) of the tokens after `previous`, and the updated caches.
 
-        previous: the network's inputs from row `start` on. Both branches of guidance run as one batch.
+        previous: the network's inputs from row `start` on. Both branches of guidance run as one batch, so this block
+        must have the conditions of both.
         """
         batch, width = previous.shape[:2]
         state = BlockState(start, caches, self._inverse_temperature(batch))
@@ -121,6 +97,13 @@ class GuidedBlock:
         unconditional: AffineParameters = (shift[batch:], log_scale[batch:])
         return *self.guidance.combine(conditional, unconditional, progress[None, :, None]), caches
 
+    def _with_both_conditions(self) -> GuidedBlock:
+        """This block; if guided, with the conditional branch's condition followed by the unconditional branch's."""
+        if self.guidance is None or self.cond is None:
+            return self
+        null = unconditional(self.cond, self.guidance.null)
+        return replace(self, cond=jax.tree.map(lambda *parts: jnp.concatenate(parts), self.cond, null))
+
     def _inverse_temperature(self, batch: int) -> Float[Array, " branches"] | None:
         """One factor on the attention logits per sample and branch; None without guidance."""
         if self.guidance is None:
@@ -128,23 +111,45 @@ class GuidedBlock:
         dtype = master_dtype(self.block.config.transformer.dtype)
         return jnp.where(jnp.arange(2 * batch) < batch, 1.0, 1.0 / self.guidance.temperature).astype(dtype)
 
-    def _unrolled(self) -> GuidedBlock:
-        """This block with unrolled layers, which support caches."""
-        block, variables = decoding_block(self.block.config, self.variables)
-        return replace(self, block=block, variables=variables)
 
+@partial(jax.jit, static_argnames=("plan", "layers", "solved"))
+def inverse(
+    guided: GuidedBlock,
+    z: Float[Array, "b n c"],
+    is_reversed: Bool[Array, ""] | bool,
+    context: Float[Array, "b m c"] | None = None,
+    *,
+    plan: BlockPlan,
+    layers: int,
+    solved: Callable[[Array], None] = ignore,
+) -> Solution:
+    """Returns the tokens whose noise is z, both in raster order, and the solver's report.
 
-def guided_block(
-    config: BlockConfig, variables: Variables, cond: Condition | None, guidance: Guidance | None
-) -> GuidedBlock:
-    """Returns a block bound to its condition and guidance.
-
-    guidance: None for an unguided block.
+    guided: has a `decoding_config`. is_reversed: whether the block's order is "reversed"; blocks of both orders share
+    this compiled program. context: the tokens before those to be decoded; only for blocks in raster order without
+    passthrough tokens. layers: number of layers that are compiled into the same program. solved: called on the device
+    after each window, with the number of tokens that it solved.
     """
-    cond = cond if config.is_conditional else None
-    if guidance is not None and cond is not None:
-        cond = jax.tree.map(lambda *parts: jnp.concatenate(parts), cond, unconditional(cond, guidance.null))
-    return GuidedBlock(AutoregressiveBlock(config), variables, cond, guidance)
+    block = guided.block
+    config, passthrough = block.config, block.num_passthrough
+
+    def reordered(tokens):
+        return jnp.where(is_reversed, reorder(tokens, "reversed"), tokens)
+
+    u = reordered(each_frame(z, config.frames))
+    noise = u[:, passthrough:]
+    stages = cache_stages(noise.shape[1], layers) if block.has_growing_caches else 1
+    conditioner = guided.conditioner(u[:, :passthrough] if context is None else context, stages, solved)
+    if isinstance(plan, SlidingWindow):
+        solution = solve_sliding(conditioner, noise, plan)
+    else:
+        solution = solve(conditioner, noise, Jacobi(window=1, tol=0.0) if isinstance(plan, Sequential) else plan)
+    return Solution(
+        x=reordered(jnp.concatenate([u[:, :passthrough], solution.x], axis=1)).reshape(z.shape),
+        sweeps=solution.sweeps,
+        residual=solution.residual.reshape(len(z), config.frames).max(axis=1),
+        overflows=solution.overflows.reshape(len(z), config.frames).sum(axis=1),
+    )
 
 
 def _last_frame(config: BlockConfig, known: Float[Array, "b m c"]) -> PreviousFrame | None:

@@ -1,14 +1,19 @@
-"""`run`: the one compiled program behind `invert` and `sample`.
+"""`run`: the compiled programs behind `invert` and `sample`.
 
 Decoding first inverts the last block, segment by segment, from noise to tokens u. The other blocks then map u to
 images, or to frames one by one. If frames are given, a forward pass of the other blocks first maps them to their u. A
 pass over this u fills the last block's caches, and decoding continues from there.
+
+Loops over tokens take most of the time to compile, so blocks of one shape and plan share a program. Inside a program of
+the caller's, all of this becomes part of that program.
 """
 
 from __future__ import annotations
 
-from dataclasses import replace
+from collections.abc import Callable
+from dataclasses import dataclass, field, replace
 from functools import partial
+from itertools import pairwise
 
 import jax
 import jax.numpy as jnp
@@ -17,15 +22,39 @@ from jax.core import Tracer
 from jax.sharding import Mesh, PartitionSpec
 from jaxtyping import Array, Float
 
-from flowgen.backend import WHOLE, check_unmapped, copies, keep_rows, on_first_device, on_own_rows, rows_mesh
-from flowgen.decoding.block import GuidedBlock, guided_block
+from flowgen.backend import WHOLE, check_unmapped, copies, keep_rows, on_first_device, on_own_rows, rows_mesh, settled
+from flowgen.decoding.block import GuidedBlock, inverse
 from flowgen.decoding.denoising import denoised, enter_last_block
-from flowgen.decoding.jacobi import Solution
+from flowgen.decoding.jacobi import Solution, ignore
 from flowgen.decoding.layout import Segments, scan_segments
 from flowgen.decoding.request import DecodeRequest, DecodeResult, SampleKeys
-from flowgen.flows.block import Variables, block_parameters
+from flowgen.decoding.weights import Weights, decoding_weights, unstacked_weights
+from flowgen.flows.block import AutoregressiveBlock, BlockConfig, Variables, block_parameters, decoding_config
 from flowgen.flows.density import Flow
 from flowgen.nn.layers import master_dtype
+
+
+@jax.tree_util.register_dataclass
+@dataclass(frozen=True)
+class _Blocks:
+    """The blocks' variables for decoding, and the number of layers in the program that inverts each of them."""
+
+    weights: Weights
+    layers: tuple[int, ...] = field(metadata={"static": True})
+
+
+@dataclass(frozen=True)
+class _Progress:
+    """Calls a clip's progress function on the host, with the number of newly solved tokens."""
+
+    function: Callable[[int, int], None]
+    total: int
+
+    def __call__(self, count: Array) -> None:
+        def report(count):
+            jax.debug.callback(lambda n: self.function(int(n), self.total), count)
+
+        on_first_device(report, count)
 
 
 def run(request: DecodeRequest) -> DecodeResult:
@@ -35,43 +64,80 @@ def run(request: DecodeRequest) -> DecodeResult:
     waits for no other. Raises ValueError inside `jax.shard_map`, unless its `check_vma` is False.
     """
     check_unmapped("decoding", request)
-    divided = rows_mesh(request.rows, request.params)
-    if divided is None:
-        return keep_rows(_run, request.params, replace(request, params={}))
-    mesh, axis = divided
-    result = _run_on_own_rows(copies(request.params, mesh), replace(request, params={}), mesh=mesh, axis=axis)
+    params = jax.tree.map(lambda x: x if isinstance(x, jax.Array) else jnp.asarray(x), request.params)
+    request = replace(request, params={})
+    mesh, axis = rows_mesh(request.rows, params) or (None, None)
+    params = copies(params, mesh)
+    traced = any(isinstance(leaf, Tracer) for leaf in jax.tree.leaves((params, request)))
+    weights = None if traced else decoding_weights(request.flow.config, params)
+    if mesh is None:
+        return keep_rows(_run, (params, weights), request)
+    result = _run_on_own_rows((params, weights), request, mesh=mesh, axis=axis)
     # On the host, because devices that wait for each other need a thread each; inside jit there is no host.
     sweeps = result.sweeps if isinstance(result.sweeps, Tracer) else np.asarray(result.sweeps)
     return result._replace(sweeps=jnp.asarray(sweeps.max(axis=0)))
 
 
 @partial(jax.jit, static_argnames=("mesh", "axis"))
-def _run_on_own_rows(params: Variables, request: DecodeRequest, *, mesh: Mesh, axis: str | tuple) -> DecodeResult:
+def _run_on_own_rows(
+    variables: tuple[Variables, Weights | None], request: DecodeRequest, *, mesh: Mesh, axis: str | tuple
+) -> DecodeResult:
     """The result of `_run`, with the sweeps `devices blocks windows` of every device."""
 
     leaves, tree = jax.tree.flatten(request)
     rows = jax.tree.leaves(request.by_sample)
     specs = [PartitionSpec(axis) if any(x is row for row in rows) else WHOLE for x in leaves]
 
-    def run_one(params, leaves):
-        result = _run(params, jax.tree.unflatten(tree, leaves))
+    def run_one(variables, leaves):
+        result = _run(variables, jax.tree.unflatten(tree, leaves), in_one_program=True)
         return result._replace(sweeps=result.sweeps[None])
 
-    return on_own_rows(run_one, mesh, (WHOLE, specs), axis)(params, leaves)
+    return on_own_rows(run_one, mesh, (WHOLE, specs), axis)(variables, leaves)
+
+
+def _run(
+    variables: tuple[Variables, Weights | None], request: DecodeRequest, *, in_one_program: bool = False
+) -> DecodeResult:
+    params, weights = variables
+    config, layout = request.flow.config, request.layout
+    layers = tuple(block.transformer.num_layers for block in config.blocks)
+    if weights is None:  # inside a program of the caller's
+        weights, in_one_program = unstacked_weights(config, params), True
+    if in_one_program:
+        layers = (sum(layers),) * len(layers)
+    blocks = _Blocks(weights, layers)
+    noise, given = _begin(request.with_params(params))
+    last = settled(_invert_last_block(request, blocks, noise, given))
+    flow, others = request.flow.with_num_frames(layout.total - layout.given), []
+    u = layout.frames(last.x, layout.given, layout.total)
+    for index in reversed(range(config.num_blocks - 1)):
+        others.insert(0, settled(_invert_block(request, blocks, flow, index, u)))
+        u = others[0].x
+    return _result(request.with_params(params), noise, others, last)
 
 
 @jax.jit
-def _run(params: Variables, request: DecodeRequest) -> DecodeResult:
-    request = replace(request, params=params)
+def _begin(request: DecodeRequest) -> tuple[Float[Array, "b n c"], Float[Array, "b m c"]]:
+    """The noise of all frames, and the last block's tokens u of the given frames."""
+    noise, given = _noise(request), request.clip.given
+    return noise, noise[:, :0] if given is None else enter_last_block(request, jnp.asarray(given))[0]
+
+
+@jax.jit
+def _result(
+    request: DecodeRequest, noise: Float[Array, "b n c"], others: list[Solution], last: Solution
+) -> DecodeResult:
+    """The denoised result with the solvers' reports, and with its error if the request is certified."""
     layout, given = request.layout, request.clip.given
-    noise = _noise(request)
-    last = _invert_last_block(request, noise)
+    u = layout.frames(last.x, layout.given, layout.total)
     later = request.flow.with_num_frames(layout.total - layout.given)
-    others, errors = _invert_other_blocks(request, later, layout.frames(last.x, layout.given, layout.total))
-    x = later.to_images(others[0].x if others else layout.frames(last.x, layout.given, layout.total))
+    x = later.to_images(others[0].x if others else u)
     x = x if given is None else jnp.concatenate([given, x], axis=1)
+    errors = []
     if request.certify:
         errors.append(_last_block_error(request, x, last.x, noise))
+        if request.guidance is not None:
+            errors += _other_errors(request, later, [*(solution.x for solution in others), u])
     clean, solutions = denoised(request, x), [*others, last]
     width = max(len(solution.sweeps) for solution in solutions)
     return DecodeResult(
@@ -108,15 +174,28 @@ def _noise(request: DecodeRequest) -> Float[Array, "b n c"]:
     return jax.vmap(of_sample)(keys.indices) * scale
 
 
-def _invert_last_block(request: DecodeRequest, noise: Float[Array, "b n c"]) -> Solution:
+def _invert_last_block(
+    request: DecodeRequest, blocks: _Blocks, noise: Float[Array, "b n c"], given: Float[Array, "b m c"]
+) -> Solution:
     """The tokens u of all frames, given ones included, with the report over all segments."""
-    layout, given = request.layout, request.clip.given
-    u, reports = noise[:, :0] if given is None else enter_last_block(request, jnp.asarray(given))[0], []
-    for part in layout.segments:
-        block = _last_block(request, part)
+    layout = request.layout
+    if not layout.is_one_segment:
+        return _invert_segments(request, blocks, noise, given)
+    request, flow, index = _last_block(request, layout.segments[0])
+    return _invert_block(request, blocks, flow, index, noise, solved=_progress(request))
 
-        def segment(context, z, block=block):
-            solution = block.inverse(z, request.plan.blocks[-1], context, partial(_tell, request))
+
+@jax.jit
+def _invert_segments(
+    request: DecodeRequest, blocks: _Blocks, noise: Float[Array, "b n c"], u: Float[Array, "b m c"]
+) -> Solution:
+    layout, solved, reports = request.layout, _progress(request), []
+    blocks = replace(blocks, layers=tuple(layers * len(layout.segments) for layers in blocks.layers))
+    for part in layout.segments:
+        of_part, flow, index = _last_block(request, part)
+
+        def segment(context, z, of_part=of_part, flow=flow, index=index):
+            solution = _invert_block(of_part, blocks, flow, index, z, context, solved)
             if context is not None:
                 context = jnp.concatenate([context, solution.x], axis=1)[:, -context.shape[1] :]
             return context, solution
@@ -129,19 +208,20 @@ def _invert_last_block(request: DecodeRequest, noise: Float[Array, "b n c"]) -> 
     return Solution(u, sweeps, residual.max(axis=0), overflows.sum(axis=0))
 
 
-def _invert_other_blocks(
-    request: DecodeRequest, flow: Flow, u: Float[Array, "b n c"]
-) -> tuple[list[Solution], list[Float[Array, " b"]]]:
-    """The other blocks' solutions, data side first; also their errors if a guided request is certified."""
-    solutions, errors = [], []
-    for index in reversed(range(flow.config.num_blocks - 1)):
-        block = _block(request, flow, index)
-        solution = block.inverse(u, request.plan.blocks[index])
-        if request.certify and request.guidance is not None:
-            errors.append(jnp.abs(block.forward(solution.x) - u).max(axis=(1, 2)))
-        solutions.insert(0, solution)
-        u = solution.x
-    return solutions, errors
+def _invert_block(
+    request: DecodeRequest,
+    blocks: _Blocks,
+    flow: Flow,
+    index: int,
+    z: Float[Array, "b n c"],
+    context: Float[Array, "b m c"] | None = None,
+    solved: Callable[[Array], None] = ignore,
+) -> Solution:
+    """The tokens that block `index` of a flow maps to z; see `flowgen.decoding.block.inverse`."""
+    config = flow.config.blocks[index]
+    block = _guided_block(request, decoding_config(config), index, blocks.weights[index])
+    plan, layers = request.plan.blocks[index], blocks.layers[index]
+    return inverse(block, z, config.order == "reversed", context, plan=plan, layers=layers, solved=solved)
 
 
 def _last_block_error(
@@ -155,7 +235,7 @@ def _last_block_error(
     seen = u if request.guidance is not None else enter_last_block(request, x)[0]
     seen = jnp.concatenate([seen, u[:, seen.shape[1] :]], axis=1)  # x lacks the frames beyond `total`.
     for part in layout.segments:
-        block = _last_block(request, part)
+        block = _stacked_block(*_last_block(request, part))
 
         def segment(_, inputs, block=block):
             tokens, z = inputs
@@ -166,22 +246,38 @@ def _last_block_error(
     return jnp.stack(errors).max(axis=0)
 
 
-def _last_block(request: DecodeRequest, part: Segments) -> GuidedBlock:
-    """The last block, with the condition for some segments."""
+def _other_errors(request: DecodeRequest, flow: Flow, tokens: list[Float[Array, "b n c"]]) -> list[Float[Array, " b"]]:
+    """The largest difference, per sample, between each other block's input and the noise of its tokens.
+
+    tokens: the tokens of every other block, data side first, and then the input of the last of these blocks.
+    """
+    errors = []
+    for index, (x, z) in enumerate(pairwise(tokens)):
+        errors.append(jnp.abs(_stacked_block(request, flow, index).forward(x) - z).max(axis=(1, 2)))
+    return errors
+
+
+def _last_block(request: DecodeRequest, part: Segments) -> tuple[DecodeRequest, Flow, int]:
+    """The request with the condition for some segments; the flow whose last block decodes them; this block's index."""
     flow = request.flow.with_num_frames(request.layout.clip)
-    return _block(replace(request, cond=request.condition_of(part)), flow, flow.config.num_blocks - 1)
+    return replace(request, cond=request.condition_of(part)), flow, flow.config.num_blocks - 1
 
 
-def _block(request: DecodeRequest, flow: Flow, index: int) -> GuidedBlock:
-    guidance = request.guidance
-    guided = guidance is not None and index in (guidance.blocks or ())
-    variables = block_parameters(request.params, index)
-    return guided_block(flow.config.blocks[index], variables, request.cond, guidance if guided else None)
+def _stacked_block(request: DecodeRequest, flow: Flow, index: int) -> GuidedBlock:
+    """A block of a flow for parallel passes over whole sequences."""
+    return _guided_block(request, flow.config.blocks[index], index, block_parameters(request.params, index))
 
 
-def _tell(request: DecodeRequest, count: Array) -> None:
-    """Reports newly solved tokens of the last block if the clip has a progress function."""
-    layout, progress = request.layout, request.clip.progress
-    if progress is not None:
-        total = (layout.reached - layout.given) * layout.tokens_per_frame
-        on_first_device(lambda count: jax.debug.callback(lambda n: progress(int(n), total), count), count)
+def _guided_block(request: DecodeRequest, config: BlockConfig, index: int, variables: Variables) -> GuidedBlock:
+    """Block `index` in this form, with the request's condition, and with its guidance if that changes this block."""
+    guided = request.guidance is not None and index in (request.guidance.blocks or ())
+    cond = request.cond if config.is_conditional else None
+    return GuidedBlock(AutoregressiveBlock(config), variables, cond, request.guidance if guided else None)
+
+
+def _progress(request: DecodeRequest) -> Callable[[Array], None]:
+    """What to call with the number of newly solved tokens of the last block."""
+    layout, function = request.layout, request.clip.progress
+    return (
+        ignore if function is None else _Progress(function, (layout.reached - layout.given) * layout.tokens_per_frame)
+    )

@@ -3,12 +3,16 @@
 The tokens of a block satisfy x_t = shift_t(x_<t) + exp(log_scale_t(x_<t)) · z_t. The solver solves windows of w tokens
 one after another. w = 1 is sequential decoding; w = n is the Jacobi iteration of Song et al. 2021 (arXiv 2002.03629);
 sizes in between give Gauss-Seidel-Jacobi iteration. After k sweeps the first k tokens of a window are exact.
+
+Every sweep reads the whole cache, filled or not. So the windows are solved in a few stages, one loop each, and in each
+stage the cache has only as many slots as it needs.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable
 from functools import partial
+from itertools import pairwise
 from typing import Any, NamedTuple
 
 import jax
@@ -46,15 +50,22 @@ def ignore(count: Array) -> None:
     """Does nothing; the default of `Conditioner.solved`."""
 
 
+def as_it_is(cache: Any, length: int) -> Any:
+    """Returns the cache; the default of `Conditioner.grow`."""
+    return cache
+
+
 class Conditioner(NamedTuple):
     """What a solver needs from a block, and where it begins.
 
     window(previous, start, cache) -> (shift, log_scale, cache): parameters of the tokens after `previous`.
     rewind(before, after) -> cache: a cache from which the same window can run again.
     begin_cache(length) -> cache: a cache that contains the prefix and the known tokens, with room for `length` more.
+    grow(cache, length) -> cache: the same cache with room for `length` tokens after the known ones.
     first: the network's input for the first token to be solved. begin: the row of that input.
     previous_frame: the frame before that token, for plans that guess from it; None for images.
     solved(count): called after each window with the number of newly solved tokens.
+    stages: in how many stages to decode. The cache grows between them; if it cannot, one is enough.
     """
 
     window: Callable[[Array, Array, Any], tuple[Array, Array, Any]]
@@ -64,6 +75,8 @@ class Conditioner(NamedTuple):
     begin: int = 0
     previous_frame: PreviousFrame | None = None
     solved: Callable[[Array], None] = ignore
+    grow: Callable[[Any, int], Any] = as_it_is
+    stages: int = 1
 
 
 class Solution(NamedTuple):
@@ -108,18 +121,45 @@ def solve(conditioner: Conditioner, z: Float[Array, "b n c"], plan: Jacobi) -> S
     padded = jnp.pad(z, ((0, 0), (0, count * size - n), (0, 0)))
     noise = padded.reshape(batch, count, size, channels).swapaxes(0, 1)
     frame = conditioner.previous_frame if plan.init == "previous_frame" else None
-    before = _Before(conditioner.first, conditioner.begin_cache(count * size), frame)
-    step = partial(_solve_window, conditioner, plan, n)
-    _, (out, sweeps, residual, overflows) = jax.lax.scan(step, before, (noise, jnp.arange(count) * size))
+    ends = stage_ends(count, conditioner.stages)
+    before = _Before(conditioner.first, conditioner.begin_cache(ends[0] * size), frame)
+    solved = Solution(
+        x=jnp.zeros_like(noise),
+        sweeps=jnp.zeros(count, jnp.int32),
+        residual=jnp.zeros((count, batch), z.dtype),
+        overflows=jnp.zeros((count, batch), jnp.int32),
+    )
+
+    def step(state):
+        index, before, solved = state
+        before, one = _solve_window(conditioner, plan, n, before, noise[index], index * size)
+        return index + 1, before, jax.tree.map(lambda parts, part: parts.at[index].set(part), solved, one)
+
+    # Stages differ only in their cache, so that the rest of the loop is compiled once.
+    for begin, end in pairwise((0, *ends)):
+        before = before._replace(cache=conditioner.grow(before.cache, end * size))
+        state = jnp.asarray(begin), before, solved
+        _, before, solved = jax.lax.while_loop(lambda state, end=end: state[0] < end, step, state)
+    out, sweeps, residual, overflows = solved
     x = out.swapaxes(0, 1).reshape(batch, count * size, channels)[:, :n]
     return Solution(x, sweeps, residual.max(axis=0), overflows.sum(axis=0))
 
 
+def stage_ends(steps: int, stages: int) -> tuple[int, ...]:
+    """Returns the end of each stage, for at most `stages` stages of about equally many steps."""
+    stages = min(stages, steps)
+    return tuple(-(-steps * stage // stages) for stage in range(1, stages + 1))
+
+
 def _solve_window(
-    conditioner: Conditioner, plan: Jacobi, n: int, before: _Before, inputs: tuple[Array, Array]
+    conditioner: Conditioner,
+    plan: Jacobi,
+    n: int,
+    before: _Before,
+    noise: Float[Array, "b w c"],
+    start: Int[Array, ""],
 ) -> tuple[_Before, Solution]:
     """What is passed on to the next window, and this window's solution. n: the total number of tokens."""
-    noise, start = inputs
     size = noise.shape[1]
     window = _Window(noise, start, (start + jnp.arange(size) < n)[None, :, None])
     sweep = partial(_sweep, conditioner, plan.tol, before, window)

@@ -60,6 +60,11 @@ class ClipLayout(NamedTuple):
         return (*first, Segments(begun - self.context, self.context, step, restarts, True))
 
     @property
+    def is_one_segment(self) -> bool:
+        """Whether the whole clip is decoded at once, from its beginning."""
+        return len(self.segments) == 1 and self.segments[0].count == 1 and not self.segments[0].context
+
+    @property
     def places(self) -> Int[np.ndarray, " frames"]:
         """Each frame's position in the segment that decodes it; 0 for given frames beyond the first clip."""
         places = np.arange(self.reached) * (np.arange(self.reached) < self.clip)

@@ -92,6 +92,10 @@ class DecodeRequest:
     denoise: TweedieStep | Denoiser | None = None
     certify: bool = field(default=False, metadata={"static": True})
 
+    def with_params(self, params: Variables) -> DecodeRequest:
+        """Returns the request with parameters and without plan, for programs that do not solve for tokens."""
+        return replace(self, params=params, plan=DecodePlan(()))
+
     @property
     def layout(self) -> ClipLayout:
         """The segments of frames to decode."""

@@ -1,4 +1,4 @@
-"""`invert` and `sample`: from noise to images or clips in one compiled program per call signature."""
+"""`invert` and `sample`: from noise to images or clips, compiled once per call signature."""
 
 from __future__ import annotations
 

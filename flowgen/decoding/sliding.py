@@ -13,9 +13,9 @@ from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
-from jaxtyping import Array, Float, Int
+from jaxtyping import Array, Bool, Float, Int
 
-from flowgen.decoding.jacobi import Conditioner, PreviousFrame, Solution, bounded, first_guess, overflown
+from flowgen.decoding.jacobi import Conditioner, PreviousFrame, Solution, bounded, first_guess, overflown, stage_ends
 from flowgen.decoding.plan import SlidingWindow
 from flowgen.flows.affine import to_data
 
@@ -53,18 +53,25 @@ def solve_sliding(conditioner: Conditioner, z: Float[Array, "b n c"], plan: Slid
     noise = _Noise(jnp.pad(z, ((0, 0), (0, 2 * window), (0, 0))), n, window)
     guess = first_guess(plan.init, z[:, :window], conditioner.previous_frame)
     room = jnp.zeros((batch, n + 2 * window - guess.shape[1], z.shape[2]), z.dtype)
+    ends = stage_ends(n, conditioner.stages)
     state = _Pass(
         tokens=jnp.concatenate([conditioner.first, guess, room], axis=1),
         start=jnp.zeros((), int),
-        cache=conditioner.begin_cache(n + window),
+        cache=conditioner.begin_cache(ends[0] + window),
         count=jnp.zeros((), jnp.int32),
         residual=jnp.zeros(batch, z.dtype),
         overflows=jnp.zeros(batch, jnp.int32),
     )
-    state = jax.lax.while_loop(lambda state: state.start < n, partial(_pass, conditioner, plan, noise), state)
+    for end in ends:
+        state = state._replace(cache=conditioner.grow(state.cache, end + window))
+        state = jax.lax.while_loop(partial(_begins_before, end), partial(_pass, conditioner, plan, noise), state)
     x = state.tokens[:, 1 : n + 1]
     residual = jnp.where(overflown(x).any(axis=(1, 2)), jnp.inf, state.residual)
     return Solution(x, state.count[None], residual, state.overflows)
+
+
+def _begins_before(end: int, state: _Pass) -> Bool[Array, ""]:
+    return state.start < end
 
 
 def _pass(conditioner: Conditioner, plan: SlidingWindow, noise: _Noise, state: _Pass) -> _Pass:

@@ -37,7 +37,7 @@ from flowgen.flows.affine import (
 )
 from flowgen.flows.positions import GridPositions
 from flowgen.nn.embeddings import class_embedding, class_one_hot
-from flowgen.nn.layers import RMSNorm, linear, master_dtype
+from flowgen.nn.layers import RMSNorm, cast_linear, linear, master_dtype
 from flowgen.nn.softmax_shape import SoftmaxShape
 from flowgen.nn.transformer import TransformerConfig, transformer_stack, unstack_layers
 
@@ -273,6 +273,16 @@ class AutoregressiveBlock(nn.Module):
         """Returns caches from which the window that turned `before` into `after` can run again."""
         return causal_kernel(self.config.transformer.attention).rewind(before, after)
 
+    @property
+    def has_growing_caches(self) -> bool:
+        """Whether caches can grow; if not, they need room for all tokens from the start."""
+        return causal_kernel(self.config.transformer.attention).grow is not None
+
+    def grow_caches(self, caches: tuple, length: int) -> tuple:
+        """Returns the caches with room for the prefix and `length` tokens; as they are if they cannot grow."""
+        grow = causal_kernel(self.config.transformer.attention).grow
+        return caches if grow is None else tuple(grow(cache, self.config.prefix_length + length) for cache in caches)
+
 
 def softmax_shapes(blocks: tuple[BlockConfig, ...]) -> tuple[SoftmaxShape, ...]:
     """Returns the different shapes of the blocks' softmax attention, in the order of the blocks."""
@@ -290,8 +300,28 @@ def block_parameters(variables: Variables, index: int) -> Variables:
 
 
 def decoding_block(config: BlockConfig, variables: Variables) -> tuple[AutoregressiveBlock, Variables]:
-    """Returns a block and its variables for decoding, with unrolled layers that take caches."""
-    transformer = replace(config.transformer, scan=False)
-    params = variables["params"]
-    layers = unstack_layers(params["layers"], transformer.num_layers)
-    return AutoregressiveBlock(replace(config, transformer=transformer)), {"params": {**params, "layers": layers}}
+    """Returns a block and its variables for decoding: `decoding_config` and `decoding_variables`."""
+    transformer = config.transformer
+    decoding = decoding_variables(variables, config.order, transformer.num_layers, transformer.dtype)
+    return AutoregressiveBlock(decoding_config(config)), decoding
+
+
+def decoding_config(config: BlockConfig) -> BlockConfig:
+    """Returns the config of a block for decoding: unrolled layers, which take caches, and tokens in the block's order.
+
+    Blocks that differ only in their order can therefore share a compiled program.
+    """
+    return replace(config, order="raster", transformer=replace(config.transformer, scan=False))
+
+
+def decoding_variables(variables: Variables, order: TokenOrder, num_layers: int, dtype: str) -> Variables:
+    """Returns the variables of a block with this order, in the form that its `decoding_config` takes.
+
+    Every layer has its own arrays. Those of linear maps have the dtype in which they are used.
+    """
+    others = {name: part for name, part in variables["params"].items() if name != "layers"}
+    layers = unstack_layers(variables["params"]["layers"], num_layers, dtype)
+    params = {**cast_linear(others, dtype), "layers": layers}
+    if "pos_embed" in params:
+        params["pos_embed"] = reorder(jnp.asarray(params["pos_embed"]), order)
+    return {"params": params}

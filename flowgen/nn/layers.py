@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
-from typing import Literal
+from collections.abc import Callable, Mapping
+from typing import Any, Literal
 
 import jax
 import jax.numpy as jnp
@@ -77,6 +77,20 @@ def linear(
         dot_general=flat_dot,
         name=name,
     )
+
+
+def cast_linear(params: Mapping[str, Any], dtype: str) -> dict[str, Any]:
+    """Returns parameters of modules with the kernels and biases of their Dense layers cast to `dtype`.
+
+    A Dense layer casts them to its dtype whenever it is applied, so its results stay the same. Norms compute with their
+    parameters as they are, and keep them.
+
+    Example:
+        params = cast_linear(params, "bfloat16")
+    """
+    if "kernel" in params:
+        return {name: leaf.astype(dtype) for name, leaf in params.items()}
+    return {name: cast_linear(part, dtype) if isinstance(part, Mapping) else part for name, part in params.items()}
 
 
 def layer_norm(dtype: str) -> nn.LayerNorm:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from functools import partial
 from typing import Annotated
 
 import jax
@@ -14,7 +15,7 @@ from flowgen.attention import CAUSAL_KERNEL_NAMES, CausalKernel, FeatureMap, Fra
 from flowgen.attention.kernels import State
 from flowgen.attention.rotary import turn
 from flowgen.backend import Implementation, Remat, layer_form
-from flowgen.nn.layers import MLP, NORMS, RMSNorm, linear
+from flowgen.nn.layers import MLP, NORMS, RMSNorm, cast_linear, linear
 from flowgen.settings.ranges import OneOf, Own
 
 Slot = Int[Array, ""] | int
@@ -197,10 +198,18 @@ def activation_bytes(config: TransformerConfig, batch: int, n: int) -> int:
     return 4 * batch * n * ((8 + 5 * config.expansion) * config.width + 2 * config.num_heads * n)
 
 
-def unstack_layers(stacked: PyTree, num_layers: int) -> PyTree:
+def unstack_layers(stacked: PyTree, num_layers: int, dtype: str | None = None) -> PyTree:
     """Returns the parameters of a scanned stack in the form that the same stack expects with `scan` off.
+
+    dtype: the stack's dtype, to which its linear maps are cast (see `cast_linear`); None keeps their dtype.
 
     Example:
         params = unstack_layers(block["layers"], config.num_layers)
     """
-    return {f"layer_{i}": jax.tree.map(lambda leaf, i=i: leaf[i], stacked) for i in range(num_layers)}
+    return {f"layer_{i}": _layer(stacked, jnp.asarray(i), dtype) for i in range(num_layers)}
+
+
+@partial(jax.jit, static_argnames="dtype")
+def _layer(stacked: PyTree, index: Int[Array, ""], dtype: str | None) -> PyTree:
+    layer = jax.tree.map(lambda leaf: leaf[index], stacked)
+    return layer if dtype is None else cast_linear(layer, dtype)
