@@ -179,9 +179,9 @@ def test_evaluate_measures_splits_and_noises(trained):
     ):
         out = succeed(f"evaluate --split {split} --noise {noise} {words} --checkpoint", trained.path)
         named = "Gaussian noise of std 0.1" if noise == "model" else "uniform dequantisation"
-        found = re.fullmatch(
-            rf"{sizes[split]} images \({split}\), {named}\nbits/dim (\S+)\nbits/dim of a Gaussian fit (\S+)\n", out
-        )
+        whose = "training" if split == "eval" else "same"
+        first, gaussian = rf"{sizes[split]} images \({split}\), {named}", f"a Gaussian fitted to the {whose} images"
+        found = re.fullmatch(rf"{first}\nbits/dim (\S+)\nbits/dim of {gaussian} (\S+)\n", out)
         bits[split, noise], baselines[split, noise] = map(float, found.groups())
     # The same measure as in training, which prints three digits of it.
     held_out, baseline = map(float, re.findall(r"\d+\.\d{3}", trained.second.out)[:2])

@@ -87,7 +87,8 @@ def _starflow(options: argparse.Namespace) -> tuple[Any, Any, Any]:
     codec = _codec(options, arguments) if arguments.get("vae") else None
     state_dict = convert.read_state_dict(options.file, entry=options.entry)
     flow, variables = convert.starflow(state_dict, arguments, dtype=options.dtype or "float32")
-    size = arguments.get("vid_size")
+    size, guides = arguments.get("vid_size"), flow.config.num_classes or flow.config.text_dim
+    guidance = check(float, arguments.get("cfg") or 0, path="cfg") if guides else 0.0
     # The weights do not say what they were trained on.
     kind: Any = FlowExperiment if size is None else VideoFlowExperiment
     experiment = kind(
@@ -96,7 +97,7 @@ def _starflow(options: argparse.Namespace) -> tuple[Any, Any, Any]:
         data=DataConfig(name="folder") if size is None else ClipsConfig(fps=float(convert.clip_size(size)[1])),
         codec=codec,
         text=_text(options, arguments) if flow.config.text_dim else None,
-        sampling=SamplingConfig(num=8, guidance=check(float, arguments.get("cfg") or 0, path="cfg"), rule="product"),
+        sampling=SamplingConfig(num=8, guidance=guidance, rule="product"),
     )
     return flow, variables, experiment
 

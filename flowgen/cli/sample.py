@@ -19,7 +19,9 @@ def declare(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--step", type=step_or_best, help="checkpoint to use: a number, or best (default: the latest)")
     parser.add_argument("--no-ema", action="store_true", help="use the trained parameters, not their average")
     parser.add_argument(
-        "--out", default="samples.png", help="file to write: an image, or .npz with floats; for clips also .gif or .mp4"
+        "--out",
+        default="samples.png",
+        help="file to write (default: samples.png): an image, or .npz with floats; for clips also .gif or .mp4",
     )
     parser.add_argument(
         "--single", metavar="DIR", help="also write each sample to a file in this new directory: PNG, or GIF for clips"

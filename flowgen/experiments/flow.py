@@ -172,7 +172,8 @@ class FlowExperiment(AutoregressiveExperiment):
         if isinstance(dataset, BucketedDataset) or isinstance(fitted, BucketedDataset):
             return []
         bits = gaussian_bits_per_dim(fitted, dataset, noise_std=options.noise_std(flow))
-        return [f"bits/dim of a Gaussian fit {bits:.4f}"]
+        images = "training" if options.split == "eval" else "same"
+        return [f"bits/dim of a Gaussian fitted to the {images} images {bits:.4f}"]
 
     def _evaluator(self, flow: Any, trained_on: Any, held_out: Any) -> Callable[[Any], dict[str, float]]:
         if self.is_latent:
