@@ -300,6 +300,7 @@ def test_a_run_may_resume_with_another_implementation():
     dataclasses.replace(experiment, model=model).check_resumable(experiment.to_json())
 
 
+@pytest.mark.slow
 def test_info_prints_the_plan():
     out = succeed("info --config tarflow_afhq256 --model.dtype bfloat16")
     for line in ("cpu: xla (there is no fused kernel for a cpu)", "gpu: cudnn (", "tpu: tpu ("):

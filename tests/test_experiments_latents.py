@@ -210,6 +210,7 @@ def text_run(tmp_path_factory):
     return workdir
 
 
+@pytest.mark.slow
 def test_prompts_are_drawn(text_run, tmp_path):
     out = tmp_path / "samples.npz"
     words = ["sample", "--checkpoint", str(text_run), "--out", str(out), "--aspect", "1:1"]
@@ -226,6 +227,7 @@ def test_prompts_are_drawn(text_run, tmp_path):
     assert (text_run / "samples" / "0000004.png").is_file()
 
 
+@pytest.mark.slow
 def test_guidance_of_texts_is_towards_the_wrapped_empty_text(text_run):
     flow, params, experiment = checkpoint.load(text_run)
     encode = experiment.encoding.open_text_encoder()
@@ -246,6 +248,7 @@ def test_guidance_of_texts_is_towards_the_wrapped_empty_text(text_run):
     assert np.abs(latents - bare).max() > 1e-6
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("words", "message"),
     [

@@ -102,7 +102,7 @@ def test_fields_of_a_part_given_by_value_are_set_and_listed():
 @pytest.mark.parametrize(
     "config",
     [
-        FLOW(attention=own.softplus_kernel, scale_parameterisation=own.bounded),
+        pytest.param(FLOW(attention=own.softplus_kernel, scale_parameterisation=own.bounded), marks=pytest.mark.slow),
         pytest.param(FLOW(attention=own.Scaled()), marks=pytest.mark.slow),
         STAR(attention=own.cached, scale_parameterisation=own.bounded),
     ],

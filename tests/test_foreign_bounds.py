@@ -50,7 +50,7 @@ def refused(call, *parts, error=ValueError):
 
 
 @pytest.mark.parametrize("layout", rows(LAYOUTS, ("legacy",)))
-@pytest.mark.parametrize("name", PROGRAMS)
+@pytest.mark.parametrize("name", rows(PROGRAMS, ("forty names of one dictionary, four deep",)))
 def test_pickles_cost_no_more_than_their_size(layout, name, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     path = LAYOUTS[layout](tmp_path / "weights.pth", PROGRAMS[name])

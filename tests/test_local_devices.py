@@ -88,7 +88,7 @@ DRAWS = {
 }
 
 
-@pytest.mark.parametrize("name", rows(DRAWS, rare=("dopri5",)))
+@pytest.mark.parametrize("name", rows(DRAWS, rare=("clips", "dopri5")))
 def test_samples_do_not_depend_on_the_number_of_devices(name):
     assert len(backend.devices_for(len(NUMBERS))) == 4
     draw = DRAWS[name]()
@@ -122,7 +122,7 @@ def test_likelihoods_do_not_depend_on_the_number_of_devices():
 
 @pytest.mark.parametrize(
     "plan",
-    [pytest.param(Sequential(), marks=pytest.mark.slow), Jacobi(window=3, tol=1e-3)],
+    [Sequential(), pytest.param(Jacobi(window=3, tol=1e-3), marks=pytest.mark.slow)],
     ids=["sequential", "windows"],
 )
 def test_no_device_waits_for_another(plan):
@@ -145,7 +145,8 @@ def test_no_device_waits_for_another(plan):
     assert COLLECTIVE.search(by_compiler)
 
 
-@pytest.mark.parametrize("of_all", [False, pytest.param(True, marks=pytest.mark.slow)])
+@pytest.mark.slow
+@pytest.mark.parametrize("of_all", [False, True])
 def test_the_null_text_is_one_for_each_sample_or_for_all(of_all):
     flow, variables = laws.perturbed(laws.FLOWS["starflow text"], KEY)
     texts = jax.tree.map(np.asarray, laws.labels(flow.config, 8))
@@ -179,6 +180,7 @@ def test_variables_that_the_caller_divides_stay_where_they_are():
     assert [len(backend.devices_for(count)) for count in (1, 7, 8, 15, 16, 100)] == [1, 1, 2, 3, 4, 4]
 
 
+@pytest.mark.slow
 def test_a_job_names_the_devices_to_train_on(whole, tmp_path):
     job = dataclasses.replace(toy.make_job(), devices=jax.local_devices()[:1])
     toy.run(job, tmp_path / "run")

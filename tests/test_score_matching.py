@@ -56,7 +56,7 @@ def gradients(objective, params, data):
     return run(params, data, jax.random.key(1))
 
 
-@pytest.mark.parametrize("frames", rows([4, 1], (1,)))
+@pytest.mark.parametrize("frames", rows([4, 1], (4,)))
 def test_the_flow_is_trained_as_without_a_denoiser(params, frames):
     data = batch(frames)
     (loss, metrics), gradient = gradients(flow_score_objective(FLOW, loss_scale=SCALE), params, data)
