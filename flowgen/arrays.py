@@ -1,4 +1,7 @@
-"""Checks the arrays, keys and counts passed to public functions; runs during tracing and costs nothing afterwards."""
+"""Checks the arrays, keys and counts that are passed to public functions.
+
+The checks run during tracing, so they cost nothing in compiled code.
+"""
 
 from __future__ import annotations
 
@@ -25,7 +28,7 @@ def check_floating(name: str, x: Any) -> None:
 
 
 def check_bytes(name: str, x: Any) -> None:
-    """Raises ValueError unless x is a uint8 array: pixels with levels 0..255.
+    """Raises ValueError unless x is a uint8 array, such as pixels with levels 0..255.
 
     Example:
         check_bytes("batch.x", batch.x)

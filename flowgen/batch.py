@@ -1,4 +1,4 @@
-"""The `Batch` that datasets return and objectives take."""
+"""The `Batch` that datasets return and objectives accept."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from flowgen.conditioning import UNCONDITIONAL, TextCondition
 
 
 class Moments(NamedTuple):
-    """The posterior of latents: N(mean, std²), elementwise.
+    """The posterior distribution of latents, which is N(mean, std²) for each element.
 
     mean, std: `b height width c`, or `b frames height width c` for clips; std is not negative.
 
@@ -25,7 +25,7 @@ class Moments(NamedTuple):
 
 
 class Batch(NamedTuple):
-    """Data, and the context that a model may condition on.
+    """Data, and the context that a model may be conditioned on.
 
     x: images `b height width c` or clips `b frames height width c` as bytes, or the `Moments` of latents.
     context: None, int32 labels `b` (-1 for no class), or a `TextCondition`.

@@ -1,4 +1,4 @@
-"""Run directories in Python: `load` returns the model of a run, and `write_run` creates a run from weights."""
+"""Access to run directories in Python: `load` returns a run's model, and `write_run` creates a run from weights."""
 
 from __future__ import annotations
 
@@ -21,9 +21,9 @@ def load(
 ) -> tuple[Any, Any, Experiment]:
     """Returns (model, variables, experiment) of a run.
 
-    step: a step number, "best" (that with the lowest evaluated bits/dim or sample distance), or None for the latest.
+    step: a step number, "best" for the lowest evaluated bits/dim or sample distance, or None for the latest step.
     ema: whether to use the averaged parameters, if the run has them.
-    model: the model that was given to `fit`; None means the experiment's own.
+    model: the model that was given to `fit`; None means the model that the experiment builds.
 
     Raises:
         FileNotFoundError: the directory does not exist or is not a flowgen run, or the run has no such checkpoint.

@@ -14,7 +14,7 @@ UNCONDITIONAL = -1
 
 
 class TextCondition(NamedTuple):
-    """Texts encoded by a frozen encoder: features of each token, and a mask, True for tokens and False for padding.
+    """Texts encoded by a frozen encoder: token features, and a mask that is True for tokens and False for padding.
 
     Example:
         cond = TextCondition(encoder(ids), mask=ids != 0)

@@ -1,7 +1,7 @@
 """FLOP and memory of a traced program, counted from its jaxpr.
 
-XLA's own analysis counts the body of a loop once, and its plan of buffers is that of one backend. The counts here need
-no compiler, so they are the same on every machine and take no longer than tracing.
+XLA's own cost analysis counts the body of a loop only once, and its buffer assignment is specific to one backend. The
+counts here need no compiler, so they are the same on every machine, and computing them takes no longer than tracing.
 """
 
 from __future__ import annotations
@@ -17,21 +17,21 @@ from jax.extend.core import Jaxpr, JaxprEqn, Var, jaxprs_in_params
 
 from flowgen import backend
 
-# The scope in which jax puts what `jax.checkpoint` computes again.
+# The name scope of the operations that `jax.checkpoint` recomputes.
 RECOMPUTED = "rematted_computation"
 # Operations whose results XLA does not store, because it computes them where they are used.
 NOT_STORED = frozenset({"broadcast_in_dim", "iota"})
-# Operations whose results cannot take the place of an operand.
+# Operations whose results cannot reuse the memory of an operand.
 PRODUCTS = frozenset({"dot_general", "conv_general_dilated"})
 
 
 def flop_of(jaxpr: Jaxpr) -> dict[str, float]:
-    """Returns the FLOP of a traced program by the dtype of the factors.
+    """Returns the FLOP of a traced program, by the dtype of the factors.
 
-    A multiplication and the addition after it are 2 FLOP. Matrix products, convolutions and fused attention are
-    counted, and everything else is left out, as usual for the model FLOP of arXiv 2204.02311, appendix B. What
-    `jax.checkpoint` computes again does not count. The body of a scan counts once per iteration, that of a loop of
-    unknown length once, and of several branches the most expensive one.
+    A multiplication and the addition after it count as 2 FLOP. Only matrix products, convolutions and fused attention
+    are counted, as is usual for model FLOP (arXiv 2204.02311, appendix B). Operations that `jax.checkpoint` recomputes
+    do not count. The body of a scan counts once per iteration. The body of a loop of unknown length counts once. Of
+    several branches, only the most expensive one counts.
 
     Example:
         flop = flop_of(jax.make_jaxpr(step)(state, batch).jaxpr)
@@ -54,11 +54,11 @@ def flop_of(jaxpr: Jaxpr) -> dict[str, float]:
 
 
 def peak_of(jaxpr: Jaxpr) -> int:
-    """Returns an estimate of the most bytes that a traced program stores at once, without its arguments.
+    """Estimates the peak memory of a traced program in bytes, without its arguments.
 
-    The program is followed in the order in which it is traced. An array is stored from the operation that computes it
-    to the last one that uses it; it takes the place of an operand that is not used again. Compilers fuse and reorder
-    operations, so a compiled program may need less, or somewhat more.
+    The operations are assumed to run in the order in which they were traced. An array is stored from the operation that
+    computes it to the last one that uses it. A result reuses the memory of an operand that is not used again. Compilers
+    fuse and reorder operations, so a compiled program may need less memory, or somewhat more.
 
     Example:
         size = peak_of(jax.make_jaxpr(jax.grad(loss))(params, batch).jaxpr)
@@ -74,7 +74,7 @@ def peak_of(jaxpr: Jaxpr) -> int:
         if name in NOT_STORED:
             made = dict.fromkeys(made, 0)
         out, inside = sum(made.values()), max((peak_of(body) for body in jaxprs_in_params(eqn.params)), default=0)
-        # A scan collects the results of its iterations; the results of another body are those of the operation.
+        # A scan stores the results of all iterations. Otherwise, the results of a body are those of the operation.
         during = out + inside if name == "scan" else max(out, inside)
         peak = max(peak, now + during - (0 if inside or name in PRODUCTS else freed))
         stored |= made
@@ -83,7 +83,7 @@ def peak_of(jaxpr: Jaxpr) -> int:
 
 
 def bytes_of(tree: Any) -> int:
-    """Returns the bytes of all arrays in a tree; shapes and dtypes suffice.
+    """Returns the size of all arrays in a tree, in bytes. The leaves need only a shape and a dtype.
 
     Example:
         size = bytes_of(jax.eval_shape(init, key))
@@ -100,7 +100,7 @@ def _iterations(eqn: JaxprEqn) -> int:
 
 
 def _arrays(variables: Sequence[Any]) -> list[Any]:
-    """The shapes and dtypes of variables."""
+    """Returns the shapes and dtypes of variables."""
     return [var.aval for var in variables]
 
 
@@ -111,20 +111,23 @@ def _of_product(eqn: JaxprEqn) -> float:
 
 
 def _of_convolution(eqn: JaxprEqn) -> float:
-    """Every output is a sum over the kernel's places and input channels; zeros put between inputs do not count."""
+    """Each output is a sum over kernel positions and input channels; zeros inserted between inputs do not count."""
     kernel, out = _arrays([eqn.invars[1], eqn.outvars[0]])
     channels = kernel.shape[eqn.params["dimension_numbers"].rhs_spec[0]]
     return 2.0 * out.size * kernel.size / channels / math.prod(eqn.params["lhs_dilation"])
 
 
 def _of_cudnn(eqn: JaxprEqn) -> float:
-    """cuDNN's attention of arrays `b n h k`."""
+    """Returns the FLOP of cuDNN's attention, for arrays `b n h k`."""
     q, k = _arrays(eqn.invars[:2])
     return _of_pairs(q, q.shape[1], k.shape[1], is_causal="CAUSAL" in str(eqn.params["mask_type"]))
 
 
 def _of_splash(eqn: JaxprEqn) -> float:
-    """JAX's attention for TPUs, of arrays `h n k` or `b h n k`; causal kernels also take the positions of queries."""
+    """Returns the FLOP of JAX's attention for TPUs, for arrays `h n k` or `b h n k`.
+
+    Causal kernels have another operand, the positions of the queries.
+    """
     arrays = _arrays(eqn.invars)
     q, k = [x for x in arrays if x.ndim >= 3 and jnp.issubdtype(x.dtype, jnp.floating)][:2]
     is_causal = any(x.ndim == 2 and x.dtype == jnp.int32 for x in arrays)
@@ -132,21 +135,21 @@ def _of_splash(eqn: JaxprEqn) -> float:
 
 
 def _of_pairs(q: Any, queries: int, keys: int, *, is_causal: bool) -> float:
-    """Two products for each pair of a query and a key.
+    """Returns the FLOP of two products for each pair of a query and a key.
 
-    Causal attention counts the pairs that the sliced form computes, so a model has the same FLOP in all forms.
+    For causal attention, counts the pairs that the sliced form computes, so a model has the same FLOP in all forms.
     """
     return 4.0 * q.size * keys * (backend.causal_share(queries) if is_causal else 1.0)
 
 
 def _name(eqn: JaxprEqn) -> str:
-    """The name of an operation, or of its kernel if it is one of Pallas."""
+    """Returns the name of an operation or, for a Pallas call, the name of its kernel."""
     if eqn.primitive.name != "pallas_call":
         return eqn.primitive.name
     return str(eqn.params.get("name_and_src_info") or eqn.params.get("name")).split(" ")[0]
 
 
-# Attention's backward pass has four products, and each of the two splash kernels for it stands for two of them.
+# The backward pass of attention has four products. Each of its two splash kernels counts as two of them.
 _FORMULAS: dict[str, Callable[[JaxprEqn], float]] = {
     "dot_general": _of_product,
     "conv_general_dilated": _of_convolution,

@@ -1,7 +1,7 @@
-"""Reads untrusted documents: limits the size and depth of JSON and YAML, and keeps file names inside their folder.
+"""Reads untrusted documents: limits the size and depth of JSON and YAML, and checks that names stay inside a folder.
 
-The cost of reading is bounded by a document's size. Nesting deeper than `MAX_DEPTH` is refused, so later recursion is
-safe too. YAML aliases are refused, because they can expand a few bytes to gigabytes.
+The cost of reading is bounded by a document's size. Nesting deeper than `MAX_DEPTH` is refused, so later code
+can recurse safely. YAML aliases are refused, because they can expand a few bytes to gigabytes.
 """
 
 from __future__ import annotations
@@ -34,14 +34,14 @@ _MAX_YAML_TEXT = 1 << 12  # characters; parsing a number takes quadratic time
 MAX_DEPTH = 64
 # Enough digits for any 64-bit integer, and for 10^30, which means "no limit" in published tokenizers.
 _MAX_DIGITS = 40
-# What NumPy and zipfile raise, other than OSError, for a damaged .npy or .npz; an array's header is Python source.
+# The errors, besides OSError, that NumPy and zipfile raise for a damaged .npy or .npz. Array headers are Python source.
 ARRAY_DAMAGE = (
     *(ValueError, EOFError, TypeError, SyntaxError, LookupError, AttributeError, OverflowError, MemoryError),
     *(RuntimeError, tokenize.TokenError, struct.error, zipfile.BadZipFile, zlib.error, lzma.LZMAError),
 )
-# Possessive, and an unterminated string matches to the end, so every byte is read once.
+# The quantifier is possessive, and an unterminated string matches to the end, so every byte is read only once.
 _STRING = re.compile(rb'"(?:[^"\\]|\\.)*+\\?(?:"|\Z)', re.DOTALL)
-# How much each byte outside strings adds to the depth.
+# The change in depth that each byte causes outside strings.
 _STEPS = np.zeros(256, np.int8)
 _STEPS[list(b"{[")], _STEPS[list(b"}]")] = 1, -1
 

@@ -1,8 +1,8 @@
-"""Randomness by position in the whole batch: a step draws the same numbers on any number of devices.
+"""Draws random numbers by position in the whole batch, so that they are the same on any number of devices.
 
-Each device processes a share of the batch. All devices share a key, and row i of the whole batch draws with
-fold_in(key, i), so its numbers do not depend on its device or micro-batch. Batch-wide draws, such as a transport plan
-or stratified times, are the same on every device; each device then takes its own rows.
+Each device processes a share of the batch. All devices have the same key. The numbers for row i of the whole batch are
+drawn with fold_in(key, i), so they do not depend on the row's device or micro-batch. Batch-wide draws, such as a
+transport plan or stratified times, are the same on every device; each device then selects its own rows.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ from jaxtyping import Array, Key
 from flowgen.backend import alike_rows, on_mesh_of
 from flowgen.batch import Batch
 
-# The name of the rows in a batch that is a dict.
+# The key of the rows in a batch that is a dict.
 ROWS = "rows"
 
 
@@ -29,7 +29,7 @@ class Rows(struct.PyTreeNode):
 
     key: the same on every device and for every micro-batch. positions: the positions `b` of these rows in the whole
     batch. part: the index of the micro-batch. size: the size of the whole batch, over all devices and micro-batches.
-    axis_name: the axis of devices that the batch is split over; None for one device.
+    axis_name: the device axis that the batch is split over; None for one device.
 
     Example:
         rows = batch_rows(batch, key, num=len(x))
@@ -48,10 +48,10 @@ class Rows(struct.PyTreeNode):
         return tuple(self.replace(key=key) for key in jax.random.split(self.key, num))
 
     def draw(self, fn: Callable[..., Any], *arrays: Any) -> Any:
-        """Calls fn on every row, with the row's key and its part of each array, and stacks the results.
+        """Calls fn on every row, with the row's key and the row of each array, and stacks the results.
 
-        Arrays and results can be pytrees. fn sees batches of one, so a function (key, batch) -> batch can be passed
-        directly.
+        Arrays and results can be pytrees. fn receives batches of size 1, so a function (key, batch) -> batch can be
+        passed directly.
         """
 
         def one(position, parts):
@@ -61,7 +61,7 @@ class Rows(struct.PyTreeNode):
         return on_mesh_of(lambda *rows: jax.vmap(one)(*alike_rows(rows)), self.positions, arrays)
 
     def draw_whole(self, fn: Callable[[Key[Array, ""], int], Any]) -> Any:
-        """Calls fn(key, size) for the whole batch, the same on every device, and returns the part for these rows."""
+        """Calls fn(key, size) for the whole batch, identically on every device. Returns these rows of the result."""
         return jax.tree.map(lambda x: x[self.positions], fn(self.key, self.size))
 
     def part_key(self) -> Key[Array, ""]:
@@ -87,7 +87,7 @@ class Rows(struct.PyTreeNode):
         return jax.tree.map(lambda x: lax.dynamic_slice_in_dim(x, start, num), tree)
 
     def mean(self, tree: Any) -> Any:
-        """Averages the devices' means over their rows. With equal shares, this is the mean over the whole batch."""
+        """Averages the means of all devices. If the shares have equal sizes, this is the mean over the whole batch."""
         return tree if self.axis_name is None else lax.pmean(tree, self.axis_name)
 
 
@@ -148,7 +148,7 @@ def share_of_batch(key: Key[Array, ""], num: int, axis_name: str) -> Rows:
 def micro_batches(tree: Any, count: int) -> Any:
     """Returns `count` micro-batches on a new first axis: micro-batch j has rows j, j + count, j + 2 count, ...
 
-    Each micro-batch thus has the same rows of the whole batch, however many devices there are.
+    Micro-batch j therefore contains the same rows of the whole batch on any number of devices.
 
     Example:
         parts = micro_batches(batch, 4)

@@ -46,7 +46,7 @@ COMMANDS: dict[str, tuple[ModuleType, str]] = {
 class Parser(argparse.ArgumentParser):
     """An argument parser that reports an error in one sentence, without the usage text."""
 
-    # Builds the help on config fields, printed after the help on a command's options.
+    # Builds the help on config fields, which is printed after the help on a command's options.
     fields_help: Callable[[], str] | None = None
 
     def format_help(self) -> str:
@@ -168,13 +168,13 @@ def _silence() -> None:
 
 
 def program(arguments: Sequence[str] | None = None) -> int:
-    """Runs `main` in a process of its own, with one CPU device per core, and returns its exit code.
+    """Runs `main` as the whole program of this process, with one CPU device per core, and returns its exit code.
 
-    The process must then end, because it ignores Ctrl-C from then on. The environment can set another number of CPU
-    devices; see `flowgen.backend.make_core_devices`.
+    Afterwards, the process ignores Ctrl-C, so it must end. The environment can set another number of CPU devices; see
+    `flowgen.backend.make_core_devices`.
 
-    If these arguments are the process's own and say `train`, the process first restarts itself with huge pages, if it
-    can have them; see `flowgen.huge_pages.restart`.
+    If the command is `train` and these are the arguments that the process was started with, the process first restarts
+    itself with huge pages, provided that they are available; see `flowgen.huge_pages.restart`.
 
     Example:
         sys.exit(program())
@@ -184,7 +184,7 @@ def program(arguments: Sequence[str] | None = None) -> int:
         huge_pages.restart(words[1:])
     code = _guarded(words, owns_process=True)
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # Python would print a traceback while it shuts down.
-    if code > 128:  # Interrupted work may still be compiling, which crashes if Python shuts down meanwhile.
+    if code > 128:  # A compilation may still be running, and would crash if Python shut down.
         _flush()
         os._exit(code)
     return code

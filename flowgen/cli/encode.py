@@ -32,7 +32,7 @@ def run(options: argparse.Namespace, rest: list[str]) -> int:
         raise ValueError(f"{experiment.name} has no codec and no text encoder, so nothing needs encoding; set --codec.")
     if isinstance(experiment.data, LatentsConfig):
         raise ValueError("data are cached latents, so they are already encoded; give images or clips instead.")
-    # Training with other networks then raises an error.
+    # The provenance makes training with other networks raise an error.
     data, experiment = experiment.data, experiment.with_provenance()
     splits = ("train", "eval") if data.eval_fraction > 0 else ("train",)
     writer, names = LatentWriter(options.out), ()

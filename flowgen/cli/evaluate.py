@@ -20,7 +20,7 @@ def declare(parser: argparse.ArgumentParser) -> None:
 
 
 def fields_help() -> str:
-    """Returns the help on the fields that each kind of model takes."""
+    """Returns the help on the fields that each kind of model accepts."""
     from flowgen.cli.grammar import options_help
     from flowgen.experiments.autoregressive import FlowEvaluateOptions
     from flowgen.experiments.drawing import EvaluateOptions

@@ -1,4 +1,4 @@
-"""The grammar of all commands: `--group.field value` sets a field of the experiment, `--option value` an option.
+"""The grammar of all commands: `--group.field value` sets a field, and `--option value` sets an option.
 
 In every command, fields of `sampling` and some common fields can be set without their group. Hyphens and underscores
 are equivalent.
@@ -73,7 +73,7 @@ def apply_words(
 
 
 def _overridden(options: Any, words: list[str]) -> Any:
-    """Returns the options with the values from the words; error messages name options as on the command line."""
+    """Returns the options with the values from the words; error messages spell options as on the command line."""
     try:
         return override(options, words)
     except ValueError as error:
@@ -83,7 +83,7 @@ def _overridden(options: Any, words: list[str]) -> Any:
 
 
 def load_experiment(options: argparse.Namespace, words: list[str]) -> Experiment:
-    """Returns the experiment that `--config` names, shrunk if `--debug` is given, with fields set by the words."""
+    """Returns the experiment that `--config` names, with fields set by the words; `--debug` first shrinks it."""
     path = config_path(options.config)
     try:
         experiment = load_config(path)
@@ -105,7 +105,7 @@ def _line_of(path: str, error: Exception) -> int | None:
 
 
 def short_names(experiment: Experiment) -> dict[str, str]:
-    """Returns the full names of the fields that need no group on a command line, by short name.
+    """Returns {short name: full name} for the fields that can be set without their group on a command line.
 
     Example:
         short_names(experiment)["guidance"]  # "sampling.guidance"

@@ -13,7 +13,7 @@ if TYPE_CHECKING:
     from flowgen.experiments.estimates import TrainingCost
     from flowgen.experiments.experiment import Experiment, SamplingCost
 
-# The machines that a model is compared with.
+# The machines whose memory is compared with what a config needs.
 COMPARED = (
     "H100 80 GB",
     "H200 141 GB",
@@ -67,7 +67,7 @@ def run(options: argparse.Namespace, rest: list[str]) -> int:
 
 
 def estimates(experiment: Experiment) -> list[str]:
-    """Returns lines about the memory and FLOP of a config, and the machines it fits; see docs/training.md.
+    """Returns lines on the memory and FLOP that a config needs, and on which machines it fits; see docs/training.md.
 
     The list is empty if the experiment is of a kind that cannot be traced without data.
     """
@@ -120,7 +120,7 @@ def _flop_lines(cost: TrainingCost, drawn: SamplingCost | None, batch_size: int)
 
 
 def _training_fit(cost: TrainingCost, rows: int, machine: Machine) -> str:
-    """Says whether training fits, and if not, what is too large."""
+    """Returns a clause that says whether training fits in a machine's memory and, if not, what is too large."""
     memory, needed = machine.memory * 10**9, cost.state + cost.activations
     if needed <= memory:
         return f"training fits ({_bytes(needed)})"

@@ -35,7 +35,7 @@ def whole_number(least: int, most: int | None = None) -> Callable[[str], int]:
 
     def parse(text: str) -> int:
         try:
-            value = check(int, int(text) if text.isdecimal() else float(text), path="")  # 1e4 is whole, too.
+            value = check(int, int(text) if text.isdecimal() else float(text), path="")  # "1e4" is a whole number, too.
         except ValueError:
             value = least - 1
         if value < least or (most is not None and value > most):

@@ -27,7 +27,7 @@ KINDS = {2: "points", 4: "images", 5: "clips"}  # by the number of axes
 class Output:
     """Where to write samples.
 
-    path: an image, or .npz; for clips also .gif or .mp4. single: a new directory for one file per sample, or None.
+    path: an image file or .npz; for clips, also .gif or .mp4. single: a new directory for one file per sample, or None.
 
     Example:
         output = Output(Path("samples.png"))
@@ -65,7 +65,7 @@ class Output:
             pillow()
 
     def check_fits(self, experiment: Experiment, options: DrawOptions) -> None:
-        """Raises ValueError if an experiment's samples cannot be written in this form."""
+        """Raises ValueError if an experiment's samples cannot be written to files of this kind."""
         is_clips = isinstance(experiment, VideoFlowExperiment)
         if self.is_video and not is_clips:
             raise ValueError(f"--out is {self.path}, but this model does not draw videos; use .png or .npz.")

@@ -59,7 +59,7 @@ def run(options: argparse.Namespace, rest: list[str]) -> int:
                 say(DEBUG)
             if backend.platform() == "cpu" and (problem := huge_pages.why_absent()):
                 say(f"No huge pages, with which larger flows train faster on CPUs: {problem}.")
-            # CPU devices for sampling do not speed up training.
+            # The CPU devices that were added for sampling do not speed up training.
             devices = jax.local_devices()[:1] if options.makes_devices and backend.platform() == "cpu" else None
             result = fit(experiment, options.workdir, signals=signals, profile=options.profile or 0, devices=devices)
         except Interrupted as stop:

@@ -1,4 +1,4 @@
-"""The run directory: config, checkpoints, metrics, samples and lock; no other code touches its files."""
+"""Reads and writes run directories: config, checkpoints, metrics, samples and lock. No other code accesses them."""
 
 from flowgen.runs.arrays import check_layout, flatten, layout
 from flowgen.runs.checkpoints import CheckpointReader

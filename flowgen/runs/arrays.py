@@ -1,4 +1,4 @@
-"""Reads and writes the arrays of a state by path, with orbax. Supports only numpy arrays in a single process."""
+"""Reads and writes the arrays of a state with orbax, keyed by path. Supports only numpy arrays in a single process."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ import numpy as np
 import orbax.checkpoint as ocp
 
 Flat = dict[str, np.ndarray]
-# These parts of a state have separate folders, so that reading one does not require verifying the others.
+# These parts of a state are stored in separate folders, so that one can be read without verifying the others.
 GROUPS = ("params", "ema", "opt_state")
 REST = "other"
 
@@ -59,7 +59,7 @@ def check_layout(step: int, given: dict[str, Any], expected: dict[str, Any]) -> 
 def check_finite(step: int, flat: Flat) -> None:
     """Raises FloatingPointError if an array contains NaN or infinity; the message names the first such array.
 
-    Carried state may contain infinities, such as the logarithm of a running mean that is still 0.
+    Carried state may contain infinities; for example, the logarithm of a running mean that is still 0 is infinite.
 
     Example:
         check_finite(step, flatten(state))
@@ -116,7 +116,7 @@ def read_arrays(directory: Path, chosen: dict[str, Any]) -> Flat:
 
 @contextlib.contextmanager
 def _orbax() -> Generator[ocp.Checkpointer]:
-    """Yields a checkpointer for this process only. It does not wait for other processes or log errors."""
+    """Yields a checkpointer for this process only. It neither waits for other processes nor logs errors."""
     here = jax.process_index()
     alone = ocp.options.MultiprocessingOptions(
         primary_host=here, active_processes={here}, barrier_sync_key_prefix=f"flowgen-{here}"
@@ -132,7 +132,7 @@ def _orbax() -> Generator[ocp.Checkpointer]:
 
 
 def _is_not_of_orbax(record: logging.LogRecord) -> bool:
-    """Filters out log messages of orbax's threads, mostly tracebacks of errors that are also raised here."""
+    """Returns False for log messages of orbax's threads; most are tracebacks of errors that are also raised here."""
     return "orbax" not in record.pathname
 
 

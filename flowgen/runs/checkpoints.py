@@ -4,9 +4,9 @@
 <directory>/<step>/meta.json                       step, config, shape and dtype of each array, SHA-256 of each file
 <directory>/<step>/evaluation.json                 metrics of the step, once it has been evaluated
 
-meta.json is written last, so a folder with a missing file is not a checkpoint but an interrupted deletion or copy, and
-is ignored. A complete folder with a changed file is a damaged checkpoint. Reading it raises an error, because silently
-resuming from an older checkpoint would hide the damage.
+meta.json is written last. A folder with a missing file therefore comes from an interrupted deletion or copy, and is
+ignored. A complete folder with a changed file is a damaged checkpoint. Reading a damaged checkpoint raises an error,
+because silently resuming from an older one would hide the damage.
 """
 
 from __future__ import annotations
@@ -27,9 +27,9 @@ from flowgen.runs.files import DIGEST, digest_of_file, is_regular, is_temporary,
 META = "meta.json"
 EVALUATION = "evaluation.json"
 _STEP = re.compile(r"0|[1-9][0-9]{0,17}")
-# Folders of unfinished saves and deletions; both are removed when training next opens the run.
+# Suffixes of the folders of unfinished saves and deletions. Training removes these folders when it next opens the run.
 SAVING, DELETED = "saving", "deleted"
-# Reasons why a former checkpoint no longer counts as one begin with these words.
+# If a checkpoint has lost files, the reason why it is not complete begins with one of these.
 _BROKEN = ("it has no", "it lacks")
 _LEFTOVER = re.compile(rf"[0-9]+\.({SAVING}|{DELETED})(-[0-9]+)?")
 
@@ -37,7 +37,7 @@ _LEFTOVER = re.compile(rf"[0-9]+\.({SAVING}|{DELETED})(-[0-9]+)?")
 class CheckpointReader:
     """Reads the complete checkpoints of a directory.
 
-    It writes nothing, so you can use it while a run is training there.
+    It writes nothing, so it can be used while a run is training in the directory.
 
     Example:
         reader = CheckpointReader("runs/digits/checkpoints")
@@ -60,7 +60,7 @@ class CheckpointReader:
         return {name: why for name, why in self._entries().items() if why is not None}
 
     def check_not_broken(self) -> None:
-        """Raises ValueError if the directory has checkpoints, but all of them have lost files.
+        """Raises ValueError if the directory contains checkpoints, but all of them have lost files.
 
         Example:
             CheckpointReader("runs/digits/checkpoints").check_not_broken()
@@ -75,7 +75,7 @@ class CheckpointReader:
             )
 
     def meta(self, step: int) -> dict[str, Any]:
-        """Returns the `manifest` plus `metrics`, which is empty if the step was not evaluated.
+        """Returns the `manifest` plus `metrics`, which is empty if the step has not been evaluated.
 
         Raises:
             ValueError: the checkpoint is missing or damaged, or belongs to another step; the message names the step.
@@ -248,7 +248,7 @@ def leftovers(directory: Path) -> list[Path]:
 
 
 def _widened(arrays: dict[str, Any]) -> dict[str, Any]:
-    """Returns the layout of weights with bfloat16, which imported weights may have, replaced by float32."""
+    """Returns the layout of weights with float32 in place of bfloat16, which is the dtype of some imported weights."""
     return {path: [shape, "float32" if dtype == "bfloat16" else dtype] for path, (shape, dtype) in arrays.items()}
 
 

@@ -1,12 +1,13 @@
-"""The directory of a run: its file names, and functions that read it, even during training.
+"""The layout of a run directory, and functions that read it; they can be called while the run is training.
 
 <run>/config.json      the experiment, with the digest of its values
 <run>/data.json        a summary of the data, and the list of its files
 <run>/checkpoints/     see `flowgen.runs.checkpoints`
-<run>/metrics.jsonl    means since the last report, and evaluations; events.* the same for TensorBoard
+<run>/metrics.jsonl    training metrics, averaged since the last report, and evaluation metrics
+<run>/events.*         the same metrics for TensorBoard
 <run>/samples/         an image for each step at which samples were drawn
-<run>/profile/         traces of training steps for a profiler, if asked for
-<run>/lock             held by the process that is training here
+<run>/profile/         traces of training steps for a profiler, if requested
+<run>/lock             locked by the process that is training here
 """
 
 from __future__ import annotations
@@ -103,7 +104,7 @@ def write_config(run_dir: str | Path, config: dict[str, Any]) -> None:
 
 
 def data_changes(run_dir: str | Path, inventory: Inventory) -> str:
-    """Returns a line that says what has changed in the data since a run began; empty if nothing has.
+    """Returns a line that describes how the data have changed since a run began, or "" if they have not.
 
     Example:
         data_changes("runs/photos", inventory)
@@ -129,7 +130,7 @@ def check_workdir(workdir: Path, check_config: Callable[[dict[str, Any]], None],
         check_unlocked(workdir)
     _check_kinds(workdir)
     if CheckpointReader(workdir / CHECKPOINTS).latest_step() is not None and not (workdir / CONFIG_FILE).exists():
-        return  # Every checkpoint contains the config, which is compared instead.
+        return  # The config in the checkpoint is compared instead.
     if (workdir / CONFIG_FILE).exists():
         try:
             check_config(read_config(workdir))
@@ -152,7 +153,7 @@ def _check_kinds(workdir: Path) -> None:
 
 
 def _is_foreign(path: Path) -> bool:
-    """Returns whether a file cannot come from a run that was killed as it started."""
+    """Returns whether a file or folder cannot have been left by a run that was killed during its start."""
     if path.name == CHECKPOINTS and path.is_dir():
         return any(path.iterdir())
     return path.name != LOCK_FILE and not is_temporary(path.name)

@@ -1,4 +1,4 @@
-"""Reads and writes a run's files: atomic writes, and checks against pipes, links and other unusual files."""
+"""Reads and writes a run's files. Writes are atomic, and reads refuse pipes and other files that are not regular."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from flowgen.data.media import atomic_file
 from flowgen.documents import parse_json
 
 DIGEST = "sha256"
-_TEMPORARY = re.compile(r"\..+\.[0-9]+-[0-9a-f]{8}\.tmp")  # the names that `atomic_file` uses
+_TEMPORARY = re.compile(r"\..+\.[0-9]+-[0-9a-f]{8}\.tmp")  # names of unfinished `atomic_file`s
 
 
 def read_json(path: str | Path) -> dict[str, Any]:
@@ -149,7 +149,7 @@ def sync(path: str | Path) -> None:
 
 
 def _open_regular(path: str | Path) -> Any:
-    # By default, opening a pipe waits for a writer.
+    # Without O_NONBLOCK, opening a pipe waits for a writer.
     descriptor = os.open(path, os.O_RDONLY | getattr(os, "O_NONBLOCK", 0))
     if not stat.S_ISREG(os.fstat(descriptor).st_mode):
         os.close(descriptor)

@@ -11,14 +11,14 @@ from pathlib import Path
 
 try:
     import fcntl
-except ImportError:  # Windows has no such locks, so runs are not protected there.
+except ImportError:  # Windows does not have this module, so runs are not protected there.
     fcntl = None
 
 LOCK_FILE = "lock"
 
 
 class RunLock:
-    """Holds the lock of a run directory until `release`. Reading a run does not require the lock.
+    """Holds the lock of a run directory until `release` is called. Reading a run does not require the lock.
 
     protects: whether the file system supports locks; if not, other processes can train here too.
 
@@ -50,7 +50,7 @@ class RunLock:
         os.register_at_fork(after_in_child=lambda: (method := release()) and method())
 
     def holds(self) -> bool:
-        """Returns whether the directory at this path is still the one that was locked."""
+        """Returns whether the lock file in the directory is still the one that was locked."""
         try:
             there = os.stat(self.path)
         except OSError:
@@ -75,7 +75,7 @@ class Place:
 
     def __init__(self, path: str | Path):
         self.path = Path(path)
-        # Stays open, because a new directory may reuse the inode number of a deleted one.
+        # The descriptor stays open, so that no new directory can reuse the inode number of this one after its deletion.
         self._descriptor = os.open(path, os.O_RDONLY)
 
     def is_same(self) -> bool:

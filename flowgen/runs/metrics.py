@@ -13,7 +13,7 @@ from flowgen.runs.files import read_bytes, write_bytes
 
 METRICS_FILE = "metrics.jsonl"
 EVAL = "eval/"  # Prefix of held-out metrics.
-# Metrics of speed and memory, explained in docs/training.md. A repeated step has the same metrics except for these.
+# Metrics of speed and memory, explained in docs/training.md. If a step is repeated, only these change.
 SPEED = (
     "steps_per_second",
     "samples_per_second",
@@ -29,7 +29,8 @@ SPEED = (
 class MetricsLog:
     """Writes the metrics of one run; a resumed run drops the rows after the step it resumes from.
 
-    evaluated: whether that step's evaluation is complete; if not, it will be repeated, so its row is dropped too.
+    evaluated: whether the evaluation of that step is complete. An incomplete evaluation will be repeated, so its row is
+    dropped too.
 
     Example:
         log = MetricsLog("runs/digits", first_step=0, tensorboard=False)
@@ -51,7 +52,7 @@ class MetricsLog:
             self._events.write(step, metrics)
 
     def restore(self, step: int) -> None:
-        """Recreates files that were removed: metrics with the rows so far, and events from the next step on."""
+        """Recreates removed files: metrics.jsonl with all rows so far, and events with those of later steps only."""
         if self._path.exists() and os.path.samestat(os.stat(self._path), os.fstat(self._file.fileno())):
             return
         self._file.seek(0)
@@ -62,14 +63,14 @@ class MetricsLog:
 
     def close(self) -> None:
         """Closes the files."""
-        with contextlib.suppress(OSError):  # Rows that could not be written have already raised an error in `write`.
+        with contextlib.suppress(OSError):  # If a row could not be written, `write` has already raised an error.
             self._file.close()
         if self._events is not None:
             self._events.close()
 
 
 class _Events:
-    """Writes TensorBoard events immediately; tensorboardX's writer uses a thread, which dies if the disk is full."""
+    """Writes TensorBoard events immediately. The thread in tensorboardX's own writer dies if the disk is full."""
 
     def __init__(self, run_dir: Path, first_step: int):
         from tensorboardX import summary
@@ -105,7 +106,7 @@ def last_step(run_dir: str | Path) -> int:
 
 
 def _truncate(path: Path, last: int, evaluated: bool) -> None:
-    """Drops rows after the step `last`, a half-written last row, and lines that are not rows."""
+    """Drops rows after the step `last`, an incomplete last row, and lines that are not rows."""
     if os.path.lexists(path):
         kept = b"".join(line + b"\n" for line, row in _rows(path) if _stays(row, last, evaluated))
         if kept != read_bytes(path):

@@ -1,4 +1,4 @@
-"""Human-readable progress: a bar on a terminal, otherwise a line per report."""
+"""Shows the progress of training: as a bar on a terminal, and otherwise as one line per report."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from flowgen.printable import printable
 # The metrics that a report shows, in this order.
 SHOWN = ("loss", "bits_per_dim", "nats_per_dim", "grad_norm", "lr")
 
-# How lines show the other measures of speed, in this order.
+# How reports without a bar show the other measures of speed and memory, in this order.
 SPEEDS = {
     "samples_per_second": lambda speed: f"{_whole(speed)} samples/s",
     "tokens_per_second": lambda speed: f"{_whole(speed)} tokens/s",
@@ -38,7 +38,7 @@ class Progress:
         if bar and on_terminal():
             from tqdm import tqdm
 
-            # The bar's own speed and time left would include compilation; ours do not.
+            # The speed and remaining time that tqdm itself measures would include compilation; ours do not.
             form = "{percentage:3.0f}%|{bar}| {n_fmt}/{total_fmt}{postfix}"
             self._bar = tqdm(
                 total=last_step, initial=first_step, file=sys.stderr, dynamic_ncols=True, bar_format=form, leave=True
@@ -83,7 +83,7 @@ class Progress:
 
 
 def _unseen() -> contextlib.suppress:
-    """Ignores failures to show a line, such as on a full disk or a closed pipe, so that training continues."""
+    """Returns a context that ignores failed output, such as to a closed pipe, so that training continues."""
     return contextlib.suppress(OSError, ValueError)
 
 
@@ -112,7 +112,7 @@ def _whole(number: float) -> str:
 
 
 def with_prefix(number: float) -> str:
-    """Returns a number to three digits with the prefix of a unit, which may be empty: "1.25 T", "40 ".
+    """Returns a number with three significant digits and a unit prefix, which may be empty: "1.25 T", "40 ".
 
     Example:
         with_prefix(1.25e12) + "FLOP/s" == "1.25 TFLOP/s"

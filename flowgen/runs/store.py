@@ -1,4 +1,7 @@
-"""Writes the checkpoints of a run: saves in the background, commits by renaming, and renames before deleting."""
+"""Writes the checkpoints of a run in the background.
+
+A save is committed by renaming its folder. The folder of a checkpoint is renamed before it is deleted.
+"""
 
 from __future__ import annotations
 
@@ -19,15 +22,16 @@ from flowgen.runs.arrays import Flat, check_finite, flatten, layout, write_array
 from flowgen.runs.checkpoints import DELETED, EVALUATION, META, SAVING, CheckpointReader, finite, leftovers
 from flowgen.runs.files import DIGEST, digest_of_file, remove_temporaries, signed, sync, write_json
 
-# How many times to try to remove what a failed save left, and the seconds between two tries.
+# The number of attempts to remove the files of a failed save, and the seconds between two attempts.
 _SETTLING, _PAUSE = 40, 0.05
 
 
 class CheckpointStore(CheckpointReader):
     """Saves checkpoints in the background; keeps the latest `keep` steps and the one with the lowest `best_metric`.
 
-    Opening a store removes what a killed process left unfinished. `close` waits for the current save. say: called with
-    a line about anything that is ignored or moved aside.
+    Opening a store removes what a killed process left unfinished. `close` waits for the current save.
+
+    say: called with a line about anything that is ignored or renamed.
 
     Example:
         with CheckpointStore("runs/digits/checkpoints", keep=3) as store:
@@ -115,14 +119,14 @@ class CheckpointStore(CheckpointReader):
                 sys.unraisablehook = self._hook
 
     def _unraisable(self, odd: Any) -> None:
-        """Drops tensorstore's messages about writes that end after another write's error was raised."""
+        """Drops tensorstore's errors about writes that end after another write has already failed."""
         if not (isinstance(odd.exc_value, RuntimeError) and "Event loop is closed" in str(odd.exc_value)):
             self._hook(odd)
 
     def _try(self, step: int, flat: Flat, meta: dict[str, Any], metrics: dict[str, float] | None) -> None:
         try:
             self._write(step, flat, meta, metrics)
-        except (OSError, ValueError, RuntimeError) as error:  # tensorstore raises the latter two for disk errors.
+        except (OSError, ValueError, RuntimeError) as error:  # tensorstore raises the last two for disk errors.
             self._failed = True
             self._error = OSError(
                 f"Checkpoint {step} could not be saved in '{self.directory}' ({_reason(error)}); earlier checkpoints "
@@ -171,7 +175,7 @@ class CheckpointStore(CheckpointReader):
             return None
 
     def _make_way(self, path: Path) -> None:
-        """Clears a checkpoint's path: deletes an earlier checkpoint, and renames anything else."""
+        """Frees the path of a checkpoint: deletes an earlier checkpoint there, and renames anything else."""
         if not os.path.lexists(path):
             return
         if self._why_not(path) is None:
@@ -194,7 +198,7 @@ class CheckpointStore(CheckpointReader):
         kept = {current, *steps[-self._keep :], *([] if best is None else [best[0]])}
         for step in steps:
             if step not in kept:
-                # Renamed first, so that an interrupted deletion leaves nothing that looks like a checkpoint.
+                # The folder is renamed first, so that an interrupted deletion leaves nothing like a checkpoint.
                 gone = _free(self.directory / f"{step}.{DELETED}")
                 try:
                     os.rename(self.directory / str(step), gone)

@@ -24,7 +24,7 @@ class RunWriter:
 
     latest: the latest step at the time when the directory was read; None if it had no checkpoint.
 
-    Opening a writer creates the directory, takes its lock and removes what a killed process left unfinished; `begin`
+    Opening a writer creates the directory, acquires its lock and removes what a killed process left unfinished. `begin`
     writes the config and opens the metrics. If the directory is removed, the next save recreates it and reports this.
 
     Raises:
@@ -87,7 +87,10 @@ class RunWriter:
     def begin(
         self, config: dict[str, Any], *, first_step: int | None, last_step: int, tensorboard: bool, bar: bool
     ) -> None:
-        """Writes the config, drops metrics after `first_step` (None: a new run), and reports anomalies."""
+        """Writes the config, drops the metrics after `first_step`, and reports anomalies.
+
+        first_step: the step that the run resumes from; None for a new run.
+        """
         self._progress = Progress(first_step=first_step or 0, last_step=last_step, bar=bar)
         with _named(self._shown):
             self._tell_of_oddities(first_step)
@@ -188,7 +191,7 @@ class RunWriter:
                 self.store.score(step, metrics)
 
     def _wait(self) -> None:
-        """Waits for the current save. If the save failed, raises the error only if the directory still exists."""
+        """Waits for the current save. Ignores its failure if the opened directories are no longer in place."""
         try:
             self.store.wait()
         except OSError:
@@ -200,7 +203,7 @@ class RunWriter:
         return self._is_there() and step in self.store.steps()
 
     def _is_there(self) -> bool:
-        """Returns whether the opened directories are still in place, and were not recreated by a save."""
+        """Returns whether the opened directories are still in place, rather than removed or recreated by a save."""
         return self._place.is_same() and self._folder.is_same()
 
     def _make_again(self, step: int) -> None:
@@ -281,7 +284,7 @@ class NullWriter:
 
 @contextmanager
 def _named(workdir: Path) -> Generator[None]:
-    """Turns a system error into one sentence that names the run; an error that is already a sentence passes through."""
+    """Returns a context that turns a system error into a sentence about the run; other errors are raised unchanged."""
     try:
         yield
     except OSError as error:

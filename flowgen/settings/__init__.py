@@ -1,9 +1,10 @@
-"""Configs as validated frozen dataclasses, and their JSON, command line and help.
+"""Configs: validated frozen dataclasses that can be converted to JSON, set on the command line, and listed as help.
 
 A config is a class decorated with `config`. Its annotations declare the allowed values (`flowgen.settings.ranges` has
-ranges), its docstring has a line for each field, and `__post_init__` checks relations between fields. Errors name only
-the field; the enclosing config adds the group. A field may take user-defined objects, which text names as
-"package.module:object" (`flowgen.settings.named`). This package imports no other part of flowgen.
+ranges), its docstring has an entry for each field, and `__post_init__` checks relations between fields. An error
+message names only the field, and the enclosing config adds the group. A field may accept user-defined objects, which
+are written as "package.module:object" in text (`flowgen.settings.named`). This package imports no other part of
+flowgen.
 """
 
 from flowgen.settings.annotations import type_name

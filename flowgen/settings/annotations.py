@@ -1,4 +1,4 @@
-"""Inspects the annotations of config fields: finds the configs among their members, and describes them in words."""
+"""Inspects the annotations of config fields: finds the configs that they allow, and describes annotations in words."""
 
 from __future__ import annotations
 
@@ -53,7 +53,7 @@ def choices(annotation: Any) -> dict[str, type]:
 
 
 def takes_own(annotation: Any) -> bool:
-    """Returns whether a field takes user-defined objects: functions, or objects that an `Own` describes."""
+    """Returns whether a field accepts user-defined objects: functions, or objects that an `Own` describes."""
     return any(is_function(member) or own_of(member) is not None for member in members(annotation))
 
 

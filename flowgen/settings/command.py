@@ -32,10 +32,11 @@ WORDS = {"true": True, "false": False, "none": None, "null": None}
 def override(config: T, arguments: Sequence[str]) -> T:
     """Returns `config` with fields replaced by `--group.field value` or `--group.field=value` arguments.
 
-    Values are numbers, true or false, none, (8, 12) or [8, 12], and plain text. A group with several types takes the
-    name of one of them and then starts from that type's defaults; its fields are set afterwards. If a group is None,
-    setting one of its fields first creates the group with its defaults. User-defined objects are named
-    "package.module:object"; the module is imported. The fields of a frozen dataclass are set like those of a group.
+    Values are numbers, true or false, none, (8, 12) or [8, 12], and plain text. A group that can have several types
+    accepts the name of one of them. The group then starts from the defaults of that type, and its fields are set
+    afterwards. If a group is None, setting one of its fields first creates the group with its defaults. User-defined
+    objects are written as "package.module:object", and their module is imported. The fields of a user-defined frozen
+    dataclass are set like those of a group.
 
     Raises:
         ValueError: a field is unknown or is a group, or a value is missing or does not fit. For an unknown field, the
@@ -45,9 +46,9 @@ def override(config: T, arguments: Sequence[str]) -> T:
         experiment = override(experiment, ["--optim.lr", "3e-4", "--model.image_size=(32, 48)"])
     """
     given, fields = _pairs(arguments), _opened(None, config)
-    # A group whose type is named may get other fields than it has now.
+    # If the type of a group is given, the group may have different fields afterwards.
     known = [name for name in leaf_names(config) if not any(name.startswith(f"{path}.") for path in given)]
-    for path in sorted(given, key=lambda path: path.count(".")):  # the type of a group before its fields
+    for path in sorted(given, key=lambda path: path.count(".")):  # sets the type of a group before its fields
         if path.split(".")[0] not in fields:
             raise ValueError(_unknown(path, known))
         _set(fields, type(config), path.split("."), given[path], path, known)
@@ -147,7 +148,7 @@ def _literal(text: str) -> Any:
 
 
 def _no_value(path: str, group: type | None, types: list[str], text: str) -> str:
-    """Returns the error for text that a group cannot be set to."""
+    """Returns the error message for text that is not a valid value of a group."""
     inside = [name for name in types if text and text.lower() in name.lower()]
     close = (inside or difflib.get_close_matches(text, types, n=1, cutoff=0.6))[:1]
     what = f"a group, and {text!r} is not one of its types" if types else "a group"
@@ -158,7 +159,7 @@ def _no_value(path: str, group: type | None, types: list[str], text: str) -> str
 
 
 def _no_such_field(path: str, field: str, group: type | None, types: dict[str, type], known: list[str]) -> str:
-    """Returns the error for an unknown field of a group; another of the group's types may have it."""
+    """Returns the error message for an unknown field of a group; another of the group's types may have it."""
     owners = [name for name, cls in types.items() if field in hints_of(cls)]
     place = path.rpartition(".")[0]
     if not owners or (group is not None and group not in types.values()):

@@ -1,4 +1,4 @@
-"""Finds user-defined objects by name, "package.module:object", in commands and in the JSON that a run saves.
+"""Finds user-defined objects by name. Names in commands and saved JSON have the form "package.module:object".
 
 Only commands import the modules that they name. A name in a file must belong to a module that is already imported, so
 reading a file runs no code. Errors are clauses that follow the name of a field.
@@ -13,7 +13,7 @@ from typing import Any
 
 from flowgen.settings.ranges import meant, shown
 
-# Other processes cannot find what the running program itself defines.
+# Other processes cannot find objects that the running program itself defines.
 _PROGRAMS = ("__main__", "__mp_main__")
 _NOTHING = object()
 
@@ -61,7 +61,7 @@ def resolve(name: str) -> Any:
         raise ValueError(f"is {shown(name)}, which belongs to Python itself; name an object that you define.")
     found: Any = sys.modules[module]
     for part in attributes:
-        # Looked up without running code: a module or class may compute missing attributes.
+        # Unlike `getattr`, `vars` runs no code of a module or class that computes missing attributes.
         following = vars(found).get(part, _NOTHING) if hasattr(found, "__dict__") else _NOTHING
         if following is _NOTHING:
             raise ValueError(f"is {shown(name)}, but {part} does not exist{meant(part, vars(found))}")
@@ -108,11 +108,11 @@ def name_of(value: Any) -> str | None:
         for name, held in list(vars(contents).items())
         if held is value and name.isidentifier()
     ]
-    if where is not None:  # A public module of the same package may show an object that a private one defines.
+    if where is not None:  # A public module of the same package may re-export an object of a private one.
         names = [found for found in names if found[0].partition(".")[0] == package and not _is_private(found[0])]
 
     def rank(found: tuple[str, str]) -> tuple[bool, bool]:
-        """Names in the object's own package come first, then the name that it was defined under."""
+        """Prefers names in the object's own package and, among these, the name under which it was defined."""
         return found[0].partition(".")[0] != package, found[1] != path
 
     return ":".join(min(names, key=rank)) if names else where

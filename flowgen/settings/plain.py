@@ -121,8 +121,8 @@ def to_plain(value: Any, annotation: Any = None) -> Any:
 
     annotation: the field's annotation; if it allows several configs, the dict names the type.
 
-    Raises FieldError if a field holds a user-defined object that cannot be stored by name, because neither it nor its
-    dataclass is at the top level of an imported module.
+    Raises FieldError if a field contains a user-defined object that cannot be stored by name, because neither it nor
+    its dataclass is at the top level of an imported module.
 
     Example:
         text = json.dumps(to_plain(config), allow_nan=False)
@@ -166,7 +166,7 @@ def _own_to_plain(value: Any) -> Any:
 
 
 def from_plain(cls: type[T], data: Any) -> T:
-    """Returns the config of type `cls` from the result of `to_plain`. A missing field takes its default.
+    """Returns the config of type `cls` from the result of `to_plain`. A missing field gets its default.
 
     Raises:
         FieldError: a field is unknown, is missing and has no default, or has the wrong type; the message names it.

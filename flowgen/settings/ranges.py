@@ -1,7 +1,7 @@
-"""Allowed values of a field, declared in its type: ranges of numbers, counts of entries, names.
+"""Declares the allowed values of a field in its type: ranges of numbers, lengths of tuples, and names.
 
-Each range extends far beyond any trained model, so it covers every plausible value. A number outside it is a mistake,
-which is rejected before a model of that size is built.
+Each range extends far beyond the sizes of trained models, so it covers every plausible value. A number outside the
+range must be a mistake, and is rejected before a model of that size is built.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ class Bound(Protocol):
 
 @dataclass(frozen=True)
 class Within:
-    """Numbers that are at least `least` or above `above`, and at most `most` or below `below`.
+    """Restricts a number to at least `least` or above `above`, and to at most `most` or below `below`.
 
     Example:
         Width = Annotated[int, Within(1, 65_536)]
@@ -55,7 +55,7 @@ class Within:
 
 @dataclass(frozen=True)
 class Entries:
-    """Tuples whose length is in a range.
+    """Restricts the length of a tuple to at least `least` and at most `most`.
 
     Example:
         layers: Annotated[tuple[Layers, ...], Entries(1, 128)]
@@ -72,7 +72,9 @@ class Entries:
 
 @dataclass(frozen=True)
 class OneOf:
-    """One of the names in a table, which a Literal would have to repeat.
+    """Restricts a value to the given names.
+
+    The names can be those of a table, so that they need not be repeated in a Literal.
 
     Example:
         attention: Annotated[str, OneOf(CAUSAL_KERNEL_NAMES)] = "softmax"
@@ -86,7 +88,7 @@ class OneOf:
 
 @dataclass(frozen=True)
 class Own:
-    """User-defined objects, given as values in Python, and as "package.module:object" in commands and JSON.
+    """Allows user-defined objects, which are written as "package.module:object" in commands and JSON.
 
     about: what an object must be, as a noun phrase for errors.
 
@@ -98,7 +100,7 @@ class Own:
 
 
 def meant(word: str, known: Iterable[str]) -> str:
-    """Returns the end of a sentence about an unknown word, with the closest known word, if any."""
+    """Returns the end of a sentence about an unknown word. The end suggests the closest known word, if any."""
     close = difflib.get_close_matches(str(word), list(known), n=1, cutoff=0.75)
     return f"; did you mean {close[0]}?" if close else "."
 
@@ -124,7 +126,7 @@ INT32 = (1 << 31) - 1
 Count = Annotated[int, Within(1, INT32)]
 CountOrZero = Annotated[int, Within(0, INT32)]
 
-# Sizes of one sample. Published: images of 1,024 pixels a side, clips of 33,390 tokens.
+# Sizes of one sample. Published models use images with sides of 1,024 pixels, and clips of 33,390 tokens.
 Side = Annotated[int, Within(1, 1 << 14)]
 Frames = Annotated[int, Within(1, 1 << 16)]
 OtherFrames = Annotated[int, Within(0, 1 << 16)]
@@ -134,7 +136,7 @@ TextLength = Annotated[int, Within(0, 1 << 16)]
 TextDim = Annotated[int, Within(0, 1 << 16)]
 MAX_TOKENS = 1 << 19
 Tokens = Annotated[int, Within(1, MAX_TOKENS)]
-# Sizes of a network. Published: 8 blocks, 28 layers of width 4,096, heads of 256.
+# Sizes of a network. Published models have 8 blocks, 28 layers of width 4,096, and heads of size 256.
 Width = Annotated[int, Within(1, 1 << 16)]
 Hidden = Annotated[int, Within(1, 1 << 18)]
 HeadDim = Annotated[int, Within(1, 1 << 9)]

@@ -22,9 +22,9 @@ from flowgen.training.signals import Interrupted, Signals
 from flowgen.training.step import Objective, TrainState, init_state, make_step
 from flowgen.training.work import CountedStep, work_of
 
-# How many steps may be queued on the device, to keep it busy while the host prepares the next one.
+# The number of steps that may be queued on the device, so that it stays busy while the host prepares the next step.
 STEPS_AHEAD = 2
-# How often, in steps, to check for signals in other processes; each check waits for the current step.
+# The interval, in steps, at which to check for signals in other processes; each check waits for the current step.
 AGREE_EVERY = 8
 
 
@@ -87,8 +87,8 @@ def train(
     If a run is stopped (by SIGINT, SIGTERM or a kill) and resumed on the same number of devices, it ends in the same
     state, bit for bit, as an uninterrupted run.
 
-    config: JSON to save with the run. check_config(saved config): raises ValueError if the current config cannot resume
-    a run with the saved one. signals: a `Signals` already in use; by default, a new one.
+    config: plain values to save with the run as JSON. check_config(saved config): raises ValueError if the current
+    config cannot resume a run with the saved one. signals: a `Signals` already in use; by default, a new one.
 
     Raises:
         ValueError: the devices cannot share the batch equally, the config does not fit the run, or a checkpoint is
@@ -113,8 +113,8 @@ def train(
     with Signals() if signals is None else nullcontext(signals) as signals:
         with _interruptible(signals):
             check_workdir(workdir, check_config, locks=is_primary())
-            barrier("flowgen: workdir checked")  # Otherwise, one process's first file would look foreign to another.
-            # Reads everything that may be refused before it writes anything.
+            barrier("flowgen: workdir checked")  # Otherwise, one process's first file would look foreign to the others.
+            # Everything that may be refused is read before anything is written.
             reader = CheckpointReader(workdir / CHECKPOINTS)
             latest = _resumed_from(reader, train.steps, check_config)
             state = initial() if latest is None else reader.restore(latest, jax.eval_shape(initial))
@@ -131,7 +131,7 @@ def train(
 
 
 def _writer(workdir: Path, latest: int | None, log: LogConfig, best_metric: str) -> RunWriter | NullWriter:
-    """Returns the run's writer; only the first process writes. If it cannot, every process raises OSError."""
+    """Returns the run's writer; only the first process writes. If the first cannot write, all raise OSError."""
     record: RunWriter | NullWriter = NullWriter(workdir)
     error: OSError | None = None
     if is_primary():
@@ -218,7 +218,7 @@ class _Run:
         return Result(self.parallel.to_host(state), self.metrics, self.samples, self.signal)
 
     def resume(self, state: TrainState, scores: dict[str, float] | None) -> None:
-        """Reports where the run resumes, and repeats the checkpoint's evaluation if it did not finish."""
+        """Reports where the run resumes, and repeats the checkpoint's evaluation if that did not finish."""
         finished = self.first == self.steps
         if scores is not None:
             self.metrics, self.evaluated = scores, self.first
@@ -233,7 +233,7 @@ class _Run:
             self.unless_stopped(lambda: self.evaluate(self.first, state))
 
     def run(self, counted: CountedStep, state: TrainState, key: jax.Array) -> tuple[int, TrainState]:
-        """Runs the steps and saves the last state. Returns the number of the last step, and this state."""
+        """Runs the steps and saves the state after the last one. Returns the number of this step, and the state."""
         self.signals.doing = "Stopping after the current step and saving it"
         self.record.say("Compiling the training step.")
         update = self.parallel.compile(counted)
@@ -248,7 +248,7 @@ class _Run:
             with self.keeping(step, state):
                 self.pace.add(work_of(counted.flop(batch), self.parallel.local_devices, self.rows, tokens))
                 if not self.pace.begun:
-                    jax.block_until_ready(metrics)  # The time until here is mostly compilation.
+                    jax.block_until_ready(metrics)  # Until here, most of the time is spent on compilation.
                     self.pace.begin(step)
                 self.wait_for_all_but(0 if self.parallel.must_wait else STEPS_AHEAD)
                 self.profile.after(step, metrics)
@@ -279,7 +279,7 @@ class _Run:
 
     @contextmanager
     def keeping(self, step: int, state: TrainState) -> Generator[None]:
-        """Returns a context in which an error, such as a data error, saves the state before it ends the run."""
+        """Returns a context that saves the state if an error ends the run, unless the error is a FloatingPointError."""
         try:
             yield
         except FloatingPointError:
@@ -309,7 +309,7 @@ class _Run:
                 self.record.score(step, self.metrics)
 
     def unless_stopped(self, work: Callable[[], Any]) -> None:
-        """Runs work that a signal may cut short, because its step is already saved."""
+        """Runs work that a signal may interrupt, because the current step is already saved."""
         doing = self.signals.doing
         # Processes that evaluate together must stop together.
         alone = jax.process_count() == 1
@@ -326,7 +326,7 @@ class _Run:
         self.signals.doing = doing
 
     def wait_for_all_but(self, ahead: int) -> None:
-        """Waits until no more than `ahead` steps are queued, so that the bar is accurate and the run can stop soon."""
+        """Waits until no more than `ahead` steps are queued, so that the bar is accurate and the run stops promptly."""
         if len(self.pending) > ahead:
             jax.block_until_ready(self.pending[-1 - ahead][1])
 
@@ -352,7 +352,9 @@ class _Run:
             self.unless_stopped(lambda: self.draw(step, state))
 
     def report(self, step: int) -> None:
-        """Writes the mean metrics since the last report, without skipped steps, and the fraction of skipped steps.
+        """Writes the mean metrics of the steps since the last report, and the fraction of these that were skipped.
+
+        Skipped steps do not count in the means.
 
         Raises FloatingPointError if the run cannot continue.
         """
@@ -377,8 +379,8 @@ class _Run:
     def check(self, step: int, row: dict[str, float]) -> None:
         """Raises FloatingPointError if the run cannot continue.
 
-        This is the case if a step that was not skipped has a non-finite loss or gradient, or if too many steps
-        in a row were skipped.
+        A run cannot continue if a step that was not skipped has a non-finite loss or gradient, or if too many steps in
+        a row were skipped.
         """
         in_a_row, most = row.get("skipped_in_a_row", 0), self.max_skips
         if in_a_row <= most and (in_a_row or (np.isfinite(row["loss"]) and np.isfinite(row["grad_norm"]))):

@@ -85,7 +85,7 @@ class TrainConfig:
 
 @config
 class LogConfig:
-    """How often a run reports, in steps. A run always reports and saves at its end.
+    """The intervals, in steps, at which a run reports and saves. A run always does both at its end.
 
     log_every: steps between rows of metrics; at least 1.
     eval_every: steps between evaluations on held-out data; 0 for only at the end.

@@ -1,4 +1,4 @@
-"""The speed of training: steps, samples and FLOP per second, the share of the peak, and the remaining time."""
+"""Measures the speed of training: steps, samples and FLOP per second, the fraction of the peak, and time left."""
 
 from __future__ import annotations
 
@@ -9,11 +9,11 @@ from typing import NamedTuple
 
 
 class Work(NamedTuple):
-    """What one step does, on all devices together.
+    """The work of one step, summed over all devices.
 
     samples: the size of the batch. tokens: the number of tokens in it, or 0 if the model has none. flop: see
-    `flowgen.counting`. seconds_at_peak: the time that the devices take for these FLOP at their peak, or None if it is
-    not known.
+    `flowgen.counting`. seconds_at_peak: the time that the devices would need for these FLOP at their peak
+    throughput, or None if the peak is unknown.
     """
 
     samples: int = 0
@@ -44,12 +44,12 @@ class Pace:
         self._restart()
 
     def add(self, work: Work) -> None:
-        """Counts the work of a step that has been started."""
+        """Adds the work of a step that has been started."""
         self._work.append(work)
 
     @contextmanager
     def left_out(self) -> Generator[None]:
-        """Returns a context whose duration does not count."""
+        """Returns a context whose duration is excluded from the measurement."""
         before = time.perf_counter()
         try:
             yield
@@ -58,7 +58,7 @@ class Pace:
 
     @contextmanager
     def waiting(self) -> Generator[None]:
-        """Counts the time spent in its `with` block as time spent waiting for data."""
+        """Returns a context whose duration counts as time spent waiting for data."""
         before = time.perf_counter()
         try:
             yield

@@ -54,7 +54,7 @@ class DataParallel:
             )
 
     def compile(self, step: Step) -> Step:
-        """Returns the step mapped over all devices. A call donates its input state."""
+        """Returns the step mapped over all devices. Each call donates the buffers of its input state."""
         return jax.pmap(step, axis_name=AXIS, devices=self.devices, donate_argnums=0)
 
     def replicate(self, tree: Any) -> Any:
@@ -131,7 +131,7 @@ def barrier(name: str) -> None:
 
 
 def largest(value: int) -> int:
-    """Returns the largest value of all processes to each of them, after waiting for their current steps."""
+    """Returns the largest value among all processes, in every process. Waits for their current steps."""
     if jax.process_count() == 1:
         return value
     return int(np.max(multihost_utils.process_allgather(np.array(value))))

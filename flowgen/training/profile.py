@@ -12,10 +12,10 @@ from flowgen.training.pace import Pace
 
 
 class Profile:
-    """Traces the `steps` steps after the first one into a directory; None as directory traces nothing.
+    """Traces the `steps` steps after the first one, and writes the trace to a directory.
 
-    The time that tracing needs before and after these steps is left out of `pace`. A run that ends earlier traces fewer
-    steps.
+    If the directory is None, nothing is traced. The time needed to start and to end the trace is excluded from `pace`.
+    If the run ends early, fewer steps are traced.
 
     Example:
         with Profile(Path("runs/digits/profile"), 5, pace, say=print) as profile:
@@ -36,7 +36,7 @@ class Profile:
         self._end()
 
     def after(self, step: int, results: Any) -> None:
-        """Starts the trace after the first step, and ends it after the last one; waits for the results only then."""
+        """Starts the trace after the first step, and ends it after the last one; waits only for these results."""
         if self._directory is None:
             return
         self._last = step

@@ -1,4 +1,4 @@
-"""Ctrl-C and SIGTERM during training. A signal is acknowledged at once and obeyed as soon as nothing would be lost."""
+"""Handles Ctrl-C and SIGTERM in training: acknowledges a signal at once, and stops as soon as nothing would be lost."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from typing import Any
 
 # A closing terminal sends SIGHUP, on systems that have it.
 NUMBERS = tuple(getattr(signal, name) for name in ("SIGINT", "SIGTERM", "SIGHUP") if hasattr(signal, name))
-# Programs such as `timeout` signal a process and then its group. Signals within this many seconds count as one request.
+# Programs such as `timeout` signal a process and then its process group. Signals within this many seconds count as one.
 _TOGETHER = 0.2
 # Seconds until an exception that was lost in a callback is raised again; the callback has ended by then.
 _AGAIN = 0.01
@@ -112,7 +112,7 @@ class Signals:
                 timer.cancel()
 
     def _note(self, number: int, frame: Any) -> None:
-        """Handles a signal in the main thread, once it runs Python code again."""
+        """Handles a signal as soon as the main thread runs Python code again."""
         if self._ending:
             self._restore()
             signal.raise_signal(number)

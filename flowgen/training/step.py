@@ -23,7 +23,7 @@ Metrics = dict[str, Array]
 Objective = Callable[[Any, Any, Key[Array, ""]], tuple]
 Step = Callable[[Any, Any, Key[Array, ""]], tuple[Any, Metrics]]
 AXIS = "data"
-MAIN = "main"  # The optimizer for all parameters without a separate one.
+MAIN = "main"  # Labels the parameters that have no separate optimizer.
 
 
 class TrainState(struct.PyTreeNode):
@@ -175,14 +175,14 @@ def make_step(
     The objective receives a key that is unique to the device, step and micro-batch. A batch that is a `Batch` or a dict
     also receives `rows`, a `flowgen.rows.Rows`. Draws from `rows` are the same on any number of devices and with any
     accumulation; draws from the key are not. Micro-batch j has the rows j, j + accumulation, ... of the whole batch.
-    While it is traced, the update raises ValueError if the batch already has `rows`, if micro-batches cannot share the
-    batch equally, or if the objective's result has another form.
+    Tracing the update raises ValueError if the batch already has `rows`, if micro-batches cannot share the batch
+    equally, or if the objective's result does not have one of the forms above.
     metrics: the objective's metrics, `loss`, `grad_norm` (before clipping) and `lr`, averaged over devices and
     micro-batches. If spikes are skipped, the metrics also contain `skipped`, which is 0 or 1, and `skipped_in_a_row`.
     others: see `make_optimizer`. The metrics report the learning rate and the skipped updates of the main optimizer.
     Carried state: each micro-batch computes a new state from the state before the update. The result is the mean of
     these states over devices and micro-batches, unless a `flowgen.rows.StatefulObjective` defines how to combine
-    micro-batches. Integers in the state must not depend on the batch.
+    the states of micro-batches. Integers in the state must not depend on the batch.
 
     Example:
         update = jax.pmap(make_step(objective, OptimConfig(), steps=1_000), axis_name="data", donate_argnums=0)

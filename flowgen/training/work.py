@@ -1,4 +1,4 @@
-"""What each training step does in samples, tokens and FLOP, for the reports on speed."""
+"""Counts the samples, tokens and FLOP of each training step, for the reports on speed."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ Shapes = tuple[tuple[int, ...], ...]
 
 
 class CountedStep:
-    """A training step that counts its FLOP when it is traced, which costs no second trace.
+    """A training step that counts its FLOP when it is traced, so that no second trace is needed.
 
     Example:
         counted = CountedStep(make_step(objective, OptimConfig(), steps=1_000))
@@ -25,7 +25,7 @@ class CountedStep:
     """
 
     def __init__(self, step: Step):
-        # Inlined, so the program is the same as that of `step`; the trace is kept between the two calls below.
+        # Inlining keeps the program the same as that of `step`. Both uses in `__call__` share one cached trace.
         self._step = jax.jit(step, inline=True)
         self._flop: dict[Shapes, dict[str, float]] = {}
 
@@ -39,9 +39,9 @@ class CountedStep:
 
 
 def work_of(flop: Mapping[str, float], devices: Sequence[jax.Device], samples: int, tokens: int) -> Work:
-    """Returns what all processes do in a step.
+    """Returns the work of all processes in a step.
 
-    flop: of one device, by dtype. devices, samples, tokens: of one process.
+    flop: the FLOP of one device, by dtype. devices, samples, tokens: those of one process.
 
     Example:
         pace.add(work_of(counted.flop(batch), jax.local_devices(), samples=64, tokens=0))
