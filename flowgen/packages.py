@@ -23,7 +23,7 @@ def need(module: str, purpose: str, package: str = "") -> ModuleType:
 def missing(purpose: str, *packages: str, options: str = "", otherwise: str = "") -> ModuleNotFoundError:
     """Returns an error that names missing packages and the command that installs them.
 
-    purpose: what needs the packages, as the subject of the sentence. packages: their names on the package index, which
+    purpose: what needs the packages, as the subject of the message. packages: their names on the package index, which
     may differ from the module names. options: options for pip. otherwise: what to do instead of installing them.
 
     Example:

@@ -8,8 +8,8 @@ import unicodedata
 def printable(text: str) -> str:
     """Returns the text in a form that is safe to show in a terminal.
 
-    Escapes characters that control the terminal, or the direction or width of the text after them. The escapes look
-    like Python's, such as \\x1b or \\u202e.
+    Escapes characters that control the terminal, or that change the direction or width of later text. The escapes look
+    like those of Python, such as \\x1b or \\u202e.
 
     Example:
         print(printable(f"Cannot read '{path}'."))

@@ -31,7 +31,7 @@ class OptimConfig:
 
     lr: learning rate after the warm-up; positive.
     min_lr: learning rate at the start of the warm-up and at the end of cosine decay; at most lr.
-    schedule: after the warm-up, "cosine" decays to min_lr and "constant" keeps lr.
+    schedule: after the warm-up, "cosine" lowers the learning rate to min_lr, and "constant" keeps it at lr.
     warmup_steps: steps over which the learning rate rises from min_lr to lr; fewer than train.steps.
     weight_decay: AdamW's decoupled weight decay; 0 for no decay.
     b1: decay rate of the running mean of gradients; at least 0 and below 1.
@@ -40,7 +40,7 @@ class OptimConfig:
     clip_norm: clip the global gradient norm to this value; 0 for no clipping.
     skip_norm: skip updates if the gradient norm before clipping exceeds this value or is not finite; 0 for no skipping.
     skip_after: number of initial updates that are never skipped.
-    max_skips: how many updates in a row may be skipped before the run stops; at least 1.
+    max_skips: number of consecutive updates that may be skipped before the run stops; at least 1.
     ema_decay: decay rate of the parameter average used for sampling; below 1, or 0 for no average.
     ema_warmup: raise the decay rate gradually, as min(ema_decay, (1 + step) / (10 + step)).
     """
@@ -88,9 +88,9 @@ class LogConfig:
     """The intervals, in steps, at which a run reports and saves. A run always does both at its end.
 
     log_every: steps between rows of metrics; at least 1.
-    eval_every: steps between evaluations on held-out data; 0 for only at the end.
-    sample_every: steps between sample grids; 0 for only at the end.
-    checkpoint_every: steps between checkpoints; 0 for only at the end.
+    eval_every: steps between evaluations on held-out data; 0 to evaluate only at the end.
+    sample_every: steps between sample grids; 0 to draw one only at the end.
+    checkpoint_every: steps between checkpoints; 0 to save only at the end.
     keep: number of recent checkpoints to keep, in addition to the best one; at least 1.
     tensorboard: write TensorBoard events next to metrics.jsonl.
     progress: show a progress bar if standard error is a terminal; otherwise, print each report as a line.
