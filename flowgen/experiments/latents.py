@@ -21,7 +21,7 @@ from flowgen.experiments.encoding import Encoding
 from flowgen.flows import STARFlowConfig, STARFlowVConfig, TARFlowConfig
 
 FlowData = DataConfig | ClipsConfig | LatentsConfig
-# Fields of the texts' provenance that are not fields of `text`.
+# Fields of `TextProvenance` that are not fields of the group `text`.
 _TEXT_FIELDS = {"length": "model.text_length", "dim": "model.text_dim"}
 _CLIPS = ("clip", "continued")
 
@@ -63,7 +63,7 @@ def flow_dataset(
 def as_taken(
     dataset: Dataset | BucketedDataset, data: DataConfig | ClipsConfig, encoding: Encoding, *, flip: bool
 ) -> Dataset | BucketedDataset:
-    """Returns images or clips in the form that a flow takes: unchanged, or encoded into memory.
+    """Returns images or clips in the form that a flow is trained on: unchanged, or encoded into memory.
 
     flip: whether to encode mirror images too.
 
@@ -105,13 +105,13 @@ def pixel_dataset(data: FlowData, encoding: Encoding, split: Split) -> Dataset |
 
 
 def _stills(clips: Dataset, data: DataConfig, **shape: Any) -> StillClips:
-    """Returns images as clips of one frame, with the same class numbers as the clips."""
+    """Returns images as clips of one frame. Their class numbers match those of the clips."""
     images = load(dataclasses.replace(data, classes=data.classes or clips.class_names), **shape)
     return StillClips(of_one_shape(images, "a video flow"))
 
 
 def _as_often(buckets: Sequence[Dataset], data: ClipsConfig | LatentsConfig) -> Dataset | BucketedDataset:
-    """Returns whole clips, clips without their first frame, and images, each used as often as the config says."""
+    """Mixes whole clips, clips without their first frame, and images in the proportions that the config sets."""
     if not data.drop_first:
         buckets = [bucket for bucket in buckets if kind_of(bucket) != "continued"]
     kinds = [kind_of(bucket) for bucket in buckets]
@@ -187,7 +187,7 @@ def null_features(encoding: Encoding, dataset: Dataset) -> TextCondition | None:
 
 
 def null_texts(dataset: Dataset | BucketedDataset) -> Callable[[tuple[int, ...]], TextCondition] | None:
-    """Returns a function from a latent shape, ([frames,] height, width), to the encoded empty text for it.
+    """Returns a function from a latent shape, ([frames,] height, width), to the encoded empty text for that shape.
 
     Returns None if the data have no texts.
 
@@ -248,7 +248,7 @@ def provenance(data: DataConfig | ClipsConfig, encoding: Encoding) -> Provenance
 
 
 def _words(codec: CodecConfig | None) -> str:
-    """Returns a description of a codec; empty for None."""
+    """Returns a description of a codec, which is empty for None."""
     if isinstance(codec, PretrainedAutoencoder):
         return f"the autoencoder at '{codec.path}'"
     return "" if codec is None else f"blocks of {codec.factor} x {codec.factor} pixels"
