@@ -51,7 +51,7 @@ STATISTICS_RATE = 0.02
 
 @config
 class AutoencodingConfig:
-    """How an autoencoder is trained.
+    """Training options of an autoencoder.
 
     image_size: side of the images, or (height, width); each length must be a multiple of the model's factor.
     frames: frames per clip; 0 for images.
@@ -230,8 +230,8 @@ def autoencoding_objective(autoencoder: Any, config: AutoencodingConfig) -> Call
 
     The carried state is the collection "latents". It contains the running mean and variance of each latent channel,
     which are updated at a rate of 0.02. Flows use these statistics to normalise latents. The statistics cover the whole
-    batch, even if it is split over devices or micro-batches. Each micro-batch scales its noise by the statistics that
-    result from its own update.
+    batch, even if it is split over devices or micro-batches. Each micro-batch first updates the statistics and then
+    scales its noise by them.
 
     Example:
         loss, metrics, state = autoencoding_objective(autoencoder, AutoencodingConfig())(variables, batch, key)
@@ -266,7 +266,8 @@ def autoencoding_objective(autoencoder: Any, config: AutoencodingConfig) -> Call
     def combine(before, parts):
         followed = parts[STATISTICS]
         # The variance over all rows is the mean of the micro-batches' variances plus the variance of their means.
-        # The running means contain those means times `rate`, so their variance is divided by `rate` here.
+        # The running means contain those means times `rate`. Their variance divided by `rate` is therefore what the
+        # running variance lacks.
         between = followed["mean"].var(axis=0) / rate if rate else 0.0
         mean, variance = (followed[name].mean(axis=0) for name in ("mean", "variance"))
         return {STATISTICS: {"mean": mean, "variance": variance + between}}

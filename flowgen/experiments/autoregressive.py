@@ -184,7 +184,7 @@ class AutoregressiveExperiment(Experiment):
     ) -> tuple[Dataset | BucketedDataset, Dataset | BucketedDataset | None]:
         """Returns the data to train and evaluate on: the given datasets or, by default, the experiment's."""
         if dataset is not None:
-            assert not isinstance(self.data, LatentsConfig)  # `fit` replaces it
+            assert not isinstance(self.data, LatentsConfig)  # `fit` has replaced a LatentsConfig.
             codec, model = self.encoding.open_codec(), self.model
             *whole, height, width, _ = model.event_shape
             frames = [1 + (count - 1) * codec.stride for count in whole]
@@ -314,7 +314,7 @@ class AutoregressiveExperiment(Experiment):
 
         classes: the option --classes (see `parse_classes`); empty draws all classes in turn.
 
-        Raises ValueError if the model does not take the given conditions.
+        Raises ValueError if the model does not accept the given conditions.
         """
         num = self.sampling.num
         if not self.model.text_dim:
@@ -385,7 +385,7 @@ def captions_condition(dataset: Dataset, positions: Int[np.ndarray, " b"]) -> Te
         cond = captions_condition(latents, np.arange(4))
     """
     texts = dataset[positions].context
-    assert isinstance(texts, TextCondition)  # these latents have texts
+    assert isinstance(texts, TextCondition)  # These latents have texts.
     return TextCondition(jnp.asarray(texts.embeddings, jnp.float32), jnp.asarray(texts.mask))
 
 

@@ -166,8 +166,8 @@ def clips_alone(dataset: Dataset | BucketedDataset) -> Dataset:
 def frame_distances(clips: Float[np.ndarray, "n frames height width c"]) -> tuple[float, float]:
     """Returns two root mean square distances: between consecutive frames, and between all pairs of frames in a clip.
 
-    The first is smaller if neighbouring frames resemble each other. In clips whose frames are in random order, the two
-    are equal on average.
+    The first distance is smaller if neighbouring frames resemble each other. If the frames are in
+    random order, the two distances are equal on average.
 
     Example:
         near, far = frame_distances(clips)
@@ -184,8 +184,8 @@ def denoised_psnr(
 ) -> dict[str, float]:
     """Returns the PSNR in dB of up to `most` clips, before and after removing the training noise.
 
-    The noise is removed by a Tweedie step. If the flow has a denoiser, the denoiser also removes it from a second copy.
-    Latents are decoded before the comparison.
+    The noise is removed by a Tweedie step. If the flow has a denoiser, the denoiser removes it from another copy of
+    the clips. Latents are decoded before the comparison.
 
     Example:
         denoised_psnr(codec, flow, params, dataset, key, most=64)  # {"as they are": 14.1, "by the score": 20.3, ...}

@@ -1,4 +1,4 @@
-"""The codec of a latent flow: its config, how it is opened, and its digest."""
+"""The codec of a latent flow: its config, its digest, and the functions that open it."""
 
 from __future__ import annotations
 

@@ -58,7 +58,7 @@ def sample_metrics(
     Example:
         metrics = sample_metrics(partial(experiment.draw_batch, network, variables), extractor, held_out, 1000)
     """
-    # The data may be sorted by class, so fewer samples than data take their conditions from evenly spaced positions.
+    # The data may be sorted by class. If there are more data than samples, conditions are taken at even distances.
     positions = np.arange(num) * len(data) // num if num < len(data) else np.arange(num) % len(data)
     size = min(SAMPLES_AT_ONCE, num)
     parts = []

@@ -94,7 +94,9 @@ def draw_in_batches(
 
 
 def on_devices(variables: Any, rows: int) -> Any:
-    """Copies a model's variables, once for several batches, to all devices that share a batch of this many rows.
+    """Returns copies of a model's variables on all devices that share a batch of this many rows.
+
+    The copies can be used for several batches.
 
     Example:
         variables = on_devices(variables, rows=AT_ONCE)

@@ -23,7 +23,7 @@ from flowgen.text import TextEncoder, aspect_size
 class Encoding:
     """The codec and the text encoder of a flow. Each is opened once, on first use.
 
-    model: config of the flow that takes the latents and texts.
+    model: config of the flow that uses the latents and the encoded texts.
     codec: config of the codec; None for a flow on pixels.
     text: config of the text encoder; None for a flow without texts.
 
@@ -63,7 +63,7 @@ class Encoding:
         return TextCondition(*map(jnp.asarray, encoder(wrapped, truncate=truncate)))
 
     def empty_text(self, grid: tuple[int, int] | None = None, *, still: bool = False) -> TextCondition:
-        """Wraps the empty text like a prompt, and returns it encoded; it is encoded only once.
+        """Wraps the empty text like a prompt, and returns the encoded result. The text is encoded only once.
 
         Guidance and label dropout use it as the unconditional text.
 
@@ -89,8 +89,8 @@ class Encoding:
     def with_digests(self, cached: Provenance | None = None) -> Encoding:
         """Returns the encoding with the digests of its autoencoder and text encoder, as saved with a run.
 
-        cached: provenance of cached latents. If it names the same text encoder, its digest of that encoder is reused
-        without opening the encoder. If it names no text encoder, the text encoder gets no digest.
+        cached: provenance of cached latents. If the provenance names the same text encoder, its digest of that encoder
+        is reused without opening the encoder. If the provenance names no text encoder, no digest is computed.
 
         A network without a path gets no digest.
         """

@@ -52,7 +52,9 @@ class TrainingCost(NamedTuple):
 
 
 def training_cost(experiment: Experiment, rows: int) -> TrainingCost | None:
-    """Returns the cost of a training step on `rows` samples on one device; None if the experiment has no `rehearsal`.
+    """Returns the cost of a training step on `rows` samples on one device.
+
+    Returns None if the experiment's `rehearsal` returns None.
 
     The activations are the most bytes that the forward and backward pass stores at once, without the gradient; see
     `peak_of`. The step is traced, but nothing is computed.
@@ -114,10 +116,8 @@ def decoding_cost(flow: Any, variables: Any, num: int, *, guided: Collection[int
     tokens = jax.ShapeDtypeStruct((1, config.num_tokens, config.token_dim), jnp.float32)
     known: dict[BlockConfig, float] = {}
     for index, block in enumerate(config.blocks):
-        branches, shape = (
-            1 + (index in guided),
-            dataclasses.replace(block, order="raster"),
-        )  # Equal blocks are traced once.
+        branches, shape = 1 + (index in guided), dataclasses.replace(block, order="raster")
+        # Most blocks have the same shape. Each shape is traced only once.
         if shape not in known:
             run = AutoregressiveBlock(shape).apply
             known[shape] = _flop(jax.make_jaxpr(run)(block_parameters(variables, index), tokens, cond).jaxpr)

@@ -17,7 +17,7 @@ from flowgen.experiments.video_flow import VideoFlowExperiment
 from flowgen.runs import DIGEST
 
 KINDS: tuple[type[Experiment], ...] = (FlowExperiment, VideoFlowExperiment, MatchingExperiment, AutoencoderExperiment)
-# The shipped configs are next to the package in a checkout, and inside it in an installed flowgen.
+# The shipped configs are next to the package in a checkout, and inside the package if flowgen is installed.
 _PLACES = tuple(Path(__file__).parents[up] / "configs" for up in (2, 1))
 
 E = TypeVar("E", bound=Experiment)

@@ -22,7 +22,7 @@ from flowgen.training import Result, Signals, is_primary, train
 
 
 def _of_own(experiment: Experiment, dataset: Any, held_out: Any) -> Experiment:
-    """Checks a user's dataset, and returns the experiment to save with a run on it."""
+    """Checks a user's dataset, and returns the experiment that is saved with a run on this dataset."""
     for name, given in (("dataset", dataset), ("held_out", held_out)):
         if given is not None:
             check_protocol(name, given)
@@ -60,8 +60,8 @@ def fit(
 
     dataset: the data to train on instead of `experiment.data`; see `flowgen.data.Dataset`.
     held_out: the data to evaluate on if `dataset` is given. A run on `dataset` without `held_out` is not evaluated.
-    model: the model to train instead of `experiment.build()`. It must have the same methods. Pass it to `flowgen.load`
-    too.
+    model: the model to train instead of `experiment.build()`. It must have the same methods. Pass the same model to
+    `flowgen.load`.
     signals: a `Signals` that is already in use; by default, a new one that watches this process's signals.
     profile: the number of steps to trace into the folder `profile` of the run, after the first step.
     devices: this process's devices to train on; by default, all. Samples and evaluations always use all devices.

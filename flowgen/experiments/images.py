@@ -48,7 +48,7 @@ def image_dataset(data: DataConfig, model: Any, split: Split, *, labelled: bool 
 def with_class_names(experiment: E) -> E:
     """Returns the experiment with the class names of its data, as saved with a run.
 
-    Returns the experiment unchanged if it already has names or its model does not use them.
+    Returns the experiment unchanged if it already has class names, or if its model does not use classes.
 
     Example:
         with_class_names(experiment).data.classes  # ("cat", "dog", "fox")

@@ -138,7 +138,7 @@ def _as_often(buckets: Sequence[Dataset], data: ClipsConfig | LatentsConfig) -> 
 
 
 def encoded_shards(encoding: Encoding, dataset: Dataset, *, flip: bool) -> Iterator[Shard]:
-    """Yields the latents of a dataset, and the features of its captions if the model takes texts.
+    """Yields the latents of a dataset, and the features of its captions if the model accepts texts.
 
     Example:
         for shard in encoded_shards(encoding, dataset, flip=False): ...
@@ -175,7 +175,7 @@ def _without_first(moments: EncodeMoments) -> EncodeMoments:
 
 
 def null_features(encoding: Encoding, dataset: Dataset) -> TextCondition | None:
-    """Returns the encoded empty text to save with a dataset's latents; None if the model takes no texts.
+    """Returns the encoded empty text to save with a dataset's latents; None if the model accepts no texts.
 
     Example:
         null = null_features(encoding, pixel_dataset(data, encoding, "train"))
@@ -327,7 +327,7 @@ def _check_texts(made: Provenance, path: str, encoding: Encoding) -> None:
 
 
 def _check_shape(model: TARFlowConfig | STARFlowConfig, path: str, bucket: LatentDataset) -> None:
-    """Raises ValueError if a model cannot take latents of this kind and shape, even at another size."""
+    """Raises ValueError if a model cannot process latents of this kind and shape, even at another size."""
     *frames, height, width, channels = bucket.event_shape
     whole = list(model.event_shape[:-3])
     expected = {"image": [], "clip": whole, "continued": [count - 1 for count in whole], "still": [1]}[bucket.kind]

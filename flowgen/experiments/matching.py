@@ -186,7 +186,7 @@ class MatchingExperiment(Experiment):
         return None if isinstance(self.data, PointsConfig) else self.model.event_shape[-1]
 
     def build(self) -> Any:
-        """Returns the network, without parameters. Raises ValueError if it does not store its config."""
+        """Returns the network, without parameters. Raises ValueError if the network does not store its config."""
         network = self.model.build()
         if getattr(network, "config", None) != self.model:
             raise ValueError(

@@ -22,7 +22,7 @@ class LikelihoodConfig:
     """Training options of a flow in addition to maximum likelihood.
 
     norm_penalty: weight of the penalty on the mean square of each block's input; 1e-4 as published, 0 for none.
-    noise_weight: multiply the loss by σ / 0.3, where σ is the training noise; published for prompts that state it.
+    noise_weight: multiply the loss by σ / 0.3, where σ is the training noise level; published for prompts that state σ.
     denoiser: options of the optimizer for a video flow's denoiser; None uses the same values as `optim`. ema_decay,
     ema_warmup and max_skips cannot be set here, because `optim` sets them for all parameters.
     """
@@ -45,7 +45,7 @@ class LikelihoodConfig:
 
 @config
 class SamplingConfig:
-    """How samples are drawn, in training and by default in `sample.py`.
+    """Options for drawing samples. Training uses them, and `sample.py` uses them by default.
 
     num: number of samples to draw; at least 1.
     plan: how tokens are decoded; "auto" is sequential, except on accelerators where parallel decoding is faster.

