@@ -167,7 +167,7 @@ class FlowExperiment(AutoregressiveExperiment):
         return sample_lines(metrics, extractor, num, f"guidance {self.sampling.guidance:g}")
 
     def _baseline_lines(self, flow: Any, dataset: Any, options: FlowEvaluateOptions) -> list[str]:
-        """Returns lines with the likelihood of a Gaussian for the same noise; [] if the images have several sizes."""
+        """Returns lines with the likelihood under a Gaussian with the same noise; [] if the sizes of images differ."""
         split = "train" if options.split == "eval" else options.split
         fitted = self.flow_dataset(split, labelled=False)
         if isinstance(dataset, BucketedDataset) or isinstance(fitted, BucketedDataset):
