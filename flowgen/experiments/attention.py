@@ -1,4 +1,4 @@
-"""What computes the softmax attention of a model, told by `info` and before training."""
+"""Reports which implementation computes the softmax attention of a model; used by `info` and before training."""
 
 from __future__ import annotations
 
@@ -13,9 +13,9 @@ from flowgen.nn.softmax_shape import SoftmaxShape
 
 
 def attention_lines(model: Any) -> list[str]:
-    """Returns lines that say what computes the attention of a model config here, on GPUs and on TPUs, and why.
+    """Returns lines that say which attention implementation a model uses here, on GPUs and on TPUs, and why.
 
-    There are none for models without softmax attention.
+    The list is empty for models without softmax attention.
     """
     shapes: tuple[SoftmaxShape, ...] = getattr(model, "softmax_shapes", ())
     asked = getattr(model, "attention_implementation", "auto")
@@ -30,7 +30,7 @@ def attention_lines(model: Any) -> list[str]:
 
 
 def on_any_device(experiment: Experiment) -> Experiment:
-    """Returns the experiment with attention that runs on any device, for shapes that do not depend on the choice."""
+    """Returns the experiment with attention that runs on any device; the shapes of its arrays stay the same."""
     if getattr(experiment.model, "attention_implementation", "auto") == "auto":
         return experiment
     return dataclasses.replace(experiment, model=dataclasses.replace(experiment.model, attention_implementation="auto"))
@@ -45,7 +45,7 @@ def _told(shape: SoftmaxShape, asked: Any, platform: str) -> str:
 
 
 def warn_of_dtype(model: Any, platform: str | None = None) -> None:
-    """Warns (UserWarning) if a model config's dtype alone keeps a GPU from its fused kernel.
+    """Issues a UserWarning if a GPU cannot use its fused kernel only because of the model config's dtype.
 
     platform: as in `attention_plan`.
     """

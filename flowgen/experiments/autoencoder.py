@@ -45,20 +45,20 @@ from flowgen.settings.ranges import NonNegative, OtherFrames, Side
 from flowgen.settings.ranges import Samples as NumSamples
 from flowgen.training import Job
 
-# Rate at which the running mean and variance of latents follow the batches.
+# Update rate of the running mean and variance of the latents: the weight of each new batch.
 STATISTICS_RATE = 0.02
 
 
 @config
 class AutoencodingConfig:
-    """How an autoencoder is trained.
+    """Training options of an autoencoder.
 
-    image_size: side of the images, or (height, width); each a multiple of the model's factor.
+    image_size: side of the images, or (height, width); each length must be a multiple of the model's factor.
     frames: frames per clip; 0 for images.
     kl_weight: weight of the KL divergence of the posterior from N(0, 1), in nats per latent; 0 or more.
-    noise: std of the noise added to normalised latents before decoding, so that the decoder learns to decode a flow's
-    noisy latents; 0 for none.
-    decoder_of: run directory or published folder of an autoencoder; its decoder is trained further, and its encoder
+    noise: std of the noise that is added to normalised latents before decoding; 0 for none. With noise, the decoder
+    learns to decode the noisy latents of a flow.
+    decoder_of: run directory or published folder of an autoencoder whose decoder is trained further while its encoder
     stays frozen. If empty, a new autoencoder is trained.
     shown: number of images shown next to their reconstructions in the run's sample grid; at least 1.
     """
@@ -207,7 +207,7 @@ class AutoencoderExperiment(Experiment):
         ]
 
     def debug(self) -> AutoencoderExperiment:
-        """Returns the experiment with a tiny autoencoder of the same factor, on built-in or bouncing digits."""
+        """Returns the experiment with a tiny autoencoder of the same factor, trained on built-in or bouncing digits."""
         model, few = self.model, {"shown": SAMPLES}
         widths = (8,) * len(model.widths)
         if not isinstance(model, VideoAutoencoderConfig):
@@ -226,10 +226,12 @@ class AutoencoderExperiment(Experiment):
 def autoencoding_objective(autoencoder: Any, config: AutoencodingConfig) -> Callable[..., tuple]:
     """Returns the objective (variables, batch, key) -> (loss, metrics, carried state) of an autoencoder.
 
-    batch: a `flowgen.data.Batch` of images or clips. Carried state: the collection "latents", with the running mean
-    and variance of each latent channel, updated at a rate of 0.02. Flows use these statistics to normalise
-    latents. The statistics are computed over the whole batch, on any number of devices and with gradient accumulation;
-    each micro-batch scales its noise by the statistics after its own update.
+    batch: a `flowgen.data.Batch` of images or clips.
+
+    The carried state is the collection "latents". It contains the running mean and variance of each latent channel,
+    which are updated at a rate of 0.02. Flows use these statistics to normalise latents. The statistics cover the whole
+    batch, even if it is split over devices or micro-batches. Each micro-batch first updates the statistics and then
+    scales its noise by them.
 
     Example:
         loss, metrics, state = autoencoding_objective(autoencoder, AutoencodingConfig())(variables, batch, key)
@@ -263,8 +265,9 @@ def autoencoding_objective(autoencoder: Any, config: AutoencodingConfig) -> Call
 
     def combine(before, parts):
         followed = parts[STATISTICS]
-        # The variance over all rows is the mean of the micro-batches' variances plus the variance of their means, which
-        # the running mean follows at `rate`.
+        # The variance over all rows is the mean of the micro-batches' variances plus the variance of their means.
+        # The running means contain those means times `rate`. Their variance divided by `rate` is therefore what the
+        # running variance lacks.
         between = followed["mean"].var(axis=0) / rate if rate else 0.0
         mean, variance = (followed[name].mean(axis=0) for name in ("mean", "variance"))
         return {STATISTICS: {"mean": mean, "variance": variance + between}}
@@ -289,7 +292,7 @@ def _shown(values: Any) -> str:
 
 
 def _initial(model: Any, path: str, autoencoder: Any, key: jax.Array) -> Any:
-    """Returns new variables with latent mean 0 and variance 1, or the variables of the autoencoder at `path`."""
+    """Returns the variables of the autoencoder at `path`, or new ones with latent mean 0 and variance 1."""
     channels = model.latent_channels
     if not path:
         return {**init(autoencoder, key), STATISTICS: {"mean": jnp.zeros(channels), "variance": jnp.ones(channels)}}

@@ -1,4 +1,4 @@
-"""What image flows and video flows share: parts, data, conditions and training."""
+"""The base class of image flows and video flows, which share their parts, data, conditions and training."""
 
 from __future__ import annotations
 
@@ -60,7 +60,7 @@ class FlowDrawOptions(DrawOptions):
     """Options for drawing images, in addition to the fields of `sampling`.
 
     classes: classes to draw in turn, by name or number: cat,dog or 0,1,2; -1 is unconditional (--classes=-1,3).
-    aspect: aspect ratio, such as 16:9; samples keep about the area of the model's images.
+    aspect: aspect ratio, such as 16:9; samples have about the same area as the model's images.
     certify: check the decoding with a forward pass.
     """
 
@@ -73,7 +73,7 @@ class FlowDrawOptions(DrawOptions):
 class FlowEvaluateOptions(EvaluateOptions):
     """Options for evaluating a flow.
 
-    noise: noise added to the images: the training noise ("model") or uniform dequantisation ("uniform").
+    noise: noise that is added to the images: the training noise ("model") or uniform dequantisation ("uniform").
     samples: number of samples to draw and compare with the data; 0 for none.
     unconditional: evaluate a class model without labels.
     """
@@ -184,7 +184,7 @@ class AutoregressiveExperiment(Experiment):
     ) -> tuple[Dataset | BucketedDataset, Dataset | BucketedDataset | None]:
         """Returns the data to train and evaluate on: the given datasets or, by default, the experiment's."""
         if dataset is not None:
-            assert not isinstance(self.data, LatentsConfig)  # `fit` replaces it
+            assert not isinstance(self.data, LatentsConfig)  # `fit` has replaced a LatentsConfig.
             codec, model = self.encoding.open_codec(), self.model
             *whole, height, width, _ = model.event_shape
             frames = [1 + (count - 1) * codec.stride for count in whole]
@@ -230,7 +230,7 @@ class AutoregressiveExperiment(Experiment):
 
     @abc.abstractmethod
     def objective(self, flow: Any, **options: Any) -> Objective:
-        """Returns the training objective of a flow. options: label_dropout, loss_scale and null_text of it."""
+        """Returns the training objective of a flow. options: its label_dropout, loss_scale and null_text."""
 
     def rehearsal(self, model: Any, rows: int) -> Rehearsal:
         """Returns what is needed to trace a training step on a batch of `rows` samples."""
@@ -244,7 +244,7 @@ class AutoregressiveExperiment(Experiment):
         return Rehearsal(lambda key: init(model, key), self.objective(model), jax.eval_shape(batch))
 
     def sampling_cost(self, model: Any, variables: Any, num: int) -> SamplingCost:
-        """Returns what drawing each of `num` samples takes, token by token, without the codec and text encoder."""
+        """Returns the cost of drawing `num` samples token by token, without the codec and the text encoder."""
         sampling = self.sampling
         blocks = range(self.model.num_blocks) if sampling.blocks is None else sampling.blocks
         by_score = self.model.noise_std > 0 and sampling.denoise > 0 and not getattr(self.model, "denoiser_layers", 0)
@@ -260,15 +260,16 @@ class AutoregressiveExperiment(Experiment):
     ) -> Callable[[Any], np.ndarray] | None:
         """Returns the function that draws a run's sample images; None if samples cannot be shown in grey or colour.
 
-        The function draws samples of each class in turn, or for the prompts. draw_batch: the experiment's method. show:
-        makes one image from (samples, classes).
+        The function draws samples for each class in turn, or for texts.
+
+        draw_batch: the experiment's method. show: a function that makes one image from (samples, classes).
         """
         without_codec = isinstance(self.data, LatentsConfig) and self.codec is None
         if without_codec or self.encoding.open_codec().pixel_channels not in DRAWABLE_CHANNELS:
             return None
         num, classes = self.sampling.num, drawn_classes(self.model, self.data)
         bucket = buckets_of(dataset)[0]
-        # Sampled captions may state the aspect ratio of their images, so samples take the shape of those images.
+        # The captions may state the aspect ratio of their images, so samples have the shape of those images.
         prompts = self.sampling.prompts
         sized = flow if prompts or not holds_latents(dataset) else flow.with_image_size(*bucket.event_shape[-3:-1])
         texts = null = None
@@ -294,13 +295,13 @@ class AutoregressiveExperiment(Experiment):
         return draw_image
 
     def sized(self, flow: Any, aspect: str) -> Any:
-        """Returns the flow at an aspect ratio such as 16:9, or unchanged if none is given."""
+        """Returns the flow for an aspect ratio such as 16:9, or the flow unchanged if none is given."""
         return flow.with_image_size(*self.encoding.latent_size(aspect)) if aspect else flow
 
     def guidance(self, flow: Any, null: TextCondition | None = None) -> Guidance:
         """Returns the guidance for samples; for a text flow, it includes the text of the unconditional branch.
 
-        null: the text of the unconditional branch; by default the empty text, which is encoded here if needed.
+        null: the text of the unconditional branch. By default, it is the empty text, which is encoded here if needed.
         """
         guidance = self.sampling.to_guidance()
         if not (self.model.text_dim and guidance.scale):
@@ -313,7 +314,7 @@ class AutoregressiveExperiment(Experiment):
 
         classes: the option --classes (see `parse_classes`); empty draws all classes in turn.
 
-        Raises ValueError if the model does not take the given conditions.
+        Raises ValueError if the model does not accept the given conditions.
         """
         num = self.sampling.num
         if not self.model.text_dim:
@@ -329,9 +330,9 @@ class AutoregressiveExperiment(Experiment):
         return partial(chosen_texts, texts), {"prompts": np.resize(np.array(prompts), num)}
 
     def conditions_of(self, data: Dataset, *, unconditional: bool = False) -> Conditions | None:
-        """Returns a function from positions in a dataset to conditions; None for unconditional samples.
+        """Returns a function from positions in a dataset to labels or encoded captions; None for no conditions.
 
-        The conditions are labels or encoded captions.
+        unconditional: whether a class model gets no labels.
         """
 
         def labels(positions):
@@ -384,14 +385,14 @@ def captions_condition(dataset: Dataset, positions: Int[np.ndarray, " b"]) -> Te
         cond = captions_condition(latents, np.arange(4))
     """
     texts = dataset[positions].context
-    assert isinstance(texts, TextCondition)  # these latents have texts
+    assert isinstance(texts, TextCondition)  # These latents have texts.
     return TextCondition(jnp.asarray(texts.embeddings, jnp.float32), jnp.asarray(texts.mask))
 
 
 def decoded_by_all(
     decode: Callable[..., DecodeResult], variables: Any, numbers: Int[np.ndarray, " b"], *rows: Any
 ) -> DecodeResult:
-    """Returns the result of decode(variables, numbers, *rows) on the host; all devices decode, each its own samples.
+    """Splits the samples over all devices, and returns the result of decode(variables, numbers, *rows) on the host.
 
     rows: trees of arrays with one row per sample.
 
@@ -404,7 +405,7 @@ def decoded_by_all(
 
 
 def decoding_line(result: DecodeResult) -> str:
-    """Returns a line about how samples were decoded.
+    """Returns a line that describes how samples were decoded.
 
     Example:
         print(decoding_line(sample(flow, params, key, 4)))

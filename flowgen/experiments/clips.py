@@ -1,4 +1,4 @@
-"""Helpers for clips of a video flow: lengths, given frames, and metrics."""
+"""Helpers for clips of a video flow: their lengths, given frames, and metrics."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ from flowgen.flows.batches import batch_input, condition_of
 from flowgen.flows.density import tweedie_step
 
 LEAST_KEPT = 0.75  # fraction of a given image that must remain after cropping it to the clips' shape
-GIVEN = 2**32 - 1  # Random stream for noise on given frames, separate from the streams of numbered samples.
+GIVEN = 2**32 - 1  # Random stream for the noise on given frames; no numbered sample has this number.
 
 
 def latent_frames(codec: Codec, frames: int) -> int:
@@ -50,9 +50,9 @@ def latent_frames(codec: Codec, frames: int) -> int:
 
 
 def check_length(codec: Codec, most: int, frames: int | None, context: int | None) -> None:
-    """Raises ValueError if the codec cannot make clips of this length, or if `context` is set but no clip restarts.
+    """Raises ValueError if the codec cannot make clips of this length, or if they are too short to use `context`.
 
-    most: largest number of latent frames that are decoded at once.
+    most: largest number of latent frames that are decoded at once. Only longer clips use `context`.
 
     Example:
         check_length(codec, 21, frames=81, context=None)
@@ -67,11 +67,12 @@ def check_length(codec: Codec, most: int, frames: int | None, context: int | Non
 def read_given(
     codec: Codec, flow: Any, path: str, *, frames: int | None = None, fps: float | None = None
 ) -> Float[np.ndarray, "given height width c"]:
-    """Returns the frames that clips begin with, read from an image or video file, in [-1, 1].
+    """Reads the frames that clips begin with from an image or video file, and returns them in [-1, 1].
 
-    An image gives one frame; a video, read at `fps`, gives as many as the codec can encode. frames: length of the
-    clips; a longer video is cut so that at least one frame is left to generate. None takes the whole video, which must
-    be shorter than the training clips.
+    An image gives one frame. A video is read at `fps`, and gives as many frames as the codec can encode.
+
+    frames: length of the clips. A longer video is cut so that at least one frame is left to generate. If None, the
+    whole video is used; it must be shorter than the training clips.
 
     Raises FileNotFoundError or ValueError if the file cannot be read, has a very different shape, or leaves no frame to
     generate.
@@ -112,7 +113,7 @@ def read_given(
 
 @contextlib.contextmanager
 def _naming_given() -> Generator[None]:
-    """Turns the error for an unreadable file into one that names the option."""
+    """Replaces the error for an unreadable file by one that names the option."""
     try:
         yield
     except Unreadable as error:
@@ -125,7 +126,7 @@ def with_noise(
     key: Key[Array, ""],
     numbers: Int[np.ndarray, " b"],
 ) -> Float[Array, "b given height width c"]:
-    """Returns one copy of the clean latents for each clip number, each with its own training noise added.
+    """Returns one copy of the clean latents for each clip number, and adds different training noise to each copy.
 
     Example:
         given = with_noise(flow, latents, jax.random.key(0), np.arange(4))
@@ -136,7 +137,7 @@ def with_noise(
 
 
 def of_whole_clips(data: ClipsConfig | LatentsConfig) -> ClipsConfig | LatentsConfig:
-    """Returns the same data without images and without clips that lack their first frame, which only training uses.
+    """Returns the config without images and without clips that lack their first frame. Only training uses these.
 
     Example:
         clips = flow_dataset(of_whole_clips(data), encoding, "eval")
@@ -163,9 +164,10 @@ def clips_alone(dataset: Dataset | BucketedDataset) -> Dataset:
 
 
 def frame_distances(clips: Float[np.ndarray, "n frames height width c"]) -> tuple[float, float]:
-    """Returns the root mean square distances between consecutive frames, and between all pairs of frames in a clip.
+    """Returns two root mean square distances: between consecutive frames, and between all pairs of frames in a clip.
 
-    The first is smaller if neighbouring frames resemble each other. If frames are in random order, the two are equal.
+    The first distance is smaller if neighbouring frames resemble each other. If the frames are in
+    random order, the two distances are equal on average.
 
     Example:
         near, far = frame_distances(clips)
@@ -182,8 +184,8 @@ def denoised_psnr(
 ) -> dict[str, float]:
     """Returns the PSNR in dB of up to `most` clips, before and after removing the training noise.
 
-    The noise is removed by a Tweedie step and, if the flow has a denoiser, separately by the denoiser. Latents are
-    decoded before the comparison.
+    The noise is removed by a Tweedie step. If the flow has a denoiser, the denoiser removes it from another copy of
+    the clips. Latents are decoded before the comparison.
 
     Example:
         denoised_psnr(codec, flow, params, dataset, key, most=64)  # {"as they are": 14.1, "by the score": 20.3, ...}

@@ -1,4 +1,4 @@
-"""The codec of a latent flow: its config, how it is opened, and its digest."""
+"""The codec of a latent flow: its config, its digest, and the functions that open it."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ from flowgen.runs import CHECKPOINTS, CheckpointReader, is_run, read_config
 from flowgen.settings import config
 from flowgen.settings.ranges import Positive, Within
 
-# The variable collection in which an autoencoder keeps the mean and variance of its latents.
+# The collection of an autoencoder's variables that contains the mean and variance of its latents.
 STATISTICS = "latents"
 
 
@@ -50,8 +50,8 @@ class PretrainedAutoencoder:
 
     path: run directory of an autoencoder trained with flowgen, or folder of a published AutoencoderKL (images) or
     AutoencoderKLWan (video).
-    digest: digest of everything that affects the latents. Training a flow sets it, so that a different autoencoder is
-    detected later.
+    digest: digest of everything that affects the latents. Training a flow sets this field, so that a different
+    autoencoder is detected later.
     temporal_scale: factor that multiplies a clip's latents after the first frame; 0.6 as published, 1 for no change.
     """
 
@@ -66,7 +66,7 @@ CodecConfig = SpaceToDepth | PretrainedAutoencoder
 def open_codec(config: CodecConfig | None, channels: int) -> Codec:
     """Returns a config's codec, which is opened only once. If config is None, returns the identity.
 
-    channels: number of latent channels that the model takes.
+    channels: number of latent channels that the model expects.
 
     Raises FileNotFoundError or ValueError if the codec is missing or damaged, or does not match the digest or the
     channels.

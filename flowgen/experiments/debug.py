@@ -1,4 +1,4 @@
-"""Debug versions of experiments: a tiny model of the same kind, few steps, and data that ship with flowgen."""
+"""Debug versions of experiments use a tiny model of the same kind, few steps, and data that ship with flowgen."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ SAMPLES = 4
 
 
 def debug_run(experiment: E, **changes: Any) -> E:
-    """Returns the experiment with the given parts replaced, few steps, small batches and frequent reports.
+    """Returns the experiment with the given parts, and with few steps, small batches and frequent reports.
 
     Example:
         small = debug_run(experiment, model=dataclasses.replace(experiment.model, width=16))
@@ -54,7 +54,7 @@ def debug_clips(data: ClipsConfig | LatentsConfig) -> ClipsConfig:
 
 
 def debug_flow(experiment: AutoregressiveExperiment) -> dict[str, Any]:
-    """Returns parts that make an experiment's flow tiny but keep its kind: model, codec, text and sampling.
+    """Returns a model, codec, text and sampling that make an experiment's flow tiny but keep its kind.
 
     Example:
         small = debug_run(experiment, **debug_flow(experiment))
@@ -71,7 +71,7 @@ def debug_flow(experiment: AutoregressiveExperiment) -> dict[str, Any]:
     if text is not None:
         text = dataclasses.replace(text, encoder="words", digest=None)
         sampling = dataclasses.replace(sampling, prompts=())
-        assert isinstance(model, STARFlowConfig)  # only STARFlow takes texts
+        assert isinstance(model, STARFlowConfig)  # Only STARFlow accepts texts.
         model = dataclasses.replace(model, text_dim=16, text_length=min(model.text_length, 16))
     model = dataclasses.replace(
         model,

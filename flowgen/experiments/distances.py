@@ -20,7 +20,7 @@ Images = Float[np.ndarray, "n height width c"]
 
 @dataclass(frozen=True)
 class FeatureExtractor:
-    """Computes features of images in [-1, 1] for Fréchet distances, and predicts classes unless `classes` is None."""
+    """Computes features of images in [-1, 1] for Fréchet distances; predicts classes too, unless `classes` is None."""
 
     name: str
     features: Callable[[Images], Float[np.ndarray, "n f"]]
@@ -28,7 +28,7 @@ class FeatureExtractor:
 
 
 def train_features(dataset: Dataset) -> FeatureExtractor:
-    """Trains a classifier and returns an extractor of its features. Without labels, the features are pixels.
+    """Trains a classifier and returns an extractor of its features. If the data have no labels, the pixels are used.
 
     Example:
         extractor = train_features(experiment.dataset("train"))
@@ -50,14 +50,15 @@ def sample_metrics(
 ) -> dict[str, float]:
     """Returns the Fréchet distance between `num` samples and the data, and the fraction that show their class.
 
-    The fraction is left out if there are no conditions, or if the extractor does not predict classes. conditions: a
-    function from positions in the data to labels or texts; the samples get the data's class proportions. None draws
-    unconditional samples.
+    The fraction is left out if there are no conditions, or if the extractor does not predict classes.
+
+    conditions: a function from positions in the data to labels or texts, so that samples have the data's class
+    proportions; None for unconditional samples.
 
     Example:
         metrics = sample_metrics(partial(experiment.draw_batch, network, variables), extractor, held_out, 1000)
     """
-    # If there are fewer samples than data, their conditions are spread over the data, which may be sorted by class.
+    # The data may be sorted by class. If there are more data than samples, conditions are taken at even distances.
     positions = np.arange(num) * len(data) // num if num < len(data) else np.arange(num) % len(data)
     size = min(SAMPLES_AT_ONCE, num)
     parts = []

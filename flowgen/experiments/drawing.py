@@ -1,4 +1,4 @@
-"""Options for drawing and evaluation, and drawing in batches with one compiled program."""
+"""Options for drawing and evaluation, and a function that draws in batches with one compiled program."""
 
 from __future__ import annotations
 
@@ -16,10 +16,10 @@ from flowgen.data.dataset import Split
 from flowgen.settings import config
 from flowgen.settings.ranges import BatchSize, Seed
 
-# (key, numbers, cond) -> the samples with these numbers and conditions, and a line about how they were drawn.
+# (key, numbers, cond) -> the samples with these numbers and conditions, and a line that says how they were drawn.
 # Sample i depends only on (key, i).
 DrawBatch = Callable[[jax.Array, Int[np.ndarray, " b"], Any], tuple[np.ndarray, str]]
-# Positions or numbers -> the condition of each.
+# Positions in the data, or sample numbers -> the condition of each.
 Conditions = Callable[[Int[np.ndarray, " b"]], Any]
 
 AT_ONCE = 64  # images or clips per compiled call by default
@@ -41,7 +41,7 @@ class DrawOptions:
 class EvaluateOptions:
     """Options for evaluating any kind of model.
 
-    split: split of the data to evaluate on; for data other than the run's, the default is "all".
+    split: split of the data to evaluate on; the default is "all" if you evaluate on data other than the run's.
     batch: number of samples per compiled call.
     seed: random seed for noise and samples.
     """
@@ -70,10 +70,11 @@ def draw_in_batches(
     *,
     batch: int = AT_ONCE,
 ) -> Float[np.ndarray, "num ..."]:
-    """Returns samples 0..num-1; `say` receives a line about the speed of each batch.
+    """Returns samples 0..num-1, and calls `say` with a line about the speed of each batch.
 
-    draw_batch: called only with full batches, so that it is compiled only once; surplus samples in the last batch are
-    dropped. conditions: a function from sample numbers to conditions. batch: batch size if the options set none.
+    draw_batch: draws one batch. It is called only with full batches, so that it is compiled only once; surplus samples
+    in the last batch are dropped. conditions: a function from sample numbers to conditions. batch: the batch size if
+    the options set none.
 
     Example:
         samples = draw_in_batches(draw_batch, lambda numbers: labels[numbers], 100, DrawOptions(), print)
@@ -93,7 +94,9 @@ def draw_in_batches(
 
 
 def on_devices(variables: Any, rows: int) -> Any:
-    """Returns a model's variables on all devices that share a batch of this many rows, for several batches.
+    """Returns copies of a model's variables on all devices that share a batch of this many rows.
+
+    The copies can be used for several batches.
 
     Example:
         variables = on_devices(variables, rows=AT_ONCE)
@@ -111,7 +114,7 @@ def per_second(rate: float) -> str:
 
 
 def drawn_classes(model: Any, data: Any) -> int:
-    """Returns the number of classes that a run samples in turn: the named classes, or all if there are no names.
+    """Returns the number of classes that a run samples in turn: all named classes or, without names, all classes.
 
     Example:
         labels = cycled_labels(20, drawn_classes(experiment.model, experiment.data))

@@ -1,4 +1,4 @@
-"""A flow's codec and text encoder, which encode its data; the codec also decodes its samples."""
+"""The codec and text encoder of a flow. Both encode the flow's data; the codec also decodes samples."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ from flowgen.text import TextEncoder, aspect_size
 class Encoding:
     """The codec and the text encoder of a flow. Each is opened once, on first use.
 
-    model: config of the flow that takes the latents and texts.
+    model: config of the flow that uses the latents and the encoded texts.
     codec: config of the codec; None for a flow on pixels.
     text: config of the text encoder; None for a flow without texts.
 
@@ -36,12 +36,12 @@ class Encoding:
     text: TextConfig | None = None
 
     def open_codec(self) -> Codec:
-        """Returns the codec. Raises the same errors as the function `open_codec`."""
+        """Calls `flowgen.experiments.codecs.open_codec`, returns the codec, and raises the same errors."""
         return open_codec(self.codec, self.model.channels)
 
     def open_text_encoder(self) -> TextEncoder:
-        """Returns the text encoder. Raises the same errors as the function `open_text_encoder`."""
-        assert isinstance(self.model, STARFlowConfig)  # only STARFlow takes texts
+        """Calls `flowgen.experiments.texts.open_text_encoder`, returns the encoder, and raises the same errors."""
+        assert isinstance(self.model, STARFlowConfig)  # Only STARFlow accepts texts.
         return open_text_encoder(self.text, length=self.model.text_length, dim=self.model.text_dim)
 
     def condition(
@@ -52,20 +52,22 @@ class Encoding:
         truncate: bool = False,
         still: bool = False,
     ) -> TextCondition:
-        """Returns prompts as a condition for the model, wrapped like the training captions.
+        """Wraps prompts like the training captions, and returns them as a condition for the model.
 
-        grid: the (height, width) whose aspect ratio texts may state; by default the model's. truncate: cut prompts that
-        are too long, as captions are cut. still: whether the prompts describe single images for a video flow; such
-        texts state no frame rate.
+        grid: the (height, width) whose aspect ratio the wrapped prompts may state; by default, the model's. truncate:
+        cut prompts that are too long, as captions are cut. still: whether the prompts describe single images for a
+        video flow. Such prompts state no frame rate.
         """
         encoder = self.open_text_encoder()
         wrapped = [self._wrapped(prompt, grid, still) for prompt in prompts]
         return TextCondition(*map(jnp.asarray, encoder(wrapped, truncate=truncate)))
 
     def empty_text(self, grid: tuple[int, int] | None = None, *, still: bool = False) -> TextCondition:
-        """Returns the encoded empty text, wrapped like a prompt; it is encoded only once.
+        """Wraps the empty text like a prompt, and returns the encoded result. The text is encoded only once.
 
-        Guidance and label dropout use it as the unconditional text. grid, still: see `condition`.
+        Guidance and label dropout use it as the unconditional text.
+
+        grid, still: see `condition`.
         """
         return encoded_text(self.open_text_encoder(), self._wrapped("", grid, still))
 
@@ -75,7 +77,7 @@ class Encoding:
         return template(prompt, self.model.image_hw if grid is None else grid)
 
     def latent_size(self, aspect: str) -> tuple[int, int]:
-        """Returns the latents' (height, width) for an aspect ratio, at about the model's area.
+        """Returns the latents' (height, width) for an aspect ratio; the area is about that of the model's latents.
 
         Raises ValueError if the aspect ratio is not one of the nine supported ones.
         """
@@ -87,8 +89,10 @@ class Encoding:
     def with_digests(self, cached: Provenance | None = None) -> Encoding:
         """Returns the encoding with the digests of its autoencoder and text encoder, as saved with a run.
 
-        cached: provenance of cached latents. If it names the same text encoder, the digest in it is reused without
-        opening the encoder. A network without a path gets no digest.
+        cached: provenance of cached latents. If the provenance names the same text encoder, its digest of that encoder
+        is reused without opening the encoder. If the provenance names no text encoder, no digest is computed.
+
+        A network without a path gets no digest.
         """
         codec, text = self.codec, self.text
         if isinstance(codec, PretrainedAutoencoder) and codec.digest is None and codec.path:

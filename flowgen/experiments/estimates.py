@@ -1,4 +1,4 @@
-"""Estimates of what training and sampling take, counted from shapes: memory, FLOP, and the machines they fit."""
+"""Estimates the memory and FLOP of training and sampling by counting them from shapes, without computing anything."""
 
 from __future__ import annotations
 
@@ -20,11 +20,13 @@ from flowgen.training.step import init_state
 
 
 class TrainingCost(NamedTuple):
-    """What training takes on one device, by counting.
+    """The memory and FLOP that training needs on one device, counted from shapes.
 
-    parameters, gradient, moments, average, carried: bytes of these; `carried` are the other variables of the state.
-    stored: bytes of the activations if the backward pass computes none of them again. recomputed: the same if it
-    computes each layer again; None if the model does not have this choice. recomputes: what the model does.
+    parameters, gradient, moments, average: bytes of each.
+    carried: bytes of the other variables of the training state.
+    stored: bytes of the activations if the backward pass recomputes none of them.
+    recomputed: bytes of the activations if the backward pass recomputes each layer; None if the model has no `remat`.
+    recomputes: whether the model recomputes its layers.
     flop: FLOP per sample, without recomputation.
     """
 
@@ -40,20 +42,22 @@ class TrainingCost(NamedTuple):
 
     @property
     def state(self) -> int:
-        """Bytes that training takes with any batch."""
+        """Bytes of the training state and the gradient, which do not depend on the batch."""
         return self.parameters + self.gradient + self.moments + self.average + self.carried
 
     @property
     def activations(self) -> int:
-        """Bytes of the activations of the model as it is configured."""
+        """Bytes of the activations, with or without recomputation as the model is configured."""
         return self.recomputed if self.recomputes and self.recomputed is not None else self.stored
 
 
 def training_cost(experiment: Experiment, rows: int) -> TrainingCost | None:
-    """Returns what a training step on `rows` samples takes on one device; None if the experiment does not tell.
+    """Returns the cost of a training step on `rows` samples on one device.
 
-    The activations are the most bytes that the forward and backward pass stores at once (`peak_of`), apart from the
-    gradient. Traces the step, but computes nothing.
+    Returns None if the experiment's `rehearsal` returns None.
+
+    The activations are the most bytes that the forward and backward pass stores at once, without the gradient; see
+    `peak_of`. The step is traced, but nothing is computed.
 
     Example:
         cost = training_cost(load_config("tarflow_digits"), rows=64)
@@ -95,12 +99,14 @@ def training_cost(experiment: Experiment, rows: int) -> TrainingCost | None:
 
 
 def decoding_cost(flow: Any, variables: Any, num: int, *, guided: Collection[int], by_score: bool) -> SamplingCost:
-    """Returns what decoding `num` samples at a time takes, token by token; traces the flow, but computes nothing.
+    """Returns the cost of decoding `num` samples at a time, token by token.
 
-    variables: shapes and dtypes. guided: numbers of the blocks under guidance, which computes two branches. by_score:
+    variables: their shapes and dtypes. guided: numbers of the guided blocks; guidance computes two branches. by_score:
     whether the training noise is removed with the score of the flow.
-    Decoding token by token computes the products of one forward pass; parallel decoding computes them in each pass.
-    The cache of a block is in use while it is decoded, and the score needs the activations of all blocks.
+
+    The flow is traced, but nothing is computed. Decoding token by token computes the matrix products of one forward
+    pass; parallel decoding computes them again in each pass. Only the cache of the block that is being decoded is in
+    use. The score needs the activations of all blocks.
 
     Example:
         cost = decoding_cost(flow, jax.eval_shape(lambda: flowgen.init(flow, key)), 16, guided=(), by_score=True)
@@ -110,7 +116,8 @@ def decoding_cost(flow: Any, variables: Any, num: int, *, guided: Collection[int
     tokens = jax.ShapeDtypeStruct((1, config.num_tokens, config.token_dim), jnp.float32)
     known: dict[BlockConfig, float] = {}
     for index, block in enumerate(config.blocks):
-        branches, shape = 1 + (index in guided), dataclasses.replace(block, order="raster")  # Most blocks are alike.
+        branches, shape = 1 + (index in guided), dataclasses.replace(block, order="raster")
+        # Most blocks have the same shape. Each shape is traced only once.
         if shape not in known:
             run = AutoregressiveBlock(shape).apply
             known[shape] = _flop(jax.make_jaxpr(run)(block_parameters(variables, index), tokens, cond).jaxpr)
@@ -130,13 +137,13 @@ def decoding_cost(flow: Any, variables: Any, num: int, *, guided: Collection[int
         run = ClipDenoiser(config, parent=None).apply
         traced = jax.make_jaxpr(run)(denoiser_variables(variables), x, cond).jaxpr
         flop, memory = flop + _flop(traced), max(memory, num * peak_of(traced))
-    if config.dtype == "bfloat16":  # Decoding reads a copy of the weights in this dtype.
+    if config.dtype == "bfloat16":  # Decoding uses a copy of the weights in this dtype.
         memory += bytes_of(variables["params"]) // 2
     return SamplingCost(flop, cache, memory)
 
 
 def some_condition(config: Any, rows: int) -> Condition | None:
-    """Returns a condition that a flow takes for `rows` samples, with arbitrary values; None if it takes none.
+    """Returns a condition for `rows` samples with arbitrary values; None if the flow accepts no conditions.
 
     Example:
         cond = jax.eval_shape(lambda: some_condition(flow.config, 4))
@@ -148,7 +155,7 @@ def some_condition(config: Any, rows: int) -> Condition | None:
 
 
 def tokens_of(config: Any, batch: Batch) -> int:
-    """Returns the number of tokens in a batch of any image size, for a flow with this config.
+    """Returns the number of tokens in a batch, for a flow with this config; the images may have any size.
 
     Example:
         tokens = tokens_of(flow.config, batch)
@@ -162,5 +169,5 @@ def _flop(jaxpr: Any) -> float:
 
 
 def _cache_bytes(block: BlockConfig) -> int:
-    """The bytes of one sample's caches in a block, for all of its frames."""
+    """Returns the bytes of a block's caches for all frames of one sample."""
     return block.frames * bytes_of(jax.eval_shape(lambda: AutoregressiveBlock(block).init_caches(1, block.num_tokens)))

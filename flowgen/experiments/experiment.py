@@ -1,8 +1,8 @@
 """An experiment as plain data: the model, its data, its training and the expected result.
 
-`Experiment` is the base class of all kinds. Each kind is a frozen dataclass in a separate module. A config file defines
-a function `config()` that returns an experiment. Every run saves its experiment as JSON, from which the same
-experiment can be restored.
+`Experiment` is the base class of all kinds of experiment. Each kind is a frozen dataclass in a separate module. A
+config file defines a function `config()` that returns an experiment. Every run saves its experiment as JSON, from which
+the same experiment can be restored.
 """
 
 from __future__ import annotations
@@ -24,8 +24,8 @@ from flowgen.training import Job, LogConfig, OptimConfig, TrainConfig
 from flowgen.training.options import check_warmups
 from flowgen.training.step import Objective
 
-# Fields that a resumed run may change: they do not affect the checkpoint's contents or the data seen so far. (Frozen
-# networks are compared by digest, not by path. Class names are compared separately.)
+# Fields that a resumed run may change, because they do not affect the contents of the checkpoint or the data seen so
+# far. Frozen networks are compared by digest, not by path. Class names are compared separately.
 RESUMABLE = (
     "name",
     "train.steps",
@@ -54,7 +54,8 @@ class Samples(NamedTuple):
 class Rehearsal(NamedTuple):
     """What is needed to trace a training step without data.
 
-    init(key) -> variables. objective: see `flowgen.training.make_step`. batch: the shapes and dtypes of a batch.
+    init: a function (key) -> variables. objective: see `flowgen.training.make_step`. batch: the shapes and dtypes of a
+    batch.
     """
 
     init: Callable[[jax.Array], Any]
@@ -63,10 +64,10 @@ class Rehearsal(NamedTuple):
 
 
 class SamplingCost(NamedTuple):
-    """What sampling takes besides the weights, by counting.
+    """The FLOP and memory that sampling needs, counted from shapes; the weights are not included.
 
-    flop: FLOP of one sample; None if it depends on the data. cache: bytes of one sample's decoding cache, or 0. memory:
-    bytes in use at once for all samples.
+    flop: FLOP of one sample; None if the number depends on the data. cache: bytes of one sample's decoding cache, or 0.
+    memory: bytes in use at once for all samples.
     """
 
     flop: float | None
@@ -96,7 +97,7 @@ class Experiment(abc.ABC):
     evaluate_options: ClassVar[type[EvaluateOptions]] = EvaluateOptions
 
     name: str
-    model: Any  # Each kind declares which configs it takes.
+    model: Any  # Each kind declares which configs it accepts.
     data: Any
     optim: OptimConfig = OptimConfig()
     train: TrainConfig = TrainConfig()
@@ -121,18 +122,19 @@ class Experiment(abc.ABC):
     def job(self, *, dataset: Dataset | None = None, held_out: Dataset | None = None, model: Any = None) -> Job:
         """Opens the data, unless datasets are given, and returns the training job.
 
-        dataset, held_out: used instead of `data` for training and evaluation. model: trained instead of `build()`.
+        dataset, held_out: the data to train and evaluate on instead of `data`. model: the model to train instead of
+        `build()`.
         """
 
     def rehearsal(self, model: Any, rows: int) -> Rehearsal | None:
-        """Returns what is needed to trace a training step on a batch of `rows` samples; None if it is not known.
+        """Returns what is needed to trace a training step on a batch of `rows` samples; None if the kind defines none.
 
         Opens no data and no frozen networks.
         """
         return None
 
     def sampling_cost(self, model: Any, variables: Any, num: int) -> SamplingCost | None:
-        """Returns what drawing `num` samples at a time takes; None if it is not known. variables: shapes and dtypes."""
+        """Returns the cost of drawing `num` samples at a time; None if unknown. variables: their shapes and dtypes."""
         return None
 
     def draw(self, model: Any, variables: Any, options: Any, say: Callable[[str], None] = lambda line: None) -> Samples:
@@ -150,7 +152,7 @@ class Experiment(abc.ABC):
     def debug(self) -> Experiment:
         """Returns a small version of the experiment that trains and samples in seconds on a CPU.
 
-        The small version uses data that ship with flowgen. The kinds of model and training stay the same.
+        The small version uses data that ship with flowgen. It has the same kind of model and training.
         """
 
     def with_provenance(self) -> Experiment:
@@ -158,7 +160,7 @@ class Experiment(abc.ABC):
         return self
 
     def to_json(self) -> dict[str, Any]:
-        """Returns plain values for JSON; `flowgen.experiments.from_json` restores the same experiment."""
+        """Returns plain values for JSON, from which `flowgen.experiments.from_json` restores the same experiment."""
         return {settings.TYPE: type(self).__name__, **settings.to_plain(self)}
 
     @classmethod
@@ -187,12 +189,12 @@ class Experiment(abc.ABC):
             )
 
     def check_warmups(self, others: Mapping[str, int] = MappingProxyType({})) -> None:
-        """Raises ValueError if a warm-up is as long as the training or longer. others: other warm-ups by field name."""
+        """Raises ValueError if a warm-up is not shorter than the training. others: other warm-ups by field name."""
         check_warmups({"optim.warmup_steps": self.optim.warmup_steps, **others}, self.train.steps)
 
 
 def _renamed(old: Any, new: Any) -> list[str]:
-    """Describes class names that the data lack or the run does not know; empty if either has no names."""
+    """Describes differences between a run's class names and the data's; returns [] if either has no names."""
     before, now = getattr(old, "classes", ()), getattr(new, "classes", ())
     if not before or not now or before == now:
         return []

@@ -1,4 +1,4 @@
-"""Experiments as files: Python files that define them, and the JSON that a run saves."""
+"""Loads experiments from the Python files that define them and from the JSON that a run saves."""
 
 from __future__ import annotations
 
@@ -17,14 +17,14 @@ from flowgen.experiments.video_flow import VideoFlowExperiment
 from flowgen.runs import DIGEST
 
 KINDS: tuple[type[Experiment], ...] = (FlowExperiment, VideoFlowExperiment, MatchingExperiment, AutoencoderExperiment)
-# The shipped configs are next to the package in a checkout, and inside it in an installed flowgen.
+# The shipped configs are next to the package in a checkout, and inside the package if flowgen is installed.
 _PLACES = tuple(Path(__file__).parents[up] / "configs" for up in (2, 1))
 
 E = TypeVar("E", bound=Experiment)
 
 
 def load_config(path: str | Path) -> Experiment:
-    """Returns the experiment that a Python file's `config()` returns.
+    """Calls the function `config` of a Python file, and returns the experiment that it defines.
 
     path: path to the file, or the name of a shipped config, such as "tarflow_digits".
 

@@ -22,13 +22,13 @@ from flowgen.training import Result, Signals, is_primary, train
 
 
 def _of_own(experiment: Experiment, dataset: Any, held_out: Any) -> Experiment:
-    """Checks a user's dataset, and returns the experiment to save with a run on it."""
+    """Checks a user's dataset, and returns the experiment that is saved with a run on this dataset."""
     for name, given in (("dataset", dataset), ("held_out", held_out)):
         if given is not None:
             check_protocol(name, given)
     data = experiment.data
     if isinstance(data, LatentsConfig):
-        # The dataset's images or clips replace cached latents.
+        # The user's images or clips replace the cached latents.
         data = next(field.default for field in dataclasses.fields(experiment) if field.name == "data")
     if not isinstance(data, DataConfig | ClipsConfig):
         raise ValueError("dataset is given, but data draws points from x0 and x1; set data to a DataConfig.")
@@ -56,15 +56,17 @@ def fit(
     profile: int = 0,
     devices: Sequence[jax.Device] | None = None,
 ) -> Result:
-    """Trains an experiment in `workdir` and returns the result; resumes if the directory holds a checkpoint.
+    """Trains an experiment in `workdir` and returns the result; resumes if the directory contains a checkpoint.
 
-    dataset: used instead of `experiment.data`; see `flowgen.data.Dataset`. held_out: the data that a run on `dataset`
-    is evaluated on; without it, such a run is not evaluated. model: trained instead of `experiment.build()`; it must
-    have the same methods. Pass it to `flowgen.load` too. signals: a `Signals` already in use; by default, a new one
-    that watches this process's signals. profile: the number of steps, after the first one, to trace into the folder
-    `profile` of the run. devices: this process's devices to train on; by default, all. Samples and evaluations use all.
+    dataset: the data to train on instead of `experiment.data`; see `flowgen.data.Dataset`.
+    held_out: the data to evaluate on if `dataset` is given. A run on `dataset` without `held_out` is not evaluated.
+    model: the model to train instead of `experiment.build()`. It must have the same methods. Pass the same model to
+    `flowgen.load`.
+    signals: a `Signals` that is already in use; by default, a new one that watches this process's signals.
+    profile: the number of steps to trace into the folder `profile` of the run, after the first step.
+    devices: this process's devices to train on; by default, all. Samples and evaluations always use all devices.
 
-    Checks all options before any computation. Raises the same errors as `train` and the experiment's parts.
+    All options are checked before any computation. Raises the same errors as `train` and the experiment's parts.
 
     Example:
         result = fit(flowgen.load_config("tarflow_digits"), "runs/digits")
@@ -78,7 +80,7 @@ def fit(
     with Signals() if signals is None else nullcontext(signals) as signals:
         with signals.raising():
             experiment = experiment.with_provenance() if dataset is None else _of_own(experiment, dataset, held_out)
-            # Before data are encoded, because this raises if a user's object has no name to save.
+            # This comes before data are encoded, because it raises an error if a user's object has no name to save.
             config = experiment.to_json()
             check_workdir(Path(workdir), experiment.check_resumable, locks=is_primary())
             warn_of_dtype(experiment.model)

@@ -1,4 +1,4 @@
-"""Image flows: a TARFlow or STARFlow, trained by maximum likelihood on pixels or latents and sampled by decoding."""
+"""Image flows: TARFlows and STARFlows, trained by maximum likelihood on pixels or latents and sampled by decoding."""
 
 from __future__ import annotations
 
@@ -104,8 +104,9 @@ class FlowExperiment(AutoregressiveExperiment):
     ) -> tuple[np.ndarray, str]:
         """Returns images `b height width c` and a line about their decoding; image i depends only on (key, i).
 
+        If the flow models latents, the codec decodes them to images.
+
         cond: labels, a `TextCondition`, or None. guidance: None uses the guidance of `sampling`.
-        The codec decodes latents to images.
         """
 
         def decode(variables, numbers, cond):
@@ -127,7 +128,7 @@ class FlowExperiment(AutoregressiveExperiment):
     def draw(
         self, model: Any, variables: Any, options: FlowDrawOptions, say: Callable[[str], None] = lambda line: None
     ) -> Samples:
-        """Returns `sampling.num` images; `say` receives a line about the speed of each batch."""
+        """Returns `sampling.num` images, and calls `say` with a line about the speed of each batch."""
         flow = self.sized(model, options.aspect)
         conditions, about = self.asked(flow, options.classes)
         variables = on_devices(variables, min(options.batch or AT_ONCE, self.sampling.num))
@@ -135,7 +136,7 @@ class FlowExperiment(AutoregressiveExperiment):
         return Samples(draw_in_batches(draw_batch, conditions, self.sampling.num, options, say), about)
 
     def evaluate(self, model: Any, variables: Any, options: FlowEvaluateOptions) -> list[str]:
-        """Returns lines with a split's likelihood under the flow and a fitted Gaussian, and with sample metrics."""
+        """Returns lines that report the likelihood of a split under the flow and a Gaussian, and sample metrics."""
         compared = self._compared(options.split) if options.samples else None
         dataset = self.flow_dataset(options.split, labelled=not options.unconditional)
         lines = self.likelihood_lines(model, variables, dataset, options)
@@ -144,9 +145,9 @@ class FlowExperiment(AutoregressiveExperiment):
         return lines if compared is None else lines + self._sample_lines(model, variables, options, *compared)
 
     def debug(self) -> FlowExperiment:
-        """Returns the experiment with a tiny flow of the same kind on the built-in digits.
+        """Returns the experiment with a tiny flow of the same kind, trained on the built-in digits.
 
-        The tiny flow uses pixel blocks as latents, and random features of words as texts.
+        The tiny flow uses pixel blocks as latents, and random features of words as encoded texts.
         """
         return debug_run(self, **debug_flow(self), data=debug_images(self.data))
 
@@ -166,7 +167,7 @@ class FlowExperiment(AutoregressiveExperiment):
         return sample_lines(metrics, extractor, num, f"guidance {self.sampling.guidance:g}")
 
     def _baseline_lines(self, flow: Any, dataset: Any, options: FlowEvaluateOptions) -> list[str]:
-        """Returns lines that report a Gaussian's likelihood with the same noise, if all images have the same size."""
+        """Returns lines with the likelihood under a Gaussian with the same noise; [] if the sizes of images differ."""
         split = "train" if options.split == "eval" else options.split
         fitted = self.flow_dataset(split, labelled=False)
         if isinstance(dataset, BucketedDataset) or isinstance(fitted, BucketedDataset):

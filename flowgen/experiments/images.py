@@ -33,7 +33,7 @@ E = TypeVar("E", bound=Experiment)
 def image_dataset(data: DataConfig, model: Any, split: Split, *, labelled: bool = True) -> Dataset:
     """Returns the images in a split, at the model's size. Raises ValueError if they do not fit the model.
 
-    labelled: whether their labels are needed.
+    labelled: whether the images must have labels.
 
     Example:
         dataset = image_dataset(experiment.data, experiment.model, "train")
@@ -48,7 +48,7 @@ def image_dataset(data: DataConfig, model: Any, split: Split, *, labelled: bool 
 def with_class_names(experiment: E) -> E:
     """Returns the experiment with the class names of its data, as saved with a run.
 
-    Returns the experiment unchanged if it already has names or its model does not use them.
+    Returns the experiment unchanged if it already has class names, or if its model does not use classes.
 
     Example:
         with_class_names(experiment).data.classes  # ("cat", "dog", "fox")
@@ -57,7 +57,7 @@ def with_class_names(experiment: E) -> E:
     if not getattr(experiment.model, "num_classes", 0) or isinstance(data, PointsConfig) or data.classes:
         return experiment
     of_files = isinstance(data, LatentsConfig) or data.name in ("folder", "npz", OWN)
-    if of_files and not data.path:  # as in the experiments of published weights
+    if of_files and not data.path:  # This is the case in the experiments of published weights.
         return experiment
     return dataclasses.replace(experiment, data=dataclasses.replace(data, classes=found_classes(data)))
 
@@ -94,9 +94,9 @@ def tell_repeats(dataset: Dataset | BucketedDataset, train: TrainConfig) -> None
 def image_batches(
     dataset: Dataset | BucketedDataset, data: DataConfig | ClipsConfig | LatentsConfig, train: TrainConfig
 ) -> Callable[[int, int], Iterator[Batch]]:
-    """Returns a function for `Job` that takes (start, stop) and yields this process's batches for steps start..stop-1.
+    """Returns a function for `Job`: (start, stop) -> an iterator over this process's batches for steps start..stop-1.
 
-    Latents are not mirrored here, because mirror images are encoded in advance.
+    Latents are not mirrored here, because mirror images were encoded in advance.
 
     Example:
         batches = image_batches(dataset, experiment.data, experiment.train)(0, 1000)

@@ -21,7 +21,7 @@ from flowgen.experiments.encoding import Encoding
 from flowgen.flows import STARFlowConfig, STARFlowVConfig, TARFlowConfig
 
 FlowData = DataConfig | ClipsConfig | LatentsConfig
-# Fields of the texts' provenance that are not fields of `text`.
+# Fields of `TextProvenance` that are not fields of the group `text`.
 _TEXT_FIELDS = {"length": "model.text_length", "dim": "model.text_dim"}
 _CLIPS = ("clip", "continued")
 
@@ -63,7 +63,7 @@ def flow_dataset(
 def as_taken(
     dataset: Dataset | BucketedDataset, data: DataConfig | ClipsConfig, encoding: Encoding, *, flip: bool
 ) -> Dataset | BucketedDataset:
-    """Returns images or clips in the form that a flow takes: unchanged, or encoded into memory.
+    """Returns images or clips in the form that a flow is trained on: unchanged, or encoded into memory.
 
     flip: whether to encode mirror images too.
 
@@ -105,13 +105,13 @@ def pixel_dataset(data: FlowData, encoding: Encoding, split: Split) -> Dataset |
 
 
 def _stills(clips: Dataset, data: DataConfig, **shape: Any) -> StillClips:
-    """Returns images as clips of one frame, with the same class numbers as the clips."""
+    """Returns images as clips of one frame. Their class numbers match those of the clips."""
     images = load(dataclasses.replace(data, classes=data.classes or clips.class_names), **shape)
     return StillClips(of_one_shape(images, "a video flow"))
 
 
 def _as_often(buckets: Sequence[Dataset], data: ClipsConfig | LatentsConfig) -> Dataset | BucketedDataset:
-    """Returns whole clips, clips without their first frame, and images, each used as often as the config says."""
+    """Mixes whole clips, clips without their first frame, and images in the proportions that the config sets."""
     if not data.drop_first:
         buckets = [bucket for bucket in buckets if kind_of(bucket) != "continued"]
     kinds = [kind_of(bucket) for bucket in buckets]
@@ -138,7 +138,7 @@ def _as_often(buckets: Sequence[Dataset], data: ClipsConfig | LatentsConfig) -> 
 
 
 def encoded_shards(encoding: Encoding, dataset: Dataset, *, flip: bool) -> Iterator[Shard]:
-    """Yields the latents of a dataset, and the features of its captions if the model takes texts.
+    """Yields the latents of a dataset, and the features of its captions if the model accepts texts.
 
     Example:
         for shard in encoded_shards(encoding, dataset, flip=False): ...
@@ -175,7 +175,7 @@ def _without_first(moments: EncodeMoments) -> EncodeMoments:
 
 
 def null_features(encoding: Encoding, dataset: Dataset) -> TextCondition | None:
-    """Returns the encoded empty text to save with a dataset's latents; None if the model takes no texts.
+    """Returns the encoded empty text to save with a dataset's latents; None if the model accepts no texts.
 
     Example:
         null = null_features(encoding, pixel_dataset(data, encoding, "train"))
@@ -187,7 +187,7 @@ def null_features(encoding: Encoding, dataset: Dataset) -> TextCondition | None:
 
 
 def null_texts(dataset: Dataset | BucketedDataset) -> Callable[[tuple[int, ...]], TextCondition] | None:
-    """Returns a function from a latent shape, ([frames,] height, width), to the encoded empty text for it.
+    """Returns a function from a latent shape, ([frames,] height, width), to the encoded empty text for that shape.
 
     Returns None if the data have no texts.
 
@@ -248,7 +248,7 @@ def provenance(data: DataConfig | ClipsConfig, encoding: Encoding) -> Provenance
 
 
 def _words(codec: CodecConfig | None) -> str:
-    """Returns a description of a codec; empty for None."""
+    """Returns a description of a codec, which is empty for None."""
     if isinstance(codec, PretrainedAutoencoder):
         return f"the autoencoder at '{codec.path}'"
     return "" if codec is None else f"blocks of {codec.factor} x {codec.factor} pixels"
@@ -327,7 +327,7 @@ def _check_texts(made: Provenance, path: str, encoding: Encoding) -> None:
 
 
 def _check_shape(model: TARFlowConfig | STARFlowConfig, path: str, bucket: LatentDataset) -> None:
-    """Raises ValueError if a model cannot take latents of this kind and shape, even at another size."""
+    """Raises ValueError if a model cannot process latents of this kind and shape, even at another size."""
     *frames, height, width, channels = bucket.event_shape
     whole = list(model.event_shape[:-3])
     expected = {"image": [], "clip": whole, "continued": [count - 1 for count in whole], "still": [1]}[bucket.kind]

@@ -1,4 +1,4 @@
-"""Velocity networks: flow matching on images or points, sampling with solvers, and distances to the data."""
+"""Velocity networks: trained by flow matching on images or points, sampled by solvers, and compared with the data."""
 
 from __future__ import annotations
 
@@ -186,7 +186,7 @@ class MatchingExperiment(Experiment):
         return None if isinstance(self.data, PointsConfig) else self.model.event_shape[-1]
 
     def build(self) -> Any:
-        """Returns the network, without parameters. Raises ValueError if it does not store its config."""
+        """Returns the network, without parameters. Raises ValueError if the network does not store its config."""
         network = self.model.build()
         if getattr(network, "config", None) != self.model:
             raise ValueError(
@@ -200,7 +200,7 @@ class MatchingExperiment(Experiment):
         return with_class_names(self)
 
     def dataset(self, split: Split, *, labelled: bool = True) -> Dataset:
-        """Returns the images of a split at the model's size. labelled: whether a class model needs the labels."""
+        """Returns the images in a split, at the model's size. labelled: whether a class model needs the labels."""
         if isinstance(self.data, PointsConfig):
             raise ValueError("data are points, which have no dataset; draw them with data.draw(key, num).")
         return image_dataset(self.data, self.model, split, labelled=labelled)
@@ -223,7 +223,7 @@ class MatchingExperiment(Experiment):
         return self._images_job(network, self.data, dataset, held_out)
 
     def rehearsal(self, model: Any, rows: int) -> Rehearsal:
-        """Returns what is needed to trace a training step on `rows` samples; pairs them independently."""
+        """Returns what is needed to trace a training step on `rows` samples, with an independent coupling."""
         matching = dataclasses.replace(self.matching, coupling=MatchingConfig().coupling)
         shape = (rows,) if isinstance(self.data, PointsConfig) else (rows, *self.model.event_shape)
 
@@ -235,7 +235,7 @@ class MatchingExperiment(Experiment):
         return Rehearsal(lambda key: init(model, key), objective, jax.eval_shape(batch))
 
     def sampling_cost(self, model: Any, variables: Any, num: int) -> SamplingCost:
-        """Returns what drawing `num` samples at a time takes, for the network alone."""
+        """Returns the cost of drawing `num` samples at a time with the network alone."""
         run = partial(
             draw_by_solver,
             network=model,
@@ -329,10 +329,12 @@ class MatchingExperiment(Experiment):
     def draw_batch(
         self, network: Any, variables: Any, key: jax.Array, numbers: np.ndarray, cond: np.ndarray | None
     ) -> tuple[np.ndarray, str]:
-        """Returns samples `b *event` and a line about how they were drawn.
+        """Returns samples `b *event` and a line that says how they were drawn.
 
-        cond: labels, or None. Sample i depends only on (key, i). For dopri5, which adapts its steps to the batch, this
-        holds only up to the tolerance.
+        Sample i depends only on (key, i). With dopri5, this is true only up to the tolerance, because dopri5 adapts its
+        steps to the batch.
+
+        cond: labels, or None.
         """
         sampling = self.sampling
         if sampling.guidance and cond is None:
@@ -352,7 +354,7 @@ class MatchingExperiment(Experiment):
     def draw(
         self, model: Any, variables: Any, options: VelocityDrawOptions, say: Callable[[str], None] = lambda line: None
     ) -> Samples:
-        """Returns `sampling.num` samples; `say` receives a line about the speed of each batch."""
+        """Returns `sampling.num` samples, and calls `say` with a line about the speed of each batch."""
         num = self.sampling.num
         labels = asked_labels(self.model, self.data, num, options.classes)
 
@@ -401,10 +403,10 @@ class MatchingExperiment(Experiment):
         ]
 
     def debug(self) -> MatchingExperiment:
-        """Returns the experiment with a tiny network of the same kind, on points or the built-in digits."""
+        """Returns the experiment with a tiny network of the same kind, trained on points or the built-in digits."""
         few = min(self.sampling.num_steps, 2)
         sampling = dataclasses.replace(self.sampling, num=SAMPLES, num_steps=few, frechet_samples=0)
-        shrunk = getattr(self.model, "shrunk", None)  # a user's network may have none
+        shrunk = getattr(self.model, "shrunk", None)  # A user's network may have no such field.
         model = self.model if shrunk is None else shrunk()
         data = self.data if isinstance(self.data, PointsConfig) else debug_images(self.data)
         return debug_run(self, sampling=sampling, model=model, data=data)

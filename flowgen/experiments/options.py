@@ -13,16 +13,16 @@ from flowgen.training import OptimConfig
 
 # Noise std of the published model; `noise_weight` scales the loss relative to it.
 REFERENCE_NOISE = 0.3
-# Optimizer fields that only the main optimizer uses.
+# Optimizer fields that only `optim` sets, for all parameters.
 _OF_ALL_PARAMETERS = ("ema_decay", "ema_warmup", "max_skips")
 
 
 @config
 class LikelihoodConfig:
-    """Training options of a flow beyond maximum likelihood.
+    """Training options of a flow in addition to maximum likelihood.
 
     norm_penalty: weight of the penalty on the mean square of each block's input; 1e-4 as published, 0 for none.
-    noise_weight: multiply the loss by σ / 0.3, as published for prompts that state the noise level.
+    noise_weight: multiply the loss by σ / 0.3, where σ is the training noise level; published for prompts that state σ.
     denoiser: options of the optimizer for a video flow's denoiser; None uses the same values as `optim`. ema_decay,
     ema_warmup and max_skips cannot be set here, because `optim` sets them for all parameters.
     """
@@ -45,17 +45,17 @@ class LikelihoodConfig:
 
 @config
 class SamplingConfig:
-    """How samples are drawn, in training and by default in `sample.py`.
+    """Options for drawing samples. Training uses them, and `sample.py` uses them by default.
 
     num: number of samples to draw; at least 1.
-    plan: how tokens are decoded; "auto" is sequential, except on accelerators if parallel decoding is faster.
+    plan: how tokens are decoded; "auto" is sequential, except on accelerators where parallel decoding is faster.
     window: number of tokens that "jacobi" and "sliding" solve at once, at least 1; None for all.
     tol: largest change in a sweep at which "jacobi" and "sliding" accept a token as solved; 0 is exact.
     init: initial guess for the sweeps of "jacobi" and "sliding": the noise, zeros, or the previous frame.
     guidance: guidance weight w towards the class or text; 0 for none.
     rule: how conditional and unconditional branches are combined: TARFlow's linear or STARFlow's product rule.
-    parts: which of shift and log_scale the linear rule changes.
-    anneal: increase the weight from 0 at a block's first token to w at its last.
+    parts: which of the outputs shift and log_scale the linear rule changes.
+    anneal: increase the weight from 0 at the first token of a block to w at its last token.
     temperature: attention temperature of the unconditional branch; positive, 1 for no change.
     blocks: numbers of the blocks to guide, counted from the data side; None for all.
     denoise: strength of the step that removes the training noise; 0 for none.
@@ -80,7 +80,7 @@ class SamplingConfig:
         self.to_guidance()
 
     def to_guidance(self) -> Guidance:
-        """Returns the guidance these fields describe."""
+        """Returns the guidance that these fields describe."""
         return Guidance(
             scale=self.guidance,
             blocks=self.blocks,
@@ -91,7 +91,7 @@ class SamplingConfig:
         )
 
     def to_plan(self) -> Plan | str:
-        """Returns the plan these fields describe."""
+        """Returns the plan that these fields describe."""
         if self.plan == "jacobi":
             return Jacobi(window=self.window, tol=self.tol, init=self.init)
         return SlidingWindow(window=self.window, tol=self.tol, init=self.init) if self.plan == "sliding" else self.plan

@@ -1,4 +1,4 @@
-"""Users' datasets: what they must provide, and checks on each batch that they return."""
+"""Checks that users' datasets provide what training needs, and checks each batch that they return."""
 
 from __future__ import annotations
 
@@ -19,10 +19,10 @@ from flowgen.data.loader import checked_batch
 class OwnDataset:
     """A user's dataset that checks each batch as it is read.
 
-    name: the name of the argument, for errors. event_shape: the shape of its images or clips. num_classes: the number
-    of classes that the model has; 0 if it takes no labels.
+    name: the name of the argument, for error messages. event_shape: the shape of the images or clips. num_classes: the
+    number of the model's classes; 0 if the model accepts no labels.
 
-    Indexing raises ValueError unless the batch is a `Batch` of bytes in this shape, with labels that the model takes.
+    Indexing raises ValueError unless the batch is a `Batch` of bytes in this shape, with labels that the model accepts.
 
     Example:
         dataset = OwnDataset(mine, "dataset", (32, 32, 3), num_classes=10)
@@ -70,7 +70,7 @@ class OwnDataset:
 
 
 def check_protocol(name: str, dataset: Any) -> None:
-    """Raises ValueError if an object is not a dataset, or is empty. name: the name of the argument, for the error.
+    """Raises ValueError if an object is not a dataset, or is empty. name: the argument's name in the error message.
 
     Example:
         check_protocol("dataset", mine)
@@ -90,7 +90,7 @@ def own_data(
 ) -> tuple[OwnDataset, OwnDataset | None]:
     """Returns a user's datasets, wrapped to check each batch. event_shape: shape of the model's images or clips.
 
-    Reads the first sample of each. Raises ValueError if they do not fit the model or each other.
+    Reads the first sample of each dataset. Raises ValueError if the datasets do not fit the model or each other.
 
     Example:
         dataset, held_out = own_data(dataset, None, (32, 32, 3), num_classes=10)

@@ -18,7 +18,7 @@ DRAWN_PATHS = 128
 
 
 def sample_grid(images: Float[np.ndarray, "n height width c"], classes: int) -> UInt8[np.ndarray, "rows columns c"]:
-    """Returns a grid of images in [-1, 1]; small images are enlarged.
+    """Returns a grid of images with values in [-1, 1]; small images are enlarged.
 
     If the images cycle through up to 20 classes, each column shows one class. If there are few classes, each gets
     several columns, so that the grid is roughly square.
@@ -33,7 +33,7 @@ def sample_grid(images: Float[np.ndarray, "n height width c"], classes: int) -> 
 
 
 def strips(clips: Float[np.ndarray, "n frames height width c"]) -> UInt8[np.ndarray, "rows columns c"]:
-    """Returns an image of clips in [-1, 1]: one clip per row, frames from left to right. Small frames are enlarged.
+    """Returns an image with one clip in [-1, 1] per row, frames from left to right. Small frames are enlarged.
 
     Example:
         save_image("samples.png", strips(clips))
@@ -43,7 +43,7 @@ def strips(clips: Float[np.ndarray, "n frames height width c"]) -> UInt8[np.ndar
 
 
 def side_by_side(clips: Float[np.ndarray, "n frames height width c"]) -> UInt8[np.ndarray, "frames rows columns c"]:
-    """Returns the frames of a video that shows all clips side by side in a grid; the clips are in [-1, 1].
+    """Returns the frames of a video that shows all clips in a grid. The values of the clips are in [-1, 1].
 
     Example:
         write_video("samples.mp4", side_by_side(clips))

