@@ -118,8 +118,8 @@ def inline_attention(
     """Returns injective linear attention (InLine, arXiv 2412.06590), without its convolution.
 
     With N keys and s = scale (k^-0.5 by default), the weights are s q·k_j / N - mean_j(s q·k_j / N) + 1/N. They sum to
-    one and may be negative. In causal attention, N and the means cover only the keys that the
-    query sees.
+    one and may be negative. In causal attention, N and the means cover only the keys that the query
+    sees.
 
     Example:
         out = inline_attention(q, k, v)

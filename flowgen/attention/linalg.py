@@ -76,8 +76,7 @@ def _newton(b: Array, alpha: Array, iterations: int) -> Array:
 
 @_newton.defjvp
 def _newton_jvp(iterations: int, primals: tuple[Array, Array], tangents: tuple[Array, Array]) -> tuple[Array, Array]:
-    # The rule is linear in the tangent, so JAX can transpose it. This gives reverse mode and
-    # derivatives of any order.
+    # The rule is linear in the tangent, so JAX can transpose it. This gives reverse mode and derivatives of any order.
     x = _newton(*primals, iterations)
     matmul = partial(jnp.matmul, precision=HIGHEST)
     return x, -matmul(x, matmul(tangents[0], x))
@@ -96,8 +95,7 @@ def newton_inverse(
     form dX = -X dA X. It is the derivative of the returned value only if the iteration has converged.
     """
     largest = jax.lax.stop_gradient(a).sum(axis=-1, keepdims=True).max(axis=-2, keepdims=True)
-    # The iteration diverges for alpha >= 2 / |B|²; without the second bound, this happens for a ridge above 0.05
-    # if A is near I.
+    # The iteration diverges for alpha >= 2 / |B|²; with 1.8 / largest² alone, it would if A is near I and ridge > 0.05.
     alpha = jnp.minimum(1.8 / largest**2, 1.99 / (largest + ridge) ** 2)
     return _newton(add_ridge(a, ridge), alpha, iterations)
 

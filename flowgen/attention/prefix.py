@@ -323,7 +323,7 @@ def _cut_segments(within: _Weights, segment: Int[Array, "b c"], past: Int[Array,
 def decay_weights(
     log_decay: Float[Array, "b h c"],
 ) -> tuple[Float[Array, "b h c c"], Float[Array, "b h c"]]:
-    """Returns the decay at each token t, first of the tokens s ≤ t (0 for s > t), then of the state before the chunk.
+    """Returns the decay factors at each token t: for the tokens s ≤ t (0 for s > t), and for the earlier state.
 
     The log-decays between s and t are summed directly, not computed as differences of running sums. Nothing cancels, so
     one strong decay does not reduce the precision of the others, and -inf is allowed. Entries with s > t are exp(0)

@@ -128,8 +128,8 @@ def softmax_attention(
     """Returns softmax(q kᵀ / √k) v per head; there may be fewer key heads than query heads.
 
     With g key heads, h/g query heads share each key head. mask: True if a query may attend to a key. is_causal: query i
-    attends to the keys among 0..i that `mask` allows; n and m must then be equal. If a query may attend to
-    no key, its output is 0.
+    attends to the keys among 0..i that `mask` allows; n and m must then be equal. If a query may attend to no
+    key, its output is 0.
 
     implementation: "xla" computes the logits in chunks of queries. "cudnn" and "tpu" are fused kernels for GPUs and
     TPUs; they have only first derivatives, in reverse mode. "auto" uses the choice of `attention_plan`: for
