@@ -1,17 +1,19 @@
 """Attention on arrays `b n h k`. The only part of flowgen that this package imports is `flowgen.backend`.
 
-softmax        softmax_attention; fused: the kernels of GPUs and TPUs that can compute it
+softmax        softmax_attention
+fused          the fused kernels that compute softmax attention on GPUs and TPUs
 frames         attention of video frames to nearby frames
 linear         linear_attention and its running state: init_state, prefill, step
 features       the feature maps of linear attention
-rotary         rotary tables for the numerator of linear attention
-kernels        every kernel by name, with a running state
+rotary         tables of rotary position embeddings, which linear attention can apply in its numerator
+kernels        every kernel by name, for whole sequences and with a running state
 functions      nala, focused, cosformer, pola and inline attention as functions
-decay, delta   retention and gated linear attention (simple GLA); the delta rule and its gated form
+decay          retention and gated linear attention (simple GLA)
+delta          the delta rule and its gated form
 soft           SOFT and SOFT++
-landmarks      a variant of SOFT with fixed Gaussian landmarks, which can be causal
+landmarks      a variant of SOFT that has fixed landmarks and can be causal
 modules        Flax modules; flowgen.attention.nnx has their NNX versions
-masks          key masks from Flax's query-key masks
+masks          conversion of query-key masks, such as Flax's, to key masks
 hooks          make_attention_fn, for Flax's attention modules
 cache          causal kernels for the decoders of flows
 """

@@ -1,8 +1,8 @@
 """Cached attention: the interface between decoders and causal kernels.
 
-A decoder runs a *window* of tokens, possibly several times with different guesses, and then moves on. The main
-functions of a kernel (`CausalKernel`) are `attend` for whole sequences, `attend_window` for a window after a cached
-prefix, and `rewind`, which returns a cache from which the same window can run again.
+A decoder processes a *window* of tokens, possibly several times with different guesses, and then moves on to the next
+window. A `CausalKernel` has three main functions: `attend` processes whole sequences, `attend_window` processes a
+window after a cached prefix, and `rewind` returns a cache from which the same window can be processed again.
 """
 
 from __future__ import annotations
@@ -36,15 +36,17 @@ class CausalKernel(NamedTuple):
 
     attend(q, k, v) -> out: causal attention over whole sequences, with arrays `b n h k`.
     init_cache(batch, length, num_heads, head_dim, dtype) -> cache: an empty cache for one layer and `length` positions.
-    attend_window(q, k, v, cache, start) -> (out, cache): exact causal attention from the tokens at positions
+    attend_window(q, k, v, cache, start) -> (out, cache): exact causal attention of the tokens at positions
         start..start+n-1 to the cached prefix and to each other, and the cache with these tokens added.
-    rewind(before, after) -> cache: a cache for running a window again, given the caches before and after its first
-        run. This is `after` if the window overwrites its slots, and `before` if the cache is a running sum.
-    has_slots: whether the cache has one slot per token, so that a window may start at any token that has already been
-    processed.
+    rewind(before, after) -> cache: a cache from which a window can be processed again, given the caches before and
+        after the window was first processed. The result is `after` if a window overwrites its own slots, and `before`
+        if the cache is a running sum.
+    has_slots: whether the cache has one slot per token. If it does, a window may start at any token that has already
+        been processed.
     has_temperature: whether scaling the queries sharpens or flattens the weights, as in a softmax.
-    grow(cache, length) -> cache: the same cache with room for `length` positions. Decoders then begin with a short
-        cache, because every pass reads all of it. None means that the cache must have its full length from the start.
+    grow(cache, length) -> cache: the same cache with room for `length` positions. If a kernel has this function,
+        decoders begin with a short cache, because every pass reads the whole cache. If it is None, the cache must
+        have its full length from the start.
     """
 
     attend: Callable[..., Array]
@@ -87,8 +89,8 @@ def attend_kv_window(
     """Returns softmax attention from tokens start..start+n-1 to the cache and to each other, and the new cache.
 
     There may be fewer key heads than query heads; h/g query heads then share each key head. The new keys and values
-    overwrite their slots, so a window can be run again without bookkeeping. Query i attends to slots 0..start+i. Later
-    slots have no effect, as long as they contain finite numbers.
+    overwrite their slots, so a window can be run again without resetting the cache. Query i sees slots 0..start+i.
+    Later slots have no effect, as long as they contain finite numbers.
 
     Example:
         out, cache = attend_kv_window(q, k, v, cache, start=12)
@@ -109,7 +111,7 @@ def attend_kv_window(
 
 
 def _recurrent(kernel: Kernel) -> CausalKernel:
-    """Returns the causal kernel of a kernel with a running state; its cache does not grow with the sequence."""
+    """Returns a `CausalKernel` for a kernel with a running state; the state serves as a cache of constant size."""
     running = _Running(kernel)
     return CausalKernel(
         attend=running.attend,
@@ -178,8 +180,8 @@ def causal_kernel(
 ) -> CausalKernel:
     """Returns the causal kernel for a name, a kernel or a feature map; returns a `CausalKernel` unchanged.
 
-    implementation: what computes softmax attention of whole sequences; other kernels ignore it. Raises ValueError for
-    an unknown name; the message lists the known ones.
+    implementation: the implementation of softmax attention for whole sequences; other kernels ignore it. Raises
+    ValueError for an unknown name; the message lists the known names.
 
     Example:
         kernel = causal_kernel("softmax")

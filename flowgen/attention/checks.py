@@ -77,7 +77,7 @@ def check_mask(mask: Array | None, q: Array, k: Array) -> Bool[Array, "#b #h #n 
 
 
 def check_key_mask(mask: Array, q: Array, k: Array) -> Bool[Array, "#b #g 1 m"]:
-    """Returns the mask; raises ValueError unless it is the same for all queries and all heads that share a key head."""
+    """Returns the mask; raises ValueError unless it is equal for all queries and for heads that share a key head."""
     checked = check_mask(mask, q, k)
     if checked is None or not is_key_mask(checked, k):
         raise ValueError(
@@ -88,14 +88,14 @@ def check_key_mask(mask: Array, q: Array, k: Array) -> Bool[Array, "#b #g 1 m"]:
 
 
 def is_key_mask(mask: Array, k: Array) -> bool:
-    """Returns whether a mask is the same for all queries and for query heads that share a key head."""
+    """Returns whether a mask is equal for all queries and for heads that share a key head."""
     return mask.shape[2] == 1 and mask.shape[1] in (1, k.shape[2])
 
 
 def hide_keys(
     k: Float[Array, "b m g k"], v: Float[Array, "b m g d"], mask: Bool[Array, "#b #h #n #m"] | None
 ) -> tuple[Float[Array, "b m g k"], Float[Array, "b m g d"]]:
-    """Returns k and v with zeros for keys that no query may see, so that these pass on neither NaN nor gradients."""
+    """Returns k and v with zeros for keys that no query may see; these keys then propagate no NaN and no gradient."""
     if mask is None:
         return k, v
     seen = mask.any(axis=2)
@@ -106,7 +106,7 @@ def hide_keys(
 
 
 def concrete(x: Array) -> np.ndarray | None:
-    """Returns the values of an array, or None if it is traced or partly on devices of other processes."""
+    """Returns the values of an array, or None if it is traced or partly stored on devices of other processes."""
     if isinstance(x, Tracer) or not getattr(x, "is_fully_addressable", True):
         return None
     return np.asarray(x)
@@ -158,7 +158,7 @@ def check_pallas(block_size: int, segment_ids: Array | None) -> None:
 
 @contextmanager
 def errors_of_kernel(name: str) -> Generator[None]:
-    """Replaces JAX's errors about a kernel with clearer ones. name: how the errors call it.
+    """Replaces JAX's errors about a kernel with clearer ones. name: what the error messages call the kernel.
 
     Example:
         with errors_of_kernel("the Pallas kernel"):

@@ -34,9 +34,9 @@ def gated_linear_attention(
     """Returns out_t = k^-0.5 S_tᵀ q_t with S_t = exp(log_decay_t) S_(t-1) + k_t v_tᵀ, and the final state.
 
     This is simple GLA: gated linear attention (arXiv 2312.06635) with one gate per head instead of one per channel. The
-    outputs are not normalised; a norm per head usually follows. log_decay: at most 0. mask: a key mask, True for keys
-    to keep. A masked token has no effect, whatever its values: even its decay is ignored. segment_ids: see
-    `prefix_product`.
+    outputs are not normalised; usually, a normalisation layer per head follows. log_decay: the logarithm of the decay
+    factor, at most 0. mask: a key mask, True for keys to keep. A masked token has no effect, whatever its values: even
+    its decay is ignored. segment_ids: see `prefix_product`.
     Raises ValueError if shapes or the mask do not match.
 
     Example:

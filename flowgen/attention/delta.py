@@ -24,7 +24,7 @@ NORM_EPS = 1e-6
 
 
 class DeltaState(NamedTuple):
-    """The state S of every head, `b h k d`, in float32 (float64 if the inputs are)."""
+    """The state S of every head, `b h k d`, in float32, or in float64 if the inputs are float64."""
 
     kv: Float[Array, "b h k d"]
 
@@ -32,7 +32,7 @@ class DeltaState(NamedTuple):
 def init_delta_state(
     batch: int, num_heads: int, key_dim: int, value_dim: int, *, dtype: jnp.dtype | type = jnp.float32
 ) -> DeltaState:
-    """Returns the state before the first token: zeros in at least float32. dtype: dtype of the inputs.
+    """Returns the state before the first token: zeros, in at least float32. dtype: the dtype of the inputs.
 
     Example:
         state = init_delta_state(batch=4, num_heads=8, key_dim=64, value_dim=64)
@@ -61,18 +61,18 @@ def gated_delta_rule(
 
     (Yang, Kautz and Hatamizadeh, Gated Delta Networks, arXiv 2412.06464).
 
-    use_qk_l2norm: divide q and k by their norms first, so that only their directions matter; on by default, as in
-    the published layers. If you turn it off, keep the norms of the keys at 1 or below, because the state grows without
-    bound if β |k|² exceeds 2. scale: factor on q after this normalisation; k_dim^-0.5 if None. beta: β, the write
-    strength, between 0 and 1. log_decay: g ≤ 0, in nats per token; -inf forgets everything before the token, and None
-    means no decay. The ranges of beta and log_decay are not checked.
+    use_qk_l2norm: whether to divide q and k by their L2 norms first, so that only their directions matter. This is
+    the default, as in the published layers. If you turn it off, keep the norms of the keys at 1 or below, because the
+    state grows without bound if β |k|² exceeds 2. scale: the factor by which q is multiplied after this normalisation;
+    None means (width of k)^-0.5. beta: β, the write strength, between 0 and 1. log_decay: g ≤ 0, in nats per token;
+    -inf erases everything before the token, and None means no decay. The ranges of beta and log_decay are not checked.
 
     Tokens within a chunk of `chunk_size` are processed in parallel (Yang et al., DeltaNet, arXiv 2406.06484), and
     chunks are processed in order. The backward pass stores one state per chunk. n need not be a multiple of chunk_size.
     With `state`, the call continues exactly where an earlier call or step ended.
 
     mask: True for tokens to keep. A masked token does not affect others, whatever its values: even its decay is
-    ignored. Its output is what its query reads from the state before it.
+    ignored. Its output is what its query reads from the state left by the tokens before it.
 
     Raises ValueError if shapes do not match, or if chunk_size is below 1.
 
@@ -211,7 +211,10 @@ def _unit(x: Array) -> Array:
 
 
 def _precision(given: _Tokens) -> jax.lax.Precision:
-    """Returns full precision for inputs of 32 bits or more; by default, some devices round the factors."""
+    """Returns the precision of matrix products: the highest for inputs of 32 bits or more, otherwise the default.
+
+    With the default precision, some devices round the factors to fewer bits.
+    """
     narrow = jnp.finfo(jnp.result_type(given.q, given.k, given.v)).bits < 32
     return jax.lax.Precision.DEFAULT if narrow else jax.lax.Precision.HIGHEST
 
@@ -222,8 +225,8 @@ def _advance(
     """Returns the state after one chunk, and the chunk's outputs.
 
     Token t writes u_t = β_t (v_t − exp(b_t) S₀ᵀk_t − Σ_{s<t} exp(b_t − b_s) (k_t·k_s) u_s), where S₀ is the state
-    before the chunk and b is the running sum of g. This unit lower triangular system gives the paper's U − W S₀ in one
-    solve.
+    before the chunk and b is the running sum of g. These equations form a unit lower triangular system. One solve
+    gives all u_t, which are the rows of the paper's U − W S₀.
     """
     q, k, v, beta, log_decay = chunk
     if log_decay is None:
@@ -248,7 +251,7 @@ def _advance(
 
 
 def _silence(keep: Bool[Array, "b n"], x: Float[Array, "b n h *width"]) -> Float[Array, "b n h *width"]:
-    """Returns x with zeros for masked tokens, which then write nothing, decay nothing and pass on no NaN."""
+    """Returns x with zeros for masked tokens, which then neither write, nor decay the state, nor propagate NaN."""
     return jnp.where(jnp.expand_dims(keep, range(2, x.ndim)), x, 0)
 
 

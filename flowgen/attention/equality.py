@@ -1,4 +1,4 @@
-"""Equality and hashes for frozen dataclasses that may contain arrays, such as kernels."""
+"""Equality and hashing for frozen dataclasses, such as kernels, that may contain arrays."""
 
 from __future__ import annotations
 
@@ -12,7 +12,10 @@ import numpy as np
 
 
 class ByFields:
-    """Makes instances equal if their fields are. NumPy arrays are compared by value, JAX arrays by identity."""
+    """Makes two instances equal if they have the same type and equal fields.
+
+    NumPy arrays are compared by value, JAX arrays by identity.
+    """
 
     def __eq__(self, other: object) -> bool:
         if type(self) is not type(other):

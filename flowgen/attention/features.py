@@ -1,4 +1,4 @@
-"""Feature maps: functions φ of single queries and keys whose products are the weights of linear attention."""
+"""Feature maps: functions φ of single queries and keys. The products φ(q)·φ(k) are the weights of linear attention."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ from flowgen.backend import keep_axes
 DirectionMap = Literal["split", "cosine"]
 Map = Callable[[Array, Array], Array]
 
-NORM_EPS = 1e-12  # inside square roots, so that the norm of a zero vector has a gradient
+NORM_EPS = 1e-12  # added inside square roots, so that the norm of a zero vector has a finite gradient
 MAX_SHIFT = 60.0  # e^60 and 1e-6 e^60 are well within the range of float32
 FOCUSED_FLOOR = 1e-6  # as in the released FLatten: keeps every relu feature positive
 
@@ -29,18 +29,18 @@ FOCUSED_FLOOR = 1e-6  # as in the released FLatten: keeps every relu feature pos
 class FeatureMap(ByFields):
     """The feature map φ of a kernel: a function for queries and one for keys.
 
-    Each function takes (x, positions), arrays `b n h k` and `n`, and returns features.
+    Each function accepts two arrays, x `b n h k` and positions `n`, and returns features.
 
     Features must be nonnegative, so that the normaliser is positive. A map that depends on positions must set `rotary`
     or `max_length`. Two maps are equal if their functions are equal, and a map can be pickled if its functions can.
 
     query: the function for queries.
     key: the function for keys.
-    query_scale: if the map scales queries to keep precision, a function that returns the factors, `b n h`; eps is
-    multiplied by them too, so that they cancel.
-    rotary: a table that rotates the features in the numerator, but not in the normaliser.
-    max_length: the number of positions, if limited; tokens beyond it raise ValueError, or become NaN if positions are
-    traced.
+    query_scale: a function that returns the factors `b n h` by which the map scales the features of queries to keep
+    precision; None if it does not scale them. eps is multiplied by the same factors, so that they cancel.
+    rotary: a table of the angles by which features are rotated in the numerator, but not in the normaliser.
+    max_length: the number of positions; None if it is unlimited. Tokens beyond it raise ValueError or, if positions are
+    traced, get NaN as features.
     """
 
     query: Map
@@ -64,21 +64,21 @@ class FeatureMap(ByFields):
         k: Float[Array, "b m g k"],
         start: int | Int[Array, ""] | Int[Array, " b"] = 0,
     ) -> Features:
-        """Returns the features, in at least float32, of tokens at consecutive positions from `start` on.
+        """Returns the features, in at least float32, of tokens at consecutive positions, the first of which is `start`.
 
         start: one position for the batch, or one per sample.
         """
         q, k = _at_least_float32(q), _at_least_float32(k)
         if not self.positional and jnp.ndim(start):
             start = 0
-        if jnp.ndim(start):  # shard it over a mesh like the samples
+        if jnp.ndim(start):  # shard `start` over a mesh like the batch
             start = keep_axes(lambda x, q: x, start, q, named=[(q, "b n h k"), (k, "b m g k")], out="b")
         mapped_q, turned_q = self._tokens(self.query, q, start)
         mapped_k, turned_k = self._tokens(self.key, k, start)
         return Features(turned_q, turned_k) if self.rotary is None else Features(turned_q, turned_k, mapped_q, mapped_k)
 
     def _tokens(self, phi: Map, x: Array, start: int | Array) -> tuple[Array, Array]:
-        """Returns the features of queries or keys, and the same features rotated by the table, if any."""
+        """Returns the features of queries or keys, and the same features rotated by the table if there is one."""
         limit = self.max_length if self.rotary is None else len(self.rotary.cos)
         if limit is not None:
             _check_length(start, x.shape[1], limit)
@@ -105,7 +105,9 @@ def elu_plus_one() -> FeatureMap:
 
 
 def relu_features(power: int = 1) -> FeatureMap:
-    """Returns φ(x) = relu(x)^power; power 2 is the squared ReLU. If all of a query's products are 0, its output is 0.
+    """Returns φ(x) = relu(x)^power; power 2 is the squared ReLU.
+
+    If a query's products with all keys are 0, its output is 0.
 
     Example:
         out = linear_attention(q, k, v, relu_features(power=2))
@@ -116,8 +118,8 @@ def relu_features(power: int = 1) -> FeatureMap:
 def focused_features(power: float = 3.0, scale: float | Array = 1.0, *, joint_heads: bool = False) -> FeatureMap:
     """Returns the focused map (FLatten, arXiv 2308.00442): y = (relu(x) + 1e-6) / scale, then |y| y^p / |y^p|.
 
-    scale: a positive number, or an array of them that broadcasts to `b n h k`. joint_heads: compute both norms over all
-    heads together, as in the released code, instead of per head.
+    scale: a positive number, or an array of positive numbers that broadcasts to `b n h k`. joint_heads: whether to
+    compute both norms over all heads together, as in the released code, instead of per head.
 
     Example:
         out = linear_attention(q, k, v, focused_features(power=3.0))
@@ -133,14 +135,14 @@ def nala_features(
     temperature: float = 1.0,
     rotary: Rotary | None = None,
 ) -> FeatureMap:
-    """Returns the norm-aware feature map of NaLaFormer (arXiv 2506.21137), with 2k features.
+    """Returns the norm-aware feature map of NaLaFormer (arXiv 2506.21137), which has 2k features.
 
         φ(q) = |d(q)|^(power·(offset + tanh|q|)) · D(d(q)),    φ(k) = |k|^power · D(d(k)),    d(x) = x / |x|
 
     direction_map: with "split", as in the released code, D(d) is [d > 0; d < 0]. With "cosine", as in the paper, D(d)
-    is [cos a; sin a] with the angle a = π/4 · tanh(temperature · d); it tends to "split" as the temperature grows.
-    power, offset: one number, or one per head; both may be learned. Powers of queries are computed in log space and
-    divided by the largest. Raises ValueError for any other direction_map.
+    is [cos a; sin a] with the angle a = π/4 · tanh(temperature · d); this tends to "split" as the temperature grows.
+    power, offset: one number, or one per head; both may be learned. The features of a query are computed in log space
+    and divided by the largest of them. Raises ValueError for any other direction_map.
 
     Example:
         out = linear_attention(q, k, v, nala_features(rotary=rotary_grid(14, 14, 64)))
@@ -154,7 +156,8 @@ def nala_features(
 def cosformer_features(max_length: int) -> FeatureMap:
     """Returns φ(x)_i = [relu(x) cos(π i / 2M); relu(x) sin(π i / 2M)] with M = max_length (cosFormer, 2202.08791).
 
-    M is constant, so that decoding agrees with the parallel form. Products are nonnegative for positions < M.
+    M does not depend on the sequence, so decoding gives the same results as the parallel form. Products are nonnegative
+    for positions < M.
 
     Example:
         out = linear_attention(q, k, v, cosformer_features(max_length=1024), is_causal=True)
@@ -186,8 +189,8 @@ class _Focused(ByFields):
     def __call__(self, x, positions):
         axes = (-2, -1) if self.joint_heads else (-1,)
         y = (jax.nn.relu(x) + FOCUSED_FLOOR) / self.scale
-        # Dividing by the largest entry keeps the powers from all underflowing; it cancels between the norms, and in
-        # gradients.
+        # Dividing by the largest entry prevents all the powers from underflowing at once. The divisor cancels in
+        # sharp / |sharp| and in the gradients.
         sharp = (y / jax.lax.stop_gradient(y.max(axis=axes, keepdims=True))) ** self.power
         return sharp * (_norm(y, axes) / _norm(sharp, axes))
 
@@ -204,7 +207,7 @@ class _Cosformer(ByFields):
 
 @dataclass(frozen=True, eq=False)
 class _Nala(ByFields):
-    """The functions of `nala_features`."""
+    """The query and key functions of the map that `nala_features` returns."""
 
     power: float | Array
     offset: float | Array
@@ -231,7 +234,10 @@ class _Nala(ByFields):
         return per_head(self.power, q) * (per_head(self.offset, q) + jnp.tanh(_norm(q, (-1,))))
 
     def _logs(self, q):
-        """Returns log |d(q)| (0 for -inf) and a shift, at most 60, that raises each token's top log feature to 0."""
+        """Returns log |d(q)|, with 0 in place of -inf, and a shift that raises each token's largest log feature to 0.
+
+        The shift is at most 60.
+        """
         nonzero = q != 0
         log = jnp.where(nonzero, jnp.log(jnp.where(nonzero, jnp.abs(q / _norm(q, (-1,))), 1)), 0)
         top = jnp.where(nonzero, log, -jnp.inf).max(axis=-1, keepdims=True)
@@ -310,7 +316,7 @@ FEATURE_MAPS: dict[str, FeatureMap] = {
 def feature_map(features: FeatureMap | str) -> FeatureMap:
     """Returns a feature map by name; returns a `FeatureMap` unchanged.
 
-    Raises ValueError for an unknown name; the message lists the known ones.
+    Raises ValueError for an unknown name; the message lists the known names.
 
     Example:
         phi = feature_map("nala")

@@ -17,10 +17,10 @@ from flowgen.backend import keep_axes
 
 @dataclass(frozen=True)
 class FrameWindow:
-    """Which keys a query sees in a sequence of `prefix` tokens followed by frames of `tokens` tokens each.
+    """Determines which keys a query sees in a sequence of `prefix` tokens followed by frames of `tokens` tokens each.
 
     A token of frame f sees the prefix and frames f - past_frames .. f + lookahead_frames. A token of the prefix sees
-    the prefix and frames 0 .. lookahead_frames (the denoiser of STARFlow-V, arXiv 2511.20462).
+    the prefix and frames 0 .. lookahead_frames. The denoiser of STARFlow-V (arXiv 2511.20462) uses this pattern.
 
     Example:
         out = FrameWindow(prefix=256, tokens=1590, past_frames=9, lookahead_frames=1).attend(q, k, v)
@@ -39,7 +39,9 @@ class FrameWindow:
     def attend(
         self, q: Float[Array, "b n h k"], k: Float[Array, "b n g k"], v: Float[Array, "b n g d"]
     ) -> Float[Array, "b n h d"]:
-        """Returns softmax attention over only these keys, computed frame by frame without an n x n mask.
+        """Returns softmax attention in which each query sees only these keys.
+
+        The attention is computed frame by frame, without an n x n mask.
 
         Raises ValueError unless the tokens after the prefix form whole frames.
         """

@@ -24,8 +24,8 @@ def nala_attention(
 ) -> Float[Array, "b n h d"]:
     """Returns norm-aware linear attention (NaLaFormer, arXiv 2506.21137); see `nala_features` for its parameters.
 
-    eps: added to the sum of the weights. The released layer adds 1e-6 to their mean over m keys, which corresponds to
-    eps = m * 1e-6. For rotary features, a temperature for the cosine map, or packed segments, use
+    eps: added to the sum of the weights. The released layer adds 1e-6 to the mean weight over m keys, which
+    corresponds to eps = m * 1e-6. For rotary features, a temperature for the cosine map, or packed segments, use
     `linear_attention(q, k, v, nala_features(...), ...)`. Raises ValueError if shapes or the mask do not match.
 
     Example:
@@ -48,8 +48,8 @@ def focused_attention(
 ) -> Float[Array, "b n h d"]:
     """Returns focused linear attention (FLatten, arXiv 2308.00442); see `focused_features`.
 
-    joint_heads: compute the norms over all heads together, as in the released layer; the default, per head, gives
-    visibly different results. eps: added to the sum of the weights.
+    joint_heads: whether to compute the norms over all heads together, as in the released layer. By default, they are
+    computed per head, which gives noticeably different results. eps: added to the sum of the weights.
 
     Example:
         out = focused_attention(q, k, v, power=3.0)
@@ -71,8 +71,8 @@ def cosformer_attention(
     """Returns cosFormer attention (arXiv 2202.08791), whose weights decrease with distance; see `cosformer_features`.
 
     eps: added to the sum of the weights. The released layer instead clamps this sum to at least 1e-6, which is the
-    same as eps=0 except for nearly empty rows. In that layer, M is the larger of the two lengths. Raises
-    ValueError if there are more tokens than max_length.
+    same as eps=0 except for queries whose weights are nearly all 0. In that layer, M is the number of queries or the
+    number of keys, whichever is larger. Raises ValueError if there are more tokens than max_length.
 
     Example:
         out = cosformer_attention(q, k, v, max_length=1024)
@@ -95,10 +95,11 @@ def pola_attention(
 ) -> Float[Array, "b n h d"]:
     """Returns polarity-aware attention (PolaFormer, arXiv 2501.15061), without its gate.
 
-    The weights of equal signs, [q+; q-]·[k+; k-], average the first half of each value, and the weights of opposite
-    signs, [q-; q+]·[k+; k-], the second half. Each half has its own normaliser; q± = relu(±q)^power. power: a
-    positive number, or an array of them, `h` or `h k`. eps: added to the sum of the weights. The released layer adds
-    1e-6 to their mean over m keys, which corresponds to eps = m * 1e-6. Raises ValueError if the width of v is odd.
+    With q± = relu(±q)^power and k± = relu(±k)^power, the weights of equal signs, [q+; q-]·[k+; k-], average the first
+    half of each value. The weights of opposite signs, [q-; q+]·[k+; k-], average the second half. Each half has its own
+    normaliser. power: a positive number, or an array of positive numbers with the shape `h` or `h k`. eps: added to the
+    sum of the weights. The released layer adds 1e-6 to the mean weight over m keys, which corresponds to
+    eps = m * 1e-6. Raises ValueError if the width of v is odd.
 
     Example:
         out = pola_attention(q, k, v)
@@ -117,7 +118,8 @@ def inline_attention(
     """Returns injective linear attention (InLine, arXiv 2412.06590), without its convolution.
 
     With N keys and s = scale (k^-0.5 by default), the weights are s q·k_j / N - mean_j(s q·k_j / N) + 1/N. They sum to
-    one and may be negative. In causal attention, N and the means cover the keys so far.
+    one and may be negative. In causal attention, N and the means cover only the keys that the query
+    sees.
 
     Example:
         out = inline_attention(q, k, v)

@@ -1,4 +1,4 @@
-"""Softmax attention by a fused kernel of the device: whole blocks of tokens, masks over keys, arrays on meshes."""
+"""Softmax attention with fused kernels: padding to whole blocks of tokens, masks over keys, and arrays on meshes."""
 
 from __future__ import annotations
 
@@ -18,9 +18,9 @@ from flowgen.backend.attention import BLOCKS, Kernel
 def chosen_implementation(
     q: Array, k: Array, v: Array, mask: Bool[Array, "#b #h #n #m"] | None, is_causal: bool, asked: Implementation
 ) -> Literal["xla", "cudnn", "tpu"]:
-    """Returns the implementation for these arrays in the program that is being traced.
+    """Returns the implementation to use for these arrays in the program that is being traced.
 
-    Raises ValueError if the one asked for cannot run.
+    Raises ValueError if the requested implementation cannot run.
     """
     kind = "none" if mask is None else "keys" if mask.shape[1:3] == (1, 1) else "pairs"
     platform = backend.attention_platform()
@@ -41,9 +41,9 @@ def fused_attention(
     is_causal: bool,
     kernel: Kernel,
 ) -> Float[Array, "b n h k"]:
-    """Returns the result of `softmax_attention` by a fused kernel; hidden keys and values must be 0.
+    """Returns the result of `softmax_attention`, computed by a fused kernel; masked keys and values must be 0.
 
-    Raises TypeError in forward mode.
+    Raises TypeError in forward-mode differentiation.
     """
     keys = None if mask is None else jnp.broadcast_to(mask[:, 0, 0], k.shape[:2])
     with errors_of_kernel("the fused kernel of softmax attention"):
@@ -60,7 +60,7 @@ def _per_device(q, k, v, keys, is_causal, kernel, interpret):
     def repeated(k, v):
         return tuple(jnp.repeat(x, q.shape[2] // x.shape[2], axis=2) for x in (k, v))
 
-    # Heads that are divided over devices must have their keys on the same device.
+    # If heads are sharded over devices, each query head must be on the same device as its keys.
     k, v = keep_axes(repeated, k, v, named=[(q, "b n h p")], out=("b m h p", "b m h d"))
     alone = partial(run, keys=None)
     return map_axes(alone, varying((q, k, v), (q, k, v)), "b n h k", divided="bh", out="b n h k")
@@ -69,12 +69,12 @@ def _per_device(q, k, v, keys, is_causal, kernel, interpret):
 def _cudnn(q, k, v, keys, *, is_causal: bool):
     n, m = q.shape[1], k.shape[1]
     lengths = None
-    if keys is not None:  # Without causal order, the order of the keys is free, so those that may be seen come first.
+    if keys is not None:  # Attention is not causal here, so keys may be reordered: those to keep come first.
         order = jnp.argsort(~keys, axis=1, stable=True)[:, :, None, None]
         k, v = (jnp.take_along_axis(x, order, axis=1) for x in (k, v))
-        # A sample without keys sees one whose value is 0.
+        # A sample whose keys are all masked sees one key, whose value is 0.
         lengths = jnp.maximum(keys.sum(axis=1, dtype=jnp.int32), 1)
-    elif m % BLOCKS["cudnn"] and not is_causal:  # In causal order, no query sees the padding, which comes last.
+    elif m % BLOCKS["cudnn"] and not is_causal:  # In causal order, no query sees the padding at the end.
         lengths = jnp.full(len(q), m, jnp.int32)
     q, k, v = (_whole_blocks(x, BLOCKS["cudnn"]) for x in (q, k, v))
     return backend.cudnn_attention(q, k, v, lengths, is_causal)[:, :n]
@@ -88,11 +88,11 @@ def _tpu(is_causal: bool, interpret: bool, q, k, v, keys):
     seen = None if seen is None else _whole_blocks(seen, BLOCKS["tpu"])
     q, k, v = (_whole_blocks(x, BLOCKS["tpu"]) for x in (q, k, v))
     out = backend.tpu_attention(q, k, v, seen, is_causal, interpret)[:, :n]
-    if keys is None or not is_causal:  # If no query sees any key, all values are 0.
+    if keys is None or not is_causal:  # If all keys of a sample are masked, its values are 0, and so is the output.
         return out
     return jnp.where((jnp.cumsum(keys, axis=1) > 0)[:, :, None, None], out, 0)
 
 
 def _whole_blocks(x: Array, block: int) -> Array:
-    """Returns x `b n ...` with zeros after its tokens, up to a multiple of the block."""
+    """Returns x `b n ...` padded at the end with zeros, so that n becomes a multiple of the block."""
     return jnp.pad(x, ((0, 0), (0, -x.shape[1] % block), *((0, 0),) * (x.ndim - 2)))

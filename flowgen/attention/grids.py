@@ -1,4 +1,4 @@
-"""Conversion of row-major tokens to images and back, for convolutions, with the same sharding over a mesh."""
+"""Conversion of row-major tokens to images and back, for convolutions; it preserves the sharding over a mesh."""
 
 from __future__ import annotations
 
@@ -45,7 +45,7 @@ def fold(x: Float[Array, "b n h k"], height: int, width: int) -> Float[Array, "b
 
 
 def unfold(images: Float[Array, "bh height width k"], like: Float[Array, "b n h k"]) -> Float[Array, "b m h k"]:
-    """Returns images with the layout of `fold` as tokens `b m h k`, sharded like `like`."""
+    """Converts images in the layout of `fold` to tokens `b m h k`, which are sharded like the array `like`."""
     heads = like.shape[2]
 
     def run(images):

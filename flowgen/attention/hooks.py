@@ -35,31 +35,35 @@ def make_attention_fn(
     masks: Literal["pairs", "keys"] = "pairs",
     implementation: Implementation = "auto",
 ) -> Callable[..., Array]:
-    """Returns an `attention_fn` for Flax's multi-head attention modules that computes the named kernel.
+    """Returns an `attention_fn` that computes the named kernel in Flax's multi-head attention modules.
 
     name: a kernel in `flowgen.attention.KERNELS`, "softmax", "soft", or a feature map or kernel of your own.
-    is_causal: make the attention causal, whatever the module requests. The function takes query `... t h k`, key and
-    value `... s g k`, and the arguments that Flax's modules pass:
+    is_causal: makes the attention causal even if the module does not request it.
+    masks: "keys" declares that every query-key mask keeps the same tokens as queries and as keys. The returned function
+    then reads these tokens from the diagonal of the mask, at linear cost, even inside jit. The outputs of the other
+    tokens are meaningless.
+    implementation: the implementation of softmax attention, as in `softmax_attention`; other kernels ignore it.
+
+    The returned function accepts query `... t h k`, key and value `... s g k`, and the arguments that Flax's modules
+    pass:
 
     - mask `... h t s`: nonzero for keys to keep. A key mask (query axis of length 1) has linear cost. Flax's
-      `make_causal_mask` and `make_attention_mask` return query-key masks. They also have linear cost outside jit, where
-      their values are known, if they are a query mask times a key mask (times causal order, if the attention is
-      causal). Inside jit they need the quadratic form, unless masks="keys".
-    - masks="keys" declares that every query-key mask keeps the same tokens as queries and as keys. The function then
-      reads these tokens from the diagonal, at linear cost, even inside jit. The outputs of other tokens are
-      meaningless.
-    - bias over keys alone (query axis of length 1) multiplies the keys' features by exp(bias); only feature maps
-      support it. In causal attention, keep it below 80, so that exp does not overflow. Without causal order, only
+      `make_causal_mask` and `make_attention_mask` return query-key masks. Outside jit, where the values of a mask are
+      known, a query-key mask also has linear cost if it is the product of a query mask and a key mask (and of causal
+      order, if the attention is causal). Inside jit, it needs the quadratic form, unless masks="keys".
+    - bias: a bias over keys alone (query axis of length 1) multiplies the keys' features by exp(bias). Only feature
+      maps support it. In causal attention, keep it below 80, so that exp does not overflow. Without causal order, only
       the differences between biases matter.
-    - A single query with a mask over several keys, as in decoding from Flax's cache, is never causal: the mask alone
-      determines what the query sees. Retention and feature maps with positions then raise ValueError, because the
-      query's position is unknown.
-    - implementation: what computes softmax attention, as in `softmax_attention`; other kernels ignore it.
-    - dtype: the dtype to which query, key and value are converted. precision: the products are at least this precise.
+    - dtype: the dtype to which query, key and value are converted.
+    - precision: products have at least this precision.
 
-    Functions made with equal arguments are equal, and they can be pickled. Raises ValueError for an unknown name. The
-    function raises ValueError for what linear attention does not support: dropout on the weights, other biases, and
-    sowing the weights.
+    If a single query has a mask over several keys, as in decoding from Flax's cache, attention is not causal: the mask
+    alone determines what the query sees. Retention and feature maps with positions then raise ValueError, because the
+    query's position is unknown.
+
+    Functions returned for equal arguments are equal, and they can be pickled. Raises ValueError for an unknown name.
+    The returned function raises ValueError for what linear attention does not support: dropout on the weights, other
+    biases, and sowing the weights.
 
     Example:
         nn.MultiHeadDotProductAttention(num_heads=8, attention_fn=make_attention_fn("nala"))
@@ -103,7 +107,7 @@ class _AttentionFn(ByFields):
         q, k, v = (x.astype(dtype) for x in (q, k, v))
         check_heads(q, k, v)
         mask, bias = (_with_one_batch_axis(x, leading) for x in (mask, bias))
-        mask = None if mask is None else check_mask(mask != 0, q, k)  # Flax's masks are floats
+        mask = None if mask is None else check_mask(mask != 0, q, k)  # Flax's masks have a float dtype
         out = self._attend(q, k, v, bias, mask, self.always_causal or is_causal).astype(dtype)
         return out if len(leading) == 1 else out.reshape(*leading, *out.shape[1:])
 

@@ -40,8 +40,9 @@ State = PyTree
 class Kernel(Protocol):
     """An attention kernel with a running state of constant size.
 
-    Masks and other arguments are as in `linear_attention`; a state may be any pytree. Write your own kernel as a frozen
-    dataclass with these methods; set `positional = True` if its weights depend on the positions of tokens.
+    Masks and other arguments are as in `linear_attention`; a state may be any pytree. Define your own kernel as a
+    frozen dataclass with these methods. Set `positional = True` in a kernel whose weights depend on the positions of
+    tokens.
     """
 
     def attend(
@@ -173,7 +174,7 @@ class PolaKernel(ByFields):
     def _features(self, q: Queries, k: Keys, v: Values) -> Features:
         """Returns features with two queries per head, one for equal and one for opposite signs.
 
-        Both read the same keys, so they share one state.
+        Both queries are compared with the same keys, so they share one state.
         """
         if v.shape[-1] % 2:
             raise ValueError(f"v has width {v.shape[-1]}, but it must be even, because each sign uses half of it.")
@@ -188,7 +189,8 @@ class PolaKernel(ByFields):
 class InlineState(NamedTuple):
     """Running sums of `inline_attention`.
 
-    pairs: the sums of keys times values and of keys. values: the sum of values and the number of tokens.
+    pairs: the sum of the products of keys and values, and the sum of the keys. values: the sum of the values, and the
+    number of tokens.
     """
 
     pairs: LinearState
@@ -217,7 +219,7 @@ class InlineKernel:
         if segment_ids is not None:
             (q,), (k, v) = alike(q), alike(k, v)
         pairs, values = self._features(q, k)
-        if segment_ids is not None:  # so that both products are NaN for the same outputs
+        if segment_ids is not None:  # this makes both products NaN for the same outputs
             values = Features(*(jnp.where(jnp.isnan(x[..., :1]), jnp.nan, 1) for x in (pairs.q, pairs.k)))
         return _inline(*products(pairs, v, **options), *products(values, v, **options), v.dtype)
 
@@ -256,7 +258,7 @@ class InlineKernel:
 
 @dataclass(frozen=True)
 class RetentionKernel:
-    """Retention; see `retention`. Causal only."""
+    """Retention, which is always causal; see `retention`."""
 
     positional: ClassVar[bool] = True
 
@@ -314,7 +316,7 @@ KERNELS: dict[str, Kernel] = {
 def kernel(chosen: str | Kernel | FeatureMap) -> Kernel:
     """Returns a kernel by name or for a feature map; returns a `Kernel` unchanged.
 
-    Raises ValueError for an unknown name; the message lists the known ones.
+    Raises ValueError for an unknown name; the message lists the known names.
 
     Example:
         out = kernel("nala").attend(q, k, v, is_causal=True)
@@ -355,7 +357,7 @@ def _halves(pairs: Float[Array, "b n two_h d"]) -> Float[Array, "b n h d"]:
 
 
 def _inline(pairs: Array, dots: Array, values: Array, count: Array, dtype: jnp.dtype) -> Array:
-    """Returns s q·(Σkv/N - k̄ v̄) + v̄ from the sums Σ(q·k)v, Σ q·k, Σ v and N; 0 if N is 0."""
+    """Returns s q·(Σkv/N - k̄ v̄) + v̄ from the sums Σ(q·k)v, Σ q·k, Σ v and N, or 0 if N is 0."""
     n = jnp.where(count == 0, 1, count)[..., None]
     mean = values / n
     return (pairs / n - dots[..., None] / n * mean + mean).astype(dtype)

@@ -1,4 +1,4 @@
-"""SOFT with fixed Gaussian landmarks, a variant that can be causal, as a feature map and as a function."""
+"""A variant of SOFT with fixed landmarks, which can be causal: as a feature map and as a function."""
 
 from __future__ import annotations
 
@@ -48,10 +48,13 @@ def gaussian_landmark_attention(
 ) -> Float[Array, "b n h d"]:
     """Returns linear attention with the features of fixed landmarks: SOFT's kernel in a form that can be causal.
 
-    Without whiten, it uses the positive features of `gaussian_landmark_map`, normalised as usual. If a token is far
-    from every landmark (|x - l| above 13 k^¼), its features underflow to 0, and its output is 0. With whiten, it uses
-    the Nyström kernel K(q, L) (K(L, L) + ridge)⁻¹ K(L, k). This kernel may be negative, so the outputs are not
-    normalised; a norm per head usually follows. Raises ValueError if shapes or the mask do not match.
+    If whiten is False, the function uses the positive features of `gaussian_landmark_map` and normalises as usual. If a
+    token is far from every landmark (|x - l| above 13 k^¼), its features underflow to 0, and its output is 0.
+
+    If whiten is True, the function uses the Nyström kernel K(q, L) (K(L, L) + ridge)⁻¹ K(L, k). This kernel may be
+    negative, so the outputs are not normalised; usually, a normalisation layer per head follows.
+
+    Raises ValueError if shapes or the mask do not match.
 
     Example:
         out = gaussian_landmark_attention(q, k, v, landmarks, is_causal=True)

@@ -12,7 +12,8 @@ from flowgen import backend
 from flowgen.backend import HIGHEST
 
 NEWTON_ITERATIONS = 20
-# The line search in the released SOFT++: it halves alpha at most this often, and stops at this residual or below.
+# The line search of the released SOFT++ halves alpha at most RELEASED_HALVINGS times, and stops when the residual is
+# RELEASED_RESIDUAL or less.
 RELEASED_HALVINGS = 10
 RELEASED_RESIDUAL = 1.01
 
@@ -75,7 +76,7 @@ def _newton(b: Array, alpha: Array, iterations: int) -> Array:
 
 @_newton.defjvp
 def _newton_jvp(iterations: int, primals: tuple[Array, Array], tangents: tuple[Array, Array]) -> tuple[Array, Array]:
-    # The rule is linear in the tangent, so JAX can transpose it, which gives reverse mode and derivatives of any order.
+    # The rule is linear in the tangent, so JAX can transpose it. This gives reverse mode and derivatives of any order.
     x = _newton(*primals, iterations)
     matmul = partial(jnp.matmul, precision=HIGHEST)
     return x, -matmul(x, matmul(tangents[0], x))
@@ -87,14 +88,14 @@ def newton_inverse(
 ) -> Float[Array, "*heads l l"]:
     """Returns SOFT's Newton-Raphson inverse of B = A + ridge I, for symmetric A with entries >= 0.
 
-    X <- 2X - X B X is iterated from X = alpha B, with one alpha per matrix: 1.8 / (largest row sum of A)², or less if
-    the ridge is so large that this would diverge. The result is a spectral filter: an eigenvalue w of B becomes
-    (1 - (1 - alpha w²)^(2^iterations)) / w, which is close to 1/w only if w exceeds about a thousandth of the largest
-    eigenvalue. The derivative is the closed form dX = -X dA X (forward and reverse mode), so it matches the value only
-    if the iteration has converged.
+    The iteration X <- 2X - X B X starts from X = alpha B, with one alpha per matrix. This alpha is
+    1.8 / (largest row sum of A)², or less if the ridge is so large that the iteration would diverge. The result is a
+    spectral filter: an eigenvalue w of B becomes (1 - (1 - alpha w²)^(2^iterations)) / w, which is close to 1/w only if
+    w exceeds about a thousandth of the largest eigenvalue. In forward and reverse mode, the derivative is the closed
+    form dX = -X dA X. It is the derivative of the returned value only if the iteration has converged.
     """
     largest = jax.lax.stop_gradient(a).sum(axis=-1, keepdims=True).max(axis=-2, keepdims=True)
-    # The iteration diverges for alpha >= 2 / |B|²; with 1.8 alone, a ridge above 0.05 would cause this if A is near I.
+    # The iteration diverges for alpha >= 2 / |B|²; with 1.8 / largest² alone, it would if A is near I and ridge > 0.05.
     alpha = jnp.minimum(1.8 / largest**2, 1.99 / (largest + ridge) ** 2)
     return _newton(add_ridge(a, ridge), alpha, iterations)
 
@@ -103,11 +104,12 @@ def newton_inverse(
 def released_softpp_inverse(
     a: Float[Array, "*heads l l"], iterations: int = NEWTON_ITERATIONS
 ) -> Float[Array, "*heads l l"]:
-    """Returns the inverse that the published SOFT++ code computes, which couples the samples of a batch.
+    """Returns the inverse as computed by the published SOFT++ code, which couples the samples of a batch.
 
-    The *whole batch and all heads* share one alpha = 2 / (largest row sum)². It is halved, at most 10 times, while the
-    largest column sum of |I - alpha A²| in the batch exceeds 1.01. The result for one sample therefore depends on the
-    others; use it only for parity with published checkpoints. Its derivative comes from automatic differentiation.
+    The *whole batch and all heads* share one alpha = 2 / (largest row sum)². This alpha is halved, at most 10 times,
+    while the largest column sum of |I - alpha A²| in the batch exceeds 1.01. The result for one sample therefore
+    depends on the others; use this function only to reproduce published checkpoints. Its derivative is computed by
+    automatic differentiation.
     """
     square = jnp.matmul(a, a, precision=HIGHEST)
     eye = jnp.broadcast_to(jnp.eye(a.shape[-1], dtype=a.dtype), a.shape)
@@ -126,7 +128,7 @@ def cholesky_solve(
 ) -> Float[Array, "*heads l d"]:
     """Returns (A + ridge I)⁻¹ rhs for symmetric positive definite A + ridge I, with exact derivatives.
 
-    Coinciding landmarks make A singular: ridge must then exceed the rounding error of A, about 1e-5 in float32.
+    Landmarks that coincide make A singular; the ridge must then exceed the rounding error of A, about 1e-5 in float32.
     """
     return jnp.matmul(positive_inverse(add_ridge(a, ridge)), rhs, precision=HIGHEST)
 

@@ -92,11 +92,12 @@ def linear_attention(
     """Returns linear attention with a feature map, given by name or as a `FeatureMap`.
 
     mask: True for keys to keep; its shape must broadcast to `b h n m`. A key mask (query axis of length 1) is exact and
-    has linear cost. Outside jit, the same is true of a query mask times a key mask (times causal order, if is_causal);
-    inside jit, reduce it to a key mask with `own_keys`. Other masks use the quadratic form, with up to 4096 x 4096
-    weights. is_causal: query i sees keys 0..i; a `Causal` can make it block-causal. segment_ids: tokens see each other
-    only if their ids are equal; equal ids must be contiguous (see `prefix_product`). eps: added to the normaliser.
-    Raises ValueError if shapes, dtypes, the mask or the name are invalid.
+    has linear cost. Outside jit, the same is true of the product of a query mask, a key mask and, if is_causal, causal
+    order; inside jit, first convert such a mask to a key mask (see `own_keys`). Other masks use the quadratic form,
+    which is limited to 4096 x 4096 weights. is_causal: query i sees keys 0..i; a `Causal` can make attention
+    block-causal. segment_ids: tokens see each other only if their ids are equal; equal ids must be contiguous (see
+    `prefix_product`). eps: added to the normaliser. Raises ValueError if shapes, dtypes, the mask or the name are
+    invalid.
 
     Example:
         out = linear_attention(q, k, v, "focused", is_causal=True)
@@ -213,7 +214,7 @@ def quadratic_products(
         dtype = jnp.promote_types(jnp.result_type(features.k, v), jnp.float32)
         repeats = features.q.shape[2] // v.shape[2]
         keys, bad = (features.k, features.norm_k, v), None
-        if mask is not None:  # A non-finite number reaches only the queries that see it.
+        if mask is not None:  # A non-finite key or value affects only the queries that see it.
             keys, bad = finite(keys)
         features = features._replace(k=keys[0], norm_k=keys[1])
 
@@ -339,7 +340,7 @@ def _pallas(features: Features, v: Array, causal: Causal) -> tuple[Array, Array]
 
 
 def _full(features: Features, v: Array) -> tuple[Array, Array]:
-    """Returns products for queries that see every key: one state for all keys, one product per query."""
+    """Returns products for queries that see every key; these need one state for all keys and one product per query."""
 
     def run(features, v):
         dtype = jnp.promote_types(jnp.result_type(features.k, v), jnp.float32)
@@ -360,7 +361,7 @@ def _full(features: Features, v: Array) -> tuple[Array, Array]:
 def _packed(features: Features, v: Array, segment_ids: Array) -> tuple[Array, Array]:
     """Returns products for tokens that see their whole segment.
 
-    Each is the sum up to the token, plus the sum from the token on, minus the token's own term.
+    Each result is the sum up to the token, plus the sum from the token on, minus the token's own term.
     """
 
     def run(features, v, segment_ids):

@@ -1,4 +1,4 @@
-"""Reduction of query-key masks to masks of tokens, which linear attention applies at linear cost."""
+"""Conversion of query-key masks to masks over queries and over keys, which linear attention applies at linear cost."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ def own_keys(mask: Bool[Array, "#b #h n n"]) -> Bool[Array, "#b #h 1 n"]:
 def split_pairs(
     mask: Bool[Array, "#b #h n m"], groups: int, block_size: int | None
 ) -> tuple[Bool[Array, "#b #h n 1"], Bool[Array, "#b #h 1 m"]] | None:
-    """Splits a query-key mask into the query mask and the key mask that multiply to it.
+    """Returns the query mask and the key mask whose product is the given query-key mask.
 
     Returns None if no such masks exist, or if the mask is traced. groups: number of key heads; the mask may differ
     between them. block_size: if attention is causal, the block size of the causal order, which is a third factor of the
@@ -51,7 +51,7 @@ def split_pairs(
 def hide_queries(tree: PyTree, mask: Bool[Array, "#b #g n 1"]) -> PyTree:
     """Returns arrays `b n h ...` with 0 for queries that the mask hides.
 
-    mask: one for all heads, or one per key head.
+    mask: one mask for all heads, or one for each key head.
     """
 
     def hide(x):

@@ -1,4 +1,4 @@
-"""Flax modules around the attention functions, with the projections, gates, norms and convolutions from the papers.
+"""Flax modules that add projections, gates, norms and convolutions from the papers to the attention functions.
 
 All modules map `b n d` to `b n width`. Modules that can be causal also support decoding with an explicit state:
 `init_state(batch)`, `prefill(x, state)` for several tokens and `step(x, state)` for one. The module itself keeps no
@@ -36,7 +36,7 @@ from flowgen.attention.soft import (
 from flowgen.backend import gelu, keep_axes
 
 LandmarkKind = Literal["pool", "conv", "conv_norm_gelu"]
-NALA_CONV = 5  # side of the depthwise convolution of values, in tokens
+NALA_CONV = 5  # kernel size of the depthwise convolution of values
 TORCH_LAYER_NORM_EPS = 1e-5
 
 
@@ -44,7 +44,7 @@ class LinearAttention(nn.Module):
     """Multi-head attention with a kernel from `flowgen.attention.KERNELS`, your own kernel or a feature map.
 
     width: width of the output, divisible by num_heads. num_kv_heads: number of key heads, each shared by several
-    query heads; num_heads if None. is_causal: True or a `Causal` for causal attention, which decoding needs.
+    query heads; num_heads if None. is_causal: True or a `Causal` for causal attention; decoding requires it.
 
     Example:
         y = LinearAttention(width=256, num_heads=8, kernel="focused", is_causal=True).apply(params, x)
@@ -115,10 +115,11 @@ class NaLaState(NamedTuple):
 class NaLaAttention(nn.Module):
     """The attention layer of NaLaFormer (arXiv 2506.21137): proj(silu(g) · LayerNorm(NaLa(q, k, v) + conv(v))).
 
-    One projection gives q, k, v and the gate g. conv: apply a depthwise convolution to the values, 5 x 5 on a grid or,
-    if causal, over the last 5 tokens. rotary: rotate the features in the numerator, on the grid or along the sequence,
-    for up to `max_length` tokens. learnable: make power and offset trainable, one of each per head. eps: added to the
-    sum of the weights; the released code adds n · 1e-6.
+    One projection gives q, k, v and the gate g. conv: whether to apply a depthwise convolution to the values, 5 x 5 on
+    a grid or, if causal, over the last 5 tokens. rotary: whether to rotate the features in the numerator, by the
+    position on the grid or, if causal, in a sequence of up to `max_length` tokens. learnable: whether to make power and
+    offset trainable, with one of each per head. eps: added to the sum of the weights; the released code adds n · 1e-6
+    for n keys.
 
     Example:
         y = NaLaAttention(width=256, num_heads=4).apply(params, x, grid=(14, 14))
@@ -234,11 +235,11 @@ class NaLaAttention(nn.Module):
 class SOFTAttention(nn.Module):
     """The attention layer of SOFT (arXiv 2110.11945): proj(SOFT(q, q, v) + conv(v)); not causal.
 
-    tied: use the queries as keys, as in the paper. landmarks: "pool" takes means of segments or, with a grid, of cells;
-    "conv" applies a convolution with kernel size and stride `stride`, shared by the heads; "conv_norm_gelu" adds
-    LayerNorm and GELU, as in the released code. value_conv: size of the depthwise convolution of values, with one
-    filter per head (9, 5 and 3 in the stages of the released backbones); 0 for none. ridge, solver, normalize: see
-    `soft_attention`.
+    tied: whether to use the queries as keys, as in the paper. landmarks: "pool" averages the keys over segments or,
+    with a grid, over cells. "conv" applies a convolution whose kernel size and stride are both `stride`; all heads
+    share its weights. "conv_norm_gelu" also applies LayerNorm and GELU, as in the released code. value_conv: the kernel
+    size of the depthwise convolution of values, which has one filter per head; 0 means no convolution. The stages of
+    the released backbones use 9, 5 and 3. ridge, solver, normalize: see `soft_attention`.
 
     Example:
         y = SOFTAttention(width=64, num_heads=2, value_conv=9).apply(params, x, grid=(56, 56))
@@ -279,7 +280,7 @@ class SOFTAttention(nn.Module):
     def __call__(
         self, x: Float[Array, "b n d"], grid: tuple[int, int] | None = None, *, mask: Array | None = None
     ) -> Float[Array, "b n width"]:
-        """Returns the layer's output. grid: (height, width) of the tokens in row-major order; convolutions need it.
+        """Returns the layer's output. grid: (height, width) of the tokens in row-major order; convolutions require it.
 
         mask: a key mask, `b 1 1 n`; with convolved landmarks it must be None. Raises ValueError if the grid is missing
         or does not match.
@@ -335,7 +336,7 @@ def _join(before: Float[Array, "b m d"], values: Float[Array, "b n d"]) -> Float
 
 
 def _window(values: Float[Array, "b m d"], start: Int[Array, " b"], size: int) -> Float[Array, "b size d"]:
-    """Returns `size` consecutive values of each sample, from its `start` on."""
+    """Returns `size` consecutive values of each sample, the first of which is at the sample's `start`."""
 
     def run(values, start):
         places = start[:, None] + jnp.arange(size)[None]

@@ -1,6 +1,7 @@
-"""NNX versions of the attention modules, made with Flax's bridge: same parameters, same results.
+"""NNX versions of the attention modules, made with Flax's bridge; parameters and results are the same.
 
-The constructor takes the width of the input, the fields of the linen module and `rngs`, and initialises the parameters:
+Each constructor accepts the width of the input, the fields of the linen module and `rngs`. It initialises the
+parameters:
 
     attention = nnx.LinearAttention(64, width=64, num_heads=4, kernel="nala", is_causal=True, rngs=nnx.Rngs(0))
     y = attention(x)

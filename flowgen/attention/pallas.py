@@ -1,8 +1,9 @@
 """Causal linear attention as one Pallas kernel for TPUs: it keeps the state on the chip and streams chunks of tokens.
 
-The grid visits the chunks of a head in order and keeps the state in scratch memory. Other platforms run the scan over
-chunks in XLA, `prefix_product`, which also computes the gradients; tests interpret the kernel on CPUs. The kernel has
-not been timed on a TPU yet, so it runs only on request: `Causal(implementation="pallas")`.
+The grid visits the chunks of each head in order, and the kernel keeps the state in scratch memory. On other platforms,
+`prefix_product` scans over the chunks in XLA. The gradients are always computed by `prefix_product`. Tests run the
+kernel in interpret mode on CPUs. The kernel has not been timed on a TPU yet, so it runs only on request:
+`Causal(implementation="pallas")`.
 """
 
 from __future__ import annotations
@@ -27,7 +28,7 @@ def causal_product(
 ) -> tuple[Float[Array, "b n h d"], Float[Array, "b n h"]]:
     """Returns Σ_{s≤t} (q_t·k_s) v_s and Σ_{s≤t} q_t·k_s in float32, like `prefix_product` without decay or segments.
 
-    The kernel runs on TPUs, on chunks of at least 128 tokens; on other platforms, this is `prefix_product` itself.
+    On TPUs, the kernel runs on chunks of at least 128 tokens. On other platforms, the function calls `prefix_product`.
     Raises ValueError unless chunk_size is a power of two, at least 16.
     """
     if chunk_size < 16 or chunk_size & (chunk_size - 1):
@@ -71,12 +72,12 @@ _causal_product.defvjp(_forward, _backward)
 
 
 def _scan(q, k, v, *, chunk_size: int):
-    """Returns the results without Pallas."""
+    """Returns the results of `_causal_product`, computed without Pallas."""
     return prefix_product(Features(q, k), v, chunk_size=chunk_size)[:2]
 
 
 def _chunk(q, k, v, kv, norm):
-    """Returns outputs `c d`, totals `1 c` and the next state of one chunk; the state is kv `p d` and norm `1 p`."""
+    """Returns outputs `c d`, totals `1 c` and the next state of one chunk; a state is kv `p d` and norm `1 p`."""
     dot = partial(jnp.dot, precision=jax.lax.Precision.HIGHEST, preferred_element_type=jnp.float32)
     size = q.shape[0]
     rows = jax.lax.broadcasted_iota(jnp.int32, (size, size), 0)

@@ -4,11 +4,13 @@ For queries q_t, keys k_s, values v_s and the weights w_ts defined below,
 
     out_t = Σ_s w_ts (q_t·k_s) v_s,      total_t = Σ_s w_ts (q'_t·k'_s),      s ≤ t (or block(s) ≤ block(t)),
 
-where q', k' are the normaliser's features. They equal q, k unless given separately, for maps that rotate only the
-numerator. w_ts = exp(b_t - b_s), where b is the running sum of the log-decay; w_ts is 1 without decay and 0 across
-segments. A chunk of C tokens costs one C x C product; the state Σ_s k_s v_sᵀ sums over earlier tokens.
-Reverse-mode differentiation stores one state per chunk and recomputes the rest (the body is checkpointed). Forward mode
-works too.
+where q', k' are the normaliser's features. They equal q, k unless they are given separately, as for maps that rotate
+only the numerator. w_ts = exp(b_t - b_s), where b is the running sum of the log-decay; w_ts is 1 without decay and 0
+across segments. A chunk of C tokens requires one C x C product; the state Σ_s k_s v_sᵀ sums over the tokens before the
+chunk.
+
+Reverse-mode differentiation stores one state per chunk and recomputes the rest, because the body of the scan is
+checkpointed. Forward-mode differentiation works too.
 """
 
 from __future__ import annotations
@@ -32,7 +34,7 @@ class LinearState(NamedTuple):
     """The state of linear attention for the tokens so far; its size does not depend on their number.
 
     kv: Σ_s k_s v_sᵀ. norm: Σ_s k'_s. length: position of each sample's next token, directly after the last kept token.
-    Masked tokens before the last kept token count; masked tokens after it do not.
+    Masked tokens before the last kept token count towards the length; masked tokens after it do not.
     """
 
     kv: Float[Array, "b g p d"]
@@ -112,12 +114,13 @@ def prefix_product(
 ) -> tuple[Float[Array, "b n h d"], Float[Array, "b n h"], LinearState]:
     """Returns out and total (see the top of this file) and the state after the last token, all in at least float32.
 
-    state: the state after earlier tokens, which belong to the first token's segment. log_decay: ≤ 0, per key head.
-    mask: True for keys to keep. The others have no effect: even their decay is ignored, and keys after the last kept
-    one do not count in the state's length. segment_ids: equal for tokens that see each other. Equal ids must be
-    contiguous; if an id recurs, the function raises ValueError or, while tracing, makes the sample NaN. A non-finite
-    number affects only its own segment. block_size: tokens see their whole block; do not combine it with decay, or with
-    a state that ends within a block. chunk_size: rounded up to whole blocks.
+    state: the state after earlier tokens, which belong to the first token's segment. log_decay: one number per token
+    and key head, at most 0. mask: True for keys to keep. Masked keys have no effect: even their decay is ignored, and
+    those after the last kept key do not count towards the state's length. segment_ids: equal for tokens that see each
+    other. Equal ids must be contiguous; if an id recurs, the function raises ValueError or, while tracing, makes the
+    sample NaN. A non-finite number affects only its own segment. block_size: the number of tokens in a block; tokens
+    see their whole block. Do not combine blocks with decay, or with a state that ends within a block. chunk_size:
+    rounded up to whole blocks.
 
     Example:
         out, total, state = prefix_product(Features(q, k), v)
@@ -203,7 +206,7 @@ def _in_chunks(tokens: Tokens, state: LinearState, block_size: int, chunk_size: 
     v, segment_ids = tokens.v, tokens.segment_ids
     batch, n = v.shape[:2]
     size = -(-chunk_size // block_size) * block_size
-    if isinstance(n, int):  # not a symbol of an exported program
+    if isinstance(n, int):  # not symbolic, as in an exported program
         size = min(size, -(-n // block_size) * block_size)
     chunks = _split(tokens, size)
     past = None if segment_ids is None else segment_ids[:, 0]
@@ -239,7 +242,7 @@ def _per_token(mask: Bool[Array, "#b #g 1 n"]) -> Bool[Array, "#b n #g"]:
 
 
 def _split(tokens: Tokens, size: int) -> _Chunk:
-    """Returns chunks of `size` tokens, stacked on the first axis; zero padding adds nothing to the state."""
+    """Returns chunks of `size` tokens, stacked along the first axis; zero padding adds nothing to the state."""
     features, v, log_decay, _, segment_ids = tokens
     batch, n, groups = v.shape[:3]
     count = -(-n // size)
@@ -295,10 +298,10 @@ def _advance(carry, chunk: _Chunk, block_size: int):
 
 
 class _Weights(NamedTuple):
-    """The weights in a chunk.
+    """The factors in a chunk that result from causal order, segments and decay.
 
-    pair: for each query and key. query: for the earlier state as each query sees it. key, state: for each key and for
-    the earlier state in the next state.
+    pair: the factor of each key for each query. query: the factor of the earlier state for each query. key: the factor
+    of each key in the next state. state: the factor of the earlier state in the next state.
     """
 
     pair: Bool[Array, "#b #g c c"] | Float[Array, "#b #g c c"]
@@ -320,11 +323,11 @@ def _cut_segments(within: _Weights, segment: Int[Array, "b c"], past: Int[Array,
 def decay_weights(
     log_decay: Float[Array, "b h c"],
 ) -> tuple[Float[Array, "b h c c"], Float[Array, "b h c"]]:
-    """Returns the decay factor at token t for each token s ≤ t (0 for s > t), and for the state before the chunk.
+    """Returns the decay factors at each token t: for the tokens s ≤ t (0 for s > t), and for the earlier state.
 
-    The log-decays between s and t are summed directly, not as differences of running sums. Nothing cancels, so one
-    strong decay does not reduce the precision of the others, and -inf is allowed. Entries with s > t are exp(0) before
-    they are masked.
+    The log-decays between s and t are summed directly, not computed as differences of running sums. Nothing cancels, so
+    one strong decay does not reduce the precision of the others, and -inf is allowed. Entries with s > t are exp(0)
+    before they are masked.
     """
     size = log_decay.shape[-1]
     causal = jnp.tril(jnp.ones((size, size), bool))[None, None]

@@ -13,7 +13,7 @@ from flowgen.backend import keep_axes
 
 
 class Rotary(NamedTuple):
-    """cos and sin of the angles at each position, one per adjacent pair of channels: float64 NumPy arrays `n r`."""
+    """cos and sin of one angle per position and pair of adjacent channels: float64 NumPy arrays `n r`."""
 
     cos: Float[np.ndarray, "n r"]
     sin: Float[np.ndarray, "n r"]
@@ -72,8 +72,8 @@ def rotate(
 ) -> Float[Array, "b n h p"]:
     """Returns x with adjacent channels (x0, x1) rotated to (x0 cos - x1 sin, x1 cos + x0 sin) at these positions.
 
-    If the width of x is a multiple of the table's, each part is rotated the same way; any other width raises
-    ValueError.
+    If the width of x is a multiple of the table's width, each part of that width is rotated in the same way. Any other
+    width raises ValueError.
 
     Example:
         y = rotate(x, rotary_line(256, 64), jnp.arange(x.shape[1]))

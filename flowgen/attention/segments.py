@@ -1,4 +1,4 @@
-"""Packed segments: runs of tokens with equal ids, which see only each other; a NaN stays in its segment."""
+"""Packed segments: runs of tokens that have equal ids and see only each other. A NaN affects only its own segment."""
 
 from __future__ import annotations
 
@@ -11,21 +11,24 @@ from jaxtyping import Array, Bool, Float, Int, PyTree
 
 
 class Spoiled(NamedTuple):
-    """The results that a non-finite number affects: outputs per query head and token, states per key head."""
+    """Marks the results that a non-finite number affects: outputs per query head and token, states per key head."""
 
     out: Bool[Array, "b n h"]
     state: Bool[Array, "b g"]
 
 
 def returning_ids(segment_ids: Int[Array, "b n"]) -> Bool[Array, " b"]:
-    """Returns, per sample, whether an id recurs after a different one, so that its tokens are not contiguous."""
+    """Returns for each sample whether the tokens of some id are not contiguous: the id recurs after a different one."""
     runs = (segment_ids[:, 1:] != segment_ids[:, :-1]).sum(axis=1)
     ordered = jnp.sort(segment_ids, axis=1)
     return runs != (ordered[:, 1:] != ordered[:, :-1]).sum(axis=1)
 
 
 def finite(tree: PyTree) -> tuple[PyTree, Bool[Array, "b n x"]]:
-    """Returns arrays `b n x ...` with zeros for tokens (per x) that have a non-finite value, and a mask of them."""
+    """Returns arrays `b n x ...` without their non-finite values, and a mask `b n x` of the entries that had any.
+
+    If an entry (b, n, x) of one array has a non-finite value, that entry is 0 in all the returned arrays.
+    """
     bad = functools.reduce(jnp.logical_or, map(_not_finite, jax.tree.leaves(tree)))
     return jax.tree.map(lambda x: jnp.where(jnp.expand_dims(bad, range(3, x.ndim)), 0, x), tree), bad
 

@@ -1,11 +1,12 @@
 """SOFT: softmax-free attention with a Gaussian kernel in Nyström form (Lu et al. 2021, 2024), on arrays `b n h k`.
 
-With A = K(L, L) between l landmarks L and P = K(·, L), K(x, y) = exp(-|x - y|²/2) on tokens divided by k^¼,
+Let K(x, y) = exp(-|x - y|²/2), on tokens divided by k^¼. With A = K(L, L) for l landmarks L, P_q = K(q, L) and
+P_k = K(k, L), the output is
 
     Ŝ v = P_q (A + ridge I)⁻¹ P_kᵀ v                                                     (SOFT)
     Ŝ v = P_q D^-½ (A + ridge I)⁻¹ D^-½ P_kᵀ v,   D = diag(row sums of A)                (SOFT++, "symmetric")
 
-at cost O(n l (k + d) + l³). No reduction mixes samples or heads, except in `released_softpp_inverse`.
+The cost is O(n l (k + d) + l³). No reduction mixes samples or heads, except in `released_softpp_inverse`.
 """
 
 from __future__ import annotations
@@ -44,7 +45,7 @@ class Landmarks(NamedTuple):
 
 
 def to_kernel_space(x: Float[Array, "*tokens k"]) -> Float[Array, "*tokens k"]:
-    """Returns x / k^¼ in at least float32; exp(-|x - y|²/2) of the results is SOFT's kernel exp(-|q - k|²/(2√k))."""
+    """Returns x / k^¼ in at least float32; exp(-|x - y|²/2) of two results is SOFT's kernel exp(-|q - k|²/(2√k))."""
     return x.astype(jnp.promote_types(x.dtype, jnp.float32)) * x.shape[-1] ** -0.25
 
 
@@ -104,7 +105,7 @@ def landmark_cells(grid: Pair, num_landmarks: int | Pair) -> Pair:
     """Returns (rows, columns) of landmark cells on a grid (height, width) of tokens.
 
     num_landmarks: a number gives at most that many cells, as square as possible: rows = round(√(num height / width))
-    and columns = num // rows, both capped at the grid's sides. A pair (rows, columns) is capped likewise.
+    and columns = num // rows, both capped at the grid's sides. A pair (rows, columns) is capped in the same way.
     """
     height, width = grid
     if isinstance(num_landmarks, tuple):
@@ -209,12 +210,12 @@ def _run_nystrom(q, k, v, landmarks, mask, ridge, solver, normalize):
 def gaussian_landmark_features(
     x: Float[Array, "b n h k"], landmarks: Float[Array, "h l k"], *, ridge: Ridge = 0.01, whiten: bool = True
 ) -> Float[Array, "b n h l"]:
-    """Returns token-wise features, in at least float32, for linear attention, causal or not, with fixed landmarks.
+    """Returns features of tokens, in at least float32, for linear attention with fixed landmarks, causal or not.
 
-    With whiten, phi(x) = C⁻¹ K(L, x) with C Cᵀ = K(L, L) + ridge I, so phi(x)·phi(y) is the Nyström kernel. Its entries
-    may be negative, so normalise with a norm, not by their sum. Without whiten, the features are K(L, x), which are
-    positive. Pass x and landmarks without the factor k^-¼; this function applies it. Raises ValueError if heads or
-    widths differ.
+    If whiten is True, the features are phi(x) = C⁻¹ K(L, x) with C Cᵀ = K(L, L) + ridge I, so phi(x)·phi(y) is the
+    Nyström kernel. This kernel may be negative, so normalise outputs with a normalisation layer, not by the sum of the
+    weights. If whiten is False, the features are K(L, x), which are positive. Pass x and landmarks without the factor
+    k^-¼; this function applies it. Raises ValueError if heads or widths differ.
 
     Example:
         phi_q, phi_k = (gaussian_landmark_features(x, landmarks) for x in (q, k))
@@ -233,7 +234,7 @@ def _landmark_features(x, landmarks, ridge, whiten):
     def run(x, landmarks, ridge):
         points = rearrange(to_kernel_space(landmarks), "h l k -> 1 l h k")
         features = gaussian_kernel(to_kernel_space(x), jnp.broadcast_to(points, (x.shape[0], *points.shape[1:])))
-        if whiten:  # one factor serves all samples
+        if whiten:  # all samples share one Cholesky factor
             whitening = inverse_cholesky(add_ridge(gaussian_kernel(points, points)[0], ridge))
             features = jnp.einsum("hlm,bhnm->bhnl", whitening, features, precision=HIGHEST)
         return features.swapaxes(1, 2)
@@ -315,17 +316,19 @@ def soft_attention(
     solver: Solver = "newton",
     normalize: Normalization = None,
 ) -> Float[Array, "b n h d"]:
-    """Returns SOFT attention Ŝ v (see the top of this file); the paper ties k to q, `soft_attention(q, q, v)`.
+    """Returns SOFT attention Ŝ v (see the top of this file). In the paper, keys equal queries: soft_attention(q, q, v).
 
-    num_landmarks: landmarks are the means of this many contiguous segments of the keys (at most m). grid: (height,
-    width) of the keys in row-major order; landmarks are then means over about num_landmarks cells, or over (rows,
-    columns) cells if num_landmarks is such a pair (see `landmark_cells`). landmarks: points in the space of k, to be
-    used instead. mask: True for keys to keep, `b m` or `b 1 1 m`; other keys have no effect, whatever their values.
-    ridge: added to the diagonal of the landmark kernel. solver: "newton" is the paper's spectral filter with its
-    closed-form derivative (`newton_inverse`); "cholesky" is exact; "newton_released" is the published SOFT++, which
-    couples samples. normalize: with None, as in SOFT, a row of Ŝ may sum to as much as m; "symmetric" is SOFT++'s
-    normalisation; with "row", rows sum to 1. Raises ValueError for is_causal, for a mask that differs between queries,
-    and if shapes or options are invalid.
+    num_landmarks: the number of landmarks, at most m; each is the mean of a contiguous segment of the keys. grid:
+    (height, width) of the keys in row-major order. With a grid, landmarks are the means over about num_landmarks cells,
+    or over (rows, columns) cells if num_landmarks is such a pair (see `landmark_cells`). landmarks: points in the space
+    of k, used instead of pooled landmarks. mask: True for keys to keep, `b m` or `b 1 1 m`; other keys have no effect,
+    whatever their values. ridge: added to the diagonal of the landmark kernel.
+
+    solver: "newton" is the paper's spectral filter with its closed-form derivative (`newton_inverse`). "cholesky" is
+    exact. "newton_released" is the solver of the published SOFT++, which couples samples. normalize: with None, as in
+    SOFT, a row of Ŝ may sum to as much as m. "symmetric" is SOFT++'s normalisation. With "row", rows sum to 1.
+
+    Raises ValueError for is_causal, for a mask that differs between queries, and if shapes or options are invalid.
 
     Example:
         out = soft_attention(q, q, v, num_landmarks=49, grid=(14, 14), solver="cholesky")

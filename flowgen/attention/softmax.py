@@ -25,7 +25,9 @@ def attend_heads(
     v: Float[Array, "b g m d"],
     mask: Mask,
 ) -> Float[Array, "b h n d"]:
-    """Returns softmax(q kᵀ / √k) v for arrays with heads before tokens; see `softmax_attention` for the mask.
+    """Returns softmax(q kᵀ / √k) v for arrays with the head axis before the token axis.
+
+    The mask is as in `softmax_attention`.
 
     Example:
         out = attend_heads(q.swapaxes(1, 2), k.swapaxes(1, 2), v.swapaxes(1, 2), None)
@@ -126,12 +128,13 @@ def softmax_attention(
     """Returns softmax(q kᵀ / √k) v per head; there may be fewer key heads than query heads.
 
     With g key heads, h/g query heads share each key head. mask: True if a query may attend to a key. is_causal: query i
-    attends to the keys among 0..i that `mask` allows; n and m must then be equal. A query without allowed keys gives 0.
+    attends to the keys among 0..i that `mask` allows; n and m must then be equal. If a query may attend to no
+    key, its output is 0.
 
     implementation: "xla" computes the logits in chunks of queries. "cudnn" and "tpu" are fused kernels for GPUs and
-    TPUs; they have only first derivatives, in reverse mode. "auto" follows `attention_plan`: a fused kernel in half
-    precision where one fits, otherwise "xla". Raises ValueError if shapes do not match, or if the implementation cannot
-    run.
+    TPUs; they have only first derivatives, in reverse mode. "auto" uses the choice of `attention_plan`: for
+    half-precision inputs, a fused kernel if the platform has one that supports them, otherwise "xla". Raises ValueError
+    if shapes do not match, or if the implementation cannot run.
 
     Example:
         out = softmax_attention(q, k, v, is_causal=True)
