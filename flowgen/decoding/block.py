@@ -100,7 +100,7 @@ class GuidedBlock:
         return *self.guidance.combine(conditional, unconditional, progress[None, :, None]), caches
 
     def _with_both_conditions(self) -> GuidedBlock:
-        """This block; if it is guided, `cond` contains the condition of the conditional branch, then of the other."""
+        """This block. If it is guided, `cond` contains the conditions of both branches, the conditional one first."""
         if self.guidance is None or self.cond is None:
             return self
         null = unconditional(self.cond, self.guidance.null)

@@ -74,7 +74,8 @@ def run(request: DecodeRequest) -> DecodeResult:
     if mesh is None:
         return keep_rows(_run, (params, weights), request)
     result = _run_on_own_rows((params, weights), request, mesh=mesh, axis=axis)
-    # The host computes the maximum, because devices that wait for each other need one thread each. Not inside jit.
+    # The host computes the maximum, because devices that wait for each other need one thread each. Inside jit, the host
+    # cannot do so.
     sweeps = result.sweeps if isinstance(result.sweeps, Tracer) else np.asarray(result.sweeps)
     return result._replace(sweeps=jnp.asarray(sweeps.max(axis=0)))
 
@@ -260,7 +261,7 @@ def _other_errors(request: DecodeRequest, flow: Flow, tokens: list[Float[Array, 
 
 
 def _last_block(request: DecodeRequest, part: Segments) -> tuple[DecodeRequest, Flow, int]:
-    """The request with the condition for these segments, the flow whose last block decodes them, and its index."""
+    """The request with these segments' condition, the flow whose last block decodes them, and that block's index."""
     flow = request.flow.with_num_frames(request.layout.clip)
     return replace(request, cond=request.condition_of(part)), flow, flow.config.num_blocks - 1
 

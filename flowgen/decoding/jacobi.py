@@ -40,7 +40,7 @@ class PreviousFrame(NamedTuple):
         return jnp.where((place >= period - self.known)[None, :, None], self.tokens[:, place], noise)
 
     def then(self, tokens: Float[Array, "b w c"]) -> PreviousFrame:
-        """Returns the same for the window after `tokens`, which are now solved too."""
+        """Returns the previous frame for the window after `tokens`, which are now solved too."""
         period = self.tokens.shape[1]
         last = jnp.concatenate([self.tokens, tokens], axis=1)[:, -period:]
         return PreviousFrame(last, jnp.minimum(self.known + tokens.shape[1], period))
@@ -65,7 +65,7 @@ class Conditioner(NamedTuple):
     first: the network's input for the first token to be solved. begin: the row of that input.
     previous_frame: the frame before that token, for plans that use it as the initial guess; None for images.
     solved(count): called after each window with the number of newly solved tokens.
-    stages: number of stages in which to decode. The cache grows between stages; otherwise one stage is enough.
+    stages: number of stages in which to decode. The cache grows between stages. If it cannot grow, one is enough.
     """
 
     window: Callable[[Array, Array, Any], tuple[Array, Array, Any]]
@@ -146,7 +146,7 @@ def solve(conditioner: Conditioner, z: Float[Array, "b n c"], plan: Jacobi) -> S
 
 
 def stage_ends(steps: int, stages: int) -> tuple[int, ...]:
-    """Returns the end of each stage, for at most `stages` stages with about the same number of steps."""
+    """Returns the ends of the stages. There are at most `stages` stages, with about the same number of steps."""
     stages = min(stages, steps)
     return tuple(-(-steps * stage // stages) for stage in range(1, stages + 1))
 

@@ -33,8 +33,8 @@ class Jacobi:
     """Decodes windows of tokens in order. Each is solved by fixed-point sweeps, with a cache of the earlier windows.
 
     Each window repeats the sweep x <- shift(x) + exp(log_scale(x)) · z. A sample is frozen once none of its tokens
-    changes by more than `tol` (max norm, data units). After k sweeps, the first k tokens of a
-    window are exact. The default `max_sweeps=None` allows one sweep per token of the window, which is always enough.
+    changes by more than `tol` (max norm, data units). After k sweeps, the first k tokens of a window are exact. The
+    default `max_sweeps=None` allows one sweep per token of the window, which is always enough.
 
     window: number of tokens solved together; None means one window over all tokens, and 1 means sequential decoding.
     init: initial guess for a window: the "noise" itself, "zeros", or, in a block over several frames, the tokens of the
@@ -52,7 +52,7 @@ class Jacobi:
 
 @config
 class SlidingWindow:
-    """Decodes by sweeps over a window, which advances past the solved tokens, at least one, after each sweep.
+    """Decodes by sweeps over a window. After each sweep, the window advances past the solved tokens, at least one.
 
     Each sweep accepts the window's longest prefix that changed by at most `tol` in every sample of the batch, plus the
     next token (Song et al. 2021, arXiv 2002.03629). With tolerance 0 the solution is exact; otherwise each returned
@@ -97,6 +97,7 @@ def resolve_plan(plan: Plan | str, *, rows: Sequence[int]) -> DecodePlan:
     MIN_PARALLEL_WINDOW, "auto" is sequential there too. On accelerators, the window of "auto" depends on the batch
     size, so the images also depend on the batch size, within the tolerance. An explicit plan is the same for any batch
     size.
+
     rows: number of rows per token in each block, data side first. It is the batch size, times 2 if the block is guided,
     times the number of frames that the block maps independently.
 

@@ -1,7 +1,7 @@
 """`decoding_weights`: the variables of all blocks in the form that decoding requires, computed once per params.
 
 Training stores the layers of a block in one stack, in float32. Decoding needs one array per layer, in the dtype of the
-matrix products. If the sampling program computed these arrays, every call would make temporary copies again.
+matrix products. If the sampling program computed these arrays, every call would make these copies again.
 """
 
 from __future__ import annotations

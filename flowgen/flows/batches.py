@@ -31,7 +31,7 @@ def noisy_batch(
 
 
 def check_batch(batch: Any) -> None:
-    """Raises ValueError unless the batch is a `Batch` of bytes or latent moments whose context has as many rows."""
+    """Raises ValueError unless the batch is a `Batch` of bytes or latent moments whose context, if any, fits it."""
     if not isinstance(batch, Batch):
         raise ValueError(f"batch is {shown(batch)}; give a flowgen.data.Batch(x, context).")
     if not isinstance(batch.x, Moments):
@@ -63,7 +63,7 @@ def batch_input(
 def add_noise(key: Key[Array, ""], images: UInt8[Array, "b *event"], noise_std: float) -> Float[Array, "b *event"]:
     """Returns the training input for these images.
 
-    If σ > 0, it is x + σ N(0, I) with x in [-1, 1]. If σ = 0, it is the dequantised images.
+    If σ > 0, it is x + σ N(0, I) with x in [-1, 1]. If σ = 0, it consists of the dequantised images.
 
     Example:
         x = add_noise(key, batch.x, flow.config.noise_std)

@@ -112,7 +112,7 @@ class ImageTokens:
 class AutoregressiveFlow(OnMeshes, nn.Module):
     """Exact-likelihood flow between images `b height width c` and noise tokens `b n c`.
 
-    The config defines its blocks.
+    Its config defines the blocks.
 
     Example:
         class MyFlow(AutoregressiveFlow):

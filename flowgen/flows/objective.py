@@ -53,7 +53,7 @@ def nll_objective(
         if flow.config.scale_parameterisation != "volume_preserving":
             return loss, metrics
         variance = variables["prior"]["variance"]
-        batch_variance = jax.lax.stop_gradient(jnp.square(z).mean(axis=0))  # Several devices may average it.
+        batch_variance = jax.lax.stop_gradient(jnp.square(z).mean(axis=0))  # Devices can average this mean.
         tracked = variance + PRIOR_VARIANCE_RATE * (batch_variance - variance)
         return loss, metrics, {"prior": {"variance": tracked}}
 

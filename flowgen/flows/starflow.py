@@ -34,7 +34,7 @@ from flowgen.settings.ranges import (
     Width,
 )
 
-MAX_ROTATIONS = 1 << 25  # most numbers in a position table; every trace contains such a table
+MAX_ROTATIONS = 1 << 25  # limit on the entries of a position table; every trace contains such a table
 
 
 def block_order(first: TokenOrder, index: int) -> TokenOrder:
@@ -174,7 +174,7 @@ class STARFlowConfig(ImageTokens):
         return ClassPrefix(self.num_classes) if self.num_classes and self.class_conditioning == "prefix" else None
 
     def with_image_size(self, height: int, width: int) -> STARFlowConfig:
-        """Returns the config for another image size. The reference grid and the parameters stay the same."""
+        """Returns the config for another image size, with the same reference grid. The same parameters fit it."""
         return dataclasses.replace(self, image_size=(height, width), rope_base_grid=self._side)
 
     @property
@@ -195,7 +195,7 @@ class STARFlowConfig(ImageTokens):
 
     @property
     def blocks(self) -> tuple[BlockConfig, ...]:
-        """The blocks from data to noise. Blocks of 0 layers are omitted but count when token orders alternate."""
+        """The blocks from data to noise. Blocks of 0 layers are omitted, but they count when token orders alternate."""
         last = len(self.layers_per_block) - 1
         return tuple(self._block(index, index == last) for index, count in enumerate(self.layers_per_block) if count)
 
