@@ -1,9 +1,9 @@
-"""Guidance: combining a network's conditional and unconditional predictions.
+"""Guidance, which combines a network's conditional and unconditional predictions.
 
-The conditional prediction is c, the unconditional one u, and the weight w:
+Let c be the conditional prediction, u the unconditional prediction, and w the weight. There are two rules:
 
     linear (Ho and Salimans, arXiv 2207.12598)   c + w (c - u), for velocities and for TARFlow's shift and log_scale
-    product (STARFlow, arXiv 2506.06276, Prop. 2), the Gaussian p_c^(1+w) / p_u^w with its precision kept positive:
+    product (STARFlow, arXiv 2506.06276, Prop. 2), the Gaussian p_c^(1+w) / p_u^w, whose precision is kept positive:
         s = min(σ_c / σ_u, 1)²,   d = 1 + w - w s,   σ = σ_c / √d,   m = ((1+w) m_c - w s m_u) / d
 """
 
@@ -57,22 +57,23 @@ def product_rule(
 
 @dataclass(frozen=True)
 class Guidance:
-    """What guidance changes in a flow, in which blocks, and how strongly. Scale 0 turns it off at no cost.
+    """Guidance of a flow: what it changes, in which blocks, and how strongly. Scale 0 turns it off at no cost.
 
-    A pytree of scale, temperature and null, so these three can change without recompiling. Inside jit, scale and
-    temperature may also be traced scalars, which are not checked. If the attention has no temperature, build the
-    Guidance inside jit, because an argument of jit has a traced temperature.
+    A Guidance is a pytree of scale, temperature and null, so these three can change without recompiling. Inside jit,
+    scale and temperature may also be traced scalars, which are not checked. If the attention does not support a
+    temperature, build the Guidance inside jit, because a Guidance passed as an argument has a traced temperature.
 
     scale: the weight w in c + w (c - u), at least 0; `flowgen.matching.guided` calls it `weight`.
     rule: "linear" or "product".
     parts: what the linear rule changes: "shift", "log_scale" or "both".
     blocks: indices of the guided blocks, from 0 at the data side; None means all.
-    anneal: whether w grows along each block's tokens, from 0 at the first to `scale` at the last.
-    temperature: attention temperature of the unconditional branch, above 0. It divides the logits: above 1, attention
-    is flatter, and guidance moves away from the flatter prediction. Without classes (or with -1 labels) only the
-    temperature distinguishes the two branches, so values other than 1 guide an unconditional model.
-    null: the text of the unconditional branch, usually the encoded "": one text, or one per sample. Flows that take
-    texts require it.
+    anneal: whether w increases along each block's tokens, from 0 at the first token to `scale` at the last.
+    temperature: attention temperature of the unconditional branch, above 0, by which the logits are divided. If it is
+    above 1, attention in this branch is flatter, and guidance moves away from the prediction of this branch. Without
+    classes, or with labels -1, only the temperature distinguishes the two branches, so a temperature other than 1
+    guides an unconditional model.
+    null: the text of the unconditional branch, usually the encoded "": one text, or one per sample. Flows conditioned
+    on texts require it.
 
     Example:
         r = sample(flow, params, key, 16, labels, guidance=Guidance(scale=2.0))
@@ -105,7 +106,7 @@ class Guidance:
     ) -> AffineParameters:
         """Returns guided (shift, log_scale); unguided parts stay conditional.
 
-        progress: how far along the block the tokens are, from 0 at the first to 1 at the last.
+        progress: the relative position of each token in its block, from 0 at the first token to 1 at the last.
         """
         weight = (self.scale * (progress if self.anneal else jnp.ones_like(progress))).astype(conditional[0].dtype)
         if self.rule == "product":
@@ -116,7 +117,7 @@ class Guidance:
         )
 
 
-# What scale and temperature may be if they are not traced.
+# The annotations by which scale and temperature are checked if they are not traced.
 _KNOWN = {"scale": NonNegative, "temperature": Positive}
 _TRACED = ("scale", "temperature", "null")
 _STATIC = tuple(field.name for field in fields(Guidance) if field.name not in _TRACED)

@@ -1,4 +1,4 @@
-"""A flow block for decoding: maps noise to tokens and back, with optional condition and guidance."""
+"""A flow block for decoding, which maps noise to tokens and back, with optional condition and guidance."""
 
 from __future__ import annotations
 
@@ -30,8 +30,10 @@ from flowgen.nn.layers import master_dtype
 @jax.tree_util.register_dataclass
 @dataclass(frozen=True)
 class GuidedBlock:
-    """A block bound to its variables, condition and guidance; cond is None for unconditional blocks, and guidance for
-    unguided ones."""
+    """A block with its variables, condition and guidance.
+
+    cond is None for unconditional blocks, and guidance is None for unguided blocks.
+    """
 
     block: AutoregressiveBlock = field(metadata={"static": True})
     variables: Variables
@@ -39,7 +41,7 @@ class GuidedBlock:
     guidance: Guidance | None
 
     def forward(self, x: Float[Array, "b n c"]) -> Float[Array, "b n c"]:
-        """Returns the noise of tokens x, both in raster order, from one parallel pass; the opposite of `inverse`."""
+        """Returns the noise of tokens x, computed in one parallel pass; both are in raster order."""
         config, passthrough = self.block.config, self.block.num_passthrough
         if self.guidance is None:
             return self.block.apply(self.variables, x, self.cond)[0]
@@ -52,12 +54,12 @@ class GuidedBlock:
     def conditioner(
         self, known: Float[Array, "b m c"], stages: int = 1, solved: Callable[[Array], None] = ignore
     ) -> Conditioner:
-        """Returns what a solver needs to find the tokens after the known ones, all in the block's order."""
+        """Returns what a solver needs to compute the tokens after `known`. All tokens are in the block's order."""
         block, variables, both = self.block, self.variables, self._with_both_conditions()
         batch, begin = len(known), known.shape[1] - block.num_passthrough
 
         def begin_cache(length: int) -> tuple | None:
-            """Caches that contain the prefix and the known tokens, with room for `length` more."""
+            """Returns caches that contain the prefix and the known tokens, with room for `length` more."""
             factors = self._inverse_temperature(batch)
             branches = batch if factors is None else 2 * batch
             caches = block.apply(variables, branches, begin + length, both.cond, factors, method="prefill")
@@ -80,10 +82,10 @@ class GuidedBlock:
     def parameters(
         self, previous: Float[Array, "b w c"], start: Int[Array, ""] | int, caches: tuple | None
     ) -> tuple[Float[Array, "b w c"], Float[Array, "b w c"], tuple | None]:
-        """Returns the guided (shift, log_scale) of the tokens after `previous`, and the updated caches.
+        """Returns (shift, log_scale, updated caches) for the tokens after `previous`, with guidance.
 
-        previous: the network's inputs from row `start` on. Both branches of guidance run as one batch, so this block
-        must have the conditions of both.
+        previous: the network's inputs, beginning with row `start`. Both branches of guidance run as one batch, so
+        `self.cond` must contain the conditions of both branches.
         """
         batch, width = previous.shape[:2]
         state = BlockState(start, caches, self._inverse_temperature(batch))
@@ -98,7 +100,7 @@ class GuidedBlock:
         return *self.guidance.combine(conditional, unconditional, progress[None, :, None]), caches
 
     def _with_both_conditions(self) -> GuidedBlock:
-        """This block; if guided, with the conditional branch's condition followed by the unconditional branch's."""
+        """This block. If it is guided, `cond` contains the conditions of both branches, the conditional one first."""
         if self.guidance is None or self.cond is None:
             return self
         null = unconditional(self.cond, self.guidance.null)
@@ -123,12 +125,12 @@ def inverse(
     layers: int,
     solved: Callable[[Array], None] = ignore,
 ) -> Solution:
-    """Returns the tokens whose noise is z, both in raster order, and the solver's report.
+    """Returns the tokens whose noise is z, with the solver's report; tokens and noise are in raster order.
 
-    guided: has a `decoding_config`. is_reversed: whether the block's order is "reversed"; blocks of both orders share
-    this compiled program. context: the tokens before those to be decoded; only for blocks in raster order without
-    passthrough tokens. layers: number of layers that are compiled into the same program. solved: called on the device
-    after each window, with the number of tokens that it solved.
+    guided: a block with a `decoding_config`. is_reversed: whether the block's order is "reversed"; blocks of both
+    orders share this compiled program. context: the tokens that precede those to be decoded; it requires a block in
+    raster order without passthrough tokens. layers: number of layers that are compiled into the same program. solved:
+    a function that is called on the device after each window, with the number of tokens solved in that window.
     """
     block = guided.block
     config, passthrough = block.config, block.num_passthrough

@@ -1,4 +1,4 @@
-"""`Clip`: clips that begin with given frames, or that are longer than the flow's own clips (arXiv 2511.20462)."""
+"""`Clip`: clips that begin with given frames, or have more frames than the flow models (arXiv 2511.20462)."""
 
 from __future__ import annotations
 
@@ -18,21 +18,21 @@ from flowgen.flows.starflow_v import STARFlowVConfig
 from flowgen.nn.layers import master_dtype
 
 MOST_FRAMES = 1 << 20
-CONTEXT = 0.75  # fraction of the frames that the flow models: 16 of 21, as published
+CONTEXT = 0.75  # default context, as a fraction of the frames that the flow models: 16 of 21, as published
 
 
 @jax.tree_util.register_dataclass
 @dataclass(frozen=True)
 class Clip:
-    """How long the clips of a `STARFlowV` are, how they begin, and how they continue beyond its own F frames.
+    """The length and the first frames of the clips to draw from a `STARFlowV`, which models F frames together.
 
-    frames: frames per clip; None means F. given: the first frames, with the training noise added; only denoising
-    changes them. context: how many frames each restart begins with, in clips of more than F frames; None means 3/4 of
-    F, rounded. restart_cond: the condition for restarts, such as the texts used in training for clips without their
-    first frame; None means the clip's condition.
-    progress: called on the host as progress(solved, total) whenever the deep block solves tokens; `solved` is the
-    number of tokens just solved, and `total` the number to solve per clip. The program does not wait for this call, and
-    is recompiled for each new function.
+    frames: number of frames per clip; None means F. Clips of more than F frames are decoded with restarts. given: the
+    first frames, to which the training noise has been added; only the denoising step changes them. context: number of
+    known frames with which each restart begins; None means 3/4 of F, rounded. restart_cond: the condition for restarts,
+    such as the texts used in training for clips without their first frame; None means the clip's condition.
+    progress: a function that is called on the host as progress(solved, total) whenever the deep block solves tokens;
+    `solved` is the number of tokens just solved, and `total` is the number of tokens to solve per clip. The program
+    does not wait for this call. A different function requires recompilation.
 
     Example:
         r = sample(flow, params, jax.random.key(0), 2, texts, clip=Clip(frames=41, given=noisy_first_frames))
@@ -46,9 +46,11 @@ class Clip:
 
 
 def checked_clip(clip: Clip | None, config: FlowConfig, cond: Condition | None, batch: int) -> Clip:
-    """Returns the clip with jax arrays and with its defaults filled in; None means a clip of the flow's own length.
+    """Returns the clip with JAX arrays and with defaults filled in.
 
-    cond: the clip's condition. Raises ValueError if the clip does not fit the flow or the batch.
+    clip: None means a clip with as many frames as the flow models. cond: the clip's condition.
+
+    Raises ValueError if the clip does not fit the flow or the batch.
     """
     if clip is None:
         clip = Clip()
@@ -89,7 +91,7 @@ def clip_layout(clip: Clip, config: FlowConfig) -> ClipLayout:
 
 
 def modelled_frames(config: FlowConfig) -> int:
-    """Returns how many frames a flow models together; 1 for images."""
+    """Returns the number of frames that a flow models together; 1 for images."""
     return config.num_tokens // config.tokens_per_image
 
 
@@ -111,7 +113,7 @@ def _check_given(clip: Clip, frames: int, config: FlowConfig, batch: int) -> Non
 
 
 def _checked_context(context: int | None, frames: int, most: int) -> int:
-    """How many frames a restart begins with; 0 without restarts, so that all values of `context` share one program."""
+    """Number of context frames of a restart; 0 without restarts, so that all values of `context` share one program."""
     if frames > most == 1:
         raise ValueError(f"clip.frames is {frames}, but a flow of 1 frame cannot continue a clip; set it to 1.")
     if context is not None and not 1 <= context < most:

@@ -1,11 +1,12 @@
 """`run`: the compiled programs behind `invert` and `sample`.
 
-Decoding first inverts the last block, segment by segment, from noise to tokens u. The other blocks then map u to
-images, or to frames one by one. If frames are given, a forward pass of the other blocks first maps them to their u. A
-pass over this u fills the last block's caches, and decoding continues from there.
+Decoding first inverts the last block, segment by segment, which turns noise into tokens u. Inverting the other blocks
+then turns u into images, or into the frames of a clip one by one. If frames are given, a forward pass of the other
+blocks first maps the given frames to their tokens u. A pass over these tokens fills the caches of the last block, and
+decoding continues from there.
 
-Loops over tokens take most of the time to compile, so blocks of one shape and plan share a program. Inside a program of
-the caller's, all of this becomes part of that program.
+Compile time is mostly spent on loops over tokens, so blocks with the same shape and plan share a program. If the caller
+is compiling a program, all of this becomes part of the caller's program.
 """
 
 from __future__ import annotations
@@ -37,7 +38,7 @@ from flowgen.nn.layers import master_dtype
 @jax.tree_util.register_dataclass
 @dataclass(frozen=True)
 class _Blocks:
-    """The blocks' variables for decoding, and the number of layers in the program that inverts each of them."""
+    """The blocks' variables for decoding and, for each block, the number of layers in the program that inverts it."""
 
     weights: Weights
     layers: tuple[int, ...] = field(metadata={"static": True})
@@ -58,10 +59,10 @@ class _Progress:
 
 
 def run(request: DecodeRequest) -> DecodeResult:
-    """Returns the requested images or clips with reports on their decoding, sharded like their noise.
+    """Returns the requested images or clips and reports on the decoding, sharded in the same way as the noise.
 
-    If the rows of the noise are divided over devices, each device decodes its own rows: the token loop of one device
-    waits for no other. Raises ValueError inside `jax.shard_map`, unless its `check_vma` is False.
+    If the rows of the noise are sharded over devices, each device decodes its own rows, and its token loop does not
+    wait for other devices. Raises ValueError inside `jax.shard_map`, unless its `check_vma` is False.
     """
     check_unmapped("decoding", request)
     params = jax.tree.map(lambda x: x if isinstance(x, jax.Array) else jnp.asarray(x), request.params)
@@ -73,7 +74,8 @@ def run(request: DecodeRequest) -> DecodeResult:
     if mesh is None:
         return keep_rows(_run, (params, weights), request)
     result = _run_on_own_rows((params, weights), request, mesh=mesh, axis=axis)
-    # On the host, because devices that wait for each other need a thread each; inside jit there is no host.
+    # The host computes the maximum, because devices that wait for each other need one thread each. Inside jit, the host
+    # cannot do so.
     sweeps = result.sweeps if isinstance(result.sweeps, Tracer) else np.asarray(result.sweeps)
     return result._replace(sweeps=jnp.asarray(sweeps.max(axis=0)))
 
@@ -82,7 +84,7 @@ def run(request: DecodeRequest) -> DecodeResult:
 def _run_on_own_rows(
     variables: tuple[Variables, Weights | None], request: DecodeRequest, *, mesh: Mesh, axis: str | tuple
 ) -> DecodeResult:
-    """The result of `_run`, with the sweeps `devices blocks windows` of every device."""
+    """The result of `_run`, but with sweeps of shape `devices blocks windows`, one entry per device."""
 
     leaves, tree = jax.tree.flatten(request)
     rows = jax.tree.leaves(request.by_sample)
@@ -101,7 +103,7 @@ def _run(
     params, weights = variables
     config, layout = request.flow.config, request.layout
     layers = tuple(block.transformer.num_layers for block in config.blocks)
-    if weights is None:  # inside a program of the caller's
+    if weights is None:  # inside a program that the caller compiles
         weights, in_one_program = unstacked_weights(config, params), True
     if in_one_program:
         layers = (sum(layers),) * len(layers)
@@ -127,7 +129,7 @@ def _begin(request: DecodeRequest) -> tuple[Float[Array, "b n c"], Float[Array, 
 def _result(
     request: DecodeRequest, noise: Float[Array, "b n c"], others: list[Solution], last: Solution
 ) -> DecodeResult:
-    """The denoised result with the solvers' reports, and with its error if the request is certified."""
+    """The denoised result and the solvers' reports; if the request has `certify`, also the error."""
     layout, given = request.layout, request.clip.given
     u = layout.frames(last.x, layout.given, layout.total)
     later = request.flow.with_num_frames(layout.total - layout.given)
@@ -151,7 +153,7 @@ def _result(
 
 
 def _noise(request: DecodeRequest) -> Float[Array, "b n c"]:
-    """The noise tokens of all frames, given or drawn with one key for the first clip and one for each later frame."""
+    """The noise tokens of all frames. If they are drawn, the first clip and each later frame have separate keys."""
     keys = request.noise
     if not isinstance(keys, SampleKeys):
         return keys
@@ -162,7 +164,7 @@ def _noise(request: DecodeRequest) -> Float[Array, "b n c"]:
     later = jnp.arange(frames, max(layout.reached, frames))
 
     def of_sample(index):
-        key = jax.random.fold_in(keys.key, index)  # Later frames derive their keys from it.
+        key = jax.random.fold_in(keys.key, index)  # The keys of later frames are derived from it.
         first = jax.random.normal(key, (tokens, channels), master)
         rest = jax.vmap(lambda k: jax.random.normal(k, (per_frame, channels), master))(
             jax.vmap(partial(jax.random.fold_in, key))(later)
@@ -177,7 +179,7 @@ def _noise(request: DecodeRequest) -> Float[Array, "b n c"]:
 def _invert_last_block(
     request: DecodeRequest, blocks: _Blocks, noise: Float[Array, "b n c"], given: Float[Array, "b m c"]
 ) -> Solution:
-    """The tokens u of all frames, given ones included, with the report over all segments."""
+    """The tokens u of all frames, including the given ones, with the report over all segments."""
     layout = request.layout
     if not layout.is_one_segment:
         return _invert_segments(request, blocks, noise, given)
@@ -227,13 +229,13 @@ def _invert_block(
 def _last_block_error(
     request: DecodeRequest, x: Float[Array, "b *event"], u: Float[Array, "b n c"], noise: Float[Array, "b n c"]
 ) -> Float[Array, " b"]:
-    """The largest difference, per sample, between `noise` and the noise of the last block's tokens.
+    """The largest difference for each sample between `noise` and the noise of the last block's tokens.
 
-    These tokens are u under guidance; otherwise they are computed from the result x.
+    With guidance, these tokens are u. Without guidance, they are computed from the result x.
     """
     layout, errors = request.layout, []
     seen = u if request.guidance is not None else enter_last_block(request, x)[0]
-    seen = jnp.concatenate([seen, u[:, seen.shape[1] :]], axis=1)  # x lacks the frames beyond `total`.
+    seen = jnp.concatenate([seen, u[:, seen.shape[1] :]], axis=1)  # x ends at frame `total`.
     for part in layout.segments:
         block = _stacked_block(*_last_block(request, part))
 
@@ -247,9 +249,10 @@ def _last_block_error(
 
 
 def _other_errors(request: DecodeRequest, flow: Flow, tokens: list[Float[Array, "b n c"]]) -> list[Float[Array, " b"]]:
-    """The largest difference, per sample, between each other block's input and the noise of its tokens.
+    """For each block except the last, the largest difference per sample between its given noise and that of its tokens.
 
-    tokens: the tokens of every other block, data side first, and then the input of the last of these blocks.
+    tokens: the decoded tokens of these blocks, data side first, followed by the given noise of the last of them. The
+    given noise of any other block is the next block's tokens.
     """
     errors = []
     for index, (x, z) in enumerate(pairwise(tokens)):
@@ -258,7 +261,7 @@ def _other_errors(request: DecodeRequest, flow: Flow, tokens: list[Float[Array, 
 
 
 def _last_block(request: DecodeRequest, part: Segments) -> tuple[DecodeRequest, Flow, int]:
-    """The request with the condition for some segments; the flow whose last block decodes them; this block's index."""
+    """The request with these segments' condition, the flow whose last block decodes them, and that block's index."""
     flow = request.flow.with_num_frames(request.layout.clip)
     return replace(request, cond=request.condition_of(part)), flow, flow.config.num_blocks - 1
 
@@ -269,14 +272,14 @@ def _stacked_block(request: DecodeRequest, flow: Flow, index: int) -> GuidedBloc
 
 
 def _guided_block(request: DecodeRequest, config: BlockConfig, index: int, variables: Variables) -> GuidedBlock:
-    """Block `index` in this form, with the request's condition, and with its guidance if that changes this block."""
+    """Block `index` with the request's condition and, if it changes this block, the request's guidance."""
     guided = request.guidance is not None and index in (request.guidance.blocks or ())
     cond = request.cond if config.is_conditional else None
     return GuidedBlock(AutoregressiveBlock(config), variables, cond, request.guidance if guided else None)
 
 
 def _progress(request: DecodeRequest) -> Callable[[Array], None]:
-    """What to call with the number of newly solved tokens of the last block."""
+    """The function to call with the number of tokens that the last block has just solved."""
     layout, function = request.layout, request.clip.progress
     return (
         ignore if function is None else _Progress(function, (layout.reached - layout.given) * layout.tokens_per_frame)

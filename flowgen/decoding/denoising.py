@@ -1,4 +1,4 @@
-"""Denoising of decoded samples, with the score of the flow's density or with a learned denoiser.
+"""Denoising of decoded samples, by the score of the flow's density or by a learned denoiser.
 
 Let u be the last block's tokens, and let each segment r consist of context and new frames. The density is
 
@@ -36,7 +36,7 @@ def enter_last_block(
 
 
 def _log_prob(request: DecodeRequest, x: Float[Array, "b *event"]) -> Float[Array, " b"]:
-    """log p(x | cond), in nats, of images or clips decoded in this layout, as if no frames were given."""
+    """log p(x | cond), in nats, of images or clips that are decoded in this layout, as if no frames were given."""
     layout, flow = request.layout._replace(given=0), request.flow.with_num_frames(request.layout.clip)
     index = flow.config.num_blocks - 1
     block, variables = AutoregressiveBlock(flow.config.blocks[index]), block_parameters(request.params, index)

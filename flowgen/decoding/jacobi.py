@@ -1,11 +1,11 @@
-"""The solver that inverts an autoregressive block: windowed fixed-point sweeps over a cache.
+"""The solver that inverts an autoregressive block: fixed-point sweeps over windows of tokens, with a cache.
 
 The tokens of a block satisfy x_t = shift_t(x_<t) + exp(log_scale_t(x_<t)) · z_t. The solver solves windows of w tokens
 one after another. w = 1 is sequential decoding; w = n is the Jacobi iteration of Song et al. 2021 (arXiv 2002.03629);
 sizes in between give Gauss-Seidel-Jacobi iteration. After k sweeps the first k tokens of a window are exact.
 
-Every sweep reads the whole cache, filled or not. So the windows are solved in a few stages, one loop each, and in each
-stage the cache has only as many slots as it needs.
+Every sweep reads the whole cache, including its empty slots. The windows are therefore solved in a few stages. Each
+stage is one loop, and its cache has only as many slots as the stage needs.
 """
 
 from __future__ import annotations
@@ -22,25 +22,25 @@ from jaxtyping import Array, Bool, Float, Int
 from flowgen.decoding.plan import InitialGuess, Jacobi
 from flowgen.flows.affine import to_data
 
-# Iterates beyond this count as overflows. The network sees them clipped to this limit (NaN as 0), so that unsolved
-# tokens cannot spoil solved ones. Data lie in [-1, 1].
+# Values beyond this limit are overflows. The network's input is clipped to the limit, and NaN is replaced by 0, so that
+# unsolved tokens cannot corrupt solved ones. Data lie in [-1, 1].
 OVERFLOW = 1e6
 
 
 class PreviousFrame(NamedTuple):
-    """The last frame's worth of tokens before the next window, and how many of them are known."""
+    """The tokens that precede the next window, as many as a frame has, and how many of them are known."""
 
     tokens: Float[Array, "b p c"]
     known: Int[Array, ""]
 
     def guess(self, noise: Float[Array, "b w c"]) -> Float[Array, "b w c"]:
-        """Returns a guess for each next token: the latest known token at the same place in a frame, else its noise."""
+        """Returns a guess for each next token: the latest token known at the same place in a frame, or its noise."""
         period = self.tokens.shape[1]
         place = jnp.arange(noise.shape[1]) % period
         return jnp.where((place >= period - self.known)[None, :, None], self.tokens[:, place], noise)
 
     def then(self, tokens: Float[Array, "b w c"]) -> PreviousFrame:
-        """Returns the last frame's worth of tokens once `tokens` are solved too."""
+        """Returns the previous frame for the window after `tokens`, which are now solved too."""
         period = self.tokens.shape[1]
         last = jnp.concatenate([self.tokens, tokens], axis=1)[:, -period:]
         return PreviousFrame(last, jnp.minimum(self.known + tokens.shape[1], period))
@@ -51,21 +51,21 @@ def ignore(count: Array) -> None:
 
 
 def as_it_is(cache: Any, length: int) -> Any:
-    """Returns the cache; the default of `Conditioner.grow`."""
+    """Returns the cache unchanged; the default of `Conditioner.grow`."""
     return cache
 
 
 class Conditioner(NamedTuple):
-    """What a solver needs from a block, and where it begins.
+    """What a solver needs from a block, and where the solver begins.
 
     window(previous, start, cache) -> (shift, log_scale, cache): parameters of the tokens after `previous`.
     rewind(before, after) -> cache: a cache from which the same window can run again.
     begin_cache(length) -> cache: a cache that contains the prefix and the known tokens, with room for `length` more.
     grow(cache, length) -> cache: the same cache with room for `length` tokens after the known ones.
     first: the network's input for the first token to be solved. begin: the row of that input.
-    previous_frame: the frame before that token, for plans that guess from it; None for images.
+    previous_frame: the frame before that token, for plans that use it as the initial guess; None for images.
     solved(count): called after each window with the number of newly solved tokens.
-    stages: in how many stages to decode. The cache grows between them; if it cannot, one is enough.
+    stages: number of stages in which to decode. The cache grows between stages. If it cannot grow, one is enough.
     """
 
     window: Callable[[Array, Array, Any], tuple[Array, Array, Any]]
@@ -97,7 +97,7 @@ class _Window(NamedTuple):
 
 
 class _Before(NamedTuple):
-    """What earlier windows pass on: the last token, the cache, and the previous frame if guesses use it."""
+    """What earlier windows pass on: the last token, the cache and, if guesses use it, the previous frame."""
 
     last: Float[Array, "b 1 c"]
     cache: Any
@@ -135,7 +135,7 @@ def solve(conditioner: Conditioner, z: Float[Array, "b n c"], plan: Jacobi) -> S
         before, one = _solve_window(conditioner, plan, n, before, noise[index], index * size)
         return index + 1, before, jax.tree.map(lambda parts, part: parts.at[index].set(part), solved, one)
 
-    # Stages differ only in their cache, so that the rest of the loop is compiled once.
+    # Stages differ only in their cache, so the rest of the loop is compiled once.
     for begin, end in pairwise((0, *ends)):
         before = before._replace(cache=conditioner.grow(before.cache, end * size))
         state = jnp.asarray(begin), before, solved
@@ -146,7 +146,7 @@ def solve(conditioner: Conditioner, z: Float[Array, "b n c"], plan: Jacobi) -> S
 
 
 def stage_ends(steps: int, stages: int) -> tuple[int, ...]:
-    """Returns the end of each stage, for at most `stages` stages of about equally many steps."""
+    """Returns the ends of the stages. There are at most `stages` stages, with about the same number of steps."""
     stages = min(stages, steps)
     return tuple(-(-steps * stage // stages) for stage in range(1, stages + 1))
 
@@ -159,7 +159,7 @@ def _solve_window(
     noise: Float[Array, "b w c"],
     start: Int[Array, ""],
 ) -> tuple[_Before, Solution]:
-    """What is passed on to the next window, and this window's solution. n: the total number of tokens."""
+    """What this window passes to the next one, and the solution of this window. n: the total number of tokens."""
     size = noise.shape[1]
     window = _Window(noise, start, (start + jnp.arange(size) < n)[None, :, None])
     sweep = partial(_sweep, conditioner, plan.tol, before, window)
@@ -195,8 +195,8 @@ def _sweep(conditioner: Conditioner, tol: float, before: _Before, window: _Windo
     shift, log_scale, cache = conditioner.window(bounded(previous), conditioner.begin + window.start, cache)
     out = to_data(window.noise, shift, log_scale)
     residual = _change(out, state.guess, window.real)
-    # A converged sample keeps its guess, so that it yields the same tokens and the same cache
-    # however many more sweeps the others in the batch need.
+    # A converged sample keeps its guess, so that its tokens and its cache stay the same,
+    # however many more sweeps the other samples in the batch need.
     guess = jnp.where((residual <= tol)[:, None, None], state.guess, out)
     overflows = state.overflows + (overflown(out) & window.real).sum(axis=(1, 2), dtype=jnp.int32)
     return _Sweep(guess, out, residual, cache, state.count + 1, overflows)

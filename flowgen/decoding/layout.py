@@ -1,8 +1,8 @@
-"""`ClipLayout`: how decoding splits a clip's frames into segments, as static frame counts.
+"""`ClipLayout`: how decoding splits the frames of a clip into segments. All frame counts are static.
 
 The last block of a video flow sees F frames together. A longer clip is decoded by restarts: the last C frames begin a
-new clip of F frames, whose positions start at 0 again, and F - C more frames are decoded after them. This repeats until
-there are enough frames. An image is a clip of one frame.
+new clip of F frames, whose positions start at 0 again, and F - C more frames are decoded after these C frames. This
+repeats until there are enough frames. An image is a clip of one frame.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ from jaxtyping import Array, Float, Int
 
 
 class Segments(NamedTuple):
-    """`count` equal segments of frames, decoded one after another, each after its context.
+    """`count` segments of equal length, decoded one after another; each has context frames, followed by new frames.
 
     begin: index of the first segment's first frame, context included. context, new: numbers of context frames and of
     new frames in each segment. is_restart: whether the segments use the condition for restarts.

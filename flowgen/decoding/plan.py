@@ -11,8 +11,9 @@ from flowgen.settings.ranges import Count, NonNegative
 
 InitialGuess = Literal["noise", "zeros", "previous_frame"]
 
-# On an accelerator, a pass over up to this many rows (batch x branches x window) costs about as much as one row. The
-# limit is peak bf16 FLOP/s divided by memory bandwidth: 206 (H200) to 295 (H100), 166 to 560 (TPU v5p to v6e).
+# On an accelerator, a pass over up to this many rows (batch x branches x window) takes about as long as a pass over one
+# row. The exact limit is the peak bf16 FLOP/s divided by the memory bandwidth in bytes/s. It is between 206 (H200) and
+# 295 (H100) for GPUs, and between 166 (v5p) and 560 (v6e) for TPUs.
 FREE_ROWS = 256
 MIN_PARALLEL_WINDOW = 8
 AUTO_TOLERANCE = 1e-4
@@ -20,7 +21,7 @@ AUTO_TOLERANCE = 1e-4
 
 @config
 class Sequential:
-    """Decodes one token after another with a cache: exact, with one network pass per token.
+    """Decodes one token after another with a cache. The result is exact and takes one network pass per token.
 
     Example:
         r = invert(flow, params, z, cond, plan=Sequential())
@@ -29,13 +30,13 @@ class Sequential:
 
 @config
 class Jacobi:
-    """Decodes windows of tokens in order, each by fixed-point sweeps that use a cache of the earlier windows.
+    """Decodes windows of tokens in order. Each is solved by fixed-point sweeps, with a cache of the earlier windows.
 
     Each window repeats the sweep x <- shift(x) + exp(log_scale(x)) · z. A sample is frozen once none of its tokens
-    changes by more than `tol` (max norm, data units). After k sweeps the first k tokens are exact, so the default
-    `max_sweeps=None`, the window's length, is always enough.
+    changes by more than `tol` (max norm, data units). After k sweeps, the first k tokens of a window are exact. The
+    default `max_sweeps=None` allows one sweep per token of the window, which is always enough.
 
-    window: tokens solved together; None means one window over all tokens, and 1 is `Sequential`.
+    window: number of tokens solved together; None means one window over all tokens, and 1 means sequential decoding.
     init: initial guess for a window: the "noise" itself, "zeros", or, in a block over several frames, the tokens of the
     "previous_frame". With "previous_frame", frame 0 and blocks over one frame start from the noise.
 
@@ -51,7 +52,7 @@ class Jacobi:
 
 @config
 class SlidingWindow:
-    """Decodes by sweeps over a window; after each sweep, the window advances past the solved tokens, at least one.
+    """Decodes by sweeps over a window. After each sweep, the window advances past the solved tokens, at least one.
 
     Each sweep accepts the window's longest prefix that changed by at most `tol` in every sample of the batch, plus the
     next token (Song et al. 2021, arXiv 2002.03629). With tolerance 0 the solution is exact; otherwise each returned
@@ -91,11 +92,14 @@ def resolve_plan(plan: Plan | str, *, rows: Sequence[int]) -> DecodePlan:
     """Returns one plan per block. Raises ValueError if the plan does not fit.
 
     plan: a plan, or "sequential", "jacobi", "sliding" or "auto". "auto" is sequential on a CPU, where the cost of a
-    pass grows with its rows. On accelerators it is Jacobi with the largest window that costs about as much as one
-    token, FREE_ROWS / rows, or sequential if this window is shorter than MIN_PARALLEL_WINDOW. rows: rows per token in
-    each block, data side first: the batch size, times 2 if guided, times the number of frames that the block maps
-    independently. On accelerators, the window of "auto" depends on the batch size, so images also depend on it,
-    within the tolerance. An explicit plan is the same for any batch size.
+    pass grows with the number of rows. On accelerators, it is Jacobi with a window of FREE_ROWS / rows tokens, the
+    largest for which a pass takes about as long as a pass over one token. If this window is shorter than
+    MIN_PARALLEL_WINDOW, "auto" is sequential there too. On accelerators, the window of "auto" depends on the batch
+    size, so the images also depend on the batch size, within the tolerance. An explicit plan is the same for any batch
+    size.
+
+    rows: number of rows per token in each block, data side first. It is the batch size, times 2 if the block is guided,
+    times the number of frames that the block maps independently.
 
     Example:
         plan = resolve_plan("auto", rows=(16, 16, 16, 32))

@@ -32,7 +32,7 @@ class DecodeResult(NamedTuple):
     x exact.
     overflows: number of iterates that were not finite or exceeded 1e6. finite: whether x is finite.
     error: with `certify`, the largest |forward(x) - z| over tokens, before denoising; otherwise None. A guided flow has
-    no forward pass; its error is the largest such difference in any single block.
+    no forward pass, so its error is the largest such difference in any single block.
     """
 
     x: Float[Array, "b *event"]
@@ -74,12 +74,12 @@ class Denoiser:
 @jax.tree_util.register_dataclass
 @dataclass(frozen=True)
 class DecodeRequest:
-    """What to decode and how, after checks. Static fields are compiled in; others can change without recompiling.
+    """What to decode and how, after checks. Only a change of a static field requires recompilation.
 
     noise: tokens in raster order, or the keys to draw them with. cond: condition of all samples. plan: one per block.
-    clip: length, first frames and restarts of the clips; an image is a clip of one frame. guidance: its `blocks` lists
-    the blocks that it changes; None if it changes none. certify: whether to measure the error. denoise: removes the
-    training noise from the result.
+    clip: length, first frames and restarts of the clips; an image is a clip of one frame. guidance: None if it
+    changes no block; otherwise its `blocks` lists the blocks that it changes. certify: whether to measure the error.
+    denoise: the step that removes the training noise from the result.
     """
 
     flow: Flow = field(metadata={"static": True})
@@ -93,7 +93,7 @@ class DecodeRequest:
     certify: bool = field(default=False, metadata={"static": True})
 
     def with_params(self, params: Variables) -> DecodeRequest:
-        """Returns the request with parameters and without plan, for programs that do not solve for tokens."""
+        """Returns the request with parameters and without a plan, for programs that do not solve for tokens."""
         return replace(self, params=params, plan=DecodePlan(()))
 
     @property
@@ -103,12 +103,12 @@ class DecodeRequest:
 
     @property
     def rows(self) -> Array:
-        """The array that numbers the samples or holds their noise."""
+        """The array that contains the numbers of the samples or their noise."""
         return self.noise.indices if isinstance(self.noise, SampleKeys) else self.noise
 
     @property
     def by_sample(self) -> tuple[Any, ...]:
-        """The arrays with a row for each sample, in trees."""
+        """Pytrees of the arrays that have one row per sample."""
         null = None if self.guidance is None else self.guidance.null
         return self.rows, self.cond, self.clip, null if null is not None and len(null.mask) > 1 else None
 
@@ -130,8 +130,9 @@ def decode_request(
 ) -> DecodeRequest:
     """Returns a request to decode noise, without `certify` and `denoise`.
 
-    clip: None decodes samples of the flow's own size. Raises ValueError if cond, plan, guidance or clip does not fit
-    the flow.
+    clip: None means samples of the size that the flow models.
+
+    Raises ValueError if cond, plan, guidance or clip does not fit the flow.
     """
     config = flow.config
     rows = noise.indices if isinstance(noise, SampleKeys) else noise
@@ -164,7 +165,7 @@ def resolve_denoise(denoise: bool | float | Denoiser, noise_std: float) -> Tweed
 
 
 def _active(guidance: Guidance | None, cond: Condition | None, config: FlowConfig) -> Guidance | None:
-    """Guidance whose `blocks` lists the blocks that it changes; None if it changes none."""
+    """Guidance whose `blocks` lists the blocks that it changes; None if it changes no block."""
     if guidance is not None and not isinstance(guidance, Guidance):
         raise ValueError(f"guidance is {shown(guidance)}; it must be Guidance(scale=...) or None.")
     if guidance is None or _is(guidance.scale, 0):
@@ -193,7 +194,7 @@ def _active(guidance: Guidance | None, cond: Condition | None, config: FlowConfi
 
 
 def _is(value: float | Array, number: int) -> bool:
-    """Whether a value is known, and equal to a number; inside jit, a traced value is unknown."""
+    """Whether a value is known and equal to a number. A traced value, inside jit, is not known."""
     return not isinstance(value, Tracer) and bool(value == number)
 
 

@@ -1,4 +1,4 @@
-"""`invert` and `sample`: from noise to images or clips, compiled once per call signature."""
+"""`invert` and `sample`, which turn noise into images or clips. They are compiled once per call signature."""
 
 from __future__ import annotations
 
@@ -68,15 +68,17 @@ def sample(
     """Returns images or clips drawn from the flow, with the training noise removed.
 
     num: how many samples to draw, or their numbers, such as range(16, 32). Sample i depends only on (key, i), so a job
-    can be split into batches of any size. If the numbers are an array with its rows divided over devices, each device
-    draws its own samples; x and the reports per sample are divided in the same way.
-    denoise: True takes one Tweedie step x + strength · σ² ∇ log p(x | cond), with σ from the flow's config and strength
-    1; a number sets the strength. p is the density of samples drawn without guidance or given frames. A learned
-    `Denoiser` replaces this step and receives all frames of a clip, still noisy.
-    certify: as for `invert`; for a clip, the error covers its generated frames.
-    clip: for clips whose length differs from the flow's, or that begin with given frames. A token's noise depends only
-    on the key, the sample's number and the token's position. Before denoising, which looks ahead, a longer clip
-    therefore begins with the same frames as a shorter one. The deep block's sweeps are reported segment by segment.
+    can be split into batches of any size. If the numbers are an array that is sharded over devices, each device draws
+    the samples of its own shard; x and the per-sample reports are sharded in the same way.
+    denoise: True applies one Tweedie step x + strength · σ² ∇ log p(x | cond), with σ from the flow's config and
+    strength 1; a number sets the strength. Here p is the density of samples drawn without guidance or given frames. A
+    learned `Denoiser` replaces this step; it receives all frames of a clip while they are still noisy.
+    certify: as for `invert`; for a clip, the error covers only the generated frames.
+    clip: describes clips that begin with given frames, or whose length differs from that of the flow. A token's noise
+    depends only on the key, the sample's number and the token's position. Before denoising, a longer clip therefore
+    begins with the same frames as a shorter one; the denoised frames can differ, because denoising uses later frames.
+    The deep block's sweeps are reported segment by segment.
+
     Raises ValueError if cond, plan, guidance or clip does not fit the flow, or if `num` is not positive.
 
     Example:

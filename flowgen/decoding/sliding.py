@@ -1,9 +1,10 @@
 """A window that advances past the tokens it has solved (Song et al. 2021, arXiv 2002.03629).
 
 A pass over the tokens t .. t+w-1 maps a guess to an output. Let k be the number of leading tokens that changed by at
-most `tol` in every sample. These keep their guesses, because the cached keys of later tokens were computed from them.
-Token t+k then has only accepted inputs, so its new value is exact. It takes this value, and the window advances by k+1.
-The window's remaining tokens take their new values as the next guess. So every pass accepts at least one token.
+most `tol` in every sample. These tokens keep their guesses, because the cached keys of later tokens were computed from
+these guesses. All inputs of token t+k are then accepted tokens, so its new value is exact and is accepted too, and the
+window advances by k+1 tokens. For the window's remaining tokens, the new values are the next guesses. Every pass
+therefore accepts at least one token.
 """
 
 from __future__ import annotations
@@ -32,7 +33,7 @@ class _Pass(NamedTuple):
 
 
 class _Noise(NamedTuple):
-    """The noise of n tokens, padded so that a window may begin at any of them."""
+    """The noise of n tokens, padded so that a window can begin at any of these tokens."""
 
     tokens: Float[Array, "b padded c"]
     n: int
@@ -44,9 +45,9 @@ class _Noise(NamedTuple):
 
 
 def solve_sliding(conditioner: Conditioner, z: Float[Array, "b n c"], plan: SlidingWindow) -> Solution:
-    """Returns x, as `flowgen.decoding.jacobi.solve` does; `sweeps` is one number, the total of passes, at most n.
+    """Returns x, as `flowgen.decoding.jacobi.solve` does; `sweeps` is one number, the total number of passes.
 
-    The cache must allow its slots to be overwritten, because a window may begin at any of them.
+    There are at most n passes. The slots of the cache must be overwritable, because a window can begin at any slot.
     """
     batch, n, _ = z.shape
     window = min(plan.window or n, n)
@@ -103,7 +104,7 @@ def _pass(conditioner: Conditioner, plan: SlidingWindow, noise: _Noise, state: _
 def _with_guesses(
     conditioner: Conditioner, plan: SlidingWindow, noise: _Noise, tokens: Float[Array, "b slots c"], end: Int[Array, ""]
 ) -> Float[Array, "b slots c"]:
-    """The tokens, with initial guesses from `end` on; the next window uses as many of these as it needs."""
+    """The tokens, with initial guesses beginning at `end`; the next window uses as many of these as it needs."""
     frame = conditioner.previous_frame
     if frame is not None:
         period = frame.tokens.shape[1]

@@ -1,7 +1,7 @@
-"""`decoding_weights`: the variables of all blocks in the form that decoding reads, made once for the same params.
+"""`decoding_weights`: the variables of all blocks in the form that decoding requires, computed once per params.
 
 Training stores the layers of a block in one stack, in float32. Decoding needs one array per layer, in the dtype of the
-products. Inside the sampling program, these arrays would be temporary copies that every call makes again.
+matrix products. If the sampling program computed these arrays, every call would make these copies again.
 """
 
 from __future__ import annotations
@@ -25,8 +25,9 @@ Weights = tuple[Variables, ...]
 def decoding_weights(config: FlowConfig, params: Variables) -> Weights:
     """Returns the variables of every block for its `decoding_config`, data side first.
 
-    They are made once and kept for as long as all arrays in params["params"] live. Nothing is kept for arrays that can
-    change, such as numpy's, or that are traced. Parameters over explicit mesh axes give weights over automatic axes.
+    The result is computed once and kept as long as all arrays in params["params"] exist. It is not kept if any of these
+    arrays is traced or, like a NumPy array, can change. If the parameters are sharded over explicit mesh axes, the
+    result is sharded over automatic axes.
     """
     own = {"params": params["params"]}
     make = partial(with_automatic_axes, partial(unstacked_weights, config), own)
@@ -36,35 +37,36 @@ def decoding_weights(config: FlowConfig, params: Variables) -> Weights:
 
 
 def unstacked_weights(config: FlowConfig, params: Variables) -> Weights:
-    """Returns the same as `decoding_weights`, without keeping it."""
+    """Returns the same variables as `decoding_weights`, but does not keep them."""
     blocks = enumerate(config.blocks)
     return tuple(decoding_variables(block_parameters(params, index), *_form(block)) for index, block in blocks)
 
 
 def _form(block: Any) -> tuple[Any, ...]:
-    """What the variables for decoding depend on besides the parameters."""
+    """The properties of a block, besides its parameters, that determine its variables for decoding."""
     return block.order, block.transformer.num_layers, block.transformer.dtype
 
 
 class _WeakCache:
-    """Values that were computed from arrays, each kept until the first of its arrays is gone.
+    """A cache of values that were computed from arrays. A value is kept until the first of its arrays is freed.
 
-    Arrays are known by identity. An array that is gone has removed its entry before another can have its id.
+    Arrays are identified by their ids. When an array is freed, its entry is removed before another array can have the
+    same id.
     """
 
     def __init__(self) -> None:
         self._entries: dict[Any, tuple[list[weakref.ref], Any]] = {}
 
     def value(self, arrays: list[Any], form: Any, make: Callable[[], Any]) -> Any:
-        """Returns make(), or what it returned before for the same arrays and form."""
+        """Returns make(), or the value that it returned before for the same arrays and form."""
         key = (form, *map(id, arrays))
-        # A donated array has no values anymore, although the object may live on.
+        # A donated array no longer has values, although the object may still exist.
         if not all(_is_fixed(x) and not x.is_deleted() for x in arrays):
             self._entries.pop(key, None)
             return make()
         if key not in self._entries:
             value = make()
-            if any(isinstance(x, Tracer) for x in jax.tree.leaves(value)):  # made inside a program of the caller's
+            if any(isinstance(x, Tracer) for x in jax.tree.leaves(value)):  # inside a program that the caller compiles
                 return value
             self._entries[key] = ([weakref.ref(x, lambda _: self._entries.pop(key, None)) for x in arrays], value)
         return self._entries[key][1]

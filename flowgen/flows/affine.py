@@ -33,7 +33,7 @@ def to_data(
 
 
 def reorder(tokens: Float[Array, "*b n c"], order: TokenOrder) -> Float[Array, "*b n c"]:
-    """Returns tokens moved from raster order to a block's order or back; the map is its own inverse."""
+    """Converts tokens from raster order to a block's order, or back; both conversions are the same operation."""
     return tokens if order == "raster" else jnp.flip(tokens, axis=-2)
 
 
@@ -50,7 +50,10 @@ def log_softplus(x: Float[Array, "*b"]) -> Float[Array, "*b"]:
 
 @runtime_checkable
 class ScaleMap(Protocol):
-    """A scale parameterisation: it maps a network's two outputs per channel to shift and log_scale, token by token."""
+    """A scale parameterisation, which maps the network's two outputs per channel to shift and log_scale.
+
+    It must treat each token separately.
+    """
 
     def __call__(
         self, shift: Float[Array, "b n c"], raw: Float[Array, "b n c"]
@@ -59,7 +62,7 @@ class ScaleMap(Protocol):
         ...
 
 
-# σ is exp(a) in TARFlow and softplus(a + 0.5413) in STARFlow, where a is the raw output.
+# The scale σ is exp(a) in TARFlow and softplus(a + 0.5413) in STARFlow, where a is the network's raw output.
 SCALE_MAPS: dict[str, ScaleMap] = {
     "exponential": lambda shift, raw: (shift, raw),
     "softplus": lambda shift, raw: (shift, log_softplus(raw + SOFTPLUS_OFFSET)),
@@ -77,7 +80,9 @@ def num_outputs(scale: ScaleParameterisation) -> int:
 def shift_and_log_scale(
     out: Float[Array, "b n outputs"], scale: ScaleParameterisation
 ) -> tuple[Float[Array, "b n c"], Float[Array, "b n c"]]:
-    """Returns (shift, log_scale) for all tokens, given the network's outputs: the raw scale, then the shift.
+    """Returns (shift, log_scale) for all tokens.
+
+    out: the network's outputs, in which the raw scale precedes the shift.
 
     Raises ValueError if a custom parameterisation returns arrays of the wrong shape.
     """

@@ -1,4 +1,4 @@
-"""The training input of a flow: the noisy batch and its condition, drawn row by row."""
+"""The training input of a flow: a noisy batch and its condition. Each row draws with a separate random key."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ from flowgen.rows import Rows, batch_rows
 def noisy_batch(
     flow: Flow, condition: Callable[..., Condition | None], batch: Batch, key: Key[Array, ""]
 ) -> tuple[Float[Array, "b *event"], Condition | None]:
-    """Returns the training input of a flow: the noisy batch and its condition, drawn row by row.
+    """Returns the training input of a flow: a noisy batch and its condition.
 
     condition: a function from `batch_condition`.
     """
@@ -31,7 +31,7 @@ def noisy_batch(
 
 
 def check_batch(batch: Any) -> None:
-    """Raises ValueError unless the batch is a `Batch` of bytes or latent moments, with matching context."""
+    """Raises ValueError unless the batch is a `Batch` of bytes or latent moments whose context, if any, fits it."""
     if not isinstance(batch, Batch):
         raise ValueError(f"batch is {shown(batch)}; give a flowgen.data.Batch(x, context).")
     if not isinstance(batch.x, Moments):
@@ -50,7 +50,7 @@ def batch_input(
 ) -> Float[Array, "b *event"]:
     """Returns a flow's training input: noisy images (see `add_noise`) or noisy latents.
 
-    Noisy latents are a posterior sample plus σ N(0, I).
+    Noisy latents are a sample from the encoder's posterior plus σ N(0, I).
     """
     if not isinstance(x, Moments):
         return add_noise(key, x, noise_std)
@@ -61,7 +61,9 @@ def batch_input(
 
 
 def add_noise(key: Key[Array, ""], images: UInt8[Array, "b *event"], noise_std: float) -> Float[Array, "b *event"]:
-    """Returns images as a training input: x + σ N(0, I) with x in [-1, 1] if σ > 0, dequantised images if σ = 0.
+    """Returns the training input for these images.
+
+    If σ > 0, it is x + σ N(0, I) with x in [-1, 1]. If σ = 0, it consists of the dequantised images.
 
     Example:
         x = add_noise(key, batch.x, flow.config.noise_std)
@@ -69,7 +71,7 @@ def add_noise(key: Key[Array, ""], images: UInt8[Array, "b *event"], noise_std: 
     if noise_std == 0:
         return dequantise(key, images)
     noise = jax.random.normal(key, images.shape)
-    # The same map as `from_uint8`, but in the precision of the noise, which is float64 if enabled.
+    # This computes the same as `from_uint8`, but in the precision of the noise, which is float64 if x64 is enabled.
     return images.astype(noise.dtype) / (LEVELS // 2 - 0.5) - 1 + noise_std * noise
 
 
@@ -89,7 +91,9 @@ def dequantise(key: Key[Array, ""], images: UInt8[Array, "b *event"]) -> Float[A
 def batch_condition(
     flow: Flow, label_dropout: float, null_text: Callable[[tuple[int, ...]], TextCondition] | None
 ) -> Callable[..., Condition | None]:
-    """Returns a function (rows, batch, ([frames,] height, width)) -> condition of a training batch, after dropout.
+    """Returns a function (rows, batch, ([frames,] height, width)) -> condition.
+
+    The function returns the condition of a training batch after label or text dropout.
 
     Raises ValueError if texts may be dropped but `null_text` is None.
     """
@@ -112,7 +116,7 @@ def batch_condition(
 
 
 def condition_of(flow: Flow, batch: Batch) -> Condition | None:
-    """Returns the labels or texts of a batch, without dropout; None if the flow takes neither."""
+    """Returns the labels or texts of a batch, without dropout; None if the flow accepts neither."""
     context = batch.context
     if flow.config.text_dim:
         if not isinstance(context, TextCondition):

@@ -1,6 +1,6 @@
 """One autoregressive block: an invertible map of tokens, and the conditioner that decoders use to invert it.
 
-Let u be the tokens in the block's order (TARFlow, arXiv 2412.06329, and STARFlow, arXiv 2506.06276):
+Let u be the tokens in the block's order. TARFlow (arXiv 2412.06329) and STARFlow (arXiv 2506.06276) map them to z by
 
     h_t = W_in p_t + b_in + (position) + (class),   h = transformer([prefix; h]) causally
     o_t = W_out norm(h_t) + b_out
@@ -10,8 +10,9 @@ With shift "output" (TARFlow), p_t = u_t and f = 1: the network predicts the par
 passes through unchanged, and the last token is never fed to the network. With shift "input" (STARFlow), f = 0, p_0 is a
 learned start token in data space, and p_t = u_{t-1} for t > 0, so every token is transformed.
 
-Positions are either a learned table in token order, or rotary angles of the slots, which do not depend on that order.
-The condition is either a class embedding added to every token, or a prefix of tokens that all other tokens see.
+Positions are encoded either by a learned table or by rotary angles. The table has one row per position in raster order;
+the angles belong to the slots and do not depend on the block's order. The condition is either a class embedding, which
+is added to every token, or a prefix of tokens, to which all other tokens attend.
 """
 
 from __future__ import annotations
@@ -66,8 +67,10 @@ class ClassPrefix:
 
 @dataclass(frozen=True)
 class TextPrefix:
-    """A prefix of `length` tokens with `dim` features each; padding is zero and, as in the released code, not
-    masked."""
+    """A prefix of `length` tokens with `dim` features each.
+
+    Padding tokens are zero. As in the released code, they are not masked.
+    """
 
     length: int
     dim: int
@@ -82,12 +85,13 @@ class TextPrefix:
 
 @dataclass(frozen=True)
 class BlockConfig:
-    """Shape of one block: its tokens and their order, scale parameterisation, conditions and transformer.
+    """Describes one block: its tokens and their order, its scale parameterisation, its conditions and its transformer.
 
     num_classes: number of classes whose embeddings are added to the tokens; 0 for none. prefix: tokens that precede the
-    block's own. positions: rotary positions; None means a learned table. soft_clip: bound on the raw outputs; 0 for
-    none. final_norm: whether an RMSNorm precedes the last linear map. frames: number of groups of num_tokens
-    tokens, such as the frames of a video, that the block maps independently.
+    tokens of the image or clip; None for no prefix. positions: rotary positions; None means a learned table.
+    soft_clip: bound on the raw outputs; 0 for none. final_norm: whether an RMSNorm precedes the last linear map.
+    frames: number of groups, such as the frames of a video, that the block maps independently; each group has
+    num_tokens tokens.
     """
 
     num_tokens: int
@@ -109,7 +113,7 @@ class BlockConfig:
 
     @property
     def softmax_shape(self) -> SoftmaxShape | None:
-        """The attention of the block's layers over whole sequences; None unless it is softmax attention."""
+        """Shape of the layers' softmax attention over whole sequences; None for other kinds of attention."""
         layers = self.transformer
         if not (isinstance(layers.attention, str) and layers.attention == "softmax"):
             return None
@@ -125,9 +129,9 @@ class BlockConfig:
 class BlockState(NamedTuple):
     """The state of a block before a window of tokens.
 
-    start: number of rows before the window. caches: the caches of all layers, with the prefix and the earlier
-    rows; None if the window is a whole sequence. inverse_temperature: a factor on the attention logits of each sample;
-    None means 1.
+    start: number of rows before the window. caches: the caches of all layers, which contain the prefix and the earlier
+    rows; None if the window is a whole sequence. inverse_temperature: factor by which each sample's attention logits
+    are multiplied; None means 1.
     """
 
     start: Int[Array, ""] | int = 0
@@ -188,7 +192,7 @@ class AutoregressiveBlock(nn.Module):
     ) -> tuple[Float[Array, "b n c"], Float[Array, "b n c"]]:
         """Returns (shift, log_scale) of all tokens in raster order; both are 0 for passthrough tokens."""
         config = self.config
-        cond = cond if config.is_conditional else None  # Blocks that map single frames take no condition.
+        cond = cond if config.is_conditional else None  # Blocks that map single frames ignore the condition.
         u = reorder(each_frame(x, config.frames), config.order)
         shift, log_scale, _ = self.conditioner(self.previous(u), cond)
         passthrough = ((0, 0), (self.num_passthrough, 0), (0, 0))
@@ -198,11 +202,11 @@ class AutoregressiveBlock(nn.Module):
     def conditioner(
         self, previous: Float[Array, "b w c"], cond: Condition | None, state: BlockState = NOTHING_BEFORE
     ) -> tuple[Float[Array, "b w c"], Float[Array, "b w c"], tuple | None]:
-        """Returns (shift, log_scale) of a window of tokens, given the token before each, and the updated caches.
+        """Returns (shift, log_scale, updated caches) for a window of tokens, computed from the token before each one.
 
         previous: rows start..start+w-1 of `previous(tokens)`; the result is for tokens start+p..start+p+w-1, where p is
-        num_passthrough. state: its caches come from `prefill` or the previous window; the default is for a whole
-        sequence.
+        num_passthrough. state: the state before the window, with caches from `prefill` or from the previous window. The
+        default is for a window that is a whole sequence.
         """
         config, transformer = self.config, self.config.transformer
         batch, window = previous.shape[:2]
@@ -279,13 +283,13 @@ class AutoregressiveBlock(nn.Module):
         return causal_kernel(self.config.transformer.attention).grow is not None
 
     def grow_caches(self, caches: tuple, length: int) -> tuple:
-        """Returns the caches with room for the prefix and `length` tokens; as they are if they cannot grow."""
+        """Returns the caches with room for the prefix and `length` tokens; caches that cannot grow are unchanged."""
         grow = causal_kernel(self.config.transformer.attention).grow
         return caches if grow is None else tuple(grow(cache, self.config.prefix_length + length) for cache in caches)
 
 
 def softmax_shapes(blocks: tuple[BlockConfig, ...]) -> tuple[SoftmaxShape, ...]:
-    """Returns the different shapes of the blocks' softmax attention, in the order of the blocks."""
+    """Returns the distinct shapes of the blocks' softmax attention, in the order of the blocks."""
     return tuple(dict.fromkeys(shape for block in blocks if (shape := block.softmax_shape) is not None))
 
 
@@ -300,24 +304,25 @@ def block_parameters(variables: Variables, index: int) -> Variables:
 
 
 def decoding_block(config: BlockConfig, variables: Variables) -> tuple[AutoregressiveBlock, Variables]:
-    """Returns a block and its variables for decoding: `decoding_config` and `decoding_variables`."""
+    """Returns a block with its `decoding_config`, and its `decoding_variables`."""
     transformer = config.transformer
     decoding = decoding_variables(variables, config.order, transformer.num_layers, transformer.dtype)
     return AutoregressiveBlock(decoding_config(config)), decoding
 
 
 def decoding_config(config: BlockConfig) -> BlockConfig:
-    """Returns the config of a block for decoding: unrolled layers, which take caches, and tokens in the block's order.
+    """Returns the config of a block for decoding.
 
-    Blocks that differ only in their order can therefore share a compiled program.
+    Its layers are unrolled, so that they accept caches. Its input and output are in the block's order instead of raster
+    order, so blocks that differ only in their order can share a compiled program.
     """
     return replace(config, order="raster", transformer=replace(config.transformer, scan=False))
 
 
 def decoding_variables(variables: Variables, order: TokenOrder, num_layers: int, dtype: str) -> Variables:
-    """Returns the variables of a block with this order, in the form that its `decoding_config` takes.
+    """Returns the variables of a block with this order, in the form that its `decoding_config` requires.
 
-    Every layer has its own arrays. Those of linear maps have the dtype in which they are used.
+    Every layer has separate arrays. The arrays of linear maps have the dtype of the matrix products.
     """
     others = {name: part for name, part in variables["params"].items() if name != "layers"}
     layers = unstack_layers(variables["params"]["layers"], num_layers, dtype)

@@ -1,9 +1,11 @@
-"""The causal denoiser for clips, which learns its flow's score (flow-score matching, STARFlow-V, arXiv 2511.20462).
+"""The causal denoiser for clips, which learns the score of a flow (flow-score matching; STARFlow-V, arXiv 2511.20462).
 
 A flow of noisy clips x̃ = x + σ ε has the score ∇ log p(x̃), and one step x̃ + σ² ∇ log p(x̃) removes the noise. This
-score is rough, and the score of a frame depends on all later frames. A network s(x̃) that sees a window of frames
-learns t = -σ ∇ log p(x̃), which is of order one; the step is then x̃ - σ s(x̃). In each layer a frame sees the next
-`denoiser_lookahead_frames` frames; without this lookahead the network cannot infer the direction of time.
+score is not smooth, and the score of a frame depends on all later frames. Therefore a network s(x̃) learns the target
+t = -σ ∇ log p(x̃), whose values are of order one, and the denoising step becomes x̃ - σ s(x̃). The network sees only a
+window of frames: in each layer, a frame attends to itself, to the `denoiser_past_frames` frames before it and to the
+`denoiser_lookahead_frames` frames after it. Without the frames after it, the network cannot infer the direction of
+time.
 """
 
 from __future__ import annotations
@@ -28,10 +30,12 @@ from flowgen.nn.transformer import TransformerConfig, transformer_stack
 
 
 class ClipDenoiser(OnMeshes, nn.Module):
-    """The denoiser s(x̃, cond) of clips `b frames height width c`; the kernel of its output layer starts at zero.
+    """The denoiser s(x̃, cond) of clips `b frames height width c`.
 
-    config: the flow's config. The denoiser has the flow's width, heads, condition, positions and precision, and
-    `denoiser_layers` layers.
+    The kernel of the output layer is initialised to zero.
+
+    config: the flow's config. The denoiser has `denoiser_layers` layers, and it has the same width, heads, condition,
+    positions and precision as the flow.
     The parameters are stored under "denoiser", next to the flow's blocks; see `denoiser_variables`.
 
     Example:
@@ -70,7 +74,7 @@ class ClipDenoiser(OnMeshes, nn.Module):
     def __call__(
         self, x: Float[Array, "b frames height width c"], cond: Condition | None = None
     ) -> Float[Array, "b frames height width c"]:
-        """Returns s, which approximates -σ ∇ log p(x). Raises ValueError if the clip or the condition does not fit."""
+        """Returns s, which approximates -σ ∇ log p(x). Raises ValueError if x or cond does not fit the model."""
         clip, dtype = self.config, self.transformer.dtype
         deep, master = clip.blocks[-1], master_dtype(dtype)
         clip.check_samples(x)
@@ -91,7 +95,7 @@ def init_denoiser(denoiser: ClipDenoiser, key: Key[Array, ""]) -> Variables:
     Example:
         variables = init_denoiser(ClipDenoiser(flow.config), jax.random.key(0))
     """
-    one = ClipDenoiser(denoiser.config.with_num_frames(1), parent=None)  # Any length gives the same parameters.
+    one = ClipDenoiser(denoiser.config.with_num_frames(1), parent=None)  # The length does not affect the parameters.
     clip = jnp.zeros((1, *one.config.event_shape), master_dtype(one.config.dtype))
     return jax.jit(lambda key: one.init(key, clip, _some_condition(one.config)))(key)
 
@@ -112,10 +116,12 @@ def denoiser_variables(variables: Variables) -> Variables:
 class DenoiserStep:
     """The step x - σ s(x, cond) for clips of any length, for use as the function of a `flowgen.decoding.Denoiser`.
 
-    noise_std: σ. chunk: number of frames that the network sees at once; None means all. Each later chunk begins with
-    the `denoiser_past_frames` frames before its outputs, still noisy, as in training. A chunk's last
-    `denoiser_lookahead_frames` frames are left to the next chunk, which sees the frames after them. If the window is
-    longer than a chunk, each later chunk outputs one frame. Raises ValueError if chunk is below 1.
+    noise_std: σ. chunk: number of frames that the network sees at once; None means all. Each chunk after the first
+    begins with the `denoiser_past_frames` frames before its outputs; these frames are noisy, as in training. A chunk
+    does not output its last `denoiser_lookahead_frames` frames: the next chunk outputs them, because it also sees the
+    frames that follow. If a chunk is shorter than the window, each chunk after the first outputs one frame.
+
+    Raises ValueError if chunk is below 1.
 
     Example:
         step = DenoiserStep(denoiser, noise_std=0.5, chunk=21)
@@ -138,8 +144,8 @@ class DenoiserStep:
         network = ClipDenoiser(config.with_num_frames(size), parent=None)
         lookahead = min(config.denoiser_lookahead_frames, size - 1)
         step = size - lookahead - min(config.denoiser_past_frames, size - 1 - lookahead)
-        # Chunks have equal size, and the last one ends with the clip. Each outputs all but its last `lookahead` frames;
-        # the last chunk outputs these too.
+        # All chunks have the same size, and the last chunk ends where the clip ends. A frame is taken from the first
+        # chunk that contains it before its last `lookahead` frames; the clip's last frames come from the last chunk.
         count = -(-(frames - size) // step) + 1
         begins = np.minimum(np.arange(count) * step, frames - size)
         answering = np.searchsorted(begins[:-1] + size - lookahead, np.arange(frames), side="right")

@@ -1,4 +1,4 @@
-"""Quantities that follow from a flow's density: bits per dimension, the score, the Tweedie step, and class posteriors.
+"""Quantities computed from a flow's density: bits per dimension, the score, the Tweedie step, and class posteriors.
 
 For a flow z = f(x) with prior N(0, v):  log p(x) = Σ log N(z; 0, v) + log|det dz/dx|.  Everything is in nats.
 """
@@ -24,7 +24,7 @@ LEVELS = 256
 
 @runtime_checkable
 class FlowConfig(Protocol):
-    """What training, density and decoding read from a flow's config."""
+    """The members of a flow's config that training, density and decoding use."""
 
     @property
     def event_shape(self) -> tuple[int, ...]: ...
@@ -57,7 +57,7 @@ class FlowConfig(Protocol):
 
 @runtime_checkable
 class Flow(Protocol):
-    """What training, density and decoding need from a flow: a Flax module with these methods and a config."""
+    """A flow, as training, density and decoding require it: a Flax module with a config and these methods."""
 
     @property
     def config(self) -> FlowConfig: ...
@@ -119,7 +119,7 @@ def tweedie_step(
 ) -> Float[Array, "b *event"]:
     """Returns E[clean | x] by Tweedie's formula, x + strength · σ² ∇_x log p(x | cond), without clipping.
 
-    noise_std: σ; None takes it from the flow's config. If σ is 0, x is returned unchanged.
+    noise_std: σ; None means the value in the flow's config. If σ is 0, x is returned unchanged.
 
     Example:
         clean = tweedie_step(flow, params, sample.x, cond)
@@ -138,7 +138,7 @@ def class_posterior(
     x: Float[Array, "b *event"],
     log_prior: Float[Array, " classes"] | None = None,
 ) -> Float[Array, "b classes"]:
-    """Returns p(class | x) ∝ p(x | class) p(class), by Bayes' rule, from the likelihood of x under each class.
+    """Returns p(class | x) by Bayes' rule: it is proportional to p(x | class) p(class).
 
     log_prior: log p(class) up to a constant; None means uniform. Raises ValueError if the flow has no classes.
 

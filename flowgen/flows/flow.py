@@ -1,4 +1,4 @@
-"""What all autoregressive flows share: tokens of images or frames, a stack of blocks, and a density."""
+"""The parts that all autoregressive flows share: tokens of images or frames, a stack of blocks, and a density."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ from flowgen.settings.ranges import MAX_TOKENS
 
 @dataclass(frozen=True)
 class ImageTokens:
-    """The part of a config that defines a flow's images and how they become tokens."""
+    """The part of a config that defines a flow's images and how they are divided into tokens."""
 
     image_size: int | tuple[int, int]
     channels: int
@@ -87,7 +87,7 @@ class ImageTokens:
 
     @property
     def num_dims(self) -> int:
-        """Number of dimensions of one sample, as counted in nats or bits per dimension."""
+        """Number of dimensions of one sample, the divisor in nats or bits per dimension."""
         return self.num_tokens * self.token_dim
 
     def check_samples(self, x: Array) -> None:
@@ -98,19 +98,21 @@ class ImageTokens:
             raise ValueError(f"x has shape {tuple(x.shape)}; this model takes (batch, {shape}).")
 
     def to_tokens(self, x: Float[Array, "b *event"]) -> Float[Array, "b n token"]:
-        """Returns the patches of samples as tokens, row by row and image by image."""
+        """Returns the patches of samples as tokens: the images in order, and each image in raster order."""
         patches = patchify(x.reshape(-1, *self.image_shape), self.patch_size, self.patch_order)
         return patches.reshape(len(x), self.num_tokens, self.token_dim)
 
     def to_images(self, tokens: Float[Array, "b n token"]) -> Float[Array, "b *event"]:
-        """Returns the samples that have these tokens, given in raster order."""
+        """Returns the samples that consist of these tokens, which are in raster order."""
         patches = tokens.reshape(-1, self.tokens_per_image, self.token_dim)
         images = unpatchify(patches, self.patch_size, self.image_hw, self.patch_order)
         return images.reshape(len(tokens), *self.event_shape)
 
 
 class AutoregressiveFlow(OnMeshes, nn.Module):
-    """Exact-likelihood flow between images `b height width c` and noise tokens `b n c`, built from its config's blocks.
+    """Exact-likelihood flow between images `b height width c` and noise tokens `b n c`.
+
+    Its config defines the blocks.
 
     Example:
         class MyFlow(AutoregressiveFlow):
@@ -191,7 +193,7 @@ class AutoregressiveFlow(OnMeshes, nn.Module):
         return type(self)(self.config.with_num_frames(frames), parent=None)
 
     def prior_variance(self) -> Float[Array, "n token"]:
-        """Returns the variance of the Gaussian prior: 1 unless it is tracked or imported."""
+        """Returns the variance of the Gaussian prior, which is 1 unless it was tracked in training or imported."""
         shape = (self.config.num_tokens, self.config.token_dim)
         return self.get_variable("prior", "variance", jnp.ones(shape, master_dtype(self.config.dtype)))
 
@@ -208,14 +210,14 @@ class AutoregressiveFlow(OnMeshes, nn.Module):
         return bits_per_dim(self.log_prob(x, cond), self.config.num_dims)
 
     def to_images(self, tokens: Float[Array, "b n token"]) -> Float[Array, "b *event"]:
-        """Returns the samples that have these tokens."""
+        """Returns the samples that consist of these tokens."""
         return self.config.to_images(tokens)
 
     @nn.nowrap
     def initial_variables(self, key: Key[Array, ""]) -> Variables:
         """Returns freshly initialised variables, for `flowgen.init`.
 
-        Blocks of equal shape share one compiled program, because random-number generation is slow to compile.
+        Blocks of the same shape share one compiled program, because random-number generation is slow to compile.
         """
         config = self.config
         if config.dtype == "float64" and not jax.config.read("jax_enable_x64"):

@@ -29,13 +29,15 @@ def nll_objective(
     """Returns the maximum-likelihood objective (variables, batch, key) -> (loss, metrics[, carried state]).
 
     loss = loss_scale (½ mean z² - mean logdet / num_dims) + norm_penalty Σ_k mean x_k², in nats per dimension, up to
-    constants. The loss is TARFlow's; the penalty, on the tokens that enter each block, is STARFlow's.
-    batch: a `flowgen.data.Batch` of any image size that `flow.with_image_size` accepts; its context has the labels or
-    texts that the flow takes. With probability `label_dropout`, a label becomes -1, and a text becomes
-    null_text(([frames,] height, width)), the encoded "".
+    constants, where x_k are the tokens that enter block k. The loss without the penalty is that of TARFlow; the penalty
+    comes from STARFlow.
+    batch: a `flowgen.data.Batch` of any image size that `flow.with_image_size` accepts. The batch's context contains
+    the labels or texts that the flow requires. With probability `label_dropout`, a label is replaced by -1, and a text
+    by null_text(([frames,] height, width)), the encoded "".
     metrics: loss, bits_per_dim of the noisy images (nats_per_dim for latents), mean_square_z, logdet_per_dim, and
     mean_square/<block> of the tokens after each block.
-    Volume-preserving flows return their tracked prior variance, v + 0.1 (mean_b z² - v), as carried state.
+    For a volume-preserving flow with prior variance v, the carried state is the tracked variance
+    v + 0.1 (mean_b z² - v).
 
     Raises ValueError if texts may be dropped but `null_text` is None.
 
@@ -51,7 +53,7 @@ def nll_objective(
         if flow.config.scale_parameterisation != "volume_preserving":
             return loss, metrics
         variance = variables["prior"]["variance"]
-        batch_variance = jax.lax.stop_gradient(jnp.square(z).mean(axis=0))  # Devices may average it.
+        batch_variance = jax.lax.stop_gradient(jnp.square(z).mean(axis=0))  # Devices can average this mean.
         tracked = variance + PRIOR_VARIANCE_RATE * (batch_variance - variance)
         return loss, metrics, {"prior": {"variance": tracked}}
 
@@ -67,7 +69,7 @@ def nll(
     norm_penalty: float = 0.0,
     loss_scale: float = 1.0,
 ) -> tuple[Float[Array, ""], dict[str, Array], Float[Array, "b n token"]]:
-    """Returns the loss of `nll_objective`, its metrics, and z, for noisy x of any size that the flow takes."""
+    """Returns the loss of `nll_objective`, its metrics, and z, for noisy x of any size that the flow accepts."""
     sized = on_samples_like(flow, x)
     num_dims = sized.config.num_dims
     states, logdet = sized.apply(variables, x, cond, method="trajectory")
@@ -94,6 +96,6 @@ def density_metric(flow: Flow, nats_per_dim: Float[Array, ""], batch: Batch) -> 
 
 
 def on_samples_like(flow: Flow, x: Float[Array, "b *event"]) -> Flow:
-    """Returns the flow for x's image size and, if x is a clip, its number of frames; the parameters stay the same."""
+    """Returns the flow for the image size of x and, for a clip, the number of frames in x. The parameters still fit."""
     sized = flow.with_image_size(*x.shape[-3:-1])
     return sized.with_num_frames(x.shape[1]) if x.ndim == 5 else sized

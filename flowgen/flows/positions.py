@@ -1,7 +1,7 @@
-"""Positions of a block's slots as rotary angles: a text prefix on its own axis, then the tokens of a grid.
+"""Rotary angles of a block's slots: first a text prefix, which has a separate axis, and then a grid of tokens.
 
 Token (i, j) of an h x w grid has position (i, j) · P / √(h w) in any token order. P is the side of the grid on which
-positions were learned, so a larger grid fills the same range. On the third axis, text token k of n has position k/n · P
+the model was trained, so a larger grid covers the same range. On the third axis, text token k of n has position k/n · P
 (STARFlow, arXiv 2506.06276), and frame t of a video has position t (STARFlow-V, arXiv 2511.20462).
 """
 
@@ -19,9 +19,9 @@ THIRD_AXIS_PAIRS = 8
 
 @dataclass(frozen=True)
 class GridPositions:
-    """The grid of tokens, its reference side P, the channel pairs that rotate with each axis, and the number of frames.
+    """A grid of tokens, its reference side P, the channel pairs that encode each axis, and the number of frames.
 
-    pairs: numbers of channel pairs for the row, the column and, if there is one, the third axis.
+    pairs: number of channel pairs for the row axis, the column axis and, if there is one, the third axis.
     """
 
     rows: int
@@ -44,9 +44,9 @@ class GridPositions:
 
 
 def rotary_pairs(head_dim: int, *, third_axis: bool) -> tuple[int, ...]:
-    """Returns the numbers of channel pairs for the row, the column and, if there is one, the third axis.
+    """Returns the number of channel pairs for the row axis, the column axis and, if there is one, the third axis.
 
-    The third axis gets 8 pairs; row and column share the rest equally.
+    The third axis gets 8 pairs; the row and column axes share the remaining pairs equally.
 
     Raises ValueError if the channels of a head cannot be split this way.
     """

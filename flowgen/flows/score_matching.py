@@ -2,8 +2,8 @@
 
 x̃ = x + σ ε,   t = -σ ∇_x̃ log p(x̃ | cond),   loss = NLL(x̃) + mean |s(x̃, cond) - t|²
 
-One backward pass gives the gradients with respect to x̃ and to the flow's parameters; the second term does not change
-the flow's gradient.
+One backward pass computes the gradients with respect to x̃ and to the flow's parameters. The second term of the loss
+does not contribute to the gradient of the flow.
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ from flowgen.flows.starflow_v import STARFlowV
 def score_target(
     flow: Flow, variables: Variables, x: Float[Array, "b *event"], cond: Condition | None = None
 ) -> Float[Array, "b *event"]:
-    """Returns t = -σ ∇ log p(x | cond), which a denoiser learns to predict from noisy x; the flow's config gives σ.
+    """Returns t = -σ ∇ log p(x | cond), which a denoiser learns to predict from noisy x; σ is in the flow's config.
 
     Example:
         t = score_target(flow, params, noisy, cond)
@@ -61,9 +61,10 @@ def flow_score_objective(
 ) -> Callable[..., tuple]:
     """Returns the joint objective (variables, batch, key) -> (loss, metrics) of a video flow and its denoiser.
 
-    Arguments and batches are as for `nll_objective`. Clips may have any number of frames; a single image is a clip of
-    one frame. The metrics are the same as for `nll_objective`, but `loss` is called `flow_loss`. There are two more:
-    `denoiser_loss` is mean |s - t|², and `score_square` is mean |t|², the loss of a denoiser that always predicts 0.
+    The arguments and the batch are the same as for `nll_objective`. Clips may have any number of frames; a single image
+    is a clip of one frame. The metrics are the same as for `nll_objective`, except that `loss` is named `flow_loss`.
+    There are two more metrics: `denoiser_loss` is mean |s - t|², and `score_square` is mean |t|², the loss of a
+    denoiser that always predicts 0.
 
     Raises ValueError if the flow has no denoiser, or if texts may be dropped but `null_text` is None.
 
@@ -87,7 +88,7 @@ def flow_score_objective(
         both = jax.value_and_grad(flow_loss_of, argnums=(0, 1), has_aux=True)
         (flow_loss, metrics), (of_blocks, of_x) = both(*jax.lax.stop_gradient((blocks, x)))
         flow_loss = with_gradient(flow_loss, blocks, of_blocks)
-        # Up to a constant, this loss is loss_scale times the mean of -log p over batch and dimensions.
+        # Up to a constant, the flow loss is loss_scale times the mean of -log p over the batch and the dimensions.
         target = of_x * (flow.config.noise_std * len(x) * sized.config.num_dims / loss_scale)
         denoiser_loss = score_matching_loss(
             ClipDenoiser(sized.config, parent=None), denoiser_variables(variables), x, target, cond

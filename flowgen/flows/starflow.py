@@ -34,7 +34,7 @@ from flowgen.settings.ranges import (
     Width,
 )
 
-MAX_ROTATIONS = 1 << 25  # numbers in the largest position table; every trace contains such a table
+MAX_ROTATIONS = 1 << 25  # limit on the entries of a position table; every trace contains such a table
 
 
 def block_order(first: TokenOrder, index: int) -> TokenOrder:
@@ -44,7 +44,7 @@ def block_order(first: TokenOrder, index: int) -> TokenOrder:
 
 @config
 class STARFlowConfig(ImageTokens):
-    """Shape of a STARFlow. Most defaults come from the released text-to-image model, the preset "t2i_3b".
+    """Describes a STARFlow. Most defaults are those of the released text-to-image model, the preset "t2i_3b".
 
     image_size: side of the latents, or (height, width).
     channels: number of channels of the latents.
@@ -61,23 +61,23 @@ class STARFlowConfig(ImageTokens):
     post_norm: whether to normalise each layer's output too.
     activation: activation of the feed-forward layers.
     use_bias: whether the linear layers have biases.
-    scale_parameterisation: "softplus", σ = softplus(a + 0.5413), or your own function (shift, raw) -> (shift,
-    log_scale).
-    soft_clip: bound c of the map c · tanh(r / c), applied to the raw scale and the shift; 0 for none.
+    scale_parameterisation: "softplus", which means σ = softplus(a + 0.5413) for the raw output a, or your own function
+    (shift, raw) -> (shift, log_scale).
+    soft_clip: bound c of the map c · tanh(r / c), which is applied to the raw scale and the shift; 0 for none.
     num_classes: number of classes that the density is conditioned on; 0 for none.
-    class_conditioning: "prefix" makes the label a prefix token, as published; "add" adds its embedding to every token,
-    and the mean of all class embeddings stands for "unconditional".
+    class_conditioning: "prefix" makes the label a prefix token, as published; "add" adds the label's embedding to
+    every token, and "unconditional" is represented by the mean of all class embeddings.
     text_dim: number of features per text token; 0 for a model without texts.
     text_length: number of tokens per text, padding included; 0 for a model without texts.
-    conditioned_blocks: which blocks see the class or the text.
-    rope_base_grid: side, in tokens, of the grid that positions refer to; None places the tokens 1 apart.
+    conditioned_blocks: which blocks see the class or the text: only the last one ("deep"), or "all".
+    rope_base_grid: side, in tokens, of the grid that positions refer to; with None, neighbouring tokens are 1 apart.
     attention: attention kernel of the layers: a name, or your own kernel.
     attention_implementation: what computes softmax attention: "auto", "xla", "cudnn" on GPUs or "tpu" on TPUs; see
     docs/attention.md.
     noise_std: σ of the Gaussian training noise; above 0 for latents.
     dtype: dtype of matrix products and activations; parameters, affine maps and log-determinants are at least float32.
-    remat: whether to recompute activations in the backward pass instead of storing them, which saves memory; "auto"
-    stores them in blocks of few layers on CPUs with huge pages, where that is faster.
+    remat: whether to save memory by recomputing activations in the backward pass instead of storing them; "auto" stores
+    them only in blocks with few layers on CPUs with huge pages, where this is faster.
     """
 
     image_size: Side | tuple[Side, Side]
@@ -150,7 +150,7 @@ class STARFlowConfig(ImageTokens):
         rotary_pairs(self.head_dim, third_axis=self._third_axis)
 
     def build(self) -> AutoregressiveFlow:
-        """Returns the flow of this config, without parameters."""
+        """Returns the flow that this config describes, without parameters."""
         return STARFlow(self)
 
     @property
@@ -174,7 +174,7 @@ class STARFlowConfig(ImageTokens):
         return ClassPrefix(self.num_classes) if self.num_classes and self.class_conditioning == "prefix" else None
 
     def with_image_size(self, height: int, width: int) -> STARFlowConfig:
-        """Returns the config for another image size, with the same reference grid; the parameters still fit."""
+        """Returns the config for another image size, with the same reference grid. The same parameters fit it."""
         return dataclasses.replace(self, image_size=(height, width), rope_base_grid=self._side)
 
     @property
@@ -195,7 +195,7 @@ class STARFlowConfig(ImageTokens):
 
     @property
     def blocks(self) -> tuple[BlockConfig, ...]:
-        """The blocks from data to noise, without blocks of 0 layers; these still count when token orders alternate."""
+        """The blocks from data to noise. Blocks of 0 layers are omitted, but they count when token orders alternate."""
         last = len(self.layers_per_block) - 1
         return tuple(self._block(index, index == last) for index, count in enumerate(self.layers_per_block) if count)
 
@@ -233,7 +233,7 @@ class STARFlowConfig(ImageTokens):
 
     @property
     def softmax_shapes(self) -> tuple[SoftmaxShape, ...]:
-        """The different shapes of the blocks' softmax attention."""
+        """The distinct shapes of the blocks' softmax attention."""
         return softmax_shapes(self.blocks)
 
     def check_cond(self, cond: Any, batch: int) -> Condition | None:
@@ -246,8 +246,9 @@ class STARFlowConfig(ImageTokens):
 class STARFlow(AutoregressiveFlow):
     """Exact-likelihood flow between latents `b height width c` and noise tokens `b n c`.
 
-    In every method, `cond` is a `TextCondition` if the model takes texts. Otherwise it is None, or int32 labels `b`,
-    where -1 means unconditional: the last row of the prefix's class table, or the mean of all class embeddings.
+    In every method, `cond` is a `TextCondition` if the model is conditioned on texts. Otherwise it is None or int32
+    labels `b`. The label -1 means unconditional: it selects the last row of the prefix's class table or, if class
+    embeddings are added to the tokens, the mean of all class embeddings.
 
     Example:
         flow = STARFlow(STARFlowConfig(image_size=8, width=128, layers_per_block=(2, 2, 6), num_classes=10))

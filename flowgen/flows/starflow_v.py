@@ -17,11 +17,11 @@ from flowgen.settings.ranges import Frames, MaybeLayers, OtherFrames
 
 @config
 class STARFlowVConfig(STARFlowConfig):
-    """Shape of a STARFlow over clips `frames height width c`; `STARFlowConfig` describes the other fields.
+    """Describes a STARFlow over clips `frames height width c`; see `STARFlowConfig` for the other fields.
 
     The shallow blocks map each frame independently; the deep block is causal over the tokens of all frames, in raster
-    order, and only it sees the condition. The third axis of positions is the frame number or, for a text prefix, the
-    token's place in the text.
+    order, and is the only block that sees the condition. On the third axis, the position of an image token is the
+    number of its frame, and the position of a text token depends on its place in the text.
 
     frames: number of latent frames per clip.
     denoiser_layers: number of layers of the causal denoiser, which learns the flow's score; 0 for no denoiser.
@@ -50,7 +50,7 @@ class STARFlowVConfig(STARFlowConfig):
             )
 
     def build(self) -> AutoregressiveFlow:
-        """Returns the flow of this config, without parameters."""
+        """Returns the flow that this config describes, without parameters."""
         return STARFlowV(self)
 
     @property
@@ -77,8 +77,8 @@ class STARFlowVConfig(STARFlowConfig):
 class STARFlowV(AutoregressiveFlow):
     """Exact-likelihood flow between clips of latents `b frames height width c` and noise tokens `b n c`.
 
-    Tokens are in frame order, so the noise of frame t and its density depend only on frames 0..t. `cond` is the same as
-    for `STARFlow`.
+    Tokens are ordered by frame, so the noise and the density of frame t depend only on frames 0..t. `cond` is the same
+    as for `STARFlow`.
 
     Example:
         flow = STARFlowV(STARFlowVConfig(image_size=8, frames=5, width=128, layers_per_block=(2, 2, 2, 6)))
@@ -90,7 +90,7 @@ class STARFlowV(AutoregressiveFlow):
     @nn.nowrap
     def initial_variables(self, key: Key[Array, ""]) -> Variables:
         """Returns freshly initialised variables, including the denoiser's."""
-        from flowgen.flows.denoiser import ClipDenoiser, init_denoiser  # imported here to avoid a cycle
+        from flowgen.flows.denoiser import ClipDenoiser, init_denoiser  # imported here to avoid an import cycle
 
         variables = super().initial_variables(key)
         if not self.config.denoiser_layers:
@@ -100,7 +100,7 @@ class STARFlowV(AutoregressiveFlow):
         return {**variables, "params": {**variables["params"], "denoiser": denoiser["params"]}}
 
 
-# The released text-to-video model for clips of 81 frames of 480 x 848 pixels: 21 x 30 x 53 latents with 48 channels.
+# The released text-to-video model. The latents of its clips of 81 frames, each 480 x 848 pixels, are 21 x 30 x 53 x 48.
 STARFLOW_V_480P = STARFlowVConfig(
     image_size=(30, 53),
     channels=48,

@@ -33,27 +33,29 @@ Scale = Literal["exponential", "volume_preserving"]
 
 @config
 class TARFlowConfig(ImageTokens):
-    """Shape of a TARFlow; the paper writes it p-C-K-L-σ: patch_size-width-num_blocks-layers_per_block-noise_std.
+    """Describes a TARFlow.
+
+    The paper's notation p-C-K-L-σ means patch_size-width-num_blocks-layers_per_block-noise_std.
 
     image_size: side of the images in pixels, or (height, width).
     channels: number of channels of the images; only images with 1 or 3 channels can be displayed.
     patch_size: side of the square patch that becomes one token; it must divide the sides of the image.
     width: number of channels of a token inside a block, a multiple of head_dim.
-    num_blocks: number of autoregressive blocks; every second one takes the tokens in reversed order.
+    num_blocks: number of autoregressive blocks; every second block processes the tokens in reversed order.
     layers_per_block: number of transformer layers per block.
-    head_dim: number of channels per attention head; a narrower block has one head.
+    head_dim: number of channels per attention head; a block with fewer channels has one head.
     expansion: width of the feed-forward layers, as a multiple of the block's width.
     num_classes: number of classes that the density is conditioned on; 0 for none.
-    scale_parameterisation: "exponential" (the paper's nvp), "volume_preserving" with log-determinant 0 and a tracked
-    prior variance, or your own function (shift, raw) -> (shift, log_scale).
+    scale_parameterisation: "exponential" (the paper's nvp), "volume_preserving", which has log-determinant 0 and a
+    tracked prior variance, or your own function (shift, raw) -> (shift, log_scale).
     attention: attention kernel of the layers: a name, or your own kernel.
     attention_implementation: what computes softmax attention: "auto", "xla", "cudnn" on GPUs or "tpu" on TPUs; see
     docs/attention.md.
     activation: activation of the feed-forward layers.
     noise_std: σ of the Gaussian training noise; 0 means uniform dequantisation.
     dtype: dtype of matrix products and activations; parameters, affine maps and log-determinants are at least float32.
-    remat: whether to recompute activations in the backward pass instead of storing them, which saves memory; "auto"
-    stores them in blocks of few layers on CPUs with huge pages, where that is faster.
+    remat: whether to save memory by recomputing activations in the backward pass instead of storing them; "auto" stores
+    them only in blocks with few layers on CPUs with huge pages, where this is faster.
     """
 
     image_size: Side | tuple[Side, Side]
@@ -82,12 +84,12 @@ class TARFlowConfig(ImageTokens):
             )
 
     def build(self) -> TARFlow:
-        """Returns the flow of this config, without parameters."""
+        """Returns the flow that this config describes, without parameters."""
         return TARFlow(self)
 
     @property
     def text_dim(self) -> int:
-        """Number of features per text token: 0, because this model takes no texts."""
+        """Number of features per text token: 0, because this model does not accept texts."""
         return 0
 
     @property
@@ -123,7 +125,7 @@ class TARFlowConfig(ImageTokens):
 
     @property
     def softmax_shapes(self) -> tuple[SoftmaxShape, ...]:
-        """The different shapes of the blocks' softmax attention."""
+        """The distinct shapes of the blocks' softmax attention."""
         return softmax_shapes(self.blocks)
 
     def check_cond(self, cond: Any, batch: int) -> Int[Array, " b"] | None:
@@ -134,8 +136,8 @@ class TARFlowConfig(ImageTokens):
 class TARFlow(AutoregressiveFlow):
     """Exact-likelihood flow between images `b height width c` in [-1, 1] and noise tokens `b n c`.
 
-    In every method, `cond` is None or int32 labels `b`, where -1 means unconditional (the mean of all class
-    embeddings).
+    In every method, `cond` is None or int32 labels `b`. The label -1 means unconditional: the mean of all class
+    embeddings is used.
 
     Example:
         flow = TARFlow(TARFlowConfig(image_size=8, channels=1, patch_size=2, num_classes=10))
