@@ -52,7 +52,7 @@ def read_image(
     """Returns the image in a file, turned upright, as a uint8 array of shape (*size, channels).
 
     Transparency is composited on white. Samples of more than 8 bits keep only their highest 8 bits. Only the first
-    frame of an animation is read. Unreadable metadata are ignored. For a damaged TIFF, libtiff may also print a message.
+    frame of an animation is read. Unreadable metadata are ignored. For a damaged TIFF, libtiff may print a message.
 
     Raises:
         UnreadableImage: the pixels are damaged or truncated; the image has more than 178 million pixels (44 million for
@@ -113,7 +113,7 @@ def _opened(path: str | os.PathLike[str], content: bytes | None = None) -> Gener
 
     try:
         # Given a name, Pillow would memory-map the file and then lose the orientation of a TIFF. The list of formats
-        # excludes those for which Pillow starts external programs, such as the format PostScript.
+        # excludes those, such as PostScript, for which Pillow starts external programs.
         with (
             open(path, "rb") if content is None else io.BytesIO(content) as file,
             module.open(file, formats=image_formats()) as image,

@@ -76,12 +76,12 @@ def name_list(names: Sequence[str], most: int = _CLASSES_NAMED) -> str:
 class Inventory:
     """What was found in the data of a run.
 
-    what: noun for the samples, such as "images" or "latents of clips". train, held_out: number of samples in each split.
-    before: (height, width) of some of the files, in pixels; empty if files are not resized. after: the shapes to which
-    samples are resized, or the shapes of latents. train_files, held_out_files: map each file name to a mark of the
-    file's content, such as the file size; empty for data that come with a package. left_out: descriptions of what was
-    left out. stills: number of images to train on in addition to clips. at_most: for each split, whether the number of
-    samples is an upper bound, because some files may turn out to be unreadable.
+    what: noun for the samples, such as "images" or "latents of clips". train, held_out: number of samples in each
+    split. before: (height, width) of some of the files, in pixels; empty if files are not resized. after: the sizes to
+    which samples are resized, or the shapes of latents. train_files, held_out_files: map each file name to a mark of
+    the file's content, such as the file size; empty for data that come with a package. left_out: descriptions of what
+    was left out. stills: number of images to train on in addition to clips. at_most: for each split, whether the number
+    of samples is an upper bound, because some files may turn out to be unreadable.
 
     Example:
         inventory = Inventory("images", 1080, 120, ((48, 48),), ((32, 32),), ("cat", "dog", "fox"))

@@ -71,8 +71,8 @@ class TextProvenance:
     """Everything that the features of captions depend on.
 
     encoder: name of the text encoder. digest: digest of the encoder's weights and tokenizer. length: number of tokens
-    per text. dim: number of features per token. noise_level, frames_per_second, aspect: what the texts state in addition
-    to the captions, as in `TextConfig`.
+    per text. dim: number of features per token. noise_level, frames_per_second, aspect: what the texts state in
+    addition to the captions, as in `TextConfig`.
     """
 
     encoder: str
@@ -191,7 +191,7 @@ class LatentWriter:
         self.entries.append(entry)
 
     def finish(self, *, class_names: Iterable[str], provenance: Provenance | None = None) -> None:
-        """Writes the index. provenance: how the latents were made; with it, training checks that they match the flow."""
+        """Writes the index. provenance: how the latents were made; training checks that this matches the flow."""
         index = LatentIndex(FORMAT, tuple(class_names), provenance or Provenance(), tuple(self.entries))
         temporary = self.directory / f"{INDEX_FILE}.tmp"
         temporary.write_text(json.dumps(settings.to_plain(index), indent=1) + "\n")
@@ -228,7 +228,7 @@ def read_index(directory: str | os.PathLike[str]) -> LatentIndex:
 
 @functools.lru_cache(maxsize=2)
 def _parsed_index(path: Path, *version: int) -> LatentIndex:
-    """The index in a file. The file is parsed again only if its version differs."""
+    """The index in a file. The file is parsed again only if `version` has changed."""
     plain = read_json(path, fix="encode the data again")
     if not isinstance(plain, dict) or plain.get("format") != FORMAT:
         raise ValueError(f"'{path}' is not an index in the format '{FORMAT}'; encode the data again.")
@@ -241,7 +241,7 @@ def _parsed_index(path: Path, *version: int) -> LatentIndex:
 def read_latents(
     directory: str | os.PathLike[str], split: Split, classes: tuple[str, ...] = ()
 ) -> LatentDataset | BucketedDataset:
-    """Returns a split of cached latents, memory-mapped. Each kind and shape of latents becomes a separate bucket.
+    """Returns a split of cached latents, memory-mapped. If there are several kinds or shapes, each forms a bucket.
 
     classes: the classes to which labels are mapped by name; if empty, the classes of the data are kept.
 
@@ -279,7 +279,7 @@ def read_latents(
 
 
 def _read_null(folder: Path) -> TextCondition:
-    """The encoded empty text, which is stored in the folder of every shard that has texts."""
+    """The encoded empty text, read from the folder of a shard that has texts."""
     path = folder / NULL_FILE
     of_texts = [_open_array(folder / f"{part}.npy").shape[1:] for part in ("text", "mask")]
     try:
