@@ -55,7 +55,7 @@ class StillClips(_View):
 
 @dataclasses.dataclass(frozen=True)
 class ContinuedClips(_View):
-    """Clips without their first frame, which train a flow to continue a long clip. Their captions begin with a prefix.
+    """Clips without their first frame, as in the continuation of a long clip. Their captions begin with a prefix.
 
     To obtain their latents, the whole clips are encoded and the first latent frame is dropped, because codecs encode
     the first frame differently from later frames.

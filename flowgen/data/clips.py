@@ -56,7 +56,7 @@ class ClipsConfig:
     hop: number of frames between the starts of consecutive clips of a video; 0 means the length of a clip, so that
     clips do not overlap.
     flip: mirror each training clip left to right with probability one half.
-    drop_first: fraction of the clip batches in which clips lack their first latent frame, which trains the model to
+    drop_first: fraction of the clip batches in which clips lack their first latent frame, so that the model learns to
     continue long clips. The captions of these clips begin with "(extend) ". The published fraction is 0.25.
     crop: "center" scales frames to cover the model's size and crops the centre; "none" stretches them to that size.
     on_corrupt: "refuse" stops the run if a video is unreadable; "skip" leaves the video out with a warning.

@@ -63,7 +63,7 @@ class _Game:
     """Crafter, made deterministic across processes.
 
     Crafter itself picks the creatures of a region from a set, and the order of this set depends on memory addresses.
-    Here, the order is that in which the creatures were made.
+    This class replaces the set with one that keeps creatures in the order in which they were made.
     """
 
     def __init__(self, env: Any):

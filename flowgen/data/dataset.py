@@ -20,7 +20,7 @@ from flowgen.settings.ranges import Bytes, OneOf, ProperFraction
 Split = Literal["train", "eval", "all"]
 NO_LABEL = -1
 OWN = "own"
-# The location of the `ImageSet` of each data set that needs no path. To add one, write a module and add a row here.
+# Image sets that need no path, with the location of their `ImageSet`. To add one, write a module and add a row here.
 IMAGE_SETS = {
     "digits": "flowgen.data.named:DIGITS",
     "mnist": "flowgen.data.named:MNIST",

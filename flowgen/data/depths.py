@@ -29,8 +29,8 @@ _CONVERT = "; convert it to unsigned 8 or 16 bits"
 class Samples(NamedTuple):
     """How an image stores its samples.
 
-    bits: number of bits per sample; for PNG, this is counted in the file, and otherwise in the pixels that Pillow
-    decodes. white_is_zero: whether zero is white.
+    bits: number of bits per sample, in the file for PNG and in the pixels that Pillow decodes for other formats.
+    white_is_zero: whether zero is white.
 
     Example:
         samples = Samples(bits=12)

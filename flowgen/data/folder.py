@@ -33,10 +33,11 @@ def read_folder(
     First-level sub-folders that contain images, at any depth, are the classes; see `list_files` and `config.classes`.
     If there are none, all images have label -1. The split depends only on the file names, so an unreadable file never
     moves another file between splits; see `hold_out_files`. Images are decoded once, unless they would need more than
-    `config.in_memory_bytes`; then each batch is decoded on demand. The caption of `cat.png` is the text in `cat.txt` or
-    `cat.png.txt` in the same folder; either all images or none must have captions. A warning says what was left out,
-    and why. If `config.aspects` is set, each image goes to the bucket with the nearest aspect ratio. All images of a
-    bucket are resized to one shape. Its sides are multiples of `multiple`, and its area is about that of `image_size`.
+    `config.in_memory_bytes`; then each batch is decoded on demand. The caption of `cat.png` is read from `cat.png.txt`
+    or, if there is none, from `cat.txt` in the same folder; either all images or none must have captions. A warning
+    says what was left out, and why. If `config.aspects` is set, each image goes to the bucket with the nearest aspect
+    ratio. All images of a bucket are resized to one shape. Its sides are multiples of `multiple`, and its area is about
+    that of `image_size`.
 
     Raises:
         FileNotFoundError, NotADirectoryError: `config.path` is not a folder.

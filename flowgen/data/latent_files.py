@@ -154,7 +154,7 @@ class ShardFile:
 
 
 class LatentWriter:
-    """Writes the shards of a dataset into a new directory, which `read_latents` can read after a call of `finish`.
+    """Writes the shards of a dataset into a new directory. After `finish`, `read_latents` can read the directory.
 
     Example:
         writer = LatentWriter("data/latents")

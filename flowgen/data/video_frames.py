@@ -40,8 +40,8 @@ def frame_pixels(frame: Any, least: int | None = None) -> UInt8[np.ndarray, "hei
     factor, to sides of at least twice this length.
 
     Pixels are converted from YCbCr to RGB with the matrix that the frame names. If the frame names no matrix, BT.709 is
-    used for high definition and BT.601 otherwise, as in video players. A frame has high definition if its width is at
-    least 1280 or its height is at least 577.
+    used for high-definition frames and BT.601 otherwise, as in video players. A frame is high-definition if its width
+    is at least 1280 or its height is at least 577.
     """
     high = frame.width >= 1280 or frame.height > 576
     full = frame.color_range == _FULL_RANGE or frame.format.name.startswith("yuvj")

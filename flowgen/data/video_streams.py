@@ -152,7 +152,7 @@ def av() -> Any:
 
 @contextlib.contextmanager
 def opened(path: str | os.PathLike[str]) -> Generator[Video]:
-    """Yields the video in a file. No other files are opened, even if this file refers to some.
+    """Yields the video in a file. Other files to which this file refers are not opened.
 
     Raises UnreadableVideo if the container is not supported, there is no video or frame rate, or a frame has more
     pixels than 8192 x 4096.

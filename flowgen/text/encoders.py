@@ -1,4 +1,4 @@
-"""Text encoders, which map texts to conditions of a fixed length with a frozen network or by hashing words."""
+"""Text encoders map texts to conditions of a fixed length, either with a frozen network or by hashing words."""
 
 from __future__ import annotations
 
