@@ -14,11 +14,11 @@ from flowgen.data.named import read_digits
 
 @dataclasses.dataclass(frozen=True)
 class BouncingDigits:
-    """Clips of one moving digit each, generated on demand: clip i shows digit i mod n.
+    """Clips of one moving digit each, generated on demand. Clip i shows digit i mod n, where n is the number of digits.
 
-    The digit moves in a straight line and bounces off the borders. Along each axis, it moves 0.6 to 1.4 sixteenths of
-    the shorter side per frame. Fractional positions are drawn with bilinear interpolation. The clips are the same in
-    every NumPy version.
+    The digit moves in a straight line and bounces off the borders. Along each axis, its speed per frame is between 0.6
+    and 1.4 sixteenths of the clip's shorter side. Bilinear interpolation renders digits at fractional positions. The
+    clips are the same in every NumPy version.
 
     Example:
         dataset = BouncingDigits(digits, labels, num=1000, event_shape=(8, 16, 16, 1), seed=0)
@@ -47,7 +47,7 @@ class BouncingDigits:
         return Batch(clips, self.labels[indices % len(self.digits)])
 
     def _courses(self, indices: Int[np.ndarray, " b"]) -> tuple[Float[np.ndarray, "b f"], Float[np.ndarray, "b f"]]:
-        """The rows and columns of the digits' top left corners in each frame, in pixels."""
+        """The row and the column of each digit's top left corner in every frame, in pixels."""
         raw = [
             np.random.Philox(np.random.SeedSequence(self.seed), counter=[index, 0, 0, 0]).random_raw(8)
             for index in indices.tolist()
@@ -65,7 +65,7 @@ class BouncingDigits:
 
 
 def _weights(at: Float[np.ndarray, "b f"], length: int, side: int) -> Float[np.ndarray, "b f length side"]:
-    """The bilinear weights of `side` pixels that start at `at` on a line of `length` pixels."""
+    """The bilinear weights that place `side` pixels, starting at position `at`, on a line of `length` pixels."""
     centres = at[:, :, None, None] + np.arange(side)
     return np.maximum(0, 1 - np.abs(np.arange(length)[:, None] - centres)).astype(np.float32)
 
@@ -75,7 +75,7 @@ def bouncing_digits(
 ) -> BouncingDigits:
     """Returns the clips of a split. A digit's side is half the clip's shorter side, but at least 8 pixels.
 
-    num: number of clips in both splits combined. eval_fraction: fraction of both the digits and the clips to hold out.
+    num: number of clips in both splits combined. eval_fraction: fraction of the digits, and of the clips, to hold out.
 
     Example:
         dataset = bouncing_digits(1000, 0.1, frames=8, image_size=(16, 16), channels=1, split="train")

@@ -1,4 +1,4 @@
-"""Maps the labels of any data to a run's class numbers, by class name."""
+"""Maps the labels of a dataset to the class numbers of a run, matching classes by name."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ class HasClasses(Protocol):
 
 
 def checked_names(classes: object, field: str = "classes") -> tuple[str, ...]:
-    """Returns the class names in `composed` form.
+    """Returns the class names in composed Unicode form; see `composed`.
 
     Raises ValueError if they are not a tuple of distinct names; the message names the field.
 
@@ -46,10 +46,10 @@ def tell_held_out(
 ) -> None:
     """Warns about classes whose samples are all held out.
 
-    kept: positions of the training split. what: the noun to use in the warning.
+    kept: positions of the samples in the training split. what: plural noun for the samples, used in the warning.
 
     Example:
-        tell_held_out(np.array([0, 1, 1]), np.array([1, 2]), ("cat", "dog"), "images")  # all images of cat
+        tell_held_out(np.array([0, 1, 1]), np.array([1, 2]), ("cat", "dog"), "images")  # warns about cat
     """
     if lost := sorted({*labels.tolist()} - {*labels[kept].tolist()} - {-1}):
         tell(
@@ -61,10 +61,10 @@ def tell_held_out(
 def with_classes(found: T, classes: tuple[str, ...], where: str) -> T:
     """Returns the data with their labels mapped by class name to indices into `classes`.
 
-    found: a dataclass with `labels` and `class_names`; returned unchanged if it has no class names or `classes` is
-    empty. where: the origin of the data, for messages. Warns about classes without examples.
+    found: a dataclass with `labels` and `class_names`. It is returned unchanged if it has no class names or if
+    `classes` is empty. where: the origin of the data, used in messages. A warning lists the classes without examples.
 
-    Raises ValueError if the data have a class that is not among `classes`.
+    Raises ValueError if the data have a class that is not in `classes`.
 
     Example:
         dataset = with_classes(dataset, ("cat", "dog", "fox"), "data.path 'photos'")
@@ -86,7 +86,7 @@ def renumbered(labels: Int[np.ndarray, " n"], numbers: Int[np.ndarray, " found"]
 
 
 def class_numbers(found: tuple[str, ...], classes: tuple[str, ...], where: str) -> Int32[np.ndarray, " found"] | None:
-    """Returns the index in `classes` of each class found, or None if there is nothing to map.
+    """Returns the index in `classes` of each name in `found`, or None if labels need no mapping.
 
     Gives the same warnings and raises the same errors as `with_classes`.
 
@@ -109,9 +109,10 @@ def class_numbers(found: tuple[str, ...], classes: tuple[str, ...], where: str) 
 
 
 def check_classes(dataset: HasClasses, num_classes: int) -> None:
-    """Raises ValueError if a model with `num_classes` classes (0: unconditional) cannot use this dataset's labels.
+    """Raises ValueError if a model cannot use the labels of this dataset.
 
-    Warns about class numbers that the dataset does not use.
+    num_classes: number of classes of the model; 0 if it is unconditional. A warning gives the class numbers that the
+    dataset does not use.
 
     Example:
         check_classes(dataset, num_classes=10)
@@ -138,9 +139,9 @@ def check_classes(dataset: HasClasses, num_classes: int) -> None:
 def parse_classes(text: str, names: tuple[str, ...], num_classes: int) -> list[int]:
     """Returns the numbers of the classes selected with `--classes`.
 
-    text: names or numbers separated by commas; a name that contains a comma is double-quoted. An entry is read as a
-    number only if no class has that name. If any class name is itself a number, such as "10", only names and -1
-    (unconditional) are accepted.
+    text: names or numbers separated by commas; a name that contains a comma must be double-quoted. An entry is read as
+    a number only if no class has that name. If any class name is itself a number, such as "10", the only number
+    accepted is -1 (unconditional).
 
     Raises ValueError if the model has no such class; the message lists the known names.
 

@@ -55,9 +55,10 @@ class StillClips(_View):
 
 @dataclasses.dataclass(frozen=True)
 class ContinuedClips(_View):
-    """Clips without their first frame, as in the continuation of a long clip. A prefix marks their captions.
+    """Clips without their first frame, as in the continuation of a long clip. Their captions begin with a prefix.
 
-    Their latents are those of the whole clips without the first latent frame, which codecs encode differently.
+    To obtain their latents, the whole clips are encoded and the first latent frame is dropped, because codecs encode
+    the first frame differently from later frames.
 
     Example:
         dataset = ContinuedClips(load_clips(config, frames=8, image_size=(16, 16), channels=1, split="train"))

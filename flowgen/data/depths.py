@@ -1,8 +1,8 @@
 """Bit depths of image samples: converts grey levels of more than 8 bits to bytes, and detects unknown ranges.
 
-The number of bits determines the range of samples. A PGM file states its largest value instead, and Pillow scales by
-this value. Floating-point, signed and 32-bit samples may have any unit, so it is unknown which values are black and
-white.
+In most formats, the number of bits determines the range of the samples. A PGM file states its largest value instead,
+and Pillow scales samples by this value. Floating-point, signed and 32-bit samples may be in any unit, so it is unknown
+which values are black and white.
 """
 
 from __future__ import annotations
@@ -27,7 +27,10 @@ _CONVERT = "; convert it to unsigned 8 or 16 bits"
 
 
 class Samples(NamedTuple):
-    """The number of bits per sample (in Pillow's pixels or, for PNG, in the file), and whether zero is white.
+    """How an image stores its samples.
+
+    bits: number of bits per sample, in the file for PNG and in the pixels that Pillow decodes for other formats.
+    white_is_zero: whether zero is white.
 
     Example:
         samples = Samples(bits=12)
@@ -38,7 +41,7 @@ class Samples(NamedTuple):
 
 
 def samples_of(image: Image, path: str | os.PathLike[str]) -> Samples:
-    """Returns the depth of an open image's samples.
+    """Returns how an open image stores its samples.
 
     path: the file of the image, which is read again because Pillow does not expose the whole header.
 
@@ -53,7 +56,7 @@ def samples_of(image: Image, path: str | os.PathLike[str]) -> Samples:
     if image.format == "TIFF":
         # At 8 bits or fewer, Pillow itself inverts images in which zero is white.
         return Samples(_tag(image, _BITS, 1), _tag(image, _PHOTOMETRIC, 1) == _WHITE_IS_ZERO)
-    # Pillow scales the levels of JPEG 2000 and of PGM to 16 bits.
+    # Pillow scales the grey levels of JPEG 2000 and PGM images to 16 bits.
     return Samples(16)
 
 

@@ -19,7 +19,7 @@ class FileDataset:
 
     reader: reads the sample at a position. If the reader may skip files, the next readable sample and its label replace
     an unreadable one, so the result depends only on the position. A warning names each unreadable file once. If samples
-    have captions, an unreadable file raises an error instead, because the caption would not match.
+    have captions, an unreadable file raises an error instead, because its caption would not match the replacement.
 
     Example:
         reader = FileReader(read, files, "refuse", what=("image", "images"), split="train")
@@ -49,7 +49,7 @@ class FileDataset:
         return self
 
     def decoded(self, *, may_be_empty: bool = False) -> ArrayDataset:
-        """Returns the same samples in memory. Unreadable files are skipped, or one error reports them all.
+        """Returns the same samples in memory. Unreadable files are either skipped or all reported in one error.
 
         may_be_empty: return an empty dataset, instead of raising an error, if no sample is left.
         """

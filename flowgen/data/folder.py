@@ -30,20 +30,21 @@ def read_folder(
 ) -> Dataset | BucketedDataset:
     """Returns one split of the images under `config.path`, resized to `image_size` with 1 or 3 channels.
 
-    First-level sub-folders that hold images, at any depth, are the classes; see `list_files` and `config.classes`. If
-    there are none, all images have label -1. The split depends only on the file names, so an unreadable file never
+    First-level sub-folders that contain images, at any depth, are the classes; see `list_files` and `config.classes`.
+    If there are none, all images have label -1. The split depends only on the file names, so an unreadable file never
     moves another file between splits; see `hold_out_files`. Images are decoded once, unless they would need more than
-    `config.in_memory_bytes`; then each batch is decoded on demand. A file `cat.txt` or `cat.png.txt` next to `cat.png`
-    contains its caption; either all images or none must have one. A warning says what was left out, and why. If
-    `config.aspects` is set, each image goes to the bucket with the nearest aspect ratio. The sides of a bucket's
-    images are multiples of `multiple`, and their area is about that of `image_size`.
+    `config.in_memory_bytes`; then each batch is decoded on demand. The caption of `cat.png` is read from `cat.png.txt`
+    or, if there is none, from `cat.txt` in the same folder; either all images or none must have captions. A warning
+    says what was left out, and why. If `config.aspects` is set, each image goes to the bucket with the nearest aspect
+    ratio. All images of a bucket are resized to one shape. Its sides are multiples of `multiple`, and its area is about
+    that of `image_size`.
 
     Raises:
         FileNotFoundError, NotADirectoryError: `config.path` is not a folder.
-        PermissionError: a folder in it cannot be read.
+        PermissionError: a folder below `config.path` cannot be read.
         ValueError: there are no images, images lie next to class folders, a class is not one of `config.classes`,
         `channels` is not 1 or 3, only some images have captions, or files are unreadable and `config.on_corrupt` is
-        "refuse" (all are checked; the first five are named).
+        "refuse". All files are checked, and the message names the first five unreadable ones.
 
     Example:
         config = DataConfig("folder", path="photos")
@@ -103,7 +104,9 @@ def read_folder(
 
 
 def opened(path: str, suffixes: tuple[str, ...], what: str, classes: tuple[str, ...]) -> Listing:
-    """Returns the files of a folder, with labels mapped to `classes` if any are given; warns about what was left out.
+    """Returns the files of a folder, with their labels mapped to `classes` by name, and warns about what was left out.
+
+    If `classes` is empty, the labels are not mapped.
 
     Example:
         listing = opened("photos", (".png",), "images", ("cat", "dog"))

@@ -27,15 +27,15 @@ if TYPE_CHECKING:
 Crop = Literal["center", "none"]
 Box = tuple[float, float, float, float]
 T = TypeVar("T")
-# What Pillow's decoders raise for damaged files; only OSError is documented.
+# Errors that Pillow's decoders raise for damaged files; only OSError is documented.
 _DECODE_ERRORS = (
     *(OSError, ValueError, SyntaxError, EOFError, TypeError, AttributeError, AssertionError, Warning),
     *(LookupError, ArithmeticError, RuntimeError, BufferError, MemoryError, struct.error, zlib.error),
 )
-# Pillow's own limit. Decoding an image of this size takes 0.7 GB; the WebP decoder takes four times as much.
+# This is Pillow's own limit. Decoding an image of this size needs 0.7 GB of memory, or four times as much for WebP.
 _MOST_PIXELS = 178_956_970
 _MOST_OF_WEBP = _MOST_PIXELS // 4
-# Images with more pixels are decoded one at a time, which limits the memory that all threads need together.
+# Images with more pixels than this are decoded one at a time, to limit the memory that all threads need together.
 _LARGE = 1 << 26
 _ONE_LARGE = threading.Lock()
 # Number of pixels to composite on white and resize at a time.
@@ -49,10 +49,10 @@ class UnreadableImage(Unreadable):
 def read_image(
     path: str | os.PathLike[str], *, size: tuple[int, int], channels: int, crop: Crop
 ) -> UInt8[np.ndarray, "height width c"]:
-    """Returns the image in a file as uint8 of shape (*size, channels), turned upright.
+    """Returns the image in a file, turned upright, as a uint8 array of shape (*size, channels).
 
-    Transparency is composited on white. Samples of more than 8 bits keep their highest 8. Only the first frame of an
-    animation is read. Unreadable metadata are ignored. For a damaged TIFF, libtiff may also print a message.
+    Transparency is composited on white. Samples of more than 8 bits keep only their highest 8 bits. Only the first
+    frame of an animation is read. Unreadable metadata are ignored. For a damaged TIFF, libtiff may print a message.
 
     Raises:
         UnreadableImage: the pixels are damaged or truncated; the image has more than 178 million pixels (44 million for
@@ -65,7 +65,7 @@ def read_image(
     def pixels(image: Image, turn: Turn) -> UInt8[np.ndarray, "height width c"]:
         samples = samples_of(image, path)
         file: Any = getattr(image, "fp", None)
-        # Opening reads only the header; a truncated file fails here.
+        # Opening a file reads only its header, so a truncated file fails here.
         image.load()
         if samples.bits == 16 and image.mode == "RGB" and "transparency" in image.info:
             hide_by_value(image, file)
@@ -79,7 +79,7 @@ def read_image(
 
 
 def read_image_size(path: str | os.PathLike[str]) -> tuple[int, int]:
-    """Returns (height, width) of the image in a file, turned upright; reads only its header.
+    """Returns the (height, width) of the image in a file once it is turned upright. Only the header is read.
 
     Raises UnreadableImage if the header alone shows that `read_image` would fail.
 
@@ -113,7 +113,7 @@ def _opened(path: str | os.PathLike[str], content: bytes | None = None) -> Gener
 
     try:
         # Given a name, Pillow would memory-map the file and then lose the orientation of a TIFF. The list of formats
-        # excludes files for which Pillow starts external programs, such as PostScript.
+        # excludes those, such as PostScript, for which Pillow starts external programs.
         with (
             open(path, "rb") if content is None else io.BytesIO(content) as file,
             module.open(file, formats=image_formats()) as image,
@@ -139,8 +139,8 @@ def _opened(path: str | os.PathLike[str], content: bytes | None = None) -> Gener
 def fit(image: Image, size: tuple[int, int], crop: Crop, *, pixel_aspect: float = 1.0) -> Image:
     """Returns the image resized to `size` (height, width) with antialiased bilinear resampling.
 
-    "center" scales the image until it just covers `size`, and then crops the centre, as in the training of the
-    published models. "none" crops nothing and stretches each side independently.
+    With crop "center", the image is scaled until it just covers `size`, and its centre is then cropped, as in the
+    training of the published models. With "none", nothing is cropped, and each side is stretched independently.
 
     pixel_aspect: ratio of a pixel's displayed width to its height.
 
@@ -170,7 +170,7 @@ def fit_array(
 def _box(image_size: tuple[int, int], size: tuple[int, int], crop: Crop, turn: Turn, pixel_aspect: float = 1.0) -> Box:
     """Left, top, right and bottom of the part that `fit` keeps, in pixels of the image before the turn.
 
-    Only this part is resampled, so the work is bounded whatever the image's proportions.
+    Only this part is resampled, so the cost is bounded for every aspect ratio of the image.
     """
     (columns, rows), (height, width) = image_size, size
     if crop == "none":
@@ -178,7 +178,7 @@ def _box(image_size: tuple[int, int], size: tuple[int, int], crop: Crop, turn: T
     shown = max(1, round(columns * pixel_aspect))
     wide = shown * height > rows * width
     scaled = (shown * height // rows, height) if wide else (width, rows * width // shown)
-    # The crop is rounded in the displayed image, which a turn may mirror.
+    # The offsets of the crop are rounded in the displayed image, in which a turn may have mirrored the axes.
     mirrored = (turn.mirror_y, turn.mirror_x) if turn.swap else (turn.mirror_x, turn.mirror_y)
     spare = [scaled[0] - width, scaled[1] - height]
     left, top = (
@@ -194,10 +194,10 @@ def _box(image_size: tuple[int, int], size: tuple[int, int], crop: Crop, turn: T
 
 
 def _resized(image: Image, size: tuple[int, int], box: Box, flat: Callable[[Image], Image]) -> UInt8[np.ndarray, "..."]:
-    """The part of an image inside a box, composited on white and resized to `size`, in bands if the image is large."""
+    """The part of an image inside a box, composited on white and resized to `size`; large images are cut into bands."""
     left, top, right, bottom = box
     step = (bottom - top) / size[0]
-    # The filter extends one output pixel to each side or, when enlarging, one input pixel.
+    # The resampling filter extends to each side by one output pixel or, if the image is enlarged, by one input pixel.
     reach = [math.ceil(max(1.0, scale)) + 1 for scale in ((right - left) / size[1], step)]
     first, last = max(0, math.floor(left) - reach[0]), min(image.width, math.ceil(right) + reach[0])
     rows = max(1, math.floor(_BAND / ((last - first) * step))) if image.width * image.height > _BAND else size[0]
@@ -213,7 +213,7 @@ def _resized(image: Image, size: tuple[int, int], box: Box, flat: Callable[[Imag
 
 
 def _flatten(image: Image, samples: Samples) -> Image:
-    """The image composited on white; deeper samples keep their highest 8 bits."""
+    """The image composited on white; samples of more than 8 bits keep only their highest 8 bits."""
     clear = image.info.get("transparency")
     if image.mode.startswith("I"):
         levels = np.asarray(image)
@@ -237,5 +237,5 @@ def on_white(image: Image) -> Image:
 
 
 def _eight_bit(clear: int, depth: int) -> int:
-    """A PNG's transparent grey level, scaled to the 8 bits of Pillow's pixels; Pillow leaves it in `depth` bits."""
+    """The transparent grey level of a PNG, scaled from `depth` bits to 8 bits, as Pillow scales only the pixels."""
     return clear * 255 // ((1 << depth) - 1)

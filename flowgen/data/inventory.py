@@ -18,7 +18,7 @@ from typing import Any
 from flowgen.printable import composed, printable
 
 _log = logging.getLogger("flowgen.data")
-# If there are more files, only a digest of their list is kept with the run.
+# If a run has more files than this, it keeps only a digest of their list.
 MOST_FILES = 100_000
 _NAMED, _CLASSES_NAMED = 3, 10
 _told: ContextVar[set[str] | None] = ContextVar("told", default=None)
@@ -63,7 +63,7 @@ def quoted(name: str) -> str:
 
 
 def name_list(names: Sequence[str], most: int = _CLASSES_NAMED) -> str:
-    """Returns the first `most` names separated by commas, and the number of the others, if any.
+    """Returns the first `most` names separated by commas and, if there are more, the number of the remaining names.
 
     Example:
         name_list(("cat", "dog", "fox"))  # "cat, dog, fox"
@@ -76,11 +76,12 @@ def name_list(names: Sequence[str], most: int = _CLASSES_NAMED) -> str:
 class Inventory:
     """What was found in the data of a run.
 
-    what: images, clips or latents. train, held_out: their number in each split. before: (height, width) of some
-    of the files, in pixels; empty if files are not resized. after: the model's input shapes. train_files,
-    held_out_files: map each file name to a mark of its content, such as its size; empty for data that come with a
-    package. left_out: descriptions of what was left out. stills: number of images to train on in addition to clips.
-    at_most: for each split, whether the count is an upper bound, because some files may turn out to be unreadable.
+    what: noun for the samples, such as "images" or "latents of clips". train, held_out: number of samples in each
+    split. before: (height, width) of some of the files, in pixels; empty if files are not resized. after: the sizes to
+    which samples are resized, or the shapes of latents. train_files, held_out_files: map each file name to a mark of
+    the file's content, such as the file size; empty for data that come with a package. left_out: descriptions of what
+    was left out. stills: number of images to train on in addition to clips. at_most: for each split, whether the number
+    of samples is an upper bound, because some files may turn out to be unreadable.
 
     Example:
         inventory = Inventory("images", 1080, 120, ((48, 48),), ((32, 32),), ("cat", "dog", "fox"))
@@ -121,7 +122,7 @@ class Inventory:
         return f"{_shown(ordered[0])} to {_shown(ordered[-1])}{some} -> {after}"
 
     def digest(self) -> str:
-        """Returns a digest of the files' names and marks, and of which files are held out."""
+        """Returns a digest of the names and marks of the files in each split."""
         content = hashlib.sha256()
         for files in (self.train_files, self.held_out_files):
             content.update(json.dumps(sorted(files.items())).encode())
@@ -145,7 +146,7 @@ class Inventory:
         }
 
     def changes(self, known: Mapping[str, Any]) -> str:
-        """Returns the differences from a run's record, in one line; empty if the files are the same.
+        """Returns how the files differ from those in the record of a run, in one line; empty if they are the same.
 
         Raises ValueError if `known` is not a run's record.
 
@@ -169,7 +170,7 @@ class Inventory:
 
 
 def _in_one_form(files: Mapping[str, Any]) -> dict[str, Any]:
-    """The marks by file name in composed form; names that differ only in form are left unchanged."""
+    """The marks by file name, in composed Unicode form. Names that differ only in their form are left unchanged."""
     forms = Counter(map(composed, files))
     return {composed(name) if forms[composed(name)] == 1 else name: mark for name, mark in files.items()}
 

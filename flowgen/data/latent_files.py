@@ -1,4 +1,4 @@
-"""Cached latents in files that training memory-maps.
+"""Cached latents in files, which training memory-maps.
 
 <directory>/<split>-<index>/   mean.npy std.npy label.npy; text.npy mask.npy and null.npz if captions were encoded
 <directory>/dataset.json       what the folders contain and how they were made; written last, when the cache is complete
@@ -45,8 +45,8 @@ class LatentsConfig:
 
     path: the directory of the latents.
     fps: frames per second of the clips; 0 if they have the frame rate of the original videos.
-    drop_first: fraction of the clip batches that omit the first latent frame, as in `ClipsConfig`; the latents must
-    include such clips.
+    drop_first: fraction of the clip batches in which clips lack their first latent frame, as in `ClipsConfig`; the
+    latents must include such clips.
     images_fraction: fraction of the training batches that consist of images, for a model of clips; 0 uses every clip
     and image equally often.
     classes: the class names in the order of their numbers, as in `DataConfig`.
@@ -68,11 +68,11 @@ class LatentsConfig:
 
 @config
 class TextProvenance:
-    """What the features of captions depend on.
+    """Everything that the features of captions depend on.
 
-    encoder: name of the text encoder. digest: digest of its weights and tokenizer. length, dim: number of tokens per
-    text, and of features per token. noise_level, frames_per_second, aspect: what the texts state in addition to the
-    captions, as in `TextConfig`.
+    encoder: name of the text encoder. digest: digest of the encoder's weights and tokenizer. length: number of tokens
+    per text. dim: number of features per token. noise_level, frames_per_second, aspect: what the texts state in
+    addition to the captions, as in `TextConfig`.
     """
 
     encoder: str
@@ -89,8 +89,8 @@ class Provenance:
     """How cached latents were made; empty if that is unknown. Only flows without a codec accept an empty provenance.
 
     codec: description of the codec; empty for pixels. codec_digest: digest of everything that the latents depend on.
-    text: how the captions were encoded; None without texts. noise_std: noise level of the flow, which the texts may
-    state. data: config of the images or clips, as JSON.
+    text: how the captions were encoded; None if there are no texts. noise_std: noise level of the flow, which the texts
+    may state. data: config of the images or clips, as JSON.
     """
 
     codec: str = ""
@@ -136,7 +136,7 @@ class LatentIndex:
 class ShardFile:
     """A shard on disk, memory-mapped on demand; the 64 most recently used shards stay mapped.
 
-    written: modification time in ns, which reveals a replaced file.
+    written: modification time in nanoseconds, so that a replaced file is recognized as a different shard.
 
     Example:
         shard = ShardFile(Path("latents/train-00000"), 4096, (32, 32, 4), has_text=False).opened()
@@ -149,12 +149,12 @@ class ShardFile:
     written: int = 0
 
     def opened(self) -> Shard:
-        """Returns the shard's arrays. Raises FileNotFoundError or ValueError if one is missing or damaged."""
+        """Returns the shard with its arrays. Raises FileNotFoundError or ValueError if a file is missing or damaged."""
         return _open_shard(self)
 
 
 class LatentWriter:
-    """Writes the shards of a dataset into a new directory. After `finish`, `read_latents` can read them.
+    """Writes the shards of a dataset into a new directory. After `finish`, `read_latents` can read the directory.
 
     Example:
         writer = LatentWriter("data/latents")
@@ -191,7 +191,7 @@ class LatentWriter:
         self.entries.append(entry)
 
     def finish(self, *, class_names: Iterable[str], provenance: Provenance | None = None) -> None:
-        """Writes the index. provenance: how the latents were made; training checks whether they fit the flow."""
+        """Writes the index. provenance: how the latents were made; training checks that this matches the flow."""
         index = LatentIndex(FORMAT, tuple(class_names), provenance or Provenance(), tuple(self.entries))
         temporary = self.directory / f"{INDEX_FILE}.tmp"
         temporary.write_text(json.dumps(settings.to_plain(index), indent=1) + "\n")
@@ -228,7 +228,7 @@ def read_index(directory: str | os.PathLike[str]) -> LatentIndex:
 
 @functools.lru_cache(maxsize=2)
 def _parsed_index(path: Path, *version: int) -> LatentIndex:
-    """The index in a file, which is parsed again only if there is another version of the file."""
+    """The index in a file. The file is parsed again only if `version` has changed."""
     plain = read_json(path, fix="encode the data again")
     if not isinstance(plain, dict) or plain.get("format") != FORMAT:
         raise ValueError(f"'{path}' is not an index in the format '{FORMAT}'; encode the data again.")
@@ -241,12 +241,12 @@ def _parsed_index(path: Path, *version: int) -> LatentIndex:
 def read_latents(
     directory: str | os.PathLike[str], split: Split, classes: tuple[str, ...] = ()
 ) -> LatentDataset | BucketedDataset:
-    """Returns a split of cached latents, memory-mapped. If there are several kinds or shapes, each becomes a bucket.
+    """Returns a split of cached latents, memory-mapped. If there are several kinds or shapes, each forms a bucket.
 
-    classes: the classes that labels are mapped to by name; if empty, the classes of the data are kept.
+    classes: the classes to which labels are mapped by name; if empty, the classes of the data are kept.
 
     Raises FileNotFoundError or ValueError if files are missing, truncated or do not have the shape in the index, if a
-    label is not a valid class number, or if a class is not among `classes`.
+    label is not a valid class number, or if a class is not in `classes`.
 
     Example:
         dataset = read_latents("data/latents", "train")
@@ -279,14 +279,14 @@ def read_latents(
 
 
 def _read_null(folder: Path) -> TextCondition:
-    """The empty text in the folder of a shard that has texts."""
+    """The encoded empty text, read from the folder of a shard that has texts."""
     path = folder / NULL_FILE
     of_texts = [_open_array(folder / f"{part}.npy").shape[1:] for part in ("text", "mask")]
     try:
         check_regular(path)
         with zipfile.ZipFile(path) as archive:
             size = sum(entry.file_size for entry in archive.infolist())
-        # A number takes at most eight bytes; the overhead is for headers.
+        # A number occupies at most eight bytes; the overhead allows for headers.
         if size > 8 * sum(map(math.prod, of_texts)) + MAX_NULL_OVERHEAD:
             raise ValueError(f"unpacking it would take {size:,} bytes")
         with np.load(path, allow_pickle=False) as arrays:

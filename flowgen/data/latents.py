@@ -1,4 +1,4 @@
-"""Datasets of latents: images or clips, encoded once with their contexts and kept in memory or in files."""
+"""Datasets of latents. Images or clips are encoded once, with their contexts, and kept in memory or in files."""
 
 from __future__ import annotations
 
@@ -70,11 +70,11 @@ class ClosedShard(Protocol):
 
 @dataclasses.dataclass(frozen=True)
 class LatentDataset:
-    """A dataset of latents, each stored as a posterior that training samples from.
+    """A dataset of latents. Each latent is stored as a posterior, from which training draws a sample.
 
-    kind: what was encoded. null: the empty text, if there are texts. numbers: for each label in the shards, its index
-    in `class_names`; empty if labels need no mapping. use_texts: whether texts, if there are any, serve as contexts
-    instead of labels.
+    kind: what was encoded. null: the encoded empty text; None if there are no texts. numbers: for each label in the
+    shards, its index in `class_names`; empty if labels need no mapping. use_texts: whether to use texts, if there are
+    any, instead of labels as contexts.
 
     Indexing raises ValueError if latents or texts are not finite, or a std is negative; the message names the shard.
 

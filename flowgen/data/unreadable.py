@@ -28,7 +28,7 @@ class Unreadable(ValueError):
 def tell_lost_classes(
     before: Int32[np.ndarray, " n"], after: Int32[np.ndarray, " m"], class_names: Sequence[str], sentence: str
 ) -> None:
-    """Warns about classes that have no samples left. sentence: the warning, with {} in place of their names.
+    """Warns about classes that have no samples left. sentence: the warning, with {} in place of the class names.
 
     Example:
         tell_lost_classes(labels, labels[kept], names, "No image of {} is left.")
@@ -40,9 +40,9 @@ def tell_lost_classes(
 class FileReader(Generic[T]):
     """Reads files by their position in a list, and handles files for which `read` raises `Unreadable`.
 
-    on_corrupt: "refuse" raises a ValueError that names such files; "skip" warns once about each and leaves it out.
-    what: singular and plural noun for messages. split: the split that the files belong to. replaces: whether another
-    file may replace a skipped one.
+    on_corrupt: "refuse" raises a ValueError that names such files; "skip" warns about each of them once and leaves them
+    out. what: singular and plural noun for the files, used in messages. split: the split that the files belong to.
+    replaces: whether another file may replace a skipped one.
 
     Example:
         reader = FileReader(read, files, "skip", what=("image", "images"), split="train")
@@ -62,7 +62,7 @@ class FileReader(Generic[T]):
         self._read, self._files, self._on_corrupt, self._what = read, files, on_corrupt, what
         self._split = split
         self._replaces = replaces
-        # Files already warned about. This only avoids a second warning; results do not depend on it.
+        # Files that were named in a warning. The set only prevents a second warning; results do not depend on it.
         self._warned: set[Path] = set()
 
     @property

@@ -42,7 +42,7 @@ class Turn:
     mirror_y: bool = False
 
     def apply(self, pixels: UInt8[np.ndarray, "height width c"]) -> UInt8[np.ndarray, "new_height new_width c"]:
-        """Returns the turned pixels, without a copy."""
+        """Returns a view of the pixels after the turn."""
         pixels = pixels.swapaxes(0, 1) if self.swap else pixels
         return pixels[:: -1 if self.mirror_y else 1, :: -1 if self.mirror_x else 1]
 
@@ -51,7 +51,7 @@ class Turn:
         return (width, height) if self.swap else (height, width)
 
 
-# By EXIF number, 1 to 8.
+# The turns by EXIF orientation number.
 _TURNS = {
     1: Turn(),
     2: Turn(mirror_x=True),
@@ -65,7 +65,7 @@ _TURNS = {
 
 
 def exif_turn(exif: bytes) -> Turn:
-    """Returns the turn in tag 0x112 of an EXIF block, or the identity if the tag is missing or damaged.
+    """Returns the turn in tag 0x112 (orientation) of an EXIF block; the identity if the tag is missing or damaged.
 
     Example:
         turn = exif_turn(image.info.get("exif", b""))
@@ -88,9 +88,9 @@ def exif_turn(exif: bytes) -> Turn:
 
 
 def image_turn(image: Image) -> Turn:
-    """Returns the turn in the metadata of an open image: from EXIF, or else from the same tag in XMP.
+    """Returns the turn in the metadata of an open image: from EXIF or, without EXIF, from the same tag in XMP.
 
-    Pillow turns TIFF files itself.
+    For TIFF files, it returns the identity, because Pillow turns them itself.
 
     Example:
         turn = image_turn(image)

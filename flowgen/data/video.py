@@ -22,7 +22,7 @@ READABLE = (
     *(".mp4", ".m4v", ".mov", ".3gp", ".mkv", ".webm", ".avi", ".gif"),
     *(".mpg", ".mpeg", ".ts", ".mts", ".m2ts", ".wmv", ".asf", ".flv", ".ogv"),
 )
-# Constant quality of H.264, close to visually lossless.
+# The constant rate factor of H.264; this value is close to visually lossless.
 _CRF = "16"
 # A video may have this many more frames than its file has bytes, because frames can be repeated.
 _TIMES = 1 << 16
@@ -57,8 +57,8 @@ def frame_times(path: str | os.PathLike[str], *, fps: float | int | None = None)
     If fps is None, these are the times of the video's frames, which are read without decoding. Otherwise, they are
     i / fps over the video's duration.
 
-    Raises UnreadableVideo if the file is not a video, is damaged at its end, or claims to last longer than its size
-    allows.
+    Raises UnreadableVideo if the file is not a video, is damaged at its end, or claims a duration that is impossible
+    for its size.
 
     Example:
         starts = frame_times("clip.mp4", fps=8)[:-16]  # starts of clips of 17 frames
@@ -87,9 +87,9 @@ def read_clip(
 ) -> UInt8[np.ndarray, "frames height width c"]:
     """Returns the frames that a video shows at start + i / fps seconds, resized and cropped.
 
-    fps: None takes every frame from `start` on, however long each is shown. Frames are turned and mirrored as the file
-    states, and resampled to square pixels. Raises UnreadableVideo if the file is not a video, is damaged in the part
-    that is read, or is too short; see `frame_times`.
+    fps: frames per second; None returns consecutive frames from `start` on, however long each is shown. Frames are
+    turned and mirrored as the file states, and resampled to square pixels. Raises UnreadableVideo if the file is not a
+    video, is damaged in the part that is read, or is too short; see `frame_times`.
 
     Example:
         clip = read_clip("clip.mp4", 17, (64, 64), 3, fps=8)
@@ -119,8 +119,8 @@ def write_video(
 ) -> None:
     """Writes frames as H.264 in mp4 or as a looping GIF, depending on the suffix. The file is written atomically.
 
-    mp4 needs even sides; an odd side is padded by repeating its last row or column. The colours of an mp4 are tagged
-    as BT.709. GIF counts time in hundredths of a second.
+    The sides of an mp4 must be even, so an odd side is padded by repeating the last row or column. The colours of an
+    mp4 are tagged as BT.709. GIF stores times in hundredths of a second.
 
     Raises:
         ValueError: the suffix is unknown, there are no frames, or the frame rate is not positive.
@@ -139,7 +139,7 @@ def write_video(
     if Path(path).suffix.lower() == ".gif":
         stills = [pillow().fromarray(frame) for frame in colour]
         with atomic_file(path) as file:
-            # Milliseconds in multiples of 10, rounded so that no frame begins more than 5 ms early or late.
+            # Durations are multiples of 10 ms, rounded so that no frame begins more than 5 ms early or late.
             durations = (10 * np.diff(np.round(100 / fps * np.arange(len(frames) + 1)))).tolist()
             stills[0].save(file, "GIF", save_all=True, append_images=stills[1:], duration=durations, loop=0)
         return

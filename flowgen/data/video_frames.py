@@ -13,7 +13,7 @@ from flowgen.data.media import pillow
 from flowgen.data.upright import Turn
 from flowgen.data.video_streams import av
 
-# Numbers of colour spaces in FFmpeg's frames and, after the colon, in its scaler.
+# Maps the number of a colour space in FFmpeg's frames to its number in FFmpeg's scaler.
 _SPACES = {1: 1, 4: 4, 5: 5, 6: 5, 7: 7, 9: 9, 10: 9}
 BT709, _BT601 = 1, 5
 LIMITED_RANGE, _FULL_RANGE = 1, 2
@@ -22,7 +22,7 @@ _LARGE = 1 << 23
 
 
 def frame_turn(frame: Any) -> Turn:
-    """Returns the turn that a frame's display matrix asks for, rounded to the nearest right angle."""
+    """Returns the turn that a frame's display matrix specifies, rounded to the nearest right angle."""
     for data in frame.side_data:
         if data.type.name == "DISPLAYMATRIX":
             # A point (x, y) is shown at (a x + c y, b x + d y).
@@ -34,13 +34,14 @@ def frame_turn(frame: Any) -> Turn:
 
 
 def frame_pixels(frame: Any, least: int | None = None) -> UInt8[np.ndarray, "height width 3"]:
-    """Returns the RGB pixels of a frame as stored, composited on white.
+    """Returns the RGB pixels of a frame, composited on white but not turned.
 
-    least: smallest side needed; to save memory, a frame with more than 4096 x 2048 pixels is shrunk by an integer
-    factor to sides of at least twice this length.
+    least: smallest side needed. To save memory, a frame with more than 4096 x 2048 pixels is shrunk by an integer
+    factor, to sides of at least twice this length.
 
-    Pixels are converted with the matrix between YCbCr and RGB that the frame names. If it names none, the matrix is
-    BT.709 for high definition (width 1280 or height 577 and up) and BT.601 otherwise, as in video players.
+    Pixels are converted from YCbCr to RGB with the matrix that the frame names. If the frame names no matrix, BT.709 is
+    used for high-definition frames and BT.601 otherwise, as in video players. A frame is high-definition if its width
+    is at least 1280 or its height is at least 577.
     """
     high = frame.width >= 1280 or frame.height > 576
     full = frame.color_range == _FULL_RANGE or frame.format.name.startswith("yuvj")

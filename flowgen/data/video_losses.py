@@ -1,4 +1,4 @@
-"""Detects bytes missing from a video; containers and decoders do not report them."""
+"""Detects missing bytes in a video, which containers and decoders do not report."""
 
 from __future__ import annotations
 
@@ -9,24 +9,24 @@ import numpy as np
 
 # Containers with consecutive packets and no index of their positions.
 _IN_ORDER = ("matroska,webm", "flv")
-# MPEG-PS, and its codecs that have a frame at every tick of the frame rate.
+# The format of programme streams (MPEG-PS), and the codecs with a frame at every tick of the frame rate.
 _PROGRAMME, _STEADY = "mpeg", ("mpeg1video", "mpeg2video")
-# Number of bytes that may lie between two packets, such as headers.
+# Number of bytes, such as headers, that may lie between two packets.
 _BETWEEN = 128
 # If packets are more frames apart than this, something between them is lost. In programme streams, times may be one
 # frame off.
 _JUMP, _JUMP_OF_PROGRAMME = 1.75, 2.75
-# Transport streams: the sync byte of packets, the number of header bytes, and the possible numbers of bytes from one
-# packet to the next, each with the number of bytes before the sync byte.
+# Transport streams (MPEG-TS): the sync byte of packets, the number of header bytes, and the possible packet lengths.
+# Each length comes with the number of bytes before the sync byte.
 _TS, _SYNC, _TS_HEAD, _TS_STEPS = "mpegts", 0x47, 6, ((188, 0), (192, 4), (204, 0))
-_TS_MOST = 10  # From the start of a packet to the end of its header.
+_TS_MOST = 10  # Largest number of bytes from the start of a packet to the end of its header.
 
 
 class Losses:
     """Watches the packets of a file, in file order, and detects losses between the packets of a video.
 
-    The signs of a loss depend on the container. Matroska and FLV: bytes that belong to no packet, at a jump in time.
-    MPEG-TS: 188-byte packets with a wrong number or sync byte. MPEG-PS: any jump in time.
+    The signs of a loss depend on the container. In Matroska and FLV, there are bytes that belong to no packet, and time
+    jumps. In MPEG-TS, a 188-byte packet has a wrong number or sync byte. In MPEG-PS, time jumps.
 
     Example:
         losses = Losses(file, container, stream, rate)
@@ -44,7 +44,7 @@ class Losses:
 
     def forget(self) -> None:
         """Forgets earlier packets; call it after a seek."""
-        self._end, self._passed = 0, 0  # End of the last packet, and the largest gap since the video's last one.
+        self._end, self._passed = 0, 0  # End of the last packet; largest gap since the video's last packet.
         self._at: int | None = None
         self._before: Any = None
 

@@ -16,11 +16,11 @@ from flowgen.data.unreadable import Unreadable
 from flowgen.data.video_losses import Losses
 from flowgen.packages import need
 
-# FFmpeg's names for the supported containers; containers that refer to other files, such as playlists, are left out.
+# FFmpeg's names for the supported containers. Formats that refer to other files, such as playlists, are left out.
 _CONTAINERS = "mov,matroska,avi,gif,mpeg,mpegts,mpegvideo,asf,flv,ogg"
 # Maximum number of pixels in a frame: 8192 x 4096.
 _MOST_PIXELS = 1 << 25
-# A seek goes by decoding time, which in H.264 may be up to this many frames before the display time.
+# A seek uses decoding times. In H.264, these may be up to this many frames earlier than the display times.
 _REORDERED = 16
 # Tolerance for rounding errors in the time of a frame, in seconds.
 SAME_TIME = 1e-6
@@ -63,7 +63,8 @@ class Video:
     """An open video file. The video begins at its first key frame, because earlier frames cannot be decoded.
 
     start: start of the stream, in seconds. rate: frames per second. counts_packets: whether the container numbers
-    packets instead of giving time stamps. ahead: packets read on opening. losses: detects losses between packets.
+    packets instead of giving time stamps. ahead: packets that were read when the file was opened. losses: detects
+    losses between packets.
 
     Example:
         with opened("clip.mp4") as video: ...
@@ -90,7 +91,7 @@ class Video:
     def lasts(self, part: Any) -> float:
         """Returns the display duration of a packet or a frame in seconds, or 1 / rate if the file does not state it.
 
-        Most files state it only for the last frame.
+        Most files state the duration of only the last frame.
         """
         known = part.duration is not None and part.duration > 0
         return float(part.duration * (part.time_base or self.stream.time_base)) if known else 1 / self.rate
@@ -98,7 +99,7 @@ class Video:
     def packets(self) -> Iterator[Packet]:
         """Yields packets from the container's current position, including packets of frames that are not shown.
 
-        Stops where the file is truncated or FFmpeg cannot read any further.
+        The iterator ends where the file is truncated or FFmpeg cannot read any further.
         """
         yield from self.ahead
         self.ahead.clear()
@@ -126,8 +127,8 @@ class Video:
     def seek(self, second: float) -> bool:
         """Seeks to a key frame before the given second, and returns whether this succeeded.
 
-        A seek fails if the file is not seekable, or if reordered frames have no time stamps and so can only be counted
-        from the beginning.
+        A seek fails if the file is not seekable. It also fails if frames are reordered and have no time stamps, because
+        such frames can only be counted from the beginning.
         """
         if self.counts_packets and self.stream.codec_context.has_b_frames:
             return False
@@ -151,7 +152,7 @@ def av() -> Any:
 
 @contextlib.contextmanager
 def opened(path: str | os.PathLike[str]) -> Generator[Video]:
-    """Yields the video in a file; opens no other file, even if this one refers to others.
+    """Yields the video in a file. Other files to which this file refers are not opened.
 
     Raises UnreadableVideo if the container is not supported, there is no video or frame rate, or a frame has more
     pixels than 8192 x 4096.
@@ -171,7 +172,7 @@ def opened(path: str | os.PathLike[str]) -> Generator[Video]:
         ahead = list(itertools.islice(decodable, _REORDERED if counts_packets else 1))
         if not ahead:
             raise UnreadableVideo(path, *_NO_FRAMES)
-        # Key frames before the start that an edit list sets are decoded, but not shown.
+        # An edit list may set a start. Key frames before that start are decoded but not shown.
         first = min((_stamp(packet) for packet, _ in ahead if not packet.is_discard), default=stream.start_time or 0)
         yield Video(path, container, stream, float(first * stream.time_base), rate, counts_packets, ahead, losses)
 
@@ -181,7 +182,7 @@ def _container(path: str | os.PathLike[str]) -> Generator[tuple[Any, BinaryIO]]:
     if not Path(path).is_file():
         raise FileNotFoundError(f"'{path}' is not a file; give the path of a video, such as clip.mp4.")
     options = {"format_whitelist": _CONTAINERS, "protocol_whitelist": "none"}
-    # FFmpeg gets no name, because it would interpret protocols and file patterns in it.
+    # FFmpeg gets an open file, because it would interpret protocols and patterns in a file name.
     with os.fdopen(os.open(path, os.O_RDONLY | getattr(os, "O_BINARY", 0)), "rb") as file:
         try:
             container = av().open(file, container_options=options, metadata_errors="replace")
@@ -233,7 +234,7 @@ def last_end(path: str | os.PathLike[str]) -> float:
     """Returns the time at which a video's last complete frame ends, according to its packets, not its header."""
     # The packets from the last key frame on determine this time, and a seek to the end leads to that key frame. In
     # MPEG-TS, however, a seek can lead to any packet, and the frame shown last may come before others in packet order.
-    # Therefore, the target is some frames before the end.
+    # Therefore, the target of the seek is some frames before the end.
     for searched in (True, False):
         with opened(path) as video:
             if searched:
@@ -255,7 +256,7 @@ def shown_frames(path: str | os.PathLike[str], start: float | int = 0.0) -> Iter
     Example:
         for (frame, at, until), video in shown_frames("clip.mp4"): ...
     """
-    # Without an index, a seek may end past its target.
+    # Without an index, a seek may end past its target. In that case, the video is read from its beginning.
     for searched in (True, False):
         with opened(path) as video:
             begin = start - _REORDERED / video.rate if searched else 0
@@ -292,15 +293,15 @@ def _shown(video: Video, start: float | int) -> Iterator[Shown]:
 def _decoded(video: Video, lost: list[float]) -> Iterator[tuple[Any, float]]:
     """Yields frames and their times, and records the times of damaged packets."""
     waiting: list[float] = []
-    # Frames that depend on ones before the first key frame cannot be decoded, although some decoders return grey
-    # frames.
+    # Frames that depend on frames before the first key frame cannot be decoded, but some decoders return grey frames
+    # for them.
     packets = itertools.dropwhile(_leans, video.packets())
     begin = repaired = before = -math.inf
     broken = False
 
     def timed(frames: list[Any]) -> Iterator[tuple[Any, float]]:
         for frame in frames:
-            # An AVI counts packets and has no time stamps; its frames come in order, and so do their times.
+            # An AVI counts packets instead of storing time stamps. Frames are decoded in the order of their times.
             if video.counts_packets and waiting:
                 yield frame, heapq.heappop(waiting)
             elif _has_time(frame) and video.time_of(frame) > begin - SAME_TIME:
@@ -327,8 +328,8 @@ def _decoded(video: Video, lost: list[float]) -> Iterator[tuple[Any, float]]:
             lost.append(at)
             broken = True
             waiting = sorted(time for time in waiting if time != at)
-        # All frames until the next key frame depend on the loss, and so do frames that follow this key frame but are
-        # shown before it.
+        # A loss affects all frames until the next key frame. It also affects frames that follow this key frame in the
+        # file but are shown before it.
         if broken or at < repaired:
             lost.append(at)
     with contextlib.suppress(av().FFmpegError, EOFError):

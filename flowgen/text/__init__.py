@@ -1,4 +1,4 @@
-"""Texts as conditions: tokenizers, frozen encoders, and the prompts that models were trained to read."""
+"""Text conditions: tokenizers, frozen encoders, and the prompt template that models were trained with."""
 
 from flowgen.conditioning import TextCondition
 from flowgen.text.bert import BertConfig, BertEncoder

@@ -2,7 +2,8 @@
 
     h <- norm(h + W attention(h)),    h <- norm(h + down(gelu(up(h))))
 
-These layers come after word, position and segment embeddings and a norm. Only the first segment is used.
+The input of the first layer is the normalized sum of the word, position and segment embeddings. Only the first segment
+type is used.
 """
 
 from __future__ import annotations
@@ -29,7 +30,7 @@ class BertConfig:
     """Shape of a BERT encoder; the defaults match all-MiniLM-L6-v2.
 
     vocab_size: number of tokens in the vocabulary.
-    width: features of a token, a multiple of num_heads.
+    width: number of features per token; must be a multiple of num_heads.
     num_layers: transformer layers.
     num_heads: attention heads per layer.
     hidden: width of the feed-forward layers.
@@ -62,7 +63,7 @@ class BertConfig:
 class BertEncoder(OnMeshes, nn.Module):
     """Maps token ids `b n` to features `b n d`, which are zero where the mask is False.
 
-    Raises ValueError if there are more tokens than positions.
+    Raises ValueError if `n` is larger than `config.max_length`.
 
     Example:
         features = BertEncoder(BertConfig()).apply(params, ids, mask)

@@ -1,4 +1,4 @@
-"""Text encoders, which turn texts into conditions of a fixed length: a frozen network, or hashed words."""
+"""Text encoders map texts to conditions of a fixed length, either with a frozen network or by hashing words."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ from flowgen.text.tokenizers import Tokenizer, shortened, tokenize
 
 @runtime_checkable
 class TextEncoder(Protocol):
-    """A function that maps texts to conditions of `length` tokens with `dim` features each; padding has zero features.
+    """A function that maps texts to conditions of `length` tokens with `dim` features each; features of padding are 0.
 
     Raises ValueError if a text has more than `length` tokens, unless `truncate` is True.
 
@@ -43,7 +43,7 @@ class TextEncoder(Protocol):
 class FrozenTextEncoder:
     """A tokenizer and a frozen network with its variables.
 
-    Up to 64 texts are encoded at a time, with few compiled programs.
+    Texts are encoded in batches of up to 64. Batch sizes are powers of two, so few programs are compiled.
 
     Example:
         encoder = FrozenTextEncoder(tokenizer, T5Encoder(config), params, length=128, dim=2048)
@@ -71,7 +71,7 @@ class FrozenTextEncoder:
 
 @dataclass(frozen=True)
 class HashedWords:
-    """Encodes each word as fixed random features, derived from its SHA-256, and appends an end token.
+    """Encodes each word as pseudo-random features derived from its SHA-256 hash, and appends an end token to each text.
 
     This encoder needs no download, but its features carry no meaning. Use it for tests and closed vocabularies.
 
@@ -101,7 +101,7 @@ class HashedWords:
 
     def _feature(self, word: str) -> Float[np.ndarray, " e"]:
         seed = int.from_bytes(hashlib.sha256(word.encode()).digest()[:8], "little")
-        # The generator's raw bits are stable across NumPy versions, and two levels suffice.
+        # The raw bits of the generator are the same in every NumPy version. One bit per feature suffices.
         return np.where(np.random.Philox(seed).random_raw(self.dim) >> np.uint64(63), 1.0, -1.0)
 
 

@@ -1,4 +1,4 @@
-"""Prompt templates of trained models, and the aspect ratios of texts and images."""
+"""The prompt template of published models, and the nine aspect ratios that it can name."""
 
 from __future__ import annotations
 
@@ -24,10 +24,10 @@ ASPECTS: dict[str, tuple[int, int]] = {
 def aspect_size(aspect: str, side: int, multiple: int = 1) -> tuple[int, int]:
     """Returns the (height, width) of an image with an aspect ratio and about side² pixels.
 
-    height = round(side / √r) and width = round(side √r), where r is the ratio of width to height. Both are rounded to
-    multiples of `multiple`; halves round to even.
+    The height is side / √r and the width is side √r, where r is the ratio of width to height. Both are rounded to the
+    nearest multiple of `multiple`; ties are rounded to an even multiple.
 
-    Raises ValueError if the aspect is not one of the nine, side or multiple is below 1, or a length rounds to 0.
+    Raises ValueError if `aspect` is not in `ASPECTS`, if `side` or `multiple` is below 1, or if a length rounds to 0.
 
     Example:
         aspect_size("16:9", 256, 8)  # (192, 344)
@@ -45,7 +45,9 @@ def aspect_size(aspect: str, side: int, multiple: int = 1) -> tuple[int, int]:
 
 
 def nearest_aspect(height: int, width: int) -> str:
-    """Returns the aspect ratio whose logarithm is nearest, so that an image and its transpose are treated alike.
+    """Returns the aspect ratio that is nearest to that of an image on a logarithmic scale.
+
+    The logarithm ensures that an image and its transpose are treated alike.
 
     Example:
         nearest_aspect(1080, 1920)  # "16:9"
@@ -58,9 +60,9 @@ def nearest_aspect(height: int, width: int) -> str:
 class PromptTemplate:
     """The published prompt template, which is also applied to the empty text for guidance.
 
-    noise_std: the training noise, written in thousandths, as in "Noise Level 300:"; None leaves it out.
-    frames_per_second: written as in "A video with 16 fps:", or as "An image:" if 0; None leaves it out. aspect: whether
-    to end with the nearest of the nine aspect ratios.
+    noise_std: standard deviation of the training noise. It is written in thousandths, as in "Noise Level 300:"; None is
+    left out. frames_per_second: frame rate. It is written as in "A video with 16 fps:"; 0 is written as "An image:",
+    and None is left out. aspect: whether to end the prompt with the nearest of the nine aspect ratios.
 
     Example:
         template = PromptTemplate(noise_std=0.3)

@@ -2,8 +2,8 @@
 
     h <- h + W attention(norm(h)),   h <- h + down(gelu(gate(norm(h))) · up(norm(h))),   norm(x) = w x / √(mean x² + ε)
 
-Scores q · k are not scaled. Each head adds a learned bias for the bucket of the distance between two tokens;
-all layers share these biases.
+The attention scores q · k are not scaled. Relative positions are grouped into buckets, and each head adds a learned
+bias for the bucket to the score. All layers share these biases.
 """
 
 from __future__ import annotations
@@ -30,13 +30,13 @@ class T5Config:
     """Shape of a T5 encoder with gated MLPs; the defaults match google/flan-t5-xl.
 
     vocab_size: number of tokens in the vocabulary.
-    width: features of a token.
+    width: number of features per token.
     num_layers: transformer layers.
     num_heads: attention heads per layer.
     head_dim: channels of an attention head.
     hidden: width of the feed-forward layers.
-    num_buckets: buckets of relative positions.
-    max_distance: distance beyond which all relative positions share the last bucket.
+    num_buckets: number of buckets of relative positions.
+    max_distance: distance beyond which all relative positions in one direction share the last bucket.
     dtype: dtype of matrix products and activations.
     """
 
@@ -122,14 +122,14 @@ def _norm(name: str) -> RMSNorm:
 def relative_buckets(length: int, num_buckets: int, max_distance: int) -> Int[np.ndarray, "n m"]:
     """Returns the bucket of every (query, key) pair.
 
-    Half of the buckets are for earlier keys, half for later ones. In each half, every small distance has its own
-    bucket; beyond these, buckets widen logarithmically.
+    Half of the buckets are for earlier keys, and half are for later keys. In each half, every small distance has a
+    separate bucket. Larger distances share buckets whose width grows in proportion to the distance.
     """
     distance = np.arange(length)[None, :] - np.arange(length)[:, None]
     half = num_buckets // 2
     exact = half // 2
     away = np.abs(distance)
-    # In float32, as in the published code, because rounding decides where a bucket ends.
+    # As in the published code, the logarithm is computed in float32, because rounding decides where a bucket ends.
     ratio = np.log(np.maximum(away, 1).astype(np.float32) / np.float32(exact)) / np.float32(
         math.log(max_distance / exact)
     )

@@ -30,16 +30,16 @@ class Tokenizer(Protocol):
     def __call__(self, text: str) -> list[int]: ...
 
     def cut(self, ids: list[int], length: int) -> list[int]:
-        """Returns the first `length` - 1 tokens of a text that has too many, followed by an end token."""
+        """Shortens a text that has too many tokens to its first `length` - 1 tokens, followed by an end token."""
         ...
 
     def content(self) -> bytes:
-        """Returns bytes that identify the tokenizer: everything that its tokens depend on."""
+        """Returns bytes that identify the tokenizer; they contain everything that its token ids depend on."""
         ...
 
 
 class JsonTokenizer:
-    """The tokenizer of a `tokenizer.json`, run by the `tokenizers` package.
+    """The tokenizer in a `tokenizer.json` file, run by the `tokenizers` package.
 
     Raises ModuleNotFoundError if the package is missing, and ValueError if the file is not a valid tokenizer.
 
@@ -53,7 +53,7 @@ class JsonTokenizer:
         try:
             check_depth(content)
             self._tokenizer = tokenizers.Tokenizer.from_buffer(content)
-            # `tokenize` checks the length, so that it can refuse a text that is too long.
+            # The function `tokenize` checks lengths itself, so that it can refuse a text that is too long.
             self._tokenizer.no_truncation()
             self._tokenizer.no_padding()
             _check_template(self._tokenizer.post_processor)
@@ -76,7 +76,7 @@ class JsonTokenizer:
             ) from error
 
     def cut(self, ids: list[int], length: int) -> list[int]:
-        """Returns the first `length` - 1 tokens and the last one, which is the end token in these vocabularies."""
+        """Returns the first `length` - 1 tokens and the last token, which is the end token in these tokenizers."""
         return [*ids[: length - 1], ids[-1]]
 
     def content(self) -> bytes:
@@ -85,7 +85,7 @@ class JsonTokenizer:
 
 
 class SentencePieceTokenizer:
-    """The tokenizer of a `spiece.model`, used as in T5: the end token </s> is appended, and the padding token is 0.
+    """The tokenizer in a `spiece.model` file, used as in T5: </s> is appended as the end token, and padding is token 0.
 
     Raises ModuleNotFoundError if the `sentencepiece` package is missing, and ValueError if the file is not a valid
     tokenizer.
@@ -122,7 +122,7 @@ class SentencePieceTokenizer:
 def tokenize(
     tokenizer: Tokenizer, texts: Sequence[str], length: int, *, truncate: bool
 ) -> tuple[Int[np.ndarray, "b n"], Bool[np.ndarray, "b n"]]:
-    """Returns padded int32 token ids `b n`, and the mask of tokens that are not padding.
+    """Returns padded int32 token ids `b n`, and a mask `b n` that is False for padding.
 
     Raises ValueError if a text is too long and truncate is False.
     """
@@ -158,7 +158,7 @@ def _check_of_package(error: BaseException) -> None:
 
 
 def _check_template(post_processor: Any) -> None:
-    """Raises ValueError if the template names a special token that it does not define; the package would panic."""
+    """Raises ValueError if the template names an undefined special token, for which the package would panic."""
     known = {} if post_processor is None else json.loads(post_processor.__getstate__())
     for step in known.get("processors", [known]):
         parts = [*(step.get("single") or ()), *(step.get("pair") or ())] if "special_tokens" in step else ()
