@@ -14,7 +14,8 @@ from flowgen.matching.checks import check_times
 from flowgen.matching.paths import SMALLEST, Path, Schedule, over_event, schedule_over
 
 Prediction = Literal["velocity", "x1", "noise", "score"]
-# Replaces SMALLEST if a network predicts x1, noise or a score, because the conversion amplifies the network's errors.
+# Replaces SMALLEST if a network predicts x1, noise or a score, because the conversion divides the network's errors by
+# this number.
 NETWORK_SMALLEST = 0.02
 
 

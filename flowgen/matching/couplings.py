@@ -84,8 +84,8 @@ class MinibatchOT:
     num_sweeps: largest number of Sinkhorn sweeps; at least 1. If the plan is not within the tolerance after these
     sweeps, the coupling raises ValueError outside jit; inside jit, the weights become NaN, and so does the loss.
     class_aware: whether to move noise only within a class, where each x0 has the label of its original pair. If False,
-    a class is trained on other noise than it is sampled from (C2OT, ICCV 2025). True requires integer labels of
-    shape `b` as cond.
+    the noise on which a class is trained differs from the noise from which the class is sampled (C2OT, ICCV 2025). True
+    requires integer labels of shape `b` as cond.
     scope: "global" computes one plan over the rows of all devices, and each device solves the same problem; "device"
     computes a separate plan over the rows of each device.
 
@@ -267,8 +267,8 @@ def log_mean_exp(x: Float[Array, " b"]) -> Float[Array, ""]:
 def to_sphere(x: Float[Array, "b *event"]) -> Float[Array, "b *event"]:
     """Returns x with every sample scaled to norm √d, the typical norm of normal noise; samples that are all 0 stay 0.
 
-    From all points on a sphere around 0, the distances to normal noise have the same distribution, so plain Gibbs
-    weights do not tilt the data.
+    For all points on a sphere around 0, the distance to normal noise has the same distribution, so plain Gibbs weights
+    do not tilt the data.
 
     Example:
         x1 = to_sphere(x1)

@@ -32,7 +32,7 @@ ATTENTIONS = ("softmax", "soft", *KERNELS)
 OwnAttention = Annotated[Kernel | FeatureMap, Own("a FeatureMap or a Kernel")]
 PATCH_ORDER = "channel_last"
 DIT_LAYER_NORM_EPS = 1e-6
-MAX_POSITIONS = 1 << 28  # largest number of entries in the position table, a constant in every trace
+MAX_POSITIONS = 1 << 28  # largest number of entries in the position table, which every trace contains as a constant
 
 
 @config

@@ -39,7 +39,8 @@ from flowgen.settings.ranges import Fraction, NonNegative
 
 # The collection in the train state that stores the running log-mean of the weights.
 STATE = "matching"
-# Number of pairs for choosing epsilon and checking the tilt. They suffice for a mean, and their cost matrix is small.
+# Number of pairs for choosing epsilon and checking the tilt. The pairs suffice for estimating a mean, and their cost
+# matrix fits in memory.
 REPORT_PAIRS = 1024
 
 

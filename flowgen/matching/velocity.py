@@ -28,7 +28,7 @@ from flowgen.settings.ranges import Channels, Classes, Loops, Own, Width
 
 @runtime_checkable
 class NetworkConfig(Protocol):
-    """The interface that experiments require from a velocity network's config, which must be a frozen dataclass."""
+    """The interface that experiments require of a velocity network's config, which must be a frozen dataclass."""
 
     @property
     def event_shape(self) -> tuple[int, ...]:
