@@ -10,7 +10,7 @@ loss           weighted regression of the velocity; bridge: velocity and score (
 mean_flow      average velocities, for sampling in one step
 solvers        integration in both directions, guidance, SDE; likelihood: log p and divergence
 diagnostics    effective sample size, tilt, choice of epsilon, path energy, distances
-velocity       a network for points, and the interface of your own networks; toy: two-dimensional distributions
+velocity       a network for points, and the interface for your own networks; toy: two-dimensional distributions
 """
 
 from flowgen.matching import toy

@@ -33,14 +33,15 @@ def score_and_flow_matching_loss(
     """Returns loss_fn(network, batch, key, log_mean=None) -> (loss, metrics, log_mean): E[w (|v-u_t|² + |λs+noise|²)].
 
     The loss follows Tong et al. (arXiv 2307.03672), with torchcfm's weighting. Here (v, s) = network(t, x, cond), u_t
-    is the bridge's velocity, and λ = 2 √(t(1-t)) / sigma. The optimal s is then the *scaled* score
-    sigma²/2 · ∇ log p_t, which is of order one at both ends. The Schroedinger bridge between noise and data needs the
-    entropic plan with epsilon = 2 sigma² on squared costs:
-    `GibbsWeights(epsilon=2 * sigma**2, cost="sqeuclidean", sinkhorn_sweeps=20)`. For batch, label_dropout and log_mean,
-    see `flow_matching_loss`. Both squares are averaged over dimensions.
+    is the velocity of the bridge, and λ = 2 √(t(1-t)) / sigma. Both squares are averaged over dimensions. The optimal s
+    is the *scaled* score sigma²/2 · ∇ log p_t, which is of order one at both ends of the bridge. For batch,
+    label_dropout and log_mean, see `flow_matching_loss`.
 
-    Forwards, the process is dX = (v + s) dt + sigma dW; `integrate_sde` samples it, with 2/sigma² · s as the score.
-    Backwards, the drift is -v + s. The ODE with v alone has the same marginals.
+    The Schroedinger bridge between noise and data requires the entropic plan with epsilon = 2 sigma² for the squared
+    Euclidean cost. Use the coupling `GibbsWeights(epsilon=2 * sigma**2, cost="sqeuclidean", sinkhorn_sweeps=20)`.
+
+    Forwards in time, the process is dX = (v + s) dt + sigma dW. To sample it, call `integrate_sde` with 2/sigma² · s as
+    the score. Backwards in time, the drift is -v + s. The ODE dx = v dt has the same marginals.
 
     Example:
         loss_fn = score_and_flow_matching_loss(bridge=SchroedingerBridge(sigma=0.5))

@@ -14,7 +14,8 @@ from flowgen.matching.checks import check_times
 from flowgen.matching.paths import SMALLEST, Path, Schedule, over_event, schedule_over
 
 Prediction = Literal["velocity", "x1", "noise", "score"]
-# Replaces SMALLEST if a network predicts x1, noise or a score: the conversion divides its errors by this number.
+# Replaces SMALLEST if a network predicts x1, noise or a score, because the conversion divides the network's errors by
+# this number.
 NETWORK_SMALLEST = 0.02
 
 
@@ -32,10 +33,11 @@ def prediction_to_velocity(
 ) -> Float[Array, "b *event"]:
     """Returns the velocity at x_t implied by a prediction of "x1", "noise" (x0) or "score".
 
-    v = alpha' x1 + beta' x0. The unknown term follows from x_t = alpha x1 + beta x0, and x0 is -beta times the score. A
-    prediction of "velocity" is returned unchanged. The conversion is singular where the path is all noise or all data,
-    so it uses the time `clip_times(path, t, smallest)`; evaluate the prediction at that time too. The derivatives
-    alpha' and beta' are bounded by their values at that time.
+    The velocity is v = alpha' x1 + beta' x0. If x1 is predicted, x0 follows from x_t = alpha x1 + beta x0, and vice
+    versa; a predicted score gives x0 as -beta times the score. A prediction of "velocity" is returned unchanged. The
+    conversion is singular where x_t is all noise or all data, so it uses the time `clip_times(path, t, smallest)`;
+    evaluate the prediction at that time too. The derivatives alpha' and beta' are those at t, but their magnitudes are
+    limited to the magnitudes at the clipped time.
     Raises ValueError for any other kind, for a path with a spread, and for times outside [0, 1].
 
     Example:
@@ -46,7 +48,7 @@ def prediction_to_velocity(
         return value
     here, _ = _inner(path, t, x_t, SMALLEST)
     inner, _ = _inner(path, t, x_t, smallest)
-    # Derivatives at time t itself, except for those that diverge at an end.
+    # Use the derivatives at time t itself, except for those that diverge at an end of the path.
     d_alpha, d_beta = (jnp.where(jnp.abs(a) < jnp.abs(b), a, b) for a, b in zip(here[2:], inner[2:], strict=True))
     if kind == "x1":
         return d_alpha * value + d_beta * (x_t - inner.alpha * value) / inner.beta
@@ -115,13 +117,13 @@ def change_path(
 ) -> Callable[[Array, Array, Any], Array]:
     """Returns the velocity field along new_path that corresponds to a velocity trained along path.
 
-    Let t be the time at which path has the same ratio alpha/beta as new_path at r (found by bisection), and
-    let s² = (alpha² + beta²)_new(r) / (alpha² + beta²)(t) be the squared scale between the two. Then
+    Let t be the time at which path has the same ratio alpha/beta as new_path has at time r; bisection finds t. Let
+    s² = (alpha² + beta²)_new(r) / (alpha² + beta²)(t) be the squared scale between the two paths. Then
     v_new(r, x) = (s'/s) x + s t' v(t, x/s), where t' = D_new / (D s²) and D = alpha' beta - beta' alpha (Pokle et al.,
-    arXiv 2310.04432). Both fields have the same endpoints up to s, which is 1 if both paths have alpha² + beta² = 1.
-    r is clipped to stay 1e-5 away from both ends, where D of some paths is 0 or infinite. If path does not reach a
-    ratio, t is 0 or 1, whichever is nearer. Do not differentiate the field with respect to time. Raises ValueError for
-    paths with a spread.
+    arXiv 2310.04432). Both fields have the same endpoints up to the factor s, which is 1 if alpha² + beta² = 1 on both
+    paths. The time r is clipped to stay 1e-5 away from both ends, because D is 0 or infinite there for some paths. If
+    path does not reach the ratio, t is 0 or 1, whichever is nearer. Do not differentiate the field with respect to
+    time. Raises ValueError for paths with a spread.
 
     Example:
         x1, nfe = integrate(change_path(velocity, CondOT(), Trigonometric()), x0, num_steps=25)
@@ -149,8 +151,8 @@ def change_path(
 def time_of_ratio(path: Path, alpha: Float[Array, "*t"], beta: Float[Array, "*t"]) -> Float[Array, "*t"]:
     """Returns the time at which path has the ratio alpha/beta, whose square is the signal-to-noise ratio.
 
-    The bisection compares cross products, so beta may be 0. If the path does not reach the ratio, the result is 0 or 1,
-    whichever is nearer.
+    The bisection compares cross products instead of ratios, so beta may be 0. If the path does not reach the ratio, the
+    result is 0 or 1, whichever is nearer.
 
     Example:
         t = time_of_ratio(VariancePreserving(), alpha, beta)
@@ -163,7 +165,7 @@ def time_of_ratio(path: Path, alpha: Float[Array, "*t"], beta: Float[Array, "*t"
         early = here.alpha * beta < alpha * here.beta
         return jnp.where(early, middle, low), jnp.where(early, high, middle)
 
-    # Each step gains one bit; 40 bits are more than float32 has, and give 1e-12 in float64.
+    # Each step adds one bit of precision. 40 bits exceed the precision of float32; the error in float64 is 1e-12.
     low, high = jax.lax.fori_loop(0, 40, halve, (jnp.zeros_like(alpha), jnp.ones_like(alpha)))
     return (low + high) / 2
 
@@ -201,7 +203,7 @@ def _inner_ends(path: Path, smallest: float) -> tuple[float, float]:
 
 
 def _inner(path: Path, t: Array, x: Array, smallest: float) -> tuple[Schedule, Array]:
-    """Returns the schedule and D, broadcast over x, at the time nearest to t at which conversions are regular."""
+    """Returns the schedule and D, broadcast over x, at the time nearest to t at which conversions are not singular."""
     check_times(t, x)
     check_no_spread(path)
     schedule = schedule_over(path, clip_times(path, t, smallest), x)

@@ -1,11 +1,11 @@
-"""Couplings: how noise and data are paired, and the log-weight of each pair.
+"""Couplings, which pair noise with data and give each pair a log-weight.
 
-A coupling sees the whole batch by default: `flowgen.matching.loss.couple` gathers the rows of all devices that share
-it. If its attribute `sees` is "row", it treats each pair separately. If `sees` is "device", it uses only the rows of
-one device, and the number of devices changes what is learned.
+By default, a coupling receives the whole batch: `flowgen.matching.loss.couple` gathers the rows of all devices. A
+coupling whose attribute `sees` is "row" treats each pair separately. A coupling whose attribute `sees` is "device" uses
+only the rows of one device, so the number of devices changes what the network learns.
 
-Weights w turn the loss for independent pairs into E[w |v - u|²], the loss for the coupling q ∝ w · p(x0) p(x1) (W-CFM,
-arXiv 2507.22270). A transport plan reorders the noise x0 within the batch instead.
+Weights w turn the loss for independent pairs into E[w |v - u|²], which is the loss for the coupling
+q ∝ w · p(x0) p(x1) (W-CFM, arXiv 2507.22270). A transport plan reorders the noise x0 within the batch instead.
 """
 
 from __future__ import annotations
@@ -31,7 +31,7 @@ SMALLEST_EPSILON = 1e-20
 Epsilon = Annotated[float, Within(SMALLEST_EPSILON)]
 MAX_SWEEPS = 1 << 16  # largest number of Sinkhorn sweeps that one step may run
 
-# The condition of a batch, such as labels of shape `b`, with one row per pair.
+# The condition of a batch, with one row per pair; for example labels of shape `b`.
 Cond = Any
 Cost = Literal["euclidean", "sqeuclidean"] | Callable[[Array, Array], Array]
 
@@ -58,7 +58,7 @@ class Coupling(Protocol):
 
 @config
 class Independent:
-    """The pairs as given, all with weight 1 (I-CFM).
+    """Keeps the pairs as given, each with weight 1 (I-CFM).
 
     Example:
         x0, x1, cond, log_weight = Independent()(key, x0, x1)
@@ -75,19 +75,19 @@ class Independent:
 
 @config
 class MinibatchOT:
-    """Optimal transport within the batch, with the squared Euclidean cost: OT-CFM (Tong et al., arXiv 2302.00482).
+    """Pairs noise and data by optimal transport within the batch, at squared Euclidean cost (OT-CFM, arXiv 2302.00482).
 
-    method: "exact" permutes the noise according to the optimal assignment (solved by scipy on the host), which uses
-    each x0 once; "sinkhorn" draws an x0 for each x1 from the entropic plan, inside the compiled program.
+    method: "exact" permutes the noise by the optimal assignment, which scipy computes on the host, so each x0 is used
+    once; "sinkhorn" draws an x0 for each x1 from the entropic plan, inside the compiled program.
     epsilon: regularisation of the entropic plan, in units of the mean cost; positive.
     tolerance: share of the mass of x0 that the entropic plan may misplace on average; positive.
-    num_sweeps: largest number of Sinkhorn sweeps; at least 1. If the plan still misses the tolerance after that, the
-    coupling raises ValueError outside jit; inside jit, its weights, and therefore the loss, are NaN.
-    class_aware: move noise only within a class; each x0 has the label of its original pair. Otherwise, the noise
-    that a class is trained on differs from the noise that it is sampled from (C2OT, ICCV 2025). Needs integer labels
-    `b` as cond.
-    scope: "global" plans over the rows of all devices, and each device solves the same problem; "device" plans over
-    the rows of each device separately.
+    num_sweeps: largest number of Sinkhorn sweeps; at least 1. If the plan is not within the tolerance after these
+    sweeps, the coupling raises ValueError outside jit; inside jit, the weights become NaN, and so does the loss.
+    class_aware: whether to move noise only within a class, where each x0 has the label of its original pair. If False,
+    the noise on which a class is trained differs from the noise from which the class is sampled (C2OT, ICCV 2025). True
+    requires integer labels of shape `b` as cond.
+    scope: "global" computes one plan over the rows of all devices, and each device solves the same problem; "device"
+    computes a separate plan over the rows of each device.
 
     Example:
         x0, x1, cond, log_weight = MinibatchOT(method="exact")(key, x0, x1)
@@ -102,7 +102,7 @@ class MinibatchOT:
 
     @property
     def sees(self) -> str:
-        """The rows that a plan covers: those in `scope`."""
+        """The rows that a plan covers; the same as `scope`."""
         return self.scope
 
     def __call__(
@@ -111,7 +111,7 @@ class MinibatchOT:
         check_batch(x0, x1)
         cost = cost_matrix(x1, x0, "sqeuclidean")
         allowed = self._allowed(cost, cond)
-        # A NaN cost spoils the plan, but the permuted noise may look valid, so the weights become NaN.
+        # A NaN cost makes the plan meaningless, but the permuted noise may look valid. The weights become NaN instead.
         spoilt = 0 * relative_cost(cost).mean()
         if self.method == "exact":
             # A forbidden pair costs more than any complete assignment within the classes.
@@ -152,21 +152,22 @@ class MinibatchOT:
 
 @config
 class GibbsWeights:
-    """Independent pairs weighted by w = exp(-cost / epsilon): weighted conditional flow matching (arXiv 2507.22270).
+    """Weights independent pairs by w = exp(-cost / epsilon) (weighted conditional flow matching, arXiv 2507.22270).
 
-    A call raises ValueError if epsilon is None: epsilon must not change from step to step, so it is not chosen per
-    batch. A NaN cost raises ValueError outside jit; inside jit, it makes the weight, and therefore the loss, NaN.
+    A call raises ValueError if epsilon is None: epsilon must not change from step to step, so it is not chosen for each
+    batch. A NaN cost raises ValueError outside jit; inside jit, the weight becomes NaN, and so does the loss.
 
-    epsilon: positive; None to choose it from data with `flowgen.matching.fit_epsilon`, as training does. The target is
-    `tilt` if given, otherwise `ess`.
-    cost: "euclidean" as published, "sqeuclidean", or a function of two batches that gives one cost per pair.
-    normalize: "running" divides by a running mean of w that the loss carries from step to step; "batch" divides by the
-    mean over the batch; "none" does not divide: the weights of images are then often too small for optimizers.
-    sinkhorn_sweeps: number of Sinkhorn sweeps; 0 for none. If positive, the weights come from the entropic plan
-    with the batch's marginals: exp(-cost_ii/epsilon + f_i + g_i). This undoes the tilt that plain weights give
-    noise and data. The number of sweeps is fixed, whatever tilt remains.
+    epsilon: divisor of the cost; positive. If it is None, choose it from data with `flowgen.matching.fit_epsilon`, as
+    training does. The target is `tilt` if given, otherwise `ess`.
+    cost: "euclidean" as published, "sqeuclidean", or a function of two batches that returns one cost per pair.
+    normalize: "running" divides w by its running mean, which the loss carries from step to step; "batch" divides w by
+    its mean over the batch; "none" does not divide w. For images, w is then often too small for optimizers.
+    sinkhorn_sweeps: number of Sinkhorn sweeps; 0 for none. If it is positive, the weights come from the entropic plan
+    with the batch's marginals: exp(-cost_ii/epsilon + f_i + g_i). This undoes the tilt of noise and data that plain
+    weights cause. The number of sweeps is fixed, even if some tilt remains.
     ess: target for choosing epsilon: the effective sample size as a share of the pairs, between 0 and 1.
-    tilt: target for choosing epsilon: the largest relative variance of either marginal's re-weighting; None to use ess.
+    tilt: target for choosing epsilon: upper bound on the relative variance of the factors that re-weight noise and
+    data; None to use ess.
     scope: "global" computes the sweeps and the "batch" mean over the rows of all devices; "device" computes them over
     the rows of each device separately.
 
@@ -185,7 +186,7 @@ class GibbsWeights:
 
     @property
     def sees(self) -> str:
-        """The rows that a weight depends on: its own ("row") or, with sweeps or a batch mean, those in `scope`."""
+        """The rows that a weight depends on: `scope` if there are sweeps or a batch mean, otherwise its own ("row")."""
         return self.scope if self.sinkhorn_sweeps or self.normalize == "batch" else "row"
 
     def __call__(
@@ -214,7 +215,7 @@ AnyCoupling = Independent | GibbsWeights | MinibatchOT | OwnCoupling
 def paired_cost(x0: Float[Array, "b *event"], x1: Float[Array, "b *event"], cost: Cost) -> Float[Array, " b"]:
     """Returns the cost of each pair, in at least float32.
 
-    Raises ValueError if a custom cost function returns another shape or, outside jit, if a cost is NaN.
+    Raises ValueError if a custom cost function returns a wrong shape. Outside jit, also raises it if a cost is NaN.
     """
     if callable(cost):
         value = cost(x0, x1)
@@ -234,7 +235,7 @@ def paired_cost(x0: Float[Array, "b *event"], x1: Float[Array, "b *event"], cost
 def cost_matrix(x0: Float[Array, "b *event"], x1: Float[Array, "m *event"], cost: Cost) -> Float[Array, "b m"]:
     """Returns the cost of pairing every x0 with every x1.
 
-    Raises ValueError if the samples of x0 and x1 differ in shape or, outside jit, if a cost is NaN.
+    Raises ValueError if the samples of x0 and x1 differ in shape. Outside jit, also raises it if a cost is NaN.
     """
     check_floating("x0", x0)
     check_floating("x1", x1)
@@ -266,7 +267,8 @@ def log_mean_exp(x: Float[Array, " b"]) -> Float[Array, ""]:
 def to_sphere(x: Float[Array, "b *event"]) -> Float[Array, "b *event"]:
     """Returns x with every sample scaled to norm √d, the typical norm of normal noise; samples that are all 0 stay 0.
 
-    All points on a sphere are equally close to normal noise, so plain Gibbs weights do not tilt the data.
+    For all points on a sphere around 0, the distance to normal noise has the same distribution, so plain Gibbs weights
+    do not tilt the data.
 
     Example:
         x1 = to_sphere(x1)

@@ -1,4 +1,4 @@
-"""Diagnostics for weights and learned fields: effective sample size, tilt versus coupling, path energy, distances."""
+"""Diagnostics for weights and learned fields: effective sample size, tilt, path energy and distances."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from flowgen.matching.couplings import Cost, GibbsWeights, cost_matrix, paired_c
 from flowgen.matching.plans import assignment, corrected_log_weight
 from flowgen.matching.solvers import Velocity, time_grid, trajectory
 
-# Number of samples in a block that compares every x0 with every x1.
+# Number of samples of noise and of data that are used when every x0 is compared with every x1.
 BLOCK = 1024
 
 
@@ -24,9 +24,9 @@ class WeightReport(NamedTuple):
     """The effect of Gibbs weights on a block of noise samples and data samples.
 
     ess: effective sample size as a share of the pairs. row_std, column_std, interaction_std: standard deviations of the
-    three parts of log w, which depend on the noise (row tilt), on the data (column tilt) and on the pair. Only the last
-    part couples noise and data. noise_tilt, data_tilt: relative variances of the factors by which w re-weights noise
-    and data.
+    three parts of log w. The first part depends on the noise (row tilt), the second on the data (column tilt), and the
+    third on the pair; only the third couples noise and data. noise_tilt, data_tilt: relative variances of the factors
+    by which w re-weights noise and data.
     """
 
     ess: Float[Array, ""]
@@ -50,10 +50,10 @@ def effective_sample_size(log_weight: Float[Array, " b"]) -> Float[Array, ""]:
 def weight_report(
     x0: Float[Array, "b *event"], x1: Float[Array, "m *event"], epsilon: float, cost: Cost = "euclidean"
 ) -> WeightReport:
-    """Returns the effect of the weights exp(-cost/epsilon) on all pairs of x0 and x1. This needs b x m memory.
+    """Returns the effect of the weights exp(-cost/epsilon) on all pairs of x0 and x1; needs memory for a b x m matrix.
 
-    If row_std or column_std exceeds interaction_std, the weights affect which noise or data are learned more than how
-    they are paired, and `warn_if_tilted` warns. All three are inversely proportional to epsilon, so their ratios depend
+    If row_std or column_std exceeds interaction_std, the weights tilt noise or data more than they couple the two, and
+    `warn_if_tilted` warns. All three standard deviations are inversely proportional to epsilon, so their ratios depend
     only on the samples and the cost. The report describes plain weights. The corrected weights of
     `GibbsWeights(sinkhorn_sweeps=...)` have almost no tilt.
 
@@ -95,10 +95,11 @@ def warn_if_tilted(report: WeightReport) -> None:
 
 
 class TiltedDistances(NamedTuple):
-    """How far Gibbs weights move each marginal: W2 between the samples and their tilted version.
+    """W2 distances between samples and their tilted versions, which show how far Gibbs weights move each marginal.
 
-    noise_floor, data_floor: W2 between two halves of the sample; independent samples of this size cannot show smaller
-    differences. The distances `noise` and `data` are more precise, because both sides come from the same sample.
+    noise_floor, data_floor: W2 between two halves of the sample. A comparison of independent samples of this size
+    cannot reveal smaller differences. The distances `noise` and `data` are more precise, because each of them compares
+    a sample with a tilted version of itself.
     """
 
     noise: Float[Array, ""]
@@ -112,10 +113,11 @@ def tilted_wasserstein(
 ) -> TiltedDistances:
     """Returns W2 between noise and tilted noise, and between data and tilted data.
 
-    A flow trained with plain weights learns the tilted marginals: f(x) mu(dx) with f = E_data[w(x, .)] / E[w], and
-    likewise g(y) nu(dy). Here f and g are estimated by means over the samples. Systematic resampling turns the
-    tilted sample into one with equal weights, and an exact assignment matches that sample to the original. The
-    assignment takes O(b³) time on the host: seconds for 1,000 samples.
+    Let mu and nu be the distributions of noise and data. A flow trained with plain weights learns the tilted marginals
+    f(x) mu(dx) and g(y) nu(dy), where f(x) = E_data[w(x, .)] / E[w] and g(y) = E_noise[w(., y)] / E[w]. This function
+    estimates f and g by means over the samples. Systematic resampling turns each tilted sample into one with equal
+    weights, and an exact assignment matches that sample to the original. The assignment takes O(b³) time on the host,
+    which is seconds for 1,000 samples.
 
     Example:
         distances = tilted_wasserstein(x0, x1, epsilon=2.0)
@@ -133,7 +135,8 @@ def tilted_wasserstein(
 def resample(x: Float[Array, "b *event"], log_weight: Float[Array, " b"]) -> Float[Array, "b *event"]:
     """Returns b samples of equal weight: sample i is repeated b w_i / Σw times, rounded so that the total is b.
 
-    The method is systematic resampling with deterministic points (i + 1/2) / b; equal weights give x itself.
+    The method is systematic resampling with the deterministic points (i + 1/2) / b. With equal weights, the result is x
+    itself.
 
     Example:
         tilted = resample(x, log_weight)
@@ -158,10 +161,11 @@ def choose_epsilon(
 ) -> float:
     """Returns the smallest epsilon at which independent pairs reach a target effective sample size or tilt.
 
-    ess: smallest effective sample size, as a share of the pairs (x0_i, x1_i). tilt: largest relative variance of either
-    marginal's re-weighting; set ess to None to use it. sinkhorn_sweeps: number of Sinkhorn sweeps that correct the
-    weights before their ess is computed. The search bisects log epsilon; with a tilt or sweeps, it needs b x b memory.
-    Raises ValueError unless exactly one target is given and is in range, or if the mean cost is 0 or not finite.
+    ess: smallest effective sample size, as a share of the pairs (x0_i, x1_i). tilt: upper bound on the relative
+    variance of the factors that re-weight noise and data; set ess to None to use it. sinkhorn_sweeps: number of
+    Sinkhorn sweeps that correct the weights before their ess is computed. The search bisects log epsilon. With a tilt
+    or sweeps, it needs memory for a b x b matrix. Raises ValueError unless exactly one target is given and is in range.
+    Also raises ValueError if the mean cost is 0 or not finite.
 
     Example:
         epsilon = choose_epsilon(x0, x1, ess=0.5)
@@ -192,7 +196,7 @@ def choose_epsilon(
         enough = kept(middle)
         return jnp.where(enough, low, middle), jnp.where(enough, middle, high)
 
-    # The search covers epsilon from 6e-6 to 2e5, in units of the mean cost, to the last digit of float32.
+    # The search covers epsilon from 6e-6 to 2e5 in units of the mean cost. It is accurate to the last digit of float32.
     bounds = jax.lax.fori_loop(0, 30, halve, (jnp.array(-12.0), jnp.array(12.0)))
     return scale * float(jnp.exp(bounds[1]))
 
@@ -200,8 +204,9 @@ def choose_epsilon(
 def fit_epsilon(coupling: GibbsWeights, x0: Float[Array, "b *event"], x1: Float[Array, "b *event"]) -> GibbsWeights:
     """Returns the coupling with the smallest epsilon at which independent pairs reach the coupling's target.
 
-    The target is `tilt` if given, otherwise `ess`. With a tilt or Sinkhorn sweeps, only the first 1,024 pairs are used;
-    the ess of plain weights uses all pairs. A coupling that already has an epsilon is returned unchanged.
+    The target is `tilt` if given, otherwise `ess`. With a tilt or Sinkhorn sweeps, epsilon is chosen from the first
+    1,024 pairs only; otherwise, it is chosen from all pairs. A coupling that already has an epsilon is returned
+    unchanged.
 
     Example:
         coupling = fit_epsilon(GibbsWeights(ess=0.5), x0, x1)
@@ -254,8 +259,8 @@ def path_report(
 def signed_path_energy(energy: Float[Array, ""] | float, squared_distance: Float[Array, ""] | float) -> Any:
     """Returns the signed path energy, (path energy - W2²) / W2².
 
-    If it is negative, the paths are too short to transport the marginals. The usual normalised path energy is the
-    absolute value, which hides that case.
+    A negative value means that the paths are too short to transport one marginal to the other. The usual normalised
+    path energy is the absolute value, which hides this case.
 
     Example:
         npe = signed_path_energy(path_report(velocity, x0).energy, wasserstein(x0, x1) ** 2)
@@ -266,8 +271,8 @@ def signed_path_energy(energy: Float[Array, ""] | float, squared_distance: Float
 def wasserstein(x: Float[Array, "b *event"], y: Float[Array, "b *event"]) -> Float[Array, ""]:
     """Returns the exact 2-Wasserstein distance between two samples of equal size.
 
-    Even two samples from the same distribution have a positive distance, so use that distance as a baseline. Raises
-    ValueError if the samples differ in shape.
+    Even two samples from the same distribution are a positive distance apart, so use that distance as a baseline.
+    Raises ValueError if the samples differ in shape.
 
     Example:
         distance, floor = wasserstein(generated, data), wasserstein(data, more_data)

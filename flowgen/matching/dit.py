@@ -32,30 +32,33 @@ ATTENTIONS = ("softmax", "soft", *KERNELS)
 OwnAttention = Annotated[Kernel | FeatureMap, Own("a FeatureMap or a Kernel")]
 PATCH_ORDER = "channel_last"
 DIT_LAYER_NORM_EPS = 1e-6
-MAX_POSITIONS = 1 << 28  # largest size of the position table, which every trace contains as a constant
+MAX_POSITIONS = 1 << 28  # largest number of entries in the position table, which every trace contains as a constant
 
 
 @config
 class DiTConfig:
-    """Shape of a DiT. The paper's S, B, L, XL are (width, num_layers, head_dim) = (384, 12, 64), (768, 12, 64),
-    (1024, 24, 64), (1152, 28, 72).
+    """Architecture of a DiT.
+
+    The sizes S, B, L and XL in the paper have (width, num_layers, head_dim) = (384, 12, 64), (768, 12, 64),
+    (1024, 24, 64) and (1152, 28, 72).
 
     image_size: side of the images or latents, or (height, width).
     channels: number of channels of the images or latents.
-    patch_size: side of the square patch that becomes one token; it must divide the sides of the image.
+    patch_size: side of the square patches, each of which becomes one token; it must divide the height and the width of
+    the image.
     width: number of channels of a token, a multiple of head_dim.
     num_layers: number of transformer layers.
     head_dim: number of channels per attention head.
     expansion: hidden width of the feed-forward layers, as a multiple of width.
     num_classes: number of classes that the field is conditioned on; 0 for none.
     attention: attention kernel of the layers: a name, or your own kernel or feature map.
-    attention_implementation: what computes softmax attention: "auto", "xla", "cudnn" on GPUs or "tpu" on TPUs; see
+    attention_implementation: implementation of softmax attention: "auto", "xla", "cudnn" on GPUs or "tpu" on TPUs; see
     docs/attention.md.
     intervals: whether to also predict average velocities over an interval (MeanFlow).
-    time_scale: factor on times before the sinusoidal embedding, which expects 0 to 1,000. MeanFlow's loss contains a
-    derivative in t, so MeanFlow needs a small factor, such as 1.0.
+    time_scale: factor by which times are multiplied before the sinusoidal embedding, which expects values from 0 to
+    1,000. The loss of MeanFlow contains a derivative with respect to t, so MeanFlow needs a small factor, such as 1.0.
     dtype: dtype of matrix products and activations; parameters, norms and the modulation stay float32.
-    remat: whether to recompute layers in the backward pass instead of storing them.
+    remat: whether to recompute the activations of each layer in the backward pass instead of storing them.
     """
 
     image_size: Side | tuple[Side, Side]
@@ -89,7 +92,7 @@ class DiTConfig:
             raise ValueError(f"width is {self.width}; it must be a multiple of 4 for the position table.")
 
     def build(self) -> DiT:
-        """Returns the network of this config, without parameters."""
+        """Returns the network that this config describes, without parameters."""
         return DiT(self)
 
     @property
@@ -126,7 +129,7 @@ class DiTConfig:
 
     @property
     def softmax_shapes(self) -> tuple[SoftmaxShape, ...]:
-        """The shape of the layers' attention; empty unless it is softmax attention."""
+        """The shape of the attention in every layer; empty unless it is softmax attention."""
         if not (isinstance(self.attention, str) and self.attention == "softmax"):
             return ()
         heads = self.width // self.head_dim
@@ -134,7 +137,7 @@ class DiTConfig:
 
 
 class DiT(OnMeshes, nn.Module):
-    """A velocity network on images or latents `b height width c`.
+    """A velocity network for images or latents of shape `b height width c`.
 
     Example:
         v = DiT(DiTConfig(image_size=8, channels=1)).apply(params, t, x, cond)
@@ -152,7 +155,7 @@ class DiT(OnMeshes, nn.Module):
         *,
         train: bool = False,
     ) -> Float[Array, "b height width c"]:
-        """Returns the velocity at x and time t, averaged over `interval` if given. train: has no effect here."""
+        """Returns the velocity at x and time t, averaged over `interval` if given. train: ignored."""
         config = self.config
         check_inputs(config, t, x)
         cond = check_labels(cond, num_classes=config.num_classes, batch=len(x))

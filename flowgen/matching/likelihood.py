@@ -32,12 +32,12 @@ def log_prob(
 ) -> Float[Array, " b"]:
     """Returns log p1(x1) = log p0(x0) - ∫ div v dt in nats, along the path that ends at x1.
 
-    key: None for the exact divergence, with one Jacobian-vector product per dimension and no error other than the
-    solver's; a key for Hutchinson's estimate, with one Rademacher probe per sample, fixed along the whole path
-    (Grathwohl et al., arXiv 1810.01367). log_p0: log density of x0, standard normal by default. The other settings are
-    the same as for `integrate`. With "dopri5", the tolerances apply jointly to the state and the integral of the
-    divergence, and only reverse-mode differentiation works. The integral is accumulated in at least float32. The
-    result is differentiable.
+    key: without a key, the divergence is exact; this takes one Jacobian-vector product per dimension, and the solver is
+    the only source of error. With a key, the divergence is Hutchinson's estimate; it uses one Rademacher probe per
+    sample, which is fixed along the whole path (Grathwohl et al., arXiv 1810.01367). log_p0: log-density of x0, by
+    default that of a standard normal distribution. The other settings are the same as for `integrate`. With "dopri5",
+    the tolerances apply jointly to the state and to the integral of the divergence. The integral is accumulated in at
+    least float32. The result is differentiable; with "dopri5", only reverse-mode differentiation works.
 
     Example:
         lp = log_prob(velocity, x1, key=jax.random.key(0))
@@ -69,7 +69,7 @@ def log_prob(
         max_steps=max_steps,
     )
     x0, change = state[:, :-1].reshape(x1.shape), state[:, -1]
-    # Integration backwards in time flips the sign of the divergence.
+    # Integration backwards in time flips the sign of the integral of the divergence.
     if log_p0 is None:
         return gaussian_log_density(x0.reshape(len(x0), -1)).sum(axis=1) + change
     return log_p0(x0) + change
@@ -83,10 +83,10 @@ def divergence(
     *,
     probe: Float[Array, "b *event"] | None = None,
 ) -> tuple[Float[Array, "b *event"], Float[Array, " b"]]:
-    """Returns v and, per sample, its divergence Σ_i ∂v_i/∂x_i, or Hutchinson's estimate of it if a probe is given.
+    """Returns v and the divergence Σ_i ∂v_i/∂x_i of each sample, or Hutchinson's estimate of it if a probe is given.
 
-    The estimate is probe · (∂v/∂x) probe. The exact divergence costs one Jacobian-vector product of the whole batch per
-    dimension. Sums are in at least float32.
+    The estimate is probe · (∂v/∂x) probe. The exact divergence needs one Jacobian-vector product of the whole batch for
+    each dimension. Sums are accumulated in at least float32.
 
     Example:
         v, change = divergence(velocity, t, x, probe=jax.random.rademacher(key, x.shape, x.dtype))
@@ -108,7 +108,7 @@ def divergence(
         return total + moved.reshape(len(x), -1)[:, index].astype(dtype), None
 
     v = field(x)
-    # Zeros made from v have the same sharding over devices as the sum.
+    # Zeros that are computed from v are sharded over devices in the same way as the sum.
     zeros = jnp.zeros_like(v, dtype).reshape(len(x), -1).sum(axis=1)
     total, _ = jax.lax.scan(along, zeros, jnp.arange(size))
     return v, total

@@ -20,7 +20,7 @@ from flowgen.matching.solvers import Velocity
 from flowgen.matching.times import Uniform
 from flowgen.rows import ROWS, Rows, batch_rows
 
-# Update rate for the running log-mean of the Gibbs weights.
+# Update rate of the running log-mean of the Gibbs weights.
 RUNNING_RATE = 0.01
 BATCH_NAMES = ("x1", "x0", "cond", ROWS)
 
@@ -28,10 +28,10 @@ Loss = Callable[..., tuple[Any, ...]]
 
 
 class Pairs(NamedTuple):
-    """Training pairs, as every loss in this package uses them: coupled, weighted, and with label dropout applied.
+    """Training pairs after coupling, weighting and label dropout, as every loss in this package uses them.
 
     ess: effective sample size, as a share of the batch. log_mean: the running log-mean of the weights, to pass to
-    the next step. Both cover the whole batch, even if it is split over several devices.
+    the next step. Both are computed over the whole batch, even if the batch is split over several devices.
     """
 
     x0: Float[Array, "b *event"]
@@ -52,14 +52,16 @@ def flow_matching_loss(
 ) -> Loss:
     """Returns loss_fn(velocity, batch, key, log_mean=None) -> (loss, metrics, log_mean): E[w |v(t, x_t) - u_t|²].
 
-    velocity(t, x, cond): any callable that predicts the quantity named by `prediction`. The loss compares the
-    prediction itself: x1 with x1, noise with x0, and beta · score with -x0. The learned score is ∇ log p_t if the
-    coupling is independent.
-    batch: "x1" data, "x0" noise (standard normal if missing), "cond" labels or None, and "rows" (`flowgen.rows.Rows`),
-    which a training step adds so that the random numbers do not depend on the number of devices. The squared error is
-    averaged over dimensions, in at least float32. label_dropout: probability with which each label is independently
-    replaced by -1. log_mean: the running log-mean of the weights, -inf or None before the first step; the loss returns
-    the updated value. Only "running" normalisation needs it. Raises ValueError if settings or shapes are invalid.
+    velocity(t, x, cond): any callable that predicts the quantity named by `prediction`. The loss is computed on the
+    predicted quantity itself, without converting it to a velocity: a predicted x1 is compared with the data x1,
+    predicted noise with x0, and beta times a predicted score with -x0. If the coupling is independent, the learned
+    score is ∇ log p_t. The squared error is averaged over dimensions, in at least float32.
+
+    batch: a dict of "x1", the data; "x0", the noise (standard normal if missing); "cond", the labels or None; and
+    "rows", a `flowgen.rows.Rows`. A training step adds "rows", so that the random numbers do not depend on the number
+    of devices. label_dropout: probability with which each label is replaced by -1, independently of the others.
+    log_mean: the running log-mean of the weights; -inf or None before the first step. The loss returns the updated
+    value, which only "running" normalisation needs. Raises ValueError if settings or shapes are invalid.
 
     Example:
         loss_fn = flow_matching_loss(path=CondOT(), coupling=GibbsWeights(epsilon=2.0), time=Uniform())
@@ -94,7 +96,7 @@ def residual(
     value: Float[Array, "b *event"],
     kind: Prediction,
 ) -> Float[Array, "b *event"]:
-    """Returns a prediction's error, in the prediction's own units; the error of a score is multiplied by beta.
+    """Returns the predicted quantity minus its target; for a score, this difference is multiplied by beta.
 
     Example:
         loss = mean_square(residual(path, t, pairs, point, network(t, point.x_t), "x1")).mean()
@@ -111,7 +113,7 @@ def residual(
 def rows_of(batch: dict[str, Any], key: Key[Array, ""]) -> Rows:
     """Returns the rows of a batch for a loss; creates them from `key` if the batch has none.
 
-    Raises ValueError if the batch has unknown names, or no "x1".
+    Raises ValueError if the batch contains unknown names, or lacks "x1".
 
     Example:
         pair_rows, time_rows = rows_of(batch, key).split(2)
@@ -130,11 +132,11 @@ def draw_pairs(
 ) -> Pairs:
     """Returns the pairs of a batch with their weights; every loss starts with this step.
 
-    Draws noise if the batch has none, applies the coupling (independent by default), and replaces a share of the labels
-    with -1. Weights are exp(log_weight). If the coupling is `GibbsWeights` with normalize="running", they are divided
-    by the exponential of a running mean: log_mean ← log_mean + 0.01 (log mean w - log_mean). If log_mean is -inf or
-    None, the mean starts at the value for this batch. The mean covers all devices that share the batch. No gradient
-    flows through the weights.
+    Draws noise if the batch has none, applies the coupling (independent by default), and replaces each label with -1
+    with probability label_dropout. The weights are w = exp(log_weight). If the coupling is `GibbsWeights` with
+    normalize="running", the weights are divided by exp(log_mean), after log_mean is updated for this batch:
+    log_mean ← log_mean + 0.01 (log mean w - log_mean). If log_mean is -inf or None, it starts at the value for this
+    batch. The mean of w covers all devices that share the batch. No gradient flows through the weights.
 
     Example:
         pairs = draw_pairs(rows_of(batch, key), batch, GibbsWeights(epsilon=5.0), label_dropout=0.1)
@@ -161,8 +163,9 @@ def couple(
 ) -> Coupled:
     """Returns the coupled pairs for these rows; first gathers the rows of all devices if the coupling needs them.
 
-    The attribute `sees` of a coupling is "row" if it treats each pair separately. It is "device" if the coupling uses
-    only the rows of one device; the result then depends on the number of devices. Otherwise it is "global".
+    The attribute `sees` of a coupling is "row" if the coupling treats each pair separately. It is "device" if the
+    coupling uses only the rows of one device; the result then depends on the number of devices. Otherwise, it is
+    "global", which is the default.
 
     Example:
         x0, x1, cond, log_weight = couple(rows, MinibatchOT(), x0, x1, labels)
@@ -182,7 +185,7 @@ def _coupled(result: Any) -> Coupled:
 
 
 def followed_log_mean(log_mean: Float[Array, ""] | None, found: Float[Array, ""]) -> Float[Array, ""]:
-    """Returns the running log-mean after a batch whose log-mean is `found`; the first batch sets its initial value.
+    """Returns the running log-mean after a batch whose log-mean is `found`; the first batch sets the initial value.
 
     Example:
         log_mean = followed_log_mean(log_mean, log_mean_exp(log_weight))
@@ -204,7 +207,7 @@ def combined_log_mean(before: Float[Array, ""], followed: Float[Array, " parts"]
 
 
 def draw_point(rows: Rows, path: Path, t: Float[Array, " b"], pairs: Pairs) -> PathSample:
-    """Returns x_t and u_t of each pair; a path with spread draws each pair's noise with the key of its row.
+    """Returns x_t and u_t of each pair. A path with a spread draws the noise of a pair with the key of that pair's row.
 
     Example:
         point = draw_point(path_rows, CondOT(), t, pairs)

@@ -1,12 +1,13 @@
 """MeanFlow: average velocity over an interval of the path, for sampling in one step (Geng et al., arXiv 2505.13447).
 
-u(t, x, cond, interval) = 1/interval ∫ v(τ, x_τ) dτ over [t, t + interval], along the trajectory through x at t. For
-interval 0, u is v itself. Multiplying by interval and differentiating along the trajectory gives the identity below.
-The end t + interval is fixed, so interval decreases as t increases:
+The average velocity is u(t, x, cond, interval) = 1/interval ∫ v(τ, x_τ) dτ over [t, t + interval], along the trajectory
+that passes through x at time t. For interval 0, u is v itself. Multiply this equation by interval, and differentiate it
+along the trajectory. The end t + interval is fixed, so interval decreases as t increases. The result is the identity
 
     u = v + interval · du/dt,    du/dt = ∂u/∂t + (∂u/∂x) v - ∂u/∂interval                               (identity)
 
-The paper has noise at t = 1 and fits u = v - (t - r) du/dt. Here data are at t = 1, and interval is the paper's t - r.
+In the paper, noise is at t = 1, and the identity is u = v - (t - r) du/dt. Here, data are at t = 1, and interval is the
+paper's t - r.
 """
 
 from __future__ import annotations
@@ -41,9 +42,9 @@ from flowgen.matching.times import LogitNormal
 
 AverageVelocity = Callable[[Array, Array, Any, Array], Array]
 
-# The published code has noise at t = 1 and draws logit-normal times with mean -0.4, which corresponds to 0.4 here.
+# The published code draws logit-normal times with mean -0.4. Noise is at t = 1 there, so the mean becomes 0.4 here.
 PUBLISHED_TIME = LogitNormal(mean=0.4, std=1.0)
-# Added to the squared error in the divisor of the adaptive weight.
+# Number added to the squared error in the denominator of the adaptive weight.
 ADAPTIVE_OFFSET = 0.01
 
 
@@ -59,17 +60,19 @@ def mean_flow_loss(
 ) -> Loss:
     """Returns loss_fn(average_velocity, batch, key, log_mean=None) -> (loss, metrics, log_mean).
 
-    The loss is E[w a |u(t, x_t, interval) - target|²] with target = v + interval · du/dt from the identity above. Here
-    v is the path's u_t, and du/dt is one Jacobian-vector product. The square is *summed* over dimensions, as in the
-    published code, and a = 1 / (square + 0.01)^power is its adaptive weight. No gradient flows through target or a. t
-    and t + interval are the smaller and the larger of two draws from `time`. The defaults are the published ones.
+    The loss is E[w a |u(t, x_t, interval) - target|²]. Its target is v + interval · du/dt, the right-hand side of the
+    identity in the docstring of this module. Here v is the path's u_t, and du/dt takes one Jacobian-vector product. The
+    square is *summed* over dimensions, as in the published code, and a = 1 / (square + 0.01)^power is its adaptive
+    weight. No gradient flows through the target or a. Two times are drawn from `time`; the smaller is t, and the larger
+    is t + interval. The defaults are the published settings.
 
-    instantaneous: share of the pairs with interval 0. power: with power 1, the contribution of each pair stays below 1,
-    so monitor "unweighted_loss", the square averaged over dimensions. In high dimensions, all squares are similar. In
-    low dimensions, the weight moves the minimum towards the most likely target, so use power 0. guidance_weight: w in
-    (1 + w) v - w u(t, x, -1, 0), which replaces v if the label is not -1; one step then draws guided samples. Guidance
-    needs integer labels, and a label_dropout above 0 to train the field for -1. batch, label_dropout and log_mean: see
-    `flow_matching_loss`. Raises ValueError if settings are invalid.
+    instantaneous: share of the pairs whose interval is set to 0. power: exponent of the adaptive weight. With power 1,
+    the contribution of each pair stays below 1, so monitor "unweighted_loss", which is the square averaged over
+    dimensions. In high dimensions, all squares are similar, and so are the weights. In low dimensions, the weights move
+    the minimum of the loss towards the most likely target, so use power 0. guidance_weight: w in
+    (1 + w) v - w u(t, x, -1, 0), which replaces v if the label is not -1. One step then draws guided samples. Guidance
+    requires integer labels. It also requires a label_dropout above 0, which trains the field for the label -1. batch,
+    label_dropout and log_mean: see `flow_matching_loss`. Raises ValueError if settings are invalid.
 
     Example:
         loss_fn = mean_flow_loss(coupling=MinibatchOT())
@@ -133,8 +136,9 @@ def average_and_target(
 ) -> tuple[Float[Array, "b *event"], Float[Array, "b *event"]]:
     """Returns u(t, x_t, cond, interval) and its target, the right-hand side of the identity: v + interval · du/dt.
 
-    No gradient flows through the target. The two agree if u is the average velocity of the field v. If v contains the
-    velocities of single pairs, they agree in expectation, because the target is affine in v.
+    No gradient flows through the target. If u is the average velocity of the field v, then u equals the target. If v
+    contains the velocities of single pairs instead, u equals the target in expectation, because the target is affine in
+    v.
 
     Example:
         u, target = average_and_target(average_velocity, t, x_t, None, interval, v)
@@ -174,9 +178,10 @@ def guided_target(
 def integrate_mean(
     average_velocity: AverageVelocity, x0: Float[Array, "b *event"], cond: Any = None, *, num_steps: int = 1
 ) -> tuple[Float[Array, "b *event"], int]:
-    """Returns samples, drawn in equal steps x ← x + interval · u(t, x, cond, interval), and the number of evaluations.
+    """Returns samples and the number of evaluations.
 
-    Raises ValueError for fewer than one step.
+    The steps x ← x + interval · u(t, x, cond, interval) have equal intervals. Raises ValueError for fewer than one
+    step.
 
     Example:
         x1, nfe = integrate_mean(average_velocity, x0, labels, num_steps=1)

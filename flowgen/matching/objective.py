@@ -1,4 +1,4 @@
-"""Training options for a velocity network, as plain data, and the objective for the training loop."""
+"""Training options of a velocity network, as plain data, and the objective that the training loop minimises."""
 
 from __future__ import annotations
 
@@ -39,15 +39,16 @@ from flowgen.settings.ranges import Fraction, NonNegative
 
 # The collection in the train state that stores the running log-mean of the weights.
 STATE = "matching"
-# Number of pairs for choosing epsilon and checking the tilt: enough for a mean, yet the cost matrix fits in memory.
+# Number of pairs for choosing epsilon and checking the tilt. The pairs suffice for estimating a mean, and their cost
+# matrix fits in memory.
 REPORT_PAIRS = 1024
 
 
 @config
 class FlowMatching:
-    """Regression of the velocity.
+    """Regression of the velocity, or of another quantity that determines the velocity.
 
-    prediction: what the network predicts.
+    prediction: the quantity that the network predicts.
     """
 
     prediction: Prediction = "velocity"
@@ -69,11 +70,11 @@ class MeanFlow:
 
 @config
 class MatchingConfig:
-    """Loss, path, coupling and times: four independent choices.
+    """Loss, path, coupling and times, each of which is chosen independently.
 
     loss: the regression loss.
     path: probability path between noise and data.
-    coupling: how noise and data are paired, and the weight of each pair.
+    coupling: rule that pairs noise with data, and weights the pairs.
     time: distribution of training times.
     """
 
@@ -99,11 +100,11 @@ class MatchingConfig:
 
     @property
     def prediction(self) -> Prediction:
-        """What the network predicts."""
+        """The quantity that the network predicts."""
         return self.loss.prediction if isinstance(self.loss, FlowMatching) else "velocity"
 
     def fitted(self, x0: Float[Array, "b *event"], x1: Float[Array, "b *event"]) -> MatchingConfig:
-        """Returns this config; an epsilon of None is replaced by one chosen from samples of noise and data.
+        """Returns this config; if epsilon is None, it is first chosen from samples of noise and data.
 
         Warns (UserWarning) if plain Gibbs weights tilt noise or data more than they couple the two.
         """
@@ -116,7 +117,7 @@ class MatchingConfig:
         return dataclasses.replace(self, coupling=coupling)
 
     def loss_fn(self, *, label_dropout: float = 0.0) -> Loss:
-        """Returns the loss function of this config."""
+        """Returns the loss function that this config describes."""
         if isinstance(self.loss, MeanFlow):
             return mean_flow_loss(
                 path=self.path,
@@ -150,11 +151,11 @@ def matching_objective(
 ) -> Callable[..., tuple]:
     """Returns the objective (variables, batch, key) -> (loss, metrics[, carried state]) of a velocity network.
 
-    pairs(key, batch): returns the input of `loss_fn`: "x1", and optionally "x0" and "cond". Each device gets a
-    different key, but draws with `batch_rows(batch, key, num)` are the same on any number of devices. The carried state
-    is the running log-mean of the weights; it is returned if `variables` has the collection "matching". train: apply
-    dropout. If the network's config has a positive `dropout`, the network is then applied row by row, with one dropout
-    key per row.
+    pairs(key, batch): a function that returns the input of `loss_fn`: "x1", and optionally "x0" and "cond". Each device
+    gets a different key, but random numbers from `batch_rows(batch, key, num)` are the same on any number of devices.
+    The carried state is the running log-mean of the weights; it is returned if `variables` has the collection
+    "matching". train: whether to apply dropout. If True, and if the network's config has a positive `dropout`, the
+    network is applied to each row separately, with one dropout key per row.
 
     Example:
         pairs = lambda key, batch: {"x1": from_uint8(batch.pixels)}
@@ -197,8 +198,9 @@ def combined_state(before: dict[str, Any], parts: dict[str, Any]) -> dict[str, A
 def velocity_field(network: Any, variables: Any, matching: MatchingConfig) -> Velocity:
     """Returns the velocity function (t, x, cond) -> v of a trained network, whatever the network predicts.
 
-    A prediction of x1, noise or score is evaluated and converted only where alpha/beta is between 0.02 and 50: closer
-    to an end of the path, the conversion would amplify its error without bound.
+    If the network predicts x1, noise or a score, its output is evaluated and converted only at times at which
+    alpha/beta is between 0.02 and 50. Closer to the ends of the path, the conversion would amplify the network's error
+    without bound.
 
     Example:
         x1, nfe = integrate(velocity_field(network, variables, matching), x0, labels)

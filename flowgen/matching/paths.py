@@ -16,7 +16,7 @@ from flowgen.matching.checks import check_pair
 from flowgen.settings import config
 from flowgen.settings.ranges import NonNegative, Positive, ProperFraction, Within
 
-# Conversions, unlike paths, are singular at both ends, so they stay this far from them, in time and in alpha/beta.
+# Unlike paths, conversions are singular at both ends of a path. They stay this far away, in time and in alpha/beta.
 SMALLEST = 1e-5
 
 
@@ -39,7 +39,7 @@ class PathSample(NamedTuple):
 
 @runtime_checkable
 class Path(Protocol):
-    """The interface of a path that losses and samplers use."""
+    """The interface through which losses and samplers use a path."""
 
     def schedule(self, t: Float[Array, "*t"]) -> Schedule:
         """Returns alpha, beta and their derivatives."""
@@ -52,7 +52,7 @@ class Path(Protocol):
         ...
 
     def __hash__(self) -> int:
-        """Returns equal numbers for equal paths, like the hash of a frozen dataclass."""
+        """Returns equal numbers for equal paths, as the hash of a frozen dataclass does."""
         ...
 
 
@@ -81,7 +81,7 @@ class AffinePath:
 
 @config
 class CondOT(AffinePath):
-    """The straight line x_t = (1 - t) x0 + t x1 (Lipman 2210.02747, Tong 2302.00482).
+    """The straight line x_t = (1 - t) x0 + t x1 (arXiv 2210.02747, arXiv 2302.00482).
 
     sigma: Gaussian spread around the line; 0 for none.
     """
@@ -98,11 +98,11 @@ class CondOT(AffinePath):
 
 @config
 class Target(AffinePath):
-    """Lipman's path with a narrow end: x_t = t x1 + (1 - (1 - sigma_min) t) x0, with standard normal x0.
+    """Lipman's path to a narrow Gaussian around x1: x_t = t x1 + (1 - (1 - sigma_min) t) x0, with standard normal x0.
 
-    The target x1 - (1 - sigma_min) x0 equals the published one, but is written with x0 to avoid 0/0 at t = 1.
+    The target x1 - (1 - sigma_min) x0 equals the published one, but it is written in terms of x0 to avoid 0/0 at t = 1.
 
-    sigma_min: standard deviation around x1 at t = 1; at least 0 and below 1.
+    sigma_min: standard deviation of x_t around x1 at t = 1; at least 0 and below 1.
     """
 
     sigma_min: ProperFraction = 0.0
@@ -113,7 +113,7 @@ class Target(AffinePath):
 
 @config
 class Trigonometric(AffinePath):
-    """The variance-preserving cosine path x_t = sin(πt/2) x1 + cos(πt/2) x0 (Albergo 2209.15571).
+    """The variance-preserving cosine path x_t = sin(πt/2) x1 + cos(πt/2) x0 (arXiv 2209.15571).
 
     sigma: Gaussian spread around the path; 0 for none.
     """
@@ -146,7 +146,7 @@ class Polynomial(AffinePath):
 
 @config
 class VariancePreserving(AffinePath):
-    """The diffusion path alpha = e^(-T/2), beta = √(1 - e^(-T)), T = (1-t)²(B-b)/2 + (1-t)b (Song 2011.13456).
+    """The diffusion path alpha = e^(-T/2), beta = √(1 - e^(-T)), T = (1-t)²(B-b)/2 + (1-t)b (arXiv 2011.13456).
 
     beta_min: b, positive.
     beta_max: B, at least b.
@@ -172,8 +172,8 @@ class VariancePreserving(AffinePath):
 class LinearVariancePreserving(AffinePath):
     """The variance-preserving path with linear alpha: x_t = t x1 + √(1 - t²) x0.
 
-    beta' = -t/beta is infinite at t = 1. The divisor is therefore at least √1e-5, which is the value of beta at
-    t = 1 - 5e-6.
+    The derivative beta' = -t/beta is infinite at t = 1. The code therefore divides by at least √1e-5, which is the
+    value of beta at t = 1 - 5e-6.
 
     Example:
         point = LinearVariancePreserving().sample(key, t, x0, x1)
@@ -186,10 +186,10 @@ class LinearVariancePreserving(AffinePath):
 
 @config
 class SchroedingerBridge:
-    """The Brownian bridge x_t = (1-t) x0 + t x1 + sigma √(t(1-t)) noise, for entropic couplings (Tong 2307.03672).
+    """The Brownian bridge x_t = (1-t) x0 + t x1 + sigma √(t(1-t)) noise, for entropic couplings (arXiv 2307.03672).
 
-    u_t = (1 - 2t) / (2t(1-t)) (x_t - mean) + x1 - x0. In terms of the noise, u_t diverges only like t^-½ at t = 0 and
-    (1-t)^-½ at t = 1. Times are clipped to stay 1e-5 away from both ends.
+    The target is u_t = (1 - 2t) / (2t(1-t)) (x_t - mean) + x1 - x0. Written in terms of the noise, u_t diverges only
+    like t^-½ at t = 0, and like (1-t)^-½ at t = 1. Times are clipped to stay 1e-5 away from both ends.
 
     sigma: standard deviation of the bridge's noise; positive.
     """
@@ -206,13 +206,13 @@ class SchroedingerBridge:
         t = jnp.clip(t, SMALLEST, 1 - SMALLEST)
         noise = jax.random.normal(key, x0.shape, x0.dtype)
         spread = jnp.sqrt(t * (1 - t))
-        # Computed before rounding to the dtype of x0: in bfloat16, times above 0.998 become 1.
+        # Compute these factors before rounding to the dtype of x0, because in bfloat16, times above 0.998 become 1.
         alpha, beta, width, rate = (over_event(c, x0) for c in (t, 1 - t, spread, (1 - 2 * t) / (2 * spread)))
         x_t = beta * x0 + alpha * x1 + self.sigma * width * noise
         return PathSample(x_t, self.sigma * rate * noise + x1 - x0, noise)
 
     def score_scale(self, t: Float[Array, " b"]) -> Float[Array, " b"]:
-        """Returns lambda_t = 2 √(t(1-t)) / sigma, the factor in score matching, which fits lambda_t s to -noise."""
+        """Returns lambda_t = 2 √(t(1-t)) / sigma; score matching fits lambda_t times the scaled score to -noise."""
         return 2 * jnp.sqrt(t * (1 - t)) / self.sigma
 
 
@@ -222,5 +222,5 @@ def schedule_over(path: Path, t: Float[Array, " b"], x: Float[Array, "b *event"]
 
 
 def over_event(t: Float[Array, "..."], x: Float[Array, "b *event"]) -> Float[Array, "..."]:
-    """Returns one number per sample, in the dtype of x and in a shape that broadcasts over x."""
+    """Returns t, which has one number per sample, in the dtype of x and in a shape that broadcasts over x."""
     return t.reshape(t.shape + (1,) * (x.ndim - t.ndim)).astype(x.dtype)

@@ -1,4 +1,4 @@
-"""Transport plans over a batch: exact assignment on the host, Sinkhorn's entropic plan in the compiled program."""
+"""Transport plans over a batch. Exact plans are computed on the host, entropic plans in the compiled program."""
 
 from __future__ import annotations
 
@@ -14,10 +14,11 @@ from scipy.optimize import linear_sum_assignment
 
 from flowgen.backend import call_host, keep_axes, varying
 
-# Settings of the Sinkhorn potentials that speed up the assignment: epsilon (in units of the mean cost) and sweeps.
+# Sinkhorn potentials speed up the assignment. Their settings are epsilon, in units of the mean cost, and the number of
+# sweeps.
 ASSIGNMENT_EPSILON, ASSIGNMENT_SWEEPS = 0.02, 5
-# Epsilon starts at the mean cost and falls by the factor ANNEALING per stage. All stages but the last are solved to the
-# tolerance ROUGHLY, in at most ROUGH_SWEEPS sweeps.
+# Epsilon starts at the mean cost, and is divided by ANNEALING after each stage. All stages except the last are solved
+# only to the tolerance ROUGHLY, in at most ROUGH_SWEEPS sweeps.
 ANNEALING, ROUGHLY, ROUGH_SWEEPS = 4.0, 0.1, 50
 # Over-relaxation factor of a sweep while the error decreases (Thibault et al., arXiv 1711.01851).
 OVER_RELAXATION = 1.8
@@ -26,8 +27,8 @@ OVER_RELAXATION = 1.8
 class EntropicPlan(NamedTuple):
     """A transport plan over a batch. Row sums are exact; `error` is the mean relative deviation of the column sums.
 
-    log_plan: log of b² times the plan, so that rows and columns have mean 1. sweeps: number of sweeps in the last
-    stage.
+    log_plan: log of b² times the plan. The rows and columns of b² times the plan have mean 1. sweeps: number of sweeps
+    in the last stage.
     """
 
     log_plan: Float[Array, "b b"]
@@ -40,10 +41,11 @@ def entropic_plan(
 ) -> EntropicPlan:
     """Returns the plan over the `allowed` pairs that minimises cost minus epsilon times entropy.
 
-    epsilon is in units of the mean cost. The method is Sinkhorn's iteration in the log domain with decreasing epsilon.
-    After each stage, the potentials are added to the matrix; the next potentials are then small, and the marginals are
-    accurate to float32. Sweeps end when the row and column sums are within `tolerance`, or after max_sweeps sweeps
-    in the last stage, so check `error`. The diagonal must be allowed. If all costs are 0, the plan is uniform.
+    epsilon is in units of the mean cost. The method is Sinkhorn's iteration in the log domain, in stages with
+    decreasing epsilon. After each stage, the potentials are added to the matrix, so that the potentials of the next
+    stage are small and the marginals are accurate to float32. The last stage ends when the row and column sums are
+    within `tolerance`, or after max_sweeps sweeps, so check `error`. The diagonal must be allowed. If all costs are 0,
+    the plan is uniform.
     """
     solve = partial(_entropic_plan, epsilon=epsilon, tolerance=tolerance, max_sweeps=max_sweeps)
     return EntropicPlan(*keep_axes(solve, cost, allowed, named=[(cost, "b m")], out=("b m", "", "")))
@@ -76,7 +78,7 @@ def _entropic_plan(
 
 def relative_cost(cost: Float[Array, "b m"]) -> Float[Array, "b m"]:
     """Returns costs of any magnitude in units of their mean; zeros if all are 0."""
-    # Clip the divisor to numbers that float32 can divide by.
+    # Clip the divisor to the range of numbers by which float32 can divide.
     scaled = cost / jnp.clip(jnp.abs(cost).max(), 1e-30, 1e30)
     mean = scaled.mean()
     return scaled / jnp.where(mean == 0, 1, mean)
@@ -94,7 +96,10 @@ def _falling(epsilon: float) -> list[float]:
 def _potentials(
     logits: Float[Array, "b b"], tolerance: Float[Array, ""], most: Int[Array, ""]
 ) -> tuple[Float[Array, " b"], Float[Array, " b"], Int[Array, ""]]:
-    """Returns f, g and the sweep count; rows and columns of exp(logits + f + g) have mean 1 within the tolerance."""
+    """Returns f, g and the number of sweeps. Rows and columns of exp(logits + f + g) have mean 1 within the tolerance.
+
+    The tolerance is missed if `most` sweeps do not suffice.
+    """
     log_size = jnp.log(jnp.asarray(len(logits), logits.dtype))
 
     def sweep(state):
@@ -141,7 +146,7 @@ def sinkhorn_potentials(logits: Float[Array, "b b"], num_sweeps: int) -> tuple[F
 
 
 def corrected_log_weight(logits: Float[Array, "b b"], num_sweeps: int) -> Float[Array, " b"]:
-    """Returns the log-weights logits_ii + f_i + g_i of the pairs (i, i) in the plan with the batch's marginals."""
+    """Returns the log-weights logits_ii + f_i + g_i of the pairs (i, i) in the entropic plan over the batch."""
 
     def solve(logits):
         f, g = sinkhorn_potentials(logits, num_sweeps)
@@ -151,10 +156,11 @@ def corrected_log_weight(logits: Float[Array, "b b"], num_sweeps: int) -> Float[
 
 
 def assignment(cost: Float[Array, "b b"]) -> Int[Array, " b"]:
-    """Returns the column of each row in the assignment with the smallest total cost; scipy solves it on the host.
+    """Returns the column of each row in the assignment with the smallest total cost, which scipy computes on the host.
 
-    Sinkhorn potentials, one constant per row and column, are first subtracted from the costs. This does not change the
-    optimum, and roughly halves scipy's time. Costs that are not finite count as 0.
+    First, Sinkhorn potentials are subtracted from the costs: one constant from each row and one from each column. This
+    does not change the optimal assignment, and roughly halves scipy's running time. Costs that are not finite count as
+    0.
     """
     return keep_axes(_assignment, cost, named=[(cost, "b m")], out="b")
 

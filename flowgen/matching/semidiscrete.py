@@ -1,8 +1,8 @@
 """Semidiscrete optimal transport: each new x0 is paired with a sample from the whole dataset, not from a batch.
 
-The plan partitions space: x0 goes to argmax_j (g_j - |x0 - y_j|²). The potentials g, one number per data point, give
-each data point a cell of equal probability. They are learned once, before training (Mousavi-Hosseini et al.,
-arXiv 2509.25519).
+The plan partitions the space of noise into cells, one for each data point y_j. It pairs x0 with the y_j for which
+g_j - |x0 - y_j|² is largest. The potentials g, one number per data point, make all cells equally probable. They are
+learned once, before training (Mousavi-Hosseini et al., arXiv 2509.25519).
 """
 
 from __future__ import annotations
@@ -26,9 +26,9 @@ _OTT = (
     "ott.problems.linear.semidiscrete_linear_problem",
     "ott.solvers.linear.semidiscrete",
 )
-# Adam's initial learning rate, before cosine decay. The unit is the standard deviation of one x0's costs over the data.
+# Adam's learning rate before cosine decay, in units of the standard deviation of the costs from one x0 to all data.
 LEARNING_RATE = 0.05
-# Weight of the newest potentials in the running mean, which is the result.
+# Weight of the newest potentials in their running mean. The fit returns this mean.
 AVERAGING = 0.02
 
 
@@ -36,10 +36,11 @@ AVERAGING = 0.02
 class SemidiscreteOT:
     """Pairs each x0 with the data point whose cell contains it; all weights are 1.
 
-    These data points and their labels replace those of the batch. y: the dataset. potentials: from `fit_semidiscrete`,
-    or any other solver for the squared Euclidean cost. labels: the data's labels, returned as cond. A class is then
-    trained only on the noise in its cells, but sampled from all noise. Therefore use this coupling for unconditional
-    models, or with guidance that accounts for the difference. A call needs memory for a b x n matrix.
+    These data points and their labels replace those of the batch. y: the dataset. potentials: potentials from
+    `fit_semidiscrete`, or from any other solver for the squared Euclidean cost. labels: labels of the data, which are
+    returned as cond. With labels, a class is trained only on the noise in its cells, but sampled from all noise.
+    Therefore, use this coupling for unconditional models, or with guidance that accounts for the difference. A call
+    needs memory for a b x n matrix.
 
     Raises ValueError if shapes do not match, or if the batch has a condition and the data have no labels.
 
@@ -74,9 +75,9 @@ class SemidiscreteOT:
 
 
 class SemidiscreteFit(NamedTuple):
-    """A fitted coupling and its error: the χ² divergence of the cells' probabilities from equal probabilities.
+    """A fitted coupling and its error, the χ² divergence of the cells' probabilities from equal probabilities.
 
-    The error is an unbiased estimate from draws of noise. For exact potentials it is about 0 and may be negative.
+    The error is an unbiased estimate from samples of noise. For exact potentials, it is close to 0 and may be negative.
     """
 
     coupling: SemidiscreteOT
@@ -92,11 +93,12 @@ def fit_semidiscrete(
     num_steps: int = 2000,
     batch_size: int = 1024,
 ) -> SemidiscreteFit:
-    """Returns the semidiscrete coupling of a noise distribution with the data y, and its remaining error.
+    """Returns the semidiscrete coupling of a noise distribution with the data y, and the coupling's remaining error.
 
     OTT-JAX optimises the dual of the transport problem with Adam, on num_steps batches of noise. noise: a function
-    (key, shape, dtype) -> x0. Larger datasets need more steps and larger batches: in total, each data point should be
-    hit dozens of times. Raises ModuleNotFoundError if OTT-JAX is not installed, and ValueError if settings are invalid.
+    (key, shape, dtype) -> x0. Larger datasets need more steps and larger batches: over all steps, each data point
+    should be paired with dozens of noise samples. Raises ModuleNotFoundError if OTT-JAX is not installed, and
+    ValueError if settings are invalid.
 
     Example:
         coupling, error = fit_semidiscrete(jax.random.key(0), images, labels)

@@ -48,14 +48,16 @@ def integrate(
 ) -> tuple[Float[Array, "b *event"], int | Int[Array, ""]]:
     """Returns the state at the end of the time grid and the number of velocity evaluations.
 
-    times: the grid, increasing within [0, 1]; if None, num_steps equal steps. reverse: integrate from data to noise,
-    backwards over the grid. velocity(t, x, cond) gets t of shape `b`. The state is accumulated in at least float32,
-    whatever the dtype of x0. Outside jit, every call recompiles the scan over steps, so jit the caller.
+    times: the time grid, which must increase within [0, 1]; if None, num_steps equal steps. reverse: whether to
+    integrate backwards over the grid, from data to noise. velocity(t, x, cond) is called with t of shape `b`. The state
+    is accumulated in at least float32, whatever the dtype of x0. Outside jit, every call recompiles the scan over
+    steps, so apply jit to the calling function.
 
-    method "dopri5" adapts its step sizes, which are the same for the whole batch, to keep the root mean square of error
-    / (atol + rtol |x|) over the batch below 1. It ignores num_steps, raises ValueError if times are given, and returns
-    the count as an int32 array. It supports only reverse-mode differentiation. If max_steps steps are not enough, it
-    raises RuntimeError, or returns NaN inside jit. It raises ModuleNotFoundError if diffrax is not installed.
+    The method "dopri5" adapts its step sizes, which are the same for the whole batch. It keeps the root mean square of
+    error / (atol + rtol |x|), taken over the batch, below 1. It ignores num_steps, raises ValueError if times are
+    given, and returns the number of evaluations as an int32 array. It supports only reverse-mode differentiation. If it
+    needs more than max_steps steps, it raises RuntimeError outside jit, and returns NaN inside jit. It raises
+    ModuleNotFoundError if diffrax is not installed.
 
     Raises ValueError for an unknown method, fewer than one step, a grid that does not increase within [0, 1], an
     integer x0, or a velocity whose shape differs from the shape of x.
@@ -85,8 +87,8 @@ def trajectory(
 ) -> tuple[Any, int]:
     """Returns the states at all times of the grid, `steps+1 b *event`, and the number of velocity evaluations.
 
-    keep: if False, return only the last state, `b *event`. The other settings and errors are the same as for
-    `integrate` with a fixed-step method.
+    keep: whether to return all states; if False, only the last state is returned, `b *event`. The other settings and
+    errors are the same as for `integrate` with a fixed-step method.
 
     Example:
         path, nfe = trajectory(velocity, x0, num_steps=100, method="rk4")
@@ -167,7 +169,7 @@ def _adaptive(
             f"dopri5 did not finish within max_steps={max_steps}; increase max_steps, loosen rtol={rtol} and "
             f"atol={atol}, or use a fixed-step method. A NaN velocity also causes this error."
         )
-    # A step, accepted or not, has seven stages, but the first is known from the last accepted step.
+    # Every step has seven stages, even if it is rejected, but the first stage is known from the last accepted step.
     evaluations = 6 * solution.stats["num_steps"] + 1
     x1 = solution.ys[0] + nan_if(jnp.logical_not(arrived), dtype)
     return x1.astype(x0.dtype), jnp.asarray(evaluations, jnp.int32)
@@ -195,11 +197,11 @@ def time_grid(num_steps: int, times: Sequence[float] | np.ndarray | None) -> Flo
 
 
 def edm_times(num_steps: int) -> tuple[float, ...]:
-    """Returns EDM's grid of num_steps + 1 times for `integrate(times=...)`, which is finer near the data.
+    """Returns EDM's grid of num_steps + 1 times for `integrate(times=...)`; the grid is finer near the data.
 
-    t = 1 / (1 + sigma) with sigma_i = (80^(1/7) + i/(num_steps - 1) (0.002^(1/7) - 80^(1/7)))^7, and sigma = 0 at the
-    end (Karras et al., arXiv 2206.00364). The grid starts at t = 1/81, where x0 is used in place of x_t. Raises
-    ValueError for fewer than two steps.
+    The times are t = 1 / (1 + sigma), where sigma_i = (80^(1/7) + i/(num_steps - 1) (0.002^(1/7) - 80^(1/7)))^7, and
+    sigma = 0 at the end (Karras et al., arXiv 2206.00364). The grid starts at t = 1/81, where x0 is used in place of
+    x_t. Raises ValueError for fewer than two steps.
 
     Example:
         x1, nfe = integrate(velocity, x0, method="heun", times=edm_times(25))
@@ -221,12 +223,13 @@ def guided(
 ) -> Velocity:
     """Returns the velocity field with classifier-free guidance (Ho and Salimans, arXiv 2207.12598).
 
-    Give the strength of the guidance in one of two conventions, which agree for scale = 1 + weight. scale: v_u + scale
-    (v_c - v_u), so 1 gives v_c. weight: (1 + weight) v_c - weight v_u, so 0 gives v_c. The network evaluates v_c and
-    v_u in one batch. unconditional: the value of cond that means "no condition", such as -1 for labels; it has the
-    structure of cond, with one value for all samples or one for each. interval: guidance acts only at times within it;
-    outside, the field is v_c (Kynkäänniemi et al., arXiv 2404.07724). Raises ValueError unless exactly one of scale and
-    weight is given. The returned field raises ValueError if cond is None.
+    Let v_c be the velocity with the condition, and v_u the velocity without it. The network evaluates both in one
+    batch. Give the strength of the guidance in one of two conventions, which agree for scale = 1 + weight. scale: the
+    field is v_u + scale (v_c - v_u), so scale 1 gives v_c. weight: the field is (1 + weight) v_c - weight v_u, so
+    weight 0 gives v_c. unconditional: the value of cond that means "no condition", such as -1 for labels; it has the
+    structure of cond, with one value for all samples or one for each. interval: range of times in which guidance acts;
+    outside this range, the field is v_c (Kynkäänniemi et al., arXiv 2404.07724). Raises ValueError unless exactly one
+    of scale and weight is given. The returned field raises ValueError if cond is None.
 
     Example:
         x1, nfe = integrate(guided(velocity, -1, scale=2.0), x0, labels)
@@ -272,7 +275,7 @@ def integrate_sde(
     """Returns samples of dX = (v + g²/2 · score) dt + g dW, and the total number of evaluations of velocity and score.
 
     For any g(t) ≥ 0, the SDE has the same marginals as the ODE. The method is Euler-Maruyama; the last step adds no
-    noise. diffusion: g as a function of t. score(t, x, cond): ∇ log p_t, for instance from
+    noise. diffusion: g as a function of t. score(t, x, cond): a function that returns ∇ log p_t, for instance with
     `flowgen.matching.velocity_to_score`.
 
     Example:

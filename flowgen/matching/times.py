@@ -1,4 +1,4 @@
-"""Distributions of training times on [0, 1]: functions (key, batch) -> t, as classes so that they print readably."""
+"""Distributions of training times on [0, 1]. They are called as (key, batch) -> t; as classes, they print readably."""
 
 from __future__ import annotations
 
@@ -14,7 +14,8 @@ from flowgen.settings.ranges import Positive
 class Uniform:
     """Uniform times.
 
-    stratified: for a batch of b, draw one time in each interval of length 1/b, in random order.
+    stratified: whether to divide [0, 1] into as many equal intervals as the batch has samples, and draw one time in
+    each interval; the times are in random order.
     """
 
     stratified: bool = False
@@ -27,10 +28,12 @@ class Uniform:
 
 @config
 class LogitNormal:
-    """t = sigmoid(mean + std z), z normal (Esser 2403.03206). With data at t = 1, EDM's choice is mean 1.2, std 1.2.
+    """Logit-normal times: t = sigmoid(mean + std z), where z is standard normal (Esser et al., arXiv 2403.03206).
 
-    mean: mean of the logit; if positive, times tend towards the data.
-    std: standard deviation of the logit; positive.
+    EDM's distribution corresponds to mean 1.2 and std 1.2, because data are at t = 1 here.
+
+    mean: mean of the logit of t; a positive mean favours times near the data.
+    std: standard deviation of the logit of t; positive.
     """
 
     mean: float = 0.0
@@ -42,7 +45,7 @@ class LogitNormal:
 
 @config
 class Shifted:
-    """Uniform times moved towards the noise: with s = 1 - t and k = shift, s' = k s / (1 + (k - 1) s).
+    """Uniform times shifted towards the noise: with s = 1 - t and k = shift, s' = k s / (1 + (k - 1) s).
 
     shift: k, positive; 1 for no shift.
     """
@@ -51,4 +54,4 @@ class Shifted:
 
     def __call__(self, key: Key[Array, ""], batch: int) -> Float[Array, " b"]:
         s = jax.random.uniform(key, (batch,))
-        return jnp.clip(1 - self.shift * s / (1 + (self.shift - 1) * s), 0, 1)  # rounding may leave [0, 1]
+        return jnp.clip(1 - self.shift * s / (1 + (self.shift - 1) * s), 0, 1)  # rounding may exceed [0, 1]

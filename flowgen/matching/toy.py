@@ -1,8 +1,8 @@
 """Two-dimensional distributions from the flow-matching literature, drawn on the device.
 
-Two quirks of the published toy data are kept, so that numbers are comparable. The published "variance 0.1" of the
-ring's components passes through a square root twice, which gives std 0.1^(1/4) = 0.562. The noise of the moons is one
-uniform number per point, added to both coordinates.
+This module keeps two quirks of the published toy data, so that results are comparable. The published code takes the
+square root of the "variance 0.1" of the ring's components twice, so their standard deviation is 0.1^(1/4) = 0.562. The
+noise of the moons is one uniform number per point, which is added to both coordinates.
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ def normal(key: Key[Array, ""], num: int) -> Float[Array, "num 2"]:
 
 
 def gaussian_ring(key: Key[Array, ""], num: int, components: int = 8) -> Float[Array, "num 2"]:
-    """Returns points from a mixture of equal Gaussians (std 0.562) on a ring of radius 5.
+    """Returns points from a mixture of equally likely Gaussians (std 0.562) centred on a circle of radius 5.
 
     components: number of Gaussians; 8 or 5 in the literature.
 
@@ -44,8 +44,8 @@ def gaussian_ring(key: Key[Array, ""], num: int, components: int = 8) -> Float[A
 def moons(key: Key[Array, ""], num: int, noise: float = 0.2) -> Float[Array, "num 2"]:
     """Returns points from torchdyn's two moons, multiplied by 3 and shifted by -1.
 
-    Before that, one uniform number in [0, noise) per point is added to both of its coordinates. Angles are random here;
-    the published sampler spaces them evenly.
+    Before the multiplication, a uniform number in [0, noise) is drawn for each point and added to both of its
+    coordinates. The angles are random here, whereas the published sampler spaces them evenly.
 
     Example:
         x = moons(key, 256)

@@ -4,10 +4,11 @@ Let e be the embedding of (t, interval, class). A residual block computes
 
     h = conv(silu(norm(x))),    y = skip(x) + conv(dropout(silu(norm(h + W silu(e)))))
 
-With `scale_shift_norm`, norm(h) (1 + a) + b with (a, b) = W silu(e) replaces norm(h + W silu(e)). On the way down, each
-level runs `blocks_per_level` blocks and, except for the last level, then halves the image. On the way up, each level
-has one more block, and each block also receives the corresponding output from the way down, which comes from the first
-convolution, a block or a halving. Attention is x + W' attention(norm(x)).
+With `scale_shift_norm`, norm(h + W silu(e)) is replaced by norm(h) (1 + a) + b, where (a, b) = W silu(e). On the way
+down, each level runs `blocks_per_level` blocks; each level except the last then downsamples the image by a factor of 2.
+On the way up, each level has one more block, and each block also receives a skip connection from the way down: the
+corresponding output of the first convolution, a block or a downsampling. Attention computes
+x + W' attention(norm(x)).
 """
 
 from __future__ import annotations
@@ -53,33 +54,36 @@ EMBEDDING_EXPANSION = 4
 
 @config
 class UNetConfig:
-    """Shape of a U-Net; `UNetConfig(image_size=32)` has torchcfm's shape for CIFAR-10.
+    """Architecture of a U-Net; `UNetConfig(image_size=32)` is torchcfm's architecture for CIFAR-10.
 
-    Meta's shape is `UNetConfig(image_size=32, multipliers=(2, 2, 2), blocks_per_level=4, resample="pool", head_dim=256,
-    dropout=0.3, scale_shift_norm=True)`. Both implementations embed t unscaled, as with `time_scale=1.0`.
+    Meta's architecture is `UNetConfig(image_size=32, multipliers=(2, 2, 2), blocks_per_level=4, resample="pool",
+    head_dim=256, dropout=0.3, scale_shift_norm=True)`. Both implementations embed t unscaled, as with `time_scale=1.0`.
 
     image_size: side in pixels, or (height, width).
     channels: number of channels of the images.
     width: number of channels of the first level, a multiple of num_groups.
-    multipliers: channels of each level, as multiples of width; each level but the last halves the image.
+    multipliers: number of channels of each level, as a multiple of width; each level except the last is followed by
+    downsampling by a factor of 2.
     blocks_per_level: number of residual blocks per level on the way down.
-    resample: "conv" halves the image with a convolution of stride 2, and doubles it by repeating pixels before a
-    convolution; "pool" halves it with the mean of four pixels, and doubles it by repeating pixels only.
-    attention_factors: blocks have attention at levels where the image is smaller by one of these factors; the middle
-    always has attention.
+    resample: "conv" downsamples with a convolution of stride 2, and upsamples by nearest-neighbour upsampling and a
+    convolution; "pool" downsamples by average pooling over 2 x 2 pixels, and upsamples by nearest-neighbour upsampling
+    alone.
+    attention_factors: downsampling factors of the levels whose blocks have attention; the middle of the network always
+    has attention.
     head_dim: number of channels per attention head; a level with fewer channels has one head.
-    attention_implementation: what computes softmax attention: "auto", "xla", "cudnn" on GPUs or "tpu" on TPUs; see
+    attention_implementation: implementation of softmax attention: "auto", "xla", "cudnn" on GPUs or "tpu" on TPUs; see
     docs/attention.md.
     num_groups: number of groups in group norm.
-    dropout: share of activations set to 0 in training; at least 0 and below 1.
+    dropout: probability with which an activation is set to 0 in training; at least 0 and below 1.
     num_classes: number of classes that the field is conditioned on; 0 for none.
-    scale_shift_norm: whether the embedding scales and shifts the normalised activations; otherwise, it is added before
-    the norm.
-    time_scale: factor on times before the sinusoidal embedding, which expects 0 to 1,000.
+    scale_shift_norm: whether the embedding scales and shifts the normalised activations; if False, the embedding is
+    added before the norm.
+    time_scale: factor by which times are multiplied before the sinusoidal embedding, which expects values from 0 to
+    1,000.
     intervals: whether to also predict average velocities over an interval (MeanFlow).
     dtype: dtype of convolutions and activations; parameters, norms, the embedding and the velocity stay float32.
-    remat: whether to recompute blocks in the backward pass instead of storing them; this saves memory but takes
-    more time.
+    remat: whether to recompute the activations of each block in the backward pass instead of storing them; this saves
+    memory but takes more time.
     """
 
     image_size: Side | tuple[Side, Side]
@@ -105,7 +109,7 @@ class UNetConfig:
         self._check_widths()
 
     def build(self) -> UNet:
-        """Returns the network of this config, without parameters."""
+        """Returns the network that this config describes, without parameters."""
         return UNet(self)
 
     def _check_sizes(self):
@@ -156,13 +160,13 @@ class UNetConfig:
 
     @property
     def num_dims(self) -> int:
-        """Number of dimensions of one image, the divisor for nats or bits per dimension."""
+        """Number of dimensions of one image, by which nats or bits are divided to give nats or bits per dimension."""
         height, width = self.image_hw
         return height * width * self.channels
 
     @property
     def level_widths(self) -> tuple[int, ...]:
-        """Channels of each level, from the full image down."""
+        """Number of channels of each level, from the full image to the lowest resolution."""
         return tuple(self.width * multiplier for multiplier in self.multipliers)
 
     @property
@@ -176,7 +180,7 @@ class UNetConfig:
 
     @property
     def softmax_shapes(self) -> tuple[SoftmaxShape, ...]:
-        """The shapes of attention at the levels that have it, and in the middle."""
+        """The shapes of the attention at the levels that have attention, and in the middle of the network."""
         height, width = self.image_hw
         return tuple(
             SoftmaxShape(height * width // 4**level, heads, channels // heads, self.dtype)
@@ -188,7 +192,7 @@ class UNetConfig:
     def shrunk(self) -> UNetConfig:
         """Returns a tiny config of the same kind, at most 8 pixels high and wide, for tests and `--debug`."""
         multipliers = tuple(min(multiplier, 2) for multiplier in self.multipliers[:2])
-        deepest = len(multipliers)  # 1 or 2: also the factor by which the last level is smaller
+        deepest = len(multipliers)  # 1 or 2, which is also the downsampling factor of the last level
         height, width = (deepest * max(1, min(8 // deepest, length // deepest)) for length in self.image_hw)
         return dataclasses.replace(
             self,
@@ -204,7 +208,7 @@ class UNetConfig:
 
 
 class UNet(OnMeshes, nn.Module):
-    """A velocity network on images `b height width c`: convolutions at several resolutions, with dropout.
+    """A velocity network for images of shape `b height width c`: convolutions at several resolutions, with dropout.
 
     Example:
         network = UNet(UNetConfig(image_size=32, num_classes=10))
@@ -223,10 +227,10 @@ class UNet(OnMeshes, nn.Module):
         *,
         train: bool = False,
     ) -> Float[Array, "b height width c"]:
-        """Returns the velocity at x and time t, averaged over `interval` if given. train: apply dropout.
+        """Returns the velocity at x and time t, averaged over `interval` if given. train: whether to apply dropout.
 
-        cond: labels, -1 for no label; inside jit, an invalid label gives NaN. Raises ValueError if x, t or cond do not
-        match the config.
+        cond: labels, where -1 means no label; inside jit, an invalid label gives NaN. Raises ValueError if x, t or cond
+        does not match the config.
         """
         config = self.config
         check_inputs(config, t, x)

@@ -1,10 +1,10 @@
 """Velocity networks for points, and the interface of all velocity networks.
 
-A velocity network is a Flax module called as `network.apply(variables, t, x, cond, interval, train=False)`. The times
-t have shape `b` and run from 0 (noise) to 1 (data). x has shape `b *event`. cond is None or integer labels of shape
-`b`, where -1 means no label. interval, of shape `b`, is for networks whose config sets `intervals`: they return the
-average velocity from t to t + interval (MeanFlow), or the velocity itself if the interval is 0 or None. The module's
-field `config` is a `NetworkConfig`.
+A velocity network is a Flax module that is called as `network.apply(variables, t, x, cond, interval, train=False)`. The
+times t have shape `b` and run from 0 (noise) to 1 (data). x has shape `b *event`. cond is None or integer labels of
+shape `b`, where -1 means no label. interval has shape `b`; only networks whose config sets `intervals` use it. They
+return the average velocity from t to t + interval (MeanFlow), or the velocity itself if interval is 0 or None. The
+module's field `config` is a `NetworkConfig`.
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ from flowgen.settings.ranges import Channels, Classes, Loops, Own, Width
 
 @runtime_checkable
 class NetworkConfig(Protocol):
-    """What an experiment needs from the config of a velocity network, which must be a frozen dataclass."""
+    """The interface that experiments require of a velocity network's config, which must be a frozen dataclass."""
 
     @property
     def event_shape(self) -> tuple[int, ...]:
@@ -50,7 +50,7 @@ OwnNetwork = Annotated[NetworkConfig, Own("a frozen dataclass with event_shape, 
 
 @config
 class MLPConfig:
-    """Shape of a velocity network for points.
+    """Architecture of a velocity network for points.
 
     dim: number of coordinates of a point.
     width: width of the hidden layers.
@@ -66,7 +66,7 @@ class MLPConfig:
     intervals: bool = False
 
     def build(self) -> VelocityMLP:
-        """Returns the network of this config, without parameters."""
+        """Returns the network that this config describes, without parameters."""
         return VelocityMLP(self)
 
     @property
@@ -80,7 +80,7 @@ class MLPConfig:
 
 
 class VelocityMLP(OnMeshes, nn.Module):
-    """A multilayer perceptron on [x, t, label] with SELU and PyTorch's initialisation, as published for 2-D data.
+    """A multilayer perceptron with input [x, t, label], SELU and PyTorch's initialisation, as published for 2-D data.
 
     Example:
         v = VelocityMLP(MLPConfig(dim=2)).apply(params, t, x)
@@ -98,7 +98,7 @@ class VelocityMLP(OnMeshes, nn.Module):
         *,
         train: bool = False,
     ) -> Float[Array, "b c"]:
-        """Returns the velocity at x and time t, averaged over `interval` if given. train: has no effect here."""
+        """Returns the velocity at x and time t, averaged over `interval` if given. train: ignored."""
         config = self.config
         check_inputs(config, t, x)
         cond = check_labels(cond, num_classes=config.num_classes, batch=len(x))
@@ -106,7 +106,7 @@ class VelocityMLP(OnMeshes, nn.Module):
         if config.intervals:
             parts.append((jnp.zeros_like(t) if interval is None else interval)[:, None].astype(x.dtype))
         if config.num_classes:
-            # All zeros means no class.
+            # A row of zeros means no class.
             parts.append(class_rows(jnp.eye(config.num_classes + 1, config.num_classes, dtype=x.dtype), cond, len(x)))
         h = jnp.concatenate(parts, axis=1)
         for _ in range(config.num_layers):
