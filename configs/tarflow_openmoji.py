@@ -2,8 +2,8 @@
 
     python train.py --config configs/tarflow_openmoji.py --workdir runs/openmoji
 
-Needs pip install -e ".[train,datasets]". We have not measured this config yet, so there is no expected metric.
-About half of the images show people in several skin tones. Held-out images therefore have near duplicates in the
+This config needs pip install -e ".[train,datasets]". We have not measured it yet, so there is no expected metric.
+About half of the images show people, each in several skin tones. Held-out images therefore have near duplicates in the
 training split, so the held-out bits/dim is optimistic.
 """
 

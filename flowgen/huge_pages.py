@@ -101,7 +101,7 @@ def restart(words: Sequence[str], environ: Mapping[str, str] = os.environ) -> No
 
 
 def _only_cpus(environ: Mapping[str, str]) -> bool:
-    """Returns whether JAX will run only on CPUs: JAX_PLATFORMS says so, or no plugin for an accelerator is installed."""
+    """Returns whether JAX will run only on CPUs: JAX_PLATFORMS says so, or no accelerator plugin is installed."""
     if asked := environ.get("JAX_PLATFORMS"):
         return asked == "cpu"
     return not any(importlib.util.find_spec(name) for name in ("jax_plugins", "libtpu"))
