@@ -59,7 +59,8 @@ def layer_form(remat: Remat, num_layers: int, stored_bytes: int, host: Host | No
     host = this_host() if host is None else host
     few = host.platform == "cpu" and num_layers <= MAX_ONE_BY_ONE
     if remat == "auto":
-        fits = isinstance(stored_bytes, int) and stored_bytes <= SHARE_OF_MEMORY * host.memory  # else symbolic
+        # If a size is symbolic, stored_bytes is not an int.
+        fits = isinstance(stored_bytes, int) and stored_bytes <= SHARE_OF_MEMORY * host.memory
         remat = not (few and fits and host.huge_pages and host.processes == 1)
     return LayerForm(recompute=remat, one_by_one=few and not remat)
 

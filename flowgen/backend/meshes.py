@@ -101,7 +101,7 @@ def keep_rows(fn: Callable[..., Any], variables: Any, *args: Any, **options: Any
     with use_abstract_mesh(automatic.abstract_mesh) if traced or not context.empty else nullcontext():
         variables, args, options = jax.tree.map(to_automatic, (variables, args, options))
         out = fn(variables, *args, **options)
-    # Inside another call of this function everything stays under automatic axes.
+    # Inside another call of this function, everything stays under automatic axes.
     return out if traced and context == automatic else jax.tree.map(to_explicit, out)
 
 
@@ -152,7 +152,7 @@ class OnMeshes:
 
     def apply(self, variables: Any, *args: Any, **options: Any) -> Any:
         """Returns the result of `flax.linen.Module.apply`, with its rows sharded like the rows of the inputs."""
-        apply: Any = getattr(super(), "apply")  # noqa: B009  (the module's, which comes next)
+        apply: Any = getattr(super(), "apply")  # noqa: B009  (the method of the module, the next class in line)
         return keep_rows(apply, variables, *args, **options)
 
 

@@ -23,7 +23,7 @@ AXIS = "rows"
 WHOLE = PartitionSpec()
 # On a CPU, a token loop over fewer rows is hardly faster, because it then spends most of its time starting operations.
 MIN_ROWS_ON_CPU = 4
-_CONFIG: Any = jax.config  # whose attributes are not typed
+_CONFIG: Any = jax.config  # The attributes of jax.config are not typed.
 
 
 def make_core_devices() -> bool:
@@ -102,7 +102,7 @@ def copies(variables: PyTree, mesh: Mesh | None) -> PyTree:
             x = np.asarray(jax.device_put(x, first))
         return jax.device_put(x, whole)
 
-    with jax.ensure_compile_time_eval():  # Inside jit, the variables of an outer function.
+    with jax.ensure_compile_time_eval():  # Inside jit, the variables may belong to an outer function.
         return jax.tree.map(copy, variables)
 
 
