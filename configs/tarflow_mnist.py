@@ -1,4 +1,5 @@
-"""TARFlow on MNIST as in the notebook of the paper's repository: 4-128-4-4-0.1, without label dropout.
+"""TARFlow on MNIST as in the notebook of the paper's repository: 4-128-4-4-0.1, without label dropout. The five numbers
+are the patch size, the width, the number of blocks, the layers per block and the standard deviation of the noise.
 
     python train.py --config configs/tarflow_mnist.py --workdir runs/mnist
 

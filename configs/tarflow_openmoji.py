@@ -1,4 +1,6 @@
-"""TARFlow on OpenMoji, 4,270 colour images at 64x64 in 11 groups: 4-384-6-4-0.05, bfloat16, for one accelerator.
+"""TARFlow on OpenMoji, 4,270 colour images at 64x64 in 11 groups: 4-384-6-4-0.05, bfloat16, for one accelerator. The
+five numbers are the patch size, the width, the number of blocks, the layers per block and the standard deviation of the
+noise.
 
     python train.py --config configs/tarflow_openmoji.py --workdir runs/openmoji
 
