@@ -1,5 +1,5 @@
-"""Video autoencoder for bouncing digits. It maps 16x16 pixels to 4x4x8 latents. The first frame becomes one latent
-frame, and so does each later pair of frames.
+"""Video autoencoder for bouncing digits. It maps frames of 16x16 pixels to latent frames of 4x4x8. The first frame of a
+clip becomes one latent frame, and so does each later pair of frames.
 
 python train.py --config configs/autoencoder_bouncing.py --workdir runs/autoencoder_bouncing
 """

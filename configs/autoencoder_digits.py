@@ -1,5 +1,5 @@
-"""Autoencoder for the built-in 8x8 digits with 4x4x4 latents, for configs/starflow_digits.py. Takes a minute or two on
-a CPU.
+"""Autoencoder for the built-in 8x8 digits with 4x4x4 latents, used by configs/starflow_digits.py. Training takes a
+minute or two on a CPU.
 
 python train.py --config configs/autoencoder_digits.py --workdir runs/autoencoder_digits
 """

@@ -1,8 +1,9 @@
-"""Autoencoder for 64x64 OpenMoji images with 16x16x4 latents, for configs/starflow_openmoji.py. Uses one accelerator.
+"""Autoencoder for 64x64 OpenMoji images with 16x16x4 latents, used by configs/starflow_openmoji.py. Training is meant
+for one accelerator.
 
     python train.py --config configs/autoencoder_openmoji.py --workdir runs/autoencoder_openmoji
 
-Needs pip install -e ".[train,datasets]". We have not measured this config yet, so there is no expected metric.
+This config needs pip install -e ".[train,datasets]". We have not measured it yet, so there is no expected metric.
 """
 
 from flowgen.codecs import AutoencoderConfig

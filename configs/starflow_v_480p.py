@@ -1,11 +1,12 @@
-"""STARFlow-V as released, with 6,890,096,528 parameters: text to video, 81 frames of 480 x 848 pixels at 16 fps.
+"""STARFlow-V as released, with 6,890,096,528 parameters. It turns texts into videos of 81 frames of 480 x 848 pixels at
+16 fps.
 
 python train.py --config configs/starflow_v_480p.py --workdir runs/t2v --data.path videos \\
     --codec.path Wan2.2-TI2V-5B-Diffusers --text.encoder flan-t5-xl
 
-Encode the latents first, with python -m flowgen encode. The published model was trained on 70 M clips and 400 M images
-and has a total VBench score of 78.67 (arXiv 2511.20462), which we have not measured. The published training skipped
-updates with a gradient norm above 1.
+Encode the latents first, with python -m flowgen encode. The published model was trained on 70 M clips and 400 M images.
+Its published total VBench score is 78.67 (arXiv 2511.20462); we have not measured this score. The published training
+skipped updates with a gradient norm above 1.
 """
 
 import dataclasses

@@ -1,6 +1,6 @@
-"""Class-conditional STARFlow-V and its denoiser on bouncing digits, 6 frames of 16x16 pixels.
+"""Class-conditional STARFlow-V and its denoiser on bouncing digits, in clips of 6 frames of 16x16 pixels.
 
-Takes 14 minutes on two cores.
+Training takes 14 minutes on two cores.
 
 python train.py --config configs/starflow_v_bouncing.py --workdir runs/bouncing
 python sample.py --checkpoint runs/bouncing --num 10 --out bouncing.gif

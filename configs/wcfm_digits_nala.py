@@ -1,4 +1,4 @@
-"""W-CFM on the built-in digits with a linear-attention DiT (NaLaFormer's kernel).
+"""W-CFM on the built-in digits with a DiT that uses linear attention with NaLaFormer's kernel.
 
 python train.py --config configs/wcfm_digits_nala.py --workdir runs/nala
 """

@@ -2,9 +2,9 @@
 
 python examples/vision_transformer.py --attention all --seeds 0 1
 
-Each digit is placed at random on a 12x12 canvas, which is cut into 16 tokens of 3x3 pixels, so that a single token says
-little. Training takes 80 epochs of 1,258 images; the 539 test images have fixed places. The results come from two cores
-of a shared CPU with other jobs running, so the seconds are rough:
+Each digit is placed at random on a 12x12 canvas, which is cut into 16 tokens of 3x3 pixels, so that a single token
+reveals little about the class. Training takes 80 epochs of 1,258 images; the positions of the 539 test images are
+fixed. The results were measured on two cores of a shared CPU that also ran other jobs, so the seconds are rough:
 
     attention      parameters test accuracy        of seeds  softmax  s/epoch
     softmax            69,386         91.3%     91.1%-91.5%     +0.0     0.14
@@ -19,11 +19,11 @@ of a shared CPU with other jobs running, so the seconds are rough:
     soft               61,066         87.8%     87.6%-87.9%     -3.5     0.41
     none               36,106         86.5%     85.3%-87.6%     -4.8     0.05
 
-With 539 images, one standard error is 1.2 points. nala and nala-hook compute the same function and differ only in their
-initial weights, so most differences between the kernels are little more than noise. Three rows differ by more: the
-whole NaLaFormer layer, with its gate and 5x5 convolution; SOFT, with tied keys and 4 landmarks; and the control without
-attention. The settings were tuned on softmax attention and on the control. With 16 tokens, softmax is also the fastest;
-linear attention is for long sequences (benchmarks/attention.py).
+With 539 images, one standard error is 1.2 percentage points. nala and nala-hook compute the same function and differ
+only in their initial weights, so most differences between the kernels are little more than noise. Three rows differ by
+more than noise: the whole NaLaFormer layer, with its gate and 5x5 convolution; SOFT, with tied keys and 4 landmarks;
+and the control without attention. The settings were tuned on softmax attention and on the control. With 16 tokens,
+softmax is also the fastest attention; linear attention is meant for long sequences (benchmarks/attention.py).
 """
 
 from __future__ import annotations
@@ -58,9 +58,9 @@ def attention_layer(name: str, width: int, heads: int, grid: tuple[int, int]) ->
     match name:
         case "softmax":
             return nn.MultiHeadDotProductAttention(heads)
-        case "nala-hook":  # Flax's own module, which takes any kernel
+        case "nala-hook":  # Flax's own module, which accepts any kernel as attention_fn
             return nn.MultiHeadDotProductAttention(heads, attention_fn=make_attention_fn("nala"))
-        case "nala-module":  # the paper's layer, with gate, norm, convolution and rotary features
+        case "nala-module":  # the layer of the paper, with gate, norm, convolution and rotary features
             return partial(NaLaAttention(width, heads), grid=grid)
         case "soft":  # landmarks are means over cells of the grid
             return partial(SOFTAttention(width, heads, num_landmarks=4), grid=grid)
@@ -73,7 +73,10 @@ def attention_layer(name: str, width: int, heads: int, grid: tuple[int, int]) ->
 
 @dataclasses.dataclass(frozen=True)
 class Settings:
-    """The settings of the model and its training, the same for every attention. canvas and patch are in pixels."""
+    """The settings of the model and its training, which are the same for every attention.
+
+    canvas, patch: sides in pixels.
+    """
 
     canvas: int = 12
     patch: int = 3
@@ -88,7 +91,10 @@ class Settings:
 
 
 class VisionTransformer(nn.Module):
-    """Maps images to class logits, with patches as tokens, pre-norm layers, a mean over tokens and a linear head."""
+    """Maps images to class logits.
+
+    Patches are embedded as tokens, which pass through pre-norm layers, a mean over tokens and a linear head.
+    """
 
     attention: str
     settings: Settings
@@ -108,7 +114,7 @@ class VisionTransformer(nn.Module):
 
 
 class Result(NamedTuple):
-    """One trained model. losses: the mean loss of each epoch."""
+    """The result of training one model. losses: the mean loss of each epoch."""
 
     attention: str
     seed: int
@@ -120,7 +126,7 @@ class Result(NamedTuple):
 
 @jax.jit
 def train_step(state: TrainState, images: jax.Array, labels: jax.Array) -> tuple[TrainState, jax.Array]:
-    """Returns the state after one step, and the mean cross entropy before it."""
+    """Returns the state after one step, and the mean cross-entropy of the batch before the step."""
 
     def loss(params):
         logits = state.apply_fn({"params": params}, images)
@@ -139,7 +145,7 @@ def digits(split: str, settings: Settings) -> tuple[np.ndarray, np.ndarray]:
 
 
 def place(images: np.ndarray, canvas: int, random: np.random.Generator) -> np.ndarray:
-    """Returns the images on black canvases, each in a random place."""
+    """Returns the images on black canvases, each at a random position."""
     corners = random.integers(0, canvas - IMAGE_SIZE + 1, (2, len(images)))
     row, column = corners[:, :, None] + np.arange(IMAGE_SIZE)
     placed = np.full((len(images), canvas, canvas, 1), -1, images.dtype)
@@ -148,7 +154,10 @@ def place(images: np.ndarray, canvas: int, random: np.random.Generator) -> np.nd
 
 
 def train(attention: str, seed: int, settings: Settings) -> Result:
-    """Trains with one attention and returns the result. The seed sets the initial weights and the image order."""
+    """Trains a model with one attention and returns the result.
+
+    seed: sets the initial weights, and the order and positions of the training images.
+    """
     (images, labels), (test_images, test_labels) = (digits(split, settings) for split in ("train", "eval"))
     steps = len(images) // settings.batch
     test_images = place(test_images, settings.canvas, np.random.default_rng(0))
@@ -180,7 +189,10 @@ def train(attention: str, seed: int, settings: Settings) -> Result:
 
 
 def table(results: Sequence[Result]) -> str:
-    """Returns one line per attention: its mean test accuracy over seeds, and the difference from softmax."""
+    """Returns a table with one line per attention.
+
+    Each line gives the mean test accuracy over seeds and its difference from softmax, among other numbers.
+    """
     groups = {name: [r for r in results if r.attention == name] for name in dict.fromkeys(r.attention for r in results)}
     accuracy = {name: statistics.mean(r.accuracy for r in group) for name, group in groups.items()}
     lines = [

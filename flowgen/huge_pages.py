@@ -1,10 +1,10 @@
-"""Huge pages: whether malloc gives them to this process, and a restart of a command that switches them on.
+"""Tells whether malloc gives this process huge pages, and restarts a command so that it has them.
 
-A training step on a CPU allocates its arrays anew, and the kernel provides their memory page by page. With pages of
-2 MiB instead of 4 KiB, this takes much less time. If the kernel's setting is "madvise", programs must ask for huge
+On a CPU, every training step allocates new arrays, and the kernel provides the memory for them page by page. With pages
+of 2 MiB instead of 4 KiB, this takes much less time. If the kernel's setting is "madvise", a program must ask for huge
 pages; glibc 2.35 and later asks for them if GLIBC_TUNABLES contains `glibc.malloc.hugetlb=1` when the process starts.
 
-This module needs only the standard library, so that a command can restart before it imports jax.
+This module uses only the standard library, so that a command can restart before it imports jax.
 """
 
 from __future__ import annotations
@@ -29,11 +29,11 @@ BLOCK = 8 << 20  # bytes; malloc maps blocks of this size separately
 
 
 class Pages(NamedTuple):
-    """What decides whether malloc gives huge pages.
+    """The settings that determine whether malloc gives a process huge pages.
 
-    system: name of the operating system, such as "Linux". glibc: version of the C library; None if it is another one.
-    kernel: the kernel's setting, "always", "madvise" or "never"; empty if it is unknown. tunables: the value of
-    GLIBC_TUNABLES when the process started; None if it was not set.
+    system: name of the operating system, such as "Linux". glibc: version of glibc; None if the C library is another
+    one. kernel: the kernel's setting, "always", "madvise" or "never"; empty if it is unknown. tunables: the value of
+    GLIBC_TUNABLES when the process started; None if the variable was not set.
     """
 
     system: str
@@ -42,7 +42,7 @@ class Pages(NamedTuple):
     tunables: str | None
 
     def problem(self) -> str:
-        """Returns why malloc gives no huge pages, as a clause; empty if it does."""
+        """Returns a clause that states why malloc gives no huge pages; empty if it gives them."""
         if self.system != "Linux":
             return f"{self.system} has no such setting"
         if self.kernel == "always":
@@ -58,18 +58,18 @@ class Pages(NamedTuple):
         return ""
 
     def can_switch_on(self) -> bool:
-        """Returns whether a new process would have huge pages if GLIBC_TUNABLES, which is not set, asked for them."""
+        """Returns whether GLIBC_TUNABLES is not set, and setting it would give a new process the missing huge pages."""
         return self.tunables is None and bool(self.problem()) and not self._replace(tunables=TUNABLE).problem()
 
 
 def pages() -> Pages:
-    """Returns what decides about huge pages in this process."""
+    """Returns the settings that determine whether malloc gives this process huge pages."""
     return Pages(platform.system(), _glibc(), _kernel_setting(), _at_start(VARIABLE))
 
 
 @functools.cache
 def why_absent() -> str:
-    """Returns why malloc gives this process no huge pages, as a clause; empty if it does."""
+    """Returns a clause that states why malloc gives this process no huge pages; empty if it gives them."""
     found = pages()
     if not (problem := found.problem()) and found.kernel == "madvise" and not _asks_for_them():
         return "malloc does not ask for them, so it may not be the one from glibc"
@@ -77,12 +77,14 @@ def why_absent() -> str:
 
 
 def restart(words: Sequence[str], environ: Mapping[str, str] = os.environ) -> None:
-    """Replaces this process by the same command with huge pages, if it can have them; otherwise returns.
+    """Restarts the same command with huge pages in place of this process if that is possible; otherwise returns.
 
-    words: the last words of the command line that started this process; in a process that was started otherwise, such
-    as a program that calls a command with words of its own, nothing happens. The new program has the same process id,
-    working directory, standard streams and interpreter options. Nothing happens either if GLIBC_TUNABLES is set, even
-    to an empty text, under a debugger or profiler, or if JAX may use an accelerator.
+    words: the words at the end of the command line that started this process. The new program keeps the process id,
+    working directory, standard streams and interpreter options.
+
+    The function does nothing if the command line does not end with `words`, for example in a program that calls a
+    command with words that it chose itself. It also does nothing if GLIBC_TUNABLES is set, even to an empty string, if
+    a debugger or profiler is active, or if JAX may use an accelerator.
     """
     started_so = sys.orig_argv[len(sys.orig_argv) - len(words) :] == list(words)
     observed = sys.gettrace() or sys.getprofile() or not {"pydevd", "coverage"}.isdisjoint(sys.modules)
@@ -99,7 +101,7 @@ def restart(words: Sequence[str], environ: Mapping[str, str] = os.environ) -> No
 
 
 def _only_cpus(environ: Mapping[str, str]) -> bool:
-    """Returns whether JAX will run on CPUs: it was told to, or no plugin for an accelerator is installed."""
+    """Returns whether JAX will run only on CPUs: JAX_PLATFORMS says so, or no accelerator plugin is installed."""
     if asked := environ.get("JAX_PLATFORMS"):
         return asked == "cpu"
     return not any(importlib.util.find_spec(name) for name in ("jax_plugins", "libtpu"))
@@ -114,7 +116,7 @@ def _glibc() -> tuple[int, ...] | None:
 
 
 def _kernel_setting() -> str:
-    """Returns the chosen word of a line such as "always [madvise] never"."""
+    """Returns the kernel's setting, the word in brackets in a line such as "always [madvise] never"."""
     try:
         return KERNEL_SETTING.read_text().partition("[")[2].partition("]")[0]
     except OSError:
@@ -122,7 +124,7 @@ def _kernel_setting() -> str:
 
 
 def _at_start(variable: str) -> str | None:
-    """Returns an environment variable as it was when the process started; later changes do not reach malloc."""
+    """Returns the value that an environment variable had when the process started; malloc ignores later changes."""
     try:
         lines = Path("/proc/self/environ").read_bytes().split(b"\0")
     except OSError:
@@ -132,7 +134,10 @@ def _at_start(variable: str) -> str | None:
 
 
 def _asks_for_them() -> bool:
-    """Returns whether the mapping of a large block from malloc has the flag "hg"; True if the kernel does not tell."""
+    """Returns whether the kernel reports the flag "hg" for the memory mapping of a large block from malloc.
+
+    The result is True if the kernel reports no flags.
+    """
     libc = ctypes.CDLL(None)
     libc.malloc.argtypes, libc.malloc.restype, libc.free.argtypes = (
         [ctypes.c_size_t],

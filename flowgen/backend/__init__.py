@@ -1,7 +1,7 @@
-"""Device-specific code and compiler workarounds, each in a function that explains it.
+"""Device-specific code and compiler workarounds; each is in a function whose docstring explains the reason.
 
-This package imports only `flowgen.huge_pages` from flowgen. Formulas elsewhere are the same for every device. The code
-here affects speed, memory and rounding, but nothing else.
+From flowgen, this package imports only `flowgen.huge_pages`. All other packages use the same formulas on every device.
+The code here affects only speed, memory and rounding.
 """
 
 from flowgen.backend.activations import Host, LayerForm, Remat, layer_form, this_host

@@ -1,4 +1,4 @@
-"""The form in which a stack of layers is compiled: which activations are stored for the backward pass, and how."""
+"""How a stack of layers is compiled: whether activations are stored for the backward pass, and whether layers loop."""
 
 from __future__ import annotations
 
@@ -10,18 +10,20 @@ import jax
 from flowgen import huge_pages
 
 Remat = Literal["auto"] | bool
-# A stack stores at most this share of the memory: flows have up to about ten stacks, mostly smaller than the last.
+# Activations of a stack are stored only if they need at most this fraction of the memory. Flows have up to about ten
+# stacks, most of which are smaller than the last one.
 SHARE_OF_MEMORY = 1 / 16
-# Most layers that a program contains one by one. Compilation and code grow with them: on two cores, a gradient through
-# 8 layers was as fast as with recomputation, and one through 24 layers took 1.4 times as long, and 20 s to compile.
+# Largest number of layers that a program contains one by one. Compile time and code size grow with this number. On two
+# cores, a gradient through 8 such layers was as fast as with recomputation; a gradient through 24 such layers took 1.4
+# times as long, and 20 s to compile.
 MAX_ONE_BY_ONE = 4
 
 
 class Host(NamedTuple):
-    """What the form of a stack depends on.
+    """The properties of a host that determine how a stack of layers is compiled.
 
-    platform: "cpu", "gpu" or "tpu". huge_pages: whether malloc gives huge pages. memory: bytes of memory for each
-    device; 0 if unknown. processes: number of processes that train together.
+    platform: "cpu", "gpu" or "tpu". huge_pages: whether malloc returns memory in huge pages. memory: bytes of memory
+    per device; 0 if unknown. processes: number of processes that train together.
     """
 
     platform: str
@@ -31,33 +33,40 @@ class Host(NamedTuple):
 
 
 class LayerForm(NamedTuple):
-    """recompute: whether the backward pass recomputes the activations of each layer. one_by_one: whether the program
-    contains every layer, or a loop over one."""
+    """How a stack of layers is compiled.
+
+    recompute: whether the backward pass recomputes the activations of each layer. one_by_one: whether the program
+    contains every layer separately; otherwise, it contains a loop over a single layer.
+    """
 
     recompute: bool
     one_by_one: bool
 
 
 def layer_form(remat: Remat, num_layers: int, stored_bytes: int, host: Host | None = None) -> LayerForm:
-    """Returns the form of a stack that would store `stored_bytes` of activations; results differ only in rounding.
+    """Returns how to compile a stack of layers whose stored activations would need `stored_bytes`.
 
-    remat: "auto" stores activations where that was measured to be faster: in stacks of few layers, on a CPU with huge
-    pages, if they fit. host: the one that this process runs on, by default.
+    The result of the stack differs between the forms only in rounding.
 
-    Accelerators always loop over the layers. On CPUs, few layers are compiled one by one if their activations are
-    stored, because a loop would write these into stacked arrays. Without huge pages, storing takes longer than
-    recomputing. Processes that train together must compile the same program, whatever their pages.
+    remat: whether to recompute activations. "auto" stores them where storing was measured to be faster: in a stack of
+    few layers, on a CPU with huge pages, if the activations fit into memory. host: None means the host of this process.
+
+    Accelerators always loop over the layers. On CPUs, a small number of layers is compiled one by one if their
+    activations are stored, because a loop would write the activations into stacked arrays. Without huge pages, storing
+    takes longer than recomputing. Processes that train together must compile the same program, even if only some of
+    them have huge pages; with "auto", they therefore recompute.
     """
     host = this_host() if host is None else host
     few = host.platform == "cpu" and num_layers <= MAX_ONE_BY_ONE
     if remat == "auto":
-        fits = isinstance(stored_bytes, int) and stored_bytes <= SHARE_OF_MEMORY * host.memory  # else symbolic
+        # If a size is symbolic, stored_bytes is not an int.
+        fits = isinstance(stored_bytes, int) and stored_bytes <= SHARE_OF_MEMORY * host.memory
         remat = not (few and fits and host.huge_pages and host.processes == 1)
     return LayerForm(recompute=remat, one_by_one=few and not remat)
 
 
 def this_host() -> Host:
-    """Returns the machine that this process runs on."""
+    """Returns the properties of the host that this process runs on."""
     return Host(
         platform=jax.default_backend(),
         huge_pages=not huge_pages.why_absent(),
@@ -67,7 +76,7 @@ def this_host() -> Host:
 
 
 def _memory() -> int:
-    """Returns the bytes of main memory; 0 if the system does not tell."""
+    """Returns the size of the main memory in bytes; 0 if the system does not report it."""
     try:
         return os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
     except (AttributeError, OSError, ValueError):

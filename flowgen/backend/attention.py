@@ -1,6 +1,6 @@
-"""Softmax attention by fused kernels, which never write the logits to memory: when each can run, and its call.
+"""Fused kernels for softmax attention, which never write the logits to memory: when each can run, and how to call it.
 
-cuDNN has a kernel for NVIDIA GPUs, and JAX has one for TPUs, splash attention in Pallas. Neither has been timed here.
+cuDNN provides a kernel for NVIDIA GPUs. JAX provides splash attention, a Pallas kernel for TPUs. We have timed neither.
 """
 
 from __future__ import annotations
@@ -16,23 +16,23 @@ from flowgen.backend.meshes import divided_axes, explicit_axes, partitioned, var
 
 Implementation = Literal["auto", "xla", "cudnn", "tpu"]
 Kernel = Literal["cudnn", "tpu"]
-# The kernel of each platform. The kernels take whole blocks of tokens: these sizes are their tiles.
+# The kernel of each platform, and the tile size of each kernel. A kernel processes tokens in whole tiles.
 KERNELS: dict[str, Kernel] = {"gpu": "cudnn", "tpu": "tpu"}
 BLOCKS: dict[Kernel, int] = {"cudnn": 64, "tpu": 128}
 NAMES: dict[Kernel, str] = {"cudnn": "cuDNN's kernel", "tpu": "the TPU kernel"}
 DEVICES: dict[Kernel, str] = {"cudnn": "an NVIDIA GPU of compute capability 8.0 or later", "tpu": "a TPU"}
 DTYPES: dict[Kernel, tuple[str, ...]] = {"cudnn": ("bfloat16", "float16"), "tpu": ("bfloat16", "float32")}
 MIN_CAPABILITY = (8, 0)
-# cuDNN takes heads of up to 256 channels on newer GPUs than it needs for 128.
+# cuDNN accepts wider heads, of up to 256 channels, only on newer GPUs.
 MAX_CUDNN_WIDTH = 128
-# Larger tiles mean fewer steps; the tile is the largest of these that divides the padded number of tokens.
+# Larger tiles mean fewer steps. We use the largest of these tile sizes that divides the padded number of tokens.
 TPU_BLOCKS = (512, 256, 128)
 
 _any_derivative = jax.make_user_context(False)
 
 
 class AttentionPlan(NamedTuple):
-    """What computes softmax attention, and why."""
+    """The implementation that computes softmax attention, and the reason for this choice."""
 
     implementation: Literal["xla", "cudnn", "tpu"]
     reason: str
@@ -40,7 +40,7 @@ class AttentionPlan(NamedTuple):
 
 @runtime_checkable
 class Shaped(Protocol):
-    """Anything with a shape and a dtype: an array, or a `jax.ShapeDtypeStruct`."""
+    """Anything with a shape and a dtype, such as an array or a `jax.ShapeDtypeStruct`."""
 
     @property
     def shape(self) -> Any: ...
@@ -59,12 +59,14 @@ def attention_plan(
     implementation: Implementation = "auto",
     platform: str | None = None,
 ) -> AttentionPlan:
-    """Returns what computes softmax attention of q `b n h k`, k `b m g k` and v `b m g d`, and the reason.
+    """Returns which implementation computes softmax attention of q `b n h k`, k `b m g k` and v `b m g d`, and why.
 
-    Only shapes and dtypes count. mask: "keys" if the mask is the same for all queries and heads, "pairs" for any other.
-    platform: "cpu", "gpu" or "tpu"; None for the present one, `attention_platform()`. "auto" takes the platform's fused
-    kernel for half-precision inputs that it supports, and XLA for all others. Raises ValueError if the implementation
-    is unknown, or asked for by name and unable to run.
+    The plan depends only on shapes and dtypes, not on values. mask: "none" without a mask, "keys" if the mask is the
+    same for all queries and heads, and "pairs" for any other mask. platform: "cpu", "gpu" or "tpu"; None means
+    `attention_platform()`. implementation: "auto" chooses the platform's fused kernel for half-precision inputs that
+    the kernel supports, and XLA for all other inputs.
+
+    Raises ValueError if the implementation is unknown, or if it is requested by name but cannot run.
 
     Example:
         q = k = v = jax.ShapeDtypeStruct((8, 1023, 12, 64), jnp.bfloat16)
@@ -90,7 +92,7 @@ def attention_plan(
 
 
 def _problem(kernel: Kernel, q: Shaped, k: Shaped, v: Shaped, mask: str, is_causal: bool, platform: str) -> str:
-    """Returns why a kernel cannot run, as a clause; empty if it can."""
+    """Returns a clause that states why a kernel cannot run; empty if it can."""
     name, dtypes = NAMES[kernel], [jnp.dtype(x.dtype).name for x in (q, k, v)]
     if KERNELS.get(platform) != kernel:
         return f"{name} needs {DEVICES[kernel]}, and the device is a {platform}"
@@ -114,7 +116,7 @@ def _problem(kernel: Kernel, q: Shaped, k: Shaped, v: Shaped, mask: str, is_caus
 
 
 def _cost(kernel: Kernel, q: Shaped) -> str:
-    """Returns why "auto" leaves a kernel that could run, as a clause; empty if it takes the kernel."""
+    """Returns a clause that states why "auto" does not choose a kernel that could run; empty if it does choose it."""
     if jnp.dtype(q.dtype) == jnp.float32:
         return f"{NAMES[kernel]} is meant for bfloat16, and the dtype is float32"
     if q.shape[1] < BLOCKS[kernel]:
@@ -123,8 +125,9 @@ def _cost(kernel: Kernel, q: Shaped) -> str:
 
 
 def attention_platform() -> str:
-    """Returns the platform that attention is planned for: "cpu", "tpu", "gpu" for GPUs that cuDNN's kernel supports, or
-    a phrase for other GPUs.
+    """Returns the platform for which attention is planned: "cpu", "tpu" or "gpu".
+
+    "gpu" stands for a GPU that cuDNN's kernel supports. For any other GPU, the result is a phrase that describes it.
     """
     device = getattr(jax.config, "jax_default_device")  # noqa: B009  (unknown to type checkers)
     if not isinstance(device, jax.Device):
@@ -141,7 +144,7 @@ def attention_platform() -> str:
 def program_problem(
     kernel: Kernel, implementation: Implementation, q: Array, k: Array, v: Array, mask: Array | None
 ) -> str:
-    """Returns why a kernel cannot run in the program that is being traced, as a clause; empty if it can."""
+    """Returns a clause that states why a kernel cannot run in the program being traced; empty if it can."""
     if _any_derivative.value:
         return "fused kernels have no forward-mode derivative, which is needed here"
     if mask is not None and explicit_axes((q, k, v, mask)):
@@ -158,8 +161,8 @@ def program_problem(
 def any_derivative() -> AbstractContextManager:
     """Returns a context in which "auto" means "xla" for softmax attention.
 
-    Enter it to differentiate in forward mode, or twice: fused kernels have only a first derivative in reverse mode.
-    jax.jit does not share programs between the inside and the outside.
+    Enter this context to differentiate in forward mode or more than once: fused kernels have only a first derivative in
+    reverse mode. Programs that jax.jit compiles inside the context are not reused outside it, and vice versa.
 
     Example:
         with any_derivative():
@@ -169,7 +172,7 @@ def any_derivative() -> AbstractContextManager:
 
 
 def interpret_kernels() -> bool:
-    """Returns whether the CPU interprets kernels for TPUs: never, except in tests, which replace this function."""
+    """Returns whether the CPU interprets TPU kernels. Only tests do so, by replacing this function."""
     return False
 
 
@@ -180,7 +183,10 @@ def cudnn_attention(
     lengths: Int[Array, " b"] | None,
     is_causal: bool,
 ) -> Float[Array, "b n h k"]:
-    """Returns softmax attention by cuDNN. lengths: numbers of keys that may be seen, at least 1; None for all."""
+    """Returns softmax attention, computed by cuDNN.
+
+    lengths: how many of the first keys each sample may attend to, at least 1; None means all keys.
+    """
     return jax.nn.dot_product_attention(
         q, k, v, is_causal=is_causal, key_value_seq_lengths=lengths, implementation="cudnn"
     )
@@ -194,9 +200,10 @@ def tpu_attention(
     is_causal: bool,
     interpret: bool,
 ) -> Float[Array, "b n h k"]:
-    """Returns softmax attention by JAX's splash attention; the numbers of tokens must be multiples of 128.
+    """Returns softmax attention, computed by JAX's splash attention; numbers of tokens must be multiples of 128.
 
-    keys: keys that may be seen; a query that sees none returns some finite numbers.
+    keys: True for keys that queries may attend to; None means all keys. The output is finite but arbitrary for a query
+    that may attend to no key.
     """
     # Imported here because it loads the TPU dialects.
     from jax.experimental.pallas.ops.tpu.splash_attention import splash_attention_kernel as splash

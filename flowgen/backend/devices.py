@@ -1,4 +1,4 @@
-"""Products, linear algebra, memory limits and host callbacks, by device."""
+"""Matrix products, linear algebra, memory limits and host callbacks that depend on the device."""
 
 from __future__ import annotations
 
@@ -16,25 +16,28 @@ from jax.experimental.buffer_callback import buffer_callback
 from jax.typing import ArrayLike, DTypeLike
 from jaxtyping import Array, Float, Shaped
 
-# Precision of products whose errors accumulate, as in running states. At lower precision, accelerators round the
-# factors.
+# Precision of matrix products whose errors accumulate, for example in running states. At lower precision, accelerators
+# round the factors.
 HIGHEST = lax.Precision.HIGHEST
 
-# Largest number of attention logits in memory at once, 1 GiB in float32. Beyond it, queries are processed in chunks.
+# Largest number of attention logits in memory at once, which take 1 GiB in float32. If there are more, queries are
+# processed in chunks.
 MAX_LOGITS = 1 << 28
-# Causal attention runs in at most this many slices of queries, each against only the keys that it may see. More slices
-# would save little, and take longer to compile.
+# Causal attention splits the queries into at most this many slices, each of which is compared only with the keys that
+# its queries may see. More slices would save little and would take longer to compile.
 MAX_CAUSAL_SLICES = 4
 MIN_CAUSAL_SLICE = 64
 
-# A cache grows in stages of about 96 tokens, at most six. k stages read (k+1)/2k of the slots that one stage reads:
-# three read 67 %, six 58 %. Each compiles the loop over tokens once more, which takes about 0.4 s on a CPU.
+# A cache grows in at most six stages of about 96 tokens or more. With k stages, decoding reads (k+1)/2k of the slots
+# that it reads with one stage: 67 % with three stages and 58 % with six. For each stage, the loop over tokens is
+# compiled once more, which takes about 0.4 s on a CPU.
 TOKENS_PER_STAGE = 96
 MAX_CACHE_STAGES = 6
-# Largest number of layers in the loops of all stages of a program: six stages of 8 layers, or two of 24.
+# Largest total number of layers in the token loops of a program, for example six stages of 8 layers, or two of 24.
 MAX_LOOP_LAYERS = 48
 
-# 32 images of 256 x 256 pixels at once; the published autoencoders need 3 GiB to encode them and 7 GiB to decode them.
+# An autoencoder processes 32 images of 256 x 256 pixels at once; the published autoencoders need 3 GiB to encode them
+# and 7 GiB to decode them.
 PIXELS_AT_ONCE = 32 * 256**2
 IMAGES_AT_ONCE = 256
 TEXTS_AT_ONCE = 64
@@ -60,7 +63,10 @@ def _erf(x: Array) -> Array:
 
 @_erf.defjvp
 def _erf_slope(primals: tuple[Array], tangents: tuple[Array]) -> tuple[Array, Array]:
-    """The derivative, 2/√π exp(-x²). JAX's own one does not pass the checks of `jax.shard_map` (jax 0.12.0)."""
+    """The derivative rule of erf, whose slope is 2/√π exp(-x²).
+
+    JAX's own rule does not pass the checks of `jax.shard_map` (jax 0.12.0).
+    """
     (x,), (change,) = primals, tangents
     return _erf(x), 2 / math.sqrt(math.pi) * (change * jnp.exp(-jnp.square(x)))
 
@@ -68,9 +74,10 @@ def _erf_slope(primals: tuple[Array], tangents: tuple[Array]) -> tuple[Array, Ar
 def flat_dot(
     x: Array, kernel: Array, dimension_numbers: object, precision: lax.PrecisionLike = None, **options: Any
 ) -> Array:
-    """Returns x @ kernel, with all leading axes of x flattened into one; a `dot_general` for Flax's Dense.
+    """Returns x @ kernel, computed with all leading axes of x flattened into one.
 
-    The gradient with respect to the kernel is then one plain matrix product, which XLA computes without copies on CPUs.
+    This is a `dot_general` for Flax's Dense. Because of the flattening, the gradient with respect to the kernel is one
+    plain matrix product, which XLA computes without copies on CPUs.
     """
     rows = x.reshape(-1, x.shape[-1])
     out = lax.dot_general(rows, kernel, (((1,), (0,)), ((), ())), precision=precision, **options)
@@ -78,9 +85,10 @@ def flat_dot(
 
 
 def nan_if(condition: Array, dtype: DTypeLike) -> Array:
-    """Returns NaN where the condition is True and 0 elsewhere; add the result to numbers to make them NaN.
+    """Returns NaN where the condition is True and 0 elsewhere; add the result to an array to make these entries NaN.
 
-    On CPUs, XLA compiles exp(where(condition, nan, x)) to a finite number; x plus this result stays NaN.
+    On CPUs, `where(condition, nan, x)` is not reliable, because XLA compiles its exponential to a finite number. The
+    sum of x and this result stays NaN.
     """
     return jnp.log(jnp.where(condition, -1, 1).astype(dtype))
 
@@ -91,8 +99,8 @@ def nan_if(condition: Array, dtype: DTypeLike) -> Array:
 def cholesky(a: Float[Array, "*stack l l"]) -> Float[Array, "*stack l l"]:
     """Returns the lower triangular C with C Cᵀ = a, for symmetric positive definite a.
 
-    CPUs compute it column by column: on few cores, two LAPACK calls that run at the same time can wait forever for each
-    other's threads (jaxlib 0.10). Other devices use `jnp.linalg.cholesky`.
+    On CPUs, the factor is computed column by column without LAPACK: on few cores, two concurrent LAPACK calls can wait
+    forever for each other's threads (jaxlib 0.10). Other devices use `jnp.linalg.cholesky`.
     """
     return lax.platform_dependent(a, cpu=_cholesky_by_columns, default=jnp.linalg.cholesky)
 
@@ -126,7 +134,7 @@ def _unit_lower_inverse_by_solve(lower: Array) -> Array:
 
 
 def _unit_lower_inverse_by_blocks(lower: Array) -> Array:
-    """Inverts ever larger diagonal blocks: neighbours A and D, with B below A, give [[A⁻¹, 0], [-D⁻¹ B A⁻¹, D⁻¹]]."""
+    """Inverts ever larger diagonal blocks: the inverse of [[A, 0], [B, D]] is [[A⁻¹, 0], [-D⁻¹ B A⁻¹, D⁻¹]]."""
     matmul, size = partial(jnp.matmul, precision=HIGHEST), lower.shape[-1]
     token = jnp.arange(size)
     inverse = jnp.broadcast_to(jnp.eye(size, dtype=lower.dtype), lower.shape)
@@ -142,9 +150,9 @@ def _unit_lower_inverse_by_blocks(lower: Array) -> Array:
 
 
 def queries_at_once(batch: object, heads: object, keys: object, max_logits: int | None) -> int | None:
-    """Returns how many queries to process at once, for at most `max_logits` logits over all samples and heads.
+    """Returns how many queries to process at once so that all samples and heads have at most `max_logits` logits.
 
-    None means all queries. It is also the result if a size is symbolic, as in an exported program.
+    None means all queries. The result is also None if a size is symbolic, as in an exported program.
     """
     known = [size for size in (batch, heads, keys) if isinstance(size, int)]
     if max_logits is None or len(known) < 3:
@@ -158,13 +166,13 @@ def causal_slice(n: int) -> int:
 
 
 def causal_share(n: int) -> float:
-    """Returns the share of all pairs of n queries and n keys for which causal attention in slices computes logits."""
+    """Returns the fraction of the n² query-key pairs for which causal attention in slices computes logits."""
     size = causal_slice(n)
     return sum((min(start + size, n) - start) * min(start + size, n) for start in range(0, n, size)) / n**2
 
 
 def cache_stages(tokens: int, layers: int) -> int:
-    """Returns in how many stages a cache grows while tokens are decoded one after another.
+    """Returns the number of stages in which a cache grows while tokens are decoded one after another.
 
     layers: number of layers that are compiled for every stage of the same program.
     """
@@ -179,9 +187,10 @@ def samples_at_once(pixels: int) -> int:
 def in_parts(
     run: Callable[..., tuple[ArrayLike, ...]], most: int, *inputs: Shaped[np.ndarray, "b ..."]
 ) -> tuple[Shaped[np.ndarray, "b ..."], ...]:
-    """Returns a compiled function's results, computed on parts of the inputs and joined along the first axis.
+    """Returns the results of a compiled function, computed on parts of the inputs and joined along the first axis.
 
-    All parts have the same size, a power of two up to `most`, so that few sizes are compiled; the last part is padded.
+    All parts have the same size, which is a power of two of at most `most`, so that few sizes are compiled. The last
+    part is padded.
 
     Raises ValueError if the inputs are empty.
     """
@@ -202,14 +211,16 @@ def in_parts(
 
 
 def must_wait(devices: Sequence[jax.Device]) -> bool:
-    """Returns whether steps must run one by one: on several CPU devices, queued steps can deadlock."""
+    """Returns whether each step must finish before the next one starts: on several CPU devices, queued steps can
+    deadlock.
+    """
     return len(devices) > 1 and devices[0].platform == "cpu"
 
 
 def settled(tree: Any) -> Any:
-    """Returns the tree once its arrays are computed if they are on devices that must wait; else at once.
+    """Returns the tree; if any of its arrays is on devices that `must_wait`, first waits until all arrays are computed.
 
-    A program that other programs follow calls this, so that they are not queued where they can deadlock.
+    Call this on the results of a program before starting another one, because queued programs can deadlock there.
     """
     arrays = [x for x in jax.tree.leaves(tree) if isinstance(x, jax.Array) and not isinstance(x, Tracer)]
     return jax.block_until_ready(tree) if any(must_wait(list(x.devices())) for x in arrays) else tree
@@ -218,8 +229,8 @@ def settled(tree: Any) -> Any:
 def call_host(fn: Callable[..., np.ndarray], out: jax.ShapeDtypeStruct, *arrays: Array) -> Array:
     """Returns fn(*arrays), computed with numpy on the host inside a compiled program; under vmap, one sample at a time.
 
-    On CPUs, fn receives buffers instead of arrays and reads them in place: an ordinary callback asks the program's own
-    threads for a copy and, on one core, can wait for it forever.
+    On CPUs, fn receives buffers instead of arrays and reads them in place. An ordinary callback would ask the program's
+    own threads for a copy and, on one core, could wait for this copy forever.
     """
 
     def in_place(context, result, *buffers):

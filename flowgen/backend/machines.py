@@ -1,4 +1,4 @@
-"""Known accelerators: their memory and the peak speed of their matrix products, from their makers' specifications."""
+"""Memory and peak matrix-multiply throughput of known accelerators, from the manufacturers' specifications."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
-# Where the numbers come from. Peaks are without sparsity.
+# Sources of the numbers. Peak throughput is stated without sparsity.
 _H100 = "NVIDIA H100 datasheet, 2023"
 _H200 = "NVIDIA H200 datasheet, 2024"
 _A100 = "NVIDIA A100 datasheet, 2021"
@@ -22,10 +22,10 @@ _TPU = "cloud.google.com/tpu/docs, system architecture"
 class Machine:
     """An accelerator.
 
-    kinds: the names that JAX may give it as `device_kind`. memory: in GB of 10^9 bytes, as advertised; what a GPU has
-    beyond this is left to the driver. bfloat16: peak of products of bfloat16 or float16 numbers that are summed in
-    float32, in TFLOP/s. float32: the same for float32 numbers at JAX's default precision, which is TF32 on GPUs and one
-    bfloat16 product on TPUs. source: where the numbers are published.
+    kinds: the values of JAX's `device_kind` that identify the accelerator. memory: the advertised memory, in GB of 10^9
+    bytes; any further memory of a GPU is left to the driver. bfloat16: peak throughput in TFLOP/s of matrix products of
+    bfloat16 or float16 numbers with float32 accumulation. float32: the same for float32 numbers at JAX's default
+    precision, which uses TF32 on GPUs and a single bfloat16 product on TPUs. source: where the numbers are published.
     """
 
     name: str
@@ -36,7 +36,7 @@ class Machine:
     source: str
 
     def peak(self, dtype: str) -> float | None:
-        """Returns the peak in FLOP/s of products of this dtype, or None if it is not known."""
+        """Returns the peak throughput in FLOP/s of matrix products of this dtype, or None if it is not known."""
         teras = {"bfloat16": self.bfloat16, "float16": self.bfloat16, "float32": self.float32}.get(dtype)
         return None if teras is None else teras * 1e12
 
@@ -61,12 +61,15 @@ MACHINES = (
 
 
 def machine_of(device_kind: str) -> Machine | None:
-    """Returns the machine that JAX calls by this name, or None if it is not known, as for CPUs."""
+    """Returns the accelerator that JAX calls by this name, or None if the name is unknown, as for CPUs."""
     return next((machine for machine in MACHINES if device_kind in machine.kinds), None)
 
 
 def seconds_at_peak(flop: Mapping[str, float], device_kind: str) -> float | None:
-    """Returns how long a device takes at its peak for these FLOP, given by dtype; None if a peak is not known."""
+    """Returns how many seconds a device needs for these FLOP at its peak throughput; None if a peak is not known.
+
+    flop: number of FLOP for each dtype.
+    """
     machine = machine_of(device_kind)
     if machine is None:
         return None
@@ -77,6 +80,6 @@ def seconds_at_peak(flop: Mapping[str, float], device_kind: str) -> float | None
 
 
 def peak_memory(devices: Iterable[Any]) -> int | None:
-    """Returns the most bytes that a device has had in use so far, the largest of all devices; None if not known."""
+    """Returns the peak number of bytes in use so far, as the maximum over the devices; None if no device reports it."""
     known = [(device.memory_stats() or {}).get("peak_bytes_in_use") for device in devices]
     return max((size for size in known if size), default=None)

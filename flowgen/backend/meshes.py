@@ -1,6 +1,8 @@
-"""Meshes with explicit axes: every array's type states its sharding, and jax refuses to reshape, scan or contract over
-a sharded axis unless the output sharding is given. Attention, couplings and models do all three, but their output
-sharding is simple: batch, queries and heads are sharded as in the inputs.
+"""Support for meshes with explicit axes.
+
+On such a mesh, the type of every array states its sharding, and jax refuses to reshape, scan or contract over a sharded
+axis unless the output sharding is given. Attention, couplings and models do all three, but their output sharding is
+simple: batch, queries and heads are sharded as in the inputs.
 """
 
 from __future__ import annotations
@@ -29,9 +31,9 @@ from jaxtyping import Array, PyTree
 def keep_axes(fn: Callable[..., Any], *args: Any, named: Iterable[tuple[Array, str]], out: Any) -> Any:
     """Returns fn(*args), computed under automatic axes if the mesh of an argument has explicit ones.
 
-    named: arrays with one letter per axis, such as "b n h k". out: the letters of the results, in a tree like the one
-    that fn returns. Each axis of a result is sharded like the axis with the same letter in the first named array that
-    shards this axis.
+    named: pairs of an array and the letters of its axes, such as "b n h k". out: the letters of the results, in a tree
+    with the structure of the value that fn returns. Each axis of a result is sharded like the axis with the same letter
+    in the first named array in which that axis is sharded.
 
     Example:
         out = keep_axes(attend, q, k, v, named=[(q, "b n h k")], out="b n h d")
@@ -47,8 +49,9 @@ def keep_axes(fn: Callable[..., Any], *args: Any, named: Iterable[tuple[Array, s
 def map_axes(fn: Callable[..., Any], args: tuple[Array, ...], letters: str, *, divided: str, out: Any) -> Any:
     """Returns fn(*args), computed by each device on its own part if the mesh of an argument has explicit axes.
 
-    This is for computations that the compiler cannot shard by itself. letters: the axes of every argument; axes in
-    `divided` may be sharded, and the others are gathered first. out: the letters of the results.
+    This is for computations that the compiler cannot shard by itself. letters: the letters of the axes, which are the
+    same for every argument. divided: the letters of the axes that may be sharded; all other axes are gathered first.
+    out: the letters of the results.
 
     Example:
         out = map_axes(kernel, (q, k, v), "b n h k", divided="bh", out="b n h k")
@@ -66,11 +69,10 @@ def map_axes(fn: Callable[..., Any], args: tuple[Array, ...], letters: str, *, d
 
 
 def keep_rows(fn: Callable[..., Any], variables: Any, *args: Any, **options: Any) -> Any:
-    """Returns the result of fn(variables, *args, **options).
+    """Returns fn(variables, *args, **options), computed under automatic axes if the mesh of an input has explicit ones.
 
-    If the mesh of an input array has explicit axes, fn runs with automatic axes instead.
-
-    The rows (first axis) of the results are sharded like the first array in args or options that has sharded rows.
+    The rows (first axis) of the results are sharded like those of the first array in args or options whose rows are
+    sharded.
 
     Example:
         logdet = keep_rows(run, variables, x, labels)
@@ -99,14 +101,15 @@ def keep_rows(fn: Callable[..., Any], variables: Any, *args: Any, **options: Any
     with use_abstract_mesh(automatic.abstract_mesh) if traced or not context.empty else nullcontext():
         variables, args, options = jax.tree.map(to_automatic, (variables, args, options))
         out = fn(variables, *args, **options)
-    # Inside another call of this function everything stays under automatic axes.
+    # Inside another call of this function, everything stays under automatic axes.
     return out if traced and context == automatic else jax.tree.map(to_explicit, out)
 
 
 def with_automatic_axes(fn: Callable[[Any], Any], tree: Any) -> Any:
-    """Returns fn(tree) for arrays outside jit, computed and left under automatic axes if their mesh has explicit ones.
+    """Returns fn(tree) for arrays outside jit. If their mesh has explicit axes, fn runs under automatic axes.
 
-    `keep_rows` takes the result beside arrays of the original mesh.
+    In that case, the results stay on the mesh with automatic axes. `keep_rows` accepts them together with arrays on the
+    original mesh.
 
     Example:
         weights = with_automatic_axes(unstack, variables)
@@ -120,10 +123,10 @@ def with_automatic_axes(fn: Callable[[Any], Any], tree: Any) -> Any:
 
 
 def on_mesh_of(fn: Callable[..., Any], *args: Any) -> Any:
-    """Returns fn(*args), with an argument's mesh as context if it has explicit axes and there is no context yet.
+    """Returns fn(*args). If no mesh is set and an argument is on a mesh with explicit axes, fn runs under that mesh.
 
-    Without a context, vmap refuses sharded arrays outside jit, and constants such as `zeros_like(x)` are not sharded
-    inside jit (jax 0.12). Outside jit, every call compiles fn.
+    Without a mesh as context, vmap refuses sharded arrays outside jit, and constants such as `zeros_like(x)` are not
+    sharded inside jit (jax 0.12). When this function sets the mesh outside jit, every call compiles fn.
 
     Example:
         y = on_mesh_of(jax.vmap(draw), x)
@@ -141,7 +144,7 @@ def on_mesh_of(fn: Callable[..., Any], *args: Any) -> Any:
 
 
 class OnMeshes:
-    """A mixin for Flax modules: `apply` also takes arrays whose rows are sharded over explicit axes of a mesh.
+    """A mixin for Flax modules: `apply` also accepts arrays whose rows are sharded over explicit axes of a mesh.
 
     Example:
         class Network(OnMeshes, nn.Module): ...
@@ -149,12 +152,12 @@ class OnMeshes:
 
     def apply(self, variables: Any, *args: Any, **options: Any) -> Any:
         """Returns the result of `flax.linen.Module.apply`, with its rows sharded like the rows of the inputs."""
-        apply: Any = getattr(super(), "apply")  # noqa: B009  (the module's, which comes next)
+        apply: Any = getattr(super(), "apply")  # noqa: B009  (the method of the module, the next class in line)
         return keep_rows(apply, variables, *args, **options)
 
 
 def of_rows(x: Array, row: str = "b") -> str:
-    """Returns one letter per axis of an array of rows, for `keep_axes`.
+    """Returns one name per axis of an array of rows, separated by spaces, in the form that `keep_axes` expects.
 
     Example:
         of_rows(jnp.zeros((8, 32, 32, 3)))  # "b e1 e2 e3"
@@ -163,7 +166,7 @@ def of_rows(x: Array, row: str = "b") -> str:
 
 
 def take_rows(x: Array, index: Array) -> Array:
-    """Returns x[index] for integers `b`, sharded like `index`.
+    """Returns x[index] for an array `b` of integers; the rows of the result are sharded like `index`.
 
     Example:
         x0 = take_rows(x0, permutation)
@@ -172,9 +175,10 @@ def take_rows(x: Array, index: Array) -> Array:
 
 
 def alike_rows(tree: PyTree) -> PyTree:
-    """Returns the tree with all rows sharded like those of the first array with rows sharded over explicit axes.
+    """Returns the tree with the rows of all arrays sharded in the same way.
 
-    Inside jit, the mesh must be the context; see `on_mesh_of`.
+    They are sharded like the first array whose rows are sharded over explicit axes. Inside jit, the mesh must be the
+    context; see `on_mesh_of`.
 
     Example:
         positions, x = alike_rows((positions, x))
@@ -182,7 +186,7 @@ def alike_rows(tree: PyTree) -> PyTree:
     divided = [x for x in jax.tree.leaves(tree) if _explicit_mesh(x) is not None and "b" in _rows_of(x)]
     if not divided:
         return tree
-    # Outside jit, adding an array on one device to an array on a mesh moves it to the mesh.
+    # Outside jit, adding an array on one device to an array on a mesh moves the former to the mesh.
     nothing = jnp.zeros_like(divided[0], jnp.int32).sum(axis=tuple(range(1, divided[0].ndim)))
 
     def divide(x):
@@ -201,7 +205,7 @@ def varies(x: Array) -> bool:
 
 
 def explicit_axes(tree: PyTree) -> bool:
-    """Returns whether an array of a tree is on a mesh with explicit axes.
+    """Returns whether any array of a tree is on a mesh with explicit axes.
 
     Example:
         explicit_axes((q, k, v))
@@ -223,8 +227,8 @@ def divided_axes(x: Array) -> set[int]:
 def partitioned(x: Array) -> bool:
     """Returns whether the compiler may divide the computation of x over several devices.
 
-    It may not in a program mapped over all axes of its mesh, or if there is one device. Explicit axes do not count,
-    because `map_axes` maps over them.
+    The compiler cannot divide it in a program that is mapped over all axes of its mesh, or if there is only one device.
+    Explicit axes do not count, because `map_axes` maps over them.
 
     Example:
         jax.pmap(lambda x: x * partitioned(x))(x)
@@ -235,7 +239,9 @@ def partitioned(x: Array) -> bool:
 
 
 def check_unmapped(what: str, tree: PyTree) -> None:
-    """Raises ValueError if an array of a tree varies over an axis of a mapped program.
+    """Raises ValueError if any array of a tree varies over an axis of a mapped program.
+
+    what: what the error message calls the computation.
 
     Example:
         check_unmapped("dopri5", x0)
@@ -248,9 +254,9 @@ def check_unmapped(what: str, tree: PyTree) -> None:
 
 
 def varying(tree: PyTree, like: PyTree) -> PyTree:
-    """Returns the tree with every array made to vary over all mapped axes that an array in `like` varies over.
+    """Returns the tree with every array made to vary over all mapped axes over which any array in `like` varies.
 
-    A loop's initial state must vary over the same axes as its later states.
+    The initial state of a loop must vary over the same axes as its later states.
 
     Example:
         carry, out = jax.lax.scan(body, varying(jnp.zeros(3), x), x)
@@ -260,7 +266,7 @@ def varying(tree: PyTree, like: PyTree) -> PyTree:
 
 
 def _divided(named: Iterable[tuple[Array, str]]) -> dict[str, Any]:
-    """The mesh axes that shard each letter's axis, taken from the first array that shards it."""
+    """Returns, for each letter, the mesh axes that shard its axis in the first array where this axis is sharded."""
     divided = {}
     for array, letters in named:
         for letter, axes in zip(letters.split(), jax.typeof(array).sharding.spec, strict=True):
@@ -270,7 +276,7 @@ def _divided(named: Iterable[tuple[Array, str]]) -> dict[str, Any]:
 
 
 def _automatic(mesh: Any) -> Any:
-    """The same mesh, on devices or abstract, with automatic axes instead of explicit ones."""
+    """Returns a concrete or abstract mesh with automatic axes in place of its explicit ones."""
     types = tuple(AxisType.Auto if kind is AxisType.Explicit else kind for kind in mesh.axis_types)
     if isinstance(mesh, AbstractMesh):
         return mesh.update_axis_types(dict(zip(mesh.axis_names, types, strict=True)))
@@ -278,12 +284,12 @@ def _automatic(mesh: Any) -> Any:
 
 
 def _moved(x: Any, automatic: Any) -> Any:
-    """An array on the same mesh with automatic axes; unchanged if its mesh has no explicit ones."""
+    """Returns an array moved to the same mesh with automatic axes; unchanged if its mesh has no explicit axes."""
     return x if _explicit_mesh(x) is None else jax.device_put(x, NamedSharding(automatic, x.sharding.spec))
 
 
 def _rows_of(x: Array) -> dict[str, Any]:
-    """The mesh axes that shard the rows of an array, by their letter."""
+    """Returns the mesh axes over which the rows of an array are sharded, under the letter "b"."""
     return _divided([(x, of_rows(x))]) if jnp.ndim(x) else {}
 
 
@@ -303,7 +309,7 @@ def _explicit_mesh(args: PyTree) -> AbstractMesh | None:
 
 
 def _spec(letters: str, divided: dict[str, Any]) -> PartitionSpec:
-    """The mesh axes of a result; a mesh axis shards at most one axis of an array."""
+    """Returns the partition spec of a result. A mesh axis can shard at most one axis of an array."""
     used, spec = set(), []
     for letter in letters.split():
         axes = divided.get(letter)

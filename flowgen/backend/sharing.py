@@ -1,7 +1,7 @@
-"""Batches that the devices of this host share: every device computes its own rows, and sends nothing to the others.
+"""Divides batches over the devices of this host: every device computes its own rows and sends nothing to the others.
 
-The compiler would also divide the rows of a program, but it exchanges rows to concatenate or reorder a batch, and asks
-all devices whether a loop is done. A token loop runs such a step for every token.
+The compiler can also divide the rows of a program, but then devices exchange rows whenever a batch is concatenated or
+reordered, and communicate to decide whether a loop is done. A token loop would do so for every token.
 """
 
 from __future__ import annotations
@@ -21,16 +21,17 @@ from jaxtyping import Array, PyTree
 
 AXIS = "rows"
 WHOLE = PartitionSpec()
-# On a CPU, fewer rows hardly save time in a token loop, which then mostly starts operations.
+# On a CPU, a token loop over fewer rows is hardly faster, because it then spends most of its time starting operations.
 MIN_ROWS_ON_CPU = 4
-_CONFIG: Any = jax.config  # whose attributes are not typed
+_CONFIG: Any = jax.config  # The attributes of jax.config are not typed.
 
 
 def make_core_devices() -> bool:
-    """Makes one CPU device per core that this process may use; returns whether it did.
+    """Creates one CPU device per core that this process may use; returns whether it did.
 
-    It does nothing if the environment sets the number of CPU devices, if jax already runs, or if it runs in several
-    processes. Only programs that own their process call it: jax fixes the number of devices when it starts.
+    This function does nothing if the number of CPU devices is already configured, if jax has already started, or if jax
+    runs in several processes. Call it only in programs that own their process, because jax fixes the number of devices
+    when it starts.
     """
     chosen = _CONFIG.jax_num_cpu_devices >= 0 or "host_platform_device_count" in os.environ.get("XLA_FLAGS", "")
     if chosen or jax.distributed.is_initialized():
@@ -46,7 +47,7 @@ def make_core_devices() -> bool:
 def devices_for(rows: int) -> list[jax.Device]:
     """Returns the devices of this host that share a batch of this many rows.
 
-    This is one device inside `jax.default_device`. On CPUs, each device gets at least four rows, so that a small batch
+    Inside `jax.default_device`, this is a single device. On CPUs, each device gets at least four rows, so a small batch
     stays on one device.
     """
     if _CONFIG.jax_default_device is not None:
@@ -59,7 +60,8 @@ def devices_for(rows: int) -> list[jax.Device]:
 def sharing(rows: int, variables: PyTree = None) -> Mesh | None:
     """Returns the mesh of the devices that share a batch of this many rows; None for a single device.
 
-    It is None too if the caller has divided the variables over devices, because their placement decides.
+    The result is also None if the caller has sharded the variables over devices, because the computation then follows
+    the placement of the variables.
     """
     devices = devices_for(rows)
     if len(devices) == 1 or not all(_is_whole(x) for x in jax.tree.leaves(variables)):
@@ -68,9 +70,9 @@ def sharing(rows: int, variables: PyTree = None) -> Mesh | None:
 
 
 def share_rows(tree: PyTree, mesh: Mesh | None) -> PyTree:
-    """Returns arrays with their rows divided over a mesh; rows are repeated until all devices have the same number.
+    """Returns the arrays of a tree with their rows divided over a mesh; without a mesh, returns the tree unchanged.
 
-    Returns the tree unchanged if the mesh is None.
+    If the number of rows is not a multiple of the number of devices, the first rows are repeated at the end.
     """
     if mesh is None:
         return tree
@@ -84,7 +86,10 @@ def share_rows(tree: PyTree, mesh: Mesh | None) -> PyTree:
 
 
 def copies(variables: PyTree, mesh: Mesh | None) -> PyTree:
-    """Returns the variables on all devices of a mesh; CPU devices share their memory. None leaves them unchanged."""
+    """Returns the variables replicated on all devices of a mesh; if the mesh is None, returns them unchanged.
+
+    CPU devices share one copy in memory.
+    """
     if mesh is None:
         return variables
     whole, first = NamedSharding(mesh, WHOLE), mesh.devices.flat[0]
@@ -93,19 +98,19 @@ def copies(variables: PyTree, mesh: Mesh | None) -> PyTree:
         if isinstance(x, jax.Array) and x.sharding == whole:
             return x
         if first.platform == "cpu" and not (isinstance(x, jax.Array) and _is_key(x)):
-            # jax copies a device array to every device, but all devices use a numpy view of its memory in place.
+            # From a device array, jax would make a copy for every device. A numpy view of its memory is used in place.
             x = np.asarray(jax.device_put(x, first))
         return jax.device_put(x, whole)
 
-    with jax.ensure_compile_time_eval():  # Inside jit, the variables of an outer function.
+    with jax.ensure_compile_time_eval():  # Inside jit, the variables may belong to an outer function.
         return jax.tree.map(copy, variables)
 
 
 def by_rows(fn: Callable[..., PyTree], shared: PyTree, *rows: PyTree, **static: Any) -> PyTree:
-    """Returns fn(shared, *rows, **static) as numpy arrays, computed by all devices of this host, each on its own rows.
+    """Returns fn(shared, *rows, **static) as numpy arrays; each device of this host computes its own rows.
 
-    fn: a function of a module, compiled for each `static`. Row i of its results must depend only on row i of `rows`.
-    shared: what all rows need, such as variables and a key.
+    fn: a module-level function, which is compiled for each value of `static`. Row i of its results must depend only on
+    row i of `rows`. shared: the values that all rows need, such as variables and a key.
 
     Example:
         features = by_rows(_features, variables, images, network=network)
@@ -127,15 +132,16 @@ def _by_rows(shared, rows, *, fn, mesh, static):
 def on_own_rows(fn: Callable[..., PyTree], mesh: Mesh, specs: Any, axis: Any = AXIS) -> Callable[..., PyTree]:
     """Returns fn, run by every device of a mesh on its own rows of the arguments.
 
-    specs: for each argument, a tree of `WHOLE` and of `PartitionSpec(axis)`. All results have rows.
+    specs: for each argument, a tree of partition specs: `WHOLE` for replicated arrays and `PartitionSpec(axis)` for
+    arrays of rows. All results must be arrays of rows.
     """
     return jax.shard_map(fn, mesh=mesh, in_specs=specs, out_specs=PartitionSpec(axis), check_vma=False)
 
 
 def rows_mesh(x: Any, variables: PyTree = None) -> tuple[Mesh, Any] | None:
-    """Returns the mesh whose automatic axes divide the rows of an array on this host's devices, and these axes.
+    """Returns the mesh over which this host's devices share the rows of an array, and the axes that shard the rows.
 
-    It is None for other arrays, inside jit, and if the variables are divided too.
+    The axes must be automatic. The result is None for other arrays, inside jit, and if the variables are sharded too.
     """
     sharding = None if isinstance(x, Tracer) else getattr(x, "sharding", None)
     if not isinstance(sharding, NamedSharding) or not x.is_fully_addressable:
@@ -147,13 +153,13 @@ def rows_mesh(x: Any, variables: PyTree = None) -> tuple[Mesh, Any] | None:
 
 
 def rows_on_device(x: Array) -> int:
-    """Returns how many rows of an array a device has."""
+    """Returns how many rows of an array each device stores."""
     divided = rows_mesh(x)
     return len(x) if divided is None else x.sharding.shard_shape(x.shape)[0]
 
 
 def on_first_device(call: Callable[..., None], *args: Array) -> None:
-    """Calls `call`, which reports to the host, on one of the devices that run a mapped program."""
+    """Runs `call`, which reports to the host, on only one of the devices that run a mapped program."""
     axes = get_abstract_mesh().manual_axes
     if not axes:
         return call(*args)
@@ -162,7 +168,10 @@ def on_first_device(call: Callable[..., None], *args: Array) -> None:
 
 
 def _is_whole(x: Any) -> bool:
-    """Whether every device that has an array has all of it; on a mesh with explicit axes, the caller decides."""
+    """Returns whether an array is fully replicated on this host's devices.
+
+    The result is False on a mesh with explicit axes, where the caller controls the placement.
+    """
     if not isinstance(x, jax.Array):
         return True
     if isinstance(x, Tracer):

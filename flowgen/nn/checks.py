@@ -1,4 +1,4 @@
-"""Checks shared by the configs of models; each message names the field, its value and the fix."""
+"""Checks that the configs of several models share. Each error message names the field, its value and a fix."""
 
 from __future__ import annotations
 
@@ -11,9 +11,9 @@ ImageSize = SupportsIndex | Sequence[SupportsIndex]
 
 
 def image_sides(image_size: object, name: str = "image_size") -> tuple[int, int]:
-    """Returns (height, width) of an image size given as one side or both, as integers of any type.
+    """Returns (height, width) of an image size, which is given as one side or as both; sides are integers of any type.
 
-    Raises a ValueError that names the field unless both are at least 1.
+    name: what the error message calls the field. Raises ValueError unless both sides are at least 1.
     """
     sides = image_size if isinstance(image_size, tuple | list) else (image_size, image_size)
     whole = [_whole(side) for side in sides]
@@ -23,7 +23,7 @@ def image_sides(image_size: object, name: str = "image_size") -> tuple[int, int]
 
 
 def _whole(value: Any) -> int:
-    """A whole number as a Python int; 0 for anything else."""
+    """Returns a whole number as a Python int; 0 for any other value."""
     try:
         return 0 if isinstance(value, bool) else operator.index(value)
     except TypeError:
@@ -31,7 +31,7 @@ def _whole(value: Any) -> int:
 
 
 def check_patches(image_size: object, patch_size: int) -> None:
-    """Raises ValueError unless patches of this size tile a model's images."""
+    """Raises ValueError unless images of this size can be divided into patches of this size."""
     sides = dict(zip(("height", "width"), image_sides(image_size), strict=True))
     odd = [f"{side} {length}" for side, length in sides.items() if length < patch_size or length % patch_size]
     if odd:
@@ -42,7 +42,7 @@ def check_patches(image_size: object, patch_size: int) -> None:
 
 
 def check_implementation(implementation: str, attention: object) -> None:
-    """Raises ValueError if an implementation is chosen for attention that is not softmax attention."""
+    """Raises ValueError if `implementation` is not "auto" although the attention is not softmax attention."""
     if implementation != "auto" and not (isinstance(attention, str) and attention == "softmax"):
         raise ValueError(
             f"attention_implementation is {implementation!r}, which applies only to softmax attention, but attention "

@@ -1,7 +1,7 @@
 """Convolutions, group norm, residual blocks and spatial attention, for images `b height width c` and for clips.
 
-A layer that may use earlier frames maps (x, cache) to (y, next cache); see `flowgen.codecs.causal`. Image layers return
-the cache unchanged.
+A layer whose output may depend on earlier frames maps (x, cache) to (y, next cache); see `flowgen.codecs.causal`. When
+such a layer is applied to images, it returns the cache unchanged.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ from flowgen.attention import softmax_attention
 from flowgen.backend import Implementation
 from flowgen.nn.layers import linear, master_dtype, uniform_bias
 
-# A layer's cache of the frames before its input; None at the start of a clip, and for images.
+# Stores what a layer needs from the frames before its input; None at the start of a clip, and for images.
 Cache = PyTree
 Padding = int | tuple[tuple[int, int], ...]
 
@@ -35,9 +35,10 @@ def conv(
     zero: bool = False,
     name: str | None = None,
 ) -> nn.Conv:
-    """Returns a side × side convolution of `channels` input channels, initialised as in PyTorch or at zero.
+    """Returns a side × side convolution of `channels` input channels.
 
-    padding: as in Flax; None keeps the size at stride 1.
+    padding: as in Flax; None means side // 2, which keeps the size at stride 1 for odd sides. zero: whether the
+    parameters are initialised to zero; otherwise, they are initialised as in PyTorch.
     """
     padding = side // 2 if padding is None else padding
     return _conv(features, (side, side), (stride, stride), padding, channels, dtype, zero, name)
@@ -53,9 +54,10 @@ def clip_conv(
     zero: bool = False,
     name: str | None = None,
 ) -> nn.Conv:
-    """Returns a convolution of clips over 3 frames and side × side positions, initialised as in PyTorch or at zero.
+    """Returns a convolution of clips over 3 frames and side × side positions.
 
-    Positions are padded, but frames are not: n frames give n - 2, of which every `stride`-th is kept.
+    Height and width are padded, but frames are not: n frames yield n - 2 frames, of which every `stride`-th is kept.
+    zero: whether the parameters are initialised to zero; otherwise, they are initialised as in PyTorch.
     """
     around = (side // 2, side // 2)
     return _conv(features, (3, side, side), (stride, 1, 1), ((0, 0), around, around), channels, dtype, zero, name)
@@ -85,7 +87,7 @@ def _conv(
 
 
 def group_norm(num_groups: int, dtype: str, *, epsilon: float, name: str | None = None) -> nn.GroupNorm:
-    """Returns a GroupNorm that computes in float32, with two-pass variance."""
+    """Returns a GroupNorm that computes in float32 and uses two-pass variance."""
     return nn.GroupNorm(
         num_groups,
         epsilon=epsilon,
@@ -99,17 +101,21 @@ def group_norm(num_groups: int, dtype: str, *, epsilon: float, name: str | None 
 def convolve_image(
     x: Float[Array, "b height width c"], cache: Cache, features: int, dtype: str, *, name: str, zero: bool = False
 ) -> tuple[Float[Array, "b height width d"], Cache]:
-    """Returns images after a 3 × 3 convolution, and the cache unchanged. The calling compact method owns the layer."""
+    """Returns the images after a 3 × 3 convolution, and the unchanged cache.
+
+    Call this function from a compact method of a module; the convolution becomes a submodule of that module.
+    """
     return conv(features, x.shape[-1], dtype, zero=zero, name=name)(x), cache
 
 
 class ResidualBlock(nn.Module):
-    """skip(x) + conv(dropout(silu(norm(conv(silu(norm(x))))))), where skip is linear if the width changes.
+    """skip(x) + conv(dropout(silu(norm(conv(silu(norm(x))))))).
 
-    With an embedding e, the second norm is norm(h + W e), or norm(h) (1 + a) + b with (a, b) = W e if `scale_shift`.
+    skip is the identity or, if the width changes, a linear map. With an embedding e, the second norm(h) is replaced by
+    norm(h + W e). If `scale_shift`, it is replaced by norm(h) (1 + a) + b instead, with (a, b) = W e.
 
-    norm: name -> layer. convolve: `convolve_image`, or `convolve_clip` for clips. zero: whether the last convolution
-    starts at zero.
+    norm: a function name -> layer. convolve: `convolve_image`, or `convolve_clip` for clips. zero: whether the last
+    convolution is initialised to zero.
 
     Example:
         block = ResidualBlock(64, "float32", functools.partial(group_norm, 32, "float32", epsilon=1e-6))
@@ -157,11 +163,10 @@ class ResidualBlock(nn.Module):
 
 
 class SpatialAttention(nn.Module):
-    """x + W attention(norm(x)) over the positions of each image, or of each frame of a clip; returns the cache
-    unchanged.
+    """x + W attention(norm(x)) over the positions of each image, or of each frame of a clip.
 
-    norm: name -> layer. zero: whether W starts at zero, so that the layer starts as the identity. implementation: see
-    `softmax_attention`.
+    The cache is returned unchanged. norm: a function name -> layer. zero: whether W is initialised to zero, so that the
+    layer is initially the identity. implementation: see `softmax_attention`.
 
     Example:
         attention = SpatialAttention("float32", functools.partial(group_norm, 32, "float32", epsilon=1e-6))

@@ -1,4 +1,4 @@
-"""Embeddings of class, time and position."""
+"""Embeddings of classes, times and positions."""
 
 from __future__ import annotations
 
@@ -12,8 +12,8 @@ from jaxtyping import Array, Float, Int
 
 from flowgen.conditioning import UNCONDITIONAL
 
-# Times in [0, 1] are scaled to the 1,000 steps that sinusoidal embeddings were made for; otherwise all angles would be
-# below one radian.
+# Sinusoidal embeddings were designed for 1,000 integer steps, so times in [0, 1] are scaled to this range. Without
+# scaling, no angle would exceed one radian.
 TIME_SCALE = 1000.0
 EMBEDDING_STDDEV = 0.02
 
@@ -21,9 +21,10 @@ EMBEDDING_STDDEV = 0.02
 def class_rows(
     table: Float[Array, "classes_and_none d"], labels: Int[Array, " b"] | None, batch: int
 ) -> Float[Array, "b d"]:
-    """Returns the row of each label: the last row for label -1 or if `labels` is None, NaN for invalid labels.
+    """Returns the row of the table for each label.
 
-    A compiled program cannot raise for a label outside -1..classes-1, and NaN is safer than the row of another class.
+    The label -1 selects the last row, and so does `labels=None`. For labels outside -1..classes-1, the row is NaN: a
+    compiled program cannot raise an error, and NaN is safer than the row of another class.
 
     Example:
         e = class_rows(table, jnp.array([3, -1]), batch=2)
@@ -39,15 +40,17 @@ def class_rows(
 def class_embedding(
     table: Float[Array, "classes d"], labels: Int[Array, " b"] | None, batch: int
 ) -> Float[Array, "b d"]:
-    """Returns `class_rows` for a table without an unconditional row: as in TARFlow, the mean over all classes takes the
-    place of that row."""
+    """Returns `class_rows` for a table without an unconditional row.
+
+    As in TARFlow, the mean over all classes replaces the missing row.
+    """
     return class_rows(jnp.concatenate([table, table.mean(axis=0, keepdims=True)]), labels, batch)
 
 
 def class_one_hot(
     labels: Int[Array, " b"] | None, num_classes: int, batch: int, dtype: jnp.dtype
 ) -> Float[Array, "b classes_and_none"]:
-    """Returns one-hot rows of num_classes + 1 columns, the last for no class.
+    """Returns one-hot rows with num_classes + 1 columns; the last column means no class.
 
     STARFlow treats a class as a text of one token with these features (arXiv 2506.06276).
     """
@@ -57,7 +60,7 @@ def class_one_hot(
 def time_features(
     t: Float[Array, " b"], dim: int, max_period: float = 10_000.0, scale: float = TIME_SCALE
 ) -> Float[Array, "b dim"]:
-    """Returns [cos; sin] of scale · t at dim/2 frequencies from 1 to 1/max_period.
+    """Returns the cosines and then the sines of scale · t at dim/2 frequencies, from 1 down to nearly 1/max_period.
 
     Raises ValueError unless dim is even.
 
@@ -72,16 +75,16 @@ def time_features(
 
 
 def normal_dense(features: int, fan_in: int, name: str) -> nn.Dense:
-    """Returns a Dense layer with a kernel initialised from N(0, 0.02²), as in DiT."""
+    """Returns a Dense layer whose kernel is initialised from N(0, 0.02²), as in DiT."""
     return nn.Dense(features, kernel_init=nn.initializers.normal(EMBEDDING_STDDEV), name=name)
 
 
 class ConditionEmbedding(nn.Module):
-    """The sum, `b width`, of the time, interval and class embeddings that the layers of a network receive.
+    """Embeds the condition of a network: the sum, `b width`, of time, interval and class embeddings.
 
-    Times, scaled by time_scale, pass through `frequencies` sinusoids and two layers with a SiLU between them; classes
-    are looked up in a table whose last row means no class. dense: (features, fan_in, name) -> layer. table_std: initial
-    standard deviation of the table.
+    Times are multiplied by time_scale and mapped to `frequencies` sinusoidal features, which pass through two Dense
+    layers with a SiLU between them. Classes are looked up in a table whose last row means no class. dense: a function
+    (features, fan_in, name) -> layer. table_std: standard deviation of the initial table.
 
     Example:
         c = ConditionEmbedding(width=256, num_classes=10, intervals=False).apply(params, t, cond, None)
@@ -116,7 +119,9 @@ class ConditionEmbedding(nn.Module):
 
 
 def grid_positions(grid: tuple[int, int], width: int) -> Float[np.ndarray, "n width"]:
-    """Returns a fixed table of grid positions, row by row: half of its sinusoids depend on the column, half on the row.
+    """Returns a fixed table of sinusoidal position embeddings for a grid, row by row.
+
+    In each embedding, the first half of the features depends on the column and the second half on the row.
 
     Example:
         table = grid_positions((4, 4), 64)

@@ -1,4 +1,4 @@
-"""Layers: linear maps with published initialisation, LayerNorm, RMSNorm, MLP, and patchify."""
+"""Layers: linear maps with PyTorch's initialisation, LayerNorm, RMSNorm and MLP; also `patchify` and its inverse."""
 
 from __future__ import annotations
 
@@ -24,14 +24,14 @@ ACTIVATIONS: dict[str, Callable[[Array], Array]] = {
     "silu": jax.nn.silu,
     "relu_squared": lambda x: jnp.square(jax.nn.relu(x)),
 }
-# Names of gated MLPs, down(activation(gate(x)) · up(x)), and the activation of each gate.
+# Gated MLPs compute down(activation(gate(x)) · up(x)). Maps the name of each gated MLP to the activation of its gate.
 GATED_ACTIVATIONS = {"geglu": "gelu_tanh"}
 TORCH_LAYER_NORM_EPS = 1e-5
 RMS_NORM_EPS = 1e-6
 
 
 def master_dtype(dtype: str) -> jnp.dtype:
-    """Returns the dtype of parameters, affine maps and log-determinants for a compute dtype: at least float32.
+    """Returns the dtype of parameters, affine maps and log-determinants for a given compute dtype; at least float32.
 
     Example:
         master_dtype("bfloat16")  # float32
@@ -61,7 +61,8 @@ def linear(
 ) -> nn.Dense:
     """Returns a Dense layer initialised like PyTorch's Linear: kernel and bias from U(-1/√fan_in, 1/√fan_in).
 
-    zero_kernel, zero_bias: whether to start at zero instead; in published output layers, only the kernel does.
+    zero_kernel, zero_bias: whether the kernel or the bias is initialised to zero instead. In the published output
+    layers, only the kernel is.
 
     Example:
         proj = linear(256, fan_in=128, dtype="float32")
@@ -80,10 +81,10 @@ def linear(
 
 
 def cast_linear(params: Mapping[str, Any], dtype: str) -> dict[str, Any]:
-    """Returns parameters of modules with the kernels and biases of their Dense layers cast to `dtype`.
+    """Returns the parameters of modules, with the kernels and biases of their Dense layers cast to `dtype`.
 
-    A Dense layer casts them to its dtype whenever it is applied, so its results stay the same. Norms compute with their
-    parameters as they are, and keep them.
+    A Dense layer casts these to its dtype whenever it is applied, so its results do not change. The parameters of norms
+    are not cast, because norms compute with them at full precision.
 
     Example:
         params = cast_linear(params, "bfloat16")
@@ -94,7 +95,7 @@ def cast_linear(params: Mapping[str, Any], dtype: str) -> dict[str, Any]:
 
 
 def layer_norm(dtype: str) -> nn.LayerNorm:
-    """Returns a LayerNorm with PyTorch's epsilon, 1e-5, and two-pass variance; statistics are float32.
+    """Returns a LayerNorm with PyTorch's epsilon, 1e-5, and two-pass variance. Its statistics are computed in float32.
 
     Example:
         norm = layer_norm("bfloat16")
@@ -108,9 +109,10 @@ def layer_norm(dtype: str) -> nn.LayerNorm:
 
 
 class RMSNorm(nn.Module):
-    """x / √(mean x² + epsilon) · (offset + weight); statistics are float32, and the result has `dtype`.
+    """x / √(mean x² + epsilon) · (offset + weight), computed in float32; the result has the dtype `dtype`.
 
-    offset: 1 as in Gemma and STARFlow, whose stored weights are near 0, or 0 as in T5. offset + weight starts at 1.
+    offset: 1 as in Gemma and STARFlow, whose stored weights are near 0, or 0 as in T5. The weight is initialised so
+    that offset + weight is 1.
 
     Example:
         y = RMSNorm("float32").apply(params, x)
@@ -126,7 +128,7 @@ class RMSNorm(nn.Module):
         weight = self.param("weight", nn.initializers.constant(1 - self.offset), (x.shape[-1],), master)
         x = x.astype(master)
         x = x * jax.lax.rsqrt(jnp.square(x).mean(axis=-1, keepdims=True) + self.epsilon)
-        # Stored weights are near 0, because near 1 they would lose precision in bfloat16.
+        # With offset 1, stored weights are near 0; weights near 1 would lose precision in bfloat16.
         weight = self.offset + jnp.asarray(weight, master)
         return jnp.multiply(x, weight.reshape((1,) * (x.ndim - 1) + (-1,))).astype(self.dtype)
 
@@ -135,7 +137,9 @@ NORMS: dict[str, Callable[[str], nn.Module]] = {"layer_norm": layer_norm, "rms_n
 
 
 class MLP(nn.Module):
-    """down(activation(up(x))) with `expansion` times the width in between; if gated, down(activation(gate(x)) · up(x)).
+    """down(activation(up(x))) or, for gated activations, down(activation(gate(x)) · up(x)).
+
+    The hidden layer is `expansion` times as wide as the input.
 
     Example:
         y = MLP(width=256, expansion=4, activation="gelu", dtype="float32").apply(params, x)
@@ -170,7 +174,8 @@ _PATCH_PATTERNS = {
 def patchify(x: Float[Array, "b height width c"], patch_size: int, order: PatchOrder) -> Float[Array, "b n token"]:
     """Returns the patches of channels-last images as tokens, row by row.
 
-    order: order of a patch's values in its token: (c, row, column) in TARFlow, (row, column, c) in STARFlow.
+    order: the order in which a token lists the values of its patch: (c, row, column) in TARFlow, and (row, column, c)
+    in STARFlow.
 
     Example:
         tokens = patchify(images, 4, "channel_first")  # b, (height/4)*(width/4), c*16
@@ -182,7 +187,7 @@ def patchify(x: Float[Array, "b height width c"], patch_size: int, order: PatchO
 def unpatchify(
     tokens: Float[Array, "b n token"], patch_size: int, image_size: tuple[int, int], order: PatchOrder
 ) -> Float[Array, "b height width c"]:
-    """Returns images from their tokens; the inverse of `patchify`.
+    """Returns the images that `patchify` maps to these tokens.
 
     Example:
         images = unpatchify(tokens, 4, (32, 48), "channel_first")

@@ -1,4 +1,7 @@
-"""The transformer stack of a flow block: causal pre-norm layers with stacked or, for decoding, separate parameters."""
+"""The transformer stack of a flow block, with causal pre-norm layers.
+
+For training, the parameters of all layers are stacked; for decoding, each layer has separate parameters.
+"""
 
 from __future__ import annotations
 
@@ -20,7 +23,7 @@ from flowgen.settings.ranges import OneOf, Own
 
 Slot = Int[Array, ""] | int
 Scale = Float[Array, " b"] | None
-# Attention of a stack's layers: the name of a kernel, or a kernel of your own.
+# The attention in the layers of a stack: the name of a kernel, or a user-defined kernel.
 OwnAttention = Annotated[Kernel | FeatureMap | CausalKernel, Own("a FeatureMap, a Kernel or a CausalKernel")]
 Attention = Annotated[str, OneOf(CAUSAL_KERNEL_NAMES)] | OwnAttention
 Rotation = tuple[Float[Array, "n r"], Float[Array, "n r"]] | None
@@ -31,15 +34,16 @@ class TransformerConfig:
     """Shape and precision of a stack of identical causal layers.
 
     num_kv_heads: number of key heads, each shared by num_heads / num_kv_heads query heads; None means num_heads.
-    norm: norm before attention and MLP. qk_norm: RMSNorm over the channels of each head, before the rotary rotation.
-    post_norm: RMSNorm of the outputs of attention and MLP. use_bias: whether the linear maps have biases.
+    norm: the norm before attention and before the MLP. qk_norm: whether to apply an RMSNorm over the channels of each
+    query and key head, before the rotary rotation. post_norm: whether to apply an RMSNorm to the outputs of attention
+    and MLP. use_bias: whether the linear maps have biases.
     remat: whether the backward pass recomputes the activations of each layer; `flowgen.backend.layer_form` defines
-    "auto". Results differ only in rounding, and parameters do not differ.
+    "auto". This choice changes results only by rounding, and does not change the parameters.
     scan: True, for training, stores parameters with a leading axis of `num_layers`. False, for decoding, gives each
-    layer its own parameters and cache, because inside a loop over tokens a scan over layers would copy the weights and
+    layer its own parameters and cache: inside a loop over tokens, a scan over layers would copy the weights and the
     cache of every layer out of the stack for each token.
-    window: attention to nearby frames instead of causal attention; such a stack takes no caches.
-    attention_implementation: what computes softmax attention of whole sequences; see `softmax_attention`.
+    window: attention to nearby frames, which replaces causal attention; a stack with a window accepts no caches.
+    attention_implementation: the implementation of softmax attention over whole sequences; see `softmax_attention`.
     """
 
     width: int
@@ -106,7 +110,7 @@ class SelfAttention(nn.Module):
 
 
 class TransformerLayer(nn.Module):
-    """h + Attention(Norm(h)), then h + MLP(Norm(h)); `post_norm` normalises each update once more."""
+    """h + Attention(Norm(h)), then h + MLP(Norm(h)); with `post_norm`, each update is also normalised."""
 
     config: TransformerConfig
 
@@ -177,11 +181,12 @@ class LayerLoop(nn.Module):
 
 
 def transformer_stack(config: TransformerConfig) -> nn.Module:
-    """Returns a module that maps (h, caches, start, inverse_temperature, rotation) through all layers to (h, caches).
+    """Returns a module that applies all layers: (h, caches, start, inverse_temperature, rotation) -> (h, caches).
 
-    caches: None for a whole sequence from position 0, else one cache of the kernel per layer (only with `scan` off).
-    start: slot of h[:, 0]. inverse_temperature: None, or `b` factors on the attention logits. rotation: None, or
-    (cos, sin) `n r`, which rotate the queries and keys of these tokens; keys are cached after rotation.
+    caches: None for a whole sequence from position 0; otherwise, one kernel cache per layer, only with `scan=False`.
+    start: the cache slot of h[:, 0]. inverse_temperature: None, or an array `b` of factors for the attention logits.
+    rotation: None, or (cos, sin), each `n r`, for the rotary rotation of the queries and keys of these tokens. Keys are
+    cached after the rotation.
 
     Example:
         h, caches = stack(h, None, 0, None, None)
@@ -190,18 +195,19 @@ def transformer_stack(config: TransformerConfig) -> nn.Module:
 
 
 def activation_bytes(config: TransformerConfig, batch: int, n: int) -> int:
-    """Returns about how many bytes of activations one layer stores for the backward pass, in float32.
+    """Returns an estimate of the bytes of activations that one layer stores for the backward pass, in float32.
 
-    A token has 8 vectors outside the MLP, 5 in its hidden layer, and two times its attention logits. For two shapes,
-    XLA's plans for a CPU agree to 5 %.
+    For each token, the layer stores 8 vectors outside the MLP, 5 in the hidden layer of the MLP, and the attention
+    logits twice. For two shapes, XLA's memory plans for a CPU agree with this estimate to 5 %.
     """
     return 4 * batch * n * ((8 + 5 * config.expansion) * config.width + 2 * config.num_heads * n)
 
 
 def unstack_layers(stacked: PyTree, num_layers: int, dtype: str | None = None) -> PyTree:
-    """Returns the parameters of a scanned stack in the form that the same stack expects with `scan` off.
+    """Returns the parameters of a scanned stack in the form that the same stack expects with `scan=False`.
 
-    dtype: the stack's dtype, to which its linear maps are cast (see `cast_linear`); None keeps their dtype.
+    dtype: the compute dtype of the stack. Its linear maps are cast to this dtype (see `cast_linear`); None means that
+    they keep their dtype.
 
     Example:
         params = unstack_layers(block["layers"], config.num_layers)
