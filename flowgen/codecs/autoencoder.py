@@ -40,7 +40,7 @@ class AutoencoderConfig:
 
     channels: number of channels of the images.
     latent_channels: number of channels of the latents.
-    widths: channels in each level, as a multiple of num_groups; every level but the last halves height and width.
+    widths: channels of each level, each a multiple of num_groups; every level but the last halves height and width.
     layers_per_block: number of residual blocks in each level of the encoder; the decoder has one more in each level.
     num_groups: number of groups in group norm.
     attention: whether there is single-head attention between the two residual blocks at the lowest resolution.
