@@ -157,8 +157,8 @@ class Decoder(nn.Module):
 class Middle(nn.Module):
     """Two residual blocks at the lowest resolution, with optional attention between them, for images or clips.
 
-    block: a function (width, name) -> layer that creates a residual block. attention: a function name -> layer that
-    creates the attention layer, or None.
+    block: a function (width, name) -> layer that creates a residual block.
+    attention: a function name -> layer that creates the attention layer, or None.
     """
 
     block: Callable[..., ResidualBlock]

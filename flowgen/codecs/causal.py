@@ -1,7 +1,7 @@
 """Layers that are causal in time, for clips `b f rows columns c`.
 
 Because the layers are causal, a clip can be processed whole or in chunks. A layer maps (x, cache) to (y, next cache),
-where `cache` contains what the layer needs from earlier frames. It is None if x starts the clip. The output of a
+where `cache` contains what the layer needs from earlier frames. `cache` is None if x starts the clip. The output of a
 convolution at frame t depends on frames t-2, t-1 and t; the frames before the clip are zeros. The first frame is
 treated as an image: layers that halve or double the number of frames do not change it.
 """

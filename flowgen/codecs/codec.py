@@ -108,7 +108,7 @@ class PixelCodec:
 class LatentNormalisation:
     """Normalises latents: normalised = (latents - shift) · scale.
 
-    shift, scale: either a number, or an array with one number per channel.
+    shift, scale: each is either a number, or an array with one number per channel.
 
     Example:
         normalisation = LatentNormalisation(shift=0.0, scale=0.18215)

@@ -136,7 +136,7 @@ def _check_shortcuts(config: VideoAutoencoderConfig) -> None:
 
 
 def _strides_up(config: VideoAutoencoderConfig) -> tuple[tuple[int, int], ...]:
-    """Returns, for each decoder level, the factors by which it multiplies the frames, and the height and width."""
+    """Returns, for each level of the decoder, the factors for the number of frames, and for the height and width."""
     return ((1, 1), *config.strides[:-1])
 
 

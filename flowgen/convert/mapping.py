@@ -1,8 +1,9 @@
 """Copies the tensors of a weight file to the leaves of a parameter tree, and checks that none is missing or left over.
 
-A `Rule` states which tensors fill which leaf, and how they are transformed. Its source and target are templates of
-names, with indices in braces. If the target does not mention one of the indices, the tensors are stacked along this
-index: those with the values 0, 1, ... fill the leading axis of the leaf. This is how the layers of a block are scanned.
+A `Rule` states which tensors fill which leaf, and how the tensors are transformed. Its source and its target are
+templates of names, with indices in braces. If the target does not mention an index of the source, the tensors are
+stacked along this index: those with the values 0, 1, ... fill the leading axis of the leaf. This is used for the
+scanned layers of a block.
 
     Rule("blocks.{block}.mlp.{layer}.weight", "params/blocks_{block}/mlp/kernel", transpose)
 
@@ -155,8 +156,8 @@ def fill(target: Any, state_dict: Mapping[str, np.ndarray], rules: Iterable[Rule
             return _nothing(leaf)
         ((rule, sources),) = found
         numbers = sum(state_dict[source].size for source in sources if source in state_dict)
-        # A config could ask for far more memory than the file has bytes. If the tensors have too few elements to fill
-        # the leaf, it is therefore not allocated.
+        # A config could require far more memory than the file has bytes. A leaf is therefore not allocated if the
+        # tensors have too few elements to fill it.
         out = np.empty(leaf.shape, leaf.dtype) if numbers >= math.prod(leaf.shape) else _nothing(leaf)
         for index, source in enumerate(sources):
             part = out[index, ...] if rule.stacked else out
@@ -183,7 +184,7 @@ def fill(target: Any, state_dict: Mapping[str, np.ndarray], rules: Iterable[Rule
 
 
 def _nothing(leaf: Any) -> np.ndarray:
-    """Returns a read-only array with the shape and dtype of a leaf that occupies almost no memory."""
+    """Returns a read-only array that occupies almost no memory, with the shape and dtype of a leaf."""
     return np.broadcast_to(np.zeros((), leaf.dtype), leaf.shape)
 
 

@@ -98,8 +98,8 @@ _MAX_DIGITS = 6  # in the number of frames, and in the frame rate
 _MAX_LETTERS = 1000  # in layers_per_block
 # For each autoencoder, the number of pixels per latent along a side, and the number of frames per latent frame.
 _VAE_FACTORS = {"sd-vae": (8, 1), "Wan2.2": (16, 4), "Wan2.1": (8, 4)}
-# The token order of block 0 for each published name. A published name states the order of the last block, and the order
-# alternates between blocks. It is therefore the opposite of the order of block 0, as the number of blocks is even.
+# The token order of block 0 for each published name. A published name states the order of the last block. The order
+# alternates from block to block and the number of blocks is even, so block 0 has the opposite order.
 _ORDERS = {"L2R": "reversed", "R2L": "raster"}
 # Two constants of the published code: the number of layers of the denoiser, and the factor 0.3 in its step x - 0.3 s,
 # where s is the denoiser's output.
@@ -143,8 +143,8 @@ def starflow(
     are copied one by one. If `state_dict` comes from `read_state_dict`, its tensors are views of the file, so the
     result is the only copy in memory.
 
-    arguments: the arguments in the published YAML file, by name. `img_size` counts pixels if `vae` is set, and latents
-    otherwise. If `text` ends in ".vocab", the model is conditioned on classes, which are one-hot texts of one token. If
+    arguments: the arguments in the published YAML file, by name. `img_size` is in pixels if `vae` is set, and in
+    latents otherwise. If `text` ends in ".vocab", the model is conditioned on classes, which are one-hot texts of one token. If
     `vid_size` is set (to frames and frame rate, such as '81:16'), the model is a STARFlowV. It has a denoiser if
     `learnable_self_denoiser` is set.
 

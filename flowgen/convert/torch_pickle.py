@@ -96,7 +96,7 @@ class TensorUnpickler:
     """Reads consecutive pickles as plain Python values, with a `StoredTensor` in place of every tensor.
 
     storages: the storages that the tensors use, by key.
-    position: where the pickle that was read last ends in the content.
+    position: offset in the content at which the last pickle that was read ends.
 
     Raises Refusal if a program needs more than a dictionary of tensors should, and Damage if it is malformed.
 
@@ -301,7 +301,7 @@ def _stored_tensor(storage: Any, dtype: Any, offset: Any, shape: Any, strides: A
 
 
 def _rebuild_tensor(storage, offset, shape, strides, _grad=False, _hooks=None, metadata=None) -> StoredTensor:
-    """Replaces torch._utils._rebuild_tensor and _rebuild_tensor_v2, which adds the arguments after the strides."""
+    """Replaces torch._utils._rebuild_tensor and _rebuild_tensor_v2, which has more arguments, after the strides."""
     return _stored_tensor(storage, getattr(storage, "dtype", None), offset, shape, strides, metadata)
 
 

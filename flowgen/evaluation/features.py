@@ -1,4 +1,4 @@
-"""Image features from a small classifier. It is trained on the dataset itself, so nothing is downloaded."""
+"""Image features from a small classifier. The classifier is trained on the dataset itself, so nothing is downloaded."""
 
 from __future__ import annotations
 

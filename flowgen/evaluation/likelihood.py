@@ -110,8 +110,8 @@ def velocity_bits_per_dim(
     """Returns a continuous flow's mean bits/dim over a dataset, with uniform dequantisation.
 
     log_prob: a function (x, labels, key) that returns log p, in nats, for images in [-1, 1), for example by calling
-    `flowgen.matching.log_prob` with a velocity field. It is compiled. Every batch has a different key, from which
-    log_prob may draw the probes of Hutchinson's trace estimator.
+    `flowgen.matching.log_prob` with a velocity field. log_prob is compiled. Every batch has a different key, from
+    which log_prob may draw the probes of Hutchinson's trace estimator.
 
     Example:
         bpd = velocity_bits_per_dim(lambda x, y, key: fm.log_prob(velocity, x, y, key=key), dataset, key)
