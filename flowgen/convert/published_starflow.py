@@ -144,9 +144,9 @@ def starflow(
     result is the only copy in memory.
 
     arguments: the arguments in the published YAML file, by name. `img_size` is in pixels if `vae` is set, and in
-    latents otherwise. If `text` ends in ".vocab", the model is conditioned on classes, which are one-hot texts of one token. If
-    `vid_size` is set (to frames and frame rate, such as '81:16'), the model is a STARFlowV. It has a denoiser if
-    `learnable_self_denoiser` is set.
+    latents otherwise. If `text` ends in ".vocab", the model is conditioned on classes, which are one-hot texts of one
+    token. If `vid_size` is set, for example to '81:16' for 81 frames at 16 frames per second, the model is a STARFlowV.
+    It has a denoiser if `learnable_self_denoiser` is set.
 
     Raises:
         MappingError (a ValueError): tensors are missing, unexpected, or have the wrong shape; `failures` lists all.
