@@ -1,11 +1,13 @@
 """AutoencoderKL: maps images to a Gaussian over latents, and latents back to images (Rombach et al., arXiv 2112.10752).
 
-The encoder begins with a convolution. Each level has residual blocks and, unless it is the last, halves the image.
-Then come a block, attention, a block, and a convolution to the mean and log variance. A residual block is
+The encoder begins with a convolution. Each level consists of residual blocks, and every level but the last then halves
+the height and width. The levels are followed by a residual block, attention, another residual block, and a convolution
+that returns the mean and log variance. A residual block computes
 
     r(x) = skip(x) + conv(silu(norm(conv(silu(norm(x)))))).
 
-The decoder mirrors the encoder, with one more block per level. Both are frozen while a flow trains.
+The decoder mirrors the encoder, but has one more residual block per level. Both networks are frozen while a flow is
+trained on the latents.
 """
 
 from __future__ import annotations
@@ -34,14 +36,14 @@ LOG_VARIANCE_BOUNDS = (-30.0, 20.0)
 
 @config
 class AutoencoderConfig:
-    """The shape of an autoencoder; the defaults match the published Stable Diffusion autoencoder.
+    """The architecture of an autoencoder; the defaults match the published Stable Diffusion autoencoder.
 
-    channels: channels of the images.
-    latent_channels: channels of the latents.
-    widths: channels of each level, each a multiple of num_groups; every level but the last halves the image.
-    layers_per_block: residual blocks per level of the encoder; the decoder has one more per level.
+    channels: number of channels of the images.
+    latent_channels: number of channels of the latents.
+    widths: channels of each level, each a multiple of num_groups; every level but the last halves height and width.
+    layers_per_block: number of residual blocks in each level of the encoder; the decoder has one more in each level.
     num_groups: number of groups in group norm.
-    attention: whether the middle block has single-head attention.
+    attention: whether there is single-head attention between the two residual blocks at the lowest resolution.
     dtype: dtype of the convolutions; norms, moments and images stay float32.
     remat: whether to recompute blocks in the backward pass.
     """
@@ -63,17 +65,17 @@ class AutoencoderConfig:
                 )
 
     def build(self) -> Autoencoder:
-        """Returns the autoencoder of this config, without parameters."""
+        """Returns the autoencoder that this config describes, without parameters."""
         return Autoencoder(self)
 
     @property
     def factor(self) -> int:
-        """Pixels per latent along a side."""
+        """The number of pixels per latent along the height or width."""
         return 2 ** (len(self.widths) - 1)
 
     @property
     def inputs(self) -> tuple[jax.ShapeDtypeStruct, ...]:
-        """Shape and dtype of a batch with the smallest image that passes through every layer."""
+        """The shape and dtype of a batch that contains one image of the smallest size that every layer accepts."""
         return (jax.ShapeDtypeStruct((1, self.factor, self.factor, self.channels), jnp.float32),)
 
 
@@ -100,7 +102,7 @@ class Autoencoder(OnMeshes, nn.Module):
     def encode(
         self, x: Float[Array, "b height width c"]
     ) -> tuple[Float[Array, "b rows columns z"], Float[Array, "b rows columns z"]]:
-        """Returns the mean and the log variance, within [-30, 20], of unnormalised latents."""
+        """Returns the mean and the log variance of unnormalised latents; the log variance is clipped to [-30, 20]."""
         check_floating("x", x)
         mean, log_variance = jnp.split(self.quant_conv(self.encoder(x)), 2, axis=-1)
         return mean, jnp.clip(log_variance, *LOG_VARIANCE_BOUNDS)
@@ -112,7 +114,7 @@ class Autoencoder(OnMeshes, nn.Module):
 
 
 class Encoder(nn.Module):
-    """Maps images to the mean and log variance. `Autoencoder` applies the 1 × 1 convolution that follows."""
+    """Maps images to the features from which a 1 × 1 convolution in `Autoencoder` computes mean and log variance."""
 
     config: AutoencoderConfig
 
@@ -125,7 +127,7 @@ class Encoder(nn.Module):
             for i in range(config.layers_per_block):
                 h, _ = block(width, name=f"down_{level}_{i}")(h)
             if level < len(widths) - 1:
-                # The published halving pads only at the bottom and on the right.
+                # As in the published code, only the bottom and the right are padded.
                 padding = ((0, 1), (0, 1))
                 h = conv(width, width, config.dtype, stride=2, padding=padding, name=f"halve_{level}")(h)
         h, _ = _middle(config)(h)
@@ -133,7 +135,7 @@ class Encoder(nn.Module):
 
 
 class Decoder(nn.Module):
-    """Maps latents to images. `Autoencoder` applies the 1 × 1 convolution that comes first."""
+    """Maps latents to images, after a 1 × 1 convolution in `Autoencoder`."""
 
     config: AutoencoderConfig
 
@@ -153,9 +155,10 @@ class Decoder(nn.Module):
 
 
 class Middle(nn.Module):
-    """A block, optional attention and another block, at the lowest resolution, for images or clips.
+    """Two residual blocks at the lowest resolution, with optional attention between them, for images or clips.
 
-    block: (width, name) -> layer. attention: name -> layer.
+    block: a function (width, name) -> layer that creates a residual block.
+    attention: a function name -> layer that creates the attention layer, or None.
     """
 
     block: Callable[..., ResidualBlock]
@@ -190,5 +193,5 @@ def _conv_out(config: AutoencoderConfig, h: Array, features: int) -> Array:
     return conv(features, h.shape[-1], master, name="conv_out")(h)
 
 
-# The published autoencoder of latent diffusion, with 83,653,863 parameters.
+# The published autoencoder of latent diffusion models, which has 83,653,863 parameters.
 AUTOENCODER_PRESETS: dict[str, AutoencoderConfig] = {"sd_vae": AutoencoderConfig()}

@@ -1,8 +1,9 @@
-"""Causal layers for clips `b f rows columns c`, which can therefore be processed whole or in chunks.
+"""Layers that are causal in time, for clips `b f rows columns c`.
 
-A layer maps (x, cache) to (y, next cache). `cache` is what the layer needs from earlier frames, or None if x starts
-the clip. A convolution at frame t sees frames t-2, t-1 and t, with zeros before the clip. The first frame is treated as
-an image: halving or doubling the number of frames leaves it unchanged.
+Because the layers are causal, a clip can be processed whole or in chunks. A layer maps (x, cache) to (y, next cache),
+where `cache` contains what the layer needs from earlier frames. `cache` is None if x starts the clip. The output of a
+convolution at frame t depends on frames t-2, t-1 and t; the frames before the clip are zeros. The first frame is
+treated as an image: layers that halve or double the number of frames do not change it.
 """
 
 from __future__ import annotations
@@ -19,14 +20,14 @@ from flowgen.nn.convolution import Cache, clip_conv, conv
 from flowgen.nn.layers import RMSNorm, master_dtype
 
 Features = Float[Array, "b f rows columns c"]
-# Outputs of layers, possibly with other numbers of frames, positions and channels.
+# The output of a layer, which may differ from the input in its numbers of frames, positions and channels.
 NewFeatures = Float[Array, "b new_frames new_rows new_columns d"]
 
 CHANNEL_NORM_EPS = 1e-12
 
 
 def chain(layers: Sequence[Callable[..., tuple[Array, Cache]]], h: Array, cache: Cache) -> tuple[Array, Cache]:
-    """Returns the result of applying the layers to h in turn, and their caches for later frames."""
+    """Applies the layers to h one after another; returns the result and the layers' caches for later frames."""
     caches = [None] * len(layers) if cache is None else cache
     after = []
     for layer, mine in zip(layers, caches, strict=True):
@@ -38,10 +39,11 @@ def chain(layers: Sequence[Callable[..., tuple[Array, Cache]]], h: Array, cache:
 def convolve_clip(
     x: Features, cache: Cache, features: int, dtype: str, *, name: str, side: int = 3, zero: bool = False
 ) -> tuple[NewFeatures, Float[Array, "b 2 rows columns c"]]:
-    """Convolves each frame of x together with the two before it; also returns the last two frames for the next chunk.
+    """Convolves each frame of x together with the two frames before it; also returns the cache for the next chunk.
 
-    The layer is created in the calling compact method. cache: the two frames before x; None, at the start of a clip,
-    means zeros.
+    The function must be called in a compact method, and creates a submodule there.
+
+    cache: the two frames before x. None, for the start of a clip, stands for two frames of zeros.
     """
     before = jnp.zeros_like(x, shape=(x.shape[0], 2, *x.shape[2:])) if cache is None else cache
     x = jnp.concatenate([before, x], axis=1)
@@ -51,16 +53,17 @@ def convolve_clip(
 def channel_norm(name: str) -> RMSNorm:
     """Returns a layer that computes scale · √c x / |x| over the c channels of each position, in float32.
 
-    As in the published code, |x| is at least 1e-12.
+    As in the published code, the divisor is at least 1e-12.
     """
     return RMSNorm("float32", epsilon=CHANNEL_NORM_EPS**2, offset=0.0, name=name)
 
 
 def average_down(x: Features, width: int, *, time: int, space: int, begins: bool) -> NewFeatures:
-    """Averages the values in each block of `time` frames and space × space positions, in `width` groups.
+    """Reduces each block of `time` frames and space × space positions to one position with `width` channels.
 
-    The values of a block are in the order channel, frame, row, column. If x starts the clip, zeros before it complete
-    the first block.
+    The values of a block, in the order channel, frame, row, column, are divided into `width` groups of equal size. Each
+    group is averaged to give one channel. If x starts the clip, it is first padded with zeros in front, so that its
+    first frame is the last one of a block.
     """
     if begins:
         x = jnp.pad(x, ((0, 0), (time - 1, 0), (0, 0), (0, 0), (0, 0)))
@@ -69,10 +72,10 @@ def average_down(x: Features, width: int, *, time: int, space: int, begins: bool
 
 
 def copy_up(x: Features, width: int, *, time: int, space: int, begins: bool) -> NewFeatures:
-    """Returns x with each position copied to a block of `time` frames, space × space positions and `width` channels.
+    """Expands each position to a block of `time` frames, space × space positions and `width` channels.
 
-    The values of a block are in the order of `average_down`. If x starts the clip, only the last frame of the first
-    block is kept.
+    Each channel of a position is repeated to fill the block. The values of a block are in the same order as in
+    `average_down`. If x starts the clip, only the last frame of the first block is kept.
     """
     x = repeat(x, "b f i j c -> b f i j (c g)", g=width * time * space**2 // x.shape[-1])
     x = rearrange(x, "b f i j (c r p q) -> b (f r) (i p) (j q) c", r=time, p=space, q=space)
@@ -91,7 +94,7 @@ class Convolution(nn.Module):
 
 
 class Head(nn.Module):
-    """conv(silu(norm(x))) in float32."""
+    """Computes conv(silu(norm(x))) in float32."""
 
     dtype: str
     width: int
@@ -103,19 +106,22 @@ class Head(nn.Module):
 
 
 class HalveSpace(nn.Module):
-    """Halves both sides of each frame with a strided convolution."""
+    """Halves the height and width of each frame with a strided convolution."""
 
     dtype: str
 
     @nn.compact
     def __call__(self, x: Features, cache: Cache) -> tuple[NewFeatures, Cache]:
-        # The published halving pads only at the bottom and on the right.
+        # As in the published code, only the bottom and the right are padded.
         width = x.shape[-1]
         return conv(width, width, self.dtype, stride=2, padding=((0, 1), (0, 1)), name="conv")(x), ()
 
 
 class HalveTime(nn.Module):
-    """Keeps the first frame, and halves the number of later ones by convolving frames (0, 1, 2), (2, 3, 4), ..."""
+    """Halves the number of frames after the first frame. The first frame is not changed.
+
+    Each new frame is a convolution over three consecutive frames: (0, 1, 2), (2, 3, 4), and so on.
+    """
 
     dtype: str
 
@@ -128,7 +134,10 @@ class HalveTime(nn.Module):
 
 
 class DoubleTime(nn.Module):
-    """Keeps the first frame, and turns each later one into two with a causal convolution that never sees the first."""
+    """Doubles the number of frames after the first frame. The first frame is not changed.
+
+    A causal convolution turns each of the later frames into two. The first frame is never an input of the convolution.
+    """
 
     dtype: str
 
@@ -141,7 +150,7 @@ class DoubleTime(nn.Module):
 
 
 class DoubleSpace(nn.Module):
-    """Doubles both sides of each frame by repeating positions, and then convolves the frame."""
+    """Doubles the height and width of each frame by nearest-neighbour upsampling, then applies a convolution."""
 
     dtype: str
     width: int

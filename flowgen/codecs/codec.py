@@ -1,4 +1,7 @@
-"""Codecs: frozen maps from images or clips to latents and back, for flows trained on the latents."""
+"""Codecs, which map images or clips to latents and back, for flows that are trained on the latents.
+
+While a flow is trained, its codec is frozen.
+"""
 
 from __future__ import annotations
 
@@ -18,17 +21,21 @@ from flowgen.codecs.autoencoder import Autoencoder
 from flowgen.codecs.video_autoencoder import check_clips
 from flowgen.nn.layers import patchify, unpatchify
 
-# Images, or clips with an axis of frames.
+# Images or clips; clips have an axis of frames.
 Pixels = Float[Array | np.ndarray, "b *frames height width c"]
 Latents = Float[Array | np.ndarray, "b *latent_frames rows columns z"]
 
 
 @runtime_checkable
 class Codec(Protocol):
-    """Maps images or clips in [-1, 1] to normalised latents and back; an image is encoded like a clip's first frame.
+    """Maps images or clips in [-1, 1] to normalised latents and back.
 
-    factor: pixels per latent along a side. stride: frames per latent after the first frame; 1 + k · stride frames
-    become 1 + k latent frames. channels: latent channels. pixel_channels: image channels.
+    An image is encoded in the same way as the first frame of a clip.
+
+    factor: number of pixels per latent along the height or width.
+    stride: number of frames per latent frame, after the first one; 1 + k · stride frames become 1 + k latent frames.
+    channels: number of channels of the latents.
+    pixel_channels: number of channels of the images or clips.
 
     Example:
         mean, std = codec.moments(images)
@@ -60,7 +67,9 @@ class Codec(Protocol):
 
 @dataclass(frozen=True)
 class PixelCodec:
-    """Space-to-depth, a codec without a network: each factor × factor block of pixels becomes a latent; std is 0.
+    """A codec without a network, also known as space-to-depth: each factor × factor block of pixels becomes one latent.
+
+    The standard deviation of the latents is 0.
 
     Example:
         mean, std = PixelCodec(pixel_channels=1, factor=2).moments(images)  # `b height/2 width/2 4`
@@ -78,7 +87,10 @@ class PixelCodec:
         return self.pixel_channels * self.factor**2
 
     def moments(self, x: Pixels) -> tuple[Latents, Latents]:
-        """Returns the pixels of each block in the order row, column, channel as the mean, and zeros as the std."""
+        """Returns the mean and standard deviation of the latents of images or clips.
+
+        The mean contains the values of each block, in the order row, column, channel. The standard deviation is 0.
+        """
         *frames, height, width = check_pixels(self, x)
         tokens = patchify(_images(at_least_float32("images", x)), self.factor, "channel_last")
         mean = tokens.reshape(len(x), *frames, height // self.factor, width // self.factor, self.channels)
@@ -94,7 +106,9 @@ class PixelCodec:
 
 @dataclass(frozen=True)
 class LatentNormalisation:
-    """normalised = (latents - shift) · scale, where shift and scale are one number each or one per channel.
+    """Normalises latents: normalised = (latents - shift) · scale.
+
+    shift, scale: each is either a number, or an array with one number per channel.
 
     Example:
         normalisation = LatentNormalisation(shift=0.0, scale=0.18215)
@@ -108,11 +122,11 @@ class LatentNormalisation:
         return (latents - _per_channel(self.shift, latents)) * _per_channel(self.scale, latents)
 
     def apply_to_std(self, std: Latents) -> Latents:
-        """Converts a standard deviation of latents to the units of normalised latents."""
+        """Returns the standard deviation of the normalised latents, given that of the latents."""
         return std * np.abs(_per_channel(self.scale, std))
 
     def undo(self, normalised: Latents) -> Latents:
-        """Returns the latents before normalisation."""
+        """Returns the unnormalised latents."""
         return normalised / _per_channel(self.scale, normalised) + _per_channel(self.shift, normalised)
 
 
@@ -122,10 +136,10 @@ def _per_channel(values: ArrayLike, latents: Latents) -> np.ndarray:
 
 @dataclass(frozen=True, eq=False)
 class AutoencoderCodec:
-    """A frozen image autoencoder and its variables, as a codec with normalised latents.
+    """A codec that uses a frozen image autoencoder and normalises its latents.
 
-    Clips are encoded frame by frame. The codec processes as many images at a time as memory allows, and compiles few
-    programs.
+    Clips are encoded frame by frame. The codec processes images in batches whose size is limited so that they fit into
+    memory. These batches have few different sizes, so few programs are compiled.
 
     Example:
         codec = AutoencoderCodec(autoencoder, params, LatentNormalisation(scale=0.18215))
@@ -152,7 +166,7 @@ class AutoencoderCodec:
         return self.autoencoder.config.channels
 
     def moments(self, x: Pixels) -> tuple[Latents, Latents]:
-        """Returns the mean and standard deviation of normalised latents, as numpy arrays."""
+        """Returns the mean and standard deviation of the normalised latents, as numpy arrays."""
         *frames, height, width = check_pixels(self, x)
         run = partial(_moments, self.autoencoder, self.variables)
         mean, std = (
@@ -162,7 +176,7 @@ class AutoencoderCodec:
         return self.normalisation.apply(mean), self.normalisation.apply_to_std(std)
 
     def decode(self, latents: Latents) -> Pixels:
-        """Decodes normalised latents to images or clips, as a numpy array; values are not clipped to [-1, 1]."""
+        """Decodes normalised latents to images or clips, as a numpy array; does not clip the values to [-1, 1]."""
         *frames, rows, columns = check_latents(self, latents)
         plain = np.asarray(self.normalisation.undo(_images(np.asarray(latents, np.float32))))
         run = partial(_decode, self.autoencoder, self.variables)
@@ -171,12 +185,14 @@ class AutoencoderCodec:
 
 
 def _images(x: Any) -> Any:
-    """Returns images as they are, and clips as a batch of all their frames."""
+    """Returns images unchanged; for clips, returns all their frames as one batch of images."""
     return x.reshape(-1, *x.shape[-3:])
 
 
 def check_pixels(codec: Codec, x: Any) -> tuple[int, ...]:
-    """Returns ([frames,] height, width) of images or clips. Raises ValueError if the codec cannot take them.
+    """Returns the shape of an image, (height, width), or of a clip, (frames, height, width).
+
+    Raises ValueError if the codec does not accept these images or clips.
 
     Example:
         height, width = check_pixels(codec, images)
@@ -191,7 +207,9 @@ def check_pixels(codec: Codec, x: Any) -> tuple[int, ...]:
 
 
 def check_latents(codec: Codec, latents: Any) -> tuple[int, ...]:
-    """Returns ([frames,] height, width) of latents. Raises ValueError if the codec cannot take them.
+    """Returns the shape of the latents of an image, (rows, columns), or of a clip, (frames, rows, columns).
+
+    Raises ValueError if the codec does not accept these latents.
 
     Example:
         height, width = check_latents(codec, latents)
@@ -200,7 +218,7 @@ def check_latents(codec: Codec, latents: Any) -> tuple[int, ...]:
 
 
 def _event_shape(what: str, x: Any, channels: int) -> tuple[int, ...]:
-    """Returns the shape of one sample without its channels."""
+    """Returns the shape of one sample without the axis of channels."""
     check_floating(what, x)
     if x.ndim not in (4, 5) or x.shape[-1] != channels:
         raise ValueError(

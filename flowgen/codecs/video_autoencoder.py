@@ -1,10 +1,11 @@
-"""Video autoencoders map clips to a Gaussian over latents, and latents back to clips. They are causal in time.
+"""Video autoencoders, which map clips to a Gaussian over latents, and latents back to clips. They are causal in time.
 
-The architectures are from Wan (arXiv 2503.20314) and Wan 2.2. The networks are as in `autoencoder`, but their
-convolutions look back two frames. Some levels also halve the number of frames: 1 + k · stride frames become 1 + k
-latent frames, the first of which depends only on the first frame. A level that halves or doubles may have a shortcut
-without parameters: group means in the encoder, copies in the decoder. Layers take and return caches of earlier frames
-(see `causal`), so clips can be processed whole or in chunks.
+The architectures are those of Wan (arXiv 2503.20314) and Wan 2.2. The networks resemble the one in `autoencoder`, with
+two differences. Their convolutions also see the two previous frames. In addition, some levels halve the number of
+frames, so that 1 + k · stride frames become 1 + k latent frames. The first latent frame depends only on the first
+frame. Levels may have shortcuts without parameters, which average groups of values in the encoder and copy values in
+the decoder. Every layer accepts and returns a cache of earlier frames (see `causal`), so clips can be processed whole
+or in chunks.
 """
 
 from __future__ import annotations
@@ -48,16 +49,16 @@ Moments = tuple[Float[Array, "b f rows columns z"], Float[Array, "b f rows colum
 
 @config
 class VideoAutoencoderConfig:
-    """The shape of a video autoencoder; the defaults match the published autoencoder of Wan 2.2 (5B).
+    """The architecture of a video autoencoder; the defaults match the published autoencoder of Wan 2.2 (5B).
 
-    channels: channels of the clips.
-    latent_channels: channels of the latents.
-    widths: channels of each level of the encoder; every level but the last halves the frame.
-    decoder_widths: channels of each level of the decoder; as many entries as widths.
-    halve_time: whether each level also halves the number of frames; one entry fewer than widths.
-    layers_per_block: residual blocks per level of the encoder; the decoder has one more per level.
-    patch_size: side of the squares of pixels that become channels before the first level.
-    shortcuts: whether levels have shortcuts; without them, doubling the sides also halves the channels, as in Wan 2.1.
+    channels: number of channels of the clips.
+    latent_channels: number of channels of the latents.
+    widths: number of channels in each level of the encoder; every level but the last halves height and width.
+    decoder_widths: number of channels in each level of the decoder; has as many entries as widths.
+    halve_time: whether each level but the last also halves the number of frames; has one entry fewer than widths.
+    layers_per_block: number of residual blocks in each level of the encoder; the decoder has one more in each level.
+    patch_size: side of the square patches whose pixels are stacked as channels before the first level.
+    shortcuts: whether levels have shortcuts; if not, spatial upsampling also halves the channels, as in Wan 2.1.
     dtype: dtype of the convolutions; norms, moments and frames stay float32.
     remat: whether to recompute blocks in the backward pass.
     """
@@ -87,27 +88,27 @@ class VideoAutoencoderConfig:
             )
 
     def build(self) -> VideoAutoencoder:
-        """Returns the autoencoder of this config, without parameters."""
+        """Returns the autoencoder that this config describes, without parameters."""
         return VideoAutoencoder(self)
 
     @property
     def strides(self) -> tuple[tuple[int, int], ...]:
-        """The factors by which each level divides the number of frames and the number of pixels along a side."""
+        """For each level, the factors by which it divides the number of frames, and the height and width."""
         return (*((2 if halve else 1, 2) for halve in self.halve_time), (1, 1))
 
     @property
     def factor(self) -> int:
-        """Pixels per latent along a side."""
+        """The number of pixels per latent along the height or width."""
         return self.patch_size * 2 ** len(self.halve_time)
 
     @property
     def stride(self) -> int:
-        """Frames per latent after the first frame, which gets a separate latent."""
+        """The number of frames per latent frame, after the first frame, which has a latent frame to itself."""
         return 2 ** sum(self.halve_time)
 
     @property
     def inputs(self) -> tuple[jax.ShapeDtypeStruct, ...]:
-        """Shape and dtype of a batch with the smallest clip that passes through every layer."""
+        """The shape and dtype of a batch that contains one clip of the smallest size that uses every layer."""
         shape = (1, 1 + self.stride, self.factor, self.factor, self.channels)
         return (jax.ShapeDtypeStruct(shape, jnp.float32),)
 
@@ -122,7 +123,7 @@ def _check_shortcuts(config: VideoAutoencoderConfig) -> None:
                 f"which is not a multiple of {width}; change one of the two, or set shortcuts to False."
             )
         below = width
-    # A decoder level maps the width of the previous level to its width; the last level to run has no shortcut.
+    # The decoder runs its levels in descending order. Level 0, which runs last, has no shortcut.
     above = config.decoder_widths[-1]
     for width, (time, space) in list(zip(config.decoder_widths, _strides_up(config), strict=True))[:0:-1]:
         numbers = width * time * space**2
@@ -135,12 +136,12 @@ def _check_shortcuts(config: VideoAutoencoderConfig) -> None:
 
 
 def _strides_up(config: VideoAutoencoderConfig) -> tuple[tuple[int, int], ...]:
-    """Returns the factors by which each decoder level multiplies the number of frames and the sides."""
+    """Returns, for each level of the decoder, the factors for the number of frames, and for the height and width."""
     return ((1, 1), *config.strides[:-1])
 
 
 def check_clips(x: Any, *, channels: int, factor: int, stride: int) -> None:
-    """Raises ValueError unless clips have these channels, 1 + k · stride frames and sides divisible by factor."""
+    """Raises ValueError unless clips have the given channels, 1 + k · stride frames, and sides divisible by factor."""
     check_floating("clips", x)
     if x.ndim != 5 or x.shape[-1] != channels:
         raise ValueError(
@@ -163,7 +164,7 @@ def _check(config: VideoAutoencoderConfig, x: Any) -> None:
 class VideoAutoencoder(OnMeshes, nn.Module):
     """Encodes clips `b frames height width c` in [-1, 1] to latents `b f rows columns z`, and decodes latents to clips.
 
-    1 + k · stride frames give 1 + k latent frames; latent frame t depends only on frames 0..t · stride.
+    A clip of 1 + k · stride frames has 1 + k latent frames. Latent frame t depends only on frames 0 to t · stride.
 
     Example:
         mean, log_variance = VideoAutoencoder(config).apply(params, x, method="encode")
@@ -183,20 +184,20 @@ class VideoAutoencoder(OnMeshes, nn.Module):
         return self.decode(self.encode(x)[0])
 
     def encode(self, x: Clips) -> Moments:
-        """Returns the mean and the log variance, within [-30, 20], of unnormalised latents.
+        """Returns the mean and the log variance of unnormalised latents; the log variance is clipped to [-30, 20].
 
-        Raises the same errors as `check_clips`.
+        Raises ValueError if `check_clips` does not accept the clips.
         """
         return self.encode_part(x, None)[0]
 
     def decode(self, latents: Float[Array, "b f rows columns z"]) -> Clips:
-        """Decodes unnormalised latents to clips; values are not clipped to [-1, 1]."""
+        """Decodes unnormalised latents to clips; does not clip the values to [-1, 1]."""
         return self.decode_part(latents, None)[0]
 
     def encode_part(self, x: Clips, cache: Cache) -> tuple[Moments, Cache]:
-        """Encodes the next frames of clips; also returns the cache for the frames after them.
+        """Encodes the next chunk of frames of clips; also returns the cache for the following chunk.
 
-        x: the first 1 + k · stride frames if cache is None, otherwise the next k · stride.
+        x: the first 1 + k · stride frames if cache is None, otherwise the next k · stride frames.
         """
         side = self.config.patch_size
         if cache is None:
@@ -207,7 +208,7 @@ class VideoAutoencoder(OnMeshes, nn.Module):
         return (mean, jnp.clip(log_variance, *LOG_VARIANCE_BOUNDS)), cache
 
     def decode_part(self, latents: Float[Array, "b f rows columns z"], cache: Cache) -> tuple[Clips, Cache]:
-        """Decodes the next latents of clips; also returns the cache for the latents after them."""
+        """Decodes the next chunk of latent frames of clips; also returns the cache for the following chunk."""
         check_floating("latents", latents)
         side = self.config.patch_size
         h, cache = self.decoder(self.post_quant_conv(latents), cache)
@@ -215,7 +216,7 @@ class VideoAutoencoder(OnMeshes, nn.Module):
 
 
 class Encoder(nn.Module):
-    """Maps squares of pixels to the mean and log variance. `VideoAutoencoder` applies the linear map that follows."""
+    """Maps patches to the features from which a linear layer in `VideoAutoencoder` computes mean and log variance."""
 
     config: VideoAutoencoderConfig
 
@@ -232,7 +233,7 @@ class Encoder(nn.Module):
 
 
 class Decoder(nn.Module):
-    """Maps latents to squares of pixels. `VideoAutoencoder` applies the linear map that comes first."""
+    """Maps latents to patches of pixels, after a linear layer in `VideoAutoencoder`."""
 
     config: VideoAutoencoderConfig
 
@@ -249,7 +250,10 @@ class Decoder(nn.Module):
 
 
 class Down(nn.Module):
-    """The blocks of a level, then its halving, if any; an optional shortcut skips both."""
+    """A level of the encoder: residual blocks, then downsampling, except in the last level.
+
+    An optional shortcut connects the input of the level to its output.
+    """
 
     config: VideoAutoencoderConfig
     level: int
@@ -270,7 +274,10 @@ class Down(nn.Module):
 
 
 class Up(nn.Module):
-    """The blocks of a level, then its doubling, if any; an optional shortcut skips both."""
+    """A level of the decoder: residual blocks, then upsampling, except in the level that runs last.
+
+    An optional shortcut connects the input of the level to its output.
+    """
 
     config: VideoAutoencoderConfig
     level: int
@@ -283,7 +290,7 @@ class Up(nn.Module):
         if time == 2:
             layers.append(DoubleTime(config.dtype, name="double_time"))
         if space == 2:
-            # Without a shortcut, doubling the sides also halves the channels.
+            # Without a shortcut, spatial upsampling also halves the number of channels.
             layers.append(DoubleSpace(config.dtype, width if config.shortcuts else width // 2, name="double"))
         h, after = chain(layers, x, cache)
         if config.shortcuts and space == 2:
@@ -301,7 +308,9 @@ def _middle(config: VideoAutoencoderConfig) -> Middle:
 
 
 def encode_in_chunks(autoencoder: VideoAutoencoder, variables: PyTree, x: Clips) -> Moments:
-    """Encodes the first frame of clips, then `stride` frames at a time; needs memory for only one chunk.
+    """Encodes the first frame of clips, then `stride` frames at a time.
+
+    The activations of only one chunk are in memory at a time.
 
     Example:
         mean, log_variance = encode_in_chunks(autoencoder, params, x)
@@ -314,7 +323,9 @@ def encode_in_chunks(autoencoder: VideoAutoencoder, variables: PyTree, x: Clips)
 def decode_in_chunks(
     autoencoder: VideoAutoencoder, variables: PyTree, latents: Float[Array, "b f rows columns z"]
 ) -> Clips:
-    """Decodes latents one latent frame at a time; needs memory for only one chunk.
+    """Decodes latents to clips, one latent frame at a time.
+
+    The activations of only one latent frame are in memory at a time.
 
     Example:
         x = decode_in_chunks(autoencoder, params, latents)
@@ -339,7 +350,7 @@ def _in_chunks(part: Callable[..., tuple[PyTree, Cache]], x: Array, size: int) -
     return jax.tree.map(joined, first, rest)
 
 
-# The published autoencoders of Wan, with 704,688,668 and 126,892,531 parameters.
+# The published autoencoders of Wan 2.2 and 2.1, which have 704,688,668 and 126,892,531 parameters.
 VIDEO_AUTOENCODER_PRESETS: dict[str, VideoAutoencoderConfig] = {
     "wan_2_2": VideoAutoencoderConfig(),
     "wan_2_1": VideoAutoencoderConfig(

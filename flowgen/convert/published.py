@@ -1,4 +1,7 @@
-"""Imports published TARFlow checkpoints. Tensor shapes give some of the settings, and the caller gives the others."""
+"""Imports published TARFlow checkpoints.
+
+Some settings are inferred from the shapes of the tensors, and the caller must pass the others.
+"""
 
 from __future__ import annotations
 
@@ -21,14 +24,14 @@ from flowgen.flows import TARFlow, TARFlowConfig
 from flowgen.flows.tarflow import Scale
 from flowgen.nn import init
 
-_WRAPPERS = ("module.", "_orig_mod.")  # DistributedDataParallel, torch.compile
-_MAX_WRAPPERS = 4  # nested prefixes
+_WRAPPERS = ("module.", "_orig_mod.")  # added to names by DistributedDataParallel and torch.compile
+_MAX_WRAPPERS = 4  # how many of these prefixes a name may have
 _STARFLOW_MARKS = ("blocks.0.sos_embed", "feat_rope.freqs_cos")
 _FILE_NAME = re.compile(r".*?_?model_(\d+)_(\d+)_(\d+)_(\d+)_(\d+\.\d+|uniform)\.\w+")
 
 
 class FileName(TypedDict):
-    """The settings in the name of a published TARFlow file."""
+    """The settings that the name of a published TARFlow file states."""
 
     patch_size: int
     width: int
@@ -38,9 +41,10 @@ class FileName(TypedDict):
 
 
 def parse_file_name(path: str | os.PathLike[str]) -> FileName | None:
-    """Returns the settings in a published TARFlow file name, or None if the name has another form.
+    """Returns the settings that the name of a published TARFlow file states, or None if the name has another form.
 
-    The form is <data>_model_<patch>_<width>_<blocks>_<layers>_<σ>; "uniform" for σ means dequantisation (σ = 0 here).
+    The form is <data>_model_<patch>_<width>_<blocks>_<layers>_<σ>. If σ is "uniform", the model was trained with
+    uniform dequantisation instead of Gaussian noise, and `noise_std` is 0.
 
     Example:
         parse_file_name("afhq_model_8_768_8_8_0.07.pth")["noise_std"]  # 0.07
@@ -68,9 +72,12 @@ def tarflow(
 ) -> tuple[TARFlow, dict[str, Any]]:
     """Returns the flow of a published TARFlow state dict, and its variables as float32 numpy arrays.
 
-    Width, depth, expansion, classes and the affine form are read from the shapes. `image_size` (a side, or height and
-    width), `patch_size` and `channels` are checked against the shapes; `noise_std` cannot be checked. The prior
-    variance `var` is kept unless it is 1 everywhere.
+    Width, depth, MLP expansion, number of classes and kind of affine transform are inferred from the shapes of the
+    tensors. The arguments `image_size`, `patch_size` and `channels` must agree with these shapes. The prior variance
+    `var` is kept unless all its values are 1.
+
+    image_size: side of square images, or (height, width).
+    noise_std: standard deviation of the noise in training; the weights do not show whether this is correct.
 
     Raises:
         MappingError (a ValueError): tensors are missing, unexpected, or have the wrong shape; `failures` lists all.
@@ -98,7 +105,7 @@ def tarflow(
 
 
 def check_state_dict(state_dict: Any) -> None:
-    """Raises ValueError if the weights do not map names to tensors, for example if they are a path.
+    """Raises ValueError if the argument is not a mapping from names to tensors, but a path, for example.
 
     Example:
         check_state_dict({"weight": weight})
@@ -182,12 +189,12 @@ def _shape(state_dict: Mapping[str, np.ndarray], name: str, ndim: int) -> tuple[
 
 
 def _count(state_dict: Mapping[str, np.ndarray], template: str) -> int:
-    """Returns the number of indices 0, 1, 2, ... whose names are in the state dict, up to the first that is missing."""
+    """Returns the smallest index 0, 1, 2, ... for which the template gives a name that is not in the state dict."""
     return next(index for index in itertools.count() if template.format(index=index) not in state_dict)
 
 
 def unwrapped(state_dict: Mapping[str, np.ndarray]) -> Mapping[str, np.ndarray]:
-    """Returns the tensors with the name prefixes of data parallelism and compilation removed.
+    """Returns the tensors under their original names, without prefixes from DistributedDataParallel or torch.compile.
 
     Example:
         state_dict = unwrapped(read_state_dict("model.pth"))

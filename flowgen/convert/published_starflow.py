@@ -1,4 +1,7 @@
-"""Imports published STARFlow and STARFlow-V checkpoints; the arguments in their YAML files give the shapes."""
+"""Imports published STARFlow and STARFlow-V checkpoints.
+
+The architecture of a model is given by the arguments in the YAML file that was published with its weights.
+"""
 
 from __future__ import annotations
 
@@ -23,7 +26,7 @@ from flowgen.nn import init
 from flowgen.settings import check
 from flowgen.settings.ranges import MAX_BLOCKS, Within
 
-# The published defaults of the arguments that shape the model.
+# The arguments that determine the architecture, with their published defaults.
 _DEFAULTS: dict[str, Any] = {
     "img_size": 32,
     "channel_size": 3,
@@ -61,13 +64,14 @@ _DEFAULTS: dict[str, Any] = {
     "cond_noise_level": 0,
     "fps_cond": 0,
 }
-# Options required of every model, every video model and every denoiser; options for clips only; unsupported options.
+# First come the options that must be set for every model, for every video model, and for every model with a denoiser.
+# They are followed by the options that only video models may set, and by those that are not supported.
 _REQUIRED = ("rope", "sos", "use_softplus", "use_final_norm")
 _REQUIRED_OF_CLIPS = ("temporal_causal", "shallow_block_local", "cond_top_only", "txt_size")
 _REQUIRED_OF_DENOISERS = ("conditional_denoiser", "denoiser_window", "noise_std", "cond_noise_level")
 _ONLY_OF_CLIPS = ("temporal_causal", "shallow_block_local", "learnable_self_denoiser", "fps_cond")
 _REFUSED = ("local_attn_window", "use_pretrained_lm")
-# Arguments for training, data and sampling, and arguments without effect in the published code.
+# Arguments that are ignored: they concern training, data or sampling, or have no effect in the published code.
 _OTHER = """
     acc adaln batch_size caption_column cfg compile data dataset drop_image drop_label dry_run epoch_length
     epochs finetuned_vae fp8 fsdp fsdp_text_encoder grad_clip grad_skip gradient_checkpoint
@@ -77,7 +81,8 @@ _OTHER = """
     secondary_img_size secondary_ratio secondary_vid_size train_seed use_8bit_adam use_mm_attn
     vae_decoder_factor video_to_video wandb_name warmup_steps wds
 """
-# The types of numeric arguments. Published: 512 pixels, 4,096 channels, 6 blocks, a window of 9 frames.
+# The types and ranges of numeric arguments. The published models have at most 512 pixels along a side, 4,096 channels,
+# 6 blocks and a window of 9 frames.
 _NUMBERS = {
     **dict.fromkeys(("img_size", "channels", "top_block_channels", "txt_size"), Annotated[int, Within(0, 1 << 16)]),
     **dict.fromkeys(
@@ -89,20 +94,23 @@ _NUMBERS = {
     **dict.fromkeys(("soft_clip", "noise_std"), Annotated[float, Within(0, 1e6)]),
 }
 _TEXTS = ("vae", "text", "seq_order", "norm_type")
-_MAX_DIGITS = 6  # of frames, and of frames per second
-_MAX_LETTERS = 1000  # of layers_per_block
-# Pixels per latent along a side, and frames per latent.
+_MAX_DIGITS = 6  # in the number of frames, and in the frame rate
+_MAX_LETTERS = 1000  # in layers_per_block
+# For each autoencoder, the number of pixels per latent along a side, and the number of frames per latent frame.
 _VAE_FACTORS = {"sd-vae": (8, 1), "Wan2.2": (16, 4), "Wan2.1": (8, 4)}
-# The token order of block 0, by the published name. The name states the order of the last block, and the
-# number of blocks is even.
+# The token order of block 0 for each published name. A published name states the order of the last block. The order
+# alternates from block to block and the number of blocks is even, so block 0 has the opposite order.
 _ORDERS = {"L2R": "reversed", "R2L": "raster"}
-# Fixed in the published code: the denoiser's number of layers, and the step x - 0.3 s, where s is its output.
+# Two constants of the published code: the number of layers of the denoiser, and the factor 0.3 in its step x - 0.3 s,
+# where s is the denoiser's output.
 _DENOISER_LAYERS = 8
 _DENOISER_STEP = 0.3
 
 
 def read_arguments(path: str | os.PathLike[str]) -> dict[str, Any]:
-    """Returns the arguments in a published YAML file by name. The file lists `name: value` under `arguments`.
+    """Returns the arguments in a published YAML file, by name.
+
+    The file must contain a list `arguments` whose items have the form `name: value`.
 
     Raises FileNotFoundError if there is no such file, and ValueError if it is not a YAML file of this form.
 
@@ -131,12 +139,14 @@ def starflow(
 ) -> tuple[AutoregressiveFlow, dict[str, Any]]:
     """Returns the flow of a published STARFlow state dict, and its variables as numpy arrays of `dtype`.
 
-    Tensors are copied one by one, so with the file views of `read_state_dict`, only the result takes memory.
+    The buffers `var`, `attn_mask` and `feat_rope.*` are dropped, because the published code does not use them. Tensors
+    are copied one by one. If `state_dict` comes from `read_state_dict`, its tensors are views of the file, so the
+    result is the only copy in memory.
 
-    arguments: the published YAML's arguments by name, with image sides in pixels if there is a `vae`. A `text` that
-    ends in ".vocab" means classes, as one-hot texts of one token. A `vid_size` (frames and rate, such as '81:16')
-    means a video model: a STARFlowV, with its denoiser if there is a `learnable_self_denoiser`. The unused buffers
-    `var`, `attn_mask` and `feat_rope.*` are dropped.
+    arguments: the arguments in the published YAML file, by name. `img_size` is in pixels if `vae` is set, and in
+    latents otherwise. If `text` ends in ".vocab", the model is conditioned on classes, which are one-hot texts of one
+    token. If `vid_size` is set, for example to '81:16' for 81 frames at 16 frames per second, the model is a STARFlowV.
+    It has a denoiser if `learnable_self_denoiser` is set.
 
     Raises:
         MappingError (a ValueError): tensors are missing, unexpected, or have the wrong shape; `failures` lists all.
@@ -173,12 +183,16 @@ def _rules(config: STARFlowConfig) -> tuple[Rule, ...]:
     gated = config.activation == "geglu"
     if not isinstance(config, STARFlowVConfig) or not config.denoiser_layers:
         return starflow_rules(gated=gated)
-    # The published denoiser steps to x - 0.3 s, ours to x - σ t, so t = s 0.3 / σ, which is -σ times the score.
+    # The published denoiser predicts s and steps to x - 0.3 s. Ours predicts t = -σ ∇ log p and steps to x - σ t. Hence
+    # t = s 0.3 / σ.
     return starflow_v_rules(gated=gated, denoiser_scale=_DENOISER_STEP / config.noise_std)
 
 
 def _known(arguments: Mapping[str, Any]) -> dict[str, Any]:
-    """Returns the arguments that shape the model, with published defaults; raises ValueError for unsupported ones."""
+    """Returns the arguments that determine the architecture; those that are missing have their published defaults.
+
+    Raises ValueError if an argument is unknown or has an unsupported value.
+    """
     for name, value in arguments.items():
         if name in _REFUSED and value not in (0, None):
             raise ValueError(f"{name} is {value!r:.80}; models that use it cannot be imported.")
@@ -212,7 +226,7 @@ def _known(arguments: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def _check_values(known: dict[str, Any]) -> None:
-    """Raises ValueError if an argument is out of range or its type differs from its default's."""
+    """Raises ValueError if the value of an argument is out of range or has the wrong type."""
     for name, default in _DEFAULTS.items():
         value = known[name]
         if value is None and default is None:
@@ -229,9 +243,9 @@ def _check_values(known: dict[str, Any]) -> None:
 
 
 def model_config(state_dict: Mapping[str, np.ndarray], arguments: Mapping[str, Any]) -> STARFlowConfig:
-    """Returns the config of a published model from its arguments.
+    """Returns the config that the arguments of a published model describe.
 
-    If they do not suffice, the weights supply the rest.
+    The weights are used only to infer the number of classes or the dimension of the text features.
     """
     known = _known(arguments)
     if not str(known["layers_per_block"]).replace(" ", "").isdecimal():
@@ -282,12 +296,12 @@ def model_config(state_dict: Mapping[str, np.ndarray], arguments: Mapping[str, A
 
 
 def _of_clips(known: Mapping[str, Any]) -> dict[str, int]:
-    """Returns the config fields that a video flow has in addition to an image flow's fields."""
+    """Returns the config fields that only a video flow has."""
     frames, _ = clip_size(known["vid_size"])
     shape = {"frames": 1 + (frames - 1) // _vae_factors(known["vae"])[1]}
     if not known["learnable_self_denoiser"]:
         return shape
-    # A query in frame q sees frames q + A - 1 - G .. q + A - 1, where A is temporal_causal and G denoiser_window.
+    # A query in frame q sees frames q + A - 1 - G to q + A - 1, where A is temporal_causal and G is denoiser_window.
     lookahead = int(known["temporal_causal"]) - 1
     past = int(known["denoiser_window"]) - lookahead
     if past < 0:
@@ -303,9 +317,9 @@ def _of_clips(known: Mapping[str, Any]) -> dict[str, int]:
 
 
 def clip_size(vid_size: str) -> tuple[int, int]:
-    """Returns (frames, frames per second) from the published argument `vid_size`.
+    """Returns the number of frames and the frame rate that the published argument `vid_size` states.
 
-    If it has several rates, the first one is returned. Raises ValueError if `vid_size` has another form.
+    If it states several frame rates, the first one is returned. Raises ValueError if `vid_size` has another form.
 
     Example:
         clip_size("81:16")  # (81, 16)
@@ -319,7 +333,7 @@ def clip_size(vid_size: str) -> tuple[int, int]:
 
 
 def _vae_factors(vae: str | None) -> tuple[int, int]:
-    """Returns pixels per latent along a side, and frames per latent."""
+    """Returns the number of pixels per latent along a side, and the number of frames per latent frame."""
     if vae is None:
         return 1, 1
     factors = next((factors for name, factors in _VAE_FACTORS.items() if name in vae), None)
@@ -331,7 +345,10 @@ def _vae_factors(vae: str | None) -> tuple[int, int]:
 
 
 def _without_identities(state_dict: Mapping[str, np.ndarray], layers: tuple[int, ...]) -> Mapping[str, np.ndarray]:
-    """Returns the tensors with blocks numbered as in `STARFlowConfig.blocks`, which leaves out blocks of 0 layers."""
+    """Returns the tensors with their blocks renumbered so that blocks with 0 layers are not counted.
+
+    This is the numbering of `STARFlowConfig.blocks`.
+    """
     if all(layers):
         return state_dict
     kept = {f"blocks.{index}.": position for position, index in enumerate(i for i, n in enumerate(layers) if n)}

@@ -16,13 +16,15 @@ from flowgen.convert.torch_files import PICKLE_MAGIC, ZIP_MAGIC, open_torch
 from flowgen.convert.torch_pickle import StoredTensor
 from flowgen.documents import MAX_BYTES, check_regular, parse_json
 
-# Largest header, in bytes. The format allows six times as many; the largest models need a hundredth of it.
+# Largest size of a safetensors header, in bytes. The format allows headers that are six times as large. Those of the
+# largest models are a hundred times smaller.
 _MAX_HEADER = MAX_BYTES
-# Limit on the bytes of a file's tensors, as a multiple of its size; this leaves room for a few tied weights.
+# The total size of a file's tensors may be at most this multiple of the file's size. It is above 1 because tied weights
+# share bytes.
 _MAX_VIEWS = 4
-_MAX_LOOKED_AT = 100_000  # dictionaries, counted each time they are met
-_MAX_NAMED = 8  # in messages
-_MAX_DEPTH = 4  # nesting of dictionaries in the search for a state dict
+_MAX_LOOKED_AT = 100_000  # visits to dictionaries, including repeated ones, in the search for a state dict
+_MAX_NAMED = 8  # names listed in an error message
+_MAX_DEPTH = 4  # nesting depth of the search for a state dict
 _LFS_POINTER = b"version https://git-lfs"
 _DTYPES = {
     "F64": "float64",
@@ -45,16 +47,19 @@ _DTYPES = {
 
 
 def read_state_dict(path: str | os.PathLike[str], *, entry: str | None = None) -> dict[str, np.ndarray]:
-    """Returns the tensors of a weight file by name, as read-only views of the file in its dtypes.
+    """Returns the tensors of a weight file by name, as read-only views of the file, in the dtypes of the file.
 
-    The layout is recognised by content: safetensors, torch.save's zip archive, or its older sequence of
-    pickles. Nothing in the file is executed. A nested dictionary of tensors, as in {"model": ..., "epoch": 3},
-    is found if it is the only one; `entry` chooses one of several ("ema", "state.model").
+    Supported formats are safetensors and both layouts of torch.save: a zip archive and, in older files, a sequence of
+    pickles. The format is recognised by the content of the file, and nothing in the file is executed. The dictionary of
+    tensors may be nested, as in {"model": ..., "epoch": 3}.
+
+    entry: dotted name of the dictionary of tensors, such as "ema" or "state.model"; needed if the file has several.
 
     Raises:
         FileNotFoundError, IsADirectoryError: there is no file at `path`.
-        ValueError: the file is truncated, damaged, unsafe or of another kind; no dictionary of tensors matches, or
-            more than one does; or the tensors take more than four times the file's size.
+        ValueError: the file is truncated, damaged, unsafe or in another format; it contains no dictionary of tensors,
+            or none named `entry`, or several if `entry` is None; or its tensors are more than four times as large as
+            the file.
 
     Example:
         state_dict = read_state_dict("afhq_model_8_768_8_8_0.07.pth")
@@ -111,12 +116,12 @@ def _listed(names: Iterable[Any]) -> str:
 
 
 def _state_dicts(saved: Any, path: Path) -> dict[str, dict[str, StoredTensor]]:
-    """Returns every dictionary that maps names only to tensors, by its dotted name.
+    """Returns every nested dictionary that contains only tensors, by its dotted name.
 
-    The search is bounded, because many names may lead to one dictionary.
+    The search is bounded, because the same dictionary may be reachable under very many names.
     """
     found: dict[str, dict[str, StoredTensor]] = {}
-    inner: dict[int, list[tuple[str, Any]] | None] = {}  # values to search in each; None if all are tensors
+    inner: dict[int, list[tuple[str, Any]] | None] = {}  # for each dictionary, what `_dictionaries` returns
     looked_at = 0
 
     def look(value: Any, trail: tuple[str, ...], ancestors: tuple[int, ...]) -> None:
@@ -139,7 +144,10 @@ def _state_dicts(saved: Any, path: Path) -> dict[str, dict[str, StoredTensor]]:
 
 
 def _dictionaries(value: dict[Any, Any]) -> list[tuple[str, Any]] | None:
-    """Returns the dictionaries inside another; None if it has only tensors, [] if not all names are strings."""
+    """Returns the names and values of the items of a dictionary that are dictionaries.
+
+    Returns None if all values are tensors, and [] if the dictionary is empty or has a name that is not a string.
+    """
     if not value or not all(isinstance(name, str) for name in value):
         return []
     if all(isinstance(part, StoredTensor) for part in value.values()):
@@ -148,7 +156,10 @@ def _dictionaries(value: dict[Any, Any]) -> list[tuple[str, Any]] | None:
 
 
 def _check_size(path: Path, tensors: Mapping[str, np.ndarray]) -> None:
-    """Raises ValueError if the tensors take far more bytes than the file, through shared storages or strides of 0."""
+    """Raises ValueError if the tensors have far more bytes than the file.
+
+    This is possible because tensors may share storages or have strides of 0.
+    """
     described, size = sum(tensor.nbytes for tensor in tensors.values()), path.stat().st_size
     if described > _MAX_VIEWS * size:
         raise ValueError(
@@ -160,7 +171,9 @@ def _check_size(path: Path, tensors: Mapping[str, np.ndarray]) -> None:
 def _read_safetensors(path: Path) -> dict[str, np.ndarray]:
     """Returns the tensors of a safetensors file by name.
 
-    Layout: the length of the header as a little-endian uint64, the header as JSON, then the tensors without gaps."""
+    The file consists of the length of the header as a little-endian uint64, the header as JSON, and the tensors,
+    without gaps.
+    """
     content = np.memmap(path, np.uint8, mode="r")
     length = int.from_bytes(content[:8].tobytes(), "little")
     if length > min(_MAX_HEADER, content.size - 8):

@@ -21,7 +21,7 @@ def linear(source: str, target: str) -> tuple[Rule, Rule]:
 
 
 def conv(source: str, target: str) -> tuple[Rule, Rule]:
-    """Returns the rules that turn a PyTorch convolution, (out, in, ...) with any number of axes, into a Flax one.
+    """Returns the rules that turn a PyTorch convolution into a Flax one, for any number of spatial axes.
 
     Example:
         rules = conv("encoder.conv_in", "params/encoder/conv_in")
@@ -31,7 +31,9 @@ def conv(source: str, target: str) -> tuple[Rule, Rule]:
 
 
 def point(source: str, target: str) -> tuple[Rule, Rule]:
-    """Returns the rules that turn a Linear, or in some files a convolution with a kernel of size 1, into a Dense.
+    """Returns the rules that turn a PyTorch layer that acts on each position separately into a Flax Dense.
+
+    In some files, this layer is a Linear, and in others, it is a convolution with a kernel of size 1.
 
     Example:
         rules = point("quant_conv", "params/quant_conv")
@@ -40,7 +42,7 @@ def point(source: str, target: str) -> tuple[Rule, Rule]:
 
 
 def _point_kernel(x: np.ndarray) -> np.ndarray:
-    """Returns a kernel (in, out) from a weight (out, in, 1, ...)."""
+    """Converts a weight of shape (out, in, 1, ...) to a kernel of shape (in, out)."""
     return x.reshape(x.shape[:2]).T
 
 
@@ -54,7 +56,7 @@ def layer_norm(source: str, target: str) -> tuple[Rule, Rule]:
 
 
 def rms_norm(source: str, target: str) -> tuple[Rule]:
-    """Returns the rule for an RMSNorm. In both the published code and flowgen, its weight is the offset from 1.
+    """Returns the rule for an RMSNorm. Both the published code and flowgen multiply by 1 plus its weight.
 
     Example:
         rules = rms_norm("final_norm", "params/final_norm")
@@ -63,10 +65,12 @@ def rms_norm(source: str, target: str) -> tuple[Rule]:
 
 
 def transformer(source: str, target: str, mlp: dict[str, str] | None = None) -> tuple[Rule, ...]:
-    """Returns the rules that turn a published transformer's layers, numbered {layer}, into one scanned stack.
+    """Returns the rules that turn the layers of a published transformer into one stack of scanned layers.
 
-    The columns of qkv keep their order: q, k, v, each head by head. mlp: flowgen's names for the MLP's maps, by
-    their published names.
+    The columns of qkv keep their order: all heads of q, then all heads of k, then all heads of v.
+
+    source: template of the names of the layers; the number of the layer is {layer}.
+    mlp: for each linear layer of the MLP, its published name and flowgen's name.
 
     Example:
         rules = transformer("blocks.{block}.attn_blocks.{layer}", "params/blocks_{block}/layers")
@@ -85,7 +89,7 @@ def transformer(source: str, target: str, mlp: dict[str, str] | None = None) -> 
 def starflow(*, gated: bool) -> tuple[Rule, ...]:
     """Returns the rules for a published STARFlow for images, with plain or gated MLPs.
 
-    The rules for an option that is off fill nothing, because the model lacks their leaves.
+    Some rules are for options that a model may not use. The model then has no leaves that these rules could fill.
 
     Example:
         variables, dropped = fill(target, state_dict, starflow(gated=False))
@@ -106,18 +110,20 @@ def starflow(*, gated: bool) -> tuple[Rule, ...]:
         *rms_norm(f"{layer}.mlp.post_norm", f"{layers}/mlp_post_norm"),
         *rms_norm(f"{source}.final_norm", f"{target}/final_norm"),
         *linear(f"{source}.proj_out", f"{target}/proj_out"),
-        # Buffers that the published code keeps for old files but never reads.
+        # The published code keeps these buffers so that it can load old files, but never reads them.
         *(Rule(name, None) for name in ("var", f"{source}.attn_mask", "feat_rope.freqs_cos", "feat_rope.freqs_sin")),
     )
 
 
 def starflow_v(*, gated: bool, denoiser_scale: float) -> tuple[Rule, ...]:
-    """Returns the rules for a published STARFlow-V: its flow and its denoiser, whose output is scaled.
+    """Returns the rules for a published STARFlow-V, which consists of a flow and a denoiser.
+
+    denoiser_scale: a factor by which the output of the denoiser is multiplied.
 
     Example:
         variables, dropped = fill(target, state_dict, starflow_v(gated=False, denoiser_scale=0.6))
     """
-    # The denoiser has some of a block's parts, under the same names.
+    # The denoiser has some of the layers of a block, under the same names.
     source, target = "learnable_self_denoiser", "params/denoiser"
     parts = (
         dataclasses.replace(
@@ -157,7 +163,7 @@ CAUSAL_MASK = Requirement("a lower triangle of ones", lambda x: x.ndim == 2 and 
 ALL_ONES = Requirement("all ones", lambda x: bool((x == 1).all()))
 POSITIVE = Requirement("positive everywhere", lambda x: bool((x > 0).all()))
 
-# Published TARFlow, K blocks of L layers: 1 + K (2 + [classes] + 4 + 12 L) tensors.
+# A published TARFlow of K blocks with L layers each has 1 + K (6 + 12 L) tensors, and K more if it has classes.
 TARFLOW = (
     Rule("blocks.{block}.pos_embed", "params/blocks_{block}/pos_embed"),
     Rule("blocks.{block}.class_embed", "params/blocks_{block}/class_embed", _drop_token_axis),
@@ -165,7 +171,7 @@ TARFLOW = (
     *transformer("blocks.{block}.attn_blocks.{layer}", "params/blocks_{block}/layers"),
     *linear("blocks.{block}.proj_out", "params/blocks_{block}/proj_out"),
     Rule("var", "prior/variance", requirement=POSITIVE),
-    # For models without a prior variance.
+    # In models without a learned prior variance, all values of this buffer are 1.
     Rule("var", None, requirement=ALL_ONES),
     Rule("blocks.{block}.attn_mask", None, requirement=CAUSAL_MASK),
 )

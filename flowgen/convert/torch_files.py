@@ -1,7 +1,7 @@
 """Reads files of `torch.save` in both layouts: the zip archive of PyTorch 1.6 and later, and the older pickles.
 
-In both, a pickle describes tensors as (storage, offset, shape, strides). The bytes of the storages are kept separately,
-uncompressed, so tensors are views of the mapped file.
+In both layouts, a pickle describes each tensor as (storage, offset, shape, strides). The file stores the bytes of the
+storages separately and uncompressed, so tensors can be read as views of the memory-mapped file.
 """
 
 from __future__ import annotations
@@ -26,21 +26,25 @@ _LEGACY_PROTOCOL = 1001
 _ANOTHER_BYTE_ORDER = "it was written on a big-endian machine; save it again on a little-endian one"
 _MAX_PICKLE = 1 << 26  # bytes
 
-# Errors that malformed bytes are known to cause.
+# The errors that malformed bytes may cause.
 _DAMAGE = (Damage, struct.error, LookupError, TypeError, ValueError, OverflowError, MemoryError)
 
 
 class TorchFile(NamedTuple):
-    """The saved object, with a `StoredTensor` in place of every tensor, and the function that reads a tensor."""
+    """The contents of a file of `torch.save`.
+
+    saved: the saved object, with a `StoredTensor` in place of every tensor.
+    read: a function that returns the array for a `StoredTensor`.
+    """
 
     saved: Any
     read: Callable[[StoredTensor], np.ndarray]
 
 
 def open_torch(path: str | os.PathLike[str]) -> TorchFile:
-    """Returns what `torch.save` wrote; tensors are read on demand, as read-only views of the file.
+    """Returns the contents of a file of `torch.save`. Tensors are read on demand, as read-only views of the file.
 
-    Checksums are verified if the file records them (the zip layout does, by default).
+    If the file contains checksums, they are verified. Files in the zip layout contain checksums by default.
 
     Raises:
         ValueError: the file is damaged, truncated, big-endian or not written by torch.save, or it refers to anything
@@ -78,7 +82,7 @@ def _view(tensor: StoredTensor, storage_bytes: Callable[[Storage], np.ndarray]) 
     if (last + 1) * dtype.itemsize > raw.size:
         raise Refusal(f"a tensor of shape {tensor.shape} reaches beyond its storage {tensor.storage.key!r}")
     strides = [
-        # The stride of an axis of length 1 is arbitrary in PyTorch.
+        # In PyTorch, an axis of length 1 may have any stride.
         stride * dtype.itemsize if n > 1 else 0
         for n, stride in zip(tensor.shape, tensor.strides, strict=True)
     ]
@@ -86,7 +90,10 @@ def _view(tensor: StoredTensor, storage_bytes: Callable[[Storage], np.ndarray]) 
 
 
 def _open_zip(content: np.ndarray) -> tuple[Any, Callable[[Storage], np.ndarray]]:
-    """Opens a zip archive: <root>/data.pkl, and <root>/data/<key> for every storage, all uncompressed."""
+    """Returns the saved object in a zip archive, and a function that returns the bytes of a storage.
+
+    The archive contains <root>/data.pkl and, for every storage, <root>/data/<key>, all uncompressed.
+    """
     entries = read_entries(content)
     pickles = [name for name in entries if name.count("/") == 1 and name.endswith("/data.pkl")]
     if len(pickles) != 1:
@@ -117,9 +124,11 @@ def _open_zip(content: np.ndarray) -> tuple[Any, Callable[[Storage], np.ndarray]
 
 
 def _open_legacy(content: np.ndarray) -> tuple[Any, Callable[[Storage], np.ndarray]]:
-    """Opens the older layout: five pickles (magic number, protocol, machine, object, storage keys), then the storages.
+    """Returns the saved object in a file of the older layout, and a function that returns the bytes of a storage.
 
-    The storages are in the order of the keys. Each is an int64 count, followed by the elements.
+    The file begins with five pickles: a magic number, the protocol version, a description of the machine, the object,
+    and the keys of the storages. The storages follow, in the order of the keys. Each consists of the number of elements
+    as an int64, and the elements.
     """
     unpickler = TensorUnpickler(content)
     if unpickler.load() != _LEGACY_MAGIC or unpickler.load() != _LEGACY_PROTOCOL:

@@ -1,9 +1,10 @@
-"""Reads the pickles inside files of `torch.save`, without torch, without pickle and without executing anything.
+"""Reads the pickles in files of `torch.save` without torch or the pickle module, and without executing their code.
 
-A pickle is a program for a small stack machine. The machine here knows the instructions that `torch.save` writes, and
-the names that a dictionary of dense tensors needs; each name stands for a function in this file. The cost of a program
-is bounded: the number of instructions is limited, keys are fast to look up, and tables are no larger than their
-contents.
+A pickle is a program for a small stack machine. This module implements a machine that supports only the instructions
+that `torch.save` writes. A program can call functions by name. The machine accepts only the names that a dictionary of
+dense tensors needs, and replaces each with a function in this file. The cost of a program is bounded: the number of
+instructions is limited, keys cannot be chosen so that look-ups become slow, and the size of a table is bounded by the
+size of its contents.
 """
 
 from __future__ import annotations
@@ -15,13 +16,13 @@ from typing import Any, NamedTuple
 
 import jax.numpy as jnp
 
-# The largest published models have a thousand tensors; their pickles have thirty thousand instructions.
+# The pickles of the largest published models describe a thousand tensors and have thirty thousand instructions.
 MAX_INSTRUCTIONS = 1 << 21
-# NumPy arrays have at most this many axes.
+# The largest number of axes of a NumPy array.
 MAX_AXES = 64
 MAX_ARGUMENTS = 8
-# Integer keys come from optimizers, one per parameter. Python hashes text unpredictably, but integers can be chosen so
-# that each collides with all earlier ones.
+# The state of an optimizer has one integer key per parameter. The number of integer keys is limited, because a file
+# could choose integers whose hashes collide, which makes look-ups slow. The hashes of strings are unpredictable.
 MAX_NUMBER_KEYS = 1 << 14
 
 DTYPES = {
@@ -50,15 +51,15 @@ _STORAGES = {
 
 
 class Refusal(Exception):
-    """The file is refused; the message is one clause that says why."""
+    """Raised to refuse a file; the message is a clause that gives the reason."""
 
 
 class Damage(Exception):
-    """The file is malformed; the message is one clause that says how."""
+    """Raised if a file is malformed; the message is a clause that describes the damage."""
 
 
 class Storage(NamedTuple):
-    """Bytes that tensors may share: `count` elements of a dtype, stored under a key in the file."""
+    """A sequence of `count` elements of a dtype that one or more tensors use; `key` identifies it in the file."""
 
     key: str
     dtype: str
@@ -66,12 +67,12 @@ class Storage(NamedTuple):
 
     @property
     def size(self) -> int:
-        """The number of bytes."""
+        """The size in bytes."""
         return self.count * DTYPES[self.dtype].itemsize
 
 
 class StoredTensor(NamedTuple):
-    """A view of a storage; offset and strides are counted in elements of `dtype`."""
+    """A description of a tensor as a view of a storage; offset and strides are in elements of `dtype`."""
 
     storage: Storage
     dtype: str
@@ -81,11 +82,11 @@ class StoredTensor(NamedTuple):
 
 
 class _Mapping(dict):
-    """A dictionary of a class that allows attributes, such as OrderedDict; the attributes are dropped."""
+    """Stands for a dictionary of a class whose objects have attributes, such as OrderedDict; drops the attributes."""
 
 
 class _Name(NamedTuple):
-    """A name in the program: a function to call or, if `call` is None, a value."""
+    """A name in a program. It stands for the function `call` or, if `call` is None, for a dtype or kind of storage."""
 
     text: str
     call: Callable[..., Any] | None = None
@@ -94,9 +95,10 @@ class _Name(NamedTuple):
 class TensorUnpickler:
     """Reads consecutive pickles as plain Python values, with a `StoredTensor` in place of every tensor.
 
-    storages: the storages that tensors refer to, by key. position: the end of the last pickle.
+    storages: the storages that the tensors use, by key.
+    position: offset in the content at which the last pickle that was read ends.
 
-    Raises Refusal if a program uses more than tensors need, and Damage if it is malformed.
+    Raises Refusal if a program needs more than a dictionary of tensors should, and Damage if it is malformed.
 
     Example:
         saved = TensorUnpickler(content).load()
@@ -109,7 +111,7 @@ class TensorUnpickler:
         self._instructions = self._number_keys = 0
 
     def load(self) -> Any:
-        """Returns the object of the next pickle."""
+        """Returns the object that the next pickle describes."""
         self.stack: list[Any] = []
         self.marks: list[int] = []
         self.memo: dict[int, Any] = {}
@@ -130,23 +132,23 @@ class TensorUnpickler:
         return value
 
     def take(self, count: int) -> memoryview:
-        """Returns the next bytes."""
+        """Returns the next `count` bytes."""
         start, self.position = self.position, self.position + count
         if self.position > len(self.content):
             raise Damage("its pickle is cut off")
         return self.content[start : self.position]
 
     def number(self, form: str) -> Any:
-        """Returns the next number, in a `struct` format."""
+        """Returns the next number, which is stored in the `struct` format `form`."""
         (value,) = struct.unpack(form, self.take(struct.calcsize(form)))
         return value
 
     def text(self, count: int) -> str:
-        """Returns the next bytes as text."""
+        """Returns the next `count` bytes, decoded as UTF-8."""
         return bytes(self.take(count)).decode("utf-8")
 
     def line(self) -> str:
-        """Returns the text up to the next line end, the form in which names are stored."""
+        """Returns the text up to the next newline. Names are stored in this form."""
         window = bytes(self.content[self.position : self.position + 1024])
         end = window.find(b"\n")
         if end < 0:
@@ -154,7 +156,10 @@ class TensorUnpickler:
         return self.text(end + 1)[:-1]
 
     def key(self, value: Any) -> Any:
-        """Returns a key for a dictionary or set; raises Refusal if the value is neither text nor an integer."""
+        """Returns the value if it may be a key of a dictionary or set, and raises Refusal otherwise.
+
+        Keys may be strings or integers below 2^61.
+        """
         if type(value) is str:
             return value
         if type(value) is not int or abs(value) >= sys.hash_info.modulus:
@@ -275,7 +280,10 @@ def _natural(value: Any) -> int:
 
 
 def _shown(value: Any) -> str:
-    """Returns a value from an untrusted file as text; for a container, which may contain anything, only its type."""
+    """Returns a description of a value from an untrusted file, for an error message.
+
+    For a container, which may contain anything, only the type is stated.
+    """
     if value is not None and type(value) not in (str, int, float, bool):
         return f"a {type(value).__name__}"
     text = repr(value[:80] if type(value) is str else value)
@@ -293,23 +301,23 @@ def _stored_tensor(storage: Any, dtype: Any, offset: Any, shape: Any, strides: A
 
 
 def _rebuild_tensor(storage, offset, shape, strides, _grad=False, _hooks=None, metadata=None) -> StoredTensor:
-    """Stands in for torch._utils._rebuild_tensor, _v2: (storage, offset, shape, strides[, grad, hooks[, metadata]])."""
+    """Replaces torch._utils._rebuild_tensor and _rebuild_tensor_v2, which has more arguments, after the strides."""
     return _stored_tensor(storage, getattr(storage, "dtype", None), offset, shape, strides, metadata)
 
 
 def _rebuild_untyped(storage, offset, shape, strides, _grad, _hooks, dtype, metadata=None) -> StoredTensor:
-    """Stands in for torch._utils._rebuild_tensor_v3, which has a storage of bytes, and a dtype before the metadata."""
+    """Replaces torch._utils._rebuild_tensor_v3, whose storage is untyped and whose dtype is a separate argument."""
     name = dtype.text if type(dtype) is _Name else None
     return _stored_tensor(storage, name, offset, shape, strides, metadata)
 
 
 def _rebuild_parameter(tensor, *_):
-    """Stands in for torch._utils._rebuild_parameter: (tensor, grad, hooks) -> tensor."""
+    """Replaces torch._utils._rebuild_parameter; returns the tensor and ignores the other arguments."""
     return tensor
 
 
 def _ordered_dict(pairs=()) -> _Mapping:
-    """Stands in for collections.OrderedDict: empty, or from (name, value) pairs, as Python 2 wrote it."""
+    """Replaces collections.OrderedDict, with no argument or with a list of (name, value) pairs, as in Python 2."""
     if pairs == ():
         return _Mapping()
     if type(pairs) is not list:
@@ -317,12 +325,12 @@ def _ordered_dict(pairs=()) -> _Mapping:
     made = _Mapping({name: value for name, value in pairs if type(name) is str})
     if len(made) != len(pairs):
         raise Damage("its pickle makes a dictionary with names that are not text or are repeated")
-    pairs.clear()  # Each list makes one dictionary; otherwise a short program could make many large ones.
+    pairs.clear()  # A list can be used only once; otherwise, a short program could create many large dictionaries.
     return made
 
 
 def _size(values=()):
-    """Stands in for torch.Size: returns the tuple."""
+    """Replaces torch.Size; returns the tuple."""
     if type(values) is not tuple or len(values) > MAX_AXES:
         raise Damage("its pickle has a size that no tensor can have")
     return values
@@ -338,8 +346,8 @@ _CALLABLES: dict[str, Callable[..., Any]] = {
 }
 
 _STOP = ord(".")
-# The instructions, by code, that pickle protocols 2 to 5 use for plain values, tuples, lists, sets, dictionaries and
-# tensors.
+# The supported instructions, by code: those that pickle protocols 2 to 5 use for plain values, tuples, lists, sets,
+# dictionaries and tensors.
 _INSTRUCTIONS: dict[int, Callable[[TensorUnpickler], Any]] = {
     0x80: lambda machine: machine.take(1),  # the protocol
     0x95: lambda machine: machine.take(8),  # the length of a frame

@@ -1,7 +1,8 @@
-"""Reads the uncompressed entries of a zip archive, as views of the mapped file.
+"""Reads the uncompressed entries of a zip archive as views of the memory-mapped file.
 
-This supports only what weight files need: no compression, no encryption, one disk. It does not use the standard
-library's zipfile, which first creates an object for every entry and trusts the size that the directory states.
+Compressed, encrypted and multi-disk archives are not supported, because weight files do not need them. The module
+`zipfile` of the standard library is not used, because it creates an object for every entry before any limit can be
+checked, and trusts the size that the directory states.
 """
 
 from __future__ import annotations
@@ -25,7 +26,7 @@ _ENCRYPTED = 1
 
 
 class Entry(NamedTuple):
-    """The location of an entry's bytes in the file, and their checksum, or 0 if none was computed."""
+    """The location of an entry's bytes in the file, and their checksum, which is 0 if the file does not contain one."""
 
     name: str
     start: int
@@ -33,7 +34,7 @@ class Entry(NamedTuple):
     checksum: int
 
     def read(self, content: np.ndarray) -> np.ndarray:
-        """Returns the bytes of an entry, after verifying the checksum."""
+        """Returns the bytes of the entry; raises Refusal if they do not match the checksum."""
         raw = content[self.start : self.start + self.size]
         if self.checksum and zlib.crc32(raw.data) != self.checksum:
             raise Refusal(f"its entry {self.name!r} does not match its checksum; get the file again")
@@ -41,10 +42,10 @@ class Entry(NamedTuple):
 
 
 def read_entries(content: np.ndarray) -> dict[str, Entry]:
-    """Returns the entries of a zip archive by name; no two of them share bytes.
+    """Returns the entries of a zip archive, by name, after checking that no two of them share bytes.
 
     Raises Refusal if an entry is compressed, encrypted or truncated, if entries share bytes, or if there are too many.
-    Raises Damage if the directory contradicts itself or the file.
+    Raises Damage if the directory is malformed or contradicts the rest of the file.
 
     Example:
         entries = read_entries(np.memmap("model.pth", np.uint8, mode="r"))
@@ -67,7 +68,7 @@ def read_entries(content: np.ndarray) -> dict[str, Entry]:
 
 
 def _directory(content: np.ndarray) -> tuple[int, int, int]:
-    """Returns the number of entries, and the size and start of the directory."""
+    """Returns the number of entries in the directory, its size in bytes, and its position in the file."""
     first = max(0, content.size - _END_SIZE - _MAX_COMMENT)
     tail = content[first:].tobytes()
     found = tail.rfind(_END)
@@ -90,7 +91,7 @@ def _directory(content: np.ndarray) -> tuple[int, int, int]:
 
 
 def _entry(directory: bytes, position: int, content: np.ndarray, end: int) -> tuple[Entry, int]:
-    """Returns the entry at a position of the directory, and the position of the next one."""
+    """Returns the entry that begins at a position in the directory, and the position of the next entry."""
     header = directory[position : position + _CENTRAL_SIZE]
     if len(header) < _CENTRAL_SIZE or not header.startswith(_CENTRAL):
         raise Damage("the directory of its zip archive is cut off")
@@ -117,7 +118,7 @@ def _entry(directory: bytes, position: int, content: np.ndarray, end: int) -> tu
 
 
 def _large(extra: bytes, size: int, packed: int, start: int) -> tuple[int, int, int]:
-    """Returns the sizes and the start, read from the extra field if they do not fit into 32 bits."""
+    """Returns (size, packed, start). Values that do not fit into 32 bits are read from the extra field."""
     values, position = [size, packed, start], 0
     while position + 4 <= len(extra):
         kind, length = struct.unpack_from("<HH", extra, position)

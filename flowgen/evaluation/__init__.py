@@ -1,4 +1,4 @@
-"""Evaluation of trained models: likelihoods, distances between samples and data, and features."""
+"""Evaluation of trained models: likelihoods, distances between samples and data, and image features."""
 
 from flowgen.evaluation.features import Classifier, train_classifier
 from flowgen.evaluation.likelihood import (

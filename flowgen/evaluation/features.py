@@ -1,4 +1,4 @@
-"""Image features from a small classifier trained on the data itself, so that nothing is downloaded."""
+"""Image features from a small classifier. The classifier is trained on the dataset itself, so nothing is downloaded."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ READ_AT_ONCE = 512
 
 
 class _ConvNet(nn.Module):
-    """Three convolutions, the mean over the grid, a layer of features, and the class logits."""
+    """Three convolutions, global average pooling, a dense layer for the features, and another for the class logits."""
 
     num_classes: int
 
@@ -53,7 +53,7 @@ class Classifier:
     variables: Any
 
     def features(self, images: Float[np.ndarray, "n height width c"]) -> Float[np.ndarray, "n features"]:
-        """Returns the activations before the last layer."""
+        """Returns the features of each image: the activations that enter the last layer."""
         return self._run(images, 0)
 
     def classes(self, images: Float[np.ndarray, "n height width c"]) -> Int[np.ndarray, " n"]:
@@ -67,7 +67,9 @@ class Classifier:
 
 
 def train_classifier(dataset: Dataset, key: Key[Array, ""], *, steps: int = 200) -> Classifier:
-    """Trains a classifier of the dataset's labels on noisy images, so that it also works on samples.
+    """Trains a classifier to predict the dataset's labels.
+
+    Noise is added to the training images, so that the classifier also works on samples, which may be noisy.
 
     Raises ValueError if the dataset has no labels.
 

@@ -1,4 +1,4 @@
-"""Bits or nats per dimension of a flow, a velocity field, or a fitted Gaussian on a dataset."""
+"""Negative log-likelihood of a dataset under a flow, a velocity field or a Gaussian, in bits or nats per dimension."""
 
 from __future__ import annotations
 
@@ -19,8 +19,8 @@ from flowgen.data.media import from_uint8
 from flowgen.flows.batches import add_noise, batch_input, condition_of
 from flowgen.flows.density import LEVELS, bits_per_dim
 
-# Beyond these limits, the baseline Gaussian has a diagonal covariance, because a full one would be too large or badly
-# estimated.
+# Above FULL_COVARIANCE_DIMS dimensions, a full covariance would be too large. With fewer than IMAGES_PER_DIM images per
+# dimension, its estimate would be poor. In both cases, the Gaussian baseline uses a diagonal covariance instead.
 FULL_COVARIANCE_DIMS = 4096
 IMAGES_PER_DIM = 5
 READ_AT_ONCE = 1024
@@ -36,10 +36,11 @@ def flow_bits_per_dim(
     batch_size: int = 256,
     conditional: bool = True,
 ) -> float:
-    """Returns a flow's mean bits/dim over a dataset, with one draw of noise per image.
+    """Returns a flow's mean bits/dim over a dataset, with one noise sample per image.
 
-    noise_std: std of the Gaussian noise added to images; 0 means uniform dequantisation (the published measure), and
-    None means the training noise. conditional: whether to pass labels to a flow with classes.
+    noise_std: standard deviation of the Gaussian noise that is added to the images. 0 means uniform dequantisation, as
+    in published results, and None means the noise that the flow is trained with.
+    conditional: whether to pass labels to a flow with classes.
 
     Example:
         bpd = flow_bits_per_dim(flow, params, dataset, jax.random.key(0), noise_std=0.0)
@@ -61,9 +62,9 @@ def flow_nats_per_dim(
 ) -> float:
     """Returns a flow's mean of -log p per dimension, in nats, over a dataset of latents.
 
-    Each latent is drawn once from its posterior, with one draw of noise.
+    The latents of each image are drawn once from the encoder's posterior, and one noise sample is added to them.
 
-    conditional: whether to pass labels or texts to a flow that takes them; must be True for a text flow.
+    conditional: whether to pass labels or texts to a conditional flow; must be True for a flow conditioned on texts.
 
     Example:
         nats = flow_nats_per_dim(flow, params, dataset, jax.random.key(0))
@@ -72,7 +73,7 @@ def flow_nats_per_dim(
 
 
 def _mean_nats(flow, variables, dataset, key, *, noise_std, batch_size, conditional) -> float:
-    """Returns the mean of -log p per dimension over the samples of all buckets."""
+    """Returns the mean of -log p per dimension, in nats, over the samples in all buckets."""
     if flow.config.text_dim and not conditional:
         raise ValueError("this flow needs texts to compute a likelihood; leave out unconditional.")
     sigma = flow.config.noise_std if noise_std is None else noise_std
@@ -106,11 +107,11 @@ def velocity_bits_per_dim(
     *,
     batch_size: int = 256,
 ) -> float:
-    """Returns a continuous flow's mean bits/dim over a dataset, under uniform dequantisation.
+    """Returns a continuous flow's mean bits/dim over a dataset, with uniform dequantisation.
 
-    log_prob(x, labels, key): returns log p in nats for images in [-1, 1), for example by calling
-    `flowgen.matching.log_prob` with a velocity field. Each batch has a separate key, for Hutchinson's probes. This
-    function compiles log_prob.
+    log_prob: a function (x, labels, key) that returns log p, in nats, for images in [-1, 1), for example by calling
+    `flowgen.matching.log_prob` with a velocity field. log_prob is compiled. Every batch has a different key, from
+    which log_prob may draw the probes of Hutchinson's trace estimator.
 
     Example:
         bpd = velocity_bits_per_dim(lambda x, y, key: fm.log_prob(velocity, x, y, key=key), dataset, key)
@@ -124,7 +125,7 @@ def velocity_bits_per_dim(
 
     def measure(batch, positions):
         keys = jax.vmap(partial(jax.random.fold_in, key))(positions)
-        # The probes are drawn for the whole batch, so the compiler divides the program.
+        # The probes are drawn for the whole batch, so the compiler is left to partition the program.
         mesh = backend.sharing(len(positions))
         return bits(*backend.share_rows((batch.pixels, batch.labels, keys), mesh))
 
@@ -132,7 +133,10 @@ def velocity_bits_per_dim(
 
 
 def _mean(dataset: Dataset, batch_size: int, measure: Callable[..., Any]) -> float:
-    """Returns the mean of measure(batch, positions) over a dataset. positions: of the batch's samples in it."""
+    """Returns the mean of measure(batch, positions) over the samples of a dataset.
+
+    positions: the positions of the batch's samples in the dataset.
+    """
     total = 0.0
     for index, (batch, mask) in enumerate(fixed_batches(dataset, min(batch_size, len(dataset)))):
         positions = index * len(mask) + np.arange(len(mask))
@@ -143,9 +147,10 @@ def _mean(dataset: Dataset, batch_size: int, measure: Callable[..., Any]) -> flo
 def gaussian_bits_per_dim(train: Dataset, dataset: Dataset, *, noise_std: float) -> float:
     """Returns the mean bits/dim of `dataset` under a Gaussian with the mean and covariance of `train`.
 
-    The flow's noise on both datasets (Gaussian for σ > 0, uniform dequantisation for σ = 0) is included in closed form,
-    so no noise is drawn. The covariance is full up to 4096 dimensions if `train` has at least 5 images per dimension,
-    and diagonal otherwise. Both datasets are read in batches.
+    Both datasets are assumed to contain the noise of the flow. This is Gaussian noise if σ = `noise_std` is positive,
+    and uniform dequantisation if σ is 0. The effect of the noise is computed in closed form, so no noise is drawn. The
+    covariance is full if there are at most 4096 dimensions and `train` has at least 5 images per dimension. Otherwise,
+    it is diagonal. Both datasets are read in batches.
 
     Example:
         baseline = gaussian_bits_per_dim(trained_on, held_out, noise_std=0.1)
@@ -169,10 +174,10 @@ def gaussian_bits_per_dim(train: Dataset, dataset: Dataset, *, noise_std: float)
 
 
 def _flat(dataset: Dataset, noise_std: float) -> Iterator[np.ndarray]:
-    """Yields batches of images as float64 vectors, as the flow sees them but without noise."""
+    """Yields batches of images as float64 vectors, scaled as for the flow, but without noise."""
     for batch, mask in fixed_batches(dataset, min(READ_AT_ONCE, len(dataset))):
         images = np.asarray(from_uint8(batch.pixels[mask]), np.float64)
         if noise_std == 0:
-            # Dequantised images are (level + U[0, 1)) / 128 - 1, whose mean is half a level higher.
+            # Dequantised images are (level + u) / 128 - 1, with u uniform in [0, 1). The mean of u is half a level.
             images = (images + 1) * 127.5 / 128 + 1 / LEVELS - 1
         yield images.reshape(len(images), -1)

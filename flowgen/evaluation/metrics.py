@@ -1,4 +1,4 @@
-"""Distances between images, and between sets of features."""
+"""The PSNR of images, and the Fréchet distance between two sets of features."""
 
 from __future__ import annotations
 
@@ -7,11 +7,11 @@ import math
 import numpy as np
 from jaxtyping import Float
 
-PEAK = 2.0  # of images in [-1, 1]
+PEAK = 2.0  # the largest difference between two values in [-1, 1]
 
 
 def psnr(mean_square_error: float) -> float:
-    """Returns the peak signal-to-noise ratio in dB of images in [-1, 1], 10 log10(2² / error), capped at 126.
+    """Returns the peak signal-to-noise ratio of images in [-1, 1], in dB: 10 log10(2² / error), but at most 126.
 
     Example:
         decibels = psnr(0.01)  # 26.0
@@ -22,9 +22,11 @@ def psnr(mean_square_error: float) -> float:
 def frechet_distance(x: Float[np.ndarray, "n features"], y: Float[np.ndarray, "m features"]) -> float:
     """Returns |μx - μy|² + tr(Σx + Σy - 2 (Σx½ Σy Σx½)½), the squared Fréchet distance between fitted Gaussians.
 
-    With Inception's features this is the FID (Heusel et al., arXiv 1706.08500). Compare values only for the same
-    features, n and m, because smaller samples increase them. Computed in float64. Raises ValueError for fewer than two
-    samples, or if x and y have different numbers of features.
+    With the features of an Inception network, this is the FID (Heusel et al., arXiv 1706.08500). Compare two distances
+    only if they use the same features and the same n and m, because smaller samples give larger distances. The
+    computation is in float64.
+
+    Raises ValueError if n or m is below 2, or if x and y have different numbers of features.
 
     Example:
         distance = frechet_distance(features(samples), features(data))

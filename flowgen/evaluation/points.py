@@ -1,4 +1,4 @@
-"""Metrics of velocity fields in the plane: distance to the data, path energy, and few-step quality."""
+"""Metrics of velocity fields for 2-D points: distance to the data, path energy, and quality with few steps."""
 
 from __future__ import annotations
 
@@ -15,7 +15,15 @@ Draw = Callable[[Key[Array, ""], int], tuple[Float[Array, "n 2"], Float[Array, "
 
 
 class PointSamples(NamedTuple):
-    """Noise, data, more data, and samples generated from the noise with 100 rk4 steps and 1, 4 and 10 Euler steps."""
+    """Samples of noise and data, and points generated from the noise.
+
+    x0: the noise.
+    x1: the data.
+    more: a second sample of the data.
+    generated: points generated from x0 with 100 rk4 steps.
+    euler_1, euler_4, euler_10: points generated from x0 with 1, 4 and 10 Euler steps.
+    paths: energy and curvature of the paths that start at x0.
+    """
 
     x0: Float[Array, "n 2"]
     x1: Float[Array, "n 2"]
@@ -28,7 +36,7 @@ class PointSamples(NamedTuple):
 
 
 def point_samples(velocity: Velocity, draw: Draw, key: Key[Array, ""], *, num: int = 1000) -> PointSamples:
-    """Returns the samples that `point_metrics` compares; works under `jax.jit`.
+    """Returns the samples that `point_metrics` compares; can be compiled with `jax.jit`.
 
     Example:
         samples = jax.jit(lambda key: point_samples(velocity, config.draw, key))(key)
@@ -42,12 +50,17 @@ def point_samples(velocity: Velocity, draw: Draw, key: Key[Array, ""], *, num: i
 
 
 def point_metrics(samples: PointSamples) -> dict[str, float]:
-    """Measures how well a field transports noise to data, with exact distances computed on the host.
+    """Returns metrics of how well a velocity field transports noise to data, by name.
 
-    w2: 2-Wasserstein distance between generated points and data. w2_floor: W2 between two samples of the data; w2 below
-    this value is not meaningful. euler_k: w2 after k Euler steps. path_energy: E ∫|v|² dt. signed_npe: (path_energy
-    - W2²) / W2² with W2 between noise and data; below 0, the paths are too short for these marginals. curvature: see
-    `path_report`.
+    The Wasserstein distances are exact and computed on the host. The metrics are:
+
+    w2: 2-Wasserstein distance W2 between the generated points and the data.
+    w2_floor: W2 between two samples of the data; values of w2 below this are not meaningful.
+    euler_1, euler_4, euler_10: W2 between the data and the points generated with 1, 4 and 10 Euler steps.
+    path_energy: E ∫|v|² dt.
+    signed_npe: (path_energy - W2²) / W2², with W2 between noise and data; if negative, the paths are too short to
+        transport the noise to the data.
+    curvature: curvature of the paths, as computed by `path_report`.
 
     Example:
         metrics = point_metrics(samples)
