@@ -1,4 +1,4 @@
-"""Device-specific code and compiler workarounds; each is in a function whose docstring explains the reason.
+"""Device-specific code and compiler workarounds, in functions whose docstrings explain why they are needed.
 
 From flowgen, this package imports only `flowgen.huge_pages`. All other packages use the same formulas on every device.
 The code here affects only speed, memory and rounding.

@@ -59,7 +59,7 @@ def tell_held_out(
 
 
 def with_classes(found: T, classes: tuple[str, ...], where: str) -> T:
-    """Returns the data with their labels mapped by class name to indices into `classes`.
+    """Returns the data with new labels: each is the index of its class name in `classes`.
 
     found: a dataclass with `labels` and `class_names`. It is returned unchanged if it has no class names or if
     `classes` is empty. where: the origin of the data, used in messages. A warning lists the classes without examples.

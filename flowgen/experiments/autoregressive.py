@@ -165,7 +165,7 @@ class AutoregressiveExperiment(Experiment):
     def flow_dataset(self, split: Split, *, labelled: bool = True) -> Dataset | BucketedDataset:
         """Returns the data that the flow is trained on: pixels, or the outputs of the codec and the text encoder.
 
-        labelled: whether a class model needs the labels.
+        labelled: whether labels are needed, if the model is conditioned on classes.
         """
         return flow_dataset(self.data, self.encoding, split, labelled=labelled)
 

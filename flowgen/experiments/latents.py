@@ -43,7 +43,7 @@ def flow_dataset(
     If the flow needs encoded inputs and they are not cached, this function encodes them and keeps the results in
     memory.
 
-    labelled: whether a class model needs the labels.
+    labelled: whether labels are needed, if the model is conditioned on classes.
 
     Raises ValueError if cached latents were made by another codec or text encoder, or do not fit the model.
 
@@ -87,7 +87,9 @@ def pixel_dataset(data: FlowData, encoding: Encoding, split: Split) -> Dataset |
     """
     model, codec = encoding.model, encoding.open_codec()
     if isinstance(data, LatentsConfig):
-        raise ValueError("data are cached latents, without their images; give the data that they were encoded from.")
+        raise ValueError(
+            "data are cached latents, which do not include the images; give the data that they were made from."
+        )
     height, width = (length * codec.factor for length in model.image_hw)
     shape: dict[str, Any] = {"image_size": (height, width), "channels": codec.pixel_channels, "split": split}
     if isinstance(data, DataConfig):

@@ -200,7 +200,10 @@ class MatchingExperiment(Experiment):
         return with_class_names(self)
 
     def dataset(self, split: Split, *, labelled: bool = True) -> Dataset:
-        """Returns the images in a split, at the model's size. labelled: whether a class model needs the labels."""
+        """Returns the images in a split, at the model's size.
+
+        labelled: whether labels are needed, if the model is conditioned on classes.
+        """
         if isinstance(self.data, PointsConfig):
             raise ValueError("data are points, which have no dataset; draw them with data.draw(key, num).")
         return image_dataset(self.data, self.model, split, labelled=labelled)

@@ -83,9 +83,9 @@ class MinibatchOT:
     tolerance: share of the mass of x0 that the entropic plan may misplace on average; positive.
     num_sweeps: largest number of Sinkhorn sweeps; at least 1. If the plan is not within the tolerance after these
     sweeps, the coupling raises ValueError outside jit; inside jit, the weights become NaN, and so does the loss.
-    class_aware: whether to move noise only within a class, where each x0 has the label of its original pair. If False,
-    the noise on which a class is trained differs from the noise from which the class is sampled (C2OT, ICCV 2025). True
-    requires integer labels of shape `b` as cond.
+    class_aware: whether to move noise only within a class; an x0 has the class of the x1 that it was originally paired
+    with. If False, each class trains on a different distribution of noise than it is sampled from (C2OT, ICCV 2025).
+    True requires integer labels of shape `b` as cond.
     scope: "global" computes one plan over the rows of all devices, and each device solves the same problem; "device"
     computes a separate plan over the rows of each device.
 

@@ -74,7 +74,7 @@ class Entries:
 class OneOf:
     """Restricts a value to the given names.
 
-    The names can be those of a table, so that they need not be repeated in a Literal.
+    Pass the names of an existing table to avoid repeating them in a Literal.
 
     Example:
         attention: Annotated[str, OneOf(CAUSAL_KERNEL_NAMES)] = "softmax"

@@ -233,7 +233,7 @@ class _Run:
             self.unless_stopped(lambda: self.evaluate(self.first, state))
 
     def run(self, counted: CountedStep, state: TrainState, key: jax.Array) -> tuple[int, TrainState]:
-        """Runs the steps and saves the state after the last one. Returns the number of this step, and the state."""
+        """Runs the steps, saves the state after the last one, and returns that step's number and the state."""
         self.signals.doing = "Stopping after the current step and saving it"
         self.record.say("Compiling the training step.")
         update = self.parallel.compile(counted)

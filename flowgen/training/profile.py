@@ -36,7 +36,7 @@ class Profile:
         self._end()
 
     def after(self, step: int, results: Any) -> None:
-        """Starts the trace after the first step, and ends it after the last one; waits only for these results."""
+        """Starts the trace after the first step and ends it after the last; waits only for the results of these two."""
         if self._directory is None:
             return
         self._last = step

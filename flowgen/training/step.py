@@ -110,7 +110,7 @@ def skip_spikes(
 def make_optimizer(
     config: OptimConfig, steps: int, others: Mapping[str, OptimConfig] | None = None
 ) -> optax.GradientTransformation:
-    """Returns AdamW, which clips gradients by global norm and skips spikes if the config enables this.
+    """Returns AdamW with gradients clipped by global norm; it skips spikes if the config says so.
 
     others: separate optimizers for parameter groups, keyed by the groups' top-level names. Each group has its own
     gradient norm.
