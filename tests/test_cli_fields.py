@@ -247,6 +247,13 @@ def test_fields_that_do_not_fit_are_refused(tmp_path, flow_run, name):
     assert not (tmp_path / "x.npz").exists()
 
 
+def test_guidance_towards_nothing_is_refused(tmp_path, tmp_path_factory):
+    model = TARFlowConfig(image_size=8, channels=1, patch_size=4, width=16, head_dim=8, num_blocks=2)
+    run = written(tmp_path_factory, FlowExperiment(name="without", model=model))
+    told = refused("sample --checkpoint", run, "--out", tmp_path / "x.npz", "--guidance", "1.5")
+    assert "sampling.guidance is 1.5, but the model has no classes and no texts" in told
+
+
 EVALUATE_REFUSED = {
     "nothing is drawn": (["--sampling.guidance", "2"], "--sampling.guidance has no effect without samples"),
     "another count": (["--samples", "4", "--sampling.num", "2"], "--sampling.num has no effect in evaluate"),

@@ -228,6 +228,7 @@ def test_what_does_not_fit_is_refused(what, untyped):
     assert part in str(error.value)
 
 
+@pytest.mark.slow
 def test_restarts_have_a_condition_of_their_own():
     flow, params, cond = flow_of(CLASSES)
     other = (cond + 1) % 3

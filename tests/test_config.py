@@ -224,13 +224,6 @@ def test_overrides_change_nothing_else(experiment):
     assert experiments.override(experiment, []) == experiment
 
 
-def test_guidance_needs_a_condition_or_another_temperature():
-    model = TARFlowConfig(image_size=8, channels=1)
-    with pytest.raises(ValueError, match=r"sampling.guidance is 1.5, but the model has no classes and no texts"):
-        FlowExperiment(name="flow", model=model, sampling=SamplingConfig(guidance=1.5))
-    FlowExperiment(name="flow", model=model, sampling=SamplingConfig(guidance=1.5, temperature=0.5))
-
-
 @pytest.mark.parametrize(
     "arguments",
     [

@@ -51,6 +51,7 @@ def test_training_reports_both_losses_and_what_denoising_is_worth(run):
     assert params["params"].keys() == {"blocks_0", "blocks_1", "denoiser"}
 
 
+@pytest.mark.slow
 def test_samples_are_strips_videos_and_arrays(run, tmp_path):
     words = ["sample", "--checkpoint", str(run), "--classes", "3,7"]
     for name, *fps in (("strips.png",), ("clips.gif",), ("clips.mp4", "--fps", "5"), ("clips.npz",)):

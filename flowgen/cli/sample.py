@@ -78,6 +78,7 @@ def run(options: argparse.Namespace, rest: list[str]) -> int:
     experiment, asked, given = apply_words(rest, experiment, make_options(), groups=groups)
     experiment = _with_prompts(experiment, prompts, given)
     output.check_fits(experiment, asked)
+    _check_guidance(experiment, given)
     more: dict[str, Any] = {"progress": _progress_bar()} if getattr(asked, "progress", False) else {}
     samples = experiment.draw(model, params, asked, say, **more)
     output.write(experiment, model, params, samples, asked)
@@ -86,6 +87,22 @@ def run(options: argparse.Namespace, rest: list[str]) -> int:
     if not finite.all():
         raise FloatingPointError(f"{(~finite).sum()} of {len(finite)} samples are not finite; lower --guidance.")
     return 0
+
+
+def _check_guidance(experiment: Any, given: set[str]) -> None:
+    """Raises ValueError if the command line sets a guidance that would change nothing."""
+    sampling, model = experiment.sampling, experiment.model
+    conditional = getattr(model, "num_classes", 0) or getattr(model, "text_dim", 0)
+    if (
+        "sampling.guidance" in given
+        and sampling.guidance
+        and not conditional
+        and getattr(sampling, "temperature", 1) == 1
+    ):
+        raise ValueError(
+            f"sampling.guidance is {sampling.guidance:g}, but the model has no classes and no texts to guide towards; "
+            "leave it out, or set --temperature to a value other than 1."
+        )
 
 
 def _with_prompts(experiment: Any, prompts: tuple[str, ...], given: set[str]) -> Any:

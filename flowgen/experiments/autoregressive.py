@@ -147,12 +147,6 @@ class AutoregressiveExperiment(Experiment):
             raise ValueError(
                 f"sampling.prompts is {self.sampling.prompts}, but the model takes no texts; leave it out."
             )
-        guidance, conditional = self.sampling.guidance, self.model.num_classes or self.model.text_dim
-        if guidance and not conditional and self.sampling.temperature == 1:
-            raise ValueError(
-                f"sampling.guidance is {guidance:g}, but the model has no classes and no texts to guide towards; set "
-                "it to 0, or set sampling.temperature to a value other than 1."
-            )
         if self.is_latent and self.model.noise_std == 0:
             raise ValueError(
                 "model.noise_std is 0, which is only for pixels; a flow on latents needs noise, such as 0.3."
