@@ -25,7 +25,7 @@ from flowgen.data import ArrayDataset, PointsConfig
 from flowgen.decoding import Clip, Guidance, Jacobi, Sequential, invert, sample
 from flowgen.evaluation import flow_bits_per_dim, velocity_bits_per_dim
 from flowgen.experiments import MatchingExperiment, SolverConfig
-from flowgen.experiments.matching import VelocityDrawOptions
+from flowgen.experiments.solving import VelocityDrawOptions
 
 KEY = jax.random.key(5)
 # Nineteen samples: four devices get five each, and one row is repeated.

@@ -31,10 +31,10 @@ def declare(parser: argparse.ArgumentParser) -> None:
 def run(options: argparse.Namespace, rest: list[str]) -> int:
     """Runs the command and returns its exit code."""
     from flowgen import checkpoint
+    from flowgen.convert.readers import check_weight_file
 
     checkpoint.check_new(options.to)
-    if not Path(options.file).exists():
-        raise FileNotFoundError(f"There is no file '{options.file}'; check the path.")
+    check_weight_file(options.file)
     flow, variables, experiment = (_tarflow if options.arguments is None else _starflow)(options)
     checkpoint.write_run(options.to, experiment.with_provenance(), variables)
     say(f"Wrote {options.to}: {num_parameters(flow):,} parameters; sample with --checkpoint {options.to}")

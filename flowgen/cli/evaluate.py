@@ -24,7 +24,7 @@ def fields_help() -> str:
     from flowgen.cli.grammar import options_help
     from flowgen.experiments.autoregressive import FlowEvaluateOptions
     from flowgen.experiments.drawing import EvaluateOptions
-    from flowgen.experiments.matching import VelocityEvaluateOptions
+    from flowgen.experiments.solving import VelocityEvaluateOptions
 
     every = EvaluateOptions()
     parts = [

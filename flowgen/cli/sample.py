@@ -42,7 +42,7 @@ def fields_help() -> str:
     from flowgen.experiments import SamplingConfig, SolverConfig
     from flowgen.experiments.autoregressive import FlowDrawOptions
     from flowgen.experiments.drawing import DrawOptions
-    from flowgen.experiments.matching import VelocityDrawOptions
+    from flowgen.experiments.solving import VelocityDrawOptions
     from flowgen.experiments.video_flow import ClipDrawOptions
 
     every, flows = DrawOptions(), FlowDrawOptions()

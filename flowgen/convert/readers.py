@@ -46,6 +46,20 @@ _DTYPES = {
 }
 
 
+def check_weight_file(path: str | os.PathLike[str]) -> None:
+    """Raises FileNotFoundError, IsADirectoryError or ValueError if `path` is not a regular file, which is not opened.
+
+    Example:
+        check_weight_file("afhq_model_8_768_8_8_0.07.pth")
+    """
+    path = Path(path)
+    if path.is_dir():
+        raise IsADirectoryError(f"'{path}' is a folder; give the weight file inside it.")
+    if not path.exists():
+        raise FileNotFoundError(f"There is no file '{path}'; check the path.")
+    check_regular(path)
+
+
 def read_state_dict(path: str | os.PathLike[str], *, entry: str | None = None) -> dict[str, np.ndarray]:
     """Returns the tensors of a weight file by name, as read-only views of the file, in the dtypes of the file.
 
@@ -66,11 +80,7 @@ def read_state_dict(path: str | os.PathLike[str], *, entry: str | None = None) -
         state_dict["blocks.0.pos_embed"].shape  # (1024, 768)
     """
     path = Path(path)
-    if path.is_dir():
-        raise IsADirectoryError(f"'{path}' is a folder; give the weight file inside it.")
-    if not path.exists():
-        raise FileNotFoundError(f"There is no file '{path}'; check the path.")
-    check_regular(path)
+    check_weight_file(path)
     with path.open("rb") as file:
         start = file.read(64)
     if start.startswith((ZIP_MAGIC, PICKLE_MAGIC)):

@@ -14,14 +14,12 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Int
 
-from flowgen import backend
 from flowgen.batch import Batch, Moments
 from flowgen.conditioning import TextCondition
 from flowgen.data import Dataset, LatentsConfig, take_inventory
 from flowgen.data.dataset import BucketedDataset, Split, buckets_of
 from flowgen.data.latent_files import Provenance, read_index
 from flowgen.data.latents import LatentDataset, captions_of
-from flowgen.decoding import DecodeResult
 from flowgen.evaluation import flow_bits_per_dim, flow_nats_per_dim
 from flowgen.experiments.codecs import CodecConfig
 from flowgen.experiments.drawing import (
@@ -381,29 +379,3 @@ def captions_condition(dataset: Dataset, positions: Int[np.ndarray, " b"]) -> Te
     texts = dataset[positions].context
     assert isinstance(texts, TextCondition)  # These latents have texts.
     return TextCondition(jnp.asarray(texts.embeddings, jnp.float32), jnp.asarray(texts.mask))
-
-
-def decoded_by_all(
-    decode: Callable[..., DecodeResult], variables: Any, numbers: Int[np.ndarray, " b"], *rows: Any
-) -> DecodeResult:
-    """Splits the samples over all devices, and returns the result of decode(variables, numbers, *rows) on the host.
-
-    rows: trees of arrays with one row per sample.
-
-    Example:
-        decoded_by_all(lambda variables, numbers: sample(flow, variables, key, numbers), params, np.arange(16))
-    """
-    mesh = backend.sharing(len(numbers), variables)
-    result = jax.device_get(decode(backend.copies(variables, mesh), *backend.share_rows((numbers, *rows), mesh)))
-    return result._replace(x=result.x[: len(numbers)])
-
-
-def decoding_line(result: DecodeResult) -> str:
-    """Returns a line that describes how samples were decoded.
-
-    Example:
-        print(decoding_line(sample(flow, params, key, 4)))
-    """
-    passes = ", ".join(str(int(block.sum())) for block in result.sweeps)
-    line = f"passes per block (data side first) {passes}; residual {float(result.residual.max()):.1e}"
-    return line if result.error is None else f"{line}; certified to {float(result.error.max()):.1e}"

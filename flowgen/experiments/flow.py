@@ -13,16 +13,14 @@ from jaxtyping import Int
 
 from flowgen.data import DataConfig, Dataset, LatentsConfig
 from flowgen.data.dataset import BucketedDataset, Split, of_one_shape
-from flowgen.decoding import sample
 from flowgen.evaluation import flow_bits_per_dim, flow_nats_per_dim, gaussian_bits_per_dim
 from flowgen.experiments.autoregressive import (
     AutoregressiveExperiment,
     FlowDrawOptions,
     FlowEvaluateOptions,
-    decoded_by_all,
-    decoding_line,
 )
 from flowgen.experiments.debug import debug_flow, debug_images, debug_run
+from flowgen.experiments.decoding import decoded_by_all, decoding_line
 from flowgen.experiments.distances import SAMPLES_AT_ONCE, sample_lines, sample_metrics, train_features
 from flowgen.experiments.drawing import AT_ONCE, draw_in_batches, on_devices
 from flowgen.experiments.experiment import Samples
@@ -108,21 +106,18 @@ class FlowExperiment(AutoregressiveExperiment):
 
         cond: labels, a `TextCondition`, or None. guidance: None uses the guidance of `sampling`.
         """
-
-        def decode(variables, numbers, cond):
-            return sample(
-                flow,
-                variables,
-                key,
-                numbers,
-                cond,
-                plan=self.sampling.to_plan(),
-                guidance=guidance or self.guidance(flow),
-                denoise=self.sampling.denoise,
-                certify=certify,
-            )
-
-        result = decoded_by_all(decode, variables, numbers, cond)
+        result = decoded_by_all(
+            flow,
+            variables,
+            key,
+            numbers,
+            cond,
+            None,
+            lambda variables: self.sampling.denoise,
+            plan=self.sampling.to_plan(),
+            guidance=guidance or self.guidance(flow),
+            certify=certify,
+        )
         return np.asarray(self.encoding.open_codec().decode(result.x)), decoding_line(result)
 
     def draw(

@@ -6,7 +6,7 @@ import dataclasses
 import functools
 from collections.abc import Callable
 from functools import partial
-from typing import Annotated, Any
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -31,10 +31,7 @@ from flowgen.experiments.debug import SAMPLES, debug_images, debug_run
 from flowgen.experiments.distances import SAMPLES_AT_ONCE, sample_lines, sample_metrics, train_features
 from flowgen.experiments.drawing import (
     AT_ONCE,
-    DrawOptions,
-    EvaluateOptions,
     asked_labels,
-    check_compared,
     cycled_labels,
     draw_in_batches,
     drawn_classes,
@@ -44,7 +41,7 @@ from flowgen.experiments.experiment import Experiment, Rehearsal, Samples, Sampl
 from flowgen.experiments.images import image_batches, image_dataset, tell_unused_classes, with_class_names
 from flowgen.experiments.own_data import own_data
 from flowgen.experiments.plots import DRAWABLE_CHANNELS, DRAWN_PATHS, path_plot, sample_grid
-from flowgen.experiments.solving import SolverConfig, draw_by_solver
+from flowgen.experiments.solving import SolverConfig, VelocityDrawOptions, VelocityEvaluateOptions, draw_by_solver
 from flowgen.flows.flow import ImageTokens
 from flowgen.matching import (
     AnyNetwork,
@@ -59,36 +56,10 @@ from flowgen.matching.objective import REPORT_PAIRS
 from flowgen.nn import init
 from flowgen.rows import batch_rows
 from flowgen.settings import config, type_name
-from flowgen.settings.ranges import Within
 from flowgen.training import Job
 
 POINTS = 1000  # default number of samples in an evaluation
 PLOT_STEPS = 60
-
-
-@config
-class VelocityDrawOptions(DrawOptions):
-    """Options for sampling a velocity network, in addition to the fields of `sampling`.
-
-    classes: classes to draw in turn, by name or number: cat,dog or 0,1,2; -1 is unconditional (--classes=-1,3).
-    """
-
-    classes: str = ""
-
-
-@config
-class VelocityEvaluateOptions(EvaluateOptions):
-    """Options for evaluating a velocity network.
-
-    samples: number of samples to draw and compare with the data; 0 draws as many as there are images, or 1,000 points.
-    unconditional: evaluate a class model without labels.
-    """
-
-    samples: Annotated[int, Within(0, 1 << 24)] = 0
-    unconditional: bool = False
-
-    def __post_init__(self):
-        check_compared(self.samples)
 
 
 @config(kw_only=True)

@@ -1,4 +1,4 @@
-"""The config group `sampling` of velocity networks, and the function that draws samples from them."""
+"""How samples of velocity networks are drawn: the config group `sampling`, options of commands, and the function."""
 
 from __future__ import annotations
 
@@ -13,6 +13,7 @@ from jaxtyping import Array, Float, Int, Key, PyTree
 from flowgen.conditioning import UNCONDITIONAL
 from flowgen.data import PointsConfig
 from flowgen.data.points import Distribution
+from flowgen.experiments.drawing import DrawOptions, EvaluateOptions, check_compared
 from flowgen.matching import MatchingConfig, edm_times, guided, integrate, integrate_mean, velocity_field
 from flowgen.settings import config
 from flowgen.settings.ranges import NonNegative, Positive, Samples, Within
@@ -55,6 +56,31 @@ class SolverConfig:
             raise ValueError(f"num_steps is {self.num_steps}; it must be at least 2 for times 'edm'.")
         if self.times == "edm" and self.method in ("dopri5", "mean_flow"):
             raise ValueError(f"times is 'edm', but {self.method} uses no time grid; set it to 'uniform'.")
+
+
+@config
+class VelocityDrawOptions(DrawOptions):
+    """Options for sampling a velocity network, in addition to the fields of `sampling`.
+
+    classes: classes to draw in turn, by name or number: cat,dog or 0,1,2; -1 is unconditional (--classes=-1,3).
+    """
+
+    classes: str = ""
+
+
+@config
+class VelocityEvaluateOptions(EvaluateOptions):
+    """Options for evaluating a velocity network.
+
+    samples: number of samples to draw and compare with the data; 0 draws as many as there are images, or 1,000 points.
+    unconditional: evaluate a class model without labels.
+    """
+
+    samples: Annotated[int, Within(0, 1 << 24)] = 0
+    unconditional: bool = False
+
+    def __post_init__(self):
+        check_compared(self.samples)
 
 
 def draw_by_solver(

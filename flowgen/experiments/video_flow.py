@@ -15,15 +15,13 @@ from flowgen.conditioning import TextCondition
 from flowgen.data import ClipsConfig, LatentsConfig
 from flowgen.data.clip_views import CONTINUED
 from flowgen.data.dataset import Dataset, Split
-from flowgen.decoding import Clip, Denoiser, sample
+from flowgen.decoding import Clip, Denoiser
 from flowgen.evaluation import flow_bits_per_dim, flow_nats_per_dim
 from flowgen.experiments.autoregressive import (
     AutoregressiveExperiment,
     FlowDrawOptions,
     FlowEvaluateOptions,
     chosen_texts,
-    decoded_by_all,
-    decoding_line,
 )
 from flowgen.experiments.clips import (
     check_length,
@@ -38,6 +36,7 @@ from flowgen.experiments.clips import (
     with_noise,
 )
 from flowgen.experiments.debug import debug_clips, debug_flow, debug_run
+from flowgen.experiments.decoding import decoded_by_all, decoding_line
 from flowgen.experiments.drawing import AT_ONCE, draw_in_batches, on_devices
 from flowgen.experiments.experiment import Samples
 from flowgen.experiments.latents import flow_dataset, pixel_dataset
@@ -187,23 +186,18 @@ class VideoFlowExperiment(AutoregressiveExperiment):
         given, restarts = clip.given, clip.restart_cond
         noisy = None if given is None else with_noise(flow, given, key, numbers)
         restarts = chosen_texts(restarts, numbers) if isinstance(restarts, TextCondition) else restarts
-
-        def decode(variables, numbers, cond, clip):
-            return sample(
-                flow,
-                variables,
-                key,
-                numbers,
-                cond,
-                plan=self.sampling.to_plan(),
-                guidance=guidance or self.guidance(flow),
-                denoise=self._denoiser(flow, variables),
-                clip=clip,
-                certify=certify,
-            )
-
-        clip = dataclasses.replace(clip, given=noisy, restart_cond=restarts)
-        result = decoded_by_all(decode, variables, numbers, cond, clip)
+        result = decoded_by_all(
+            flow,
+            variables,
+            key,
+            numbers,
+            cond,
+            dataclasses.replace(clip, given=noisy, restart_cond=restarts),
+            partial(self._denoiser, flow),
+            plan=self.sampling.to_plan(),
+            guidance=guidance or self.guidance(flow),
+            certify=certify,
+        )
         latents = np.array(result.x)
         if given is not None:
             latents[:, : given.shape[1]] = given

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 from flowgen.runs import CheckpointReader, CheckpointStore
-from flowgen.training.loop import Job, Result, train
+from flowgen.training.job import Job, Result
+from flowgen.training.loop import train
 from flowgen.training.options import LogConfig, OptimConfig, TrainConfig
 from flowgen.training.parallel import is_primary
 from flowgen.training.signals import Interrupted, Signals

@@ -1,0 +1,48 @@
+"""Decodes a batch of samples on all devices of this host, and describes how they were decoded."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import numpy as np
+from jaxtyping import Int
+
+from flowgen import backend
+from flowgen.decoding import Clip, DecodeResult, Denoiser, sample
+
+
+def decoded_by_all(
+    flow: Any,
+    variables: Any,
+    key: jax.Array,
+    numbers: Int[np.ndarray, " b"],
+    cond: Any,
+    clip: Clip | None,
+    denoise: Callable[[Any], float | Denoiser],
+    **options: Any,
+) -> DecodeResult:
+    """Returns the result of `sample` on the host; all devices decode, each its own samples.
+
+    denoise(variables) -> the step that removes the training noise. options: other options of `sample`.
+
+    Example:
+        decoded_by_all(flow, params, key, np.arange(16), labels, None, lambda variables: 1.0, plan="auto")
+    """
+    mesh = backend.sharing(len(numbers), variables)
+    copied = backend.copies(variables, mesh)
+    rows, conds, clips = backend.share_rows((numbers, cond, clip), mesh)
+    result = jax.device_get(sample(flow, copied, key, rows, conds, clip=clips, denoise=denoise(copied), **options))
+    return result._replace(x=result.x[: len(numbers)])
+
+
+def decoding_line(result: DecodeResult) -> str:
+    """Returns a line that describes how samples were decoded.
+
+    Example:
+        print(decoding_line(sample(flow, params, key, 4)))
+    """
+    passes = ", ".join(str(int(block.sum())) for block in result.sweeps)
+    line = f"passes per block (data side first) {passes}; residual {float(result.residual.max()):.1e}"
+    return line if result.error is None else f"{line}; certified to {float(result.error.max()):.1e}"

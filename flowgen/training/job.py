@@ -1,0 +1,58 @@
+"""`Job`, what the training loop needs to train a model, and `Result`, the outcome of a run."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import jax
+import numpy as np
+
+from flowgen.data.inventory import Inventory
+from flowgen.training.options import OptimConfig
+from flowgen.training.step import Objective, TrainState
+
+
+@dataclass(frozen=True)
+class Job:
+    """Everything that the loop needs to train a model.
+
+    init(key) -> variables. objective: see `make_step`. batches(start, stop) -> this process's batches for steps
+    start..stop-1. evaluate(variables) -> metrics; the checkpoint with the lowest `best_metric` is kept.
+    sample(variables) -> uint8 image `height width 3`. optims: separate optimizers for parameter groups, keyed by
+    the groups' top-level names. inventory: a summary of the data, which is logged and saved with the run.
+    tokens(batch) -> the number of tokens in a batch, for reports on speed. profile: the number of steps to trace for a
+    profiler; 0 for none. devices: this process's devices to train on; None means all of them.
+    """
+
+    init: Callable[[jax.Array], Any]
+    objective: Objective
+    batches: Callable[[int, int], Iterator[Any]]
+    evaluate: Callable[[Any], dict[str, float]] | None = None
+    sample: Callable[[Any], np.ndarray] | None = None
+    best_metric: str = "bits_per_dim"
+    optims: Mapping[str, OptimConfig] = field(default_factory=dict)
+    inventory: Inventory | None = None
+    tokens: Callable[[Any], int] | None = None
+    profile: int = 0
+    devices: Sequence[jax.Device] | None = None
+
+
+class Result(NamedTuple):
+    """The outcome of a run.
+
+    state: the final state as numpy arrays, not replicated. metrics: results of the last evaluation. samples: path of
+    the last sample grid, or None. signal: number of the signal that stopped the run, or 0 if it finished.
+    """
+
+    state: TrainState
+    metrics: dict[str, float]
+    samples: Path | None
+    signal: int
+
+    def __repr__(self) -> str:
+        count = sum(leaf.size for leaf in jax.tree.leaves(self.state.params))
+        state = f"<TrainState of step {self.state.step}, {count:,} parameters>"
+        return f"Result(state={state}, metrics={self.metrics}, samples={self.samples}, signal={self.signal})"
