@@ -11,6 +11,8 @@ from einops import rearrange
 from jax.core import Tracer
 from jaxtyping import Array, Bool, Float
 
+from flowgen.backend import keep_axes
+
 # Largest number of weights n x m that the quadratic form may compute per sample and head.
 QUADRATIC_LIMIT = 4096 * 4096
 
@@ -103,6 +105,17 @@ def hide_keys(
         seen = rearrange(seen, "b (g r) m -> b g r m", g=k.shape[2]).any(axis=2)
     seen = seen.swapaxes(1, 2)[..., None]
     return jnp.where(seen, k, 0), jnp.where(seen, v, 0)
+
+
+def repeat_key_heads(
+    q: Float[Array, "b n h k"], k: Float[Array, "b m g k"], v: Float[Array, "b m g d"]
+) -> tuple[Float[Array, "b m h k"], Float[Array, "b m h d"]]:
+    """Returns k and v with one head for each query head, sharded over explicit axes of a mesh like the query heads."""
+
+    def repeated(k, v):
+        return tuple(jnp.repeat(x, q.shape[2] // x.shape[2], axis=2) for x in (k, v))
+
+    return keep_axes(repeated, k, v, named=[(q, "b n h p")], out=("b m h p", "b m h d"))
 
 
 def concrete(x: Array) -> np.ndarray | None:

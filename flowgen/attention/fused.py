@@ -10,8 +10,8 @@ import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float
 
 from flowgen import backend
-from flowgen.attention.checks import errors_of_kernel
-from flowgen.backend import Implementation, attention_plan, keep_axes, map_axes, varying
+from flowgen.attention.checks import errors_of_kernel, repeat_key_heads
+from flowgen.backend import Implementation, attention_plan, map_axes, varying
 from flowgen.backend.attention import BLOCKS, Kernel
 
 
@@ -57,11 +57,8 @@ def _per_device(q, k, v, keys, is_causal, kernel, interpret):
     if not backend.explicit_axes((q, k, v)):
         return run(q, k, v, keys)
 
-    def repeated(k, v):
-        return tuple(jnp.repeat(x, q.shape[2] // x.shape[2], axis=2) for x in (k, v))
-
     # If heads are sharded over devices, each query head must be on the same device as its keys.
-    k, v = keep_axes(repeated, k, v, named=[(q, "b n h p")], out=("b m h p", "b m h d"))
+    k, v = repeat_key_heads(q, k, v)
     alone = partial(run, keys=None)
     return map_axes(alone, varying((q, k, v), (q, k, v)), "b n h k", divided="bh", out="b n h k")
 

@@ -17,8 +17,9 @@ from jax.experimental.pallas import tpu as pltpu
 from jaxtyping import Array, Float
 
 from flowgen import backend
+from flowgen.attention.checks import repeat_key_heads
 from flowgen.attention.prefix import Features, prefix_product
-from flowgen.backend import keep_axes, map_axes, varying
+from flowgen.backend import map_axes, varying
 
 CHUNK_SIZE = 128  # the width of a TPU's matrix unit
 
@@ -43,10 +44,7 @@ def causal_product(
 def _per_device(q, k, v, chunk_size, interpret):
     """Runs the kernel; on a mesh with explicit axes, each device runs it on its own samples and heads."""
 
-    def repeated(k, v):
-        return tuple(jnp.repeat(x, q.shape[2] // x.shape[2], axis=2) for x in (k, v))
-
-    k, v = keep_axes(repeated, k, v, named=[(q, "b n h p")], out=("b m h p", "b m h d"))
+    k, v = repeat_key_heads(q, k, v)
     run = partial(_causal_product, chunk_size=chunk_size, interpret=interpret)
     return map_axes(run, varying((q, k, v), (q, k, v)), "b n h p", divided="bh", out=("b n h d", "b n h"))
 
