@@ -9,7 +9,6 @@ from toy_clips import LATENTS, experiment_of
 
 from flowgen.cli import main
 from flowgen.data import ClipsConfig, DataConfig, LatentsConfig
-from flowgen.decoding import sample
 from flowgen.experiments import SamplingConfig, SpaceToDepth, TextConfig, clips, fit, video_flow
 from flowgen.experiments.autoregressive import FlowEvaluateOptions
 from flowgen.nn import init
@@ -137,9 +136,11 @@ def test_texts_of_clips_without_their_first_frame_say_so(continued, tmp_path):
 def test_texts_of_restarts_say_so_too(continued, tmp_path, monkeypatch):
     encode, template = continued.encoding.open_text_encoder(), PromptTemplate(frames_per_second=8)
     fit(continued, tmp_path / "run")
-    drawn = {}
+    drawn, decode = {}, video_flow.decoded_by_all
     monkeypatch.setattr(
-        video_flow, "sample", lambda *args, **options: drawn.update(options, cond=args[4]) or sample(*args, **options)
+        video_flow,
+        "decoded_by_all",
+        lambda *args, **options: drawn.update(cond=args[4], clip=args[5]) or decode(*args, **options),
     )
     words = ["sample", "--checkpoint", str(tmp_path / "run"), "--prompt", "7", "--frames", "4", "--progress"]
     assert main([*words, "--out", str(tmp_path / "x.gif")]) == 0
