@@ -1,4 +1,4 @@
-"""NNX versions of the attention modules, made with Flax's bridge; parameters and results are the same.
+"""NNX versions of the attention modules, created with Flax's bridge. They have the same parameters and results.
 
 Each constructor accepts the width of the input, the fields of the linen module and `rngs`. It initialises the
 parameters:
@@ -22,7 +22,7 @@ from flowgen.attention.kernels import State
 
 
 class _Twin(bridge.ToNNX):
-    """A linen module initialised for inputs of `in_features` channels."""
+    """A linen module as an NNX module, initialised for inputs with `in_features` channels."""
 
     def __init__(self, module: linen.Module, in_features: int, rngs: nnx.Rngs, num_tokens: int = 1, **example: Any):
         super().__init__(module, rngs=rngs)
