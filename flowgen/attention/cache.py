@@ -25,14 +25,14 @@ from flowgen.backend import Implementation, keep_axes
 
 
 class KVCache(NamedTuple):
-    """Keys and values of one layer, `b h m k`, indexed by position; slots after the last token are unused."""
+    """Keys and values of one layer, as arrays `b h m k` indexed by position. Slots after the last token are unused."""
 
     keys: Float[Array, "b h m k"]
     values: Float[Array, "b h m k"]
 
 
 class CausalKernel(NamedTuple):
-    """The functions through which blocks and decoders use one attention kernel.
+    """The interface through which blocks and decoders use an attention kernel.
 
     attend(q, k, v) -> out: causal attention over whole sequences, with arrays `b n h k`.
     init_cache(batch, length, num_heads, head_dim, dtype) -> cache: an empty cache for one layer and `length` positions.

@@ -1,8 +1,8 @@
-"""The delta rule and its gated form on arrays `b n h k`: linear attention that overwrites instead of accumulating.
+"""The delta rule and its gated form: linear attention that overwrites values instead of accumulating them.
 
-The state S maps keys to values. Writing (k, v) replaces the value that S returns for k with a mix of that value and v.
-A repeated key therefore does not count twice, and no normaliser is needed. The chunked parallel form and the
-token-by-token step give the same outputs and states up to rounding.
+Arrays are `b n h k`. The state S maps keys to values. Writing (k, v) replaces the value that S returns for k with a mix
+of that value and v. A repeated key therefore does not count twice, and no normaliser is needed. The chunked parallel
+form and the token-by-token step give the same outputs and states up to rounding.
 """
 
 from __future__ import annotations
@@ -32,7 +32,7 @@ class DeltaState(NamedTuple):
 def init_delta_state(
     batch: int, num_heads: int, key_dim: int, value_dim: int, *, dtype: jnp.dtype | type = jnp.float32
 ) -> DeltaState:
-    """Returns the state before the first token: zeros, with at least float32 precision. dtype: the dtype of the inputs.
+    """Returns the state before the first token: zeros in at least float32. dtype: the dtype of the inputs.
 
     Example:
         state = init_delta_state(batch=4, num_heads=8, key_dim=64, value_dim=64)

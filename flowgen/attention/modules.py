@@ -159,8 +159,7 @@ class NaLaAttention(nn.Module):
     def __call__(
         self, x: Float[Array, "b n d"], grid: tuple[int, int] | None = None, *, mask: Array | None = None
     ) -> Float[Array, "b n width"]:
-        """Returns the layer's output. grid: (height, width) of the tokens in row-major order; it must be None if
-        causal.
+        """Returns the layer's output. grid: (height, width) of the tokens in row-major order, or None if causal.
 
         mask: a key mask, `b 1 1 n`. Raises ValueError if the grid is missing or does not match the number of tokens.
         """

@@ -1,7 +1,7 @@
-"""NNX versions of the attention modules, created with Flax's bridge. They have the same parameters and results.
+"""NNX versions of the attention modules, created with Flax's bridge.
 
-Each constructor accepts the width of the input, the fields of the linen module and `rngs`. It initialises the
-parameters:
+Their parameters and results are the same as for the linen modules. Each constructor accepts the width of the input, the
+fields of the linen module and `rngs`, and initialises the parameters:
 
     attention = nnx.LinearAttention(64, width=64, num_heads=4, kernel="nala", is_causal=True, rngs=nnx.Rngs(0))
     y = attention(x)

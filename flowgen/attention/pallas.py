@@ -1,4 +1,4 @@
-"""Causal linear attention as one Pallas kernel for TPUs. It keeps the state on the chip and streams chunks of tokens.
+"""Causal linear attention as a Pallas kernel for TPUs, which keeps the state on the chip and streams chunks of tokens.
 
 The grid visits the chunks of each head in order, and the kernel keeps the state in scratch memory. On other platforms,
 `prefix_product` scans over the chunks in XLA. The gradients are always computed by `prefix_product`. Tests run the

@@ -93,7 +93,7 @@ def empty_state(features: Features, v: Float[Array, "b n g d"]) -> LinearState:
 def keep_keys(
     features: Features, v: Float[Array, "b m g d"], mask: Bool[Array, "#b #g 1 m"]
 ) -> tuple[Features, Float[Array, "b m g d"]]:
-    """Returns the features and v with zeros for masked keys (False), which then have no effect, even if NaN."""
+    """Returns the features and v with zeros for masked keys (False), so that even NaN there has no effect."""
     keep = _per_token(mask)[..., None]
     zeroed = {"k": jnp.where(keep, features.k, 0)}
     if features.norm_k is not None:
@@ -325,7 +325,7 @@ def _cut_segments(within: _Weights, segment: Int[Array, "b c"], past: Int[Array,
 def decay_weights(
     log_decay: Float[Array, "b h c"],
 ) -> tuple[Float[Array, "b h c c"], Float[Array, "b h c"]]:
-    """Returns the factors by which, at each token t, tokens s ≤ t and the earlier state have decayed; 0 for s > t.
+    """Returns how much tokens s and the earlier state have decayed at each token t, as factors; 0 for s > t.
 
     The log-decays between s and t are summed directly, not computed as differences of running sums. Nothing cancels, so
     one strong decay does not reduce the precision of the others, and -inf is allowed. Entries with s > t are exp(0),

@@ -96,7 +96,7 @@ def turn(
     cos: Float[Array, "n r"] | Float[Array, "b n r"],
     sin: Float[Array, "n r"] | Float[Array, "b n r"],
 ) -> Float[Array, "b n h p"]:
-    """Returns x with adjacent pairs of channels rotated by the given angles, computed in the wider of their dtypes."""
+    """Rotates adjacent pairs of channels by the angles with these cosines and sines; the dtype of x is preserved."""
     parts = rearrange(x, "b n h (p r two) -> b n h p r two", r=cos.shape[-1], two=2)
     cos, sin = (jnp.expand_dims(table, (2, 3) if table.ndim == 3 else (0, 2, 3)) for table in (cos, sin))
     even, odd = parts[..., 0], parts[..., 1]

@@ -71,6 +71,6 @@ def spoil(x: Float[Array, "*axes"], bad: Bool[Array, "*fewer"]) -> Float[Array, 
 
 
 def alike(*arrays: Float[Array, "b n h _"]) -> tuple[Float[Array, "b n h _"], ...]:
-    """Returns the arrays, all with NaN for each token and head for which any of them contains a non-finite value."""
+    """Returns the arrays with NaN at every token and head where any of the arrays is not finite."""
     bad = finite(arrays)[1]
     return tuple(spoil(x, bad) for x in arrays)

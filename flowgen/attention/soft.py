@@ -104,9 +104,8 @@ def pool_landmarks(x: Float[Array, "b n h k"], num_landmarks: int, mask: Bool[Ar
 def landmark_cells(grid: Pair, num_landmarks: int | Pair) -> Pair:
     """Returns the number of rows and columns of landmark cells on a (height, width) grid of tokens.
 
-    num_landmarks: an int gives at most that many cells, which are as square as possible:
-    rows = round(√(num height / width)) and columns = num // rows, both capped at the grid's sides. A pair
-    (rows, columns) is capped in the same way.
+    num_landmarks: an int m gives at most m cells, which are as square as possible: rows = round(√(m height / width))
+    and columns = m // rows, both capped at the grid's sides. A pair (rows, columns) is capped in the same way.
     """
     height, width = grid
     if isinstance(num_landmarks, tuple):
@@ -212,7 +211,7 @@ def _run_nystrom(q, k, v, landmarks, mask, ridge, solver, normalize):
 def gaussian_landmark_features(
     x: Float[Array, "b n h k"], landmarks: Float[Array, "h l k"], *, ridge: Ridge = 0.01, whiten: bool = True
 ) -> Float[Array, "b n h l"]:
-    """Returns the features, in at least float32, of linear attention with fixed landmarks, which may be causal.
+    """Returns features of tokens for full or causal linear attention with fixed landmarks, in at least float32.
 
     If whiten is True, the features are phi(x) = C⁻¹ K(L, x) with C Cᵀ = K(L, L) + ridge I, so phi(x)·phi(y) is the
     Nyström kernel. This kernel may be negative, so normalise outputs with a normalisation layer, not by the sum of the
@@ -319,10 +318,10 @@ def soft_attention(
     """Returns SOFT attention Ŝ v (see the module docstring). In the paper, keys equal queries: soft_attention(q, q, v).
 
     num_landmarks: the number of landmarks, at most m; each is the mean of a contiguous segment of the keys. grid:
-    (height, width) of the keys in row-major order. With a grid, landmarks are the means over about num_landmarks cells;
-    a pair num_landmarks gives the (rows, columns) of cells (see `landmark_cells`). landmarks: points in the space of k,
-    used instead of pooled landmarks. mask: True for keys to keep, `b m` or `b 1 1 m`; other keys have no effect,
-    whatever their values. ridge: added to the diagonal of the landmark kernel.
+    (height, width) of the keys in row-major order. With a grid, landmarks are the means over about num_landmarks cells
+    or, if num_landmarks is a pair, over that many rows and columns of cells (see `landmark_cells`). landmarks: points
+    in the space of k, used instead of pooled landmarks. mask: True for keys to keep, `b m` or `b 1 1 m`; other keys
+    have no effect, whatever their values. ridge: added to the diagonal of the landmark kernel.
 
     solver: "newton" is the paper's spectral filter with its closed-form derivative (`newton_inverse`). "cholesky" is
     exact. "newton_released" is the solver of the published SOFT++, which couples samples. normalize: None means no

@@ -62,8 +62,8 @@ def attention_plan(
 ) -> AttentionPlan:
     """Returns which implementation computes softmax attention for q `b n h k`, k `b m g k` and v `b m g d`, and why.
 
-    The plan depends only on shapes and dtypes, not on values. mask: "none" without a mask, "keys" if the mask is the
-    same for all queries and heads, and "pairs" for any other mask. platform: "cpu", "gpu" or "tpu"; None means
+    The plan depends only on shapes and dtypes, not on values. mask: "none" if there is no mask, "keys" if the mask is
+    the same for all queries and heads, and "pairs" for any other mask. platform: "cpu", "gpu" or "tpu"; None means
     `attention_platform()`. implementation: "auto" chooses the platform's fused kernel for half-precision inputs that
     the kernel supports, and XLA for all other inputs.
 
@@ -162,8 +162,8 @@ def program_problem(
 def any_derivative() -> AbstractContextManager:
     """Returns a context in which "auto" means "xla" for softmax attention.
 
-    Enter this context to differentiate in forward mode or more than once: fused kernels have only a first derivative in
-    reverse mode. Programs that jax.jit compiles inside the context are not reused outside it, and vice versa.
+    Enter this context to differentiate in forward mode or more than once: fused kernels support only first derivatives,
+    in reverse mode. Programs that jax.jit compiles inside the context are not reused outside it, and vice versa.
 
     Example:
         with any_derivative():

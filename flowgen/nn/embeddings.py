@@ -52,7 +52,7 @@ def class_one_hot(
 ) -> Float[Array, "b classes_and_none"]:
     """Returns one-hot rows with num_classes + 1 columns, the last of which stands for no class.
 
-    STARFlow treats a class as a text with one token that has these features (arXiv 2506.06276).
+    STARFlow treats a class as a one-token text with these features (arXiv 2506.06276).
     """
     return class_rows(jnp.eye(num_classes + 1, dtype=dtype), labels, batch)
 

@@ -183,10 +183,10 @@ class LayerLoop(nn.Module):
 def transformer_stack(config: TransformerConfig) -> nn.Module:
     """Returns a module that applies all layers: (h, caches, start, inverse_temperature, rotation) -> (h, caches).
 
-    caches: None for a whole sequence from position 0; otherwise, one kernel cache per layer, only with `scan=False`.
-    start: the cache slot of h[:, 0]. inverse_temperature: None, or an array `b` of factors for the attention logits.
-    rotation: None, or the (cos, sin), each `n r`, by which the queries and keys of these tokens are rotated. Keys are
-    cached after the rotation.
+    caches: None for a whole sequence from position 0; otherwise, one kernel cache per layer, which requires
+    `scan=False`. start: the cache slot of h[:, 0]. inverse_temperature: None, or an array `b` of factors for the
+    attention logits. rotation: None, or (cos, sin), each `n r`, of the angles by which the queries and keys of these
+    tokens are rotated. Keys are cached after the rotation.
 
     Example:
         h, caches = stack(h, None, 0, None, None)
