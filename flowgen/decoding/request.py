@@ -1,4 +1,4 @@
-"""`DecodeRequest`: what to decode and how, as one checked argument of a compiled program."""
+"""`DecodeRequest` states what to decode and how. It is checked once and then passed to the compiled programs."""
 
 from __future__ import annotations
 
@@ -44,7 +44,7 @@ class DecodeResult(NamedTuple):
 
 
 class SampleKeys(NamedTuple):
-    """The key and indices with which the program draws noise: sample i uses fold_in(key, i), for i in indices."""
+    """The key and the sample indices from which noise is drawn. Sample i uses fold_in(key, i)."""
 
     key: Key[Array, ""]
     indices: Int[Array, " b"]
@@ -61,7 +61,9 @@ class TweedieStep:
 @jax.tree_util.register_dataclass
 @dataclass(frozen=True)
 class Denoiser:
-    """A learned denoiser that replaces the Tweedie step: clean = function(variables, noisy, cond), on the whole batch.
+    """A learned denoiser, which replaces the Tweedie step.
+
+    It computes clean = function(variables, noisy, cond) for the whole batch.
 
     Example:
         r = sample(flow, params, key, 16, labels, denoise=Denoiser(network.apply, network_variables))
@@ -74,11 +76,11 @@ class Denoiser:
 @jax.tree_util.register_dataclass
 @dataclass(frozen=True)
 class DecodeRequest:
-    """What to decode and how, after checks. Only a change of a static field requires recompilation.
+    """A checked description of what to decode and how. Only changes to static fields cause recompilation.
 
-    noise: tokens in raster order, or the keys to draw them with. cond: condition of all samples. plan: one per block.
-    clip: length, first frames and restarts of the clips; an image is a clip of one frame. guidance: None if it
-    changes no block; otherwise its `blocks` lists the blocks that it changes. certify: whether to measure the error.
+    noise: noise tokens in raster order, or the keys from which to draw them. cond: condition of all samples. plan: one
+    per block. clip: length, first frames and restarts of the clips; an image is a clip of one frame. guidance: None if
+    it changes no block; otherwise its `blocks` lists the blocks that it changes. certify: whether to measure the error.
     denoise: the step that removes the training noise from the result.
     """
 
@@ -98,12 +100,12 @@ class DecodeRequest:
 
     @property
     def layout(self) -> ClipLayout:
-        """The segments of frames to decode."""
+        """How the frames are split into segments."""
         return clip_layout(self.clip, self.flow.config)
 
     @property
     def rows(self) -> Array:
-        """The array that contains the numbers of the samples or their noise."""
+        """The samples' indices, or their noise if it was given."""
         return self.noise.indices if isinstance(self.noise, SampleKeys) else self.noise
 
     @property
@@ -113,7 +115,7 @@ class DecodeRequest:
         return self.rows, self.cond, self.clip, null if null is not None and len(null.mask) > 1 else None
 
     def condition_of(self, part: Segments) -> Condition | None:
-        """Returns the condition for decoding some segments."""
+        """Returns the condition for decoding these segments."""
         restart_cond = self.clip.restart_cond
         assert not isinstance(restart_cond, list | np.ndarray)  # a checked clip has arrays
         return restart_cond if part.is_restart else self.cond
@@ -128,7 +130,7 @@ def decode_request(
     guidance: Guidance | None = None,
     clip: Clip | None = None,
 ) -> DecodeRequest:
-    """Returns a request to decode noise, without `certify` and `denoise`.
+    """Returns a checked request to decode noise, with the defaults for `certify` and `denoise`.
 
     clip: None means samples of the size that the flow models.
 
@@ -165,7 +167,7 @@ def resolve_denoise(denoise: bool | float | Denoiser, noise_std: float) -> Tweed
 
 
 def _active(guidance: Guidance | None, cond: Condition | None, config: FlowConfig) -> Guidance | None:
-    """Guidance whose `blocks` lists the blocks that it changes; None if it changes no block."""
+    """The guidance, with `blocks` set to the blocks that it changes; None if it changes no block."""
     if guidance is not None and not isinstance(guidance, Guidance):
         raise ValueError(f"guidance is {shown(guidance)}; it must be Guidance(scale=...) or None.")
     if guidance is None or _is(guidance.scale, 0):
@@ -177,7 +179,7 @@ def _active(guidance: Guidance | None, cond: Condition | None, config: FlowConfi
     outside = [index for index in blocks if not 0 <= index < config.num_blocks]
     if outside:
         raise ValueError(f"guidance.blocks has {outside[0]}, but this flow has blocks 0 to {config.num_blocks - 1}.")
-    if same_temperature:  # the two branches of an unconditional block are then the same
+    if same_temperature:  # both branches of an unconditional block are then the same
         blocks = tuple(index for index in blocks if config.blocks[index].is_conditional)
     if not blocks:
         return None
@@ -199,7 +201,7 @@ def _is(value: float | Array, number: int) -> bool:
 
 
 def _checked_null(null: TextCondition | None, config: FlowConfig, batch: int) -> TextCondition | None:
-    """The text of the unconditional branch, if the flow takes texts."""
+    """The text for the unconditional branch, after checks; None if the flow is not conditioned on texts."""
     if not config.text_dim:
         if null is not None:
             raise ValueError("guidance.null is only for flows conditioned on text; leave it out.")

@@ -52,8 +52,8 @@ class STARFlowConfig(ImageTokens):
     width: number of channels of a token inside the shallow blocks, a multiple of head_dim.
     layers_per_block: number of transformer layers in each block, from the data side to the deep block; 0 omits a block.
     deep_width: width of the last block; None means `width`.
-    order: token order in block 0, "raster" or "reversed"; later blocks alternate. The published "L2R" is "reversed".
-    head_dim: number of channels per attention head.
+    order: token order in block 0, "raster" or "reversed"; later blocks alternate. "L2R" in the published code is
+    "reversed" here. head_dim: number of channels per attention head.
     num_kv_heads: number of key-value heads, each shared by several query heads; None means one per query head.
     expansion: width of the feed-forward layers, as a multiple of the block's width.
     norm: normalisation before every layer.
@@ -69,8 +69,8 @@ class STARFlowConfig(ImageTokens):
     every token, and "unconditional" is represented by the mean of all class embeddings.
     text_dim: number of features per text token; 0 for a model without texts.
     text_length: number of tokens per text, padding included; 0 for a model without texts.
-    conditioned_blocks: which blocks see the class or the text: only the last one ("deep"), or "all".
-    rope_base_grid: side, in tokens, of the grid that positions refer to; with None, neighbouring tokens are 1 apart.
+    conditioned_blocks: which blocks see the class or the text: "deep" for only the last block, or "all".
+    rope_base_grid: side, in tokens, of the grid to which positions are scaled; None means that neighbours are 1 apart.
     attention: attention kernel of the layers: a name, or your own kernel.
     attention_implementation: what computes softmax attention: "auto", "xla", "cudnn" on GPUs or "tpu" on TPUs; see
     docs/attention.md.
@@ -126,7 +126,7 @@ class STARFlowConfig(ImageTokens):
                 )
             if self.num_kv_heads is not None and self.num_kv_heads > (heads := width // self.head_dim):
                 raise ValueError(
-                    f"num_kv_heads is {self.num_kv_heads}, but {name} {width} has only {heads} heads; "
+                    f"num_kv_heads is {self.num_kv_heads}, but {name} {width} gives only {heads} heads; "
                     "use a divisor of that number."
                 )
             if self.num_kv_heads is not None and width // self.head_dim % self.num_kv_heads:

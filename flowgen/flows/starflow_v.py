@@ -19,9 +19,9 @@ from flowgen.settings.ranges import Frames, MaybeLayers, OtherFrames
 class STARFlowVConfig(STARFlowConfig):
     """Describes a STARFlow over clips `frames height width c`; see `STARFlowConfig` for the other fields.
 
-    The shallow blocks map each frame independently; the deep block is causal over the tokens of all frames, in raster
-    order, and is the only block that sees the condition. On the third axis, the position of an image token is the
-    number of its frame, and the position of a text token depends on its place in the text.
+    The shallow blocks map each frame independently. The deep block is causal over the tokens of all frames, in raster
+    order. It is the only block that sees the condition. On the third axis of the rotary positions, the position of an
+    image token is the index of its frame, and the position of a text token depends on its place in the text.
 
     frames: number of latent frames per clip.
     denoiser_layers: number of layers of the causal denoiser, which learns the flow's score; 0 for no denoiser.
@@ -46,7 +46,7 @@ class STARFlowVConfig(STARFlowConfig):
         if block_order(self.order, len(self.layers_per_block) - 1) != "raster":
             raise ValueError(
                 f"layers_per_block has {len(self.layers_per_block)} entries and order is {self.order!r}, so "
-                "the deep block runs backwards in time; add or remove one entry (0 is allowed)."
+                "the deep block runs backwards in time; add or remove one entry, which may be 0."
             )
 
     def build(self) -> AutoregressiveFlow:
