@@ -33,8 +33,8 @@ def frechet_distance(x: Float[np.ndarray, "n features"], y: Float[np.ndarray, "m
     """
     if min(len(x), len(y)) < 2 or x.shape[1:] != y.shape[1:]:
         raise ValueError(
-            f"features have shapes {x.shape} and {y.shape}; give at least two feature vectors in each array, all of the "
-            "same length."
+            f"features have shapes {x.shape} and {y.shape}; give at least two feature vectors in each array, all of "
+            "the same length."
         )
     x, y = np.asarray(x, np.float64), np.asarray(y, np.float64)
     covariances = [np.atleast_2d(np.cov(side, rowvar=False)) for side in (x, y)]

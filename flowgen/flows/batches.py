@@ -31,8 +31,7 @@ def noisy_batch(
 
 
 def check_batch(batch: Any) -> None:
-    """Raises ValueError unless this is a nonempty `Batch` of bytes or latent moments with a context of the same
-    size."""
+    """Raises ValueError unless this is a nonempty `Batch` of bytes or latent moments, with a context that fits it."""
     if not isinstance(batch, Batch):
         raise ValueError(f"batch is {shown(batch)}; give a flowgen.data.Batch(x, context).")
     if not isinstance(batch.x, Moments):

@@ -52,8 +52,8 @@ class STARFlowConfig(ImageTokens):
     width: number of channels of a token inside the shallow blocks, a multiple of head_dim.
     layers_per_block: number of transformer layers in each block, from the data side to the deep block; 0 omits a block.
     deep_width: width of the last block; None means `width`.
-    order: token order in block 0, "raster" or "reversed"; later blocks alternate. "L2R" in the published code is
-    "reversed" here. head_dim: number of channels per attention head.
+    order: token order in block 0, "raster" or "reversed"; later blocks alternate. "reversed" is the published "L2R".
+    head_dim: number of channels per attention head.
     num_kv_heads: number of key-value heads, each shared by several query heads; None means one per query head.
     expansion: width of the feed-forward layers, as a multiple of the block's width.
     norm: normalisation before every layer.
@@ -66,14 +66,14 @@ class STARFlowConfig(ImageTokens):
     soft_clip: bound c of the map c · tanh(r / c), which is applied to the raw scale and the shift; 0 for none.
     num_classes: number of classes that the density is conditioned on; 0 for none.
     class_conditioning: "prefix" makes the label a prefix token, as published; "add" adds the label's embedding to
-    every token, and "unconditional" is represented by the mean of all class embeddings.
+    every token. Without a label, "add" uses the mean of all class embeddings.
     text_dim: number of features per text token; 0 for a model without texts.
     text_length: number of tokens per text, padding included; 0 for a model without texts.
     conditioned_blocks: which blocks see the class or the text: "deep" for only the last block, or "all".
-    rope_base_grid: side, in tokens, of the grid to which positions are scaled; None means that neighbours are 1 apart.
+    rope_base_grid: side, in tokens, of the grid to which positions are scaled; None leaves neighbouring tokens 1 apart.
     attention: attention kernel of the layers: a name, or your own kernel.
-    attention_implementation: what computes softmax attention: "auto", "xla", "cudnn" on GPUs or "tpu" on TPUs; see
-    docs/attention.md.
+    attention_implementation: implementation of softmax attention: "auto", "xla", "cudnn" (for GPUs) or "tpu" (for
+    TPUs); see docs/attention.md.
     noise_std: σ of the Gaussian training noise; above 0 for latents.
     dtype: dtype of matrix products and activations; parameters, affine maps and log-determinants are at least float32.
     remat: whether to save memory by recomputing activations in the backward pass instead of storing them; "auto" stores

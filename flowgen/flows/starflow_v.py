@@ -40,8 +40,8 @@ class STARFlowVConfig(STARFlowConfig):
         super().__post_init__()
         if self.conditioned_blocks != "deep":
             raise ValueError(
-                f"conditioned_blocks is {self.conditioned_blocks!r}, but blocks that map single frames take no "
-                "condition; use 'deep'."
+                f"conditioned_blocks is {self.conditioned_blocks!r}, but blocks that map single frames cannot "
+                "have a condition; use 'deep'."
             )
         if block_order(self.order, len(self.layers_per_block) - 1) != "raster":
             raise ValueError(

@@ -3,7 +3,7 @@
     h <- h + W attention(norm(h)),   h <- h + down(gelu(gate(norm(h))) · up(norm(h))),   norm(x) = w x / √(mean x² + ε)
 
 The attention scores q · k are not scaled. Relative positions are grouped into buckets. Each head has a learned bias for
-every bucket, which it adds to the score. All layers share these biases.
+every bucket and adds it to the score. All layers share these biases.
 """
 
 from __future__ import annotations
