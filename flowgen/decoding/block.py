@@ -127,11 +127,11 @@ def inverse(
 ) -> Solution:
     """Returns the tokens that the block maps to z, with the solver's reports. Tokens and noise are in raster order.
 
-    guided: a block with a `decoding_config`. is_reversed: whether the block's order is "reversed"; blocks of both
-    orders share this compiled program. context: the tokens before the first token to decode; it can only be passed for
-    a block in raster order without passthrough tokens. layers: total number of layers in the compiled program; with
-    more layers, the cache grows in fewer stages. solved: a function that is called on the device after each window,
-    with the number of tokens solved in that window.
+    guided: a block with a `decoding_config`.
+    is_reversed: whether the block's order is "reversed"; blocks of both orders share this compiled program.
+    context: the tokens before the first token to decode; only for blocks in raster order without passthrough tokens.
+    layers: total number of layers in the compiled program; with more layers, the cache grows in fewer stages.
+    solved: a function that is called on the device after each window, with the number of tokens solved in that window.
     """
     block = guided.block
     config, passthrough = block.config, block.num_passthrough

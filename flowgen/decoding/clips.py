@@ -26,11 +26,11 @@ CONTEXT = 0.75  # default context, as a fraction of the frames that the flow mod
 class Clip:
     """The length and the first frames of clips to draw from a `STARFlowV` that models F frames together.
 
-    frames: number of frames per clip; None means F. Clips of more than F frames are decoded with restarts. given: the
-    first frames, to which the training noise has been added; only the denoising step changes them. context: number of
-    frames, decoded earlier, with which each restart begins; None means 3/4 of F, rounded. restart_cond: the condition
-    for restarts, such as the texts used in training for clips without their first frame; None means the clip's
-    condition.
+    frames: number of frames per clip; None means F. Frames after the first F frames are decoded in restarts.
+    given: the first frames, to which the training noise has been added; only the denoising step changes them.
+    context: number of already decoded frames with which each restart begins; None means 3/4 of F, rounded.
+    restart_cond: the condition for restarts, such as the texts used in training for clips without their first frame;
+    None means the clip's condition.
     progress: a function that is called on the host as progress(solved, total) whenever the deep block solves tokens;
     `solved` is the number of tokens just solved, and `total` is the number of tokens to solve per clip. The program
     does not wait for this call. Passing a different function causes recompilation.
@@ -47,7 +47,7 @@ class Clip:
 
 
 def checked_clip(clip: Clip | None, config: FlowConfig, cond: Condition | None, batch: int) -> Clip:
-    """Returns the clip, after checks, with JAX arrays and with the defaults filled in.
+    """Checks the clip and returns it with JAX arrays and with the defaults filled in.
 
     clip: None means a clip of as many frames as the flow models. cond: the condition of the clip.
 
@@ -80,7 +80,7 @@ def checked_clip(clip: Clip | None, config: FlowConfig, cond: Condition | None, 
 
 
 def clip_layout(clip: Clip, config: FlowConfig) -> ClipLayout:
-    """Returns the segments in which a checked clip is decoded."""
+    """Returns how a checked clip is split into segments for decoding."""
     assert clip.frames is not None
     return ClipLayout(
         total=clip.frames,

@@ -29,7 +29,7 @@ OVERFLOW = 1e6
 
 
 class PreviousFrame(NamedTuple):
-    """The tokens before the next window, exactly one frame's worth of them, and how many of these are known."""
+    """The last frame's worth of tokens before the next window, and how many of these tokens are known."""
 
     tokens: Float[Array, "b p c"]
     known: Int[Array, ""]

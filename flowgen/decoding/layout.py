@@ -19,8 +19,9 @@ from jaxtyping import Array, Float, Int
 class Segments(NamedTuple):
     """`count` segments of equal length, decoded one after another; each has context frames, followed by new frames.
 
-    begin: index of the first frame of the first segment, including its context. context, new: number of context frames
-    and number of new frames in each segment. is_restart: whether the segments use the condition for restarts.
+    begin: index of the first frame of the first segment, including its context.
+    context, new: number of context frames and number of new frames in each segment.
+    is_restart: whether the segments use the condition for restarts.
     """
 
     begin: int
@@ -33,8 +34,9 @@ class Segments(NamedTuple):
 class ClipLayout(NamedTuple):
     """How to decode a clip of `total` frames with a flow whose last block sees `clip` frames together.
 
-    given: number of frames known from the start. context: number of decoded frames with which each restart begins; 0 if
-    there are no restarts. tokens_per_frame: number of tokens in each frame.
+    given: number of frames known from the start.
+    context: number of decoded frames with which each restart begins; 0 if there are no restarts.
+    tokens_per_frame: number of tokens in each frame.
     """
 
     total: int

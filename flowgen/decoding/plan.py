@@ -93,15 +93,14 @@ def resolve_plan(plan: Plan | str, *, rows: Sequence[int]) -> DecodePlan:
 
     plan: a plan, or "sequential", "jacobi", "sliding" or "auto". On a CPU, where the cost of a pass grows with the
     number of rows, "auto" is sequential. On accelerators, it is Jacobi with a window of FREE_ROWS / rows tokens. This
-    is the largest window for which a pass takes about as long as a pass over one token. If it is shorter than
-    MIN_PARALLEL_WINDOW, "auto" is sequential there too. Because the window depends on the batch size, so do the images,
-    but only within the tolerance. An explicit plan does not depend on the batch size.
+    is the largest window for which a pass takes about as long as a pass over one token. If this window is shorter than
+    MIN_PARALLEL_WINDOW, "auto" is sequential on accelerators too. Because the window depends on the batch size, so do
+    the images, but only within the tolerance. An explicit plan does not depend on the batch size.
 
     rows: number of rows per token in each block, data side first: the batch size, times 2 if the block is guided, times
     the number of frames that the block maps independently.
 
-    Raises ValueError if the number of plans differs from the number of blocks, or if the plan is not a valid plan or
-    name.
+    Raises ValueError if `plan` is neither a plan nor the name of one, or if it has the wrong number of blocks.
 
     Example:
         plan = resolve_plan("auto", rows=(16, 16, 16, 32))

@@ -27,10 +27,11 @@ class DecodeResult(NamedTuple):
     """Decoded images or clips, and reports on the decoding.
 
     x: images `b height width c` or clips `b frames height width c`, not clipped.
-    sweeps: network passes per block (data side first) and window; 0 for windows that a block does not have.
+    sweeps: number of network passes for each block, data side first, and window; 0 for windows that a block lacks.
     residual: largest change (max norm) in the last sweep of any block and window; 0 if there were enough sweeps to make
     x exact.
-    overflows: number of iterates that were not finite or exceeded 1e6. finite: whether x is finite.
+    overflows: number of iterates that were not finite or exceeded 1e6.
+    finite: whether x is finite.
     error: with `certify`, the largest |forward(x) - z| over tokens, before denoising; otherwise None. A guided flow has
     no forward pass, so its error is the largest such difference in any single block.
     """
@@ -78,9 +79,12 @@ class Denoiser:
 class DecodeRequest:
     """A checked description of what to decode and how. Only changes to static fields cause recompilation.
 
-    noise: noise tokens in raster order, or the keys from which to draw them. cond: condition of all samples. plan: one
-    per block. clip: length, first frames and restarts of the clips; an image is a clip of one frame. guidance: None if
-    it changes no block; otherwise its `blocks` lists the blocks that it changes. certify: whether to measure the error.
+    noise: noise tokens in raster order, or the keys from which to draw them.
+    cond: the condition of all samples.
+    plan: one plan per block.
+    clip: length, first frames and restarts of the clips; an image is a clip of one frame.
+    guidance: None if guidance changes no block; otherwise, its `blocks` lists the blocks that it changes.
+    certify: whether to measure the error.
     denoise: the step that removes the training noise from the result.
     """
 
@@ -155,7 +159,7 @@ def decode_request(
 
 
 def resolve_denoise(denoise: bool | float | Denoiser, noise_std: float) -> TweedieStep | Denoiser | None:
-    """Returns the denoising step for this noise standard deviation; None if the strength or the noise is 0."""
+    """Returns the denoising step for noise of this standard deviation; None if the strength or the noise is 0."""
     if isinstance(denoise, Denoiser):
         return denoise
     strength = float(denoise) if isinstance(denoise, bool | int | float | np.number) else -1.0
@@ -178,7 +182,9 @@ def _active(guidance: Guidance | None, cond: Condition | None, config: FlowConfi
     blocks = tuple(range(config.num_blocks)) if guidance.blocks is None else guidance.blocks
     outside = [index for index in blocks if not 0 <= index < config.num_blocks]
     if outside:
-        raise ValueError(f"guidance.blocks has {outside[0]}, but this flow has blocks 0 to {config.num_blocks - 1}.")
+        raise ValueError(
+            f"guidance.blocks contains {outside[0]}, but this flow has blocks 0 to {config.num_blocks - 1}."
+        )
     if same_temperature:  # both branches of an unconditional block are then the same
         blocks = tuple(index for index in blocks if config.blocks[index].is_conditional)
     if not blocks:

@@ -35,9 +35,10 @@ def invert(
 ) -> DecodeResult:
     """Returns the images or clips that `forward` maps to z, decoded by `plan` with `guidance`.
 
-    z: noise tokens in raster order, as `forward` returns them. certify: whether to run one forward pass on the result,
-    with the same guidance, and report the reconstruction error. The scale, temperature and null text of guidance can
-    change without recompiling.
+    The scale, temperature and null text of guidance can change without recompiling.
+
+    z: noise tokens in raster order, as `forward` returns them.
+    certify: whether to run one forward pass on the result, with the same guidance, and report the reconstruction error.
 
     Raises ValueError if z, cond, plan or guidance does not fit the flow.
 

@@ -2,9 +2,9 @@
 
 A pass over the tokens t .. t+w-1 maps a guess to an output. Let k be the number of leading tokens that changed by at
 most `tol` in every sample. These tokens keep their guesses, because the cached keys of later tokens were computed from
-these guesses. All inputs of token t+k are then accepted tokens, so its new value is exact and is accepted too, and the
-window advances by k+1 tokens. For the window's remaining tokens, the new values are the next guesses. Every pass
-therefore accepts at least one token.
+these guesses. All inputs of token t+k are then accepted tokens, so its new value is exact and is accepted too. The
+window therefore advances by k+1 tokens. For the window's remaining tokens, the new values are the next guesses. Every
+pass accepts at least one token.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""`decoding_weights`: the variables of all blocks in the form that decoding requires, computed once per params.
+"""`decoding_weights`: the variables of all blocks in the form that decoding requires, computed once and cached.
 
 Training stores the layers of a block in one stack, in float32. Decoding needs one array per layer, in the dtype of the
 matrix products. If the sampling program did this conversion, every call would repeat it.

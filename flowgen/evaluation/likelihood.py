@@ -149,10 +149,10 @@ def _mean(dataset: Dataset, batch_size: int, measure: Callable[..., Any]) -> flo
 def gaussian_bits_per_dim(train: Dataset, dataset: Dataset, *, noise_std: float) -> float:
     """Returns the mean bits/dim of `dataset` under a Gaussian with the mean and covariance of `train`.
 
-    The result is the expectation over the flow's noise, added to both datasets: Gaussian noise if σ = `noise_std` is
-    positive, and uniform dequantisation if σ is 0. It is computed in closed form, without drawing noise. The covariance
-    is full if there are at most 4096 dimensions and `train` has at least 5 images per dimension. Otherwise, it is
-    diagonal. Both datasets are read in batches.
+    Both datasets receive the flow's noise: Gaussian noise if σ = `noise_std` is positive, and uniform dequantisation if
+    σ is 0. The result is the expectation over this noise, computed in closed form. The covariance is full if there are
+    at most 4096 dimensions and `train` has at least 5 images per dimension. Otherwise, it is diagonal. Both datasets
+    are read in batches.
 
     Example:
         baseline = gaussian_bits_per_dim(trained_on, held_out, noise_std=0.1)

@@ -52,7 +52,7 @@ def log_softplus(x: Float[Array, "*b"]) -> Float[Array, "*b"]:
 class ScaleMap(Protocol):
     """A scale parameterisation, which maps the network's two outputs per channel to shift and log_scale.
 
-    It must treat each token separately.
+    It must process each token independently.
     """
 
     def __call__(

@@ -87,9 +87,11 @@ class TextPrefix:
 class BlockConfig:
     """The description of one block: tokens, token order, scale parameterisation, conditions and transformer.
 
-    num_classes: number of classes whose embeddings are added to the tokens; 0 for none. prefix: tokens that precede the
-    tokens of the image or clip; None for no prefix. positions: rotary positions; None means a learned table.
-    soft_clip: bound on the raw outputs; 0 for none. final_norm: whether an RMSNorm precedes the last linear map.
+    num_classes: number of classes whose embeddings are added to the tokens; 0 for none.
+    prefix: tokens that precede the tokens of the image or clip; None for no prefix.
+    positions: rotary positions; None means a learned table.
+    soft_clip: bound on the raw outputs; 0 for none.
+    final_norm: whether an RMSNorm precedes the last linear map.
     frames: number of groups, such as the frames of a video, that the block maps independently; each group has
     num_tokens tokens.
     """
@@ -129,9 +131,10 @@ class BlockConfig:
 class BlockState(NamedTuple):
     """The state of a block before a window of tokens.
 
-    start: number of rows before the window. caches: the caches of all layers, which contain the prefix and the earlier
-    rows; None if the window is a whole sequence. inverse_temperature: factor by which each sample's attention logits
-    are multiplied; None means 1.
+    start: number of rows before the window.
+    caches: the caches of all layers, which contain the prefix and the earlier rows; None if the window is a whole
+    sequence.
+    inverse_temperature: factor by which each sample's attention logits are multiplied; None means 1.
     """
 
     start: Int[Array, ""] | int = 0
@@ -204,9 +207,10 @@ class AutoregressiveBlock(nn.Module):
     ) -> tuple[Float[Array, "b w c"], Float[Array, "b w c"], tuple | None]:
         """Returns (shift, log_scale, updated caches) for a window of tokens, given the token before each one.
 
-        previous: rows start..start+w-1 of `previous(tokens)`; the result is for tokens start+p..start+p+w-1, where p is
-        num_passthrough. state: the state before the window, with caches from `prefill` or from the previous window; by
-        default, the window is the whole sequence.
+        previous: rows start..start+w-1 of `previous(tokens)`. The result is for tokens start+p..start+p+w-1, where p is
+        num_passthrough.
+        state: the state before the window, with caches from `prefill` or from the previous window. By default, the
+        window is the whole sequence.
         """
         config, transformer = self.config, self.config.transformer
         batch, window = previous.shape[:2]
@@ -320,9 +324,11 @@ def decoding_config(config: BlockConfig) -> BlockConfig:
 
 
 def decoding_variables(variables: Variables, order: TokenOrder, num_layers: int, dtype: str) -> Variables:
-    """Returns the variables of a block in the form that its `decoding_config` requires. order: the block's order.
+    """Returns the variables of a block in the form that its `decoding_config` requires.
 
     Every layer has separate arrays. The arrays of linear maps have the dtype of the matrix products.
+
+    order: the block's order.
     """
     others = {name: part for name, part in variables["params"].items() if name != "layers"}
     layers = unstack_layers(variables["params"]["layers"], num_layers, dtype)

@@ -89,7 +89,7 @@ class ClipDenoiser(OnMeshes, nn.Module):
 
 
 def init_denoiser(denoiser: ClipDenoiser, key: Key[Array, ""]) -> Variables:
-    """Returns freshly initialised variables for a denoiser; its config determines their shapes.
+    """Returns freshly initialised variables for a denoiser, with the shapes that its config determines.
 
     Example:
         variables = init_denoiser(ClipDenoiser(flow.config), jax.random.key(0))
@@ -115,11 +115,12 @@ def denoiser_variables(variables: Variables) -> Variables:
 class DenoiserStep:
     """The step x - σ s(x, cond) for clips of any length, for use as the function of a `flowgen.decoding.Denoiser`.
 
-    noise_std: σ. chunk: number of frames that the network sees at once; None means all. Each chunk after the first
-    begins with the `denoiser_past_frames` frames before its outputs; these frames are noisy, as in training. A chunk
-    does not output its last `denoiser_lookahead_frames` frames, unless it is the last chunk. The next chunk outputs
-    them instead, because it also sees the frames that follow. If chunks are shorter than the window of frames that a
-    layer sees, each chunk after the first outputs one frame.
+    noise_std: σ.
+    chunk: number of frames that the network sees at once; None means all. Each chunk after the first begins with the
+    `denoiser_past_frames` frames before its outputs. These frames are noisy, as in training. A chunk does not output
+    its last `denoiser_lookahead_frames` frames, unless it is the last chunk. The next chunk outputs them instead,
+    because it also sees the frames that follow. If chunks are shorter than the window of frames that a layer sees, each
+    chunk after the first outputs one frame.
 
     Raises ValueError if chunk is below 1.
 

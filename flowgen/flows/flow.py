@@ -26,7 +26,7 @@ from flowgen.settings.ranges import MAX_TOKENS
 
 @dataclass(frozen=True)
 class ImageTokens:
-    """The part of a config that defines a flow's images and how they are divided into tokens."""
+    """The part of a config that defines the size of a flow's images and their division into tokens."""
 
     image_size: int | tuple[int, int]
     channels: int
@@ -47,7 +47,7 @@ class ImageTokens:
 
     @property
     def patch_order(self) -> PatchOrder:
-        """The order of a patch's values in its token."""
+        """The order of a patch's values within its token."""
         raise NotImplementedError
 
     @property

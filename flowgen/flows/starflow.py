@@ -44,7 +44,7 @@ def block_order(first: TokenOrder, index: int) -> TokenOrder:
 
 @config
 class STARFlowConfig(ImageTokens):
-    """Describes a STARFlow. Most defaults are those of the released text-to-image model, the preset "t2i_3b".
+    """Describes a STARFlow. Most defaults match the released text-to-image model, which is the preset "t2i_3b".
 
     image_size: side of the latents, or (height, width).
     channels: number of channels of the latents.
@@ -155,7 +155,7 @@ class STARFlowConfig(ImageTokens):
 
     @property
     def patch_order(self) -> Literal["channel_last"]:
-        """The order of a patch's values in its token."""
+        """The order of a patch's values within its token."""
         return "channel_last"
 
     @property
@@ -195,7 +195,8 @@ class STARFlowConfig(ImageTokens):
 
     @property
     def blocks(self) -> tuple[BlockConfig, ...]:
-        """The blocks from data to noise. Blocks of 0 layers are omitted, but they count when token orders alternate."""
+        """The blocks from data to noise. Blocks of 0 layers are omitted, but they count in the alternation of
+        orders."""
         last = len(self.layers_per_block) - 1
         return tuple(self._block(index, index == last) for index, count in enumerate(self.layers_per_block) if count)
 
@@ -237,7 +238,7 @@ class STARFlowConfig(ImageTokens):
         return softmax_shapes(self.blocks)
 
     def check_cond(self, cond: Any, batch: int) -> Condition | None:
-        """Returns cond as int32 labels, a text or None. Raises ValueError if it does not fit this model and batch."""
+        """Returns cond as int32 labels, texts or None. Raises ValueError if it does not fit this model and batch."""
         if self.text_dim:
             return check_text(cond, length=self.text_length, dim=self.text_dim, batch=batch)
         return check_labels(cond, num_classes=self.num_classes, batch=batch)

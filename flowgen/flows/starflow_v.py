@@ -59,7 +59,7 @@ class STARFlowVConfig(STARFlowConfig):
         return (self.frames, *self.image_shape)
 
     def with_num_frames(self, frames: int) -> STARFlowVConfig:
-        """Returns the config for another clip length; the parameters still fit."""
+        """Returns the config for another clip length. The same parameters fit it."""
         return dataclasses.replace(self, frames=frames)
 
     @property

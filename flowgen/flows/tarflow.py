@@ -94,7 +94,7 @@ class TARFlowConfig(ImageTokens):
 
     @property
     def patch_order(self) -> Literal["channel_first"]:
-        """The order of a patch's values in its token."""
+        """The order of a patch's values within its token."""
         return "channel_first"
 
     @property

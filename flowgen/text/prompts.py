@@ -22,7 +22,7 @@ ASPECTS: dict[str, tuple[int, int]] = {
 
 
 def aspect_size(aspect: str, side: int, multiple: int = 1) -> tuple[int, int]:
-    """Returns the (height, width) of an image with an aspect ratio and about side² pixels.
+    """Returns the (height, width) of an image with this aspect ratio and about side² pixels.
 
     The height is side / √r and the width is side √r, where r is the ratio of width to height. Both are rounded to the
     nearest multiple of `multiple`; ties are rounded to an even multiple.
@@ -60,9 +60,10 @@ def nearest_aspect(height: int, width: int) -> str:
 class PromptTemplate:
     """The published prompt template, which is also applied to the empty text for guidance.
 
-    noise_std: standard deviation of the training noise. It is written in thousandths, as in "Noise Level 300:"; None
-    leaves this part out. frames_per_second: frame rate. It is written as in "A video with 16 fps:"; 0 is written as "An
-    image:", and None leaves this part out. aspect: whether the prompt ends with the nearest of the nine aspect ratios.
+    noise_std: standard deviation of the training noise, written in thousandths, as in "Noise Level 300:", or None.
+    frames_per_second: frame rate, written as in "A video with 16 fps:", or as "An image:" if it is 0, or None. aspect:
+    whether the prompt ends with the nearest of the nine aspect ratios.
+    If a field is None, the template omits it.
 
     Example:
         template = PromptTemplate(noise_std=0.3)
