@@ -195,8 +195,7 @@ class STARFlowConfig(ImageTokens):
 
     @property
     def blocks(self) -> tuple[BlockConfig, ...]:
-        """The blocks from data to noise. Blocks of 0 layers are omitted, but they count in the alternation of
-        orders."""
+        """The blocks from data to noise, without blocks of 0 layers, which still count when token orders alternate."""
         last = len(self.layers_per_block) - 1
         return tuple(self._block(index, index == last) for index, count in enumerate(self.layers_per_block) if count)
 

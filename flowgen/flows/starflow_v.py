@@ -100,7 +100,7 @@ class STARFlowV(AutoregressiveFlow):
         return {**variables, "params": {**variables["params"], "denoiser": denoiser["params"]}}
 
 
-# The released text-to-video model. The latents of its clips of 81 frames, each 480 x 848 pixels, are 21 x 30 x 53 x 48.
+# The released text-to-video model. Its clips have 81 frames of 480 x 848 pixels; their latents have 21 x 30 x 53 x 48.
 STARFLOW_V_480P = STARFlowVConfig(
     image_size=(30, 53),
     channels=48,
