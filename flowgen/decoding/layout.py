@@ -17,7 +17,7 @@ from jaxtyping import Array, Float, Int
 
 
 class Segments(NamedTuple):
-    """`count` segments of equal length, decoded one after another; each has context frames, followed by new frames.
+    """`count` segments of equal length, decoded one after another. Each consists of context frames and new frames.
 
     begin: index of the first frame of the first segment, including its context.
     context, new: number of context frames and number of new frames in each segment.

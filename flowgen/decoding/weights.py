@@ -23,7 +23,7 @@ Weights = tuple[Variables, ...]
 
 
 def decoding_weights(config: FlowConfig, params: Variables) -> Weights:
-    """Returns the variables of every block for its `decoding_config`, data side first.
+    """Returns the variables of every block, data side first, in the form that its `decoding_config` requires.
 
     The result is computed once and kept as long as all arrays in params["params"] exist. It is not kept if any of these
     arrays is traced or is mutable, as NumPy arrays are. If the parameters are sharded over explicit mesh axes, the

@@ -60,10 +60,11 @@ def nearest_aspect(height: int, width: int) -> str:
 class PromptTemplate:
     """The published prompt template, which is also applied to the empty text for guidance.
 
+    If a field is None, the template leaves out the corresponding part.
+
     noise_std: standard deviation of the training noise, written in thousandths, as in "Noise Level 300:", or None.
     frames_per_second: frame rate, written as in "A video with 16 fps:", or as "An image:" if it is 0, or None. aspect:
     whether the prompt ends with the nearest of the nine aspect ratios.
-    If a field is None, the template omits it.
 
     Example:
         template = PromptTemplate(noise_std=0.3)

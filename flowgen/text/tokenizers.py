@@ -76,7 +76,7 @@ class JsonTokenizer:
             ) from error
 
     def cut(self, ids: list[int], length: int) -> list[int]:
-        """Returns the first `length` - 1 tokens and the last token, which is the end token in these tokenizers."""
+        """Returns the first `length` - 1 tokens and the last token, which is the end token."""
         return [*ids[: length - 1], ids[-1]]
 
     def content(self) -> bytes:
