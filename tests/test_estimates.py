@@ -39,7 +39,7 @@ def test_info_tells_memory_and_flop():
     assert state["parameters"] == state["gradient"] == state["average"] == size
     assert re.fullmatch(r"[\d.]+ [kM]B stored, or [\d.]+ [kM]B if layers .* is auto\)", told(lines, "activations"))
     assert re.fullmatch(
-        r"[\d.]+ [MG]FLOP per training step, [\d.]+ [kM]FLOP per sample of it; [\d.]+ [kM]FLOP to draw a sample",
+        r"[\d.]+ [MG]FLOP per training step, [\d.]+ [kM]FLOP per sample in training; [\d.]+ [kM]FLOP to draw a sample",
         told(lines, "FLOP"),
     )
     assert told(lines, "decoding cache").endswith("B per sample")

@@ -74,7 +74,7 @@ def _check_sampling(given: set[str], experiment: Any, asked: Any) -> None:
             raise ValueError(f"--{name} has no effect in evaluate; set the number of samples with --samples.")
         if isinstance(experiment.data, PointsConfig):
             raise ValueError(
-                f"--{name} has no effect here, because evaluate compares fixed solvers on points; leave it out."
+                f"--{name} has no effect on points, where evaluate always compares the same solvers; leave it out."
             )
         if not asked.samples and not isinstance(experiment, MatchingExperiment):
             raise ValueError(f"--{name} has no effect without samples; add --samples 100, or leave it out.")

@@ -67,9 +67,10 @@ def run(options: argparse.Namespace, rest: list[str]) -> int:
 
 
 def estimates(experiment: Experiment) -> list[str]:
-    """Returns lines on the memory and FLOP that a config needs, and on which machines it fits; see docs/training.md.
+    """Returns lines of text that state the memory and FLOP an experiment needs and the machines that it fits on.
 
-    The list is empty if the experiment is of a kind that cannot be traced without data.
+    docs/training.md describes how they are estimated. The list is empty if the experiment cannot be traced without
+    data.
     """
     import jax
 
@@ -103,7 +104,7 @@ def _training_lines(cost: TrainingCost, remat: str) -> list[str]:
     state = {"parameters": cost.parameters, "gradient": cost.gradient, "moments": cost.moments, "average": cost.average}
     stored = f"activations: {_bytes(cost.stored)} stored"
     if cost.recomputed is not None:
-        stored += f", or {_bytes(cost.recomputed)} if layers are computed again in the backward pass"
+        stored += f", or {_bytes(cost.recomputed)} if the backward pass recomputes layers"
         stored += f" (model.remat is {remat})"
     return ["training state: " + ", ".join(f"{name} {_bytes(size)}" for name, size in state.items()), stored]
 
@@ -115,7 +116,7 @@ def _flop_lines(cost: TrainingCost, drawn: SamplingCost | None, batch_size: int)
     if drawn is None:
         return [line]
     if drawn.flop is not None:
-        line += f" of it; {with_prefix(drawn.flop)}FLOP to draw a sample"
+        line += f" in training; {with_prefix(drawn.flop)}FLOP to draw a sample"
     return [line] + ([f"decoding cache: {_bytes(drawn.cache)} per sample"] if drawn.cache else [])
 
 

@@ -40,8 +40,8 @@ def score_and_flow_matching_loss(
     The Schroedinger bridge between noise and data requires the entropic plan with epsilon = 2 sigma² for the squared
     Euclidean cost. Use the coupling `GibbsWeights(epsilon=2 * sigma**2, cost="sqeuclidean", sinkhorn_sweeps=20)`.
 
-    Forwards in time, the process is dX = (v + s) dt + sigma dW. To sample it, call `integrate_sde` with 2/sigma² · s as
-    the score. Backwards in time, the drift is -v + s. The ODE dx = v dt has the same marginals.
+    Forward in time, the process is dX = (v + s) dt + sigma dW. To sample it, call `integrate_sde` with 2/sigma² · s as
+    the score. Backward in time, the drift is -v + s. The ODE dx = v dt has the same marginals.
 
     Example:
         loss_fn = score_and_flow_matching_loss(bridge=SchroedingerBridge(sigma=0.5))

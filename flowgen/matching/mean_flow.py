@@ -61,10 +61,10 @@ def mean_flow_loss(
     """Returns loss_fn(average_velocity, batch, key, log_mean=None) -> (loss, metrics, log_mean).
 
     The loss is E[w a |u(t, x_t, interval) - target|²]. Its target is v + interval · du/dt, the right-hand side of the
-    identity in the docstring of this module. Here v is the path's u_t, and du/dt takes one Jacobian-vector product. The
-    square is *summed* over dimensions, as in the published code, and a = 1 / (square + 0.01)^power is its adaptive
-    weight. No gradient flows through the target or a. Two times are drawn from `time`; the smaller is t, and the larger
-    is t + interval. The defaults are the published settings.
+    identity in the docstring of this module. Here v is the path's u_t, and du/dt is computed by one Jacobian-vector
+    product. The square is *summed* over dimensions, as in the published code, and its adaptive weight is
+    a = 1 / (square + 0.01)^power. No gradient flows through the target or through a. Two times are drawn from `time`;
+    the smaller is t, and the larger is t + interval. The defaults are the published settings.
 
     instantaneous: share of the pairs whose interval is set to 0. power: exponent of the adaptive weight. With power 1,
     the contribution of each pair stays below 1, so monitor "unweighted_loss", which is the square averaged over
@@ -178,10 +178,10 @@ def guided_target(
 def integrate_mean(
     average_velocity: AverageVelocity, x0: Float[Array, "b *event"], cond: Any = None, *, num_steps: int = 1
 ) -> tuple[Float[Array, "b *event"], int]:
-    """Returns samples and the number of evaluations.
+    """Returns samples and the number of network evaluations.
 
-    The steps x ← x + interval · u(t, x, cond, interval) have equal intervals. Raises ValueError for fewer than one
-    step.
+    Every step x ← x + interval · u(t, x, cond, interval) has the same interval. Raises ValueError if num_steps is below
+    1.
 
     Example:
         x1, nfe = integrate_mean(average_velocity, x0, labels, num_steps=1)

@@ -48,8 +48,8 @@ def integrate(
 ) -> tuple[Float[Array, "b *event"], int | Int[Array, ""]]:
     """Returns the state at the end of the time grid and the number of velocity evaluations.
 
-    times: the time grid, which must increase within [0, 1]; if None, num_steps equal steps. reverse: whether to
-    integrate backwards over the grid, from data to noise. velocity(t, x, cond) is called with t of shape `b`. The state
+    times: the time grid, which must increase within [0, 1]; None for num_steps equal steps. reverse: whether to
+    integrate backward over the grid, from data to noise. velocity(t, x, cond) is called with t of shape `b`. The state
     is accumulated in at least float32, whatever the dtype of x0. Outside jit, every call recompiles the scan over
     steps, so apply jit to the calling function.
 
@@ -85,9 +85,9 @@ def trajectory(
     reverse: bool = False,
     keep: bool = True,
 ) -> tuple[Any, int]:
-    """Returns the states at all times of the grid, `steps+1 b *event`, and the number of velocity evaluations.
+    """Returns the states at all times of the grid, as `steps+1 b *event`, and the number of velocity evaluations.
 
-    keep: whether to return all states; if False, only the last state is returned, `b *event`. The other settings and
+    keep: whether to return all states; if False, only the last state is returned, as `b *event`. The other settings and
     errors are the same as for `integrate` with a fixed-step method.
 
     Example:
@@ -176,7 +176,7 @@ def _adaptive(
 
 
 def time_grid(num_steps: int, times: Sequence[float] | np.ndarray | None) -> Float[Array, " n"]:
-    """Returns the time grid of `integrate`.
+    """Returns the time grid of `integrate`: the given times or, if times is None, num_steps equal steps.
 
     Raises ValueError if the grid has no step or does not increase within [0, 1].
 
@@ -275,8 +275,8 @@ def integrate_sde(
     """Returns samples of dX = (v + g²/2 · score) dt + g dW, and the total number of evaluations of velocity and score.
 
     For any g(t) ≥ 0, the SDE has the same marginals as the ODE. The method is Euler-Maruyama; the last step adds no
-    noise. diffusion: g as a function of t. score(t, x, cond): a function that returns ∇ log p_t, for instance with
-    `flowgen.matching.velocity_to_score`.
+    noise. diffusion: g as a function of t. score(t, x, cond): a function that returns ∇ log p_t, for instance computed
+    by `flowgen.matching.velocity_to_score`.
 
     Example:
         x1, nfe = integrate_sde(velocity, score, x0, key, num_steps=200)

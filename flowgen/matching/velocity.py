@@ -115,10 +115,10 @@ class VelocityMLP(OnMeshes, nn.Module):
 
 
 def check_inputs(config: Any, t: Array, x: Array) -> None:
-    """Raises ValueError unless x is a batch of samples of the config's shape and t has one time per sample."""
+    """Raises ValueError unless x is a batch of samples of the config's shape and t contains one time per sample."""
     check_floating("x", x)
     if x.shape[1:] != config.event_shape:
         shape = ", ".join(map(str, config.event_shape))
-        raise ValueError(f"x has shape {tuple(x.shape)}; this network takes (batch, {shape}).")
+        raise ValueError(f"x has shape {tuple(x.shape)}; this network requires (batch, {shape}).")
     if getattr(t, "shape", None) != x.shape[:1]:
         raise ValueError(f"t is {shown(t)}; give one time per sample, as an array of shape {tuple(x.shape[:1])}.")
