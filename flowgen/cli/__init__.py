@@ -50,11 +50,11 @@ class Parser(argparse.ArgumentParser):
     fields_help: Callable[[], str] | None = None
 
     def format_help(self) -> str:
-        """Returns the help on the command's options and, if the command accepts config fields, the help on them."""
+        """Returns the help on the command's options, and on the config fields if the command accepts any."""
         return super().format_help() + ("" if self.fields_help is None else f"\n{self.fields_help()}\n")
 
     def exit(self, status: int = 0, message: str | None = None) -> NoReturn:
-        """Flushes standard output and exits; if the output pipe is closed, the error is raised here."""
+        """Flushes standard output before exiting, so that a closed output pipe raises an error that can be caught."""
         sys.stdout.flush()
         super().exit(status, message)
 
@@ -174,7 +174,7 @@ def program(arguments: Sequence[str] | None = None) -> int:
     unless the environment sets another number; see `flowgen.backend.make_core_devices`.
 
     If the command is `train` and the process was started with the same arguments, the process first restarts itself
-    with huge pages where they are available; see `flowgen.huge_pages.restart`.
+    with huge pages if they are available; see `flowgen.huge_pages.restart`.
 
     Example:
         sys.exit(program())

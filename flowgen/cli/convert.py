@@ -1,4 +1,4 @@
-"""The command `convert`."""
+"""The command `convert`, which creates a run directory from published weights."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from flowgen.cli.options import finite_number, num_parameters, say, whole_number
 
 
 def declare(parser: argparse.ArgumentParser) -> None:
-    """Adds the options of the command."""
+    """Adds the command's options to its parser."""
     parser.add_argument("file", help="published weights: torch (.pth) or safetensors")
     parser.add_argument("--to", required=True, help="run directory to create")
     tarflow = parser.add_argument_group("TARFlow")

@@ -1,4 +1,4 @@
-"""The command `evaluate`."""
+"""The command `evaluate`, which prints the metrics of a model on data."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from flowgen.cli.options import say, step_or_best
 
 
 def declare(parser: argparse.ArgumentParser) -> None:
-    """Adds the options of the command."""
+    """Adds the command's options to its parser."""
     parser.add_argument("--checkpoint", required=True, help="directory of a run")
     parser.add_argument("--step", type=step_or_best, help="checkpoint to use: a number, or best (default: the latest)")
     parser.epilog = (

@@ -36,10 +36,10 @@ E = TypeVar("E", bound=Experiment)
 def apply_words(
     words: Sequence[str], experiment: E, options: Any = None, *, groups: tuple[str, ...] | None = None
 ) -> tuple[E, Any, set[str]]:
-    """Returns the experiment and options updated with the values from a command line, and the names of the set fields.
+    """Returns the experiment and options with the values from a command line, and the names of the fields that it sets.
 
     words: the words of the command line. options: a dataclass whose fields are the command's own options for this
-    kind of experiment. groups: the groups and single fields, such as "codec.path", of the experiment that the command
+    kind of experiment. groups: the experiment's groups, or single fields such as "codec.path", that the command
     accepts; None for all.
 
     Raises ValueError if a field is unknown, is set twice or has an invalid value; the message names the field.
@@ -84,7 +84,7 @@ def _overridden(options: Any, words: list[str]) -> Any:
 
 
 def load_experiment(options: argparse.Namespace, words: list[str]) -> Experiment:
-    """Returns the experiment in the config file `--config`, with the fields set that the words name.
+    """Returns the experiment in the config file `--config`, with fields set by the words of the command line.
 
     With `--debug`, the experiment is shrunk before the fields are set.
     """

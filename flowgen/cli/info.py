@@ -1,4 +1,4 @@
-"""The command `info`."""
+"""The command `info`, which prints the fields of a config or a run, and estimates what a config needs."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ COMPARED = (
 
 
 def declare(parser: argparse.ArgumentParser) -> None:
-    """Adds the options of the command."""
+    """Adds the command's options to its parser."""
     group = parser.add_mutually_exclusive_group(required=True)
     group.add_argument("--config", help="Python file with config(), or the name of one, such as tarflow_digits")
     group.add_argument("--checkpoint", help="directory of a run")
@@ -67,7 +67,7 @@ def run(options: argparse.Namespace, rest: list[str]) -> int:
 
 
 def estimates(experiment: Experiment) -> list[str]:
-    """Returns lines of text that state the memory and FLOP an experiment needs and the machines that it fits on.
+    """Returns lines of text about the memory and FLOP that an experiment needs and the machines that it fits on.
 
     docs/training.md describes how they are estimated. The list is empty if the experiment cannot be traced without
     data.
@@ -128,7 +128,7 @@ def _training_fit(cost: TrainingCost, rows: int, machine: Machine) -> str:
     if cost.state >= memory:
         return f"training does not fit (the state alone takes {_bytes(cost.state)})"
     most = int((memory - cost.state) / (cost.activations / rows))
-    instead = f"about {most} at a time would" if most else "not even 1 at a time would"
+    instead = f"about {most} at a time would fit" if most else "not even 1 at a time would fit"
     return f"training does not fit ({_bytes(needed)}; {instead})"
 
 

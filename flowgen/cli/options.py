@@ -54,7 +54,7 @@ def step_or_best(text: str) -> int | str:
 
 
 def described(setting: Setting) -> str:
-    """Returns a field as written on a command line, followed by its help as a shell comment."""
+    """Returns a field as it is written on a command line, followed by its help as a shell comment."""
     value = str(setting.value)
     quoted = f'"{value}"' if "'" in value and not set(value) & set('"$`\\') else shlex.quote(value)
     option = f"--{setting.name} {quoted}"

@@ -1,4 +1,4 @@
-"""The command `sample`."""
+"""The command `sample`, which draws samples from a trained model."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from flowgen.packages import missing
 
 
 def declare(parser: argparse.ArgumentParser) -> None:
-    """Adds the options of the command."""
+    """Adds the command's options to its parser."""
     parser.add_argument("--checkpoint", required=True, help="directory of a run")
     parser.add_argument("--step", type=step_or_best, help="checkpoint to use: a number, or best (default: the latest)")
     parser.add_argument("--no-ema", action="store_true", help="use the trained parameters, not their average")

@@ -1,4 +1,4 @@
-"""The command `train`."""
+"""The command `train`, which trains a model or resumes a run."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ DEBUG = "--debug trains a tiny model to check that everything runs; its metrics 
 
 
 def declare(parser: argparse.ArgumentParser) -> None:
-    """Adds the options of the command."""
+    """Adds the command's options to its parser."""
     parser.add_argument(
         "--config", required=True, help="Python file with config(), or the name of one, such as tarflow_digits"
     )

@@ -65,7 +65,7 @@ def check_takes(name: str, function: Callable[..., object], *arguments: str) -> 
 
 
 def check_velocity(velocity: object) -> None:
-    """Raises ValueError unless a velocity is callable."""
+    """Raises ValueError unless `velocity` is callable."""
     if not callable(velocity):
         raise ValueError(
             f"velocity is {shown(velocity)}; give a function (t, x, cond) -> v, such as velocity_field(...)."

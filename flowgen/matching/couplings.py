@@ -144,7 +144,7 @@ class MinibatchOT:
         """Raises ValueError outside jit if the error of a plan exceeds the tolerance."""
         if not isinstance(error, Tracer) and not float(error) <= self.tolerance:
             raise ValueError(
-                f"num_sweeps is {self.num_sweeps}, but after that, the plan with epsilon {self.epsilon} is off by "
+                f"num_sweeps is {self.num_sweeps}, but the plan with epsilon {self.epsilon} is then still off by "
                 f"{float(error):.2g}, above tolerance {self.tolerance}; increase num_sweeps or epsilon, or use "
                 "method='exact'."
             )
@@ -154,20 +154,20 @@ class MinibatchOT:
 class GibbsWeights:
     """Weights independent pairs by w = exp(-cost / epsilon) (weighted conditional flow matching, arXiv 2507.22270).
 
-    Epsilon must be the same in every step, so it is not chosen for each batch: a call raises ValueError if epsilon is
-    None. A NaN cost raises ValueError outside jit; inside jit, the weight becomes NaN, and so does the loss.
+    A call raises ValueError if epsilon is None. Epsilon must be the same in every step, so a call cannot choose it from
+    its batch. A NaN cost raises ValueError outside jit; inside jit, the weight becomes NaN, and so does the loss.
 
     epsilon: divisor of the cost; positive. If None, choose it from data with `flowgen.matching.fit_epsilon` before the
-    first call; training does this by itself. The target is `tilt` if given, otherwise `ess`.
+    first call; training does so automatically. The target is `tilt` if given, otherwise `ess`.
     cost: "euclidean" as published, "sqeuclidean", or a function of two batches that returns one cost per pair.
     normalize: "running" divides w by its running mean, which the loss updates in each step; "batch" divides w by its
-    mean over the batch; "none" leaves w unchanged, which is often too small for optimizers if the data are images.
+    mean over the batch; "none" leaves w unchanged. For images, w is then often too small for optimizers.
     sinkhorn_sweeps: number of Sinkhorn sweeps; 0 for none. If it is positive, the weights come from the entropic plan
     with the batch's marginals: exp(-cost_ii/epsilon + f_i + g_i). This undoes the tilt of noise and data that plain
     weights cause. The number of sweeps is fixed, even if some tilt remains.
-    ess: effective sample size at which epsilon is chosen, as a share of the pairs, between 0 and 1.
-    tilt: upper bound on the relative variance of the factors that re-weight noise and data, at which epsilon is
-    chosen; None to use ess.
+    ess: target for the choice of epsilon: effective sample size as a share of the pairs, between 0 and 1.
+    tilt: another target for the choice of epsilon: largest relative variance of the factors that re-weight noise and
+    data; None to use ess.
     scope: "global" computes the sweeps and the "batch" mean over the rows of all devices; "device" computes them over
     the rows of each device separately.
 

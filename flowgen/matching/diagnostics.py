@@ -98,8 +98,8 @@ class TiltedDistances(NamedTuple):
     """W2 distances between samples and their tilted versions, which show how far Gibbs weights move each marginal.
 
     noise, data: W2 between the sample and its tilted version. noise_floor, data_floor: W2 between two halves of the
-    sample; a comparison of independent samples of this size cannot reveal smaller differences. The first two distances
-    are more precise than that, because each compares a sample with a version of itself.
+    sample; a comparison of independent samples of this size cannot reveal smaller differences. The distances `noise`
+    and `data` are more precise, because each compares a sample with a tilted version of itself.
     """
 
     noise: Float[Array, ""]
@@ -166,7 +166,8 @@ def choose_epsilon(
     Sinkhorn sweeps that correct the weights before their ess is computed. The search bisects log epsilon. With a tilt
     or sweeps, it needs memory for a b x b matrix.
 
-    Raises ValueError unless exactly one target is given and in range, and if the mean cost is 0 or not finite.
+    Raises ValueError if both targets are given or none is, if the target is out of range, or if the mean cost is 0 or
+    not finite.
 
     Example:
         epsilon = choose_epsilon(x0, x1, ess=0.5)

@@ -182,7 +182,7 @@ class DiT(OnMeshes, nn.Module):
 
 
 class DiTLayer(nn.Module):
-    """One layer: modulated attention and a modulated MLP, with gates that are initialised to 0."""
+    """A layer of a DiT: modulated attention and a modulated MLP, with gates that are initialised to 0."""
 
     config: DiTConfig
 

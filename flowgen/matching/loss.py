@@ -28,7 +28,7 @@ Loss = Callable[..., tuple[Any, ...]]
 
 
 class Pairs(NamedTuple):
-    """Training pairs after coupling, weighting and label dropout, as every loss in this package uses them.
+    """The pairs on which a loss is computed, after coupling, weighting and label dropout.
 
     ess: effective sample size, as a share of the batch. log_mean: the running log-mean of the weights, to pass to
     the next step. Both are computed over the whole batch, even if the batch is split over several devices.

@@ -1,7 +1,7 @@
 """MeanFlow: average velocity over an interval of the path, for sampling in one step (Geng et al., arXiv 2505.13447).
 
 The average velocity is u(t, x, cond, interval) = 1/interval ∫ v(τ, x_τ) dτ over [t, t + interval], along the trajectory
-that passes through x at time t. For interval 0, u is v itself. Multiply this equation by interval, and differentiate it
+that passes through x at time t. For interval 0, u is v itself. Multiply the equation by interval, and differentiate it
 along the trajectory. The end t + interval is fixed, so interval decreases as t increases. The result is the identity
 
     u = v + interval · du/dt,    du/dt = ∂u/∂t + (∂u/∂x) v - ∂u/∂interval                               (identity)
@@ -71,8 +71,8 @@ def mean_flow_loss(
     dimensions. In high dimensions, all squares are similar, and so are the weights. In low dimensions, the weights move
     the minimum of the loss towards the most likely target, so use power 0. guidance_weight: w in
     (1 + w) v - w u(t, x, -1, 0), which replaces v if the label is not -1. One step then draws guided samples. Guidance
-    requires integer labels. It also requires a label_dropout above 0, which trains the field for the label -1. batch,
-    label_dropout and log_mean: see `flow_matching_loss`. Raises ValueError if settings are invalid.
+    requires integer labels. It also requires a label_dropout above 0, which trains the field for the label -1. For
+    batch, label_dropout and log_mean, see `flow_matching_loss`. Raises ValueError if settings are invalid.
 
     Example:
         loss_fn = mean_flow_loss(coupling=MinibatchOT())

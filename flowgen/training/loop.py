@@ -40,12 +40,12 @@ def train(
 ) -> Result:
     """Trains in the run directory `workdir`, from its last checkpoint if it contains one, and returns the result.
 
-    If a run is stopped by SIGINT, SIGTERM or a kill, and then resumed on the same number of devices, it ends in the
+    If a run is stopped by a signal, even by SIGKILL, and then resumed on the same number of devices, it ends in the
     same state as an uninterrupted run, bit for bit.
 
     config: plain values to save with the run as JSON. check_config(saved): raises ValueError if a run with the saved
-    config cannot be resumed with the current config. signals: a `Signals` that has already been entered; None creates
-    one.
+    config cannot be resumed with the current config. signals: a `Signals` context that has already been entered; None
+    to create one.
 
     Raises:
         ValueError: the devices cannot share the batch equally, the config does not fit the run, or a checkpoint is
@@ -227,7 +227,7 @@ class _Run:
         return step, state
 
     def next_batch(self, batches: Iterator[Any], step: int) -> tuple[Any, int]:
-        """Returns the batch after this step, on the devices, and the number of tokens in it."""
+        """Returns the batch for the step after `step`, placed on the devices, and its number of tokens."""
         with self.pace.waiting():
             batch = next(batches, None)
         if batch is None:

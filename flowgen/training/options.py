@@ -1,4 +1,4 @@
-"""Training options: optimizer, length, and how often a run reports. Defaults are set only here."""
+"""Training options: the optimizer, the length of a run and its intervals. Defaults are set only here."""
 
 from __future__ import annotations
 

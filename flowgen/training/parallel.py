@@ -132,14 +132,14 @@ def barrier(name: str) -> None:
 
 
 def largest(value: int) -> int:
-    """Returns the largest value among all processes to every process; waits for their current steps."""
+    """Returns, in every process, the largest value among all processes; waits for their current steps."""
     if jax.process_count() == 1:
         return value
     return int(np.max(multihost_utils.process_allgather(np.array(value))))
 
 
 def from_primary(value: float) -> float:
-    """Returns the first process's value to every process."""
+    """Returns, in every process, the first process's value."""
     if jax.process_count() == 1:
         return value
     return float(multihost_utils.broadcast_one_to_all(np.array(value, np.float32)))
