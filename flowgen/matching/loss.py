@@ -50,12 +50,13 @@ def flow_matching_loss(
     prediction: Prediction = "velocity",
     label_dropout: float = 0.0,
 ) -> Loss:
-    """Returns loss_fn(velocity, batch, key, log_mean=None) -> (loss, metrics, log_mean): E[w |v(t, x_t) - u_t|²].
+    """Returns the loss E[w |v(t, x_t) - u_t|²] as a function loss_fn(velocity, batch, key, log_mean=None).
 
-    velocity(t, x, cond): any callable that predicts the quantity named by `prediction`. The loss is computed on the
-    predicted quantity itself, without converting it to a velocity: a predicted x1 is compared with the data x1,
-    predicted noise with x0, and beta times a predicted score with -x0. If the coupling is independent, the learned
-    score is ∇ log p_t. The squared error is averaged over dimensions, in at least float32.
+    loss_fn returns (loss, metrics, log_mean). velocity(t, x, cond): any callable that predicts the quantity named by
+    `prediction`. The loss is computed on the predicted quantity itself, without converting it to a velocity: a
+    predicted x1 is compared with the data x1, predicted noise with x0, and beta times a predicted score with -x0. If
+    the coupling is independent, the learned score is ∇ log p_t. The squared error is averaged over dimensions, in at
+    least float32.
 
     batch: a dict of "x1", the data; "x0", the noise (standard normal if missing); "cond", the labels or None; and
     "rows", a `flowgen.rows.Rows`. A training step adds "rows", so that the random numbers do not depend on the number

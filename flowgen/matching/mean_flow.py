@@ -58,13 +58,14 @@ def mean_flow_loss(
     guidance_weight: float = 0.0,
     label_dropout: float = 0.1,
 ) -> Loss:
-    """Returns loss_fn(average_velocity, batch, key, log_mean=None) -> (loss, metrics, log_mean).
+    """Returns the MeanFlow loss as a function loss_fn(average_velocity, batch, key, log_mean=None).
 
-    The loss is E[w a |u(t, x_t, interval) - target|²]. Its target is v + interval · du/dt, the right-hand side of the
-    identity in the docstring of this module. Here v is the path's u_t, and du/dt is computed by one Jacobian-vector
-    product. The square is *summed* over dimensions, as in the published code, and its adaptive weight is
-    a = 1 / (square + 0.01)^power. No gradient flows through the target or through a. Two times are drawn from `time`;
-    the smaller is t, and the larger is t + interval. The defaults are the published settings.
+    loss_fn returns (loss, metrics, log_mean). The loss is E[w a |u(t, x_t, interval) - target|²]. Its target is v +
+    interval · du/dt, the right-hand side of the identity in the docstring of this module. Here v is the path's u_t, and
+    du/dt is computed by one Jacobian-vector product. The square is *summed* over dimensions, as in the published code,
+    and its adaptive weight is a = 1 / (square + 0.01)^power. No gradient flows through the target or through a. Two
+    times are drawn from `time`; the smaller is t, and the larger is t + interval. The defaults are the published
+    settings.
 
     instantaneous: share of the pairs whose interval is set to 0. power: exponent of the adaptive weight. With power 1,
     the contribution of each pair stays below 1, so monitor "unweighted_loss", which is the square averaged over

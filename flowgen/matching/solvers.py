@@ -50,7 +50,7 @@ def integrate(
 
     times: the time grid, which must increase within [0, 1]; None for num_steps equal steps. reverse: whether to
     integrate backward over the grid, from data to noise. velocity(t, x, cond) is called with t of shape `b`. The state
-    is accumulated in at least float32, whatever the dtype of x0. Outside jit, every call recompiles the scan over
+    is accumulated in at least float32, even if x0 has a smaller dtype. Outside jit, every call recompiles the scan over
     steps, so apply jit to the calling function.
 
     The method "dopri5" adapts its step sizes, which are the same for the whole batch. It keeps the root mean square of
@@ -224,12 +224,15 @@ def guided(
     """Returns the velocity field with classifier-free guidance (Ho and Salimans, arXiv 2207.12598).
 
     Let v_c be the velocity with the condition, and v_u the velocity without it. The network evaluates both in one
-    batch. Give the strength of the guidance in one of two conventions, which agree for scale = 1 + weight. scale: the
-    field is v_u + scale (v_c - v_u), so scale 1 gives v_c. weight: the field is (1 + weight) v_c - weight v_u, so
-    weight 0 gives v_c. unconditional: the value of cond that means "no condition", such as -1 for labels; it has the
-    structure of cond, with one value for all samples or one for each. interval: range of times in which guidance acts;
-    outside this range, the field is v_c (Kynkäänniemi et al., arXiv 2404.07724). Raises ValueError unless exactly one
-    of scale and weight is given. The returned field raises ValueError if cond is None.
+    batch. Set the strength of the guidance with scale or with weight; the two agree if scale = 1 + weight.
+
+    unconditional: the value of cond that means "no condition", such as -1 for labels; it has the structure of cond,
+    with one value for all samples or one for each. scale: the field is v_u + scale (v_c - v_u), so scale 1 gives v_c.
+    weight: the field is (1 + weight) v_c - weight v_u, so weight 0 gives v_c. interval: range of times in which
+    guidance acts; outside this range, the field is v_c (Kynkäänniemi et al., arXiv 2404.07724).
+
+    Raises ValueError unless exactly one of scale and weight is given. The returned field raises ValueError if cond is
+    None.
 
     Example:
         x1, nfe = integrate(guided(velocity, -1, scale=2.0), x0, labels)

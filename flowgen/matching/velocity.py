@@ -2,9 +2,9 @@
 
 A velocity network is a Flax module that is called as `network.apply(variables, t, x, cond, interval, train=False)`. The
 times t have shape `b` and run from 0 (noise) to 1 (data). x has shape `b *event`. cond is None or integer labels of
-shape `b`, where -1 means no label. interval has shape `b`; only networks whose config sets `intervals` use it. They
-return the average velocity from t to t + interval (MeanFlow), or the velocity itself if interval is 0 or None. The
-module's field `config` is a `NetworkConfig`.
+shape `b`, where -1 means no label. interval has shape `b`; only networks whose config sets `intervals` use it. Such a
+network returns the average velocity from t to t + interval (MeanFlow), or the velocity itself if interval is 0 or None.
+The module's field `config` is a `NetworkConfig`.
 """
 
 from __future__ import annotations

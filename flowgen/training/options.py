@@ -12,7 +12,7 @@ from flowgen.settings.ranges import BatchSize, Count, CountOrZero, Fraction, Non
 
 
 def check_warmups(warmups: Mapping[str, int], steps: int) -> None:
-    """Raises ValueError if any warm-up is as long as the run or longer; the message names every such warm-up.
+    """Raises ValueError if any warm-up is at least as long as the run; the message names every such warm-up.
 
     Example:
         check_warmups({"optim.warmup_steps": 100}, steps=2000)

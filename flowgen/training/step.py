@@ -50,7 +50,7 @@ def make_schedule(config: OptimConfig, steps: int) -> optax.Schedule:
     """Returns the learning rate as a function of the number of updates done.
 
     Raises:
-        ValueError: the warm-up is as long as the run or longer.
+        ValueError: the warm-up is at least as long as the run.
 
     Example:
         lr = make_schedule(OptimConfig(), steps=1_000)(0)
