@@ -199,7 +199,7 @@ def test_the_command_writes_a_run_that_can_be_loaded(tmp_path, capsys):
         file.write("- vae: some/vae:x\n")
     assert main(["convert", *map(str, words[:-1]), str(tmp_path / "other")]) == 2
     error = capsys.readouterr().err
-    assert "is 'some/vae:x', but the scale of the latents, 'x', is not a number; write, for example, " in error
+    assert "is 'some/vae:x', but the scale 'x' is not a number; write, for example, " in error
     assert error.count("\n") == 1
     template = experiment.text.template(flow.config.noise_std)
     assert template("a cat", (30, 53)).startswith("Noise Level 500:\nA video with 16 fps:\na cat\n")

@@ -339,7 +339,7 @@ def test_parts_that_do_not_fit_an_autoencoder_are_refused(model, changes, messag
     ("change", "message"),
     [
         ({"lr": -1.0}, "likelihood.denoiser.lr is -1.0; it must be positive"),
-        ({"lr": 0.1, "min_lr": 0.2}, "likelihood.denoiser.min_lr is 0.2, above lr 0.1; lower it"),
+        ({"lr": 0.1, "min_lr": 0.2}, "likelihood.denoiser.min_lr is 0.2, above lr 0.1; lower min_lr"),
         (
             {"ema_decay": 0.9},
             "likelihood.denoiser.ema_decay is 0.9, but optim.ema_decay sets it for all parameters",
