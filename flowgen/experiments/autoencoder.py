@@ -140,7 +140,7 @@ class AutoencoderExperiment(Experiment):
 
     @property
     def best_metric(self) -> str:
-        """The evaluated metric that ranks checkpoints; lower is better."""
+        """The evaluation metric that ranks checkpoints; lower is better."""
         return "mean_square_error"
 
     def dataset(self, split: Split) -> Dataset:

@@ -117,7 +117,7 @@ class AutoregressiveExperiment(Experiment):
 
     @property
     def best_metric(self) -> str:
-        """The evaluated metric that ranks checkpoints; lower is better."""
+        """The evaluation metric that ranks checkpoints; lower is better."""
         return "nats_per_dim" if self.is_latent else "bits_per_dim"
 
     @property
@@ -151,7 +151,7 @@ class AutoregressiveExperiment(Experiment):
             )
 
     def dataset(self, split: Split) -> Dataset | BucketedDataset:
-        """Returns the images or clips in a split, at the size for which the codec's latents have the model's size."""
+        """Returns the images or clips in a split, resized so that their latents have the size the model expects."""
         return pixel_dataset(self.data, self.encoding, split)
 
     def flow_dataset(self, split: Split, *, labelled: bool = True) -> Dataset | BucketedDataset:

@@ -36,7 +36,7 @@ STATISTICS = "latents"
 
 @config
 class SpaceToDepth:
-    """A codec without a network: factor x factor pixels of c channels become one latent of factor² · c channels.
+    """A codec without a network: factor x factor pixels with c channels become one latent with factor² · c channels.
 
     factor: side of a pixel block; at least 1.
     """
@@ -52,7 +52,7 @@ class PretrainedAutoencoder:
     AutoencoderKLWan (video).
     digest: digest of everything that affects the latents. Training a flow sets this field, so that a different
     autoencoder is detected later.
-    temporal_scale: factor that multiplies a clip's latents after the first frame; 0.6 as published, 1 for no change.
+    temporal_scale: factor that multiplies all latent frames except the first; 0.6 as published, 1 for no change.
     """
 
     path: str
@@ -64,7 +64,9 @@ CodecConfig = SpaceToDepth | PretrainedAutoencoder
 
 
 def open_codec(config: CodecConfig | None, channels: int) -> Codec:
-    """Returns the codec of a config. If the config is None, the codec changes nothing. Each codec is opened only once.
+    """Returns the codec of a config. If the config is None, the codec leaves pixels unchanged.
+
+    Each codec is opened only once.
 
     channels: number of latent channels that the model expects.
 

@@ -111,7 +111,7 @@ class Experiment(abc.ABC):
     @property
     @abc.abstractmethod
     def best_metric(self) -> str:
-        """The evaluated metric that ranks checkpoints; lower is better."""
+        """The evaluation metric that ranks checkpoints; lower is better."""
 
     @property
     def drawn_channels(self) -> int | None:

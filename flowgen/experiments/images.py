@@ -31,7 +31,7 @@ E = TypeVar("E", bound=Experiment)
 
 
 def image_dataset(data: DataConfig, model: Any, split: Split, *, labelled: bool = True) -> Dataset:
-    """Returns the images in a split, at the model's size. Raises ValueError if they do not fit the model.
+    """Returns the images in a split, at the size the model expects. Raises ValueError if they do not fit the model.
 
     labelled: whether the images must have labels.
 
@@ -96,7 +96,7 @@ def image_batches(
 ) -> Callable[[int, int], Iterator[Batch]]:
     """Returns a function for `Job`: (start, stop) -> an iterator over this process's batches for steps start..stop-1.
 
-    Latents are not flipped here, because flipped images are encoded in advance.
+    Latents are not flipped here, because flipped copies are encoded in advance if requested.
 
     Example:
         batches = image_batches(dataset, experiment.data, experiment.train)(0, 1000)

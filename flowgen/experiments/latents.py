@@ -78,7 +78,7 @@ def as_taken(
 
 
 def pixel_dataset(data: FlowData, encoding: Encoding, split: Split) -> Dataset | BucketedDataset:
-    """Returns the images or clips in a split, at the size for which the codec's latents have the model's size.
+    """Returns the images or clips in a split, resized so that their latents have the size the model expects.
 
     Raises ValueError if the data are latents.
 
@@ -107,7 +107,7 @@ def pixel_dataset(data: FlowData, encoding: Encoding, split: Split) -> Dataset |
 
 
 def _stills(clips: Dataset, data: DataConfig, **shape: Any) -> StillClips:
-    """Returns images as clips of one frame. Their class numbers match those of the clips."""
+    """Returns images as clips of one frame. Images and clips of the same class have the same class number."""
     images = load(dataclasses.replace(data, classes=data.classes or clips.class_names), **shape)
     return StillClips(of_one_shape(images, "a video flow"))
 

@@ -146,7 +146,7 @@ class MatchingExperiment(Experiment):
 
     @property
     def best_metric(self) -> str:
-        """The evaluated metric that ranks checkpoints; lower is better."""
+        """The evaluation metric that ranks checkpoints; lower is better."""
         if isinstance(self.data, PointsConfig):
             return "w2"
         return "frechet" if self.sampling.frechet_samples else "loss"
@@ -171,7 +171,7 @@ class MatchingExperiment(Experiment):
         return with_class_names(self)
 
     def dataset(self, split: Split, *, labelled: bool = True) -> Dataset:
-        """Returns the images in a split, at the model's size.
+        """Returns the images in a split, at the size the model expects.
 
         labelled: whether the data must have labels if the model is class-conditional.
         """

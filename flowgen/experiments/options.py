@@ -55,7 +55,7 @@ class SamplingConfig:
     init: initial guess for the sweeps of "jacobi" and "sliding": the noise, zeros, or the previous frame.
     guidance: guidance weight w towards the class or text; 0 for none.
     rule: how to combine the conditional and unconditional branches: TARFlow's linear rule or STARFlow's product rule.
-    parts: the outputs that the linear rule changes: shift, log_scale or both.
+    parts: whether the linear rule changes shift, log_scale or both.
     anneal: increase the weight from 0 at the first token of a block to w at its last token.
     temperature: attention temperature of the unconditional branch; positive, 1 for no change.
     blocks: numbers of the blocks to guide, counted from the data side; None for all.

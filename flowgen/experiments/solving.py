@@ -28,7 +28,7 @@ class SolverConfig:
     num: number of samples to draw; at least 1.
     method: a solver of `flowgen.matching.integrate`, or "mean_flow" for networks that learn average velocities.
     num_steps: number of steps, for all methods except "dopri5"; at least 1.
-    times: the time grid: "uniform", or "edm", which has finer steps towards the data.
+    times: time grid; "uniform" has equal steps, and "edm" has finer steps towards the data.
     rtol: relative error tolerance of "dopri5"; positive.
     atol: absolute error tolerance of "dopri5"; positive.
     guidance: weight w in the guided velocity (1 + w) v_c - w v_u; 0 for no guidance.

@@ -135,7 +135,7 @@ class VideoFlowExperiment(AutoregressiveExperiment):
             )
 
     def dataset(self, split: Split) -> Dataset:
-        """Returns the clips in a split, at the size for which the codec's latents have the model's size."""
+        """Returns the clips in a split, resized so that their latents have the size the model expects."""
         return clips_alone(pixel_dataset(of_whole_clips(self.data), self.encoding, split))
 
     def job(self, *, dataset: Dataset | None = None, held_out: Dataset | None = None, model: Any = None) -> Job:
@@ -258,8 +258,8 @@ class VideoFlowExperiment(AutoregressiveExperiment):
     def evaluate(self, model: Any, variables: Any, options: FlowEvaluateOptions) -> list[str]:
         """Returns lines that report the likelihood of the flow, the PSNR of denoised clips, and frame distances.
 
-        The likelihood and the PSNR are measured on a split. The frame distances of samples are reported next to those
-        of the data. The PSNR and the frame distances are computed on decoded latents.
+        The likelihood and the PSNR are measured on a split. The frame distances of samples and data are
+        reported side by side. The PSNR and the frame distances are computed on decoded latents.
         """
         data, labelled = of_whole_clips(self.data), not options.unconditional
         dataset = clips_alone(flow_dataset(data, self.encoding, options.split, labelled=labelled))
