@@ -288,7 +288,7 @@ def test_values_that_depend_on_each_other_are_checked_together(experiment):
         ),
         (
             ["--model.intervals", "false"],
-            "matching.loss is MeanFlow, but this MLP takes no intervals; set model.intervals to true.",
+            "matching.loss is MeanFlow, but this MLP accepts no intervals; set model.intervals to true.",
         ),
         (
             ["--matching.loss=FlowMatching", "--sampling.method=mean_flow", "--sampling.times=uniform"],
@@ -298,7 +298,10 @@ def test_values_that_depend_on_each_other_are_checked_together(experiment):
             ["--sampling.method", "dopri5"],
             "sampling.times is 'edm', but dopri5 uses no time grid; set it to 'uniform'.",
         ),
-        (["--sampling.guidance_interval", "(0.9, 0.1)"], "sampling.guidance_interval is (0.9, 0.1); give increasing"),
+        (
+            ["--sampling.guidance_interval", "(0.9, 0.1)"],
+            "sampling.guidance_interval is (0.9, 0.1); give two increasing",
+        ),
     ],
 )
 def test_parts_that_do_not_belong_together_are_named(arguments, message, untyped):
