@@ -28,7 +28,7 @@ def check_floating(name: str, x: Any) -> None:
 
 
 def check_bytes(name: str, x: Any) -> None:
-    """Raises ValueError unless x is a uint8 array, such as pixels with levels 0..255.
+    """Raises ValueError unless x is a uint8 array, such as pixels with values from 0 to 255.
 
     Example:
         check_bytes("batch.x", batch.x)
@@ -60,7 +60,7 @@ def check_count(name: str, value: Any) -> None:
 
 
 def shown(value: Any) -> str:
-    """Describes a value for an error message: an array's dtype and shape, a number or string itself, or the class.
+    """Returns a description for an error message: an array's dtype and shape, a number or string, or else the class.
 
     Example:
         shown(jnp.zeros((2, 3)))  # "float32 of shape (2, 3)"
