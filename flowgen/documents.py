@@ -46,7 +46,7 @@ _STEPS = np.zeros(256, np.int8)
 _STEPS[list(b"{[")], _STEPS[list(b"}]")] = 1, -1
 
 
-def read_json(path: PathLike, *, most: int = MAX_BYTES, fix: str = "get the file again") -> Any:
+def read_json(path: PathLike, *, most: int = MAX_BYTES, fix: str = "download the file again") -> Any:
     """Returns the content of a JSON file.
 
     fix: the advice that ends the error message about an invalid file.
@@ -92,7 +92,7 @@ def check_depth(content: bytes) -> None:
         raise ValueError(f"it is nested {depth} levels deep, but the limit is {MAX_DEPTH}")
 
 
-def read_yaml(path: PathLike, *, fix: str = "get the file again") -> Any:
+def read_yaml(path: PathLike, *, fix: str = "download the file again") -> Any:
     """Returns the content of a YAML file: strings, numbers, lists and mappings.
 
     Raises the same errors as `read_json`. Also raises ValueError if the file has aliases, tags or a string of more than

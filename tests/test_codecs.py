@@ -162,7 +162,7 @@ def test_images_and_latents_that_do_not_fit_are_refused(autoencoder):
 
 
 def test_a_config_that_cannot_be_is_refused():
-    with pytest.raises(ValueError, match=r"widths has 30, which is not a multiple of num_groups 32"):
+    with pytest.raises(ValueError, match=r"widths contains 30, which is not a multiple of num_groups 32"):
         codecs.AutoencoderConfig(widths=(30,))
     with pytest.raises(ValueError, match=r"widths has 0 entries"):
         codecs.AutoencoderConfig(widths=())

@@ -223,8 +223,8 @@ def _event_shape(what: str, x: Any, channels: int) -> tuple[int, ...]:
     check_floating(what, x)
     if x.ndim not in (4, 5) or x.shape[-1] != channels:
         raise ValueError(
-            f"{what} have shape {tuple(x.shape)}; this codec needs (batch, height, width, {channels}) for images, or "
-            f"(batch, frames, height, width, {channels}) for clips."
+            f"{what} have shape {tuple(x.shape)}; this codec needs (batch, height, width, {channels}), with an "
+            "axis of frames after the batch axis for clips."
         )
     if 0 in x.shape:
         raise ValueError(f"{what} have shape {tuple(x.shape)}, but no axis may be empty.")
