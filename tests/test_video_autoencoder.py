@@ -166,7 +166,7 @@ def test_the_norm_of_nothing_has_a_gradient(key):
         ({"widths": (4, 0, 8)}, "widths has the entry 0; it must be at least 1"),
         ({"decoder_widths": (4, 4)}, r"decoder_widths is \(4, 4\); with 3 widths, it must have 3"),
         ({"halve_time": (True,)}, r"halve_time is \(True,\); with 3 widths, it must have 2"),
-        ({"widths": (4, 8, 16)}, "widths has 16 after 8, but the shortcut between them has 8 values per position"),
+        ({"widths": (4, 8, 16)}, "widths contains 16 after 8, but the shortcut between them has 8 values per position"),
         ({"decoder_widths": (4, 5, 7)}, "decoder_widths contains 7 before 7|decoder_widths contains 5 before 7"),
         (
             {"decoder_widths": (4, 4, 7), "shortcuts": False},
