@@ -122,7 +122,7 @@ def test_half_a_data_set_and_damage_are_refused(tmp_path):
     with pytest.raises(ValueError, match=r"mean.npy' is truncated or damaged .*; encode the data again"):
         read(directory)
     np.save(mean, shard.moments.mean[:5])
-    with pytest.raises(ValueError, match=r"has shape .5, 2, 2, 1. instead of 10 samples"):
+    with pytest.raises(ValueError, match=r"has shape .5, 2, 2, 1., but there are 10 samples"):
         read(directory)
     np.save(mean, np.zeros((10, 1, 1, 1), np.float32))
     with pytest.raises(ValueError, match=r"mean.npy' does not have the shape stated"):
