@@ -50,7 +50,7 @@ def check_key(key: Any) -> None:
 
 
 def check_count(name: str, value: Any) -> None:
-    """Raises ValueError unless a count is a whole number of at least 1.
+    """Raises ValueError unless the value is a whole number of at least 1.
 
     Example:
         check_count("num", num)
@@ -60,7 +60,9 @@ def check_count(name: str, value: Any) -> None:
 
 
 def shown(value: Any) -> str:
-    """Returns a description for an error message: an array's dtype and shape, a number or string, or else the class.
+    """Returns the text that describes a value in error messages.
+
+    Arrays are described by their dtype and shape, numbers and strings by their value, and other objects by their class.
 
     Example:
         shown(jnp.zeros((2, 3)))  # "float32 of shape (2, 3)"

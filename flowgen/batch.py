@@ -14,7 +14,7 @@ from flowgen.conditioning import UNCONDITIONAL, TextCondition
 class Moments(NamedTuple):
     """The posterior distribution of latents, which is N(mean, std²) for each element.
 
-    mean, std: `b height width c`, or `b frames height width c` for clips; std is not negative.
+    mean, std: `b height width c`, or `b frames height width c` for clips; std must not be negative.
 
     Example:
         moments = Moments(*codec.moments(images))

@@ -59,7 +59,7 @@ class Pages(NamedTuple):
         return ""
 
     def can_switch_on(self) -> bool:
-        """Returns whether GLIBC_TUNABLES is unset, but setting it would give a new process the missing huge pages."""
+        """Returns whether GLIBC_TUNABLES is unset and setting it would give a new process the missing huge pages."""
         return self.tunables is None and bool(self.problem()) and not self._replace(tunables=TUNABLE).problem()
 
 

@@ -2,8 +2,7 @@
 
 Each device processes a share of the batch, and all devices have the same key. The numbers for row i of the whole batch
 are drawn with fold_in(key, i), so they do not depend on the row's device or micro-batch. Batch-wide draws, such as a
-transport plan or stratified times, are the same on every device; each device then selects its own
-rows.
+transport plan or stratified times, are the same on every device. Each device then selects its own rows.
 """
 
 from __future__ import annotations
@@ -49,7 +48,7 @@ class Rows(struct.PyTreeNode):
         return tuple(self.replace(key=key) for key in jax.random.split(self.key, num))
 
     def draw(self, fn: Callable[..., Any], *arrays: Any) -> Any:
-        """Calls fn once per row, with a key for the row and the same row of each array, and stacks the results.
+        """Calls fn once per row, with the row's key and that row of each array, and stacks the results.
 
         Arrays and results can be pytrees. fn receives batches of size 1, so a function (key, batch) -> batch can be
         passed directly.

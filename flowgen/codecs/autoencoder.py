@@ -61,7 +61,8 @@ class AutoencoderConfig:
         for width in self.widths:
             if width % self.num_groups:
                 raise ValueError(
-                    f"widths contains {width}, which is not a multiple of num_groups {self.num_groups}; change one."
+                    f"widths contains {width}, which is not a multiple of num_groups {self.num_groups}; "
+                    "change one of them."
                 )
 
     def build(self) -> Autoencoder:

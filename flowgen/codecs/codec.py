@@ -1,4 +1,4 @@
-"""Codecs, which map images or clips to latents and back, for flows that are trained on the latents.
+"""Codecs map images or clips to latents and back, for flows that are trained on latents.
 
 While a flow is trained, its codec is frozen.
 """
@@ -123,7 +123,7 @@ class LatentNormalisation:
         return (latents - _per_channel(self.shift, latents)) * _per_channel(self.scale, latents)
 
     def apply_to_std(self, std: Latents) -> Latents:
-        """Converts a standard deviation of unnormalised latents into one of normalised latents."""
+        """Returns a standard deviation of latents, scaled in the same way as `apply` scales the latents."""
         return std * np.abs(_per_channel(self.scale, std))
 
     def undo(self, normalised: Latents) -> Latents:

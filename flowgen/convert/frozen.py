@@ -217,7 +217,7 @@ def refuse(config: Mapping[str, Any], kind: str | None, fixed: Mapping[str, Any]
     """Raises ValueError if a published config describes a network that flowgen does not support.
 
     kind: the required class name; None accepts any.
-    fixed: the only supported value of each of these options, by name.
+    fixed: maps the names of options to their only supported values.
 
     Example:
         refuse(config, "AutoencoderKL", {"act_fn": "silu"})

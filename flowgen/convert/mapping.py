@@ -27,7 +27,7 @@ _MAX_LISTED = 12
 
 
 def as_is(x: np.ndarray) -> np.ndarray:
-    """Returns x.
+    """Returns x unchanged.
 
     Example:
         Rule("var", "prior/variance", as_is)

@@ -105,7 +105,7 @@ def tarflow(
 
 
 def check_state_dict(state_dict: Any) -> None:
-    """Raises ValueError unless the argument is a mapping from names to tensors; for example, it must not be a path.
+    """Raises ValueError if the argument is not a mapping from names to tensors, for example if it is a path.
 
     Example:
         check_state_dict({"weight": weight})

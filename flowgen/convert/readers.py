@@ -71,8 +71,9 @@ def read_state_dict(path: str | os.PathLike[str], *, entry: str | None = None) -
 
     Raises:
         FileNotFoundError, IsADirectoryError: there is no file at `path`.
-        ValueError: the file is truncated, damaged, unsafe or in another format; it has no dictionary of tensors named
-        `entry` or, if `entry` is None, not exactly one; or its tensors are more than four times as large as the file.
+        ValueError: the file is truncated, damaged, unsafe or in another format; `entry` is not the name of a dictionary
+        of tensors; `entry` is None, but there is not exactly one such dictionary; or the tensors are more than four
+        times as large as the file.
 
     Example:
         state_dict = read_state_dict("afhq_model_8_768_8_8_0.07.pth")

@@ -2,8 +2,9 @@
 
 A pickle is a program for a small stack machine. This module implements a machine that supports only the instructions
 that `torch.save` writes. A program can call functions by name. The machine accepts only the names that a dictionary of
-dense tensors needs, and replaces each with a function in this file. The cost of a program is bounded, because the
-number of instructions is limited, and so are the kinds and numbers of dictionary keys that could make look-ups slow.
+dense tensors needs, and replaces each with a function in this file. The cost of a program is bounded: the number of
+instructions is limited, keys that could make look-ups slow are refused, and a dictionary is never larger than the data
+from which it is created.
 """
 
 from __future__ import annotations

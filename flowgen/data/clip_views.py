@@ -55,7 +55,7 @@ class StillClips(_View):
 
 @dataclasses.dataclass(frozen=True)
 class ContinuedClips(_View):
-    """Clips without their first frame, used to learn to continue long clips. Their captions begin with a prefix.
+    """Clips without their first frame, which teach a model to continue long clips. Their captions begin with a prefix.
 
     Codecs encode the first frame differently from later frames. The latents are therefore obtained by encoding the
     whole clips and dropping the first latent frame.

@@ -106,8 +106,8 @@ class ClipsConfig:
             raise ValueError("images.aspects is true, but all images must have one shape; set it to false.")
         if self.images is not None and self.images.flip != self.flip:
             raise ValueError(
-                f"images.flip is {self.images.flip}, but flip is {self.flip}; images and clips are mirrored "
-                "alike, so set both to the same value."
+                f"images.flip is {self.images.flip}, but flip is {self.flip}; set both to the same value, "
+                "because images and clips must be mirrored in the same way."
             )
 
 

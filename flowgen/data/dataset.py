@@ -133,7 +133,8 @@ class ArrayDataset:
 class ImageSet:
     """A set of images that `data.name` can select.
 
-    read: (config, (height, width)) -> all images. class_names: names of the classes in the order of their labels.
+    read: a function that returns all images, called as read(config, (height, width)). class_names: names of the classes
+    in the order of their labels.
     image_hw: (height, width) of the images before they are resized; None if they have no fixed size.
 
     Example:

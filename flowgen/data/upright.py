@@ -30,7 +30,7 @@ _PNG_PIXELS = (b"IHDR", b"PLTE", b"tRNS", b"IDAT", b"IEND")
 
 @dataclasses.dataclass(frozen=True)
 class Turn:
-    """One of the eight orientations of an image: rows and columns may be swapped, and then either axis may be mirrored.
+    """One of the eight orientations of an image: rows and columns may be swapped, and then each axis may be mirrored.
 
     Example:
         clockwise = Turn(swap=True, mirror_x=True)

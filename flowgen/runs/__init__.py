@@ -1,4 +1,4 @@
-"""Reads and writes the files in run directories: config, checkpoints, metrics, samples and lock. No other code does."""
+"""Reads and writes run directories: config, checkpoints, metrics, samples and lock. No other code accesses them."""
 
 from flowgen.runs.arrays import check_layout, flatten, layout
 from flowgen.runs.checkpoints import CheckpointReader

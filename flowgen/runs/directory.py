@@ -63,7 +63,7 @@ def read_config(run_dir: str | Path) -> dict[str, Any]:
     """Returns a run's config as plain JSON values.
 
     Raises:
-        FileNotFoundError: the directory does not exist or is not a run.
+        FileNotFoundError: the directory does not exist or is not a run; the message says which.
         ValueError: the config is not a file, is not JSON, or has been changed; the message names the changed values.
 
     Example:
