@@ -274,7 +274,7 @@ def test_weights_in_parts_load_alike(tmp_path):
         encoder.variables, jnp.asarray(cw.ids(40)), jnp.asarray(np.arange(16) < cw.LENGTHS[:, None])
     )
     assert_close(features, RECORDED["bert_features"], NETWORK)
-    with pytest.raises(ValueError, match=r"model.text_length is 21, but '.*' takes at most 20 tokens"):
+    with pytest.raises(ValueError, match=r"model.text_length is 21, but '.*' accepts at most 20 tokens"):
         convert.load_text_encoder(tmp_path / "bert", length=21)
 
 

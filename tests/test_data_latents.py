@@ -125,7 +125,7 @@ def test_half_a_data_set_and_damage_are_refused(tmp_path):
     with pytest.raises(ValueError, match=r"has shape .5, 2, 2, 1., but there are 10 samples"):
         read(directory)
     np.save(mean, np.zeros((10, 1, 1, 1), np.float32))
-    with pytest.raises(ValueError, match=r"mean.npy' does not have the shape stated"):
+    with pytest.raises(ValueError, match=r"mean.npy' does not have the shape that"):
         read(directory)
     mean.unlink()
     with pytest.raises(FileNotFoundError, match=r"mean.npy' is missing; encode the data again"):

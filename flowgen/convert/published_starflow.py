@@ -209,7 +209,7 @@ def _known(arguments: Mapping[str, Any]) -> dict[str, Any]:
         for name in names:
             if not known[name]:
                 raise ValueError(
-                    f"{name} is {known[name]}; all published {kind} use it, and no others can be imported."
+                    f"{name} is {known[name]}; all published {kind} use it, and models without it cannot be imported."
                 )
     if known["seq_order"] not in _ORDERS:
         raise ValueError(f"seq_order is {known['seq_order']!r:.80}; it must be 'L2R' or 'R2L'.")
