@@ -128,7 +128,7 @@ def _parse_yaml(content: bytes) -> Any:
 
 
 def _once_loader() -> Any:
-    """PyYAML's loader for plain values, extended to refuse repeated keys."""
+    """Returns PyYAML's loader for plain values, extended to refuse repeated keys."""
     import yaml
 
     class Loader(yaml.SafeLoader):

@@ -175,7 +175,7 @@ def test_texts_need_the_empty_text_beside_them(tmp_path):
     with pytest.raises(FileNotFoundError, match=r"null.npz' is missing; encode the data again"):
         read(tmp_path / "set")
     (shard,) = encode(images(), moments, texts)
-    with pytest.raises(ValueError, match=r"give null \(the encoded empty text\) if the shard has texts"):
+    with pytest.raises(ValueError, match=r"null, the encoded empty text, is required if the shard has texts"):
         LatentWriter(tmp_path / "other").add("train", shard, kind="image")
 
 

@@ -141,7 +141,7 @@ def _strides_up(config: VideoAutoencoderConfig) -> tuple[tuple[int, int], ...]:
 
 
 def check_clips(x: Any, *, channels: int, factor: int, stride: int) -> None:
-    """Raises ValueError unless clips have the given channels, 1 + k · stride frames, and sides divisible by factor."""
+    """Raises ValueError unless clips have `channels` channels, 1 + k · stride frames, and sides divisible by factor."""
     check_floating("clips", x)
     if x.ndim != 5 or x.shape[-1] != channels:
         raise ValueError(

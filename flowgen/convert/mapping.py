@@ -63,7 +63,7 @@ class Rule:
 
     source: template for the names of the tensors.
     target: template for the path of the leaf; None drops the tensors.
-    transform: applied to each tensor.
+    transform: a function that is applied to each tensor.
     requirement: a condition that each tensor must satisfy, if any.
 
     Example:
@@ -98,7 +98,7 @@ class Rule:
 
 
 class MappingError(ValueError):
-    """The weights do not fit the model; `failures` contains a description of each problem."""
+    """Raised if the weights do not fit the model; `failures` contains a description of each problem."""
 
     def __init__(self, failures: Iterable[str]):
         self.failures = tuple(failures)

@@ -189,7 +189,7 @@ def _shape(state_dict: Mapping[str, np.ndarray], name: str, ndim: int) -> tuple[
 
 
 def _count(state_dict: Mapping[str, np.ndarray], template: str) -> int:
-    """Returns the smallest index, starting from 0, for which the state dict has no tensor with the template's name."""
+    """Returns the smallest index whose name, according to the template, is not in the state dict."""
     return next(index for index in itertools.count() if template.format(index=index) not in state_dict)
 
 

@@ -154,7 +154,7 @@ def _state_dicts(saved: Any, path: Path) -> dict[str, dict[str, StoredTensor]]:
 
 
 def _dictionaries(value: dict[Any, Any]) -> list[tuple[str, Any]] | None:
-    """Returns the (name, value) pairs of a dictionary whose values are dictionaries.
+    """Returns those (name, value) pairs of a dictionary in which the value is also a dictionary.
 
     Returns None if all values are tensors, and [] if the dictionary is empty or has a name that is not a string.
     """

@@ -41,7 +41,7 @@ Count = Annotated[int, Within(1, 1 << 40)]
 
 @config
 class LatentsConfig:
-    """Cached latents of images or clips, written by `python -m flowgen encode`.
+    """Selects cached latents of images or clips, which `python -m flowgen encode` has written.
 
     path: the directory of the latents.
     fps: frames per second of the clips; 0 if they have the frame rate of the original videos.
@@ -129,7 +129,7 @@ class LatentIndex:
     def __post_init__(self) -> None:
         object.__setattr__(self, "class_names", checked_names(self.class_names, "class_names"))
         if len({entry.folder for entry in self.shards}) < len(self.shards):
-            raise ValueError("shards has a folder twice; list each folder once.")
+            raise ValueError("shards contains a folder twice; list each folder once.")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -173,7 +173,7 @@ class LatentWriter:
     ) -> None:
         """Writes one shard. null: the encoded empty text; required if the shard has texts."""
         if (shard.texts is None) != (null is None):
-            raise ValueError("give null (the encoded empty text) if the shard has texts, and leave it out otherwise.")
+            raise ValueError("null, the encoded empty text, is required if the shard has texts; otherwise, omit it.")
         entry = ShardEntry(
             folder=f"{split}-{len(self.entries):05d}",
             split=split,

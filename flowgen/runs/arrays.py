@@ -132,7 +132,7 @@ def _orbax() -> Generator[ocp.Checkpointer]:
 
 
 def _is_not_of_orbax(record: logging.LogRecord) -> bool:
-    """Filters out log messages of orbax. Most of them are tracebacks of errors that are raised here too."""
+    """Returns False for log messages of orbax. Most of them are tracebacks of errors that are also raised here."""
     return "orbax" not in record.pathname
 
 
