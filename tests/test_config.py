@@ -199,7 +199,7 @@ def _leaf(value, name):
         ({"train": {"stepz": 3}}, "train.stepz is not a field of this config; did you mean steps?"),
         ({"train": {"steps": 0}}, "train.steps is 0; it must be at least 1."),
         ({"model": {}}, f"model.type is None; choose one of {MODELS}."),
-        ({"data": {"classes": ["a", "a"]}}, "data.classes has 'a' twice; give each name once."),
+        ({"data": {"classes": ["a", "a"]}}, "data.classes contains 'a' twice; list each name once."),
         ({"data": {"type": "Sound"}}, "data.type is 'Sound'; choose one of Data, Latents."),
         ({"matching": {}}, "matching is not a field of this config."),
         (
