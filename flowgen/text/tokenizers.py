@@ -61,7 +61,7 @@ class JsonTokenizer:
         except BaseException as error:
             _check_of_package(error)
             raise ValueError(
-                f"'{path}' is not a valid tokenizer.json ({str(error)[:200]}); get the file again."
+                f"'{path}' is not a valid tokenizer.json ({str(error)[:200]}); download the file again."
             ) from error
         ids = (self._tokenizer.token_to_id(token) for token in ("[PAD]", "<pad>"))
         self.pad = next((number for number in ids if number is not None), 0)
@@ -102,9 +102,11 @@ class SentencePieceTokenizer:
             self._processor.encode(_PROBE)
         except (RuntimeError, OSError) as error:
             reason = " ".join(str(error).split())[:200]
-            raise ValueError(f"'{path}' is not a valid SentencePiece model ({reason}); get the file again.") from error
+            raise ValueError(
+                f"'{path}' is not a valid SentencePiece model ({reason}); download the file again."
+            ) from error
         if self._processor.eos_id() < 0:
-            raise ValueError(f"'{path}' has no end-of-text token; get the file again.")
+            raise ValueError(f"'{path}' has no end-of-text token; download the file again.")
         self.pad = 0
 
     def __call__(self, text: str) -> list[int]:
