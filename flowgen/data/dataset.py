@@ -198,9 +198,9 @@ def buckets_of(dataset: Dataset | BucketedDataset) -> tuple[Dataset, ...]:
 
 
 def of_one_shape(dataset: Dataset | BucketedDataset, user: str) -> Dataset:
-    """Returns the dataset. Raises ValueError if its samples have several shapes.
+    """Returns the dataset. Raises ValueError if its samples differ in shape.
 
-    user: name of what requires a single shape, for the error message.
+    user: what requires a single shape, as a noun phrase for the error message.
 
     Example:
         dataset = of_one_shape(load(config, image_size=8, channels=1, split="train"), "an Autoencoder")

@@ -129,7 +129,9 @@ class UNetConfig:
 
     def _check_widths(self):
         if self.width % 2:
-            raise ValueError(f"width is {self.width}; it must be even, because half of the time features are sines.")
+            raise ValueError(
+                f"width is {self.width}; it must be even, because the time embedding is half sines and half cosines."
+            )
         for level, width in enumerate(self.level_widths):
             if width % self.num_groups:
                 raise ValueError(
