@@ -134,6 +134,10 @@ MISTAKES = {
     # Command lines.
     "": r"arguments are required: COMMAND; see python -m flowgen --help",
     "trian": r"COMMAND: invalid choice: 'trian' \(choose from '?train",
+    "train tarflow_digits --workdir new": r"'tarflow_digits' is not understood; did you mean --config tarflow_digits\?",
+    "train --workdir new --debug tiny.py": r"did you mean --config tiny\.py\?",
+    "evaluate --step 8 run": r"'run' is not understood; did you mean --checkpoint run\?",
+    "train tarflow --workdir new": r"arguments are required: --config; see",
     "train --workdir new": r"arguments are required: --config; see",
     "sample": r"arguments are required: --checkpoint; see",
     "convert --to new": r"arguments are required: file; see",
@@ -147,6 +151,7 @@ MISTAKES = {
     f"{SAMPLE} run --autoencoder mine": r"--autoencoder is not an option .* for a TARFlow",
     f"{SAMPLE} run --zzzzzzzz 1": r"it accepts options --seed, .* and --sampling\.\*\.$",
     f"{TRAIN} --number 3": r"--number is not an option .* did you mean --num\?",
+    f"{TRAIN} --seed 3": r"--seed is not an option .* did you mean --train\.seed\?",
     "evaluate --checkpoint run --samples 1": r"samples is 1",
     "evaluate --checkpoint run --split test": r"split is 'test'; it must be 'train' or 'eval' or 'all'",
     # Overrides.

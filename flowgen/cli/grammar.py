@@ -18,6 +18,7 @@ from flowgen.experiments.experiment import Experiment
 from flowgen.experiments.files import config_path, load_config
 from flowgen.settings import FieldError, leaf_names, override, settings, type_name
 from flowgen.settings.annotations import hints_of
+from flowgen.settings.command import same_end
 
 # Short names of common fields. Fields of `sampling` also need no group.
 ALIASES = {
@@ -171,10 +172,11 @@ def _unknown(word: str, experiment: Experiment, own: tuple[str, ...], groups: tu
     short = [name for name, field in short_names(experiment).items() if field in known]
     names = [name.replace("_", "-") for name in (*own, *short)]
     close = difflib.get_close_matches(word, names, n=1, cutoff=0.6) or difflib.get_close_matches(word, known, n=1)
+    meant = same_end(word.replace("-", "_"), known, "--") or "".join(f"--{name}" for name in close)
     kind = type(experiment).__name__.removesuffix("Experiment")
     what = f"--{word} is not an option of this command for a {type_name(experiment.model)} ({kind} experiment)"
-    if close:
-        return f"{what}; did you mean --{close[0]}?"
+    if meant:
+        return f"{what}; did you mean {meant}?"
     options = f"options {', '.join(f'--{name}' for name in names)}" if names else ""
     present = dict.fromkeys(name if name in (groups or ()) else f"{name.partition('.')[0]}.*" for name in known)
     ours = "every field, such as --train.steps" if groups is None else " and ".join(f"--{g}" for g in present)
