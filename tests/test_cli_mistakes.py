@@ -179,6 +179,7 @@ MISTAKES = {
     f"train --debug --config {DIGITS} --workdir run --model.width 64 --optim.lr 0.1": (
         r"the run was started with another config \(model\.width: 32 -> 64; optim\.lr: \S+ -> 0\.1\); undo the change"
     ),
+    f"train --config {DIGITS} --workdir run": r"the run was started with --debug; add --debug, or train in a new",
     f"train --debug --config {DIGITS} --workdir classless": r"started with another config \(.*num_classes: 0 -> 10",
     f"train --debug --config {DIGITS} --workdir flipped": r"Checkpoint 8 .* is damaged \(ema/\S+ has changed since",
     f"train --debug --config {DIGITS} --workdir not_json": r"not_json/config\.json does not contain a JSON object",

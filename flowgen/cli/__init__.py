@@ -167,8 +167,9 @@ def _check_strays(words: list[str]) -> None:
         return
     for before, word in itertools.pairwise(words):
         is_value = before.startswith("-") and "=" not in before and before not in SWITCHES
-        named = [option for option in options if _names(option, word)]
-        if not is_value and not word.startswith("-") and named:
+        if is_value or word.startswith("-"):
+            continue
+        if named := [option for option in options if _names(option, word)]:
             raise ValueError(f"'{word}' is not understood; did you mean {named[0]} {word}?")
 
 
