@@ -7,12 +7,13 @@ import shlex
 import subprocess
 import sys
 import typing
+import warnings
 from pathlib import Path
 
 import jax
 import numpy as np
 import pytest
-from commands import refused, succeed
+from commands import outcome_of, refused, succeed
 from conftest import rows
 
 from flowgen import checkpoint, experiments, settings
@@ -30,7 +31,9 @@ from flowgen.experiments import (
 from flowgen.flows import STARFlowConfig, TARFlowConfig
 from flowgen.matching import DiTConfig, MLPConfig
 from flowgen.nn import init
+from flowgen.runs import CHECKPOINTS, CheckpointStore
 from flowgen.settings import help_of
+from flowgen.training.step import init_state
 
 PROJECT = Path(__file__).parent.parent
 CONFIGS = sorted((PROJECT / "configs").glob("*.py"))
@@ -252,6 +255,21 @@ def test_guidance_towards_nothing_is_refused(tmp_path, tmp_path_factory):
     run = written(tmp_path_factory, FlowExperiment(name="without", model=model))
     told = refused("sample --checkpoint", run, "--out", tmp_path / "x.npz", "--guidance", "1.5")
     assert "sampling.guidance is 1.5, but the model has no classes and no texts" in told
+
+
+@pytest.mark.parametrize("steps", [0, 1])
+def test_guidance_that_was_not_trained_for_is_told(tmp_path, tmp_path_factory, flow_run, steps):
+    _, variables, experiment = checkpoint.load(flow_run)
+    run = written(tmp_path_factory, experiment)
+    if steps:  # Otherwise, the weights were given, and may have been trained in any way.
+        state = jax.tree.map(np.asarray, init_state(variables, experiment.optim, experiment.train.steps))
+        with CheckpointStore(run / CHECKPOINTS) as store:
+            store.save(steps, state.replace(step=np.int32(steps)), config=experiment.to_json())
+    with warnings.catch_warnings():
+        warnings.simplefilter("always")
+        told = outcome_of("sample --num 1 --guidance 1 --checkpoint", run, "--out", tmp_path / "x.npz")
+    assert told.code == 0
+    assert told.err.count("train.label_dropout is 0") == steps
 
 
 EVALUATE_REFUSED = {

@@ -9,10 +9,14 @@ import shlex
 import sys
 import warnings
 from collections.abc import Callable
-from typing import Any
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
 
 from flowgen.printable import printable
 from flowgen.settings import Setting, check
+
+if TYPE_CHECKING:
+    from flowgen.experiments.experiment import Experiment
 
 HELP_COLUMN = 36  # column at which the help of a field starts
 BYTES_OF_PARAMETER = 4
@@ -93,6 +97,15 @@ def check_memory(parameters: int, *, copies: int) -> None:
     if needed > available:
         raise ValueError(message)
     warnings.warn(message, stacklevel=2)
+
+
+def warn_of_guidance(experiment: Experiment, run_dir: str) -> None:
+    """Warns if samples are guided, but the run did not train the unconditional branch; imported weights may have it."""
+    from flowgen.experiments.autoregressive import AutoregressiveExperiment
+    from flowgen.runs import CHECKPOINTS, CheckpointReader
+
+    if isinstance(experiment, AutoregressiveExperiment) and CheckpointReader(Path(run_dir) / CHECKPOINTS).was_trained():
+        experiment.warn_of_guidance()
 
 
 def say(line: str) -> None:
