@@ -32,6 +32,7 @@ def log_prob(
 ) -> Float[Array, " b"]:
     """Returns log p1(x1) = log p0(x0) - ∫ div v dt in nats, along the path that ends at x1.
 
+    x1: images must be in [-1, 1], like the data in training; their values are not checked.
     key: without a key, the divergence is exact; this takes one Jacobian-vector product per dimension, and the solver is
     the only source of error. With a key, the divergence is Hutchinson's estimate; it uses one Rademacher probe per
     sample, which is fixed along the whole path (Grathwohl et al., arXiv 1810.01367). log_p0: log-density of x0, by
