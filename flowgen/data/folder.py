@@ -108,7 +108,7 @@ def read_folder(
 
 
 def _tell_converted(config: DataConfig, files: Sequence[Path], channels: int) -> None:
-    """Warns if some images lose their colour, or if none has any but the model does. Looks at some evenly spaced files."""
+    """Warns if some images lose their colour, or if none has any but the model does. Looks at some files."""
     some = [files[i] for i in np.linspace(0, len(files) - 1, min(_LOOKED_AT, len(files))).astype(int)]
 
     def colour(file: Path) -> bool | None:
