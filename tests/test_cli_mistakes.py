@@ -145,6 +145,7 @@ MISTAKES = {
     "info --config tiny.py --checkpoint run": r"--checkpoint: not allowed with argument --config",
     "info --checkpoint run --debug": r"--debug is not an option of info --checkpoint",
     "info --checkpoint run --optim.lr 1": r"--optim\.lr is not an option of info --checkpoint",
+    "info --checkpoint run optim seed": r"seed is not a field of this config; did you mean train\.seed\?",
     f"{SAMPLE} run --number 3": r"--number is not an option .* did you mean --num\?",
     f"{SAMPLE} run --method heun": r"--method is not an option .* for a TARFlow",
     f"{SAMPLE} run --frames 3": r"--frames is not an option .* for a TARFlow",

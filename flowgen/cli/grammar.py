@@ -16,7 +16,7 @@ from typing import Any, TypeVar
 from flowgen.cli.options import described
 from flowgen.experiments.experiment import Experiment
 from flowgen.experiments.files import config_path, load_config
-from flowgen.settings import FieldError, leaf_names, override, settings, type_name
+from flowgen.settings import FieldError, Setting, leaf_names, override, settings, type_name
 from flowgen.settings.annotations import hints_of
 from flowgen.settings.command import same_end
 
@@ -132,6 +132,38 @@ def options_help(
     named = [setting._replace(name=f"{group}.{setting.name}") for setting in chosen] if group else chosen
     lines = [f"  {described(setting)}" for setting in named]
     return "\n".join([f"{title}:", *lines])
+
+
+def split_names(words: Sequence[str]) -> tuple[list[str], list[str]]:
+    """Returns the words that are neither options nor their values, and the other words.
+
+    Example:
+        split_names(["model", "--lr", "1e-3", "optim.b1"])  # (["model", "optim.b1"], ["--lr", "1e-3"])
+    """
+    names, rest = [], []
+    for before, word in zip(("", *words), words, strict=False):
+        is_value = before.startswith("--") and "=" not in before
+        (rest if word.startswith("--") or is_value else names).append(word)
+    return names, rest
+
+
+def chosen_settings(experiment: Experiment, names: Sequence[str]) -> list[Setting]:
+    """Returns the fields with these names, and the fields of the groups with these names.
+
+    Raises ValueError if the experiment has no such field or group.
+    """
+    every, short, chosen = settings(experiment), short_names(experiment), []
+    for name in names:
+        path = name.replace("-", "_")
+        path = short.get(path, path)
+        found = [setting for setting in every if f"{setting.name}.".startswith(f"{path}.")]
+        if not found:
+            alike = same_end(path, [setting.name for setting in every])
+            groups = dict.fromkeys(setting.name.partition(".")[0] for setting in every)
+            end = f"; did you mean {alike}?" if alike else f"; choose from {', '.join(groups)}."
+            raise ValueError(f"{name} is not a field of this config{end}")
+        chosen += found
+    return chosen
 
 
 def _pairs(words: Sequence[str]) -> list[tuple[str, str | None]]:

@@ -57,8 +57,8 @@ def resolve(name: str) -> Any:
     module, attributes = split_name(name)
     if module == PROGRAM and not hasattr(sys.modules[PROGRAM], attributes[0]):
         raise ValueError(
-            f"is {shown(name)}, which the program or notebook that began the run defines; load the run there, or define "
-            f"{attributes[0]} here, too."
+            f"is {shown(name)}, which the program or notebook that began the run defines; load the run there, or "
+            f"define {attributes[0]} here, too."
         )
     if module not in sys.modules:
         raise ValueError(
