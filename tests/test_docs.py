@@ -14,7 +14,7 @@ from published_files import publish
 
 from flowgen import checkpoint, cli, experiments
 from flowgen.attention import CAUSAL_KERNEL_NAMES
-from flowgen.cli.grammar import apply_words, load_experiment
+from flowgen.cli.grammar import apply_words, load_experiment, split_names
 from flowgen.nn import init
 
 PROJECT = Path(__file__).parent.parent
@@ -119,7 +119,7 @@ def test_a_command_line_is_understood(monkeypatch, page, words):
     words = words[2:] if words[:2] == ["-m", "flowgen"] else [words[0].removesuffix(".py"), *words[1:]]
     options, rest = cli.make_parser().parse_known_args(words)
     if options.command in ("train", "encode", "info") and options.config is not None:
-        load_experiment(options, rest)
+        load_experiment(options, split_names(rest)[1])
     elif rest:  # Another kind takes other options: one of all kinds must take these.
         assert any(takes(kind, options.command, rest) for kind in KINDS), rest
 

@@ -30,7 +30,6 @@ class Stripes:
 
     event_shape = (8, 8, 1)
     class_names = ("upright", "level")
-    captions = ()
 
     def __len__(self):
         return 40

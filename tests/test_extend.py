@@ -269,6 +269,20 @@ def test_a_value_that_does_not_fit_is_told(make, sentence):
     assert str(error.value).startswith(sentence)
 
 
+def test_a_part_of_a_notebook_is_trained_and_loaded_there(tmp_path, monkeypatch):
+    notebook = vars(sys.modules["__main__"])
+    monkeypatch.setitem(notebook, "Cell", None)  # to be removed afterwards
+    cell = "import dataclasses, own_parts\n@dataclasses.dataclass(frozen=True)\nclass Cell(own_parts.Ordered): pass"
+    exec(cell, notebook)
+    experiment = dataclasses.replace(POINTS, matching=MatchingConfig(coupling=notebook["Cell"](0.5)))
+    with pytest.warns(UserWarning, match=r"^matching\.coupling is defined in this program .* in a module file"):
+        flowgen.fit(experiment, tmp_path)
+    assert flowgen.load(tmp_path)[2] == experiment
+    monkeypatch.delitem(notebook, "Cell")
+    with pytest.raises(ValueError, match=r"matching\.coupling is '__main__:Cell', which the program or notebook that"):
+        flowgen.load(tmp_path)
+
+
 def test_a_part_without_a_name_is_refused_before_the_run(tmp_path):
     matching = MatchingConfig(coupling=lambda key, x0, x1, cond=None: own.as_drawn(key, x0, x1, cond))
     with pytest.raises(

@@ -19,7 +19,8 @@ from flowgen.batch import Batch, Moments
 from flowgen.codecs import Codec
 from flowgen.data import ClipsConfig, LatentsConfig, from_uint8
 from flowgen.data.dataset import BucketedDataset, Dataset, buckets_of
-from flowgen.data.image_files import read_image, read_image_size
+from flowgen.data.image_files import is_colour, read_image, read_image_size
+from flowgen.data.inventory import tell_converted
 from flowgen.data.latents import kind_of
 from flowgen.data.loader import fixed_batches
 from flowgen.data.unreadable import Unreadable
@@ -102,6 +103,8 @@ def read_given(
         else:
             size = read_image_size(path)
             clip = read_image(path, size=(height, width), channels=codec.pixel_channels, crop="center")[None]
+    if codec.pixel_channels == 1 and (is_video or is_colour(path)):
+        tell_converted(f"The colours of --given {path}", codec.pixel_channels)
     kept = size[1] / size[0] / (width / height)
     if min(kept, 1 / kept) < LEAST_KEPT:
         raise ValueError(

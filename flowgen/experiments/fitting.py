@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import warnings
 from collections.abc import Sequence
 from contextlib import nullcontext
 from pathlib import Path
@@ -18,6 +19,7 @@ from flowgen.experiments.attention import warn_of_dtype
 from flowgen.experiments.experiment import Experiment
 from flowgen.experiments.own_data import check_protocol
 from flowgen.runs import check_workdir
+from flowgen.settings.named import fields_of_program
 from flowgen.training import Result, Signals, is_primary, train
 
 
@@ -82,6 +84,12 @@ def fit(
             experiment = experiment.with_provenance() if dataset is None else _of_own(experiment, dataset, held_out)
             # This comes before the data are encoded, because it raises an error if a user's object has no name to save.
             config = experiment.to_json()
+            if own := fields_of_program(config):
+                warnings.warn(
+                    f"{', '.join(own)} is defined in this program or notebook, so only it can load the run; to use the "
+                    "run in commands, too, define it in a module file, such as my_parts.py, and import it.",
+                    stacklevel=2,
+                )
             check_workdir(Path(workdir), experiment.check_resumable, locks=is_primary())
             warn_of_dtype(experiment.model)
             with told_once():

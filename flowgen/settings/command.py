@@ -55,6 +55,17 @@ def override(config: T, arguments: Sequence[str]) -> T:
     return from_plain(type(config), fields)
 
 
+def same_end(path: str, known: Sequence[str], prefix: str = "") -> str:
+    """Returns up to three of the known names whose last part is that of `path`, for a question; "" if there are none.
+
+    Example:
+        same_end("seed", ["train.seed", "train.steps"], "--")  # "--train.seed"
+    """
+    last = path.rpartition(".")[2]
+    *others, found = [f"{prefix}{name}" for name in known if name.rpartition(".")[2] == last][:3] or [""]
+    return f"{', '.join(others)} or {found}" if others else found
+
+
 def words_of(text: str, path: str) -> list[str]:
     """Splits comma-separated texts. A text that contains a comma must be double-quoted.
 
@@ -174,6 +185,6 @@ def _no_such_field(path: str, field: str, group: type | None, types: dict[str, t
 
 def _unknown(path: str, known: list[str]) -> str:
     groups = {name[:end] for name in known for end, letter in enumerate(name) if letter == "."}
-    same_end = [name for name in known if name.rsplit(".", 1)[-1] == path.rsplit(".", 1)[-1]]
-    end = f"; did you mean {same_end[0]}?" if same_end else meant(path, [*known, *sorted(groups)])
+    alike = same_end(path, known)
+    end = f"; did you mean {alike}?" if alike else meant(path, [*known, *sorted(groups)])
     return f"{path} is not a field of this config{end}"

@@ -161,7 +161,7 @@ def _own_to_plain(value: Any) -> Any:
         return {TYPE: name} | _fields_to_plain(value)
     raise _Refusal(
         f"is {shown(value)}, which config.json cannot refer to by name; define it, or its dataclass(frozen=True), "
-        "at the top level of a module that the program imports."
+        "at the top level of a module file, such as my_parts.py, and import it."
     )
 
 
