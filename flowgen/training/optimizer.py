@@ -21,7 +21,7 @@ def make_schedule(config: OptimConfig, steps: int) -> optax.Schedule:
     """Returns the learning rate as a function of the number of updates done.
 
     Raises:
-        ValueError: the warm-up is as long as the run or longer.
+        ValueError: the warm-up is at least as long as the run.
 
     Example:
         lr = make_schedule(OptimConfig(), steps=1_000)(0)
@@ -44,7 +44,7 @@ def make_schedule(config: OptimConfig, steps: int) -> optax.Schedule:
 def make_optimizer(
     config: OptimConfig, steps: int, others: Mapping[str, OptimConfig] | None = None
 ) -> optax.GradientTransformation:
-    """Returns the optimizer that a config describes, with clipped gradients and skipped spikes if the config says so.
+    """Returns the optimizer of a config; if the config sets clip_norm or skip_norm, it clips gradients or skips spikes.
 
     others: separate optimizers for parameter groups, keyed by the groups' top-level names. Each group has its own
     gradient norm.
@@ -102,8 +102,8 @@ def decay_mask(config: OptimConfig) -> Callable[[Any], Any] | None:
 class SkipState(NamedTuple):
     """The state of `skip_spikes`.
 
-    asked: number of updates requested. skipped: number of updates skipped. in_a_row: number of consecutive updates
-    skipped most recently. inner: the state of the inner transformation.
+    asked: number of updates requested. skipped: number of updates skipped. in_a_row: number of updates skipped since
+    the last update that was applied. inner: the state of the inner transformation.
     """
 
     asked: Int[Array, "*device"]
