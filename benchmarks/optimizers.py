@@ -54,10 +54,12 @@ def trained(experiment: Any, optim: OptimConfig, *, steps: int, seed: int, metri
     began = time.perf_counter()
     with tempfile.TemporaryDirectory() as folder:
         try:
-            metrics = flowgen.fit(experiment, Path(folder) / "run").metrics
+            result = flowgen.fit(experiment, Path(folder) / "run")
         except FloatingPointError as error:
             return {"diverged": str(error)}
-    return {metric: round(float(metrics[metric]), 4), "seconds": round(time.perf_counter() - began, 1)}
+    if result.signal:
+        raise KeyboardInterrupt
+    return {metric: round(float(result.metrics[metric]), 4), "seconds": round(time.perf_counter() - began, 1)}
 
 
 def autoencoder(folder: Path) -> Path:
