@@ -24,7 +24,7 @@ from flowgen.experiments import PretrainedAutoencoder
 from flowgen.training import LogConfig, OptimConfig
 
 Row = dict[str, Any]
-RATES = (1e-3, 2e-3, 4e-3)
+RATES = (2e-3, 4e-3, 8e-3)
 # Fields of OptimConfig, and three learning rates. AuON's steps have the size of gradients, not of Adam's steps.
 RACERS: dict[str, tuple[dict[str, Any], tuple[float, ...]]] = {
     "adamw": ({}, RATES),
