@@ -14,6 +14,7 @@ from flowgen.settings.annotations import (
     choices,
     configs_of,
     describe,
+    entry_of,
     hints_of,
     is_own,
     takes_own,
@@ -36,7 +37,7 @@ def override(config: T, arguments: Sequence[str]) -> T:
     several types accepts the name of one of them. The group then starts from the defaults of that type, and its fields
     are set afterwards. If a group is None, setting one of its fields first creates the group with its defaults.
     User-defined objects are written as "package.module:object", and their module is imported. The fields of a
-    user-defined frozen dataclass are set in the same way as the fields of a group.
+    user-defined frozen dataclass, and the entries of a dict, are set in the same way as the fields of a group.
 
     Raises:
         ValueError: a field is unknown or is a group, or a value is missing or does not fit. If a field is unknown, the
@@ -108,6 +109,9 @@ def _set(fields: dict[str, Any], cls: type, names: list[str], text: str, path: s
         fields[name] = {TYPE: found} if isinstance(found, type) else found
     elif not rest:
         fields[name] = {TYPE: text} if text in kinds else _parse(annotation, text, path, group)
+    elif len(rest) == 1 and (entry := entry_of(annotation)) is not None:
+        literal = _literal(text)  # An entry may be text, but text that is a number means the number.
+        fields[name] = {**value, rest[0]: literal if fits(entry, literal) else _parse(entry, text, path, None)}
     elif group is not None and rest[0] in hints_of(group):
         fields[name] = dict(value) if isinstance(value, Mapping) else _opened(annotation, value)
         _set(fields[name], group, rest, text, path, known)
