@@ -14,7 +14,7 @@ from jax.sharding import AxisType, NamedSharding
 from jax.sharding import PartitionSpec as P
 from tolerances import NETWORK, assert_close
 
-from flowgen.decoding import Guidance, sample
+from flowgen.decoding import sample
 from flowgen.decoding.weights import decoding_weights
 
 DEVICES, BATCH = 4, 8
@@ -28,8 +28,7 @@ def case():
 
 
 def draw(params, labels=LABELS):
-    flow, guidance = case()[0], Guidance(scale=1.5)
-    return sample(flow, params, jax.random.key(3), len(labels), labels, guidance=guidance, denoise=False).x
+    return sample(case()[0], params, jax.random.key(3), len(labels), labels, denoise=False).x
 
 
 @cache
@@ -51,8 +50,15 @@ def divided(params, mesh):
     return jax.tree.map(put, params)
 
 
-@pytest.mark.parametrize("is_context", [False, True], ids=["", "as context"])
-@pytest.mark.parametrize("kind", MESHES)
+@pytest.mark.parametrize(
+    ("kind", "is_context"),
+    [
+        ("automatic", False),
+        ("explicit", False),
+        ("explicit", True),
+        pytest.param("automatic", True, marks=pytest.mark.slow),
+    ],
+)
 def test_divided_parameters_give_the_samples_of_one_device(kind, is_context, caplog):
     mesh = mesh_of(kind)
     params = divided(case()[1], mesh)
@@ -72,6 +78,7 @@ def test_whole_parameters_may_be_used_under_a_mesh(kind):
         assert_close(draw(case()[1]), samples(), NETWORK)
 
 
+@pytest.mark.slow
 def test_each_device_of_pmap_draws_its_own_samples():
     labels = LABELS.reshape(DEVICES, -1)
     everywhere = jax.tree.map(lambda x: jnp.stack([x] * DEVICES), case()[1])
