@@ -3,9 +3,12 @@
 import json
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import pytest
+
+from flowgen import backend
 
 SCRIPT = Path(__file__).parent.parent / "benchmarks" / "accelerator.py"
 
@@ -39,6 +42,26 @@ def test_every_row_is_measured(tmp_path):
             assert rows["published " + ours.format(config)]["baseline"] == ours.format(config)
     assert all(rows[f"decoding, tarflow_afhq256, {plan}"]["ratio"] > 0 for plan in ("jacobi", "auto"))
     assert rows["linear attention, 32 tokens"]["baseline"] == "softmax attention, auto, 32 tokens"
+
+
+def test_shares_of_peak_and_ratios(monkeypatch):
+    monkeypatch.syspath_prepend(SCRIPT.parent)
+    monkeypatch.setattr(backend, "seconds_at_peak", lambda flop, kind: sum(flop.values()) / 1e12)
+    from accelerator import compared
+    from accelerator_rows import timed
+
+    def call():
+        time.sleep(0.01)
+        return 0.01, 0.0
+
+    ours = timed(call, 100, flop=lambda: {"bfloat16": 1e9, "float32": 1e9}, steps=2)
+    assert 4 < ours["milliseconds"] < 50
+    assert ours["flop"] == {"bfloat16": 5e8, "float32": 5e8}
+    assert ours["share_of_peak"] == pytest.approx(1 / ours["milliseconds"], rel=0.1)  # 1 ms at 1 TFLOP/s
+    assert timed(call, 100)["share_of_peak"] is None
+    theirs = compared({"milliseconds": 3 * ours["milliseconds"], "torch": "2.0"}, "ours", ours)
+    assert theirs["ratio"] == 3
+    assert theirs["share_of_peak"] == pytest.approx(ours["share_of_peak"] / 3, rel=0.1)
 
 
 def test_a_folder_without_the_published_code_is_refused(tmp_path):
