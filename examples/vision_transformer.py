@@ -4,7 +4,7 @@ python examples/vision_transformer.py --attention all --seeds 0 1
 
 Each digit is placed at random on a 12x12 canvas, which is cut into 16 tokens of 3x3 pixels, so that a single token
 reveals little about the class. Training takes 80 epochs of 1,258 images; the positions of the 539 test images are
-fixed. The results were measured on two cores of a shared CPU that also ran other jobs, so the seconds are rough:
+fixed. The results were measured on two cores of a shared CPU that also ran other jobs, so the times are rough:
 
     attention      parameters test accuracy        of seeds  softmax  s/epoch
     softmax            69,386         91.3%     91.1%-91.5%     +0.0     0.14
@@ -191,7 +191,7 @@ def train(attention: str, seed: int, settings: Settings) -> Result:
 def table(results: Sequence[Result]) -> str:
     """Returns a table with one line per attention.
 
-    Each line gives the mean test accuracy over seeds and its difference from softmax, among other numbers.
+    Among other numbers, each line gives the mean test accuracy over seeds and its difference from softmax.
     """
     groups = {name: [r for r in results if r.attention == name] for name in dict.fromkeys(r.attention for r in results)}
     accuracy = {name: statistics.mean(r.accuracy for r in group) for name, group in groups.items()}

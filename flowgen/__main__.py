@@ -1,4 +1,4 @@
-"""`python -m flowgen`."""
+"""The entry point of `python -m flowgen`."""
 
 import sys
 

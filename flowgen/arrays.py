@@ -28,7 +28,7 @@ def check_floating(name: str, x: Any) -> None:
 
 
 def check_bytes(name: str, x: Any) -> None:
-    """Raises ValueError unless x is a uint8 array, such as pixels with levels 0..255.
+    """Raises ValueError unless x is a uint8 array, such as pixels with values from 0 to 255.
 
     Example:
         check_bytes("batch.x", batch.x)
@@ -50,7 +50,7 @@ def check_key(key: Any) -> None:
 
 
 def check_count(name: str, value: Any) -> None:
-    """Raises ValueError unless a count is a whole number of at least 1.
+    """Raises ValueError unless the value is a whole number of at least 1.
 
     Example:
         check_count("num", num)
@@ -60,7 +60,9 @@ def check_count(name: str, value: Any) -> None:
 
 
 def shown(value: Any) -> str:
-    """Describes a value for an error message: an array's dtype and shape, a number or string itself, or the class.
+    """Returns the text that describes a value in error messages.
+
+    Arrays are described by their dtype and shape, numbers and strings by their value, and other objects by their class.
 
     Example:
         shown(jnp.zeros((2, 3)))  # "float32 of shape (2, 3)"

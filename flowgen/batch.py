@@ -14,7 +14,7 @@ from flowgen.conditioning import UNCONDITIONAL, TextCondition
 class Moments(NamedTuple):
     """The posterior distribution of latents, which is N(mean, std²) for each element.
 
-    mean, std: `b height width c`, or `b frames height width c` for clips; std is not negative.
+    mean, std: `b height width c`, or `b frames height width c` for clips; std must not be negative.
 
     Example:
         moments = Moments(*codec.moments(images))
@@ -25,11 +25,11 @@ class Moments(NamedTuple):
 
 
 class Batch(NamedTuple):
-    """Data, and the context that a model may be conditioned on.
+    """A batch of samples, and the context that a model may be conditioned on.
 
     x: images `b height width c` or clips `b frames height width c` as bytes, or the `Moments` of latents.
     context: None, int32 labels `b` (-1 for no class), or a `TextCondition`.
-    rows: a `flowgen.rows.Rows` that says which rows of the whole batch these are; training steps add it.
+    rows: a `flowgen.rows.Rows` that identifies these samples within the whole batch; added by the training step.
 
     Example:
         batch = Batch(images, np.array([3, -1], np.int32))

@@ -1,4 +1,4 @@
-"""Access to run directories in Python: `load` returns a run's model, and `write_run` creates a run from weights."""
+"""Python access to run directories: `load` returns a run's model, and `write_run` creates a run from weights."""
 
 from __future__ import annotations
 
@@ -19,11 +19,12 @@ from flowgen.runs import CHECKPOINTS, CheckpointReader, CheckpointStore, read_co
 def load(
     run_dir: str | Path, step: int | str | None = None, ema: bool = True, *, model: Any = None
 ) -> tuple[Any, Any, Experiment]:
-    """Returns (model, variables, experiment) of a run.
+    """Returns a run's model, variables and experiment.
 
-    step: a step number, "best" for the lowest evaluated bits/dim or sample distance, or None for the latest step.
+    step: a step number, None for the latest step, or "best" for the evaluated step with the lowest bits/dim or sample
+    distance.
     ema: whether to use the averaged parameters, if the run has them.
-    model: the model that was given to `fit`; None means the model that the experiment builds.
+    model: the model that was passed to `fit`; if None, the model is built from the experiment.
 
     Raises:
         FileNotFoundError: the directory does not exist or is not a flowgen run, or the run has no such checkpoint.
@@ -48,9 +49,9 @@ def load(
 
 
 def write_run(run_dir: str | Path, experiment: Experiment, variables: Any) -> None:
-    """Writes a run directory with the given weights as step 0, for `load` and `sample.py`.
+    """Writes a run directory that has the given weights as step 0, so that `load` and `sample.py` can use them.
 
-    Raises FileExistsError if the directory exists and is not empty; nothing is overwritten.
+    Raises FileExistsError if the directory exists and is not empty. Never overwrites existing files.
 
     Example:
         write_run("runs/imported", experiment, variables)
@@ -96,7 +97,7 @@ def _choose(reader: CheckpointReader, run_dir: str | Path, step: int | str | Non
         known = {at: score for at, score in scores.items() if score is not None}
         if not known:
             raise FileNotFoundError(f"{run_dir} has no evaluated checkpoint; leave out the step to load the latest.")
-        return min(sorted(known, reverse=True), key=known.__getitem__)  # the latest, if several are equal
+        return min(sorted(known, reverse=True), key=known.__getitem__)  # in case of a tie, the latest step
     if step not in steps:
         raise FileNotFoundError(f"{run_dir} has no checkpoint {step}; choose one of {', '.join(map(str, steps))}.")
     return int(step)

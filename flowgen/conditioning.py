@@ -1,4 +1,4 @@
-"""Labels and texts as conditions: their unconditional values, dropout, and checks."""
+"""Conditioning on labels and texts: unconditional values, dropout and checks."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ UNCONDITIONAL = -1
 
 
 class TextCondition(NamedTuple):
-    """Texts encoded by a frozen encoder: token features, and a mask that is True for tokens and False for padding.
+    """Encoded texts: token features from a frozen encoder, and a mask that is True for tokens and False for padding.
 
     Example:
         cond = TextCondition(encoder(ids), mask=ids != 0)
@@ -53,7 +53,7 @@ def drop_texts(key: Key[Array, ""], texts: TextCondition, null: TextCondition, r
 
 
 def broadcast_text(text: TextCondition, batch: int) -> TextCondition:
-    """Returns one text per sample of a batch: repeats a single text, and leaves a whole batch of texts unchanged."""
+    """Returns one text per sample: repeats a single text, and returns a whole batch of texts unchanged."""
     return TextCondition(*(jnp.broadcast_to(part, (batch, *part.shape[1:])) for part in text))
 
 
@@ -66,7 +66,7 @@ def unconditional(cond: Condition, null: TextCondition | None) -> Condition:
 
 
 def check_text(text: Any, *, length: int, dim: int, batch: int) -> TextCondition:
-    """Returns a text condition as arrays. Raises ValueError unless it fits this model and batch."""
+    """Returns a text condition as JAX arrays. Raises ValueError unless it has the shapes that the model expects."""
     if not isinstance(text, TextCondition):
         raise ValueError(f"cond is {type(text).__name__}; it must be a flowgen.conditioning.TextCondition.")
     embeddings, mask = (part if isinstance(part, jax.Array) else np.asarray(part) for part in text)
@@ -86,7 +86,7 @@ def check_text(text: Any, *, length: int, dim: int, batch: int) -> TextCondition
 def check_labels(labels: Any, *, num_classes: int, batch: int) -> Int[Array, " b"] | None:
     """Returns labels as int32, or None. Raises ValueError unless they fit this model and batch.
 
-    Does not check traced values; `flowgen.nn.class_rows` turns invalid labels into NaN.
+    Traced labels cannot be checked; `flowgen.nn.class_rows` turns invalid ones into NaN.
     """
     if labels is None:
         return None

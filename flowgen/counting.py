@@ -1,7 +1,7 @@
-"""FLOP and memory of a traced program, counted from its jaxpr.
+"""Counts the FLOP and estimates the memory of a traced program from its jaxpr.
 
 XLA's own cost analysis counts the body of a loop only once, and its buffer assignment is specific to one backend. The
-counts here need no compiler, so they are the same on every machine, and computing them takes no longer than tracing.
+counts here do not involve a compiler. They are therefore the same on every machine, and take no longer than tracing.
 """
 
 from __future__ import annotations
@@ -19,19 +19,19 @@ from flowgen import backend
 
 # The name scope of the operations that `jax.checkpoint` recomputes.
 RECOMPUTED = "rematted_computation"
-# Operations whose results XLA does not store, because it computes them where they are used.
+# Operations whose results XLA does not store, because it fuses them into the operations that use them.
 NOT_STORED = frozenset({"broadcast_in_dim", "iota"})
 # Operations whose results cannot reuse the memory of an operand.
 PRODUCTS = frozenset({"dot_general", "conv_general_dilated"})
 
 
 def flop_of(jaxpr: Jaxpr) -> dict[str, float]:
-    """Returns the FLOP of a traced program, by the dtype of the factors.
+    """Returns the FLOP of a traced program, grouped by the dtype of the operands.
 
     A multiplication and the addition after it count as 2 FLOP. Only matrix products, convolutions and fused attention
     are counted, as is usual for model FLOP (arXiv 2204.02311, appendix B). Operations that `jax.checkpoint` recomputes
-    do not count. The body of a scan counts once per iteration. The body of a loop of unknown length counts once. Of
-    several branches, only the most expensive one counts.
+    are not counted. The body of a scan is counted once per iteration, and the body of a loop of unknown length only
+    once. Of several branches, only the most expensive one is counted.
 
     Example:
         flop = flop_of(jax.make_jaxpr(step)(state, batch).jaxpr)
@@ -57,8 +57,8 @@ def peak_of(jaxpr: Jaxpr) -> int:
     """Estimates the peak memory of a traced program in bytes, without its arguments.
 
     The operations are assumed to run in the order in which they were traced. An array is stored from the operation that
-    computes it to the last one that uses it. A result reuses the memory of an operand that is not used again. Compilers
-    fuse and reorder operations, so a compiled program may need less memory, or somewhat more.
+    computes it to the last operation that uses it. A result reuses the memory of an operand that is not used again.
+    Compilers fuse and reorder operations, so a compiled program may need less memory, or somewhat more.
 
     Example:
         size = peak_of(jax.make_jaxpr(jax.grad(loss))(params, batch).jaxpr)
@@ -74,7 +74,8 @@ def peak_of(jaxpr: Jaxpr) -> int:
         if name in NOT_STORED:
             made = dict.fromkeys(made, 0)
         out, inside = sum(made.values()), max((peak_of(body) for body in jaxprs_in_params(eqn.params)), default=0)
-        # A scan stores the results of all iterations. Otherwise, the results of a body are those of the operation.
+        # A scan stores the results of all iterations. For other operations, the results of the body are the final
+        # results.
         during = out + inside if name == "scan" else max(out, inside)
         peak = max(peak, now + during - (0 if inside or name in PRODUCTS else freed))
         stored |= made
@@ -83,7 +84,7 @@ def peak_of(jaxpr: Jaxpr) -> int:
 
 
 def bytes_of(tree: Any) -> int:
-    """Returns the size of all arrays in a tree, in bytes. The leaves need only a shape and a dtype.
+    """Returns the total size of the arrays in a tree, in bytes. The leaves need only a shape and a dtype.
 
     Example:
         size = bytes_of(jax.eval_shape(init, key))
@@ -111,7 +112,7 @@ def _of_product(eqn: JaxprEqn) -> float:
 
 
 def _of_convolution(eqn: JaxprEqn) -> float:
-    """Each output is a sum over kernel positions and input channels; zeros inserted between inputs do not count."""
+    """Returns the FLOP of a convolution. Multiplications by zeros that are inserted between inputs are not counted."""
     kernel, out = _arrays([eqn.invars[1], eqn.outvars[0]])
     channels = kernel.shape[eqn.params["dimension_numbers"].rhs_spec[0]]
     return 2.0 * out.size * kernel.size / channels / math.prod(eqn.params["lhs_dilation"])
@@ -135,9 +136,10 @@ def _of_splash(eqn: JaxprEqn) -> float:
 
 
 def _of_pairs(q: Any, queries: int, keys: int, *, is_causal: bool) -> float:
-    """Returns the FLOP of two products for each pair of a query and a key.
+    """Returns the FLOP of two products per (query, key) pair.
 
-    For causal attention, counts the pairs that the sliced form computes, so a model has the same FLOP in all forms.
+    For causal attention, counts only the pairs that the sliced form computes, so that a model has the same FLOP in all
+    forms.
     """
     return 4.0 * q.size * keys * (backend.causal_share(queries) if is_causal else 1.0)
 
@@ -149,7 +151,7 @@ def _name(eqn: JaxprEqn) -> str:
     return str(eqn.params.get("name_and_src_info") or eqn.params.get("name")).split(" ")[0]
 
 
-# The backward pass of attention has four products. Each of its two splash kernels counts as two of them.
+# The backward pass of attention has four products, so each of its two splash kernels counts as two products.
 _FORMULAS: dict[str, Callable[[JaxprEqn], float]] = {
     "dot_general": _of_product,
     "conv_general_dilated": _of_convolution,

@@ -1,7 +1,7 @@
-"""Reads untrusted documents: limits the size and depth of JSON and YAML, and checks that names stay inside a folder.
+"""Reads untrusted documents safely: limits the size and depth of JSON and YAML, and keeps file names inside a folder.
 
-The cost of reading is bounded by a document's size. Nesting deeper than `MAX_DEPTH` is refused, so later code
-can recurse safely. YAML aliases are refused, because they can expand a few bytes to gigabytes.
+The cost of reading a document is bounded by its size. Nesting deeper than `MAX_DEPTH` is refused, so later code can
+recurse safely. YAML aliases are refused, because a few bytes could expand to gigabytes.
 """
 
 from __future__ import annotations
@@ -32,24 +32,24 @@ MAX_TOKENIZER_BYTES = 1 << 26
 MAX_YAML_BYTES = 1 << 16
 _MAX_YAML_TEXT = 1 << 12  # characters; parsing a number takes quadratic time
 MAX_DEPTH = 64
-# Enough digits for any 64-bit integer, and for 10^30, which means "no limit" in published tokenizers.
+# Enough digits for any 64-bit integer and for 10^30, which means "no limit" in published tokenizers.
 _MAX_DIGITS = 40
 # The errors, besides OSError, that NumPy and zipfile raise for a damaged .npy or .npz. Array headers are Python source.
 ARRAY_DAMAGE = (
     *(ValueError, EOFError, TypeError, SyntaxError, LookupError, AttributeError, OverflowError, MemoryError),
     *(RuntimeError, tokenize.TokenError, struct.error, zipfile.BadZipFile, zlib.error, lzma.LZMAError),
 )
-# The quantifier is possessive, and an unterminated string matches to the end, so every byte is read only once.
+# The quantifier is possessive, and an unterminated string matches up to the end, so every byte is read only once.
 _STRING = re.compile(rb'"(?:[^"\\]|\\.)*+\\?(?:"|\Z)', re.DOTALL)
 # The change in depth that each byte causes outside strings.
 _STEPS = np.zeros(256, np.int8)
 _STEPS[list(b"{[")], _STEPS[list(b"}]")] = 1, -1
 
 
-def read_json(path: PathLike, *, most: int = MAX_BYTES, fix: str = "get the file again") -> Any:
+def read_json(path: PathLike, *, most: int = MAX_BYTES, fix: str = "download the file again") -> Any:
     """Returns the content of a JSON file.
 
-    fix: the advice that ends the error message about an invalid file.
+    fix: advice for the end of the error message about an invalid file.
 
     Raises:
         FileNotFoundError, IsADirectoryError: the path does not exist or is a folder.
@@ -92,11 +92,11 @@ def check_depth(content: bytes) -> None:
         raise ValueError(f"it is nested {depth} levels deep, but the limit is {MAX_DEPTH}")
 
 
-def read_yaml(path: PathLike, *, fix: str = "get the file again") -> Any:
+def read_yaml(path: PathLike, *, fix: str = "download the file again") -> Any:
     """Returns the content of a YAML file: strings, numbers, lists and mappings.
 
-    Raises the same errors as `read_json`. Also raises ValueError if the file has aliases, tags or a string of more than
-    4,096 characters, or is larger than 64 KiB.
+    Raises the same errors as `read_json`. Also raises ValueError if the file contains aliases, tags or a string of more
+    than 4,096 characters, or is larger than 64 KiB.
 
     Example:
         arguments = read_yaml("starflow_3B_t2i_256x256.yaml")["arguments"]
@@ -110,7 +110,7 @@ def _parse_yaml(content: bytes) -> Any:
     depth = 0
     try:
         text = content.decode("utf-8-sig")
-        # The event parser does not recurse; the constructor that makes values from events does.
+        # The event parser does not recurse, but the constructor that creates values from events does.
         for event in yaml.parse(text, Loader=yaml.SafeLoader):
             if isinstance(event, yaml.AliasEvent):
                 raise ValueError("aliases (*) are not supported; write the values out")
@@ -128,7 +128,7 @@ def _parse_yaml(content: bytes) -> Any:
 
 
 def _once_loader() -> Any:
-    """PyYAML's loader for plain values, extended to refuse repeated keys."""
+    """Returns PyYAML's loader for plain values, extended to refuse repeated keys."""
     import yaml
 
     class Loader(yaml.SafeLoader):
@@ -140,7 +140,7 @@ def _once_loader() -> Any:
 
 
 def read_bytes(path: PathLike, *, most: int = MAX_BYTES) -> bytes:
-    """Returns the content of a regular file of at most `most` bytes.
+    """Returns the content of a regular file that has at most `most` bytes.
 
     Raises FileNotFoundError if the path does not exist, IsADirectoryError if it is a folder, and ValueError if the file
     is not regular or is too large.
@@ -157,10 +157,10 @@ def read_bytes(path: PathLike, *, most: int = MAX_BYTES) -> bytes:
 
 
 def check_regular(path: PathLike) -> None:
-    """Raises an error unless a path leads to a regular file.
+    """Raises an error unless there is a regular file at `path`.
 
-    The error is ValueError for a FIFO, a socket or a device, because reading these may never end; IsADirectoryError for
-    a folder; and FileNotFoundError if nothing is there.
+    Raises FileNotFoundError if nothing is there, IsADirectoryError for a folder, and ValueError for a FIFO, a socket or
+    a device, because reading these may never end.
 
     Example:
         check_regular("model.safetensors")
@@ -173,12 +173,12 @@ def check_regular(path: PathLike) -> None:
 
 
 def inside(folder: PathLike, name: Any, *, what: str) -> Path:
-    """Returns `folder` / `name`, after checking that a name from an untrusted file stays inside the folder.
+    """Returns `folder` / `name`, after checking that this untrusted name does not lead out of the folder.
 
-    what: a description of the name, for the error message.
+    what: a description of the name for the error message.
 
-    Links may lead to other places in the folder, or to the `blobs` folder in which a Hugging Face cache keeps the files
-    of its `snapshots`.
+    Links may lead to other files in the folder, or to the `blobs` folder of a Hugging Face cache, which stores the
+    files of all `snapshots`.
 
     Raises ValueError if the name is not a string, is absolute, or leads out of the folder.
 
@@ -195,7 +195,7 @@ def inside(folder: PathLike, name: Any, *, what: str) -> Path:
     places = [home, *(parent.parent / "blobs" for parent in home.parents if parent.name == "snapshots")]
     try:
         target = path.resolve()
-    except RuntimeError as error:  # links in a circle
+    except RuntimeError as error:  # circular links
         raise ValueError(
             f"{what} is {name!r:.100}, a link that leads back to itself; replace it with the file."
         ) from error
@@ -236,5 +236,5 @@ def _float(text: str) -> float:
 
 def _integer(text: str) -> int:
     if len(text) > _MAX_DIGITS:
-        raise ValueError(f"a number has {len(text)} digits, which is too many")
+        raise ValueError(f"a number has too many digits ({len(text)})")
     return int(text)

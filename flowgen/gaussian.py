@@ -1,4 +1,4 @@
-"""The Gaussian log-density that flows and velocity fields use for their noise."""
+"""The log-density of Gaussian noise, used by flows and velocity fields."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from jaxtyping import Array, Float
 
 
 def gaussian_log_density(x: Float[Array, "..."], variance: Float[Array, "..."] | float = 1.0) -> Float[Array, "..."]:
-    """Returns log N(x; 0, variance) of every element, in nats: -½ (x² / variance + log(2π variance)).
+    """Returns log N(x; 0, variance) for each element, in nats: -½ (x² / variance + log(2π variance)).
 
     Example:
         log_prob = gaussian_log_density(z).sum(axis=(1, 2)) + logdet

@@ -1,4 +1,4 @@
-"""Guidance, which combines a network's conditional and unconditional predictions.
+"""Guidance combines a network's conditional and unconditional predictions.
 
 Let c be the conditional prediction, u the unconditional prediction, and w the weight. There are two rules:
 
@@ -57,23 +57,24 @@ def product_rule(
 
 @dataclass(frozen=True)
 class Guidance:
-    """Guidance of a flow: what it changes, in which blocks, and how strongly. Scale 0 turns it off at no cost.
+    """The guidance of a flow: what it changes, in which blocks, and how strongly. Scale 0 turns it off at no cost.
 
-    A Guidance is a pytree of scale, temperature and null, so these three can change without recompiling. Inside jit,
+    A Guidance is a pytree of scale, temperature and null, so these three can change without recompilation. Inside jit,
     scale and temperature may also be traced scalars, which are not checked. If the attention does not support a
-    temperature, build the Guidance inside jit, because a Guidance passed as an argument has a traced temperature.
+    temperature, build the Guidance inside jit, because a Guidance that is passed as an argument has a traced
+    temperature.
 
     scale: the weight w in c + w (c - u), at least 0; `flowgen.matching.guided` calls it `weight`.
     rule: "linear" or "product".
     parts: what the linear rule changes: "shift", "log_scale" or "both".
     blocks: indices of the guided blocks, from 0 at the data side; None means all.
     anneal: whether w increases along each block's tokens, from 0 at the first token to `scale` at the last.
-    temperature: attention temperature of the unconditional branch, above 0, by which the logits are divided. If it is
-    above 1, attention in this branch is flatter, and guidance moves away from the prediction of this branch. Without
-    classes, or with labels -1, only the temperature distinguishes the two branches, so a temperature other than 1
+    temperature: attention temperature of the unconditional branch, by which its logits are divided; must be above 0. A
+    temperature above 1 flattens the attention in this branch, and guidance moves away from the branch's prediction.
+    Without classes, or with labels -1, the two branches differ only in temperature, so a temperature other than 1 also
     guides an unconditional model.
-    null: the text of the unconditional branch, usually the encoded "": one text, or one per sample. Flows conditioned
-    on texts require it.
+    null: the text of the unconditional branch, usually the encoded "". May be a single text or one per sample. Required
+    for flows that are conditioned on texts.
 
     Example:
         r = sample(flow, params, key, 16, labels, guidance=Guidance(scale=2.0))
@@ -104,7 +105,7 @@ class Guidance:
         unconditional: AffineParameters,
         progress: Float[Array, "1 n 1"],
     ) -> AffineParameters:
-        """Returns guided (shift, log_scale); unguided parts stay conditional.
+        """Returns the guided (shift, log_scale). Parts that are not guided keep the conditional prediction.
 
         progress: the relative position of each token in its block, from 0 at the first token to 1 at the last.
         """
@@ -117,7 +118,7 @@ class Guidance:
         )
 
 
-# The annotations by which scale and temperature are checked if they are not traced.
+# The annotations that scale and temperature are checked against if they are not traced.
 _KNOWN = {"scale": NonNegative, "temperature": Positive}
 _TRACED = ("scale", "temperature", "null")
 _STATIC = tuple(field.name for field in fields(Guidance) if field.name not in _TRACED)
@@ -128,7 +129,7 @@ def _flatten(guidance: Guidance) -> tuple[tuple[Any, ...], tuple[Any, ...]]:
 
 
 def _unflatten(static: tuple[Any, ...], traced: tuple[Any, ...]) -> Guidance:
-    guidance = object.__new__(Guidance)  # jax also builds pytrees of placeholders, which would fail the checks.
+    guidance = object.__new__(Guidance)  # JAX also builds pytrees of placeholders, which would fail the checks.
     for name, value in zip((*_TRACED, *_STATIC), (*traced, *static), strict=True):
         object.__setattr__(guidance, name, value)
     return guidance

@@ -1,8 +1,9 @@
-"""Tells whether malloc gives this process huge pages, and restarts a command so that it has them.
+"""Detects whether malloc gives this process huge pages, and restarts a command to enable them.
 
 On a CPU, every training step allocates new arrays, and the kernel provides the memory for them page by page. With pages
-of 2 MiB instead of 4 KiB, this takes much less time. If the kernel's setting is "madvise", a program must ask for huge
-pages; glibc 2.35 and later asks for them if GLIBC_TUNABLES contains `glibc.malloc.hugetlb=1` when the process starts.
+of 2 MiB instead of 4 KiB, this takes much less time. If the kernel's setting is "madvise", a program must request huge
+pages. Since version 2.35, glibc requests them if GLIBC_TUNABLES contains `glibc.malloc.hugetlb=1` when the process
+starts.
 
 This module uses only the standard library, so that a command can restart before it imports jax.
 """
@@ -31,9 +32,9 @@ BLOCK = 8 << 20  # bytes; malloc maps blocks of this size separately
 class Pages(NamedTuple):
     """The settings that determine whether malloc gives a process huge pages.
 
-    system: name of the operating system, such as "Linux". glibc: version of glibc; None if the C library is another
-    one. kernel: the kernel's setting, "always", "madvise" or "never"; empty if it is unknown. tunables: the value of
-    GLIBC_TUNABLES when the process started; None if the variable was not set.
+    system: name of the operating system, such as "Linux". glibc: version of glibc; None if the process uses another C
+    library. kernel: the kernel's setting, "always", "madvise" or "never"; empty if it is unknown. tunables: the value
+    of GLIBC_TUNABLES when the process started; None if the variable was not set.
     """
 
     system: str
@@ -42,7 +43,7 @@ class Pages(NamedTuple):
     tunables: str | None
 
     def problem(self) -> str:
-        """Returns a clause that states why malloc gives no huge pages; empty if it gives them."""
+        """Returns a clause that states why malloc does not give huge pages, or "" if it does."""
         if self.system != "Linux":
             return f"{self.system} has no such setting"
         if self.kernel == "always":
@@ -58,7 +59,7 @@ class Pages(NamedTuple):
         return ""
 
     def can_switch_on(self) -> bool:
-        """Returns whether GLIBC_TUNABLES is not set, and setting it would give a new process the missing huge pages."""
+        """Returns whether GLIBC_TUNABLES is unset and setting it would give a new process the missing huge pages."""
         return self.tunables is None and bool(self.problem()) and not self._replace(tunables=TUNABLE).problem()
 
 
@@ -69,7 +70,7 @@ def pages() -> Pages:
 
 @functools.cache
 def why_absent() -> str:
-    """Returns a clause that states why malloc gives this process no huge pages; empty if it gives them."""
+    """Returns a clause that states why malloc does not give this process huge pages, or "" if it does."""
     found = pages()
     if not (problem := found.problem()) and found.kernel == "madvise" and not _asks_for_them():
         return "malloc does not ask for them, so it may not be the one from glibc"
@@ -77,14 +78,15 @@ def why_absent() -> str:
 
 
 def restart(words: Sequence[str], environ: Mapping[str, str] = os.environ) -> None:
-    """Restarts the same command with huge pages in place of this process if that is possible; otherwise returns.
+    """Replaces this process with the same command using huge pages, if that is possible; otherwise returns.
 
-    words: the words at the end of the command line that started this process. The new program keeps the process id,
-    working directory, standard streams and interpreter options.
+    The new program keeps the process id, working directory, standard streams and interpreter options.
 
-    The function does nothing if the command line does not end with `words`, for example in a program that calls a
-    command with words that it chose itself. It also does nothing if GLIBC_TUNABLES is set, even to an empty string, if
-    a debugger or profiler is active, or if JAX may use an accelerator.
+    words: the arguments at the end of the command line that started this process.
+
+    Nothing happens if the command line does not end with `words`, for example if another program calls a command's main
+    function with different arguments. Nothing happens either if GLIBC_TUNABLES is set (even to an empty string), if a
+    debugger or profiler is active, or if JAX may use an accelerator.
     """
     started_so = sys.orig_argv[len(sys.orig_argv) - len(words) :] == list(words)
     observed = sys.gettrace() or sys.getprofile() or not {"pydevd", "coverage"}.isdisjoint(sys.modules)
@@ -93,15 +95,15 @@ def restart(words: Sequence[str], environ: Mapping[str, str] = os.environ) -> No
     if not (pages().can_switch_on() and _only_cpus(environ)):
         return
     for stream in (sys.stdout, sys.stderr):
-        with contextlib.suppress(AttributeError, OSError, ValueError):  # closed, or None
+        with contextlib.suppress(AttributeError, OSError, ValueError):  # the stream is closed or None
             stream.flush()
-    with contextlib.suppress(OSError):  # The interpreter's file is gone: go on without huge pages.
+    with contextlib.suppress(OSError):  # the interpreter's file is gone, so continue without huge pages
         command = [sys.executable, *sys.orig_argv[1:]]
         os.execve(sys.executable, command, {**environ, VARIABLE: TUNABLE, RESTARTED: "1"})
 
 
 def _only_cpus(environ: Mapping[str, str]) -> bool:
-    """Returns whether JAX will run only on CPUs: JAX_PLATFORMS says so, or no accelerator plugin is installed."""
+    """Returns whether JAX will run only on CPUs, judging by JAX_PLATFORMS and the installed accelerator plugins."""
     if asked := environ.get("JAX_PLATFORMS"):
         return asked == "cpu"
     return not any(importlib.util.find_spec(name) for name in ("jax_plugins", "libtpu"))
@@ -116,7 +118,7 @@ def _glibc() -> tuple[int, ...] | None:
 
 
 def _kernel_setting() -> str:
-    """Returns the kernel's setting, the word in brackets in a line such as "always [madvise] never"."""
+    """Returns the kernel's setting, which is the word in brackets in a line such as "always [madvise] never"."""
     try:
         return KERNEL_SETTING.read_text().partition("[")[2].partition("]")[0]
     except OSError:

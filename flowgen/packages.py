@@ -7,9 +7,9 @@ from types import ModuleType
 
 
 def need(module: str, purpose: str, package: str = "") -> ModuleType:
-    """Imports and returns a module. If it is not installed, raises the error that `missing` makes.
+    """Imports and returns a module. If it is not installed, raises the error that `missing` returns.
 
-    package: the name on the package index, if it differs from the module's.
+    package: the name on the package index, if it differs from the name of the module.
 
     Example:
         av = need("av", "Reading and writing video")
@@ -21,10 +21,11 @@ def need(module: str, purpose: str, package: str = "") -> ModuleType:
 
 
 def missing(purpose: str, *packages: str, options: str = "", otherwise: str = "") -> ModuleNotFoundError:
-    """Returns an error that names missing packages and the command that installs them.
+    """Returns an error that names the missing packages and the command that installs them.
 
     purpose: what needs the packages, as the subject of the message. packages: their names on the package index, which
-    may differ from the module names. options: options for pip. otherwise: what to do instead of installing them.
+    may differ from the module names. options: options for pip. otherwise: what the user can do instead of installing
+    them.
 
     Example:
         raise missing("Reading and writing video", "av") from error

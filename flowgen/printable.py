@@ -1,4 +1,4 @@
-"""Makes untrusted text safe for terminals, and normalises it for comparison."""
+"""Makes untrusted text safe to print in a terminal, and normalises text for comparison."""
 
 from __future__ import annotations
 
@@ -6,10 +6,10 @@ import unicodedata
 
 
 def printable(text: str) -> str:
-    """Returns the text in a form that is safe to show in a terminal.
+    """Returns the text, escaped so that it is safe to show in a terminal.
 
-    Escapes characters that control the terminal, or that change the direction or width of later text. The escapes look
-    like those of Python, such as \\x1b or \\u202e.
+    The function escapes characters that control the terminal or change the direction or width of later text. It uses
+    Python's escape sequences, such as \\x1b or \\u202e.
 
     Example:
         print(printable(f"Cannot read '{path}'."))
@@ -18,7 +18,7 @@ def printable(text: str) -> str:
 
 
 def composed(text: str) -> str:
-    """Returns the text in Unicode's composed form (NFC), in which equivalent texts are equal.
+    """Returns the text in Unicode's composed form (NFC), so that equivalent texts compare equal.
 
     Example:
         composed("e\\u0301") == "\\xe9"
@@ -27,7 +27,7 @@ def composed(text: str) -> str:
 
 
 def _is_shown(letter: str) -> bool:
-    # Of all separators, Python counts only the space as printable. Line and paragraph separators stay escaped.
+    # The only separator that Python considers printable is the space. Line and paragraph separators stay escaped.
     return letter.isprintable() or (letter.isspace() and letter >= "\xa0" and letter not in "\u2028\u2029")
 
 

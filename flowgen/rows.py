@@ -1,8 +1,8 @@
 """Draws random numbers by position in the whole batch, so that they are the same on any number of devices.
 
-Each device processes a share of the batch. All devices have the same key. The numbers for row i of the whole batch are
-drawn with fold_in(key, i), so they do not depend on the row's device or micro-batch. Batch-wide draws, such as a
-transport plan or stratified times, are the same on every device; each device then selects its own rows.
+Each device processes a share of the batch, and all devices have the same key. The numbers for row i of the whole batch
+are drawn with fold_in(key, i), so they do not depend on the row's device or micro-batch. Batch-wide draws, such as a
+transport plan or stratified times, are the same on every device. Each device then selects its own rows.
 """
 
 from __future__ import annotations
@@ -20,16 +20,16 @@ from jaxtyping import Array, Key
 from flowgen.backend import alike_rows, on_mesh_of
 from flowgen.batch import Batch
 
-# The key of the rows in a batch that is a dict.
+# The key under which a dict batch stores its rows.
 ROWS = "rows"
 
 
 class Rows(struct.PyTreeNode):
     """The positions of some rows in the whole batch, and a key that all devices share.
 
-    key: the same on every device and for every micro-batch. positions: the positions `b` of these rows in the whole
-    batch. part: the index of the micro-batch. size: the size of the whole batch, over all devices and micro-batches.
-    axis_name: the device axis that the batch is split over; None for one device.
+    key: a key that is the same on every device and for every micro-batch. positions: the positions `b` of these rows in
+    the whole batch. part: the index of the micro-batch. size: the size of the whole batch, over all devices and
+    micro-batches. axis_name: the device axis over which the batch is split; None for a single device.
 
     Example:
         rows = batch_rows(batch, key, num=len(x))
@@ -44,11 +44,11 @@ class Rows(struct.PyTreeNode):
     axis_name: str | None = struct.field(pytree_node=False, default=None)
 
     def split(self, num: int) -> tuple[Rows, ...]:
-        """Returns `num` copies of these rows with different keys, one for each purpose."""
+        """Returns `num` copies of these rows with different keys, for different purposes."""
         return tuple(self.replace(key=key) for key in jax.random.split(self.key, num))
 
     def draw(self, fn: Callable[..., Any], *arrays: Any) -> Any:
-        """Calls fn on every row, with the row's key and the row of each array, and stacks the results.
+        """Calls fn once per row, with the row's key and that row of each array, and stacks the results.
 
         Arrays and results can be pytrees. fn receives batches of size 1, so a function (key, batch) -> batch can be
         passed directly.
@@ -65,7 +65,7 @@ class Rows(struct.PyTreeNode):
         return jax.tree.map(lambda x: x[self.positions], fn(self.key, self.size))
 
     def part_key(self) -> Key[Array, ""]:
-        """Returns a key for the micro-batch, the same on every device."""
+        """Returns a key for the micro-batch, which is the same on every device."""
         return jax.random.fold_in(self.key, self.part)
 
     def device_key(self) -> Key[Array, ""]:
@@ -92,9 +92,9 @@ class Rows(struct.PyTreeNode):
 
 
 def batch_rows(batch: Any, key: Key[Array, ""], num: int) -> Rows:
-    """Returns a batch's rows or, if it has none, `num` rows that start at 0 and draw with `key`.
+    """Returns a batch's rows. If it has none, returns rows with the positions 0 to num - 1 and the given key.
 
-    Raises ValueError if the batch has rows, but not `num` of them.
+    Raises ValueError if the batch has rows, but their number is not `num`.
 
     Example:
         rows = batch_rows({"x1": x1}, key, num=len(x1))
@@ -108,7 +108,7 @@ def batch_rows(batch: Any, key: Key[Array, ""], num: int) -> Rows:
 
 
 def with_rows(batch: Any, rows: Rows) -> Any:
-    """Returns a `Batch` or a dict with `rows` added, and any other kind of batch unchanged.
+    """Adds `rows` to a `Batch` or a dict. Returns any other kind of batch unchanged.
 
     Raises ValueError if the batch already has rows.
 
@@ -136,7 +136,7 @@ def without_rows(batch: Any) -> Any:
 
 
 def share_of_batch(key: Key[Array, ""], num: int, axis_name: str) -> Rows:
-    """Returns this device's rows: `num` consecutive rows, in the order of the devices along `axis_name`.
+    """Returns this device's rows. The devices along `axis_name` get consecutive blocks of `num` rows.
 
     Example:
         rows = share_of_batch(key, num=16, axis_name="data")  # inside jax.pmap(..., axis_name="data")
@@ -146,9 +146,10 @@ def share_of_batch(key: Key[Array, ""], num: int, axis_name: str) -> Rows:
 
 
 def micro_batches(tree: Any, count: int) -> Any:
-    """Returns `count` micro-batches on a new first axis: micro-batch j has rows j, j + count, j + 2 count, ...
+    """Splits a batch into `count` micro-batches along a new first axis.
 
-    Micro-batch j therefore contains the same rows of the whole batch on any number of devices.
+    Micro-batch j has rows j, j + count, j + 2 count, ... It therefore contains the same rows of the whole batch on any
+    number of devices.
 
     Example:
         parts = micro_batches(batch, 4)
@@ -158,9 +159,10 @@ def micro_batches(tree: Any, count: int) -> Any:
 
 @dataclass(frozen=True)
 class StatefulObjective:
-    """An objective with a state; `combine` merges the states of micro-batches, which would otherwise be averaged.
+    """An objective with a state. `combine` merges the states of the micro-batches, which would otherwise be averaged.
 
-    combine(collections before the step, stacked states of the micro-batches) -> state of the whole batch.
+    combine: a function that maps the collections before the step and the stacked states of the micro-batches to the
+    state of the whole batch.
 
     Example:
         objective = StatefulObjective(objective, combine)

@@ -176,9 +176,9 @@ WRONG = {
     "sample: a table": (lambda: sample(FLOW, PARAMS, key(), np.array([[0, 1]])), "num is int64 of shape (1, 2)"),
     "sample: beyond int32": (
         lambda: sample(FLOW, PARAMS, key(), np.array([0, 2**32 + 1])),
-        "num has numbers from 0 to 4294967297",
+        "num contains sample numbers from 0 to 4294967297",
     ),
-    "sample: below 0": (lambda: sample(FLOW, PARAMS, key(), range(-1, 2)), "num has numbers from -1 to 1"),
+    "sample: below 0": (lambda: sample(FLOW, PARAMS, key(), range(-1, 2)), "num contains sample numbers from -1 to 1"),
     "sample: a clip of images": (
         lambda: sample(FLOW, PARAMS, key(), 1, clip=Clip(frames=2)),
         "clip is only for a STARFlowV",
@@ -207,11 +207,11 @@ WRONG = {
     "nll_objective: a dict": (lambda: nll_objective(FLOW)(PARAMS, {"x": X}, key()), "batch is a dict; give a flowgen"),
     "nll_objective: no labels": (
         lambda: nll_objective(FLOW)(PARAMS, Batch(jnp.zeros(IMAGE, jnp.uint8)), key()),
-        "batch.context is None; this flow takes classes",
+        "batch.context is None; this flow requires classes",
     ),
     "nll_objective: float labels": (
         lambda: nll_objective(FLOW, label_dropout=0.1)(PARAMS, Batch(jnp.zeros(IMAGE, jnp.uint8), jnp.ones(2)), key()),
-        "batch.context is float32 of shape (2,); this flow takes classes",
+        "batch.context is float32 of shape (2,); this flow requires classes",
     ),
     "nll_objective: labels of another batch": (
         lambda: nll_objective(FLOW)(PARAMS, Batch(jnp.zeros(IMAGE, jnp.uint8), jnp.zeros(3, int)), key()),

@@ -47,7 +47,7 @@ PLANS = {
     "wider values": ([*shapes()[:2], shapes(width=96)[2]], {}, "xla xla xla", "one width"),
     "nothing": (shapes(n=0, m=5), {}, "xla xla xla", "empty"),
     "few queries": (shapes(n=48), {}, "xla xla xla", "there are 48"),
-    "xla": (shapes(), {"implementation": "xla"}, "xla xla xla", "asked for"),
+    "xla": (shapes(), {"implementation": "xla"}, "xla xla xla", "requested"),
 }
 
 
@@ -307,4 +307,4 @@ def test_info_prints_the_plan():
         assert f"attention on {line}" in out
     out = succeed("info --config tarflow_afhq256 --model.attention_implementation cudnn")
     assert "attention on cpu: implementation 'cudnn' cannot run" in out
-    assert "attention on gpu: cudnn (it was asked for)" in out
+    assert "attention on gpu: cudnn (it was requested)" in out

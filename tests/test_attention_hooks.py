@@ -191,5 +191,5 @@ def test_block_causal_reaches_the_kernel(untyped):
     gradient = jax.grad(lambda y: nnx_module(fn)(y)[:, 1].sum())(x)
     assert gradient[:, 2:5].any()
     assert not gradient[:, 5:].any()
-    with pytest.raises(ValueError, match="softmax_attention takes True or False"):
+    with pytest.raises(ValueError, match="softmax_attention accepts only True or False"):
         make_attention_fn("softmax", is_causal=attention.Causal(block_size=5))(*qkv())

@@ -389,7 +389,7 @@ REFUSED = {
     ),
     "retention of pairs": (
         lambda: retention(*zeros(), mask=jnp.ones((2, 1, 6, 6), bool)),
-        ["mask has shape (2, 1, 6, 6)", "takes a key mask", "(batch, 1, 1, keys)"],
+        ["mask has shape (2, 1, 6, 6)", "requires a key mask", "(batch, 1, 1, keys)"],
     ),
     "retention in segments": (
         lambda: retention(*zeros(), segment_ids=jnp.zeros((2, 5), int)),
@@ -397,7 +397,7 @@ REFUSED = {
     ),
     "prefill of pairs": (
         lambda: prefill(*zeros(), mask=jnp.ones((2, 1, 6, 6), bool)),
-        ["mask has shape (2, 1, 6, 6)", "takes a key mask", "(batch, 1, 1, keys)"],
+        ["mask has shape (2, 1, 6, 6)", "requires a key mask", "(batch, 1, 1, keys)"],
     ),
     "prefill of lengths": (lambda: prefill(*zeros(q=(2, 5, 4, 8))), ["(2, 5, 4, 8)", "(2, 6, 2, 8)"]),
     "decay": (

@@ -251,7 +251,7 @@ def test_guidance_towards_nothing_is_refused(tmp_path, tmp_path_factory):
     model = TARFlowConfig(image_size=8, channels=1, patch_size=4, width=16, head_dim=8, num_blocks=2)
     run = written(tmp_path_factory, FlowExperiment(name="without", model=model))
     told = refused("sample --checkpoint", run, "--out", tmp_path / "x.npz", "--guidance", "1.5")
-    assert "sampling.guidance is 1.5, but the model has no classes and no texts" in told
+    assert "sampling.guidance is 1.5, but the model is conditioned on neither classes nor text" in told
 
 
 EVALUATE_REFUSED = {

@@ -210,8 +210,8 @@ MISTAKES = {
     "sample --checkpoint run --single mine": r"mine already exists; give another directory",
     "sample --checkpoint run --out a.png --single a.png": r"--single and --out are both a\.png; give --single",
     # Published weights.
-    f"{FROM}/truncated.safetensors": r"'weights/truncated\.safetensors' is damaged .*; get the file again",
-    f"{FROM}/intruder.pth": r"'weights/intruder\.pth' cannot be imported: its pickle uses 'io\.open'",
+    f"{FROM}/truncated.safetensors": r"'weights/truncated\.safetensors' is damaged .*; download the file again",
+    f"{FROM}/intruder.pth": r"'weights/intruder\.pth' cannot be imported: the pickle uses 'io\.open'",
     f"{FROM}/incomplete.safetensors": r"do not fit the model \(1 problem\): 'blocks\.1\.proj_in\.bias' is missing",
     f"{FROM}/unnamed.safetensors --entry ema": r"has no entry 'ema'; leave out entry",
     f"{CONVERT} --to new --image-size 12": r"image_size 12x12 .* but the weights have 16; use image_size=8",

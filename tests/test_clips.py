@@ -214,7 +214,7 @@ REFUSED = {
     "none given": ({"given": jnp.zeros((2, 0, 4, 2, 2))}, "given has 0 frames"),
     "no context": ({"frames": 9, "context": 0}, "context is 0; it must be from 1 to 2"),
     "all context": ({"frames": 9, "context": 3}, "context is 3; it must be from 1 to 2"),
-    "one frame": ({"config": TEXT.with_num_frames(1), "frames": 2}, "a flow of 1 frame cannot continue a clip"),
+    "one frame": ({"config": TEXT.with_num_frames(1), "frames": 2}, "a flow that models single frames cannot continue"),
 }
 
 
@@ -240,7 +240,7 @@ def test_restarts_have_a_condition_of_their_own():
     expected = restarted(flow, params, other, plain.x[:, :3], noise(CLASSES, 5), context=2)
     assert_close(told.x, expected, NETWORK)
     assert jnp.abs(told.x - plain.x).max() > 1e-3
-    with pytest.raises(ValueError, match=r"clip\.restart_cond needs cond"):
+    with pytest.raises(ValueError, match=r"clip\.restart_cond is given, but cond is None"):
         sample(flow, params, KEY, 2, clip=Clip(restart_cond=other))
 
 
@@ -264,5 +264,7 @@ def test_progress_counts_every_token_of_the_deep_block_once(deep):
 
 def test_a_flow_of_images_is_refused(untyped):
     plain = STARFlow(STARFlowConfig(image_size=4, width=64, layers_per_block=(1, 1)))
-    with pytest.raises(ValueError, match="clip is only for a STARFlowV, but this flow generates images; leave it out"):
+    with pytest.raises(
+        ValueError, match="clip is only for a STARFlowV, but this flow generates images; leave clip out"
+    ):
         sample(plain, {"params": {}}, KEY, 2, clip=Clip(frames=1))

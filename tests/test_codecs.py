@@ -162,7 +162,7 @@ def test_images_and_latents_that_do_not_fit_are_refused(autoencoder):
 
 
 def test_a_config_that_cannot_be_is_refused():
-    with pytest.raises(ValueError, match=r"widths has 30, which is not a multiple of num_groups 32"):
+    with pytest.raises(ValueError, match=r"widths contains 30, which is not a multiple of num_groups 32"):
         codecs.AutoencoderConfig(widths=(30,))
     with pytest.raises(ValueError, match=r"widths has 0 entries"):
         codecs.AutoencoderConfig(widths=())
@@ -274,7 +274,7 @@ def test_weights_in_parts_load_alike(tmp_path):
         encoder.variables, jnp.asarray(cw.ids(40)), jnp.asarray(np.arange(16) < cw.LENGTHS[:, None])
     )
     assert_close(features, RECORDED["bert_features"], NETWORK)
-    with pytest.raises(ValueError, match=r"model.text_length is 21, but '.*' takes at most 20 tokens"):
+    with pytest.raises(ValueError, match=r"model.text_length is 21, but '.*' accepts at most 20 tokens"):
         convert.load_text_encoder(tmp_path / "bert", length=21)
 
 

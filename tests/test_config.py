@@ -199,7 +199,7 @@ def _leaf(value, name):
         ({"train": {"stepz": 3}}, "train.stepz is not a field of this config; did you mean steps?"),
         ({"train": {"steps": 0}}, "train.steps is 0; it must be at least 1."),
         ({"model": {}}, f"model.type is None; choose one of {MODELS}."),
-        ({"data": {"classes": ["a", "a"]}}, "data.classes has 'a' twice; give each name once."),
+        ({"data": {"classes": ["a", "a"]}}, "data.classes contains 'a' twice; list each name once."),
         ({"data": {"type": "Sound"}}, "data.type is 'Sound'; choose one of Data, Latents."),
         ({"matching": {}}, "matching is not a field of this config."),
         (
@@ -288,7 +288,7 @@ def test_values_that_depend_on_each_other_are_checked_together(experiment):
         ),
         (
             ["--model.intervals", "false"],
-            "matching.loss is MeanFlow, but this MLP takes no intervals; set model.intervals to true.",
+            "matching.loss is MeanFlow, but this MLP accepts no intervals; set model.intervals to true.",
         ),
         (
             ["--matching.loss=FlowMatching", "--sampling.method=mean_flow", "--sampling.times=uniform"],
@@ -298,7 +298,10 @@ def test_values_that_depend_on_each_other_are_checked_together(experiment):
             ["--sampling.method", "dopri5"],
             "sampling.times is 'edm', but dopri5 uses no time grid; set it to 'uniform'.",
         ),
-        (["--sampling.guidance_interval", "(0.9, 0.1)"], "sampling.guidance_interval is (0.9, 0.1); give increasing"),
+        (
+            ["--sampling.guidance_interval", "(0.9, 0.1)"],
+            "sampling.guidance_interval is (0.9, 0.1); give two increasing",
+        ),
     ],
 )
 def test_parts_that_do_not_belong_together_are_named(arguments, message, untyped):

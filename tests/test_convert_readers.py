@@ -214,7 +214,7 @@ def test_a_pickle_cannot_change_the_stand_ins(layout, name, state, tmp_path):
         (tensor(kind=b"float32"), "damaged"),
         (tensor(metadata=push({"neg": True})), "lazy view"),
         (tensor(count=2**40), "truncated|16 bytes instead of"),
-        (tensor() + b"0" + tensor(count=3, shape=(1,), strides=(1,)), "has two different descriptions"),
+        (tensor() + b"0" + tensor(count=3, shape=(1,), strides=(1,)), "has two conflicting descriptions"),
         (b"ctorch._utils\n_rebuild_tensor_v2\n" + push((1, 2, (3,), (4,))) + b"R", "damaged"),
         (b"(" + push("module") + b"tQ", "damaged"),
     ],

@@ -77,7 +77,7 @@ TOY = sw.CASES["text"]
     ("change", "message"),
     [
         ({"layer_per_block": "2"}, "'layer_per_block' is not an argument of the published STARFlow; remove it"),
-        ({"sos": 0}, "sos is 0; all published models use it, and others cannot be imported"),
+        ({"sos": 0}, "sos is 0; all published models use it, and models without it cannot be imported"),
         ({"temporal_causal": 2}, "temporal_causal is 2, but vid_size is missing; give both for a video model"),
         ({"txt_size": 0}, "txt_size is 0, but the deep block has a text projection"),
         ({"channels": 32}, "The weights do not fit the model"),

@@ -152,8 +152,8 @@ def test_a_model_without_a_denoiser():
         ({"denoiser_window": None}, "denoiser_window is None; all published denoisers"),
         ({"cond_noise_level": 0}, "cond_noise_level is 0; all published denoisers"),
         ({"noise_std": 0}, "noise_std is 0.0; all published denoisers"),
-        ({"temporal_causal": 12}, "denoiser_window is 10 and temporal_causal is 12, so no frame sees itself"),
-        ({"local_attn_window": 21}, "local_attn_window is 21; models that use it cannot be imported"),
+        ({"temporal_causal": 12}, "denoiser_window is 10 and temporal_causal is 12, so no frame attends to itself"),
+        ({"local_attn_window": 21}, "local_attn_window is 21; models with this option cannot be imported"),
         ({"vae": "some/vae"}, "vae is 'some/vae', which is not a known autoencoder"),
         ({"learnable_self_denoiser": 0}, "'learnable_self_denoiser.proj_in.weight' is not expected"),
         ({"channels": 32}, "The weights do not fit the model"),
@@ -199,7 +199,7 @@ def test_the_command_writes_a_run_that_can_be_loaded(tmp_path, capsys):
         file.write("- vae: some/vae:x\n")
     assert main(["convert", *map(str, words[:-1]), str(tmp_path / "other")]) == 2
     error = capsys.readouterr().err
-    assert "is 'some/vae:x', but the scale of the latents, 'x', is not a number; write, for example, " in error
+    assert "is 'some/vae:x', but the scale 'x' is not a number; write, for example, " in error
     assert error.count("\n") == 1
     template = experiment.text.template(flow.config.noise_std)
     assert template("a cat", (30, 53)).startswith("Noise Level 500:\nA video with 16 fps:\na cat\n")

@@ -122,10 +122,10 @@ def test_half_a_data_set_and_damage_are_refused(tmp_path):
     with pytest.raises(ValueError, match=r"mean.npy' is truncated or damaged .*; encode the data again"):
         read(directory)
     np.save(mean, shard.moments.mean[:5])
-    with pytest.raises(ValueError, match=r"has shape .5, 2, 2, 1. instead of 10 samples"):
+    with pytest.raises(ValueError, match=r"has shape .5, 2, 2, 1., but there are 10 samples"):
         read(directory)
     np.save(mean, np.zeros((10, 1, 1, 1), np.float32))
-    with pytest.raises(ValueError, match=r"mean.npy' does not have the shape stated"):
+    with pytest.raises(ValueError, match=r"mean.npy' does not have the shape that"):
         read(directory)
     mean.unlink()
     with pytest.raises(FileNotFoundError, match=r"mean.npy' is missing; encode the data again"):
@@ -175,7 +175,7 @@ def test_texts_need_the_empty_text_beside_them(tmp_path):
     with pytest.raises(FileNotFoundError, match=r"null.npz' is missing; encode the data again"):
         read(tmp_path / "set")
     (shard,) = encode(images(), moments, texts)
-    with pytest.raises(ValueError, match=r"give null \(the encoded empty text\) if the shard has texts"):
+    with pytest.raises(ValueError, match=r"null, the encoded empty text, is required if the shard has texts"):
         LatentWriter(tmp_path / "other").add("train", shard, kind="image")
 
 

@@ -212,7 +212,7 @@ def test_blocks_that_are_not_guided_are_not(key):
     none = invert(flow, params, z, cond).x
     assert jnp.abs(only_first - both).max() > 1e-4
     assert jnp.abs(only_first - none).max() > 1e-4
-    with pytest.raises(ValueError, match=r"guidance\.blocks has 2, but this flow has blocks 0 to 1"):
+    with pytest.raises(ValueError, match=r"guidance\.blocks contains 2, but this flow has blocks 0 to 1"):
         invert(flow, params, z, cond, guidance=Guidance(scale=1.0, blocks=(2,)))
 
 

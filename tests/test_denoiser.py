@@ -182,7 +182,7 @@ REFUSED = {
     "no tokens": (lambda: FrameWindow(1, 0, 1, 1), "tokens is 0, but must be at least 1"),
     "image": (
         lambda: ClipDenoiser(CLIP).init(jax.random.key(0), jnp.zeros((1, 2, 3, 2)), laws.labels(CLIP, batch=1)),
-        "this model takes (batch, 6, 2, 3, 2)",
+        "its shape must be (batch, 6, 2, 3, 2)",
     ),
 }
 

@@ -132,5 +132,5 @@ def test_files_that_the_readme_names_are_there(page):
 
 def test_the_readme_names_the_kernels_that_flows_take():
     text = (PROJECT / "README.md").read_text()
-    sentence = re.search(r"Flows take [^:]*: ([^.]+)\.", text)
+    sentence = re.search(r"Flows accept the following [^:]*: ([^.]+)\.", text)
     assert set(re.findall(r"`(\w+)`", sentence[1])) == set(CAUSAL_KERNEL_NAMES) - {"softmax"}

@@ -39,7 +39,7 @@ def test_info_tells_memory_and_flop():
     assert state["parameters"] == state["gradient"] == state["average"] == size
     assert re.fullmatch(r"[\d.]+ [kM]B stored, or [\d.]+ [kM]B if layers .* is auto\)", told(lines, "activations"))
     assert re.fullmatch(
-        r"[\d.]+ [MG]FLOP per training step, [\d.]+ [kM]FLOP per sample of it; [\d.]+ [kM]FLOP to draw a sample",
+        r"[\d.]+ [MG]FLOP per training step, [\d.]+ [kM]FLOP per sample in training; [\d.]+ [kM]FLOP to draw a sample",
         told(lines, "FLOP"),
     )
     assert told(lines, "decoding cache").endswith("B per sample")
@@ -50,7 +50,7 @@ def test_info_tells_memory_and_flop():
 def test_info_tells_what_does_not_fit():
     batch = dataclasses.replace(debug("tarflow_digits").train, batch_size=2**20)
     lines = estimates(dataclasses.replace(debug("tarflow_digits"), train=batch))
-    assert re.match(r"training does not fit \(\S+ [TG]B; about \d+ at a time would\)", told(lines, "TPU v5e 16 GB"))
+    assert re.match(r"training does not fit \(\S+ [TG]B; about \d+ at a time would fit\)", told(lines, "TPU v5e 16 GB"))
     assert lines[0].startswith(f"estimates by counting, for {2**20 // jax.device_count()} samples at a time")
 
 

@@ -76,7 +76,7 @@ def test_frechet_distance_is_that_of_the_formula_and_of_shifts(untyped):
     # Fewer samples than dimensions: covariances have no inverse, the distance is still there.
     assert frechet_distance(x[:3], y[:3]) > 0
     for left, right in ((x[:1], y), (x, y[:, :3])):
-        with pytest.raises(ValueError, match="give at least two of each, all of the same length"):
+        with pytest.raises(ValueError, match="give at least two feature vectors in each array, all of the same"):
             frechet_distance(left, right)
 
 

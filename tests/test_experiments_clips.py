@@ -113,13 +113,13 @@ def test_clips_begin_with_what_is_given_and_go_on_as_long_as_asked(run, tmp_path
     for given, message in (
         (
             "wide.png",
-            "wide.png is 12 x 30 pixels (height x width), but clips are 12 x 12, so much of it would be cut off",
+            "wide.png is 12 x 30 pixels (height x width), so fitting it to clips of 12 x 12 pixels would cut",
         ),
-        ("nowhere.png", "There is no file"),
+        ("nowhere.png", "does not exist"),
         ("broken.mp4", "is not a readable video"),
         (
             "long.gif",
-            "long.gif has 8 frames, which leaves none to generate in clips of 3; use --frames 9",
+            "long.gif has 8 frames, so none is left to generate in clips of length 3; use --frames 9",
         ),
     ):
         assert main([*words, "--given", str(tmp_path / given)]) == 2
@@ -128,7 +128,7 @@ def test_clips_begin_with_what_is_given_and_go_on_as_long_as_asked(run, tmp_path
         assert error.count("\n") == 1
     for short in ([], ["--frames", "3"]):
         assert main([*words, "--context", "2", *short]) == 2
-        assert "--context is 2, but it is only for clips of more than 3 frames" in capsys.readouterr().err
+        assert "--context is 2, but it applies only to clips of more than 3 frames" in capsys.readouterr().err
     assert main([*words, "--context", "9", "--frames", "5"]) == 2
     assert "context is 9; it must be from 1 to 2" in capsys.readouterr().err
 
@@ -143,9 +143,9 @@ def test_no_more_is_given_than_leaves_a_frame_to_draw(tmp_path):
     assert clips.read_given(codec, flow, str(video), frames=99, fps=8.0).shape == (8, 12, 12, 1)
     save_image(tmp_path / "first.png", frames[0])
     for name, asked, message in (
-        ("long.mp4", None, "long.mp4 has 8 frames, which leaves none to generate in clips of 3; use --frames 9"),
-        ("long.mp4", 1, "long.mp4 has 1 frame, which leaves none to generate in clips of 1; use --frames 2"),
-        ("first.png", 1, "first.png has 1 frame, which leaves none to generate in clips of 1"),
+        ("long.mp4", None, "long.mp4 has 8 frames, so none is left to generate in clips of length 3; use --frames 9"),
+        ("long.mp4", 1, "long.mp4 has 1 frame, so none is left to generate in clips of length 1; use --frames 2"),
+        ("first.png", 1, "first.png has 1 frame, so none is left to generate in clips of length 1"),
     ):
         with pytest.raises(ValueError, match=message):
             clips.read_given(codec, flow, str(tmp_path / name), frames=asked, fps=8.0)
@@ -279,7 +279,7 @@ def test_a_video_autoencoder_is_trained_and_its_latents_are_those_of_a_flow(auto
         ({"likelihood": LikelihoodConfig(norm_penalty=1e-4)}, "likelihood.norm_penalty is 0.0001, which would distort"),
         (
             {"data": ClipsConfig(drop_first=0.25), "model": TINY.with_num_frames(2)},
-            "data.drop_first is 0.25, but with model.frames 2, clips without their first frame are single images",
+            "data.drop_first is 0.25, but if model.frames is 2, clips without their first frame are single images",
         ),
         ({"model": dataclasses.replace(TINY, noise_std=0.0)}, "model.noise_std is 0, so a denoiser has nothing"),
         (
@@ -291,7 +291,10 @@ def test_a_video_autoencoder_is_trained_and_its_latents_are_those_of_a_flow(auto
             },
             "text.frames_per_second is 16, but data.fps is 8; set both to the same value",
         ),
-        ({"sampling": SamplingConfig(denoise=0.5)}, "sampling.denoise is 0.5, but a learned denoiser takes full steps"),
+        (
+            {"sampling": SamplingConfig(denoise=0.5)},
+            "sampling.denoise is 0.5, but a learned denoiser takes only full steps",
+        ),
         (
             {
                 "model": dataclasses.replace(TINY, denoiser_layers=0),
@@ -321,7 +324,7 @@ def test_parts_that_do_not_fit_are_refused(changes, message):
         (
             VideoAutoencoderConfig(channels=1),
             {"autoencoding": AutoencodingConfig(16, frames=4), "data": ClipsConfig()},
-            "autoencoding.frames is 4, but the model encodes the first frame alone and then 4 at a time",
+            "autoencoding.frames is 4, but the model encodes the first frame alone and the others 4 at a time",
         ),
         (
             VideoAutoencoderConfig(channels=1),
@@ -339,7 +342,7 @@ def test_parts_that_do_not_fit_an_autoencoder_are_refused(model, changes, messag
     ("change", "message"),
     [
         ({"lr": -1.0}, "likelihood.denoiser.lr is -1.0; it must be positive"),
-        ({"lr": 0.1, "min_lr": 0.2}, "likelihood.denoiser.min_lr is 0.2, above lr 0.1; lower it"),
+        ({"lr": 0.1, "min_lr": 0.2}, "likelihood.denoiser.min_lr is 0.2, above lr 0.1; lower min_lr"),
         (
             {"ema_decay": 0.9},
             "likelihood.denoiser.ema_decay is 0.9, but optim.ema_decay sets it for all parameters",

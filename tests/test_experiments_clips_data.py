@@ -153,7 +153,7 @@ def test_texts_of_restarts_say_so_too(continued, tmp_path, monkeypatch):
     ("changes", "message"),
     [
         ({"images": DataConfig("folder", path="x", aspects=True)}, "images.aspects is true"),
-        ({"flip": True}, "images.flip is False, but flip is True; images and clips are mirrored alike"),
+        ({"flip": True}, "images.flip is False, but flip is True; set both to the same value"),
     ],
 )
 def test_images_that_cannot_be_beside_clips_are_refused(changes, message):

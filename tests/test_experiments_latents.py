@@ -190,7 +190,7 @@ def test_samples_of_latents_are_images(autoencoder, tmp_path, capsys):
     assert "Fréchet distance of 20 samples" in printed
     assert "samples that show their class" in printed
     assert main(["evaluate", "--checkpoint", str(run), "--noise", "uniform"]) == 2
-    assert "which is only for pixels, but this flow models latents" in capsys.readouterr().err
+    assert "which works only for pixels, but this flow models latents" in capsys.readouterr().err
 
 
 TEXT = dataclasses.replace(TINY, num_classes=0, text_dim=16, text_length=6)
@@ -252,9 +252,9 @@ def test_guidance_of_texts_is_towards_the_wrapped_empty_text(text_run):
 @pytest.mark.parametrize(
     ("words", "message"),
     [
-        ([], "this model takes texts; give --prompt"),
+        ([], "this model requires texts; give --prompt"),
         (["--prompt", "one two three four five six"], "has 10 tokens, but the limit is 6; shorten it"),
-        (["--classes", "3"], "--classes is 3, but this model takes texts; give --prompt"),
+        (["--classes", "3"], "--classes is 3, but this model requires texts; give --prompt"),
         (["--prompt", "3", "--prompts", "x"], "--prompt and --prompts cannot be combined"),
         (["--prompts", "nowhere.txt"], "nowhere.txt"),
         (["--prompt", "3", "--aspect", "4:3"], "aspect is '4:3'; choose one of 1:1, 2:3"),
@@ -366,12 +366,12 @@ def test_a_decoder_is_trained_on_beside_its_encoder(autoencoder, tmp_path):
         ({"codec": PretrainedAutoencoder("")}, "codec.path is empty; give the run directory"),
         (
             {"codec": PretrainedAutoencoder("nowhere")},
-            "There is no autoencoder at codec.path 'nowhere'; train it first",
+            "There is no autoencoder at codec.path 'nowhere'; train one first",
         ),
         ({"model": TEXT}, "text is missing, but model.text_dim is 16"),
         ({"text": TextConfig("words")}, "text is given, but model.text_dim is 0"),
-        ({"model": dataclasses.replace(TINY, noise_std=0.0)}, "model.noise_std is 0, which is only for pixels"),
-        ({"sampling": SamplingConfig(prompts=("a cat",))}, "sampling.prompts is .*, but the model takes no texts"),
+        ({"model": dataclasses.replace(TINY, noise_std=0.0)}, "model.noise_std is 0, which works only for pixels"),
+        ({"sampling": SamplingConfig(prompts=("a cat",))}, "sampling.prompts is .*, but the model accepts no texts"),
         ({"text": TextConfig("words", digest="other"), "model": TEXT}, "text.encoder 'words' is not the one that"),
         ({"data": LatentsConfig("nowhere")}, "has no complete cache of latents"),
         (

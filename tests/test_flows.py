@@ -291,5 +291,5 @@ def test_a_config_that_cannot_work_is_refused(change, message):
 
 def test_images_of_another_shape_are_refused(key):
     flow, params = perturbed(FLOWS["rectangular"], key)
-    with pytest.raises(ValueError, match=r"x has shape \(2, 10, 4, 2\); this model takes \(batch, 4, 10, 2\)"):
+    with pytest.raises(ValueError, match=r"x has shape \(2, 10, 4, 2\); its shape must be \(batch, 4, 10, 2\)"):
         flow.apply(params, jnp.zeros((2, 10, 4, 2)), method="forward")

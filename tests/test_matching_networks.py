@@ -149,7 +149,7 @@ def test_configs_that_do_not_fit_are_refused(what, untyped):
 @each_but_unet
 def test_inputs_that_do_not_fit_are_refused(name, untyped):
     network, variables, t, x, _ = case(name)
-    with pytest.raises(ValueError, match=r"x has shape .*; this network takes \(batch, "):
+    with pytest.raises(ValueError, match=r"x has shape .*; this network requires \(batch, "):
         network.apply(variables, t, x[:, :-1])
     with pytest.raises(ValueError, match="one time per sample"):
         network.apply(variables, t[:2], x)

@@ -200,7 +200,7 @@ def test_times_are_stretched_before_the_sinusoids():
         (
             "attention_factors",
             (16,),
-            "attention_factors has 16; choose from the factors of this network's levels: 1, 2, 4, 8.",
+            "attention_factors contains 16; choose from the factors of this network's levels: 1, 2, 4, 8.",
         ),
         ("head_dim", 96, "head_dim is 96, which does not divide the 256 channels of level 1; change"),
         ("dropout", 1.0, "dropout is 1.0; it must be below 1."),
@@ -247,7 +247,7 @@ def test_a_shrunk_config_is_tiny_and_of_the_same_kind(config):
 
 def test_inputs_that_do_not_fit_are_refused(untyped):
     network, variables, (t, x, labels, _) = tiny()
-    with pytest.raises(ValueError, match=r"x has shape \(3, 6, 4, 2\); this network takes \(batch, 4, 6, 2\)."):
+    with pytest.raises(ValueError, match=r"x has shape \(3, 6, 4, 2\); this network requires \(batch, 4, 6, 2\)."):
         network.apply(variables, t, x.swapaxes(1, 2))
     with pytest.raises(ValueError, match=r"t is float32 of shape \(1,\)"):
         network.apply(variables, t[:1], x)

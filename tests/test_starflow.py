@@ -257,7 +257,7 @@ def test_one_set_of_parameters_serves_grids_of_other_sizes():
     back = invert(wide, params, z, text, plan=Sequential())
     assert_close(back.x, x, NETWORK)
     tar, _, _, _ = laws.case("affine")
-    with pytest.raises(ValueError, match=r"images are 4 x 10; this model takes only \(6, 6\)"):
+    with pytest.raises(ValueError, match=r"images are 4 x 10; this model accepts only \(6, 6\)"):
         tar.with_image_size(4, 10)
 
 
@@ -317,7 +317,7 @@ def test_the_norm_penalty_is_of_the_tokens_that_enter_blocks(key):
 
 def test_dropping_texts_needs_the_empty_one():
     flow, _, _, _ = laws.case("starflow text")
-    with pytest.raises(ValueError, match=r"label_dropout is 0.1, but no null_text is given"):
+    with pytest.raises(ValueError, match=r"label_dropout is 0.1, but null_text is None"):
         nll_objective(flow, label_dropout=0.1)
 
 

@@ -88,5 +88,5 @@ def test_what_is_no_video_model_is_refused(changes, message):
 
 def test_images_are_refused_as_clips():
     flow, params = laws.perturbed(TEXT, jax.random.key(0))
-    with pytest.raises(ValueError, match=r"x has shape \(4, 2, 3, 2\); this model takes \(batch, 3, 2, 3, 2\)"):
+    with pytest.raises(ValueError, match=r"x has shape \(4, 2, 3, 2\); its shape must be \(batch, 3, 2, 3, 2\)"):
         flow.apply(params, jnp.zeros((4, 2, 3, 2)), laws.labels(TEXT), method="forward")

@@ -24,7 +24,7 @@ BATCHES = {
     "other rows": ({"x": X, "part": {"y": X[:4]}}, ["batch['part']['y']", "4", "8"]),
     "no multiple": ({"x": X[:6]}, ["batch['x'] has 6 rows", "multiple of 4"]),
     "no rows": (X[:0], ["batch has 0 rows", "multiple of 4"]),
-    "no arrays": ({}, ["the batch has no arrays"]),
+    "no arrays": ({}, ["the batch contains no arrays"]),
     "an object": ({"x": X, "y": object()}, ["batch['y'] is an object"]),
 }
 

@@ -166,8 +166,8 @@ def test_the_norm_of_nothing_has_a_gradient(key):
         ({"widths": (4, 0, 8)}, "widths has the entry 0; it must be at least 1"),
         ({"decoder_widths": (4, 4)}, r"decoder_widths is \(4, 4\); with 3 widths, it must have 3"),
         ({"halve_time": (True,)}, r"halve_time is \(True,\); with 3 widths, it must have 2"),
-        ({"widths": (4, 8, 16)}, "widths has 16 after 8, but the shortcut between them has 8 values per position"),
-        ({"decoder_widths": (4, 5, 7)}, "decoder_widths has 7 before 7|decoder_widths has 5 before 7"),
+        ({"widths": (4, 8, 16)}, "widths contains 16 after 8, but the shortcut between them has 8 values per position"),
+        ({"decoder_widths": (4, 5, 7)}, "decoder_widths contains 7 before 7|decoder_widths contains 5 before 7"),
         (
             {"decoder_widths": (4, 4, 7), "shortcuts": False},
             "without shortcuts, every entry but the first",
@@ -233,7 +233,7 @@ def test_a_video_autoencoder_loads_by_its_folder_and_by_its_pipeline(tmp_path):
         with pytest.raises(ValueError, match=message):
             convert.load_video_autoencoder(tmp_path / "pipeline")
     file.write_text(json.dumps({key: value for key, value in config.items() if key != "latents_mean"}))
-    with pytest.raises(ValueError, match="has no 'latents_mean'; get the file again"):
+    with pytest.raises(ValueError, match="has no 'latents_mean'; download the file again"):
         convert.load_video_autoencoder(tmp_path / "pipeline")
     with pytest.raises(FileNotFoundError, match=r"The folder '.*nowhere' of the video autoencoder does not exist"):
         convert.load_video_autoencoder(tmp_path / "nowhere")
@@ -318,7 +318,7 @@ def test_clips_that_do_not_fit_are_refused(make):
         codec.moments(np.zeros((2, 5, 9, 8, 1), np.float32))
     with pytest.raises(ValueError, match="the batch is empty; give at least one clip"):
         codec.moments(np.zeros((0, 5, 8, 8, 1), np.float32))
-    with pytest.raises(ValueError, match="but every axis needs a length of at least 1"):
+    with pytest.raises(ValueError, match="but no axis may be empty"):
         codec.decode(np.zeros((0, 2, 2, 2, codec.channels), np.float32))
     with pytest.raises(ValueError, match=r"latents have shape \(2, 2, 2, 2, 7\); this codec needs"):
         codec.decode(np.zeros((2, 2, 2, 2, 7), np.float32))

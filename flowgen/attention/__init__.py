@@ -1,4 +1,6 @@
-"""Attention on arrays `b n h k`. The only part of flowgen that this package imports is `flowgen.backend`.
+"""Attention on arrays `b n h k` (batch, tokens, heads, width).
+
+The only part of flowgen that this package imports is `flowgen.backend`.
 
 softmax        softmax_attention
 fused          the fused kernels that compute softmax attention on GPUs and TPUs

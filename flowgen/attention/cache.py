@@ -25,14 +25,14 @@ from flowgen.backend import Implementation, keep_axes
 
 
 class KVCache(NamedTuple):
-    """Keys and values of one layer, `b h m k`, indexed by position; slots after the last token are unused."""
+    """Keys and values of one layer, as arrays `b h m k` indexed by position. Slots after the last token are unused."""
 
     keys: Float[Array, "b h m k"]
     values: Float[Array, "b h m k"]
 
 
 class CausalKernel(NamedTuple):
-    """The functions through which blocks and decoders use one attention kernel.
+    """The interface through which blocks and decoders use an attention kernel.
 
     attend(q, k, v) -> out: causal attention over whole sequences, with arrays `b n h k`.
     init_cache(batch, length, num_heads, head_dim, dtype) -> cache: an empty cache for one layer and `length` positions.
@@ -45,7 +45,7 @@ class CausalKernel(NamedTuple):
         been processed.
     has_temperature: whether scaling the queries sharpens or flattens the weights, as in a softmax.
     grow(cache, length) -> cache: the same cache with room for `length` positions. If a kernel has this function,
-        decoders begin with a short cache, because every pass reads the whole cache. If it is None, the cache must
+        decoders begin with a short cache, because every pass reads the whole cache. If `grow` is None, the cache must
         have its full length from the start.
     """
 
@@ -69,7 +69,7 @@ def init_kv_cache(batch: int, length: int, num_heads: int, head_dim: int, dtype:
 
 
 def grow_kv_cache(cache: KVCache, length: int) -> KVCache:
-    """Returns the cache with room for `length` positions, at least as many as before.
+    """Returns the cache extended to `length` positions, which must not be fewer than before.
 
     Example:
         cache = grow_kv_cache(cache, length=128)
@@ -86,11 +86,11 @@ def attend_kv_window(
     cache: KVCache,
     start: Int[Array, ""] | int,
 ) -> tuple[Float[Array, "b n h k"], KVCache]:
-    """Returns softmax attention from tokens start..start+n-1 to the cache and to each other, and the new cache.
+    """Returns the softmax attention of tokens start..start+n-1 to the cache and to each other, and the new cache.
 
     There may be fewer key heads than query heads; h/g query heads then share each key head. The new keys and values
-    overwrite their slots, so a window can be run again without resetting the cache. Query i sees slots 0..start+i.
-    Later slots have no effect, as long as they contain finite numbers.
+    overwrite the slots of these tokens, so a window can be run again without resetting the cache. Query i sees slots
+    0..start+i. Later slots have no effect, as long as they contain finite numbers.
 
     Example:
         out, cache = attend_kv_window(q, k, v, cache, start=12)
@@ -178,9 +178,9 @@ CAUSAL_KERNEL_NAMES = ("softmax", *KERNELS)
 def causal_kernel(
     attention: str | Kernel | FeatureMap | CausalKernel, implementation: Implementation = "auto"
 ) -> CausalKernel:
-    """Returns the causal kernel for a name, a kernel or a feature map; returns a `CausalKernel` unchanged.
+    """Returns the causal kernel for a name, a `Kernel` or a feature map; returns a `CausalKernel` unchanged.
 
-    implementation: the implementation of softmax attention for whole sequences; other kernels ignore it. Raises
+    implementation: the implementation of softmax attention over whole sequences; other kernels ignore it. Raises
     ValueError for an unknown name; the message lists the known names.
 
     Example:

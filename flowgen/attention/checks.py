@@ -23,8 +23,8 @@ def check_heads(q: Array, k: Array, v: Array) -> None:
     for name, array in {"q": q, "k": k, "v": v}.items():
         if array.ndim != 4:
             raise ValueError(
-                f"{name} has shape {array.shape}, but attention takes (batch, tokens, heads, width). Add or split an "
-                "axis."
+                f"{name} has shape {array.shape}, but attention expects (batch, tokens, heads, width). Add or split "
+                "an axis."
             )
     if k.shape[:3] != v.shape[:3]:
         raise ValueError(
@@ -46,8 +46,8 @@ def check_floats(**arrays: Array | None) -> None:
     for name, array in arrays.items():
         if array is not None and not jnp.issubdtype(jnp.result_type(array), jnp.floating):
             raise ValueError(
-                f"{name} has dtype {jnp.result_type(array)}, but attention takes floating-point numbers. Convert it "
-                f"with {name}.astype(jnp.float32)."
+                f"{name} has dtype {jnp.result_type(array)}, but must be floating-point. Convert it with "
+                f"{name}.astype(jnp.float32)."
             )
 
 
@@ -55,8 +55,8 @@ def check_causal(q: Array, k: Array) -> None:
     """Raises ValueError unless there are as many queries as keys, which causal order requires."""
     if q.shape[1] != k.shape[1]:
         raise ValueError(
-            f"is_causal needs as many queries as keys, but q has shape {q.shape} and k has shape {k.shape}. For "
-            "another order, pass a mask; to continue from a state, call `prefill` or `step`."
+            f"is_causal needs as many queries as keys, but q has shape {q.shape} and k has shape {k.shape}; pass a "
+            "mask instead or, to continue from a state, call `prefill` or `step`."
         )
 
 
@@ -73,31 +73,31 @@ def check_mask(mask: Array | None, q: Array, k: Array) -> Bool[Array, "#b #h #n 
     if jnp.result_type(mask) != jnp.bool_:
         raise ValueError(
             f"mask has dtype {jnp.result_type(mask)}, but must be boolean, True for the keys to keep. Pass "
-            "`mask == 0` if yours is added to the logits, or `mask != 0` if it has ones for the keys to keep."
+            "`mask == 0` if your mask is added to the logits, or `mask != 0` if it has ones for the keys to keep."
         )
     return jnp.asarray(mask)
 
 
 def check_key_mask(mask: Array, q: Array, k: Array) -> Bool[Array, "#b #g 1 m"]:
-    """Returns the mask; raises ValueError unless it is equal for all queries and for heads that share a key head."""
+    """Returns the mask; raises ValueError unless it is the same for all queries and all heads that share a key head."""
     checked = check_mask(mask, q, k)
     if checked is None or not is_key_mask(checked, k):
         raise ValueError(
-            f"mask has shape {mask.shape}, but this form of attention takes a key mask, (batch, 1, 1, keys). "
+            f"mask has shape {mask.shape}, but this form of attention requires a key mask, (batch, 1, 1, keys). "
             "If your mask keeps the same tokens as queries and as keys, convert it with flowgen.attention.own_keys."
         )
     return checked
 
 
 def is_key_mask(mask: Array, k: Array) -> bool:
-    """Returns whether a mask is equal for all queries and for heads that share a key head."""
+    """Returns whether a mask is the same for all queries and all heads that share a key head."""
     return mask.shape[2] == 1 and mask.shape[1] in (1, k.shape[2])
 
 
 def hide_keys(
     k: Float[Array, "b m g k"], v: Float[Array, "b m g d"], mask: Bool[Array, "#b #h #n #m"] | None
 ) -> tuple[Float[Array, "b m g k"], Float[Array, "b m g d"]]:
-    """Returns k and v with zeros for keys that no query may see; these keys then propagate no NaN and no gradient."""
+    """Returns k and v with zeros for keys that no query may see, so that they propagate neither NaN nor gradients."""
     if mask is None:
         return k, v
     seen = mask.any(axis=2)
@@ -110,7 +110,7 @@ def hide_keys(
 def repeat_key_heads(
     q: Float[Array, "b n h k"], k: Float[Array, "b m g k"], v: Float[Array, "b m g d"]
 ) -> tuple[Float[Array, "b m h k"], Float[Array, "b m h d"]]:
-    """Returns k and v with one head for each query head, sharded over explicit axes of a mesh like the query heads."""
+    """Returns k and v with heads repeated to match q; on explicit mesh axes, the heads are sharded as in q."""
 
     def repeated(k, v):
         return tuple(jnp.repeat(x, q.shape[2] // x.shape[2], axis=2) for x in (k, v))
@@ -126,7 +126,7 @@ def concrete(x: Array) -> np.ndarray | None:
 
 
 def check_contiguous(segment_ids: Array) -> None:
-    """Raises ValueError if an id recurs after a different one; does nothing if the ids are not concrete."""
+    """Raises ValueError if a segment id recurs after a different id; does nothing if the ids are not concrete."""
     ids = concrete(segment_ids)
     for row in () if ids is None else ids:
         first = row[np.concatenate([[True], row[1:] != row[:-1]])] if row.size else row
@@ -142,23 +142,23 @@ def check_segments(segment_ids: Array | None, q: Array, k: Array) -> None:
     if segment_ids is None:
         return
     if segment_ids.shape != q.shape[:2]:
-        raise ValueError(f"segment_ids have shape {segment_ids.shape}, but need shape (batch, tokens) = {q.shape[:2]}.")
+        raise ValueError(f"segment_ids have shape {segment_ids.shape}, but must be (batch, tokens) = {q.shape[:2]}.")
     if q.shape[1] != k.shape[1]:
         raise ValueError(
-            f"segment_ids need as many queries as keys, but q has shape {q.shape} and k has shape {k.shape}. For cross "
-            "attention, pass a mask instead."
+            f"segment_ids require as many queries as keys, but q has shape {q.shape} and k has shape {k.shape}. For "
+            "cross attention, pass a mask instead."
         )
     check_contiguous(segment_ids)
 
 
 def check_quadratic(q: Array, k: Array) -> None:
-    """Raises ValueError if a query-key mask would need too many weights; symbolic lengths are not checked."""
+    """Raises ValueError if a query-key mask would require too many weights. Symbolic lengths are not checked."""
     n, m = q.shape[1], k.shape[1]
     if isinstance(n * m, int) and n * m > QUADRATIC_LIMIT:
         raise ValueError(
-            f"mask differs between queries, so linear attention would have to compute {n} x {m} weights, but the "
-            f"limit is {QUADRATIC_LIMIT}. Use is_causal, segment_ids or a key mask; if your mask keeps the same tokens "
-            "as queries and as keys, convert it with flowgen.attention.own_keys or, in Flax's modules, with "
+            f"mask differs between queries, which requires {n} x {m} weights, but the limit is {QUADRATIC_LIMIT}. "
+            "Use is_causal, segment_ids or a key mask. If your mask keeps the same tokens as queries and as keys, "
+            "convert it with flowgen.attention.own_keys or, in Flax's modules, with "
             "make_attention_fn(..., masks='keys')."
         )
 

@@ -1,8 +1,8 @@
-"""The delta rule and its gated form on arrays `b n h k`: linear attention that overwrites instead of accumulating.
+"""The delta rule and its gated form: linear attention that overwrites values instead of accumulating them.
 
-The state S maps keys to values. Writing (k, v) replaces the value that S returns for k with a mix of that value and v.
-A repeated key therefore does not count twice, and no normaliser is needed. The chunked parallel form and the
-token-by-token step give the same outputs and states up to rounding.
+Arrays are `b n h k`. The state S maps keys to values. Writing (k, v) replaces the value that S returns for k with a mix
+of that value and v. A repeated key therefore does not count twice, and no normaliser is needed. The chunked parallel
+form and the token-by-token step give the same outputs and states up to rounding.
 """
 
 from __future__ import annotations
@@ -32,7 +32,7 @@ class DeltaState(NamedTuple):
 def init_delta_state(
     batch: int, num_heads: int, key_dim: int, value_dim: int, *, dtype: jnp.dtype | type = jnp.float32
 ) -> DeltaState:
-    """Returns the state before the first token: zeros, in at least float32. dtype: the dtype of the inputs.
+    """Returns the state before the first token: zeros in at least float32. dtype: the dtype of the inputs.
 
     Example:
         state = init_delta_state(batch=4, num_heads=8, key_dim=64, value_dim=64)
@@ -72,7 +72,7 @@ def gated_delta_rule(
     With `state`, the call continues exactly where an earlier call or step ended.
 
     mask: True for tokens to keep. A masked token does not affect others, whatever its values: even its decay is
-    ignored. Its output is what its query reads from the state left by the tokens before it.
+    ignored. Its output is what its query reads from the state after the tokens before it.
 
     Raises ValueError if shapes do not match, or if chunk_size is below 1.
 
@@ -251,7 +251,7 @@ def _advance(
 
 
 def _silence(keep: Bool[Array, "b n"], x: Float[Array, "b n h *width"]) -> Float[Array, "b n h *width"]:
-    """Returns x with zeros for masked tokens, which then neither write, nor decay the state, nor propagate NaN."""
+    """Returns x with zeros for masked tokens, which then neither change the state nor propagate NaN."""
     return jnp.where(jnp.expand_dims(keep, range(2, x.ndim)), x, 0)
 
 
@@ -289,6 +289,6 @@ def _check_arrays(rank: int, q, k, v, beta, log_decay, state: DeltaState | None)
     expected = (q.shape[0], q.shape[-2], q.shape[-1], v.shape[-1])
     if state is not None and state.kv.shape != expected:
         raise ValueError(
-            f"state.kv has shape {state.kv.shape}, but q and v need {expected}. Make the state with "
+            f"state.kv has shape {state.kv.shape}, but q and v need {expected}; create it with "
             f"init_delta_state{expected}."
         )

@@ -1,4 +1,4 @@
-"""Equality and hashing for frozen dataclasses, such as kernels, that may contain arrays."""
+"""Equality and hashing for frozen dataclasses that may contain arrays, such as kernels."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Feature maps: functions φ of single queries and keys. The products φ(q)·φ(k) are the weights of linear attention."""
+"""Feature maps φ, applied to each query and key separately. Linear attention uses the products φ(q)·φ(k) as weights."""
 
 from __future__ import annotations
 
@@ -39,8 +39,8 @@ class FeatureMap(ByFields):
     query_scale: a function that returns the factors `b n h` by which the map scales the features of queries to keep
     precision; None if it does not scale them. eps is multiplied by the same factors, so that they cancel.
     rotary: a table of the angles by which features are rotated in the numerator, but not in the normaliser.
-    max_length: the number of positions; None if it is unlimited. Tokens beyond it raise ValueError or, if positions are
-    traced, get NaN as features.
+    max_length: the number of positions; None means no limit. A token beyond the limit raises ValueError or, if
+    positions are traced, gets NaN features.
     """
 
     query: Map
@@ -64,9 +64,9 @@ class FeatureMap(ByFields):
         k: Float[Array, "b m g k"],
         start: int | Int[Array, ""] | Int[Array, " b"] = 0,
     ) -> Features:
-        """Returns the features, in at least float32, of tokens at consecutive positions, the first of which is `start`.
+        """Returns the features, in at least float32, of tokens at the consecutive positions start, start + 1, ...
 
-        start: one position for the batch, or one per sample.
+        start: the position of the first token, one for the whole batch or one per sample.
         """
         q, k = _at_least_float32(q), _at_least_float32(k)
         if not self.positional and jnp.ndim(start):
@@ -140,9 +140,9 @@ def nala_features(
         φ(q) = |d(q)|^(power·(offset + tanh|q|)) · D(d(q)),    φ(k) = |k|^power · D(d(k)),    d(x) = x / |x|
 
     direction_map: with "split", as in the released code, D(d) is [d > 0; d < 0]. With "cosine", as in the paper, D(d)
-    is [cos a; sin a] with the angle a = π/4 · tanh(temperature · d); this tends to "split" as the temperature grows.
-    power, offset: one number, or one per head; both may be learned. The features of a query are computed in log space
-    and divided by the largest of them. Raises ValueError for any other direction_map.
+    is [cos a; sin a] with the angle a = π/4 · tanh(temperature · d); this approaches "split" as the temperature grows.
+    Any other value raises ValueError. power, offset: one number, or one per head; both may be learned. The features of
+    a query are computed in log space and divided by the largest of them.
 
     Example:
         out = linear_attention(q, k, v, nala_features(rotary=rotary_grid(14, 14, 64)))
@@ -156,8 +156,8 @@ def nala_features(
 def cosformer_features(max_length: int) -> FeatureMap:
     """Returns φ(x)_i = [relu(x) cos(π i / 2M); relu(x) sin(π i / 2M)] with M = max_length (cosFormer, 2202.08791).
 
-    M does not depend on the sequence, so decoding gives the same results as the parallel form. Products are nonnegative
-    for positions < M.
+    M does not depend on the sequence, so decoding gives the same results as the parallel form. The products φ(q)·φ(k)
+    are nonnegative at positions below M.
 
     Example:
         out = linear_attention(q, k, v, cosformer_features(max_length=1024), is_causal=True)
@@ -253,9 +253,9 @@ def signless_power(x: Array, power: float | Array) -> Array:
 
 
 def per_head(value: float | Array, x: Float[Array, "b n h k"]) -> Array:
-    """Returns a parameter in a shape that broadcasts to `b n h k`.
+    """Returns a parameter, reshaped so that it broadcasts to `b n h k`.
 
-    value: one number, one per head (`h`) or one per head and channel (`h k`). Raises ValueError for other shapes.
+    value: one number, one per head (`h`), or one per head and channel (`h k`). Raises ValueError for other shapes.
     """
     value = jnp.asarray(value, x.dtype)
     if value.ndim == 0:
@@ -263,8 +263,8 @@ def per_head(value: float | Array, x: Float[Array, "b n h k"]) -> Array:
     want = x.shape[2 : 2 + value.ndim]
     if value.ndim > 2 or any(have not in (1, size) for have, size in zip(value.shape, want, strict=True)):
         raise ValueError(
-            f"power or offset has shape {value.shape}, which does not match the number of heads and their width, "
-            f"{x.shape[2:]}."
+            f"power or offset has shape {value.shape}, but (heads, width) is {x.shape[2:]}; pass one number, one per "
+            "head, or one per head and channel."
         )
     return value[None, None, :, None] if value.ndim == 1 else value[None, None]
 
@@ -289,7 +289,7 @@ def _check_length(start: int | Array, num_tokens: int, limit: int) -> None:
         return
     end = int(starts.max(initial=0)) + num_tokens
     if end > limit:
-        raise ValueError(f"there are {end} tokens, but the feature map has {limit} positions; create it with more.")
+        raise ValueError(f"there are {end} tokens, but the feature map has {limit} positions; create one with more.")
 
 
 def _same(phi: Map) -> FeatureMap:
@@ -314,7 +314,7 @@ FEATURE_MAPS: dict[str, FeatureMap] = {
 
 
 def feature_map(features: FeatureMap | str) -> FeatureMap:
-    """Returns a feature map by name; returns a `FeatureMap` unchanged.
+    """Returns the feature map with this name; returns a `FeatureMap` unchanged.
 
     Raises ValueError for an unknown name; the message lists the known names.
 

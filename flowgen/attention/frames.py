@@ -39,7 +39,7 @@ class FrameWindow:
     def attend(
         self, q: Float[Array, "b n h k"], k: Float[Array, "b n g k"], v: Float[Array, "b n g d"]
     ) -> Float[Array, "b n h d"]:
-        """Returns softmax attention in which each query sees only these keys.
+        """Returns softmax attention in which each query sees only the prefix and the frames in its window.
 
         The attention is computed frame by frame, without an n x n mask.
 

@@ -1,4 +1,4 @@
-"""Published kinds of linear attention, on arrays `b n h k`: NaLaFormer, FLatten, cosFormer, PolaFormer, InLine."""
+"""Published linear attention methods on arrays `b n h k`: NaLaFormer, FLatten, cosFormer, PolaFormer and InLine."""
 
 from __future__ import annotations
 
@@ -71,8 +71,8 @@ def cosformer_attention(
     """Returns cosFormer attention (arXiv 2202.08791), whose weights decrease with distance; see `cosformer_features`.
 
     eps: added to the sum of the weights. The released layer instead clamps this sum to at least 1e-6, which is the
-    same as eps=0 except for queries whose weights are nearly all 0. In that layer, M is the number of queries or the
-    number of keys, whichever is larger. Raises ValueError if there are more tokens than max_length.
+    same as eps=0 except for queries whose weights are nearly all 0. In that layer, max_length is the number of queries
+    or the number of keys, whichever is larger. Raises ValueError if there are more tokens than max_length.
 
     Example:
         out = cosformer_attention(q, k, v, max_length=1024)
@@ -95,8 +95,8 @@ def pola_attention(
 ) -> Float[Array, "b n h d"]:
     """Returns polarity-aware attention (PolaFormer, arXiv 2501.15061), without its gate.
 
-    With q± = relu(±q)^power and k± = relu(±k)^power, the weights of equal signs, [q+; q-]·[k+; k-], average the first
-    half of each value. The weights of opposite signs, [q-; q+]·[k+; k-], average the second half. Each half has its own
+    With q± = relu(±q)^power and k± = relu(±k)^power, the same-sign weights [q+; q-]·[k+; k-] average the first half of
+    each value, and the opposite-sign weights [q-; q+]·[k+; k-] average the second half. Each half has its own
     normaliser. power: a positive number, or an array of positive numbers with the shape `h` or `h k`. eps: added to the
     sum of the weights. The released layer adds 1e-6 to the mean weight over m keys, which corresponds to
     eps = m * 1e-6. Raises ValueError if the width of v is odd.
@@ -118,8 +118,7 @@ def inline_attention(
     """Returns injective linear attention (InLine, arXiv 2412.06590), without its convolution.
 
     With N keys and s = scale (k^-0.5 by default), the weights are s q·k_j / N - mean_j(s q·k_j / N) + 1/N. They sum to
-    one and may be negative. In causal attention, N and the means cover only the keys that the query
-    sees.
+    one and may be negative. In causal attention, N and the means cover only the keys that the query sees.
 
     Example:
         out = inline_attention(q, k, v)

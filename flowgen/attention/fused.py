@@ -1,4 +1,4 @@
-"""Softmax attention with fused kernels: padding to whole blocks of tokens, masks over keys, and arrays on meshes."""
+"""Softmax attention with fused kernels, including padding to whole blocks, key masks and arrays on meshes."""
 
 from __future__ import annotations
 
@@ -41,9 +41,9 @@ def fused_attention(
     is_causal: bool,
     kernel: Kernel,
 ) -> Float[Array, "b n h k"]:
-    """Returns the result of `softmax_attention`, computed by a fused kernel; masked keys and values must be 0.
+    """Returns the result of `softmax_attention`, computed by a fused kernel. k and v must be 0 at masked positions.
 
-    Raises TypeError in forward-mode differentiation.
+    Forward-mode differentiation raises TypeError.
     """
     keys = None if mask is None else jnp.broadcast_to(mask[:, 0, 0], k.shape[:2])
     with errors_of_kernel("the fused kernel of softmax attention"):

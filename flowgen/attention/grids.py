@@ -1,4 +1,4 @@
-"""Conversion of row-major tokens to images and back, for convolutions; it preserves the sharding over a mesh."""
+"""Converts row-major tokens to images and back, for convolutions. Sharding over a mesh is preserved."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ def check_grid(grid: tuple[int, int] | None, num_tokens: int) -> tuple[int, int]
 
 
 def as_image(x: Float[Array, "b n d"], height: int, width: int) -> Float[Array, "b height width d"]:
-    """Returns tokens in row-major order as images."""
+    """Returns images whose pixels are the given tokens, in row-major order."""
 
     def run(x):
         return rearrange(x, "b (i j) d -> b i j d", i=height, j=width)
@@ -27,7 +27,7 @@ def as_image(x: Float[Array, "b n d"], height: int, width: int) -> Float[Array, 
 
 
 def as_tokens(image: Float[Array, "b height width d"]) -> Float[Array, "b n d"]:
-    """Returns the pixels of images in row-major order."""
+    """Returns the pixels of images as tokens, in row-major order."""
 
     def run(image):
         return rearrange(image, "b i j d -> b (i j) d")
@@ -36,7 +36,7 @@ def as_tokens(image: Float[Array, "b height width d"]) -> Float[Array, "b n d"]:
 
 
 def fold(x: Float[Array, "b n h k"], height: int, width: int) -> Float[Array, "bh height width k"]:
-    """Returns tokens in row-major order as images, one per sample and head."""
+    """Returns one image per sample and head, whose pixels are the given tokens in row-major order."""
 
     def run(x):
         return rearrange(x, "b (i j) h k -> (b h) i j k", i=height, j=width)
@@ -45,7 +45,7 @@ def fold(x: Float[Array, "b n h k"], height: int, width: int) -> Float[Array, "b
 
 
 def unfold(images: Float[Array, "bh height width k"], like: Float[Array, "b n h k"]) -> Float[Array, "b m h k"]:
-    """Converts images in the layout of `fold` to tokens `b m h k`, which are sharded like the array `like`."""
+    """Returns the tokens `b m h k` of images from `fold`, sharded like the array `like`."""
     heads = like.shape[2]
 
     def run(images):

@@ -37,7 +37,7 @@ def make_attention_fn(
 ) -> Callable[..., Array]:
     """Returns an `attention_fn` that computes the named kernel in Flax's multi-head attention modules.
 
-    name: a kernel in `flowgen.attention.KERNELS`, "softmax", "soft", or a feature map or kernel of your own.
+    name: "softmax", "soft", a name in `flowgen.attention.KERNELS`, or your own feature map or kernel.
     is_causal: makes the attention causal even if the module does not request it.
     masks: "keys" declares that every query-key mask keeps the same tokens as queries and as keys. The returned function
     then reads these tokens from the diagonal of the mask, at linear cost, even inside jit. The outputs of the other
@@ -55,15 +55,15 @@ def make_attention_fn(
       maps support it. In causal attention, keep it below 80, so that exp does not overflow. Without causal order, only
       the differences between biases matter.
     - dtype: the dtype to which query, key and value are converted.
-    - precision: products have at least this precision.
+    - precision: the lowest precision at which matrix products may be computed.
 
     If a single query has a mask over several keys, as in decoding from Flax's cache, attention is not causal: the mask
     alone determines what the query sees. Retention and feature maps with positions then raise ValueError, because the
     query's position is unknown.
 
-    Functions returned for equal arguments are equal, and they can be pickled. Raises ValueError for an unknown name.
-    The returned function raises ValueError for what linear attention does not support: dropout on the weights, other
-    biases, and sowing the weights.
+    Equal arguments give equal functions, and the functions can be pickled. Raises ValueError for an unknown name. The
+    returned function raises ValueError for options that linear attention does not support: dropout on the weights,
+    other biases, and sowing the weights.
 
     Example:
         nn.MultiHeadDotProductAttention(num_heads=8, attention_fn=make_attention_fn("nala"))
@@ -114,7 +114,7 @@ class _AttentionFn(ByFields):
     def _attend(
         self, q: Queries, k: Keys, v: Values, bias: Num[Array, "..."] | None, mask: Pairs, causal: bool | Causal
     ) -> Float[Array, "b n h d"]:
-        if mask is not None and q.shape[1] == 1 and k.shape[1] != 1:  # decoding: the mask says what the query sees
+        if mask is not None and q.shape[1] == 1 and k.shape[1] != 1:  # decoding: the mask sets what the query sees
             _check_decodes(self.kernel, q, k)
             causal = False
         if self.masks == "keys" and mask is not None and mask.shape[2] > 1:
@@ -123,7 +123,7 @@ class _AttentionFn(ByFields):
             return _attend_biased(self.kernel, q, k, v, bias, mask, causal)
         if bias is not None:
             raise ValueError(
-                f"bias has shape {bias.shape}, but {_name(self.kernel)!r} attention supports no bias; leave it out."
+                f"bias has shape {bias.shape}, but {_name(self.kernel)!r} attention does not support a bias; omit it."
             )
         if isinstance(self.kernel, str):
             of_softmax = partial(softmax_attention, implementation=self.implementation)
@@ -147,11 +147,11 @@ def _check_call(query: Array, key: Array, value: Array, dropout_rate: float, mod
     if module is not None:
         raise ValueError("sow_weights is on, but this attention does not return its weights; turn it off.")
     if min(query.ndim, key.ndim, value.ndim) < 3:
-        raise ValueError(f"query has shape {query.shape}, but attention takes (..., tokens, heads, width).")
+        raise ValueError(f"query has shape {query.shape}, but attention expects (..., tokens, heads, width).")
     if not key.shape[:-3] == value.shape[:-3] == query.shape[:-3]:
         raise ValueError(
-            f"query has shape {query.shape} and key has shape {key.shape}, but query, key and value need equal leading "
-            "axes."
+            f"query has shape {query.shape} and key has shape {key.shape}, but query, key and value must have equal "
+            "leading axes."
         )
 
 

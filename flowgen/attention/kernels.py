@@ -40,7 +40,7 @@ State = PyTree
 class Kernel(Protocol):
     """An attention kernel with a running state of constant size.
 
-    Masks and other arguments are as in `linear_attention`; a state may be any pytree. Define your own kernel as a
+    Masks and other arguments are as in `linear_attention`. A state may be any pytree. Define your own kernel as a
     frozen dataclass with these methods. Set `positional = True` in a kernel whose weights depend on the positions of
     tokens.
     """
@@ -61,7 +61,7 @@ class Kernel(Protocol):
     def init_state(
         self, batch: int, num_heads: int, key_dim: int, value_dim: int, dtype: DTypeLike = jnp.float32
     ) -> State:
-        """Returns the state before the first token, in at least float32."""
+        """Returns the state before the first token, with at least float32 precision."""
         ...
 
     def prefill(
@@ -177,7 +177,7 @@ class PolaKernel(ByFields):
         Both queries are compared with the same keys, so they share one state.
         """
         if v.shape[-1] % 2:
-            raise ValueError(f"v has width {v.shape[-1]}, but it must be even, because each sign uses half of it.")
+            raise ValueError(f"v has width {v.shape[-1]}, but it must be even, because each sign uses one half.")
         dtype = jnp.promote_types(q.dtype, jnp.float32)
         positive, negative = (_signed_power(x.astype(dtype), self.power) for x in (q, -q))
         same, opposite = jnp.concatenate([positive, negative], -1), jnp.concatenate([negative, positive], -1)
@@ -189,8 +189,7 @@ class PolaKernel(ByFields):
 class InlineState(NamedTuple):
     """Running sums of `inline_attention`.
 
-    pairs: the sum of the products of keys and values, and the sum of the keys. values: the sum of the values, and the
-    number of tokens.
+    pairs: the sum of key-value products and the sum of keys. values: the sum of values and the number of tokens.
     """
 
     pairs: LinearState
@@ -276,8 +275,7 @@ class RetentionKernel:
         causal = as_causal(is_causal)
         if causal is None or causal.block_size != 1 or causal.implementation != "xla":
             raise ValueError(
-                f"is_causal is {is_causal}, but retention is always causal, token by token, because it weights tokens "
-                "by their age; set is_causal=True."
+                f"is_causal is {is_causal}, but retention is always causal, token by token; set is_causal=True."
             )
         mask, queries = check_mask(mask, q, k), None
         if mask is not None and not is_key_mask(mask, k):
@@ -314,7 +312,7 @@ KERNELS: dict[str, Kernel] = {
 
 
 def kernel(chosen: str | Kernel | FeatureMap) -> Kernel:
-    """Returns a kernel by name or for a feature map; returns a `Kernel` unchanged.
+    """Returns the kernel for a name or a feature map; returns a `Kernel` unchanged.
 
     Raises ValueError for an unknown name; the message lists the known names.
 

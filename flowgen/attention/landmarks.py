@@ -1,4 +1,4 @@
-"""A variant of SOFT with fixed landmarks, which can be causal: as a feature map and as a function."""
+"""A variant of SOFT that has fixed landmarks and can be causal, as a feature map and as a function."""
 
 from __future__ import annotations
 
@@ -46,13 +46,13 @@ def gaussian_landmark_attention(
     whiten: bool = False,
     ridge: float = 0.01,
 ) -> Float[Array, "b n h d"]:
-    """Returns linear attention with the features of fixed landmarks: SOFT's kernel in a form that can be causal.
+    """Returns a form of SOFT that can be causal: linear attention with features given by fixed landmarks.
 
     If whiten is False, the function uses the positive features of `gaussian_landmark_map` and normalises as usual. If a
     token is far from every landmark (|x - l| above 13 k^¼), its features underflow to 0, and its output is 0.
 
     If whiten is True, the function uses the Nyström kernel K(q, L) (K(L, L) + ridge)⁻¹ K(L, k). This kernel may be
-    negative, so the outputs are not normalised; usually, a normalisation layer per head follows.
+    negative, so the outputs are not normalised; usually, the caller applies a normalisation layer to each head.
 
     Raises ValueError if shapes or the mask do not match.
 

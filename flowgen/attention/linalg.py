@@ -95,7 +95,8 @@ def newton_inverse(
     form dX = -X dA X. It is the derivative of the returned value only if the iteration has converged.
     """
     largest = jax.lax.stop_gradient(a).sum(axis=-1, keepdims=True).max(axis=-2, keepdims=True)
-    # The iteration diverges for alpha >= 2 / |B|²; with 1.8 / largest² alone, it would if A is near I and ridge > 0.05.
+    # The iteration diverges for alpha >= 2 / |B|². With 1.8 / largest² alone, this would happen for A near I and
+    # ridge > 0.05.
     alpha = jnp.minimum(1.8 / largest**2, 1.99 / (largest + ridge) ** 2)
     return _newton(add_ridge(a, ridge), alpha, iterations)
 
@@ -104,7 +105,7 @@ def newton_inverse(
 def released_softpp_inverse(
     a: Float[Array, "*heads l l"], iterations: int = NEWTON_ITERATIONS
 ) -> Float[Array, "*heads l l"]:
-    """Returns the inverse as computed by the published SOFT++ code, which couples the samples of a batch.
+    """Returns the inverse that the published SOFT++ code computes, which couples the samples of a batch.
 
     The *whole batch and all heads* share one alpha = 2 / (largest row sum)². This alpha is halved, at most 10 times,
     while the largest column sum of |I - alpha A²| in the batch exceeds 1.01. The result for one sample therefore

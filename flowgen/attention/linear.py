@@ -2,9 +2,9 @@
 
     out_i = Σ_j φ(q_i)·φ(k_j) v_j / (Σ_j φ'(q_i)·φ'(k_j) + eps)        (Katharopoulos et al. 2020, arXiv 2006.16236)
 
-φ' equals φ unless the feature map rotates only the numerator. Features, sums and states are in at least float32; the
-output has the dtype of v. If all keys of a query are masked, its output is 0. There may be fewer key heads than query
-heads (GQA).
+φ' equals φ unless the feature map rotates only the numerator. Features, sums and states have at least float32
+precision; the output has the dtype of v. If all keys of a query are masked, its output is 0. There may be fewer key
+heads than query heads (GQA).
 """
 
 from __future__ import annotations
@@ -92,12 +92,12 @@ def linear_attention(
     """Returns linear attention with a feature map, given by name or as a `FeatureMap`.
 
     mask: True for keys to keep; its shape must broadcast to `b h n m`. A key mask (query axis of length 1) is exact and
-    has linear cost. Outside jit, the same is true of the product of a query mask, a key mask and, if is_causal, causal
-    order; inside jit, first convert such a mask to a key mask (see `own_keys`). Other masks use the quadratic form,
-    which is limited to 4096 x 4096 weights. is_causal: query i sees keys 0..i; a `Causal` can make attention
-    block-causal. segment_ids: tokens see each other only if their ids are equal; equal ids must be contiguous (see
-    `prefix_product`). eps: added to the normaliser. Raises ValueError if shapes, dtypes, the mask or the name are
-    invalid.
+    has linear cost. Outside jit, a mask that is the product of a query mask and a key mask (and of causal order, if
+    is_causal) also has linear cost. Inside jit, first convert such a mask to a key mask (see `own_keys`). Other masks
+    use the quadratic form, which is limited to 4096 x 4096 weights. is_causal: query i sees keys 0..i; a `Causal` can
+    make attention block-causal. segment_ids: tokens see each other only if their ids are equal; equal ids must be
+    contiguous (see `prefix_product`). eps: added to the normaliser. Raises ValueError if shapes, dtypes, the mask or
+    the name are invalid.
 
     Example:
         out = linear_attention(q, k, v, "focused", is_causal=True)
@@ -202,7 +202,7 @@ def quadratic_products(
     mask: Bool[Array, "#b #h #n #m"] | None,
     factors: Float[Array, "#b #h #n #m"] | None = None,
 ) -> tuple[Float[Array, "b n h d"], Float[Array, "b n h"]]:
-    """Returns the numerators and normalisers of `products` from all n x m weights, for any mask.
+    """Returns the numerators and normalisers of `products`, computed from all n x m weights. Any mask is allowed.
 
     factors: finite numbers that multiply the weights.
 
@@ -265,7 +265,7 @@ def init_state(
     *,
     dtype: DTypeLike = jnp.float32,
 ) -> LinearState:
-    """Returns the state before the first token, in at least float32. num_heads: number of key heads.
+    """Returns the state before the first token, with at least float32 precision. num_heads: number of key heads.
 
     Example:
         state = init_state(batch=1, num_heads=8, key_dim=64, value_dim=64, features="nala")
@@ -322,16 +322,16 @@ def step(
     """
     if not isinstance(state, LinearState):
         raise ValueError(
-            f"state is a {type(state).__name__}, but step takes (state, q, k, v), with a state from init_state."
+            f"state is a {type(state).__name__}; call step(state, q, k, v) with a state from init_state or prefill."
         )
     if not q.ndim == k.ndim == v.ndim == 3:
-        raise ValueError(f"q has shape {q.shape} and k has shape {k.shape}, but one token is (batch, heads, width).")
+        raise ValueError(f"q has shape {q.shape} and k has shape {k.shape}, but step expects (batch, heads, width).")
     out, state = prefill(q[:, None], k[:, None], v[:, None], features, state=state, eps=eps)
     return out[:, 0], state
 
 
 def _pallas(features: Features, v: Array, causal: Causal) -> tuple[Array, Array]:
-    from flowgen.attention.pallas import causal_product  # imported here because it loads the TPU dialects
+    from flowgen.attention.pallas import causal_product  # imported here because pallas loads the TPU dialects
 
     out, total = causal_product(features.q, features.k, v, causal.chunk_size)
     if features.norm_q is not None:

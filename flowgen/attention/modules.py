@@ -106,7 +106,7 @@ class LinearAttention(nn.Module):
 
 
 class NaLaState(NamedTuple):
-    """Decoding state of `NaLaAttention`: running sums of the attention, and the last values for the convolution."""
+    """Decoding state of `NaLaAttention`: running sums of attention, and recent values for the convolution."""
 
     attention: LinearState
     values: Float[Array, "b recent d"]
@@ -115,11 +115,11 @@ class NaLaState(NamedTuple):
 class NaLaAttention(nn.Module):
     """The attention layer of NaLaFormer (arXiv 2506.21137): proj(silu(g) · LayerNorm(NaLa(q, k, v) + conv(v))).
 
-    One projection gives q, k, v and the gate g. conv: whether to apply a depthwise convolution to the values, 5 x 5 on
-    a grid or, if causal, over the last 5 tokens. rotary: whether to rotate the features in the numerator, by the
-    position on the grid or, if causal, in a sequence of up to `max_length` tokens. learnable: whether to make power and
-    offset trainable, with one of each per head. eps: added to the sum of the weights; the released code adds n · 1e-6
-    for n keys.
+    One projection computes q, k, v and the gate g. conv: whether to apply a depthwise convolution to the values, 5 x 5
+    on a grid or, if causal, over the last 5 tokens. rotary: whether to rotate the features in the numerator by their
+    position on the grid or, if causal, in the sequence, which may then have at most `max_length` tokens. learnable:
+    whether to make power and offset trainable, with one of each per head. eps: added to the sum of the weights; the
+    released code adds n · 1e-6 for n keys.
 
     Example:
         y = NaLaAttention(width=256, num_heads=4).apply(params, x, grid=(14, 14))
@@ -159,13 +159,13 @@ class NaLaAttention(nn.Module):
     def __call__(
         self, x: Float[Array, "b n d"], grid: tuple[int, int] | None = None, *, mask: Array | None = None
     ) -> Float[Array, "b n width"]:
-        """Returns the layer's output. grid: (height, width) of the tokens in row-major order; None if causal.
+        """Returns the layer's output. grid: (height, width) of the tokens in row-major order, or None if causal.
 
-        mask: a key mask, `b 1 1 n`. Raises ValueError if the grid is missing or does not match.
+        mask: a key mask, `b 1 1 n`. Raises ValueError if the grid is missing or does not match the number of tokens.
         """
         if self.is_causal:
             if grid is not None:
-                raise ValueError(f"grid is {grid}, but causal attention reads tokens as a sequence; leave it out.")
+                raise ValueError(f"grid is {grid}, but causal attention has no grid; leave it out.")
             return self.prefill(x, mask=mask)[0]
         q, k, v, g = self._project(x, mask)
         out = FeatureKernel(self._features(grid, x.shape[1]), self.eps).attend(q, k, v, mask=mask)
@@ -233,7 +233,7 @@ class NaLaAttention(nn.Module):
 
 
 class SOFTAttention(nn.Module):
-    """The attention layer of SOFT (arXiv 2110.11945): proj(SOFT(q, q, v) + conv(v)); not causal.
+    """The attention layer of SOFT (arXiv 2110.11945): proj(SOFT(q, q, v) + conv(v)). It cannot be causal.
 
     tied: whether to use the queries as keys, as in the paper. landmarks: "pool" averages the keys over segments or,
     with a grid, over cells. "conv" applies a convolution whose kernel size and stride are both `stride`; all heads
@@ -282,8 +282,8 @@ class SOFTAttention(nn.Module):
     ) -> Float[Array, "b n width"]:
         """Returns the layer's output. grid: (height, width) of the tokens in row-major order; convolutions require it.
 
-        mask: a key mask, `b 1 1 n`; with convolved landmarks it must be None. Raises ValueError if the grid is missing
-        or does not match.
+        mask: a key mask, `b 1 1 n`; it must be None if landmarks are convolved. Raises ValueError if the grid is
+        missing or does not match the number of tokens.
         """
 
         def heads(y):
@@ -293,7 +293,7 @@ class SOFTAttention(nn.Module):
         k = q if self.tied else heads(self.key(x))
         if mask is not None and check_key_mask(mask, q, k).shape[1] > 1:
             raise ValueError(
-                f"mask has shape {mask.shape}, but SOFT takes one mask for all heads, (batch, 1, 1, keys)."
+                f"mask has shape {mask.shape}, but SOFT requires the same mask for all heads, (batch, 1, 1, keys)."
             )
         keep = None if mask is None else mask[:, 0, 0]
         if keep is not None:
@@ -336,7 +336,7 @@ def _join(before: Float[Array, "b m d"], values: Float[Array, "b n d"]) -> Float
 
 
 def _window(values: Float[Array, "b m d"], start: Int[Array, " b"], size: int) -> Float[Array, "b size d"]:
-    """Returns `size` consecutive values of each sample, the first of which is at the sample's `start`."""
+    """Returns `size` consecutive values of each sample, beginning at the sample's `start`."""
 
     def run(values, start):
         places = start[:, None] + jnp.arange(size)[None]
@@ -363,5 +363,5 @@ def check_token(x: Array) -> None:
     """Raises ValueError unless x is one token per sample."""
     if x.ndim != 2:
         raise ValueError(
-            f"x has shape {x.shape}, but step takes one token per sample, (batch, width); use prefill for several."
+            f"x has shape {x.shape}, but step expects one token per sample, (batch, width); use prefill for several."
         )

@@ -1,7 +1,7 @@
-"""NNX versions of the attention modules, made with Flax's bridge; parameters and results are the same.
+"""NNX versions of the attention modules, created with Flax's bridge.
 
-Each constructor accepts the width of the input, the fields of the linen module and `rngs`. It initialises the
-parameters:
+Their parameters and results are the same as for the linen modules. Each constructor accepts the width of the input, the
+fields of the linen module and `rngs`, and initialises the parameters:
 
     attention = nnx.LinearAttention(64, width=64, num_heads=4, kernel="nala", is_causal=True, rngs=nnx.Rngs(0))
     y = attention(x)
@@ -22,7 +22,7 @@ from flowgen.attention.kernels import State
 
 
 class _Twin(bridge.ToNNX):
-    """A linen module initialised for inputs of `in_features` channels."""
+    """A linen module as an NNX module, initialised for inputs with `in_features` channels."""
 
     def __init__(self, module: linen.Module, in_features: int, rngs: nnx.Rngs, num_tokens: int = 1, **example: Any):
         super().__init__(module, rngs=rngs)

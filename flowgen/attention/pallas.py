@@ -1,4 +1,4 @@
-"""Causal linear attention as one Pallas kernel for TPUs: it keeps the state on the chip and streams chunks of tokens.
+"""Causal linear attention as a Pallas kernel for TPUs, which keeps the state on the chip and streams chunks of tokens.
 
 The grid visits the chunks of each head in order, and the kernel keeps the state in scratch memory. On other platforms,
 `prefix_product` scans over the chunks in XLA. The gradients are always computed by `prefix_product`. Tests run the
@@ -30,10 +30,10 @@ def causal_product(
     """Returns Σ_{s≤t} (q_t·k_s) v_s and Σ_{s≤t} q_t·k_s in float32, like `prefix_product` without decay or segments.
 
     On TPUs, the kernel runs on chunks of at least 128 tokens. On other platforms, the function calls `prefix_product`.
-    Raises ValueError unless chunk_size is a power of two, at least 16.
+    Raises ValueError unless chunk_size is a power of two and at least 16.
     """
     if chunk_size < 16 or chunk_size & (chunk_size - 1):
-        raise ValueError(f"chunk_size is {chunk_size}, but the Pallas kernel needs a power of two, at least 16.")
+        raise ValueError(f"chunk_size is {chunk_size}, but the Pallas kernel needs a power of two that is at least 16.")
     q, k, v = (x.astype(jnp.float32) for x in (q, k, v))
     if 0 in q.shape[:2]:  # Pallas does not allow empty blocks.
         return jnp.zeros((*q.shape[:3], v.shape[3])), jnp.zeros(q.shape[:3])

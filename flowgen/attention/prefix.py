@@ -4,10 +4,10 @@ For queries q_t, keys k_s, values v_s and the weights w_ts defined below,
 
     out_t = Σ_s w_ts (q_t·k_s) v_s,      total_t = Σ_s w_ts (q'_t·k'_s),      s ≤ t (or block(s) ≤ block(t)),
 
-where q', k' are the normaliser's features. They equal q, k unless they are given separately, as for maps that rotate
-only the numerator. w_ts = exp(b_t - b_s), where b is the running sum of the log-decay; w_ts is 1 without decay and 0
-across segments. A chunk of C tokens requires one C x C product; the state Σ_s k_s v_sᵀ sums over the tokens before the
-chunk.
+where q', k' are the normaliser's features. They equal q, k unless they are given separately, for example by feature
+maps that rotate only the numerator. w_ts = exp(b_t - b_s), where b is the running sum of the log-decay; w_ts is 1
+without decay and 0 across segments. A chunk of C tokens requires one C x C product; the state Σ_s k_s v_sᵀ sums over
+the tokens before the chunk.
 
 Reverse-mode differentiation stores one state per chunk and recomputes the rest, because the body of the scan is
 checkpointed. Forward-mode differentiation works too.
@@ -33,8 +33,8 @@ CHUNK_SIZE = 64
 class LinearState(NamedTuple):
     """The state of linear attention for the tokens so far; its size does not depend on their number.
 
-    kv: Σ_s k_s v_sᵀ. norm: Σ_s k'_s. length: position of each sample's next token, directly after the last kept token.
-    Masked tokens before the last kept token count towards the length; masked tokens after it do not.
+    kv: Σ_s k_s v_sᵀ. norm: Σ_s k'_s. length: the position of each sample's next token, directly after its last kept
+    token. Masked tokens before the last kept token count towards the length; masked tokens after it do not.
     """
 
     kv: Float[Array, "b g p d"]
@@ -43,7 +43,7 @@ class LinearState(NamedTuple):
 
 
 class Features(NamedTuple):
-    """Features of queries, `b n h p`, and keys, `b m g p`; h is a multiple of the number g of key heads.
+    """Features of queries, `b n h p`, and keys, `b m g p`. The number of query heads, h, is a multiple of g.
 
     norm_q, norm_k: the normaliser's features, if they differ from the numerator's.
     """
@@ -84,7 +84,7 @@ class _Chunk(NamedTuple):
 
 
 def empty_state(features: Features, v: Float[Array, "b n g d"]) -> LinearState:
-    """Returns the state before the first token, with shapes that match these arrays, in at least float32."""
+    """Returns the state before the first token, with shapes that match these arrays and at least float32 precision."""
     dtype = jnp.promote_types(jnp.result_type(features.k, v), jnp.float32)
     kv, norm, length = _state_shapes(features, v)
     return LinearState(jnp.zeros(kv, dtype), jnp.zeros(norm, dtype), jnp.zeros(length, jnp.int32))
@@ -93,7 +93,7 @@ def empty_state(features: Features, v: Float[Array, "b n g d"]) -> LinearState:
 def keep_keys(
     features: Features, v: Float[Array, "b m g d"], mask: Bool[Array, "#b #g 1 m"]
 ) -> tuple[Features, Float[Array, "b m g d"]]:
-    """Returns features and values in which masked keys (False) have no effect, whatever their values."""
+    """Returns the features and v with zeros for masked keys (False), so that even NaN there has no effect."""
     keep = _per_token(mask)[..., None]
     zeroed = {"k": jnp.where(keep, features.k, 0)}
     if features.norm_k is not None:
@@ -112,15 +112,15 @@ def prefix_product(
     block_size: int = 1,
     chunk_size: int = CHUNK_SIZE,
 ) -> tuple[Float[Array, "b n h d"], Float[Array, "b n h"], LinearState]:
-    """Returns out and total (see the top of this file) and the state after the last token, all in at least float32.
+    """Returns out and total (see the module docstring) and the state after the last token, all in at least float32.
 
-    state: the state after earlier tokens, which belong to the first token's segment. log_decay: one number per token
-    and key head, at most 0. mask: True for keys to keep. Masked keys have no effect: even their decay is ignored, and
-    those after the last kept key do not count towards the state's length. segment_ids: equal for tokens that see each
-    other. Equal ids must be contiguous; if an id recurs, the function raises ValueError or, while tracing, makes the
-    sample NaN. A non-finite number affects only its own segment. block_size: the number of tokens in a block; tokens
-    see their whole block. Do not combine blocks with decay, or with a state that ends within a block. chunk_size:
-    rounded up to whole blocks.
+    state: the state after earlier tokens, which are in the same segment as the first token. log_decay: one number per
+    token and key head, at most 0. mask: True for keys to keep. Masked keys have no effect: even their decay is ignored,
+    and those after the last kept key do not count towards the state's length. segment_ids: equal for tokens that see
+    each other. Equal ids must be contiguous; if an id recurs, the function raises ValueError or, if the ids are traced,
+    returns NaN for that sample. A non-finite number affects only its own segment. block_size: the number of tokens in a
+    block; tokens see their whole block. Do not combine blocks with decay, or with a state that ends within a block.
+    chunk_size: the number of tokens in a chunk, which is rounded up to whole blocks.
 
     Example:
         out, total, state = prefix_product(Features(q, k), v)
@@ -132,10 +132,12 @@ def prefix_product(
     kv, norm, length = _state_shapes(features, v)
     if state is not None and (state.kv.shape, state.norm.shape) != (kv, norm):
         raise ValueError(
-            f"state does not fit the features and values: state.kv has shape {state.kv.shape}, but they need {kv}."
+            f"state does not match the features and values: state.kv has shape {state.kv.shape}, but they need {kv}."
         )
     if state is not None and state.length.shape not in ((), length):
-        raise ValueError(f"state.length has shape {state.length.shape}, but must be one position per sample, {length}.")
+        raise ValueError(
+            f"state.length has shape {state.length.shape}, but must contain one position per sample, {length}."
+        )
     tokens = Tokens(features, v, log_decay, mask, segment_ids)
     return finite_prefix_product(tokens, state, block_size=block_size, chunk_size=chunk_size, isolate=True)
 
@@ -149,9 +151,9 @@ def finite_prefix_product(
     chunk_size: int = CHUNK_SIZE,
     isolate: bool = False,
 ):
-    """Returns the result of `prefix_product` for checked arguments.
+    """Returns the result of `prefix_product` for arguments that are already checked.
 
-    With segments, numbers must be finite unless `isolate` is True.
+    If there are segments, all numbers must be finite unless `isolate` is True.
     """
     features, v = tokens.features, tokens.v
     named = [(features.q, "b n h p"), (features.k, "b n g p"), (v, "b n g d"), (features.normaliser[1], "b n g e")]
@@ -323,11 +325,11 @@ def _cut_segments(within: _Weights, segment: Int[Array, "b c"], past: Int[Array,
 def decay_weights(
     log_decay: Float[Array, "b h c"],
 ) -> tuple[Float[Array, "b h c c"], Float[Array, "b h c"]]:
-    """Returns the decay factors at each token t: for the tokens s ≤ t (0 for s > t), and for the earlier state.
+    """Returns how much tokens s and the earlier state have decayed at each token t, as factors; 0 for s > t.
 
     The log-decays between s and t are summed directly, not computed as differences of running sums. Nothing cancels, so
-    one strong decay does not reduce the precision of the others, and -inf is allowed. Entries with s > t are exp(0)
-    before they are masked.
+    one strong decay does not reduce the precision of the others, and -inf is allowed. Entries with s > t are exp(0),
+    hence finite, before they are masked.
     """
     size = log_decay.shape[-1]
     causal = jnp.tril(jnp.ones((size, size), bool))[None, None]

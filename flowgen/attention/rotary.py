@@ -13,7 +13,7 @@ from flowgen.backend import keep_axes
 
 
 class Rotary(NamedTuple):
-    """cos and sin of one angle per position and pair of adjacent channels: float64 NumPy arrays `n r`."""
+    """Cosine and sine of one angle for each position and pair of adjacent channels, as float64 NumPy arrays `n r`."""
 
     cos: Float[np.ndarray, "n r"]
     sin: Float[np.ndarray, "n r"]
@@ -34,11 +34,11 @@ def rotary_line(num_positions: int, dim: int, base: float = 10_000.0) -> Rotary:
 
 
 def rotary_grid(height: int, width: int, dim: int, base: float = 10_000.0) -> Rotary:
-    """Returns the table for a row-major grid: the first half of the channels rotates with the row, the second half
-    with the column.
+    """Returns the table for a row-major grid.
 
-    The frequencies of the dim/4 pairs of each half are base^(-t), with t evenly spaced from 0 to 1 inclusive, as in the
-    released NaLaFormer. Raises ValueError unless dim is a multiple of 4.
+    The first half of the channels rotates with the row, and the second half with the column. In each half, the
+    frequencies of the dim/4 pairs are base^(-t), with t evenly spaced from 0 to 1 inclusive, as in the released
+    NaLaFormer. Raises ValueError unless dim is a multiple of 4.
 
     Example:
         rotary = rotary_grid(14, 14, 64)
@@ -54,14 +54,15 @@ def rotary_grid(height: int, width: int, dim: int, base: float = 10_000.0) -> Ro
 
 
 def rotary_axes(positions: Float[np.ndarray, "n a"], pairs: tuple[int, ...], base: float = 10_000.0) -> Rotary:
-    """Returns the table for points with several coordinates: pairs[i] adjacent pairs of channels rotate with axis i.
+    """Returns the table for points with several coordinates.
 
-    On an axis with p pairs, the angle of pair k is coordinate · base^(-k/p). Raises ValueError unless `pairs` has one
-    entry per coordinate.
+    pairs[i] adjacent pairs of channels rotate with coordinate i. If a coordinate x has p pairs, the angle of pair k is
+    x · base^(-k/p). Raises ValueError unless `pairs` has one entry per coordinate.
     """
     if positions.shape[1] != len(pairs):
         raise ValueError(
-            f"positions have {positions.shape[1]} coordinates, but pairs has {len(pairs)} entries; pass one for each."
+            f"positions have {positions.shape[1]} coordinates, but pairs has {len(pairs)} entries; pass one per "
+            "coordinate."
         )
     axes = (positions[:, axis, None] * base ** (-np.arange(p) / p)[None] for axis, p in enumerate(pairs))
     return _table(np.concatenate(list(axes), axis=1))
@@ -95,7 +96,7 @@ def turn(
     cos: Float[Array, "n r"] | Float[Array, "b n r"],
     sin: Float[Array, "n r"] | Float[Array, "b n r"],
 ) -> Float[Array, "b n h p"]:
-    """Returns x with adjacent pairs of channels rotated by the given angles, computed in the wider dtype."""
+    """Rotates adjacent pairs of channels by the angles with these cosines and sines; the dtype of x is preserved."""
     parts = rearrange(x, "b n h (p r two) -> b n h p r two", r=cos.shape[-1], two=2)
     cos, sin = (jnp.expand_dims(table, (2, 3) if table.ndim == 3 else (0, 2, 3)) for table in (cos, sin))
     even, odd = parts[..., 0], parts[..., 1]

@@ -1,4 +1,4 @@
-"""Packed segments: runs of tokens that have equal ids and see only each other. A NaN affects only its own segment."""
+"""Packed segments: runs of tokens that have equal ids and see only each other. NaN affects only its own segment."""
 
 from __future__ import annotations
 
@@ -18,16 +18,16 @@ class Spoiled(NamedTuple):
 
 
 def returning_ids(segment_ids: Int[Array, "b n"]) -> Bool[Array, " b"]:
-    """Returns for each sample whether the tokens of some id are not contiguous: the id recurs after a different one."""
+    """Returns, for each sample, whether some segment id recurs after a different id."""
     runs = (segment_ids[:, 1:] != segment_ids[:, :-1]).sum(axis=1)
     ordered = jnp.sort(segment_ids, axis=1)
     return runs != (ordered[:, 1:] != ordered[:, :-1]).sum(axis=1)
 
 
 def finite(tree: PyTree) -> tuple[PyTree, Bool[Array, "b n x"]]:
-    """Returns arrays `b n x ...` without their non-finite values, and a mask `b n x` of the entries that had any.
+    """Returns arrays `b n x ...` with zeros for non-finite entries (b, n, x), and a mask `b n x` of these entries.
 
-    If an entry (b, n, x) of one array has a non-finite value, that entry is 0 in all the returned arrays.
+    If an entry of one array contains a non-finite value, that entry is 0 in all the returned arrays.
     """
     bad = functools.reduce(jnp.logical_or, map(_not_finite, jax.tree.leaves(tree)))
     return jax.tree.map(lambda x: jnp.where(jnp.expand_dims(bad, range(3, x.ndim)), 0, x), tree), bad
@@ -44,7 +44,7 @@ def spoiled(
     bad_state: Bool[Array, "b g"],
     block_size: int | None,
 ) -> Spoiled:
-    """Returns which results of causal attention, in blocks of `block_size`, depend on a non-finite token.
+    """Returns which results of causal attention with blocks of `block_size` tokens depend on a non-finite token.
 
     If block_size is None, tokens see their whole segment. If ids recur in a sample, all its outputs and its state count
     as spoiled, because a running state cannot compute them.
@@ -71,6 +71,6 @@ def spoil(x: Float[Array, "*axes"], bad: Bool[Array, "*fewer"]) -> Float[Array, 
 
 
 def alike(*arrays: Float[Array, "b n h _"]) -> tuple[Float[Array, "b n h _"], ...]:
-    """Returns the arrays, each with NaN for every token that has a non-finite value in any of them."""
+    """Returns the arrays with NaN at every token and head where any of the arrays is not finite."""
     bad = finite(arrays)[1]
     return tuple(spoil(x, bad) for x in arrays)

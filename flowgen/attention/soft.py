@@ -38,25 +38,25 @@ Normalization = Literal["symmetric", "row"] | None
 
 
 class Landmarks(NamedTuple):
-    """Landmarks in kernel space. live: which of them represent at least one token; None if all do."""
+    """Landmarks in kernel space. live: which landmarks represent at least one token; None if all do."""
 
     points: Float[Array, "b l h k"]
     live: Bool[Array, "b l"] | None = None
 
 
 def to_kernel_space(x: Float[Array, "*tokens k"]) -> Float[Array, "*tokens k"]:
-    """Returns x / k^¼ in at least float32; exp(-|x - y|²/2) of two results is SOFT's kernel exp(-|q - k|²/(2√k))."""
+    """Returns x / d^¼ in at least float32, where d is the width. In this space, SOFT's kernel is exp(-|x - y|²/2)."""
     return x.astype(jnp.promote_types(x.dtype, jnp.float32)) * x.shape[-1] ** -0.25
 
 
 def gaussian_kernel(x: Float[Array, "b n h k"], y: Float[Array, "b m h k"]) -> Float[Array, "b h n m"]:
-    """Returns exp(-|x - y|²/2) per head, in [0, 1] and at least float32, for arrays already in kernel space."""
+    """Returns exp(-|x - y|²/2) per head for x and y in kernel space. The values are in [0, 1], in at least float32."""
     master = jnp.promote_types(jnp.promote_types(x.dtype, y.dtype), jnp.float32)
     x, y = (rearrange(tokens.astype(master), "b n h k -> b h n k") for tokens in (x, y))
     cross = jnp.einsum("bhnk,bhmk->bhnm", x, y, precision=HIGHEST)
     squared = (x * x).sum(-1)[..., :, None] + (y * y).sum(-1)[..., None, :] - 2 * cross
-    # Rounding can make the square negative. Only its value is clamped: at coinciding points, the derivative of the
-    # clamp would lose the kernel's curvature, and with it second derivatives such as the gradient of a divergence.
+    # Rounding can make the square negative. The clamp affects only its value: at coinciding points, the derivative of
+    # the clamp would lose the kernel's curvature, and with it second derivatives such as the gradient of a divergence.
     squared = squared + jax.lax.stop_gradient(jnp.maximum(squared, 0) - squared)
     return jnp.exp(-squared / 2)
 
@@ -102,10 +102,10 @@ def pool_landmarks(x: Float[Array, "b n h k"], num_landmarks: int, mask: Bool[Ar
 
 
 def landmark_cells(grid: Pair, num_landmarks: int | Pair) -> Pair:
-    """Returns (rows, columns) of landmark cells on a grid (height, width) of tokens.
+    """Returns the number of rows and columns of landmark cells on a (height, width) grid of tokens.
 
-    num_landmarks: a number gives at most that many cells, as square as possible: rows = round(√(num height / width))
-    and columns = num // rows, both capped at the grid's sides. A pair (rows, columns) is capped in the same way.
+    num_landmarks: an int m gives at most m cells, which are as square as possible: rows = round(√(m height / width))
+    and columns = m // rows, both capped at the grid's sides. A pair (rows, columns) is capped in the same way.
     """
     height, width = grid
     if isinstance(num_landmarks, tuple):
@@ -121,8 +121,9 @@ def pool_landmarks_2d(
 ) -> Landmarks:
     """Returns the means over the cells of a (height, width) grid of tokens; tokens and cells are in row-major order.
 
-    cells: (rows, columns), or a number for `landmark_cells`. Cells tile the grid; if it does not divide evenly, their
-    heights (and widths) differ by at most one token. A cell without unmasked tokens is not live.
+    cells: (rows, columns), or an int that `landmark_cells` converts to them. Cells tile the grid. If the grid does not
+    divide evenly, the heights (and the widths) of cells differ by at most one token. A cell without unmasked tokens is
+    not live.
     """
     height, width = grid
     rows, columns = landmark_cells(grid, cells)
@@ -161,7 +162,7 @@ def nystrom_attention(
     solver: Solver = "newton",
     normalize: Normalization = None,
 ) -> Float[Array, "b n h d"]:
-    """Returns Ŝ v (see the top of this file) for q, k and landmarks already in kernel space.
+    """Returns Ŝ v (see the module docstring) for q, k and landmarks that are already in kernel space.
 
     mask: True for visible keys. Landmarks that are not live have no effect. The other options are as in
     `soft_attention`. The kernel and the solve use at least float32; the result has the dtype of v.
@@ -210,7 +211,7 @@ def _run_nystrom(q, k, v, landmarks, mask, ridge, solver, normalize):
 def gaussian_landmark_features(
     x: Float[Array, "b n h k"], landmarks: Float[Array, "h l k"], *, ridge: Ridge = 0.01, whiten: bool = True
 ) -> Float[Array, "b n h l"]:
-    """Returns features of tokens, in at least float32, for linear attention with fixed landmarks, causal or not.
+    """Returns features of tokens for full or causal linear attention with fixed landmarks, in at least float32.
 
     If whiten is True, the features are phi(x) = C⁻¹ K(L, x) with C Cᵀ = K(L, L) + ridge I, so phi(x)·phi(y) is the
     Nyström kernel. This kernel may be negative, so normalise outputs with a normalisation layer, not by the sum of the
@@ -222,8 +223,8 @@ def gaussian_landmark_features(
     """
     if x.shape[2:] != (landmarks.shape[0], landmarks.shape[2]):
         raise ValueError(
-            f"x has shape {x.shape} and landmarks have shape {landmarks.shape}; pass landmarks (heads, number, width) "
-            "with the same heads and width as x."
+            f"x has shape {x.shape} and landmarks have shape {landmarks.shape}; pass landmarks of shape "
+            "(heads, number, width) whose heads and width match x."
         )
     check_floats(x=x, landmarks=landmarks)
     return _landmark_features(x, landmarks, ridge, whiten)
@@ -246,20 +247,18 @@ def _check_tokens(q: Array, k: Array, v: Array) -> None:
     check_floats(q=q, k=k, v=v)
     shapes = f"q {q.shape}, k {k.shape}, v {v.shape}"
     if not q.ndim == k.ndim == v.ndim == 4:
-        raise ValueError(
-            f"q, k and v must be (batch, tokens, heads, width), but the shapes are {shapes}; reshape them."
-        )
+        raise ValueError(f"q, k and v must be (batch, tokens, heads, width), but have shapes {shapes}; reshape them.")
     if k.shape[1] != v.shape[1]:
-        raise ValueError(f"k and v must have the same number of tokens (axis 1), but the shapes are {shapes}.")
+        raise ValueError(f"k and v must have the same number of tokens (axis 1), but have shapes {shapes}.")
     if not q.shape[0] == k.shape[0] == v.shape[0]:
-        raise ValueError(f"q, k and v need the same batch size (axis 0), but the shapes are {shapes}.")
+        raise ValueError(f"q, k and v must have the same batch size (axis 0), but have shapes {shapes}.")
     if not q.shape[2] == k.shape[2] == v.shape[2]:
         raise ValueError(
-            f"q, k and v need the same number of heads (axis 2), but the shapes are {shapes}. If k and v have fewer "
-            "heads, repeat them."
+            f"q, k and v must have the same number of heads (axis 2), but have shapes {shapes}. If k and v have "
+            "fewer heads, repeat them."
         )
     if q.shape[3] != k.shape[3]:
-        raise ValueError(f"q and k need the same width (axis 3), but the shapes are {shapes}; project one of them.")
+        raise ValueError(f"q and k must have the same width (axis 3), but have shapes {shapes}; project one of them.")
 
 
 def _key_padding(mask: Array, k: Array) -> Bool[Array, "b m"]:
@@ -270,7 +269,7 @@ def _key_padding(mask: Array, k: Array) -> Bool[Array, "b m"]:
     keys = mask[:, 0, 0] if mask.ndim == 4 and mask.shape[1:3] == (1, 1) else mask
     if keys.ndim != 2 or keys.shape[0] not in (1, batch) or keys.shape[1] not in (1, length):
         raise ValueError(
-            f"mask has shape {mask.shape}, but SOFT takes only key masks, ({batch}, {length}) or "
+            f"mask has shape {mask.shape}, but SOFT supports only key masks, ({batch}, {length}) or "
             f"({batch}, 1, 1, {length}). For masks that differ between queries or heads, use softmax_attention."
         )
     return jnp.broadcast_to(keys, (batch, length))
@@ -298,7 +297,7 @@ def _choose_landmarks(
             raise ValueError(f"num_landmarks={num_landmarks} needs a grid; pass grid=(height, width).")
         return pool_landmarks(k, num_landmarks, mask)
     if grid[0] * grid[1] != k.shape[1]:
-        raise ValueError(f"grid {grid} does not match the {k.shape[1]} keys; pass their (height, width).")
+        raise ValueError(f"grid {grid} does not match the {k.shape[1]} keys; pass the (height, width) of the keys.")
     return pool_landmarks_2d(k, grid, num_landmarks, mask)
 
 
@@ -316,19 +315,20 @@ def soft_attention(
     solver: Solver = "newton",
     normalize: Normalization = None,
 ) -> Float[Array, "b n h d"]:
-    """Returns SOFT attention Ŝ v (see the top of this file). In the paper, keys equal queries: soft_attention(q, q, v).
+    """Returns SOFT attention Ŝ v (see the module docstring). In the paper, keys equal queries: soft_attention(q, q, v).
 
     num_landmarks: the number of landmarks, at most m; each is the mean of a contiguous segment of the keys. grid:
-    (height, width) of the keys in row-major order. With a grid, landmarks are the means over about num_landmarks cells,
-    or over (rows, columns) cells if num_landmarks is such a pair (see `landmark_cells`). landmarks: points in the space
-    of k, used instead of pooled landmarks. mask: True for keys to keep, `b m` or `b 1 1 m`; other keys have no effect,
-    whatever their values. ridge: added to the diagonal of the landmark kernel.
+    (height, width) of the keys in row-major order. With a grid, landmarks are the means over about num_landmarks cells
+    or, if num_landmarks is a pair, over that many rows and columns of cells (see `landmark_cells`). landmarks: points
+    in the space of k, used instead of pooled landmarks. mask: True for keys to keep, `b m` or `b 1 1 m`; other keys
+    have no effect, whatever their values. ridge: added to the diagonal of the landmark kernel.
 
     solver: "newton" is the paper's spectral filter with its closed-form derivative (`newton_inverse`). "cholesky" is
-    exact. "newton_released" is the solver of the published SOFT++, which couples samples. normalize: with None, as in
-    SOFT, a row of Ŝ may sum to as much as m. "symmetric" is SOFT++'s normalisation. With "row", rows sum to 1.
+    exact. "newton_released" is the solver of the published SOFT++, which couples samples. normalize: None means no
+    normalisation, as in SOFT, so a row of Ŝ may sum to as much as m. "symmetric" is SOFT++'s normalisation. "row" makes
+    every row sum to 1.
 
-    Raises ValueError for is_causal, for a mask that differs between queries, and if shapes or options are invalid.
+    Raises ValueError if is_causal is True, if the mask differs between queries, or if shapes or options are invalid.
 
     Example:
         out = soft_attention(q, q, v, num_landmarks=49, grid=(14, 14), solver="cholesky")

@@ -63,10 +63,11 @@ def attend_in_parts(
     mask: Mask = None,
     first: Int[Array, ""] | int | None = None,
 ) -> Float[Array, "b h n d"]:
-    """Returns the result of `attend_heads`, computed in chunks of queries with at most `backend.MAX_LOGITS` logits.
+    """Returns the result of `attend_heads`, computed in chunks of queries to limit memory.
 
-    first: for causal attention, the position of the first query among the keys: query i attends to the keys among
-    0..first+i that `mask` allows. No mask of all pairs is built. The backward pass recomputes the logits of each chunk.
+    Each chunk has at most `backend.MAX_LOGITS` logits, which the backward pass recomputes. first: for causal attention,
+    the position of the first query among the keys. Query i then attends to the keys among 0..first+i that `mask`
+    allows, and no mask of all pairs is built.
     """
     return _attend_in_parts(q, k, v, mask, first, backend.MAX_LOGITS)
 
@@ -111,7 +112,7 @@ def _run_in_parts(
 
 
 def _of_queries(mask: Bool[Array, "..."] | None, first: Int[Array, ""] | int, count: int) -> Bool[Array, "..."] | None:
-    """Returns the rows of a mask for some queries; returns None, or a mask shared by all queries, unchanged."""
+    """Returns the rows of a mask for some queries. None, or a mask shared by all queries, is returned unchanged."""
     if mask is None or mask.shape[2] == 1:
         return mask
     return jax.lax.dynamic_slice_in_dim(mask, first, count, axis=2)
@@ -128,13 +129,13 @@ def softmax_attention(
     """Returns softmax(q kᵀ / √k) v per head; there may be fewer key heads than query heads.
 
     With g key heads, h/g query heads share each key head. mask: True if a query may attend to a key. is_causal: query i
-    attends to the keys among 0..i that `mask` allows; n and m must then be equal. If a query may attend to no
-    key, its output is 0.
+    attends to the keys among 0..i that `mask` allows; n and m must then be equal. A query that may attend to no key has
+    output 0.
 
     implementation: "xla" computes the logits in chunks of queries. "cudnn" and "tpu" are fused kernels for GPUs and
-    TPUs; they have only first derivatives, in reverse mode. "auto" uses the choice of `attention_plan`: for
-    half-precision inputs, a fused kernel if the platform has one that supports them, otherwise "xla". Raises ValueError
-    if shapes do not match, or if the implementation cannot run.
+    TPUs; they support only first derivatives, in reverse mode. "auto" follows `attention_plan`: it uses a fused kernel
+    for half-precision inputs if the platform has one that supports them, and "xla" otherwise. Raises ValueError if
+    shapes do not match, or if the implementation cannot run.
 
     Example:
         out = softmax_attention(q, k, v, is_causal=True)
@@ -142,7 +143,7 @@ def softmax_attention(
     check_heads(q, k, v)
     if not isinstance(is_causal, bool | np.bool_):
         raise ValueError(
-            f"is_causal is {is_causal}, but softmax_attention takes True or False; for another order, pass a mask."
+            f"is_causal is {is_causal}, but softmax_attention accepts only True or False; pass a mask instead."
         )
     mask = check_mask(mask, q, k)
     chosen = chosen_implementation(q, k, v, mask, bool(is_causal), implementation)
@@ -157,7 +158,7 @@ def softmax_attention(
     q, k, v = (x.swapaxes(1, 2) for x in (q, k, v))
     if not is_causal:
         return attend_in_parts(q, k, v, mask).swapaxes(1, 2)
-    if not isinstance(n, int):  # a symbol of an exported program
+    if not isinstance(n, int):  # n is symbolic, as in an exported program
         return attend_in_parts(q, k, v, mask, 0).swapaxes(1, 2)
     return _attend_in_slices(q, k, v, mask, backend.MAX_LOGITS).swapaxes(1, 2)
 

@@ -1,4 +1,4 @@
-"""How a stack of layers is compiled: whether activations are stored for the backward pass, and whether layers loop."""
+"""How a stack of layers is compiled: whether it stores activations for the backward pass, and whether it is a loop."""
 
 from __future__ import annotations
 
@@ -13,9 +13,9 @@ Remat = Literal["auto"] | bool
 # Activations of a stack are stored only if they need at most this fraction of the memory. Flows have up to about ten
 # stacks, most of which are smaller than the last one.
 SHARE_OF_MEMORY = 1 / 16
-# Largest number of layers that a program contains one by one. Compile time and code size grow with this number. On two
-# cores, a gradient through 8 such layers was as fast as with recomputation; a gradient through 24 such layers took 1.4
-# times as long, and 20 s to compile.
+# Largest number of layers that are compiled one by one. Compile time and code size grow with this number. On two cores,
+# a gradient through 8 such layers was as fast as with recomputation; a gradient through 24 such layers took 1.4 times
+# as long, and 20 s to compile.
 MAX_ONE_BY_ONE = 4
 
 
@@ -46,10 +46,11 @@ class LayerForm(NamedTuple):
 def layer_form(remat: Remat, num_layers: int, stored_bytes: int, host: Host | None = None) -> LayerForm:
     """Returns how to compile a stack of layers whose stored activations would need `stored_bytes`.
 
-    The result of the stack differs between the forms only in rounding.
+    All forms give the same results up to rounding.
 
-    remat: whether to recompute activations. "auto" stores them where storing was measured to be faster: in a stack of
-    few layers, on a CPU with huge pages, if the activations fit into memory. host: None means the host of this process.
+    remat: whether to recompute activations. "auto" stores them only where storing was measured to be faster: for a
+    small number of layers on a CPU with huge pages, if the activations fit into memory. host: None means the host of
+    this process.
 
     Accelerators always loop over the layers. On CPUs, a small number of layers is compiled one by one if their
     activations are stored, because a loop would write the activations into stacked arrays. Without huge pages, storing

@@ -1,6 +1,7 @@
 """Fused kernels for softmax attention, which never write the logits to memory: when each can run, and how to call it.
 
-cuDNN provides a kernel for NVIDIA GPUs. JAX provides splash attention, a Pallas kernel for TPUs. We have timed neither.
+cuDNN provides a kernel for NVIDIA GPUs. JAX provides splash attention, a Pallas kernel for TPUs. Neither has been
+timed.
 """
 
 from __future__ import annotations
@@ -16,7 +17,7 @@ from flowgen.backend.meshes import divided_axes, explicit_axes, partitioned, var
 
 Implementation = Literal["auto", "xla", "cudnn", "tpu"]
 Kernel = Literal["cudnn", "tpu"]
-# The kernel of each platform, and the tile size of each kernel. A kernel processes tokens in whole tiles.
+# The kernel for each platform, and the tile size of each kernel. A kernel processes tokens in whole tiles.
 KERNELS: dict[str, Kernel] = {"gpu": "cudnn", "tpu": "tpu"}
 BLOCKS: dict[Kernel, int] = {"cudnn": 64, "tpu": 128}
 NAMES: dict[Kernel, str] = {"cudnn": "cuDNN's kernel", "tpu": "the TPU kernel"}
@@ -59,10 +60,10 @@ def attention_plan(
     implementation: Implementation = "auto",
     platform: str | None = None,
 ) -> AttentionPlan:
-    """Returns which implementation computes softmax attention of q `b n h k`, k `b m g k` and v `b m g d`, and why.
+    """Returns which implementation computes softmax attention for q `b n h k`, k `b m g k` and v `b m g d`, and why.
 
-    The plan depends only on shapes and dtypes, not on values. mask: "none" without a mask, "keys" if the mask is the
-    same for all queries and heads, and "pairs" for any other mask. platform: "cpu", "gpu" or "tpu"; None means
+    The plan depends only on shapes and dtypes, not on values. mask: "none" if there is no mask, "keys" if the mask is
+    the same for all queries and heads, and "pairs" for any other mask. platform: "cpu", "gpu" or "tpu"; None means
     `attention_platform()`. implementation: "auto" chooses the platform's fused kernel for half-precision inputs that
     the kernel supports, and XLA for all other inputs.
 
@@ -78,7 +79,7 @@ def attention_plan(
         )
     platform = attention_platform() if platform is None else platform
     if implementation == "xla":
-        return AttentionPlan("xla", "it was asked for")
+        return AttentionPlan("xla", "it was requested")
     kernel = KERNELS.get(platform) if implementation == "auto" else implementation
     if kernel is None:
         return AttentionPlan("xla", f"there is no fused kernel for a {platform}")
@@ -86,46 +87,46 @@ def attention_plan(
     if implementation != "auto":
         if problem:
             raise ValueError(f"implementation {implementation!r} cannot run: {problem}; use 'auto' or 'xla'.")
-        return AttentionPlan(implementation, "it was asked for")
+        return AttentionPlan(implementation, "it was requested")
     problem = problem or _cost(kernel, q)
-    return AttentionPlan("xla", problem) if problem else AttentionPlan(kernel, f"{NAMES[kernel]} takes these inputs")
+    return AttentionPlan("xla", problem) if problem else AttentionPlan(kernel, f"{NAMES[kernel]} supports these inputs")
 
 
 def _problem(kernel: Kernel, q: Shaped, k: Shaped, v: Shaped, mask: str, is_causal: bool, platform: str) -> str:
-    """Returns a clause that states why a kernel cannot run; empty if it can."""
+    """Returns a clause that states why the kernel cannot run; the clause is empty if the kernel can run."""
     name, dtypes = NAMES[kernel], [jnp.dtype(x.dtype).name for x in (q, k, v)]
     if KERNELS.get(platform) != kernel:
-        return f"{name} needs {DEVICES[kernel]}, and the device is a {platform}"
+        return f"{name} needs {DEVICES[kernel]}, but the device is a {platform}"
     if not all(isinstance(size, int) for x in (q, k, v) for size in x.shape):
-        return f"{name} needs sizes that are known, and some are symbols"
+        return f"{name} requires known sizes, but some are symbolic"
     if any(size == 0 for x in (q, k, v) for size in x.shape):
-        return f"{name} takes no empty arrays"
+        return f"{name} does not support empty arrays"
     if not dtypes[0] == dtypes[1] == dtypes[2]:
-        return f"{name} takes q, k and v of one dtype, and theirs are {', '.join(dtypes)}"
+        return f"{name} requires q, k and v of one dtype, but their dtypes are {', '.join(dtypes)}"
     if dtypes[0] not in DTYPES[kernel]:
-        return f"{name} takes {' or '.join(DTYPES[kernel])}, and the dtype is {dtypes[0]}"
+        return f"{name} requires {' or '.join(DTYPES[kernel])}, but the dtype is {dtypes[0]}"
     if q.shape[3] != v.shape[3]:
-        return f"{name} takes keys and values of one width, and theirs are {k.shape[3]} and {v.shape[3]}"
+        return f"{name} requires keys and values of one width, but their widths are {k.shape[3]} and {v.shape[3]}"
     if kernel == "cudnn" and (q.shape[3] % 8 or q.shape[3] > MAX_CUDNN_WIDTH):
-        return f"{name} takes head widths that are multiples of 8 up to {MAX_CUDNN_WIDTH}, and this one is {q.shape[3]}"
+        return f"{name} requires head widths in multiples of 8 up to {MAX_CUDNN_WIDTH}, but the width is {q.shape[3]}"
     if mask == "pairs":
-        return f"{name} takes masks over keys, and this one differs between queries or heads"
+        return f"{name} supports only masks over keys, but the mask differs between queries or heads"
     if kernel == "cudnn" and mask == "keys" and is_causal:
-        return f"{name} takes no mask over keys in causal attention"
+        return f"{name} does not support a mask over keys in causal attention"
     return ""
 
 
 def _cost(kernel: Kernel, q: Shaped) -> str:
-    """Returns a clause that states why "auto" does not choose a kernel that could run; empty if it does choose it."""
+    """Returns a clause that states why "auto" does not choose a kernel that can run; empty if "auto" chooses it."""
     if jnp.dtype(q.dtype) == jnp.float32:
-        return f"{NAMES[kernel]} is meant for bfloat16, and the dtype is float32"
+        return f"{NAMES[kernel]} is intended for bfloat16, but the dtype is float32"
     if q.shape[1] < BLOCKS[kernel]:
-        return f"{NAMES[kernel]} takes {BLOCKS[kernel]} queries at a time, and there are {q.shape[1]}"
+        return f"{NAMES[kernel]} processes {BLOCKS[kernel]} queries at a time, but there are {q.shape[1]}"
     return ""
 
 
 def attention_platform() -> str:
-    """Returns the platform for which attention is planned: "cpu", "tpu" or "gpu".
+    """Returns the platform for which attention is planned, usually "cpu", "tpu" or "gpu".
 
     "gpu" stands for a GPU that cuDNN's kernel supports. For any other GPU, the result is a phrase that describes it.
     """
@@ -144,13 +145,13 @@ def attention_platform() -> str:
 def program_problem(
     kernel: Kernel, implementation: Implementation, q: Array, k: Array, v: Array, mask: Array | None
 ) -> str:
-    """Returns a clause that states why a kernel cannot run in the program being traced; empty if it can."""
+    """Returns a clause that states why a kernel cannot run in the program being traced; empty if the kernel can run."""
     if _any_derivative.value:
         return "fused kernels have no forward-mode derivative, which is needed here"
     if mask is not None and explicit_axes((q, k, v, mask)):
-        return "fused kernels take no mask on meshes with explicit axes"
+        return "fused kernels do not support a mask on meshes with explicit axes"
     if any({1, 3} & divided_axes(x) for x in (q, k, v)):
-        return "fused kernels take whole sequences and heads, and their axes are divided over devices"
+        return "fused kernels require whole sequences and heads, but these axes are sharded over devices"
     if kernel == "tpu" and any(varies(x) for x in (q, k, v)):
         return "the TPU kernel does not pass the checks of jax.shard_map, which check_vma=False turns off"
     if kernel == "tpu" and implementation == "auto" and partitioned(q):
@@ -161,8 +162,8 @@ def program_problem(
 def any_derivative() -> AbstractContextManager:
     """Returns a context in which "auto" means "xla" for softmax attention.
 
-    Enter this context to differentiate in forward mode or more than once: fused kernels have only a first derivative in
-    reverse mode. Programs that jax.jit compiles inside the context are not reused outside it, and vice versa.
+    Enter this context to differentiate in forward mode or more than once: fused kernels support only first derivatives,
+    in reverse mode. Programs that jax.jit compiles inside the context are not reused outside it, and vice versa.
 
     Example:
         with any_derivative():
@@ -172,7 +173,7 @@ def any_derivative() -> AbstractContextManager:
 
 
 def interpret_kernels() -> bool:
-    """Returns whether the CPU interprets TPU kernels. Only tests do so, by replacing this function."""
+    """Returns whether the CPU interprets TPU kernels: always False, except in tests, which replace this function."""
     return False
 
 
@@ -185,7 +186,7 @@ def cudnn_attention(
 ) -> Float[Array, "b n h k"]:
     """Returns softmax attention, computed by cuDNN.
 
-    lengths: how many of the first keys each sample may attend to, at least 1; None means all keys.
+    lengths: for each sample, how many of the first keys its queries may attend to, at least 1; None means all keys.
     """
     return jax.nn.dot_product_attention(
         q, k, v, is_causal=is_causal, key_value_seq_lengths=lengths, implementation="cudnn"
@@ -200,7 +201,7 @@ def tpu_attention(
     is_causal: bool,
     interpret: bool,
 ) -> Float[Array, "b n h k"]:
-    """Returns softmax attention, computed by JAX's splash attention; numbers of tokens must be multiples of 128.
+    """Returns softmax attention, computed by JAX's splash attention. Numbers of tokens must be multiples of 128.
 
     keys: True for keys that queries may attend to; None means all keys. The output is finite but arbitrary for a query
     that may attend to no key.

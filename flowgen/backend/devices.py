@@ -20,8 +20,8 @@ from jaxtyping import Array, Float, Shaped
 # round the factors.
 HIGHEST = lax.Precision.HIGHEST
 
-# Largest number of attention logits in memory at once, which take 1 GiB in float32. If there are more, queries are
-# processed in chunks.
+# Largest number of attention logits in memory at once: 1 GiB in float32. If there are more, queries are processed in
+# chunks.
 MAX_LOGITS = 1 << 28
 # Causal attention splits the queries into at most this many slices, each of which is compared only with the keys that
 # its queries may see. More slices would save little and would take longer to compile.
@@ -29,8 +29,8 @@ MAX_CAUSAL_SLICES = 4
 MIN_CAUSAL_SLICE = 64
 
 # A cache grows in at most six stages of about 96 tokens or more. With k stages, decoding reads (k+1)/2k of the slots
-# that it reads with one stage: 67 % with three stages and 58 % with six. For each stage, the loop over tokens is
-# compiled once more, which takes about 0.4 s on a CPU.
+# that it reads with one stage: 67 % with three stages and 58 % with six. Each stage compiles the loop over tokens once
+# more, which takes about 0.4 s on a CPU.
 TOKENS_PER_STAGE = 96
 MAX_CACHE_STAGES = 6
 # Largest total number of layers in the token loops of a program, for example six stages of 8 layers, or two of 24.
@@ -63,9 +63,9 @@ def _erf(x: Array) -> Array:
 
 @_erf.defjvp
 def _erf_slope(primals: tuple[Array], tangents: tuple[Array]) -> tuple[Array, Array]:
-    """The derivative rule of erf, whose slope is 2/√π exp(-x²).
+    """Differentiates erf, whose derivative at x is 2/√π exp(-x²).
 
-    JAX's own rule does not pass the checks of `jax.shard_map` (jax 0.12.0).
+    JAX's rule does not pass the checks of `jax.shard_map` (jax 0.12.0).
     """
     (x,), (change,) = primals, tangents
     return _erf(x), 2 / math.sqrt(math.pi) * (change * jnp.exp(-jnp.square(x)))
@@ -87,8 +87,8 @@ def flat_dot(
 def nan_if(condition: Array, dtype: DTypeLike) -> Array:
     """Returns NaN where the condition is True and 0 elsewhere; add the result to an array to make these entries NaN.
 
-    On CPUs, `where(condition, nan, x)` is not reliable, because XLA compiles its exponential to a finite number. The
-    sum of x and this result stays NaN.
+    On CPUs, `where(condition, nan, x)` is not reliable, because XLA compiles exp of this expression to a finite number.
+    If the result of this function is added to x instead, the NaN remains.
     """
     return jnp.log(jnp.where(condition, -1, 1).astype(dtype))
 
@@ -99,8 +99,8 @@ def nan_if(condition: Array, dtype: DTypeLike) -> Array:
 def cholesky(a: Float[Array, "*stack l l"]) -> Float[Array, "*stack l l"]:
     """Returns the lower triangular C with C Cᵀ = a, for symmetric positive definite a.
 
-    On CPUs, the factor is computed column by column without LAPACK: on few cores, two concurrent LAPACK calls can wait
-    forever for each other's threads (jaxlib 0.10). Other devices use `jnp.linalg.cholesky`.
+    On CPUs, C is computed column by column without LAPACK: on few cores, two concurrent LAPACK calls can wait forever
+    for each other's threads (jaxlib 0.10). Other devices use `jnp.linalg.cholesky`.
     """
     return lax.platform_dependent(a, cpu=_cholesky_by_columns, default=jnp.linalg.cholesky)
 
@@ -134,7 +134,7 @@ def _unit_lower_inverse_by_solve(lower: Array) -> Array:
 
 
 def _unit_lower_inverse_by_blocks(lower: Array) -> Array:
-    """Inverts ever larger diagonal blocks: the inverse of [[A, 0], [B, D]] is [[A⁻¹, 0], [-D⁻¹ B A⁻¹, D⁻¹]]."""
+    """Inverts larger and larger diagonal blocks: the inverse of [[A, 0], [B, D]] is [[A⁻¹, 0], [-D⁻¹ B A⁻¹, D⁻¹]]."""
     matmul, size = partial(jnp.matmul, precision=HIGHEST), lower.shape[-1]
     token = jnp.arange(size)
     inverse = jnp.broadcast_to(jnp.eye(size, dtype=lower.dtype), lower.shape)
@@ -150,9 +150,10 @@ def _unit_lower_inverse_by_blocks(lower: Array) -> Array:
 
 
 def queries_at_once(batch: object, heads: object, keys: object, max_logits: int | None) -> int | None:
-    """Returns how many queries to process at once so that all samples and heads have at most `max_logits` logits.
+    """Returns how many queries to process at once so that all heads of all samples have at most `max_logits` logits.
 
-    None means all queries. The result is also None if a size is symbolic, as in an exported program.
+    The result is None, which means all queries, if `max_logits` is None or if a size is symbolic, as in an exported
+    program.
     """
     known = [size for size in (batch, heads, keys) if isinstance(size, int)]
     if max_logits is None or len(known) < 3:
@@ -166,7 +167,7 @@ def causal_slice(n: int) -> int:
 
 
 def causal_share(n: int) -> float:
-    """Returns the fraction of the n² query-key pairs for which causal attention in slices computes logits."""
+    """Returns the fraction of the n² query-key pairs whose logits are computed by causal attention in slices."""
     size = causal_slice(n)
     return sum((min(start + size, n) - start) * min(start + size, n) for start in range(0, n, size)) / n**2
 
@@ -174,7 +175,7 @@ def causal_share(n: int) -> float:
 def cache_stages(tokens: int, layers: int) -> int:
     """Returns the number of stages in which a cache grows while tokens are decoded one after another.
 
-    layers: number of layers that are compiled for every stage of the same program.
+    layers: number of layers that the program compiles for every stage.
     """
     return max(1, min(round(tokens / TOKENS_PER_STAGE), MAX_CACHE_STAGES, MAX_LOOP_LAYERS // max(layers, 1)))
 
@@ -189,14 +190,14 @@ def in_parts(
 ) -> tuple[Shaped[np.ndarray, "b ..."], ...]:
     """Returns the results of a compiled function, computed on parts of the inputs and joined along the first axis.
 
-    All parts have the same size, which is a power of two of at most `most`, so that few sizes are compiled. The last
-    part is padded.
+    All parts have the same size, which is a power of two no larger than `most`, so that few sizes are compiled. The
+    last part is padded.
 
     Raises ValueError if the inputs are empty.
     """
     count = len(inputs[0])
     if not count:
-        raise ValueError("the batch is empty; give at least one sample.")
+        raise ValueError("the batch is empty; pass at least one sample.")
     size = 1
     while size < count and 2 * size <= most:
         size *= 2
@@ -218,9 +219,10 @@ def must_wait(devices: Sequence[jax.Device]) -> bool:
 
 
 def settled(tree: Any) -> Any:
-    """Returns the tree; if any of its arrays is on devices that `must_wait`, first waits until all arrays are computed.
+    """Returns the tree, after waiting for its arrays if `must_wait` is True for the devices of any of them.
 
-    Call this on the results of a program before starting another one, because queued programs can deadlock there.
+    Call this function on the results of a program before starting another, because queued programs can deadlock on such
+    devices.
     """
     arrays = [x for x in jax.tree.leaves(tree) if isinstance(x, jax.Array) and not isinstance(x, Tracer)]
     return jax.block_until_ready(tree) if any(must_wait(list(x.devices())) for x in arrays) else tree

@@ -24,8 +24,8 @@ class Machine:
     """An accelerator.
 
     kinds: the values of JAX's `device_kind` that identify the accelerator. memory: the advertised memory, in GB of 10^9
-    bytes; any further memory of a GPU is left to the driver. bfloat16: peak throughput in TFLOP/s of matrix products of
-    bfloat16 or float16 numbers with float32 accumulation. float32: the same for float32 numbers at JAX's default
+    bytes; if a GPU has more, the rest is left to the driver. bfloat16: peak matrix-multiply throughput in TFLOP/s for
+    bfloat16 or float16 inputs and float32 accumulation. float32: the same for float32 inputs at JAX's default
     precision, which uses TF32 on GPUs and a single bfloat16 product on TPUs. source: where the numbers are published.
     """
 
@@ -37,7 +37,7 @@ class Machine:
     source: str
 
     def peak(self, dtype: str) -> float | None:
-        """Returns the peak throughput in FLOP/s of matrix products of this dtype, or None if it is not known."""
+        """Returns the peak matrix-multiply throughput in FLOP/s for this dtype, or None if it is not known."""
         teras = {"bfloat16": self.bfloat16, "float16": self.bfloat16, "float32": self.float32}.get(dtype)
         return None if teras is None else teras * 1e12
 
@@ -62,14 +62,14 @@ MACHINES = (
 
 
 def machine_of(device_kind: str) -> Machine | None:
-    """Returns the accelerator that JAX calls by this name, or None if the name is unknown, as for CPUs."""
+    """Returns the accelerator with this JAX `device_kind`, or None if it is unknown, as for CPUs."""
     return next((machine for machine in MACHINES if device_kind in machine.kinds), None)
 
 
 def seconds_at_peak(flop: Mapping[str, float], device_kind: str) -> float | None:
-    """Returns how many seconds a device needs for these FLOP at its peak throughput; None if a peak is not known.
+    """Returns how many seconds a device needs for this work at its peak throughput; None if a peak is not known.
 
-    flop: number of FLOP for each dtype.
+    flop: the number of floating-point operations for each dtype.
     """
     machine = machine_of(device_kind)
     if machine is None:

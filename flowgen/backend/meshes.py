@@ -1,6 +1,6 @@
 """Support for meshes with explicit axes.
 
-On such a mesh, the type of every array states its sharding, and jax refuses to reshape, scan or contract over a sharded
+On such a mesh, the type of every array states its sharding, and JAX refuses to reshape, scan or contract over a sharded
 axis unless the output sharding is given. Attention, couplings and models do all three, but their output sharding is
 simple: batch, queries and heads are sharded as in the inputs.
 """
@@ -108,8 +108,8 @@ def keep_rows(fn: Callable[..., Any], variables: Any, *args: Any, **options: Any
 def with_automatic_axes(fn: Callable[[Any], Any], tree: Any) -> Any:
     """Returns fn(tree) for arrays outside jit. If their mesh has explicit axes, fn runs under automatic axes.
 
-    In that case, the results stay on the mesh with automatic axes. `keep_rows` accepts them together with arrays on the
-    original mesh.
+    In that case, the results stay on the mesh with automatic axes. `keep_rows` accepts such results together with
+    arrays on the original mesh.
 
     Example:
         weights = with_automatic_axes(unstack, variables)
@@ -125,7 +125,7 @@ def with_automatic_axes(fn: Callable[[Any], Any], tree: Any) -> Any:
 def on_mesh_of(fn: Callable[..., Any], *args: Any) -> Any:
     """Returns fn(*args). If no mesh is set and an argument is on a mesh with explicit axes, fn runs under that mesh.
 
-    Without a mesh as context, vmap refuses sharded arrays outside jit, and constants such as `zeros_like(x)` are not
+    Without a context mesh, vmap refuses sharded arrays outside jit, and constants such as `zeros_like(x)` are not
     sharded inside jit (jax 0.12). When this function sets the mesh outside jit, every call compiles fn.
 
     Example:
@@ -151,8 +151,8 @@ class OnMeshes:
     """
 
     def apply(self, variables: Any, *args: Any, **options: Any) -> Any:
-        """Returns the result of `flax.linen.Module.apply`, with its rows sharded like the rows of the inputs."""
-        apply: Any = getattr(super(), "apply")  # noqa: B009  (the method of the module, the next class in line)
+        """Returns the result of `flax.linen.Module.apply`; its rows are sharded like the rows of the inputs."""
+        apply: Any = getattr(super(), "apply")  # noqa: B009  (the method of the module, the next class in the MRO)
         return keep_rows(apply, variables, *args, **options)
 
 
@@ -166,7 +166,7 @@ def of_rows(x: Array, row: str = "b") -> str:
 
 
 def take_rows(x: Array, index: Array) -> Array:
-    """Returns x[index] for an array `b` of integers; the rows of the result are sharded like `index`.
+    """Returns x[index] for a vector of integers; the rows of the result are sharded like `index`.
 
     Example:
         x0 = take_rows(x0, permutation)
@@ -177,8 +177,8 @@ def take_rows(x: Array, index: Array) -> Array:
 def alike_rows(tree: PyTree) -> PyTree:
     """Returns the tree with the rows of all arrays sharded in the same way.
 
-    They are sharded like the first array whose rows are sharded over explicit axes. Inside jit, the mesh must be the
-    context; see `on_mesh_of`.
+    They are sharded like the first array whose rows are sharded over explicit axes. Inside jit, the mesh must be set as
+    the context mesh; see `on_mesh_of`.
 
     Example:
         positions, x = alike_rows((positions, x))
@@ -254,7 +254,7 @@ def check_unmapped(what: str, tree: PyTree) -> None:
 
 
 def varying(tree: PyTree, like: PyTree) -> PyTree:
-    """Returns the tree with every array made to vary over all mapped axes over which any array in `like` varies.
+    """Returns the tree with every array made to vary over each mapped axis over which an array in `like` varies.
 
     The initial state of a loop must vary over the same axes as its later states.
 
@@ -289,7 +289,7 @@ def _moved(x: Any, automatic: Any) -> Any:
 
 
 def _rows_of(x: Array) -> dict[str, Any]:
-    """Returns the mesh axes over which the rows of an array are sharded, under the letter "b"."""
+    """Returns the mesh axes over which the rows of an array are sharded, as the value of the letter "b"."""
     return _divided([(x, of_rows(x))]) if jnp.ndim(x) else {}
 
 

@@ -1,7 +1,7 @@
 """Divides batches over the devices of this host: every device computes its own rows and sends nothing to the others.
 
-The compiler can also divide the rows of a program, but then devices exchange rows whenever a batch is concatenated or
-reordered, and communicate to decide whether a loop is done. A token loop would do so for every token.
+The compiler can also divide the rows of a program. Devices then exchange rows whenever a batch is concatenated or
+reordered, and communicate to decide whether a loop is done; in a token loop, they would do so for every token.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ from jaxtyping import Array, PyTree
 
 AXIS = "rows"
 WHOLE = PartitionSpec()
-# On a CPU, a token loop over fewer rows is hardly faster, because it then spends most of its time starting operations.
+# On a CPU, a token loop over fewer rows is hardly faster, because most of its time is then spent starting operations.
 MIN_ROWS_ON_CPU = 4
 _CONFIG: Any = jax.config  # The attributes of jax.config are not typed.
 
@@ -29,8 +29,8 @@ _CONFIG: Any = jax.config  # The attributes of jax.config are not typed.
 def make_core_devices() -> bool:
     """Creates one CPU device per core that this process may use; returns whether it did.
 
-    This function does nothing if the number of CPU devices is already configured, if jax has already started, or if jax
-    runs in several processes. Call it only in programs that own their process, because jax fixes the number of devices
+    This function does nothing if the number of CPU devices is already configured, if JAX has already started, or if JAX
+    runs in several processes. Call it only in programs that own their process, because JAX fixes the number of devices
     when it starts.
     """
     chosen = _CONFIG.jax_num_cpu_devices >= 0 or "host_platform_device_count" in os.environ.get("XLA_FLAGS", "")
@@ -98,7 +98,7 @@ def copies(variables: PyTree, mesh: Mesh | None) -> PyTree:
         if isinstance(x, jax.Array) and x.sharding == whole:
             return x
         if first.platform == "cpu" and not (isinstance(x, jax.Array) and _is_key(x)):
-            # From a device array, jax would make a copy for every device. A numpy view of its memory is used in place.
+            # From a device array, JAX would make a copy for every device. A NumPy view of its memory is used in place.
             x = np.asarray(jax.device_put(x, first))
         return jax.device_put(x, whole)
 
@@ -107,7 +107,7 @@ def copies(variables: PyTree, mesh: Mesh | None) -> PyTree:
 
 
 def by_rows(fn: Callable[..., PyTree], shared: PyTree, *rows: PyTree, **static: Any) -> PyTree:
-    """Returns fn(shared, *rows, **static) as numpy arrays; each device of this host computes its own rows.
+    """Returns fn(shared, *rows, **static) as NumPy arrays; each device of this host computes its own rows.
 
     fn: a module-level function, which is compiled for each value of `static`. Row i of its results must depend only on
     row i of `rows`. shared: the values that all rows need, such as variables and a key.
@@ -130,7 +130,7 @@ def _by_rows(shared, rows, *, fn, mesh, static):
 
 
 def on_own_rows(fn: Callable[..., PyTree], mesh: Mesh, specs: Any, axis: Any = AXIS) -> Callable[..., PyTree]:
-    """Returns fn, run by every device of a mesh on its own rows of the arguments.
+    """Returns a version of fn that every device of a mesh runs on its own rows of the arguments.
 
     specs: for each argument, a tree of partition specs: `WHOLE` for replicated arrays and `PartitionSpec(axis)` for
     arrays of rows. All results must be arrays of rows.
@@ -141,7 +141,8 @@ def on_own_rows(fn: Callable[..., PyTree], mesh: Mesh, specs: Any, axis: Any = A
 def rows_mesh(x: Any, variables: PyTree = None) -> tuple[Mesh, Any] | None:
     """Returns the mesh over which this host's devices share the rows of an array, and the axes that shard the rows.
 
-    The axes must be automatic. The result is None for other arrays, inside jit, and if the variables are sharded too.
+    The result is None if the axes of the mesh are not automatic, if the array is sharded in any other way, if the
+    variables are sharded too, and inside jit.
     """
     sharding = None if isinstance(x, Tracer) else getattr(x, "sharding", None)
     if not isinstance(sharding, NamedSharding) or not x.is_fully_addressable:

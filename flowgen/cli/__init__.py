@@ -1,7 +1,7 @@
 """The commands of `python -m flowgen`: train, sample, evaluate, encode, convert and info.
 
-`train.py` and `sample.py` call the first two. On a user error, a command prints one sentence to standard error
-and exits with code 2 before it computes anything.
+The scripts `train.py` and `sample.py` run the commands of the same names. On a user error, a command prints one
+sentence to standard error and exits with code 2 before it computes anything.
 """
 
 from __future__ import annotations
@@ -50,11 +50,11 @@ class Parser(argparse.ArgumentParser):
     fields_help: Callable[[], str] | None = None
 
     def format_help(self) -> str:
-        """Returns the help on the command's options, followed by the help on its config fields if it has any."""
+        """Returns the help on the command's options, and on the config fields if the command accepts any."""
         return super().format_help() + ("" if self.fields_help is None else f"\n{self.fields_help()}\n")
 
     def exit(self, status: int = 0, message: str | None = None) -> NoReturn:
-        """Flushes the help before exiting, so that a closed output pipe raises an error here."""
+        """Flushes standard output before exiting, so that a closed output pipe raises an error that can be caught."""
         sys.stdout.flush()
         super().exit(status, message)
 
@@ -85,7 +85,7 @@ def _guarded(arguments: Sequence[str] | None, *, owns_process: bool) -> int:
 
 
 def make_parser() -> Parser:
-    """Returns the parser for all commands; it leaves config fields unparsed.
+    """Returns the parser for all commands, which leaves config fields unparsed.
 
     Example:
         options, fields = make_parser().parse_known_args(["info", "--config", "configs/tarflow_digits.py"])
@@ -168,13 +168,13 @@ def _silence() -> None:
 
 
 def program(arguments: Sequence[str] | None = None) -> int:
-    """Runs `main` as the whole program of this process, with one CPU device per core, and returns its exit code.
+    """Runs a command line as the whole program of this process and returns its exit code.
 
-    Afterwards, the process ignores Ctrl-C, so it must end. The environment can set another number of CPU devices; see
-    `flowgen.backend.make_core_devices`.
+    Call it last, because the process ignores Ctrl-C afterwards. Unlike `main`, it creates one CPU device per core,
+    unless the environment sets another number; see `flowgen.backend.make_core_devices`.
 
-    If the command is `train` and these are the arguments that the process was started with, the process first restarts
-    itself with huge pages, provided that they are available; see `flowgen.huge_pages.restart`.
+    If the command is `train` and the process was started with the same arguments, the process first restarts itself
+    with huge pages if they are available; see `flowgen.huge_pages.restart`.
 
     Example:
         sys.exit(program())

@@ -1,4 +1,4 @@
-"""The command `convert`."""
+"""The command `convert`, which creates a run directory from published weights."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from flowgen.cli.options import finite_number, num_parameters, say, whole_number
 
 
 def declare(parser: argparse.ArgumentParser) -> None:
-    """Adds the options of the command."""
+    """Adds the command's options to its parser."""
     parser.add_argument("file", help="published weights: torch (.pth) or safetensors")
     parser.add_argument("--to", required=True, help="run directory to create")
     tarflow = parser.add_argument_group("TARFlow")
@@ -49,7 +49,9 @@ def _tarflow(options: argparse.Namespace) -> tuple[Any, Any, Any]:
     for name in ("dtype", "autoencoder", "text_encoder"):
         if getattr(options, name) is not None:
             option = f"--{name.replace('_', '-')}"
-            raise ValueError(f"{option} is for STARFlow, which also needs --arguments; add it, or leave out {option}.")
+            raise ValueError(
+                f"{option} is for STARFlow, which also needs --arguments; add --arguments, or leave out {option}."
+            )
     if options.image_size is None:
         raise ValueError("--image-size is missing; give it for a TARFlow, or give --arguments for a STARFlow.")
     named = convert.parse_file_name(options.file) or {}
@@ -111,7 +113,7 @@ def _codec(options: argparse.Namespace, arguments: Any) -> Any:
         temporal_scale = float(scale or 1)
     except ValueError as error:
         raise ValueError(
-            f"vae in --arguments {options.arguments} is '{name}:{scale}', but the scale of the latents, '{scale}', is "
+            f"vae in --arguments {options.arguments} is '{name}:{scale}', but the scale '{scale}' is "
             f"not a number; write, for example, '{name}:0.6', or leave out the scale."
         ) from error
     return PretrainedAutoencoder(_place(options.autoencoder), temporal_scale=temporal_scale)

@@ -1,4 +1,4 @@
-"""The command `encode`."""
+"""The command `encode`, which computes and stores the latents and text features of a dataset."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from flowgen.cli.options import say
 
 
 def declare(parser: argparse.ArgumentParser) -> None:
-    """Adds the options of the command."""
+    """Adds the command's options to its parser."""
     parser.add_argument("--config", required=True, help="Python file with a config() that returns a flow on latents")
     parser.add_argument("--out", required=True, help="new directory for the latents and caption features")
     parser.add_argument("--debug", action="store_true", help="encode data for the experiment that train --debug runs")
@@ -31,7 +31,7 @@ def run(options: argparse.Namespace, rest: list[str]) -> int:
     if not isinstance(experiment, AutoregressiveExperiment) or not experiment.is_latent:
         raise ValueError(f"{experiment.name} has no codec and no text encoder, so nothing needs encoding; set --codec.")
     if isinstance(experiment.data, LatentsConfig):
-        raise ValueError("data are cached latents, so they are already encoded; give images or clips instead.")
+        raise ValueError("data are cached latents, which are already encoded; give images or clips instead.")
     # The provenance makes training with other networks raise an error.
     data, experiment = experiment.data, experiment.with_provenance()
     splits = ("train", "eval") if data.eval_fraction > 0 else ("train",)

@@ -1,4 +1,4 @@
-"""The command `evaluate`."""
+"""The command `evaluate`, which prints the metrics of a model on data."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from flowgen.cli.options import say, step_or_best
 
 
 def declare(parser: argparse.ArgumentParser) -> None:
-    """Adds the options of the command."""
+    """Adds the command's options to its parser."""
     parser.add_argument("--checkpoint", required=True, help="directory of a run")
     parser.add_argument("--step", type=step_or_best, help="checkpoint to use: a number, or best (default: the latest)")
     parser.epilog = (
@@ -74,7 +74,7 @@ def _check_sampling(given: set[str], experiment: Any, asked: Any) -> None:
             raise ValueError(f"--{name} has no effect in evaluate; set the number of samples with --samples.")
         if isinstance(experiment.data, PointsConfig):
             raise ValueError(
-                f"--{name} has no effect here, because evaluate compares fixed solvers on points; leave it out."
+                f"--{name} has no effect on points, where evaluate always compares the same solvers; leave it out."
             )
         if not asked.samples and not isinstance(experiment, MatchingExperiment):
             raise ValueError(f"--{name} has no effect without samples; add --samples 100, or leave it out.")

@@ -1,6 +1,6 @@
 """The grammar of all commands: `--group.field value` sets a field, and `--option value` sets an option.
 
-In every command, fields of `sampling` and some common fields can be set without their group. Hyphens and underscores
+In every command, the group may be omitted for fields of `sampling` and for some common fields. Hyphens and underscores
 are equivalent.
 """
 
@@ -36,10 +36,11 @@ E = TypeVar("E", bound=Experiment)
 def apply_words(
     words: Sequence[str], experiment: E, options: Any = None, *, groups: tuple[str, ...] | None = None
 ) -> tuple[E, Any, set[str]]:
-    """Returns the experiment and the options with the values from a command line, and the names of the fields set.
+    """Returns the experiment and options with the values from a command line, and the names of the fields that it sets.
 
-    options: a dataclass whose fields are the command's own options for this kind of experiment. groups: field
-    groups of the experiment that the command accepts, or single fields such as "codec.path"; None accepts all.
+    words: the words of the command line. options: a dataclass whose fields are the command's own options for this
+    kind of experiment. groups: the experiment's groups, or single fields such as "codec.path", that the command
+    accepts; None for all.
 
     Raises ValueError if a field is unknown, is set twice or has an invalid value; the message names the field.
 
@@ -83,7 +84,10 @@ def _overridden(options: Any, words: list[str]) -> Any:
 
 
 def load_experiment(options: argparse.Namespace, words: list[str]) -> Experiment:
-    """Returns the experiment that `--config` names, with fields set by the words; `--debug` first shrinks it."""
+    """Returns the experiment in the config file `--config`, with fields set by the words of the command line.
+
+    With `--debug`, the experiment is shrunk before the fields are set.
+    """
     path = config_path(options.config)
     try:
         experiment = load_config(path)
@@ -105,7 +109,7 @@ def _line_of(path: str, error: Exception) -> int | None:
 
 
 def short_names(experiment: Experiment) -> dict[str, str]:
-    """Returns {short name: full name} for the fields that can be set without their group on a command line.
+    """Returns {short name: full name} for the fields that can be written without their group on a command line.
 
     Example:
         short_names(experiment)["guidance"]  # "sampling.guidance"
@@ -121,10 +125,10 @@ def short_names(experiment: Experiment) -> dict[str, str]:
 def options_help(
     title: str, options: Any, *, without: tuple[Any, ...] = (), group: str = "", omit: tuple[str, ...] = ()
 ) -> str:
-    """Returns a title, then one line for each field of a command's options or of a config group.
+    """Returns help text: a title, then one line for each field of a command's options or of a config group.
 
-    without: options whose fields are listed elsewhere. omit: further fields to leave out. group: prefix of the field
-    names.
+    without: options whose fields are left out because they are listed elsewhere. omit: names of other fields to leave
+    out. group: prefix for the field names.
     """
     elsewhere = {setting.name for other in without for setting in settings(other)}
     chosen = [setting for setting in settings(options) if setting.name not in {*elsewhere, *omit}]

@@ -1,4 +1,4 @@
-"""The command `info`."""
+"""The command `info`, which prints the fields of a config or a run, and estimates what a config needs."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ COMPARED = (
 
 
 def declare(parser: argparse.ArgumentParser) -> None:
-    """Adds the options of the command."""
+    """Adds the command's options to its parser."""
     group = parser.add_mutually_exclusive_group(required=True)
     group.add_argument("--config", help="Python file with config(), or the name of one, such as tarflow_digits")
     group.add_argument("--checkpoint", help="directory of a run")
@@ -67,9 +67,10 @@ def run(options: argparse.Namespace, rest: list[str]) -> int:
 
 
 def estimates(experiment: Experiment) -> list[str]:
-    """Returns lines on the memory and FLOP that a config needs, and on which machines it fits; see docs/training.md.
+    """Returns lines of text about the memory and FLOP that an experiment needs and the machines that it fits on.
 
-    The list is empty if the experiment is of a kind that cannot be traced without data.
+    docs/training.md describes how they are estimated. The list is empty if the experiment cannot be traced without
+    data.
     """
     import jax
 
@@ -103,7 +104,7 @@ def _training_lines(cost: TrainingCost, remat: str) -> list[str]:
     state = {"parameters": cost.parameters, "gradient": cost.gradient, "moments": cost.moments, "average": cost.average}
     stored = f"activations: {_bytes(cost.stored)} stored"
     if cost.recomputed is not None:
-        stored += f", or {_bytes(cost.recomputed)} if layers are computed again in the backward pass"
+        stored += f", or {_bytes(cost.recomputed)} if the backward pass recomputes layers"
         stored += f" (model.remat is {remat})"
     return ["training state: " + ", ".join(f"{name} {_bytes(size)}" for name, size in state.items()), stored]
 
@@ -115,7 +116,7 @@ def _flop_lines(cost: TrainingCost, drawn: SamplingCost | None, batch_size: int)
     if drawn is None:
         return [line]
     if drawn.flop is not None:
-        line += f" of it; {with_prefix(drawn.flop)}FLOP to draw a sample"
+        line += f" in training; {with_prefix(drawn.flop)}FLOP to draw a sample"
     return [line] + ([f"decoding cache: {_bytes(drawn.cache)} per sample"] if drawn.cache else [])
 
 
@@ -127,7 +128,7 @@ def _training_fit(cost: TrainingCost, rows: int, machine: Machine) -> str:
     if cost.state >= memory:
         return f"training does not fit (the state alone takes {_bytes(cost.state)})"
     most = int((memory - cost.state) / (cost.activations / rows))
-    instead = f"about {most} at a time would" if most else "not even 1 at a time would"
+    instead = f"about {most} at a time would fit" if most else "not even 1 at a time would fit"
     return f"training does not fit ({_bytes(needed)}; {instead})"
 
 

@@ -20,7 +20,7 @@ MAX_MESSAGE = 4000  # characters
 
 
 def finite_number(text: str) -> float:
-    """Returns a finite number; argparse puts the option's name before the error."""
+    """Returns the finite number that a text represents; argparse puts the option's name before the error message."""
     try:
         value = float(text)
     except ValueError:
@@ -31,7 +31,7 @@ def finite_number(text: str) -> float:
 
 
 def whole_number(least: int, most: int | None = None) -> Callable[[str], int]:
-    """Returns a parser for whole numbers from least to most."""
+    """Returns a parser for whole numbers from least to most; if most is None, there is no upper bound."""
 
     def parse(text: str) -> int:
         try:
@@ -47,14 +47,14 @@ def whole_number(least: int, most: int | None = None) -> Callable[[str], int]:
 
 
 def step_or_best(text: str) -> int | str:
-    """Returns the number of a checkpoint, or "best"."""
+    """Returns the checkpoint number that a text represents, or "best" if the text is "best"."""
     if text != "best" and not text.isdecimal():
         raise argparse.ArgumentTypeError(f"{text!r} is neither a number nor best")
     return text if text == "best" else int(text)
 
 
 def described(setting: Setting) -> str:
-    """Returns a field as written on a command line, followed by its help as a shell comment."""
+    """Returns a field as it is written on a command line, followed by its help as a shell comment."""
     value = str(setting.value)
     quoted = f'"{value}"' if "'" in value and not set(value) & set('"$`\\') else shlex.quote(value)
     option = f"--{setting.name} {quoted}"
@@ -102,7 +102,7 @@ def say(line: str) -> None:
 
 
 def as_sentence(message: object) -> str:
-    """Returns a message on one line, with control characters escaped. Drops the middle of a very long message."""
+    """Returns a message on one line, with control characters escaped; the middle of a very long message is dropped."""
     text = str(message)
     if len(text) > MAX_MESSAGE:
         text = f"{text[: MAX_MESSAGE // 2]} ... {text[-MAX_MESSAGE // 2 :]}"

@@ -25,7 +25,7 @@ KINDS = {2: "points", 4: "images", 5: "clips"}  # by the number of axes
 
 @dataclass(frozen=True)
 class Output:
-    """Where to write samples.
+    """The files to which samples are written.
 
     path: an image file or .npz; for clips, also .gif or .mp4. single: a new directory for one file per sample, or None.
 
@@ -65,7 +65,7 @@ class Output:
             pillow()
 
     def check_fits(self, experiment: Experiment, options: DrawOptions) -> None:
-        """Raises ValueError if an experiment's samples cannot be written to files of this kind."""
+        """Raises ValueError if samples of this experiment cannot be written to these types of files."""
         is_clips = isinstance(experiment, VideoFlowExperiment)
         if self.is_video and not is_clips:
             raise ValueError(f"--out is {self.path}, but this model does not draw videos; use .png or .npz.")

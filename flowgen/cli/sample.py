@@ -1,4 +1,4 @@
-"""The command `sample`."""
+"""The command `sample`, which draws samples from a trained model."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from flowgen.packages import missing
 
 
 def declare(parser: argparse.ArgumentParser) -> None:
-    """Adds the options of the command."""
+    """Adds the command's options to its parser."""
     parser.add_argument("--checkpoint", required=True, help="directory of a run")
     parser.add_argument("--step", type=step_or_best, help="checkpoint to use: a number, or best (default: the latest)")
     parser.add_argument("--no-ema", action="store_true", help="use the trained parameters, not their average")
@@ -100,7 +100,7 @@ def _check_guidance(experiment: Any, given: set[str]) -> None:
         and getattr(sampling, "temperature", 1) == 1
     ):
         raise ValueError(
-            f"sampling.guidance is {sampling.guidance:g}, but the model has no classes and no texts to guide towards; "
+            f"sampling.guidance is {sampling.guidance:g}, but the model is conditioned on neither classes nor text; "
             "leave it out, or set --temperature to a value other than 1."
         )
 
@@ -112,7 +112,7 @@ def _with_prompts(experiment: Any, prompts: tuple[str, ...], given: set[str]) ->
         if not getattr(experiment.model, "text_dim", 0):
             raise ValueError(f"--prompt is {prompts[0]!r}, but this model is not conditioned on text; leave it out.")
         if "sampling.prompts" in given:
-            raise ValueError("--prompt or --prompts and --sampling.prompts set the same field; leave one out.")
+            raise ValueError("--sampling.prompts sets the same field as --prompt and --prompts; use only one of them.")
         sampling = dataclasses.replace(sampling, prompts=prompts)
     elif "sampling.prompts" not in given:
         return experiment
@@ -122,7 +122,7 @@ def _with_prompts(experiment: Any, prompts: tuple[str, ...], given: set[str]) ->
 
 
 def _prompts(options: argparse.Namespace) -> tuple[str, ...]:
-    """Returns the prompts from the command line. Raises ValueError if a file has none."""
+    """Returns the prompts from the command line. Raises ValueError if the file of prompts contains none."""
     if options.prompt is not None and options.prompts is not None:
         raise ValueError(
             "--prompt and --prompts cannot be combined; put all prompts in the file, or give each one with --prompt."
@@ -141,7 +141,7 @@ def _prompts(options: argparse.Namespace) -> tuple[str, ...]:
     except UnicodeDecodeError as error:
         raise ValueError(f"--prompts {options.prompts} is not UTF-8 text ({error}); convert it to UTF-8.") from error
     if not any(line.strip() for line in lines):
-        raise ValueError(f"--prompts {options.prompts} has no prompts; write one per line.")
+        raise ValueError(f"--prompts {options.prompts} contains no prompts; write one per line.")
     return tuple(line.strip() for line in lines if line.strip())
 
 

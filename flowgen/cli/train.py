@@ -1,4 +1,4 @@
-"""The command `train`."""
+"""The command `train`, which trains a model or resumes a run."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ DEBUG = "--debug trains a tiny model to check that everything runs; its metrics 
 
 
 def declare(parser: argparse.ArgumentParser) -> None:
-    """Adds the options of the command."""
+    """Adds the command's options to its parser."""
     parser.add_argument(
         "--config", required=True, help="Python file with config(), or the name of one, such as tarflow_digits"
     )
@@ -21,7 +21,7 @@ def declare(parser: argparse.ArgumentParser) -> None:
         "--profile",
         type=whole_number(1),
         metavar="STEPS",
-        help="trace this many steps, after the first one, for a profiler; written to WORKDIR/profile",
+        help="write a profiler trace of this many steps, after the first one, to WORKDIR/profile",
     )
     parser.epilog = (
         "Any field of the config can be set, such as --optim.lr 3e-4 or, for short, --lr 3e-4; info lists the fields."
@@ -58,7 +58,7 @@ def run(options: argparse.Namespace, rest: list[str]) -> int:
             if options.debug:
                 say(DEBUG)
             if backend.platform() == "cpu" and (problem := huge_pages.why_absent()):
-                say(f"No huge pages, with which larger flows train faster on CPUs: {problem}.")
+                say(f"No huge pages, which would speed up the training of larger flows on CPUs: {problem}.")
             # The CPU devices that were added for sampling do not speed up training.
             devices = jax.local_devices()[:1] if options.makes_devices and backend.platform() == "cpu" else None
             result = fit(experiment, options.workdir, signals=signals, profile=options.profile or 0, devices=devices)

@@ -1,4 +1,4 @@
-"""Autoencoders for images and clips, and codecs, which convert between pixels and latents for latent flows."""
+"""Autoencoders for images and clips, and the codecs with which latent flows convert between pixels and latents."""
 
 from flowgen.codecs.autoencoder import AUTOENCODER_PRESETS, Autoencoder, AutoencoderConfig
 from flowgen.codecs.codec import AutoencoderCodec, Codec, LatentNormalisation, PixelCodec

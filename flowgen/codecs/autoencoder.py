@@ -1,13 +1,13 @@
 """AutoencoderKL: maps images to a Gaussian over latents, and latents back to images (Rombach et al., arXiv 2112.10752).
 
-The encoder begins with a convolution. Each level consists of residual blocks, and every level but the last then halves
-the height and width. The levels are followed by a residual block, attention, another residual block, and a convolution
-that returns the mean and log variance. A residual block computes
+The encoder begins with a convolution, followed by several levels. Each level consists of residual blocks; every level
+but the last then halves the height and width. After the levels come a residual block, attention, another residual
+block, and a convolution that returns the mean and log variance. A residual block computes
 
     r(x) = skip(x) + conv(silu(norm(conv(silu(norm(x)))))).
 
-The decoder mirrors the encoder, but has one more residual block per level. Both networks are frozen while a flow is
-trained on the latents.
+The decoder mirrors the encoder, but has one more residual block per level. While a flow is trained on the latents, both
+the encoder and the decoder are frozen.
 """
 
 from __future__ import annotations
@@ -61,7 +61,8 @@ class AutoencoderConfig:
         for width in self.widths:
             if width % self.num_groups:
                 raise ValueError(
-                    f"widths has {width}, which is not a multiple of num_groups {self.num_groups}; change one of them."
+                    f"widths contains {width}, which is not a multiple of num_groups {self.num_groups}; "
+                    "change one of them."
                 )
 
     def build(self) -> Autoencoder:
@@ -75,7 +76,7 @@ class AutoencoderConfig:
 
     @property
     def inputs(self) -> tuple[jax.ShapeDtypeStruct, ...]:
-        """The shape and dtype of a batch that contains one image of the smallest size that every layer accepts."""
+        """The shape and dtype of a batch with a single image, of the smallest size that every layer accepts."""
         return (jax.ShapeDtypeStruct((1, self.factor, self.factor, self.channels), jnp.float32),)
 
 
@@ -114,7 +115,7 @@ class Autoencoder(OnMeshes, nn.Module):
 
 
 class Encoder(nn.Module):
-    """Maps images to the features from which a 1 × 1 convolution in `Autoencoder` computes mean and log variance."""
+    """Maps images to features. A 1 × 1 convolution in `Autoencoder` turns these into the mean and log variance."""
 
     config: AutoencoderConfig
 
@@ -135,7 +136,7 @@ class Encoder(nn.Module):
 
 
 class Decoder(nn.Module):
-    """Maps latents to images, after a 1 × 1 convolution in `Autoencoder`."""
+    """Maps latents to images. `Autoencoder` first applies a 1 × 1 convolution to the latents."""
 
     config: AutoencoderConfig
 
@@ -157,8 +158,8 @@ class Decoder(nn.Module):
 class Middle(nn.Module):
     """Two residual blocks at the lowest resolution, with optional attention between them, for images or clips.
 
-    block: a function (width, name) -> layer that creates a residual block.
-    attention: a function name -> layer that creates the attention layer, or None.
+    block: a function that creates a residual block, called as block(width, name).
+    attention: a function that creates the attention layer, called as attention(name); None means no attention.
     """
 
     block: Callable[..., ResidualBlock]
@@ -193,5 +194,5 @@ def _conv_out(config: AutoencoderConfig, h: Array, features: int) -> Array:
     return conv(features, h.shape[-1], master, name="conv_out")(h)
 
 
-# The published autoencoder of latent diffusion models, which has 83,653,863 parameters.
+# The published autoencoder for latent diffusion models, which has 83,653,863 parameters.
 AUTOENCODER_PRESETS: dict[str, AutoencoderConfig] = {"sd_vae": AutoencoderConfig()}

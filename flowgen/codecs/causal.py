@@ -1,9 +1,9 @@
 """Layers that are causal in time, for clips `b f rows columns c`.
 
-Because the layers are causal, a clip can be processed whole or in chunks. A layer maps (x, cache) to (y, next cache),
-where `cache` contains what the layer needs from earlier frames. `cache` is None if x starts the clip. The output of a
-convolution at frame t depends on frames t-2, t-1 and t; the frames before the clip are zeros. The first frame is
-treated as an image: layers that halve or double the number of frames do not change it.
+Because the layers are causal, a clip can be processed whole or in chunks. A layer maps (x, cache) to (y, next cache).
+The cache contains what the layer needs from earlier frames; it is None if x starts the clip. The output of a
+convolution at frame t depends on frames t-2, t-1 and t, and zeros stand for the frames before the clip. The first frame
+is treated as an image, so layers that halve or double the number of frames pass it through unchanged.
 """
 
 from __future__ import annotations
@@ -20,14 +20,14 @@ from flowgen.nn.convolution import Cache, clip_conv, conv
 from flowgen.nn.layers import RMSNorm, master_dtype
 
 Features = Float[Array, "b f rows columns c"]
-# The output of a layer, which may differ from the input in its numbers of frames, positions and channels.
+# The output of a layer. The numbers of frames, positions and channels may differ from those of the input.
 NewFeatures = Float[Array, "b new_frames new_rows new_columns d"]
 
 CHANNEL_NORM_EPS = 1e-12
 
 
 def chain(layers: Sequence[Callable[..., tuple[Array, Cache]]], h: Array, cache: Cache) -> tuple[Array, Cache]:
-    """Applies the layers to h one after another; returns the result and the layers' caches for later frames."""
+    """Applies the layers to h in sequence; returns the result and the layers' caches for later frames."""
     caches = [None] * len(layers) if cache is None else cache
     after = []
     for layer, mine in zip(layers, caches, strict=True):
@@ -41,9 +41,9 @@ def convolve_clip(
 ) -> tuple[NewFeatures, Float[Array, "b 2 rows columns c"]]:
     """Convolves each frame of x together with the two frames before it; also returns the cache for the next chunk.
 
-    The function must be called in a compact method, and creates a submodule there.
+    Creates a submodule, so it must be called in a method decorated with `nn.compact`.
 
-    cache: the two frames before x. None, for the start of a clip, stands for two frames of zeros.
+    cache: the two frames before x. At the start of a clip it is None, and two frames of zeros are used.
     """
     before = jnp.zeros_like(x, shape=(x.shape[0], 2, *x.shape[2:])) if cache is None else cache
     x = jnp.concatenate([before, x], axis=1)
@@ -61,9 +61,9 @@ def channel_norm(name: str) -> RMSNorm:
 def average_down(x: Features, width: int, *, time: int, space: int, begins: bool) -> NewFeatures:
     """Reduces each block of `time` frames and space × space positions to one position with `width` channels.
 
-    The values of a block, in the order channel, frame, row, column, are divided into `width` groups of equal size. Each
-    group is averaged to give one channel. If x starts the clip, it is first padded with zeros in front, so that its
-    first frame is the last one of a block.
+    The values of a block are ordered by channel, frame, row and column, and divided into `width` groups of equal size.
+    The mean of each group becomes one channel. If x starts the clip, it is first padded with zeros in front, so that
+    its first frame is the last frame of a block.
     """
     if begins:
         x = jnp.pad(x, ((0, 0), (time - 1, 0), (0, 0), (0, 0), (0, 0)))
@@ -118,9 +118,9 @@ class HalveSpace(nn.Module):
 
 
 class HalveTime(nn.Module):
-    """Halves the number of frames after the first frame. The first frame is not changed.
+    """Halves the number of frames, except that the first frame is passed through unchanged.
 
-    Each new frame is a convolution over three consecutive frames: (0, 1, 2), (2, 3, 4), and so on.
+    Each later output frame is a convolution over three consecutive frames: (0, 1, 2), (2, 3, 4), and so on.
     """
 
     dtype: str
@@ -134,9 +134,9 @@ class HalveTime(nn.Module):
 
 
 class DoubleTime(nn.Module):
-    """Doubles the number of frames after the first frame. The first frame is not changed.
+    """Doubles the number of frames, except that the first frame is passed through unchanged.
 
-    A causal convolution turns each of the later frames into two. The first frame is never an input of the convolution.
+    A causal convolution turns each later frame into two. The first frame is never an input to the convolution.
     """
 
     dtype: str

@@ -1,4 +1,4 @@
-"""Codecs, which map images or clips to latents and back, for flows that are trained on the latents.
+"""Codecs map images or clips to latents and back, for flows that are trained on latents.
 
 While a flow is trained, its codec is frozen.
 """
@@ -30,7 +30,7 @@ Latents = Float[Array | np.ndarray, "b *latent_frames rows columns z"]
 class Codec(Protocol):
     """Maps images or clips in [-1, 1] to normalised latents and back.
 
-    An image is encoded in the same way as the first frame of a clip.
+    An image is encoded like the first frame of a clip.
 
     factor: number of pixels per latent along the height or width.
     stride: number of frames per latent frame, after the first one; 1 + k · stride frames become 1 + k latent frames.
@@ -89,7 +89,8 @@ class PixelCodec:
     def moments(self, x: Pixels) -> tuple[Latents, Latents]:
         """Returns the mean and standard deviation of the latents of images or clips.
 
-        The mean contains the values of each block, in the order row, column, channel. The standard deviation is 0.
+        The mean contains the pixel values of each block, ordered by row, column and channel. The standard deviation is
+        0.
         """
         *frames, height, width = check_pixels(self, x)
         tokens = patchify(_images(at_least_float32("images", x)), self.factor, "channel_last")
@@ -122,7 +123,7 @@ class LatentNormalisation:
         return (latents - _per_channel(self.shift, latents)) * _per_channel(self.scale, latents)
 
     def apply_to_std(self, std: Latents) -> Latents:
-        """Returns the standard deviation of the normalised latents, given that of the latents."""
+        """Returns a standard deviation of latents, scaled in the same way as `apply` scales the latents."""
         return std * np.abs(_per_channel(self.scale, std))
 
     def undo(self, normalised: Latents) -> Latents:
@@ -138,8 +139,8 @@ def _per_channel(values: ArrayLike, latents: Latents) -> np.ndarray:
 class AutoencoderCodec:
     """A codec that uses a frozen image autoencoder and normalises its latents.
 
-    Clips are encoded frame by frame. The codec processes images in batches whose size is limited so that they fit into
-    memory. These batches have few different sizes, so few programs are compiled.
+    Clips are encoded frame by frame. Images are processed in batches that are small enough to fit into memory. Only a
+    few batch sizes occur, so only a few programs are compiled.
 
     Example:
         codec = AutoencoderCodec(autoencoder, params, LatentNormalisation(scale=0.18215))
@@ -190,7 +191,7 @@ def _images(x: Any) -> Any:
 
 
 def check_pixels(codec: Codec, x: Any) -> tuple[int, ...]:
-    """Returns the shape of an image, (height, width), or of a clip, (frames, height, width).
+    """Returns (height, width) for images, or (frames, height, width) for clips.
 
     Raises ValueError if the codec does not accept these images or clips.
 
@@ -207,7 +208,7 @@ def check_pixels(codec: Codec, x: Any) -> tuple[int, ...]:
 
 
 def check_latents(codec: Codec, latents: Any) -> tuple[int, ...]:
-    """Returns the shape of the latents of an image, (rows, columns), or of a clip, (frames, rows, columns).
+    """Returns (rows, columns) for the latents of images, or (frames, rows, columns) for the latents of clips.
 
     Raises ValueError if the codec does not accept these latents.
 
@@ -218,15 +219,15 @@ def check_latents(codec: Codec, latents: Any) -> tuple[int, ...]:
 
 
 def _event_shape(what: str, x: Any, channels: int) -> tuple[int, ...]:
-    """Returns the shape of one sample without the axis of channels."""
+    """Returns the shape of one sample, without the channel axis."""
     check_floating(what, x)
     if x.ndim not in (4, 5) or x.shape[-1] != channels:
         raise ValueError(
-            f"{what} have shape {tuple(x.shape)}; this codec needs (batch, height, width, {channels}), or, for clips, "
-            "the same with an axis of frames after the batch."
+            f"{what} have shape {tuple(x.shape)}; this codec needs (batch, height, width, {channels}), with an "
+            "axis of frames after the batch axis for clips."
         )
     if 0 in x.shape:
-        raise ValueError(f"{what} have shape {tuple(x.shape)}, but every axis needs a length of at least 1.")
+        raise ValueError(f"{what} have shape {tuple(x.shape)}, but no axis may be empty.")
     return tuple(x.shape[1:-1])
 
 

@@ -1,9 +1,9 @@
 """Video autoencoders, which map clips to a Gaussian over latents, and latents back to clips. They are causal in time.
 
-The architectures are those of Wan (arXiv 2503.20314) and Wan 2.2. The networks resemble the one in `autoencoder`, with
-two differences. Their convolutions also see the two previous frames. In addition, some levels halve the number of
-frames, so that 1 + k · stride frames become 1 + k latent frames. The first latent frame depends only on the first
-frame. Levels may have shortcuts without parameters, which average groups of values in the encoder and copy values in
+The architectures come from Wan (arXiv 2503.20314) and Wan 2.2. The networks differ from the image autoencoder in
+`autoencoder` in two ways. Each convolution also covers the two previous frames. In addition, some levels halve the
+number of frames, so that 1 + k · stride frames become 1 + k latent frames. The first latent frame depends only on the
+first frame. Levels may have parameter-free shortcuts, which average groups of values in the encoder and copy values in
 the decoder. Every layer accepts and returns a cache of earlier frames (see `causal`), so clips can be processed whole
 or in chunks.
 """
@@ -55,7 +55,7 @@ class VideoAutoencoderConfig:
     latent_channels: number of channels of the latents.
     widths: number of channels in each level of the encoder; every level but the last halves height and width.
     decoder_widths: number of channels in each level of the decoder; has as many entries as widths.
-    halve_time: whether each level but the last also halves the number of frames; has one entry fewer than widths.
+    halve_time: for each level but the last, whether it also halves the number of frames.
     layers_per_block: number of residual blocks in each level of the encoder; the decoder has one more in each level.
     patch_size: side of the square patches whose pixels are stacked as channels before the first level.
     shortcuts: whether levels have shortcuts; if not, spatial upsampling also halves the channels, as in Wan 2.1.
@@ -93,7 +93,7 @@ class VideoAutoencoderConfig:
 
     @property
     def strides(self) -> tuple[tuple[int, int], ...]:
-        """For each level, the factors by which it divides the number of frames, and the height and width."""
+        """The (temporal, spatial) downsampling factors of each level."""
         return (*((2 if halve else 1, 2) for halve in self.halve_time), (1, 1))
 
     @property
@@ -103,12 +103,12 @@ class VideoAutoencoderConfig:
 
     @property
     def stride(self) -> int:
-        """The number of frames per latent frame, after the first frame, which has a latent frame to itself."""
+        """The number of frames per latent frame, except for the first frame, which has its own latent frame."""
         return 2 ** sum(self.halve_time)
 
     @property
     def inputs(self) -> tuple[jax.ShapeDtypeStruct, ...]:
-        """The shape and dtype of a batch that contains one clip of the smallest size that uses every layer."""
+        """The shape and dtype of a batch with a single clip, of the smallest size that uses every layer."""
         shape = (1, 1 + self.stride, self.factor, self.factor, self.channels)
         return (jax.ShapeDtypeStruct(shape, jnp.float32),)
 
@@ -119,8 +119,8 @@ def _check_shortcuts(config: VideoAutoencoderConfig) -> None:
         numbers = below * time * space**2
         if numbers % width:
             raise ValueError(
-                f"widths has {width} after {below}, but the shortcut between them has {numbers} values per position, "
-                f"which is not a multiple of {width}; change one of the two, or set shortcuts to False."
+                f"widths contains {width} after {below}, but the shortcut between them has {numbers} values per "
+                f"position, which is not a multiple of {width}; change one of the two, or set shortcuts to False."
             )
         below = width
     # The decoder runs its levels in descending order. Level 0, which runs last, has no shortcut.
@@ -129,19 +129,19 @@ def _check_shortcuts(config: VideoAutoencoderConfig) -> None:
         numbers = width * time * space**2
         if numbers % above:
             raise ValueError(
-                f"decoder_widths has {width} before {above}, but the shortcut between them has {numbers} values per "
-                f"position, which is not a multiple of {above}; change one of the two, or set shortcuts to False."
+                f"decoder_widths contains {width} before {above}, but the shortcut between them has {numbers} values "
+                f"per position, which is not a multiple of {above}; change one of the two, or set shortcuts to False."
             )
         above = width
 
 
 def _strides_up(config: VideoAutoencoderConfig) -> tuple[tuple[int, int], ...]:
-    """Returns, for each level of the decoder, the factors for the number of frames, and for the height and width."""
+    """Returns the (temporal, spatial) upsampling factors of each level of the decoder."""
     return ((1, 1), *config.strides[:-1])
 
 
 def check_clips(x: Any, *, channels: int, factor: int, stride: int) -> None:
-    """Raises ValueError unless clips have the given channels, 1 + k · stride frames, and sides divisible by factor."""
+    """Raises ValueError unless clips have `channels` channels, 1 + k · stride frames, and sides divisible by factor."""
     check_floating("clips", x)
     if x.ndim != 5 or x.shape[-1] != channels:
         raise ValueError(
@@ -216,7 +216,7 @@ class VideoAutoencoder(OnMeshes, nn.Module):
 
 
 class Encoder(nn.Module):
-    """Maps patches to the features from which a linear layer in `VideoAutoencoder` computes mean and log variance."""
+    """Maps patches to features. A linear layer in `VideoAutoencoder` turns these into the mean and log variance."""
 
     config: VideoAutoencoderConfig
 
@@ -233,7 +233,7 @@ class Encoder(nn.Module):
 
 
 class Decoder(nn.Module):
-    """Maps latents to patches of pixels, after a linear layer in `VideoAutoencoder`."""
+    """Maps latents to patches of pixels. `VideoAutoencoder` first applies a linear layer to the latents."""
 
     config: VideoAutoencoderConfig
 
@@ -250,7 +250,7 @@ class Decoder(nn.Module):
 
 
 class Down(nn.Module):
-    """A level of the encoder: residual blocks, then downsampling, except in the last level.
+    """A level of the encoder: residual blocks and, in all levels but the last, downsampling.
 
     An optional shortcut connects the input of the level to its output.
     """
@@ -274,7 +274,7 @@ class Down(nn.Module):
 
 
 class Up(nn.Module):
-    """A level of the decoder: residual blocks, then upsampling, except in the level that runs last.
+    """A level of the decoder: residual blocks and, in all levels but the final one, upsampling.
 
     An optional shortcut connects the input of the level to its output.
     """
@@ -290,7 +290,7 @@ class Up(nn.Module):
         if time == 2:
             layers.append(DoubleTime(config.dtype, name="double_time"))
         if space == 2:
-            # Without a shortcut, spatial upsampling also halves the number of channels.
+            # Without shortcuts, spatial upsampling also halves the number of channels.
             layers.append(DoubleSpace(config.dtype, width if config.shortcuts else width // 2, name="double"))
         h, after = chain(layers, x, cache)
         if config.shortcuts and space == 2:
@@ -308,9 +308,9 @@ def _middle(config: VideoAutoencoderConfig) -> Middle:
 
 
 def encode_in_chunks(autoencoder: VideoAutoencoder, variables: PyTree, x: Clips) -> Moments:
-    """Encodes the first frame of clips, then `stride` frames at a time.
+    """Encodes clips in chunks: first a single frame, then `stride` frames at a time.
 
-    The activations of only one chunk are in memory at a time.
+    This saves memory, because only one chunk's activations are needed at a time.
 
     Example:
         mean, log_variance = encode_in_chunks(autoencoder, params, x)
@@ -325,7 +325,7 @@ def decode_in_chunks(
 ) -> Clips:
     """Decodes latents to clips, one latent frame at a time.
 
-    The activations of only one latent frame are in memory at a time.
+    This saves memory, because only one latent frame's activations are needed at a time.
 
     Example:
         x = decode_in_chunks(autoencoder, params, latents)

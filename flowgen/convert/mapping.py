@@ -1,9 +1,8 @@
 """Copies the tensors of a weight file to the leaves of a parameter tree, and checks that none is missing or left over.
 
-A `Rule` states which tensors fill which leaf, and how the tensors are transformed. Its source and its target are
-templates of names, with indices in braces. If the target does not mention an index of the source, the tensors are
-stacked along this index: those with the values 0, 1, ... fill the leading axis of the leaf. This is used for the
-scanned layers of a block.
+A `Rule` states which tensors fill which leaf, and how they are transformed. Its source and its target are name
+templates with indices in braces. If an index occurs only in the source, the tensors with the values 0, 1, ... of this
+index are stacked along the leading axis of the leaf. This is how the scanned layers of a block are filled.
 
     Rule("blocks.{block}.mlp.{layer}.weight", "params/blocks_{block}/mlp/kernel", transpose)
 
@@ -28,7 +27,7 @@ _MAX_LISTED = 12
 
 
 def as_is(x: np.ndarray) -> np.ndarray:
-    """Returns x.
+    """Returns x unchanged.
 
     Example:
         Rule("var", "prior/variance", as_is)
@@ -48,7 +47,7 @@ def transpose(x: np.ndarray) -> np.ndarray:
 
 
 class Requirement(NamedTuple):
-    """A requirement that a source tensor must meet, as a predicate and in words for the error message.
+    """A condition that a source tensor must satisfy: a predicate, and a description for the error message.
 
     Example:
         ones = Requirement("all ones", lambda x: bool((x == 1).all()))
@@ -62,10 +61,10 @@ class Requirement(NamedTuple):
 class Rule:
     """Maps the tensors named `source` to the leaf `target`.
 
-    source: template of the names of the tensors.
-    target: template of the path of the leaf; None drops the tensors.
-    transform: applied to each tensor.
-    requirement: a requirement that each tensor must meet, if any.
+    source: template for the names of the tensors.
+    target: template for the path of the leaf; None drops the tensors.
+    transform: a function that is applied to each tensor.
+    requirement: a condition that each tensor must satisfy, if any.
 
     Example:
         Rule("blocks.{block}.attn_mask", None, requirement=Requirement("causal", is_causal))
@@ -84,7 +83,7 @@ class Rule:
 
     @property
     def stacked(self) -> list[str]:
-        """The indices in the source that the target does not mention."""
+        """The indices that occur in the source but not in the target."""
         kept = set(_INDEX.findall(self.target or ""))
         return [name for name in _INDEX.findall(self.source) if name not in kept]
 
@@ -99,7 +98,7 @@ class Rule:
 
 
 class MappingError(ValueError):
-    """The weights do not fit the model; `failures` contains a description of each problem."""
+    """Raised if the weights do not fit the model; `failures` contains a description of each problem."""
 
     def __init__(self, failures: Iterable[str]):
         self.failures = tuple(failures)
@@ -114,7 +113,7 @@ class MappingError(ValueError):
 
 
 def match(template: str, name: str) -> dict[str, int] | None:
-    """Returns the values of the indices for which a template gives a name, or None if there are no such values.
+    """Returns the index values with which a template produces this name, or None if the name does not match.
 
     Example:
         match("blocks.{block}.proj_in.weight", "blocks.3.proj_in.weight")  # {"block": 3}
@@ -132,14 +131,15 @@ def _pattern(template: str) -> re.Pattern[str]:
 
 
 def fill(target: Any, state_dict: Mapping[str, np.ndarray], rules: Iterable[Rule]) -> tuple[Any, tuple[str, ...]]:
-    """Returns a tree of numpy arrays filled from the state dict, and the names of the dropped tensors.
+    """Fills a tree of numpy arrays from a state dict. Returns the tree and the names of the dropped tensors.
 
     Exactly one rule must fill each leaf. Every tensor must be used exactly once, or dropped by a rule.
 
     target: a tree of arrays or `jax.ShapeDtypeStruct`; the resulting tree has the same shapes and dtypes.
 
     Raises:
-        MappingError: tensors are missing, unexpected, not finite, or of the wrong shape or dtype; `failures` lists all.
+        MappingError: tensors are missing, unexpected, not finite, or of the wrong shape or dtype; `failures`
+            lists every problem.
 
     Example:
         variables, dropped = fill(jax.eval_shape(model.init, key, x), state_dict, RULES)
@@ -156,7 +156,7 @@ def fill(target: Any, state_dict: Mapping[str, np.ndarray], rules: Iterable[Rule
             return _nothing(leaf)
         ((rule, sources),) = found
         numbers = sum(state_dict[source].size for source in sources if source in state_dict)
-        # A config could require far more memory than the file has bytes. A leaf is therefore not allocated if the
+        # A malicious config could describe arrays far larger than the file. A leaf is therefore not allocated if the #
         # tensors have too few elements to fill it.
         out = np.empty(leaf.shape, leaf.dtype) if numbers >= math.prod(leaf.shape) else _nothing(leaf)
         for index, source in enumerate(sources):

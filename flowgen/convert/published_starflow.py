@@ -1,6 +1,6 @@
 """Imports published STARFlow and STARFlow-V checkpoints.
 
-The architecture of a model is given by the arguments in the YAML file that was published with its weights.
+The arguments in the YAML file that was published with a model's weights determine its architecture.
 """
 
 from __future__ import annotations
@@ -64,14 +64,14 @@ _DEFAULTS: dict[str, Any] = {
     "cond_noise_level": 0,
     "fps_cond": 0,
 }
-# First come the options that must be set for every model, for every video model, and for every model with a denoiser.
-# They are followed by the options that only video models may set, and by those that are not supported.
+# The first three tuples list the options that must be set for every model, for every video model, and for every model #
+# with a denoiser. The next two list the options that only video models may set, and the options that are not supported.
 _REQUIRED = ("rope", "sos", "use_softplus", "use_final_norm")
 _REQUIRED_OF_CLIPS = ("temporal_causal", "shallow_block_local", "cond_top_only", "txt_size")
 _REQUIRED_OF_DENOISERS = ("conditional_denoiser", "denoiser_window", "noise_std", "cond_noise_level")
 _ONLY_OF_CLIPS = ("temporal_causal", "shallow_block_local", "learnable_self_denoiser", "fps_cond")
 _REFUSED = ("local_attn_window", "use_pretrained_lm")
-# Arguments that are ignored: they concern training, data or sampling, or have no effect in the published code.
+# Arguments that are ignored, because they concern training, data or sampling, or have no effect in the published code.
 _OTHER = """
     acc adaln batch_size caption_column cfg compile data dataset drop_image drop_label dry_run epoch_length
     epochs finetuned_vae fp8 fsdp fsdp_text_encoder grad_clip grad_skip gradient_checkpoint
@@ -94,12 +94,12 @@ _NUMBERS = {
     **dict.fromkeys(("soft_clip", "noise_std"), Annotated[float, Within(0, 1e6)]),
 }
 _TEXTS = ("vae", "text", "seq_order", "norm_type")
-_MAX_DIGITS = 6  # in the number of frames, and in the frame rate
+_MAX_DIGITS = 6  # of the number of frames, and of the frame rate
 _MAX_LETTERS = 1000  # in layers_per_block
 # For each autoencoder, the number of pixels per latent along a side, and the number of frames per latent frame.
 _VAE_FACTORS = {"sd-vae": (8, 1), "Wan2.2": (16, 4), "Wan2.1": (8, 4)}
-# The token order of block 0 for each published name. A published name states the order of the last block. The order
-# alternates from block to block and the number of blocks is even, so block 0 has the opposite order.
+# The token order of block 0 for each published name. A published name gives the order of the last block. The order #
+# alternates from block to block, and the number of blocks is even, so block 0 has the opposite order.
 _ORDERS = {"L2R": "reversed", "R2L": "raster"}
 # Two constants of the published code: the number of layers of the denoiser, and the factor 0.3 in its step x - 0.3 s,
 # where s is the denoiser's output.
@@ -137,19 +137,19 @@ def starflow(
     *,
     dtype: Literal["float32", "bfloat16"] = "float32",
 ) -> tuple[AutoregressiveFlow, dict[str, Any]]:
-    """Returns the flow of a published STARFlow state dict, and its variables as numpy arrays of `dtype`.
+    """Converts a published STARFlow state dict. Returns the flow, and its variables as numpy arrays of type `dtype`.
 
     The buffers `var`, `attn_mask` and `feat_rope.*` are dropped, because the published code does not use them. Tensors
-    are copied one by one. If `state_dict` comes from `read_state_dict`, its tensors are views of the file, so the
-    result is the only copy in memory.
+    are copied one by one. If `state_dict` comes from `read_state_dict`, its tensors are views of the file, so only the
+    result occupies memory.
 
     arguments: the arguments in the published YAML file, by name. `img_size` is in pixels if `vae` is set, and in
-    latents otherwise. If `text` ends in ".vocab", the model is conditioned on classes, which are one-hot texts of one
-    token. If `vid_size` is set, for example to '81:16' for 81 frames at 16 frames per second, the model is a STARFlowV.
-    It has a denoiser if `learnable_self_denoiser` is set.
+    latents otherwise. If `text` ends in ".vocab", the model is conditioned on classes, each given as a one-hot text of
+    one token. If `vid_size` is set, the model is a STARFlowV; for example, '81:16' means 81 frames at 16 frames per
+    second. The model has a denoiser if `learnable_self_denoiser` is set.
 
     Raises:
-        MappingError (a ValueError): tensors are missing, unexpected, or have the wrong shape; `failures` lists all.
+        MappingError (a ValueError): tensors are missing, unexpected or of the wrong shape; `failures` lists them all.
         ValueError: the dtype or an argument is unknown, or the arguments describe a model that was not published.
 
     Example:
@@ -183,19 +183,19 @@ def _rules(config: STARFlowConfig) -> tuple[Rule, ...]:
     gated = config.activation == "geglu"
     if not isinstance(config, STARFlowVConfig) or not config.denoiser_layers:
         return starflow_rules(gated=gated)
-    # The published denoiser predicts s and steps to x - 0.3 s. Ours predicts t = -σ ∇ log p and steps to x - σ t. Hence
-    # t = s 0.3 / σ.
+    # The published denoiser predicts s and steps to x - 0.3 s. Ours predicts t = -σ ∇ log p and steps to x - σ t. The
+    # two steps are equal if t = 0.3 s / σ.
     return starflow_v_rules(gated=gated, denoiser_scale=_DENOISER_STEP / config.noise_std)
 
 
 def _known(arguments: Mapping[str, Any]) -> dict[str, Any]:
-    """Returns the arguments that determine the architecture; those that are missing have their published defaults.
+    """Returns the arguments that determine the architecture, with the published defaults for missing ones.
 
     Raises ValueError if an argument is unknown or has an unsupported value.
     """
     for name, value in arguments.items():
         if name in _REFUSED and value not in (0, None):
-            raise ValueError(f"{name} is {value!r:.80}; models that use it cannot be imported.")
+            raise ValueError(f"{name} is {value!r:.80}; models with this option cannot be imported.")
         if name not in _DEFAULTS and name not in _OTHER.split() and name not in _REFUSED:
             raise ValueError(f"{name!r:.80} is not an argument of the published STARFlow; remove it.")
     known = _DEFAULTS | {name: value for name, value in arguments.items() if name in _DEFAULTS}
@@ -209,7 +209,7 @@ def _known(arguments: Mapping[str, Any]) -> dict[str, Any]:
         for name in names:
             if not known[name]:
                 raise ValueError(
-                    f"{name} is {known[name]}; all published {kind} use it, and others cannot be imported."
+                    f"{name} is {known[name]}; all published {kind} use it, and models without it cannot be imported."
                 )
     if known["seq_order"] not in _ORDERS:
         raise ValueError(f"seq_order is {known['seq_order']!r:.80}; it must be 'L2R' or 'R2L'.")
@@ -296,18 +296,19 @@ def model_config(state_dict: Mapping[str, np.ndarray], arguments: Mapping[str, A
 
 
 def _of_clips(known: Mapping[str, Any]) -> dict[str, int]:
-    """Returns the config fields that only a video flow has."""
+    """Returns the config fields that exist only for video flows."""
     frames, _ = clip_size(known["vid_size"])
     shape = {"frames": 1 + (frames - 1) // _vae_factors(known["vae"])[1]}
     if not known["learnable_self_denoiser"]:
         return shape
-    # A query in frame q sees frames q + A - 1 - G to q + A - 1, where A is temporal_causal and G is denoiser_window.
+    # A query in frame q attends to frames q + A - 1 - G to q + A - 1, where A is temporal_causal and G is
+    # denoiser_window.
     lookahead = int(known["temporal_causal"]) - 1
     past = int(known["denoiser_window"]) - lookahead
     if past < 0:
         raise ValueError(
             f"denoiser_window is {known['denoiser_window']} and temporal_causal is {known['temporal_causal']}, so no "
-            "frame sees itself; give the values that were published with the weights."
+            "frame attends to itself; give the values that were published with the weights."
         )
     return shape | {
         "denoiser_layers": _DENOISER_LAYERS,
@@ -317,9 +318,9 @@ def _of_clips(known: Mapping[str, Any]) -> dict[str, int]:
 
 
 def clip_size(vid_size: str) -> tuple[int, int]:
-    """Returns the number of frames and the frame rate that the published argument `vid_size` states.
+    """Returns the number of frames and the frame rate in the published argument `vid_size`.
 
-    If it states several frame rates, the first one is returned. Raises ValueError if `vid_size` has another form.
+    If there are several frame rates, the first one is returned. Raises ValueError if `vid_size` is malformed.
 
     Example:
         clip_size("81:16")  # (81, 16)
@@ -345,7 +346,7 @@ def _vae_factors(vae: str | None) -> tuple[int, int]:
 
 
 def _without_identities(state_dict: Mapping[str, np.ndarray], layers: tuple[int, ...]) -> Mapping[str, np.ndarray]:
-    """Returns the tensors with their blocks renumbered so that blocks with 0 layers are not counted.
+    """Returns the tensors with renumbered blocks, so that blocks with 0 layers are not counted.
 
     This is the numbering of `STARFlowConfig.blocks`.
     """

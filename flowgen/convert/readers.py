@@ -16,15 +16,15 @@ from flowgen.convert.torch_files import PICKLE_MAGIC, ZIP_MAGIC, open_torch
 from flowgen.convert.torch_pickle import StoredTensor
 from flowgen.documents import MAX_BYTES, check_regular, parse_json
 
-# Largest size of a safetensors header, in bytes. The format allows headers that are six times as large. Those of the
-# largest models are a hundred times smaller.
+# Maximum size of a safetensors header, in bytes. The format allows headers six times as large, but the largest models #
+# have headers a hundred times smaller.
 _MAX_HEADER = MAX_BYTES
-# The total size of a file's tensors may be at most this multiple of the file's size. It is above 1 because tied weights
-# share bytes.
+# The tensors of a file may be this many times as large as the file. The limit is above 1 because tied weights share #
+# bytes.
 _MAX_VIEWS = 4
-_MAX_LOOKED_AT = 100_000  # visits to dictionaries, including repeated ones, in the search for a state dict
-_MAX_NAMED = 8  # names listed in an error message
-_MAX_DEPTH = 4  # nesting depth of the search for a state dict
+_MAX_LOOKED_AT = 100_000  # dictionary visits, including repeated ones, in the search for a state dict
+_MAX_NAMED = 8  # maximum number of names in an error message
+_MAX_DEPTH = 4  # maximum nesting depth of the search for a state dict
 _LFS_POINTER = b"version https://git-lfs"
 _DTYPES = {
     "F64": "float64",
@@ -47,7 +47,7 @@ _DTYPES = {
 
 
 def check_weight_file(path: str | os.PathLike[str]) -> None:
-    """Raises FileNotFoundError, IsADirectoryError or ValueError if `path` is not a regular file, which is not opened.
+    """Raises FileNotFoundError, IsADirectoryError or ValueError unless `path` is a regular file. Does not open it.
 
     Example:
         check_weight_file("afhq_model_8_768_8_8_0.07.pth")
@@ -61,19 +61,19 @@ def check_weight_file(path: str | os.PathLike[str]) -> None:
 
 
 def read_state_dict(path: str | os.PathLike[str], *, entry: str | None = None) -> dict[str, np.ndarray]:
-    """Returns the tensors of a weight file by name, as read-only views of the file, in the dtypes of the file.
+    """Returns the tensors of a weight file by name, as read-only views of the file. Their dtypes are not converted.
 
-    Supported formats are safetensors and both layouts of torch.save: a zip archive and, in older files, a sequence of
-    pickles. The format is recognised by the content of the file, and nothing in the file is executed. The dictionary of
-    tensors may be nested, as in {"model": ..., "epoch": 3}.
+    The supported formats are safetensors and both layouts of torch.save: a zip archive or, in older files, a sequence
+    of pickles. The format is detected from the content of the file, and no code in the file is executed. The dictionary
+    of tensors may be nested, as in {"model": ..., "epoch": 3}.
 
-    entry: dotted name of the dictionary of tensors, such as "ema" or "state.model"; needed if the file has several.
+    entry: dotted name of the dictionary of tensors, such as "ema" or "state.model"; required if there are several.
 
     Raises:
         FileNotFoundError, IsADirectoryError: there is no file at `path`.
-        ValueError: the file is truncated, damaged, unsafe or in another format; it contains no dictionary of tensors,
-            or none named `entry`, or several if `entry` is None; or its tensors are more than four times as large as
-            the file.
+        ValueError: the file is truncated, damaged, unsafe or in another format; `entry` is not the name of a dictionary
+        of tensors; `entry` is None, but there is not exactly one such dictionary; or the tensors are more than four
+        times as large as the file.
 
     Example:
         state_dict = read_state_dict("afhq_model_8_768_8_8_0.07.pth")
@@ -128,10 +128,10 @@ def _listed(names: Iterable[Any]) -> str:
 def _state_dicts(saved: Any, path: Path) -> dict[str, dict[str, StoredTensor]]:
     """Returns every nested dictionary that contains only tensors, by its dotted name.
 
-    The search is bounded, because the same dictionary may be reachable under very many names.
+    The search is bounded, because a dictionary may be reachable under a huge number of names.
     """
     found: dict[str, dict[str, StoredTensor]] = {}
-    inner: dict[int, list[tuple[str, Any]] | None] = {}  # for each dictionary, what `_dictionaries` returns
+    inner: dict[int, list[tuple[str, Any]] | None] = {}  # the result of `_dictionaries` for each dictionary
     looked_at = 0
 
     def look(value: Any, trail: tuple[str, ...], ancestors: tuple[int, ...]) -> None:
@@ -154,7 +154,7 @@ def _state_dicts(saved: Any, path: Path) -> dict[str, dict[str, StoredTensor]]:
 
 
 def _dictionaries(value: dict[Any, Any]) -> list[tuple[str, Any]] | None:
-    """Returns the names and values of the items of a dictionary that are dictionaries.
+    """Returns those (name, value) pairs of a dictionary in which the value is also a dictionary.
 
     Returns None if all values are tensors, and [] if the dictionary is empty or has a name that is not a string.
     """
@@ -181,14 +181,14 @@ def _check_size(path: Path, tensors: Mapping[str, np.ndarray]) -> None:
 def _read_safetensors(path: Path) -> dict[str, np.ndarray]:
     """Returns the tensors of a safetensors file by name.
 
-    The file consists of the length of the header as a little-endian uint64, the header as JSON, and the tensors,
-    without gaps.
+    The file consists of the header's length as a little-endian uint64, the header as JSON, and the tensors, with no
+    gaps.
     """
     content = np.memmap(path, np.uint8, mode="r")
     length = int.from_bytes(content[:8].tobytes(), "little")
     if length > min(_MAX_HEADER, content.size - 8):
         raise ValueError(
-            f"'{path}' is truncated or not a safetensors file: its header claims to have {length} bytes, but can have "
+            f"'{path}' is truncated or not a safetensors file: its header claims to have {length} bytes, but may have "
             f"at most {min(_MAX_HEADER, content.size - 8)}."
         )
     try:
@@ -217,8 +217,8 @@ def _read_safetensors(path: Path) -> dict[str, np.ndarray]:
             position = stop
     except (ValueError, TypeError, KeyError, AttributeError, RecursionError) as error:
         raise ValueError(
-            f"'{path}' is damaged or not a safetensors file ({type(error).__name__}: {str(error)[:200]}); get the file "
-            "again."
+            f"'{path}' is damaged or not a safetensors file ({type(error).__name__}: {str(error)[:200]}); "
+            "download the file again."
         ) from error
     return {name: tensors[name] for name in header if name in tensors}
 

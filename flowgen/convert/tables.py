@@ -31,9 +31,9 @@ def conv(source: str, target: str) -> tuple[Rule, Rule]:
 
 
 def point(source: str, target: str) -> tuple[Rule, Rule]:
-    """Returns the rules that turn a PyTorch layer that acts on each position separately into a Flax Dense.
+    """Returns the rules that turn a position-wise PyTorch layer into a Flax Dense.
 
-    In some files, this layer is a Linear, and in others, it is a convolution with a kernel of size 1.
+    Depending on the file, the layer is a Linear or a convolution with a kernel of size 1.
 
     Example:
         rules = point("quant_conv", "params/quant_conv")
@@ -56,7 +56,7 @@ def layer_norm(source: str, target: str) -> tuple[Rule, Rule]:
 
 
 def rms_norm(source: str, target: str) -> tuple[Rule]:
-    """Returns the rule for an RMSNorm. Both the published code and flowgen multiply by 1 plus its weight.
+    """Returns the rule for an RMSNorm. Both the published code and flowgen multiply by 1 + weight.
 
     Example:
         rules = rms_norm("final_norm", "params/final_norm")
@@ -69,8 +69,8 @@ def transformer(source: str, target: str, mlp: dict[str, str] | None = None) -> 
 
     The columns of qkv keep their order: all heads of q, then all heads of k, then all heads of v.
 
-    source: template of the names of the layers; the number of the layer is {layer}.
-    mlp: for each linear layer of the MLP, its published name and flowgen's name.
+    source: template for the names of the layers, in which {layer} is the number of the layer.
+    mlp: maps the published names of the MLP's linear layers to flowgen's names.
 
     Example:
         rules = transformer("blocks.{block}.attn_blocks.{layer}", "params/blocks_{block}/layers")
@@ -89,7 +89,7 @@ def transformer(source: str, target: str, mlp: dict[str, str] | None = None) -> 
 def starflow(*, gated: bool) -> tuple[Rule, ...]:
     """Returns the rules for a published STARFlow for images, with plain or gated MLPs.
 
-    Some rules are for options that a model may not use. The model then has no leaves that these rules could fill.
+    Some rules are for optional parts of the model. If the model lacks these parts, the rules fill nothing.
 
     Example:
         variables, dropped = fill(target, state_dict, starflow(gated=False))
@@ -118,7 +118,7 @@ def starflow(*, gated: bool) -> tuple[Rule, ...]:
 def starflow_v(*, gated: bool, denoiser_scale: float) -> tuple[Rule, ...]:
     """Returns the rules for a published STARFlow-V, which consists of a flow and a denoiser.
 
-    denoiser_scale: a factor by which the output of the denoiser is multiplied.
+    denoiser_scale: the factor by which the output of the denoiser is multiplied.
 
     Example:
         variables, dropped = fill(target, state_dict, starflow_v(gated=False, denoiser_scale=0.6))
@@ -143,7 +143,7 @@ def starflow_v(*, gated: bool, denoiser_scale: float) -> tuple[Rule, ...]:
 
 
 def scaled(factor: float, transform: Callable[[np.ndarray], np.ndarray] = as_is) -> Callable[[np.ndarray], np.ndarray]:
-    """Returns a function that transforms a tensor of any dtype and then multiplies it by `factor` in float32.
+    """Returns a function that transforms a tensor and then multiplies it by `factor` in float32.
 
     Example:
         Rule("proj.weight", "params/proj/kernel", scaled(0.5, transpose))

@@ -1,7 +1,7 @@
-"""Reads files of `torch.save` in both layouts: the zip archive of PyTorch 1.6 and later, and the older pickles.
+"""Reads files written by `torch.save`, in both layouts: zip archives (PyTorch 1.6 and later) and older pickles.
 
-In both layouts, a pickle describes each tensor as (storage, offset, shape, strides). The file stores the bytes of the
-storages separately and uncompressed, so tensors can be read as views of the memory-mapped file.
+In both layouts, a pickle describes each tensor as (storage, offset, shape, strides). The bytes of the storages follow
+separately and uncompressed, so tensors can be read as views of the memory-mapped file.
 """
 
 from __future__ import annotations
@@ -26,12 +26,12 @@ _LEGACY_PROTOCOL = 1001
 _ANOTHER_BYTE_ORDER = "it was written on a big-endian machine; save it again on a little-endian one"
 _MAX_PICKLE = 1 << 26  # bytes
 
-# The errors that malformed bytes may cause.
+# The errors that malformed bytes can cause.
 _DAMAGE = (Damage, struct.error, LookupError, TypeError, ValueError, OverflowError, MemoryError)
 
 
 class TorchFile(NamedTuple):
-    """The contents of a file of `torch.save`.
+    """The contents of a file written by `torch.save`.
 
     saved: the saved object, with a `StoredTensor` in place of every tensor.
     read: a function that returns the array for a `StoredTensor`.
@@ -42,13 +42,13 @@ class TorchFile(NamedTuple):
 
 
 def open_torch(path: str | os.PathLike[str]) -> TorchFile:
-    """Returns the contents of a file of `torch.save`. Tensors are read on demand, as read-only views of the file.
+    """Opens a file written by `torch.save`. Tensors are read on demand, as read-only views of the file.
 
-    If the file contains checksums, they are verified. Files in the zip layout contain checksums by default.
+    Checksums are verified if the file contains them, which files in the zip layout do by default.
 
     Raises:
-        ValueError: the file is damaged, truncated, big-endian or not written by torch.save, or it refers to anything
-            but tensors and plain Python values. `TorchFile.read` can raise it too.
+        ValueError: the file is damaged, truncated, big-endian or not written by torch.save, or it contains anything
+        other than tensors and plain Python values. `TorchFile.read` may also raise this error.
 
     Example:
         file = open_torch("model.pth")
@@ -66,7 +66,7 @@ def open_torch(path: str | os.PathLike[str]) -> TorchFile:
         except _DAMAGE as error:
             reason = error if isinstance(error, Damage) else f"{type(error).__name__}: {error}"
             raise ValueError(
-                f"'{path}' is damaged or not written by torch.save ({reason}); get the file again."
+                f"'{path}' is damaged or not written by torch.save ({reason}); download the file again."
             ) from error
 
     zipped = content[: len(ZIP_MAGIC)].tobytes() == ZIP_MAGIC
@@ -80,7 +80,7 @@ def _view(tensor: StoredTensor, storage_bytes: Callable[[Storage], np.ndarray]) 
         return np.empty(tensor.shape, dtype)
     last = tensor.offset + sum((n - 1) * stride for n, stride in zip(tensor.shape, tensor.strides, strict=True))
     if (last + 1) * dtype.itemsize > raw.size:
-        raise Refusal(f"a tensor of shape {tensor.shape} reaches beyond its storage {tensor.storage.key!r}")
+        raise Refusal(f"a tensor of shape {tensor.shape} extends beyond its storage {tensor.storage.key!r}")
     strides = [
         # In PyTorch, an axis of length 1 may have any stride.
         stride * dtype.itemsize if n > 1 else 0
@@ -100,11 +100,11 @@ def _open_zip(content: np.ndarray) -> tuple[Any, Callable[[Storage], np.ndarray]
         raise Refusal("it is a zip archive without data.pkl, so torch.save did not write it")
     root = pickles[0].removesuffix("data.pkl")
     if entries[pickles[0]].size > _MAX_PICKLE:
-        raise Refusal(f"its pickle has more than {_MAX_PICKLE:,} bytes; save only the weights")
+        raise Refusal(f"the pickle has more than {_MAX_PICKLE:,} bytes; save only the weights")
 
     def entry_bytes(name: str) -> np.ndarray:
         if root + name not in entries:
-            raise Refusal(f"its entry {name[:80]!r} is missing; get the file again")
+            raise Refusal(f"the entry {name[:80]!r} is missing; download the file again")
         return entries[root + name].read(content)
 
     if root + "byteorder" in entries and entry_bytes("byteorder")[:8].tobytes() != b"little":
@@ -116,7 +116,7 @@ def _open_zip(content: np.ndarray) -> tuple[Any, Callable[[Storage], np.ndarray]
         if storage.key not in verified:
             raw = entry_bytes(f"data/{storage.key}")
             if raw.size != storage.size:
-                raise Refusal(f"its storage {storage.key[:80]!r} has {raw.size} bytes instead of {storage.size}")
+                raise Refusal(f"storage {storage.key[:80]!r} has {raw.size} bytes instead of {storage.size}")
             verified[storage.key] = raw
         return verified[storage.key]
 
@@ -137,7 +137,7 @@ def _open_legacy(content: np.ndarray) -> tuple[Any, Callable[[Storage], np.ndarr
         raise Refusal(_ANOTHER_BYTE_ORDER)
     saved, keys = unpickler.load(), unpickler.load()
     if type(keys) is not list:
-        raise Damage("the list of its storages is missing")
+        raise Damage("the list of storages is missing")
     starts, position = {}, unpickler.position
     for key in keys:
         storage = unpickler.storages[key]
@@ -145,5 +145,5 @@ def _open_legacy(content: np.ndarray) -> tuple[Any, Callable[[Storage], np.ndarr
         starts[key] = position + 8
         position += 8 + storage.size
         if count != storage.count or position > content.size:
-            raise Refusal(f"its storage {storage.key[:80]!r} is truncated; get the file again")
+            raise Refusal(f"storage {storage.key[:80]!r} is truncated; download the file again")
     return saved, lambda storage: content[starts[storage.key] : starts[storage.key] + storage.size]

@@ -1,10 +1,10 @@
-"""Reads the pickles in files of `torch.save` without torch or the pickle module, and without executing their code.
+"""Reads the pickles written by `torch.save` without torch or the pickle module, and without executing their code.
 
 A pickle is a program for a small stack machine. This module implements a machine that supports only the instructions
 that `torch.save` writes. A program can call functions by name. The machine accepts only the names that a dictionary of
 dense tensors needs, and replaces each with a function in this file. The cost of a program is bounded: the number of
-instructions is limited, keys cannot be chosen so that look-ups become slow, and the size of a table is bounded by the
-size of its contents.
+instructions is limited, keys that could make look-ups slow are refused, and a dictionary is never larger than the data
+from which it is created.
 """
 
 from __future__ import annotations
@@ -16,13 +16,13 @@ from typing import Any, NamedTuple
 
 import jax.numpy as jnp
 
-# The pickles of the largest published models describe a thousand tensors and have thirty thousand instructions.
+# The pickles of the largest published models describe a thousand tensors with thirty thousand instructions.
 MAX_INSTRUCTIONS = 1 << 21
-# The largest number of axes of a NumPy array.
+# The maximum number of axes of a NumPy array.
 MAX_AXES = 64
 MAX_ARGUMENTS = 8
-# The state of an optimizer has one integer key per parameter. The number of integer keys is limited, because a file
-# could choose integers whose hashes collide, which makes look-ups slow. The hashes of strings are unpredictable.
+# An optimizer's state has one integer key per parameter. The number of integer keys is limited, because a malicious
+# file # could use integers whose hashes collide, which makes look-ups slow. The hashes of strings are unpredictable.
 MAX_NUMBER_KEYS = 1 << 14
 
 DTYPES = {
@@ -59,7 +59,7 @@ class Damage(Exception):
 
 
 class Storage(NamedTuple):
-    """A sequence of `count` elements of a dtype that one or more tensors use; `key` identifies it in the file."""
+    """A sequence of `count` elements of one dtype, used by one or more tensors; `key` identifies it in the file."""
 
     key: str
     dtype: str
@@ -82,7 +82,7 @@ class StoredTensor(NamedTuple):
 
 
 class _Mapping(dict):
-    """Stands for a dictionary of a class whose objects have attributes, such as OrderedDict; drops the attributes."""
+    """Replaces a dictionary class whose objects have attributes, such as OrderedDict; drops the attributes."""
 
 
 class _Name(NamedTuple):
@@ -96,9 +96,9 @@ class TensorUnpickler:
     """Reads consecutive pickles as plain Python values, with a `StoredTensor` in place of every tensor.
 
     storages: the storages that the tensors use, by key.
-    position: offset in the content at which the last pickle that was read ends.
+    position: offset in the content at which the most recently read pickle ends.
 
-    Raises Refusal if a program needs more than a dictionary of tensors should, and Damage if it is malformed.
+    Raises Refusal if a pickle does more than a dictionary of tensors requires, and Damage if it is malformed.
 
     Example:
         saved = TensorUnpickler(content).load()
@@ -120,26 +120,26 @@ class TensorUnpickler:
                 self._instructions += 1
                 if self._instructions > MAX_INSTRUCTIONS:
                     raise Refusal(
-                        f"its pickle has more than {MAX_INSTRUCTIONS:,} instructions, far more than weights need; "
+                        f"the pickle has more than {MAX_INSTRUCTIONS:,} instructions, far more than weights need; "
                         "save only the weights, with torch.save(model.state_dict(), file)"
                     )
                 if code not in _INSTRUCTIONS:
-                    raise Damage(f"its pickle has an instruction {bytes([code])!r} that torch.save does not write")
+                    raise Damage(f"the pickle has an instruction {bytes([code])!r} that torch.save does not write")
                 _INSTRUCTIONS[code](self)
             (value,) = self.stack
         except (IndexError, KeyError, TypeError, ValueError, struct.error) as error:
-            raise Damage(f"its pickle is malformed at byte {self.position} ({type(error).__name__})") from error
+            raise Damage(f"the pickle is malformed at byte {self.position} ({type(error).__name__})") from error
         return value
 
     def take(self, count: int) -> memoryview:
         """Returns the next `count` bytes."""
         start, self.position = self.position, self.position + count
         if self.position > len(self.content):
-            raise Damage("its pickle is cut off")
+            raise Damage("the pickle is cut off")
         return self.content[start : self.position]
 
     def number(self, form: str) -> Any:
-        """Returns the next number, which is stored in the `struct` format `form`."""
+        """Returns the next number, decoded with the `struct` format `form`."""
         (value,) = struct.unpack(form, self.take(struct.calcsize(form)))
         return value
 
@@ -148,29 +148,29 @@ class TensorUnpickler:
         return bytes(self.take(count)).decode("utf-8")
 
     def line(self) -> str:
-        """Returns the text up to the next newline. Names are stored in this form."""
+        """Returns the text up to the next newline, which is how names are stored."""
         window = bytes(self.content[self.position : self.position + 1024])
         end = window.find(b"\n")
         if end < 0:
-            raise Damage("its pickle has an unterminated name")
+            raise Damage("the pickle has an unterminated name")
         return self.text(end + 1)[:-1]
 
     def key(self, value: Any) -> Any:
-        """Returns the value if it may be a key of a dictionary or set, and raises Refusal otherwise.
+        """Returns a key of a dictionary or set. Raises Refusal if the key is not allowed.
 
-        Keys may be strings or integers below 2^61.
+        Keys must be strings or integers below 2^61.
         """
         if type(value) is str:
             return value
         if type(value) is not int or abs(value) >= sys.hash_info.modulus:
             raise Refusal(
-                f"its pickle has a dictionary or set with the key {_shown(value)}, which is neither text nor an "
+                f"the pickle has a dictionary or set with the key {_shown(value)}, which is neither text nor an "
                 "integer below 2^61; save only the weights"
             )
         self._number_keys += 1
         if self._number_keys > MAX_NUMBER_KEYS:
             raise Refusal(
-                f"its pickle has more than {MAX_NUMBER_KEYS:,} integer keys; save only the weights, without "
+                f"the pickle has more than {MAX_NUMBER_KEYS:,} integer keys; save only the weights, without "
                 "the optimizer"
             )
         return value
@@ -198,7 +198,7 @@ def _last(count: int) -> Callable[[TensorUnpickler], None]:
     def run(machine: TensorUnpickler) -> None:
         values = tuple(machine.stack[-count:])
         if len(values) != count:
-            raise Damage("its pickle takes more values from the stack than there are")
+            raise Damage("the pickle pops more values than the stack contains")
         machine.stack[-count:] = [values]
 
     return run
@@ -211,13 +211,13 @@ def _add(machine: TensorUnpickler, values: list[Any]) -> None:
     elif type(holder) is list:
         holder.extend(values)
     else:
-        raise Damage("its pickle adds values to something that is not a list")
+        raise Damage("the pickle adds values to something that is not a list")
 
 
 def _set(machine: TensorUnpickler, values: list[Any]) -> None:
     holder = machine.stack[-1]
     if type(holder) not in (dict, _Mapping) or len(values) % 2:
-        raise Damage("its pickle sets items of something that is not a dictionary")
+        raise Damage("the pickle sets items on something that is not a dictionary")
     for name, value in zip(values[::2], values[1::2], strict=True):
         holder[machine.key(name)] = value
 
@@ -229,7 +229,7 @@ def _global(machine: TensorUnpickler) -> _Name:
 def _stack_global(machine: TensorUnpickler) -> _Name:
     name, module = machine.stack.pop(), machine.stack.pop()
     if type(name) is not str or type(module) is not str:
-        raise Damage("its pickle has a name that is not text")
+        raise Damage("the pickle has a name that is not a string")
     return _named(module, name)
 
 
@@ -240,7 +240,7 @@ def _named(module: str, name: str) -> _Name:
     if (module in ("torch", "torch.storage") and name in _STORAGES) or (module == "torch" and name in DTYPES):
         return _Name(name)
     raise Refusal(
-        f"its pickle uses {_shown(full)}, which a dictionary of dense tensors does not need; "
+        f"the pickle uses {_shown(full)}, which a dictionary of dense tensors does not need; "
         "save only the weights, with torch.save(model.state_dict(), file)"
     )
 
@@ -248,28 +248,28 @@ def _named(module: str, name: str) -> _Name:
 def _reduce(machine: TensorUnpickler) -> Any:
     arguments, name = machine.stack.pop(), machine.stack.pop()
     if type(name) is not _Name or name.call is None or type(arguments) is not tuple or len(arguments) > MAX_ARGUMENTS:
-        raise Damage("its pickle calls something that is not a function")
+        raise Damage("the pickle calls something that is not a function")
     return name.call(*arguments)
 
 
 def _build(machine: TensorUnpickler) -> None:
     machine.stack.pop()
     if type(machine.stack[-1]) is not _Mapping:
-        raise Damage("its pickle sets attributes of something that has none")
+        raise Damage("the pickle sets attributes on an object that has none")
 
 
 def _persistent(machine: TensorUnpickler) -> Storage:
     reference = machine.stack.pop()
     if type(reference) is not tuple or len(reference) > MAX_ARGUMENTS:
-        raise Damage("its pickle refers to something that is not a storage")
+        raise Damage("the pickle refers to something that is not a storage")
     tag, kind, key, _, count, *view = reference
     if type(tag) is not str or tag != "storage" or type(key) is not str or any(part is not None for part in view):
-        raise Refusal(f"its pickle refers to {_shown(tag)} in a form that torch.save no longer writes")
+        raise Refusal(f"the pickle refers to {_shown(tag)} in a form that torch.save no longer writes")
     if type(kind) is not _Name or kind.text not in _STORAGES:
-        raise Damage("its pickle has a storage of an unknown kind")
+        raise Damage("the pickle has a storage of an unknown type")
     storage = Storage(key, _STORAGES[kind.text], _natural(count))
     if machine.storages.setdefault(key, storage) != storage:
-        raise Refusal(f"its storage {_shown(key)} has two different descriptions")
+        raise Refusal(f"storage {_shown(key)} has two conflicting descriptions")
     return storage
 
 
@@ -293,7 +293,7 @@ def _shown(value: Any) -> str:
 def _stored_tensor(storage: Any, dtype: Any, offset: Any, shape: Any, strides: Any, metadata: Any) -> StoredTensor:
     layout = type(shape) is type(strides) is tuple and len(shape) == len(strides) <= MAX_AXES
     if not isinstance(storage, Storage) or dtype not in DTYPES or not layout:
-        raise Damage("its pickle has a tensor with an invalid storage, dtype or strides")
+        raise Damage("the pickle has a tensor with an invalid storage, dtype or strides")
     if metadata:
         raise Refusal("a tensor is stored as a lazy view, conjugate or negative; call .clone() on it and save it again")
     sizes, steps = tuple(map(_natural, shape)), tuple(map(_natural, strides))
@@ -301,7 +301,7 @@ def _stored_tensor(storage: Any, dtype: Any, offset: Any, shape: Any, strides: A
 
 
 def _rebuild_tensor(storage, offset, shape, strides, _grad=False, _hooks=None, metadata=None) -> StoredTensor:
-    """Replaces torch._utils._rebuild_tensor and _rebuild_tensor_v2, which has more arguments, after the strides."""
+    """Replaces torch._utils._rebuild_tensor and _rebuild_tensor_v2, which has further arguments after the strides."""
     return _stored_tensor(storage, getattr(storage, "dtype", None), offset, shape, strides, metadata)
 
 
@@ -321,10 +321,10 @@ def _ordered_dict(pairs=()) -> _Mapping:
     if pairs == ():
         return _Mapping()
     if type(pairs) is not list:
-        raise Damage("its pickle makes a dictionary from something other than pairs")
+        raise Damage("the pickle creates a dictionary from something other than a list of pairs")
     made = _Mapping({name: value for name, value in pairs if type(name) is str})
     if len(made) != len(pairs):
-        raise Damage("its pickle makes a dictionary with names that are not text or are repeated")
+        raise Damage("the pickle creates a dictionary whose names are repeated or are not strings")
     pairs.clear()  # A list can be used only once; otherwise, a short program could create many large dictionaries.
     return made
 
@@ -332,7 +332,7 @@ def _ordered_dict(pairs=()) -> _Mapping:
 def _size(values=()):
     """Replaces torch.Size; returns the tuple."""
     if type(values) is not tuple or len(values) > MAX_AXES:
-        raise Damage("its pickle has a size that no tensor can have")
+        raise Damage("the pickle has an invalid tensor size")
     return values
 
 

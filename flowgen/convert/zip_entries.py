@@ -26,7 +26,7 @@ _ENCRYPTED = 1
 
 
 class Entry(NamedTuple):
-    """The location of an entry's bytes in the file, and their checksum, which is 0 if the file does not contain one."""
+    """The location of an entry's bytes in the file, and their checksum, or 0 if the file does not contain one."""
 
     name: str
     start: int
@@ -37,12 +37,12 @@ class Entry(NamedTuple):
         """Returns the bytes of the entry; raises Refusal if they do not match the checksum."""
         raw = content[self.start : self.start + self.size]
         if self.checksum and zlib.crc32(raw.data) != self.checksum:
-            raise Refusal(f"its entry {self.name!r} does not match its checksum; get the file again")
+            raise Refusal(f"the entry {self.name!r} does not match its checksum; download the file again")
         return raw
 
 
 def read_entries(content: np.ndarray) -> dict[str, Entry]:
-    """Returns the entries of a zip archive, by name, after checking that no two of them share bytes.
+    """Returns the entries of a zip archive by name. Checks that no two entries share bytes.
 
     Raises Refusal if an entry is compressed, encrypted or truncated, if entries share bytes, or if there are too many.
     Raises Damage if the directory is malformed or contradicts the rest of the file.
@@ -57,12 +57,12 @@ def read_entries(content: np.ndarray) -> dict[str, Entry]:
     for _ in range(count):
         entry, position = _entry(directory, position, content, start)
         if entry.name in entries:
-            raise Refusal(f"its entry {entry.name[:80]!r} appears twice")
+            raise Refusal(f"the entry {entry.name[:80]!r} appears twice")
         entries[entry.name] = entry
     reached = 0
     for entry in sorted(entries.values(), key=lambda entry: (entry.start, entry.size)):
         if entry.start < reached:
-            raise Refusal(f"its entry {entry.name[:80]!r} shares bytes with another")
+            raise Refusal(f"the entry {entry.name[:80]!r} shares bytes with another entry")
         reached = entry.start + entry.size
     return entries
 
@@ -73,7 +73,7 @@ def _directory(content: np.ndarray) -> tuple[int, int, int]:
     tail = content[first:].tobytes()
     found = tail.rfind(_END)
     if found < 0 or found + _END_SIZE > len(tail):
-        raise Damage("its zip archive is cut off")
+        raise Damage("the zip archive is cut off")
     count, size, start = struct.unpack_from("<HII", tail, found + 10)
     end = first + found
     locator = content[max(0, end - _LOCATOR_SIZE) : end].tobytes()
@@ -81,12 +81,12 @@ def _directory(content: np.ndarray) -> tuple[int, int, int]:
         (end,) = struct.unpack_from("<Q", locator, 8)
         record = content[end : end + _END_64_SIZE].tobytes()
         if not record.startswith(_END_64) or len(record) < _END_64_SIZE:
-            raise Damage("its zip archive is cut off")
+            raise Damage("the zip archive is cut off")
         count, size, start = struct.unpack_from("<QQQ", record, 32)
     if count > MAX_ENTRIES:
-        raise Refusal(f"its zip archive has {count:,} entries, which is more than {MAX_ENTRIES:,}")
+        raise Refusal(f"the zip archive has {count:,} entries, but the limit is {MAX_ENTRIES:,}")
     if size > _MAX_DIRECTORY or start + size > end or count * _CENTRAL_SIZE > size:
-        raise Damage("the directory of its zip archive is misplaced")
+        raise Damage("the directory of the zip archive is misplaced")
     return count, size, start
 
 
@@ -94,7 +94,7 @@ def _entry(directory: bytes, position: int, content: np.ndarray, end: int) -> tu
     """Returns the entry that begins at a position in the directory, and the position of the next entry."""
     header = directory[position : position + _CENTRAL_SIZE]
     if len(header) < _CENTRAL_SIZE or not header.startswith(_CENTRAL):
-        raise Damage("the directory of its zip archive is cut off")
+        raise Damage("the directory of the zip archive is cut off")
     flags, method = struct.unpack_from("<HH", header, 8)
     checksum, packed, size, name_length, extra_length, comment_length = struct.unpack_from("<IIIHHH", header, 16)
     (start,) = struct.unpack_from("<I", header, 42)
@@ -103,17 +103,17 @@ def _entry(directory: bytes, position: int, content: np.ndarray, end: int) -> tu
     extra = directory[position + name_length : position + name_length + extra_length]
     name = raw.decode("utf-8", "backslashreplace")
     if method or flags & _ENCRYPTED:
-        raise Refusal(f"its entry {name[:80]!r} is compressed or encrypted, which torch.save never does")
+        raise Refusal(f"the entry {name[:80]!r} is compressed or encrypted, which torch.save never does")
     size, packed, start = _large(extra, size, packed, start)
     local = content[start : start + _LOCAL_SIZE].tobytes()
     if len(local) < _LOCAL_SIZE or not local.startswith(_LOCAL):
-        raise Refusal(f"its entry {name[:80]!r} is truncated; get the file again")
+        raise Refusal(f"the entry {name[:80]!r} is truncated; download the file again")
     local_name_length, local_extra_length = struct.unpack_from("<HH", local, 26)
     begin = start + _LOCAL_SIZE + local_name_length + local_extra_length
     if content[start + _LOCAL_SIZE : start + _LOCAL_SIZE + local_name_length].tobytes() != raw or packed != size:
-        raise Damage(f"its entry {name[:80]!r} has two different descriptions")
+        raise Damage(f"the entry {name[:80]!r} has two conflicting descriptions")
     if begin + size > end:
-        raise Refusal(f"its entry {name[:80]!r} is truncated; get the file again")
+        raise Refusal(f"the entry {name[:80]!r} is truncated; download the file again")
     return Entry(name, begin, size, checksum), position + name_length + extra_length + comment_length
 
 
@@ -127,7 +127,7 @@ def _large(extra: bytes, size: int, packed: int, start: int) -> tuple[int, int, 
             for index, value in enumerate(values):
                 if value == _ALL_ONES:
                     if len(field) < 8:
-                        raise Damage("its zip archive has an entry without a size")
+                        raise Damage("the zip archive has an entry without a size field")
                     values[index], field = struct.unpack_from("<Q", field)[0], field[8:]
             break
         position += 4 + length

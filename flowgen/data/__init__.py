@@ -1,4 +1,4 @@
-"""Images, clips and points: datasets by name, stateless batches, and media files."""
+"""Datasets of images, clips and points, stateless batches, and reading and writing of media files."""
 
 from flowgen.batch import Batch, Moments
 from flowgen.data.classes import check_classes

@@ -1,4 +1,4 @@
-"""Bouncing digits: clips of the built-in digits in motion, generated without a download."""
+"""Clips of the built-in digits bouncing off the borders. They are generated, so no download is needed."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from flowgen.data.named import read_digits
 
 @dataclasses.dataclass(frozen=True)
 class BouncingDigits:
-    """Clips of one moving digit each, generated on demand. Clip i shows digit i mod n, where n is the number of digits.
+    """Clips that each show one moving digit, generated on demand. Clip i shows digit i mod n, for n digits.
 
     The digit moves in a straight line and bounces off the borders. Along each axis, its speed per frame is between 0.6
     and 1.4 sixteenths of the clip's shorter side. Bilinear interpolation renders digits at fractional positions. The
@@ -47,7 +47,7 @@ class BouncingDigits:
         return Batch(clips, self.labels[indices % len(self.digits)])
 
     def _courses(self, indices: Int[np.ndarray, " b"]) -> tuple[Float[np.ndarray, "b f"], Float[np.ndarray, "b f"]]:
-        """The row and the column of each digit's top left corner in every frame, in pixels."""
+        """Returns the row and the column of each digit's top left corner in every frame, in pixels."""
         raw = [
             np.random.Philox(np.random.SeedSequence(self.seed), counter=[index, 0, 0, 0]).random_raw(8)
             for index in indices.tolist()
@@ -65,7 +65,7 @@ class BouncingDigits:
 
 
 def _weights(at: Float[np.ndarray, "b f"], length: int, side: int) -> Float[np.ndarray, "b f length side"]:
-    """The bilinear weights that place `side` pixels, starting at position `at`, on a line of `length` pixels."""
+    """Returns the bilinear weights that place `side` pixels, from position `at` on, on a line of `length` pixels."""
     centres = at[:, :, None, None] + np.arange(side)
     return np.maximum(0, 1 - np.abs(np.arange(length)[:, None] - centres)).astype(np.float32)
 
@@ -73,9 +73,10 @@ def _weights(at: Float[np.ndarray, "b f"], length: int, side: int) -> Float[np.n
 def bouncing_digits(
     num: int, eval_fraction: float, *, frames: int, image_size: tuple[int, int], channels: int, split: Split
 ) -> BouncingDigits:
-    """Returns the clips of a split. A digit's side is half the clip's shorter side, but at least 8 pixels.
+    """Returns the clips of a split. Digits are half as large as the clip's shorter side, but at least 8 x 8 pixels.
 
-    num: number of clips in both splits combined. eval_fraction: fraction of the digits, and of the clips, to hold out.
+    num: number of clips in both splits combined. eval_fraction: fraction of the digits, and also of the clips, that is
+    held out.
 
     Example:
         dataset = bouncing_digits(1000, 0.1, frames=8, image_size=(16, 16), channels=1, split="train")

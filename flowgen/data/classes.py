@@ -1,4 +1,4 @@
-"""Maps the labels of a dataset to the class numbers of a run, matching classes by name."""
+"""Maps the labels of a dataset to the class numbers of a run by matching class names."""
 
 from __future__ import annotations
 
@@ -25,9 +25,9 @@ class HasClasses(Protocol):
 
 
 def checked_names(classes: object, field: str = "classes") -> tuple[str, ...]:
-    """Returns the class names in composed Unicode form; see `composed`.
+    """Returns the class names in composed Unicode form (see `composed`).
 
-    Raises ValueError if they are not a tuple of distinct names; the message names the field.
+    Raises ValueError unless they are a tuple of distinct names. The message names the field.
 
     Example:
         checked_names(("cat", "dog"))  # ("cat", "dog")
@@ -37,7 +37,7 @@ def checked_names(classes: object, field: str = "classes") -> tuple[str, ...]:
     names = tuple(map(composed, classes))
     if len({*names}) < len(names):
         twice = next(name for position, name in enumerate(names) if name in names[:position])
-        raise ValueError(f"{field} has {quoted(twice)} twice; give each name once.")
+        raise ValueError(f"{field} contains {quoted(twice)} twice; list each name once.")
     return names
 
 
@@ -46,7 +46,7 @@ def tell_held_out(
 ) -> None:
     """Warns about classes whose samples are all held out.
 
-    kept: positions of the samples in the training split. what: plural noun for the samples, used in the warning.
+    kept: positions of the samples in the training split. what: plural noun for the samples in the warning.
 
     Example:
         tell_held_out(np.array([0, 1, 1]), np.array([1, 2]), ("cat", "dog"), "images")  # warns about cat
@@ -59,10 +59,12 @@ def tell_held_out(
 
 
 def with_classes(found: T, classes: tuple[str, ...], where: str) -> T:
-    """Returns the data with new labels: each is the index of its class name in `classes`.
+    """Returns the data with new labels, which are the indices of the class names in `classes`.
+
+    A warning lists the classes without examples.
 
     found: a dataclass with `labels` and `class_names`. It is returned unchanged if it has no class names or if
-    `classes` is empty. where: the origin of the data, used in messages. A warning lists the classes without examples.
+    `classes` is empty. where: the origin of the data, used in messages.
 
     Raises ValueError if the data have a class that is not in `classes`.
 
@@ -77,7 +79,7 @@ def with_classes(found: T, classes: tuple[str, ...], where: str) -> T:
 
 
 def renumbered(labels: Int[np.ndarray, " n"], numbers: Int[np.ndarray, " found"]) -> Int32[np.ndarray, " n"]:
-    """Returns numbers[labels], but keeps labels of -1.
+    """Returns numbers[labels], except that labels of -1 are kept.
 
     Example:
         renumbered(np.array([0, -1, 1]), np.array([1, 2]))  # 1, -1, 2
@@ -109,10 +111,9 @@ def class_numbers(found: tuple[str, ...], classes: tuple[str, ...], where: str) 
 
 
 def check_classes(dataset: HasClasses, num_classes: int) -> None:
-    """Raises ValueError if a model cannot use the labels of this dataset.
+    """Raises ValueError if a model cannot use the labels of this dataset. Warns if the model has unused class numbers.
 
-    num_classes: number of classes of the model; 0 if it is unconditional. A warning gives the class numbers that the
-    dataset does not use.
+    num_classes: number of classes of the model; 0 if it is unconditional.
 
     Example:
         check_classes(dataset, num_classes=10)
@@ -143,7 +144,7 @@ def parse_classes(text: str, names: tuple[str, ...], num_classes: int) -> list[i
     a number only if no class has that name. If any class name is itself a number, such as "10", the only number
     accepted is -1 (unconditional).
 
-    Raises ValueError if the model has no such class; the message lists the known names.
+    Raises ValueError if the model does not have such a class. The message lists the known names.
 
     Example:
         parse_classes("dog,0", ("cat", "dog"), 2)  # [1, 0]

@@ -1,4 +1,4 @@
-"""Views that a video flow trains on in addition to whole clips: images, and clips without their first frame."""
+"""Datasets that video flows train on in addition to whole clips: images, and clips without their first frame."""
 
 from __future__ import annotations
 
@@ -12,13 +12,13 @@ from flowgen.batch import Batch
 from flowgen.data.dataset import Dataset
 from flowgen.data.latents import Kind
 
-# Caption prefix for clips without their first frame, as published (arXiv 2511.20462).
+# The published caption prefix for clips without their first frame (arXiv 2511.20462).
 CONTINUED = "(extend) "
 
 
 @dataclasses.dataclass(frozen=True)
 class _View:
-    """The samples of another dataset, in the same order but with different frames."""
+    """A view of another dataset: the same samples in the same order, but with different frames."""
 
     dataset: Dataset
 
@@ -36,7 +36,7 @@ class _View:
 
 @dataclasses.dataclass(frozen=True)
 class StillClips(_View):
-    """Images as clips of one frame.
+    """Presents images as clips of one frame.
 
     Example:
         dataset = StillClips(load(DataConfig(), image_size=(16, 16), channels=1, split="train"))
@@ -55,10 +55,10 @@ class StillClips(_View):
 
 @dataclasses.dataclass(frozen=True)
 class ContinuedClips(_View):
-    """Clips without their first frame, as in the continuation of a long clip. Their captions begin with a prefix.
+    """Clips without their first frame, which teach a model to continue long clips. Their captions begin with a prefix.
 
-    To obtain their latents, the whole clips are encoded and the first latent frame is dropped, because codecs encode
-    the first frame differently from later frames.
+    Codecs encode the first frame differently from later frames. The latents are therefore obtained by encoding the
+    whole clips and dropping the first latent frame.
 
     Example:
         dataset = ContinuedClips(load_clips(config, frames=8, image_size=(16, 16), channels=1, split="train"))

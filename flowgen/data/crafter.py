@@ -1,4 +1,4 @@
-"""Clips of a game: what a player of Crafter (Hafner 2021, arXiv 2109.06780) sees while repeating an action."""
+"""Clips of the game Crafter (Hafner 2021, arXiv 2109.06780), in which the player repeats a single action."""
 
 from __future__ import annotations
 
@@ -11,22 +11,23 @@ from jaxtyping import Int32, UInt8
 from flowgen.data.dataset import Split, hold_out
 from flowgen.packages import need
 
-# These actions have a visible effect. Placing and making things would require materials, which this player lacks.
+# Only actions with a visible effect. Placing and making things would require materials, which the player lacks.
 ACTIONS = ("noop", "move_left", "move_right", "move_up", "move_down", "do")
 CLASS_NAMES = tuple(name.removeprefix("move_") for name in ACTIONS)
 # Clips share a world, because generating a world takes about as long as playing 500 frames.
 CLIPS_PER_WORLD = 100
-VIEW = 9  # world tiles across the image
+VIEW = 9  # number of world tiles across the image
 
 
 def record(
     num: int, eval_fraction: float, *, frames: int, image_size: tuple[int, int], channels: int, split: Split
 ) -> tuple[UInt8[np.ndarray, "n frames height width 3"], Int32[np.ndarray, " n"], tuple[str, ...]]:
-    """Plays the game deterministically; returns the clips of a split, their labels, and the action names.
+    """Plays the game deterministically. Returns the clips of a split, their labels, and the action names.
 
-    Each clip begins where the previous one ended. A hundred consecutive clips share a world, but two splits never
-    share one. A clip in which the player dies is played again in the next world. num: number of clips in both splits
-    combined.
+    Each clip begins where the previous one ended. A hundred consecutive clips share a world, but different splits never
+    share one. If the player dies during a clip, the clip is played again in a new world.
+
+    num: number of clips in both splits combined.
 
     Raises ModuleNotFoundError if the package crafter is missing, and ValueError if the images are grey or too small.
 
@@ -34,7 +35,7 @@ def record(
         clips, labels, names = record(1000, 0.1, frames=8, image_size=(64, 64), channels=3, split="train")
     """
     if channels != 3:
-        raise ValueError("data.name 'crafter' has clips in colour; set model.channels to 3.")
+        raise ValueError("data.name 'crafter' has colour clips; set model.channels to 3.")
     if min(image_size) < VIEW:
         raise ValueError(
             f"clips of {image_size[0]} x {image_size[1]} pixels are too small for data.name 'crafter', which shows "
@@ -60,10 +61,10 @@ def record(
 
 
 class _Game:
-    """Crafter, made deterministic across processes.
+    """A version of Crafter that is deterministic across processes.
 
-    Crafter itself picks the creatures of a region from a set, and the order of this set depends on memory addresses.
-    This class replaces the set with one that keeps creatures in the order in which they were made.
+    Crafter itself picks the creatures of a region from a set, whose order depends on memory addresses. This class
+    replaces the set with one that keeps creatures in the order in which they were created.
     """
 
     def __init__(self, env: Any):

@@ -1,4 +1,4 @@
-"""The dataset protocol, the config that chooses a dataset, and the held-out split that all runs share."""
+"""The dataset protocol, the config that selects a dataset, and the split into training and held-out data."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ from flowgen.settings.ranges import Bytes, OneOf, ProperFraction
 Split = Literal["train", "eval", "all"]
 NO_LABEL = -1
 OWN = "own"
-# Image sets that need no path, with the location of their `ImageSet`. To add one, write a module and add a row here.
+# The `ImageSet` of each name that needs no path. To add one, write a module and add a row here.
 IMAGE_SETS = {
     "digits": "flowgen.data.named:DIGITS",
     "mnist": "flowgen.data.named:MNIST",
@@ -32,13 +32,13 @@ _HOLD_OUT_NAME = b"flowgen hold-out"
 
 @config
 class DataConfig:
-    """Which images to train on; image size and channels come from the model.
+    """Selects the images to train on. The model determines the image size and channels.
 
     name: a built-in set; `folder` or `npz` for your own images at `path`; or `own` for a dataset passed to `fit`.
-    path: the folder or .npz file; empty for the other names.
+    path: the folder or .npz file; empty for other names.
     flip: mirror each training image left to right with probability one half.
-    aspects: sort a folder's images by aspect ratio into nine shapes, each with about as many pixels as the model's
-    shape, instead of cropping all images to one shape. All images in a batch have the same shape.
+    aspects: sort a folder's images by aspect ratio into nine shapes, instead of cropping all images to one shape. Each
+    shape has about as many pixels as the model's shape. All images in a batch have the same shape.
     crop: "center" scales images to cover the model's size and crops the centre; "none" stretches them to that size. Not
     used by `npz`.
     on_corrupt: "refuse" stops the run if a file in a folder is unreadable; "skip" leaves the file out with a warning.
@@ -101,7 +101,7 @@ class Dataset(Protocol):
 
 @dataclasses.dataclass(frozen=True)
 class ArrayDataset:
-    """Images or clips in memory. `captions` is empty or has one line of text for each image or clip.
+    """A dataset of images or clips in memory. `captions` is empty or has one line of text per image or clip.
 
     Example:
         dataset = ArrayDataset(images, labels, class_names=("cat", "dog"))
@@ -133,7 +133,8 @@ class ArrayDataset:
 class ImageSet:
     """A set of images that `data.name` can select.
 
-    read: (config, (height, width)) -> all images. class_names: names of the classes in the order of their labels.
+    read: a function that returns all images, called as read(config, (height, width)). class_names: names of the classes
+    in the order of their labels.
     image_hw: (height, width) of the images before they are resized; None if they have no fixed size.
 
     Example:
@@ -146,7 +147,7 @@ class ImageSet:
 
 
 def image_set(name: str) -> ImageSet | None:
-    """Returns the image set with this name; None for data at a path and for a dataset passed to `fit`.
+    """Returns the image set with this name, or None if the name stands for data at a path or a dataset passed to `fit`.
 
     Example:
         image_set("digits").class_names
@@ -156,9 +157,11 @@ def image_set(name: str) -> ImageSet | None:
 
 @dataclasses.dataclass(frozen=True)
 class BucketedDataset:
-    """Buckets: datasets with different shapes but the same classes. Each batch comes from one bucket.
+    """A dataset that consists of buckets, which share their classes but differ in shape.
 
-    shares: number of samples to take from each bucket per pass over the data; None takes all, so that every sample is
+    Each batch comes from one bucket.
+
+    shares: number of samples to take from each bucket per pass over the data. None takes all samples, so that each is
     used equally often.
 
     Example:
@@ -186,7 +189,7 @@ class BucketedDataset:
 
 
 def buckets_of(dataset: Dataset | BucketedDataset) -> tuple[Dataset, ...]:
-    """Returns the buckets of a dataset; a dataset of one shape is a single bucket.
+    """Returns the buckets of a dataset. A dataset without buckets is returned as a single bucket.
 
     Example:
         shapes = {bucket.event_shape for bucket in buckets_of(dataset)}
@@ -197,18 +200,18 @@ def buckets_of(dataset: Dataset | BucketedDataset) -> tuple[Dataset, ...]:
 def of_one_shape(dataset: Dataset | BucketedDataset, user: str) -> Dataset:
     """Returns the dataset. Raises ValueError if its samples have several shapes.
 
-    user: what requires a single shape; the error message names it.
+    user: name of what requires a single shape, for the error message.
 
     Example:
         dataset = of_one_shape(load(config, image_size=8, channels=1, split="train"), "an Autoencoder")
     """
     if isinstance(dataset, BucketedDataset):
-        raise ValueError(f"data.aspects is set, but {user} takes images of one shape; set data.aspects to false.")
+        raise ValueError(f"data.aspects is set, but {user} needs images of one shape; set data.aspects to false.")
     return dataset
 
 
 def check_opens(name: str) -> None:
-    """Raises ValueError if the name is `own`, because only the program that called `fit` has that dataset.
+    """Raises ValueError if the name is `own`, which stands for a dataset that only the caller of `fit` has.
 
     Example:
         check_opens(config.name)
@@ -221,7 +224,7 @@ def check_opens(name: str) -> None:
 
 
 def hold_out(size: int, fraction: float, split: Split) -> Int[np.ndarray, " m"]:
-    """Returns the positions of a split among `size` images, in ascending order.
+    """Returns the positions of the images in a split, in ascending order, given the number of images.
 
     The first max(1, round(fraction · size)) positions of a fixed permutation are held out for "eval". The permutation
     depends only on `size`, not on a seed or the NumPy version, so all runs and machines agree.
@@ -237,11 +240,12 @@ def hold_out(size: int, fraction: float, split: Split) -> Int[np.ndarray, " m"]:
 
 
 def hold_out_files(names: Sequence[str], fraction: float, split: Split) -> Int[np.ndarray, " m"]:
-    """Returns the positions of a split among files, in ascending order. Digests of the file names determine the split.
+    """Returns the positions of the files in a split, in ascending order. Digests of the file names determine the split.
 
-    The number of files held out is the same as in `hold_out`. If a file is added or removed, at most one other file
-    moves between the splits. names: paths relative to the data folder, so that the split does not depend on where the
-    data are stored.
+    The number of held-out files is the same as in `hold_out`. If a file is added or removed, at most one other file
+    moves between the splits.
+
+    names: paths relative to the data folder, so that the split does not depend on where the data are stored.
 
     Example:
         test = hold_out_files(("cat/1.png", "dog/2.png"), 0.5, "eval")
@@ -259,7 +263,7 @@ def hold_out_files(names: Sequence[str], fraction: float, split: Split) -> Int[n
 
 
 def _cut(order: Int[np.ndarray, " size"], fraction: float, split: Split) -> Int[np.ndarray, " m"]:
-    """The positions of a split in ascending order; the first positions in `order` are held out."""
+    """Returns the positions of a split in ascending order. The first positions in `order` are held out."""
     size = len(order)
     if split == "all" or (fraction == 0 and split == "train"):
         return np.arange(size)

@@ -1,8 +1,8 @@
-"""Bit depths of image samples: converts grey levels of more than 8 bits to bytes, and detects unknown ranges.
+"""Handles the bit depth of images: converts grey levels of more than 8 bits to bytes, and detects unknown ranges.
 
-In most formats, the number of bits determines the range of the samples. A PGM file states its largest value instead,
-and Pillow scales samples by this value. Floating-point, signed and 32-bit samples may be in any unit, so it is unknown
-which values are black and white.
+In most formats, the number of bits determines the range of the samples. A PGM file instead states its largest value, by
+which Pillow scales the samples. Floating-point, signed and 32-bit samples may be in any unit, so it is unknown which
+values are black and white.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ from flowgen.data.media import pillow
 if TYPE_CHECKING:
     from PIL.Image import Image
 
-# TIFF tags, and two of their values.
+# TIFF tags, and two tag values.
 _BITS, _PHOTOMETRIC, _SAMPLE_FORMAT = 258, 262, 339
 _WHITE_IS_ZERO, _SIGNED = 0, 2
 _PNG_BITS_AT = 24
@@ -27,10 +27,11 @@ _CONVERT = "; convert it to unsigned 8 or 16 bits"
 
 
 class Samples(NamedTuple):
-    """How an image stores its samples.
+    """Describes how an image stores its samples.
 
-    bits: number of bits per sample, in the file for PNG and in the pixels that Pillow decodes for other formats.
-    white_is_zero: whether zero is white.
+    bits: number of bits per sample. For PNG, these are the samples in the file, and for other formats, the samples that
+    Pillow decodes.
+    white_is_zero: whether zero means white.
 
     Example:
         samples = Samples(bits=12)
@@ -43,7 +44,7 @@ class Samples(NamedTuple):
 def samples_of(image: Image, path: str | os.PathLike[str]) -> Samples:
     """Returns how an open image stores its samples.
 
-    path: the file of the image, which is read again because Pillow does not expose the whole header.
+    path: the image file, which is read again because Pillow does not expose the whole header.
 
     Example:
         samples = samples_of(image, "cat.tif")
@@ -61,7 +62,7 @@ def samples_of(image: Image, path: str | os.PathLike[str]) -> Samples:
 
 
 def without_range(image: Image) -> str:
-    """Returns the reason why the range of an image's samples is unknown, and a remedy; empty if the range is known.
+    """Returns why the range of an image's samples is unknown, and a remedy. Returns "" if the range is known.
 
     Example:
         without_range(image)  # "has floating-point samples, ...; convert it to unsigned 8 or 16 bits"
@@ -79,7 +80,7 @@ def without_range(image: Image) -> str:
 
 
 def grey_bytes(levels: Integer[np.ndarray, "height width"], samples: Samples) -> UInt8[np.ndarray, "height width"]:
-    """Returns the highest 8 bits of grey levels, with black as 0.
+    """Returns the highest 8 bits of grey levels, inverted if necessary so that 0 is black.
 
     Example:
         grey_bytes(np.array([[0x9C4]]), Samples(bits=12))  # 0x9C
@@ -91,7 +92,7 @@ def grey_bytes(levels: Integer[np.ndarray, "height width"], samples: Samples) ->
 def hide_by_value(image: Image, file: BufferedIOBase) -> None:
     """Makes each pixel of a 16-bit colour PNG transparent if it matches the transparent colour in all bits.
 
-    image: the high bytes of the samples, as decoded by Pillow. file: the file that Pillow read the image from.
+    image: the high bytes of the samples, as decoded by Pillow. file: the file from which Pillow read the image.
 
     Example:
         hide_by_value(image, file)
@@ -99,7 +100,7 @@ def hide_by_value(image: Image, file: BufferedIOBase) -> None:
     clear = image.info.pop("transparency")
     file.seek(0)
     with pillow().open(file, formats=("PNG",)) as low:
-        # If the samples are read as little-endian, Pillow keeps their low bytes instead of the high ones.
+        # If the samples are read as little-endian, Pillow keeps the low bytes instead of the high ones.
         low.tile = [(*tile[:3], "RGB;16L") for tile in low.tile]
         low.load()
         alpha = pillow().new("L", image.size, 0)
@@ -111,6 +112,6 @@ def hide_by_value(image: Image, file: BufferedIOBase) -> None:
 
 
 def _tag(image: Image, number: int, default: int) -> int:
-    """The first value of a TIFF tag."""
+    """Returns the first value of a TIFF tag."""
     value = getattr(image, "tag_v2", {}).get(number, default)
     return int(value[0] if isinstance(value, tuple) else value)

@@ -1,4 +1,4 @@
-"""Images or clips that are decoded from their files for every batch."""
+"""Datasets of images or clips that are decoded from files for every batch."""
 
 from __future__ import annotations
 
@@ -15,11 +15,12 @@ from flowgen.data.unreadable import FileReader
 
 @dataclasses.dataclass(frozen=True)
 class FileDataset:
-    """Images or clips that are decoded from their files, in parallel threads, for every batch.
+    """A dataset of images or clips that are decoded from files, in parallel threads, for every batch.
 
-    reader: reads the sample at a position. If the reader may skip files, the next readable sample and its label replace
-    an unreadable one, so the result depends only on the position. A warning names each unreadable file once. If samples
-    have captions, an unreadable file raises an error instead, because its caption would not match the replacement.
+    reader: reads the sample at a position. If the reader may skip files, an unreadable sample is replaced by the next
+    readable one and its label, so the result depends only on the position. Each unreadable file is named in one
+    warning. If samples have captions, an unreadable file raises an error instead, because its caption would not match
+    the replacement.
 
     Example:
         reader = FileReader(read, files, "refuse", what=("image", "images"), split="train")
@@ -49,9 +50,9 @@ class FileDataset:
         return self
 
     def decoded(self, *, may_be_empty: bool = False) -> ArrayDataset:
-        """Returns the same samples in memory. Unreadable files are either skipped or all reported in one error.
+        """Decodes all samples into memory. Unreadable files are either skipped or reported together in one error.
 
-        may_be_empty: return an empty dataset, instead of raising an error, if no sample is left.
+        may_be_empty: whether to return an empty dataset, instead of raising an error, if no sample is left.
         """
         x = np.empty((len(self), *self.event_shape), np.uint8)
         kept = self.reader.read_all(x.__setitem__, may_be_empty=may_be_empty)

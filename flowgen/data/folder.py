@@ -1,4 +1,4 @@
-"""The user's own image files: one class per sub-folder, or a flat folder without labels."""
+"""Reads the user's own image files, from one sub-folder per class or from a flat folder without labels."""
 
 from __future__ import annotations
 
@@ -30,14 +30,17 @@ def read_folder(
 ) -> Dataset | BucketedDataset:
     """Returns one split of the images under `config.path`, resized to `image_size` with 1 or 3 channels.
 
-    First-level sub-folders that contain images, at any depth, are the classes; see `list_files` and `config.classes`.
+    Each first-level sub-folder that contains images, at any depth, is a class (see `list_files` and `config.classes`).
     If there are none, all images have label -1. The split depends only on the file names, so an unreadable file never
-    moves another file between splits; see `hold_out_files`. Images are decoded once, unless they would need more than
-    `config.in_memory_bytes`; then each batch is decoded on demand. The caption of `cat.png` is read from `cat.png.txt`
-    or, if there is none, from `cat.txt` in the same folder; either all images or none must have captions. A warning
-    says what was left out, and why. If `config.aspects` is set, each image goes to the bucket with the nearest aspect
-    ratio. All images of a bucket are resized to one shape. Its sides are multiples of `multiple`, and its area is about
-    that of `image_size`.
+    moves another file between splits (see `hold_out_files`). All images are decoded once and kept in memory. If they
+    would need more than `config.in_memory_bytes`, each batch is decoded on demand instead. A warning states what was
+    left out, and why.
+
+    The caption of `cat.png` is read from `cat.png.txt` or, if there is no such file, from `cat.txt` in the same folder.
+    Either all images or none must have captions.
+
+    If `config.aspects` is set, each image goes to the bucket with the nearest aspect ratio. All images of a bucket are
+    resized to one shape, which has sides that are multiples of `multiple` and about as many pixels as `image_size`.
 
     Raises:
         FileNotFoundError, NotADirectoryError: `config.path` is not a folder.
@@ -98,13 +101,13 @@ def read_folder(
     buckets = [dataset(kept, sizes[name]) for name, kept in members.items() if kept]
     readable = tuple(bucket for bucket in buckets if len(bucket))
     if not readable:
-        raise ValueError(f"data.path '{config.path}' has no readable image in the split '{split}'; add some.")
+        raise ValueError(f"data.path '{config.path}' has no readable images in the split '{split}'; add some.")
     told(readable)
     return BucketedDataset(readable)
 
 
 def opened(path: str, suffixes: tuple[str, ...], what: str, classes: tuple[str, ...]) -> Listing:
-    """Returns the files of a folder, with their labels mapped to `classes` by name, and warns about what was left out.
+    """Lists the files of a folder, with labels mapped to `classes` by name. Warns about what was left out.
 
     If `classes` is empty, the labels are not mapped.
 
@@ -118,7 +121,7 @@ def opened(path: str, suffixes: tuple[str, ...], what: str, classes: tuple[str, 
 
 
 def read_captions(listing: Listing) -> tuple[str, ...]:
-    """Returns the captions of listed files, each as one line; empty if no file has one.
+    """Returns the captions of the listed files, each as one line. Returns an empty tuple if no file has a caption.
 
     Raises ValueError if only some files have captions, or a caption is not UTF-8.
 
@@ -145,7 +148,7 @@ def _caption(path: Path) -> str:
 
 
 def _aspects(files: list[Path], on_corrupt: OnCorrupt, split: Split) -> list[str | None]:
-    """The nearest aspect of each image, from its header; None if the image is skipped as unreadable."""
+    """Returns the nearest aspect of each image, read from its header, or None if the image is skipped."""
     found: list[str | None] = [None] * len(files)
     reader = FileReader(
         lambda i: nearest_aspect(*read_image_size(files[i])), files, on_corrupt, what=_WHAT, split=split

@@ -1,4 +1,4 @@
-"""Finds the classes of data without opening images, and takes the inventory of opened data."""
+"""Finds the classes of data without opening any images, and takes the inventory of opened data."""
 
 from __future__ import annotations
 
@@ -33,19 +33,19 @@ from flowgen.data.npz import npz_classes, npz_marks
 from flowgen.data.video import READABLE, UnreadableVideo, video_size
 
 _CLIP_CLASSES = {"bouncing": DIGIT_NAMES, "crafter": CLASS_NAMES, "real": ()}
-# Number of files whose image sizes are read; fewer for videos, which take longer to open.
+# Number of files whose sizes in pixels are read. It is smaller for videos, which take longer to open.
 _IMAGES_SIZED, _VIDEOS_SIZED = 32, 4
 
-# The mark of a latent file is computed from this number of bytes at its beginning.
+# Number of bytes at the beginning of a latent file from which its fingerprint is computed.
 _MARKED_BYTES = 1 << 16
 
 Marks = Mapping[str, int | str]
 
 
 def found_classes(config: DataConfig | ClipsConfig | LatentsConfig) -> tuple[str, ...]:
-    """Returns the class names of the data that a config describes, in the order of their labels. Opens no images.
+    """Returns the class names of the data that a config describes, ordered by label. Opens no images.
 
-    Raises the same errors as `load` and `load_clips` if the data cannot be read.
+    If the data cannot be read, raises the same errors as `load` and `load_clips`.
 
     Example:
         found_classes(DataConfig("folder", path="photos"))  # ("cat", "dog", "fox")
@@ -66,7 +66,7 @@ def take_inventory(
     train: Dataset | BucketedDataset,
     held_out: Dataset | BucketedDataset | None = None,
 ) -> Inventory:
-    """Returns the inventory of data that were opened with a config. The latents of mirror images are not counted.
+    """Returns the inventory of the data that were opened with a config. Latents of mirror images are not counted.
 
     Example:
         print(take_inventory(config, train, held_out).line())
@@ -108,19 +108,19 @@ def _listed(config: DataConfig | ClipsConfig) -> Listing:
 
 
 def _apart(dataset: Dataset | BucketedDataset) -> tuple[list[Dataset], list[Dataset]]:
-    """The buckets of images or whole clips, and the buckets of images that accompany clips."""
+    """Returns the buckets of images or whole clips, and the buckets of images that accompany clips."""
     buckets = buckets_of(dataset)
     whole = [bucket for bucket in buckets if kind_of(bucket) in ("image", "clip")]
     return whole, [bucket for bucket in buckets if kind_of(bucket) == "still"]
 
 
 def _at_most(dataset: Dataset | BucketedDataset) -> bool:
-    """Whether the counts may include unreadable files, which are detected only when they are read."""
+    """Returns whether the counts may include unreadable files, which are detected only when they are read."""
     return any(isinstance(b, FileDataset) and b.reader.skips for b in buckets_of(dataset))
 
 
 def _sizes(config: DataConfig | ClipsConfig, listing: Listing) -> tuple[tuple[int, int], ...]:
-    """The (height, width) of some evenly spaced files; unreadable files are skipped."""
+    """Returns (height, width) for some evenly spaced files, except unreadable ones."""
     is_video = isinstance(config, ClipsConfig)
     most = min(_VIDEOS_SIZED if is_video else _IMAGES_SIZED, len(listing))
     files = [listing.root / listing.names[i] for i in np.linspace(0, len(listing) - 1, most).astype(int)]
@@ -136,7 +136,7 @@ def _sizes(config: DataConfig | ClipsConfig, listing: Listing) -> tuple[tuple[in
 
 
 def _marks(config: DataConfig | ClipsConfig | LatentsConfig, listing: Listing | None) -> tuple[Marks, Marks]:
-    """For each split, a mark of each file's content by file name. Files with data for both splits count as training."""
+    """Returns the fingerprints of each split's files, by name. Files with data for both splits count as training."""
     if isinstance(config, LatentsConfig):
         folder = Path(config.path)
         files = [folder / INDEX_FILE, *sorted(folder.glob("*/*.npy"))]
@@ -158,12 +158,12 @@ def _marks(config: DataConfig | ClipsConfig | LatentsConfig, listing: Listing | 
 
 
 def _marks_of(root: Path, names: Sequence[str], mark: Callable[[str], int]) -> dict[str, int]:
-    """The mark of each file, by name. Files are read in parallel, because network file systems are slow."""
+    """Returns each file's fingerprint by name. Files are read in parallel, because network file systems are slow."""
     with ThreadPoolExecutor(max_workers=32) as pool:
         return dict(zip(names, pool.map(lambda name: mark(os.path.join(root, name)), names), strict=True))
 
 
 def _mark(file: str) -> int:
-    """A checksum of a file's size and first bytes; it changes if data are encoded again."""
+    """Returns a checksum of a file's size and first bytes, which changes if the data are encoded again."""
     with open(file, "rb") as opened:
         return zlib.crc32(opened.read(_MARKED_BYTES), os.path.getsize(file))

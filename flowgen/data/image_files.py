@@ -1,4 +1,4 @@
-"""Reads image files of any size, mode and orientation as uint8 arrays of a requested shape."""
+"""Reads image files of any size, mode and orientation into uint8 arrays of a requested shape."""
 
 from __future__ import annotations
 
@@ -32,18 +32,18 @@ _DECODE_ERRORS = (
     *(OSError, ValueError, SyntaxError, EOFError, TypeError, AttributeError, AssertionError, Warning),
     *(LookupError, ArithmeticError, RuntimeError, BufferError, MemoryError, struct.error, zlib.error),
 )
-# This is Pillow's own limit. Decoding an image of this size needs 0.7 GB of memory, or four times as much for WebP.
+# Pillow's own limit. Decoding an image of this size needs 0.7 GB of memory, or four times as much for WebP.
 _MOST_PIXELS = 178_956_970
 _MOST_OF_WEBP = _MOST_PIXELS // 4
-# Images with more pixels than this are decoded one at a time, to limit the memory that all threads need together.
+# Larger images are decoded one at a time, to limit the total memory of all threads.
 _LARGE = 1 << 26
 _ONE_LARGE = threading.Lock()
-# Number of pixels to composite on white and resize at a time.
+# Number of pixels that are composited on white and resized at a time.
 _BAND = 1 << 22
 
 
 class UnreadableImage(Unreadable):
-    """Raised for a file that cannot be decoded; its message names the file and the reason."""
+    """Raised if a file cannot be decoded; the message names the file and the reason."""
 
 
 def read_image(
@@ -51,8 +51,9 @@ def read_image(
 ) -> UInt8[np.ndarray, "height width c"]:
     """Returns the image in a file, turned upright, as a uint8 array of shape (*size, channels).
 
-    Transparency is composited on white. Samples of more than 8 bits keep only their highest 8 bits. Only the first
-    frame of an animation is read. Unreadable metadata are ignored. For a damaged TIFF, libtiff may print a message.
+    Transparent images are composited on white. Samples of more than 8 bits are reduced to their highest 8 bits. Only
+    the first frame of an animation is read. Unreadable metadata are ignored. For a damaged TIFF, libtiff may print a
+    message.
 
     Raises:
         UnreadableImage: the pixels are damaged or truncated; the image has more than 178 million pixels (44 million for
@@ -79,7 +80,7 @@ def read_image(
 
 
 def read_image_size(path: str | os.PathLike[str]) -> tuple[int, int]:
-    """Returns the (height, width) of the image in a file once it is turned upright. Only the header is read.
+    """Returns the (height, width) of the image in a file, after turning it upright. Reads only the header.
 
     Raises UnreadableImage if the header alone shows that `read_image` would fail.
 
@@ -90,7 +91,7 @@ def read_image_size(path: str | os.PathLike[str]) -> tuple[int, int]:
 
 
 def _with_image(path: str | os.PathLike[str], use: Callable[[Image, Turn], T]) -> T:
-    """The result of `use` for an open image and its turn; if that fails, the image is read again without metadata."""
+    """Returns the result of `use` for an open image and its turn. If this fails, retries without metadata."""
     if Path(path).exists() and not Path(path).is_file():
         raise UnreadableImage(f"'{path}' (not a file)")
     try:
@@ -107,7 +108,7 @@ def _with_image(path: str | os.PathLike[str], use: Callable[[Image, Turn], T]) -
 
 @contextlib.contextmanager
 def _opened(path: str | os.PathLike[str], content: bytes | None = None) -> Generator[Image]:
-    """Yields an open image; Pillow's errors become UnreadableImage. content: bytes to read instead of the file."""
+    """Yields an open image. Converts Pillow's errors to UnreadableImage. content: bytes to read instead of the file."""
     module = pillow()
     import PIL
 
@@ -139,8 +140,8 @@ def _opened(path: str | os.PathLike[str], content: bytes | None = None) -> Gener
 def fit(image: Image, size: tuple[int, int], crop: Crop, *, pixel_aspect: float = 1.0) -> Image:
     """Returns the image resized to `size` (height, width) with antialiased bilinear resampling.
 
-    With crop "center", the image is scaled until it just covers `size`, and its centre is then cropped, as in the
-    training of the published models. With "none", nothing is cropped, and each side is stretched independently.
+    With crop "center", the image is scaled so that it just covers `size`, and then its centre is cropped, as for the
+    published models. With "none", nothing is cropped, and each side is stretched independently.
 
     pixel_aspect: ratio of a pixel's displayed width to its height.
 
@@ -154,7 +155,7 @@ def fit(image: Image, size: tuple[int, int], crop: Crop, *, pixel_aspect: float 
 def fit_array(
     images: UInt8[np.ndarray, "b height width c"], size: tuple[int, int], crop: Crop
 ) -> UInt8[np.ndarray, "b new_height new_width c"]:
-    """Returns the images resized to `size`. Pillow is needed only if they do not already have this size.
+    """Returns the images resized to `size`. Pillow is required only if they do not have this size yet.
 
     Example:
         images = fit_array(images, (16, 16), "center")
@@ -168,9 +169,9 @@ def fit_array(
 
 
 def _box(image_size: tuple[int, int], size: tuple[int, int], crop: Crop, turn: Turn, pixel_aspect: float = 1.0) -> Box:
-    """Left, top, right and bottom of the part that `fit` keeps, in pixels of the image before the turn.
+    """Returns left, top, right and bottom of the part that `fit` keeps, in pixels of the image before the turn.
 
-    Only this part is resampled, so the cost is bounded for every aspect ratio of the image.
+    Only this part is resampled, so the cost is bounded for every aspect ratio.
     """
     (columns, rows), (height, width) = image_size, size
     if crop == "none":
@@ -178,7 +179,7 @@ def _box(image_size: tuple[int, int], size: tuple[int, int], crop: Crop, turn: T
     shown = max(1, round(columns * pixel_aspect))
     wide = shown * height > rows * width
     scaled = (shown * height // rows, height) if wide else (width, rows * width // shown)
-    # The offsets of the crop are rounded in the displayed image, in which a turn may have mirrored the axes.
+    # The crop's offsets are rounded in the displayed image, in which a turn may have mirrored the axes.
     mirrored = (turn.mirror_y, turn.mirror_x) if turn.swap else (turn.mirror_x, turn.mirror_y)
     spare = [scaled[0] - width, scaled[1] - height]
     left, top = (
@@ -194,7 +195,7 @@ def _box(image_size: tuple[int, int], size: tuple[int, int], crop: Crop, turn: T
 
 
 def _resized(image: Image, size: tuple[int, int], box: Box, flat: Callable[[Image], Image]) -> UInt8[np.ndarray, "..."]:
-    """The part of an image inside a box, composited on white and resized to `size`; large images are cut into bands."""
+    """Returns the part of an image inside a box, composited on white and resized. Processes large images in bands."""
     left, top, right, bottom = box
     step = (bottom - top) / size[0]
     # The resampling filter extends to each side by one output pixel or, if the image is enlarged, by one input pixel.
@@ -213,7 +214,7 @@ def _resized(image: Image, size: tuple[int, int], box: Box, flat: Callable[[Imag
 
 
 def _flatten(image: Image, samples: Samples) -> Image:
-    """The image composited on white; samples of more than 8 bits keep only their highest 8 bits."""
+    """Returns the image composited on white, with samples of more than 8 bits reduced to their highest 8 bits."""
     clear = image.info.get("transparency")
     if image.mode.startswith("I"):
         levels = np.asarray(image)
@@ -237,5 +238,5 @@ def on_white(image: Image) -> Image:
 
 
 def _eight_bit(clear: int, depth: int) -> int:
-    """The transparent grey level of a PNG, scaled from `depth` bits to 8 bits, as Pillow scales only the pixels."""
+    """Returns a PNG's transparent grey level, scaled to 8 bits, because Pillow scales only the pixels."""
     return clear * 255 // ((1 << depth) - 1)

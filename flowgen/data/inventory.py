@@ -1,4 +1,4 @@
-"""The inventory of a run's data: a readable line, and a record that is kept with the run to detect later changes.
+"""The inventory of a run's data: a readable line, and a record that is stored with the run to detect later changes.
 
 This module does not depend on how data are loaded, so the training loop can use it.
 """
@@ -18,7 +18,7 @@ from typing import Any
 from flowgen.printable import composed, printable
 
 _log = logging.getLogger("flowgen.data")
-# If a run has more files than this, it keeps only a digest of their list.
+# If there are more files than this, a run stores only a digest of the list.
 MOST_FILES = 100_000
 _NAMED, _CLASSES_NAMED = 3, 10
 _told: ContextVar[set[str] | None] = ContextVar("told", default=None)
@@ -54,7 +54,7 @@ def tell(sentence: str) -> None:
 
 
 def quoted(name: str) -> str:
-    """Returns a name in quotes, in a form that is safe to show in a terminal.
+    """Returns a name in quotes, escaped so that it is safe to show in a terminal.
 
     Example:
         quoted("cat")  # "'cat'"
@@ -63,7 +63,7 @@ def quoted(name: str) -> str:
 
 
 def name_list(names: Sequence[str], most: int = _CLASSES_NAMED) -> str:
-    """Returns the first `most` names separated by commas and, if there are more, the number of the remaining names.
+    """Returns the first `most` names separated by commas, followed by the number of further names, if any.
 
     Example:
         name_list(("cat", "dog", "fox"))  # "cat, dog, fox"
@@ -74,12 +74,12 @@ def name_list(names: Sequence[str], most: int = _CLASSES_NAMED) -> str:
 
 @dataclass(frozen=True)
 class Inventory:
-    """What was found in the data of a run.
+    """Describes the data that a run found.
 
     what: noun for the samples, such as "images" or "latents of clips". train, held_out: number of samples in each
     split. before: (height, width) of some of the files, in pixels; empty if files are not resized. after: the sizes to
-    which samples are resized, or the shapes of latents. train_files, held_out_files: map each file name to a mark of
-    the file's content, such as the file size; empty for data that come with a package. left_out: descriptions of what
+    which samples are resized, or the shapes of latents. train_files, held_out_files: map each file name to a
+    fingerprint of the file, such as its size; empty for data that come with a package. left_out: descriptions of what
     was left out. stills: number of images to train on in addition to clips. at_most: for each split, whether the number
     of samples is an upper bound, because some files may turn out to be unreadable.
 
@@ -101,7 +101,7 @@ class Inventory:
     at_most: tuple[bool, bool] = (False, False)
 
     def line(self) -> str:
-        """Returns what was found, in one line."""
+        """Returns a one-line description of the data."""
         count = f"{len(self.classes):,} " if len(self.classes) > _CLASSES_NAMED else ""
         classes = f"{count}classes: {name_list(self.classes)}" if self.classes else "no classes"
         stills = f" and {self.stills:,} images" if self.stills else ""
@@ -122,14 +122,14 @@ class Inventory:
         return f"{_shown(ordered[0])} to {_shown(ordered[-1])}{some} -> {after}"
 
     def digest(self) -> str:
-        """Returns a digest of the names and marks of the files in each split."""
+        """Returns a digest of the names and fingerprints of the files in each split."""
         content = hashlib.sha256()
         for files in (self.train_files, self.held_out_files):
             content.update(json.dumps(sorted(files.items())).encode())
         return content.hexdigest()
 
     def record(self) -> dict[str, Any]:
-        """Returns the JSON record to keep with a run: what was found, and the list of files unless it is very long.
+        """Returns the JSON record to store with a run. It includes the list of files, unless this is very long.
 
         Example:
             json.dumps(inventory.record())
@@ -146,7 +146,7 @@ class Inventory:
         }
 
     def changes(self, known: Mapping[str, Any]) -> str:
-        """Returns how the files differ from those in the record of a run, in one line; empty if they are the same.
+        """Returns a one-line description of how the files differ from a run's record, or "" if they do not.
 
         Raises ValueError if `known` is not a run's record.
 
@@ -170,7 +170,7 @@ class Inventory:
 
 
 def _in_one_form(files: Mapping[str, Any]) -> dict[str, Any]:
-    """The marks by file name, in composed Unicode form. Names that differ only in their form are left unchanged."""
+    """Returns the fingerprints by composed file name. Names that differ only in their form are left unchanged."""
     forms = Counter(map(composed, files))
     return {composed(name) if forms[composed(name)] == 1 else name: mark for name, mark in files.items()}
 
@@ -178,7 +178,7 @@ def _in_one_form(files: Mapping[str, Any]) -> dict[str, Any]:
 def _differences(
     train: Mapping[str, Any], held: Mapping[str, Any], train_now: Mapping[str, Any], held_now: Mapping[str, Any]
 ) -> str:
-    """The differences between two lists of files, in words."""
+    """Returns a description of the differences between two lists of files."""
     before, now = {**train, **held}, {**train_now, **held_now}
     cases = {
         "added": [name for name in now if name not in before],

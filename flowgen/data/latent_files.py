@@ -1,7 +1,7 @@
-"""Cached latents in files, which training memory-maps.
+"""Cached latents in files, which are memory-mapped during training.
 
 <directory>/<split>-<index>/   mean.npy std.npy label.npy; text.npy mask.npy and null.npz if captions were encoded
-<directory>/dataset.json       what the folders contain and how they were made; written last, when the cache is complete
+<directory>/dataset.json       what the folders contain and how they were made; written last, once the cache is complete
 """
 
 from __future__ import annotations
@@ -41,7 +41,7 @@ Count = Annotated[int, Within(1, 1 << 40)]
 
 @config
 class LatentsConfig:
-    """Cached latents of images or clips, written by `python -m flowgen encode`.
+    """Selects cached latents of images or clips, which `python -m flowgen encode` has written.
 
     path: the directory of the latents.
     fps: frames per second of the clips; 0 if they have the frame rate of the original videos.
@@ -68,11 +68,11 @@ class LatentsConfig:
 
 @config
 class TextProvenance:
-    """Everything that the features of captions depend on.
+    """Records everything that the features of captions depend on.
 
     encoder: name of the text encoder. digest: digest of the encoder's weights and tokenizer. length: number of tokens
-    per text. dim: number of features per token. noise_level, frames_per_second, aspect: what the texts state in
-    addition to the captions, as in `TextConfig`.
+    per text. dim: number of features per token. noise_level, frames_per_second, aspect: what is added to the captions,
+    as in `TextConfig`.
     """
 
     encoder: str
@@ -86,11 +86,11 @@ class TextProvenance:
 
 @config
 class Provenance:
-    """How cached latents were made; empty if that is unknown. Only flows without a codec accept an empty provenance.
+    """Records how cached latents were made. It is empty if this is unknown, which only flows without a codec accept.
 
     codec: description of the codec; empty for pixels. codec_digest: digest of everything that the latents depend on.
-    text: how the captions were encoded; None if there are no texts. noise_std: noise level of the flow, which the texts
-    may state. data: config of the images or clips, as JSON.
+    text: how the captions were encoded; None if there are no texts. noise_std: noise level of the flow, which may be
+    part of the texts. data: config of the images or clips, as JSON.
     """
 
     codec: str = ""
@@ -129,14 +129,14 @@ class LatentIndex:
     def __post_init__(self) -> None:
         object.__setattr__(self, "class_names", checked_names(self.class_names, "class_names"))
         if len({entry.folder for entry in self.shards}) < len(self.shards):
-            raise ValueError("shards has a folder twice; list each folder once.")
+            raise ValueError("shards contains a folder twice; list each folder once.")
 
 
 @dataclasses.dataclass(frozen=True)
 class ShardFile:
     """A shard on disk, memory-mapped on demand; the 64 most recently used shards stay mapped.
 
-    written: modification time in nanoseconds, so that a replaced file is recognized as a different shard.
+    written: modification time in nanoseconds. It ensures that a replaced file is treated as a different shard.
 
     Example:
         shard = ShardFile(Path("latents/train-00000"), 4096, (32, 32, 4), has_text=False).opened()
@@ -154,7 +154,7 @@ class ShardFile:
 
 
 class LatentWriter:
-    """Writes the shards of a dataset into a new directory. After `finish`, `read_latents` can read the directory.
+    """Writes the shards of a dataset to a new directory, which `read_latents` can read once `finish` has been called.
 
     Example:
         writer = LatentWriter("data/latents")
@@ -171,9 +171,9 @@ class LatentWriter:
     def add(
         self, split: Literal["train", "eval"], shard: Shard, *, kind: Kind, null: TextCondition | None = None
     ) -> None:
-        """Writes one shard. null: the encoded empty text, required if the shard has texts."""
+        """Writes one shard. null: the encoded empty text; required if the shard has texts."""
         if (shard.texts is None) != (null is None):
-            raise ValueError("give null (the encoded empty text) if the shard has texts, and leave it out otherwise.")
+            raise ValueError("null, the encoded empty text, is required if the shard has texts; otherwise, omit it.")
         entry = ShardEntry(
             folder=f"{split}-{len(self.entries):05d}",
             split=split,
@@ -199,7 +199,7 @@ class LatentWriter:
 
 
 def _arrays(shard: Shard) -> dict[str, np.ndarray]:
-    """The arrays of a shard, by file name without the suffix."""
+    """Returns the arrays of a shard, by file name without the suffix."""
     arrays = {"mean": shard.moments.mean, "std": shard.moments.std, "label": shard.labels}
     if shard.texts is not None:
         arrays |= {"text": shard.texts.embeddings, "mask": shard.texts.mask}
@@ -228,7 +228,7 @@ def read_index(directory: str | os.PathLike[str]) -> LatentIndex:
 
 @functools.lru_cache(maxsize=2)
 def _parsed_index(path: Path, *version: int) -> LatentIndex:
-    """The index in a file. The file is parsed again only if `version` has changed."""
+    """Returns the index in a file. Parses the file again only if `version` has changed."""
     plain = read_json(path, fix="encode the data again")
     if not isinstance(plain, dict) or plain.get("format") != FORMAT:
         raise ValueError(f"'{path}' is not an index in the format '{FORMAT}'; encode the data again.")
@@ -241,12 +241,12 @@ def _parsed_index(path: Path, *version: int) -> LatentIndex:
 def read_latents(
     directory: str | os.PathLike[str], split: Split, classes: tuple[str, ...] = ()
 ) -> LatentDataset | BucketedDataset:
-    """Returns a split of cached latents, memory-mapped. If there are several kinds or shapes, each forms a bucket.
+    """Returns a split of cached latents, memory-mapped. If there are several kinds or shapes, each becomes a bucket.
 
-    classes: the classes to which labels are mapped by name; if empty, the classes of the data are kept.
+    classes: the class names to which labels are mapped by name; if empty, the data's own classes are kept.
 
-    Raises FileNotFoundError or ValueError if files are missing, truncated or do not have the shape in the index, if a
-    label is not a valid class number, or if a class is not in `classes`.
+    Raises FileNotFoundError or ValueError if a file is missing, is truncated or does not have the shape in the index,
+    if a label is not a valid class number, or if a class is not in `classes`.
 
     Example:
         dataset = read_latents("data/latents", "train")
@@ -259,7 +259,7 @@ def read_latents(
             + (" with data.eval_fraction above 0." if split == "eval" else ".")
         )
     if len({entry.has_text for entry in entries}) > 1:
-        raise ValueError(f"data.path '{directory}' has texts in only some of its folders; encode the data again.")
+        raise ValueError(f"data.path '{directory}' has texts in only some folders; encode the data again.")
     numbers = class_numbers(index.class_names, classes, f"data.path '{directory}'")
     groups: dict[tuple[Kind, tuple[int, ...]], list[ShardEntry]] = {}
     for entry in entries:
@@ -279,16 +279,16 @@ def read_latents(
 
 
 def _read_null(folder: Path) -> TextCondition:
-    """The encoded empty text, read from the folder of a shard that has texts."""
+    """Returns the encoded empty text, read from the folder of a shard that has texts."""
     path = folder / NULL_FILE
     of_texts = [_open_array(folder / f"{part}.npy").shape[1:] for part in ("text", "mask")]
     try:
         check_regular(path)
         with zipfile.ZipFile(path) as archive:
             size = sum(entry.file_size for entry in archive.infolist())
-        # A number occupies at most eight bytes; the overhead allows for headers.
+        # Each number occupies at most eight bytes. The overhead leaves room for headers.
         if size > 8 * sum(map(math.prod, of_texts)) + MAX_NULL_OVERHEAD:
-            raise ValueError(f"unpacking it would take {size:,} bytes")
+            raise ValueError(f"unpacking it would need {size:,} bytes")
         with np.load(path, allow_pickle=False) as arrays:
             null = arrays["text"], arrays["mask"]
     except FileNotFoundError as error:
@@ -301,14 +301,12 @@ def _read_null(folder: Path) -> TextCondition:
 
 
 def _checked(directory: Path, entry: ShardEntry, class_names: Sequence[str]) -> ShardFile:
-    """The shard of an index entry; its files are checked and then closed."""
+    """Returns the shard of an index entry, after checking and closing its files."""
     folder = directory / entry.folder
     shard = ShardFile(folder, entry.count, entry.shape, entry.has_text)
     label = _open_shard.__wrapped__(shard).labels
     if label.dtype.kind != "i" or label.ndim != 1:
-        raise ValueError(
-            f"'{folder / 'label.npy'}' has {shown(label)} instead of one integer per sample; encode again."
-        )
+        raise ValueError(f"'{folder / 'label.npy'}' is {shown(label)} instead of one integer per sample; encode again.")
     smallest, largest = (int(bound) for bound in (label.min(initial=NO_LABEL), label.max(initial=NO_LABEL)))
     if smallest < NO_LABEL or (class_names and largest >= len(class_names)):
         raise ValueError(
@@ -319,7 +317,7 @@ def _checked(directory: Path, entry: ShardEntry, class_names: Sequence[str]) -> 
 
 
 def _open_array(path: Path) -> np.ndarray:
-    """A memory-mapped array of numbers."""
+    """Returns a memory-mapped array of numbers."""
     try:
         check_regular(path)
         array = np.load(path, mmap_mode="r", allow_pickle=False)
@@ -342,11 +340,11 @@ def _open_shard(shard: ShardFile) -> Shard:
         arrays[part] = _open_array(path)
         if arrays[part].shape[:1] != (shard.size,):
             raise ValueError(
-                f"'{path}' has shape {arrays[part].shape} instead of {shard.size} samples; encode the data again."
+                f"'{path}' has shape {arrays[part].shape}, but there are {shard.size} samples; encode the data again."
             )
         if part == "mask" and arrays[part].dtype != bool:
             raise ValueError(f"'{path}' has the dtype {arrays[part].dtype} instead of bool; encode the data again.")
         if part in ("mean", "std") and arrays[part].shape[1:] != shard.event_shape:
-            raise ValueError(f"'{path}' does not have the shape stated in {INDEX_FILE}; encode the data again.")
+            raise ValueError(f"'{path}' does not have the shape that {INDEX_FILE} states; encode the data again.")
     texts = TextCondition(arrays["text"], arrays["mask"]) if shard.has_text else None
     return Shard(Moments(arrays["mean"], arrays["std"]), arrays["label"], texts)

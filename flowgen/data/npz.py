@@ -1,4 +1,4 @@
-"""The user's own images as arrays in an .npz file."""
+"""Reads the user's own images from arrays in an .npz file."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from flowgen.data.inventory import name_list, tell
 from flowgen.documents import ARRAY_DAMAGE
 
 _ARRAYS = ("images", "labels", "class_names")
-# A label of this value or more must be below the number of labels, because a larger one is unlikely to be a class.
+# A label at or above this value must be smaller than the number of labels. Otherwise, it is unlikely to be a class.
 MOST_SPARSE = 1 << 16
 
 
@@ -23,9 +23,9 @@ def read_npz(config: DataConfig, size: tuple[int, int]) -> ArrayDataset:
 
     The array `images` is uint8 of shape `n height width` or `n height width c`. The optional array `labels` contains
     one integer per image; -1 marks an image without a label. Nothing is resized or converted, and other arrays are
-    ignored. If the file has an array of strings `class_names`, classes are mapped by name. Otherwise, labels are
-    indices into `config.classes`; if this is empty too, the classes are named "0", "1" and so on, up to the largest
-    label.
+    ignored. If the file has an array of strings named `class_names`, classes are mapped by name. Otherwise, labels are
+    indices into `config.classes`. If `config.classes` is empty too, the classes are named "0", "1" and so on, up to the
+    largest label.
 
     Raises:
         FileNotFoundError: there is no such file.
@@ -77,7 +77,7 @@ def npz_marks(path: str) -> dict[str, int]:
 
 
 def _named_classes(path: Path, arrays: dict[str, np.ndarray], count: int | None) -> tuple[str, ...]:
-    """The class names that labels index. count: number of images, if known."""
+    """Returns the class names that labels index. count: number of images, if known."""
     labels = arrays["labels"]
     _check_labels(path, labels, labels.size if count is None else count)
     largest = int(labels.max()) if labels.size else NO_LABEL
@@ -98,7 +98,7 @@ def _named_classes(path: Path, arrays: dict[str, np.ndarray], count: int | None)
 
 
 def _numbered(path: Path, count: int, classes: tuple[str, ...]) -> tuple[str, ...]:
-    """The classes of a run. Labels are indices into these classes if the file has no class names."""
+    """Returns the classes of a run, which labels index if the file has no class names."""
     if count > len(classes):
         raise ValueError(
             f"'labels' in data.path '{path}' contains {count - 1}, but data.classes lists only {len(classes)} names "
@@ -113,11 +113,11 @@ def _numbered(path: Path, count: int, classes: tuple[str, ...]) -> tuple[str, ..
 
 
 def _read_arrays(path: Path, names: tuple[str, ...]) -> tuple[dict[str, np.ndarray], list[str]]:
-    """The requested arrays that a file has, and the names of all its arrays."""
+    """Returns those of the requested arrays that are in the file, and the names of all its arrays."""
     if not path.is_file():
         raise FileNotFoundError(f"data.path '{path}' is not a file; give the path of an .npz file.")
     try:
-        # np.load would try to unpickle anything but a zip file, and it leaks files that it opens itself.
+        # np.load would try to unpickle any file that is not a zip archive, and it leaks files that it opens itself.
         with path.open("rb") as file, zipfile.ZipFile(file), np.load(file, allow_pickle=False) as arrays:
             return {name: arrays[name] for name in names if name in arrays.files}, sorted(arrays.files)
     except (*ARRAY_DAMAGE, OSError) as error:

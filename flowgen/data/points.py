@@ -1,4 +1,4 @@
-"""2-D points from a pair of named distributions; fresh points are drawn at every step."""
+"""2-D points from a pair of named distributions. New points are drawn at every step."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ Distribution = Literal["normal", "eight_gaussians", "five_gaussians", "moons"]
 
 @config
 class PointsConfig:
-    """The two distributions between which points are transported; see `flowgen.matching.toy`.
+    """Names the two distributions between which points are transported (see `flowgen.matching.toy`).
 
     x0: distribution at t = 0.
     x1: distribution of the data, at t = 1.
@@ -32,13 +32,13 @@ class PointsConfig:
     x1: Distribution = "eight_gaussians"
 
     def draw(self, key: Key[Array, ""], num: int) -> tuple[Float[Array, "num 2"], Float[Array, "num 2"]]:
-        """Returns independent samples from x0 and x1. The method can be used under `jax.jit`."""
+        """Returns independent samples from x0 and x1. Can be used under `jax.jit`."""
         key0, key1 = jax.random.split(key)
         return toy.DISTRIBUTIONS[self.x0](key0, num), toy.DISTRIBUTIONS[self.x1](key1, num)
 
 
 def blank_batches(share: int, start: int, stop: int) -> Iterator[Batch]:
-    """Returns batches that convey only their size. The points are drawn on the device, from the key of each step.
+    """Returns placeholder batches, of which only the size matters. The device draws the points from each step's key.
 
     Example:
         for batch in blank_batches(256, 0, 20_000):

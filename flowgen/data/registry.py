@@ -30,14 +30,14 @@ _WITH_PATH = ("folder", "npz")
 def load(
     config: DataConfig, *, image_size: ImageSize, channels: int, split: Split, multiple: int = 1
 ) -> Dataset | BucketedDataset:
-    """Returns the images of one split in the model's shape.
+    """Returns the images of one split, in the shape that the model needs.
 
-    image_size: side, or (height, width). channels: number of channels. Grey images are repeated to 3 channels; colour
-    images are converted to 1 channel if they come from a folder, and refused otherwise. multiple: if `config.aspects`
-    is set, the sides of the images in every bucket are multiples of this number.
+    image_size: side, or (height, width). channels: number of channels. Grey images are repeated to get 3 channels.
+    Colour images are converted to 1 channel if they come from a folder; otherwise, an error is raised. multiple: if
+    `config.aspects` is set, the sides of the images in every bucket are multiples of this number.
 
-    Labels are indices into `class_names`; -1 marks an image without a label. If `config.classes` is set, it provides
-    the class names.
+    Labels are indices into `class_names`; -1 marks an image without a label. The class names are `config.classes`,
+    unless this is empty.
 
     Raises:
         ValueError: the dataset cannot provide this shape, the split is empty, or a file is damaged.

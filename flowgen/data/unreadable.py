@@ -1,4 +1,4 @@
-"""Handles unreadable files: reports them all in one error, or skips them."""
+"""Handles unreadable files, either by reporting all of them in one error or by skipping them."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ _NAMED_IN_ERRORS = 5
 
 
 class Unreadable(ValueError):
-    """Raised for a file that cannot be decoded. named: the file and the reason, as an item for a list."""
+    """Raised if a file cannot be decoded. named: the file and the reason, for use in a list of files."""
 
     @property
     def named(self) -> str:
@@ -28,7 +28,7 @@ class Unreadable(ValueError):
 def tell_lost_classes(
     before: Int32[np.ndarray, " n"], after: Int32[np.ndarray, " m"], class_names: Sequence[str], sentence: str
 ) -> None:
-    """Warns about classes that have no samples left. sentence: the warning, with {} in place of the class names.
+    """Warns about classes that have no samples left. sentence: the warning, with {} where the class names go.
 
     Example:
         tell_lost_classes(labels, labels[kept], names, "No image of {} is left.")
@@ -40,8 +40,8 @@ def tell_lost_classes(
 class FileReader(Generic[T]):
     """Reads files by their position in a list, and handles files for which `read` raises `Unreadable`.
 
-    on_corrupt: "refuse" raises a ValueError that names such files; "skip" warns about each of them once and leaves them
-    out. what: singular and plural noun for the files, used in messages. split: the split that the files belong to.
+    on_corrupt: "refuse" raises a ValueError that names such files; "skip" leaves them out, with one warning for each.
+    what: singular and plural noun for the files, used in messages. split: the split to which the files belong.
     replaces: whether another file may replace a skipped one.
 
     Example:
@@ -62,7 +62,7 @@ class FileReader(Generic[T]):
         self._read, self._files, self._on_corrupt, self._what = read, files, on_corrupt, what
         self._split = split
         self._replaces = replaces
-        # Files that were named in a warning. The set only prevents a second warning; results do not depend on it.
+        # Files that a warning has named. This set only prevents repeated warnings; results do not depend on it.
         self._warned: set[Path] = set()
 
     @property
@@ -71,7 +71,7 @@ class FileReader(Generic[T]):
         return self._on_corrupt == "skip"
 
     def next_readable(self, position: int) -> tuple[int, T]:
-        """Returns the position and content of the first readable file from this position on, wrapping around."""
+        """Returns the position and content of the next readable file, starting at this position and wrapping around."""
         failures: dict[Path, Unreadable] = {}
         for step in range(len(self._files)):
             candidate = (position + step) % len(self._files)
@@ -88,14 +88,14 @@ class FileReader(Generic[T]):
         raise self._refusal(failures)
 
     def check_any(self) -> None:
-        """Raises ValueError if files may be skipped and none is readable; stops at the first readable file."""
+        """Raises ValueError if files may be skipped and none is readable. Stops at the first readable file."""
         if self._on_corrupt == "skip" and self._replaces:
             self.next_readable(0)
 
     def read_all(self, keep: Callable[[int, T], None], *, may_be_empty: bool = False) -> Int[np.ndarray, " kept"]:
         """Calls `keep` with each readable position and its content, and returns these positions.
 
-        may_be_empty: do not raise an error if no file is left.
+        may_be_empty: whether to return no positions, instead of raising an error, if no file is left.
         """
         errors: dict[int, Unreadable] = {}
 

@@ -1,4 +1,4 @@
-"""The orientation of images: right-angle turns and mirrors, read from EXIF even if other metadata are malformed."""
+"""The orientation of images: right-angle turns and mirroring, read from EXIF even if other metadata are malformed."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ _PNG_PIXELS = (b"IHDR", b"PLTE", b"tRNS", b"IDAT", b"IEND")
 
 @dataclasses.dataclass(frozen=True)
 class Turn:
-    """One of the eight orientations of an image: optionally swap rows and columns, then mirror x, y, both or neither.
+    """One of the eight orientations of an image: rows and columns may be swapped, and then each axis may be mirrored.
 
     Example:
         clockwise = Turn(swap=True, mirror_x=True)
@@ -42,7 +42,7 @@ class Turn:
     mirror_y: bool = False
 
     def apply(self, pixels: UInt8[np.ndarray, "height width c"]) -> UInt8[np.ndarray, "new_height new_width c"]:
-        """Returns a view of the pixels after the turn."""
+        """Returns a view of the turned pixels."""
         pixels = pixels.swapaxes(0, 1) if self.swap else pixels
         return pixels[:: -1 if self.mirror_y else 1, :: -1 if self.mirror_x else 1]
 
@@ -65,7 +65,7 @@ _TURNS = {
 
 
 def exif_turn(exif: bytes) -> Turn:
-    """Returns the turn in tag 0x112 (orientation) of an EXIF block; the identity if the tag is missing or damaged.
+    """Returns the turn in an EXIF block (tag 0x112, orientation), or the identity if the tag is missing or damaged.
 
     Example:
         turn = exif_turn(image.info.get("exif", b""))
@@ -88,9 +88,9 @@ def exif_turn(exif: bytes) -> Turn:
 
 
 def image_turn(image: Image) -> Turn:
-    """Returns the turn in the metadata of an open image: from EXIF or, without EXIF, from the same tag in XMP.
+    """Returns the turn in the metadata of an open image, from EXIF or, if there is no EXIF, from the same tag in XMP.
 
-    For TIFF files, it returns the identity, because Pillow turns them itself.
+    For TIFF files, returns the identity, because Pillow itself turns these.
 
     Example:
         turn = image_turn(image)
@@ -100,7 +100,7 @@ def image_turn(image: Image) -> Turn:
     if image.format == "PNG" and "exif" not in image.info:
         image.load()  # EXIF may follow the pixels.
     exif = image.info.get("exif", b"")
-    # ImageMagick writes EXIF into PNG as lines of text: a name, a length, then hexadecimal digits.
+    # ImageMagick writes EXIF into PNG as lines of text: a name, a length, and hexadecimal digits.
     profile = str(image.info.get("Raw profile type exif", "")).split("\n", 3)[-1]
     if not exif and re.fullmatch(r"(\s*[0-9a-fA-F]{2})+\s*", profile):
         exif = bytes.fromhex(profile)
@@ -112,7 +112,7 @@ def image_turn(image: Image) -> Turn:
 
 
 def without_metadata(content: bytes) -> tuple[bytes, Turn] | None:
-    """Returns a JPEG, PNG or TIFF file without the metadata that do not affect its pixels, and the turn in its EXIF.
+    """Strips metadata that do not affect the pixels from a JPEG, PNG or TIFF file. Returns the file and its EXIF turn.
 
     Returns None for other files.
 
@@ -134,15 +134,15 @@ def _plain_jpeg(content: bytes) -> tuple[bytes, bytes]:
     kept, exif, at = [_JPEG], b"", len(_JPEG)
     while content[at : at + 1] == b"\xff" and at + 4 <= len(content):
         marker, length = content[at + 1], int.from_bytes(content[at + 2 : at + 4], "big")
-        if marker == 0xFF:  # Padding.
+        if marker == 0xFF:  # padding
             at += 1
             continue
-        if marker == 0xDA:  # Pixels begin.
+        if marker == 0xDA:  # start of the pixels
             break
         segment, at = content[at : at + 2 + length], at + 2 + length
         if marker == 0xE1 and segment[4:].startswith(_EXIF):
             exif = exif or segment[4:]
-        # JFIF (0xE0) and Adobe (0xEE) give the colour space; other application segments and comments are left out.
+        # JFIF (0xE0) and Adobe (0xEE) specify the colour space. Other application segments and comments are left out.
         if not (0xE1 <= marker <= 0xEF or marker == 0xFE) or marker == 0xEE:
             kept.append(segment)
     return b"".join(kept) + content[at:], exif
@@ -162,7 +162,7 @@ def _plain_png(content: bytes) -> tuple[bytes, bytes]:
 
 
 def _plain_tiff(content: bytes, order: str) -> bytes:
-    """The file with only its first directory, and only the tags that affect its pixels."""
+    """Returns the file with only its first directory, and only the tags that affect its pixels."""
     if len(content) < 8 or (at := struct.unpack_from(f"{order}I", content, 4)[0]) + 2 > len(content):
         return content
     (count,) = struct.unpack_from(f"{order}H", content, at)

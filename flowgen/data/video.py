@@ -1,4 +1,4 @@
-"""Reads and writes clips as video files, with PyAV and Pillow. Clips can be read at any frame rate."""
+"""Reads and writes clips as video files, using PyAV and Pillow. Clips can be read at any frame rate."""
 
 from __future__ import annotations
 
@@ -22,16 +22,16 @@ READABLE = (
     *(".mp4", ".m4v", ".mov", ".3gp", ".mkv", ".webm", ".avi", ".gif"),
     *(".mpg", ".mpeg", ".ts", ".mts", ".m2ts", ".wmv", ".asf", ".flv", ".ogv"),
 )
-# The constant rate factor of H.264; this value is close to visually lossless.
+# The constant rate factor of H.264. This value is close to visually lossless.
 _CRF = "16"
-# A video may have this many more frames than its file has bytes, because frames can be repeated.
+# A video may have this many more frames than its file has bytes, because frames may be repeated.
 _TIMES = 1 << 16
 
 
 def video_length(path: str | os.PathLike[str]) -> tuple[float, float]:
     """Returns a video's duration in seconds and its frame rate. Raises UnreadableVideo if the file is not a video.
 
-    A video begins with its first key frame and ends with its last complete frame, whatever the file claims.
+    A video begins with its first key frame and ends with its last complete frame, whatever the file's header states.
 
     Example:
         seconds, fps = video_length("clip.mp4")
@@ -46,16 +46,16 @@ def video_size(path: str | os.PathLike[str]) -> tuple[int, int]:
     Example:
         height, width = video_size("clip.mp4")
     """
-    frames = shown_frames(path)  # The open iterator keeps the file open.
+    frames = shown_frames(path)  # this open iterator keeps the file open
     (frame, _, _), video = next(frames)
     return frame_turn(frame).size(frame.height, max(1, round(frame.width * video.pixel_aspect)))
 
 
 def frame_times(path: str | os.PathLike[str], *, fps: float | int | None = None) -> Float[np.ndarray, " n"]:
-    """Returns the times in seconds at which `read_clip` finds frames. The first key frame is at second 0.
+    """Returns the times in seconds at which `read_clip` finds frames. The first key frame is at time 0.
 
-    If fps is None, these are the times of the video's frames, which are read without decoding. Otherwise, they are
-    i / fps over the video's duration.
+    If fps is None, these are the times of the video's own frames, which are found without decoding. Otherwise, they are
+    i / fps, up to the video's duration.
 
     Raises UnreadableVideo if the file is not a video, is damaged at its end, or claims a duration that is impossible
     for its size.
@@ -85,11 +85,14 @@ def read_clip(
     start: float | int = 0.0,
     crop: Crop = "center",
 ) -> UInt8[np.ndarray, "frames height width c"]:
-    """Returns the frames that a video shows at start + i / fps seconds, resized and cropped.
+    """Returns the frames that a video shows at the times start + i / fps in seconds, resized and cropped.
 
-    fps: frames per second; None returns consecutive frames from `start` on, however long each is shown. Frames are
-    turned and mirrored as the file states, and resampled to square pixels. Raises UnreadableVideo if the file is not a
-    video, is damaged in the part that is read, or is too short; see `frame_times`.
+    fps: frames per second; None returns consecutive frames from `start` on, however long each is shown.
+
+    Frames are turned and mirrored as the file specifies, and resampled to square pixels.
+
+    Raises UnreadableVideo if the file is not a video, is damaged in the part that is read, or is too short (see
+    `frame_times`).
 
     Example:
         clip = read_clip("clip.mp4", 17, (64, 64), 3, fps=8)
@@ -98,8 +101,8 @@ def read_clip(
     times: np.ndarray | None = None
     turn: Turn | None = None
     for (frame, at, until), video in shown_frames(path, start):
-        # As in FFmpeg, the turn of the first frame applies to all. Only that frame is queried, because a queried frame
-        # stays in memory until garbage collection.
+        # As in FFmpeg, the turn of the first frame applies to all frames. Only the first frame is queried, because a #
+        # queried frame stays in memory until garbage collection.
         turn = frame_turn(frame) if turn is None else turn
         if fps is not None and times is None:
             # The times are shifted by up to half a frame, to allow for rounded frame times.
@@ -117,10 +120,10 @@ def read_clip(
 def write_video(
     path: str | os.PathLike[str], frames: UInt8[np.ndarray, "frames height width c"], *, fps: float | int = 8.0
 ) -> None:
-    """Writes frames as H.264 in mp4 or as a looping GIF, depending on the suffix. The file is written atomically.
+    """Writes frames atomically, as H.264 in an mp4 file or as a looping GIF, depending on the suffix.
 
-    The sides of an mp4 must be even, so an odd side is padded by repeating the last row or column. The colours of an
-    mp4 are tagged as BT.709. GIF stores times in hundredths of a second.
+    The sides of an mp4 must be even, so the last row or column is repeated if a side is odd. The colours of an mp4 are
+    tagged as BT.709. A GIF stores times in hundredths of a second.
 
     Raises:
         ValueError: the suffix is unknown, there are no frames, or the frame rate is not positive.
@@ -158,7 +161,7 @@ def write_video(
 
 
 def check_video_path(path: str | os.PathLike[str]) -> None:
-    """Raises the error that `write_video` would raise for this path, before anything is computed.
+    """Raises the error that `write_video` would raise for this path, so that it is reported early.
 
     Example:
         check_video_path(arguments.out)
@@ -173,7 +176,7 @@ def check_video_path(path: str | os.PathLike[str]) -> None:
 def _upright(
     frame: Any, turn: Turn, aspect: float, size: tuple[int, int], channels: int, crop: Crop
 ) -> UInt8[np.ndarray, "height width c"]:
-    """A frame resized to `size`, upright and with square pixels."""
+    """Returns a frame resized to `size`, upright and with square pixels."""
     image = pillow().fromarray(np.ascontiguousarray(turn.apply(frame_pixels(frame, max(size)))))
     if channels == 1:
         image = image.convert("L")

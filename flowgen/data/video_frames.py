@@ -1,4 +1,4 @@
-"""Pixels of decoded frames: orientation, colour space, and conversion back to YCbCr for writing."""
+"""Handles the pixels of decoded frames: orientation, colour space, and conversion back to YCbCr for writing."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from flowgen.data.media import pillow
 from flowgen.data.upright import Turn
 from flowgen.data.video_streams import av
 
-# Maps the number of a colour space in FFmpeg's frames to its number in FFmpeg's scaler.
+# Maps the numbers of colour spaces in FFmpeg's frames to their numbers in FFmpeg's scaler.
 _SPACES = {1: 1, 4: 4, 5: 5, 6: 5, 7: 7, 9: 9, 10: 9}
 BT709, _BT601 = 1, 5
 LIMITED_RANGE, _FULL_RANGE = 1, 2
@@ -34,13 +34,13 @@ def frame_turn(frame: Any) -> Turn:
 
 
 def frame_pixels(frame: Any, least: int | None = None) -> UInt8[np.ndarray, "height width 3"]:
-    """Returns the RGB pixels of a frame, composited on white but not turned.
+    """Returns the RGB pixels of a frame, composited on white. Does not turn the frame.
 
-    least: smallest side needed. To save memory, a frame with more than 4096 x 2048 pixels is shrunk by an integer
-    factor, to sides of at least twice this length.
+    least: the smallest side that is needed. To save memory, a frame with more than 4096 x 2048 pixels is shrunk by an
+    integer factor, but its sides stay at least twice this long.
 
-    Pixels are converted from YCbCr to RGB with the matrix that the frame names. If the frame names no matrix, BT.709 is
-    used for high-definition frames and BT.601 otherwise, as in video players. A frame is high-definition if its width
+    Pixels are converted from YCbCr to RGB with the matrix that the frame specifies. If it specifies none, BT.709 is
+    used for high-definition frames and BT.601 for others, as in video players. A frame is high-definition if its width
     is at least 1280 or its height is at least 577.
     """
     high = frame.width >= 1280 or frame.height > 576
@@ -61,7 +61,7 @@ def frame_pixels(frame: Any, least: int | None = None) -> UInt8[np.ndarray, "hei
 
 
 def to_bt709(pixels: UInt8[np.ndarray, "height width 3"]) -> Any:
-    """Returns RGB pixels as a YCbCr frame, in BT.709 with limited range."""
+    """Returns a YCbCr frame with the given RGB pixels, in BT.709 with limited range."""
     frame = (
         av()
         .VideoFrame.from_ndarray(pixels, format="rgb24")

@@ -7,26 +7,27 @@ from typing import Any, BinaryIO
 
 import numpy as np
 
-# Containers with consecutive packets and no index of their positions.
+# Containers that store packets consecutively, without an index of their positions.
 _IN_ORDER = ("matroska,webm", "flv")
-# The format of programme streams (MPEG-PS), and the codecs with a frame at every tick of the frame rate.
+# The format name of programme streams (MPEG-PS), and the codecs that have a frame at every tick of the frame rate.
 _PROGRAMME, _STEADY = "mpeg", ("mpeg1video", "mpeg2video")
 # Number of bytes, such as headers, that may lie between two packets.
 _BETWEEN = 128
-# If packets are more frames apart than this, something between them is lost. In programme streams, times may be one
-# frame off.
+# If packets are more frames apart than this, data between them is lost. In programme streams, times may be off by one #
+# frame.
 _JUMP, _JUMP_OF_PROGRAMME = 1.75, 2.75
-# Transport streams (MPEG-TS): the sync byte of packets, the number of header bytes, and the possible packet lengths.
-# Each length comes with the number of bytes before the sync byte.
+# Transport streams (MPEG-TS): the sync byte of packets, the number of header bytes, and the possible packet lengths,
+# each # with the number of bytes before the sync byte.
 _TS, _SYNC, _TS_HEAD, _TS_STEPS = "mpegts", 0x47, 6, ((188, 0), (192, 4), (204, 0))
 _TS_MOST = 10  # Largest number of bytes from the start of a packet to the end of its header.
 
 
 class Losses:
-    """Watches the packets of a file, in file order, and detects losses between the packets of a video.
+    """Detects losses between the packets of a video while a file is read in order.
 
-    The signs of a loss depend on the container. In Matroska and FLV, there are bytes that belong to no packet, and time
-    jumps. In MPEG-TS, a 188-byte packet has a wrong number or sync byte. In MPEG-PS, time jumps.
+    The signs of a loss depend on the container. In Matroska and FLV, there are bytes that belong to no packet, and
+    there is a gap in the time stamps. In MPEG-TS, a transport packet has a wrong number or sync byte. In MPEG-PS, there
+    is a gap in the time stamps.
 
     Example:
         losses = Losses(file, container, stream, rate)
@@ -43,13 +44,13 @@ class Losses:
         self.forget()
 
     def forget(self) -> None:
-        """Forgets earlier packets; call it after a seek."""
+        """Forgets earlier packets. Must be called after a seek."""
         self._end, self._passed = 0, 0  # End of the last packet; largest gap since the video's last packet.
         self._at: int | None = None
         self._before: Any = None
 
     def before(self, packet: Any) -> bool:
-        """Returns whether something is missing between the previous packet of the video and this one."""
+        """Returns whether data is missing between the previous packet of the video and this one."""
         at = packet.pos
         if at is not None:
             if self._at is not None and at > self._at:
@@ -70,19 +71,19 @@ class Losses:
         return self._kind in _IN_ORDER and passed > _BETWEEN and self._frames_between(before, packet) > _JUMP
 
     def behind(self, end: float) -> bool:
-        """Returns whether something is missing after the last packet, which ends at `end` seconds of packet time."""
+        """Returns whether data is missing after the last packet. end: end of this packet, in seconds of packet time."""
         if self._kind not in _IN_ORDER or self._at is None or (self._claimed - end) * self._rate < _JUMP:
             return False
-        # A truncated file ends within the next packet.
+        # A truncated file ends in the middle of the next packet.
         return os.fstat(self._file.fileno()).st_size - self._end > 2 * self._largest + _BETWEEN
 
     def _frames_between(self, before: Any, packet: Any) -> float:
-        """The number of frames from one packet to a later one."""
+        """Returns the number of frames from one packet to a later one."""
         stamps = (before.dts, packet.dts) if None not in (before.dts, packet.dts) else (before.pts, packet.pts)
         return 0.0 if None in stamps else float((stamps[1] - stamps[0]) * self._stream.time_base) * self._rate
 
     def _is_continuous(self, begin: int | None, end: int | None) -> bool:
-        """Whether a transport stream's packets between two positions are consecutive."""
+        """Returns whether a transport stream's packets between two positions are consecutive."""
         if begin is None or end is None or end <= begin:
             return True
         stands = self._file.tell()
@@ -97,7 +98,7 @@ class Losses:
         if (heads[:, 0] != _SYNC).any():
             return False
         mine = heads[((heads[:, 1] & 0x1F) << 8 | heads[:, 2]) == self._stream.id]
-        # In the adaptation field, a packet may declare that its number does not continue the count.
+        # A packet may declare in its adaptation field that its number does not continue the count.
         if ((mine[:, 3] & 0x20 > 0) & (mine[:, 4] > 0) & (mine[:, 5] & 0x80 > 0)).any():
             return True
         numbers = mine[mine[:, 3] & 0x10 > 0, 3] & 0x0F

@@ -1,4 +1,4 @@
-"""Opens video files safely, and reads their complete packets and their frames with display times."""
+"""Opens video files safely, and reads their complete packets and frames, with display times."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ from flowgen.packages import need
 _CONTAINERS = "mov,matroska,avi,gif,mpeg,mpegts,mpegvideo,asf,flv,ogg"
 # Maximum number of pixels in a frame: 8192 x 4096.
 _MOST_PIXELS = 1 << 25
-# A seek uses decoding times. In H.264, these may be up to this many frames earlier than the display times.
+# Seeking uses decoding times. In H.264, these may be this many frames earlier than the display times.
 _REORDERED = 16
 # Tolerance for rounding errors in the time of a frame, in seconds.
 SAME_TIME = 1e-6
@@ -28,7 +28,7 @@ _NO_FRAMES = ("has no frames that can be decoded", "give another video")
 
 
 class UnreadableVideo(Unreadable):
-    """Raised for a video that cannot be decoded; its message gives the path, the reason and a remedy.
+    """Raised if a video cannot be decoded; the message gives the path, the reason and a remedy.
 
     Example:
         raise UnreadableVideo("clip.mp4", "is damaged", "convert it again or remove it")
@@ -52,7 +52,7 @@ class Shown(NamedTuple):
 
 
 class Packet(NamedTuple):
-    """A packet, and whether data is missing between it and the previous one."""
+    """A packet, and whether data is missing between the previous packet and this one."""
 
     packet: Any
     follows_loss: bool
@@ -63,8 +63,8 @@ class Video:
     """An open video file. The video begins at its first key frame, because earlier frames cannot be decoded.
 
     start: start of the stream, in seconds. rate: frames per second. counts_packets: whether the container numbers
-    packets instead of giving time stamps. ahead: packets that were read when the file was opened. losses: detects
-    losses between packets.
+    packets instead of storing time stamps. ahead: packets that were already read when the file was opened. losses:
+    detects losses between packets.
 
     Example:
         with opened("clip.mp4") as video: ...
@@ -81,7 +81,7 @@ class Video:
 
     @property
     def pixel_aspect(self) -> float:
-        """Ratio of a stored pixel's displayed width to its height."""
+        """The ratio of a stored pixel's displayed width to its displayed height."""
         return float(self.stream.sample_aspect_ratio or 1)
 
     def time_of(self, part: Any) -> float:
@@ -91,7 +91,7 @@ class Video:
     def lasts(self, part: Any) -> float:
         """Returns the display duration of a packet or a frame in seconds, or 1 / rate if the file does not state it.
 
-        Most files state the duration of only the last frame.
+        Most files state only the duration of the last frame.
         """
         known = part.duration is not None and part.duration > 0
         return float(part.duration * (part.time_base or self.stream.time_base)) if known else 1 / self.rate
@@ -99,16 +99,16 @@ class Video:
     def packets(self) -> Iterator[Packet]:
         """Yields packets from the container's current position, including packets of frames that are not shown.
 
-        The iterator ends where the file is truncated or FFmpeg cannot read any further.
+        The iterator ends where the file is truncated or where FFmpeg cannot read any further.
         """
         yield from self.ahead
         self.ahead.clear()
         yield from _packets(self.container, self.stream, self.losses)
 
     def whole_packets(self) -> list[tuple[float, float]]:
-        """Returns the display intervals of all frames with complete packets, from the container's current position.
+        """Returns the display intervals of all frames with complete packets, from the current position on.
 
-        Frames after damage are left out if no key frame follows, because they cannot be decoded.
+        If damage is not followed by a key frame, the frames after it are left out, because they cannot be decoded.
         """
         found: list[tuple[float, float]] = []
         end = math.inf
@@ -127,8 +127,8 @@ class Video:
     def seek(self, second: float) -> bool:
         """Seeks to a key frame before the given second, and returns whether this succeeded.
 
-        A seek fails if the file is not seekable. It also fails if frames are reordered and have no time stamps, because
-        such frames can only be counted from the beginning.
+        Seeking fails if the file is not seekable. It also fails if frames are reordered and have no time stamps,
+        because such frames can only be counted from the beginning.
         """
         if self.counts_packets and self.stream.codec_context.has_b_frames:
             return False
@@ -152,10 +152,10 @@ def av() -> Any:
 
 @contextlib.contextmanager
 def opened(path: str | os.PathLike[str]) -> Generator[Video]:
-    """Yields the video in a file. Other files to which this file refers are not opened.
+    """Yields the video in a file. Does not open other files to which this file refers.
 
-    Raises UnreadableVideo if the container is not supported, there is no video or frame rate, or a frame has more
-    pixels than 8192 x 4096.
+    Raises UnreadableVideo if the container is not supported, if there is no video or frame rate, or if frames have more
+    than 8192 x 4096 pixels.
 
     Example:
         with opened("clip.mp4") as video: ...
@@ -172,7 +172,7 @@ def opened(path: str | os.PathLike[str]) -> Generator[Video]:
         ahead = list(itertools.islice(decodable, _REORDERED if counts_packets else 1))
         if not ahead:
             raise UnreadableVideo(path, *_NO_FRAMES)
-        # An edit list may set a start. Key frames before that start are decoded but not shown.
+        # An edit list may set the start. Key frames before it are decoded but not shown.
         first = min((_stamp(packet) for packet, _ in ahead if not packet.is_discard), default=stream.start_time or 0)
         yield Video(path, container, stream, float(first * stream.time_base), rate, counts_packets, ahead, losses)
 
@@ -182,7 +182,7 @@ def _container(path: str | os.PathLike[str]) -> Generator[tuple[Any, BinaryIO]]:
     if not Path(path).is_file():
         raise FileNotFoundError(f"'{path}' is not a file; give the path of a video, such as clip.mp4.")
     options = {"format_whitelist": _CONTAINERS, "protocol_whitelist": "none"}
-    # FFmpeg gets an open file, because it would interpret protocols and patterns in a file name.
+    # FFmpeg is given an open file, because it would interpret protocols and patterns in a file name.
     with os.fdopen(os.open(path, os.O_RDONLY | getattr(os, "O_BINARY", 0)), "rb") as file:
         try:
             container = av().open(file, container_options=options, metadata_errors="replace")
@@ -194,7 +194,7 @@ def _container(path: str | os.PathLike[str]) -> Generator[tuple[Any, BinaryIO]]:
 
 
 def _stream(path: str | os.PathLike[str], container: Any) -> Any:
-    """The first decodable video stream of a container that is not cover art."""
+    """Returns a container's first decodable video stream that is not cover art."""
     cover = av().stream.Disposition.attached_pic
     shown = (stream for stream in container.streams.video if not stream.disposition & cover)
     stream = next((stream for stream in shown if stream.codec_context is not None), None)
@@ -218,7 +218,7 @@ def _packets(container: Any, stream: Any, losses: Losses) -> Iterator[Packet]:
 
 
 def _leans(packet: Packet) -> bool:
-    """Whether a packet depends on an earlier one."""
+    """Returns whether a packet depends on an earlier one."""
     return not packet.packet.is_keyframe
 
 
@@ -231,17 +231,17 @@ def _has_time(part: Any) -> bool:
 
 
 def last_end(path: str | os.PathLike[str]) -> float:
-    """Returns the time at which a video's last complete frame ends, according to its packets, not its header."""
-    # The packets from the last key frame on determine this time, and a seek to the end leads to that key frame. In
-    # MPEG-TS, however, a seek can lead to any packet, and the frame shown last may come before others in packet order.
-    # Therefore, the target of the seek is some frames before the end.
+    """Returns the time at which a video's last complete frame ends, according to its packets rather than its header."""
+    # This time is determined by the packets from the last key frame on, and seeking to the end leads to that key frame.
+    # In # MPEG-TS, however, seeking can lead to any packet, and the frame shown last may precede others in packet
+    # order. The # target is therefore some frames before the end.
     for searched in (True, False):
         with opened(path) as video:
             if searched:
                 claimed = video.container.duration
                 if not claimed or claimed < 0 or not video.seek(max(0.0, claimed / 1e6 - _REORDERED / video.rate)):
                     continue
-            # If frames are reordered, only the one shown last reliably has the duration that its packet states.
+            # If frames are reordered, only the frame shown last reliably has the duration that its packet states.
             whole = video.whole_packets()
             if whole and whole[-1][1] > 0:
                 return whole[-1][1]
@@ -249,14 +249,14 @@ def last_end(path: str | os.PathLike[str]) -> float:
 
 
 def shown_frames(path: str | os.PathLike[str], start: float | int = 0.0) -> Iterator[tuple[Shown, Video]]:
-    """Yields the frames of a video, beginning with the one shown at second `start`.
+    """Yields the frames of a video, beginning with the one that is shown at `start` seconds.
 
-    Raises UnreadableVideo if a frame shown from `start` on is damaged, or if there are no such frames.
+    Raises UnreadableVideo if there are no frames from `start` on, or one of them is damaged.
 
     Example:
         for (frame, at, until), video in shown_frames("clip.mp4"): ...
     """
-    # Without an index, a seek may end past its target. In that case, the video is read from its beginning.
+    # Without an index, seeking may overshoot the target. In that case, the video is read from its beginning.
     for searched in (True, False):
         with opened(path) as video:
             begin = start - _REORDERED / video.rate if searched else 0
@@ -293,8 +293,8 @@ def _shown(video: Video, start: float | int) -> Iterator[Shown]:
 def _decoded(video: Video, lost: list[float]) -> Iterator[tuple[Any, float]]:
     """Yields frames and their times, and records the times of damaged packets."""
     waiting: list[float] = []
-    # Frames that depend on frames before the first key frame cannot be decoded, but some decoders return grey frames
-    # for them.
+    # Frames that depend on frames before the first key frame cannot be decoded, but some decoders return grey frames #
+    # instead.
     packets = itertools.dropwhile(_leans, video.packets())
     begin = repaired = before = -math.inf
     broken = False
@@ -328,7 +328,7 @@ def _decoded(video: Video, lost: list[float]) -> Iterator[tuple[Any, float]]:
             lost.append(at)
             broken = True
             waiting = sorted(time for time in waiting if time != at)
-        # A loss affects all frames until the next key frame. It also affects frames that follow this key frame in the
+        # A loss affects all frames up to the next key frame. It also affects frames that follow this key frame in the #
         # file but are shown before it.
         if broken or at < repaired:
             lost.append(at)

@@ -1,4 +1,4 @@
-"""A flow block for decoding, which maps noise to tokens and back, with optional condition and guidance."""
+"""One flow block for decoding: it maps noise to tokens and back, optionally with a condition and with guidance."""
 
 from __future__ import annotations
 
@@ -41,7 +41,7 @@ class GuidedBlock:
     guidance: Guidance | None
 
     def forward(self, x: Float[Array, "b n c"]) -> Float[Array, "b n c"]:
-        """Returns the noise of tokens x, computed in one parallel pass; both are in raster order."""
+        """Returns the noise z to which the block maps tokens x, in one parallel pass; x and z are in raster order."""
         config, passthrough = self.block.config, self.block.num_passthrough
         if self.guidance is None:
             return self.block.apply(self.variables, x, self.cond)[0]
@@ -54,12 +54,12 @@ class GuidedBlock:
     def conditioner(
         self, known: Float[Array, "b m c"], stages: int = 1, solved: Callable[[Array], None] = ignore
     ) -> Conditioner:
-        """Returns what a solver needs to compute the tokens after `known`. All tokens are in the block's order."""
+        """Returns what a solver needs to decode the tokens after `known`. All tokens are in the block's order."""
         block, variables, both = self.block, self.variables, self._with_both_conditions()
         batch, begin = len(known), known.shape[1] - block.num_passthrough
 
         def begin_cache(length: int) -> tuple | None:
-            """Returns caches that contain the prefix and the known tokens, with room for `length` more."""
+            """Returns caches that contain the prefix and the known tokens, with room for `length` more tokens."""
             factors = self._inverse_temperature(batch)
             branches = batch if factors is None else 2 * batch
             caches = block.apply(variables, branches, begin + length, both.cond, factors, method="prefill")
@@ -82,7 +82,7 @@ class GuidedBlock:
     def parameters(
         self, previous: Float[Array, "b w c"], start: Int[Array, ""] | int, caches: tuple | None
     ) -> tuple[Float[Array, "b w c"], Float[Array, "b w c"], tuple | None]:
-        """Returns (shift, log_scale, updated caches) for the tokens after `previous`, with guidance.
+        """Returns (shift, log_scale, updated caches) for the tokens that follow `previous`, with guidance applied.
 
         previous: the network's inputs, beginning with row `start`. Both branches of guidance run as one batch, so
         `self.cond` must contain the conditions of both branches.
@@ -100,14 +100,14 @@ class GuidedBlock:
         return *self.guidance.combine(conditional, unconditional, progress[None, :, None]), caches
 
     def _with_both_conditions(self) -> GuidedBlock:
-        """This block. If it is guided, `cond` contains the conditions of both branches, the conditional one first."""
+        """This block; with guidance, `cond` is replaced by the conditions of both branches, conditional first."""
         if self.guidance is None or self.cond is None:
             return self
         null = unconditional(self.cond, self.guidance.null)
         return replace(self, cond=jax.tree.map(lambda *parts: jnp.concatenate(parts), self.cond, null))
 
     def _inverse_temperature(self, batch: int) -> Float[Array, " branches"] | None:
-        """One factor on the attention logits per sample and branch; None without guidance."""
+        """One factor per sample and branch, by which the attention logits are multiplied; None without guidance."""
         if self.guidance is None:
             return None
         dtype = master_dtype(self.block.config.transformer.dtype)
@@ -125,12 +125,13 @@ def inverse(
     layers: int,
     solved: Callable[[Array], None] = ignore,
 ) -> Solution:
-    """Returns the tokens whose noise is z, with the solver's report; tokens and noise are in raster order.
+    """Returns the tokens that the block maps to z, with the solver's reports. Tokens and noise are in raster order.
 
-    guided: a block with a `decoding_config`. is_reversed: whether the block's order is "reversed"; blocks of both
-    orders share this compiled program. context: the tokens that precede those to be decoded; it requires a block in
-    raster order without passthrough tokens. layers: number of layers that are compiled into the same program. solved:
-    a function that is called on the device after each window, with the number of tokens solved in that window.
+    guided: a block with a `decoding_config`.
+    is_reversed: whether the block's order is "reversed"; blocks of both orders share this compiled program.
+    context: the tokens before the first token to decode; only for blocks in raster order without passthrough tokens.
+    layers: total number of layers in the compiled program; with more layers, the cache grows in fewer stages.
+    solved: a function that is called on the device after each window, with the number of tokens solved in that window.
     """
     block = guided.block
     config, passthrough = block.config, block.num_passthrough

@@ -1,4 +1,4 @@
-"""`Clip`: clips that begin with given frames, or have more frames than the flow models (arXiv 2511.20462)."""
+"""`Clip` describes clips that begin with given frames or have more frames than the flow models (arXiv 2511.20462)."""
 
 from __future__ import annotations
 
@@ -24,15 +24,16 @@ CONTEXT = 0.75  # default context, as a fraction of the frames that the flow mod
 @jax.tree_util.register_dataclass
 @dataclass(frozen=True)
 class Clip:
-    """The length and the first frames of the clips to draw from a `STARFlowV`, which models F frames together.
+    """The length and the first frames of clips to draw from a `STARFlowV` that models F frames together.
 
-    frames: number of frames per clip; None means F. Clips of more than F frames are decoded with restarts. given: the
-    first frames, to which the training noise has been added; only the denoising step changes them. context: number of
-    known frames with which each restart begins; None means 3/4 of F, rounded. restart_cond: the condition for restarts,
-    such as the texts used in training for clips without their first frame; None means the clip's condition.
+    frames: number of frames per clip; None means F. Frames after the first F frames are decoded in restarts.
+    given: the first frames, to which the training noise has been added; only the denoising step changes them.
+    context: number of already decoded frames with which each restart begins; None means 3/4 of F, rounded.
+    restart_cond: the condition for restarts, such as the texts used in training for clips without their first frame;
+    None means the clip's condition.
     progress: a function that is called on the host as progress(solved, total) whenever the deep block solves tokens;
     `solved` is the number of tokens just solved, and `total` is the number of tokens to solve per clip. The program
-    does not wait for this call. A different function requires recompilation.
+    does not wait for this call. Passing a different function causes recompilation.
 
     Example:
         r = sample(flow, params, jax.random.key(0), 2, texts, clip=Clip(frames=41, given=noisy_first_frames))
@@ -46,9 +47,9 @@ class Clip:
 
 
 def checked_clip(clip: Clip | None, config: FlowConfig, cond: Condition | None, batch: int) -> Clip:
-    """Returns the clip with JAX arrays and with defaults filled in.
+    """Checks the clip and returns it with JAX arrays and with the defaults filled in.
 
-    clip: None means a clip with as many frames as the flow models. cond: the clip's condition.
+    clip: None means a clip of as many frames as the flow models. cond: the condition of the clip.
 
     Raises ValueError if the clip does not fit the flow or the batch.
     """
@@ -57,9 +58,9 @@ def checked_clip(clip: Clip | None, config: FlowConfig, cond: Condition | None, 
     elif not isinstance(clip, Clip):
         raise ValueError(f"clip is {shown(clip)}; it must be Clip(frames=...) or None.")
     elif not isinstance(config, STARFlowVConfig):
-        raise ValueError("clip is only for a STARFlowV, but this flow generates images; leave it out.")
+        raise ValueError("clip is only for a STARFlowV, but this flow generates images; leave clip out.")
     if clip.restart_cond is not None and cond is None:
-        raise ValueError("clip.restart_cond needs cond; give both, or neither.")
+        raise ValueError("clip.restart_cond is given, but cond is None; give both or neither.")
     frames = modelled_frames(config) if clip.frames is None else clip.frames
     check_count("clip.frames", frames)
     if frames > MOST_FRAMES:
@@ -79,7 +80,7 @@ def checked_clip(clip: Clip | None, config: FlowConfig, cond: Condition | None, 
 
 
 def clip_layout(clip: Clip, config: FlowConfig) -> ClipLayout:
-    """Returns the segments in which a checked clip is decoded."""
+    """Returns how a checked clip is split into segments for decoding."""
     assert clip.frames is not None
     return ClipLayout(
         total=clip.frames,
@@ -113,10 +114,15 @@ def _check_given(clip: Clip, frames: int, config: FlowConfig, batch: int) -> Non
 
 
 def _checked_context(context: int | None, frames: int, most: int) -> int:
-    """Number of context frames of a restart; 0 without restarts, so that all values of `context` share one program."""
+    """Number of context frames per restart; 0 without restarts, so that all values of `context` share a program."""
     if frames > most == 1:
-        raise ValueError(f"clip.frames is {frames}, but a flow of 1 frame cannot continue a clip; set it to 1.")
+        raise ValueError(
+            f"clip.frames is {frames}, but a flow that models single frames cannot continue a clip; set clip.frames "
+            "to 1."
+        )
     if context is not None and not 1 <= context < most:
-        raise ValueError(f"clip.context is {context}; it must be from 1 to {most - 1} for a flow of {most} frames.")
+        raise ValueError(
+            f"clip.context is {context}; it must be from 1 to {most - 1} for a flow that models {most} frames."
+        )
     default = max(1, min(round(CONTEXT * most), most - 1))
     return 0 if frames <= most else default if context is None else context

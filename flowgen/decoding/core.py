@@ -1,12 +1,12 @@
-"""`run`: the compiled programs behind `invert` and `sample`.
+"""`run`, which executes the compiled programs behind `invert` and `sample`.
 
-Decoding first inverts the last block, segment by segment, which turns noise into tokens u. Inverting the other blocks
-then turns u into images, or into the frames of a clip one by one. If frames are given, a forward pass of the other
-blocks first maps the given frames to their tokens u. A pass over these tokens fills the caches of the last block, and
-decoding continues from there.
+Decoding first inverts the last block, segment by segment. This turns noise into tokens u. Inverting the other blocks
+then turns u into images or, frame by frame, into clips. If frames are given, a forward pass of the other blocks first
+maps the given frames to their tokens u. A pass over these tokens fills the caches of the last block, and decoding
+continues from there.
 
-Compile time is mostly spent on loops over tokens, so blocks with the same shape and plan share a program. If the caller
-is compiling a program, all of this becomes part of the caller's program.
+Most of the compile time is spent on loops over tokens, so blocks with the same shape and plan share a program. Inside
+the caller's `jit`, all of this becomes part of the caller's program.
 """
 
 from __future__ import annotations
@@ -59,10 +59,10 @@ class _Progress:
 
 
 def run(request: DecodeRequest) -> DecodeResult:
-    """Returns the requested images or clips and reports on the decoding, sharded in the same way as the noise.
+    """Decodes the requested images or clips. The result, with its reports, is sharded in the same way as the noise.
 
     If the rows of the noise are sharded over devices, each device decodes its own rows, and its token loop does not
-    wait for other devices. Raises ValueError inside `jax.shard_map`, unless its `check_vma` is False.
+    wait for other devices. Raises ValueError if called inside a `jax.shard_map`, unless its `check_vma` is False.
     """
     check_unmapped("decoding", request)
     params = jax.tree.map(lambda x: x if isinstance(x, jax.Array) else jnp.asarray(x), request.params)
@@ -84,7 +84,7 @@ def run(request: DecodeRequest) -> DecodeResult:
 def _run_on_own_rows(
     variables: tuple[Variables, Weights | None], request: DecodeRequest, *, mesh: Mesh, axis: str | tuple
 ) -> DecodeResult:
-    """The result of `_run`, but with sweeps of shape `devices blocks windows`, one entry per device."""
+    """The result of `_run`, except that `sweeps` has the shape `devices blocks windows`."""
 
     leaves, tree = jax.tree.flatten(request)
     rows = jax.tree.leaves(request.by_sample)
@@ -153,7 +153,7 @@ def _result(
 
 
 def _noise(request: DecodeRequest) -> Float[Array, "b n c"]:
-    """The noise tokens of all frames. If they are drawn, the first clip and each later frame have separate keys."""
+    """The noise tokens of all frames. When noise is drawn, the first clip and each later frame have separate keys."""
     keys = request.noise
     if not isinstance(keys, SampleKeys):
         return keys
@@ -249,10 +249,10 @@ def _last_block_error(
 
 
 def _other_errors(request: DecodeRequest, flow: Flow, tokens: list[Float[Array, "b n c"]]) -> list[Float[Array, " b"]]:
-    """For each block except the last, the largest difference per sample between its given noise and that of its tokens.
+    """For each block except the last, the largest difference per sample between its noise and forward(its tokens).
 
-    tokens: the decoded tokens of these blocks, data side first, followed by the given noise of the last of them. The
-    given noise of any other block is the next block's tokens.
+    tokens: the decoded tokens of these blocks, data side first, followed by the noise from which the last of them was
+    decoded. Every other block was decoded from the tokens of the next block.
     """
     errors = []
     for index, (x, z) in enumerate(pairwise(tokens)):
@@ -261,7 +261,7 @@ def _other_errors(request: DecodeRequest, flow: Flow, tokens: list[Float[Array, 
 
 
 def _last_block(request: DecodeRequest, part: Segments) -> tuple[DecodeRequest, Flow, int]:
-    """The request with these segments' condition, the flow whose last block decodes them, and that block's index."""
+    """The request with the condition for these segments, the flow that decodes them, and its last block's index."""
     flow = request.flow.with_num_frames(request.layout.clip)
     return replace(request, cond=request.condition_of(part)), flow, flow.config.num_blocks - 1
 
@@ -272,7 +272,7 @@ def _stacked_block(request: DecodeRequest, flow: Flow, index: int) -> GuidedBloc
 
 
 def _guided_block(request: DecodeRequest, config: BlockConfig, index: int, variables: Variables) -> GuidedBlock:
-    """Block `index` with the request's condition and, if it changes this block, the request's guidance."""
+    """Block `index` with the request's condition and, if guidance changes this block, the request's guidance."""
     guided = request.guidance is not None and index in (request.guidance.blocks or ())
     cond = request.cond if config.is_conditional else None
     return GuidedBlock(AutoregressiveBlock(config), variables, cond, request.guidance if guided else None)

@@ -1,4 +1,4 @@
-"""Denoising of decoded samples, by the score of the flow's density or by a learned denoiser.
+"""Denoising of decoded samples, with the score of the flow's density or with a learned denoiser.
 
 Let u be the last block's tokens, and let each segment r consist of context and new frames. The density is
 
@@ -19,7 +19,7 @@ from flowgen.gaussian import gaussian_log_density
 
 
 def denoised(request: DecodeRequest, x: Float[Array, "b *event"]) -> Float[Array, "b *event"]:
-    """Returns decoded samples after the request's denoising step, if any."""
+    """Applies the request's denoising step to decoded samples; without a step, returns them unchanged."""
     step = request.denoise
     if isinstance(step, TweedieStep):
         score = jax.grad(lambda x: _log_prob(request, x).sum())(x)
@@ -30,13 +30,13 @@ def denoised(request: DecodeRequest, x: Float[Array, "b *event"]) -> Float[Array
 def enter_last_block(
     request: DecodeRequest, x: Float[Array, "b *event"]
 ) -> tuple[Float[Array, "b n c"], Float[Array, " b"]]:
-    """Returns the last block's tokens u for images or clips, and log|det du/dx|."""
+    """Returns the last block's tokens u for images or clips x, and log|det du/dx|."""
     frames = x.shape[1] if x.ndim == 5 else 1
     return request.flow.with_num_frames(frames).apply(request.params, x, request.cond, method="enter_last_block")
 
 
 def _log_prob(request: DecodeRequest, x: Float[Array, "b *event"]) -> Float[Array, " b"]:
-    """log p(x | cond), in nats, of images or clips that are decoded in this layout, as if no frames were given."""
+    """log p(x | cond), in nats, for images or clips in the request's layout, as if no frames had been given."""
     layout, flow = request.layout._replace(given=0), request.flow.with_num_frames(request.layout.clip)
     index = flow.config.num_blocks - 1
     block, variables = AutoregressiveBlock(flow.config.blocks[index]), block_parameters(request.params, index)

@@ -1,8 +1,9 @@
 """The solver that inverts an autoregressive block: fixed-point sweeps over windows of tokens, with a cache.
 
-The tokens of a block satisfy x_t = shift_t(x_<t) + exp(log_scale_t(x_<t)) · z_t. The solver solves windows of w tokens
-one after another. w = 1 is sequential decoding; w = n is the Jacobi iteration of Song et al. 2021 (arXiv 2002.03629);
-sizes in between give Gauss-Seidel-Jacobi iteration. After k sweeps the first k tokens of a window are exact.
+The tokens of a block satisfy x_t = shift_t(x_<t) + exp(log_scale_t(x_<t)) · z_t. The solver processes windows of w
+tokens, one after another. With w = 1, this is sequential decoding. With w = n, it is the Jacobi iteration of Song et
+al. 2021 (arXiv 2002.03629), and with other sizes their Gauss-Seidel-Jacobi iteration. After k sweeps, the first k
+tokens of a window are exact.
 
 Every sweep reads the whole cache, including its empty slots. The windows are therefore solved in a few stages. Each
 stage is one loop, and its cache has only as many slots as the stage needs.
@@ -28,19 +29,22 @@ OVERFLOW = 1e6
 
 
 class PreviousFrame(NamedTuple):
-    """The tokens that precede the next window, as many as a frame has, and how many of them are known."""
+    """The last frame's worth of tokens before the next window, and how many of these tokens are known."""
 
     tokens: Float[Array, "b p c"]
     known: Int[Array, ""]
 
     def guess(self, noise: Float[Array, "b w c"]) -> Float[Array, "b w c"]:
-        """Returns a guess for each next token: the latest token known at the same place in a frame, or its noise."""
+        """Returns a guess for each token of the next window.
+
+        The guess is the latest known token at the same place in a frame. If none is known, it is the token's noise.
+        """
         period = self.tokens.shape[1]
         place = jnp.arange(noise.shape[1]) % period
         return jnp.where((place >= period - self.known)[None, :, None], self.tokens[:, place], noise)
 
     def then(self, tokens: Float[Array, "b w c"]) -> PreviousFrame:
-        """Returns the previous frame for the window after `tokens`, which are now solved too."""
+        """Returns the `PreviousFrame` for the window after `tokens`, which have now been solved."""
         period = self.tokens.shape[1]
         last = jnp.concatenate([self.tokens, tokens], axis=1)[:, -period:]
         return PreviousFrame(last, jnp.minimum(self.known + tokens.shape[1], period))
@@ -56,7 +60,7 @@ def as_it_is(cache: Any, length: int) -> Any:
 
 
 class Conditioner(NamedTuple):
-    """What a solver needs from a block, and where the solver begins.
+    """What a solver needs to know about a block, and where the solver begins.
 
     window(previous, start, cache) -> (shift, log_scale, cache): parameters of the tokens after `previous`.
     rewind(before, after) -> cache: a cache from which the same window can run again.
@@ -65,7 +69,7 @@ class Conditioner(NamedTuple):
     first: the network's input for the first token to be solved. begin: the row of that input.
     previous_frame: the frame before that token, for plans that use it as the initial guess; None for images.
     solved(count): called after each window with the number of newly solved tokens.
-    stages: number of stages in which to decode. The cache grows between stages. If it cannot grow, one is enough.
+    stages: number of stages in which to decode. The cache grows between stages; if it cannot grow, use one stage.
     """
 
     window: Callable[[Array, Array, Any], tuple[Array, Array, Any]]
@@ -80,7 +84,7 @@ class Conditioner(NamedTuple):
 
 
 class Solution(NamedTuple):
-    """Solved tokens and the solver's reports, which `DecodeResult` explains."""
+    """The solved tokens and the solver's reports; see `DecodeResult`."""
 
     x: Float[Array, "b n c"]
     sweeps: Int[Array, " windows"]
@@ -89,7 +93,7 @@ class Solution(NamedTuple):
 
 
 class _Window(NamedTuple):
-    """Tokens to be solved together: their noise, the index of the first, and which of them are not padding."""
+    """Tokens to be solved together: their noise, the index of the first one, and a mask that is False for padding."""
 
     noise: Float[Array, "b w c"]
     start: Int[Array, ""]
@@ -97,7 +101,7 @@ class _Window(NamedTuple):
 
 
 class _Before(NamedTuple):
-    """What earlier windows pass on: the last token, the cache and, if guesses use it, the previous frame."""
+    """The state after the earlier windows: the last token, the cache and, if guesses use it, the previous frame."""
 
     last: Float[Array, "b 1 c"]
     cache: Any
@@ -114,7 +118,7 @@ class _Sweep(NamedTuple):
 
 
 def solve(conditioner: Conditioner, z: Float[Array, "b n c"], plan: Jacobi) -> Solution:
-    """Returns x with x_t = shift_t(x_<t) + exp(log_scale_t(x_<t)) · z_t for all n tokens."""
+    """Returns the x that satisfies x_t = shift_t(x_<t) + exp(log_scale_t(x_<t)) · z_t for all n tokens."""
     batch, n, channels = z.shape
     size = min(plan.window or n, n)
     count = -(-n // size)
@@ -146,7 +150,7 @@ def solve(conditioner: Conditioner, z: Float[Array, "b n c"], plan: Jacobi) -> S
 
 
 def stage_ends(steps: int, stages: int) -> tuple[int, ...]:
-    """Returns the ends of the stages. There are at most `stages` stages, with about the same number of steps."""
+    """Returns the step at which each stage ends. There are at most `stages` stages, of about equal length."""
     stages = min(stages, steps)
     return tuple(-(-steps * stage // stages) for stage in range(1, stages + 1))
 
@@ -159,7 +163,7 @@ def _solve_window(
     noise: Float[Array, "b w c"],
     start: Int[Array, ""],
 ) -> tuple[_Before, Solution]:
-    """What this window passes to the next one, and the solution of this window. n: the total number of tokens."""
+    """Solves one window; returns the state for the next window, and the solution. n: total number of tokens."""
     size = noise.shape[1]
     window = _Window(noise, start, (start + jnp.arange(size) < n)[None, :, None])
     sweep = partial(_sweep, conditioner, plan.tol, before, window)
@@ -195,8 +199,8 @@ def _sweep(conditioner: Conditioner, tol: float, before: _Before, window: _Windo
     shift, log_scale, cache = conditioner.window(bounded(previous), conditioner.begin + window.start, cache)
     out = to_data(window.noise, shift, log_scale)
     residual = _change(out, state.guess, window.real)
-    # A converged sample keeps its guess, so that its tokens and its cache stay the same,
-    # however many more sweeps the other samples in the batch need.
+    # A converged sample keeps its guess, so that its tokens and its cache stay the same, no matter how many more sweeps
+    # the other samples in the batch need.
     guess = jnp.where((residual <= tol)[:, None, None], state.guess, out)
     overflows = state.overflows + (overflown(out) & window.real).sum(axis=(1, 2), dtype=jnp.int32)
     return _Sweep(guess, out, residual, cache, state.count + 1, overflows)
@@ -205,7 +209,7 @@ def _sweep(conditioner: Conditioner, tol: float, before: _Before, window: _Windo
 def first_guess(
     init: InitialGuess, noise: Float[Array, "b w c"], previous_frame: PreviousFrame | None
 ) -> Float[Array, "b w c"]:
-    """Returns the initial guess for tokens with this noise."""
+    """Returns the initial guess for a window of tokens with this noise."""
     if init == "zeros":
         return jnp.zeros_like(noise)
     return noise if init == "noise" or previous_frame is None else previous_frame.guess(noise)
@@ -217,11 +221,11 @@ def overflown(x: Array) -> Array:
 
 
 def bounded(x: Array) -> Array:
-    """Returns iterates as input to the network: clipped to ±OVERFLOW, with NaN as 0."""
+    """Returns x as a safe input for the network: clipped to ±OVERFLOW, with NaN replaced by 0."""
     return jnp.clip(jnp.nan_to_num(x, nan=0.0), -OVERFLOW, OVERFLOW)
 
 
 def _change(new: Array, old: Array, real: Array) -> Array:
-    """The largest change per sample, ignoring padding; infinite if an iterate overflowed."""
+    """The largest change in each sample, ignoring padding; infinite if a new value overflowed."""
     change = jnp.where(overflown(new), jnp.inf, jnp.abs(new - old))
     return jnp.where(real, change, 0).max(axis=(1, 2))

@@ -1,8 +1,8 @@
 """`ClipLayout`: how decoding splits the frames of a clip into segments. All frame counts are static.
 
-The last block of a video flow sees F frames together. A longer clip is decoded by restarts: the last C frames begin a
-new clip of F frames, whose positions start at 0 again, and F - C more frames are decoded after these C frames. This
-repeats until there are enough frames. An image is a clip of one frame.
+The last block of a video flow sees F frames together. A longer clip is decoded by restarts. In a restart, the last C
+frames become the first frames of a new clip of F frames, whose positions start at 0 again, and F - C more frames are
+decoded after them. Restarts repeat until there are enough frames. An image is a clip of one frame.
 """
 
 from __future__ import annotations
@@ -17,10 +17,11 @@ from jaxtyping import Array, Float, Int
 
 
 class Segments(NamedTuple):
-    """`count` segments of equal length, decoded one after another; each has context frames, followed by new frames.
+    """`count` segments of equal length, decoded one after another. Each consists of context frames and new frames.
 
-    begin: index of the first segment's first frame, context included. context, new: numbers of context frames and of
-    new frames in each segment. is_restart: whether the segments use the condition for restarts.
+    begin: index of the first frame of the first segment, including its context.
+    context, new: number of context frames and number of new frames in each segment.
+    is_restart: whether the segments use the condition for restarts.
     """
 
     begin: int
@@ -33,8 +34,9 @@ class Segments(NamedTuple):
 class ClipLayout(NamedTuple):
     """How to decode a clip of `total` frames with a flow whose last block sees `clip` frames together.
 
-    given: number of frames known from the start. context: number of frames that each restart begins with; 0 without
-    restarts. tokens_per_frame: number of tokens in each frame.
+    given: number of frames known from the start.
+    context: number of decoded frames with which each restart begins; 0 if there are no restarts.
+    tokens_per_frame: number of tokens in each frame.
     """
 
     total: int
@@ -66,7 +68,7 @@ class ClipLayout(NamedTuple):
 
     @property
     def places(self) -> Int[np.ndarray, " frames"]:
-        """Each frame's position in the segment that decodes it; 0 for given frames beyond the first clip."""
+        """Each frame's position in the segment that decodes it; 0 for given frames after the first clip."""
         places = np.arange(self.reached) * (np.arange(self.reached) < self.clip)
         for part in self.segments:
             begin = part.begin + part.context
@@ -97,7 +99,7 @@ class ClipLayout(NamedTuple):
 
 
 def scan_segments(step: Callable[[Any, Any], tuple[Any, Any]], carry: Any, segments: Any) -> Any:
-    """Returns the outputs of `step` over segments, as `lax.scan` does; a single segment runs without a loop."""
+    """Returns the stacked outputs of `step` over segments, like `lax.scan`. A single segment runs without a loop."""
     if len(jax.tree.leaves(segments)[0]) == 1:
         _, result = step(carry, jax.tree.map(lambda leaf: leaf[0], segments))
         return jax.tree.map(lambda leaf: jnp.asarray(leaf)[None], result)

@@ -21,7 +21,7 @@ AUTO_TOLERANCE = 1e-4
 
 @config
 class Sequential:
-    """Decodes one token after another with a cache. The result is exact and takes one network pass per token.
+    """Decodes one token after another with a cache. The result is exact and needs one network pass per token.
 
     Example:
         r = invert(flow, params, z, cond, plan=Sequential())
@@ -30,15 +30,15 @@ class Sequential:
 
 @config
 class Jacobi:
-    """Decodes windows of tokens in order. Each is solved by fixed-point sweeps, with a cache of the earlier windows.
+    """Decodes windows of tokens in order, each by fixed-point sweeps, with a cache for the earlier windows.
 
     Each window repeats the sweep x <- shift(x) + exp(log_scale(x)) · z. A sample is frozen once none of its tokens
     changes by more than `tol` (max norm, data units). After k sweeps, the first k tokens of a window are exact. The
     default `max_sweeps=None` allows one sweep per token of the window, which is always enough.
 
     window: number of tokens solved together; None means one window over all tokens, and 1 means sequential decoding.
-    init: initial guess for a window: the "noise" itself, "zeros", or, in a block over several frames, the tokens of the
-    "previous_frame". With "previous_frame", frame 0 and blocks over one frame start from the noise.
+    init: initial guess for a window. "noise" is the noise itself, "zeros" is all zeros, and "previous_frame" is the
+    tokens of the previous frame. If there is no previous frame, "previous_frame" means the noise.
 
     Example:
         r = invert(flow, params, z, cond, plan=Jacobi(window=32, tol=1e-4))
@@ -52,13 +52,13 @@ class Jacobi:
 
 @config
 class SlidingWindow:
-    """Decodes by sweeps over a window. After each sweep, the window advances past the solved tokens, at least one.
+    """Decodes by sweeps over a window, which advances past the solved tokens (at least one) after each sweep.
 
-    Each sweep accepts the window's longest prefix that changed by at most `tol` in every sample of the batch, plus the
-    next token (Song et al. 2021, arXiv 2002.03629). With tolerance 0 the solution is exact; otherwise each returned
+    Each sweep accepts the longest prefix of the window that changed by at most `tol` in every sample of the batch, plus
+    the next token (Song et al. 2021, arXiv 2002.03629). With `tol=0`, the solution is exact. Otherwise, each returned
     token is within `tol` of the value implied by the tokens before it. There are never more sweeps than tokens. The
-    attention must keep a cache slot per token, as softmax attention does. Within the tolerance, a sample depends on
-    the other samples in its batch.
+    attention must keep a cache slot per token, as softmax attention does. A sample depends on the other samples in its
+    batch, but only within the tolerance.
 
     window, tol, init: as for `Jacobi`.
 
@@ -76,7 +76,7 @@ BlockPlan = Sequential | Jacobi | SlidingWindow
 
 @config
 class DecodePlan:
-    """One plan per block, data side first, for flows whose blocks converge differently.
+    """One plan per block, data side first, for flows whose blocks converge at different rates.
 
     Example:
         plan = DecodePlan((Jacobi(), Jacobi(), Sequential()))
@@ -89,17 +89,18 @@ Plan = BlockPlan | DecodePlan
 
 
 def resolve_plan(plan: Plan | str, *, rows: Sequence[int]) -> DecodePlan:
-    """Returns one plan per block. Raises ValueError if the plan does not fit.
+    """Returns one plan per block.
 
-    plan: a plan, or "sequential", "jacobi", "sliding" or "auto". "auto" is sequential on a CPU, where the cost of a
-    pass grows with the number of rows. On accelerators, it is Jacobi with a window of FREE_ROWS / rows tokens, the
-    largest for which a pass takes about as long as a pass over one token. If this window is shorter than
-    MIN_PARALLEL_WINDOW, "auto" is sequential there too. On accelerators, the window of "auto" depends on the batch
-    size, so the images also depend on the batch size, within the tolerance. An explicit plan is the same for any batch
-    size.
+    plan: a plan, or "sequential", "jacobi", "sliding" or "auto". On a CPU, where the cost of a pass grows with the
+    number of rows, "auto" is sequential. On accelerators, it is Jacobi with a window of FREE_ROWS / rows tokens. This
+    is the largest window for which a pass takes about as long as a pass over one token. If this window is shorter than
+    MIN_PARALLEL_WINDOW, "auto" is sequential on accelerators too. Because the window depends on the batch size, so do
+    the images, but only within the tolerance. An explicit plan does not depend on the batch size.
 
-    rows: number of rows per token in each block, data side first. It is the batch size, times 2 if the block is guided,
-    times the number of frames that the block maps independently.
+    rows: number of rows per token in each block, data side first: the batch size, times 2 if the block is guided, times
+    the number of frames that the block maps independently.
+
+    Raises ValueError if `plan` is neither a plan nor the name of one, or if it has the wrong number of blocks.
 
     Example:
         plan = resolve_plan("auto", rows=(16, 16, 16, 32))

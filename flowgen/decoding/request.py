@@ -1,4 +1,4 @@
-"""`DecodeRequest`: what to decode and how, as one checked argument of a compiled program."""
+"""`DecodeRequest` states what to decode and how. It is checked once and then passed to the compiled programs."""
 
 from __future__ import annotations
 
@@ -27,10 +27,11 @@ class DecodeResult(NamedTuple):
     """Decoded images or clips, and reports on the decoding.
 
     x: images `b height width c` or clips `b frames height width c`, not clipped.
-    sweeps: network passes per block (data side first) and window; 0 for windows that a block does not have.
+    sweeps: number of network passes for each block, data side first, and window; 0 for windows that a block lacks.
     residual: largest change (max norm) in the last sweep of any block and window; 0 if there were enough sweeps to make
     x exact.
-    overflows: number of iterates that were not finite or exceeded 1e6. finite: whether x is finite.
+    overflows: number of iterates that were not finite or exceeded 1e6.
+    finite: whether x is finite.
     error: with `certify`, the largest |forward(x) - z| over tokens, before denoising; otherwise None. A guided flow has
     no forward pass, so its error is the largest such difference in any single block.
     """
@@ -44,7 +45,7 @@ class DecodeResult(NamedTuple):
 
 
 class SampleKeys(NamedTuple):
-    """The key and indices with which the program draws noise: sample i uses fold_in(key, i), for i in indices."""
+    """The key and the sample indices from which noise is drawn. Sample i uses fold_in(key, i)."""
 
     key: Key[Array, ""]
     indices: Int[Array, " b"]
@@ -61,7 +62,9 @@ class TweedieStep:
 @jax.tree_util.register_dataclass
 @dataclass(frozen=True)
 class Denoiser:
-    """A learned denoiser that replaces the Tweedie step: clean = function(variables, noisy, cond), on the whole batch.
+    """A learned denoiser, which replaces the Tweedie step.
+
+    It computes clean = function(variables, noisy, cond) for the whole batch.
 
     Example:
         r = sample(flow, params, key, 16, labels, denoise=Denoiser(network.apply, network_variables))
@@ -74,11 +77,14 @@ class Denoiser:
 @jax.tree_util.register_dataclass
 @dataclass(frozen=True)
 class DecodeRequest:
-    """What to decode and how, after checks. Only a change of a static field requires recompilation.
+    """A checked description of what to decode and how. Only changes to static fields cause recompilation.
 
-    noise: tokens in raster order, or the keys to draw them with. cond: condition of all samples. plan: one per block.
-    clip: length, first frames and restarts of the clips; an image is a clip of one frame. guidance: None if it
-    changes no block; otherwise its `blocks` lists the blocks that it changes. certify: whether to measure the error.
+    noise: noise tokens in raster order, or the keys from which to draw them.
+    cond: the condition of all samples.
+    plan: one plan per block.
+    clip: length, first frames and restarts of the clips; an image is a clip of one frame.
+    guidance: None if guidance changes no block; otherwise, its `blocks` lists the blocks that it changes.
+    certify: whether to measure the error.
     denoise: the step that removes the training noise from the result.
     """
 
@@ -98,12 +104,12 @@ class DecodeRequest:
 
     @property
     def layout(self) -> ClipLayout:
-        """The segments of frames to decode."""
+        """How the frames are split into segments."""
         return clip_layout(self.clip, self.flow.config)
 
     @property
     def rows(self) -> Array:
-        """The array that contains the numbers of the samples or their noise."""
+        """The samples' indices, or their noise if it was given."""
         return self.noise.indices if isinstance(self.noise, SampleKeys) else self.noise
 
     @property
@@ -113,7 +119,7 @@ class DecodeRequest:
         return self.rows, self.cond, self.clip, null if null is not None and len(null.mask) > 1 else None
 
     def condition_of(self, part: Segments) -> Condition | None:
-        """Returns the condition for decoding some segments."""
+        """Returns the condition for decoding these segments."""
         restart_cond = self.clip.restart_cond
         assert not isinstance(restart_cond, list | np.ndarray)  # a checked clip has arrays
         return restart_cond if part.is_restart else self.cond
@@ -128,7 +134,7 @@ def decode_request(
     guidance: Guidance | None = None,
     clip: Clip | None = None,
 ) -> DecodeRequest:
-    """Returns a request to decode noise, without `certify` and `denoise`.
+    """Returns a checked request to decode noise, with the defaults for `certify` and `denoise`.
 
     clip: None means samples of the size that the flow models.
 
@@ -153,7 +159,7 @@ def decode_request(
 
 
 def resolve_denoise(denoise: bool | float | Denoiser, noise_std: float) -> TweedieStep | Denoiser | None:
-    """Returns the denoising step for this noise standard deviation; None if the strength or the noise is 0."""
+    """Returns the denoising step for noise of this standard deviation; None if the strength or the noise is 0."""
     if isinstance(denoise, Denoiser):
         return denoise
     strength = float(denoise) if isinstance(denoise, bool | int | float | np.number) else -1.0
@@ -165,7 +171,7 @@ def resolve_denoise(denoise: bool | float | Denoiser, noise_std: float) -> Tweed
 
 
 def _active(guidance: Guidance | None, cond: Condition | None, config: FlowConfig) -> Guidance | None:
-    """Guidance whose `blocks` lists the blocks that it changes; None if it changes no block."""
+    """The guidance, with `blocks` set to the blocks that it changes; None if it changes no block."""
     if guidance is not None and not isinstance(guidance, Guidance):
         raise ValueError(f"guidance is {shown(guidance)}; it must be Guidance(scale=...) or None.")
     if guidance is None or _is(guidance.scale, 0):
@@ -176,8 +182,10 @@ def _active(guidance: Guidance | None, cond: Condition | None, config: FlowConfi
     blocks = tuple(range(config.num_blocks)) if guidance.blocks is None else guidance.blocks
     outside = [index for index in blocks if not 0 <= index < config.num_blocks]
     if outside:
-        raise ValueError(f"guidance.blocks has {outside[0]}, but this flow has blocks 0 to {config.num_blocks - 1}.")
-    if same_temperature:  # the two branches of an unconditional block are then the same
+        raise ValueError(
+            f"guidance.blocks contains {outside[0]}, but this flow has blocks 0 to {config.num_blocks - 1}."
+        )
+    if same_temperature:  # both branches of an unconditional block are then the same
         blocks = tuple(index for index in blocks if config.blocks[index].is_conditional)
     if not blocks:
         return None
@@ -199,7 +207,7 @@ def _is(value: float | Array, number: int) -> bool:
 
 
 def _checked_null(null: TextCondition | None, config: FlowConfig, batch: int) -> TextCondition | None:
-    """The text of the unconditional branch, if the flow takes texts."""
+    """The text for the unconditional branch, after checks; None if the flow is not conditioned on texts."""
     if not config.text_dim:
         if null is not None:
             raise ValueError("guidance.null is only for flows conditioned on text; leave it out.")

@@ -35,9 +35,12 @@ def invert(
 ) -> DecodeResult:
     """Returns the images or clips that `forward` maps to z, decoded by `plan` with `guidance`.
 
-    z: noise tokens in raster order, as `forward` returns them. certify: whether to run one forward pass on the result,
-    with the same guidance, and report the reconstruction error. Raises ValueError if z, cond, plan or guidance does
-    not fit the flow. The scale, temperature and null text of guidance can change without recompiling.
+    The scale, temperature and null text of guidance can change without recompiling.
+
+    z: noise tokens in raster order, as `forward` returns them.
+    certify: whether to run one forward pass on the result, with the same guidance, and report the reconstruction error.
+
+    Raises ValueError if z, cond, plan or guidance does not fit the flow.
 
     Example:
         r = invert(flow, params, z, cond, plan=Jacobi(window=32))
@@ -67,17 +70,18 @@ def sample(
 ) -> DecodeResult:
     """Returns images or clips drawn from the flow, with the training noise removed.
 
-    num: how many samples to draw, or their numbers, such as range(16, 32). Sample i depends only on (key, i), so a job
-    can be split into batches of any size. If the numbers are an array that is sharded over devices, each device draws
-    the samples of its own shard; x and the per-sample reports are sharded in the same way.
-    denoise: True applies one Tweedie step x + strength · σ² ∇ log p(x | cond), with σ from the flow's config and
-    strength 1; a number sets the strength. Here p is the density of samples drawn without guidance or given frames. A
-    learned `Denoiser` replaces this step; it receives all frames of a clip while they are still noisy.
+    num: the number of samples to draw, or the sample numbers themselves, such as range(16, 32). Sample i depends only
+    on (key, i), so a job can be split into batches of any size. If the sample numbers are an array that is sharded over
+    devices, each device draws the samples of its own shard, and x and the per-sample reports are sharded in the same
+    way.
+    denoise: whether to apply one Tweedie step x + strength · σ² ∇ log p(x | cond), with σ from the flow's config. A
+    number sets the strength, and True means strength 1. Here p is the density of samples drawn without guidance or
+    given frames. A learned `Denoiser` replaces this step; it receives all frames of a clip while they are still noisy.
     certify: as for `invert`; for a clip, the error covers only the generated frames.
-    clip: describes clips that begin with given frames, or whose length differs from that of the flow. A token's noise
-    depends only on the key, the sample's number and the token's position. Before denoising, a longer clip therefore
-    begins with the same frames as a shorter one; the denoised frames can differ, because denoising uses later frames.
-    The deep block's sweeps are reported segment by segment.
+    clip: description of clips that begin with given frames, or that have more or fewer frames than the flow models. A
+    token's noise depends only on the key, the sample's number and the token's position. Before denoising, a longer clip
+    therefore begins with the same frames as a shorter one; the denoised frames can differ, because denoising uses later
+    frames. The deep block's sweeps are reported segment by segment.
 
     Raises ValueError if cond, plan, guidance or clip does not fit the flow, or if `num` is not positive.
 
@@ -102,6 +106,7 @@ def _numbers(num: int | range | Integer[Array | np.ndarray, " b"]) -> Int[Array,
         raise ValueError(f"num is {shown(num)}; it must be the number of samples, or a 1-D array of sample numbers.")
     if numbers.min() < 0 or numbers.max() > MOST_SAMPLES:
         raise ValueError(
-            f"num has numbers from {numbers.min()} to {numbers.max()}; they must be from 0 to {MOST_SAMPLES}."
+            f"num contains sample numbers from {numbers.min()} to {numbers.max()}; they must be from 0 to "
+            f"{MOST_SAMPLES}."
         )
     return jnp.asarray(num if isinstance(num, jax.Array) and num.ndim else numbers, jnp.int32)

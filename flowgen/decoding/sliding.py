@@ -1,10 +1,10 @@
-"""A window that advances past the tokens it has solved (Song et al. 2021, arXiv 2002.03629).
+"""Decoding with a window that advances past the tokens it has solved (Song et al. 2021, arXiv 2002.03629).
 
 A pass over the tokens t .. t+w-1 maps a guess to an output. Let k be the number of leading tokens that changed by at
 most `tol` in every sample. These tokens keep their guesses, because the cached keys of later tokens were computed from
-these guesses. All inputs of token t+k are then accepted tokens, so its new value is exact and is accepted too, and the
-window advances by k+1 tokens. For the window's remaining tokens, the new values are the next guesses. Every pass
-therefore accepts at least one token.
+these guesses. All inputs of token t+k are then accepted tokens, so its new value is exact and is accepted too. The
+window therefore advances by k+1 tokens. For the window's remaining tokens, the new values are the next guesses. Every
+pass accepts at least one token.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ from flowgen.flows.affine import to_data
 
 
 class _Pass(NamedTuple):
-    """tokens: the network's first input, then the accepted tokens, then guesses for the other tokens reached so far."""
+    """tokens: the network's first input, the accepted tokens, and guesses for the other tokens reached so far."""
 
     tokens: Float[Array, "b slots c"]
     start: Int[Array, ""]
@@ -47,7 +47,7 @@ class _Noise(NamedTuple):
 def solve_sliding(conditioner: Conditioner, z: Float[Array, "b n c"], plan: SlidingWindow) -> Solution:
     """Returns x, as `flowgen.decoding.jacobi.solve` does; `sweeps` is one number, the total number of passes.
 
-    There are at most n passes. The slots of the cache must be overwritable, because a window can begin at any slot.
+    There are at most n passes. It must be possible to overwrite cache slots, because a window can begin at any slot.
     """
     batch, n, _ = z.shape
     window = min(plan.window or n, n)
@@ -104,7 +104,7 @@ def _pass(conditioner: Conditioner, plan: SlidingWindow, noise: _Noise, state: _
 def _with_guesses(
     conditioner: Conditioner, plan: SlidingWindow, noise: _Noise, tokens: Float[Array, "b slots c"], end: Int[Array, ""]
 ) -> Float[Array, "b slots c"]:
-    """The tokens, with initial guesses beginning at `end`; the next window uses as many of these as it needs."""
+    """The tokens, with initial guesses written from `end` on; the next window uses as many of them as it needs."""
     frame = conditioner.previous_frame
     if frame is not None:
         period = frame.tokens.shape[1]

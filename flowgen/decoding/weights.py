@@ -1,7 +1,7 @@
-"""`decoding_weights`: the variables of all blocks in the form that decoding requires, computed once per params.
+"""`decoding_weights`: the variables of all blocks in the form that decoding requires, computed once and cached.
 
 Training stores the layers of a block in one stack, in float32. Decoding needs one array per layer, in the dtype of the
-matrix products. If the sampling program computed these arrays, every call would make these copies again.
+matrix products. If the sampling program did this conversion, every call would repeat it.
 """
 
 from __future__ import annotations
@@ -23,10 +23,10 @@ Weights = tuple[Variables, ...]
 
 
 def decoding_weights(config: FlowConfig, params: Variables) -> Weights:
-    """Returns the variables of every block for its `decoding_config`, data side first.
+    """Returns the variables of every block, data side first, in the form that its `decoding_config` requires.
 
     The result is computed once and kept as long as all arrays in params["params"] exist. It is not kept if any of these
-    arrays is traced or, like a NumPy array, can change. If the parameters are sharded over explicit mesh axes, the
+    arrays is traced or is mutable, as NumPy arrays are. If the parameters are sharded over explicit mesh axes, the
     result is sharded over automatic axes.
     """
     own = {"params": params["params"]}
@@ -37,7 +37,7 @@ def decoding_weights(config: FlowConfig, params: Variables) -> Weights:
 
 
 def unstacked_weights(config: FlowConfig, params: Variables) -> Weights:
-    """Returns the same variables as `decoding_weights`, but does not keep them."""
+    """Returns the same variables as `decoding_weights`, but does not cache them."""
     blocks = enumerate(config.blocks)
     return tuple(decoding_variables(block_parameters(params, index), *_form(block)) for index, block in blocks)
 
@@ -58,7 +58,7 @@ class _WeakCache:
         self._entries: dict[Any, tuple[list[weakref.ref], Any]] = {}
 
     def value(self, arrays: list[Any], form: Any, make: Callable[[], Any]) -> Any:
-        """Returns make(), or the value that it returned before for the same arrays and form."""
+        """Returns make(), or its cached result for the same arrays and form."""
         key = (form, *map(id, arrays))
         # A donated array no longer has values, although the object may still exist.
         if not all(_is_fixed(x) and not x.is_deleted() for x in arrays):

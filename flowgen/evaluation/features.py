@@ -1,4 +1,4 @@
-"""Image features from a small classifier. The classifier is trained on the dataset itself, so nothing is downloaded."""
+"""Image features from a small classifier, which is trained on the dataset itself, so that nothing is downloaded."""
 
 from __future__ import annotations
 
@@ -77,7 +77,7 @@ def train_classifier(dataset: Dataset, key: Key[Array, ""], *, steps: int = 200)
         classifier = train_classifier(experiment.dataset("train"), jax.random.key(0))
     """
     if not dataset.class_names:
-        raise ValueError("the data have no labels for the classifier to learn from; give data with classes.")
+        raise ValueError("the dataset has no labels to train the classifier on; give a dataset with classes.")
     network = _ConvNet(len(dataset.class_names))
     init_key, noise_key = jax.random.split(key)
     variables = jax.jit(network.init)(init_key, jnp.zeros((1, *dataset.event_shape)))

@@ -39,7 +39,7 @@ def flow_bits_per_dim(
     """Returns a flow's mean bits/dim over a dataset, with one noise sample per image.
 
     noise_std: standard deviation of the Gaussian noise that is added to the images. 0 means uniform dequantisation, as
-    in published results, and None means the noise that the flow is trained with.
+    in published results; None means the noise with which the flow was trained.
     conditional: whether to pass labels to a flow with classes.
 
     Example:
@@ -60,7 +60,7 @@ def flow_nats_per_dim(
     batch_size: int = 256,
     conditional: bool = True,
 ) -> float:
-    """Returns a flow's mean of -log p per dimension, in nats, over a dataset of latents.
+    """Returns a flow's mean negative log-likelihood over a dataset of latents, in nats per dimension.
 
     The latents of each image are drawn once from the encoder's posterior, and one noise sample is added to them.
 
@@ -75,7 +75,9 @@ def flow_nats_per_dim(
 def _mean_nats(flow, variables, dataset, key, *, noise_std, batch_size, conditional) -> float:
     """Returns the mean of -log p per dimension, in nats, over the samples in all buckets."""
     if flow.config.text_dim and not conditional:
-        raise ValueError("this flow needs texts to compute a likelihood; leave out unconditional.")
+        raise ValueError(
+            "this flow needs texts to compute a likelihood; do not pass --unconditional or conditional=False."
+        )
     sigma = flow.config.noise_std if noise_std is None else noise_std
     total = 0.0
     for bucket in buckets_of(dataset):
@@ -109,9 +111,9 @@ def velocity_bits_per_dim(
 ) -> float:
     """Returns a continuous flow's mean bits/dim over a dataset, with uniform dequantisation.
 
-    log_prob: a function (x, labels, key) that returns log p, in nats, for images in [-1, 1), for example by calling
-    `flowgen.matching.log_prob` with a velocity field. log_prob is compiled. Every batch has a different key, from
-    which log_prob may draw the probes of Hutchinson's trace estimator.
+    log_prob: a function (x, labels, key) that returns log p, in nats, for images in [-1, 1). It can, for example, call
+    `flowgen.matching.log_prob` with a velocity field. The function is compiled. It receives a different key for every
+    batch, from which it can draw the probes of Hutchinson's trace estimator.
 
     Example:
         bpd = velocity_bits_per_dim(lambda x, y, key: fm.log_prob(velocity, x, y, key=key), dataset, key)
@@ -147,10 +149,10 @@ def _mean(dataset: Dataset, batch_size: int, measure: Callable[..., Any]) -> flo
 def gaussian_bits_per_dim(train: Dataset, dataset: Dataset, *, noise_std: float) -> float:
     """Returns the mean bits/dim of `dataset` under a Gaussian with the mean and covariance of `train`.
 
-    Both datasets are assumed to contain the noise of the flow. This is Gaussian noise if σ = `noise_std` is positive,
-    and uniform dequantisation if σ is 0. The effect of the noise is computed in closed form, so no noise is drawn. The
-    covariance is full if there are at most 4096 dimensions and `train` has at least 5 images per dimension. Otherwise,
-    it is diagonal. Both datasets are read in batches.
+    Both datasets receive the flow's noise: Gaussian noise if σ = `noise_std` is positive, and uniform dequantisation if
+    σ is 0. The result is the expectation over this noise, computed in closed form. The covariance is full if there are
+    at most 4096 dimensions and `train` has at least 5 images per dimension. Otherwise, it is diagonal. Both datasets
+    are read in batches.
 
     Example:
         baseline = gaussian_bits_per_dim(trained_on, held_out, noise_std=0.1)
@@ -174,7 +176,7 @@ def gaussian_bits_per_dim(train: Dataset, dataset: Dataset, *, noise_std: float)
 
 
 def _flat(dataset: Dataset, noise_std: float) -> Iterator[np.ndarray]:
-    """Yields batches of images as float64 vectors, scaled as for the flow, but without noise."""
+    """Yields batches of images as float64 vectors, scaled in the same way as the flow's input, but without noise."""
     for batch, mask in fixed_batches(dataset, min(READ_AT_ONCE, len(dataset))):
         images = np.asarray(from_uint8(batch.pixels[mask]), np.float64)
         if noise_std == 0:

@@ -22,9 +22,9 @@ def psnr(mean_square_error: float) -> float:
 def frechet_distance(x: Float[np.ndarray, "n features"], y: Float[np.ndarray, "m features"]) -> float:
     """Returns |μx - μy|² + tr(Σx + Σy - 2 (Σx½ Σy Σx½)½), the squared Fréchet distance between fitted Gaussians.
 
-    With the features of an Inception network, this is the FID (Heusel et al., arXiv 1706.08500). Compare two distances
-    only if they use the same features and the same n and m, because smaller samples give larger distances. The
-    computation is in float64.
+    With the features of an Inception network, this is the FID (Heusel et al., arXiv 1706.08500). Distances are
+    comparable only if they use the same features and the same n and m, because smaller samples give larger distances.
+    The computation is done in float64.
 
     Raises ValueError if n or m is below 2, or if x and y have different numbers of features.
 
@@ -33,7 +33,8 @@ def frechet_distance(x: Float[np.ndarray, "n features"], y: Float[np.ndarray, "m
     """
     if min(len(x), len(y)) < 2 or x.shape[1:] != y.shape[1:]:
         raise ValueError(
-            f"features have shapes {x.shape} and {y.shape}; give at least two of each, all of the same length."
+            f"features have shapes {x.shape} and {y.shape}; give at least two feature vectors in each array, all of "
+            "the same length."
         )
     x, y = np.asarray(x, np.float64), np.asarray(y, np.float64)
     covariances = [np.atleast_2d(np.cov(side, rowvar=False)) for side in (x, y)]

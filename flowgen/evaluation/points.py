@@ -1,4 +1,4 @@
-"""Metrics of velocity fields for 2-D points: distance to the data, path energy, and quality with few steps."""
+"""Metrics of velocity fields for 2-D points: distance to the data, path energy, and sample quality with few steps."""
 
 from __future__ import annotations
 
@@ -36,7 +36,7 @@ class PointSamples(NamedTuple):
 
 
 def point_samples(velocity: Velocity, draw: Draw, key: Key[Array, ""], *, num: int = 1000) -> PointSamples:
-    """Returns the samples that `point_metrics` compares; can be compiled with `jax.jit`.
+    """Returns the samples that `point_metrics` compares. This function can be compiled with `jax.jit`.
 
     Example:
         samples = jax.jit(lambda key: point_samples(velocity, config.draw, key))(key)
@@ -50,7 +50,7 @@ def point_samples(velocity: Velocity, draw: Draw, key: Key[Array, ""], *, num: i
 
 
 def point_metrics(samples: PointSamples) -> dict[str, float]:
-    """Returns metrics of how well a velocity field transports noise to data, by name.
+    """Returns a dict of metrics that measure how well a velocity field transports noise to data.
 
     The Wasserstein distances are exact and computed on the host. The metrics are:
 

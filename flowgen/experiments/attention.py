@@ -1,4 +1,4 @@
-"""Reports which implementation computes the softmax attention of a model; used by `info` and before training."""
+"""Reports which softmax attention implementation a model uses, for `info` and for a warning before training."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from flowgen.nn.softmax_shape import SoftmaxShape
 
 
 def attention_lines(model: Any) -> list[str]:
-    """Returns lines that say which attention implementation a model uses here, on GPUs and on TPUs, and why.
+    """Returns lines that say which attention implementation a model uses on this machine, on GPUs and on TPUs, and why.
 
     The list is empty for models without softmax attention.
     """
@@ -30,7 +30,7 @@ def attention_lines(model: Any) -> list[str]:
 
 
 def on_any_device(experiment: Experiment) -> Experiment:
-    """Returns the experiment with attention that runs on any device; the shapes of its arrays stay the same."""
+    """Returns the experiment with an attention implementation that runs on any device. Array shapes do not change."""
     if getattr(experiment.model, "attention_implementation", "auto") == "auto":
         return experiment
     return dataclasses.replace(experiment, model=dataclasses.replace(experiment.model, attention_implementation="auto"))
@@ -45,9 +45,9 @@ def _told(shape: SoftmaxShape, asked: Any, platform: str) -> str:
 
 
 def warn_of_dtype(model: Any, platform: str | None = None) -> None:
-    """Issues a UserWarning if a GPU cannot use its fused kernel only because of the model config's dtype.
+    """Issues a UserWarning if the dtype of the model config is the only reason why a GPU cannot use its fused kernel.
 
-    platform: as in `attention_plan`.
+    platform: see `attention_plan`.
     """
     platform = attention_platform() if platform is None else platform
     if platform != "gpu" or getattr(model, "attention_implementation", "xla") != "auto":
@@ -57,7 +57,7 @@ def warn_of_dtype(model: Any, platform: str | None = None) -> None:
     if any(shape._replace(dtype="bfloat16").plan("auto", platform).implementation != "xla" for shape in slow):
         warnings.warn(
             f"model.dtype is {model.dtype!r}, so attention runs in XLA, which writes all logits to memory; "
-            "--model.dtype bfloat16 uses cuDNN's fused kernel, and --model.attention_implementation xla stops this "
-            "warning.",
+            "use --model.dtype bfloat16 for cuDNN's fused kernel, or --model.attention_implementation xla to silence "
+            "this warning.",
             stacklevel=2,
         )

@@ -55,11 +55,11 @@ class AutoencodingConfig:
 
     image_size: side of the images, or (height, width); each length must be a multiple of the model's factor.
     frames: frames per clip; 0 for images.
-    kl_weight: weight of the KL divergence of the posterior from N(0, 1), in nats per latent; 0 or more.
+    kl_weight: weight of KL(posterior || N(0, 1)), averaged over latents and measured in nats; 0 or more.
     noise: std of the noise that is added to normalised latents before decoding; 0 for none. With noise, the decoder
     learns to decode the noisy latents of a flow.
-    decoder_of: run directory or published folder of an autoencoder whose decoder is trained further while its encoder
-    stays frozen. If empty, a new autoencoder is trained.
+    decoder_of: run directory or published folder of an autoencoder whose decoder is fine-tuned while its encoder stays
+    frozen. If empty, a new autoencoder is trained.
     shown: number of images shown next to their reconstructions in the run's sample grid; at least 1.
     """
 
@@ -72,7 +72,7 @@ class AutoencodingConfig:
 
     @property
     def image_hw(self) -> tuple[int, int]:
-        """(height, width) in pixels."""
+        """The (height, width) of the images, in pixels."""
         return self.image_size if isinstance(self.image_size, tuple) else (self.image_size, self.image_size)
 
 
@@ -120,7 +120,7 @@ class AutoencoderExperiment(Experiment):
             )
         if self.autoencoding.frames:
             raise ValueError(
-                f"autoencoding.frames is {self.autoencoding.frames}, but an Autoencoder takes images; set it to 0."
+                f"autoencoding.frames is {self.autoencoding.frames}, but an Autoencoder trains on images; set it to 0."
             )
 
     def _check_clips(self, model: VideoAutoencoderConfig) -> None:
@@ -134,17 +134,17 @@ class AutoencoderExperiment(Experiment):
                 )
         if frames < 1 or (frames - 1) % stride:
             raise ValueError(
-                f"autoencoding.frames is {frames}, but the model encodes the first frame alone and then {stride} at "
-                f"a time; use 1 plus a multiple of {stride}."
+                f"autoencoding.frames is {frames}, but the model encodes the first frame alone and the others "
+                f"{stride} at a time; use 1 plus a multiple of {stride}."
             )
 
     @property
     def best_metric(self) -> str:
-        """The evaluated metric that ranks checkpoints; lower is better."""
+        """The evaluation metric that ranks checkpoints; lower is better."""
         return "mean_square_error"
 
     def dataset(self, split: Split) -> Dataset:
-        """Returns the images or clips in a split, at the training size."""
+        """Returns the images or clips in a split, at the size used for training."""
         shape: dict[str, Any] = {"image_size": self.autoencoding.image_hw, "channels": self.model.channels}
         if isinstance(self.data, ClipsConfig):
             return load_clips(self.data, frames=self.autoencoding.frames, split=split, **shape)
@@ -195,7 +195,7 @@ class AutoencoderExperiment(Experiment):
         )
 
     def evaluate(self, model: Any, variables: Any, options: EvaluateOptions) -> list[str]:
-        """Returns lines that report the reconstruction error on a split and the statistics of the latents."""
+        """Returns lines that report the reconstruction error on a split, and the mean and variance of the latents."""
         dataset = self.dataset(options.split)
         metrics = _distortion(model, variables, dataset)
         statistics, factor = variables[STATISTICS], self.model.factor
@@ -207,7 +207,7 @@ class AutoencoderExperiment(Experiment):
         ]
 
     def debug(self) -> AutoencoderExperiment:
-        """Returns the experiment with a tiny autoencoder of the same factor, trained on built-in or bouncing digits."""
+        """Returns the experiment with a tiny autoencoder, which has the same factor and trains on digits."""
         model, few = self.model, {"shown": SAMPLES}
         widths = (8,) * len(model.widths)
         if not isinstance(model, VideoAutoencoderConfig):
@@ -224,14 +224,14 @@ class AutoencoderExperiment(Experiment):
 
 
 def autoencoding_objective(autoencoder: Any, config: AutoencodingConfig) -> Callable[..., tuple]:
-    """Returns the objective (variables, batch, key) -> (loss, metrics, carried state) of an autoencoder.
+    """Returns an autoencoder's objective, a function (variables, batch, key) -> (loss, metrics, carried state).
 
     batch: a `flowgen.data.Batch` of images or clips.
 
     The carried state is the collection "latents". It contains the running mean and variance of each latent channel,
-    which are updated at a rate of 0.02. Flows use these statistics to normalise latents. The statistics cover the whole
-    batch, even if it is split over devices or micro-batches. Each micro-batch first updates the statistics and then
-    scales its noise by them.
+    which are updated at a rate of 0.02. Flows use these statistics to normalise latents. The statistics are computed
+    over the whole batch, even if the batch is split into micro-batches or among devices. Each micro-batch first updates
+    the statistics, and then uses them to scale its noise.
 
     Example:
         loss, metrics, state = autoencoding_objective(autoencoder, AutoencodingConfig())(variables, batch, key)
@@ -276,7 +276,7 @@ def autoencoding_objective(autoencoder: Any, config: AutoencodingConfig) -> Call
 
 
 def channel_moments(rows: Rows, latents: Float[Array, "b *event c"]) -> dict[str, Float[Array, " c"]]:
-    """Returns each channel's mean and variance over the whole batch, given this device's rows.
+    """Returns the mean and variance of each channel over the whole batch, given the latents of this device's rows.
 
     Example:
         moments = channel_moments(rows, latents)
@@ -292,14 +292,14 @@ def _shown(values: Any) -> str:
 
 
 def _initial(model: Any, path: str, autoencoder: Any, key: jax.Array) -> Any:
-    """Returns the variables of the autoencoder at `path`, or new ones with latent mean 0 and variance 1."""
+    """Returns the variables of the autoencoder at `path`, or new variables with latent mean 0 and variance 1."""
     channels = model.latent_channels
     if not path:
         return {**init(autoencoder, key), STATISTICS: {"mean": jnp.zeros(channels), "variance": jnp.ones(channels)}}
     codec = open_autoencoder(path)
     found = codec.autoencoder.config
     if found != dataclasses.replace(model, dtype=found.dtype, remat=found.remat):
-        raise ValueError(f"autoencoding.decoder_of '{path}' does not have the shape of model; set model to {found}.")
+        raise ValueError(f"autoencoding.decoder_of '{path}' has a different architecture; set model to {found}.")
     scale = np.asarray(codec.normalisation.scale, np.float64)
     statistics = {"mean": codec.normalisation.shift, "variance": 1 / np.square(scale)}
     return {

@@ -1,4 +1,4 @@
-"""The base class of image flows and video flows, which share their parts, data, conditions and training."""
+"""The base class of image-flow and video-flow experiments."""
 
 from __future__ import annotations
 
@@ -49,7 +49,7 @@ from flowgen.training import Job, OptimConfig
 from flowgen.training.step import Objective
 
 NumSamples = Annotated[int, Within(0, 1 << 24)]
-# Text flows sample this many held-out captions during training, unless sampling.prompts is set.
+# Text flows draw samples for this many held-out captions during training, unless sampling.prompts is set.
 DRAWN_CAPTIONS = 16
 
 
@@ -57,7 +57,7 @@ DRAWN_CAPTIONS = 16
 class FlowDrawOptions(DrawOptions):
     """Options for drawing images, in addition to the fields of `sampling`.
 
-    classes: classes to draw in turn, by name or number: cat,dog or 0,1,2; -1 is unconditional (--classes=-1,3).
+    classes: classes to draw in turn, by name (cat,dog) or number (0,1,2); -1 is unconditional, as in --classes=-1,3.
     aspect: aspect ratio, such as 16:9; samples have about the same area as the model's images.
     certify: check the decoding with a forward pass.
     """
@@ -71,9 +71,9 @@ class FlowDrawOptions(DrawOptions):
 class FlowEvaluateOptions(EvaluateOptions):
     """Options for evaluating a flow.
 
-    noise: noise that is added to the images: the training noise ("model") or uniform dequantisation ("uniform").
+    noise: noise to add to the images; "model" is the training noise, and "uniform" is uniform dequantisation.
     samples: number of samples to draw and compare with the data; 0 for none.
-    unconditional: evaluate a class model without labels.
+    unconditional: evaluate a class-conditional model without labels.
     """
 
     noise: Literal["model", "uniform"] = "model"
@@ -92,7 +92,7 @@ class FlowEvaluateOptions(EvaluateOptions):
 class AutoregressiveExperiment(Experiment):
     """An autoregressive flow on images or clips, trained by maximum likelihood and sampled by decoding.
 
-    codec: the codec that makes the latents; None for a flow on pixels.
+    codec: the codec that encodes images or clips as latents; None for a flow on pixels.
     text: the text encoder; None for a flow without texts.
     likelihood: how the flow is trained.
     sampling: how samples are drawn.
@@ -117,7 +117,7 @@ class AutoregressiveExperiment(Experiment):
 
     @property
     def best_metric(self) -> str:
-        """The evaluated metric that ranks checkpoints; lower is better."""
+        """The evaluation metric that ranks checkpoints; lower is better."""
         return "nats_per_dim" if self.is_latent else "bits_per_dim"
 
     @property
@@ -127,7 +127,7 @@ class AutoregressiveExperiment(Experiment):
 
     @property
     def has_held_out(self) -> bool:
-        """Whether there are data to evaluate on."""
+        """Whether there are held-out data to evaluate on."""
         if isinstance(self.data, LatentsConfig):
             return any(
                 shard.split == "eval" and shard.kind in ("image", "clip") for shard in read_index(self.data.path).shards
@@ -143,21 +143,21 @@ class AutoregressiveExperiment(Experiment):
             )
         if not self.model.text_dim and self.sampling.prompts:
             raise ValueError(
-                f"sampling.prompts is {self.sampling.prompts}, but the model takes no texts; leave it out."
+                f"sampling.prompts is {self.sampling.prompts}, but the model accepts no texts; leave it out."
             )
         if self.is_latent and self.model.noise_std == 0:
             raise ValueError(
-                "model.noise_std is 0, which is only for pixels; a flow on latents needs noise, such as 0.3."
+                "model.noise_std is 0, which works only for pixels; for latents, set it above 0, for example to 0.3."
             )
 
     def dataset(self, split: Split) -> Dataset | BucketedDataset:
-        """Returns the images or clips in a split, at the size that the codec turns into the model's latents."""
+        """Returns the images or clips in a split, resized so that their latents have the size the model expects."""
         return pixel_dataset(self.data, self.encoding, split)
 
     def flow_dataset(self, split: Split, *, labelled: bool = True) -> Dataset | BucketedDataset:
         """Returns the data that the flow is trained on: pixels, or the outputs of the codec and the text encoder.
 
-        labelled: whether labels are needed, if the model is conditioned on classes.
+        labelled: whether the data must have labels if the model is class-conditional.
         """
         return flow_dataset(self.data, self.encoding, split, labelled=labelled)
 
@@ -174,7 +174,7 @@ class AutoregressiveExperiment(Experiment):
     def opened(
         self, dataset: Dataset | None, held_out: Dataset | None
     ) -> tuple[Dataset | BucketedDataset, Dataset | BucketedDataset | None]:
-        """Returns the data to train and evaluate on: the given datasets or, by default, the experiment's."""
+        """Returns the training data and the held-out data: the given datasets or, by default, the experiment's own."""
         if dataset is not None:
             assert not isinstance(self.data, LatentsConfig)  # `fit` has replaced a LatentsConfig.
             codec, model = self.encoding.open_codec(), self.model
@@ -196,9 +196,9 @@ class AutoregressiveExperiment(Experiment):
         sample: Callable[[Any], np.ndarray] | None,
         optims: dict[str, OptimConfig] | None = None,
     ) -> Job:
-        """Returns the training job on opened data, and releases the text encoder.
+        """Returns the training job for datasets that `opened` has returned, and releases the text encoder.
 
-        held_out: opened held-out data, if any. For the other arguments, see `Job`.
+        held_out: the held-out data, if any. For the other arguments, see `Job`.
         """
         tell_unused_classes(dataset, self.data, self.model.num_classes)
         made = Job(
@@ -222,7 +222,10 @@ class AutoregressiveExperiment(Experiment):
 
     @abc.abstractmethod
     def objective(self, flow: Any, **options: Any) -> Objective:
-        """Returns the training objective of a flow. options: its label_dropout, loss_scale and null_text."""
+        """Returns the training objective of a flow.
+
+        options: label_dropout, loss_scale and null_text; see `nll_objective`.
+        """
 
     def rehearsal(self, model: Any, rows: int) -> Rehearsal:
         """Returns what is needed to trace a training step on a batch of `rows` samples."""
@@ -236,7 +239,7 @@ class AutoregressiveExperiment(Experiment):
         return Rehearsal(lambda key: init(model, key), self.objective(model), jax.eval_shape(batch))
 
     def sampling_cost(self, model: Any, variables: Any, num: int) -> SamplingCost:
-        """Returns the cost of drawing `num` samples token by token, without the codec and the text encoder."""
+        """Returns the cost of drawing `num` samples token by token, not including the codec and the text encoder."""
         sampling = self.sampling
         blocks = range(self.model.num_blocks) if sampling.blocks is None else sampling.blocks
         by_score = self.model.noise_std > 0 and sampling.denoise > 0 and not getattr(self.model, "denoiser_layers", 0)
@@ -250,11 +253,11 @@ class AutoregressiveExperiment(Experiment):
         draw_batch: Callable[..., tuple[np.ndarray, str]],
         show: Callable[[np.ndarray, int], np.ndarray],
     ) -> Callable[[Any], np.ndarray] | None:
-        """Returns the function that draws a run's sample images; None if samples cannot be shown in grey or colour.
+        """Returns a function that draws a run's sample images, or None if they cannot be shown in grey or colour.
 
         The function draws samples for each class in turn, or for texts.
 
-        draw_batch: the experiment's method. show: a function that makes one image from (samples, classes).
+        draw_batch: the experiment's method of this name. show: a function (samples, number of classes) -> one image.
         """
         without_codec = isinstance(self.data, LatentsConfig) and self.codec is None
         if without_codec or self.encoding.open_codec().pixel_channels not in DRAWABLE_CHANNELS:
@@ -287,13 +290,13 @@ class AutoregressiveExperiment(Experiment):
         return draw_image
 
     def sized(self, flow: Any, aspect: str) -> Any:
-        """Returns the flow for an aspect ratio such as 16:9, or the flow unchanged if none is given."""
+        """Returns the flow for an aspect ratio such as 16:9. If `aspect` is empty, returns the flow unchanged."""
         return flow.with_image_size(*self.encoding.latent_size(aspect)) if aspect else flow
 
     def guidance(self, flow: Any, null: TextCondition | None = None) -> Guidance:
-        """Returns the guidance for samples; for a text flow, it includes the text of the unconditional branch.
+        """Returns the guidance for samples. For a text flow, it includes the text of the unconditional branch.
 
-        null: the text of the unconditional branch. By default, it is the empty text, which is encoded here if needed.
+        null: the encoded text of the unconditional branch. By default, this method encodes the empty text if needed.
         """
         guidance = self.sampling.to_guidance()
         if not (self.model.text_dim and guidance.scale):
@@ -304,7 +307,7 @@ class AutoregressiveExperiment(Experiment):
     def asked(self, flow: Any, classes: str) -> tuple[Conditions, dict[str, Any]]:
         """Returns a function from sample numbers to conditions, and the labels or prompts to save in an .npz file.
 
-        classes: the option --classes (see `parse_classes`); empty draws all classes in turn.
+        classes: the value of --classes (see `parse_classes`). If it is empty, all classes are drawn in turn.
 
         Raises ValueError if the model does not accept the given conditions.
         """
@@ -314,17 +317,17 @@ class AutoregressiveExperiment(Experiment):
             known = np.full(num, -1) if labels is None else labels
             return lambda numbers: None if labels is None else labels[numbers], {"labels": known}
         if classes:
-            raise ValueError(f"--classes is {classes}, but this model takes texts; give --prompt instead.")
+            raise ValueError(f"--classes is {classes}, but this model requires texts; give --prompt instead.")
         prompts = self.sampling.prompts
         if not prompts:
-            raise ValueError("this model takes texts; give --prompt.")
+            raise ValueError("this model requires texts; give --prompt.")
         texts = self.encoding.condition(prompts, flow.config.image_hw)
         return partial(chosen_texts, texts), {"prompts": np.resize(np.array(prompts), num)}
 
     def conditions_of(self, data: Dataset, *, unconditional: bool = False) -> Conditions | None:
-        """Returns a function from positions in a dataset to labels or encoded captions; None for no conditions.
+        """Returns a function from dataset positions to labels or encoded captions, or None if there are no conditions.
 
-        unconditional: whether a class model gets no labels.
+        unconditional: whether to leave out the labels of a class-conditional model.
         """
 
         def labels(positions):
@@ -342,12 +345,12 @@ class AutoregressiveExperiment(Experiment):
         return labels if self.model.num_classes and not unconditional else None
 
     def likelihood_lines(self, flow: Any, variables: Any, dataset: Any, options: FlowEvaluateOptions) -> list[str]:
-        """Returns lines that report a flow's likelihood on a dataset that `flow_dataset` returned."""
+        """Returns lines that report the likelihood of a dataset under a flow. dataset: see `flow_dataset`."""
         key, conditional = jax.random.key(options.seed), not options.unconditional
         if self.is_latent:
             if options.noise == "uniform":
                 raise ValueError(
-                    "--noise is uniform, which is only for pixels, but this flow models latents; leave it out."
+                    "--noise is uniform, which works only for pixels, but this flow models latents; leave it out."
                 )
             nats = flow_nats_per_dim(flow, variables, dataset, key, batch_size=options.batch, conditional=conditional)
             noise = f"Gaussian noise of std {flow.config.noise_std:g}"
@@ -362,7 +365,7 @@ class AutoregressiveExperiment(Experiment):
 
 
 def chosen_texts(texts: TextCondition, numbers: Int[np.ndarray, " b"]) -> TextCondition:
-    """Returns the texts for the samples with these numbers, cycling through `texts`.
+    """Returns one encoded text per sample number, cycling through `texts`.
 
     Example:
         chosen_texts(texts, np.arange(3))
@@ -371,7 +374,7 @@ def chosen_texts(texts: TextCondition, numbers: Int[np.ndarray, " b"]) -> TextCo
 
 
 def captions_condition(dataset: Dataset, positions: Int[np.ndarray, " b"]) -> TextCondition:
-    """Returns the encoded texts of the latents at these positions.
+    """Returns the encoded captions of the latents at these positions of a dataset.
 
     Example:
         cond = captions_condition(latents, np.arange(4))

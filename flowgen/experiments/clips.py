@@ -1,4 +1,4 @@
-"""Helpers for clips of a video flow: their lengths, given frames, and metrics."""
+"""Helpers for the clips of video flows: their lengths, their given frames, and metrics."""
 
 from __future__ import annotations
 
@@ -34,7 +34,7 @@ GIVEN = 2**32 - 1  # Random stream for the noise on given frames; no numbered sa
 
 
 def latent_frames(codec: Codec, frames: int) -> int:
-    """Returns a clip's number of latent frames. Raises ValueError if the codec cannot make clips of this length.
+    """Returns the number of latent frames in a clip. Raises ValueError if the codec cannot encode clips of this length.
 
     Example:
         latent_frames(codec, 81)  # 21 with the codec of the released model
@@ -50,29 +50,29 @@ def latent_frames(codec: Codec, frames: int) -> int:
 
 
 def check_length(codec: Codec, most: int, frames: int | None, context: int | None) -> None:
-    """Raises ValueError if the codec cannot make clips of this length, or if they are too short to use `context`.
+    """Raises ValueError if the codec cannot encode clips of this length, or if the clips are too short for `context`.
 
-    most: largest number of latent frames that are decoded at once. Only longer clips use `context`.
+    most: the largest number of latent frames that the flow decodes at once. Only longer clips use `context`.
 
     Example:
         check_length(codec, 21, frames=81, context=None)
     """
     if (most if frames is None else latent_frames(codec, frames)) <= most and context is not None:
         raise ValueError(
-            f"--context is {context}, but it is only for clips of more than {1 + (most - 1) * codec.stride} frames; "
-            "raise --frames, or leave it out."
+            f"--context is {context}, but it applies only to clips of more than {1 + (most - 1) * codec.stride} "
+            "frames; raise --frames, or leave --context out."
         )
 
 
 def read_given(
     codec: Codec, flow: Any, path: str, *, frames: int | None = None, fps: float | None = None
 ) -> Float[np.ndarray, "given height width c"]:
-    """Reads the frames that clips begin with from an image or video file, and returns them in [-1, 1].
+    """Returns the given first frames of clips, read from an image or video file, with values in [-1, 1].
 
-    An image gives one frame. A video is read at `fps`, and gives as many frames as the codec can encode.
+    An image yields one frame. A video is read at `fps`, and yields as many of its frames as the codec can encode.
 
-    frames: length of the clips. A longer video is cut so that at least one frame is left to generate. If None, the
-    whole video is used; it must be shorter than the training clips.
+    frames: length of the clips. A video is cut so that at least one frame is left to generate. If None, the whole video
+    is used. It must then be shorter than the training clips.
 
     Raises FileNotFoundError or ValueError if the file cannot be read, has a very different shape, or leaves no frame to
     generate.
@@ -82,7 +82,7 @@ def read_given(
     """
     height, width = (length * codec.factor for length in flow.config.image_hw)
     if not Path(path).is_file():
-        raise FileNotFoundError(f"There is no file '{path}'; give an image or a video with --given.")
+        raise FileNotFoundError(f"--given {path} does not exist; give an image or a video.")
     is_video = Path(path).suffix.lower() in READABLE
     with _naming_given():
         known = max(1, len(frame_times(path, fps=fps))) if is_video else 1
@@ -92,8 +92,8 @@ def read_given(
     total = 1 + (flow.config.frames - 1) * codec.stride if frames is None else frames
     if known >= total:
         raise ValueError(
-            f"--given {path} has {known} frame{'s' * (known > 1)}, which leaves none to generate in clips of {total}; "
-            f"use --frames {known + codec.stride}."
+            f"--given {path} has {known} frame{'s' * (known > 1)}, so none is left to generate in clips of length "
+            f"{total}; use --frames {known + codec.stride}."
         )
     with _naming_given():
         if is_video:
@@ -105,8 +105,8 @@ def read_given(
     kept = size[1] / size[0] / (width / height)
     if min(kept, 1 / kept) < LEAST_KEPT:
         raise ValueError(
-            f"--given {path} is {size[0]} x {size[1]} pixels (height x width), but clips are {height} x {width}, "
-            "so much of it would be cut off; crop it, or give another --aspect."
+            f"--given {path} is {size[0]} x {size[1]} pixels (height x width), so fitting it to clips of "
+            f"{height} x {width} pixels would cut off much of it; crop it, or give another --aspect."
         )
     return np.asarray(from_uint8(clip))
 
@@ -126,7 +126,7 @@ def with_noise(
     key: Key[Array, ""],
     numbers: Int[np.ndarray, " b"],
 ) -> Float[Array, "b given height width c"]:
-    """Returns one copy of the clean latents for each clip number, and adds different training noise to each copy.
+    """Returns one noisy copy of the clean latents per clip number. Each copy has different training noise.
 
     Example:
         given = with_noise(flow, latents, jax.random.key(0), np.arange(4))
@@ -137,7 +137,7 @@ def with_noise(
 
 
 def of_whole_clips(data: ClipsConfig | LatentsConfig) -> ClipsConfig | LatentsConfig:
-    """Returns the config without images and without clips that lack their first frame. Only training uses these.
+    """Returns the config restricted to whole clips. Training also uses images and clips that lack their first frame.
 
     Example:
         clips = flow_dataset(of_whole_clips(data), encoding, "eval")
@@ -147,9 +147,9 @@ def of_whole_clips(data: ClipsConfig | LatentsConfig) -> ClipsConfig | LatentsCo
 
 
 def clips_alone(dataset: Dataset | BucketedDataset) -> Dataset:
-    """Returns the whole clips of a dataset, without images and without clips that lack their first frame.
+    """Returns only the whole clips of a dataset. Leaves out images and clips that lack their first frame.
 
-    Raises ValueError if there are no whole clips, or if they have several shapes.
+    Raises ValueError if there are no whole clips, or if the whole clips have several shapes.
 
     Example:
         clips = clips_alone(experiment.flow_dataset("train"))
@@ -158,7 +158,7 @@ def clips_alone(dataset: Dataset | BucketedDataset) -> Dataset:
     if len(whole) != 1:
         shapes = ", ".join(str(bucket.event_shape) for bucket in whole) or "none"
         raise ValueError(
-            f"data.path must have whole clips of exactly one shape, but has {shapes}; encode clips of one shape."
+            f"data.path must contain whole clips of exactly one shape, but contains {shapes}; encode only one shape."
         )
     return whole[0]
 
@@ -166,7 +166,7 @@ def clips_alone(dataset: Dataset | BucketedDataset) -> Dataset:
 def frame_distances(clips: Float[np.ndarray, "n frames height width c"]) -> tuple[float, float]:
     """Returns two root mean square distances: between consecutive frames, and between all pairs of frames in a clip.
 
-    The first distance is smaller if neighbouring frames resemble each other. If the frames are in
+    The first distance is smaller than the second if consecutive frames resemble each other. If the frames are in
     random order, the two distances are equal on average.
 
     Example:
@@ -184,8 +184,8 @@ def denoised_psnr(
 ) -> dict[str, float]:
     """Returns the PSNR in dB of up to `most` clips, before and after removing the training noise.
 
-    The noise is removed by a Tweedie step. If the flow has a denoiser, the denoiser removes it from another copy of
-    the clips. Latents are decoded before the comparison.
+    A Tweedie step removes the noise. If the flow has a denoiser, the denoiser also removes the noise from another copy
+    of the clips. Latents are decoded before the comparison.
 
     Example:
         denoised_psnr(codec, flow, params, dataset, key, most=64)  # {"as they are": 14.1, "by the score": 20.3, ...}
@@ -226,7 +226,7 @@ def _denoised(variables, noisy, cond, *, step):
 
 
 def denoising_step(flow: Any) -> DenoiserStep:
-    """Returns the flow's denoiser step, which processes clips in chunks as long as the training clips.
+    """Returns the flow's denoiser step. It processes clips in chunks that have the length of the training clips.
 
     Example:
         denoise = Denoiser(denoising_step(flow), denoiser_variables(params))

@@ -36,7 +36,7 @@ STATISTICS = "latents"
 
 @config
 class SpaceToDepth:
-    """A codec without a network: factor x factor pixels of c channels become one latent of factor² · c channels.
+    """A codec without a network: factor x factor pixels with c channels become one latent with factor² · c channels.
 
     factor: side of a pixel block; at least 1.
     """
@@ -52,7 +52,7 @@ class PretrainedAutoencoder:
     AutoencoderKLWan (video).
     digest: digest of everything that affects the latents. Training a flow sets this field, so that a different
     autoencoder is detected later.
-    temporal_scale: factor that multiplies a clip's latents after the first frame; 0.6 as published, 1 for no change.
+    temporal_scale: factor that multiplies all latent frames except the first; 0.6 as published, 1 for no change.
     """
 
     path: str
@@ -64,7 +64,9 @@ CodecConfig = SpaceToDepth | PretrainedAutoencoder
 
 
 def open_codec(config: CodecConfig | None, channels: int) -> Codec:
-    """Returns a config's codec, which is opened only once. If config is None, returns the identity.
+    """Returns the codec of a config. If the config is None, the codec leaves pixels unchanged.
+
+    Each codec is opened only once.
 
     channels: number of latent channels that the model expects.
 
@@ -81,7 +83,7 @@ def open_codec(config: CodecConfig | None, channels: int) -> Codec:
         if channels % factor**2:
             raise ValueError(
                 f"model.channels is {channels}, but blocks of {factor} x {factor} pixels make {factor**2} channels "
-                f"from grey images and {3 * factor**2} from colour images; change it or codec.factor."
+                f"from grey images and {3 * factor**2} from colour images; change model.channels or codec.factor."
             )
         return PixelCodec(pixel_channels=channels // factor**2, factor=factor)
     codec = open_autoencoder(config.path, config.temporal_scale)
@@ -99,9 +101,9 @@ def open_codec(config: CodecConfig | None, channels: int) -> Codec:
 
 
 def open_autoencoder(path: str, temporal_scale: float = 1.0) -> AutoencoderCodec | VideoAutoencoderCodec:
-    """Returns the autoencoder in a run directory or a published folder, with its latent normalisation.
+    """Returns the autoencoder in a run directory or a published folder, as a codec that normalises latents.
 
-    temporal_scale: for a video autoencoder, see `VideoAutoencoderCodec`.
+    temporal_scale: used only for video autoencoders; see `VideoAutoencoderCodec`.
 
     Raises FileNotFoundError or ValueError if the autoencoder is missing or damaged.
 
@@ -114,7 +116,7 @@ def open_autoencoder(path: str, temporal_scale: float = 1.0) -> AutoencoderCodec
         )
     if not Path(path).is_dir():
         raise FileNotFoundError(
-            f"There is no autoencoder at codec.path '{path}'; train it first, or give its path with --codec.path."
+            f"There is no autoencoder at codec.path '{path}'; train one first, or give another path with --codec.path."
         )
     return _open_autoencoder(path, temporal_scale, *version_of(path))
 
@@ -163,7 +165,7 @@ def codec_digest(codec: Codec) -> str:
         params = codec.variables["params"]
         for leaf in jax.tree.leaves((params["encoder"], params["quant_conv"])):
             digest.update(np.ascontiguousarray(np.asarray(leaf)).tobytes())
-        # Hashed as float32 mean and variance, the form in which training saves them.
+        # The mean and variance are hashed in float32, the form in which training saves them.
         variance = 1 / np.square(np.asarray(codec.normalisation.scale, np.float64))
         for value in (codec.normalisation.shift, variance):
             digest.update(np.full(codec.channels, value, np.float32).tobytes())

@@ -17,7 +17,7 @@ SAMPLES = 4
 
 
 def debug_run(experiment: E, **changes: Any) -> E:
-    """Returns the experiment with the given parts, and with few steps, small batches and frequent reports.
+    """Returns the experiment with the given fields replaced, and with few steps, small batches and frequent reports.
 
     Example:
         small = debug_run(experiment, model=dataclasses.replace(experiment.model, width=16))
@@ -54,7 +54,7 @@ def debug_clips(data: ClipsConfig | LatentsConfig) -> ClipsConfig:
 
 
 def debug_flow(experiment: AutoregressiveExperiment) -> dict[str, Any]:
-    """Returns a model, codec, text and sampling that make an experiment's flow tiny but keep its kind.
+    """Returns the fields model, codec, text and sampling for a tiny flow of the same kind as the experiment's.
 
     Example:
         small = debug_run(experiment, **debug_flow(experiment))
@@ -84,7 +84,7 @@ def debug_flow(experiment: AutoregressiveExperiment) -> dict[str, Any]:
 
 
 def _tiny(model: TARFlowConfig | STARFlowConfig) -> dict[str, Any]:
-    """Returns fields that make a flow's network tiny."""
+    """Returns values for the fields of a flow's config that make its network tiny."""
     blocks = min(model.num_blocks, 2)
     if isinstance(model, TARFlowConfig):
         return {"width": 32, "head_dim": 16, "num_blocks": blocks, "layers_per_block": 1}

@@ -23,9 +23,9 @@ def decoded_by_all(
     denoise: Callable[[Any], float | Denoiser],
     **options: Any,
 ) -> DecodeResult:
-    """Returns the result of `sample` on the host; all devices decode, each its own samples.
+    """Returns the result of `sample` as host arrays. The samples are divided among all devices of this host.
 
-    denoise(variables) -> the step that removes the training noise. options: other options of `sample`.
+    denoise: a function from variables to the step that removes the training noise. options: other options of `sample`.
 
     Example:
         decoded_by_all(flow, params, key, np.arange(16), labels, None, lambda variables: 1.0, plan="auto")

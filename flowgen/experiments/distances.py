@@ -1,4 +1,4 @@
-"""Sample metrics: the distance to the data, and whether samples show the requested class."""
+"""Sample metrics: the distance to the data, and the fraction of samples that show the requested class."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ Images = Float[np.ndarray, "n height width c"]
 
 @dataclass(frozen=True)
 class FeatureExtractor:
-    """Computes features of images in [-1, 1] for Fréchet distances; predicts classes too, unless `classes` is None."""
+    """Computes features of images in [-1, 1] for Fréchet distances. Also predicts classes, unless `classes` is None."""
 
     name: str
     features: Callable[[Images], Float[np.ndarray, "n f"]]
@@ -28,7 +28,7 @@ class FeatureExtractor:
 
 
 def train_features(dataset: Dataset) -> FeatureExtractor:
-    """Trains a classifier and returns an extractor of its features. If the data have no labels, the pixels are used.
+    """Trains a classifier and returns an extractor of its features. Without labels, the pixels serve as features.
 
     Example:
         extractor = train_features(experiment.dataset("train"))
@@ -48,17 +48,18 @@ def sample_metrics(
     seed: int = 0,
     conditions: Conditions | None = None,
 ) -> dict[str, float]:
-    """Returns the Fréchet distance between `num` samples and the data, and the fraction that show their class.
+    """Returns the Fréchet distance between `num` samples and the data, and the fraction of correct classes.
 
-    The fraction is left out if there are no conditions, or if the extractor does not predict classes.
+    A sample's class is correct if the extractor predicts the label that the sample is conditioned on. The fraction is
+    omitted if there are no conditions, or if the extractor does not predict classes.
 
-    conditions: a function from positions in the data to labels or texts, so that samples have the data's class
-    proportions; None for unconditional samples.
+    conditions: a function from positions in the data to labels or texts, so that the samples have the same class
+    proportions as the data; None for unconditional samples.
 
     Example:
         metrics = sample_metrics(partial(experiment.draw_batch, network, variables), extractor, held_out, 1000)
     """
-    # The data may be sorted by class. If there are more data than samples, conditions are taken at even distances.
+    # The data may be sorted by class, so if there are more data than samples, positions are evenly spaced.
     positions = np.arange(num) * len(data) // num if num < len(data) else np.arange(num) % len(data)
     size = min(SAMPLES_AT_ONCE, num)
     parts = []

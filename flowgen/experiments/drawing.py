@@ -1,4 +1,4 @@
-"""Options for drawing and evaluation, and a function that draws in batches with one compiled program."""
+"""Options for drawing and evaluation, and a function that draws samples in batches with one compiled program."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from flowgen.data.dataset import Split
 from flowgen.settings import config
 from flowgen.settings.ranges import BatchSize, Seed
 
-# (key, numbers, cond) -> the samples with these numbers and conditions, and a line that says how they were drawn.
+# (key, sample numbers, cond) -> the samples, and a line that says how they were drawn.
 # Sample i depends only on (key, i).
 DrawBatch = Callable[[jax.Array, Int[np.ndarray, " b"], Any], tuple[np.ndarray, str]]
 # Positions in the data, or sample numbers -> the condition of each.
@@ -41,7 +41,7 @@ class DrawOptions:
 class EvaluateOptions:
     """Options for evaluating any kind of model.
 
-    split: split of the data to evaluate on; the default is "all" if you evaluate on data other than the run's.
+    split: split of the data to evaluate on. The default is "all" for data other than the run's.
     batch: number of samples per compiled call.
     seed: random seed for noise and samples.
     """
@@ -72,9 +72,9 @@ def draw_in_batches(
 ) -> Float[np.ndarray, "num ..."]:
     """Returns samples 0..num-1, and calls `say` with a line about the speed of each batch.
 
-    draw_batch: draws one batch. It is called only with full batches, so that it is compiled only once; surplus samples
+    draw_batch: draws one batch. It is called only with full batches, so that it is compiled only once. Surplus samples
     in the last batch are dropped. conditions: a function from sample numbers to conditions. batch: the batch size if
-    the options set none.
+    `options.batch` is None.
 
     Example:
         samples = draw_in_batches(draw_batch, lambda numbers: labels[numbers], 100, DrawOptions(), print)
@@ -94,7 +94,7 @@ def draw_in_batches(
 
 
 def on_devices(variables: Any, rows: int) -> Any:
-    """Returns copies of a model's variables on all devices that share a batch of this many rows.
+    """Returns a model's variables, copied to all devices that share a batch of `rows` rows.
 
     The copies can be used for several batches.
 
@@ -114,7 +114,7 @@ def per_second(rate: float) -> str:
 
 
 def drawn_classes(model: Any, data: Any) -> int:
-    """Returns the number of classes that a run samples in turn: all named classes or, without names, all classes.
+    """Returns how many classes a run samples in turn: the named classes or, if there are no names, all classes.
 
     Example:
         labels = cycled_labels(20, drawn_classes(experiment.model, experiment.data))
@@ -126,7 +126,7 @@ def drawn_classes(model: Any, data: Any) -> int:
 def asked_labels(model: Any, data: Any, num: int, classes: str) -> Int[np.ndarray, " num"] | None:
     """Returns the labels of `num` samples, cycling through the requested classes; None for a model without classes.
 
-    classes: the option --classes (see `parse_classes`); empty draws all classes in turn.
+    classes: the value of --classes (see `parse_classes`). If it is empty, all classes are drawn in turn.
 
     Raises ValueError if the model has no such class.
 
@@ -142,7 +142,7 @@ def asked_labels(model: Any, data: Any, num: int, classes: str) -> Int[np.ndarra
 
 
 def cycled_labels(num: int, num_classes: int) -> Int[np.ndarray, " num"] | None:
-    """Returns labels 0, 1, ..., 0, 1, ... for a grid with one class per column, or None without classes.
+    """Returns labels 0, 1, ..., 0, 1, ... for a grid with one class per column. Returns None if there are no classes.
 
     Example:
         labels = cycled_labels(20, 10)

@@ -36,11 +36,11 @@ class Encoding:
     text: TextConfig | None = None
 
     def open_codec(self) -> Codec:
-        """Calls `flowgen.experiments.codecs.open_codec`, returns the codec, and raises the same errors."""
+        """Returns the codec. Raises the same errors as `flowgen.experiments.codecs.open_codec`."""
         return open_codec(self.codec, self.model.channels)
 
     def open_text_encoder(self) -> TextEncoder:
-        """Calls `flowgen.experiments.texts.open_text_encoder`, returns the encoder, and raises the same errors."""
+        """Returns the text encoder. Raises the same errors as `flowgen.experiments.texts.open_text_encoder`."""
         assert isinstance(self.model, STARFlowConfig)  # Only STARFlow accepts texts.
         return open_text_encoder(self.text, length=self.model.text_length, dim=self.model.text_dim)
 
@@ -52,10 +52,10 @@ class Encoding:
         truncate: bool = False,
         still: bool = False,
     ) -> TextCondition:
-        """Wraps prompts like the training captions, and returns them as a condition for the model.
+        """Returns the encoded prompts as a condition. They are first wrapped in the same template as training captions.
 
-        grid: the (height, width) whose aspect ratio the wrapped prompts may state; by default, the model's. truncate:
-        cut prompts that are too long, as captions are cut. still: whether the prompts describe single images for a
+        grid: the (height, width) of the samples, whose aspect ratio the template may state; by default, the model's.
+        truncate: whether to cut prompts that are too long. still: whether the prompts describe single images for a
         video flow. Such prompts state no frame rate.
         """
         encoder = self.open_text_encoder()
@@ -63,7 +63,7 @@ class Encoding:
         return TextCondition(*map(jnp.asarray, encoder(wrapped, truncate=truncate)))
 
     def empty_text(self, grid: tuple[int, int] | None = None, *, still: bool = False) -> TextCondition:
-        """Wraps the empty text like a prompt, and returns the encoded result. The text is encoded only once.
+        """Returns the empty text, wrapped like a prompt and encoded. It is encoded only once.
 
         Guidance and label dropout use it as the unconditional text.
 
@@ -77,7 +77,7 @@ class Encoding:
         return template(prompt, self.model.image_hw if grid is None else grid)
 
     def latent_size(self, aspect: str) -> tuple[int, int]:
-        """Returns the latents' (height, width) for an aspect ratio; the area is about that of the model's latents.
+        """Returns the (height, width) of latents with this aspect ratio and about the same area as the model's latents.
 
         Raises ValueError if the aspect ratio is not one of the nine supported ones.
         """
@@ -89,8 +89,8 @@ class Encoding:
     def with_digests(self, cached: Provenance | None = None) -> Encoding:
         """Returns the encoding with the digests of its autoencoder and text encoder, as saved with a run.
 
-        cached: provenance of cached latents. If the provenance names the same text encoder, its digest of that encoder
-        is reused without opening the encoder. If the provenance names no text encoder, no digest is computed.
+        cached: provenance of cached latents. If it names the same text encoder, the encoder's digest is copied from it,
+        and the encoder is not opened. If it names no text encoder, the text encoder gets no digest.
 
         A network without a path gets no digest.
         """

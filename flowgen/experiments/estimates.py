@@ -1,4 +1,4 @@
-"""Estimates the memory and FLOP of training and sampling by counting them from shapes, without computing anything."""
+"""Estimates the memory and FLOP that training and sampling need, from shapes alone: no arrays are computed."""
 
 from __future__ import annotations
 
@@ -22,11 +22,12 @@ from flowgen.training.step import init_state
 class TrainingCost(NamedTuple):
     """The memory and FLOP that training needs on one device, counted from shapes.
 
-    parameters, gradient, moments, average: bytes of each.
-    carried: bytes of the other variables of the training state.
+    parameters, gradient, moments, average: bytes of the parameters, the gradient, the optimizer's moments and
+    the parameter average.
+    carried: bytes of the other variables in the training state.
     stored: bytes of the activations if the backward pass recomputes none of them.
-    recomputed: bytes of the activations if the backward pass recomputes each layer; None if the model has no `remat`.
-    recomputes: whether the model recomputes its layers.
+    recomputed: bytes of the activations if the backward pass recomputes each layer; None if the model cannot do so.
+    recomputes: whether the model is configured to recompute its layers.
     flop: FLOP per sample, without recomputation.
     """
 
@@ -47,7 +48,7 @@ class TrainingCost(NamedTuple):
 
     @property
     def activations(self) -> int:
-        """Bytes of the activations, with or without recomputation as the model is configured."""
+        """Bytes of the activations: `recomputed` if the model recomputes its layers, otherwise `stored`."""
         return self.recomputed if self.recomputes and self.recomputed is not None else self.stored
 
 
@@ -56,7 +57,7 @@ def training_cost(experiment: Experiment, rows: int) -> TrainingCost | None:
 
     Returns None if the experiment's `rehearsal` returns None.
 
-    The activations are the most bytes that the forward and backward pass stores at once, without the gradient; see
+    The bytes of the activations are the peak memory of the forward and backward pass, without the gradient; see
     `peak_of`. The step is traced, but nothing is computed.
 
     Example:
@@ -101,12 +102,12 @@ def training_cost(experiment: Experiment, rows: int) -> TrainingCost | None:
 def decoding_cost(flow: Any, variables: Any, num: int, *, guided: Collection[int], by_score: bool) -> SamplingCost:
     """Returns the cost of decoding `num` samples at a time, token by token.
 
-    variables: their shapes and dtypes. guided: numbers of the guided blocks; guidance computes two branches. by_score:
-    whether the training noise is removed with the score of the flow.
+    variables: the shapes and dtypes of the variables. guided: numbers of the guided blocks, which compute two branches.
+    by_score: whether the score of the flow is used to remove the training noise.
 
     The flow is traced, but nothing is computed. Decoding token by token computes the matrix products of one forward
-    pass; parallel decoding computes them again in each pass. Only the cache of the block that is being decoded is in
-    use. The score needs the activations of all blocks.
+    pass; parallel decoding computes them again in each pass. Only one block is decoded at a time, so only its cache is
+    in use. The score needs the activations of all blocks.
 
     Example:
         cost = decoding_cost(flow, jax.eval_shape(lambda: flowgen.init(flow, key)), 16, guided=(), by_score=True)
@@ -143,7 +144,7 @@ def decoding_cost(flow: Any, variables: Any, num: int, *, guided: Collection[int
 
 
 def some_condition(config: Any, rows: int) -> Condition | None:
-    """Returns a condition for `rows` samples with arbitrary values; None if the flow accepts no conditions.
+    """Returns a placeholder condition for `rows` samples, or None if the flow accepts no conditions.
 
     Example:
         cond = jax.eval_shape(lambda: some_condition(flow.config, 4))

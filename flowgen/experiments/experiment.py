@@ -44,7 +44,7 @@ class Samples(NamedTuple):
     """Samples drawn by an experiment.
 
     arrays: images `num height width c` or clips `num frames height width c` in [-1, 1], or points `num 2`.
-    conditions: the condition for each sample, as an array `num` named "labels" or "prompts"; empty for points.
+    conditions: a dict with one array, "labels" or "prompts", which has an entry for each sample; empty for points.
     """
 
     arrays: np.ndarray
@@ -52,7 +52,7 @@ class Samples(NamedTuple):
 
 
 class Rehearsal(NamedTuple):
-    """What is needed to trace a training step without data.
+    """Everything that is needed to trace a training step without data.
 
     init: a function (key) -> variables. objective: see `flowgen.training.make_step`. batch: the shapes and dtypes of a
     batch.
@@ -67,7 +67,7 @@ class SamplingCost(NamedTuple):
     """The FLOP and memory that sampling needs, counted from shapes; the weights are not included.
 
     flop: FLOP of one sample; None if the number depends on the data. cache: bytes of one sample's decoding cache, or 0.
-    memory: bytes in use at once for all samples.
+    memory: peak bytes for all samples together.
     """
 
     flop: float | None
@@ -77,7 +77,7 @@ class SamplingCost(NamedTuple):
 
 @dataclass(frozen=True, kw_only=True)
 class Experiment(abc.ABC):
-    """A model, its data and its training. Each kind is a dataclass that adds groups of fields.
+    """A model, its data and its training. Each kind of experiment is a dataclass that adds groups of fields.
 
     name: title of the experiment.
     model: the model to train.
@@ -111,7 +111,7 @@ class Experiment(abc.ABC):
     @property
     @abc.abstractmethod
     def best_metric(self) -> str:
-        """The evaluated metric that ranks checkpoints; lower is better."""
+        """The evaluation metric that ranks checkpoints; lower is better."""
 
     @property
     def drawn_channels(self) -> int | None:
@@ -127,20 +127,23 @@ class Experiment(abc.ABC):
         """
 
     def rehearsal(self, model: Any, rows: int) -> Rehearsal | None:
-        """Returns what is needed to trace a training step on a batch of `rows` samples; None if the kind defines none.
+        """Returns what is needed to trace a training step on `rows` samples, or None if tracing is not supported.
 
-        Opens no data and no frozen networks.
+        Does not open data or frozen networks.
         """
         return None
 
     def sampling_cost(self, model: Any, variables: Any, num: int) -> SamplingCost | None:
-        """Returns the cost of drawing `num` samples at a time; None if unknown. variables: their shapes and dtypes."""
+        """Returns the cost of drawing `num` samples at a time, or None if it is unknown.
+
+        variables: the shapes and dtypes of the model's variables.
+        """
         return None
 
     def draw(self, model: Any, variables: Any, options: Any, say: Callable[[str], None] = lambda line: None) -> Samples:
         """Returns `sampling.num` samples.
 
-        options: an instance of `draw_options`. say: receives a line for each batch.
+        options: an instance of `draw_options`. say: a function that receives a line about each batch.
         """
         raise ValueError(f"{type(self).__name__} cannot draw samples.")
 
@@ -172,7 +175,7 @@ class Experiment(abc.ABC):
         return settings.from_plain(cls, {name: value for name, value in plain.items() if name != settings.TYPE})
 
     def check_resumable(self, saved: dict[str, Any]) -> None:
-        """Raises ValueError if the run with the `saved` config cannot be resumed; the message lists every reason."""
+        """Raises ValueError, with all reasons, if this experiment cannot resume the run whose config is `saved`."""
         if (kind := saved.get(settings.TYPE)) != type(self).__name__:
             raise ValueError(
                 f"the run was started as a {kind!s:.80}, but this is a {type(self).__name__}; train in a new --workdir."
@@ -189,7 +192,7 @@ class Experiment(abc.ABC):
             )
 
     def check_warmups(self, others: Mapping[str, int] = MappingProxyType({})) -> None:
-        """Raises ValueError if a warm-up is not shorter than the training. others: other warm-ups by field name."""
+        """Raises ValueError if a warm-up is not shorter than training. others: other warm-ups, by field name."""
         check_warmups({"optim.warmup_steps": self.optim.warmup_steps, **others}, self.train.steps)
 
 

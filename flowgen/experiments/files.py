@@ -24,7 +24,7 @@ E = TypeVar("E", bound=Experiment)
 
 
 def load_config(path: str | Path) -> Experiment:
-    """Calls the function `config` of a Python file, and returns the experiment that it defines.
+    """Returns the experiment that the function `config` in a Python file defines.
 
     path: path to the file, or the name of a shipped config, such as "tarflow_digits".
 
@@ -42,9 +42,9 @@ def load_config(path: str | Path) -> Experiment:
 
 
 def config_path(path: str | Path) -> Path:
-    """Returns the path to a config, given its path or the name of a shipped config.
+    """Returns the path to a config file. path: the path itself, or the name of a shipped config.
 
-    Raises a FileNotFoundError that lists the known names if there is no such config.
+    Raises FileNotFoundError if there is no such config; the message lists the shipped configs.
 
     Example:
         config_path("tarflow_digits")
@@ -80,8 +80,8 @@ def from_json(plain: Mapping[str, Any]) -> Experiment:
     name = plain.get(settings.TYPE)
     if name is None:
         raise ValueError(
-            f"config.json does not name its type, such as {next(iter(kinds))}; if flowgen.training.train wrote it, "
-            "read the weights with flowgen.runs.CheckpointReader."
+            f"config.json has no 'type', such as {next(iter(kinds))}; if flowgen.training.train wrote the run, "
+            "read its weights with flowgen.runs.CheckpointReader."
         )
     if not isinstance(name, str) or name not in kinds:
         raise ValueError(f"type is {name!r:.80}; it must be one of {', '.join(kinds)}.")

@@ -31,7 +31,7 @@ def _of_own(experiment: Experiment, dataset: Any, held_out: Any) -> Experiment:
         # The user's images or clips replace the cached latents.
         data = next(field.default for field in dataclasses.fields(experiment) if field.name == "data")
     if not isinstance(data, DataConfig | ClipsConfig):
-        raise ValueError("dataset is given, but data draws points from x0 and x1; set data to a DataConfig.")
+        raise ValueError("dataset is given, but data is a PointsConfig, which draws points; set data to a DataConfig.")
     known, found = data.classes, tuple(dataset.class_names)
     if known and found and known != found and getattr(experiment.model, "num_classes", 0):
         raise ValueError(
@@ -62,9 +62,9 @@ def fit(
     held_out: the data to evaluate on if `dataset` is given. A run on `dataset` without `held_out` is not evaluated.
     model: the model to train instead of `experiment.build()`. It must have the same methods. Pass the same model to
     `flowgen.load`.
-    signals: a `Signals` that is already in use; by default, a new one that watches this process's signals.
-    profile: the number of steps to trace into the folder `profile` of the run, after the first step.
-    devices: this process's devices to train on; by default, all. Samples and evaluations always use all devices.
+    signals: an active `Signals` that watches this process's signals. By default, `fit` creates one.
+    profile: the number of steps to profile, starting after the first. The trace is in the run's folder `profile`.
+    devices: local devices to train on; by default, all of them. Samples and evaluations always use all devices.
 
     All options are checked before any computation. Raises the same errors as `train` and the experiment's parts.
 
@@ -80,7 +80,7 @@ def fit(
     with Signals() if signals is None else nullcontext(signals) as signals:
         with signals.raising():
             experiment = experiment.with_provenance() if dataset is None else _of_own(experiment, dataset, held_out)
-            # This comes before data are encoded, because it raises an error if a user's object has no name to save.
+            # This comes before the data are encoded, because it raises an error if a user's object has no name to save.
             config = experiment.to_json()
             check_workdir(Path(workdir), experiment.check_resumable, locks=is_primary())
             warn_of_dtype(experiment.model)

@@ -104,7 +104,7 @@ class FlowExperiment(AutoregressiveExperiment):
 
         If the flow models latents, the codec decodes them to images.
 
-        cond: labels, a `TextCondition`, or None. guidance: None uses the guidance of `sampling`.
+        cond: labels, a `TextCondition`, or None. guidance: by default, the guidance that `sampling` describes.
         """
         result = decoded_by_all(
             flow,
@@ -131,7 +131,7 @@ class FlowExperiment(AutoregressiveExperiment):
         return Samples(draw_in_batches(draw_batch, conditions, self.sampling.num, options, say), about)
 
     def evaluate(self, model: Any, variables: Any, options: FlowEvaluateOptions) -> list[str]:
-        """Returns lines that report the likelihood of a split under the flow and a Gaussian, and sample metrics."""
+        """Returns lines that report a split's likelihood under the flow and under a Gaussian, and sample metrics."""
         compared = self._compared(options.split) if options.samples else None
         dataset = self.flow_dataset(options.split, labelled=not options.unconditional)
         lines = self.likelihood_lines(model, variables, dataset, options)
@@ -162,7 +162,7 @@ class FlowExperiment(AutoregressiveExperiment):
         return sample_lines(metrics, extractor, num, f"guidance {self.sampling.guidance:g}")
 
     def _baseline_lines(self, flow: Any, dataset: Any, options: FlowEvaluateOptions) -> list[str]:
-        """Returns lines with the likelihood under a Gaussian with the same noise; [] if the sizes of images differ."""
+        """Returns lines with the likelihood under a Gaussian with the same noise; [] if image sizes differ."""
         split = "train" if options.split == "eval" else options.split
         fitted = self.flow_dataset(split, labelled=False)
         if isinstance(dataset, BucketedDataset) or isinstance(fitted, BucketedDataset):

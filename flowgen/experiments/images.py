@@ -31,7 +31,7 @@ E = TypeVar("E", bound=Experiment)
 
 
 def image_dataset(data: DataConfig, model: Any, split: Split, *, labelled: bool = True) -> Dataset:
-    """Returns the images in a split, at the model's size. Raises ValueError if they do not fit the model.
+    """Returns the images in a split, at the size the model expects. Raises ValueError if they do not fit the model.
 
     labelled: whether the images must have labels.
 
@@ -57,7 +57,7 @@ def with_class_names(experiment: E) -> E:
     if not getattr(experiment.model, "num_classes", 0) or isinstance(data, PointsConfig) or data.classes:
         return experiment
     of_files = isinstance(data, LatentsConfig) or data.name in ("folder", "npz", OWN)
-    if of_files and not data.path:  # This is the case in the experiments of published weights.
+    if of_files and not data.path:  # This is the case in experiments for published weights.
         return experiment
     return dataclasses.replace(experiment, data=dataclasses.replace(data, classes=found_classes(data)))
 
@@ -65,7 +65,7 @@ def with_class_names(experiment: E) -> E:
 def tell_unused_classes(
     dataset: Dataset | BucketedDataset, data: DataConfig | ClipsConfig | LatentsConfig, num_classes: int
 ) -> None:
-    """Warns about classes in the user's own data if the model has none.
+    """Warns if the user's own data have classes but the model does not use them.
 
     Example:
         tell_unused_classes(dataset, experiment.data, experiment.model.num_classes)
@@ -96,7 +96,7 @@ def image_batches(
 ) -> Callable[[int, int], Iterator[Batch]]:
     """Returns a function for `Job`: (start, stop) -> an iterator over this process's batches for steps start..stop-1.
 
-    Latents are not mirrored here, because mirror images were encoded in advance.
+    Latents are not flipped here, because flipped copies are encoded in advance if requested.
 
     Example:
         batches = image_batches(dataset, experiment.data, experiment.train)(0, 1000)

@@ -43,7 +43,7 @@ def flow_dataset(
     If the flow needs encoded inputs and they are not cached, this function encodes them and keeps the results in
     memory.
 
-    labelled: whether labels are needed, if the model is conditioned on classes.
+    labelled: whether the data must have labels if the model is class-conditional.
 
     Raises ValueError if cached latents were made by another codec or text encoder, or do not fit the model.
 
@@ -65,7 +65,7 @@ def as_taken(
 ) -> Dataset | BucketedDataset:
     """Returns images or clips in the form that a flow is trained on: unchanged, or encoded into memory.
 
-    flip: whether to encode mirror images too.
+    flip: whether to encode flipped copies too.
 
     Example:
         dataset = as_taken(images, data, encoding, flip=False)
@@ -78,7 +78,7 @@ def as_taken(
 
 
 def pixel_dataset(data: FlowData, encoding: Encoding, split: Split) -> Dataset | BucketedDataset:
-    """Returns the images or clips in a split, at the size that the codec turns into the model's latents.
+    """Returns the images or clips in a split, resized so that their latents have the size the model expects.
 
     Raises ValueError if the data are latents.
 
@@ -88,7 +88,7 @@ def pixel_dataset(data: FlowData, encoding: Encoding, split: Split) -> Dataset |
     model, codec = encoding.model, encoding.open_codec()
     if isinstance(data, LatentsConfig):
         raise ValueError(
-            "data are cached latents, which do not include the images; give the data that they were made from."
+            "data are cached latents, which do not include the images; give the data that they were encoded from."
         )
     height, width = (length * codec.factor for length in model.image_hw)
     shape: dict[str, Any] = {"image_size": (height, width), "channels": codec.pixel_channels, "split": split}
@@ -107,7 +107,7 @@ def pixel_dataset(data: FlowData, encoding: Encoding, split: Split) -> Dataset |
 
 
 def _stills(clips: Dataset, data: DataConfig, **shape: Any) -> StillClips:
-    """Returns images as clips of one frame. Their class numbers match those of the clips."""
+    """Returns images as clips of one frame. Images and clips of the same class have the same class number."""
     images = load(dataclasses.replace(data, classes=data.classes or clips.class_names), **shape)
     return StillClips(of_one_shape(images, "a video flow"))
 
@@ -126,8 +126,8 @@ def _as_often(buckets: Sequence[Dataset], data: ClipsConfig | LatentsConfig) -> 
         if fraction and kind not in kinds:
             missing = "clips without their first frame" if kind == "continued" else "images"
             raise ValueError(
-                f"data.{name} is {fraction}, but data.path '{data.path}' has no {missing}; encode again and include "
-                "them, or set it to 0."
+                f"data.{name} is {fraction}, but data.path '{data.path}' has no {missing}; encode again with "
+                "them, or set the fraction to 0."
             )
         if fraction:
             beside = sum(share for share, of in zip(shares, kinds, strict=True) if of in others)
@@ -167,7 +167,7 @@ def _image_hw(dataset: Dataset) -> tuple[int, int]:
 
 
 def _without_first(moments: EncodeMoments) -> EncodeMoments:
-    """Returns a function that leaves out the first latent frame's moments."""
+    """Returns a function that computes the moments without the first latent frame."""
 
     def rest(clips):
         mean, std = moments(clips)
@@ -272,7 +272,7 @@ def _text_provenance(encoding: Encoding) -> TextProvenance | None:
 
 
 def _cached(data: LatentsConfig, encoding: Encoding, split: Split) -> Dataset | BucketedDataset:
-    """Returns a split of cached latents. Raises ValueError if they do not fit the flow, its codec or text encoder."""
+    """Returns a split of cached latents. Raises ValueError if they do not fit the flow or its encoders."""
     model, path = encoding.model, data.path
     if not path:
         raise ValueError("data.path is empty; give a directory of cached latents, made with python -m flowgen encode.")
@@ -311,8 +311,8 @@ def _check_texts(made: Provenance, path: str, encoding: Encoding) -> None:
         return
     if by.digest != text.digest:
         raise ValueError(
-            f"data.path '{path}' has texts from another encoder, '{by.encoder}', not text.encoder '{text.encoder}'; "
-            "set text.encoder to the former, or encode again."
+            f"data.path '{path}' has texts from the encoder '{by.encoder}', which differs from text.encoder "
+            f"'{text.encoder}'; set text.encoder to the original, or encode again."
         )
     for field in dataclasses.fields(text):
         before, now = getattr(by, field.name), getattr(text, field.name)
@@ -323,8 +323,8 @@ def _check_texts(made: Provenance, path: str, encoding: Encoding) -> None:
             )
     if text.noise_level and made.noise_std != model.noise_std:
         raise ValueError(
-            f"model.noise_std is {model.noise_std}, but the texts at data.path '{path}' state {made.noise_std}; "
-            "encode again."
+            f"model.noise_std is {model.noise_std}, but the texts at data.path '{path}' state the noise level "
+            f"{made.noise_std}; encode again."
         )
 
 
@@ -338,7 +338,7 @@ def _check_shape(model: TARFlowConfig | STARFlowConfig, path: str, bucket: Laten
     sized |= (height, width) == model.image_hw
     if not (of_kind and frames == expected and channels == model.channels and sized):
         raise ValueError(
-            f"data.path '{path}' has latents of shape {bucket.event_shape} ({bucket.kind}), but the model takes "
+            f"data.path '{path}' has latents of shape {bucket.event_shape} ({bucket.kind}), but the model expects "
             f"{model.event_shape}; "
             f"set model.image_size{', model.frames' * (len(frames) > 0)} and model.channels to match."
         )

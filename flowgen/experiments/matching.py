@@ -1,4 +1,4 @@
-"""Velocity networks: trained by flow matching on images or points, sampled by solvers, and compared with the data."""
+"""Experiments that train velocity networks by flow matching on images or points, and sample with ODE solvers."""
 
 from __future__ import annotations
 
@@ -117,7 +117,7 @@ class MatchingExperiment(Experiment):
         if mean and not getattr(self.model, "intervals", False):
             kind = type_name(self.model)
             raise ValueError(
-                f"matching.loss is MeanFlow, but this {kind} takes no intervals; set model.intervals to true."
+                f"matching.loss is MeanFlow, but this {kind} accepts no intervals; set model.intervals to true."
             )
         if sampling.method == "mean_flow" and not mean:
             raise ValueError(
@@ -125,8 +125,8 @@ class MatchingExperiment(Experiment):
             )
         if sampling.guidance and sampling.method == "mean_flow":
             raise ValueError(
-                f"sampling.guidance is {sampling.guidance}, but mean_flow uses the guidance that was learned; set "
-                "matching.loss.guidance_weight instead, and sampling.guidance to 0."
+                f"sampling.guidance is {sampling.guidance}, but mean_flow uses the guidance learned in training; "
+                "set sampling.guidance to 0 and use matching.loss.guidance_weight instead."
             )
         self._check_guidance("sampling.guidance", sampling.guidance)
         if isinstance(loss, MeanFlow):
@@ -146,7 +146,7 @@ class MatchingExperiment(Experiment):
 
     @property
     def best_metric(self) -> str:
-        """The evaluated metric that ranks checkpoints; lower is better."""
+        """The evaluation metric that ranks checkpoints; lower is better."""
         if isinstance(self.data, PointsConfig):
             return "w2"
         return "frechet" if self.sampling.frechet_samples else "loss"
@@ -171,9 +171,9 @@ class MatchingExperiment(Experiment):
         return with_class_names(self)
 
     def dataset(self, split: Split, *, labelled: bool = True) -> Dataset:
-        """Returns the images in a split, at the model's size.
+        """Returns the images in a split, at the size the model expects.
 
-        labelled: whether labels are needed, if the model is conditioned on classes.
+        labelled: whether the data must have labels if the model is class-conditional.
         """
         if isinstance(self.data, PointsConfig):
             raise ValueError("data are points, which have no dataset; draw them with data.draw(key, num).")
@@ -187,7 +187,9 @@ class MatchingExperiment(Experiment):
         network = self.build() if model is None else model
         if isinstance(self.data, PointsConfig):
             if dataset is not None:
-                raise ValueError("dataset is given, but data draws points from x0 and x1; set data to a DataConfig.")
+                raise ValueError(
+                    "dataset is given, but data is a PointsConfig, which draws points; set data to a DataConfig."
+                )
             return self._points_job(network, self.data)
         if dataset is None:
             dataset = self.dataset("train")
@@ -209,7 +211,7 @@ class MatchingExperiment(Experiment):
         return Rehearsal(lambda key: init(model, key), objective, jax.eval_shape(batch))
 
     def sampling_cost(self, model: Any, variables: Any, num: int) -> SamplingCost:
-        """Returns the cost of drawing `num` samples at a time with the network alone."""
+        """Returns the cost of drawing `num` samples at a time. With dopri5, the number of FLOP is unknown."""
         run = partial(
             draw_by_solver,
             network=model,
@@ -312,7 +314,7 @@ class MatchingExperiment(Experiment):
         """
         sampling = self.sampling
         if sampling.guidance and cond is None:
-            raise ValueError(f"guidance is {sampling.guidance}, but cond is None; give labels, or set it to 0.")
+            raise ValueError(f"guidance is {sampling.guidance}, but cond is None; give labels, or set guidance to 0.")
         x, evaluations = backend.by_rows(
             draw_by_solver,
             (_weights(variables), key),
@@ -342,7 +344,7 @@ class MatchingExperiment(Experiment):
         return Samples(samples, {} if points else {"labels": np.full(num, -1) if labels is None else labels})
 
     def plot(self, network: Any, variables: Any, points: np.ndarray, key: jax.Array) -> np.ndarray:
-        """Returns a plot of the field's paths, solved with rk4, and a plot of sampled points on top of data."""
+        """Returns an image of two plots: paths of the field, solved with rk4, and sampled points on top of the data."""
         assert isinstance(self.data, PointsConfig)
         x0, data = self.data.draw(key, max(DRAWN_PATHS, len(points)))
         velocity = velocity_field(network, _weights(variables), self.matching)
@@ -380,7 +382,7 @@ class MatchingExperiment(Experiment):
         """Returns the experiment with a tiny network of the same kind, trained on points or the built-in digits."""
         few = min(self.sampling.num_steps, 2)
         sampling = dataclasses.replace(self.sampling, num=SAMPLES, num_steps=few, frechet_samples=0)
-        shrunk = getattr(self.model, "shrunk", None)  # A user's network may have no such field.
+        shrunk = getattr(self.model, "shrunk", None)  # A user's config may lack this method.
         model = self.model if shrunk is None else shrunk()
         data = self.data if isinstance(self.data, PointsConfig) else debug_images(self.data)
         return debug_run(self, sampling=sampling, model=model, data=data)

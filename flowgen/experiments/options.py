@@ -19,11 +19,12 @@ _OF_ALL_PARAMETERS = ("ema_decay", "ema_warmup", "max_skips")
 
 @config
 class LikelihoodConfig:
-    """Training options of a flow in addition to maximum likelihood.
+    """Options of the maximum-likelihood training of a flow.
 
     norm_penalty: weight of the penalty on the mean square of each block's input; 1e-4 as published, 0 for none.
-    noise_weight: multiply the loss by σ / 0.3, where σ is the training noise level; published for prompts that state σ.
-    denoiser: options of the optimizer for a video flow's denoiser; None uses the same values as `optim`. ema_decay,
+    noise_weight: multiply the loss by σ / 0.3, where σ is the training noise level. The published training does this if
+    prompts state σ.
+    denoiser: optimizer options for a video flow's denoiser; None uses the same values as `optim`. ema_decay,
     ema_warmup and max_skips cannot be set here, because `optim` sets them for all parameters.
     """
 
@@ -39,7 +40,7 @@ class LikelihoodConfig:
                 )
 
     def loss_scale(self, noise_std: float) -> float:
-        """Returns the factor that scales the loss of a flow with this noise std."""
+        """Returns the factor by which the loss of a flow with this noise std is multiplied."""
         return noise_std / REFERENCE_NOISE if self.noise_weight else 1.0
 
 
@@ -53,8 +54,8 @@ class SamplingConfig:
     tol: largest change in a sweep at which "jacobi" and "sliding" accept a token as solved; 0 is exact.
     init: initial guess for the sweeps of "jacobi" and "sliding": the noise, zeros, or the previous frame.
     guidance: guidance weight w towards the class or text; 0 for none.
-    rule: how conditional and unconditional branches are combined: TARFlow's linear or STARFlow's product rule.
-    parts: which of the outputs shift and log_scale the linear rule changes.
+    rule: how to combine the conditional and unconditional branches: TARFlow's linear rule or STARFlow's product rule.
+    parts: whether the linear rule changes shift, log_scale or both.
     anneal: increase the weight from 0 at the first token of a block to w at its last token.
     temperature: attention temperature of the unconditional branch; positive, 1 for no change.
     blocks: numbers of the blocks to guide, counted from the data side; None for all.

@@ -17,7 +17,7 @@ from flowgen.data.loader import checked_batch
 
 @dataclass(frozen=True)
 class OwnDataset:
-    """A user's dataset that checks each batch as it is read.
+    """Wraps a user's dataset, and checks each batch as it is read.
 
     name: the name of the argument, for error messages. event_shape: the shape of the images or clips. num_classes: the
     number of the model's classes; 0 if the model accepts no labels.
@@ -70,7 +70,7 @@ class OwnDataset:
 
 
 def check_protocol(name: str, dataset: Any) -> None:
-    """Raises ValueError if an object is not a dataset, or is empty. name: the argument's name in the error message.
+    """Raises ValueError if an object is not a dataset or is empty. name: the argument's name in the error message.
 
     Example:
         check_protocol("dataset", mine)
@@ -88,7 +88,7 @@ def check_protocol(name: str, dataset: Any) -> None:
 def own_data(
     dataset: Dataset, held_out: Dataset | None, event_shape: tuple[int, ...], num_classes: int
 ) -> tuple[OwnDataset, OwnDataset | None]:
-    """Returns a user's datasets, wrapped to check each batch. event_shape: shape of the model's images or clips.
+    """Returns a user's datasets, each wrapped in an `OwnDataset`. event_shape: shape of the model's images or clips.
 
     Reads the first sample of each dataset. Raises ValueError if the datasets do not fit the model or each other.
 
@@ -101,7 +101,7 @@ def own_data(
             continue
         if tuple(given.event_shape) != event_shape:
             raise ValueError(
-                f"{name} has event_shape {tuple(given.event_shape)}; the model takes data of shape {event_shape}."
+                f"{name} has event_shape {tuple(given.event_shape)}; the model requires data of shape {event_shape}."
             )
         if num_classes and not given.class_names:
             raise ValueError(f"{name} has no class_names; give the names of its classes, in the order of their labels.")

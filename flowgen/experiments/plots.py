@@ -33,7 +33,9 @@ def sample_grid(images: Float[np.ndarray, "n height width c"], classes: int) -> 
 
 
 def strips(clips: Float[np.ndarray, "n frames height width c"]) -> UInt8[np.ndarray, "rows columns c"]:
-    """Returns an image with one clip in [-1, 1] per row, frames from left to right. Small frames are enlarged.
+    """Returns an image with one clip per row, whose frames run from left to right. Small frames are enlarged.
+
+    clips: values in [-1, 1].
 
     Example:
         save_image("samples.png", strips(clips))
@@ -43,7 +45,9 @@ def strips(clips: Float[np.ndarray, "n frames height width c"]) -> UInt8[np.ndar
 
 
 def side_by_side(clips: Float[np.ndarray, "n frames height width c"]) -> UInt8[np.ndarray, "frames rows columns c"]:
-    """Returns the frames of a video that shows all clips in a grid. The values of the clips are in [-1, 1].
+    """Returns the frames of a video that shows all clips in a grid.
+
+    clips: values in [-1, 1].
 
     Example:
         write_video("samples.mp4", side_by_side(clips))
@@ -54,7 +58,7 @@ def side_by_side(clips: Float[np.ndarray, "n frames height width c"]) -> UInt8[n
 def path_plot(
     paths: Float[np.ndarray, "times n 2"], samples: Float[np.ndarray, "m 2"], data: Float[np.ndarray, "k 2"]
 ) -> UInt8[np.ndarray, "height width 3"]:
-    """Returns a plot with two panels: paths from noise to sample, and samples on top of data.
+    """Returns an image of two plots: paths from noise to samples, and samples on top of the data.
 
     Raises ModuleNotFoundError if matplotlib is missing.
 

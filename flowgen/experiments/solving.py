@@ -1,4 +1,4 @@
-"""How samples of velocity networks are drawn: the config group `sampling`, options of commands, and the function."""
+"""Sampling of velocity networks: the config group `sampling`, command-line options, and the function that draws."""
 
 from __future__ import annotations
 
@@ -28,10 +28,10 @@ class SolverConfig:
     num: number of samples to draw; at least 1.
     method: a solver of `flowgen.matching.integrate`, or "mean_flow" for networks that learn average velocities.
     num_steps: number of steps, for all methods except "dopri5"; at least 1.
-    times: the time grid: "uniform", or "edm", which has finer steps towards the data.
-    rtol: relative error that "dopri5" allows; positive.
-    atol: absolute error that "dopri5" allows; positive.
-    guidance: weight w in (1 + w) v_c - w v_u, the guided velocity; 0 for none.
+    times: time grid; "uniform" has equal steps, and "edm" has finer steps towards the data.
+    rtol: relative error tolerance of "dopri5"; positive.
+    atol: absolute error tolerance of "dopri5"; positive.
+    guidance: weight w in the guided velocity (1 + w) v_c - w v_u; 0 for no guidance.
     guidance_interval: two times in [0, 1] between which guidance is applied.
     frechet_samples: number of images that each evaluation draws and compares with held-out images; 0 for none.
     """
@@ -49,7 +49,7 @@ class SolverConfig:
     def __post_init__(self):
         low, high = self.guidance_interval
         if not 0 <= low < high <= 1:
-            raise ValueError(f"guidance_interval is {self.guidance_interval}; give increasing times in [0, 1].")
+            raise ValueError(f"guidance_interval is {self.guidance_interval}; give two increasing times in [0, 1].")
         if self.frechet_samples == 1:
             raise ValueError("frechet_samples is 1, but a distance needs at least 2; raise it, or set it to 0.")
         if self.times == "edm" and self.num_steps < 2:
@@ -62,7 +62,7 @@ class SolverConfig:
 class VelocityDrawOptions(DrawOptions):
     """Options for sampling a velocity network, in addition to the fields of `sampling`.
 
-    classes: classes to draw in turn, by name or number: cat,dog or 0,1,2; -1 is unconditional (--classes=-1,3).
+    classes: classes to draw in turn, by name (cat,dog) or number (0,1,2); -1 is unconditional, as in --classes=-1,3.
     """
 
     classes: str = ""
@@ -73,7 +73,7 @@ class VelocityEvaluateOptions(EvaluateOptions):
     """Options for evaluating a velocity network.
 
     samples: number of samples to draw and compare with the data; 0 draws as many as there are images, or 1,000 points.
-    unconditional: evaluate a class model without labels.
+    unconditional: evaluate a class-conditional model without labels.
     """
 
     samples: Annotated[int, Within(0, 1 << 24)] = 0
@@ -93,7 +93,9 @@ def draw_by_solver(
     matching: MatchingConfig,
     sampling: SolverConfig,
 ) -> tuple[Float[Array, "b *event"], Int[Array, " b"]]:
-    """Returns samples, and the number of velocity evaluations for each. Pass this to `flowgen.backend.by_rows`.
+    """Returns samples and the number of velocity evaluations for each.
+
+    `flowgen.backend.by_rows` can run this function on several devices.
 
     shared: the network's variables, and the key. Sample i starts from noise that depends only on (key, i).
     indices: the numbers i of the samples.

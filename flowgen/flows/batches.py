@@ -1,4 +1,4 @@
-"""The training input of a flow: a noisy batch and its condition. Each row draws with a separate random key."""
+"""The training input of a flow: a noisy batch and its condition. Each row has a separate random key."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ def noisy_batch(
 ) -> tuple[Float[Array, "b *event"], Condition | None]:
     """Returns the training input of a flow: a noisy batch and its condition.
 
-    condition: a function from `batch_condition`.
+    condition: the function that `batch_condition` returned.
     """
     check_batch(batch)
     check_key(key)
@@ -31,7 +31,7 @@ def noisy_batch(
 
 
 def check_batch(batch: Any) -> None:
-    """Raises ValueError unless the batch is a `Batch` of bytes or latent moments whose context, if any, fits it."""
+    """Raises ValueError unless this is a nonempty `Batch` of bytes or latent moments, with a context that fits it."""
     if not isinstance(batch, Batch):
         raise ValueError(f"batch is {shown(batch)}; give a flowgen.data.Batch(x, context).")
     if not isinstance(batch.x, Moments):
@@ -63,7 +63,7 @@ def batch_input(
 def add_noise(key: Key[Array, ""], images: UInt8[Array, "b *event"], noise_std: float) -> Float[Array, "b *event"]:
     """Returns the training input for these images.
 
-    If σ > 0, it is x + σ N(0, I) with x in [-1, 1]. If σ = 0, it consists of the dequantised images.
+    With σ = `noise_std` > 0, this is x + σ N(0, I) for x in [-1, 1]. With σ = 0, it is the dequantised images.
 
     Example:
         x = add_noise(key, batch.x, flow.config.noise_std)
@@ -91,15 +91,15 @@ def dequantise(key: Key[Array, ""], images: UInt8[Array, "b *event"]) -> Float[A
 def batch_condition(
     flow: Flow, label_dropout: float, null_text: Callable[[tuple[int, ...]], TextCondition] | None
 ) -> Callable[..., Condition | None]:
-    """Returns a function (rows, batch, ([frames,] height, width)) -> condition.
+    """Returns a function that computes the condition of a training batch, with label or text dropout.
 
-    The function returns the condition of a training batch after label or text dropout.
+    Its signature is (rows, batch, ([frames,] height, width)) -> condition.
 
     Raises ValueError if texts may be dropped but `null_text` is None.
     """
     if label_dropout and flow.config.text_dim and null_text is None:
         raise ValueError(
-            f"label_dropout is {label_dropout}, but no null_text is given; give one to replace dropped texts."
+            f"label_dropout is {label_dropout}, but null_text is None; set null_text, which replaces dropped texts."
         )
 
     def condition(rows: Rows, batch: Batch, shape: tuple[int, ...]):
@@ -120,11 +120,11 @@ def condition_of(flow: Flow, batch: Batch) -> Condition | None:
     context = batch.context
     if flow.config.text_dim:
         if not isinstance(context, TextCondition):
-            raise ValueError(f"batch.context is {shown(context)}; this flow takes texts, so give a TextCondition.")
+            raise ValueError(f"batch.context is {shown(context)}; this flow requires texts, so give a TextCondition.")
         return TextCondition(jnp.asarray(context.embeddings, jnp.float32), jnp.asarray(context.mask))
     if not flow.config.num_classes:
         return None
     labels = None if context is None or isinstance(context, TextCondition) else jnp.asarray(context)
     if labels is None or not jnp.issubdtype(labels.dtype, jnp.integer):
-        raise ValueError(f"batch.context is {shown(context)}; this flow takes classes, so give integer labels.")
+        raise ValueError(f"batch.context is {shown(context)}; this flow requires classes, so give integer labels.")
     return labels

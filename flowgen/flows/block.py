@@ -10,9 +10,9 @@ With shift "output" (TARFlow), p_t = u_t and f = 1: the network predicts the par
 passes through unchanged, and the last token is never fed to the network. With shift "input" (STARFlow), f = 0, p_0 is a
 learned start token in data space, and p_t = u_{t-1} for t > 0, so every token is transformed.
 
-Positions are encoded either by a learned table or by rotary angles. The table has one row per position in raster order;
-the angles belong to the slots and do not depend on the block's order. The condition is either a class embedding, which
-is added to every token, or a prefix of tokens, to which all other tokens attend.
+Positions are encoded either by a learned table or by rotary angles. The table has one row per position in raster order.
+The angles are assigned to slots, so they do not depend on the block's order. The condition is either a class embedding,
+which is added to every token, or a prefix of tokens, to which all other tokens attend.
 """
 
 from __future__ import annotations
@@ -85,11 +85,13 @@ class TextPrefix:
 
 @dataclass(frozen=True)
 class BlockConfig:
-    """Describes one block: its tokens and their order, its scale parameterisation, its conditions and its transformer.
+    """The description of one block: tokens, token order, scale parameterisation, conditions and transformer.
 
-    num_classes: number of classes whose embeddings are added to the tokens; 0 for none. prefix: tokens that precede the
-    tokens of the image or clip; None for no prefix. positions: rotary positions; None means a learned table.
-    soft_clip: bound on the raw outputs; 0 for none. final_norm: whether an RMSNorm precedes the last linear map.
+    num_classes: number of classes whose embeddings are added to the tokens; 0 for none.
+    prefix: tokens that precede the tokens of the image or clip; None for no prefix.
+    positions: rotary positions; None means a learned table.
+    soft_clip: bound on the raw outputs; 0 for none.
+    final_norm: whether an RMSNorm precedes the last linear map.
     frames: number of groups, such as the frames of a video, that the block maps independently; each group has
     num_tokens tokens.
     """
@@ -129,9 +131,10 @@ class BlockConfig:
 class BlockState(NamedTuple):
     """The state of a block before a window of tokens.
 
-    start: number of rows before the window. caches: the caches of all layers, which contain the prefix and the earlier
-    rows; None if the window is a whole sequence. inverse_temperature: factor by which each sample's attention logits
-    are multiplied; None means 1.
+    start: number of rows before the window.
+    caches: the caches of all layers, which contain the prefix and the earlier rows; None if the window is a whole
+    sequence.
+    inverse_temperature: factor by which each sample's attention logits are multiplied; None means 1.
     """
 
     start: Int[Array, ""] | int = 0
@@ -202,11 +205,12 @@ class AutoregressiveBlock(nn.Module):
     def conditioner(
         self, previous: Float[Array, "b w c"], cond: Condition | None, state: BlockState = NOTHING_BEFORE
     ) -> tuple[Float[Array, "b w c"], Float[Array, "b w c"], tuple | None]:
-        """Returns (shift, log_scale, updated caches) for a window of tokens, computed from the token before each one.
+        """Returns (shift, log_scale, updated caches) for a window of tokens, given the token before each one.
 
-        previous: rows start..start+w-1 of `previous(tokens)`; the result is for tokens start+p..start+p+w-1, where p is
-        num_passthrough. state: the state before the window, with caches from `prefill` or from the previous window. The
-        default is for a window that is a whole sequence.
+        previous: rows start..start+w-1 of `previous(tokens)`. The result is for tokens start+p..start+p+w-1, where p is
+        num_passthrough.
+        state: the state before the window, with caches from `prefill` or from the previous window. By default, the
+        window is the whole sequence.
         """
         config, transformer = self.config, self.config.transformer
         batch, window = previous.shape[:2]
@@ -229,7 +233,7 @@ class AutoregressiveBlock(nn.Module):
         return shift, log_scale, caches
 
     def previous(self, tokens: Float[Array, "b n c"]) -> Float[Array, "b w c"]:
-        """Returns the network's input for all tokens, in the block's order; row t is for token t + num_passthrough."""
+        """Returns the network's inputs, in the block's order. Row t is the input for token t + num_passthrough."""
         return jnp.concatenate([self.first_previous(tokens), tokens[:, self.num_passthrough : -1]], axis=1)
 
     def first_previous(self, z: Float[Array, "b n c"]) -> Float[Array, "b 1 c"]:
@@ -274,16 +278,16 @@ class AutoregressiveBlock(nn.Module):
         )
 
     def rewind(self, before: tuple, after: tuple) -> tuple:
-        """Returns caches from which the window that turned `before` into `after` can run again."""
+        """Returns caches for repeating the window that turned the caches `before` into `after`."""
         return causal_kernel(self.config.transformer.attention).rewind(before, after)
 
     @property
     def has_growing_caches(self) -> bool:
-        """Whether caches can grow; if not, they need room for all tokens from the start."""
+        """Whether caches can grow. If not, they must have room for all tokens from the start."""
         return causal_kernel(self.config.transformer.attention).grow is not None
 
     def grow_caches(self, caches: tuple, length: int) -> tuple:
-        """Returns the caches with room for the prefix and `length` tokens; caches that cannot grow are unchanged."""
+        """Returns the caches with room for the prefix and `length` tokens, or unchanged caches if they cannot grow."""
         grow = causal_kernel(self.config.transformer.attention).grow
         return caches if grow is None else tuple(grow(cache, self.config.prefix_length + length) for cache in caches)
 
@@ -304,7 +308,7 @@ def block_parameters(variables: Variables, index: int) -> Variables:
 
 
 def decoding_block(config: BlockConfig, variables: Variables) -> tuple[AutoregressiveBlock, Variables]:
-    """Returns a block with its `decoding_config`, and its `decoding_variables`."""
+    """Returns a block for decoding and its variables; see `decoding_config` and `decoding_variables`."""
     transformer = config.transformer
     decoding = decoding_variables(variables, config.order, transformer.num_layers, transformer.dtype)
     return AutoregressiveBlock(decoding_config(config)), decoding
@@ -320,9 +324,11 @@ def decoding_config(config: BlockConfig) -> BlockConfig:
 
 
 def decoding_variables(variables: Variables, order: TokenOrder, num_layers: int, dtype: str) -> Variables:
-    """Returns the variables of a block with this order, in the form that its `decoding_config` requires.
+    """Returns the variables of a block in the form that its `decoding_config` requires.
 
     Every layer has separate arrays. The arrays of linear maps have the dtype of the matrix products.
+
+    order: the block's order.
     """
     others = {name: part for name, part in variables["params"].items() if name != "layers"}
     layers = unstack_layers(variables["params"]["layers"], num_layers, dtype)

@@ -1,11 +1,10 @@
 """The causal denoiser for clips, which learns the score of a flow (flow-score matching; STARFlow-V, arXiv 2511.20462).
 
 A flow of noisy clips x̃ = x + σ ε has the score ∇ log p(x̃), and one step x̃ + σ² ∇ log p(x̃) removes the noise. This
-score is not smooth, and the score of a frame depends on all later frames. Therefore a network s(x̃) learns the target
+score is not smooth, and the score of a frame depends on all later frames. Therefore, a network s(x̃) learns to predict
 t = -σ ∇ log p(x̃), whose values are of order one, and the denoising step becomes x̃ - σ s(x̃). The network sees only a
-window of frames: in each layer, a frame attends to itself, to the `denoiser_past_frames` frames before it and to the
-`denoiser_lookahead_frames` frames after it. Without the frames after it, the network cannot infer the direction of
-time.
+window of frames. In each layer, a frame attends to itself, to the `denoiser_past_frames` frames before it and to the
+`denoiser_lookahead_frames` frames after it. Without later frames, the network could not infer the direction of time.
 """
 
 from __future__ import annotations
@@ -32,11 +31,11 @@ from flowgen.nn.transformer import TransformerConfig, transformer_stack
 class ClipDenoiser(OnMeshes, nn.Module):
     """The denoiser s(x̃, cond) of clips `b frames height width c`.
 
-    The kernel of the output layer is initialised to zero.
+    The kernel of the output layer is initialised to zero. The parameters are stored under "denoiser", next to the
+    flow's blocks; see `denoiser_variables`.
 
-    config: the flow's config. The denoiser has `denoiser_layers` layers, and it has the same width, heads, condition,
+    config: the flow's config. The denoiser has `denoiser_layers` layers, with the same width, heads, condition,
     positions and precision as the flow.
-    The parameters are stored under "denoiser", next to the flow's blocks; see `denoiser_variables`.
 
     Example:
         denoiser = ClipDenoiser(flow.config)
@@ -47,7 +46,7 @@ class ClipDenoiser(OnMeshes, nn.Module):
 
     @property
     def transformer(self) -> TransformerConfig:
-        """The config of the layers, which run over the prefix and all frames."""
+        """The config of the transformer layers, which process the prefix and all frames."""
         clip, deep = self.config, self.config.blocks[-1]
         return dataclasses.replace(
             deep.transformer,
@@ -90,7 +89,7 @@ class ClipDenoiser(OnMeshes, nn.Module):
 
 
 def init_denoiser(denoiser: ClipDenoiser, key: Key[Array, ""]) -> Variables:
-    """Returns freshly initialised variables for a denoiser; its config determines their shapes.
+    """Returns freshly initialised variables for a denoiser, with the shapes that its config determines.
 
     Example:
         variables = init_denoiser(ClipDenoiser(flow.config), jax.random.key(0))
@@ -116,10 +115,12 @@ def denoiser_variables(variables: Variables) -> Variables:
 class DenoiserStep:
     """The step x - σ s(x, cond) for clips of any length, for use as the function of a `flowgen.decoding.Denoiser`.
 
-    noise_std: σ. chunk: number of frames that the network sees at once; None means all. Each chunk after the first
-    begins with the `denoiser_past_frames` frames before its outputs; these frames are noisy, as in training. A chunk
-    does not output its last `denoiser_lookahead_frames` frames: the next chunk outputs them, because it also sees the
-    frames that follow. If a chunk is shorter than the window, each chunk after the first outputs one frame.
+    noise_std: σ.
+    chunk: number of frames that the network sees at once; None means all. Each chunk after the first begins with the
+    `denoiser_past_frames` frames before its outputs. These frames are noisy, as in training. A chunk does not output
+    its last `denoiser_lookahead_frames` frames, unless it is the last chunk. The next chunk outputs them instead,
+    because it also sees the frames that follow. If chunks are shorter than the window of frames that a layer sees, each
+    chunk after the first outputs one frame.
 
     Raises ValueError if chunk is below 1.
 
@@ -145,7 +146,7 @@ class DenoiserStep:
         lookahead = min(config.denoiser_lookahead_frames, size - 1)
         step = size - lookahead - min(config.denoiser_past_frames, size - 1 - lookahead)
         # All chunks have the same size, and the last chunk ends where the clip ends. A frame is taken from the first
-        # chunk that contains it before its last `lookahead` frames; the clip's last frames come from the last chunk.
+        # chunk in which it is not one of the last `lookahead` frames. The clip's last frames come from the last chunk.
         count = -(-(frames - size) // step) + 1
         begins = np.minimum(np.arange(count) * step, frames - size)
         answering = np.searchsorted(begins[:-1] + size - lookahead, np.arange(frames), side="right")

@@ -1,6 +1,6 @@
 """Quantities computed from a flow's density: bits per dimension, the score, the Tweedie step, and class posteriors.
 
-For a flow z = f(x) with prior N(0, v):  log p(x) = Σ log N(z; 0, v) + log|det dz/dx|.  Everything is in nats.
+For a flow z = f(x) with prior N(0, v):  log p(x) = Σ log N(z; 0, v) + log|det dz/dx|.  Log-densities are in nats.
 """
 
 from __future__ import annotations
@@ -57,7 +57,7 @@ class FlowConfig(Protocol):
 
 @runtime_checkable
 class Flow(Protocol):
-    """A flow, as training, density and decoding require it: a Flax module with a config and these methods."""
+    """The interface that training, density and decoding require of a flow: a Flax module with these members."""
 
     @property
     def config(self) -> FlowConfig: ...
@@ -72,9 +72,9 @@ class Flow(Protocol):
 
 
 def check_flow(flow: Flow, variables: Variables) -> None:
-    """Raises ValueError unless these are a flow and its variables, in this order."""
+    """Raises ValueError unless `flow` is a flow and `variables` contains "params"."""
     if not isinstance(flow, Flow):
-        raise ValueError(f"flow is {shown(flow)}; give a flow, such as TARFlow(config), followed by its params.")
+        raise ValueError(f"flow is {shown(flow)}; give a flow, such as TARFlow(config), and then its params.")
     if not (isinstance(variables, Mapping) and "params" in variables):
         given = f"a dict of {', '.join(map(str, variables))}" if isinstance(variables, Mapping) else shown(variables)
         raise ValueError(f"params is {given}; give the dict with 'params' that flowgen.init or flowgen.load returned.")
@@ -140,7 +140,9 @@ def class_posterior(
 ) -> Float[Array, "b classes"]:
     """Returns p(class | x) by Bayes' rule: it is proportional to p(x | class) p(class).
 
-    log_prior: log p(class) up to a constant; None means uniform. Raises ValueError if the flow has no classes.
+    log_prior: log p(class) up to a constant; None means uniform.
+
+    Raises ValueError if the flow has no classes, or if `log_prior` does not have one entry per class.
 
     Example:
         labels = class_posterior(flow, params, x).argmax(axis=-1)

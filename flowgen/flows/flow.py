@@ -26,7 +26,7 @@ from flowgen.settings.ranges import MAX_TOKENS
 
 @dataclass(frozen=True)
 class ImageTokens:
-    """The part of a config that defines a flow's images and how they are divided into tokens."""
+    """The part of a config that defines the size of a flow's images and their division into tokens."""
 
     image_size: int | tuple[int, int]
     channels: int
@@ -47,7 +47,7 @@ class ImageTokens:
 
     @property
     def patch_order(self) -> PatchOrder:
-        """The order of a patch's values in its token."""
+        """The order of a patch's values within its token."""
         raise NotImplementedError
 
     @property
@@ -62,7 +62,7 @@ class ImageTokens:
 
     @property
     def event_shape(self) -> tuple[int, ...]:
-        """Shape of one sample, which is one image unless the flow models several at once."""
+        """Shape of one sample, which is one image unless the flow models several images jointly."""
         return self.image_shape
 
     @property
@@ -87,7 +87,7 @@ class ImageTokens:
 
     @property
     def num_dims(self) -> int:
-        """Number of dimensions of one sample, the divisor in nats or bits per dimension."""
+        """Number of values in one sample, over which nats or bits per dimension are averaged."""
         return self.num_tokens * self.token_dim
 
     def check_samples(self, x: Array) -> None:
@@ -95,15 +95,15 @@ class ImageTokens:
         check_floating("x", x)
         if x.shape[1:] != self.event_shape:
             shape = ", ".join(map(str, self.event_shape))
-            raise ValueError(f"x has shape {tuple(x.shape)}; this model takes (batch, {shape}).")
+            raise ValueError(f"x has shape {tuple(x.shape)}; its shape must be (batch, {shape}).")
 
     def to_tokens(self, x: Float[Array, "b *event"]) -> Float[Array, "b n token"]:
-        """Returns the patches of samples as tokens: the images in order, and each image in raster order."""
+        """Returns the patches of samples as tokens, image by image, with each image in raster order."""
         patches = patchify(x.reshape(-1, *self.image_shape), self.patch_size, self.patch_order)
         return patches.reshape(len(x), self.num_tokens, self.token_dim)
 
     def to_images(self, tokens: Float[Array, "b n token"]) -> Float[Array, "b *event"]:
-        """Returns the samples that consist of these tokens, which are in raster order."""
+        """Returns the samples with these tokens, which are in raster order; the inverse of `to_tokens`."""
         patches = tokens.reshape(-1, self.tokens_per_image, self.token_dim)
         images = unpatchify(patches, self.patch_size, self.image_hw, self.patch_order)
         return images.reshape(len(tokens), *self.event_shape)
@@ -175,8 +175,8 @@ class AutoregressiveFlow(OnMeshes, nn.Module):
             return self
         if not hasattr(self.config, "with_image_size"):
             raise ValueError(
-                f"images are {height} x {width}; this model takes only {self.config.image_hw}, because its parameters "
-                "fit only that size."
+                f"images are {height} x {width}; this model accepts only {self.config.image_hw}, because its "
+                "parameters fit only that size."
             )
         return type(self)(self.config.with_image_size(height, width), parent=None)
 
@@ -189,7 +189,7 @@ class AutoregressiveFlow(OnMeshes, nn.Module):
         if frames == self.config.num_tokens // self.config.tokens_per_image:
             return self
         if not hasattr(self.config, "with_num_frames"):
-            raise ValueError(f"frames is {frames}; this model takes single images, so frames must be 1.")
+            raise ValueError(f"frames is {frames}; this model generates single images, so frames must be 1.")
         return type(self)(self.config.with_num_frames(frames), parent=None)
 
     def prior_variance(self) -> Float[Array, "n token"]:
@@ -210,7 +210,7 @@ class AutoregressiveFlow(OnMeshes, nn.Module):
         return bits_per_dim(self.log_prob(x, cond), self.config.num_dims)
 
     def to_images(self, tokens: Float[Array, "b n token"]) -> Float[Array, "b *event"]:
-        """Returns the samples that consist of these tokens."""
+        """Returns the samples with these tokens; see `ImageTokens.to_images`."""
         return self.config.to_images(tokens)
 
     @nn.nowrap
@@ -221,9 +221,7 @@ class AutoregressiveFlow(OnMeshes, nn.Module):
         """
         config = self.config
         if config.dtype == "float64" and not jax.config.read("jax_enable_x64"):
-            raise ValueError(
-                "model.dtype is 'float64', but JAX has 64-bit numbers turned off; set jax_enable_x64 first."
-            )
+            raise ValueError("model.dtype is 'float64', but JAX has 64-bit numbers disabled; set jax_enable_x64 first.")
         params = {}
         for index, block in enumerate(config.blocks):
             shape = dataclasses.replace(block, order="raster", frames=1)  # The parameters do not depend on these.

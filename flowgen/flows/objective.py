@@ -29,11 +29,11 @@ def nll_objective(
     """Returns the maximum-likelihood objective (variables, batch, key) -> (loss, metrics[, carried state]).
 
     loss = loss_scale (½ mean z² - mean logdet / num_dims) + norm_penalty Σ_k mean x_k², in nats per dimension, up to
-    constants, where x_k are the tokens that enter block k. The loss without the penalty is that of TARFlow; the penalty
-    comes from STARFlow.
+    constants, where x_k are the tokens that enter block k. Without the penalty, this is the loss of TARFlow; the
+    penalty comes from STARFlow.
     batch: a `flowgen.data.Batch` of any image size that `flow.with_image_size` accepts. The batch's context contains
     the labels or texts that the flow requires. With probability `label_dropout`, a label is replaced by -1, and a text
-    by null_text(([frames,] height, width)), the encoded "".
+    by null_text(([frames,] height, width)), which returns the encoded empty text.
     metrics: loss, bits_per_dim of the noisy images (nats_per_dim for latents), mean_square_z, logdet_per_dim, and
     mean_square/<block> of the tokens after each block.
     For a volume-preserving flow with prior variance v, the carried state is the tracked variance
@@ -69,7 +69,7 @@ def nll(
     norm_penalty: float = 0.0,
     loss_scale: float = 1.0,
 ) -> tuple[Float[Array, ""], dict[str, Array], Float[Array, "b n token"]]:
-    """Returns the loss of `nll_objective`, its metrics, and z, for noisy x of any size that the flow accepts."""
+    """Returns the loss and the metrics of `nll_objective`, and z, for noisy x of any size that the flow accepts."""
     sized = on_samples_like(flow, x)
     num_dims = sized.config.num_dims
     states, logdet = sized.apply(variables, x, cond, method="trajectory")
@@ -96,6 +96,6 @@ def density_metric(flow: Flow, nats_per_dim: Float[Array, ""], batch: Batch) -> 
 
 
 def on_samples_like(flow: Flow, x: Float[Array, "b *event"]) -> Flow:
-    """Returns the flow for the image size of x and, for a clip, the number of frames in x. The parameters still fit."""
+    """Returns the flow, with the same parameters, for the image size of x and, for clips, its number of frames."""
     sized = flow.with_image_size(*x.shape[-3:-1])
     return sized.with_num_frames(x.shape[1]) if x.ndim == 5 else sized

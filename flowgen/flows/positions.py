@@ -31,7 +31,7 @@ class GridPositions:
     frames: int = 1
 
     def rotary(self, prefix_length: int) -> Rotary:
-        """Returns the angles of `prefix_length` text slots, then of the grid, row by row and frame by frame."""
+        """Returns the angles of `prefix_length` text slots, then of the grid tokens, frame by frame and row by row."""
         grid = np.stack(np.divmod(np.arange(self.rows * self.columns), self.columns), axis=1)
         grid = grid / math.sqrt(self.rows * self.columns) * self.rope_base_grid
         positions = np.zeros((prefix_length + self.frames * len(grid), len(self.pairs)))

@@ -28,7 +28,7 @@ from flowgen.flows.starflow_v import STARFlowV
 def score_target(
     flow: Flow, variables: Variables, x: Float[Array, "b *event"], cond: Condition | None = None
 ) -> Float[Array, "b *event"]:
-    """Returns t = -σ ∇ log p(x | cond), which a denoiser learns to predict from noisy x; σ is in the flow's config.
+    """Returns t = -σ ∇ log p(x | cond), which a denoiser learns to predict from noisy x. σ is the flow's `noise_std`.
 
     Example:
         t = score_target(flow, params, noisy, cond)

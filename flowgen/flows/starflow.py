@@ -44,7 +44,7 @@ def block_order(first: TokenOrder, index: int) -> TokenOrder:
 
 @config
 class STARFlowConfig(ImageTokens):
-    """Describes a STARFlow. Most defaults are those of the released text-to-image model, the preset "t2i_3b".
+    """Describes a STARFlow. Most defaults match the released text-to-image model, which is the preset "t2i_3b".
 
     image_size: side of the latents, or (height, width).
     channels: number of channels of the latents.
@@ -52,7 +52,7 @@ class STARFlowConfig(ImageTokens):
     width: number of channels of a token inside the shallow blocks, a multiple of head_dim.
     layers_per_block: number of transformer layers in each block, from the data side to the deep block; 0 omits a block.
     deep_width: width of the last block; None means `width`.
-    order: token order in block 0, "raster" or "reversed"; later blocks alternate. The published "L2R" is "reversed".
+    order: token order in block 0, "raster" or "reversed"; later blocks alternate. "reversed" is the published "L2R".
     head_dim: number of channels per attention head.
     num_kv_heads: number of key-value heads, each shared by several query heads; None means one per query head.
     expansion: width of the feed-forward layers, as a multiple of the block's width.
@@ -66,14 +66,14 @@ class STARFlowConfig(ImageTokens):
     soft_clip: bound c of the map c · tanh(r / c), which is applied to the raw scale and the shift; 0 for none.
     num_classes: number of classes that the density is conditioned on; 0 for none.
     class_conditioning: "prefix" makes the label a prefix token, as published; "add" adds the label's embedding to
-    every token, and "unconditional" is represented by the mean of all class embeddings.
+    every token. Without a label, "add" uses the mean of all class embeddings.
     text_dim: number of features per text token; 0 for a model without texts.
     text_length: number of tokens per text, padding included; 0 for a model without texts.
-    conditioned_blocks: which blocks see the class or the text: only the last one ("deep"), or "all".
-    rope_base_grid: side, in tokens, of the grid that positions refer to; with None, neighbouring tokens are 1 apart.
+    conditioned_blocks: which blocks see the class or the text: "deep" for only the last block, or "all".
+    rope_base_grid: side, in tokens, of the grid to which positions are scaled; None leaves neighbouring tokens 1 apart.
     attention: attention kernel of the layers: a name, or your own kernel.
-    attention_implementation: what computes softmax attention: "auto", "xla", "cudnn" on GPUs or "tpu" on TPUs; see
-    docs/attention.md.
+    attention_implementation: implementation of softmax attention: "auto", "xla", "cudnn" (for GPUs) or "tpu" (for
+    TPUs); see docs/attention.md.
     noise_std: σ of the Gaussian training noise; above 0 for latents.
     dtype: dtype of matrix products and activations; parameters, affine maps and log-determinants are at least float32.
     remat: whether to save memory by recomputing activations in the backward pass instead of storing them; "auto" stores
@@ -126,7 +126,7 @@ class STARFlowConfig(ImageTokens):
                 )
             if self.num_kv_heads is not None and self.num_kv_heads > (heads := width // self.head_dim):
                 raise ValueError(
-                    f"num_kv_heads is {self.num_kv_heads}, but {name} {width} has only {heads} heads; "
+                    f"num_kv_heads is {self.num_kv_heads}, but {name} {width} gives only {heads} heads; "
                     "use a divisor of that number."
                 )
             if self.num_kv_heads is not None and width // self.head_dim % self.num_kv_heads:
@@ -155,7 +155,7 @@ class STARFlowConfig(ImageTokens):
 
     @property
     def patch_order(self) -> Literal["channel_last"]:
-        """The order of a patch's values in its token."""
+        """The order of a patch's values within its token."""
         return "channel_last"
 
     @property
@@ -195,7 +195,7 @@ class STARFlowConfig(ImageTokens):
 
     @property
     def blocks(self) -> tuple[BlockConfig, ...]:
-        """The blocks from data to noise. Blocks of 0 layers are omitted, but they count when token orders alternate."""
+        """The blocks from data to noise, without blocks of 0 layers, which still count when token orders alternate."""
         last = len(self.layers_per_block) - 1
         return tuple(self._block(index, index == last) for index, count in enumerate(self.layers_per_block) if count)
 
@@ -237,7 +237,7 @@ class STARFlowConfig(ImageTokens):
         return softmax_shapes(self.blocks)
 
     def check_cond(self, cond: Any, batch: int) -> Condition | None:
-        """Returns cond as int32 labels, a text or None. Raises ValueError if it does not fit this model and batch."""
+        """Returns cond as int32 labels, texts or None. Raises ValueError if it does not fit this model and batch."""
         if self.text_dim:
             return check_text(cond, length=self.text_length, dim=self.text_dim, batch=batch)
         return check_labels(cond, num_classes=self.num_classes, batch=batch)

@@ -19,9 +19,9 @@ from flowgen.settings.ranges import Frames, MaybeLayers, OtherFrames
 class STARFlowVConfig(STARFlowConfig):
     """Describes a STARFlow over clips `frames height width c`; see `STARFlowConfig` for the other fields.
 
-    The shallow blocks map each frame independently; the deep block is causal over the tokens of all frames, in raster
-    order, and is the only block that sees the condition. On the third axis, the position of an image token is the
-    number of its frame, and the position of a text token depends on its place in the text.
+    The shallow blocks map each frame independently. The deep block is causal over the tokens of all frames, in raster
+    order. It is the only block that sees the condition. On the third axis of the rotary positions, the position of an
+    image token is the index of its frame, and the position of a text token depends on its place in the text.
 
     frames: number of latent frames per clip.
     denoiser_layers: number of layers of the causal denoiser, which learns the flow's score; 0 for no denoiser.
@@ -40,13 +40,13 @@ class STARFlowVConfig(STARFlowConfig):
         super().__post_init__()
         if self.conditioned_blocks != "deep":
             raise ValueError(
-                f"conditioned_blocks is {self.conditioned_blocks!r}, but blocks that map single frames take no "
-                "condition; use 'deep'."
+                f"conditioned_blocks is {self.conditioned_blocks!r}, but blocks that map single frames cannot "
+                "have a condition; use 'deep'."
             )
         if block_order(self.order, len(self.layers_per_block) - 1) != "raster":
             raise ValueError(
                 f"layers_per_block has {len(self.layers_per_block)} entries and order is {self.order!r}, so "
-                "the deep block runs backwards in time; add or remove one entry (0 is allowed)."
+                "the deep block runs backwards in time; add or remove one entry, which may be 0."
             )
 
     def build(self) -> AutoregressiveFlow:
@@ -59,7 +59,7 @@ class STARFlowVConfig(STARFlowConfig):
         return (self.frames, *self.image_shape)
 
     def with_num_frames(self, frames: int) -> STARFlowVConfig:
-        """Returns the config for another clip length; the parameters still fit."""
+        """Returns the config for another clip length. The same parameters fit it."""
         return dataclasses.replace(self, frames=frames)
 
     @property
@@ -100,7 +100,7 @@ class STARFlowV(AutoregressiveFlow):
         return {**variables, "params": {**variables["params"], "denoiser": denoiser["params"]}}
 
 
-# The released text-to-video model. The latents of its clips of 81 frames, each 480 x 848 pixels, are 21 x 30 x 53 x 48.
+# The released text-to-video model. Its clips have 81 frames of 480 x 848 pixels; their latents have 21 x 30 x 53 x 48.
 STARFLOW_V_480P = STARFlowVConfig(
     image_size=(30, 53),
     channels=48,

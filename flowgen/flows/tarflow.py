@@ -49,8 +49,8 @@ class TARFlowConfig(ImageTokens):
     scale_parameterisation: "exponential" (the paper's nvp), "volume_preserving", which has log-determinant 0 and a
     tracked prior variance, or your own function (shift, raw) -> (shift, log_scale).
     attention: attention kernel of the layers: a name, or your own kernel.
-    attention_implementation: what computes softmax attention: "auto", "xla", "cudnn" on GPUs or "tpu" on TPUs; see
-    docs/attention.md.
+    attention_implementation: implementation of softmax attention: "auto", "xla", "cudnn" (for GPUs) or "tpu" (for
+    TPUs); see docs/attention.md.
     activation: activation of the feed-forward layers.
     noise_std: σ of the Gaussian training noise; 0 means uniform dequantisation.
     dtype: dtype of matrix products and activations; parameters, affine maps and log-determinants are at least float32.
@@ -94,7 +94,7 @@ class TARFlowConfig(ImageTokens):
 
     @property
     def patch_order(self) -> Literal["channel_first"]:
-        """The order of a patch's values in its token."""
+        """The order of a patch's values within its token."""
         return "channel_first"
 
     @property

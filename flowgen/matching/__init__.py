@@ -6,11 +6,14 @@ plans          transport over a batch: assignment, Sinkhorn
 couplings      independent, Gibbs-weighted (W-CFM), Sinkhorn-corrected, minibatch optimal transport
 semidiscrete   optimal transport from noise to a whole dataset
 times          distributions of training times
-loss           weighted regression of the velocity; bridge: velocity and score ([SF]²M)
+loss           weighted regression of the velocity
+bridge         regression of the velocity and the score ([SF]²M)
 mean_flow      average velocities, for sampling in one step
-solvers        integration in both directions, guidance, SDE; likelihood: log p and divergence
+solvers        integration in both directions, guidance, SDE
+likelihood     log p and divergence
 diagnostics    effective sample size, tilt, choice of epsilon, path energy, distances
-velocity       a network for points, and the interface for your own networks; toy: two-dimensional distributions
+velocity       a network for points, and the interface for your own networks
+toy            two-dimensional distributions
 """
 
 from flowgen.matching import toy

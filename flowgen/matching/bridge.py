@@ -30,18 +30,18 @@ def score_and_flow_matching_loss(
     time: Callable[[Array, int], Array] | None = None,
     label_dropout: float = 0.0,
 ) -> Loss:
-    """Returns loss_fn(network, batch, key, log_mean=None) -> (loss, metrics, log_mean): E[w (|v-u_t|² + |λs+noise|²)].
+    """Returns the loss E[w (|v - u_t|² + |λs + noise|²)] as a function loss_fn(network, batch, key, log_mean=None).
 
-    The loss follows Tong et al. (arXiv 2307.03672), with torchcfm's weighting. Here (v, s) = network(t, x, cond), u_t
-    is the velocity of the bridge, and λ = 2 √(t(1-t)) / sigma. Both squares are averaged over dimensions. The optimal s
-    is the *scaled* score sigma²/2 · ∇ log p_t, which is of order one at both ends of the bridge. For batch,
-    label_dropout and log_mean, see `flow_matching_loss`.
+    loss_fn returns (loss, metrics, log_mean). The loss follows Tong et al. (arXiv 2307.03672), with torchcfm's
+    weighting. Here (v, s) = network(t, x, cond), u_t is the velocity of the bridge, and λ = 2 √(t(1-t)) / sigma. Both
+    squares are averaged over dimensions. The optimal s is the *scaled* score sigma²/2 · ∇ log p_t, which is of order
+    one at both ends of the bridge. For batch, label_dropout and log_mean, see `flow_matching_loss`.
 
     The Schroedinger bridge between noise and data requires the entropic plan with epsilon = 2 sigma² for the squared
     Euclidean cost. Use the coupling `GibbsWeights(epsilon=2 * sigma**2, cost="sqeuclidean", sinkhorn_sweeps=20)`.
 
-    Forwards in time, the process is dX = (v + s) dt + sigma dW. To sample it, call `integrate_sde` with 2/sigma² · s as
-    the score. Backwards in time, the drift is -v + s. The ODE dx = v dt has the same marginals.
+    Forward in time, the process is dX = (v + s) dt + sigma dW. To sample it, call `integrate_sde` with 2/sigma² · s as
+    the score. Backward in time, the drift is -v + s. The ODE dx = v dt has the same marginals.
 
     Example:
         loss_fn = score_and_flow_matching_loss(bridge=SchroedingerBridge(sigma=0.5))

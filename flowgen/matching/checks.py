@@ -19,7 +19,7 @@ def check_positive(name: str, value: float | int) -> None:
 
 
 def check_share(ess: float) -> None:
-    """Raises ValueError unless an effective sample size, as a share of the pairs, is between 0 and 1."""
+    """Raises ValueError unless ess, an effective sample size as a share of the pairs, is above 0 and below 1."""
     if not 0 < ess < 1:
         raise ValueError(f"ess is {ess}; it must be above 0 and below 1.")
 
@@ -35,7 +35,7 @@ def check_batch(x0: Array, x1: Array) -> None:
 
 
 def check_pair(t: Array, x0: Array, x1: Array) -> None:
-    """Raises ValueError unless x0 and x1 have the same shape and t has one time in [0, 1] per sample.
+    """Raises ValueError unless x0 and x1 have the same shape and t contains one time in [0, 1] per sample.
 
     The values of t are checked only outside jit.
     """
@@ -44,7 +44,7 @@ def check_pair(t: Array, x0: Array, x1: Array) -> None:
 
 
 def check_times(t: Array, x0: Array) -> None:
-    """Raises ValueError unless there is one time in [0, 1] per sample; values are checked only outside jit."""
+    """Raises ValueError unless t contains one time in [0, 1] per sample; the range is checked only outside jit."""
     if getattr(t, "shape", None) != x0.shape[:1]:
         raise ValueError(f"t is {shown(t)}; give one time per sample, as an array of shape {x0.shape[:1]}.")
     if not isinstance(t, Tracer) and not ((np.asarray(t) >= 0) & (np.asarray(t) <= 1)).all():
@@ -54,7 +54,7 @@ def check_times(t: Array, x0: Array) -> None:
 
 
 def check_takes(name: str, function: Callable[..., object], *arguments: str) -> None:
-    """Raises ValueError if a function cannot be called with these positional arguments."""
+    """Raises ValueError if a function cannot be called with positional arguments of these names."""
     try:
         inspect.signature(function).bind(*arguments)
     except TypeError as error:
@@ -65,7 +65,7 @@ def check_takes(name: str, function: Callable[..., object], *arguments: str) -> 
 
 
 def check_velocity(velocity: object) -> None:
-    """Raises ValueError unless a velocity is callable."""
+    """Raises ValueError unless `velocity` is callable."""
     if not callable(velocity):
         raise ValueError(
             f"velocity is {shown(velocity)}; give a function (t, x, cond) -> v, such as velocity_field(...)."

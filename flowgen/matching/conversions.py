@@ -1,4 +1,4 @@
-"""Conversions between a velocity and the other predictions along a path, and from one path to another."""
+"""Conversions between velocities and other predictions on a path, and of velocities from one path to another."""
 
 from __future__ import annotations
 
@@ -34,10 +34,12 @@ def prediction_to_velocity(
     """Returns the velocity at x_t implied by a prediction of "x1", "noise" (x0) or "score".
 
     The velocity is v = alpha' x1 + beta' x0. If x1 is predicted, x0 follows from x_t = alpha x1 + beta x0, and vice
-    versa; a predicted score gives x0 as -beta times the score. A prediction of "velocity" is returned unchanged. The
-    conversion is singular where x_t is all noise or all data, so it uses the time `clip_times(path, t, smallest)`;
-    evaluate the prediction at that time too. The derivatives alpha' and beta' are those at t, but their magnitudes are
-    limited to the magnitudes at the clipped time.
+    versa; a predicted score gives x0 as -beta times the score. A prediction of "velocity" is returned unchanged.
+
+    The conversion is singular where x_t is pure noise or pure data, so alpha and beta are taken at the time
+    `clip_times(path, t, smallest)`; evaluate the prediction at that time too. The derivatives alpha' and beta' are
+    taken at t, but their magnitudes are limited to the values at the clipped time.
+
     Raises ValueError for any other kind, for a path with a spread, and for times outside [0, 1].
 
     Example:

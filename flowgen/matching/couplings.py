@@ -47,7 +47,7 @@ class Coupled(NamedTuple):
 
 @runtime_checkable
 class Coupling(Protocol):
-    """The interface of a coupling; the optional attribute `sees` is "row", "device" or "global" (the default)."""
+    """The interface of a coupling. It may have an attribute `sees`: "row", "device" or "global" (the default)."""
 
     def __call__(
         self, key: Key[Array, ""], x0: Float[Array, "b *event"], x1: Float[Array, "b *event"], cond: Cond = None
@@ -84,8 +84,8 @@ class MinibatchOT:
     num_sweeps: largest number of Sinkhorn sweeps; at least 1. If the plan is not within the tolerance after these
     sweeps, the coupling raises ValueError outside jit; inside jit, the weights become NaN, and so does the loss.
     class_aware: whether to move noise only within a class; an x0 has the class of the x1 that it was originally paired
-    with. If False, each class trains on a different distribution of noise than it is sampled from (C2OT, ICCV 2025).
-    True requires integer labels of shape `b` as cond.
+    with. If False, the noise that a class is trained on is distributed differently from the noise that it is sampled
+    from (C2OT, ICCV 2025). True requires integer labels of shape `b` as cond.
     scope: "global" computes one plan over the rows of all devices, and each device solves the same problem; "device"
     computes a separate plan over the rows of each device.
 
@@ -144,7 +144,7 @@ class MinibatchOT:
         """Raises ValueError outside jit if the error of a plan exceeds the tolerance."""
         if not isinstance(error, Tracer) and not float(error) <= self.tolerance:
             raise ValueError(
-                f"num_sweeps is {self.num_sweeps}, but after that, the plan with epsilon {self.epsilon} is off by "
+                f"num_sweeps is {self.num_sweeps}, but the plan with epsilon {self.epsilon} is then still off by "
                 f"{float(error):.2g}, above tolerance {self.tolerance}; increase num_sweeps or epsilon, or use "
                 "method='exact'."
             )
@@ -154,19 +154,19 @@ class MinibatchOT:
 class GibbsWeights:
     """Weights independent pairs by w = exp(-cost / epsilon) (weighted conditional flow matching, arXiv 2507.22270).
 
-    A call raises ValueError if epsilon is None: epsilon must not change from step to step, so it is not chosen for each
-    batch. A NaN cost raises ValueError outside jit; inside jit, the weight becomes NaN, and so does the loss.
+    A call raises ValueError if epsilon is None. Epsilon must be the same in every step, so a call cannot choose it from
+    its batch. A NaN cost raises ValueError outside jit; inside jit, the weight becomes NaN, and so does the loss.
 
-    epsilon: divisor of the cost; positive. If it is None, choose it from data with `flowgen.matching.fit_epsilon`, as
-    training does. The target is `tilt` if given, otherwise `ess`.
+    epsilon: divisor of the cost; positive. If None, choose it from data with `flowgen.matching.fit_epsilon` before the
+    first call; training does so automatically. The target is `tilt` if given, otherwise `ess`.
     cost: "euclidean" as published, "sqeuclidean", or a function of two batches that returns one cost per pair.
-    normalize: "running" divides w by its running mean, which the loss carries from step to step; "batch" divides w by
-    its mean over the batch; "none" does not divide w. For images, w is then often too small for optimizers.
+    normalize: "running" divides w by its running mean, which the loss updates in each step; "batch" divides w by its
+    mean over the batch; "none" leaves w unchanged. For images, w is then often too small for optimizers.
     sinkhorn_sweeps: number of Sinkhorn sweeps; 0 for none. If it is positive, the weights come from the entropic plan
     with the batch's marginals: exp(-cost_ii/epsilon + f_i + g_i). This undoes the tilt of noise and data that plain
     weights cause. The number of sweeps is fixed, even if some tilt remains.
-    ess: target for choosing epsilon: the effective sample size as a share of the pairs, between 0 and 1.
-    tilt: target for choosing epsilon: upper bound on the relative variance of the factors that re-weight noise and
+    ess: target for the choice of epsilon: effective sample size as a share of the pairs, between 0 and 1.
+    tilt: another target for the choice of epsilon: largest relative variance of the factors that re-weight noise and
     data; None to use ess.
     scope: "global" computes the sweeps and the "batch" mean over the rows of all devices; "device" computes them over
     the rows of each device separately.
@@ -186,7 +186,7 @@ class GibbsWeights:
 
     @property
     def sees(self) -> str:
-        """The rows that a weight depends on: `scope` if there are sweeps or a batch mean, otherwise its own ("row")."""
+        """The rows that a weight depends on: `scope` if there are sweeps or a batch mean, otherwise "row"."""
         return self.scope if self.sinkhorn_sweeps or self.normalize == "batch" else "row"
 
     def __call__(
@@ -215,13 +215,13 @@ AnyCoupling = Independent | GibbsWeights | MinibatchOT | OwnCoupling
 def paired_cost(x0: Float[Array, "b *event"], x1: Float[Array, "b *event"], cost: Cost) -> Float[Array, " b"]:
     """Returns the cost of each pair, in at least float32.
 
-    Raises ValueError if a custom cost function returns a wrong shape. Outside jit, also raises it if a cost is NaN.
+    Raises ValueError if a custom cost function returns the wrong shape or, outside jit, if a cost is NaN.
     """
     if callable(cost):
         value = cost(x0, x1)
         if value.shape != x0.shape[:1]:
             raise ValueError(
-                f"cost returned shape {value.shape}; it must return one number per pair, of shape {x0.shape[:1]}."
+                f"cost returned shape {value.shape}; it must return shape {x0.shape[:1]}, one number per pair."
             )
         return check_cost(value)
 
@@ -235,7 +235,7 @@ def paired_cost(x0: Float[Array, "b *event"], x1: Float[Array, "b *event"], cost
 def cost_matrix(x0: Float[Array, "b *event"], x1: Float[Array, "m *event"], cost: Cost) -> Float[Array, "b m"]:
     """Returns the cost of pairing every x0 with every x1.
 
-    Raises ValueError if the samples of x0 and x1 differ in shape. Outside jit, also raises it if a cost is NaN.
+    Raises ValueError if the samples of x0 and x1 differ in shape or, outside jit, if a cost is NaN.
     """
     check_floating("x0", x0)
     check_floating("x1", x1)
@@ -265,10 +265,10 @@ def log_mean_exp(x: Float[Array, " b"]) -> Float[Array, ""]:
 
 
 def to_sphere(x: Float[Array, "b *event"]) -> Float[Array, "b *event"]:
-    """Returns x with every sample scaled to norm √d, the typical norm of normal noise; samples that are all 0 stay 0.
+    """Returns x with every sample scaled to norm √d, where d is the number of dimensions; zeros stay zeros.
 
-    For all points on a sphere around 0, the distance to normal noise has the same distribution, so plain Gibbs weights
-    do not tilt the data.
+    This is the typical norm of normal noise. The distance to normal noise has the same distribution for all points on a
+    sphere around 0, so plain Gibbs weights do not tilt the scaled data.
 
     Example:
         x1 = to_sphere(x1)

@@ -50,12 +50,12 @@ def effective_sample_size(log_weight: Float[Array, " b"]) -> Float[Array, ""]:
 def weight_report(
     x0: Float[Array, "b *event"], x1: Float[Array, "m *event"], epsilon: float, cost: Cost = "euclidean"
 ) -> WeightReport:
-    """Returns the effect of the weights exp(-cost/epsilon) on all pairs of x0 and x1; needs memory for a b x m matrix.
+    """Returns a report on the weights exp(-cost/epsilon) of all pairs of x0 and x1.
 
     If row_std or column_std exceeds interaction_std, the weights tilt noise or data more than they couple the two, and
     `warn_if_tilted` warns. All three standard deviations are inversely proportional to epsilon, so their ratios depend
     only on the samples and the cost. The report describes plain weights. The corrected weights of
-    `GibbsWeights(sinkhorn_sweeps=...)` have almost no tilt.
+    `GibbsWeights(sinkhorn_sweeps=...)` have almost no tilt. The computation stores a b x m matrix.
 
     Example:
         report = weight_report(x0, x1, epsilon=2.0)
@@ -97,9 +97,9 @@ def warn_if_tilted(report: WeightReport) -> None:
 class TiltedDistances(NamedTuple):
     """W2 distances between samples and their tilted versions, which show how far Gibbs weights move each marginal.
 
-    noise_floor, data_floor: W2 between two halves of the sample. A comparison of independent samples of this size
-    cannot reveal smaller differences. The distances `noise` and `data` are more precise, because each of them compares
-    a sample with a tilted version of itself.
+    noise, data: W2 between the sample and its tilted version. noise_floor, data_floor: W2 between two halves of the
+    sample; a comparison of independent samples of this size cannot reveal smaller differences. The distances `noise`
+    and `data` are more precise, because each compares a sample with a tilted version of itself.
     """
 
     noise: Float[Array, ""]
@@ -164,8 +164,10 @@ def choose_epsilon(
     ess: smallest effective sample size, as a share of the pairs (x0_i, x1_i). tilt: upper bound on the relative
     variance of the factors that re-weight noise and data; set ess to None to use it. sinkhorn_sweeps: number of
     Sinkhorn sweeps that correct the weights before their ess is computed. The search bisects log epsilon. With a tilt
-    or sweeps, it needs memory for a b x b matrix. Raises ValueError unless exactly one target is given and is in range.
-    Also raises ValueError if the mean cost is 0 or not finite.
+    or sweeps, it needs memory for a b x b matrix.
+
+    Raises ValueError if both targets are given or none is, if the target is out of range, or if the mean cost is 0 or
+    not finite.
 
     Example:
         epsilon = choose_epsilon(x0, x1, ess=0.5)

@@ -129,7 +129,7 @@ class DiTConfig:
 
     @property
     def softmax_shapes(self) -> tuple[SoftmaxShape, ...]:
-        """The shape of the attention in every layer; empty unless it is softmax attention."""
+        """A tuple with the attention shape that all layers share; empty unless they use softmax attention."""
         if not (isinstance(self.attention, str) and self.attention == "softmax"):
             return ()
         heads = self.width // self.head_dim
@@ -182,7 +182,7 @@ class DiT(OnMeshes, nn.Module):
 
 
 class DiTLayer(nn.Module):
-    """One layer: modulated attention and a modulated MLP, with gates that are initialised to 0."""
+    """A layer of a DiT: modulated attention and a modulated MLP, with gates that are initialised to 0."""
 
     config: DiTConfig
 

@@ -32,12 +32,13 @@ def log_prob(
 ) -> Float[Array, " b"]:
     """Returns log p1(x1) = log p0(x0) - ∫ div v dt in nats, along the path that ends at x1.
 
-    key: without a key, the divergence is exact; this takes one Jacobian-vector product per dimension, and the solver is
-    the only source of error. With a key, the divergence is Hutchinson's estimate; it uses one Rademacher probe per
-    sample, which is fixed along the whole path (Grathwohl et al., arXiv 1810.01367). log_p0: log-density of x0, by
-    default that of a standard normal distribution. The other settings are the same as for `integrate`. With "dopri5",
-    the tolerances apply jointly to the state and to the integral of the divergence. The integral is accumulated in at
-    least float32. The result is differentiable; with "dopri5", only reverse-mode differentiation works.
+    key: None computes the exact divergence with one Jacobian-vector product per dimension, so the solver is the only
+    source of error. A key selects Hutchinson's estimate with one Rademacher probe per sample, which is the same along
+    the whole path (Grathwohl et al., arXiv 1810.01367). log_p0: function that returns the log-density of x0; by
+    default, x0 has a standard normal distribution. For the other settings, see `integrate`.
+
+    With "dopri5", the tolerances apply jointly to the state and to the integral of the divergence. The integral is
+    accumulated in at least float32. The result is differentiable; with "dopri5", only in reverse mode.
 
     Example:
         lp = log_prob(velocity, x1, key=jax.random.key(0))

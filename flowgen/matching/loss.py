@@ -28,7 +28,7 @@ Loss = Callable[..., tuple[Any, ...]]
 
 
 class Pairs(NamedTuple):
-    """Training pairs after coupling, weighting and label dropout, as every loss in this package uses them.
+    """The pairs on which a loss is computed, after coupling, weighting and label dropout.
 
     ess: effective sample size, as a share of the batch. log_mean: the running log-mean of the weights, to pass to
     the next step. Both are computed over the whole batch, even if the batch is split over several devices.
@@ -50,12 +50,13 @@ def flow_matching_loss(
     prediction: Prediction = "velocity",
     label_dropout: float = 0.0,
 ) -> Loss:
-    """Returns loss_fn(velocity, batch, key, log_mean=None) -> (loss, metrics, log_mean): E[w |v(t, x_t) - u_t|²].
+    """Returns the loss E[w |v(t, x_t) - u_t|²] as a function loss_fn(velocity, batch, key, log_mean=None).
 
-    velocity(t, x, cond): any callable that predicts the quantity named by `prediction`. The loss is computed on the
-    predicted quantity itself, without converting it to a velocity: a predicted x1 is compared with the data x1,
-    predicted noise with x0, and beta times a predicted score with -x0. If the coupling is independent, the learned
-    score is ∇ log p_t. The squared error is averaged over dimensions, in at least float32.
+    loss_fn returns (loss, metrics, log_mean). velocity(t, x, cond): any callable that predicts the quantity named by
+    `prediction`. The loss is computed on the predicted quantity itself, without converting it to a velocity: a
+    predicted x1 is compared with the data x1, predicted noise with x0, and beta times a predicted score with -x0. If
+    the coupling is independent, the learned score is ∇ log p_t. The squared error is averaged over dimensions, in at
+    least float32.
 
     batch: a dict of "x1", the data; "x0", the noise (standard normal if missing); "cond", the labels or None; and
     "rows", a `flowgen.rows.Rows`. A training step adds "rows", so that the random numbers do not depend on the number
@@ -111,9 +112,9 @@ def residual(
 
 
 def rows_of(batch: dict[str, Any], key: Key[Array, ""]) -> Rows:
-    """Returns the rows of a batch for a loss; creates them from `key` if the batch has none.
+    """Returns the `Rows` of a batch, with which a loss draws random numbers; creates them from `key` if necessary.
 
-    Raises ValueError if the batch contains unknown names, or lacks "x1".
+    Raises ValueError if the batch contains unknown names or lacks "x1".
 
     Example:
         pair_rows, time_rows = rows_of(batch, key).split(2)
@@ -132,11 +133,11 @@ def draw_pairs(
 ) -> Pairs:
     """Returns the pairs of a batch with their weights; every loss starts with this step.
 
-    Draws noise if the batch has none, applies the coupling (independent by default), and replaces each label with -1
-    with probability label_dropout. The weights are w = exp(log_weight). If the coupling is `GibbsWeights` with
-    normalize="running", the weights are divided by exp(log_mean), after log_mean is updated for this batch:
-    log_mean ← log_mean + 0.01 (log mean w - log_mean). If log_mean is -inf or None, it starts at the value for this
-    batch. The mean of w covers all devices that share the batch. No gradient flows through the weights.
+    The function draws noise if the batch contains none, and applies the coupling, which is independent by default. It
+    then replaces each label by -1 with probability label_dropout. The weights are w = exp(log_weight). log_mean is
+    updated by log_mean ← log_mean + 0.01 (log mean w - log_mean); if it is -inf or None, it becomes log mean w. If the
+    coupling is `GibbsWeights` with normalize="running", the weights are divided by exp of the updated log_mean. The
+    mean of w covers all devices that share the batch. No gradient flows through the weights.
 
     Example:
         pairs = draw_pairs(rows_of(batch, key), batch, GibbsWeights(epsilon=5.0), label_dropout=0.1)
@@ -279,7 +280,7 @@ def check_step(velocity: object, batch: object, key: object) -> None:
 
 
 def check_names(batch: dict[str, Any]) -> None:
-    """Raises ValueError if a batch lacks "x1", or has names other than "x1", "x0", "cond" and "rows".
+    """Raises ValueError if a batch lacks "x1" or contains names other than "x1", "x0", "cond" and "rows".
 
     Example:
         check_names({"x1": images, "cond": labels})
@@ -293,7 +294,7 @@ def check_names(batch: dict[str, Any]) -> None:
 
 
 def check_dropout(label_dropout: float) -> None:
-    """Raises ValueError unless the share of dropped labels is at least 0 and below 1.
+    """Raises ValueError unless label_dropout, the share of dropped labels, is at least 0 and below 1.
 
     Example:
         check_dropout(0.1)

@@ -1,7 +1,7 @@
 """MeanFlow: average velocity over an interval of the path, for sampling in one step (Geng et al., arXiv 2505.13447).
 
 The average velocity is u(t, x, cond, interval) = 1/interval ∫ v(τ, x_τ) dτ over [t, t + interval], along the trajectory
-that passes through x at time t. For interval 0, u is v itself. Multiply this equation by interval, and differentiate it
+that passes through x at time t. For interval 0, u is v itself. Multiply the equation by interval, and differentiate it
 along the trajectory. The end t + interval is fixed, so interval decreases as t increases. The result is the identity
 
     u = v + interval · du/dt,    du/dt = ∂u/∂t + (∂u/∂x) v - ∂u/∂interval                               (identity)
@@ -58,21 +58,22 @@ def mean_flow_loss(
     guidance_weight: float = 0.0,
     label_dropout: float = 0.1,
 ) -> Loss:
-    """Returns loss_fn(average_velocity, batch, key, log_mean=None) -> (loss, metrics, log_mean).
+    """Returns the MeanFlow loss as a function loss_fn(average_velocity, batch, key, log_mean=None).
 
-    The loss is E[w a |u(t, x_t, interval) - target|²]. Its target is v + interval · du/dt, the right-hand side of the
-    identity in the docstring of this module. Here v is the path's u_t, and du/dt takes one Jacobian-vector product. The
-    square is *summed* over dimensions, as in the published code, and a = 1 / (square + 0.01)^power is its adaptive
-    weight. No gradient flows through the target or a. Two times are drawn from `time`; the smaller is t, and the larger
-    is t + interval. The defaults are the published settings.
+    loss_fn returns (loss, metrics, log_mean). The loss is E[w a |u(t, x_t, interval) - target|²]. Its target is v +
+    interval · du/dt, the right-hand side of the identity in the docstring of this module. Here v is the path's u_t, and
+    du/dt is computed by one Jacobian-vector product. The square is *summed* over dimensions, as in the published code,
+    and its adaptive weight is a = 1 / (square + 0.01)^power. No gradient flows through the target or through a. Two
+    times are drawn from `time`; the smaller is t, and the larger is t + interval. The defaults are the published
+    settings.
 
     instantaneous: share of the pairs whose interval is set to 0. power: exponent of the adaptive weight. With power 1,
     the contribution of each pair stays below 1, so monitor "unweighted_loss", which is the square averaged over
     dimensions. In high dimensions, all squares are similar, and so are the weights. In low dimensions, the weights move
     the minimum of the loss towards the most likely target, so use power 0. guidance_weight: w in
     (1 + w) v - w u(t, x, -1, 0), which replaces v if the label is not -1. One step then draws guided samples. Guidance
-    requires integer labels. It also requires a label_dropout above 0, which trains the field for the label -1. batch,
-    label_dropout and log_mean: see `flow_matching_loss`. Raises ValueError if settings are invalid.
+    requires integer labels. It also requires a label_dropout above 0, which trains the field for the label -1. For
+    batch, label_dropout and log_mean, see `flow_matching_loss`. Raises ValueError if settings are invalid.
 
     Example:
         loss_fn = mean_flow_loss(coupling=MinibatchOT())
@@ -178,10 +179,10 @@ def guided_target(
 def integrate_mean(
     average_velocity: AverageVelocity, x0: Float[Array, "b *event"], cond: Any = None, *, num_steps: int = 1
 ) -> tuple[Float[Array, "b *event"], int]:
-    """Returns samples and the number of evaluations.
+    """Returns samples and the number of network evaluations.
 
-    The steps x ← x + interval · u(t, x, cond, interval) have equal intervals. Raises ValueError for fewer than one
-    step.
+    Every step x ← x + interval · u(t, x, cond, interval) has the same interval. Raises ValueError if num_steps is below
+    1.
 
     Example:
         x1, nfe = integrate_mean(average_velocity, x0, labels, num_steps=1)

@@ -70,11 +70,11 @@ class MeanFlow:
 
 @config
 class MatchingConfig:
-    """Loss, path, coupling and times, each of which is chosen independently.
+    """The loss, path, coupling and distribution of times with which a velocity network is trained.
 
     loss: the regression loss.
     path: probability path between noise and data.
-    coupling: rule that pairs noise with data, and weights the pairs.
+    coupling: rule that pairs noise with data and weights the pairs.
     time: distribution of training times.
     """
 
@@ -104,7 +104,7 @@ class MatchingConfig:
         return self.loss.prediction if isinstance(self.loss, FlowMatching) else "velocity"
 
     def fitted(self, x0: Float[Array, "b *event"], x1: Float[Array, "b *event"]) -> MatchingConfig:
-        """Returns this config; if epsilon is None, it is first chosen from samples of noise and data.
+        """Returns this config; if the coupling's epsilon is None, it is chosen from samples of noise and data.
 
         Warns (UserWarning) if plain Gibbs weights tilt noise or data more than they couple the two.
         """
@@ -137,7 +137,7 @@ class MatchingConfig:
         )
 
     def state(self) -> dict[str, Any]:
-        """Returns the state that training carries from step to step; empty unless the weights have a running mean."""
+        """Returns the initial state, which training updates; empty unless the weights have a running mean."""
         running = isinstance(self.coupling, GibbsWeights) and self.coupling.normalize == "running"
         return {STATE: {"log_mean": jnp.full((), -jnp.inf, jnp.float32)}} if running else {}
 
@@ -151,11 +151,13 @@ def matching_objective(
 ) -> Callable[..., tuple]:
     """Returns the objective (variables, batch, key) -> (loss, metrics[, carried state]) of a velocity network.
 
-    pairs(key, batch): a function that returns the input of `loss_fn`: "x1", and optionally "x0" and "cond". Each device
-    gets a different key, but random numbers from `batch_rows(batch, key, num)` are the same on any number of devices.
-    The carried state is the running log-mean of the weights; it is returned if `variables` has the collection
-    "matching". train: whether to apply dropout. If True, and if the network's config has a positive `dropout`, the
-    network is applied to each row separately, with one dropout key per row.
+    pairs(key, batch): a function that returns the batch for `loss_fn`: a dict of "x1" and, optionally, "x0" and "cond".
+    Each device passes a different key, but random numbers from `batch_rows(batch, key, num)` are the same on any number
+    of devices. The carried state is the running log-mean of the weights; it is returned if `variables` contains the
+    collection "matching".
+
+    train: whether to apply dropout. If True, and if the network's config has a positive `dropout`, the network is
+    applied to each row separately, with one dropout key per row.
 
     Example:
         pairs = lambda key, batch: {"x1": from_uint8(batch.pixels)}

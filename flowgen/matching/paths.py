@@ -100,7 +100,8 @@ class CondOT(AffinePath):
 class Target(AffinePath):
     """Lipman's path to a narrow Gaussian around x1: x_t = t x1 + (1 - (1 - sigma_min) t) x0, with standard normal x0.
 
-    The target x1 - (1 - sigma_min) x0 equals the published one, but it is written in terms of x0 to avoid 0/0 at t = 1.
+    The target velocity x1 - (1 - sigma_min) x0 equals the published one, which is written in terms of x_t and gives 0/0
+    at t = 1 if sigma_min is 0.
 
     sigma_min: standard deviation of x_t around x1 at t = 1; at least 0 and below 1.
     """
@@ -157,7 +158,7 @@ class VariancePreserving(AffinePath):
 
     def __post_init__(self):
         if self.beta_min > self.beta_max:
-            raise ValueError(f"beta_min is {self.beta_min}, above beta_max, which is {self.beta_max}; lower beta_min.")
+            raise ValueError(f"beta_min is {self.beta_min}, which is above beta_max {self.beta_max}; lower beta_min.")
 
     def schedule(self, t: Float[Array, "*t"]) -> Schedule:
         s, gap = 1 - t, self.beta_max - self.beta_min
@@ -188,8 +189,8 @@ class LinearVariancePreserving(AffinePath):
 class SchroedingerBridge:
     """The Brownian bridge x_t = (1-t) x0 + t x1 + sigma √(t(1-t)) noise, for entropic couplings (arXiv 2307.03672).
 
-    The target is u_t = (1 - 2t) / (2t(1-t)) (x_t - mean) + x1 - x0. Written in terms of the noise, u_t diverges only
-    like t^-½ at t = 0, and like (1-t)^-½ at t = 1. Times are clipped to stay 1e-5 away from both ends.
+    The target velocity is u_t = (1 - 2t) / (2t(1-t)) (x_t - mean) + x1 - x0. Written in terms of the noise, u_t
+    diverges only like t^-½ at t = 0, and like (1-t)^-½ at t = 1. Times are clipped to stay 1e-5 away from both ends.
 
     sigma: standard deviation of the bridge's noise; positive.
     """

@@ -27,8 +27,8 @@ OVER_RELAXATION = 1.8
 class EntropicPlan(NamedTuple):
     """A transport plan over a batch. Row sums are exact; `error` is the mean relative deviation of the column sums.
 
-    log_plan: log of b² times the plan. The rows and columns of b² times the plan have mean 1. sweeps: number of sweeps
-    in the last stage.
+    log_plan: logarithm of b² times the plan; this product has rows and columns of mean 1. sweeps: number of sweeps in
+    the last stage.
     """
 
     log_plan: Float[Array, "b b"]

@@ -36,13 +36,14 @@ AVERAGING = 0.02
 class SemidiscreteOT:
     """Pairs each x0 with the data point whose cell contains it; all weights are 1.
 
-    These data points and their labels replace those of the batch. y: the dataset. potentials: potentials from
-    `fit_semidiscrete`, or from any other solver for the squared Euclidean cost. labels: labels of the data, which are
-    returned as cond. With labels, a class is trained only on the noise in its cells, but sampled from all noise.
-    Therefore, use this coupling for unconditional models, or with guidance that accounts for the difference. A call
-    needs memory for a b x n matrix.
+    The data points and their labels replace x1 and cond of the batch. With labels, a class is trained only on the noise
+    in its cells, but sampled from all noise. Therefore, use this coupling for unconditional models, or with guidance
+    that accounts for the difference. A call stores a b x n matrix.
 
-    Raises ValueError if shapes do not match, or if the batch has a condition and the data have no labels.
+    y: the dataset. potentials: potentials from `fit_semidiscrete`, or from any other solver for the squared Euclidean
+    cost. labels: labels of the data, which are returned as cond.
+
+    Raises ValueError if shapes do not match, or if the batch has a condition but the data have no labels.
 
     Example:
         x0, x1, cond, log_weight = SemidiscreteOT(y, potentials)(key, x0, x1)
@@ -57,7 +58,7 @@ class SemidiscreteOT:
         for name, array in (("potentials", self.potentials), ("labels", self.labels)):
             if array is not None and array.shape != self.y.shape[:1]:
                 raise ValueError(
-                    f"{name} have shape {array.shape}; give one per data point, of shape {self.y.shape[:1]}."
+                    f"{name} have shape {array.shape}; give shape {self.y.shape[:1]}, one number per data point."
                 )
 
     def __call__(
@@ -75,7 +76,7 @@ class SemidiscreteOT:
 
 
 class SemidiscreteFit(NamedTuple):
-    """A fitted coupling and its error, the χ² divergence of the cells' probabilities from equal probabilities.
+    """A fitted coupling and its error, the χ² divergence between the cells' probabilities and equal probabilities.
 
     The error is an unbiased estimate from samples of noise. For exact potentials, it is close to 0 and may be negative.
     """
@@ -95,7 +96,7 @@ def fit_semidiscrete(
 ) -> SemidiscreteFit:
     """Returns the semidiscrete coupling of a noise distribution with the data y, and the coupling's remaining error.
 
-    OTT-JAX optimises the dual of the transport problem with Adam, on num_steps batches of noise. noise: a function
+    OTT-JAX optimises the dual transport problem with Adam, on num_steps batches of noise. noise: a function
     (key, shape, dtype) -> x0. Larger datasets need more steps and larger batches: over all steps, each data point
     should be paired with dozens of noise samples. Raises ModuleNotFoundError if OTT-JAX is not installed, and
     ValueError if settings are invalid.

@@ -48,9 +48,9 @@ def integrate(
 ) -> tuple[Float[Array, "b *event"], int | Int[Array, ""]]:
     """Returns the state at the end of the time grid and the number of velocity evaluations.
 
-    times: the time grid, which must increase within [0, 1]; if None, num_steps equal steps. reverse: whether to
-    integrate backwards over the grid, from data to noise. velocity(t, x, cond) is called with t of shape `b`. The state
-    is accumulated in at least float32, whatever the dtype of x0. Outside jit, every call recompiles the scan over
+    times: the time grid, which must increase within [0, 1]; None for num_steps equal steps. reverse: whether to
+    integrate backward over the grid, from data to noise. velocity(t, x, cond) is called with t of shape `b`. The state
+    is accumulated in at least float32, even if x0 has a smaller dtype. Outside jit, every call recompiles the scan over
     steps, so apply jit to the calling function.
 
     The method "dopri5" adapts its step sizes, which are the same for the whole batch. It keeps the root mean square of
@@ -85,9 +85,9 @@ def trajectory(
     reverse: bool = False,
     keep: bool = True,
 ) -> tuple[Any, int]:
-    """Returns the states at all times of the grid, `steps+1 b *event`, and the number of velocity evaluations.
+    """Returns the states at all times of the grid, as `steps+1 b *event`, and the number of velocity evaluations.
 
-    keep: whether to return all states; if False, only the last state is returned, `b *event`. The other settings and
+    keep: whether to return all states; if False, only the last state is returned, as `b *event`. The other settings and
     errors are the same as for `integrate` with a fixed-step method.
 
     Example:
@@ -176,7 +176,7 @@ def _adaptive(
 
 
 def time_grid(num_steps: int, times: Sequence[float] | np.ndarray | None) -> Float[Array, " n"]:
-    """Returns the time grid of `integrate`.
+    """Returns the time grid of `integrate`: the given times or, if times is None, num_steps equal steps.
 
     Raises ValueError if the grid has no step or does not increase within [0, 1].
 
@@ -224,12 +224,15 @@ def guided(
     """Returns the velocity field with classifier-free guidance (Ho and Salimans, arXiv 2207.12598).
 
     Let v_c be the velocity with the condition, and v_u the velocity without it. The network evaluates both in one
-    batch. Give the strength of the guidance in one of two conventions, which agree for scale = 1 + weight. scale: the
-    field is v_u + scale (v_c - v_u), so scale 1 gives v_c. weight: the field is (1 + weight) v_c - weight v_u, so
-    weight 0 gives v_c. unconditional: the value of cond that means "no condition", such as -1 for labels; it has the
-    structure of cond, with one value for all samples or one for each. interval: range of times in which guidance acts;
-    outside this range, the field is v_c (Kynkäänniemi et al., arXiv 2404.07724). Raises ValueError unless exactly one
-    of scale and weight is given. The returned field raises ValueError if cond is None.
+    batch. Set the strength of the guidance with scale or with weight; the two agree if scale = 1 + weight.
+
+    unconditional: the value of cond that means "no condition", such as -1 for labels; it has the structure of cond,
+    with one value for all samples or one for each. scale: the field is v_u + scale (v_c - v_u), so scale 1 gives v_c.
+    weight: the field is (1 + weight) v_c - weight v_u, so weight 0 gives v_c. interval: range of times in which
+    guidance acts; outside this range, the field is v_c (Kynkäänniemi et al., arXiv 2404.07724).
+
+    Raises ValueError unless exactly one of scale and weight is given. The returned field raises ValueError if cond is
+    None.
 
     Example:
         x1, nfe = integrate(guided(velocity, -1, scale=2.0), x0, labels)
@@ -275,8 +278,8 @@ def integrate_sde(
     """Returns samples of dX = (v + g²/2 · score) dt + g dW, and the total number of evaluations of velocity and score.
 
     For any g(t) ≥ 0, the SDE has the same marginals as the ODE. The method is Euler-Maruyama; the last step adds no
-    noise. diffusion: g as a function of t. score(t, x, cond): a function that returns ∇ log p_t, for instance with
-    `flowgen.matching.velocity_to_score`.
+    noise. diffusion: g as a function of t. score(t, x, cond): a function that returns ∇ log p_t, for instance computed
+    by `flowgen.matching.velocity_to_score`.
 
     Example:
         x1, nfe = integrate_sde(velocity, score, x0, key, num_steps=200)

@@ -1,4 +1,4 @@
-"""Distributions of training times on [0, 1]. They are called as (key, batch) -> t; as classes, they print readably."""
+"""Distributions of training times on [0, 1]: classes whose instances are called as (key, batch) -> t."""
 
 from __future__ import annotations
 
@@ -30,7 +30,8 @@ class Uniform:
 class LogitNormal:
     """Logit-normal times: t = sigmoid(mean + std z), where z is standard normal (Esser et al., arXiv 2403.03206).
 
-    EDM's distribution corresponds to mean 1.2 and std 1.2, because data are at t = 1 here.
+    EDM's distribution corresponds to mean 1.2 and std 1.2. EDM's mean is -1.2, and its sign changes because data are at
+    t = 1 here.
 
     mean: mean of the logit of t; a positive mean favours times near the data.
     std: standard deviation of the logit of t; positive.
@@ -45,7 +46,7 @@ class LogitNormal:
 
 @config
 class Shifted:
-    """Uniform times shifted towards the noise: with s = 1 - t and k = shift, s' = k s / (1 + (k - 1) s).
+    """Uniform times that are shifted towards the noise: s = 1 - t is replaced by k s / (1 + (k - 1) s).
 
     shift: k, positive; 1 for no shift.
     """

@@ -124,7 +124,7 @@ class UNetConfig:
             if factor not in factors:
                 known = ", ".join(map(str, factors))
                 raise ValueError(
-                    f"attention_factors has {factor}; choose from the factors of this network's levels: {known}."
+                    f"attention_factors contains {factor}; choose from the factors of this network's levels: {known}."
                 )
 
     def _check_widths(self):
@@ -180,7 +180,7 @@ class UNetConfig:
 
     @property
     def softmax_shapes(self) -> tuple[SoftmaxShape, ...]:
-        """The shapes of the attention at the levels that have attention, and in the middle of the network."""
+        """The attention shapes at the levels that have attention, and in the middle of the network."""
         height, width = self.image_hw
         return tuple(
             SoftmaxShape(height * width // 4**level, heads, channels // heads, self.dtype)

@@ -2,9 +2,9 @@
 
 A velocity network is a Flax module that is called as `network.apply(variables, t, x, cond, interval, train=False)`. The
 times t have shape `b` and run from 0 (noise) to 1 (data). x has shape `b *event`. cond is None or integer labels of
-shape `b`, where -1 means no label. interval has shape `b`; only networks whose config sets `intervals` use it. They
-return the average velocity from t to t + interval (MeanFlow), or the velocity itself if interval is 0 or None. The
-module's field `config` is a `NetworkConfig`.
+shape `b`, where -1 means no label. interval has shape `b`; only networks whose config sets `intervals` use it. Such a
+network returns the average velocity from t to t + interval (MeanFlow), or the velocity itself if interval is 0 or None.
+The module's field `config` is a `NetworkConfig`.
 """
 
 from __future__ import annotations
@@ -115,10 +115,10 @@ class VelocityMLP(OnMeshes, nn.Module):
 
 
 def check_inputs(config: Any, t: Array, x: Array) -> None:
-    """Raises ValueError unless x is a batch of samples of the config's shape and t has one time per sample."""
+    """Raises ValueError unless x is a batch of samples of the config's shape and t contains one time per sample."""
     check_floating("x", x)
     if x.shape[1:] != config.event_shape:
         shape = ", ".join(map(str, config.event_shape))
-        raise ValueError(f"x has shape {tuple(x.shape)}; this network takes (batch, {shape}).")
+        raise ValueError(f"x has shape {tuple(x.shape)}; this network requires (batch, {shape}).")
     if getattr(t, "shape", None) != x.shape[:1]:
         raise ValueError(f"t is {shown(t)}; give one time per sample, as an array of shape {tuple(x.shape[:1])}.")

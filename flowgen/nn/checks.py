@@ -11,9 +11,10 @@ ImageSize = SupportsIndex | Sequence[SupportsIndex]
 
 
 def image_sides(image_size: object, name: str = "image_size") -> tuple[int, int]:
-    """Returns (height, width) of an image size, which is given as one side or as both; sides are integers of any type.
+    """Returns (height, width) for an image size, which is one side of a square or a pair of sides.
 
-    name: what the error message calls the field. Raises ValueError unless both sides are at least 1.
+    The sides may be integers of any type. name: what the error message calls the field. Raises ValueError unless both
+    sides are at least 1.
     """
     sides = image_size if isinstance(image_size, tuple | list) else (image_size, image_size)
     whole = [_whole(side) for side in sides]
@@ -23,7 +24,7 @@ def image_sides(image_size: object, name: str = "image_size") -> tuple[int, int]
 
 
 def _whole(value: Any) -> int:
-    """Returns a whole number as a Python int; 0 for any other value."""
+    """Returns an integer of any type as a Python int, and 0 for any other value."""
     try:
         return 0 if isinstance(value, bool) else operator.index(value)
     except TypeError:
@@ -42,7 +43,7 @@ def check_patches(image_size: object, patch_size: int) -> None:
 
 
 def check_implementation(implementation: str, attention: object) -> None:
-    """Raises ValueError if `implementation` is not "auto" although the attention is not softmax attention."""
+    """Raises ValueError if an implementation other than "auto" is set for attention other than softmax attention."""
     if implementation != "auto" and not (isinstance(attention, str) and attention == "softmax"):
         raise ValueError(
             f"attention_implementation is {implementation!r}, which applies only to softmax attention, but attention "

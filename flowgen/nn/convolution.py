@@ -19,7 +19,7 @@ from flowgen.attention import softmax_attention
 from flowgen.backend import Implementation
 from flowgen.nn.layers import linear, master_dtype, uniform_bias
 
-# Stores what a layer needs from the frames before its input; None at the start of a clip, and for images.
+# What a layer stores from the frames before its input; None at the start of a clip, and for images.
 Cache = PyTree
 Padding = int | tuple[tuple[int, int], ...]
 
@@ -35,7 +35,7 @@ def conv(
     zero: bool = False,
     name: str | None = None,
 ) -> nn.Conv:
-    """Returns a side × side convolution of `channels` input channels.
+    """Returns a side × side convolution with `channels` input channels and `features` output channels.
 
     padding: as in Flax; None means side // 2, which keeps the size at stride 1 for odd sides. zero: whether the
     parameters are initialised to zero; otherwise, they are initialised as in PyTorch.
@@ -114,8 +114,8 @@ class ResidualBlock(nn.Module):
     skip is the identity or, if the width changes, a linear map. With an embedding e, the second norm(h) is replaced by
     norm(h + W e). If `scale_shift`, it is replaced by norm(h) (1 + a) + b instead, with (a, b) = W e.
 
-    norm: a function name -> layer. convolve: `convolve_image`, or `convolve_clip` for clips. zero: whether the last
-    convolution is initialised to zero.
+    norm: a function that returns a norm layer, given its `name`. convolve: `convolve_image`, or `convolve_clip` for
+    clips. zero: whether the last convolution is initialised to zero.
 
     Example:
         block = ResidualBlock(64, "float32", functools.partial(group_norm, 32, "float32", epsilon=1e-6))
@@ -163,10 +163,10 @@ class ResidualBlock(nn.Module):
 
 
 class SpatialAttention(nn.Module):
-    """x + W attention(norm(x)) over the positions of each image, or of each frame of a clip.
+    """x + W attention(norm(x)), where each position attends to its whole image or, in a clip, to its own frame.
 
-    The cache is returned unchanged. norm: a function name -> layer. zero: whether W is initialised to zero, so that the
-    layer is initially the identity. implementation: see `softmax_attention`.
+    The cache is returned unchanged. norm: a function that returns a norm layer, given its `name`. zero: whether W is
+    initialised to zero, so that the layer is initially the identity. implementation: see `softmax_attention`.
 
     Example:
         attention = SpatialAttention("float32", functools.partial(group_norm, 32, "float32", epsilon=1e-6))

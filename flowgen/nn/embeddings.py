@@ -21,7 +21,7 @@ EMBEDDING_STDDEV = 0.02
 def class_rows(
     table: Float[Array, "classes_and_none d"], labels: Int[Array, " b"] | None, batch: int
 ) -> Float[Array, "b d"]:
-    """Returns the row of the table for each label.
+    """Returns the table row of each label.
 
     The label -1 selects the last row, and so does `labels=None`. For labels outside -1..classes-1, the row is NaN: a
     compiled program cannot raise an error, and NaN is safer than the row of another class.
@@ -50,9 +50,9 @@ def class_embedding(
 def class_one_hot(
     labels: Int[Array, " b"] | None, num_classes: int, batch: int, dtype: jnp.dtype
 ) -> Float[Array, "b classes_and_none"]:
-    """Returns one-hot rows with num_classes + 1 columns; the last column means no class.
+    """Returns one-hot rows with num_classes + 1 columns, the last of which stands for no class.
 
-    STARFlow treats a class as a text of one token with these features (arXiv 2506.06276).
+    STARFlow treats a class as a one-token text with these features (arXiv 2506.06276).
     """
     return class_rows(jnp.eye(num_classes + 1, dtype=dtype), labels, batch)
 
@@ -80,11 +80,11 @@ def normal_dense(features: int, fan_in: int, name: str) -> nn.Dense:
 
 
 class ConditionEmbedding(nn.Module):
-    """Embeds the condition of a network: the sum, `b width`, of time, interval and class embeddings.
+    """Embeds a network's condition as the sum of time, interval and class embeddings, with shape `b width`.
 
     Times are multiplied by time_scale and mapped to `frequencies` sinusoidal features, which pass through two Dense
-    layers with a SiLU between them. Classes are looked up in a table whose last row means no class. dense: a function
-    (features, fan_in, name) -> layer. table_std: standard deviation of the initial table.
+    layers with a SiLU between them. Classes are looked up in a table whose last row stands for no class. dense: a
+    function of (features, fan_in, name) that returns a layer. table_std: standard deviation of the initial table.
 
     Example:
         c = ConditionEmbedding(width=256, num_classes=10, intervals=False).apply(params, t, cond, None)

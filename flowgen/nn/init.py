@@ -1,4 +1,4 @@
-"""Initialises any model."""
+"""Initialises the variables of any model."""
 
 from __future__ import annotations
 
@@ -16,10 +16,10 @@ from flowgen.nn.layers import master_dtype
 def init(network: nn.Module, key: Key[Array, ""]) -> PyTree:
     """Returns freshly initialised variables of a model. For a flow, they include those of its denoiser.
 
-    The initialisation is compiled. If the model defines `initial_variables(key)`, this method is called; flows define
-    it so that their blocks share compiled programs. Otherwise, the config's `inputs` gives the shapes and dtypes of the
-    model's arguments. A config without `inputs` belongs to a velocity network, whose arguments are times and samples of
-    the config's `event_shape`.
+    The initialisation is compiled. If the model has a method `initial_variables(key)`, the result comes from this
+    method; flows define it so that their blocks share compiled programs. Otherwise, the config's `inputs` gives the
+    shapes and dtypes of the model's arguments. A config without `inputs` belongs to a velocity network, whose arguments
+    are times and samples of the config's `event_shape`.
 
     Raises ValueError if the network has no config or the key is invalid.
 

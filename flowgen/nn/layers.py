@@ -24,14 +24,14 @@ ACTIVATIONS: dict[str, Callable[[Array], Array]] = {
     "silu": jax.nn.silu,
     "relu_squared": lambda x: jnp.square(jax.nn.relu(x)),
 }
-# Gated MLPs compute down(activation(gate(x)) · up(x)). Maps the name of each gated MLP to the activation of its gate.
+# Maps the name of each gated MLP to the activation of its gate. Gated MLPs compute down(activation(gate(x)) · up(x)).
 GATED_ACTIVATIONS = {"geglu": "gelu_tanh"}
 TORCH_LAYER_NORM_EPS = 1e-5
 RMS_NORM_EPS = 1e-6
 
 
 def master_dtype(dtype: str) -> jnp.dtype:
-    """Returns the dtype of parameters, affine maps and log-determinants for a given compute dtype; at least float32.
+    """Returns the dtype of parameters, affine maps and log-determinants for a given compute dtype: at least float32.
 
     Example:
         master_dtype("bfloat16")  # float32
@@ -61,8 +61,8 @@ def linear(
 ) -> nn.Dense:
     """Returns a Dense layer initialised like PyTorch's Linear: kernel and bias from U(-1/√fan_in, 1/√fan_in).
 
-    zero_kernel, zero_bias: whether the kernel or the bias is initialised to zero instead. In the published output
-    layers, only the kernel is.
+    zero_kernel, zero_bias: whether the kernel or the bias is initialised to zero instead. The published output layers
+    initialise only the kernel to zero.
 
     Example:
         proj = linear(256, fan_in=128, dtype="float32")
@@ -83,8 +83,8 @@ def linear(
 def cast_linear(params: Mapping[str, Any], dtype: str) -> dict[str, Any]:
     """Returns the parameters of modules, with the kernels and biases of their Dense layers cast to `dtype`.
 
-    A Dense layer casts these to its dtype whenever it is applied, so its results do not change. The parameters of norms
-    are not cast, because norms compute with them at full precision.
+    A Dense layer would cast these to its dtype whenever it is applied, so its results do not change. The parameters of
+    norms are not cast, because norms compute with them at full precision.
 
     Example:
         params = cast_linear(params, "bfloat16")
@@ -111,7 +111,7 @@ def layer_norm(dtype: str) -> nn.LayerNorm:
 class RMSNorm(nn.Module):
     """x / √(mean x² + epsilon) · (offset + weight), computed in float32; the result has the dtype `dtype`.
 
-    offset: 1 as in Gemma and STARFlow, whose stored weights are near 0, or 0 as in T5. The weight is initialised so
+    offset: 1, as in Gemma and STARFlow, whose stored weights are near 0; or 0, as in T5. The weight is initialised so
     that offset + weight is 1.
 
     Example:

@@ -1,4 +1,4 @@
-"""The shapes of a model's softmax attention; they suffice to plan its implementation without running the model."""
+"""The shapes of a model's softmax attention, from which its implementation can be planned without running the model."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ class SoftmaxShape(NamedTuple):
         return f"{self.num_tokens} tokens, {self.num_heads} heads of {self.head_dim}, {self.dtype}"
 
     def plan(self, implementation: Implementation, platform: str) -> AttentionPlan:
-        """Returns the plan for attention of this shape on a platform; see `attention_plan`."""
+        """Returns the plan for attention with this shape on a platform; see `attention_plan`."""
         key_heads = self.num_heads if self.num_kv_heads is None else self.num_kv_heads
         q, k = (
             jax.ShapeDtypeStruct((1, self.num_tokens, heads, self.head_dim), jnp.dtype(self.dtype))

@@ -40,8 +40,8 @@ class TransformerConfig:
     remat: whether the backward pass recomputes the activations of each layer; `flowgen.backend.layer_form` defines
     "auto". This choice changes results only by rounding, and does not change the parameters.
     scan: True, for training, stores parameters with a leading axis of `num_layers`. False, for decoding, gives each
-    layer its own parameters and cache: inside a loop over tokens, a scan over layers would copy the weights and the
-    cache of every layer out of the stack for each token.
+    layer its own parameters and cache: inside a loop over tokens, a scan over layers would copy every layer's weights
+    and cache out of the stack for each token.
     window: attention to nearby frames, which replaces causal attention; a stack with a window accepts no caches.
     attention_implementation: the implementation of softmax attention over whole sequences; see `softmax_attention`.
     """
@@ -183,10 +183,10 @@ class LayerLoop(nn.Module):
 def transformer_stack(config: TransformerConfig) -> nn.Module:
     """Returns a module that applies all layers: (h, caches, start, inverse_temperature, rotation) -> (h, caches).
 
-    caches: None for a whole sequence from position 0; otherwise, one kernel cache per layer, only with `scan=False`.
-    start: the cache slot of h[:, 0]. inverse_temperature: None, or an array `b` of factors for the attention logits.
-    rotation: None, or (cos, sin), each `n r`, for the rotary rotation of the queries and keys of these tokens. Keys are
-    cached after the rotation.
+    caches: None for a whole sequence from position 0; otherwise, one kernel cache per layer, which requires
+    `scan=False`. start: the cache slot of h[:, 0]. inverse_temperature: None, or an array `b` of factors for the
+    attention logits. rotation: None, or (cos, sin), each `n r`, of the angles by which the queries and keys of these
+    tokens are rotated. Keys are cached after the rotation.
 
     Example:
         h, caches = stack(h, None, 0, None, None)
@@ -195,10 +195,10 @@ def transformer_stack(config: TransformerConfig) -> nn.Module:
 
 
 def activation_bytes(config: TransformerConfig, batch: int, n: int) -> int:
-    """Returns an estimate of the bytes of activations that one layer stores for the backward pass, in float32.
+    """Returns an estimate of how many bytes of float32 activations one layer stores for the backward pass.
 
-    For each token, the layer stores 8 vectors outside the MLP, 5 in the hidden layer of the MLP, and the attention
-    logits twice. For two shapes, XLA's memory plans for a CPU agree with this estimate to 5 %.
+    For each token, the layer stores 8 vectors outside the MLP, 5 vectors in the hidden layer of the MLP, and the
+    attention logits twice. For two shapes, XLA's memory plans for a CPU agree with this estimate to within 5 %.
     """
     return 4 * batch * n * ((8 + 5 * config.expansion) * config.width + 2 * config.num_heads * n)
 

@@ -1,4 +1,4 @@
-"""Reads and writes the arrays of a state with orbax, keyed by path. Supports only numpy arrays in a single process."""
+"""Uses orbax to read and write the arrays of a state by path. Supports only numpy arrays in a single process."""
 
 from __future__ import annotations
 
@@ -14,13 +14,13 @@ import numpy as np
 import orbax.checkpoint as ocp
 
 Flat = dict[str, np.ndarray]
-# These parts of a state are stored in separate folders, so that one can be read without verifying the others.
+# Parts of a state that are stored in separate folders, so that each can be read without verifying the others.
 GROUPS = ("params", "ema", "opt_state")
 REST = "other"
 
 
 def flatten(tree: Any) -> dict[str, Any]:
-    """Returns the leaves of a tree by path, such as "params/blocks_0/proj_in/kernel".
+    """Returns a dictionary of a tree's leaves by path, such as "params/blocks_0/proj_in/kernel".
 
     Example:
         names = sorted(flatten(state))
@@ -59,7 +59,7 @@ def check_layout(step: int, given: dict[str, Any], expected: dict[str, Any]) -> 
 def check_finite(step: int, flat: Flat) -> None:
     """Raises FloatingPointError if an array contains NaN or infinity; the message names the first such array.
 
-    Carried state may contain infinities; for example, the logarithm of a running mean that is still 0 is infinite.
+    Infinities are allowed in carried state, such as the logarithm of a running mean that is still 0.
 
     Example:
         check_finite(step, flatten(state))
@@ -83,7 +83,7 @@ def group_of(path: str) -> str:
 
 
 def write_arrays(directory: Path, flat: Flat) -> None:
-    """Writes each group of arrays to a separate new folder; raises ValueError or OSError if writing fails.
+    """Writes each group of arrays to a new folder of its own. Raises ValueError or OSError if writing fails.
 
     Example:
         write_arrays(Path("300.saving"), flatten(state))
@@ -98,7 +98,7 @@ def write_arrays(directory: Path, flat: Flat) -> None:
 
 
 def read_arrays(directory: Path, chosen: dict[str, Any]) -> Flat:
-    """Reads the arrays listed in a layout {path: [shape, dtype name]} from the folders of their groups.
+    """Reads the arrays that are listed in a layout {path: [shape, dtype name]} from the folders of their groups.
 
     Example:
         arrays = read_arrays(Path("checkpoints/300"), {"params/w": [[3], "float32"]})
@@ -116,7 +116,7 @@ def read_arrays(directory: Path, chosen: dict[str, Any]) -> Flat:
 
 @contextlib.contextmanager
 def _orbax() -> Generator[ocp.Checkpointer]:
-    """Yields a checkpointer for this process only. It neither waits for other processes nor logs errors."""
+    """Yields a checkpointer for this process only, which neither waits for other processes nor logs errors."""
     here = jax.process_index()
     alone = ocp.options.MultiprocessingOptions(
         primary_host=here, active_processes={here}, barrier_sync_key_prefix=f"flowgen-{here}"
@@ -132,7 +132,7 @@ def _orbax() -> Generator[ocp.Checkpointer]:
 
 
 def _is_not_of_orbax(record: logging.LogRecord) -> bool:
-    """Returns False for log messages of orbax's threads; most are tracebacks of errors that are also raised here."""
+    """Returns False for log messages of orbax. Most of them are tracebacks of errors that are also raised here."""
     return "orbax" not in record.pathname
 
 

@@ -4,9 +4,9 @@
 <directory>/<step>/meta.json                       step, config, shape and dtype of each array, SHA-256 of each file
 <directory>/<step>/evaluation.json                 metrics of the step, once it has been evaluated
 
-meta.json is written last. A folder with a missing file therefore comes from an interrupted deletion or copy, and is
-ignored. A complete folder with a changed file is a damaged checkpoint. Reading a damaged checkpoint raises an error,
-because silently resuming from an older one would hide the damage.
+meta.json is written last. If a file is missing from a folder, a deletion or copy was therefore interrupted, and the
+folder is ignored. A complete folder with a changed file is a damaged checkpoint. Reading a damaged checkpoint raises an
+error, because silently resuming from an older one would hide the damage.
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ EVALUATION = "evaluation.json"
 _STEP = re.compile(r"0|[1-9][0-9]{0,17}")
 # Suffixes of the folders of unfinished saves and deletions. Training removes these folders when it next opens the run.
 SAVING, DELETED = "saving", "deleted"
-# If a checkpoint has lost files, the reason why it is not complete begins with one of these.
+# The reason why a checkpoint is not complete begins with one of these if it has lost files.
 _BROKEN = ("it has no", "it lacks")
 _LEFTOVER = re.compile(rf"[0-9]+\.({SAVING}|{DELETED})(-[0-9]+)?")
 
@@ -37,7 +37,7 @@ _LEFTOVER = re.compile(rf"[0-9]+\.({SAVING}|{DELETED})(-[0-9]+)?")
 class CheckpointReader:
     """Reads the complete checkpoints of a directory.
 
-    It writes nothing, so it can be used while a run is training in the directory.
+    Writes nothing, so it can be used while a run is training in the directory.
 
     Example:
         reader = CheckpointReader("runs/digits/checkpoints")
@@ -48,19 +48,22 @@ class CheckpointReader:
         self.directory = Path(directory).absolute()
 
     def steps(self) -> list[int]:
-        """Returns the steps of complete checkpoints, in ascending order; ignores other entries."""
+        """Returns the steps of the complete checkpoints, in ascending order. Ignores other entries."""
         return sorted(int(name) for name, why in self._entries().items() if why is None)
 
     def latest_step(self) -> int | None:
-        """Returns the latest step, or None."""
+        """Returns the latest step, or None if there are no complete checkpoints."""
         return max(self.steps(), default=None)
 
     def passed_over(self) -> dict[str, str]:
-        """Returns {name: reason} for entries that are not checkpoints, except unfinished saves and deletions."""
+        """Returns {name: reason} for entries that are not complete checkpoints.
+
+        Unfinished saves and deletions are left out.
+        """
         return {name: why for name, why in self._entries().items() if why is not None}
 
     def check_not_broken(self) -> None:
-        """Raises ValueError if the directory contains checkpoints, but all of them have lost files.
+        """Raises ValueError if the directory contains checkpoints but each of them has lost files.
 
         Example:
             CheckpointReader("runs/digits/checkpoints").check_not_broken()
@@ -75,7 +78,7 @@ class CheckpointReader:
             )
 
     def meta(self, step: int) -> dict[str, Any]:
-        """Returns the `manifest` plus `metrics`, which is empty if the step has not been evaluated.
+        """Returns the `manifest` of a step plus `metrics`, which is empty if the step has not been evaluated.
 
         Raises:
             ValueError: the checkpoint is missing or damaged, or belongs to another step; the message names the step.
@@ -83,7 +86,7 @@ class CheckpointReader:
         return {**self.manifest(step), "metrics": self.evaluation(step) or {}}
 
     def manifest(self, step: int) -> dict[str, Any]:
-        """Returns what was saved with the arrays: `config`, `arrays` (path: [shape, dtype]), `files` (path: digest).
+        """Returns a step's metadata: `config`, `arrays` (path: [shape, dtype]) and `files` (path: digest).
 
         Raises:
             ValueError: the checkpoint is missing or damaged, or belongs to another step; the message names the step.
@@ -117,7 +120,7 @@ class CheckpointReader:
         return saved["metrics"]
 
     def arrays(self, step: int, choose: Callable[[str], bool] = lambda path: True) -> Flat:
-        """Returns the saved arrays with the chosen paths, after checking their files against the digests.
+        """Returns the saved arrays whose paths are chosen, after checking their files against the digests.
 
         Raises:
             ValueError: a file is missing, truncated or changed; the message names the file and the step.
@@ -129,7 +132,7 @@ class CheckpointReader:
         return read_arrays(self.directory / str(step), chosen)
 
     def restore(self, step: int, like: Any) -> Any:
-        """Returns the state of a step as numpy arrays in the structure of `like`, a tree of (abstract) arrays.
+        """Returns the state of a step as numpy arrays, with the same structure as `like`, a tree of (abstract) arrays.
 
         Raises:
             ValueError: the checkpoint is damaged, belongs to another step, or does not fit `like`.
@@ -144,9 +147,11 @@ class CheckpointReader:
         return jax.tree.unflatten(jax.tree.structure(like), [read[name] for name in flatten(like)])
 
     def variables(self, step: int, params: Any, *, ema: bool = True) -> dict[str, Any]:
-        """Returns the weights and carried collections of a step; with `ema`, the averaged weights if they were saved.
+        """Returns a step's weights and carried collections.
 
-        params: a tree of (abstract) arrays with the structure of the weights. Optimizer moments are not read.
+        If `ema` is true and averaged weights were saved, these are returned. The optimizer's state is not read.
+
+        params: a tree of (abstract) arrays with the structure of the weights.
 
         Raises:
             ValueError: the checkpoint is damaged, belongs to another step, or does not fit `params`.
@@ -163,7 +168,7 @@ class CheckpointReader:
         return {"params": tree[group], **tree.get("collections", {})}
 
     def _entries(self) -> dict[str, str | None]:
-        """Returns {name: reason} for the directory's entries; the reason is None for a complete checkpoint."""
+        """Returns {name: reason} for the directory's entries. The reason is None for a complete checkpoint."""
         if not self.directory.is_dir():
             return {}
         entries = sorted(self.directory.iterdir())
@@ -188,7 +193,7 @@ class CheckpointReader:
         try:
             files = self._read_meta(int(entry.name))["files"]
         except ValueError:
-            return None  # It is damaged, and reading it raises an error.
+            return None  # damaged but complete, so reading it raises an error
         gone = [name for name in files if not os.path.lexists(entry / name)]
         return f"{_BROKEN[1]} {gone[0]}" if gone else None
 

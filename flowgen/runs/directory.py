@@ -1,4 +1,4 @@
-"""The layout of a run directory, and functions that read it; they can be called while the run is training.
+"""The layout of a run directory, and functions that read it, which can be called while the run is training.
 
 <run>/config.json      the experiment, with the digest of its values
 <run>/data.json        a summary of the data, and the list of its files
@@ -31,9 +31,9 @@ PROFILE = "profile"
 
 
 def is_run(run_dir: str | Path) -> bool:
-    """Returns whether a directory has a config.json written by a run, rather than one published with a model.
+    """Returns whether a directory has a config.json that was written by a run, rather than published with a model.
 
-    Raises ValueError if its config is not JSON.
+    Raises ValueError if config.json is not JSON.
 
     Example:
         is_run("runs/digits")
@@ -43,7 +43,7 @@ def is_run(run_dir: str | Path) -> bool:
 
 
 def was_trained_in(directory: str | Path) -> bool:
-    """Returns whether training has written a run's config or a complete checkpoint into a directory.
+    """Returns whether a directory contains a run's config or a complete checkpoint.
 
     Example:
         was_trained_in("photos/run")
@@ -52,7 +52,7 @@ def was_trained_in(directory: str | Path) -> bool:
         if is_run(directory):
             return True
     except (OSError, ValueError):
-        pass  # The config is damaged but may belong to a run.
+        pass  # the config is damaged but may belong to a run
     try:
         return CheckpointReader(Path(directory) / CHECKPOINTS).latest_step() is not None
     except OSError:
@@ -60,7 +60,7 @@ def was_trained_in(directory: str | Path) -> bool:
 
 
 def read_config(run_dir: str | Path) -> dict[str, Any]:
-    """Returns the JSON of a run's config.
+    """Returns a run's config as plain JSON values.
 
     Raises:
         FileNotFoundError: the directory does not exist or is not a run; the message says which.
@@ -81,7 +81,7 @@ def read_config(run_dir: str | Path) -> dict[str, Any]:
         raise FileNotFoundError(
             f"checkpoint {run_dir} is not a flowgen run, because it has no {CONFIG_FILE}; give the --workdir of a run."
         )
-    # Checkpoints contain the config too.
+    # The config can be recreated, because checkpoints also contain it.
     instead = ", or delete it and run the training command again to recreate it" if kept else ""
     try:
         config = read_json(path)
@@ -104,7 +104,7 @@ def write_config(run_dir: str | Path, config: dict[str, Any]) -> None:
 
 
 def data_changes(run_dir: str | Path, inventory: Inventory) -> str:
-    """Returns a line that describes how the data have changed since a run began, or "" if they have not.
+    """Returns a line that describes how the data have changed since the run was last started, or "" if they have not.
 
     Example:
         data_changes("runs/photos", inventory)
@@ -119,7 +119,7 @@ def data_changes(run_dir: str | Path, inventory: Inventory) -> str:
 
 
 def check_workdir(workdir: Path, check_config: Callable[[dict[str, Any]], None], *, locks: bool = True) -> None:
-    """Raises an error if a directory contains anything but a run with this config. Writes nothing.
+    """Raises an error if a directory contains anything other than a run with this config. Writes nothing.
 
     locks: whether to also raise BlockingIOError if another process is training there.
 
@@ -130,7 +130,7 @@ def check_workdir(workdir: Path, check_config: Callable[[dict[str, Any]], None],
         check_unlocked(workdir)
     _check_kinds(workdir)
     if CheckpointReader(workdir / CHECKPOINTS).latest_step() is not None and not (workdir / CONFIG_FILE).exists():
-        return  # The config in the checkpoint is compared instead.
+        return  # the checkpoint's config is compared instead
     if (workdir / CONFIG_FILE).exists():
         try:
             check_config(read_config(workdir))
@@ -147,13 +147,13 @@ def _check_kinds(workdir: Path) -> None:
             raise NotADirectoryError(f"{workdir / name} is not a folder; remove it.")
     for name in (DATA_FILE, LOCK_FILE):
         path = workdir / name
-        is_elsewhere = name == LOCK_FILE and path.is_symlink()  # A link would lock another directory.
+        is_elsewhere = name == LOCK_FILE and path.is_symlink()  # a link would lock another directory
         if os.path.lexists(path) and (is_elsewhere or not is_regular(path)):
             raise FileExistsError(f"{path} is not a regular file; remove it.")
 
 
 def _is_foreign(path: Path) -> bool:
-    """Returns whether a file or folder cannot have been left by a run that was killed during its start."""
+    """Returns whether a file or folder cannot be a remnant of a run that was killed while it started."""
     if path.name == CHECKPOINTS and path.is_dir():
         return any(path.iterdir())
     return path.name != LOCK_FILE and not is_temporary(path.name)

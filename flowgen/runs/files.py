@@ -1,4 +1,4 @@
-"""Reads and writes a run's files. Writes are atomic, and reads refuse pipes and other files that are not regular."""
+"""Reads and writes a run's files. Writes are atomic. Reads refuse pipes and other files that are not regular."""
 
 from __future__ import annotations
 
@@ -14,11 +14,11 @@ from flowgen.data.media import atomic_file
 from flowgen.documents import parse_json
 
 DIGEST = "sha256"
-_TEMPORARY = re.compile(r"\..+\.[0-9]+-[0-9a-f]{8}\.tmp")  # names of unfinished `atomic_file`s
+_TEMPORARY = re.compile(r"\..+\.[0-9]+-[0-9a-f]{8}\.tmp")  # names of unfinished files of `atomic_file`
 
 
 def read_json(path: str | Path) -> dict[str, Any]:
-    """Returns the object in a JSON file.
+    """Returns the JSON object in a file.
 
     Raises:
         OSError: the file is missing or cannot be read.
@@ -39,7 +39,7 @@ def read_json(path: str | Path) -> dict[str, Any]:
 
 
 def read_bytes(path: str | Path) -> bytes:
-    """Returns the bytes of a regular file; raises ValueError for anything else, such as a pipe that would block.
+    """Returns the bytes of a regular file. Raises ValueError for anything else, such as a pipe, which would block.
 
     Example:
         content = read_bytes("runs/digits/metrics.jsonl")
@@ -49,7 +49,7 @@ def read_bytes(path: str | Path) -> bytes:
 
 
 def digest_of_file(path: str | Path) -> str:
-    """Returns the SHA-256 of a regular file; raises ValueError for anything else.
+    """Returns the SHA-256 digest of a regular file. Raises ValueError for anything else.
 
     Example:
         same = digest_of_file("a") == digest_of_file("b")
@@ -71,7 +71,7 @@ def is_regular(path: str | Path) -> bool:
 
 
 def signed(value: dict[str, Any]) -> dict[str, Any]:
-    """Returns the values plus their digest, which `verified` checks.
+    """Returns the values together with their digest, which `verified` checks.
 
     Example:
         write_json(path, signed({"step": 3}))
@@ -80,7 +80,7 @@ def signed(value: dict[str, Any]) -> dict[str, Any]:
 
 
 def verified(value: dict[str, Any]) -> dict[str, Any]:
-    """Returns the values without their digest; raises ValueError if the digest is missing or does not match.
+    """Returns the values without their digest. Raises ValueError if the digest is missing or does not match.
 
     Example:
         verified(signed({"step": 3})) == {"step": 3}
@@ -96,7 +96,7 @@ def verified(value: dict[str, Any]) -> dict[str, Any]:
 
 
 def write_json(path: str | Path, value: dict[str, Any]) -> None:
-    """Writes an object as JSON, atomically.
+    """Writes an object to a JSON file atomically.
 
     Example:
         write_json("runs/digits/config.json", signed(config))
@@ -105,7 +105,7 @@ def write_json(path: str | Path, value: dict[str, Any]) -> None:
 
 
 def write_bytes(path: str | Path, content: bytes) -> None:
-    """Writes a file atomically; an existing file or link at `path` is replaced, not written to.
+    """Writes a file atomically. An existing file or link at `path` is replaced, not written to.
 
     Example:
         write_bytes("runs/digits/metrics.jsonl", b"")
@@ -115,7 +115,7 @@ def write_bytes(path: str | Path, content: bytes) -> None:
 
 
 def is_temporary(name: str) -> bool:
-    """Returns whether this is the name of an unfinished `atomic_file`.
+    """Returns whether a file name is one that `atomic_file` gives to an unfinished file.
 
     Example:
         is_temporary(".config.json.123-0a1b2c3d.tmp")
@@ -124,7 +124,7 @@ def is_temporary(name: str) -> bool:
 
 
 def remove_temporaries(directory: str | Path) -> None:
-    """Removes the unfinished files of `atomic_file` that killed processes left in a directory.
+    """Removes the unfinished files that killed processes have left in a directory.
 
     Example:
         remove_temporaries("runs/digits")
@@ -136,7 +136,7 @@ def remove_temporaries(directory: str | Path) -> None:
 
 
 def sync(path: str | Path) -> None:
-    """Waits until a file or directory is on disk, as far as the system reports.
+    """Waits until the system reports that a file or directory is on disk.
 
     Example:
         sync("runs/digits/config.json")

@@ -18,9 +18,9 @@ LOCK_FILE = "lock"
 
 
 class RunLock:
-    """Holds the lock of a run directory until `release` is called. Reading a run does not require the lock.
+    """Locks a run directory until `release` is called. Reading a run does not require the lock.
 
-    protects: whether the file system supports locks; if not, other processes can train here too.
+    protects: whether the file system supports locks. If it does not, other processes can train here at the same time.
 
     Raises:
         BlockingIOError: another process is training in the directory; the message names the process.
@@ -50,7 +50,7 @@ class RunLock:
         os.register_at_fork(after_in_child=lambda: (method := release()) and method())
 
     def holds(self) -> bool:
-        """Returns whether the lock file in the directory is still the one that was locked."""
+        """Returns whether the lock file in the directory is still the file that was locked."""
         try:
             there = os.stat(self.path)
         except OSError:
@@ -58,7 +58,7 @@ class RunLock:
         return os.path.samestat(there, os.fstat(self._descriptor))
 
     def release(self) -> None:
-        """Releases the lock, so that another process may train here."""
+        """Releases the lock, so that another process can train here."""
         if self._held:
             self._held = False
             os.close(self._descriptor)
@@ -75,18 +75,18 @@ class Place:
 
     def __init__(self, path: str | Path):
         self.path = Path(path)
-        # The descriptor stays open, so that no new directory can reuse the inode number of this one after its deletion.
+        # The descriptor stays open, so that no new directory can reuse the inode number after this one is deleted.
         self._descriptor = os.open(path, os.O_RDONLY)
 
     def is_same(self) -> bool:
-        """Returns whether the directory is still at its path."""
+        """Returns whether the path still leads to the same directory."""
         try:
             return os.path.samestat(os.stat(self.path), os.fstat(self._descriptor))
         except OSError:
             return False
 
     def close(self) -> None:
-        """Closes the directory."""
+        """Closes the directory, which is kept open to identify it."""
         os.close(self._descriptor)
 
 
@@ -108,7 +108,7 @@ def check_unlocked(run_dir: str | Path) -> None:
 
 
 def _take(descriptor: int, path: Path) -> bool:
-    """Takes the lock and returns True; returns False if the file system has no locks."""
+    """Acquires the lock and returns True. Returns False if the file system does not support locks."""
     if fcntl is None:
         return False
     try:
@@ -118,7 +118,7 @@ def _take(descriptor: int, path: Path) -> bool:
             f"workdir {path.parent} is in use by {_holder(path)}; wait until it ends, or give another directory."
         ) from error
     except OSError:
-        return False  # Some network file systems have no locks.
+        return False  # some network file systems do not support locks
     return True
 
 

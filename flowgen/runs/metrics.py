@@ -1,4 +1,4 @@
-"""The metrics of a run, as rows of `metrics.jsonl` and as TensorBoard events."""
+"""Stores the metrics of a run as rows of `metrics.jsonl` and as TensorBoard events."""
 
 from __future__ import annotations
 
@@ -12,8 +12,8 @@ from typing import IO, Any
 from flowgen.runs.files import read_bytes, write_bytes
 
 METRICS_FILE = "metrics.jsonl"
-EVAL = "eval/"  # Prefix of held-out metrics.
-# Metrics of speed and memory, explained in docs/training.md. If a step is repeated, only these change.
+EVAL = "eval/"  # prefix of held-out metrics
+# Metrics of speed and memory, explained in docs/training.md. Only these metrics change if a step is repeated.
 SPEED = (
     "steps_per_second",
     "samples_per_second",
@@ -27,10 +27,10 @@ SPEED = (
 
 
 class MetricsLog:
-    """Writes the metrics of one run; a resumed run drops the rows after the step it resumes from.
+    """Writes the metrics of a run. If the run is resumed, drops the rows after `first_step`, from which it resumes.
 
-    evaluated: whether the evaluation of that step is complete. An incomplete evaluation will be repeated, so its row is
-    dropped too.
+    evaluated: whether the evaluation of `first_step` is complete. An incomplete evaluation will be repeated, so its row
+    is dropped too.
 
     Example:
         log = MetricsLog("runs/digits", first_step=0, tensorboard=False)
@@ -45,14 +45,14 @@ class MetricsLog:
         self._events = _Events(self._path.parent, first_step) if tensorboard else None
 
     def write(self, step: int, metrics: dict[str, float]) -> None:
-        """Writes one row of metrics at a step."""
+        """Writes the metrics of a step as one row."""
         self._file.write((json.dumps({**metrics, "step": step}) + "\n").encode())
         self._file.flush()
         if self._events is not None:
             self._events.write(step, metrics)
 
     def restore(self, step: int) -> None:
-        """Recreates removed files: metrics.jsonl with all rows so far, and events with those of later steps only."""
+        """Recreates files that were removed: metrics.jsonl with all rows so far, and an event file for later steps."""
         if self._path.exists() and os.path.samestat(os.stat(self._path), os.fstat(self._file.fileno())):
             return
         self._file.seek(0)
@@ -63,25 +63,25 @@ class MetricsLog:
 
     def close(self) -> None:
         """Closes the files."""
-        with contextlib.suppress(OSError):  # If a row could not be written, `write` has already raised an error.
+        with contextlib.suppress(OSError):  # `write` has already raised an error if a row could not be written
             self._file.close()
         if self._events is not None:
             self._events.close()
 
 
 class _Events:
-    """Writes TensorBoard events immediately. The thread in tensorboardX's own writer dies if the disk is full."""
+    """Writes TensorBoard events immediately. The thread of tensorboardX's own writer would die if the disk is full."""
 
     def __init__(self, run_dir: Path, first_step: int):
         from tensorboardX import summary
         from tensorboardX.event_file_writer import EventsWriter
         from tensorboardX.proto import event_pb2 as untyped
 
-        event_pb2: Any = untyped  # The module's names are generated on import.
+        event_pb2: Any = untyped  # the module's names are generated on import
         self._summary, self._event = summary, event_pb2.Event
         self._writer = EventsWriter(str(run_dir / "events"), filename_suffix=f".{os.getpid()}")
         start = event_pb2.SessionLog(status=event_pb2.SessionLog.START)
-        self._write(first_step + 1, session_log=start)  # TensorBoard then ignores earlier events for these steps.
+        self._write(first_step + 1, session_log=start)  # makes TensorBoard ignore earlier events for these steps
 
     def write(self, step: int, metrics: dict[str, float]) -> None:
         for name, value in metrics.items():
@@ -96,7 +96,7 @@ class _Events:
 
 
 def last_step(run_dir: str | Path) -> int:
-    """Returns the last step in the metrics of a run, or 0 if there is none.
+    """Returns the last step in a run's metrics, or 0 if there are no metrics.
 
     Example:
         last_step("runs/digits")
@@ -118,7 +118,7 @@ def _stays(row: dict[str, Any], last: int, evaluated: bool) -> bool:
 
 
 def _rows(path: Path) -> list[tuple[bytes, dict[str, Any]]]:
-    """Returns the lines that are rows of metrics, and their contents."""
+    """Returns the lines that are rows of metrics, with their parsed contents."""
     found = []
     for line in read_bytes(path).splitlines():
         try:

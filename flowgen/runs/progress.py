@@ -1,4 +1,4 @@
-"""Shows the progress of training: as a bar on a terminal, and otherwise as one line per report."""
+"""Shows the progress of training, as a bar on a terminal or otherwise as one line per report."""
 
 from __future__ import annotations
 
@@ -23,9 +23,9 @@ SPEEDS = {
 
 
 class Progress:
-    """Shows loss, speed and time left on standard error.
+    """Shows the loss, the speed and the remaining time on standard error.
 
-    bar: whether to show a progress bar if standard error is a terminal; without a bar, each report is a line.
+    bar: whether to show a progress bar if standard error is a terminal. Without a bar, each report is a line.
 
     Example:
         progress = Progress(first_step=0, last_step=1000, bar=True)
@@ -38,24 +38,24 @@ class Progress:
         if bar and on_terminal():
             from tqdm import tqdm
 
-            # The speed and remaining time that tqdm itself measures would include compilation; ours do not.
+            # Unlike the speed and remaining time that tqdm measures, ours exclude compilation.
             form = "{percentage:3.0f}%|{bar}| {n_fmt}/{total_fmt}{postfix}"
             self._bar = tqdm(
                 total=last_step, initial=first_step, file=sys.stderr, dynamic_ncols=True, bar_format=form, leave=True
             )
 
     def advance(self, step: int) -> None:
-        """Moves the bar."""
+        """Moves the bar, if there is one, to a step."""
         if self._bar is not None:
             with _unseen():
                 self._bar.update(step - self._bar.n)
 
     def show(self, step: int, metrics: dict[str, float], seconds_left: float | None) -> None:
-        """Shows the metrics of a report. seconds_left: None if no speed is known yet."""
+        """Shows the metrics of a report. seconds_left: None if the speed is not known yet."""
         words = [f"{name} {metrics[name]:.4g}" for name in SHOWN if name in metrics]
         if "steps_per_second" in metrics:
             words.append(f"{metrics['steps_per_second']:.3g} steps/s")
-        if self._bar is None:  # A bar has no room for more.
+        if self._bar is None:  # a bar has no room for more
             words += [speed(metrics[name]) for name, speed in SPEEDS.items() if name in metrics]
         if seconds_left is not None:
             words.append(f"{clock(seconds_left)} left")
@@ -67,7 +67,7 @@ class Progress:
 
     def say(self, line: str) -> None:
         """Shows one line, above the bar if there is one."""
-        line = printable(line)  # It may include a folder's name, which can contain any character.
+        line = printable(line)  # may include the name of a folder, which can contain any character
         with _unseen():
             if self._bar is not None:
                 self._bar.write(line, file=sys.stderr)
@@ -83,7 +83,7 @@ class Progress:
 
 
 def _unseen() -> contextlib.suppress:
-    """Returns a context that ignores failed output, such as to a closed pipe, so that training continues."""
+    """Returns a context that ignores failures of output, for example to a closed pipe, so that training continues."""
     return contextlib.suppress(OSError, ValueError)
 
 
@@ -97,7 +97,7 @@ def on_terminal() -> bool:
 
 
 def clock(seconds: float) -> str:
-    """Returns a duration for display: "0:07", "12:30", "1:02:03".
+    """Returns a duration formatted for display, such as "0:07", "12:30" or "1:02:03".
 
     Example:
         clock(750) == "12:30"
@@ -112,7 +112,7 @@ def _whole(number: float) -> str:
 
 
 def with_prefix(number: float) -> str:
-    """Returns a number with three significant digits and a unit prefix, which may be empty: "1.25 T", "40 ".
+    """Returns a number with three significant digits and a unit prefix that may be empty, such as "1.25 T" or "40 ".
 
     Example:
         with_prefix(1.25e12) + "FLOP/s" == "1.25 TFLOP/s"

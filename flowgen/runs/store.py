@@ -1,6 +1,6 @@
 """Writes the checkpoints of a run in the background.
 
-A save is committed by renaming its folder. The folder of a checkpoint is renamed before it is deleted.
+A save is committed by renaming its folder. A checkpoint's folder is renamed before it is deleted.
 """
 
 from __future__ import annotations
@@ -22,16 +22,16 @@ from flowgen.runs.arrays import Flat, check_finite, flatten, layout, write_array
 from flowgen.runs.checkpoints import DELETED, EVALUATION, META, SAVING, CheckpointReader, finite, leftovers
 from flowgen.runs.files import DIGEST, digest_of_file, remove_temporaries, signed, sync, write_json
 
-# The number of attempts to remove the files of a failed save, and the seconds between two attempts.
+# The number of attempts to remove the files of a failed save, and the number of seconds between attempts.
 _SETTLING, _PAUSE = 40, 0.05
 
 
 class CheckpointStore(CheckpointReader):
-    """Saves checkpoints in the background; keeps the latest `keep` steps and the one with the lowest `best_metric`.
+    """Saves checkpoints in the background. Keeps the latest `keep` steps and the step with the lowest `best_metric`.
 
-    Opening a store removes what a killed process left unfinished. `close` waits for the current save.
+    Opening a store removes unfinished files that a killed process left behind. `close` waits for the current save.
 
-    say: called with a line about anything that is ignored or renamed.
+    say: a function that is called with a line of text about anything that is ignored or renamed.
 
     Example:
         with CheckpointStore("runs/digits/checkpoints", keep=3) as store:
@@ -88,7 +88,7 @@ class CheckpointStore(CheckpointReader):
     def score(self, step: int, metrics: dict[str, float]) -> None:
         """Adds evaluation metrics to a saved step, which may then become the best one.
 
-        If the step is still being saved, waits for the save to finish. Non-finite metrics are left out.
+        If the step is still being saved, waits until this is finished. Non-finite metrics are left out.
         """
         self.wait()
         _write_evaluation(self.directory / str(step), step, self._read_meta(step)[DIGEST], metrics)
@@ -96,12 +96,12 @@ class CheckpointStore(CheckpointReader):
         self._retire(step)
 
     def best(self) -> tuple[int, float] | None:
-        """Returns (step, value) for the kept step with the lowest `best_metric`; None if no step was evaluated."""
+        """Returns (step, value) for the kept step with the lowest `best_metric`, or None if no step was evaluated."""
         scored = [(value, -step) for step, value in self._scores.items() if value is not None]
         return (-min(scored)[1], min(scored)[0]) if scored else None
 
     def wait(self) -> None:
-        """Waits until the current save is committed; raises OSError with the reason if it failed."""
+        """Waits until the current save is committed. Raises OSError with the reason if the save failed."""
         if self._thread is not None:
             self._thread.join()
             self._thread = None
@@ -114,19 +114,19 @@ class CheckpointStore(CheckpointReader):
         try:
             self.wait()
         finally:
-            # After a failure, other writes may still be running; their messages are dropped until the process ends.
+            # After a failure, other writes may still be running. Their messages are dropped until the process ends.
             if sys.unraisablehook == self._unraisable and not self._failed:
                 sys.unraisablehook = self._hook
 
     def _unraisable(self, odd: Any) -> None:
-        """Drops tensorstore's errors about writes that end after another write has already failed."""
+        """Drops tensorstore's errors about writes that end after another write has failed."""
         if not (isinstance(odd.exc_value, RuntimeError) and "Event loop is closed" in str(odd.exc_value)):
             self._hook(odd)
 
     def _try(self, step: int, flat: Flat, meta: dict[str, Any], metrics: dict[str, float] | None) -> None:
         try:
             self._write(step, flat, meta, metrics)
-        except (OSError, ValueError, RuntimeError) as error:  # tensorstore raises the last two for disk errors.
+        except (OSError, ValueError, RuntimeError) as error:  # tensorstore raises the last two for disk errors
             self._failed = True
             self._error = OSError(
                 f"Checkpoint {step} could not be saved in '{self.directory}' ({_reason(error)}); earlier checkpoints "
@@ -198,7 +198,8 @@ class CheckpointStore(CheckpointReader):
         kept = {current, *steps[-self._keep :], *([] if best is None else [best[0]])}
         for step in steps:
             if step not in kept:
-                # The folder is renamed first, so that an interrupted deletion leaves nothing like a checkpoint.
+                # The folder is renamed first, so that an interrupted deletion leaves nothing that looks like a
+                # checkpoint.
                 gone = _free(self.directory / f"{step}.{DELETED}")
                 try:
                     os.rename(self.directory / str(step), gone)

@@ -1,4 +1,4 @@
-"""Writes to a run directory during training, and holds its lock."""
+"""Locks a run directory during training, and writes to it."""
 
 from __future__ import annotations
 
@@ -22,10 +22,11 @@ from flowgen.runs.store import CheckpointStore
 class RunWriter:
     """Locks a run directory for one training process, and writes its config, checkpoints, metrics and samples.
 
-    latest: the latest step at the time when the directory was read; None if it had no checkpoint.
+    latest: the latest step when the directory was read; None if it had no checkpoint.
 
-    Opening a writer creates the directory, acquires its lock and removes what a killed process left unfinished. `begin`
-    writes the config and opens the metrics. If the directory is removed, the next save recreates it and reports this.
+    Opening a writer creates the directory, acquires its lock and removes unfinished files that a killed process left
+    behind. `begin` writes the config and opens the metrics. If the directory is removed, the next save recreates it and
+    reports this.
 
     Raises:
         BlockingIOError: another process is training here, or has trained here since `latest` was read.
@@ -38,7 +39,7 @@ class RunWriter:
     """
 
     def __init__(self, workdir: str | Path, *, latest: int | None = None, keep: int, best_metric: str):
-        self.workdir = Path(workdir).absolute()  # An absolute path stays valid if the process changes its directory.
+        self.workdir = Path(workdir).absolute()  # stays valid if the process changes its directory
         self._shown = Path(workdir)
         self._keep, self._best_metric = keep, best_metric
         self._progress: Progress | None = None
@@ -59,7 +60,7 @@ class RunWriter:
                 self._folder = Place(self.workdir / CHECKPOINTS)
                 if self.store.latest_step() != latest:
                     raise BlockingIOError(
-                        f"another process has trained in workdir {workdir} in the meantime; run the command again."
+                        f"another process has since trained in workdir {workdir}; run the command again."
                     )
             except BaseException:
                 self._lock.release()
@@ -74,7 +75,7 @@ class RunWriter:
         except OSError as error:
             if kind is None:
                 raise
-            self.say(str(error))  # The error that ended the run is already being raised.
+            self.say(str(error))  # the error that ended the run is already being raised
         finally:
             if self._log is not None:
                 self._log.close()
@@ -121,7 +122,7 @@ class RunWriter:
             self.say(line)
 
     def describe_data(self, inventory: Inventory, *, resumed: bool) -> None:
-        """Reports what was found in the data and, if the run is resumed, what changed; writes `data.json`."""
+        """Reports what data were found and, if the run is resumed, what has changed. Writes `data.json`."""
         self.say(inventory.line())
         if resumed and (changes := data_changes(self.workdir, inventory)):
             self.say(changes)
@@ -130,7 +131,7 @@ class RunWriter:
             write_json(self.workdir / DATA_FILE, self._data)
 
     def say(self, line: str) -> None:
-        """Shows one line, or keeps it until `begin` if that has not been called yet."""
+        """Shows one line. If `begin` has not been called yet, keeps the line until then."""
         if self._progress is None:
             self._waiting.append(line)
         else:
@@ -142,7 +143,7 @@ class RunWriter:
         self._progress.advance(step)
 
     def write(self, step: int, metrics: dict[str, float]) -> None:
-        """Writes one row of metrics at a step."""
+        """Writes the metrics of a step as one row."""
         assert self._log is not None
         with _named(self._shown):
             self._log.write(step, metrics)
@@ -173,8 +174,8 @@ class RunWriter:
         self.store.save(step, state, config=self._config)
 
     def save_last(self, step: int, state: Any) -> None:
-        """Saves the state of a step and waits until it is on disk; raises OSError if that fails."""
-        for _ in range(2):  # The directory may be removed during the save.
+        """Saves the state of a step and waits until it is on disk. Raises OSError if that fails."""
+        for _ in range(2):  # the directory may be removed during the save
             self.save(step, state)
             self._wait()
             if self.holds(step):
@@ -184,14 +185,14 @@ class RunWriter:
         )
 
     def score(self, step: int, metrics: dict[str, float]) -> None:
-        """Adds the metrics of an evaluation to the checkpoint of a step, if the checkpoint still exists."""
+        """Adds evaluation metrics to the checkpoint of a step, if this checkpoint still exists."""
         self._wait()
         if self.holds(step):
             with _named(self._shown):
                 self.store.score(step, metrics)
 
     def _wait(self) -> None:
-        """Waits for the current save. Ignores its failure if the opened directories are no longer in place."""
+        """Waits for the current save. Ignores its errors if the opened directories are no longer in place."""
         try:
             self.store.wait()
         except OSError:
@@ -199,7 +200,7 @@ class RunWriter:
                 raise
 
     def holds(self, step: int) -> bool:
-        """Returns whether the directory that was opened is still in place and has the checkpoint of a step."""
+        """Returns whether the opened directory is still in place and contains the checkpoint of a step."""
         return self._is_there() and step in self.store.steps()
 
     def _is_there(self) -> bool:
@@ -284,7 +285,7 @@ class NullWriter:
 
 @contextmanager
 def _named(workdir: Path) -> Generator[None]:
-    """Returns a context that turns a system error into a sentence about the run; other errors are raised unchanged."""
+    """Returns a context that turns a system error into a sentence about the run. Other errors are raised unchanged."""
     try:
         yield
     except OSError as error:
@@ -292,5 +293,5 @@ def _named(workdir: Path) -> Generator[None]:
             raise
         raise type(error)(
             f"workdir {workdir} cannot be written to ({error.strerror}); free some space, or give another directory "
-            "(complete checkpoints are unchanged)."
+            "(complete checkpoints are not affected)."
         ) from error

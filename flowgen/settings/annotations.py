@@ -58,12 +58,12 @@ def takes_own(annotation: Any) -> bool:
 
 
 def is_function(annotation: Any) -> bool:
-    """Returns whether an annotation stands for functions."""
+    """Returns whether an annotation is `Callable`, with or without arguments."""
     return annotation is Callable or typing.get_origin(annotation) is Callable
 
 
 def own_of(annotation: Any) -> Own | None:
-    """Returns the `Own` of an annotation that is not a union; None if it has none."""
+    """Returns the `Own` in an annotation's metadata, or None if there is none. The annotation must not be a union."""
     bounds = typing.get_args(annotation)[1:] if typing.get_origin(annotation) is Annotated else ()
     return next((bound for bound in bounds if isinstance(bound, Own)), None)
 

@@ -32,15 +32,15 @@ WORDS = {"true": True, "false": False, "none": None, "null": None}
 def override(config: T, arguments: Sequence[str]) -> T:
     """Returns `config` with fields replaced by `--group.field value` or `--group.field=value` arguments.
 
-    Values are numbers, true or false, none, (8, 12) or [8, 12], and plain text. A group that can have several types
-    accepts the name of one of them. The group then starts from the defaults of that type, and its fields are set
-    afterwards. If a group is None, setting one of its fields first creates the group with its defaults. User-defined
-    objects are written as "package.module:object", and their module is imported. The fields of a user-defined frozen
-    dataclass are set like those of a group.
+    A value is a number, true, false, none, a tuple such as (8, 12) or [8, 12], or plain text. A group that can have
+    several types accepts the name of one of them. The group then starts from the defaults of that type, and its fields
+    are set afterwards. If a group is None, setting one of its fields first creates the group with its defaults.
+    User-defined objects are written as "package.module:object", and their module is imported. The fields of a
+    user-defined frozen dataclass are set in the same way as the fields of a group.
 
     Raises:
-        ValueError: a field is unknown or is a group, or a value is missing or does not fit. For an unknown field, the
-            message suggests the closest one.
+        ValueError: a field is unknown or is a group, or a value is missing or does not fit. If a field is unknown, the
+            message suggests the closest known field.
 
     Example:
         experiment = override(experiment, ["--optim.lr", "3e-4", "--model.image_size=(32, 48)"])
@@ -56,7 +56,9 @@ def override(config: T, arguments: Sequence[str]) -> T:
 
 
 def words_of(text: str, path: str) -> list[str]:
-    """Splits comma-separated texts; a text with a comma must be double-quoted. path: the option's name, for errors.
+    """Splits comma-separated texts. A text that contains a comma must be double-quoted.
+
+    path: the name of the option in error messages.
 
     Example:
         words_of('cat,"dog, small"', "--classes")  # ["cat", "dog, small"]
@@ -122,7 +124,7 @@ def _group_type(annotation: Any, value: Any) -> type | None:
 
 
 def _parse(annotation: Any, text: str, path: str, group: type | None) -> Any:
-    """Returns the value of a command-line text: None or text if the field allows them, else a literal."""
+    """Returns the value that a command-line text stands for: None or text if the field allows it, else a literal."""
     literal = _literal(text)
     if literal is None and fits(annotation, None):
         return None

@@ -1,7 +1,7 @@
 """Finds user-defined objects by name. Names in commands and saved JSON have the form "package.module:object".
 
 Only commands import the modules that they name. A name in a file must belong to a module that is already imported, so
-reading a file runs no code. Errors are clauses that follow the name of a field.
+reading a file runs no code. Error messages are clauses that follow the name of a field.
 """
 
 from __future__ import annotations
@@ -47,7 +47,7 @@ def import_module(module: str) -> None:
 def resolve(name: str) -> Any:
     """Returns the object that "package.module:object" names, without importing the module.
 
-    Raises ValueError if the name has another form, or if the module is not imported or has no such object.
+    Raises ValueError if the name does not have this form, or if the module is not imported or has no such object.
 
     Example:
         coupling = resolve("my_couplings:SlicedOT")
@@ -82,7 +82,7 @@ def import_object(name: str) -> Any:
 
 
 def split_name(name: str) -> tuple[str, list[str]]:
-    """Returns the module and the attributes that lead to an object. Raises ValueError if the name has another form."""
+    """Splits an object's name into its module and attributes. Raises ValueError if the name does not have this form."""
     module, _, path = name.partition(":")
     attributes = path.split(".")
     if not all(part.isidentifier() for part in [*module.split("."), *attributes]):
@@ -91,7 +91,7 @@ def split_name(name: str) -> tuple[str, list[str]]:
 
 
 def name_of(value: Any) -> str | None:
-    """Returns the name by which `resolve` finds an object, or None if no imported module has it at its top level.
+    """Returns the name by which `resolve` finds an object, or None if it is not at the top level of an imported module.
 
     Example:
         name_of(my_couplings.SlicedOT)  # "my_couplings:SlicedOT"
@@ -112,7 +112,7 @@ def name_of(value: Any) -> str | None:
         names = [found for found in names if found[0].partition(".")[0] == package and not _is_private(found[0])]
 
     def rank(found: tuple[str, str]) -> tuple[bool, bool]:
-        """Prefers names in the object's own package and, among these, the name under which it was defined."""
+        """Ranks names in the object's own package first and, among these, the name under which it was defined."""
         return found[0].partition(".")[0] != package, found[1] != path
 
     return ":".join(min(names, key=rank)) if names else where

@@ -41,9 +41,9 @@ MAX_WHOLE_FLOAT = 10**300
 
 
 class FieldError(ValueError):
-    """The errors in a config, as sentences that each begin with a field's name.
+    """The errors in a config. Each error is a sentence that begins with the name of a field.
 
-    A config names its own fields; the config that contains it adds the group, with `within` or `in_group`.
+    A config names its own fields. The config that contains it adds the name of the group with `within` or `in_group`.
 
     Example:
         raise FieldError("min_lr is 0.1, above lr 0.01; lower it.")
@@ -53,13 +53,13 @@ class FieldError(ValueError):
         return ", and ".join([*(problem.removesuffix(".") for problem in self.args[:-1]), *self.args[-1:]])
 
     def within(self, group: str) -> FieldError:
-        """Returns the error for a config that contains this one as its field `group`."""
+        """Returns the error with the name of the group added before the name of each field."""
         return FieldError(*(f"{group}.{problem}" for problem in self.args))
 
 
 @contextlib.contextmanager
 def in_group(group: str) -> Generator[None]:
-    """Returns a context that puts the name of a group before the fields that a `FieldError` names.
+    """Returns a context manager that adds the name of a group to the fields that a `FieldError` names.
 
     Example:
         with in_group("sampling"):
@@ -255,7 +255,7 @@ def differences(old: Any, new: Any, path: str = "") -> list[str]:
 
 
 class _Absent:
-    """Placeholder in a difference for a field that one side lacks."""
+    """Placeholder for a field that only one of two configs has."""
 
     def __repr__(self) -> str:
         return "(absent)"
@@ -354,7 +354,9 @@ def _found(value: Any) -> Any:
         raise _Refusal(str(error)) from error
     if not isinstance(found, type):
         if isinstance(value, Mapping):
-            raise _Refusal(f"has the type {shown(named)}, which is not a class; give only its name, without fields.")
+            raise _Refusal(
+                f"has the type {shown(named)}, which is not a class; give only the object's name, without fields."
+            )
         return _require(not is_name(found) and not isinstance(found, Mapping), found)
     if not (is_dataclass(found) and found.__dataclass_params__.frozen):
         raise _Refusal(f"is the class {found.__module__}:{found.__qualname__}; it must be a dataclass(frozen=True).")

@@ -1,4 +1,4 @@
-"""Declares the allowed values of a field in its type: ranges of numbers, lengths of tuples, and names.
+"""Types that restrict the values of a field: ranges of numbers, lengths of tuples, and lists of names.
 
 Each range extends far beyond the sizes of trained models, so it covers every plausible value. A number outside the
 range must be a mistake, and is rejected before a model of that size is built.
@@ -16,10 +16,10 @@ MAX_SHOWN = 200  # characters of a value in a message
 
 @runtime_checkable
 class Bound(Protocol):
-    """Metadata of an annotated type that limits its values."""
+    """Metadata in an `Annotated` type that restricts its values."""
 
     def problem(self, value: Any) -> str:
-        """Returns the problem with a value, as a clause to follow the field's name; empty if there is none."""
+        """Returns the problem with a value as a clause that follows the field's name, or "" if there is no problem."""
         ...
 
 
@@ -90,7 +90,7 @@ class OneOf:
 class Own:
     """Allows user-defined objects, which are written as "package.module:object" in commands and JSON.
 
-    about: what an object must be, as a noun phrase for errors.
+    about: a noun phrase that says what an object must be, for error messages.
 
     Example:
         coupling: Independent | MinibatchOT | Annotated[Coupling, Own("a function (key, x0, x1, cond) -> Coupled")]
@@ -100,7 +100,7 @@ class Own:
 
 
 def meant(word: str, known: Iterable[str]) -> str:
-    """Returns the end of a sentence about an unknown word. The end suggests the closest known word, if any."""
+    """Returns the end of an error message about an unknown word. It suggests the closest known word, if any."""
     close = difflib.get_close_matches(str(word), list(known), n=1, cutoff=0.75)
     return f"; did you mean {close[0]}?" if close else "."
 

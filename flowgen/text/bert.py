@@ -31,8 +31,8 @@ class BertConfig:
 
     vocab_size: number of tokens in the vocabulary.
     width: number of features per token; must be a multiple of num_heads.
-    num_layers: transformer layers.
-    num_heads: attention heads per layer.
+    num_layers: number of transformer layers.
+    num_heads: number of attention heads per layer.
     hidden: width of the feed-forward layers.
     max_length: maximum number of tokens in a text.
     num_segments: number of segment types; only the first is used.
@@ -56,7 +56,7 @@ class BertConfig:
 
     @property
     def inputs(self) -> tuple[jax.ShapeDtypeStruct, ...]:
-        """Shapes and dtypes of the token ids and mask of one short text."""
+        """Shapes and dtypes of the inputs for one short text: its token ids and mask."""
         return tuple(jax.ShapeDtypeStruct((1, 2), dtype) for dtype in (jnp.int32, bool))
 
 
@@ -76,7 +76,7 @@ class BertEncoder(OnMeshes, nn.Module):
         config, length = self.config, ids.shape[1]
         if length > config.max_length:
             raise ValueError(
-                f"texts have {length} tokens, but this encoder takes at most {config.max_length}; shorten them."
+                f"texts have {length} tokens, but this encoder accepts at most {config.max_length}; shorten them."
             )
         positions = nn.Embed(config.max_length, config.width, name="positions")(jnp.arange(length))
         segment = nn.Embed(config.num_segments, config.width, name="segments")(jnp.zeros((1, 1), jnp.int32))

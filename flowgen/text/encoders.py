@@ -1,4 +1,4 @@
-"""Text encoders map texts to conditions of a fixed length, either with a frozen network or by hashing words."""
+"""Text encoders, which map texts to conditions of a fixed length, either with a frozen network or by hashing words."""
 
 from __future__ import annotations
 
@@ -41,7 +41,7 @@ class TextEncoder(Protocol):
 
 @dataclass(frozen=True, eq=False)
 class FrozenTextEncoder:
-    """A tokenizer and a frozen network with its variables.
+    """A text encoder that consists of a tokenizer and a frozen network with its variables.
 
     Texts are encoded in batches of up to 64. Batch sizes are powers of two, so few programs are compiled.
 
@@ -60,8 +60,8 @@ class FrozenTextEncoder:
         ids, mask = tokenize(self.tokenizer, texts, self.length, truncate=truncate)
         if ids.max(initial=0) >= self.network.config.vocab_size:
             raise ValueError(
-                f"the tokenizer returned token {ids.max()}, but the text encoder has {self.network.config.vocab_size} "
-                "tokens; use the tokenizer that belongs to these weights."
+                f"the tokenizer returned token {ids.max()}, but the text encoder knows only "
+                f"{self.network.config.vocab_size} tokens; use the tokenizer that belongs to these weights."
             )
         if not len(texts):
             return TextCondition(np.zeros((0, self.length, self.dim), np.float32), mask)
@@ -101,7 +101,7 @@ class HashedWords:
 
     def _feature(self, word: str) -> Float[np.ndarray, " e"]:
         seed = int.from_bytes(hashlib.sha256(word.encode()).digest()[:8], "little")
-        # The raw bits of the generator are the same in every NumPy version. One bit per feature suffices.
+        # The raw bits of the generator are the same in every NumPy version, and each feature needs only one bit.
         return np.where(np.random.Philox(seed).random_raw(self.dim) >> np.uint64(63), 1.0, -1.0)
 
 

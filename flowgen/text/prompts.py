@@ -1,4 +1,4 @@
-"""The prompt template of published models, and the nine aspect ratios that it can name."""
+"""The prompt template of published models, and the nine aspect ratios that it can mention."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ ASPECTS: dict[str, tuple[int, int]] = {
 
 
 def aspect_size(aspect: str, side: int, multiple: int = 1) -> tuple[int, int]:
-    """Returns the (height, width) of an image with an aspect ratio and about side² pixels.
+    """Returns the (height, width) of an image with this aspect ratio and about side² pixels.
 
     The height is side / √r and the width is side √r, where r is the ratio of width to height. Both are rounded to the
     nearest multiple of `multiple`; ties are rounded to an even multiple.
@@ -45,9 +45,9 @@ def aspect_size(aspect: str, side: int, multiple: int = 1) -> tuple[int, int]:
 
 
 def nearest_aspect(height: int, width: int) -> str:
-    """Returns the aspect ratio that is nearest to that of an image on a logarithmic scale.
+    """Returns the name of the aspect ratio that is closest to width / height, on a logarithmic scale.
 
-    The logarithm ensures that an image and its transpose are treated alike.
+    The logarithm ensures that an image and its transpose get matching results, such as "16:9" and "9:16".
 
     Example:
         nearest_aspect(1080, 1920)  # "16:9"
@@ -60,9 +60,11 @@ def nearest_aspect(height: int, width: int) -> str:
 class PromptTemplate:
     """The published prompt template, which is also applied to the empty text for guidance.
 
-    noise_std: standard deviation of the training noise. It is written in thousandths, as in "Noise Level 300:"; None is
-    left out. frames_per_second: frame rate. It is written as in "A video with 16 fps:"; 0 is written as "An image:",
-    and None is left out. aspect: whether to end the prompt with the nearest of the nine aspect ratios.
+    If a field is None, the template leaves out the corresponding part.
+
+    noise_std: standard deviation of the training noise, written in thousandths, as in "Noise Level 300:", or None.
+    frames_per_second: frame rate, written as in "A video with 16 fps:", or as "An image:" if it is 0, or None. aspect:
+    whether the prompt ends with the nearest of the nine aspect ratios.
 
     Example:
         template = PromptTemplate(noise_std=0.3)

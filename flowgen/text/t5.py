@@ -2,8 +2,8 @@
 
     h <- h + W attention(norm(h)),   h <- h + down(gelu(gate(norm(h))) · up(norm(h))),   norm(x) = w x / √(mean x² + ε)
 
-The attention scores q · k are not scaled. Relative positions are grouped into buckets, and each head adds a learned
-bias for the bucket to the score. All layers share these biases.
+The attention scores q · k are not scaled. Relative positions are grouped into buckets. Each head has a learned bias for
+every bucket and adds it to the score. All layers share these biases.
 """
 
 from __future__ import annotations
@@ -31,9 +31,9 @@ class T5Config:
 
     vocab_size: number of tokens in the vocabulary.
     width: number of features per token.
-    num_layers: transformer layers.
-    num_heads: attention heads per layer.
-    head_dim: channels of an attention head.
+    num_layers: number of transformer layers.
+    num_heads: number of attention heads per layer.
+    head_dim: number of channels per attention head.
     hidden: width of the feed-forward layers.
     num_buckets: number of buckets of relative positions.
     max_distance: distance beyond which all relative positions in one direction share the last bucket.
@@ -59,7 +59,7 @@ class T5Config:
 
     @property
     def inputs(self) -> tuple[jax.ShapeDtypeStruct, ...]:
-        """Shapes and dtypes of the token ids and mask of one short text."""
+        """Shapes and dtypes of the inputs for one short text: its token ids and mask."""
         return tuple(jax.ShapeDtypeStruct((1, 2), dtype) for dtype in (jnp.int32, bool))
 
 

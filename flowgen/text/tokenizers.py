@@ -1,4 +1,4 @@
-"""Tokenizers map texts to lists of token ids, which `tokenize` pads to arrays."""
+"""Tokenizers, which map texts to lists of token ids, and `tokenize`, which pads these lists to arrays."""
 
 from __future__ import annotations
 
@@ -30,11 +30,11 @@ class Tokenizer(Protocol):
     def __call__(self, text: str) -> list[int]: ...
 
     def cut(self, ids: list[int], length: int) -> list[int]:
-        """Shortens a text that has too many tokens to its first `length` - 1 tokens, followed by an end token."""
+        """Returns the token ids of a text that is too long, cut to its first `length` - 1 tokens and an end token."""
         ...
 
     def content(self) -> bytes:
-        """Returns bytes that identify the tokenizer; they contain everything that its token ids depend on."""
+        """Returns bytes that identify the tokenizer. They contain everything on which its token ids depend."""
         ...
 
 
@@ -53,7 +53,7 @@ class JsonTokenizer:
         try:
             check_depth(content)
             self._tokenizer = tokenizers.Tokenizer.from_buffer(content)
-            # The function `tokenize` checks lengths itself, so that it can refuse a text that is too long.
+            # `tokenize` checks lengths itself, so that it can raise an error for a text that is too long.
             self._tokenizer.no_truncation()
             self._tokenizer.no_padding()
             _check_template(self._tokenizer.post_processor)
@@ -61,7 +61,7 @@ class JsonTokenizer:
         except BaseException as error:
             _check_of_package(error)
             raise ValueError(
-                f"'{path}' is not a valid tokenizer.json ({str(error)[:200]}); get the file again."
+                f"'{path}' is not a valid tokenizer.json ({str(error)[:200]}); download the file again."
             ) from error
         ids = (self._tokenizer.token_to_id(token) for token in ("[PAD]", "<pad>"))
         self.pad = next((number for number in ids if number is not None), 0)
@@ -76,7 +76,7 @@ class JsonTokenizer:
             ) from error
 
     def cut(self, ids: list[int], length: int) -> list[int]:
-        """Returns the first `length` - 1 tokens and the last token, which is the end token in these tokenizers."""
+        """Returns the first `length` - 1 tokens and the last token, which is the end token."""
         return [*ids[: length - 1], ids[-1]]
 
     def content(self) -> bytes:
@@ -102,9 +102,11 @@ class SentencePieceTokenizer:
             self._processor.encode(_PROBE)
         except (RuntimeError, OSError) as error:
             reason = " ".join(str(error).split())[:200]
-            raise ValueError(f"'{path}' is not a valid SentencePiece model ({reason}); get the file again.") from error
+            raise ValueError(
+                f"'{path}' is not a valid SentencePiece model ({reason}); download the file again."
+            ) from error
         if self._processor.eos_id() < 0:
-            raise ValueError(f"'{path}' has no end-of-text token; get the file again.")
+            raise ValueError(f"'{path}' has no end-of-text token; download the file again.")
         self.pad = 0
 
     def __call__(self, text: str) -> list[int]:
@@ -164,4 +166,4 @@ def _check_template(post_processor: Any) -> None:
         parts = [*(step.get("single") or ()), *(step.get("pair") or ())] if "special_tokens" in step else ()
         for name in (part["SpecialToken"]["id"] for part in parts if "SpecialToken" in part):
             if name not in step["special_tokens"]:
-                raise ValueError(f"its template uses the token {name[:80]!r}, which is not a special token of the file")
+                raise ValueError(f"its template uses the token {name[:80]!r}, which the file does not define")

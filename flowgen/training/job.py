@@ -1,4 +1,4 @@
-"""`Job`, what the training loop needs to train a model, and `Result`, the outcome of a run."""
+"""The input and the output of the training loop: `Job` and `Result`."""
 
 from __future__ import annotations
 
@@ -17,14 +17,14 @@ from flowgen.training.step import Objective, TrainState
 
 @dataclass(frozen=True)
 class Job:
-    """Everything that the loop needs to train a model.
+    """Everything that the training loop needs to train a model.
 
-    init(key) -> variables. objective: see `make_step`. batches(start, stop) -> this process's batches for steps
-    start..stop-1. evaluate(variables) -> metrics; the checkpoint with the lowest `best_metric` is kept.
-    sample(variables) -> uint8 image `height width 3`. optims: separate optimizers for parameter groups, keyed by
-    the groups' top-level names. inventory: a summary of the data, which is logged and saved with the run.
-    tokens(batch) -> the number of tokens in a batch, for reports on speed. profile: the number of steps to trace for a
-    profiler; 0 for none. devices: this process's devices to train on; None means all of them.
+    init(key): returns the initial variables. objective: see `make_step`. batches(start, stop): returns an iterator over
+    this process's batches for steps start to stop - 1. evaluate(variables): returns metrics; the checkpoint with the
+    lowest `best_metric` is kept. sample(variables): returns a uint8 image `height width 3`. optims: separate optimizers
+    for parameter groups, keyed by the groups' top-level names. inventory: a summary of the data, which is logged and
+    saved with the run. tokens(batch): returns the number of tokens in a batch, for reports on speed. profile: number of
+    steps to trace for a profiler; 0 for none. devices: this process's devices to train on; None for all of them.
     """
 
     init: Callable[[jax.Array], Any]
@@ -43,8 +43,8 @@ class Job:
 class Result(NamedTuple):
     """The outcome of a run.
 
-    state: the final state as numpy arrays, not replicated. metrics: results of the last evaluation. samples: path of
-    the last sample grid, or None. signal: number of the signal that stopped the run, or 0 if it finished.
+    state: the final state as numpy arrays, without a device axis. metrics: results of the last evaluation. samples:
+    path of the last sample grid, or None. signal: number of the signal that stopped the run, or 0 if it finished.
     """
 
     state: TrainState

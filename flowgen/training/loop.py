@@ -1,4 +1,4 @@
-"""The training loop for all experiments: runs the steps, saves checkpoints and reports progress for a `Job`."""
+"""The training loop of all experiments: it runs the steps of a `Job`, saves checkpoints and reports progress."""
 
 from __future__ import annotations
 
@@ -38,13 +38,14 @@ def train(
     check_config: Callable[[dict[str, Any]], None],
     signals: Signals | None = None,
 ) -> Result:
-    """Trains in `workdir`, or resumes the run there if it has a checkpoint, and returns the result.
+    """Trains in the run directory `workdir`, from its last checkpoint if it contains one, and returns the result.
 
-    If a run is stopped (by SIGINT, SIGTERM or a kill) and resumed on the same number of devices, it ends in the same
-    state, bit for bit, as an uninterrupted run.
+    If a run is stopped by a signal, even by SIGKILL, and then resumed on the same number of devices, it ends in the
+    same state as an uninterrupted run, bit for bit.
 
-    config: plain values to save with the run as JSON. check_config(saved config): raises ValueError if the current
-    config cannot resume a run with the saved one. signals: a `Signals` already in use; by default, a new one.
+    config: plain values to save with the run as JSON. check_config(saved): raises ValueError if a run with the saved
+    config cannot be resumed with the current config. signals: a `Signals` context that has already been entered; None
+    to create one.
 
     Raises:
         ValueError: the devices cannot share the batch equally, the config does not fit the run, or a checkpoint is
@@ -87,7 +88,10 @@ def train(
 
 
 def _writer(workdir: Path, latest: int | None, log: LogConfig, best_metric: str) -> RunWriter | NullWriter:
-    """Returns the run's writer; only the first process writes. If the first cannot write, all raise OSError."""
+    """Returns the run's writer, which writes only in the first process.
+
+    If the first process cannot write, all processes raise OSError.
+    """
     record: RunWriter | NullWriter = NullWriter(workdir)
     error: OSError | None = None
     if is_primary():
@@ -223,7 +227,7 @@ class _Run:
         return step, state
 
     def next_batch(self, batches: Iterator[Any], step: int) -> tuple[Any, int]:
-        """Returns the batch after this step, on the devices, and the number of tokens in it."""
+        """Returns the batch for the step after `step`, placed on the devices, and its number of tokens."""
         with self.pace.waiting():
             batch = next(batches, None)
         if batch is None:
@@ -308,7 +312,7 @@ class _Run:
             self.unless_stopped(lambda: self.draw(step, state))
 
     def report(self, step: int) -> None:
-        """Writes the mean metrics of the steps since the last report, and the fraction of these that were skipped.
+        """Writes the mean metrics of the steps since the last report, and the fraction of skipped steps among them.
 
         Skipped steps do not count in the means.
 

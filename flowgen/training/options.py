@@ -1,4 +1,4 @@
-"""Training options: optimizer, length, and how often a run reports. Defaults are set only here."""
+"""Training options: the optimizer, the length of a run and its intervals. Defaults are set only here."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from flowgen.settings.ranges import BatchSize, Count, CountOrZero, Fraction, Non
 
 
 def check_warmups(warmups: Mapping[str, int], steps: int) -> None:
-    """Raises ValueError if any warm-up is as long as the run or longer; the message names every such warm-up.
+    """Raises ValueError if any warm-up is at least as long as the run; the message names every such warm-up.
 
     Example:
         check_warmups({"optim.warmup_steps": 100}, steps=2000)
@@ -62,18 +62,18 @@ class OptimConfig:
 
     def __post_init__(self):
         if self.min_lr > self.lr:
-            raise ValueError(f"min_lr is {self.min_lr}, above lr {self.lr}; lower it.")
+            raise ValueError(f"min_lr is {self.min_lr}, above lr {self.lr}; lower min_lr.")
 
 
 @config
 class TrainConfig:
     """Length, batch size and seed of a run.
 
-    steps: updates of the parameters; at least 1.
+    steps: number of parameter updates; at least 1.
     batch_size: samples per update, over all devices and hosts; a multiple of the number of devices times accumulation.
     seed: seed of initial parameters, data order and noise; a whole number below 2^32.
-    label_dropout: fraction of labels or texts to drop, so that guidance's unconditional branch is trained; at most 1.
-    accumulation: number of micro-batches to split each device's share of a batch into, to save memory.
+    label_dropout: fraction of labels or texts to drop, so that guidance can be used in sampling; at most 1.
+    accumulation: number of micro-batches into which each device splits its share of a batch, to save memory.
     """
 
     steps: Count = 1000
@@ -106,7 +106,7 @@ class LogConfig:
 
 
 def check_packages(log: LogConfig) -> None:
-    """Raises ImportError if a requested report needs a missing package.
+    """Raises ImportError if a requested report requires a package that is not installed.
 
     Example:
         check_packages(LogConfig(tensorboard=True))

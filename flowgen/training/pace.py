@@ -1,4 +1,4 @@
-"""Measures the speed of training: steps, samples and FLOP per second, the fraction of the peak, and time left."""
+"""Measures the speed of training: steps, samples and FLOP per second, the fraction of the peak, and the time left."""
 
 from __future__ import annotations
 
@@ -39,7 +39,7 @@ class Pace:
         self._steps, self._seconds = 0, 0.0
 
     def begin(self, step: int) -> None:
-        """Starts the measurement after the first step."""
+        """Starts the measurement after step number `step`, which is usually the first."""
         self.begun, self._at = True, step
         self._restart()
 
@@ -66,9 +66,9 @@ class Pace:
             self._waited += time.perf_counter() - before
 
     def measure(self, step: int) -> dict[str, float]:
-        """Returns the speed since the last call, or an empty dict if no step has ended since.
+        """Returns metrics of the speed since the last call, or an empty dict if no step has ended since then.
 
-        The names are explained in docs/training.md.
+        docs/training.md explains the metrics.
         """
         if not self.begun or step == self._at:
             return {}

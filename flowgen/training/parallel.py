@@ -1,4 +1,4 @@
-"""Data parallelism over devices and processes; the only file that uses pmap."""
+"""Data parallelism over devices and processes. No other file uses pmap."""
 
 from __future__ import annotations
 
@@ -22,7 +22,8 @@ from flowgen.training.step import AXIS, Step
 class DataParallel:
     """Data parallelism: each of this process's devices has a copy of the state and gets a share of the batch.
 
-    Arrays on devices have a leading device axis, as pmap expects. devices: None means all local devices.
+    Arrays on devices have a leading device axis, as pmap expects. devices: the local devices to use; None for all of
+    them.
 
     Example:
         parallel = DataParallel()
@@ -86,7 +87,7 @@ class DataParallel:
         )
 
     def to_host(self, tree: Any) -> Any:
-        """Returns replicated leaves as numpy arrays that own their memory; waits for the device."""
+        """Returns a replicated tree as numpy arrays that own their memory; waits for the device."""
         # np.asarray of a CPU array is a view, whose memory the next step overwrites.
         shards = jax.device_get(jax.tree.map(lambda x: x.addressable_shards[0].data, tree))
         return jax.tree.map(lambda x: np.array(x[0]), shards)
@@ -106,7 +107,7 @@ def check_rows(batch: Any, devices: int, rows: int | None = None) -> None:
             raise ValueError(f"{name} is {shown(leaf)}; it must be an array of numbers with one row per sample.")
         counts[name] = shape[0]
     if not counts:
-        raise ValueError("the batch has no arrays; give arrays of numbers with one row per sample.")
+        raise ValueError("the batch contains no arrays; give arrays of numbers with one row per sample.")
     first, found = next(iter(counts.items()))
     for name, count in counts.items():
         if count != found:
@@ -120,7 +121,7 @@ def check_rows(batch: Any, devices: int, rows: int | None = None) -> None:
 
 
 def is_primary() -> bool:
-    """Returns whether this process writes files."""
+    """Returns whether this is the first process, which is the only one that writes files."""
     return jax.process_index() == 0
 
 
@@ -131,14 +132,14 @@ def barrier(name: str) -> None:
 
 
 def largest(value: int) -> int:
-    """Returns the largest value among all processes, in every process. Waits for their current steps."""
+    """Returns, in every process, the largest value among all processes; waits for their current steps."""
     if jax.process_count() == 1:
         return value
     return int(np.max(multihost_utils.process_allgather(np.array(value))))
 
 
 def from_primary(value: float) -> float:
-    """Returns the first process's value to every process."""
+    """Returns, in every process, the first process's value."""
     if jax.process_count() == 1:
         return value
     return float(multihost_utils.broadcast_one_to_all(np.array(value, np.float32)))

@@ -36,7 +36,7 @@ class Profile:
         self._end()
 
     def after(self, step: int, results: Any) -> None:
-        """Starts the trace after the first step and ends it after the last; waits only for the results of these two."""
+        """Starts the trace after the first step and ends it `steps` steps later; waits only for these two results."""
         if self._directory is None:
             return
         self._last = step

@@ -35,8 +35,8 @@ class Signals:
 
     A separate thread prints the report, because the main thread may be compiling, which Python cannot interrupt.
     `doing` is the text of the report. A second signal ends the program without saving: the thread calls
-    on_second(number), which may end the process; without on_second, the signal has its usual effect in the main thread.
-    Signals are caught only if the context is entered in the main thread.
+    on_second(number), which may end the process. If on_second is None, the signal then has its usual effect in the main
+    thread. Signals are caught only if the context is entered in the main thread.
 
     Example:
         with Signals() as signals:
@@ -85,8 +85,8 @@ class Signals:
     def raising(self) -> Generator[None]:
         """Returns a context that raises Interrupted when a signal arrives, or on entry if one has already arrived.
 
-        Python loses exceptions raised in some callbacks, such as those of garbage collection. A lost Interrupted is
-        raised again.
+        Python loses exceptions that are raised in some callbacks, such as garbage-collection callbacks. A lost
+        Interrupted is raised again.
         """
         self._raises, hook = True, sys.unraisablehook
         timers: list[threading.Timer] = []

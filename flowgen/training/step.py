@@ -27,10 +27,10 @@ MAIN = "main"  # Labels the parameters that have no separate optimizer.
 
 
 class TrainState(struct.PyTreeNode):
-    """Everything a run keeps between steps.
+    """Everything that a run keeps between steps.
 
-    step: number of updates done. params: trained parameters. collections: all other collections of the Flax variables,
-    which carry the objective's state. opt_state: the optimizer's state. ema: the average of params, or None if no
+    step: number of steps done. params: trained parameters. collections: all other collections of the Flax variables,
+    which contain the objective's state. opt_state: the optimizer's state. ema: the average of params, or None if no
     average is kept.
     """
 
@@ -50,7 +50,7 @@ def make_schedule(config: OptimConfig, steps: int) -> optax.Schedule:
     """Returns the learning rate as a function of the number of updates done.
 
     Raises:
-        ValueError: the warm-up is as long as the run or longer.
+        ValueError: the warm-up is at least as long as the run.
 
     Example:
         lr = make_schedule(OptimConfig(), steps=1_000)(0)
@@ -69,8 +69,8 @@ def make_schedule(config: OptimConfig, steps: int) -> optax.Schedule:
 class SkipState(NamedTuple):
     """The state of `skip_spikes`.
 
-    asked: number of updates requested. skipped: number of updates skipped. in_a_row: number of consecutive updates
-    skipped most recently. inner: the state of the inner transformation.
+    asked: number of updates requested. skipped: number of updates skipped. in_a_row: number of updates skipped since
+    the last update that was applied. inner: the state of the inner transformation.
     """
 
     asked: Int[Array, "*device"]
@@ -110,7 +110,7 @@ def skip_spikes(
 def make_optimizer(
     config: OptimConfig, steps: int, others: Mapping[str, OptimConfig] | None = None
 ) -> optax.GradientTransformation:
-    """Returns AdamW with gradients clipped by global norm; it skips spikes if the config says so.
+    """Returns AdamW with gradients clipped by global norm; if the config sets skip_norm, AdamW skips spikes.
 
     others: separate optimizers for parameter groups, keyed by the groups' top-level names. Each group has its own
     gradient norm.
@@ -169,14 +169,14 @@ def make_step(
 ) -> Step:
     """Returns the update (state, batch, key) -> (state, metrics) for one device, to be mapped over `axis_name`.
 
-    objective: (variables, batch, key) -> (loss, metrics) or (loss, metrics, collections).
+    objective: a function (variables, batch, key) -> (loss, metrics) or (loss, metrics, collections).
     batch: this device's share of the rows; shares are consecutive, in the order of the axis.
-    key: the same for all steps and devices.
-    The objective receives a key that is unique to the device, step and micro-batch. A batch that is a `Batch` or a dict
-    also receives `rows`, a `flowgen.rows.Rows`. Draws from `rows` are the same on any number of devices and with any
-    accumulation; draws from the key are not. Micro-batch j has the rows j, j + accumulation, ... of the whole batch.
-    Tracing the update raises ValueError if the batch already has `rows`, if micro-batches cannot share the batch
-    equally, or if the objective's result does not have one of the forms above.
+    key: the same key for all steps and devices.
+    The objective receives a key that is unique to the device, step and micro-batch. If the batch is a `Batch` or a
+    dict, the update adds `rows` to it, a `flowgen.rows.Rows`. Random numbers drawn with `rows` are the same on any
+    number of devices and with any accumulation; numbers drawn with the key are not. Micro-batch j contains the rows
+    j, j + accumulation, ... of the whole batch. Tracing the update raises ValueError if the batch already has `rows`,
+    if micro-batches cannot share the batch equally, or if the objective's result has neither of the forms above.
     metrics: the objective's metrics, `loss`, `grad_norm` (before clipping) and `lr`, averaged over devices and
     micro-batches. If spikes are skipped, the metrics also contain `skipped`, which is 0 or 1, and `skipped_in_a_row`.
     others: see `make_optimizer`. The metrics report the learning rate and the skipped updates of the main optimizer.

@@ -25,7 +25,7 @@ class CountedStep:
     """
 
     def __init__(self, step: Step):
-        # Inlining keeps the program the same as that of `step`. Both uses in `__call__` share one cached trace.
+        # Inlining keeps the program of `step` unchanged. Both uses in `__call__` share one cached trace.
         self._step = jax.jit(step, inline=True)
         self._flop: dict[Shapes, dict[str, float]] = {}
 
@@ -34,14 +34,15 @@ class CountedStep:
         return self._step(state, batch, key)
 
     def flop(self, batch: Any) -> dict[str, float]:
-        """Returns the FLOP of one device's step by dtype, for a batch with a leading device axis; empty if unknown."""
+        """Returns {dtype: FLOP} of a step on one device, for a batch with a leading device axis; empty if unknown."""
         return self._flop.get(tuple(shape[1:] for shape in _shapes(batch)), {})
 
 
 def work_of(flop: Mapping[str, float], devices: Sequence[jax.Device], samples: int, tokens: int) -> Work:
     """Returns the work of all processes in a step.
 
-    flop: the FLOP of one device, by dtype. devices, samples, tokens: those of one process.
+    flop: the FLOP of one device, by dtype. devices: the devices of one process. samples, tokens: the numbers of samples
+    and tokens in one process's batch.
 
     Example:
         pace.add(work_of(counted.flop(batch), jax.local_devices(), samples=64, tokens=0))
