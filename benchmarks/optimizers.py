@@ -24,13 +24,13 @@ from flowgen.experiments import PretrainedAutoencoder
 from flowgen.training import LogConfig, OptimConfig
 
 Row = dict[str, Any]
-RATES = (2e-3, 4e-3, 8e-3)
+RATES = (4e-3, 8e-3, 16e-3)
 # Fields of OptimConfig, and three learning rates. AuON's steps have the size of gradients, not of Adam's steps.
 RACERS: dict[str, tuple[dict[str, Any], tuple[float, ...]]] = {
     "adamw": ({}, RATES),
     "muon": ({"name": "muon"}, RATES),
     "adamp": ({"name": "adamp"}, RATES),
-    "auon": ({"name": "auon", "adam_lr": 2e-3}, (0.03, 0.1, 0.3)),
+    "auon": ({"name": "auon", "adam_lr": 2e-3}, (0.3, 1.0, 3.0)),
     "conda": ({"name": "conda", "options": {"update_every": 200}}, RATES),
     "nap": ({"keep_norms": True, "weight_decay": 0.0}, RATES),
 }
