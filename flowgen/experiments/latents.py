@@ -1,4 +1,4 @@
-"""The data of a flow: pixels, or the outputs of its codec and text encoder."""
+"""The data that a flow is trained on: pixels, or the outputs of its codec and text encoder."""
 
 from __future__ import annotations
 

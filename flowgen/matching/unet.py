@@ -162,7 +162,7 @@ class UNetConfig:
 
     @property
     def num_dims(self) -> int:
-        """Number of dimensions of one image, by which nats or bits are divided to give nats or bits per dimension."""
+        """Number of values in one image, the divisor that turns nats or bits into nats or bits per dimension."""
         height, width = self.image_hw
         return height * width * self.channels
 

@@ -20,7 +20,7 @@ def per_layer(optimizer: optax.GradientTransformation) -> optax.GradientTransfor
     """Returns an optimizer that updates each layer of a stack as if its parameters were not stacked.
 
     A parameter is stacked if its path contains a module called `layers`; its first axis is the layer. Stacks of equal
-    depth are updated together. Integers in the state are counts of updates, which all layers share.
+    depth are updated together. Integers in the optimizer's state are assumed to count updates; all layers share them.
 
     Example:
         tx = per_layer(optax.lamb(1e-3))
