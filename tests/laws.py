@@ -70,6 +70,13 @@ def perturbed(config, key, scale=PERTURBATION):
     return flow, variables
 
 
+def drawn(init, *args, scale=0.25):
+    """Variables of the shapes that `init(*args)` has, all of them noise: unlike by init itself, nothing is compiled."""
+    random = np.random.default_rng(0)
+    shapes = jax.eval_shape(lambda: init(*args))
+    return jax.tree.map(lambda x: np.asarray(scale * random.standard_normal(x.shape), x.dtype), shapes)
+
+
 @partial(jax.jit, static_argnames=("flow", "method"))
 def apply(flow, variables, x, cond=None, *, method="forward"):
     """Runs a method of a flow compiled, once per flow and shape over all tests."""
