@@ -7,6 +7,7 @@ import pytest
 from conftest import rows
 from flax import linen as nn
 from flax import nnx
+from laws import drawn
 from tolerances import LAYER, RIDGE, assert_close
 
 import flowgen.attention as attention
@@ -50,7 +51,7 @@ def nnx_module(fn, **options):
 def test_causal_in_linen_and_nnx_sees_no_future(name):
     fn, x = make_attention_fn(name, is_causal=True), inputs()
     module = linen(fn)
-    variables = module.init(jax.random.key(0), x)
+    variables = drawn(module.init, jax.random.key(0), x)
     for apply in (lambda y: module.apply(variables, y), nnx_module(fn)):
         gradient = jax.grad(lambda y, apply=apply: apply(y)[:, 4].sum())(x)
         assert not gradient[:, 5:].any()
@@ -63,7 +64,7 @@ def test_a_padding_mask_is_exact(name):
     valid = jnp.arange(TOKENS) < 7
     mask = nn.make_attention_mask(jnp.ones((2, TOKENS)), jnp.broadcast_to(valid[None], (2, TOKENS)))[:, :, :1]
     module = linen(fn)
-    variables = module.init(jax.random.key(0), x)
+    variables = drawn(module.init, jax.random.key(0), x)
     padded = module.apply(variables, x, mask=mask)
     short = module.apply(variables, x[:, :7])
     assert_close(padded[:, :7], short, ROUNDING[name])
@@ -75,7 +76,7 @@ def test_a_causal_mask_of_flax_equals_is_causal(name):
     x = inputs()
     mask = nn.make_causal_mask(jnp.ones((2, TOKENS)))
     module = linen(make_attention_fn(name))
-    variables = module.init(jax.random.key(0), x)
+    variables = drawn(module.init, jax.random.key(0), x)
     masked = module.apply(variables, x, mask=mask)
     causal = linen(make_attention_fn(name, is_causal=True)).apply(variables, x)
     assert_close(masked, causal, LAYER)

@@ -1,6 +1,7 @@
 """The attention modules against the published layers in NumPy, and inside linen, NNX and Equinox models."""
 
 import math
+from functools import partial
 
 import equinox as eqx
 import jax
@@ -11,6 +12,7 @@ import pytest
 from conftest import rows
 from flax import linen as nn
 from flax import nnx
+from laws import drawn
 from tolerances import LAYER, assert_close
 
 import flowgen.attention as attention
@@ -54,8 +56,7 @@ def inputs(n=GRID[0] * GRID[1], batch=2, width=WIDTH):
 
 
 def perturbed(module, x, **options):
-    variables = jax.jit(lambda key: module.init(key, x, **options))(jax.random.key(0))
-    return jax.tree.map(lambda leaf: leaf + 0.2 * RNG.standard_normal(leaf.shape).astype(leaf.dtype), variables)
+    return drawn(partial(module.init, **options), jax.random.key(0), x, scale=0.2)
 
 
 def depthwise(image, filters, bias=0.0):

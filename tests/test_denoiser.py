@@ -37,14 +37,11 @@ CLIP = STARFlowVConfig(
 )
 
 
-def perturbed(config, seed=0):
+def perturbed(config):
     """The denoiser with noise on every parameter, a clip and a text."""
     denoiser = ClipDenoiser(config)
     clip, text = laws.images(config, jax.random.key(1), batch=2), laws.labels(config, batch=2)
-    variables = init_denoiser(denoiser, jax.random.key(seed))
-    random = np.random.default_rng(0)
-    noisy = jax.tree.map(lambda leaf: leaf + 0.1 * random.standard_normal(leaf.shape).astype(np.float32), variables)
-    return denoiser, noisy, clip, text
+    return denoiser, laws.drawn(init_denoiser, denoiser, jax.random.key(0), scale=0.1), clip, text
 
 
 @pytest.mark.parametrize("shape", [(3, 5, 2, 1), (0, 4, 1, 0), (2, 1, 9, 1), (1, 3, 0, 2)])

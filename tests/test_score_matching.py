@@ -2,6 +2,7 @@
 
 import jax
 import jax.numpy as jnp
+import laws
 import numpy as np
 import pytest
 from conftest import rows
@@ -40,9 +41,7 @@ SCALE = 1.7
 
 @pytest.fixture(scope="module")
 def params():
-    random = np.random.default_rng(0)
-    variables = init(FLOW, jax.random.key(0))
-    return jax.tree.map(lambda leaf: leaf + 0.1 * random.standard_normal(leaf.shape).astype(np.float32), variables)
+    return laws.drawn(init, FLOW, jax.random.key(0), scale=0.1)
 
 
 def batch(frames=4):

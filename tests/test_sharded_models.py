@@ -252,7 +252,7 @@ def test_parameters_may_lie_on_the_same_mesh(use):
 
 def test_gradients_of_parameters_are_those_of_one_device():
     network = POINTS.build()
-    variables = init(network, key())
+    variables = laws.drawn(init, network, key())
 
     def loss(variables, t, x, cond):
         return jnp.square(network.apply(variables, t, x, cond)).mean()
@@ -265,7 +265,7 @@ def test_gradients_of_parameters_are_those_of_one_device():
 @pytest.mark.parametrize("loss_fn", [fm.flow_matching_loss(), MEAN_FLOW], ids=["flow matching", "MeanFlow"])
 def test_gradients_of_losses_are_those_of_one_device(loss_fn):
     network = AVERAGES.build()
-    variables = init(network, key())
+    variables = laws.drawn(init, network, key())
 
     def loss(variables, x1, cond):
         return loss_fn(partial(network.apply, variables), {"x1": x1, "cond": cond}, key())[0]
