@@ -155,7 +155,7 @@ def test_soft_layer_is_the_published_one():
 
 
 # Kernels that show little beside the others: laws of kernels hold them.
-ALIKE = ("elu_plus_one", "focused", "inline", "pola", "relu")
+ALIKE = ("elu_plus_one", "grouped", "focused", "inline", "pola", "relu")
 
 
 @pytest.mark.parametrize("name", rows(CAUSAL, ALIKE))

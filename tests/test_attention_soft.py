@@ -220,7 +220,10 @@ def test_newton_derivative_is_the_closed_form_in_both_modes(float64):
     np.testing.assert_allclose(jax.jvp(exact, (a,), (da,)), (x, tangent), atol=1e-8)
 
 
-@pytest.mark.parametrize(("solver", "pooled"), [("newton", False), ("cholesky", False), ("cholesky", True)])
+@pytest.mark.parametrize(
+    ("solver", "pooled"),
+    [("newton", False), pytest.param("cholesky", False, marks=pytest.mark.slow), ("cholesky", True)],
+)
 def test_derivatives_are_finite_differences_and_modes_agree(solver, pooled, float64):
     q, v = 1.5 * normal(0, 1, 6, 1, 4, dtype=jnp.float64), normal(1, 1, 6, 1, 3, dtype=jnp.float64)
     direction, cotangent = normal(2, 1, 6, 1, 4, dtype=jnp.float64), normal(3, 1, 6, 1, 3, dtype=jnp.float64)

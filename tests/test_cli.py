@@ -228,6 +228,7 @@ def run_python(*words, cwd):
     )
 
 
+@pytest.mark.slow  # beside the same command in this process, and the other script
 def test_sample_script_writes_a_image(trained, tmp_path):
     result = run_python(PROJECT / "sample.py", "--checkpoint", trained.path, "--num", 2, cwd=tmp_path)
     assert (result.returncode, result.stderr) == (0, "")
