@@ -10,6 +10,7 @@ import typing
 from pathlib import Path
 
 import jax
+import laws
 import numpy as np
 import pytest
 from commands import refused, succeed
@@ -170,11 +171,7 @@ def points_run(tmp_path_factory):
 
 def written(tmp_path_factory, experiment):
     path = tmp_path_factory.mktemp(experiment.name) / "run"
-    variables = init(experiment.build(), jax.random.key(0))
-    leaves, tree = jax.tree.flatten(variables)
-    keys = jax.random.split(jax.random.key(1), len(leaves))
-    moved = [leaf + 0.05 * jax.random.normal(key, leaf.shape) for leaf, key in zip(leaves, keys, strict=True)]
-    checkpoint.write_run(path, experiment, jax.tree.unflatten(tree, moved))
+    checkpoint.write_run(path, experiment, laws.drawn(init, experiment.build(), jax.random.key(0)))
     return path
 
 

@@ -179,7 +179,12 @@ def test_reading_a_run_imports_nothing(run):
 
 @pytest.mark.usefixtures("not_imported")
 @pytest.mark.parametrize(
-    "words", [["sample", "--num", "2", "--out", "{}/a.npz"], ["evaluate", "--samples", "8"], ["info"]]
+    "words",
+    [
+        ["sample", "--num", "2", "--out", "{}/a.npz"],
+        pytest.param(["evaluate", "--samples", "8"], marks=pytest.mark.slow),
+        ["info"],
+    ],
 )
 def test_commands_read_a_run_of_an_imported_module(run, tmp_path, words, capsys):
     command = [*(word.format(tmp_path) for word in words), "--checkpoint", str(run)]

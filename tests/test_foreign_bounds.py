@@ -341,7 +341,7 @@ ESCAPES = "a\x1b[2J\x1b]0;title\x07\u202egnp"
     [
         ["info", "--checkpoint", ESCAPES],
         ["info", "--config", ESCAPES],
-        ["info", "--config", DIGITS, "--name", ESCAPES],
+        pytest.param(["info", "--config", DIGITS, "--name", ESCAPES], marks=pytest.mark.slow),  # counts the cost
         ["info", "--config", DIGITS, f"--{ESCAPES}", "1"],
         ["sample", "--checkpoint", ESCAPES, "--out", f"{ESCAPES}.png"],
         ["info", "--config", DIGITS, "--num", ESCAPES],

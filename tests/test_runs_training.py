@@ -247,9 +247,8 @@ def test_an_evaluation_that_was_cut_off_is_made_up_for(whole, tmp_path, capsys, 
 
 
 # What no longer fits: a checkpoint, or the metrics, of which a row for each step is longer.
-@pytest.mark.parametrize(
-    ("log_every", "failed"), [("5", "could not be saved"), pytest.param("1", "cannot be", marks=pytest.mark.slow)]
-)
+@pytest.mark.slow  # beside the sentences of tests/test_runs_checkpoints.py
+@pytest.mark.parametrize(("log_every", "failed"), [("5", "could not be saved"), ("1", "cannot be")])
 def test_a_disk_that_takes_no_more_is_told_in_one_sentence(log_every, failed, whole, tmp_path):
     workdir = tmp_path / "run"
     process = start(workdir, "--limit-at", "12", "--log-every", log_every)
