@@ -312,7 +312,12 @@ def test_what_is_due_happens_when_it_is_due(tmp_path):
 
 
 def test_reports_are_means_over_the_steps_between(whole, tmp_path):
-    toy.run(toy.make_job(), tmp_path / "run", steps=toy.STEPS, log=dataclasses.replace(toy.QUIET, log_every=5))
+    toy.run(
+        toy.make_job(),
+        tmp_path / "run",
+        steps=toy.STEPS,
+        log=dataclasses.replace(toy.QUIET, log_every=5, checkpoint_every=0),
+    )
     each = {row["step"]: row for row in rows_of(whole[0])}
     for row in rows_of(tmp_path / "run"):
         steps = range(row["step"] - 4, row["step"] + 1)
