@@ -152,6 +152,7 @@ def test_jacobi_decoding_gives_the_same_images_and_is_certified(trained, tmp_pat
     np.testing.assert_allclose(solved, sequential, atol=100 * tol)
 
 
+@pytest.mark.slow  # beside the step and average that tests/test_checkpoint.py loads
 def test_a_step_can_be_chosen(trained, tmp_path):
     def draw(words):
         succeed(f"{SAMPLES} {words} --out", tmp_path / "x.npz", "--checkpoint", trained.path)
@@ -234,6 +235,7 @@ def run_python(*words, cwd):
     )
 
 
+@pytest.mark.slow  # beside the same command in this process, and the other script
 def test_sample_script_writes_a_image(trained, tmp_path):
     result = run_python(PROJECT / "sample.py", "--checkpoint", trained.path, "--num", 2, cwd=tmp_path)
     assert (result.returncode, result.stderr) == (0, "")

@@ -16,7 +16,7 @@ KINDS = [
     "tarflow_digits",
     pytest.param("starflow_digits", marks=pytest.mark.slow),
     pytest.param("starflow_v_bouncing", marks=pytest.mark.slow),
-    "meanflow_digits",
+    pytest.param("meanflow_digits", marks=pytest.mark.slow),
     "cfm_moons",
     "autoencoder_digits",
 ]

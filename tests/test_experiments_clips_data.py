@@ -46,6 +46,7 @@ def test_images_come_in_the_fraction_of_batches_that_is_asked_for():
         ClipsConfig(images_fraction=0.2)
 
 
+@pytest.mark.slow  # a run and a command for one count
 def test_evaluation_opens_whole_clips_alone(tmp_path):
     gone = DataConfig("folder", path=str(tmp_path / "gone"))
     experiment = experiment_of(data=ClipsConfig(num=60, images=gone, drop_first=0.25))

@@ -10,7 +10,7 @@ import jax.numpy as jnp
 import numpy as np
 import own_parts as own
 import pytest
-from laws import perturbed
+from laws import apply, perturbed
 from tolerances import NETWORK, assert_close
 
 import flowgen
@@ -111,14 +111,14 @@ def test_fields_of_a_part_given_by_value_are_set_and_listed():
 def test_a_flow_of_own_parts_is_exact(config, key):
     flow, params = perturbed(config, key)
     x = jax.random.normal(jax.random.key(1), (3, *config.event_shape))
-    z, logdet = flow.apply(params, x, method="forward")
+    z, logdet = apply(flow, params, x)
     decoded = invert(flow, params, z, None, plan=Sequential())
     assert_close(decoded.x, x, NETWORK)
 
     def flat(x):
         return flow.apply(params, x.reshape(1, *config.event_shape), method="forward")[0].reshape(-1)
 
-    jacobian = jax.vmap(jax.jacobian(flat))(x.reshape(3, -1))
+    jacobian = jax.jit(jax.vmap(jax.jacobian(flat)))(x.reshape(3, -1))
     assert_close(logdet, jnp.linalg.slogdet(jacobian)[1], NETWORK)
     if config.scale_parameterisation is own.bounded:
         assert np.abs(logdet).max() <= config.num_blocks * x[0].size
@@ -179,7 +179,12 @@ def test_reading_a_run_imports_nothing(run):
 
 @pytest.mark.usefixtures("not_imported")
 @pytest.mark.parametrize(
-    "words", [["sample", "--num", "2", "--out", "{}/a.npz"], ["evaluate", "--samples", "8"], ["info"]]
+    "words",
+    [
+        ["sample", "--num", "2", "--out", "{}/a.npz"],
+        pytest.param(["evaluate", "--samples", "8"], marks=pytest.mark.slow),
+        ["info"],
+    ],
 )
 def test_commands_read_a_run_of_an_imported_module(run, tmp_path, words, capsys):
     command = [*(word.format(tmp_path) for word in words), "--checkpoint", str(run)]
