@@ -107,12 +107,16 @@ def test_eight_devices_train_what_one_does(x64, tmp_path):
     assert_trained_alike(tmp_path / "eight.npz", CASES)
 
 
+def free_address():
+    with socket.socket() as found:
+        found.bind(("127.0.0.1", 0))
+        return f"127.0.0.1:{found.getsockname()[1]}"
+
+
 @pytest.mark.slow
 def test_two_processes_train_what_one_device_does(x64, tmp_path):
     names = ("flow", "running weights", "exact transport", "entropic transport")
-    with socket.socket() as found:
-        found.bind(("127.0.0.1", 0))
-        address = f"127.0.0.1:{found.getsockname()[1]}"
+    address = free_address()
     processes = [start(tmp_path / f"{i}.npz", names, address, "2", str(i), devices=2) for i in range(2)]
     for process in processes:
         _, errors = process.communicate()
@@ -215,3 +219,35 @@ def test_the_running_log_mean_is_the_log_of_a_mean_over_devices_and_micro_batche
         )
         state, _ = train(case, devices, steps=1, accumulation=accumulation)
         np.testing.assert_allclose(state.collections["matching"]["log_mean"], expected, rtol=ROUNDING)
+
+
+@pytest.mark.slow  # three programs
+def test_the_command_trains_one_run_in_two_processes(tmp_path):
+    words = [sys.executable, "-m", "flowgen", "train", "--config", "tarflow_digits", "--debug", "--workdir"]
+    environment = {**os.environ, "JAX_COORDINATOR_ADDRESS": free_address(), "JAX_NUM_PROCESSES": "2"}
+    group = [
+        subprocess.Popen(
+            [*words, str(tmp_path / "two"), "--distributed"],
+            env={**environment, "JAX_PROCESS_ID": str(number)},
+            stdout=subprocess.PIPE,
+            text=True,
+        )
+        for number in range(2)
+    ]
+    try:
+        first, second = (process.communicate(timeout=300)[0] for process in group)
+    finally:
+        for process in group:
+            process.kill()
+    alone = subprocess.run([*words, str(tmp_path / "one")], capture_output=True, text=True, timeout=300, check=True)
+    assert [process.returncode for process in group] == [0, 0]
+    held_out = next(line for line in first.splitlines() if line.startswith("Held-out"))
+    assert held_out in alone.stdout
+    assert "Held-out" not in second
+
+
+def test_a_process_without_a_group_is_told_so(tmp_path):
+    words = ["-m", "flowgen", "train", "--config", "tarflow_digits", "--workdir", str(tmp_path), "--distributed"]
+    told = subprocess.run([sys.executable, *words], capture_output=True, text=True, timeout=300, check=False)
+    assert told.returncode == 2
+    assert told.stderr.startswith("flowgen: --distributed found no group of processes")

@@ -44,6 +44,25 @@ def make_core_devices() -> bool:
     return True
 
 
+def join_processes() -> None:
+    """Connects this process to the other processes of its SLURM job, MPI run or TPU pod; call it before JAX starts.
+
+    JAX recognises these environments. Elsewhere, the environment variables JAX_COORDINATOR_ADDRESS, JAX_NUM_PROCESSES
+    and JAX_PROCESS_ID describe the group.
+
+    Raises ValueError if there is no such group.
+    """
+    names = {"num_processes": "JAX_NUM_PROCESSES", "process_id": "JAX_PROCESS_ID"}
+    given = {argument: os.environ[name] for argument, name in names.items() if name in os.environ}
+    try:
+        jax.distributed.initialize(**{argument: int(text) for argument, text in given.items()})
+    except (ValueError, RuntimeError) as error:
+        raise ValueError(
+            f"--distributed found no group of processes ({error}); start the command with SLURM or MPI or on a TPU "
+            "pod, or set JAX_COORDINATOR_ADDRESS, JAX_NUM_PROCESSES and JAX_PROCESS_ID."
+        ) from error
+
+
 def devices_for(rows: int) -> list[jax.Device]:
     """Returns the devices of this host that share a batch of this many rows.
 

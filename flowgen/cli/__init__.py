@@ -40,7 +40,7 @@ NEEDS = {
     **dict.fromkeys(("sample", "evaluate"), ("--checkpoint",)),
     "info": ("--config", "--checkpoint"),
 }
-SWITCHES = ("--debug", "--no-ema")
+SWITCHES = ("--debug", "--distributed", "--no-ema")
 
 COMMANDS: dict[str, tuple[ModuleType, str]] = {
     "train": (train, "Train a model, or resume a run."),
@@ -138,8 +138,10 @@ def _run(words: list[str], owns_process: bool) -> int:
                     import_module(module)
                 except ValueError as error:
                     raise ValueError(f"--import {error}") from error
-            from flowgen.backend import make_core_devices
+            from flowgen.backend import join_processes, make_core_devices
 
+            if getattr(options, "distributed", False):
+                join_processes()
             options.makes_devices = owns_process and make_core_devices()
         with warnings.catch_warnings(), _log_as_sentences():
             warnings.showwarning = _show_warning  # ty: ignore[invalid-assignment]

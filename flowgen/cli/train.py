@@ -18,6 +18,11 @@ def declare(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--workdir", required=True, help="run directory; if it has a checkpoint, the run resumes")
     parser.add_argument("--debug", action="store_true", help="shrink the experiment, so that it takes seconds on a CPU")
     parser.add_argument(
+        "--distributed",
+        action="store_true",
+        help="train together with the other processes of this SLURM job, MPI run or TPU pod",
+    )
+    parser.add_argument(
         "--profile",
         type=whole_number(1),
         metavar="STEPS",
@@ -44,7 +49,9 @@ def run(options: argparse.Namespace, rest: list[str]) -> int:
     from flowgen import backend, huge_pages
     from flowgen.cli.grammar import load_experiment
     from flowgen.experiments import fit
-    from flowgen.training import Interrupted, Signals
+    from flowgen.training import Interrupted, Signals, is_primary
+
+    tell = say if is_primary() else lambda line: None
 
     # The second signal ends the program even during compilation; complete checkpoints stay intact.
     with Signals(on_second=lambda number: os._exit(128 + number)) as signals:
@@ -54,24 +61,24 @@ def run(options: argparse.Namespace, rest: list[str]) -> int:
                 parameters = num_parameters(experiment.build())
             # Copies: parameters, their gradient, two moments, and the average.
             check_memory(parameters, copies=4 + (experiment.optim.ema_decay > 0))
-            say(f"{experiment.name}: {parameters:,} parameters, {experiment.train.steps} steps")
+            tell(f"{experiment.name}: {parameters:,} parameters, {experiment.train.steps} steps")
             if options.debug:
-                say(DEBUG)
+                tell(DEBUG)
             if backend.platform() == "cpu" and (problem := huge_pages.why_absent()):
-                say(f"No huge pages, which would speed up the training of larger flows on CPUs: {problem}.")
+                tell(f"No huge pages, which would speed up the training of larger flows on CPUs: {problem}.")
             # The CPU devices that were added for sampling do not speed up training.
             devices = jax.local_devices()[:1] if options.makes_devices and backend.platform() == "cpu" else None
             result = fit(experiment, options.workdir, signals=signals, profile=options.profile or 0, devices=devices)
         except Interrupted as stop:
-            say("Stopped before the first step; nothing is lost. Run the same command to start over.")
+            tell("Stopped before the first step; nothing is lost. Run the same command to start over.")
             return 128 + stop.number
     if result.signal:
-        say(
+        tell(
             f"Stopped at step {result.state.step}, which is saved in {options.workdir}; run the same command to resume."
         )
         return 128 + result.signal
     if result.metrics:
-        say("Held-out " + ", ".join(f"{name} {value:.3f}" for name, value in result.metrics.items()) + ".")
+        tell("Held-out " + ", ".join(f"{name} {value:.3f}" for name, value in result.metrics.items()) + ".")
     if result.samples:
-        say(f"Samples: {result.samples}")
+        tell(f"Samples: {result.samples}")
     return 0
