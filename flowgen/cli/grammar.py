@@ -22,6 +22,7 @@ from flowgen.settings.annotations import hints_of
 # Short names of common fields. Fields of `sampling` also need no group.
 ALIASES = {
     "autoencoder": "codec.path",
+    "init_from": "init.path",
     "text_encoder": "text.encoder",
     "steps": "train.steps",
     "batch_size": "train.batch_size",

@@ -5,7 +5,7 @@ from __future__ import annotations
 from flowgen.runs import CheckpointReader, CheckpointStore
 from flowgen.training.job import Job, Result
 from flowgen.training.loop import train
-from flowgen.training.options import LogConfig, OptimConfig, TrainConfig
+from flowgen.training.options import InitConfig, LogConfig, OptimConfig, TrainConfig
 from flowgen.training.parallel import is_primary
 from flowgen.training.signals import Interrupted, Signals
 from flowgen.training.step import TrainState, make_optimizer, make_schedule, make_step
@@ -13,6 +13,7 @@ from flowgen.training.step import TrainState, make_optimizer, make_schedule, mak
 __all__ = [
     "CheckpointReader",
     "CheckpointStore",
+    "InitConfig",
     "Interrupted",
     "Job",
     "LogConfig",
