@@ -40,7 +40,8 @@ def table_of(found: Mapping[str, Transfer], sizes: Mapping[str, int], left_out: 
 
 
 def _row(kind: str, sizes: Mapping[str, int], names: Iterable[str], about: str) -> str:
-    text = f"  {kind:<8} {sum(sizes.values()):>14,} values in {len(sizes)} array{'s' * (len(sizes) != 1)}: {grouped(names)}"
+    arrays = f"{len(sizes)} array{'s' * (len(sizes) != 1)}"
+    text = f"  {kind:<8} {sum(sizes.values()):>14,} values in {arrays}: {grouped(names)}"
     return f"{text} ({about})" if about else text
 
 

@@ -14,7 +14,6 @@ from flowgen.data.inventory import Inventory
 from flowgen.training.options import OptimConfig
 from flowgen.training.step import Objective, TrainState
 
-
 # A function (initial variables) -> (variables with which a new run begins, lines that describe them). The two trees of
 # variables have the same structure, shapes and dtypes.
 Start = Callable[[Any], tuple[Any, Sequence[str]]]

@@ -10,7 +10,6 @@ from flowgen.runs import on_terminal
 from flowgen.settings import config
 from flowgen.settings.ranges import BatchSize, Count, CountOrZero, Fraction, NonNegative, Positive, ProperFraction, Seed
 
-
 # The differences that a model may have from the one whose parameters it starts from.
 ALLOWED = ("classes", "size", "text", "frames", "other")
 
