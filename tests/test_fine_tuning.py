@@ -206,7 +206,7 @@ def test_a_change_is_refused_unless_it_is_allowed(name, tmp_path):
     variables = perturbed(old)
     path = run_of(tmp_path, old, variables)
     model = dataclasses.replace(model, **change)
-    with pytest.raises(ValueError, match="init.path") as error:
+    with pytest.raises(ValueError, match=r"init\.path") as error:
         started(experiment_of(model, path=path, **fields))
     assert told in one_sentence(error)
     assert f"add --init.allow {allow}." in str(error.value)
@@ -222,7 +222,7 @@ def test_a_change_is_refused_unless_it_is_allowed(name, tmp_path):
 def test_several_differences_are_told_together(tmp_path):
     path = run_of(tmp_path, experiment_of(dataclasses.replace(TAR, num_classes=3), classes=OLD))
     model = dataclasses.replace(TAR, num_classes=5, image_size=8)
-    with pytest.raises(ValueError, match="init.path") as error:
+    with pytest.raises(ValueError, match=r"init\.path") as error:
         started(experiment_of(model, classes=NEW, path=path))
     for told in ("model.num_classes: 3 -> 5", "data.classes: cat, dog, fox -> fox", "image_size: 4 -> 8"):
         assert told in one_sentence(error)
@@ -236,7 +236,7 @@ def test_several_differences_are_told_together(tmp_path):
 def test_other_parameters_are_refused_by_any_option(change, tmp_path):
     path = run_of(tmp_path, experiment_of(TAR))
     everything = ("classes", "size", "text", "frames", "other")
-    with pytest.raises(ValueError, match="no option of --init.allow") as error:
+    with pytest.raises(ValueError, match=r"no option of --init\.allow") as error:
         started(experiment_of(dataclasses.replace(TAR, **change), path=path, allow=everything))
     name, value = next(iter(change.items()))
     assert f"model.{name}: {getattr(TAR, name)} -> {value}" in one_sentence(error)
@@ -257,7 +257,7 @@ def test_what_is_no_run_of_this_kind_is_refused(tmp_path):
     damaged = shutil.copytree(run, tmp_path / "damaged")
     file = max((damaged / CHECKPOINTS / "0" / "params").rglob("d/*"), key=lambda file: file.stat().st_size)
     file.write_bytes(file.read_bytes()[:-1])
-    with pytest.raises(ValueError, match="Checkpoint 0 .* is damaged") as error:
+    with pytest.raises(ValueError, match=r"Checkpoint 0 .* is damaged") as error:
         started(experiment_of(TAR, path=damaged))
     one_sentence(error)
 
@@ -339,7 +339,7 @@ def test_a_resumed_run_does_not_read_the_run_that_it_started_from(tuned, tmp_pat
     shutil.copytree(path, tmp_path / "origin")
     flowgen.fit(digits(tmp_path / "origin", 3), tmp_path / "run")
     shutil.rmtree(tmp_path / "origin")
-    with pytest.raises(ValueError, match="init.path"):
+    with pytest.raises(ValueError, match=r"init\.path"):
         flowgen.fit(digits(path, 6), tmp_path / "run")
     flowgen.fit(digits(tmp_path / "origin", 6), tmp_path / "run")
     arrays, others = (CheckpointReader(run / CHECKPOINTS).arrays(6) for run in (tmp_path / "run", whole))
