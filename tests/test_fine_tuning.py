@@ -271,7 +271,7 @@ def test_what_is_no_run_of_this_kind_is_refused(tmp_path):
             lambda: AutoencoderExperiment(
                 name="own",
                 model=flowgen.load_config("autoencoder_digits").model,
-                optim=OptimConfig(weight_decay=0),
+                optim=OptimConfig(weight_decay=0.0),
                 autoencoding=dataclasses.replace(
                     flowgen.load_config("autoencoder_digits").autoencoding, decoder_of="other"
                 ),
