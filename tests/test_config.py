@@ -32,7 +32,7 @@ from flowgen.matching import (
     MLPConfig,
     Polynomial,
 )
-from flowgen.training import LogConfig, OptimConfig, TrainConfig
+from flowgen.training import InitConfig, LogConfig, OptimConfig, TrainConfig
 
 MODELS = "TARFlow, STARFlow"
 DIGITS = Path(__file__).parent.parent / "configs/tarflow_digits.py"
@@ -82,10 +82,11 @@ UNUSUAL = FlowExperiment(
         ema_decay=0.0,
         ema_warmup=False,
     ),
-    train=TrainConfig(steps=7, batch_size=12, seed=2**32 - 1, label_dropout=0.25, accumulation=2),
+    train=TrainConfig(steps=7, batch_size=12, seed=2**32 - 1, label_dropout=0.25, accumulation=2, frozen=("*/ü", "a,b")),
     log=LogConfig(
         log_every=1, eval_every=2, sample_every=3, checkpoint_every=4, keep=5, tensorboard=False, progress=False
     ),
+    init=InitConfig("runs/ü", ("classes", "other")),
     likelihood=LikelihoodConfig(norm_penalty=1e-4, noise_weight=True),
     sampling=SamplingConfig(
         num=9,
