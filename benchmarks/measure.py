@@ -64,18 +64,28 @@ def parse_arguments(description: str) -> argparse.Namespace:
     """Returns the arguments that every benchmark takes, and applies the thread budget. Call it before using jax."""
     parser = argparse.ArgumentParser(description=description)
     parser.add_argument("--out", type=Path, required=True, help="JSON file to write")
-    parser.add_argument("--reference", type=Path, help="checkout of apple/ml-tarflow; without it, only our side runs")
-    parser.add_argument("--torch-python", type=Path, help="interpreter with torch, if this one has none")
+    add_reference(parser)
     parser.add_argument("--threads", type=int, default=2, help="number of processor cores for each side")
     parser.add_argument("--shapes", nargs="+", choices=SHAPES, default=list(SHAPES))
     arguments = parser.parse_args()
-    if arguments.torch_python and not arguments.reference:
-        parser.error("--torch-python needs --reference; give the checkout to run.")
+    check_reference(parser, arguments)
     if not arguments.out.parent.is_dir():
         parser.error(f"--out is {arguments.out}, but its directory does not exist; create it first.")
     check_cores(parser, "--threads", arguments.threads)
     confine(arguments.threads)
     return arguments
+
+
+def add_reference(parser: argparse.ArgumentParser) -> None:
+    """Adds the options that name the published code."""
+    parser.add_argument("--reference", type=Path, help="checkout of apple/ml-tarflow; without it, only our side runs")
+    parser.add_argument("--torch-python", type=Path, help="interpreter with torch, if this one has none")
+
+
+def check_reference(parser: argparse.ArgumentParser, arguments: argparse.Namespace) -> None:
+    """Ends the program with an error message if the interpreter with torch is given without the published code."""
+    if arguments.torch_python and not arguments.reference:
+        parser.error("--torch-python needs --reference; give the checkout to run.")
 
 
 def check_cores(parser: argparse.ArgumentParser, option: str, count: int) -> None:
@@ -104,16 +114,16 @@ def cost(work: Callable[[], Any]) -> Cost:
     return Cost(time.perf_counter() - seconds, time.process_time() - processor)
 
 
-def alternate(runs: dict[str, Run], rounds: int = REPEATS) -> dict[str, Timing]:
+def alternate(runs: dict[str, Run], rounds: int = REPEATS, *, slow_rounds: int = SLOW_REPEATS) -> dict[str, Timing]:
     """Returns timings of runs that take turns, so that other load on the machine affects all of them.
 
-    Each run is repeated `rounds` times, or three times if it takes more than five seconds, after two calls that are not
-    counted.
+    Each run is repeated `rounds` times, or `slow_rounds` times if it takes more than five seconds, after two calls that
+    are not counted.
     """
     timings = {name: Timing(run(), []) for name, run in runs.items()}
     repeats = {}
     for name, run in runs.items():
-        repeats[name] = SLOW_REPEATS if run().seconds > SLOW_SECONDS else rounds
+        repeats[name] = slow_rounds if run().seconds > SLOW_SECONDS else rounds
     for _ in range(rounds):
         for name, run in runs.items():
             if len(timings[name].calls) < repeats[name]:

@@ -11,6 +11,7 @@ import sys
 import tempfile
 import time
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -20,9 +21,13 @@ from measure import Cost, cost, rw
 
 
 class Published:
-    """The published model with our weights and inputs, in this process. Eager float32, as in its scripts on a CPU."""
+    """The published model with our weights and inputs, in this process. Eager float32, as in its scripts on a CPU.
 
-    def __init__(self, reference: Path, shape: rw.Shape, batch: int):
+    mixed: whether it runs as its training script does: on a GPU if torch has one, and in bfloat16 by autocast. Its
+    weights are then its own random ones, because the formula of ours is slow for large shapes.
+    """
+
+    def __init__(self, reference: Path, shape: rw.Shape, batch: int, *, mixed: bool = False):
         import torch
 
         sys.path.insert(0, str(reference))
@@ -30,57 +35,78 @@ class Published:
 
         self.given = None, reference, shape, batch
         self.torch, self.version = torch, torch.__version__
-        self.model = transformer_flow.Model(
-            in_channels=shape.channels,
-            img_size=shape.image_size,
-            patch_size=shape.patch_size,
-            channels=shape.width,
-            num_blocks=shape.num_blocks,
-            layers_per_block=shape.layers_per_block,
-            nvp=not shape.volume_preserving,
-            num_classes=shape.num_classes,
-        )
-        self.model.load_state_dict({k: torch.from_numpy(v) for k, v in rw.state_dict(shape).items()}, strict=True)
-        self.images = torch.from_numpy(rw.images(shape, batch))
-        self.noise = torch.from_numpy(rw.noise(shape, batch))
-        self.labels = torch.arange(batch) % shape.num_classes if shape.num_classes else None
+        self.device = "cuda" if mixed and torch.cuda.is_available() else "cpu"
+        self.precision = partial(torch.autocast, self.device, torch.bfloat16, enabled=mixed)
+        self.scaler = torch.amp.GradScaler(self.device, enabled=self.device == "cuda")
+        with torch.device(self.device):
+            self.model = transformer_flow.Model(
+                in_channels=shape.channels,
+                img_size=shape.image_size,
+                patch_size=shape.patch_size,
+                channels=shape.width,
+                num_blocks=shape.num_blocks,
+                layers_per_block=shape.layers_per_block,
+                nvp=not shape.volume_preserving,
+                num_classes=shape.num_classes,
+            )
+        if mixed:
+            for block in self.model.blocks:  # Otherwise, all gradients but those of this matrix are zero.
+                torch.nn.init.normal_(block.proj_out.weight, std=0.01)
+        else:
+            self.model.load_state_dict({k: torch.from_numpy(v) for k, v in rw.state_dict(shape).items()}, strict=True)
+        self.images = torch.from_numpy(rw.images(shape, batch)).to(self.device)
+        self.noise = torch.from_numpy(rw.noise(shape, batch)).to(self.device)
+        labels = torch.arange(batch, device=self.device)
+        self.labels = labels % shape.num_classes if shape.num_classes else None
         self.optimizer = torch.optim.AdamW(
             self.model.parameters(), lr=1e-4, betas=(0.9, 0.95), eps=1e-8, weight_decay=1e-4
         )
 
     def reverse(self):
-        with self.torch.inference_mode():
+        with self.torch.inference_mode(), self.precision():
             return self.model.reverse(self.noise, self.labels)
 
     def reverse_guided(self):
-        with self.torch.inference_mode():
+        with self.torch.inference_mode(), self.precision():
             return self.model.reverse(self.noise, self.labels, guidance=1.5)
 
     def forward(self):
-        with self.torch.no_grad():
+        with self.torch.no_grad(), self.precision():
             z, _, logdet = self.model(self.images, self.labels)
             return self.model.get_loss(z, logdet)
 
     def backward(self):
         self.optimizer.zero_grad()
-        z, _, logdet = self.model(self.images, self.labels)
-        loss = self.model.get_loss(z, logdet)
-        loss.backward()
+        with self.precision():
+            z, _, logdet = self.model(self.images, self.labels)
+            loss = self.model.get_loss(z, logdet)
+        self.scaler.scale(loss).backward()
         return loss.detach()
 
     def adamw(self):
         loss = self.backward()
-        self.optimizer.step()
+        self.scaler.step(self.optimizer)
+        self.scaler.update()
         return loss
 
     def time(self, name: str, threads: int) -> Cost:
         """Returns the cost of one call to method `name`."""
         self.torch.set_num_threads(threads)
-        return cost(getattr(self, name))
+        return cost(partial(self._finished, name))
 
     def result(self, name: str) -> np.ndarray:
         """Returns what method `name` computes."""
-        return getattr(self, name)().numpy()
+        return self._finished(name).float().cpu().numpy()
+
+    def peak_memory(self) -> int | None:
+        """Returns the peak number of bytes of the GPU in use so far, or None on a CPU."""
+        return self.torch.cuda.max_memory_allocated() if self.device == "cuda" else None
+
+    def _finished(self, name: str):
+        out = getattr(self, name)()
+        if self.device == "cuda":
+            self.torch.cuda.synchronize()
+        return out
 
     def close(self) -> None:
         """Does nothing; the counterpart of `Remote.close`."""
@@ -89,13 +115,13 @@ class Published:
 class Remote:
     """The published model in another interpreter, which measures its own time."""
 
-    def __init__(self, python: Path, reference: Path, shape: rw.Shape, batch: int):
+    def __init__(self, python: Path, reference: Path, shape: rw.Shape, batch: int, *, mixed: bool = False):
         self.process = subprocess.Popen(
             [str(python), str(Path(__file__).resolve())], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True
         )
         self.given = python, reference, shape, batch
-        setup = {"reference": str(reference), "shape": dataclasses.asdict(shape), "batch": batch}
-        self.version = self._ask(setup)
+        setup = {"reference": str(reference), "shape": dataclasses.asdict(shape), "batch": batch, "mixed": mixed}
+        self.version, self.device = self._ask(setup)
 
     def time(self, name: str, threads: int) -> Cost:
         self.begin(name, threads)
@@ -114,6 +140,9 @@ class Remote:
             path = f"{folder}/result.npy"
             self._ask({"result": name, "path": path})
             return np.load(path, allow_pickle=False)
+
+    def peak_memory(self) -> int | None:
+        return self._ask({"peak_memory": True})
 
     def close(self) -> None:
         self.process.communicate()
@@ -183,24 +212,29 @@ def connect(
     """Returns the published model, or None without a checkout. Raises SystemExit if torch is missing."""
     if reference is None:
         return None
+    check(reference, torch_python)
+    return Published(reference, shape, batch) if torch_python is None else Remote(torch_python, reference, shape, batch)
+
+
+def check(reference: Path, torch_python: Path | None) -> None:
+    """Raises SystemExit if the checkout or torch is missing."""
     if not (reference / "transformer_flow.py").is_file():
         raise SystemExit(f"--reference {reference} has no transformer_flow.py; give a checkout of apple/ml-tarflow.")
-    if torch_python is not None:
-        return Remote(torch_python, reference, shape, batch)
-    if importlib.util.find_spec("torch") is None:
+    if torch_python is None and importlib.util.find_spec("torch") is None:
         raise SystemExit("This interpreter has no torch; install it, or give another interpreter with --torch-python.")
-    return Published(reference, shape, batch)
 
 
 def serve() -> None:
     """Answers requests on standard input until it closes."""
     setup = json.loads(sys.stdin.readline())
-    model = Published(Path(setup["reference"]), rw.Shape(**setup["shape"]), setup["batch"])
-    print(json.dumps(model.version), flush=True)
+    model = Published(Path(setup["reference"]), rw.Shape(**setup["shape"]), setup["batch"], mixed=setup["mixed"])
+    print(json.dumps([model.version, model.device]), flush=True)
     for line in sys.stdin:
         request = json.loads(line)
         if "time" in request:
             answer = model.time(request["time"], request["threads"])
+        elif "peak_memory" in request:
+            answer = model.peak_memory()
         else:
             np.save(request["path"], model.result(request["result"]))
             answer = None

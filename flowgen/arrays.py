@@ -23,7 +23,7 @@ def check_floating(name: str, x: Any) -> None:
     if not jnp.issubdtype(x.dtype, jnp.floating):
         raise ValueError(
             f"{name} is {x.dtype}; give floating-point numbers. flowgen.data.from_uint8 converts bytes to pixels in "
-            "[-1, 1]."
+            "[-1, 1], as x / 127.5 - 1."
         )
 
 

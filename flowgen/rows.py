@@ -87,7 +87,7 @@ class Rows(struct.PyTreeNode):
         return jax.tree.map(lambda x: lax.dynamic_slice_in_dim(x, start, num), tree)
 
     def mean(self, tree: Any) -> Any:
-        """Averages the means of all devices. If the shares have equal sizes, this is the mean over the whole batch."""
+        """Averages the devices' means. If their shares are equal, the result is the mean over the whole batch."""
         return tree if self.axis_name is None else lax.pmean(tree, self.axis_name)
 
 

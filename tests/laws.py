@@ -57,17 +57,31 @@ FLOWS = {
 PERTURBATION = 0.05
 
 
+def drawn(init, *args, scale=PERTURBATION):
+    """Variables of the shapes that `init(*args)` has, as large as fresh ones, with noise on every leaf.
+
+    Unlike init itself, this compiles nothing; kernels of zero, as heads have, are small.
+    """
+    random = np.random.default_rng(0)
+
+    def fresh(path, shape):
+        *_, parent, name = ("", *(key.key for key in path))
+        if name == "kernel" and parent != "proj_out":
+            return random.uniform(-1, 1, shape) / np.sqrt(np.prod(shape[:-1] if len(shape) > 3 else shape[-2]))
+        return random.standard_normal(shape) if name == "start_token" else float(name in ("scale", "variance"))
+
+    def leaf(path, struct):
+        noise = scale * random.standard_normal(struct.shape)
+        value = fresh(path, struct.shape) + noise
+        return np.asarray(np.abs(value) + 0.1 if path[-1].key == "variance" else value, struct.dtype)
+
+    return jax.tree_util.tree_map_with_path(leaf, jax.eval_shape(lambda: init(*args)))
+
+
 def perturbed(config, key, scale=PERTURBATION):
     """Returns (flow, variables) with noise on every leaf, the prior variance kept positive."""
     flow = config.build()
-    variables = flowgen.init(flow, key)
-    random = np.random.default_rng(0)  # compiles nothing, unlike one jax.random call per shape
-    variables = jax.tree.map(
-        lambda leaf: jnp.asarray(leaf + scale * random.standard_normal(leaf.shape), leaf.dtype), variables
-    )
-    if "prior" in variables:
-        variables["prior"] = jax.tree.map(lambda v: jnp.abs(v) + 0.1, variables["prior"])
-    return flow, variables
+    return flow, jax.tree.map(jnp.asarray, drawn(flowgen.init, flow, key, scale=scale))
 
 
 @partial(jax.jit, static_argnames=("flow", "method"))

@@ -146,7 +146,7 @@ def check_kernel(case, implementation):
         assert_close(ours.astype(jnp.float32), expected, tolerance)
 
 
-@pytest.mark.parametrize("case", rows(CASES, rare=("padded", "bfloat16 padded", "bfloat16 key mask")))
+@pytest.mark.parametrize("case", rows(CASES, rare=("padded", "key mask", "bfloat16 padded", "bfloat16 key mask")))
 def test_the_tpu_kernel_is_xla_in_float32(case, on_tpu):
     check_kernel(case, "tpu")
 
@@ -205,6 +205,9 @@ def toy_dit(**options):
 MODELS = {"tarflow": toy_tarflow, "starflow, shared heads": toy_starflow, "dit": toy_dit}
 TARGETS = {"cudnn": ("gpu", "cuda", "__cudnn$fmhaSoftmax"), "tpu": ("tpu", "tpu", "tpu_custom_call")}
 
+# The other kernel of each.
+LIKE_THEM = (("tarflow", "tpu"), ("starflow, shared heads", "cudnn"), ("dit", "tpu"))
+
 
 def lowered(model, target):
     """The programs of a model's output and gradient."""
@@ -227,8 +230,13 @@ def has_logits(program):
     return any(sum(size >= 100 and size != 128 for size in shape) > 1 for shape in shapes)
 
 
-@pytest.mark.parametrize("implementation", TARGETS)
-@pytest.mark.parametrize("name", MODELS)
+@pytest.mark.parametrize(
+    ("name", "implementation"),
+    [
+        *(("tarflow", "cudnn"), ("starflow, shared heads", "tpu"), ("dit", "cudnn")),
+        *(pytest.param(*row, marks=pytest.mark.slow) for row in LIKE_THEM),
+    ],
+)
 def test_models_lower_to_the_kernel_without_logits(name, implementation, monkeypatch):
     platform, target, call = TARGETS[implementation]
     assert all(has_logits(program) and call not in program for program in lowered(MODELS[name](), target))

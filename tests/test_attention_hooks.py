@@ -1,5 +1,7 @@
 """`make_attention_fn` inside Flax's own multi-head attention: what each module passes is honoured or refused."""
 
+from functools import partial
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -7,6 +9,7 @@ import pytest
 from conftest import rows
 from flax import linen as nn
 from flax import nnx
+from laws import drawn
 from tolerances import LAYER, RIDGE, assert_close
 
 import flowgen.attention as attention
@@ -50,9 +53,9 @@ def nnx_module(fn, **options):
 def test_causal_in_linen_and_nnx_sees_no_future(name):
     fn, x = make_attention_fn(name, is_causal=True), inputs()
     module = linen(fn)
-    variables = module.init(jax.random.key(0), x)
+    variables = drawn(module.init, jax.random.key(0), x)
     for apply in (lambda y: module.apply(variables, y), nnx_module(fn)):
-        gradient = jax.grad(lambda y, apply=apply: apply(y)[:, 4].sum())(x)
+        gradient = jax.jit(jax.grad(lambda y, apply=apply: apply(y)[:, 4].sum()))(x)
         assert not gradient[:, 5:].any()
         assert gradient[:, :5].any()
 
@@ -63,11 +66,10 @@ def test_a_padding_mask_is_exact(name):
     valid = jnp.arange(TOKENS) < 7
     mask = nn.make_attention_mask(jnp.ones((2, TOKENS)), jnp.broadcast_to(valid[None], (2, TOKENS)))[:, :, :1]
     module = linen(fn)
-    variables = module.init(jax.random.key(0), x)
-    padded = module.apply(variables, x, mask=mask)
-    short = module.apply(variables, x[:, :7])
-    assert_close(padded[:, :7], short, ROUNDING[name])
-    assert_close(nnx_module(fn)(x, mask=mask)[:, :7], nnx_module(fn)(x[:, :7]), ROUNDING[name])
+    variables = drawn(module.init, jax.random.key(0), x)
+    for apply in (partial(module.apply, variables), nnx_module(fn)):
+        run = jax.jit(lambda x, apply=apply, **options: apply(x, **options))
+        assert_close(run(x, mask=mask)[:, :7], run(x[:, :7]), ROUNDING[name])
 
 
 @pytest.mark.parametrize("name", rows([name for name in FULL if name != "soft"], ALIKE))
@@ -75,7 +77,7 @@ def test_a_causal_mask_of_flax_equals_is_causal(name):
     x = inputs()
     mask = nn.make_causal_mask(jnp.ones((2, TOKENS)))
     module = linen(make_attention_fn(name))
-    variables = module.init(jax.random.key(0), x)
+    variables = drawn(module.init, jax.random.key(0), x)
     masked = module.apply(variables, x, mask=mask)
     causal = linen(make_attention_fn(name, is_causal=True)).apply(variables, x)
     assert_close(masked, causal, LAYER)
@@ -85,7 +87,7 @@ def test_nnx_passes_is_causal_and_grouped_keys():
     fn, x = make_attention_fn("nala"), inputs()
     grouped = nnx_module(fn, num_kv_heads=2)
     assert grouped(x).shape == x.shape
-    gradient = jax.grad(lambda y: grouped(y, is_causal=True)[:, 4].sum())(x)
+    gradient = jax.jit(jax.grad(lambda y: grouped(y, is_causal=True)[:, 4].sum()))(x)
     assert not gradient[:, 5:].any()
     assert gradient[:, :5].any()
     q, k, v = qkv(groups=2)

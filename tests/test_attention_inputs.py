@@ -60,15 +60,23 @@ def test_a_padded_prompt_is_the_prompt_alone_and_so_are_the_tokens_behind_it(nam
     mask = np.zeros((2, 1, 1, 9), bool)
     for b, prompt in enumerate(prompts):
         mask[b, ..., prompt] = True
-    keep = jnp.asarray(mask)[:, 0, 0, :, None, None]
-    dirty = [jnp.where(keep, x[:, :9], jnp.nan) for x in (k, v)]
-    out, state = STATEFUL[name](q[:, :9], *dirty, jnp.where(keep[..., 0], g[:, :9], jnp.nan), None, jnp.asarray(mask))
-    after, _ = STATEFUL[name](*(x[:, 9:] for x in (q, k, v, g)), state, None)
-    for b, prompt in enumerate(prompts):
-        first = [x[b : b + 1, prompt] for x in (q, k, v, g)]
-        alone, alone_state = STATEFUL[name](*first, None, None)
-        close(out[b : b + 1, prompt], alone)
-        close(after[b : b + 1], STATEFUL[name](*(x[b : b + 1, 9:] for x in (q, k, v, g)), alone_state, None)[0])
+
+    @jax.jit
+    def run(*tokens):
+        keep = jnp.asarray(mask)[:, 0, 0, :, None, None]
+        query, *dirty = (x[:, :9] for x in tokens)
+        dirty = [jnp.where(keep if x.ndim == 4 else keep[..., 0], x, jnp.nan) for x in dirty]
+        out, state = STATEFUL[name](query, *dirty, None, jnp.asarray(mask))
+        after, _ = STATEFUL[name](*(x[:, 9:] for x in tokens), state, None)
+        pairs = []
+        for b, prompt in enumerate(prompts):
+            alone, alone_state = STATEFUL[name](*(x[b : b + 1, prompt] for x in tokens), None, None)
+            after_it, _ = STATEFUL[name](*(x[b : b + 1, 9:] for x in tokens), alone_state, None)
+            pairs += [(out[b : b + 1, prompt], alone), (after[b : b + 1], after_it)]
+        return pairs
+
+    for together, alone in run(q, k, v, g):
+        close(together, alone)
 
 
 @pytest.mark.slow
@@ -118,16 +126,20 @@ def test_what_is_not_finite_stays_in_its_segment(name, bad):
     q, k, v = draw()
     ids = jnp.asarray(np.tile([0, 0, 0, 1, 1, 1, 1, 1, 2, 2, 3, 3], (2, 1)))
     other = np.r_[0:3, 8:12]
+
+    def attend(*arrays):
+        return KERNELS[kernel].attend(*arrays, segment_ids=ids, **options)
+
+    @jax.jit
+    def both(*arrays):
+        return attend(*arrays), jax.grad(lambda *x: attend(*x)[0, other].sum(), argnums=(0, 1, 2))(*arrays)
+
+    clean, _ = both(q, k, v)
     for spoil in range(3):
         arrays = [x.at[0, 5].set(bad) if i == spoil else x for i, x in enumerate((q, k, v))]
-
-        def attend(*arrays):
-            return KERNELS[kernel].attend(*arrays, segment_ids=ids, **options)
-
-        out, clean = attend(*arrays), attend(q, k, v)
+        out, gradients = both(*arrays)
         close(out[1], clean[1])
         close(out[0, other], clean[0, other])
-        gradients = jax.grad(lambda *x: attend(*x)[0, other].sum(), argnums=(0, 1, 2))(*arrays)
         assert all(jnp.isfinite(x[0, other]).all() for x in gradients)
         if spoil == 2:  # a feature map may make a finite number of one that is not
             assert jnp.isnan(out[0, 5]).all()

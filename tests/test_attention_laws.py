@@ -180,7 +180,15 @@ ROWS = {
     ),
 }
 # Options of named kernels, and feature maps that differ from others by a function.
-ALIKE = ("nala cosine", "nala power per head", "pola power per channel", "gaussian landmarks", "relu", "squared_relu")
+ALIKE = (
+    "nala cosine",
+    "nala rotary",
+    "nala power per head",
+    "pola power per channel",
+    "gaussian landmarks",
+    "relu",
+    "squared_relu",
+)
 each_kernel = pytest.mark.parametrize("name", rows(ROWS, ALIKE))
 
 

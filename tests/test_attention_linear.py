@@ -136,7 +136,7 @@ def pairwise(features, v, log_decay=None, segments=None, block_size=1):
 
 
 @pytest.mark.parametrize("chunk_size", rows([1, 7, 64], (1,)))
-@pytest.mark.parametrize("n", rows([1, 63, 65, 130], (63,)))
+@pytest.mark.parametrize("n", rows([1, 63, 65, 130], (63, 130)))
 def test_chunks_are_the_weights_of_every_pair(n, chunk_size, x64):
     arrays = normal((2, n, 4, 3), (2, n, 2, 3), (2, n, 4, 2), (2, n, 2, 2), (2, n, 2, 5))
     *features, v = arrays

@@ -7,6 +7,7 @@ import pytest
 from conftest import rows
 from flax import linen as nn
 from flax import nnx
+from laws import drawn
 
 import flowgen.attention as attention
 from flowgen.attention import make_attention_fn
@@ -76,7 +77,7 @@ def test_masks_of_flax_are_the_same_inside_of_jit(name, case):
 def test_flaxs_layer_with_a_causal_mask_is_the_same_inside_of_jit(name):
     x = jnp.asarray(np.random.default_rng(0).normal(size=(2, 10, 8)), jnp.float32)
     module = nn.MultiHeadDotProductAttention(HEADS, attention_fn=make_attention_fn(name, is_causal=True))
-    variables = module.init(jax.random.key(0), x)
+    variables = drawn(module.init, jax.random.key(0), x)
 
     def apply(x):
         return module.apply(variables, x, mask=nn.make_causal_mask(x[..., 0]))
@@ -130,7 +131,7 @@ def test_retention_in_the_modules_of_flax():
     x = jnp.asarray(np.random.default_rng(0).normal(size=(2, 10, 8)), jnp.float32)
     fn = make_attention_fn("retention", is_causal=True)
     module = nn.MultiHeadDotProductAttention(HEADS, attention_fn=fn)
-    variables = module.init(jax.random.key(0), x)
+    variables = drawn(module.init, jax.random.key(0), x)
     close(module.apply(variables, x, mask=nn.make_causal_mask(x[..., 0])), module.apply(variables, x))
     one = module.apply(variables, x[:, :1], mask=nn.make_causal_mask(x[:, :1, 0]))
     close(one, module.apply(variables, x)[:, :1])

@@ -1,6 +1,7 @@
 """The attention modules against the published layers in NumPy, and inside linen, NNX and Equinox models."""
 
 import math
+from functools import partial
 
 import equinox as eqx
 import jax
@@ -11,6 +12,7 @@ import pytest
 from conftest import rows
 from flax import linen as nn
 from flax import nnx
+from laws import drawn
 from tolerances import LAYER, assert_close
 
 import flowgen.attention as attention
@@ -54,8 +56,7 @@ def inputs(n=GRID[0] * GRID[1], batch=2, width=WIDTH):
 
 
 def perturbed(module, x, **options):
-    variables = jax.jit(lambda key: module.init(key, x, **options))(jax.random.key(0))
-    return jax.tree.map(lambda leaf: leaf + 0.2 * RNG.standard_normal(leaf.shape).astype(leaf.dtype), variables)
+    return drawn(partial(module.init, **options), jax.random.key(0), x, scale=0.2)
 
 
 def depthwise(image, filters, bias=0.0):
@@ -134,8 +135,8 @@ def test_nala_layer_is_the_published_one():
         n = GRID[0] * GRID[1]
         module = attention.NaLaAttention(WIDTH, HEADS, eps=n * 1e-6, dtype=jnp.float64)
         x = jnp.asarray(RNG.standard_normal((2, n, WIDTH)))
-        variables = jax.tree.map(lambda leaf: leaf.astype(jnp.float64), perturbed(module, x, grid=GRID))
-        ours = module.apply(variables, x, grid=GRID)
+        variables = jax.tree.map(lambda leaf: leaf.astype(np.float64), perturbed(module, x, grid=GRID))
+        ours = jax.jit(partial(module.apply, grid=GRID))(variables, x)
         params = jax.tree.map(np.asarray, variables["params"])
         for image, out in zip(np.asarray(x), ours, strict=True):
             np.testing.assert_allclose(out, published_nala(params, image, GRID), atol=PUBLISHED)
@@ -146,8 +147,8 @@ def test_soft_layer_is_the_published_one():
         options = {"landmarks": "conv_norm_gelu", "stride": 2, "value_conv": 3, "dtype": jnp.float64}
         module = attention.SOFTAttention(WIDTH, HEADS, **options)
         x = jnp.asarray(RNG.standard_normal((2, GRID[0] * GRID[1], WIDTH)))
-        variables = jax.tree.map(lambda leaf: leaf.astype(jnp.float64), perturbed(module, x, grid=GRID))
-        ours = module.apply(variables, x, grid=GRID)
+        variables = jax.tree.map(lambda leaf: leaf.astype(np.float64), perturbed(module, x, grid=GRID))
+        ours = jax.jit(partial(module.apply, grid=GRID))(variables, x)
         params = jax.tree.map(np.asarray, variables["params"])
         for image, out in zip(np.asarray(x), ours, strict=True):
             np.testing.assert_allclose(out, published_soft(params, image, GRID, 2), atol=PUBLISHED)
@@ -249,9 +250,9 @@ def test_inside_a_linen_model():
             return x + attention.LinearAttention(WIDTH, HEADS, kernel="pola")(nn.LayerNorm()(x))
 
     model, x, target = Model(), inputs(), inputs()
-    variables = model.init(jax.random.key(0), x)
+    variables = jax.jit(model.init)(jax.random.key(0), x)
     tx = optax.adam(1e-2)
-    opt_state = tx.init(variables)
+    opt_state = jax.jit(tx.init)(variables)
 
     @jax.jit
     def train_step(variables, opt_state):

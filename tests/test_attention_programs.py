@@ -5,6 +5,7 @@ called again, and is exported with a symbolic batch and length, unless a table b
 """
 
 from dataclasses import dataclass
+from functools import cache, partial
 
 import jax
 import jax.numpy as jnp
@@ -14,6 +15,7 @@ from conftest import rows
 from flax import linen as nn
 from jax.sharding import AxisType, NamedSharding
 from jax.sharding import PartitionSpec as P
+from laws import drawn
 
 import flowgen.attention as attention
 from flowgen.attention import KERNELS, Causal, make_attention_fn
@@ -66,10 +68,11 @@ def of_features(features):
 
 
 def of_module(module, **options):
-    variables = jax.tree.map(
-        np.asarray, jax.jit(lambda: module.init(jax.random.key(0), jnp.zeros((1, LENGTH, 16)), **options))()
-    )
-    return lambda a: module.apply(variables, a.x, **options)
+    @cache
+    def variables():
+        return drawn(partial(module.init, **options), jax.random.key(0), jnp.zeros((1, LENGTH, 16)))
+
+    return lambda a: module.apply(variables(), a.x, **options)
 
 
 def causal_steps(a):

@@ -6,6 +6,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from conftest import rows
 from tolerances import FORMULA, LAYER, RIDGE, assert_close
 
 from flowgen.attention import soft
@@ -135,9 +136,9 @@ VARIANTS = {
 }
 
 
-@pytest.fixture(params=VARIANTS.values(), ids=VARIANTS.keys())
+@pytest.fixture(params=rows(VARIANTS, ("cells",)))
 def variant(request):
-    return request.param
+    return VARIANTS[request.param]
 
 
 def test_padding_changes_nothing(variant):
@@ -220,7 +221,10 @@ def test_newton_derivative_is_the_closed_form_in_both_modes(float64):
     np.testing.assert_allclose(jax.jvp(exact, (a,), (da,)), (x, tangent), atol=1e-8)
 
 
-@pytest.mark.parametrize(("solver", "pooled"), [("newton", False), ("cholesky", False), ("cholesky", True)])
+@pytest.mark.parametrize(
+    ("solver", "pooled"),
+    [("newton", False), pytest.param("cholesky", False, marks=pytest.mark.slow), ("cholesky", True)],
+)
 def test_derivatives_are_finite_differences_and_modes_agree(solver, pooled, float64):
     q, v = 1.5 * normal(0, 1, 6, 1, 4, dtype=jnp.float64), normal(1, 1, 6, 1, 3, dtype=jnp.float64)
     direction, cotangent = normal(2, 1, 6, 1, 4, dtype=jnp.float64), normal(3, 1, 6, 1, 3, dtype=jnp.float64)

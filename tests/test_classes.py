@@ -31,7 +31,7 @@ from flowgen.evaluation import flow_bits_per_dim
 from flowgen.experiments import FlowExperiment, VideoFlowExperiment, fit
 from flowgen.experiments.drawing import drawn_classes
 from flowgen.flows import STARFlowVConfig, TARFlowConfig
-from flowgen.training import LogConfig, TrainConfig, train
+from flowgen.training import LogConfig, OptimConfig, TrainConfig, train
 
 KNOWN = ("cat", "dog", "fox")
 LEVELS = {"cat": 20, "dog": 120, "fox": 220, "zebra": 70}
@@ -246,6 +246,7 @@ def experiment_of(**changes):
             name="photos",
             model=TARFlowConfig(image_size=8, channels=1, num_classes=3, noise_std=0.1, **tiny),
             data=DataConfig("folder", path="photos", eval_fraction=0.2),
+            optim=OptimConfig(schedule="constant"),  # so that longer runs have the same program
             train=TrainConfig(steps=4, batch_size=8),
             log=LogConfig(log_every=2, checkpoint_every=2, tensorboard=False, progress=False),
         ),

@@ -7,12 +7,14 @@ import shlex
 import subprocess
 import sys
 import typing
+import warnings
 from pathlib import Path
 
 import jax
+import laws
 import numpy as np
 import pytest
-from commands import refused, succeed
+from commands import outcome_of, refused, succeed
 from conftest import rows
 
 from flowgen import checkpoint, experiments, settings
@@ -30,7 +32,9 @@ from flowgen.experiments import (
 from flowgen.flows import STARFlowConfig, TARFlowConfig
 from flowgen.matching import DiTConfig, MLPConfig
 from flowgen.nn import init
+from flowgen.runs import CHECKPOINTS, CheckpointStore
 from flowgen.settings import help_of
+from flowgen.training.step import init_state
 
 PROJECT = Path(__file__).parent.parent
 CONFIGS = sorted((PROJECT / "configs").glob("*.py"))
@@ -78,18 +82,18 @@ def test_the_help_of_attention_names_what_the_model_takes(cls, names):
 
 
 # One of each kind whenever anything changes.
-SHOWN = ("autoencoder_digits", "cfm_moons", "otcfm_digits", "starflow_t2i_256", "starflow_v_bouncing", "tarflow_digits")
+SHOWN = ("autoencoder_digits", "cfm_moons", "starflow_t2i_256", "starflow_v_bouncing", "tarflow_digits")
 
 
 @pytest.mark.parametrize(
     "path", rows(CONFIGS, [path for path in CONFIGS if path.stem not in SHOWN]), ids=lambda path: path.stem
 )
-def test_info_prints_options_that_give_the_experiment_again(path, monkeypatch):
-    monkeypatch.setattr("flowgen.cli.info.estimates", lambda experiment: [])  # These have tests of their own.
-    lines = [line for line in succeed("info --config", path).splitlines() if line.startswith("--")]
+def test_info_prints_options_that_give_the_experiment_again(path):
+    experiment = experiments.load_config(path)
+    groups = dict.fromkeys(setting.name.partition(".")[0] for setting in settings.settings(experiment))
+    lines = succeed("info --config", path, *groups).splitlines()
     words = [shlex.split(line, comments=True) for line in lines]
     assert all(len(option) == 2 for option in words)
-    experiment = experiments.load_config(path)
     # The type of a group stands for its defaults, and is what it is already.
     leaves = {f"--{name}" for name in settings.leaf_names(experiment)}
     given = [word for option in words if option[0] in leaves for word in option]
@@ -170,11 +174,7 @@ def points_run(tmp_path_factory):
 
 def written(tmp_path_factory, experiment):
     path = tmp_path_factory.mktemp(experiment.name) / "run"
-    variables = init(experiment.build(), jax.random.key(0))
-    leaves, tree = jax.tree.flatten(variables)
-    keys = jax.random.split(jax.random.key(1), len(leaves))
-    moved = [leaf + 0.05 * jax.random.normal(key, leaf.shape) for leaf, key in zip(leaves, keys, strict=True)]
-    checkpoint.write_run(path, experiment, jax.tree.unflatten(tree, moved))
+    checkpoint.write_run(path, experiment, laws.drawn(init, experiment.build(), jax.random.key(0)))
     return path
 
 
@@ -213,7 +213,7 @@ ONLY_DOTTED = {
 }
 
 
-@pytest.mark.parametrize("name", ONLY_DOTTED)
+@pytest.mark.parametrize("name", rows(ONLY_DOTTED, ("parts", "anneal", "blocks")))
 def test_every_field_of_sampling_reaches_the_samples(tmp_path, flow_run, name):
     plain = drawn(tmp_path, flow_run, "--sampling.guidance", "0.5")
     other = drawn(tmp_path, flow_run, "--guidance", "0.5", *ONLY_DOTTED[name])
@@ -252,6 +252,21 @@ def test_guidance_towards_nothing_is_refused(tmp_path, tmp_path_factory):
     run = written(tmp_path_factory, FlowExperiment(name="without", model=model))
     told = refused("sample --checkpoint", run, "--out", tmp_path / "x.npz", "--guidance", "1.5")
     assert "sampling.guidance is 1.5, but the model is conditioned on neither classes nor text" in told
+
+
+@pytest.mark.parametrize("steps", [0, 1])
+def test_guidance_that_was_not_trained_for_is_told(tmp_path, tmp_path_factory, flow_run, steps):
+    _, variables, experiment = checkpoint.load(flow_run)
+    run = written(tmp_path_factory, experiment)
+    if steps:  # Otherwise, the weights were given, and may have been trained in any way.
+        state = jax.tree.map(np.asarray, init_state(variables, experiment.optim, experiment.train.steps))
+        with CheckpointStore(run / CHECKPOINTS) as store:
+            store.save(steps, state.replace(step=np.int32(steps)), config=experiment.to_json())
+    with warnings.catch_warnings():
+        warnings.simplefilter("always")
+        told = outcome_of("sample --num 1 --guidance 1 --checkpoint", run, "--out", tmp_path / "x.npz")
+    assert told.code == 0
+    assert told.err.count("train.label_dropout is 0") == steps
 
 
 EVALUATE_REFUSED = {

@@ -134,6 +134,10 @@ MISTAKES = {
     # Command lines.
     "": r"arguments are required: COMMAND; see python -m flowgen --help",
     "trian": r"COMMAND: invalid choice: 'trian' \(choose from '?train",
+    "train tarflow_digits --workdir new": r"'tarflow_digits' is not understood; did you mean --config tarflow_digits\?",
+    "train --workdir new --debug tiny.py": r"did you mean --config tiny\.py\?",
+    "evaluate --step 8 run": r"'run' is not understood; did you mean --checkpoint run\?",
+    "train tarflow --workdir new": r"arguments are required: --config; see",
     "train --workdir new": r"arguments are required: --config; see",
     "sample": r"arguments are required: --checkpoint; see",
     "convert --to new": r"arguments are required: file; see",
@@ -141,12 +145,14 @@ MISTAKES = {
     "info --config tiny.py --checkpoint run": r"--checkpoint: not allowed with argument --config",
     "info --checkpoint run --debug": r"--debug is not an option of info --checkpoint",
     "info --checkpoint run --optim.lr 1": r"--optim\.lr is not an option of info --checkpoint",
+    "info --checkpoint run optim seed": r"seed is not a field of this config; did you mean train\.seed\?",
     f"{SAMPLE} run --number 3": r"--number is not an option .* did you mean --num\?",
     f"{SAMPLE} run --method heun": r"--method is not an option .* for a TARFlow",
     f"{SAMPLE} run --frames 3": r"--frames is not an option .* for a TARFlow",
     f"{SAMPLE} run --autoencoder mine": r"--autoencoder is not an option .* for a TARFlow",
     f"{SAMPLE} run --zzzzzzzz 1": r"it accepts options --seed, .* and --sampling\.\*\.$",
     f"{TRAIN} --number 3": r"--number is not an option .* did you mean --num\?",
+    f"{TRAIN} --seed 3": r"--seed is not an option .* did you mean --train\.seed\?",
     "evaluate --checkpoint run --samples 1": r"samples is 1",
     "evaluate --checkpoint run --split test": r"split is 'test'; it must be 'train' or 'eval' or 'all'",
     # Overrides.
@@ -174,6 +180,7 @@ MISTAKES = {
     f"train --debug --config {DIGITS} --workdir run --model.width 64 --optim.lr 0.1": (
         r"the run was started with another config \(model\.width: 32 -> 64; optim\.lr: \S+ -> 0\.1\); undo the change"
     ),
+    f"train --config {DIGITS} --workdir run": r"the run was started with --debug; add --debug, or train in a new",
     f"train --debug --config {DIGITS} --workdir classless": r"started with another config \(.*num_classes: 0 -> 10",
     f"train --debug --config {DIGITS} --workdir flipped": r"Checkpoint 8 .* is damaged \(ema/\S+ has changed since",
     f"train --debug --config {DIGITS} --workdir not_json": r"not_json/config\.json does not contain a JSON object",

@@ -86,6 +86,7 @@ def test_given_frames_come_back_and_the_rest_is_plain_inversion(config, count):
 
 
 @pytest.mark.parametrize("config", rows([TEXT, CLASSES], (CLASSES,)), ids=["text", "classes"])
+@pytest.mark.slow  # beside guidance alone and given frames alone
 def test_guidance_behind_given_frames_is_its_definition(config):
     flow, params, _ = flow_of(config)
     given = frames_of(config, 1)

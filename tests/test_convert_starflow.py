@@ -172,6 +172,7 @@ def test_published_files_draw_a_prompt(published, tmp_path, dtype):
     assert "is not the one that the flow was trained with" in refused(*prompt, "--text-encoder", t5, "--out", out)
 
 
+@pytest.mark.slow  # samples of a published flow for one argument
 def test_places_can_be_given_when_samples_are_drawn(published, tmp_path):
     to, out = tmp_path / "run", tmp_path / "no.png"
     files = ("--arguments", published / "arguments.yaml")

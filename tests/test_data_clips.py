@@ -255,9 +255,15 @@ def test_a_clip_takes_no_memory_for_all_of_its_frames_as_they_are_in_the_video(t
     assert peak < 8 * frames[0].nbytes
 
 
+@pytest.mark.parametrize(("channels", "count"), [(1, 0), (3, 1)])
+def test_converted_clips_are_told(caplog, channels, count):
+    load_clips(ClipsConfig(num=20), frames=2, image_size=(16, 16), channels=channels, split="train")
+    assert sum("The grey clips of data.name 'bouncing'" in line for line in caplog.messages) == count
+
+
 def test_videos_that_are_too_short_are_told(videos, tmp_path, caplog):
     config = ClipsConfig("folder", path=str(videos), eval_fraction=0.0)
-    load_clips(config, frames=17, image_size=(8, 8), channels=1, split="train")
+    load_clips(config, frames=17, image_size=(8, 8), channels=3, split="train")
     assert caplog.messages == [
         f"Left out 2 of 3 videos in data.path '{videos}', because they have fewer than 17 frames at 8 fps."
     ]
@@ -266,7 +272,7 @@ def test_videos_that_are_too_short_are_told(videos, tmp_path, caplog):
         (tmp_path / name).mkdir()
         write_video(tmp_path / name / "a.mp4", gradient(frames), fps=8)
     by_class = ClipsConfig("folder", path=str(tmp_path), fps=0, eval_fraction=0.0)
-    dataset = load_clips(by_class, frames=8, image_size=(8, 8), channels=1, split="train")
+    dataset = load_clips(by_class, frames=8, image_size=(8, 8), channels=3, split="train")
     assert dataset.class_names == ("long", "short")
     assert caplog.messages == [
         f"Left out 1 of 2 videos in data.path '{tmp_path}', because they have fewer than 8 frames.",

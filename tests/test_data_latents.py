@@ -79,8 +79,20 @@ def test_mirrored_images_are_encoded_too():
     assert shards[0].texts is None
 
 
+class Bare:
+    """A user's dataset without captions."""
+
+    event_shape, class_names = (4, 4, 1), ("a", "b", "c")
+
+    def __len__(self):
+        return 4
+
+    def __getitem__(self, indices):
+        return images()[indices]
+
+
 def test_class_names_stand_in_for_captions_and_nothing_is_refused():
-    (shard,) = encode(images(4, captions=False), moments, texts)
+    (shard,) = encode(Bare(), moments, texts)
     np.testing.assert_array_equal(shard.texts.embeddings[:, 0, 0], 1)
     nameless = ArrayDataset(images(2).x, np.full(2, -1, np.int32))
     with pytest.raises(ValueError, match=r"neither captions nor class names to use as texts; add a .txt"):

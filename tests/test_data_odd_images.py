@@ -9,6 +9,7 @@ import zlib
 
 import numpy as np
 import pytest
+from conftest import rows
 from PIL import Image, ImageCms
 
 from flowgen.data.image_files import UnreadableImage, fit, read_image, read_image_size
@@ -94,7 +95,7 @@ def test_every_orientation_is_turned_upright(tmp_path, orientation, name):
     assert np.abs(read(tmp_path / "a.png", content, (5, 4), crop="center") - expected).max() <= 1
 
 
-@pytest.mark.parametrize("name", ["JPEG", "PNG", "WEBP"])
+@pytest.mark.parametrize("name", rows(["JPEG", "PNG", "WEBP"], ("WEBP",)))
 def test_bytes_of_metadata_may_be_anything(tmp_path, name):
     rng = np.random.default_rng(0)
     profile = ImageCms.ImageCmsProfile(ImageCms.createProfile("sRGB")).tobytes()

@@ -14,7 +14,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from flowgen.data import ArrayDataset, Batch, DataConfig, check_classes, hold_out, load
+from flowgen.data import ArrayDataset, Batch, DataConfig, check_classes, hold_out, load, told_once
 from flowgen.data.file_dataset import FileDataset
 from flowgen.data.openmoji import GROUPS, describe
 
@@ -359,6 +359,28 @@ def test_memory_and_disk_give_the_same_images(photos):
     assert isinstance(memory, ArrayDataset)
     assert isinstance(disk, FileDataset)
     np.testing.assert_array_equal(everything(memory).x, everything(disk).x)
+
+
+@pytest.mark.parametrize(
+    ("modes", "channels", "sentence"),
+    [
+        (("RGB", "L"), 1, "The colour images of data.path '{}' are converted to grey, because the model"),
+        (("L", "LA"), 3, "The grey images of data.path '{}' get 3 equal channels, because the model"),
+        (("RGB", "L"), 3, None),  # A folder of colour images often has a few grey ones.
+        (("L",), 1, None),
+        ((), 3, "The grey images of data.name 'digits' get 3 equal channels"),
+    ],
+)
+def test_converted_images_are_told_once(tmp_path, caplog, modes, channels, sentence):
+    for index, mode in enumerate(modes):
+        Image.new(mode, (8, 8)).save(tmp_path / f"{index}.png")
+    config = DataConfig("folder", path=str(tmp_path)) if modes else DataConfig()
+    with told_once():
+        for _ in range(2):
+            load_all(config, channels=channels)
+    told = [record.getMessage() for record in caplog.records]
+    assert len(told) == (sentence is not None)
+    assert not told or told[0].startswith(sentence.format(tmp_path))
 
 
 @pytest.mark.parametrize("limit", [0, 2**20])

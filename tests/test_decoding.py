@@ -172,7 +172,11 @@ def reference_reverse(flow, params, z, cond, weight, parts, anneal, temperature=
 
 @pytest.mark.parametrize(
     ("parts", "anneal", "temperature"),
-    [pytest.param("both", False, 1.0, marks=pytest.mark.slow), ("shift", True, 1.0), ("log_scale", False, 0.5)],
+    [
+        pytest.param("both", False, 1.0, marks=pytest.mark.slow),
+        ("shift", True, 1.0),
+        pytest.param("log_scale", False, 0.5, marks=pytest.mark.slow),
+    ],
 )
 def test_linear_guidance_is_its_definition(parts, anneal, temperature):
     flow, params, x, _ = laws.case("classes")

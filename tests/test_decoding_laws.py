@@ -53,16 +53,20 @@ def test_every_plan_at_tolerance_0_is_the_inverse_of_forward(config, kernel):
 def test_a_window_runs_again_from_a_rewound_cache_as_if_for_the_first_time(kernel):
     begin, end, length = 2, 5, 7
     functions = causal_kernel(kernel)
-    q, k, v, *wrong = jax.random.normal(jax.random.key(0), (6, 2, length, 2, 8))
-    expected = functions.attend(q, k, v)
-    cache = functions.init_cache(2, length, 2, 8, jnp.float32)
-    _, before = functions.attend_window(q[:, :begin], k[:, :begin], v[:, :begin], cache, 0)
-    after = before
-    for parts in (wrong, [2 * part for part in wrong], (q, k, v)):  # two wrong guesses, and the solution
-        cache = functions.rewind(before, after)
-        out, after = functions.attend_window(*(part[:, begin:end] for part in parts), cache, begin)
+
+    @jax.jit
+    def run(q, k, v, *wrong):
+        cache = functions.init_cache(2, length, 2, 8, jnp.float32)
+        _, before = functions.attend_window(q[:, :begin], k[:, :begin], v[:, :begin], cache, 0)
+        after = before
+        for parts in (wrong, [2 * part for part in wrong], (q, k, v)):  # two wrong guesses, and the solution
+            cache = functions.rewind(before, after)
+            out, after = functions.attend_window(*(part[:, begin:end] for part in parts), cache, begin)
+        rest, _ = functions.attend_window(q[:, end:], k[:, end:], v[:, end:], after, end)
+        return out, rest, functions.attend(q, k, v)
+
+    out, rest, expected = run(*np.random.default_rng(0).standard_normal((6, 2, length, 2, 8)).astype(np.float32))
     assert_close(out, expected[:, begin:end], LAYER)
-    rest, _ = functions.attend_window(q[:, end:], k[:, end:], v[:, end:], after, end)
     assert_close(rest, expected[:, end:], LAYER)
 
 

@@ -144,6 +144,7 @@ def test_weights_cast_beforehand_give_the_same_numbers():
     assert cast["params"]["layers"]["layer_0"]["mlp_norm"]["weight"].dtype == jnp.float32
     tokens = jax.random.normal(jax.random.key(1), (4, flow.config.num_tokens, flow.config.token_dim))
 
+    @jax.jit
     def parameters(variables):
         return block.apply(variables, tokens, laws.labels(config), BlockState(), method="conditioner")[:2]
 

@@ -23,7 +23,7 @@ SCRIPT = Path(__file__).parent / "scripts" / "device_cases.py"
 EXACT = 1e-9  # float64: 20 steps of sums in another order, which AdamW divides by roots not below 1e-8
 ROUNDING = 1e-5  # float32: one step of sums in another order
 # The others show the same objectives once more.
-SHOWN = ("flow", "independent", "running weights")
+SHOWN = ("flow", "running weights")
 RARE = set(CASES) - set(SHOWN)
 
 

@@ -55,8 +55,8 @@ def autoencoder(tmp_path_factory):
         model=AutoencoderConfig(channels=1, widths=(8, 8), layers_per_block=1, num_groups=4, attention=False),
         autoencoding=AutoencodingConfig(image_size=8, kl_weight=1e-3, shown=8),
         optim=OptimConfig(lr=3e-3, weight_decay=0.0, ema_decay=0.9),
-        train=TrainConfig(steps=40, batch_size=64),
-        log=dataclasses.replace(QUIET, eval_every=20),
+        train=TrainConfig(steps=20, batch_size=32),
+        log=dataclasses.replace(QUIET, eval_every=10),
     )
     fit(experiment, workdir)
     return workdir
@@ -80,7 +80,7 @@ def test_the_autoencoder_learns_and_says_so(autoencoder, capsys):
     rows = [json.loads(line) for line in (autoencoder / "metrics.jsonl").read_text().splitlines()]
     errors = [row["eval/mean_square_error"] for row in rows if "eval/mean_square_error" in row]
     assert errors[-1] < errors[0] < 0.5
-    assert (autoencoder / "samples" / "0000040.png").is_file()
+    assert (autoencoder / "samples" / "0000020.png").is_file()
     assert main(["evaluate", "--checkpoint", str(autoencoder)]) == 0
     printed = capsys.readouterr().out
     assert "180 images (eval), one latent per 2 x 2 pixels" in printed

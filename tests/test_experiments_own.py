@@ -30,7 +30,6 @@ class Stripes:
 
     event_shape = (8, 8, 1)
     class_names = ("upright", "level")
-    captions = ()
 
     def __len__(self):
         return 40
@@ -117,6 +116,7 @@ def test_what_is_given_in_part_or_wrong_is_refused(tmp_path):
         flowgen.fit(FlowExperiment(name="own", model=FLOW), tmp_path, held_out=Stripes())
 
 
+@pytest.mark.slow  # a run and two commands for what its config says
 def test_a_run_of_ones_own_data_passes_for_no_other(tmp_path):
     flowgen.fit(TWO_STEPS, tmp_path, dataset=Stripes())
     longer = dataclasses.replace(TWO_STEPS, train=TrainConfig(steps=4, batch_size=8))

@@ -10,7 +10,7 @@ import jax.numpy as jnp
 import numpy as np
 import own_parts as own
 import pytest
-from laws import perturbed
+from laws import apply, perturbed
 from tolerances import NETWORK, assert_close
 
 import flowgen
@@ -111,14 +111,14 @@ def test_fields_of_a_part_given_by_value_are_set_and_listed():
 def test_a_flow_of_own_parts_is_exact(config, key):
     flow, params = perturbed(config, key)
     x = jax.random.normal(jax.random.key(1), (3, *config.event_shape))
-    z, logdet = flow.apply(params, x, method="forward")
+    z, logdet = apply(flow, params, x)
     decoded = invert(flow, params, z, None, plan=Sequential())
     assert_close(decoded.x, x, NETWORK)
 
     def flat(x):
         return flow.apply(params, x.reshape(1, *config.event_shape), method="forward")[0].reshape(-1)
 
-    jacobian = jax.vmap(jax.jacobian(flat))(x.reshape(3, -1))
+    jacobian = jax.jit(jax.vmap(jax.jacobian(flat)))(x.reshape(3, -1))
     assert_close(logdet, jnp.linalg.slogdet(jacobian)[1], NETWORK)
     if config.scale_parameterisation is own.bounded:
         assert np.abs(logdet).max() <= config.num_blocks * x[0].size
@@ -179,7 +179,12 @@ def test_reading_a_run_imports_nothing(run):
 
 @pytest.mark.usefixtures("not_imported")
 @pytest.mark.parametrize(
-    "words", [["sample", "--num", "2", "--out", "{}/a.npz"], ["evaluate", "--samples", "8"], ["info"]]
+    "words",
+    [
+        ["sample", "--num", "2", "--out", "{}/a.npz"],
+        pytest.param(["evaluate", "--samples", "8"], marks=pytest.mark.slow),
+        ["info"],
+    ],
 )
 def test_commands_read_a_run_of_an_imported_module(run, tmp_path, words, capsys):
     command = [*(word.format(tmp_path) for word in words), "--checkpoint", str(run)]
@@ -267,6 +272,20 @@ def test_a_value_that_does_not_fit_is_told(make, sentence):
     with pytest.raises(ValueError, match=r"\w") as error:
         make()
     assert str(error.value).startswith(sentence)
+
+
+def test_a_part_of_a_notebook_is_trained_and_loaded_there(tmp_path, monkeypatch):
+    notebook = vars(sys.modules["__main__"])
+    monkeypatch.setitem(notebook, "Cell", None)  # to be removed afterwards
+    cell = "import dataclasses, own_parts\n@dataclasses.dataclass(frozen=True)\nclass Cell(own_parts.Ordered): pass"
+    exec(cell, notebook)
+    experiment = dataclasses.replace(POINTS, matching=MatchingConfig(coupling=notebook["Cell"](0.5)))
+    with pytest.warns(UserWarning, match=r"^matching\.coupling is defined in this program .* in a module file"):
+        flowgen.fit(experiment, tmp_path)
+    assert flowgen.load(tmp_path)[2] == experiment
+    monkeypatch.delitem(notebook, "Cell")
+    with pytest.raises(ValueError, match=r"matching\.coupling is '__main__:Cell', which the program or notebook that"):
+        flowgen.load(tmp_path)
 
 
 def test_a_part_without_a_name_is_refused_before_the_run(tmp_path):

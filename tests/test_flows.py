@@ -207,9 +207,9 @@ def test_parallel_and_cached_forms_agree(case):
     def conditioner(window, start, caches):
         return block.apply(variables, window, cond, BlockState(start, caches), method="conditioner")
 
-    previous = block.apply(variables, tokens, method="previous")
+    previous = jax.jit(partial(block.apply, variables, method="previous"))(tokens)
     shift, log_scale, _ = conditioner(previous, 0, None)
-    caches = block.apply(variables, len(x), len(previous[0]), cond, method="prefill")
+    caches = jax.jit(lambda: block.apply(variables, len(x), len(previous[0]), cond, method="prefill"))()
     for start in range(0, len(previous[0]), 2):
         window = previous[:, start : start + 2]
         shift_w, log_scale_w, caches = conditioner(window, start, caches)

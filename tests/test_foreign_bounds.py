@@ -50,7 +50,7 @@ def refused(call, *parts, error=ValueError):
 
 
 @pytest.mark.parametrize("layout", rows(LAYOUTS, ("legacy",)))
-@pytest.mark.parametrize("name", rows(PROGRAMS, ("forty names of one dictionary, four deep",)))
+@pytest.mark.parametrize("name", rows(PROGRAMS, ("forty names of one dictionary, four deep", "lists in lists")))
 def test_pickles_cost_no_more_than_their_size(layout, name, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     path = LAYOUTS[layout](tmp_path / "weights.pth", PROGRAMS[name])
@@ -58,7 +58,7 @@ def test_pickles_cost_no_more_than_their_size(layout, name, tmp_path, monkeypatc
     assert [file.name for file in tmp_path.iterdir()] == ["weights.pth"]
 
 
-@pytest.mark.parametrize("name", SLOW_KEYS)
+@pytest.mark.parametrize("name", rows(SLOW_KEYS, ("many numbers",)))
 def test_keys_that_take_long_to_find_are_refused(name, tmp_path):
     path = zip_layout(tmp_path / "weights.pth", SLOW_KEYS[name])
     refused(lambda: read_state_dict(path), path, "integer keys" if name == "many numbers" else "neither text")
@@ -341,7 +341,7 @@ ESCAPES = "a\x1b[2J\x1b]0;title\x07\u202egnp"
     [
         ["info", "--checkpoint", ESCAPES],
         ["info", "--config", ESCAPES],
-        ["info", "--config", DIGITS, "--name", ESCAPES],
+        pytest.param(["info", "--config", DIGITS, "--name", ESCAPES], marks=pytest.mark.slow),  # counts the cost
         ["info", "--config", DIGITS, f"--{ESCAPES}", "1"],
         ["sample", "--checkpoint", ESCAPES, "--out", f"{ESCAPES}.png"],
         ["info", "--config", DIGITS, "--num", ESCAPES],

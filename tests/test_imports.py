@@ -42,6 +42,7 @@ LEVELS = {
     "flowgen.nn": 0,
     "flowgen.conditioning": -2,
     "flowgen.batch": -1,
+    "flowgen.optimizers": -1,
     "flowgen.rows": 0,
     "flowgen.text": 1,
     "flowgen.flows": 2,

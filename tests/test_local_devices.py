@@ -155,6 +155,7 @@ def test_the_null_text_is_one_for_each_sample_or_for_all(of_all):
     assert_close(draw(num=backend.share_rows(np.arange(8), backend.sharing(8))).x, draw(num=8).x, NETWORK)
 
 
+@pytest.mark.slow  # beside the progress of clips and of a terminal
 def test_one_device_reports_progress():
     experiment, told = toy_clips.experiment_of(), []
     flow, variables = perturbed(experiment)

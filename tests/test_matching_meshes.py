@@ -64,11 +64,13 @@ RUNS = [
     for jitted in (False, True)
     if not (jitted and name == "distances of tilt") and not (name.startswith("loss") and not jitted)
 ]
+# What compiles, and one that runs operation by operation.
+SHOWN = [(name, jitted) for name, jitted in RUNS if jitted and name != "report"] + [("weights", False)]
 
 
 @pytest.mark.parametrize(
     ("name", "jitted"),
-    [pytest.param(*run, marks=[pytest.mark.slow] * (run[0] in ("distances of tilt", "report"))) for run in RUNS],
+    [pytest.param(*run, marks=[] if run in SHOWN else [pytest.mark.slow]) for run in RUNS],
 )
 def test_explicit_axes_give_the_numbers_of_one_device(name, jitted):
     call = jax.jit(CALLS[name]) if jitted else CALLS[name]

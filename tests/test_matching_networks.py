@@ -8,6 +8,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from conftest import rows
+from laws import drawn
 from tolerances import NETWORK, assert_close
 
 from flowgen import matching as fm
@@ -36,9 +37,7 @@ def case(name, **changes):
     config = dataclasses.replace(NETWORKS[name], **changes)
     network = config.build()
     rng = np.random.default_rng(0)
-    variables = jax.tree.map(
-        lambda leaf: leaf + 0.1 * rng.standard_normal(leaf.shape).astype(leaf.dtype), init(network, jax.random.key(0))
-    )
+    variables = drawn(init, network, jax.random.key(0), scale=0.1)
     x = jnp.asarray(rng.standard_normal((BATCH, *config.event_shape)), jnp.float32)
     labels = jnp.arange(BATCH) - 1 if config.num_classes else None
     return network, variables, jnp.array([0.0, 0.4, 1.0]), x, labels

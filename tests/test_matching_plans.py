@@ -32,7 +32,7 @@ def plan_of(cost, epsilon, tolerance=1e-2, max_sweeps=5000, allowed=None):
     return np.exp(np.float64(plan.log_plan)) / len(cost) ** 2, float(plan.error), int(plan.sweeps)
 
 
-@pytest.mark.parametrize("epsilon", [1e-1, 1e-2, 1e-3, 1e-4])
+@pytest.mark.parametrize("epsilon", rows([1e-1, 1e-2, 1e-3, 1e-4], (1e-3,)))
 @pytest.mark.parametrize("name", ["normal", "ring"])
 def test_x0_keep_their_marginal_and_cost_falls_to_the_optimum(draws, name, epsilon):
     x0, x1 = draws[0], draws[1][name]

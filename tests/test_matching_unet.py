@@ -162,6 +162,7 @@ def test_dropout_acts_in_training_alone(key):
     assert jnp.abs(first - still).max() > 0.01
 
 
+@pytest.mark.slow  # beside the other networks
 def test_bfloat16_is_close_to_float32():
     network, variables, inputs = tiny()
     half = UNet(dataclasses.replace(TINY, dtype="bfloat16"))

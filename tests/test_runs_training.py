@@ -144,7 +144,7 @@ LOSSES = {
 }
 
 
-@pytest.mark.parametrize("loss", rows(LOSSES, ("renamed", "metrics", "lock")))
+@pytest.mark.parametrize("loss", rows(LOSSES, ("renamed", "metrics", "lock", "deleted", "config")))
 def test_what_is_taken_away_while_training_is_made_again_and_told(whole, tmp_path, capsys, loss):
     workdir = tmp_path / "run"
 
@@ -221,7 +221,7 @@ def test_the_last_checkpoint_is_saved_before_the_last_evaluation(whole, tmp_path
     assert_bitwise(arrays_of(workdir), arrays_of(whole))
 
 
-@pytest.mark.parametrize("step", [20, 40])
+@pytest.mark.parametrize("step", rows([20, 40], (40,)))
 def test_an_evaluation_that_was_cut_off_is_made_up_for(whole, tmp_path, capsys, step):
     workdir = tmp_path / "run"
 
@@ -247,9 +247,8 @@ def test_an_evaluation_that_was_cut_off_is_made_up_for(whole, tmp_path, capsys, 
 
 
 # What no longer fits: a checkpoint, or the metrics, of which a row for each step is longer.
-@pytest.mark.parametrize(
-    ("log_every", "failed"), [("5", "could not be saved"), pytest.param("1", "cannot be", marks=pytest.mark.slow)]
-)
+@pytest.mark.slow  # beside the sentences of tests/test_runs_checkpoints.py
+@pytest.mark.parametrize(("log_every", "failed"), [("5", "could not be saved"), ("1", "cannot be")])
 def test_a_disk_that_takes_no_more_is_told_in_one_sentence(log_every, failed, whole, tmp_path):
     workdir = tmp_path / "run"
     process = start(workdir, "--limit-at", "12", "--log-every", log_every)
@@ -266,8 +265,15 @@ def test_a_disk_that_takes_no_more_is_told_in_one_sentence(log_every, failed, wh
     assert_bitwise(arrays_of(workdir), arrays_of(whole))
 
 
+LIKE_THEM = ("[]", "null", '{"step": null}', '{"a": ' * 9999, "\udcff")
+
+
 @pytest.mark.parametrize(
-    "row", ["5", "[]", "null", '{"step": "x"}', '{"step": null}', "[" * 100_000, '{"a": ' * 9999, "\udcff", '{"loss"']
+    "row",
+    [
+        *("5", '{"step": "x"}', "[" * 100_000, '{"loss"'),
+        *rows(LIKE_THEM, LIKE_THEM),
+    ],
 )
 def test_rows_of_metrics_that_are_none_are_dropped(whole, tmp_path, row):
     workdir = shutil.copytree(whole, tmp_path / "run")
@@ -317,7 +323,7 @@ def test_a_damaged_config_is_refused_and_written_again_once_it_is_deleted(whole,
     assert config.read_bytes() == (whole / "config.json").read_bytes()
 
 
-@pytest.mark.parametrize("kind", rows(ODD_FILES, ("empty", "folder")))
+@pytest.mark.parametrize("kind", rows(ODD_FILES, ("empty", "folder", "pipe")))
 def test_a_damaged_evaluation_counts_as_none_and_is_made_again(whole, tmp_path, capsys, kind):
     workdir = tmp_path / "run"
     job = toy.make_job(evaluate=lambda variables: {"bits_per_dim": 1.0})

@@ -1,7 +1,10 @@
 """Flow-score matching: the loss of the flow, and the score as the target of its denoiser, by one backward pass."""
 
+from functools import partial
+
 import jax
 import jax.numpy as jnp
+import laws
 import numpy as np
 import pytest
 from conftest import rows
@@ -40,9 +43,7 @@ SCALE = 1.7
 
 @pytest.fixture(scope="module")
 def params():
-    random = np.random.default_rng(0)
-    variables = init(FLOW, jax.random.key(0))
-    return jax.tree.map(lambda leaf: leaf + 0.1 * random.standard_normal(leaf.shape).astype(np.float32), variables)
+    return laws.drawn(init, FLOW, jax.random.key(0), scale=0.1)
 
 
 def batch(frames=4):
@@ -73,8 +74,8 @@ def test_the_flow_is_trained_as_without_a_denoiser(params, frames):
 def test_the_denoiser_is_trained_on_the_score_alone(params):
     data = batch()
     (_, metrics), gradient = gradients(flow_score_objective(FLOW, loss_scale=SCALE), params, data)
-    x, labels = noisy_batch(FLOW, batch_condition(FLOW, 0.0, None), data, jax.random.key(1))
-    target = score_target(FLOW, params, x, labels)
+    x, labels = jax.jit(partial(noisy_batch, FLOW, batch_condition(FLOW, 0.0, None)))(data, jax.random.key(1))
+    target = jax.jit(partial(score_target, FLOW))(params, x, labels)
     assert_close(metrics["score_square"], jnp.square(target).mean(), LAYER)
 
     def loss(variables):

@@ -94,6 +94,7 @@ with Signals(on_second=lambda number: os._exit(9)) as signals:
 """
 
 
+@pytest.mark.slow  # processes start
 def test_signals_to_processes_that_load_data_are_not_ours():
     command = [sys.executable, "-W", "ignore", "-c", FORKING]
     ended = subprocess.run(command, capture_output=True, text=True, cwd=toy.ROOT, timeout=PATIENCE, check=False)

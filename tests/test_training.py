@@ -13,6 +13,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from commands import one_sentence
+from conftest import rows
 from scripts import toy
 from scripts.toy import PATIENCE, arrays_of, assert_bitwise, rows_of, start, wait_for
 from tolerances import FORMULA, LAYER, assert_close
@@ -38,35 +39,29 @@ def whole(tmp_path_factory):
 STOPS = {"SIGINT": (signal.SIGINT, 3), "SIGTERM": (signal.SIGTERM, 10), "SIGKILL": (signal.SIGKILL, 13)}
 
 
-@pytest.fixture(scope="module")
-def stopped(tmp_path_factory):
-    """Runs of the toy program stopped by each signal: {name: (workdir, return code, its report)}."""
-    workdirs = {name: tmp_path_factory.mktemp(name) / "run" for name in STOPS}
-    processes = {name: start(workdirs[name], "--pause-at", str(step)) for name, (_, step) in STOPS.items()}
-    reports = {}
+@pytest.fixture
+def stopped(name, tmp_path):
+    """A run of the toy program that a signal stops: its directory, return code and report."""
+    (number, step), workdir = STOPS[name], tmp_path / "run"
+    process = start(workdir, "--pause-at", str(step))
     try:
-        for name, (number, step) in STOPS.items():
-            process, workdir = processes[name], workdirs[name]
-            wait_for(lambda w=workdir, s=step: any(row["step"] >= s for row in rows_of(w)), process)
-            if name == "SIGKILL":
-                wait_for(lambda w=workdir: (w / "checkpoints" / "10").exists(), process)
-            process.send_signal(number)
-            Path(f"{workdir}.go").touch()
-        for name, process in processes.items():
-            out, err = process.communicate(timeout=PATIENCE)
-            said = "Stopping after the current step and saving it; a second signal ends the program without saving."
-            rest = [line for line in err.splitlines() if not line.startswith(("step ", "Compiling "))]
-            assert rest == ([] if name == "SIGKILL" else [said])
-            reports[name] = (workdirs[name], process.returncode, json.loads(out) if out else None)
+        wait_for(lambda: any(row["step"] >= step for row in rows_of(workdir)), process)
+        if name == "SIGKILL":
+            wait_for(lambda: (workdir / "checkpoints" / "10").exists(), process)
+        process.send_signal(number)
+        Path(f"{workdir}.go").touch()
+        out, err = process.communicate(timeout=PATIENCE)
     finally:
-        for process in processes.values():
-            process.kill()
-    return reports
+        process.kill()
+    said = "Stopping after the current step and saving it; a second signal ends the program without saving."
+    rest = [line for line in err.splitlines() if not line.startswith(("step ", "Compiling "))]
+    assert rest == ([] if name == "SIGKILL" else [said])
+    return workdir, process.returncode, json.loads(out) if out else None
 
 
-@pytest.mark.parametrize("name", STOPS)
+@pytest.mark.parametrize("name", rows(STOPS, ("SIGTERM",)))
 def test_a_stopped_and_resumed_run_ends_bitwise_like_another(stopped, whole, name, capsys):
-    workdir, code, report = stopped[name]
+    workdir, code, report = stopped
     number, step = STOPS[name]
     latest = CheckpointReader(workdir / "checkpoints").latest_step()
     if number == signal.SIGKILL:
@@ -107,7 +102,7 @@ def test_a_run_with_other_initial_variables_starts_there_once(tmp_path, capsys):
     assert capsys.readouterr().err.count("Twice as large.") == 1
 
 
-@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+@pytest.mark.parametrize("number", rows([signal.SIGINT, signal.SIGTERM], (signal.SIGTERM,)))
 def test_a_signal_during_the_last_evaluation_ends_it_and_the_run_is_saved(number, whole, tmp_path, capsys):
     def told_to_stop(state):
         signal.raise_signal(number)
@@ -335,7 +330,12 @@ def test_what_is_due_happens_when_it_is_due(tmp_path):
 
 
 def test_reports_are_means_over_the_steps_between(whole, tmp_path):
-    toy.run(toy.make_job(), tmp_path / "run", steps=toy.STEPS, log=dataclasses.replace(toy.QUIET, log_every=5))
+    toy.run(
+        toy.make_job(),
+        tmp_path / "run",
+        steps=toy.STEPS,
+        log=dataclasses.replace(toy.QUIET, log_every=5, checkpoint_every=0),
+    )
     each = {row["step"]: row for row in rows_of(whole[0])}
     for row in rows_of(tmp_path / "run"):
         steps = range(row["step"] - 4, row["step"] + 1)

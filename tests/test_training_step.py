@@ -35,7 +35,10 @@ def one_device():
     return train_steps(jax.devices()[:1])
 
 
-@pytest.mark.parametrize(("devices", "accumulation"), [(4, 1), (2, 1), (1, 4), (2, 8), (4, 2)])
+@pytest.mark.parametrize(
+    ("devices", "accumulation"),
+    [(4, 1), (1, 4), (2, 8), *(pytest.param(*row, marks=pytest.mark.slow) for row in ((2, 1), (4, 2)))],
+)
 def test_devices_and_accumulation_change_only_the_order_of_sums(one_device, devices, accumulation):
     assert len(jax.devices()) == 4
     states, metrics = train_steps(jax.devices()[:devices], accumulation=accumulation)

@@ -122,8 +122,8 @@ def pool_landmarks_2d(
     """Returns the means over the cells of a (height, width) grid of tokens; tokens and cells are in row-major order.
 
     cells: (rows, columns), or an int that `landmark_cells` converts to them. Cells tile the grid. If the grid does not
-    divide evenly, the heights (and the widths) of cells differ by at most one token. A cell without unmasked tokens is
-    not live.
+    divide evenly, the heights (and the widths) of cells differ by at most one token. A cell is live
+    if at least one of its tokens is unmasked.
     """
     height, width = grid
     rows, columns = landmark_cells(grid, cells)

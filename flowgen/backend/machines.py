@@ -6,13 +6,14 @@ from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
-# Sources of the numbers. Peak throughput is stated without sparsity.
-_H100 = "NVIDIA H100 datasheet, 2023"
+# Sources of the numbers. Peak throughput is stated without sparsity. Where a source only gives the throughput with
+# sparsity (H100 NVL, H200 and B200), it is twice the number here.
+_H100 = "NVIDIA H100 architecture whitepaper, 2023"
+_H100_NVL = "NVIDIA H100 product page"
 _H200 = "NVIDIA H200 datasheet, 2024"
 _A100 = "NVIDIA A100 datasheet, 2021"
 _BLACKWELL = "NVIDIA HGX B200 datasheet, 2024"
 _L40S = "NVIDIA L40S datasheet, 2023"
-_GA102 = "NVIDIA Ampere GA102 whitepaper, 2020"
 _ADA = "NVIDIA Ada architecture whitepaper, 2022"
 _RTX_BLACKWELL = "NVIDIA RTX Blackwell architecture whitepaper, 2025"
 _TPU = "cloud.google.com/tpu/docs, system architecture"
@@ -43,14 +44,14 @@ class Machine:
 
 MACHINES = (
     Machine("H100 80 GB", ("NVIDIA H100 80GB HBM3",), 80, 989.4, 494.7, _H100),
-    Machine("H100 PCIe", ("NVIDIA H100 PCIe",), 80, 756.5, 378.0, _H100),
-    Machine("H100 NVL", ("NVIDIA H100 NVL",), 94, 835.5, 417.5, _H100),
+    Machine("H100 PCIe", ("NVIDIA H100 PCIe",), 80, 756.0, 378.0, _H100),
+    Machine("H100 NVL", ("NVIDIA H100 NVL",), 94, 835.5, 417.5, _H100_NVL),
     Machine("H200 141 GB", ("NVIDIA H200",), 141, 989.4, 494.7, _H200),
     Machine("B200", ("NVIDIA B200",), 180, 2250.0, 1125.0, _BLACKWELL),
     Machine("A100 40 GB", ("NVIDIA A100-SXM4-40GB", "NVIDIA A100-PCIE-40GB"), 40, 312.0, 156.0, _A100),
     Machine("A100 80 GB", ("NVIDIA A100-SXM4-80GB", "NVIDIA A100 80GB PCIe"), 80, 312.0, 156.0, _A100),
     Machine("L40S", ("NVIDIA L40S",), 48, 362.05, 183.0, _L40S),
-    Machine("RTX 3090 24 GB", ("NVIDIA GeForce RTX 3090",), 24, 71.0, 35.6, _GA102),
+    Machine("RTX 3090 24 GB", ("NVIDIA GeForce RTX 3090",), 24, 71.2, 35.6, _RTX_BLACKWELL),
     Machine("RTX 4090 24 GB", ("NVIDIA GeForce RTX 4090",), 24, 165.2, 82.6, _ADA),
     Machine("RTX 5090 32 GB", ("NVIDIA GeForce RTX 5090",), 32, 209.5, 104.8, _RTX_BLACKWELL),
     Machine("TPU v4 32 GB", ("TPU v4",), 32, 275.0, 275.0, _TPU),

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import argparse
 import contextlib
+import itertools
 import logging
 import os
 import signal
@@ -32,6 +33,14 @@ OUT_OF_MEMORY = "RESOURCE_EXHAUSTED"  # the runtime's name for this error
 
 # Commands whose options may be followed by fields of the config.
 TAKES_FIELDS = ("train", "sample", "info", "evaluate", "encode")
+
+# The options of which a command needs one, and the options that take no value.
+NEEDS = {
+    **dict.fromkeys(("train", "encode"), ("--config",)),
+    **dict.fromkeys(("sample", "evaluate"), ("--checkpoint",)),
+    "info": ("--config", "--checkpoint"),
+}
+SWITCHES = ("--debug", "--no-ema")
 
 COMMANDS: dict[str, tuple[ModuleType, str]] = {
     "train": (train, "Train a model, or resume a run."),
@@ -114,6 +123,7 @@ def _run(words: list[str], owns_process: bool) -> int:
         for word in words:
             if word.endswith("=--"):  # argparse would read this as a missing value.
                 raise ValueError(f"{word[:-3]} has the value '--'; give another value.")
+        _check_strays(words)
         options, rest = parser.parse_known_args(words)
         if rest and options.command not in TAKES_FIELDS:
             raise ValueError(
@@ -148,6 +158,30 @@ def _run(words: list[str], owns_process: bool) -> int:
         if isinstance(error, RuntimeError) and OUT_OF_MEMORY not in str(error):
             raise
         return _fail(f"Out of memory ({error}); use a smaller model, batch or image size.", 2)
+
+
+def _check_strays(words: list[str]) -> None:
+    """Raises ValueError if the name of a config or a run's directory is given without its option."""
+    options = NEEDS.get(words[0], ()) if words else ()
+    if any(word.partition("=")[0] in options for word in words):
+        return
+    for before, word in itertools.pairwise(words):
+        is_value = before.startswith("-") and "=" not in before and before not in SWITCHES
+        if is_value or word.startswith("-"):
+            continue
+        if named := [option for option in options if _names(option, word)]:
+            raise ValueError(f"'{word}' is not understood; did you mean {named[0]} {word}?")
+
+
+def _names(option: str, word: str) -> bool:
+    if option == "--checkpoint":
+        return os.path.isdir(word)
+    from flowgen.experiments.files import config_path
+
+    try:
+        return config_path(word).suffix == ".py"
+    except FileNotFoundError:
+        return False
 
 
 def _outside(module: str) -> str:

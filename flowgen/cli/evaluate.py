@@ -6,7 +6,7 @@ import argparse
 import dataclasses
 from typing import Any
 
-from flowgen.cli.options import say, step_or_best
+from flowgen.cli.options import say, step_or_best, warn_of_guidance
 
 
 def declare(parser: argparse.ArgumentParser) -> None:
@@ -48,6 +48,8 @@ def run(options: argparse.Namespace, rest: list[str]) -> int:
     if "split" not in given and given & {"data", "data.path", "data.name"}:
         asked = dataclasses.replace(asked, split="all")
     _check_sampling(given, experiment, asked)
+    if getattr(asked, "samples", 0):
+        warn_of_guidance(experiment, options.checkpoint)
     experiment = _on_other_data(trained, experiment)
     with told_once():
         lines = experiment.evaluate(model, params, asked)

@@ -16,8 +16,9 @@ from typing import Any, TypeVar
 from flowgen.cli.options import described
 from flowgen.experiments.experiment import Experiment
 from flowgen.experiments.files import config_path, load_config
-from flowgen.settings import FieldError, leaf_names, override, settings, type_name
+from flowgen.settings import FieldError, Setting, leaf_names, override, settings, type_name
 from flowgen.settings.annotations import hints_of
+from flowgen.settings.command import same_end
 
 # Short names of common fields. Fields of `sampling` also need no group.
 ALIASES = {
@@ -138,6 +139,38 @@ def options_help(
     return "\n".join([f"{title}:", *lines])
 
 
+def split_names(words: Sequence[str]) -> tuple[list[str], list[str]]:
+    """Returns the words that are neither options nor their values, and the other words.
+
+    Example:
+        split_names(["model", "--lr", "1e-3", "optim.b1"])  # (["model", "optim.b1"], ["--lr", "1e-3"])
+    """
+    names, rest = [], []
+    for before, word in zip(("", *words), words, strict=False):
+        is_value = before.startswith("--") and "=" not in before
+        (rest if word.startswith("--") or is_value else names).append(word)
+    return names, rest
+
+
+def chosen_settings(experiment: Experiment, names: Sequence[str]) -> list[Setting]:
+    """Returns the fields with these names, and the fields of the groups with these names.
+
+    Raises ValueError if the experiment has no such field or group.
+    """
+    every, short, chosen = settings(experiment), short_names(experiment), []
+    for name in names:
+        path = name.replace("-", "_")
+        path = short.get(path, path)
+        found = [setting for setting in every if f"{setting.name}.".startswith(f"{path}.")]
+        if not found:
+            alike = same_end(path, [setting.name for setting in every])
+            groups = dict.fromkeys(setting.name.partition(".")[0] for setting in every)
+            end = f"; did you mean {alike}?" if alike else f"; choose from {', '.join(groups)}."
+            raise ValueError(f"{name} is not a field of this config{end}")
+        chosen += found
+    return chosen
+
+
 def _pairs(words: Sequence[str]) -> list[tuple[str, str | None]]:
     """Returns names and values from words such as "--a 1" and "--a=1"; the value is None if the word has none."""
     rest, pairs = list(words), []
@@ -176,10 +209,11 @@ def _unknown(word: str, experiment: Experiment, own: tuple[str, ...], groups: tu
     short = [name for name, field in short_names(experiment).items() if field in known]
     names = [name.replace("_", "-") for name in (*own, *short)]
     close = difflib.get_close_matches(word, names, n=1, cutoff=0.6) or difflib.get_close_matches(word, known, n=1)
+    meant = same_end(word.replace("-", "_"), known, "--") or "".join(f"--{name}" for name in close)
     kind = type(experiment).__name__.removesuffix("Experiment")
     what = f"--{word} is not an option of this command for a {type_name(experiment.model)} ({kind} experiment)"
-    if close:
-        return f"{what}; did you mean --{close[0]}?"
+    if meant:
+        return f"{what}; did you mean {meant}?"
     options = f"options {', '.join(f'--{name}' for name in names)}" if names else ""
     present = dict.fromkeys(name if name in (groups or ()) else f"{name.partition('.')[0]}.*" for name in known)
     ours = "every field, such as --train.steps" if groups is None else " and ".join(f"--{g}" for g in present)

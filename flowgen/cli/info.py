@@ -6,7 +6,7 @@ import argparse
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from flowgen.cli.options import described, num_parameters, say
+from flowgen.cli.options import described, num_parameters, say, value_lines
 
 if TYPE_CHECKING:
     from flowgen.backend import Machine
@@ -34,25 +34,36 @@ def declare(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--debug", action="store_true", help="with --config: show the experiment that train.py --debug runs"
     )
+    parser.usage = "%(prog)s (--config CONFIG | --checkpoint CHECKPOINT) [--debug] [--import MODULE] [NAME ...]"
+    parser.epilog = (
+        "Without names, info prints what a config needs and the value of each field. With the names of fields or "
+        "groups, such as model optim.lr, it prints the meaning and the allowed values of these fields."
+    )
 
 
 def run(options: argparse.Namespace, rest: list[str]) -> int:
     """Runs the command and returns its exit code."""
-    from flowgen.cli.grammar import load_experiment
+    from flowgen.cli.grammar import chosen_settings, load_experiment, split_names
     from flowgen.experiments import from_json
     from flowgen.experiments.attention import attention_lines, on_any_device
     from flowgen.runs import CHECKPOINTS, CheckpointReader, read_config
     from flowgen.settings import settings
 
+    names, words = split_names(rest)
     if options.checkpoint:
-        given = ["--debug"] * options.debug + rest
+        given = ["--debug"] * options.debug + words
         if given:
             raise ValueError(f"{given[0]} is not an option of info --checkpoint; see --help.")
         experiment = from_json(read_config(options.checkpoint))
+    else:
+        experiment = load_experiment(options, words)
+    if names:
+        for setting in chosen_settings(experiment, names):
+            say(described(setting))
+        return 0
+    if options.checkpoint:
         steps = CheckpointReader(Path(options.checkpoint) / CHECKPOINTS).steps()
         say(f"checkpoints: {', '.join(map(str, steps)) or 'none'}")
-    else:
-        experiment = load_experiment(options, rest)
     say(f"parameters: {num_parameters(on_any_device(experiment).build()):,}")
     for line in attention_lines(experiment.model):
         say(line)
@@ -61,8 +72,9 @@ def run(options: argparse.Namespace, rest: list[str]) -> int:
             say(line)
     if options.checkpoint and (classes := getattr(experiment.data, "classes", ())):
         say("classes: " + ", ".join(f"{number} {name}" for number, name in enumerate(classes)))
-    for setting in settings(experiment):
-        say(described(setting))
+    for line in value_lines(settings(experiment)):
+        say(line)
+    say("For the meaning and the allowed values of fields, add their names or groups, such as: model optim.lr")
     return 0
 
 

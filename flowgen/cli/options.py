@@ -7,14 +7,22 @@ import math
 import os
 import shlex
 import sys
+import textwrap
 import warnings
-from collections.abc import Callable
-from typing import Any
+from collections.abc import Callable, Sequence
+from functools import partial
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
 
 from flowgen.printable import printable
 from flowgen.settings import Setting, check
 
+if TYPE_CHECKING:
+    from flowgen.experiments.experiment import Experiment
+
 HELP_COLUMN = 36  # column at which the help of a field starts
+WIDTH = 120  # characters in a line of values
+MAX_VALUE = 60  # characters of a value in such a line
 BYTES_OF_PARAMETER = 4
 MAX_MESSAGE = 4000  # characters
 
@@ -55,10 +63,25 @@ def step_or_best(text: str) -> int | str:
 
 def described(setting: Setting) -> str:
     """Returns a field as it is written on a command line, followed by its help as a shell comment."""
-    value = str(setting.value)
-    quoted = f'"{value}"' if "'" in value and not set(value) & set('"$`\\') else shlex.quote(value)
-    option = f"--{setting.name} {quoted}"
+    option = f"--{setting.name} {_quoted(setting)}"
     return f"{option:<{HELP_COLUMN}}  # {setting.about.rstrip('.')} [{setting.choices}]"
+
+
+def value_lines(fields: Sequence[Setting]) -> list[str]:
+    """Returns lines with the values of fields by group, without their help."""
+    groups: dict[str, list[str]] = {}
+    for setting in fields:
+        group, _, field = setting.name.partition(".")
+        value = _quoted(setting)
+        value = value if len(value) <= MAX_VALUE else f"{value[:MAX_VALUE]}..."
+        groups.setdefault(group, []).append(f"{field} {value}".lstrip())
+    wrap = partial(textwrap.wrap, width=WIDTH, subsequent_indent="  ", break_long_words=False, break_on_hyphens=False)
+    return [line for group, values in groups.items() for line in wrap(f"{group}: {', '.join(values)}")]
+
+
+def _quoted(setting: Setting) -> str:
+    value = str(setting.value)
+    return f'"{value}"' if "'" in value and not set(value) & set('"$`\\') else shlex.quote(value)
 
 
 def num_parameters(flow: Any) -> int:
@@ -93,6 +116,15 @@ def check_memory(parameters: int, *, copies: int) -> None:
     if needed > available:
         raise ValueError(message)
     warnings.warn(message, stacklevel=2)
+
+
+def warn_of_guidance(experiment: Experiment, run_dir: str) -> None:
+    """Warns if samples are guided, but the run did not train the unconditional branch; imported weights may have it."""
+    from flowgen.experiments.autoregressive import AutoregressiveExperiment
+    from flowgen.runs import CHECKPOINTS, CheckpointReader
+
+    if isinstance(experiment, AutoregressiveExperiment) and CheckpointReader(Path(run_dir) / CHECKPOINTS).was_trained():
+        experiment.warn_of_guidance()
 
 
 def say(line: str) -> None:

@@ -9,7 +9,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from flowgen.cli.options import say, step_or_best
+from flowgen.cli.options import say, step_or_best, warn_of_guidance
 from flowgen.packages import missing
 
 
@@ -79,6 +79,7 @@ def run(options: argparse.Namespace, rest: list[str]) -> int:
     experiment = _with_prompts(experiment, prompts, given)
     output.check_fits(experiment, asked)
     _check_guidance(experiment, given)
+    warn_of_guidance(experiment, options.checkpoint)
     more: dict[str, Any] = {"progress": _progress_bar()} if getattr(asked, "progress", False) else {}
     samples = experiment.draw(model, params, asked, say, **more)
     output.write(experiment, model, params, samples, asked)

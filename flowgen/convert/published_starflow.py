@@ -157,7 +157,10 @@ def starflow(
     """
     check_state_dict(state_dict)
     if not isinstance(arguments, Mapping):
-        raise ValueError(f"arguments is {shown(arguments)}; read the YAML file with flowgen.convert.read_arguments.")
+        raise ValueError(
+            f"arguments is {shown(arguments)}; it must be the contents of the YAML file, which "
+            "flowgen.convert.read_arguments reads."
+        )
     if dtype not in ("float32", "bfloat16"):
         raise ValueError(f"dtype is {dtype!r}; choose 'float32' or 'bfloat16'.")
     state_dict = unwrapped(state_dict)

@@ -9,7 +9,7 @@ import numpy as np
 from jaxtyping import Int
 
 from flowgen.batch import Batch
-from flowgen.data.dataset import Dataset
+from flowgen.data.dataset import Dataset, captions_in
 from flowgen.data.latents import Kind
 
 # The published caption prefix for clips without their first frame (arXiv 2511.20462).
@@ -28,7 +28,7 @@ class _View:
 
     @property
     def captions(self) -> tuple[str, ...]:
-        return self.dataset.captions
+        return captions_in(self.dataset)
 
     def __len__(self) -> int:
         return len(self.dataset)
@@ -73,7 +73,7 @@ class ContinuedClips(_View):
 
     @property
     def captions(self) -> tuple[str, ...]:
-        return tuple(CONTINUED + caption for caption in self.dataset.captions)
+        return tuple(CONTINUED + caption for caption in captions_in(self.dataset))
 
     def __getitem__(self, indices: Int[np.ndarray, " b"]) -> Batch:
         batch = self.dataset[indices]

@@ -26,7 +26,7 @@ from flowgen.data.dataset import (
 from flowgen.data.file_dataset import FileDataset
 from flowgen.data.folder import opened, read_captions
 from flowgen.data.image_files import Crop
-from flowgen.data.inventory import tell
+from flowgen.data.inventory import tell, tell_converted
 from flowgen.data.named import package_folder
 from flowgen.data.unreadable import FileReader, OnCorrupt, tell_lost_classes
 from flowgen.data.video import READABLE, av, frame_times, read_clip
@@ -136,6 +136,9 @@ def load_clips(config: ClipsConfig, *, frames: int, image_size: ImageSize, chann
         raise ValueError(f"model.channels is {channels}; set it to 1 (grey) or 3 (colour) for clips.")
     shape: dict[str, Any] = {"frames": frames, "image_size": sides, "channels": channels}
     check_opens(config.name)
+    if config.name != "crafter" and (config.name == "bouncing") == (channels == 3):
+        where = f"data.path '{config.path}'" if config.path else f"data.name '{config.name}'"
+        tell_converted(f"The {'grey ' * (channels == 3)}clips of {where}", channels)
     if config.name == "bouncing":
         digits = bouncing_digits(config.num, config.eval_fraction, **shape, split=split)
         return with_classes(digits, config.classes, "data.name 'bouncing'")

@@ -78,7 +78,8 @@ class Dataset(Protocol):
 
     event_shape: (height, width, channels) for images, (frames, height, width, channels) for clips.
     class_names: names of the classes in the order of their labels; empty if there are no classes.
-    captions: empty, or one line of text per image or clip.
+
+    If it also has `captions`, these are empty, or one line of text per image or clip; see `captions_in`.
 
     Example:
         dataset = load(DataConfig(), image_size=(8, 8), channels=1, split="train")
@@ -91,12 +92,18 @@ class Dataset(Protocol):
     @property
     def class_names(self) -> tuple[str, ...]: ...
 
-    @property
-    def captions(self) -> tuple[str, ...]: ...
-
     def __len__(self) -> int: ...
 
     def __getitem__(self, indices: Int[np.ndarray, " b"]) -> Batch: ...
+
+
+def captions_in(dataset: Dataset) -> tuple[str, ...]:
+    """Returns a dataset's captions; empty if it has none.
+
+    Example:
+        captions_in(load(DataConfig("openmoji"), image_size=(32, 32), channels=3, split="train"))[0]
+    """
+    return tuple(getattr(dataset, "captions", ()))
 
 
 @dataclasses.dataclass(frozen=True)
@@ -198,9 +205,9 @@ def buckets_of(dataset: Dataset | BucketedDataset) -> tuple[Dataset, ...]:
 
 
 def of_one_shape(dataset: Dataset | BucketedDataset, user: str) -> Dataset:
-    """Returns the dataset. Raises ValueError if its samples have several shapes.
+    """Returns the dataset. Raises ValueError if its samples differ in shape.
 
-    user: name of what requires a single shape, for the error message.
+    user: what requires a single shape, as a noun phrase for the error message.
 
     Example:
         dataset = of_one_shape(load(config, image_size=8, channels=1, split="train"), "an Autoencoder")

@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 import math
 from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import numpy as np
@@ -13,8 +14,8 @@ from jaxtyping import UInt8
 from flowgen.data.classes import tell_held_out, with_classes
 from flowgen.data.dataset import ArrayDataset, BucketedDataset, DataConfig, Dataset, Split, hold_out_files
 from flowgen.data.file_dataset import FileDataset
-from flowgen.data.image_files import read_image, read_image_size
-from flowgen.data.inventory import tell
+from flowgen.data.image_files import UnreadableImage, is_colour, read_image, read_image_size
+from flowgen.data.inventory import tell, tell_converted
 from flowgen.data.listing import Listing, list_files
 from flowgen.data.media import IMAGE_FORMATS, pillow
 from flowgen.data.unreadable import FileReader, OnCorrupt, tell_lost_classes
@@ -23,6 +24,8 @@ from flowgen.text import ASPECTS, aspect_size, nearest_aspect
 
 _log = logging.getLogger(__name__)
 _WHAT = ("image", "images")
+# Number of files whose headers tell whether a folder has colour images.
+_LOOKED_AT = 32
 
 
 def read_folder(
@@ -64,6 +67,7 @@ def read_folder(
         tell_held_out(labels, chosen, class_names, "images")
     if captions and config.on_corrupt == "skip":
         raise ValueError("data.on_corrupt is 'skip', but images with captions cannot be skipped; set it to 'refuse'.")
+    _tell_converted(config, [listing.root / listing.names[i] for i in chosen], channels)
     in_memory = len(chosen) * math.prod(image_size) * channels <= config.in_memory_bytes
     if not in_memory:
         _log.info("Decoding '%s' batch by batch, because its images need more than data.in_memory_bytes.", config.path)
@@ -104,6 +108,22 @@ def read_folder(
         raise ValueError(f"data.path '{config.path}' has no readable images in the split '{split}'; add some.")
     told(readable)
     return BucketedDataset(readable)
+
+
+def _tell_converted(config: DataConfig, files: Sequence[Path], channels: int) -> None:
+    """Warns if some images lose their colour, or if none has any but the model does. Looks at some files."""
+    some = [files[i] for i in np.linspace(0, len(files) - 1, min(_LOOKED_AT, len(files))).astype(int)]
+
+    def colour(file: Path) -> bool | None:
+        try:
+            return is_colour(file)
+        except UnreadableImage:
+            return None
+
+    with ThreadPoolExecutor() as pool:
+        found = {answer for answer in pool.map(colour, some) if answer is not None}
+    if (True in found) if channels == 1 else found == {False}:
+        tell_converted(f"The {'colour' if channels == 1 else 'grey'} images of data.path '{config.path}'", channels)
 
 
 def opened(path: str, suffixes: tuple[str, ...], what: str, classes: tuple[str, ...]) -> Listing:

@@ -90,6 +90,17 @@ def read_image_size(path: str | os.PathLike[str]) -> tuple[int, int]:
     return _with_image(path, lambda image, turn: turn.size(image.height, image.width))
 
 
+def is_colour(path: str | os.PathLike[str]) -> bool:
+    """Returns whether the image in a file is stored in colour. Only the header is read.
+
+    Raises UnreadableImage if the header alone shows that `read_image` would fail.
+
+    Example:
+        is_colour("cat.jpg")  # True
+    """
+    return _with_image(path, lambda image, turn: pillow().getmodebase(image.mode) != "L")
+
+
 def _with_image(path: str | os.PathLike[str], use: Callable[[Image, Turn], T]) -> T:
     """Returns the result of `use` for an open image and its turn. If this fails, retries without metadata."""
     if Path(path).exists() and not Path(path).is_file():

@@ -53,6 +53,16 @@ def tell(sentence: str) -> None:
     _log.warning("%s", sentence)
 
 
+def tell_converted(images: str, channels: int) -> None:
+    """Warns that images are converted to the model's number of channels, 1 or 3. images: which ones, as a noun.
+
+    Example:
+        tell_converted("The colour images of data.path 'photos'", 1)
+    """
+    how = "are converted to grey" if channels == 1 else "get 3 equal channels"
+    tell(f"{images} {how}, because the model's samples have {channels} channel{'s' * (channels > 1)}.")
+
+
 def quoted(name: str) -> str:
     """Returns a name in quotes, escaped so that it is safe to show in a terminal.
 

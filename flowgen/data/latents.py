@@ -13,7 +13,7 @@ from jaxtyping import Float, Int, Int32
 from flowgen.batch import Batch, Moments
 from flowgen.conditioning import TextCondition
 from flowgen.data.classes import renumbered
-from flowgen.data.dataset import Dataset
+from flowgen.data.dataset import Dataset, captions_in
 from flowgen.data.media import from_uint8
 
 READ_AT_ONCE = 512
@@ -208,8 +208,8 @@ def captions_of(dataset: Dataset, indices: Int[np.ndarray, " b"], labels: Int[np
     Example:
         texts = captions_of(dataset, np.arange(4), dataset[np.arange(4)].labels)
     """
-    if dataset.captions:
-        return [dataset.captions[index] for index in indices]
+    if captions := captions_in(dataset):
+        return [captions[index] for index in indices]
     if dataset.class_names:
         return [dataset.class_names[label] if label >= 0 else "" for label in labels]
     raise ValueError(

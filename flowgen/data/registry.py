@@ -21,6 +21,7 @@ from flowgen.data.dataset import (
     image_set,
 )
 from flowgen.data.folder import read_folder
+from flowgen.data.inventory import tell_converted
 from flowgen.data.npz import read_npz
 from flowgen.nn.checks import ImageSize, image_sides
 
@@ -81,6 +82,7 @@ def _match_channels(
     if given == channels:
         return images
     if given == 1 and channels == 3:
+        tell_converted(f"The grey images of data.name '{name}'", channels)
         return images.repeat(3, axis=-1)
     raise ValueError(
         f"model.channels is {channels}, but the images of data.name '{name}' have {given} channels; "

@@ -65,7 +65,7 @@ _TURNS = {
 
 
 def exif_turn(exif: bytes) -> Turn:
-    """Returns the turn in an EXIF block (tag 0x112, orientation), or the identity if the tag is missing or damaged.
+    """Returns the turn that an EXIF block's orientation tag (0x112) requests; without a valid tag, the identity.
 
     Example:
         turn = exif_turn(image.info.get("exif", b""))

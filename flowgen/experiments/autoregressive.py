@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import abc
 import dataclasses
+import warnings
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
@@ -200,6 +201,7 @@ class AutoregressiveExperiment(Experiment):
 
         held_out: the held-out data, if any. For the other arguments, see `Job`.
         """
+        self.warn_of_guidance()
         tell_unused_classes(dataset, self.data, self.model.num_classes)
         made = Job(
             init=lambda key: init(flow, key),
@@ -303,6 +305,16 @@ class AutoregressiveExperiment(Experiment):
             return guidance
         null = self.encoding.empty_text(flow.config.image_hw) if null is None else null
         return dataclasses.replace(guidance, null=null)
+
+    def warn_of_guidance(self) -> None:
+        """Issues a UserWarning if samples are guided, but the unconditional branch is not trained."""
+        conditional = self.model.num_classes or self.model.text_dim
+        if self.sampling.guidance and conditional and not self.train.label_dropout:
+            warnings.warn(
+                f"sampling.guidance is {self.sampling.guidance:g}, but train.label_dropout is 0, so the unconditional "
+                "branch is not trained; train with train.label_dropout 0.1, or set sampling.guidance to 0.",
+                stacklevel=2,
+            )
 
     def asked(self, flow: Any, classes: str) -> tuple[Conditions, dict[str, Any]]:
         """Returns a function from sample numbers to conditions, and the labels or prompts to save in an .npz file.

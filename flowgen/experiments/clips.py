@@ -19,7 +19,8 @@ from flowgen.batch import Batch, Moments
 from flowgen.codecs import Codec
 from flowgen.data import ClipsConfig, LatentsConfig, from_uint8
 from flowgen.data.dataset import BucketedDataset, Dataset, buckets_of
-from flowgen.data.image_files import read_image, read_image_size
+from flowgen.data.image_files import is_colour, read_image, read_image_size
+from flowgen.data.inventory import tell_converted
 from flowgen.data.latents import kind_of
 from flowgen.data.loader import fixed_batches
 from flowgen.data.unreadable import Unreadable
@@ -67,15 +68,15 @@ def check_length(codec: Codec, most: int, frames: int | None, context: int | Non
 def read_given(
     codec: Codec, flow: Any, path: str, *, frames: int | None = None, fps: float | None = None
 ) -> Float[np.ndarray, "given height width c"]:
-    """Returns the given first frames of clips, read from an image or video file, with values in [-1, 1].
+    """Returns the frames of an image or video file in [-1, 1], as the first frames of clips to generate.
 
     An image yields one frame. A video is read at `fps`, and yields as many of its frames as the codec can encode.
 
     frames: length of the clips. A video is cut so that at least one frame is left to generate. If None, the whole video
     is used. It must then be shorter than the training clips.
 
-    Raises FileNotFoundError or ValueError if the file cannot be read, has a very different shape, or leaves no frame to
-    generate.
+    Raises FileNotFoundError or ValueError if the file cannot be read, if its shape differs too much from the shape of
+    the flow's clips, or if it leaves no frame to generate.
 
     Example:
         given = read_given(codec, flow, "first.png", frames=17)
@@ -102,6 +103,8 @@ def read_given(
         else:
             size = read_image_size(path)
             clip = read_image(path, size=(height, width), channels=codec.pixel_channels, crop="center")[None]
+    if codec.pixel_channels == 1 and (is_video or is_colour(path)):
+        tell_converted(f"The colours of --given {path}", codec.pixel_channels)
     kept = size[1] / size[0] / (width / height)
     if min(kept, 1 / kept) < LEAST_KEPT:
         raise ValueError(

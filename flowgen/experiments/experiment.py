@@ -183,15 +183,21 @@ class Experiment(abc.ABC):
                 f"the run was started as a {kind!s:.80}, but this is a {type(self).__name__}; train in a new --workdir."
             )
         begun = self.from_json(saved)
-        lines = settings.differences(begun.to_json(), self.from_json(self.to_json()).to_json())
-        # A run that started without a frozen network's digest cannot tell whether the network has changed.
-        changed = [line for line in lines if not line.startswith(RESUMABLE) and ".digest: None -> " not in line]
-        changed += _renamed(begun.data, self.data)
-        if changed:
+        if changed := self._changes(begun):
+            small = self.debug().with_provenance()
+            if self.train != small.train and not small._changes(begun):
+                raise ValueError("the run was started with --debug; add --debug, or train in a new --workdir.")
             raise ValueError(
                 f"the run was started with another config ({'; '.join(changed)}); undo the change, or train in a "
                 "new --workdir."
             )
+
+    def _changes(self, begun: Experiment) -> list[str]:
+        """Describes the differences from the experiment of a run that a resumed run may not have."""
+        lines = settings.differences(begun.to_json(), self.from_json(self.to_json()).to_json())
+        # A run that started without a frozen network's digest cannot tell whether the network has changed.
+        changed = [line for line in lines if not line.startswith(RESUMABLE) and ".digest: None -> " not in line]
+        return changed + _renamed(begun.data, self.data)
 
     def check_warmups(self, others: Mapping[str, int] = MappingProxyType({})) -> None:
         """Raises ValueError if a warm-up is not shorter than training. others: other warm-ups, by field name."""

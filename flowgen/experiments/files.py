@@ -80,7 +80,7 @@ def from_json(plain: Mapping[str, Any]) -> Experiment:
     name = plain.get(settings.TYPE)
     if name is None:
         raise ValueError(
-            f"config.json has no 'type', such as {next(iter(kinds))}; if flowgen.training.train wrote the run, "
+            f"config.json has no 'type' (for example, {next(iter(kinds))}); if flowgen.training.train wrote the run, "
             "read its weights with flowgen.runs.CheckpointReader."
         )
     if not isinstance(name, str) or name not in kinds:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import warnings
 from collections.abc import Sequence
 from contextlib import nullcontext
 from pathlib import Path
@@ -20,6 +21,7 @@ from flowgen.experiments.fine_tuning import started_from
 from flowgen.experiments.own_data import check_protocol
 from flowgen.nn import init
 from flowgen.runs import CHECKPOINTS, CheckpointReader, check_workdir
+from flowgen.settings.named import fields_of_program
 from flowgen.training import Result, Signals, is_primary, train
 from flowgen.training.frozen import check_frozen
 from flowgen.training.job import Start
@@ -102,6 +104,12 @@ def fit(
             experiment = experiment.with_provenance() if dataset is None else _of_own(experiment, dataset, held_out)
             # This comes before the data are encoded, because it raises an error if a user's object has no name to save.
             config = experiment.to_json()
+            if own := fields_of_program(config):
+                warnings.warn(
+                    f"{', '.join(own)} is defined in this program or notebook, so only it can load the run; to use the "
+                    "run in commands, too, define it in a module file, such as my_parts.py, and import it.",
+                    stacklevel=2,
+                )
             check_workdir(Path(workdir), experiment.check_resumable, locks=is_primary())
             warn_of_dtype(experiment.model)
             start = _start(experiment, workdir, model)

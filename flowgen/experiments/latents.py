@@ -1,4 +1,4 @@
-"""The data of a flow: pixels, or the outputs of its codec and text encoder."""
+"""The data that a flow is trained on: pixels, or the outputs of its codec and text encoder."""
 
 from __future__ import annotations
 
@@ -126,8 +126,8 @@ def _as_often(buckets: Sequence[Dataset], data: ClipsConfig | LatentsConfig) -> 
         if fraction and kind not in kinds:
             missing = "clips without their first frame" if kind == "continued" else "images"
             raise ValueError(
-                f"data.{name} is {fraction}, but data.path '{data.path}' has no {missing}; encode again with "
-                "them, or set the fraction to 0."
+                f"data.{name} is {fraction}, but data.path '{data.path}' contains no {missing}; encode the data "
+                f"again with some, or set data.{name} to 0."
             )
         if fraction:
             beside = sum(share for share, of in zip(shares, kinds, strict=True) if of in others)

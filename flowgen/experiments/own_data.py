@@ -11,6 +11,7 @@ from jaxtyping import Int
 from flowgen.arrays import shown
 from flowgen.conditioning import UNCONDITIONAL, TextCondition
 from flowgen.data import Batch, Dataset, check_classes
+from flowgen.data.dataset import captions_in
 from flowgen.data.inventory import name_list
 from flowgen.data.loader import checked_batch
 
@@ -39,7 +40,7 @@ class OwnDataset:
 
     @property
     def captions(self) -> tuple[str, ...]:
-        return tuple(self.dataset.captions)
+        return captions_in(self.dataset)
 
     def __len__(self) -> int:
         return len(self.dataset)
@@ -78,8 +79,8 @@ def check_protocol(name: str, dataset: Any) -> None:
     if isinstance(dataset, type) or not isinstance(dataset, Dataset):
         what = f"the class {dataset.__name__}" if isinstance(dataset, type) else shown(dataset)
         raise ValueError(
-            f"{name} is {what}; give an object with len(), [positions], event_shape, class_names and captions, "
-            "as flowgen.data.Dataset describes."
+            f"{name} is {what}; give an object with len(), [positions], event_shape and class_names, as "
+            "flowgen.data.Dataset describes."
         )
     if not len(dataset):
         raise ValueError(f"{name} is empty; give at least one image or clip.")

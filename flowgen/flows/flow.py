@@ -198,7 +198,11 @@ class AutoregressiveFlow(OnMeshes, nn.Module):
         return self.get_variable("prior", "variance", jnp.ones(shape, master_dtype(self.config.dtype)))
 
     def log_prob(self, x: Float[Array, "b *event"], cond: Condition | None = None) -> Float[Array, " b"]:
-        """Returns the exact log p(x | cond) in nats: log N(z; 0, prior variance) + logdet."""
+        """Returns the exact log p(x | cond) in nats: log N(z; 0, prior variance) + logdet.
+
+        x: images in [-1, 1], or latents. The values are not checked, because this would make the device wait: images in
+        0..255 get a meaningless density. Convert them with x / 127.5 - 1.
+        """
         z, logdet = self.forward(x, cond)
         return gaussian_log_density(z, self.prior_variance()[None]).sum(axis=(1, 2)) + logdet
 

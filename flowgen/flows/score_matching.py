@@ -43,7 +43,7 @@ def score_matching_loss(
     target: Float[Array, "b *event"],
     cond: Condition | None = None,
 ) -> Float[Array, ""]:
-    """Returns mean |s(x, cond) - t|², the loss of flow-score matching.
+    """Returns the flow-score matching loss: the mean of |s(x, cond) - target|², where s is the denoiser's output.
 
     Example:
         loss = score_matching_loss(denoiser, variables, noisy, score_target(flow, params, noisy, cond), cond)

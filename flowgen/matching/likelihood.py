@@ -32,6 +32,7 @@ def log_prob(
 ) -> Float[Array, " b"]:
     """Returns log p1(x1) = log p0(x0) - ∫ div v dt in nats, along the path that ends at x1.
 
+    x1: images must be in [-1, 1], as in training; the values are not checked.
     key: None computes the exact divergence with one Jacobian-vector product per dimension, so the solver is the only
     source of error. A key selects Hutchinson's estimate with one Rademacher probe per sample, which is the same along
     the whole path (Grathwohl et al., arXiv 1810.01367). log_p0: function that returns the log-density of x0; by

@@ -137,7 +137,7 @@ class MatchingConfig:
         )
 
     def state(self) -> dict[str, Any]:
-        """Returns the initial state, which training updates; empty unless the weights have a running mean."""
+        """Returns the initial state, which training updates. It is empty unless pair weights use a running mean."""
         running = isinstance(self.coupling, GibbsWeights) and self.coupling.normalize == "running"
         return {STATE: {"log_mean": jnp.full((), -jnp.inf, jnp.float32)}} if running else {}
 

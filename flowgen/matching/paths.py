@@ -213,7 +213,10 @@ class SchroedingerBridge:
         return PathSample(x_t, self.sigma * rate * noise + x1 - x0, noise)
 
     def score_scale(self, t: Float[Array, " b"]) -> Float[Array, " b"]:
-        """Returns lambda_t = 2 √(t(1-t)) / sigma; score matching fits lambda_t times the scaled score to -noise."""
+        """Returns lambda_t = 2 √(t(1-t)) / sigma.
+
+        Score matching fits lambda_t s to -noise. Here, s is the scaled score sigma²/2 ∇ log p_t.
+        """
         return 2 * jnp.sqrt(t * (1 - t)) / self.sigma
 
 

@@ -129,7 +129,9 @@ class UNetConfig:
 
     def _check_widths(self):
         if self.width % 2:
-            raise ValueError(f"width is {self.width}; it must be even, because half of the time features are sines.")
+            raise ValueError(
+                f"width is {self.width}; it must be even, because the time embedding is half sines and half cosines."
+            )
         for level, width in enumerate(self.level_widths):
             if width % self.num_groups:
                 raise ValueError(
@@ -160,7 +162,7 @@ class UNetConfig:
 
     @property
     def num_dims(self) -> int:
-        """Number of dimensions of one image, by which nats or bits are divided to give nats or bits per dimension."""
+        """Number of values in one image, the divisor that turns nats or bits into nats or bits per dimension."""
         height, width = self.image_hw
         return height * width * self.channels
 

@@ -12,7 +12,7 @@ from flowgen.backend import Implementation
 
 
 class SoftmaxShape(NamedTuple):
-    """The shape of softmax attention over whole sequences in some layers of a model."""
+    """The shape of full-sequence softmax attention that a group of layers in a model shares."""
 
     num_tokens: int
     num_heads: int

@@ -73,7 +73,10 @@ class TransformerConfig:
 
 
 class SelfAttention(nn.Module):
-    """Multi-head self-attention: a fused qkv projection, a causal kernel or frame window, and an output projection."""
+    """Multi-head self-attention between a fused qkv projection and an output projection.
+
+    Attention is causal, or limited to a window of frames.
+    """
 
     config: TransformerConfig
 

@@ -99,6 +99,11 @@ class CheckpointReader:
             )
         return meta
 
+    def was_trained(self) -> bool:
+        """Returns whether training wrote the latest checkpoint; False if it was made from given weights."""
+        step = self.latest_step()
+        return step is not None and "step" in self.manifest(step)["arrays"]
+
     def evaluation(self, step: int) -> dict[str, float] | None:
         """Returns the metrics of a step, or None if it has not been evaluated.
 

@@ -57,6 +57,12 @@ def takes_own(annotation: Any) -> bool:
     return any(is_function(member) or own_of(member) is not None for member in members(annotation))
 
 
+def entry_of(annotation: Any) -> Any:
+    """Returns the annotation of the entries of a dict; None if the annotation is not that of a dict."""
+    origin = typing.get_origin(annotation)
+    return typing.get_args(annotation)[1] if isinstance(origin, type) and issubclass(origin, Mapping) else None
+
+
 def is_function(annotation: Any) -> bool:
     """Returns whether an annotation is `Callable`, with or without arguments."""
     return annotation is Callable or typing.get_origin(annotation) is Callable
@@ -104,8 +110,8 @@ def describe(annotation: Any) -> str:
         return "a tuple of texts, such as ('one', 'two')"
     if origin is tuple:
         return f"a tuple of {_plural(arguments[0], '' if arguments[-1] is Ellipsis else len(arguments))}"
-    if isinstance(origin, type) and issubclass(origin, Mapping):
-        return f"a dict of {_plural(arguments[1])} by name"
+    if (entry := entry_of(annotation)) is not None:
+        return f"a dict of {_plural(entry)} by name"
     name = str(getattr(annotation, "__name__", annotation))
     return f"{'an' if name[0] in 'AEIOU' else 'a'} {name}"
 

@@ -14,6 +14,7 @@ from flowgen.settings.annotations import (
     choices,
     configs_of,
     describe,
+    entry_of,
     hints_of,
     is_own,
     takes_own,
@@ -36,7 +37,7 @@ def override(config: T, arguments: Sequence[str]) -> T:
     several types accepts the name of one of them. The group then starts from the defaults of that type, and its fields
     are set afterwards. If a group is None, setting one of its fields first creates the group with its defaults.
     User-defined objects are written as "package.module:object", and their module is imported. The fields of a
-    user-defined frozen dataclass are set in the same way as the fields of a group.
+    user-defined frozen dataclass, and the entries of a dict, are set in the same way as the fields of a group.
 
     Raises:
         ValueError: a field is unknown or is a group, or a value is missing or does not fit. If a field is unknown, the
@@ -53,6 +54,17 @@ def override(config: T, arguments: Sequence[str]) -> T:
             raise ValueError(_unknown(path, known))
         _set(fields, type(config), path.split("."), given[path], path, known)
     return from_plain(type(config), fields)
+
+
+def same_end(path: str, known: Sequence[str], prefix: str = "") -> str:
+    """Returns up to three of the known names whose last part is that of `path`, for a question; "" if there are none.
+
+    Example:
+        same_end("seed", ["train.seed", "train.steps"], "--")  # "--train.seed"
+    """
+    last = path.rpartition(".")[2]
+    *others, found = [f"{prefix}{name}" for name in known if name.rpartition(".")[2] == last][:3] or [""]
+    return f"{', '.join(others)} or {found}" if others else found
 
 
 def words_of(text: str, path: str) -> list[str]:
@@ -97,6 +109,9 @@ def _set(fields: dict[str, Any], cls: type, names: list[str], text: str, path: s
         fields[name] = {TYPE: found} if isinstance(found, type) else found
     elif not rest:
         fields[name] = {TYPE: text} if text in kinds else _parse(annotation, text, path, group)
+    elif len(rest) == 1 and (entry := entry_of(annotation)) is not None:
+        literal = _literal(text)  # An entry may be text, but text that is a number means the number.
+        fields[name] = {**value, rest[0]: literal if fits(entry, literal) else _parse(entry, text, path, None)}
     elif group is not None and rest[0] in hints_of(group):
         fields[name] = dict(value) if isinstance(value, Mapping) else _opened(annotation, value)
         _set(fields[name], group, rest, text, path, known)
@@ -174,6 +189,6 @@ def _no_such_field(path: str, field: str, group: type | None, types: dict[str, t
 
 def _unknown(path: str, known: list[str]) -> str:
     groups = {name[:end] for name in known for end, letter in enumerate(name) if letter == "."}
-    same_end = [name for name in known if name.rsplit(".", 1)[-1] == path.rsplit(".", 1)[-1]]
-    end = f"; did you mean {same_end[0]}?" if same_end else meant(path, [*known, *sorted(groups)])
+    alike = same_end(path, known)
+    end = f"; did you mean {alike}?" if alike else meant(path, [*known, *sorted(groups)])
     return f"{path} is not a field of this config{end}"

@@ -8,13 +8,15 @@ from __future__ import annotations
 
 import importlib
 import sys
+from collections.abc import Mapping
 from types import ModuleType
 from typing import Any
 
 from flowgen.settings.ranges import meant, shown
 
-# Other processes cannot find objects that the running program itself defines.
-_PROGRAMS = ("__main__", "__mp_main__")
+# The running program or notebook. Other programs cannot find the objects that it defines.
+PROGRAM = "__main__"
+_COPY = "__mp_main__"  # the program again, in a process that multiprocessing started
 _NOTHING = object()
 
 
@@ -53,6 +55,11 @@ def resolve(name: str) -> Any:
         coupling = resolve("my_couplings:SlicedOT")
     """
     module, attributes = split_name(name)
+    if module == PROGRAM and not hasattr(sys.modules[PROGRAM], attributes[0]):
+        raise ValueError(
+            f"is {shown(name)}, which the program or notebook that began the run defines; load the run there, or "
+            f"define {attributes[0]} here, too."
+        )
     if module not in sys.modules:
         raise ValueError(
             f"is {shown(name)}, but {module} is not imported; import it first, or add --import {module} to the command."
@@ -104,18 +111,32 @@ def name_of(value: Any) -> str | None:
     names = [
         (module, name)
         for module, contents in list(sys.modules.items())
-        if isinstance(contents, ModuleType) and module not in _PROGRAMS and not _is_python(module)
+        if isinstance(contents, ModuleType) and module != _COPY and not _is_python(module)
         for name, held in list(vars(contents).items())
         if held is value and name.isidentifier()
     ]
     if where is not None:  # A public module of the same package may re-export an object of a private one.
         names = [found for found in names if found[0].partition(".")[0] == package and not _is_private(found[0])]
 
-    def rank(found: tuple[str, str]) -> tuple[bool, bool]:
-        """Ranks names in the object's own package first and, among these, the name under which it was defined."""
-        return found[0].partition(".")[0] != package, found[1] != path
+    def rank(found: tuple[str, str]) -> tuple[bool, ...]:
+        """Ranks names in modules first, then those in the object's own package, then the name of its definition."""
+        module, name = found
+        # Notebooks also keep the last results under names such as _12.
+        return module == PROGRAM, module.partition(".")[0] != package, name != path, name.startswith("_")
 
     return ":".join(min(names, key=rank)) if names else where
+
+
+def fields_of_program(plain: Any, path: str = "") -> list[str]:
+    """Returns the dotted names of the fields, in a config's plain values, that name objects of the running program.
+
+    Example:
+        fields_of_program({"matching": {"coupling": "__main__:SlicedOT"}})  # ["matching.coupling"]
+    """
+    if isinstance(plain, Mapping):
+        inside = {name: ".".join(filter(None, (path, name * (name != "type")))) for name in plain}
+        return [field for name, item in plain.items() for field in fields_of_program(item, inside[name])]
+    return [path] if isinstance(plain, str) and plain.startswith(f"{PROGRAM}:") else []
 
 
 def _is_python(module: str) -> bool:
@@ -132,7 +153,7 @@ def _is_there(module: Any, path: Any, value: Any) -> bool:
     """Returns whether an object is found where its `__module__` and `__qualname__` say that it was defined."""
     if not (isinstance(module, str) and isinstance(path, str)):
         return False
-    found: Any = None if module in _PROGRAMS or _is_python(module) else sys.modules.get(module)
+    found: Any = None if module == _COPY or _is_python(module) else sys.modules.get(module)
     for part in path.split("."):
         found = getattr(found, part, None)
     return found is value

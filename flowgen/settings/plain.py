@@ -23,6 +23,7 @@ from flowgen.settings.annotations import (
     OWN_NAME,
     choices,
     describe,
+    entry_of,
     hints_of,
     is_function,
     is_own,
@@ -161,7 +162,7 @@ def _own_to_plain(value: Any) -> Any:
         return {TYPE: name} | _fields_to_plain(value)
     raise _Refusal(
         f"is {shown(value)}, which config.json cannot refer to by name; define it, or its dataclass(frozen=True), "
-        "at the top level of a module that the program imports."
+        "at the top level of a module file, such as my_parts.py, and import it."
     )
 
 
@@ -292,9 +293,9 @@ def _convert(annotation: Any, value: Any) -> Any:
         items = arguments[:1] * len(value) if arguments[-1] is Ellipsis else arguments
         _require(len(items) == len(value), value)
         return tuple(_convert_entry(item, part) for item, part in zip(items, value, strict=True))
-    if isinstance(origin, type) and issubclass(origin, Mapping):
+    if (entry := entry_of(annotation)) is not None:
         _require(isinstance(value, Mapping) and all(isinstance(name, str) for name in value), value)
-        return {name: _convert(arguments[1], item) for name, item in value.items()}
+        return {name: _convert(entry, item) for name, item in value.items()}
     if is_function(annotation):
         return _require(callable(value) and not isinstance(value, type), value)
     if is_dataclass(annotation):

@@ -5,10 +5,11 @@ from __future__ import annotations
 from flowgen.runs import CheckpointReader, CheckpointStore
 from flowgen.training.job import Job, Result
 from flowgen.training.loop import train
+from flowgen.training.optimizer import make_optimizer, make_schedule
 from flowgen.training.options import InitConfig, LogConfig, OptimConfig, TrainConfig
 from flowgen.training.parallel import is_primary
 from flowgen.training.signals import Interrupted, Signals
-from flowgen.training.step import TrainState, make_optimizer, make_schedule, make_step
+from flowgen.training.step import TrainState, make_step
 
 __all__ = [
     "CheckpointReader",

@@ -2,13 +2,27 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from typing import Literal
+import dataclasses
+from collections.abc import Callable, Mapping
+from typing import Annotated, Any, Literal
 
+from flowgen.optimizers import OPTIMIZERS, options_of
 from flowgen.packages import missing
 from flowgen.runs import on_terminal
 from flowgen.settings import config
-from flowgen.settings.ranges import BatchSize, Count, CountOrZero, Fraction, NonNegative, Positive, ProperFraction, Seed
+from flowgen.settings.ranges import (
+    BatchSize,
+    Count,
+    CountOrZero,
+    Fraction,
+    NonNegative,
+    OneOf,
+    Positive,
+    ProperFraction,
+    Seed,
+)
+
+OF_MATRICES = ("muon", "auon", "conda")  # these have AdamW for other parameters
 
 # The differences that a model may have from the one whose parameters it starts from.
 ALLOWED = ("classes", "size", "text", "frames", "other")
@@ -30,16 +44,26 @@ def check_warmups(warmups: Mapping[str, int], steps: int) -> None:
 
 @config
 class OptimConfig:
-    """AdamW with warm-up, learning-rate decay, clipping, and an exponential moving average of the parameters.
+    """An optimizer with warm-up, learning-rate decay, clipping, and an exponential moving average of the parameters.
 
+    name: the optimizer: "adamw", another of optax, or "muon", "auon" or "conda", which update the weight matrices and
+        leave all other parameters to AdamW; or a function (learning_rate, **options) that returns an optax optimizer.
+    options: options of the optimizer by name, such as --optim.options.momentum 0.9; those left out get its defaults.
     lr: learning rate after the warm-up; positive.
-    min_lr: learning rate at the start of the warm-up and at the end of cosine decay; at most lr.
-    schedule: after the warm-up, "cosine" lowers the learning rate to min_lr, and "constant" keeps it at lr.
+    min_lr: learning rate at the start of the warm-up and at the end of the decay; at most lr.
+    adam_lr: learning rate for parameters that are not weight matrices, with "muon", "auon" or "conda"; 0 to use lr.
+    schedule: after the warm-up, "cosine" lowers the learning rate to min_lr, "constant" keeps it at lr, and "wsd" keeps
+        it and then lowers it linearly.
     warmup_steps: steps over which the learning rate rises from min_lr to lr; fewer than train.steps.
-    weight_decay: AdamW's decoupled weight decay; 0 for no decay.
-    b1: decay rate of the running mean of gradients; at least 0 and below 1.
-    b2: decay rate of the running mean of squared gradients; at least 0 and below 1.
-    eps: constant added to the denominator of AdamW's updates.
+    decay_steps: steps at the end of the run over which "wsd" lowers the learning rate to min_lr; 0 for a tenth of
+        the run.
+    weight_decay: decoupled weight decay; 0 for no decay.
+    decayed: whether weight decay applies to "all" parameters or to weight "matrices" only.
+    not_decayed: patterns of parameter names that do not decay, such as "*/proj_out/*".
+    keep_norms: scale each weight matrix back to its initial norm after every update, as in NaP.
+    b1: decay rate of the running mean of gradients, in AdamW and AdamP; at least 0 and below 1.
+    b2: decay rate of the running mean of squared gradients, in AdamW and AdamP; at least 0 and below 1.
+    eps: constant added to the denominator of the updates, in AdamW and AdamP.
     clip_norm: clip the global gradient norm to this value; 0 for no clipping.
     skip_norm: skip updates if the gradient norm before clipping exceeds this value or is not finite; 0 for no skipping.
     skip_after: number of initial updates that are never skipped.
@@ -48,11 +72,18 @@ class OptimConfig:
     ema_warmup: raise the decay rate gradually, as min(ema_decay, (1 + step) / (10 + step)).
     """
 
+    name: Annotated[str, OneOf(tuple(OPTIMIZERS))] | Callable[..., Any] = "adamw"
+    options: dict[str, bool | int | float | str | None] = dataclasses.field(default_factory=dict)
     lr: Positive = 1e-4
     min_lr: NonNegative = 1e-6
-    schedule: Literal["cosine", "constant"] = "cosine"
+    adam_lr: NonNegative = 0.0
+    schedule: Literal["cosine", "constant", "wsd"] = "cosine"
     warmup_steps: CountOrZero = 0
+    decay_steps: CountOrZero = 0
     weight_decay: NonNegative = 1e-4
+    decayed: Literal["all", "matrices"] = "all"
+    not_decayed: tuple[str, ...] = ()
+    keep_norms: bool = False
     b1: ProperFraction = 0.9
     b2: ProperFraction = 0.95
     eps: NonNegative = 1e-8
@@ -66,6 +97,34 @@ class OptimConfig:
     def __post_init__(self):
         if self.min_lr > self.lr:
             raise ValueError(f"min_lr is {self.min_lr}, above lr {self.lr}; lower min_lr.")
+        if self.decay_steps and self.schedule != "wsd":
+            raise ValueError(
+                f"decay_steps is {self.decay_steps}, but only schedule 'wsd' has them; set it or remove them."
+            )
+        if self.adam_lr and self.name not in OF_MATRICES:
+            raise ValueError(f"adam_lr is {self.adam_lr}, but only {', '.join(OF_MATRICES)} have it; set lr.")
+        known = [name for name in options_of(self.optimizer) if name not in self._moments]
+        for name in self.options:
+            if name in self._moments:
+                raise ValueError(f"options has {name}, which is a field; set --optim.{name}.")
+            if name not in known:
+                names = f"choose from {', '.join(known)}" if known else "it has none"
+                raise ValueError(f"options has {name}, which is not an option of {self.name}; {names}.")
+
+    @property
+    def optimizer(self) -> Callable[..., Any]:
+        """The function (learning_rate, **options) that makes the optimizer."""
+        return OPTIMIZERS[self.name] if isinstance(self.name, str) else self.name
+
+    @property
+    def all_options(self) -> dict[str, Any]:
+        """The keyword arguments of `optimizer`, except learning rates and weight decay."""
+        return {**self._moments, **self.options}
+
+    @property
+    def _moments(self) -> dict[str, float]:
+        adam = self.name in ("adamw", "adamp", *OF_MATRICES)
+        return {"b1": self.b1, "b2": self.b2, "eps": self.eps} if adam else {}
 
 
 @config

@@ -1,13 +1,13 @@
-"""The training step: its state, the optimizer, and the pure function that pmap maps over devices.
+"""The training step: its state, and the pure function that pmap maps over devices.
 
-g = mean over devices and micro-batches of ∇ loss;   θ <- θ - AdamW(clip(g));   θ̄ <- θ̄ + (1 - d)(θ - θ̄)
+g = mean over devices and micro-batches of ∇ loss;   θ <- θ - optimizer(clip(g));   θ̄ <- θ̄ + (1 - d)(θ - θ̄)
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from functools import partial
-from typing import Any, NamedTuple
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -19,13 +19,13 @@ from jaxtyping import Array, Float, Int, Key
 from flowgen.arrays import shown
 from flowgen.rows import StatefulObjective, micro_batches, share_of_batch, with_rows
 from flowgen.training.frozen import trained, with_frozen
-from flowgen.training.options import OptimConfig, check_warmups
+from flowgen.training.optimizer import SkipState, main_state, make_optimizer, make_schedule, updates_done
+from flowgen.training.options import OptimConfig
 
 Metrics = dict[str, Array]
 Objective = Callable[[Any, Any, Key[Array, ""]], tuple]
 Step = Callable[[Any, Any, Key[Array, ""]], tuple[Any, Metrics]]
 AXIS = "data"
-MAIN = "main"  # Labels the parameters that have no separate optimizer.
 
 
 class TrainState(struct.PyTreeNode):
@@ -46,100 +46,6 @@ class TrainState(struct.PyTreeNode):
     def averaged(self) -> Any:
         """The variables for evaluation and sampling, with averaged parameters if an average is kept."""
         return {"params": self.params if self.ema is None else self.ema, **self.collections}
-
-
-def make_schedule(config: OptimConfig, steps: int) -> optax.Schedule:
-    """Returns the learning rate as a function of the number of updates done.
-
-    Raises:
-        ValueError: the warm-up is at least as long as the run.
-
-    Example:
-        lr = make_schedule(OptimConfig(), steps=1_000)(0)
-    """
-    check_warmups({"optim.warmup_steps": config.warmup_steps}, steps)
-    if config.schedule == "cosine":
-        rest = optax.cosine_decay_schedule(config.lr, steps - config.warmup_steps, config.min_lr / config.lr)
-    else:
-        rest = optax.constant_schedule(config.lr)
-    if config.warmup_steps == 0:
-        return rest
-    warmup = optax.linear_schedule(config.min_lr, config.lr, config.warmup_steps)
-    return optax.join_schedules([warmup, rest], [config.warmup_steps])
-
-
-class SkipState(NamedTuple):
-    """The state of `skip_spikes`.
-
-    asked: number of updates requested. skipped: number of updates skipped. in_a_row: number of updates skipped since
-    the last update that was applied. inner: the state of the inner transformation.
-    """
-
-    asked: Int[Array, "*device"]
-    skipped: Int[Array, "*device"]
-    in_a_row: Int[Array, "*device"]
-    inner: Any
-
-
-def skip_spikes(
-    inner: optax.GradientTransformation, *, max_norm: float, after: int = 0
-) -> optax.GradientTransformation:
-    """Returns a transformation that applies `inner`, but skips updates whose gradient has a spike.
-
-    An update is skipped if the gradient's global norm is not finite or, from update `after` on, exceeds max_norm.
-    A skipped update changes neither the parameters nor the state of `inner`.
-
-    Example:
-        tx = skip_spikes(optax.adamw(1e-4), max_norm=1.0, after=100)
-    """
-
-    def init(params):
-        zero = jnp.zeros((), jnp.int32)
-        return SkipState(zero, zero, zero, inner.init(params))
-
-    def update(updates, state, params=None):
-        norm = optax.tree.norm(updates)
-        skip = ~jnp.isfinite(norm) | ((norm > max_norm) & (state.asked >= after))
-        stepped, inner_state = inner.update(updates, state.inner, params)
-        kept = jax.tree.map(lambda new, old: jnp.where(skip, old, new), inner_state, state.inner)
-        stepped = jax.tree.map(lambda x: jnp.where(skip, jnp.zeros_like(x), x), stepped)
-        in_a_row = jnp.where(skip, state.in_a_row + 1, 0)
-        return stepped, SkipState(state.asked + 1, state.skipped + skip, in_a_row, kept)
-
-    return optax.GradientTransformation(init, update)
-
-
-def make_optimizer(
-    config: OptimConfig, steps: int, others: Mapping[str, OptimConfig] | None = None
-) -> optax.GradientTransformation:
-    """Returns AdamW with gradients clipped by global norm; if the config sets skip_norm, AdamW skips spikes.
-
-    others: separate optimizers for parameter groups, keyed by the groups' top-level names. Each group has its own
-    gradient norm.
-
-    Example:
-        tx = make_optimizer(OptimConfig(lr=3e-4), steps=1_000)
-    """
-    if not others:
-        return _one_optimizer(config, steps)
-    parts = {name: _one_optimizer(part, steps) for name, part in others.items()}
-
-    def names(params):
-        return {name: jax.tree.map(lambda _, at=name: at if at in parts else MAIN, x) for name, x in params.items()}
-
-    return optax.partition({MAIN: _one_optimizer(config, steps), **parts}, names)
-
-
-def _one_optimizer(config: OptimConfig, steps: int) -> optax.GradientTransformation:
-    adamw = optax.adamw(
-        make_schedule(config, steps),
-        b1=config.b1,
-        b2=config.b2,
-        eps=config.eps,
-        weight_decay=config.weight_decay,
-    )
-    tx = optax.chain(optax.clip_by_global_norm(config.clip_norm), adamw) if config.clip_norm else adamw
-    return skip_spikes(tx, max_norm=config.skip_norm, after=config.skip_after) if config.skip_norm else tx
 
 
 def init_state(
@@ -237,11 +143,11 @@ def make_step(
         grads, metrics, collections = jax.tree.map(
             lambda x: lax.pmean(x, axis_name) if _is_float(x) else x, (grads, metrics, collections)
         )
-        done = _updates_done(state.opt_state, state.step)
+        done = updates_done(state.opt_state, state.step)
         metrics = {**metrics, "grad_norm": optax.tree.norm(grads), "lr": schedule(done)}
         moving = trained(state.params, frozen)
         updates, opt_state = tx.update(grads, state.opt_state, moving)
-        main = _main_state(opt_state)
+        main = main_state(opt_state)
         if isinstance(main, SkipState):
             skipped = main.in_a_row > 0
             metrics |= {"skipped": skipped, "skipped_in_a_row": main.in_a_row}
@@ -306,16 +212,6 @@ def check_outcome(outcome: Any) -> tuple:
 def _is_number(x: Any) -> bool:
     shape = () if isinstance(x, bool | int | float) else getattr(x, "shape", None)
     return shape == () and any(jnp.issubdtype(jnp.result_type(x), kind) for kind in (jnp.number, jnp.bool_))
-
-
-def _main_state(opt_state: Any) -> Any:
-    """Returns the state of the main optimizer."""
-    return opt_state.inner_states[MAIN].inner_state if isinstance(opt_state, optax.PartitionState) else opt_state
-
-
-def _updates_done(opt_state: Any, step: Int[Array, ""]) -> Int[Array, ""]:
-    main = _main_state(opt_state)
-    return main.asked - main.skipped if isinstance(main, SkipState) else step
 
 
 def ema_decay(config: OptimConfig, step: Int[Array, ""] | int) -> Float[Array, ""] | float:

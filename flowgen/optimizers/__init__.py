@@ -1,0 +1,29 @@
+"""Optimizers as optax transformations: optax's by name, and four from papers that optax does not have.
+
+The parameters of equal layers are stacked along a leading axis. `per_layer` makes any optimizer update each layer as if
+its parameters were not stacked. This package depends on jax and optax alone.
+"""
+
+from flowgen.optimizers.adamp import adamp
+from flowgen.optimizers.auon import auon
+from flowgen.optimizers.conda import conda
+from flowgen.optimizers.layers import STACK, per_layer
+from flowgen.optimizers.matrices import are_matrices, for_matrices, muon
+from flowgen.optimizers.named import OPTIMIZERS, Optimizer, make_named, options_of
+from flowgen.optimizers.projection import keep_norms
+
+__all__ = [
+    "OPTIMIZERS",
+    "STACK",
+    "Optimizer",
+    "adamp",
+    "are_matrices",
+    "auon",
+    "conda",
+    "for_matrices",
+    "keep_norms",
+    "make_named",
+    "muon",
+    "options_of",
+    "per_layer",
+]

@@ -1,0 +1,61 @@
+"""AuON: momentum, divided by the root mean square of the hyperbolic cosine of its direction.
+
+Maity, 2025, 2509.24320, as its authors' code has it. With momentum m and Nesterov's step G = (1 - β) g + β m,
+    w <- (1 - lr λ) w - lr G / √(mean cosh²(γ G / |G|)).
+The divisor is near 1 for large matrices, since each entry of G / |G| is small: there the rule is close to SGD with
+momentum.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import optax
+
+from flowgen.optimizers.matrices import for_matrices
+
+
+def auon(
+    learning_rate: optax.ScalarOrSchedule,
+    b1: float = 0.9,
+    b2: float = 0.999,
+    eps: float = 1e-8,
+    weight_decay: float = 0.0,
+    mask: Any = None,
+    *,
+    momentum: float = 0.95,
+    gamma: float = 1.5,
+    adam_learning_rate: optax.ScalarOrSchedule | None = None,
+) -> optax.GradientTransformation:
+    """Returns AuON for weight matrices and AdamW for all other parameters; see the module for the formula.
+
+    b1, b2, eps: AdamW's. momentum: β. gamma: γ. mask: which parameters decay, as in `optax.adamw`.
+    adam_learning_rate: AdamW's learning rate; None for the same. The authors use a tenth of AuON's.
+
+    Example:
+        tx = per_layer(auon(0.08, weight_decay=0.01, adam_learning_rate=0.008))
+    """
+
+    def init(params):
+        return jax.tree.map(jnp.zeros_like, params)
+
+    def update(updates, state, params=None):
+        del params
+        state = jax.tree.map(lambda m, g: momentum * m + (1 - momentum) * g, state, updates)
+        nesterov = jax.tree.map(lambda m, g: (1 - momentum) * g + momentum * m, state, updates)
+        return jax.tree.map(lambda step: _braked(step, gamma), nesterov), state
+
+    matrices = optax.chain(
+        optax.GradientTransformation(init, update),
+        optax.add_decayed_weights(weight_decay, mask),
+        optax.scale_by_learning_rate(learning_rate),
+    )
+    rate = learning_rate if adam_learning_rate is None else adam_learning_rate
+    return for_matrices(matrices, optax.adamw(rate, b1, b2, eps, weight_decay=weight_decay, mask=mask))
+
+
+def _braked(step: jax.Array, gamma: float) -> jax.Array:
+    unit = step / (jnp.linalg.norm(step) + 1e-7)
+    return step / (jnp.sqrt(jnp.mean(jnp.cosh(gamma * unit) ** 2)) + 1e-8)

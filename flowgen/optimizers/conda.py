@@ -1,0 +1,91 @@
+"""Conda: Adam in the basis of the momentum's singular vectors.
+
+Wang et al., 2025, 2509.24218. For a matrix with momentum m (a running mean of its gradients g), and U the singular
+vectors of m on its shorter side, found again every `update_every` updates:
+    v <- b2 v + (1 - b2) (Uᵀ g)²,    step = scale · U (Uᵀ m / (√v + ε)) √(1 - b2ᵗ) / (1 - b1ᵗ).
+"""
+
+from __future__ import annotations
+
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import optax
+from jax import lax
+from jaxtyping import Array, Float
+
+from flowgen.optimizers.matrices import as_matrix, for_matrices
+
+
+class CondaState(NamedTuple):
+    """count: number of updates. mu: running mean of gradients. nu: that of projected squares. basis: U."""
+
+    count: Array
+    mu: Any
+    nu: Any
+    basis: Any
+
+
+def conda(
+    learning_rate: optax.ScalarOrSchedule,
+    b1: float = 0.9,
+    b2: float = 0.999,
+    eps: float = 1e-8,
+    weight_decay: float = 0.0,
+    mask: Any = None,
+    *,
+    scale: float = 1.0,
+    update_every: int = 2000,
+    adam_learning_rate: optax.ScalarOrSchedule | None = None,
+) -> optax.GradientTransformation:
+    """Returns Conda for weight matrices and AdamW for all other parameters; see the module for the formula.
+
+    scale: factor of Conda's steps; the authors use 0.25 for language models. update_every: updates between bases.
+    mask: which parameters decay, as in `optax.adamw`. adam_learning_rate: AdamW's learning rate; None for the same.
+    As in optax, weight decay applies to the parameters before the update; the authors' code applies it afterwards.
+
+    Example:
+        tx = per_layer(conda(1e-3, scale=0.25, weight_decay=0.01))
+    """
+
+    def init(params):
+        zeros = jax.tree.map(lambda w: jnp.zeros(as_matrix(w).shape, w.dtype), params)
+        basis = jax.tree.map(lambda w: jnp.eye(min(w.shape), dtype=w.dtype), zeros)
+        return CondaState(jnp.zeros((), jnp.int32), zeros, jax.tree.map(jnp.zeros_like, zeros), basis)
+
+    def update(updates, state, params=None):
+        del params
+        grads = jax.tree.map(as_matrix, updates)
+        mu = jax.tree.map(lambda m, g: b1 * m + (1 - b1) * g, state.mu, grads)
+        basis = lax.cond(
+            state.count % update_every == 0, lambda: jax.tree.map(_singular_vectors, mu), lambda: state.basis
+        )
+        count = state.count + 1
+        nu = jax.tree.map(lambda v, g, u: b2 * v + (1 - b2) * _projected(g, u) ** 2, state.nu, grads, basis)
+
+        factor = scale * jnp.sqrt(1 - b2**count) / (1 - b1**count)
+
+        def step(g, m, v, u):
+            return (factor * _projected(_projected(m, u) / (jnp.sqrt(v) + eps), u.T)).reshape(g.shape)
+
+        return jax.tree.map(step, updates, mu, nu, basis), CondaState(count, mu, nu, basis)
+
+    matrices = optax.chain(
+        optax.GradientTransformation(init, update),
+        optax.add_decayed_weights(weight_decay, mask),
+        optax.scale_by_learning_rate(learning_rate),
+    )
+    rate = learning_rate if adam_learning_rate is None else adam_learning_rate
+    return for_matrices(matrices, optax.adamw(rate, b1, b2, eps, weight_decay=weight_decay, mask=mask))
+
+
+def _singular_vectors(m: Float[Array, "i o"]) -> Float[Array, "s s"]:
+    """Returns the singular vectors on the shorter side of a matrix, as columns."""
+    u, _, vh = jnp.linalg.svd(m, full_matrices=False)
+    return u if m.shape[0] <= m.shape[1] else vh.T
+
+
+def _projected(x: Float[Array, "i o"], basis: Float[Array, "s s"]) -> Float[Array, "i o"]:
+    """Returns the coordinates of a matrix's shorter side in a basis."""
+    return basis.T @ x if x.shape[0] <= x.shape[1] else x @ basis

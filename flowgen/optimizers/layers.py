@@ -1,0 +1,82 @@
+"""Optimizers whose rules hold for each layer of a stack.
+
+The networks scan over equal layers, so every array below a module called `layers` has a leading axis for the layer. To
+an optimizer that looks at shapes or norms, such an array would be one large tensor: Muon would orthogonalise the wrong
+matrix, and LAMB would give all layers one trust ratio.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import optax
+
+STACK = "layers"  # the name of a module whose parameters are stacked
+
+
+def per_layer(optimizer: optax.GradientTransformation) -> optax.GradientTransformation:
+    """Returns an optimizer that updates each layer of a stack as if its parameters were not stacked.
+
+    A parameter is stacked if its path contains a module called `layers`; its first axis is the layer. Stacks of equal
+    depth are updated together. Integers in the optimizer's state are assumed to count updates; all layers share them.
+
+    Example:
+        tx = per_layer(optax.lamb(1e-3))
+    """
+
+    def init(params):
+        depths = _depths(params)
+        return {str(depth): _init(optimizer, _part(params, depths, depth), depth) for depth in _distinct(depths)}
+
+    def update(updates, state, params=None):
+        depths, new_updates, new_state = _depths(updates), [], {}
+        for depth in _distinct(depths):
+            given = [None if tree is None else _part(tree, depths, depth) for tree in (updates, params)]
+            part, new_state[str(depth)] = _update(optimizer, given[0], state[str(depth)], given[1], depth)
+            new_updates.append(part)
+        order = {depth: index for index, depth in enumerate(_distinct(depths))}
+        return jax.tree.map(lambda depth, *parts: parts[order[depth]], depths, *new_updates), new_state
+
+    return optax.GradientTransformation(init, update)
+
+
+def _init(optimizer: optax.GradientTransformation, params: Any, depth: int) -> Any:
+    if not depth:
+        return optimizer.init(params)
+    layer = jax.tree.map(lambda leaf: jax.ShapeDtypeStruct(leaf.shape[1:], leaf.dtype), params)
+    axes = jax.tree.map(lambda leaf: None if _is_count(leaf) else 0, jax.eval_shape(optimizer.init, layer))
+    return jax.vmap(optimizer.init, out_axes=axes)(params)
+
+
+def _update(
+    optimizer: optax.GradientTransformation, updates: Any, state: Any, params: Any, depth: int
+) -> tuple[Any, Any]:
+    if not depth:
+        return optimizer.update(updates, state, params)
+    axes = jax.tree.map(lambda leaf: 0 if jnp.ndim(leaf) else None, state)
+    mapped = jax.vmap(optimizer.update, in_axes=(0, axes, None if params is None else 0), out_axes=(0, axes))
+    return mapped(updates, state, params)
+
+
+def _is_count(leaf: Any) -> bool:
+    return leaf.ndim == 0 and jnp.issubdtype(leaf.dtype, jnp.integer)
+
+
+def _depths(params: Any) -> Any:
+    """Returns the number of layers in each leaf's stack, or 0 for a leaf that is not stacked."""
+
+    def depth(path, leaf):
+        return jnp.shape(leaf)[0] if STACK in [getattr(key, "key", getattr(key, "name", None)) for key in path] else 0
+
+    return jax.tree_util.tree_map_with_path(depth, params)
+
+
+def _distinct(depths: Any) -> list[int]:
+    return sorted(set(jax.tree.leaves(depths)))
+
+
+def _part(tree: Any, depths: Any, depth: int) -> Any:
+    """Returns the tree with only the leaves of one depth."""
+    return jax.tree.map(lambda own, leaf: leaf if own == depth else optax.MaskedNode(), depths, tree)

@@ -1,0 +1,95 @@
+"""Optimizers for weight matrices; AdamW updates all other parameters."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import optax
+from optax.contrib import MuonDimensionNumbers
+
+MATRIX, OTHER = "matrix", "other"
+
+
+def are_matrices(params: Any) -> Any:
+    """Returns a tree of bools: whether each parameter is a weight matrix or a convolution kernel.
+
+    These are the arrays called `kernel` with two axes or more, whose last axis is the output, as in Flax. Biases,
+    scales and tables of embeddings are not matrices.
+
+    Example:
+        tx = optax.masked(optax.add_decayed_weights(0.1), are_matrices)
+    """
+
+    def is_matrix(path, leaf):
+        return jnp.ndim(leaf) >= 2 and getattr(path[-1], "key", getattr(path[-1], "name", None)) == "kernel"
+
+    return jax.tree_util.tree_map_with_path(is_matrix, params)
+
+
+def for_matrices(
+    matrices: optax.GradientTransformation, others: optax.GradientTransformation
+) -> optax.GradientTransformation:
+    """Returns an optimizer that updates weight matrices by one rule and all other parameters by another.
+
+    Example:
+        tx = for_matrices(optax.contrib.muon(0.02), optax.adamw(1e-3))
+    """
+
+    def labels(params):
+        return jax.tree.map(lambda matrix: MATRIX if matrix else OTHER, are_matrices(params))
+
+    return optax.partition({MATRIX: matrices, OTHER: others}, labels)
+
+
+def as_matrix(x: jax.Array) -> jax.Array:
+    """Returns a kernel as a matrix `inputs outputs`: all axes but the last are inputs."""
+    return x.reshape(-1, x.shape[-1])
+
+
+def muon(
+    learning_rate: optax.ScalarOrSchedule,
+    b1: float = 0.9,
+    b2: float = 0.999,
+    eps: float = 1e-8,
+    weight_decay: float = 0.0,
+    mask: Any = None,
+    *,
+    beta: float = 0.95,
+    ns_steps: int = 5,
+    nesterov: bool = True,
+    consistent_rms: float = 0.2,
+    adam_learning_rate: optax.ScalarOrSchedule | None = None,
+) -> optax.GradientTransformation:
+    """Returns optax's Muon for weight matrices and AdamW for all other parameters.
+
+    Convolution kernels are orthogonalised as matrices `inputs outputs`.
+    b1, b2, eps: AdamW's. beta, ns_steps, nesterov: Muon's momentum and Newton-Schulz steps.
+    consistent_rms: the root mean square of the updates at learning rate 1; 0.2 suits learning rates of AdamW
+    (Liu et al., 2025, 2502.16982).
+    mask: which parameters decay, as in `optax.adamw`.
+    adam_learning_rate: AdamW's learning rate; None for the same.
+
+    Example:
+        tx = per_layer(muon(3e-4, weight_decay=0.1))
+    """
+
+    def dimensions(params):
+        return jax.tree.map(
+            lambda leaf: MuonDimensionNumbers(reduction_axis=tuple(range(leaf.ndim - 1)), output_axis=leaf.ndim - 1),
+            params,
+        )
+
+    matrices = optax.contrib.muon(
+        learning_rate,
+        ns_steps=ns_steps,
+        beta=beta,
+        weight_decay=weight_decay,
+        weight_decay_mask=mask,
+        nesterov=nesterov,
+        muon_weight_dimension_numbers=dimensions,
+        consistent_rms=consistent_rms,
+    )
+    rate = learning_rate if adam_learning_rate is None else adam_learning_rate
+    return for_matrices(matrices, optax.adamw(rate, b1, b2, eps, weight_decay=weight_decay, mask=mask))

@@ -1,0 +1,110 @@
+"""Optimizers by name: those of optax that need nothing but gradients and parameters, and those of this package."""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import optax
+
+from flowgen.optimizers.adamp import adamp
+from flowgen.optimizers.auon import auon
+from flowgen.optimizers.conda import conda
+from flowgen.optimizers.matrices import muon
+
+Optimizer = Callable[..., optax.GradientTransformation]
+OPTIMIZERS: dict[str, Optimizer] = {
+    "adamw": optax.adamw,
+    "adamp": adamp,
+    "auon": auon,
+    "conda": conda,
+    "muon": muon,
+    "adabelief": optax.adabelief,
+    "adadelta": optax.adadelta,
+    "adafactor": optax.adafactor,
+    "adagrad": optax.adagrad,
+    "adam": optax.adam,
+    "adamax": optax.adamax,
+    "adamaxw": optax.adamaxw,
+    "adan": optax.adan,
+    "ademamix": optax.contrib.ademamix,
+    "adopt": optax.contrib.adopt,
+    "amsgrad": optax.amsgrad,
+    "fromage": optax.fromage,
+    "lamb": optax.lamb,
+    "lars": optax.lars,
+    "lion": optax.lion,
+    "nadam": optax.nadam,
+    "nadamw": optax.nadamw,
+    "novograd": optax.novograd,
+    "radam": optax.radam,
+    "rmsprop": optax.rmsprop,
+    "rprop": optax.rprop,
+    "sgd": optax.sgd,
+    "sign_sgd": optax.sign_sgd,
+    "sm3": optax.sm3,
+    "yogi": optax.yogi,
+}
+RESERVED = ("learning_rate", "adam_learning_rate", "weight_decay", "mask", "weight_decay_mask")
+
+
+def options_of(optimizer: Optimizer) -> list[str]:
+    """Returns the names of an optimizer's options, without its learning rates, weight decay and mask.
+
+    Example:
+        options_of(OPTIMIZERS["lion"])  # ["b1", "b2", "mu_dtype"]
+    """
+    return [name for name in inspect.signature(optimizer).parameters if name not in RESERVED]
+
+
+def make_named(
+    optimizer: Optimizer,
+    learning_rate: optax.ScalarOrSchedule,
+    *,
+    options: Mapping[str, Any],
+    weight_decay: float = 0.0,
+    mask: Callable[[Any], Any] | None = None,
+    adam_learning_rate: optax.ScalarOrSchedule | None = None,
+) -> optax.GradientTransformation:
+    """Returns the optimizer that a function of the form of optax's makes.
+
+    options: keyword arguments of the function. weight_decay: if the function has no decoupled weight decay with a mask,
+    AdamW's is added: w <- w - lr λ w. mask: params -> tree of bools, which parameters decay; None for all.
+    adam_learning_rate: the learning rate for parameters that are not matrices, for optimizers of matrices; None for the
+    same.
+
+    Example:
+        tx = make_named(OPTIMIZERS["lion"], 1e-4, options={"b1": 0.9, "b2": 0.99}, weight_decay=0.1)
+    """
+    known = inspect.signature(optimizer).parameters
+    given = dict(options)
+    masked = next((name for name in ("mask", "weight_decay_mask") if name in known and "weight_decay" in known), None)
+    if masked:
+        given |= {"weight_decay": weight_decay, masked: mask}
+    if "adam_learning_rate" in known:
+        given["adam_learning_rate"] = adam_learning_rate
+    chosen = optimizer(learning_rate, **given)
+    if weight_decay and not masked:
+        chosen = optax.chain(chosen, _decay(learning_rate, weight_decay, mask))
+    return chosen
+
+
+def _decay(
+    learning_rate: optax.ScalarOrSchedule, weight_decay: float, mask: Callable[[Any], Any] | None
+) -> optax.GradientTransformation:
+    """Returns AdamW's weight decay as the last of a chain of transformations."""
+
+    def init(params):
+        del params
+        return jnp.zeros((), jnp.int32)
+
+    def update(updates, state, params=None):
+        rate: Any = learning_rate(state) if callable(learning_rate) else learning_rate
+        decays = jax.tree.map(lambda _: True, params) if mask is None else mask(params)
+        decayed = jax.tree.map(lambda u, w, own: u - rate * weight_decay * w if own else u, updates, params, decays)
+        return decayed, state + 1
+
+    return optax.GradientTransformation(init, update)

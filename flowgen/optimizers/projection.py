@@ -1,0 +1,48 @@
+"""The projection of NaP: weight matrices keep the norms that they had at the start.
+
+Lyle et al., 2024, 2407.01800: normalise and project. The gradient of a matrix before a normalisation layer shrinks as
+the matrix grows, so that growth lowers the effective learning rate unseen. After each update, NaP scales every matrix
+back to its initial norm: w <- |w₀| w / |w|. The other half of NaP, normalisation layers before the nonlinearities, is
+a matter of the network.
+"""
+
+from __future__ import annotations
+
+import jax
+import jax.numpy as jnp
+import optax
+
+from flowgen.optimizers.matrices import are_matrices
+
+
+def keep_norms(optimizer: optax.GradientTransformation) -> optax.GradientTransformation:
+    """Returns an optimizer whose updates keep the Frobenius norm of each weight matrix; see the module.
+
+    Matrices that are 0 at the start, such as output layers, have no norm to keep and are not projected. Nor are
+    parameters that are not matrices.
+
+    Example:
+        tx = per_layer(keep_norms(optax.adamw(1e-3, weight_decay=0.0)))
+    """
+
+    def init(params):
+        def norm(leaf, matrix):
+            return jnp.linalg.norm(leaf) if matrix else jnp.zeros((), leaf.dtype)
+
+        return jax.tree.map(norm, params, are_matrices(params)), optimizer.init(params)
+
+    def update(updates, state, params=None):
+        if params is None:
+            raise ValueError("keep_norms needs the parameters; call update(updates, state, params).")
+        norms, inner = state
+        updates, inner = optimizer.update(updates, inner, params)
+
+        def projected(update, w, norm):
+            moved = w + update
+            length = jnp.linalg.norm(moved)
+            kept = (norm > 0) & (length > 0)
+            return jnp.where(kept, moved * (norm / jnp.where(kept, length, 1)) - w, update)
+
+        return jax.tree.map(projected, updates, params, norms), (norms, inner)
+
+    return optax.GradientTransformation(init, update)
