@@ -311,10 +311,7 @@ CHANGED = "--model.num_classes 20 --init.allow classes --train.frozen blocks_0/*
 
 @pytest.fixture(scope="module")
 def tuned(tmp_path_factory):
-    """A run of ten digits, the directory of a run that makes them twenty, and the command of the latter.
-
-    The latter stops half-way; before it goes on, the former is moved away.
-    """
+    """The directories of a run of ten digits and of a run that makes them twenty, and the command of the latter."""
     folder = tmp_path_factory.mktemp("tuned")
     (folder / "digits.py").write_text(CONFIG)
     old = flowgen.load_config(folder / "digits.py").with_provenance()
@@ -324,12 +321,9 @@ def tuned(tmp_path_factory):
     assert "(model.num_classes: 10 -> 20); set these fields as in that run, or add --init.allow classes." in message
     assert not (folder / "tuned").exists()
     command = f"{command} {CHANGED}"
-    succeed(f"{command} --workdir {folder / 'tuned'} --steps 3")
-    path.rename(folder / "moved")
-    told = refused(f"{command.replace(str(path), str(folder / 'moved'))} --workdir {folder / 'tuned'}")
-    assert f"init.path: '{path}' -> '{folder / 'moved'}'" in told
     succeed(f"{command} --workdir {folder / 'tuned'}")
-    (folder / "moved").rename(path)
+    told = refused(f"{command} --workdir {folder / 'tuned'}".replace(str(path), str(folder / "moved")))
+    assert f"init.path: '{path}' -> '{folder / 'moved'}'" in told
     return path, folder / "tuned", command
 
 
@@ -360,10 +354,14 @@ def test_frozen_parts_stay_as_they_are(tuned):
 
 
 @pytest.mark.slow
-def test_a_fine_tuning_run_that_stopped_ends_like_another(tuned, tmp_path):
-    _, run, command = tuned
-    succeed(f"{command} --workdir {tmp_path / 'whole'}")
-    arrays, others = (CheckpointReader(folder / CHECKPOINTS).arrays(6) for folder in (run, tmp_path / "whole"))
+def test_a_resumed_run_does_not_read_the_run_that_it_started_from(tuned, tmp_path):
+    path, whole, command = tuned
+    command = f"{command} --workdir {tmp_path / 'run'}"
+    succeed(f"{command} --steps 3")
+    path.rename(tmp_path / "moved")
+    succeed(command)
+    (tmp_path / "moved").rename(path)
+    arrays, others = (CheckpointReader(folder / CHECKPOINTS).arrays(6) for folder in (tmp_path / "run", whole))
     assert arrays.keys() == others.keys()
     for name, array in arrays.items():
         np.testing.assert_array_equal(array, others[name], err_msg=name)
