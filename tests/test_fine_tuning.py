@@ -1,6 +1,7 @@
 """Runs that start from another run: what is taken, mapped and refused, and what training leaves as it is."""
 
 import dataclasses
+import functools
 import shutil
 
 import jax
@@ -46,11 +47,15 @@ def experiment_of(model, *, classes=(), allow=None, path="", **fields):
     return kinds.get(type(model), MatchingExperiment)(name="own", model=model, data=data, init=start, **fields)
 
 
+@functools.cache
+def shapes_of(model):
+    return jax.eval_shape(lambda: init(model.build(), jax.random.key(0)))
+
+
 def perturbed(experiment, seed=0):
     """Variables of which no array is what initialisation gives."""
     rng = np.random.default_rng(seed)
-    shapes = jax.eval_shape(lambda: init(experiment.build(), jax.random.key(0)))
-    return jax.tree.map(lambda x: (0.3 * rng.normal(size=x.shape)).astype(x.dtype), shapes)
+    return jax.tree.map(lambda x: (0.3 * rng.normal(size=x.shape)).astype(x.dtype), shapes_of(experiment.model))
 
 
 def run_of(folder, experiment, variables=None):
