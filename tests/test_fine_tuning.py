@@ -177,6 +177,7 @@ def test_a_flow_on_larger_images_is_the_old_one_where_positions_are_equal(tmp_pa
     assert np.isfinite(tall).all()
 
 
+@pytest.mark.slow
 def test_a_tracked_prior_variance_is_resampled_too(tmp_path):
     model = dataclasses.replace(TAR, scale_parameterisation="volume_preserving")
     old = experiment_of(model)
@@ -203,7 +204,7 @@ CHANGES = {
 }
 
 
-@pytest.mark.parametrize("name", rows(CHANGES, ("velocity size", "longer text", "activation")))
+@pytest.mark.parametrize("name", rows(CHANGES, ("velocity size", "longer text", "activation", "first classes")))
 def test_a_change_is_refused_unless_it_is_allowed(name, tmp_path):
     model, change, allow, told, new_arrays = CHANGES[name]
     fields = {"text": TextConfig("words")} if model.__dict__.get("text_dim") else {}
