@@ -8,9 +8,8 @@ array of parameters is then taken as it is, mapped by a function in `flowgen.exp
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field
-from pathlib import Path
+from collections.abc import Callable
+from dataclasses import dataclass
 from typing import Any, NamedTuple
 
 import jax
@@ -19,10 +18,10 @@ import numpy as np
 from flowgen import settings
 from flowgen.data.inventory import name_list
 from flowgen.experiments.experiment import Experiment
-from flowgen.experiments.files import from_json
+from flowgen.experiments.origin import PARAMS, Origin, Shape
 from flowgen.experiments.remapping import NEW, matched_classes, remapped_classes, resampled
 from flowgen.experiments.transfers import Transfer, table_of
-from flowgen.runs import CHECKPOINTS, CheckpointReader, flatten, read_config
+from flowgen.runs import flatten
 from flowgen.settings import type_name
 from flowgen.training.job import Start
 from flowgen.training.options import ALLOWED
@@ -38,9 +37,7 @@ DIFFERENCES = {
     "model.text_length": "text",
     "model.frames": "frames",
 }
-PARAMS = "params/"
 SHOWN = 4  # number of differences that an error message lists
-Shape = tuple[int, ...]
 
 
 def started_from(experiment: Experiment, variables: Any) -> Start:
@@ -77,70 +74,6 @@ def started_from(experiment: Experiment, variables: Any) -> Start:
         ]
 
     return start
-
-
-@dataclass(frozen=True)
-class Origin:
-    """The run whose parameters are taken: its experiment, its latest step, and the arrays that this step saved."""
-
-    path: str
-    experiment: Experiment
-    reader: CheckpointReader
-    step: int
-    saved: Mapping[str, Any] = field(repr=False)
-
-    @classmethod
-    def of(cls, path: str) -> Origin:
-        """Returns the run at a path. Raises the errors of `started_from`."""
-        try:
-            experiment = from_json(read_config(path))
-        except (FileNotFoundError, ValueError) as error:
-            kind = FileNotFoundError if isinstance(error, FileNotFoundError) else ValueError
-            raise kind(f"init.path: {error}") from error
-        reader = CheckpointReader(Path(path) / CHECKPOINTS)
-        step = reader.latest_step()
-        if step is None:
-            reader.check_not_broken()
-            raise FileNotFoundError(f"init.path '{path}' has no checkpoint yet; train it first, or give another run.")
-        manifest = reader.manifest(step)
-        try:
-            experiment.check_resumable(manifest["config"])
-        except ValueError as error:
-            raise ValueError(f"Checkpoint {step} of init.path '{path}' does not fit config.json: {error}") from error
-        return cls(path, experiment, reader, step, manifest["arrays"])
-
-    @property
-    def is_averaged(self) -> bool:
-        return any(name.startswith("ema/") for name in self.saved)
-
-    @property
-    def about(self) -> str:
-        return "averaged parameters" if self.is_averaged else "parameters"
-
-    @property
-    def _groups(self) -> dict[str, str]:
-        """The prefixes of the arrays that are taken, and what takes their place in the names of variables."""
-        return {"ema/" if self.is_averaged else PARAMS: PARAMS, "collections/": ""}
-
-    @property
-    def shapes(self) -> dict[str, Shape]:
-        """The shapes of the arrays, by name, such as "params/blocks_0/proj_in/kernel"."""
-        return {
-            new + name.removeprefix(old): tuple(shape)
-            for name, (shape, _) in self.saved.items()
-            for old, new in self._groups.items()
-            if name.startswith(old)
-        }
-
-    def arrays(self) -> dict[str, np.ndarray]:
-        """Returns the arrays by the names in `shapes`, after checking their digests."""
-        read = self.reader.arrays(self.step, lambda name: name.startswith(tuple(self._groups)))
-        return {
-            new + name.removeprefix(old): array
-            for name, array in read.items()
-            for old, new in self._groups.items()
-            if name.startswith(old)
-        }
 
 
 def check_differences(origin: Origin, experiment: Experiment, variables: Any) -> None:
