@@ -32,7 +32,7 @@ from flowgen.matching import (
     MLPConfig,
     Polynomial,
 )
-from flowgen.training import LogConfig, OptimConfig, TrainConfig
+from flowgen.training import InitConfig, LogConfig, OptimConfig, TrainConfig
 
 MODELS = "TARFlow, STARFlow"
 DIGITS = Path(__file__).parent.parent / "configs/tarflow_digits.py"
@@ -67,11 +67,18 @@ UNUSUAL = FlowExperiment(
         classes=("ü", "0"),
     ),
     optim=OptimConfig(
+        name="muon",
+        options={"beta": 0.9, "ns_steps": 3, "nesterov": False},
         lr=1e-3,
         min_lr=1e-20,
-        schedule="constant",
+        adam_lr=1e-4,
+        schedule="wsd",
         warmup_steps=3,
+        decay_steps=2,
         weight_decay=0.0,
+        decayed="matrices",
+        not_decayed=("*/proj_out/*",),
+        keep_norms=True,
         b1=0.5,
         b2=0.75,
         eps=1e-6,
@@ -82,10 +89,13 @@ UNUSUAL = FlowExperiment(
         ema_decay=0.0,
         ema_warmup=False,
     ),
-    train=TrainConfig(steps=7, batch_size=12, seed=2**32 - 1, label_dropout=0.25, accumulation=2),
+    train=TrainConfig(
+        steps=7, batch_size=12, seed=2**32 - 1, label_dropout=0.25, accumulation=2, frozen=("*/ü", "a,b")
+    ),
     log=LogConfig(
         log_every=1, eval_every=2, sample_every=3, checkpoint_every=4, keep=5, tensorboard=False, progress=False
     ),
+    init=InitConfig("runs/ü", ("classes", "other")),
     likelihood=LikelihoodConfig(norm_penalty=1e-4, noise_weight=True),
     sampling=SamplingConfig(
         num=9,

@@ -84,6 +84,24 @@ def test_a_stopped_and_resumed_run_ends_bitwise_like_another(stopped, whole, nam
         assert toy.without_speed(row) == toy.without_speed(other)
 
 
+def test_a_run_with_other_initial_variables_starts_there_once(tmp_path, capsys):
+    def start(variables):
+        calls.append(variables)
+        return jax.tree.map(lambda x: np.asarray(2 * x), variables), ["Twice as large."]
+
+    calls = []
+    job = toy.make_job(start=start)
+    optim = dataclasses.replace(toy.OPTIM, lr=1e-9, min_lr=0.0, warmup_steps=0)
+    for steps in (1, 2):
+        result = toy.run(job, tmp_path / "run", steps=steps, optim=optim)
+    [initial] = calls  # A resumed run goes on from its checkpoint.
+    expected = 2 * np.asarray(initial["params"]["first"]["kernel"])
+    assert_close(result.state.params["first"]["kernel"], expected, FORMULA)
+    assert_close(result.state.ema["first"]["kernel"], expected, FORMULA)
+    assert (tmp_path / "run" / "start.txt").read_text() == "Twice as large.\n"
+    assert capsys.readouterr().err.count("Twice as large.") == 1
+
+
 @pytest.mark.parametrize("number", rows([signal.SIGINT, signal.SIGTERM], (signal.SIGTERM,)))
 def test_a_signal_during_the_last_evaluation_ends_it_and_the_run_is_saved(number, whole, tmp_path, capsys):
     def told_to_stop(state):

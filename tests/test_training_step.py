@@ -145,3 +145,38 @@ def test_a_batch_that_cannot_be_shared_is_refused(batch_size, accumulation):
     with pytest.raises(ValueError, match=message):
         DataParallel().check_batch(TrainConfig(batch_size=batch_size, accumulation=accumulation))
     DataParallel().check_batch(TrainConfig(batch_size=4 * accumulation, accumulation=accumulation))
+
+
+@pytest.mark.parametrize(
+    "options",
+    [{}, {"accumulation": 2, "others": {"second": dataclasses.replace(toy.OPTIM, lr=0.02)}}],
+    ids=["one optimizer", "micro-batches and two optimizers"],
+)
+def test_frozen_parameters_are_constants_of_the_objective(options):
+    """The others train as if the objective contained the frozen values: norms, moments and skips do not see them."""
+    config = dataclasses.replace(toy.OPTIM, skip_norm=3.0, skip_after=1, weight_decay=0.5, clip_norm=0.1)
+    objective, variables = toy.make_objective(), toy.init(jax.random.key(0))
+    kernel, bias = (variables["params"]["second"][name] for name in ("kernel", "bias"))
+
+    def with_constant(given, batch, key):
+        params = {**given["params"], "second": {"kernel": kernel, **given["params"]["second"]}}
+        return objective({**given, "params": params}, batch, key)
+
+    def trained(variables, objective, frozen):
+        parallel, others = DataParallel(jax.devices()[:2]), options.get("others")
+        update = parallel.compile(make_step(objective, config, steps=6, frozen=frozen, **options))
+        state = parallel.replicate(init_state(variables, config, 6, others, frozen))
+        key = parallel.replicate_key(jax.random.key(1))
+        for step in range(6):
+            state, metrics = update(state, parallel.shard(toy.batch_of(step)), key)
+        return parallel.to_host(state), parallel.to_host(metrics)
+
+    fewer = {**variables, "params": {**variables["params"], "second": {"bias": bias}}}
+    state, metrics = trained(variables, objective, ("second/kernel",))
+    expected, others = trained(fewer, with_constant, ())
+    np.testing.assert_array_equal(state.params["second"].pop("kernel"), kernel)
+    np.testing.assert_array_equal(state.ema["second"].pop("kernel"), kernel)
+    assert_trees_close((state.params, state.ema, metrics), (expected.params, expected.ema, others), NETWORK)
+    moments, of_fewer = (jax.tree.leaves(one.opt_state) for one in (state, expected))
+    assert [leaf.shape for leaf in moments] == [leaf.shape for leaf in of_fewer]
+    assert (state.params["first"]["kernel"] != variables["params"]["first"]["kernel"]).all()

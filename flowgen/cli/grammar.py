@@ -23,6 +23,7 @@ from flowgen.settings.command import same_end
 # Short names of common fields. Fields of `sampling` also need no group.
 ALIASES = {
     "autoencoder": "codec.path",
+    "init_from": "init.path",
     "text_encoder": "text.encoder",
     "steps": "train.steps",
     "batch_size": "train.batch_size",

@@ -29,16 +29,17 @@ def declare(parser: argparse.ArgumentParser) -> None:
         help="write a profiler trace of this many steps, after the first one, to WORKDIR/profile",
     )
     parser.epilog = (
-        "Any field of the config can be set, such as --optim.lr 3e-4 or, for short, --lr 3e-4; info lists the fields."
+        "Any field of the config can be set, such as --optim.lr 3e-4 or, for short, --lr 3e-4; info lists the fields. "
+        "--init-from RUN is short for --init.path RUN, which starts a new run from the parameters of another run."
     )
 
 
 def fields_help() -> str:
     """Returns the help on the fields that every experiment has."""
     from flowgen.cli.grammar import options_help
-    from flowgen.training import LogConfig, OptimConfig, TrainConfig
+    from flowgen.training import InitConfig, LogConfig, OptimConfig, TrainConfig
 
-    groups = {"train": TrainConfig(), "optim": OptimConfig(), "log": LogConfig()}
+    groups = {"train": TrainConfig(), "optim": OptimConfig(), "log": LogConfig(), "init": InitConfig()}
     return "\n\n".join(options_help(f"{name} (in every config)", group, group=name) for name, group in groups.items())
 
 

@@ -105,6 +105,11 @@ class AutoencoderExperiment(Experiment):
                 f"optim.weight_decay is {self.optim.weight_decay}, but weight decay would change the frozen "
                 "encoder of autoencoding.decoder_of; set it to 0."
             )
+        if autoencoding.decoder_of and self.init.path:
+            raise ValueError(
+                f"autoencoding.decoder_of is '{autoencoding.decoder_of}' and init.path is '{self.init.path}'; a run "
+                "starts from one of them, so leave out the other."
+            )
         if any(length % factor for length in autoencoding.image_hw):
             raise ValueError(
                 f"autoencoding.image_size is {autoencoding.image_size}, but the model encodes blocks of "

@@ -16,6 +16,7 @@ from flowgen.counting import bytes_of, flop_of, peak_of
 from flowgen.experiments.experiment import Experiment, SamplingCost
 from flowgen.flows import ClipDenoiser, denoiser_variables
 from flowgen.flows.block import AutoregressiveBlock, BlockConfig, block_parameters
+from flowgen.training.frozen import trained
 from flowgen.training.step import init_state
 
 
@@ -85,10 +86,13 @@ def training_cost(experiment: Experiment, rows: int) -> TrainingCost | None:
         traced = jax.make_jaxpr(gradient)(variables, rehearsal.batch, key).jaxpr
         activations[remat] = max(0, peak_of(traced) - bytes_of(variables["params"]))
         flop = _flop(traced)
-    state = jax.eval_shape(lambda variables: init_state(variables, experiment.optim, experiment.train.steps), variables)
+    train = experiment.train
+    state = jax.eval_shape(
+        lambda variables: init_state(variables, experiment.optim, train.steps, frozen=train.frozen), variables
+    )
     return TrainingCost(
         parameters=bytes_of(state.params),
-        gradient=bytes_of(state.params),
+        gradient=bytes_of(trained(state.params, train.frozen)),
         moments=bytes_of(state.opt_state),
         average=bytes_of(state.ema),
         carried=bytes_of(state.collections),

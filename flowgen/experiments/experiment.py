@@ -20,7 +20,7 @@ from flowgen import settings
 from flowgen.data import Dataset
 from flowgen.data.inventory import name_list
 from flowgen.experiments.drawing import DrawOptions, EvaluateOptions
-from flowgen.training import Job, LogConfig, OptimConfig, TrainConfig
+from flowgen.training import InitConfig, Job, LogConfig, OptimConfig, TrainConfig
 from flowgen.training.options import check_warmups
 from flowgen.training.step import Objective
 
@@ -85,6 +85,7 @@ class Experiment(abc.ABC):
     optim: the optimizer.
     train: length of training and batch size.
     log: when to report and to save checkpoints.
+    init: the run whose parameters training starts from, if any.
     reference: expected metrics by name; the config's docstring says whether they are published or measured.
 
     Example:
@@ -102,6 +103,7 @@ class Experiment(abc.ABC):
     optim: OptimConfig = OptimConfig()
     train: TrainConfig = TrainConfig()
     log: LogConfig = LogConfig()
+    init: InitConfig = InitConfig()
     reference: dict[str, float] = field(default_factory=dict)
 
     def build(self) -> Any:

@@ -17,10 +17,14 @@ from flowgen.data.dataset import OWN
 from flowgen.data.inventory import name_list
 from flowgen.experiments.attention import warn_of_dtype
 from flowgen.experiments.experiment import Experiment
+from flowgen.experiments.fine_tuning import started_from
 from flowgen.experiments.own_data import check_protocol
-from flowgen.runs import check_workdir
+from flowgen.nn import init
+from flowgen.runs import CHECKPOINTS, CheckpointReader, check_workdir
 from flowgen.settings.named import fields_of_program
 from flowgen.training import Result, Signals, is_primary, train
+from flowgen.training.frozen import check_frozen
+from flowgen.training.job import Start
 
 
 def _of_own(experiment: Experiment, dataset: Any, held_out: Any) -> Experiment:
@@ -47,6 +51,20 @@ def _of_own(experiment: Experiment, dataset: Any, held_out: Any) -> Experiment:
     return dataclasses.replace(experiment, data=own).with_provenance()
 
 
+def _start(experiment: Experiment, workdir: str | Path, model: Any) -> Start | None:
+    """Returns what puts the parameters of another run into a new run; None if the run is not new or names no other.
+
+    Raises an error if the other run does not fit, or if the experiment freezes parameters that the model does not have.
+    """
+    if not (experiment.init.path or experiment.train.frozen):
+        return None
+    network = experiment.build() if model is None else model
+    variables = jax.eval_shape(lambda: init(network, jax.random.key(0)))
+    check_frozen(variables["params"], experiment.train.frozen)
+    is_new = CheckpointReader(Path(workdir) / CHECKPOINTS).latest_step() is None
+    return started_from(experiment, variables) if experiment.init.path and is_new else None
+
+
 def fit(
     experiment: Experiment,
     workdir: str | Path,
@@ -59,6 +77,8 @@ def fit(
     devices: Sequence[jax.Device] | None = None,
 ) -> Result:
     """Trains an experiment in `workdir` and returns the result; resumes if the directory contains a checkpoint.
+
+    A new run starts from the parameters of the run `experiment.init.path`, if it is set.
 
     dataset: the data to train on instead of `experiment.data`; see `flowgen.data.Dataset`.
     held_out: the data to evaluate on if `dataset` is given. A run on `dataset` without `held_out` is not evaluated.
@@ -92,10 +112,11 @@ def fit(
                 )
             check_workdir(Path(workdir), experiment.check_resumable, locks=is_primary())
             warn_of_dtype(experiment.model)
+            start = _start(experiment, workdir, model)
             with told_once():
                 job = experiment.job(dataset=dataset, held_out=held_out, model=model)
         return train(
-            dataclasses.replace(job, profile=profile, devices=devices),
+            dataclasses.replace(job, profile=profile, devices=devices, start=start),
             workdir,
             optim=experiment.optim,
             train=experiment.train,

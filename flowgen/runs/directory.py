@@ -2,6 +2,7 @@
 
 <run>/config.json      the experiment, with the digest of its values
 <run>/data.json        a summary of the data, and the list of its files
+<run>/start.txt        which parameters the run took from another run, if it started from one
 <run>/checkpoints/     see `flowgen.runs.checkpoints`
 <run>/metrics.jsonl    training metrics, averaged since the last report, and evaluation metrics
 <run>/events.*         the same metrics for TensorBoard
@@ -25,6 +26,7 @@ from flowgen.runs.lock import LOCK_FILE, check_unlocked
 
 CONFIG_FILE = "config.json"
 DATA_FILE = "data.json"
+START_FILE = "start.txt"
 CHECKPOINTS = "checkpoints"
 SAMPLES = "samples"
 PROFILE = "profile"
@@ -145,7 +147,7 @@ def _check_kinds(workdir: Path) -> None:
     for name in (CHECKPOINTS, SAMPLES, PROFILE):
         if os.path.lexists(workdir / name) and not (workdir / name).is_dir():
             raise NotADirectoryError(f"{workdir / name} is not a folder; remove it.")
-    for name in (DATA_FILE, LOCK_FILE):
+    for name in (DATA_FILE, START_FILE, LOCK_FILE):
         path = workdir / name
         is_elsewhere = name == LOCK_FILE and path.is_symlink()  # a link would lock another directory
         if os.path.lexists(path) and (is_elsewhere or not is_regular(path)):

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Generator
+from collections.abc import Generator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -11,8 +11,17 @@ import numpy as np
 
 from flowgen.data.inventory import Inventory
 from flowgen.data.media import save_image
-from flowgen.runs.directory import CHECKPOINTS, CONFIG_FILE, DATA_FILE, PROFILE, SAMPLES, data_changes, write_config
-from flowgen.runs.files import remove_temporaries, write_json
+from flowgen.runs.directory import (
+    CHECKPOINTS,
+    CONFIG_FILE,
+    DATA_FILE,
+    PROFILE,
+    SAMPLES,
+    START_FILE,
+    data_changes,
+    write_config,
+)
+from flowgen.runs.files import remove_temporaries, write_bytes, write_json
 from flowgen.runs.lock import Place, RunLock
 from flowgen.runs.metrics import MetricsLog, last_step
 from flowgen.runs.progress import Progress
@@ -129,6 +138,13 @@ class RunWriter:
         self._data = inventory.record()
         with _named(self._shown):
             write_json(self.workdir / DATA_FILE, self._data)
+
+    def describe_start(self, lines: Sequence[str]) -> None:
+        """Reports which parameters a new run starts from, and writes `start.txt`."""
+        for line in lines:
+            self.say(line)
+        with _named(self._shown):
+            write_bytes(self.workdir / START_FILE, "".join(f"{line}\n" for line in lines).encode())
 
     def say(self, line: str) -> None:
         """Shows one line. If `begin` has not been called yet, keeps the line until then."""
@@ -262,6 +278,8 @@ class NullWriter:
     ) -> None: ...
 
     def describe_data(self, inventory: Inventory, *, resumed: bool) -> None: ...
+
+    def describe_start(self, lines: Sequence[str]) -> None: ...
 
     def say(self, line: str) -> None: ...
 

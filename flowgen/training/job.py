@@ -14,6 +14,10 @@ from flowgen.data.inventory import Inventory
 from flowgen.training.options import OptimConfig
 from flowgen.training.step import Objective, TrainState
 
+# A function (initial variables) -> (variables with which a new run begins, lines that describe them). The two trees of
+# variables have the same structure, shapes and dtypes.
+Start = Callable[[Any], tuple[Any, Sequence[str]]]
+
 
 @dataclass(frozen=True)
 class Job:
@@ -24,7 +28,9 @@ class Job:
     lowest `best_metric` is kept. sample(variables): returns a uint8 image `height width 3`. optims: separate optimizers
     for parameter groups, keyed by the groups' top-level names. inventory: a summary of the data, which is logged and
     saved with the run. tokens(batch): returns the number of tokens in a batch, for reports on speed. profile: number of
-    steps to trace for a profiler; 0 for none. devices: this process's devices to train on; None for all of them.
+    steps to trace for a profiler; 0 for none. devices: this process's devices to train on; None for all of them. start:
+    changes the initial variables of a new run, for example to the weights of another run; a resumed run does not call
+    it. Its lines are reported and saved with the run.
     """
 
     init: Callable[[jax.Array], Any]
@@ -38,6 +44,7 @@ class Job:
     tokens: Callable[[Any], int] | None = None
     profile: int = 0
     devices: Sequence[jax.Device] | None = None
+    start: Start | None = None
 
 
 class Result(NamedTuple):

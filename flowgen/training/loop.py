@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Generator, Iterator
+from collections.abc import Callable, Generator, Iterator, Sequence
 from contextlib import contextmanager, nullcontext
 from pathlib import Path
 from typing import Any
@@ -12,7 +12,7 @@ import numpy as np
 
 from flowgen import backend
 from flowgen.runs import CHECKPOINTS, EVAL, CheckpointReader, NullWriter, RunWriter, check_workdir
-from flowgen.training.job import Job, Result
+from flowgen.training.job import Job, Result, Start
 from flowgen.training.options import LogConfig, OptimConfig, TrainConfig, check_packages
 from flowgen.training.pace import Pace
 from flowgen.training.parallel import DataParallel, barrier, from_primary, is_primary, largest
@@ -60,12 +60,20 @@ def train(
     parallel = DataParallel(job.devices)
     parallel.check_batch(train)
     check_packages(log)
-    step = make_step(job.objective, optim, steps=train.steps, accumulation=train.accumulation, others=job.optims)
+    step = make_step(
+        job.objective,
+        optim,
+        steps=train.steps,
+        accumulation=train.accumulation,
+        others=job.optims,
+        frozen=train.frozen,
+    )
     workdir = Path(workdir)
     init_key, step_key = jax.random.split(jax.random.key(train.seed))
 
-    def initial() -> TrainState:
-        return init_state(job.init(init_key), optim, train.steps, job.optims)
+    def initial(start: Start | None = None) -> tuple[TrainState, Sequence[str]]:
+        variables, told = (job.init(init_key), ()) if start is None else start(job.init(init_key))
+        return init_state(variables, optim, train.steps, job.optims, train.frozen), told
 
     with Signals() if signals is None else nullcontext(signals) as signals:
         with _interruptible(signals):
@@ -74,13 +82,18 @@ def train(
             # Everything that may be refused is read before anything is written.
             reader = CheckpointReader(workdir / CHECKPOINTS)
             latest = _resumed_from(reader, train.steps, check_config)
-            state = initial() if latest is None else reader.restore(latest, jax.eval_shape(initial))
+            if latest is None:
+                state, told = initial(job.start)
+            else:
+                state, told = reader.restore(latest, jax.eval_shape(lambda: initial()[0])), ()
             scores = None if latest is None else _evaluation(reader, latest)
         with _writer(workdir, latest, log, job.best_metric) as record:
             with _interruptible(signals):
                 record.begin(
                     config, first_step=latest, last_step=train.steps, tensorboard=log.tensorboard, bar=log.progress
                 )
+                if told:
+                    record.describe_start(told)
                 if job.inventory is not None:
                     record.describe_data(job.inventory, resumed=latest is not None)
             run = _Run(job, record, log, parallel, signals, length=train, first=latest, max_skips=optim.max_skips)

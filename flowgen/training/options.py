@@ -24,6 +24,9 @@ from flowgen.settings.ranges import (
 
 OF_MATRICES = ("muon", "auon", "conda")  # these have AdamW for other parameters
 
+# The differences that a model may have from the one whose parameters it starts from.
+ALLOWED = ("classes", "size", "text", "frames", "other")
+
 
 def check_warmups(warmups: Mapping[str, int], steps: int) -> None:
     """Raises ValueError if any warm-up is at least as long as the run; the message names every such warm-up.
@@ -133,6 +136,7 @@ class TrainConfig:
     seed: seed of initial parameters, data order and noise; a whole number below 2^32.
     label_dropout: fraction of labels or texts to drop, so that guidance can be used in sampling; at most 1.
     accumulation: number of micro-batches into which each device splits its share of a batch, to save memory.
+    frozen: patterns of the names of parameters that stay as they are, such as "blocks_0/*"; see docs/training.md.
     """
 
     steps: Count = 1000
@@ -140,6 +144,27 @@ class TrainConfig:
     seed: Seed = 0
     label_dropout: Fraction = 0.0
     accumulation: BatchSize = 1
+    frozen: tuple[str, ...] = ()
+
+
+@config
+class InitConfig:
+    """The run from whose parameters a new run starts, and how its model may differ.
+
+    path: directory of a run, or of weights that `convert` has imported; empty to start from new parameters. A resumed
+    run does not read it.
+    allow: differences that are allowed: classes, size, text, frames or other; see docs/training.md.
+    """
+
+    path: str = ""
+    allow: tuple[str, ...] = ()
+
+    def __post_init__(self):
+        unknown = [name for name in self.allow if name not in ALLOWED]
+        if unknown:
+            raise ValueError(f"allow has the entry {unknown[0]!r}; choose from {', '.join(ALLOWED)}.")
+        if self.allow and not self.path:
+            raise ValueError(f"allow is {self.allow}, but path is empty; give the run to start from with --init-from.")
 
 
 @config

@@ -5,7 +5,8 @@ g = mean over devices and micro-batches of ∇ loss;   θ <- θ - optimizer(clip
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
+from functools import partial
 from typing import Any
 
 import jax
@@ -17,6 +18,7 @@ from jaxtyping import Array, Float, Int, Key
 
 from flowgen.arrays import shown
 from flowgen.rows import StatefulObjective, micro_batches, share_of_batch, with_rows
+from flowgen.training.frozen import trained, with_frozen
 from flowgen.training.optimizer import SkipState, main_state, make_optimizer, make_schedule, updates_done
 from flowgen.training.options import OptimConfig
 
@@ -47,9 +49,15 @@ class TrainState(struct.PyTreeNode):
 
 
 def init_state(
-    variables: Any, config: OptimConfig, steps: int, others: Mapping[str, OptimConfig] | None = None
+    variables: Any,
+    config: OptimConfig,
+    steps: int,
+    others: Mapping[str, OptimConfig] | None = None,
+    frozen: Sequence[str] = (),
 ) -> TrainState:
-    """Returns the state at step 0. The average starts at the initial parameters. others: see `make_optimizer`.
+    """Returns the state at step 0. The average starts at the initial parameters.
+
+    others: see `make_optimizer`. frozen: see `flowgen.training.frozen.trained`.
 
     Example:
         state = init_state(flowgen.init(flow, key), OptimConfig(), steps=1_000)
@@ -59,7 +67,7 @@ def init_state(
         step=jnp.zeros((), jnp.int32),
         params=params,
         collections={name: value for name, value in variables.items() if name != "params"},
-        opt_state=make_optimizer(config, steps, others).init(params),
+        opt_state=make_optimizer(config, steps, others).init(trained(params, frozen)),
         ema=jax.tree.map(jnp.asarray, params) if config.ema_decay else None,
     )
 
@@ -72,6 +80,7 @@ def make_step(
     accumulation: int = 1,
     axis_name: str = AXIS,
     others: Mapping[str, OptimConfig] | None = None,
+    frozen: Sequence[str] = (),
 ) -> Step:
     """Returns the update (state, batch, key) -> (state, metrics) for one device, to be mapped over `axis_name`.
 
@@ -83,6 +92,7 @@ def make_step(
     number of devices and with any accumulation; numbers drawn with the key are not. Micro-batch j contains the rows
     j, j + accumulation, ... of the whole batch. Tracing the update raises ValueError if the batch already has `rows`,
     if micro-batches cannot share the batch equally, or if the objective's result has neither of the forms above.
+    frozen: patterns of the names of parameters that stay as they are; see `flowgen.training.frozen.trained`.
     metrics: the objective's metrics, `loss`, `grad_norm` (before clipping) and `lr`, averaged over devices and
     micro-batches. If spikes are skipped, the metrics also contain `skipped`, which is 0 or 1, and `skipped_in_a_row`.
     others: see `make_optimizer`. The metrics report the learning rate and the skipped updates of the main optimizer.
@@ -95,28 +105,29 @@ def make_step(
     """
     schedule, tx = make_schedule(config, steps), make_optimizer(config, steps, others)
 
-    def loss_and_rest(params, collections, batch, key):
-        loss, metrics, *carried = check_outcome(objective({"params": params, **collections}, batch, key))
+    def loss_and_rest(moving, params, collections, batch, key):
+        variables = {"params": with_frozen(moving, params), **collections}
+        loss, metrics, *carried = check_outcome(objective(variables, batch, key))
         return loss, ({**metrics, "loss": loss}, {**collections, **(carried[0] if carried else {})})
 
-    differentiate = jax.grad(loss_and_rest, has_aux=True)
+    gradient_of = jax.grad(loss_and_rest, has_aux=True)
 
     def gradients(state, batch, rows, key):
         """Returns the mean gradients and metrics over micro-batches, and their combined carried state."""
+        differentiate = partial(gradient_of, trained(state.params, frozen), state.params, state.collections)
         if accumulation == 1:
-            grads, (metrics, collections) = differentiate(state.params, state.collections, with_rows(batch, rows), key)
+            grads, (metrics, collections) = differentiate(with_rows(batch, rows), key)
             return grads, metrics, collections
 
         def micro(total, part):
             index, micro_batch, positions, micro_key = part
             # All micro-batches share the key; their rows have different positions.
             own = rows.replace(key=jax.random.clone(rows.key), positions=positions, part=index)
-            micro_batch = with_rows(micro_batch, own)
-            grads, aux = differentiate(state.params, state.collections, micro_batch, micro_key)
+            grads, aux = differentiate(with_rows(micro_batch, own), micro_key)
             return jax.tree.map(jnp.add, total, grads), aux
 
         parts, positions = micro_batches((batch, rows.positions), accumulation)
-        zeros = jax.tree.map(jnp.zeros_like, state.params)
+        zeros = jax.tree.map(jnp.zeros_like, trained(state.params, frozen))
         numbered = (jnp.arange(accumulation), parts, positions, jax.random.split(key, accumulation))
         total, (metrics, collections) = lax.scan(micro, zeros, numbered)
         combined = jax.tree.map(_mean_of_parts, collections)
@@ -134,13 +145,14 @@ def make_step(
         )
         done = updates_done(state.opt_state, state.step)
         metrics = {**metrics, "grad_norm": optax.tree.norm(grads), "lr": schedule(done)}
-        updates, opt_state = tx.update(grads, state.opt_state, state.params)
+        moving = trained(state.params, frozen)
+        updates, opt_state = tx.update(grads, state.opt_state, moving)
         main = main_state(opt_state)
         if isinstance(main, SkipState):
             skipped = main.in_a_row > 0
             metrics |= {"skipped": skipped, "skipped_in_a_row": main.in_a_row}
             collections = jax.tree.map(lambda new, old: jnp.where(skipped, old, new), collections, state.collections)
-        params = optax.apply_updates(state.params, updates)
+        params = with_frozen(optax.apply_updates(moving, updates), state.params)
         return TrainState(
             step=state.step + 1,
             params=params,

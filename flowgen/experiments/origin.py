@@ -1,0 +1,81 @@
+"""The run from whose parameters another run starts, and the arrays that it saved."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from flowgen.experiments.experiment import Experiment
+from flowgen.experiments.files import from_json
+from flowgen.runs import CHECKPOINTS, CheckpointReader, read_config
+
+PARAMS = "params/"
+Shape = tuple[int, ...]
+
+
+@dataclass(frozen=True)
+class Origin:
+    """The run whose parameters are taken: its experiment, its latest step, and the arrays that this step saved."""
+
+    path: str
+    experiment: Experiment
+    reader: CheckpointReader
+    step: int
+    saved: Mapping[str, Any] = field(repr=False)
+
+    @classmethod
+    def of(cls, path: str) -> Origin:
+        """Returns the run at a path. Raises FileNotFoundError if there is no run, or ValueError if it is damaged."""
+        try:
+            experiment = from_json(read_config(path))
+        except (FileNotFoundError, ValueError) as error:
+            kind = FileNotFoundError if isinstance(error, FileNotFoundError) else ValueError
+            raise kind(f"init.path: {error}") from error
+        reader = CheckpointReader(Path(path) / CHECKPOINTS)
+        step = reader.latest_step()
+        if step is None:
+            reader.check_not_broken()
+            raise FileNotFoundError(f"init.path '{path}' has no checkpoint yet; train it first, or give another run.")
+        manifest = reader.manifest(step)
+        try:
+            experiment.check_resumable(manifest["config"])
+        except ValueError as error:
+            raise ValueError(f"Checkpoint {step} of init.path '{path}' does not fit config.json: {error}") from error
+        return cls(path, experiment, reader, step, manifest["arrays"])
+
+    @property
+    def is_averaged(self) -> bool:
+        return any(name.startswith("ema/") for name in self.saved)
+
+    @property
+    def about(self) -> str:
+        return "averaged parameters" if self.is_averaged else "parameters"
+
+    @property
+    def _groups(self) -> dict[str, str]:
+        """The prefixes of the arrays that are taken, and what takes their place in the names of variables."""
+        return {"ema/" if self.is_averaged else PARAMS: PARAMS, "collections/": ""}
+
+    @property
+    def shapes(self) -> dict[str, Shape]:
+        """The shapes of the arrays, by name, such as "params/blocks_0/proj_in/kernel"."""
+        return {
+            new + name.removeprefix(old): tuple(shape)
+            for name, (shape, _) in self.saved.items()
+            for old, new in self._groups.items()
+            if name.startswith(old)
+        }
+
+    def arrays(self) -> dict[str, np.ndarray]:
+        """Returns the arrays by the names in `shapes`, after checking their digests."""
+        read = self.reader.arrays(self.step, lambda name: name.startswith(tuple(self._groups)))
+        return {
+            new + name.removeprefix(old): array
+            for name, array in read.items()
+            for old, new in self._groups.items()
+            if name.startswith(old)
+        }

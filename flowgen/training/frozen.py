@@ -1,0 +1,82 @@
+"""Frozen parameters: which parameters training leaves as they are, chosen by patterns of their names.
+
+Frozen parameters are left out of the tree that is differentiated and updated. They therefore have no gradient, no
+moments and no weight decay, and gradient norms do not include them.
+"""
+
+from __future__ import annotations
+
+import difflib
+from collections.abc import Sequence
+from fnmatch import fnmatchcase
+from typing import Any
+
+import jax
+import optax
+
+NEAREST = 3  # number of names that an error message suggests
+
+
+def check_frozen(params: Any, patterns: Sequence[str]) -> None:
+    """Raises ValueError if a pattern matches no parameter, or if the patterns match all of them.
+
+    params: a tree of (abstract) arrays.
+
+    Example:
+        check_frozen(jax.eval_shape(lambda: flowgen.init(flow, key))["params"], ("blocks_0/*",))
+    """
+    names = _names(params)
+    for pattern in patterns:
+        if not any(fnmatchcase(name, pattern) for name in names):
+            parents = {f"{name[:end]}/*" for name in names for end, letter in enumerate(name) if letter == "/"}
+            close = difflib.get_close_matches(pattern, sorted({*names, *parents}), n=NEAREST, cutoff=0.0)
+            raise ValueError(
+                f"train.frozen has the pattern '{pattern}', which matches no parameter; the nearest names are "
+                f"{', '.join(close)}."
+            )
+    if patterns and all(any(fnmatchcase(name, pattern) for pattern in patterns) for name in names):
+        raise ValueError(f"train.frozen is {tuple(patterns)}, which freezes all parameters; leave some out.")
+
+
+def trained(params: Any, patterns: Sequence[str]) -> Any:
+    """Returns the tree with `optax.MaskedNode()`, which has no leaves, in place of each frozen parameter.
+
+    patterns: a parameter is frozen if its name, such as "blocks_0/proj_in/kernel", matches one of them by the rules of
+    `fnmatch.fnmatchcase`, in which * also matches /.
+
+    Raises ValueError in the cases of `check_frozen`.
+
+    Example:
+        updates, opt_state = tx.update(grads, opt_state, trained(params, ("blocks_0/*",)))
+    """
+    if not patterns:
+        return params
+    check_frozen(params, patterns)
+
+    def kept(path, leaf):
+        frozen = any(fnmatchcase(_name(path), pattern) for pattern in patterns)
+        return optax.MaskedNode() if frozen else leaf
+
+    return jax.tree_util.tree_map_with_path(kept, params)
+
+
+def with_frozen(moving: Any, params: Any) -> Any:
+    """Returns `moving`, a result of `trained`, with the frozen parameters of `params` in their places.
+
+    Example:
+        params = with_frozen(optax.apply_updates(trained(params, patterns), updates), params)
+    """
+    return jax.tree.map(
+        lambda new, old: old if isinstance(new, optax.MaskedNode) else new,
+        moving,
+        params,
+        is_leaf=lambda node: isinstance(node, optax.MaskedNode),
+    )
+
+
+def _names(params: Any) -> list[str]:
+    return [_name(path) for path, _ in jax.tree_util.tree_leaves_with_path(params)]
+
+
+def _name(path: Any) -> str:
+    return jax.tree_util.keystr(path, simple=True, separator="/")
