@@ -213,7 +213,7 @@ def test_info_lists_what_train_takes(trained):
     assert out.startswith(f"checkpoints: 4, 8\nparameters: {size}\n")
     assert "\ntrain: steps 8, batch_size 16, " in out
     planned = succeed("info --debug --config", DIGITS, "--optim.lr", "3e-4")
-    assert "\noptim: lr 0.0003, " in planned
+    assert "\noptim: name adamw, options '{}', lr 0.0003, " in planned
     assert "\nmodel: TARFlow, image_size 8, " in planned
     assert len(planned.splitlines()) < 40
 

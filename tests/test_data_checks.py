@@ -84,7 +84,7 @@ def test_names_of_classes_are_refused_by_the_name_of_their_array(tmp_path, names
 
 
 def test_names_are_the_same_in_every_form_of_unicode(tmp_path, folder):
-    with pytest.raises(ValueError, match=r"classes has 'café' twice"):
+    with pytest.raises(ValueError, match=r"classes contains 'café' twice"):
         DataConfig(classes=(COMPOSED, APART))
     for config in (DataConfig, ClipsConfig):
         assert config(classes=(APART,)).classes == (COMPOSED,)
