@@ -84,6 +84,12 @@ def main() -> None:
     measure.add_reference(parser)
     arguments = parser.parse_args()
     measure.check_reference(parser, arguments)
+    if not 0 < arguments.minutes < 1000:
+        parser.error(f"--minutes is {arguments.minutes}; give a positive number below 1000.")
+    try:
+        arguments.out.open("a").close()
+    except OSError as error:
+        parser.error(f"--out {arguments.out} cannot be written ({error.strerror}).")
     reference = None
     if arguments.reference is not None:
         published.check(arguments.reference, arguments.torch_python)

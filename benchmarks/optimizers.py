@@ -76,6 +76,10 @@ def main() -> None:
     )
     parser.add_argument("--autoencoder", type=Path, help="a run of autoencoder_digits")
     given = parser.parse_args()
+    try:
+        given.out.open("a").close()
+    except OSError as error:
+        parser.error(f"--out {given.out} cannot be written ({error.strerror}).")
     where = measure.environment(len(os.sched_getaffinity(0)), None)
 
     def write(row: Row) -> Row:
@@ -91,14 +95,17 @@ def main() -> None:
     digits, best = flowgen.load_config("tarflow_digits"), {}
     for racer, (_, rates) in RACERS.items():
         rows = [run(racer, "tarflow_digits", digits, rate, 0, "bits_per_dim", given.steps) for rate in rates]
-        chosen = min(rows, key=lambda row: row.get("bits_per_dim", float("inf")))
+        finished = [row for row in rows if "bits_per_dim" in row]
+        if not finished:
+            continue
+        chosen = min(finished, key=lambda row: row["bits_per_dim"])
         best[racer] = chosen["lr"]
         others = [
             run(racer, "tarflow_digits", digits, chosen["lr"], seed, "bits_per_dim", given.steps) for seed in SEEDS[1:]
         ]
-        values = [row.get("bits_per_dim", float("inf")) for row in (chosen, *others)]
+        values = [row["bits_per_dim"] for row in (chosen, *others) if "bits_per_dim" in row]
         summary = {"mean": round(statistics.mean(values), 4), "spread": round(max(values) - min(values), 4)}
-        write({"optimizer": racer, "config": "tarflow_digits", "lr": chosen["lr"], "seeds": len(SEEDS), **summary})
+        write({"optimizer": racer, "config": "tarflow_digits", "lr": chosen["lr"], "seeds": len(values), **summary})
     with tempfile.TemporaryDirectory() as folder:
         codec = PretrainedAutoencoder(str(given.autoencoder or autoencoder(Path(folder) / "autoencoder")))
         starflow = dataclasses.replace(flowgen.load_config("starflow_digits"), codec=codec)

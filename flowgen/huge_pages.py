@@ -84,13 +84,16 @@ def restart(words: Sequence[str], environ: Mapping[str, str] = os.environ) -> No
 
     words: the arguments at the end of the command line that started this process.
 
-    Nothing happens if the command line does not end with `words`, for example if another program calls a command's main
-    function with different arguments. Nothing happens either if GLIBC_TUNABLES is set (even to an empty string), if a
-    debugger or profiler is active, or if JAX may use an accelerator.
+    Nothing happens if the program was read from a stream, or if the command line does not end with `words`, for example
+    if another program calls a command's main function with different arguments. Nothing happens either if
+    GLIBC_TUNABLES is set (even to an empty string), if a debugger or profiler is active, or if JAX may use an
+    accelerator.
     """
     started_so = sys.orig_argv[len(sys.orig_argv) - len(words) :] == list(words)
     observed = sys.gettrace() or sys.getprofile() or not {"pydevd", "coverage"}.isdisjoint(sys.modules)
     if VARIABLE in environ or RESTARTED in environ or not started_so or observed or not sys.executable:
+        return
+    if not _can_be_read_again(len(words)):
         return
     if not (pages().can_switch_on() and _only_cpus(environ)):
         return
@@ -100,6 +103,12 @@ def restart(words: Sequence[str], environ: Mapping[str, str] = os.environ) -> No
     with contextlib.suppress(OSError):  # the interpreter's file is gone, so continue without huge pages
         command = [sys.executable, *sys.orig_argv[1:]]
         os.execve(sys.executable, command, {**environ, VARIABLE: TUNABLE, RESTARTED: "1"})
+
+
+def _can_be_read_again(num_words: int) -> bool:
+    """Returns whether the program is a module or a regular file, and not a stream, which can be read only once."""
+    program = sys.orig_argv[len(sys.orig_argv) - num_words - 1]
+    return "-m" in sys.orig_argv[:-num_words] or os.path.isfile(program)
 
 
 def _only_cpus(environ: Mapping[str, str]) -> bool:

@@ -14,6 +14,7 @@ from tolerances import FORMULA, NETWORK, assert_close, assert_trees_close
 from flowgen.optimizers import (
     OPTIMIZERS,
     adamp,
+    are_kernels,
     are_matrices,
     auon,
     conda,
@@ -99,13 +100,28 @@ QUICK = ("adamw", "adamp", "auon", "conda", "muon", "lamb", "adafactor", "novogr
     ],
 )
 def test_stacked_layers_are_updated_as_if_they_were_not_stacked(name, keep):
-    tx = make_named(OPTIMIZERS[name], 0.01, options={}, weight_decay=0.1, mask=are_matrices)
+    tx = make_named(OPTIMIZERS[name], lambda count: 0.01, options={}, weight_decay=0.1, mask=are_kernels)
     tx = keep_norms(tx) if keep else tx
     params = stacked_params()
     stacked, separate = after_steps(per_layer(tx), params), after_steps(tx, unrolled(params))
     assert_trees_close(unrolled(stacked), separate, NETWORK)
     moved = jax.tree.map(lambda new, old: float(jnp.abs(new - old).max()), stacked, params)
     assert min(jax.tree.leaves(moved)) > 0
+
+
+def test_equal_layers_without_a_stack_are_matrices():
+    """A list of layers has arrays of its own for each layer, even if the module that holds it is called layers."""
+    dense = {"kernel": jnp.eye(8), "bias": jnp.ones(8)}
+    params = {"layers": {"layers_0": dense, "layers_1": dense}}
+    updates = lambda tx: tx.update(params, tx.init(params), params)[0]  # noqa: E731
+    assert_trees_close(updates(per_layer(muon(0.1))), updates(muon(0.1)), FORMULA)
+
+
+@pytest.mark.parametrize(
+    ("shape", "matrix"), [((4, 6), True), ((3, 3, 2, 4), True), ((16, 4, 4), False), ((3, 3, 1, 4), False)]
+)
+def test_only_dense_and_convolution_kernels_are_matrices(shape, matrix):
+    assert are_matrices({"kernel": jnp.zeros(shape), "scale": jnp.zeros(shape)}) == {"kernel": matrix, "scale": False}
 
 
 def test_kept_norms_are_those_of_the_start():
@@ -168,13 +184,25 @@ def test_the_learning_rate_stays_and_then_falls():
     assert_close(rates, [*warmup, *[1.0] * 11, *fall], FORMULA)
     tenth = make_schedule(dataclasses.replace(config, decay_steps=0, warmup_steps=0), 20)
     assert_close([float(tenth(step)) for step in (17, 18, 19, 20)], [1.0, 1.0, 0.55, 0.1], FORMULA)
+    with pytest.raises(ValueError, match=r"optim.decay_steps is 5, but only 4 steps follow the warm-up"):
+        make_schedule(config, 8)
 
 
 @pytest.mark.parametrize(
     ("fields", "message"),
     [
         ({"name": "adamwx"}, "name is 'adamwx'"),
-        ({"name": "lion", "options": {"beta": 0.9}}, r"options has beta, .* lion; choose from b1, b2, mu_dtype"),
+        ({"name": "lion", "options": {"beta": 0.9}}, r"options has beta, .*; choose from b1, b2, mu_dtype"),
+        ({"name": "sgd", "options": {"nesterov": "no"}}, "options.nesterov is 'no'; it must be true or false"),
+        ({"name": "lion", "options": {"b1": "nan"}}, "options.b1 is 'nan'; it must be a number"),
+        ({"name": "muon", "options": {"ns_steps": 2.5}}, "options.ns_steps is 2.5; it must be an integer"),
+        ({"name": "muon", "options": {"ns_steps": 0}}, "ns_steps is 0; it must be at least 1"),
+        ({"name": "conda", "options": {"update_every": 0}}, "update_every is 0; it must be at least 1"),
+        ({"name": "lion", "options": {"mu_dtype": "bogus"}}, "options {'mu_dtype': 'bogus'} does not make"),
+        ({"name": lambda rate: 3}, "name does not make an optax optimizer"),
+        ({"name": lambda: optax.sgd(1.0)}, "name"),
+        ({"name": lambda rate: optax.polyak_sgd(rate)}, "name does not make an optax optimizer"),
+        ({"name": lambda rate: optax.noisy_sgd(rate, key=0)}, "keeps random keys"),
         ({"name": "sign_sgd", "options": {"b1": 0.9}}, "options has b1, .* it has none"),
         ({"options": {"b1": 0.9}}, "options has b1, which is a field"),
         ({"adam_lr": 0.1}, "adam_lr is 0.1, but only muon, auon, conda"),
@@ -194,8 +222,8 @@ def test_options_are_set_by_dotted_names_and_stored():
     assert set(config.options) < set(options_of(OPTIMIZERS["sgd"]))
 
 
-def halved(learning_rate, *, factor=1.0):
-    return optax.sgd(learning_rate, momentum=factor / 2)
+def halved(rate, **options):
+    return optax.sgd(rate, momentum=options["factor"] / 2)
 
 
 def test_an_own_optimizer_is_a_function():

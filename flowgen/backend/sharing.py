@@ -52,10 +52,10 @@ def join_processes() -> None:
 
     Raises ValueError if there is no such group.
     """
-    names = {"num_processes": "JAX_NUM_PROCESSES", "process_id": "JAX_PROCESS_ID"}
-    given = {argument: os.environ[name] for argument, name in names.items() if name in os.environ}
+    texts = [os.environ.get(name) for name in ("JAX_NUM_PROCESSES", "JAX_PROCESS_ID")]
     try:
-        jax.distributed.initialize(**{argument: int(text) for argument, text in given.items()})
+        num_processes, process_id = (None if text is None else int(text) for text in texts)
+        jax.distributed.initialize(num_processes=num_processes, process_id=process_id)
     except (ValueError, RuntimeError) as error:
         raise ValueError(
             f"--distributed found no group of processes ({error}); start the command with SLURM or MPI or on a TPU "

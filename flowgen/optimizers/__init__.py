@@ -8,8 +8,8 @@ from flowgen.optimizers.adamp import adamp
 from flowgen.optimizers.auon import auon
 from flowgen.optimizers.conda import conda
 from flowgen.optimizers.layers import STACK, per_layer
-from flowgen.optimizers.matrices import are_matrices, for_matrices, muon
-from flowgen.optimizers.named import OPTIMIZERS, Optimizer, make_named, options_of
+from flowgen.optimizers.matrices import are_kernels, are_matrices, for_matrices, muon
+from flowgen.optimizers.named import OPTIMIZERS, Optimizer, check_options, make_named, options_of
 from flowgen.optimizers.projection import keep_norms
 
 __all__ = [
@@ -17,8 +17,10 @@ __all__ = [
     "STACK",
     "Optimizer",
     "adamp",
+    "are_kernels",
     "are_matrices",
     "auon",
+    "check_options",
     "conda",
     "for_matrices",
     "keep_norms",

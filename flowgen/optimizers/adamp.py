@@ -14,7 +14,7 @@ import jax.numpy as jnp
 import optax
 from jaxtyping import Array, Float
 
-from flowgen.optimizers.matrices import are_matrices
+from flowgen.optimizers.matrices import are_kernels
 
 
 class AdamPState(NamedTuple):
@@ -70,9 +70,9 @@ def adamp(
                 p = jnp.moveaxis(p.reshape(outputs_first.shape[1:]), 0, -1 if is_kernel else 0)
             else:
                 ratio = 1.0
-            return p + weight_decay * ratio * w if decays else p
+            return (p + weight_decay * ratio * w if decays else p).astype(w.dtype)
 
-        new = jax.tree.map(direction, updates, params, mu, nu, are_matrices(params), decayed)
+        new = jax.tree.map(direction, updates, params, mu, nu, are_kernels(params), decayed)
         return new, AdamPState(count, mu, nu)
 
     return optax.chain(optax.GradientTransformation(init, update), optax.scale_by_learning_rate(learning_rate))

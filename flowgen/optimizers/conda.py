@@ -49,6 +49,9 @@ def conda(
         tx = per_layer(conda(1e-3, scale=0.25, weight_decay=0.01))
     """
 
+    if update_every < 1:
+        raise ValueError(f"update_every is {update_every}; it must be at least 1.")
+
     def init(params):
         zeros = jax.tree.map(lambda w: jnp.zeros(as_matrix(w).shape, w.dtype), params)
         basis = jax.tree.map(lambda w: jnp.eye(min(w.shape), dtype=w.dtype), zeros)
@@ -82,7 +85,8 @@ def conda(
 
 def _singular_vectors(m: Float[Array, "i o"]) -> Float[Array, "s s"]:
     """Returns the singular vectors on the shorter side of a matrix, as columns."""
-    u, _, vh = jnp.linalg.svd(m, full_matrices=False)
+    u, _, vh = jnp.linalg.svd(m.astype(jnp.promote_types(m.dtype, jnp.float32)), full_matrices=False)
+    u, vh = u.astype(m.dtype), vh.astype(m.dtype)
     return u if m.shape[0] <= m.shape[1] else vh.T
 
 

@@ -19,8 +19,9 @@ STACK = "layers"  # the name of a module whose parameters are stacked
 def per_layer(optimizer: optax.GradientTransformation) -> optax.GradientTransformation:
     """Returns an optimizer that updates each layer of a stack as if its parameters were not stacked.
 
-    A parameter is stacked if its path contains a module called `layers`; its first axis is the layer. Stacks of equal
-    depth are updated together. Integers in the optimizer's state are assumed to count updates; all layers share them.
+    The arrays of a module called `layers` are stacked if their first axes have the same size, which is then the number
+    of layers, and if its kernels have more than two axes. Stacks of equal depth are updated together. Integers in the
+    optimizer's state are assumed to count updates; all layers share them.
 
     Example:
         tx = per_layer(optax.lamb(1e-3))
@@ -66,11 +67,33 @@ def _is_count(leaf: Any) -> bool:
 
 def _depths(params: Any) -> Any:
     """Returns the number of layers in each leaf's stack, or 0 for a leaf that is not stacked."""
+    modules: dict[tuple[str, ...], list[tuple[bool, tuple[int, ...]]]] = {}
+    for path, leaf in jax.tree_util.tree_leaves_with_path(params):
+        is_kernel = _names(path)[-1:] == ("kernel",)
+        modules.setdefault(_stack(path), []).append((is_kernel, jnp.shape(leaf)))
 
     def depth(path, leaf):
-        return jnp.shape(leaf)[0] if STACK in [getattr(key, "key", getattr(key, "name", None)) for key in path] else 0
+        del leaf
+        return _depth(modules[_stack(path)]) if _stack(path) else 0
 
     return jax.tree_util.tree_map_with_path(depth, params)
+
+
+def _depth(leaves: list[tuple[bool, tuple[int, ...]]]) -> int:
+    """Returns the number of layers if a module's arrays are stacked: one first axis, and one more axis in kernels."""
+    sizes = {shape[:1] for _, shape in leaves}
+    stacked = len(sizes) == 1 and all(len(shape) > (2 if is_kernel else 0) for is_kernel, shape in leaves)
+    return sizes.pop()[0] if stacked else 0
+
+
+def _names(path: Any) -> tuple[str, ...]:
+    return tuple(str(getattr(key, "key", getattr(key, "name", key))) for key in path)
+
+
+def _stack(path: Any) -> tuple[str, ...]:
+    """Returns the path of the module called `layers` that contains a leaf; empty if there is none."""
+    names = _names(path)
+    return names[: names.index(STACK) + 1] if STACK in names else ()
 
 
 def _distinct(depths: Any) -> list[int]:

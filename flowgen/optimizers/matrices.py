@@ -12,20 +12,34 @@ from optax.contrib import MuonDimensionNumbers
 MATRIX, OTHER = "matrix", "other"
 
 
-def are_matrices(params: Any) -> Any:
-    """Returns a tree of bools: whether each parameter is a weight matrix or a convolution kernel.
+def are_kernels(params: Any) -> Any:
+    """Returns a tree of bools: whether each parameter is called `kernel`, as weights are in Flax, and is not a vector.
 
-    These are the arrays called `kernel` with two axes or more, whose last axis is the output, as in Flax. Biases,
-    scales and tables of embeddings are not matrices.
+    Example:
+        tx = optax.adamw(1e-3, mask=are_kernels)
+    """
+
+    def is_kernel(path, leaf):
+        return jnp.ndim(leaf) >= 2 and getattr(path[-1], "key", getattr(path[-1], "name", None)) == "kernel"
+
+    return jax.tree_util.tree_map_with_path(is_kernel, params)
+
+
+def are_matrices(params: Any) -> Any:
+    """Returns a tree of bools: whether each parameter is a weight matrix `inputs outputs` or a convolution's kernel.
+
+    These are the arrays called `kernel` with two axes, or with four or more and several input channels. Biases, scales
+    and tables of embeddings are not matrices. Nor are kernels with three axes, because Flax's `DenseGeneral` may split
+    the inputs or the outputs, and depthwise convolutions.
 
     Example:
         tx = optax.masked(optax.add_decayed_weights(0.1), are_matrices)
     """
 
-    def is_matrix(path, leaf):
-        return jnp.ndim(leaf) >= 2 and getattr(path[-1], "key", getattr(path[-1], "name", None)) == "kernel"
+    def is_matrix(leaf, kernel):
+        return kernel and (leaf.ndim == 2 or (leaf.ndim > 3 and leaf.shape[-2] > 1))
 
-    return jax.tree_util.tree_map_with_path(is_matrix, params)
+    return jax.tree.map(is_matrix, params, are_kernels(params))
 
 
 def for_matrices(
@@ -74,6 +88,9 @@ def muon(
     Example:
         tx = per_layer(muon(3e-4, weight_decay=0.1))
     """
+
+    if ns_steps < 1:
+        raise ValueError(f"ns_steps is {ns_steps}; it must be at least 1.")
 
     def dimensions(params):
         return jax.tree.map(

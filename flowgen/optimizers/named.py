@@ -42,22 +42,64 @@ OPTIMIZERS: dict[str, Optimizer] = {
     "novograd": optax.novograd,
     "radam": optax.radam,
     "rmsprop": optax.rmsprop,
-    "rprop": optax.rprop,
     "sgd": optax.sgd,
     "sign_sgd": optax.sign_sgd,
-    "sm3": optax.sm3,
     "yogi": optax.yogi,
 }
+# What an option must be, by the type of its default.
+KINDS = {bool: "true or false", int: "an integer", float: "a number", str: "text"}
 RESERVED = ("learning_rate", "adam_learning_rate", "weight_decay", "mask", "weight_decay_mask")
 
 
-def options_of(optimizer: Optimizer) -> list[str]:
-    """Returns the names of an optimizer's options, without its learning rates, weight decay and mask.
+def options_of(optimizer: Optimizer) -> dict[str, inspect.Parameter] | None:
+    """Returns an optimizer's options by name, without its learning rates, weight decay and mask.
+
+    The result is None if the function accepts options of any name.
 
     Example:
-        options_of(OPTIMIZERS["lion"])  # ["b1", "b2", "mu_dtype"]
+        list(options_of(OPTIMIZERS["lion"]))  # ["b1", "b2", "mu_dtype"]
     """
-    return [name for name in inspect.signature(optimizer).parameters if name not in RESERVED]
+    others = list(inspect.signature(optimizer).parameters.items())[1:]
+    if any(parameter.kind is inspect.Parameter.VAR_KEYWORD for _, parameter in others):
+        return None
+    return {name: parameter for name, parameter in others if name not in RESERVED}
+
+
+def check_options(optimizer: Optimizer, options: Mapping[str, Any]) -> None:
+    """Raises ValueError if an optimizer does not accept the options, or does not update a small tree of parameters.
+
+    Example:
+        check_options(OPTIMIZERS["sgd"], {"momentum": 0.9})
+    """
+    try:
+        known = options_of(optimizer)
+    except ValueError as error:  # a function written in C
+        raise ValueError("name is a function whose arguments are unknown; wrap it in one of your own.") from error
+    for name, value in options.items():
+        if known is None:
+            break
+        if name not in known:
+            names = f"choose from {', '.join(known)}" if known else "it has none"
+            raise ValueError(f"options has {name}, which is not an option of the optimizer; {names}.")
+        default = known[name].default
+        kind = next((kind for kind in KINDS if isinstance(default, kind)), None)
+        fits = kind is None or type(value) is kind or (kind is float and type(value) is int)
+        if not fits:
+            raise ValueError(f"options.{name} is {value!r}; it must be {KINDS[kind]}, as its default {default!r} is.")
+    params = {"kernel": jnp.zeros((2, 2)), "bias": jnp.zeros(2)}
+    try:
+        with jax.ensure_compile_time_eval():
+            tx = make_named(optimizer, lambda count: 1e-3, options=options)
+        state = jax.eval_shape(tx.init, params)
+        jax.eval_shape(tx.update, params, state, params)
+    except Exception as error:  # A user's function may raise anything, and optax does not check its options.
+        given = f" with the options {dict(options)}" if options else ""
+        reason = " ".join(str(error).split())[:200]
+        raise ValueError(
+            f"name{given} does not make an optax optimizer that can update parameters ({reason})."
+        ) from error
+    if any(jnp.issubdtype(leaf.dtype, jax.dtypes.prng_key) for leaf in jax.tree.leaves(state)):
+        raise ValueError("name is an optimizer that keeps random keys, which runs cannot store; choose another.")
 
 
 def make_named(

@@ -111,7 +111,7 @@ def _set(fields: dict[str, Any], cls: type, names: list[str], text: str, path: s
         fields[name] = {TYPE: text} if text in kinds else _parse(annotation, text, path, group)
     elif len(rest) == 1 and (entry := entry_of(annotation)) is not None:
         literal = _literal(text)  # An entry may be text, but text that is a number means the number.
-        fields[name] = {**value, rest[0]: literal if fits(entry, literal) else _parse(entry, text, path, None)}
+        fields[name] = {**(value or {}), rest[0]: literal if fits(entry, literal) else _parse(entry, text, path, None)}
     elif group is not None and rest[0] in hints_of(group):
         fields[name] = dict(value) if isinstance(value, Mapping) else _opened(annotation, value)
         _set(fields[name], group, rest, text, path, known)

@@ -11,7 +11,7 @@ import jax.numpy as jnp
 import optax
 from jaxtyping import Array, Int
 
-from flowgen.optimizers import are_matrices, keep_norms, make_named, per_layer
+from flowgen.optimizers import are_kernels, keep_norms, make_named, per_layer
 from flowgen.training.options import OptimConfig, check_warmups
 
 MAIN = "main"  # Labels the parameters that have no separate optimizer.
@@ -31,8 +31,12 @@ def make_schedule(config: OptimConfig, steps: int) -> optax.Schedule:
     if config.schedule == "cosine":
         rest = optax.cosine_decay_schedule(config.lr, after_warmup, config.min_lr / config.lr)
     elif config.schedule == "wsd":
-        decay = config.decay_steps or max(1, steps // 10)
-        rest = optax.linear_schedule(config.lr, config.min_lr, decay, transition_begin=max(after_warmup - decay, 0))
+        decay = config.decay_steps or min(max(1, steps // 10), after_warmup)
+        if decay > after_warmup:
+            raise ValueError(
+                f"optim.decay_steps is {decay}, but only {after_warmup} steps follow the warm-up; lower it."
+            )
+        rest = optax.linear_schedule(config.lr, config.min_lr, decay, transition_begin=after_warmup - decay)
     else:
         rest = optax.constant_schedule(config.lr)
     if config.warmup_steps == 0:
@@ -89,12 +93,12 @@ def decay_mask(config: OptimConfig) -> Callable[[Any], Any] | None:
         return None
 
     def mask(params):
-        def decays(path, matrix):
+        def decays(path, kernel):
             name = jax.tree_util.keystr(path, simple=True, separator="/")
             excluded = any(fnmatchcase(name, pattern) for pattern in config.not_decayed)
-            return (matrix or config.decayed == "all") and not excluded
+            return (kernel or config.decayed == "all") and not excluded
 
-        return jax.tree_util.tree_map_with_path(decays, are_matrices(params))
+        return jax.tree_util.tree_map_with_path(decays, are_kernels(params))
 
     return mask
 

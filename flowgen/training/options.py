@@ -6,7 +6,7 @@ import dataclasses
 from collections.abc import Callable, Mapping
 from typing import Annotated, Any, Literal
 
-from flowgen.optimizers import OPTIMIZERS, options_of
+from flowgen.optimizers import OPTIMIZERS, check_options
 from flowgen.packages import missing
 from flowgen.runs import on_terminal
 from flowgen.settings import config
@@ -61,9 +61,10 @@ class OptimConfig:
     decayed: whether weight decay applies to "all" parameters or to weight "matrices" only.
     not_decayed: patterns of parameter names that do not decay, such as "*/proj_out/*".
     keep_norms: scale each weight matrix back to its initial norm after every update, as in NaP.
-    b1: decay rate of the running mean of gradients, in AdamW and AdamP; at least 0 and below 1.
-    b2: decay rate of the running mean of squared gradients, in AdamW and AdamP; at least 0 and below 1.
-    eps: constant added to the denominator of the updates, in AdamW and AdamP.
+    b1: decay rate of the running mean of gradients, for "adamw", "adamp", "muon", "auon" and "conda"; at least 0 and
+        below 1. All other optimizers have such numbers in their options.
+    b2: decay rate of the running mean of squared gradients, for the same optimizers; at least 0 and below 1.
+    eps: constant added to the denominator of the updates, for the same optimizers.
     clip_norm: clip the global gradient norm to this value; 0 for no clipping.
     skip_norm: skip updates if the gradient norm before clipping exceeds this value or is not finite; 0 for no skipping.
     skip_after: number of initial updates that are never skipped.
@@ -103,13 +104,11 @@ class OptimConfig:
             )
         if self.adam_lr and self.name not in OF_MATRICES:
             raise ValueError(f"adam_lr is {self.adam_lr}, but only {', '.join(OF_MATRICES)} have it; set lr.")
-        known = [name for name in options_of(self.optimizer) if name not in self._moments]
         for name in self.options:
             if name in self._moments:
-                raise ValueError(f"options has {name}, which is a field; set --optim.{name}.")
-            if name not in known:
-                names = f"choose from {', '.join(known)}" if known else "it has none"
-                raise ValueError(f"options has {name}, which is not an option of {self.name}; {names}.")
+                raise ValueError(f"options has {name}, which is a field of its own; set {name} instead.")
+        if self.options or not isinstance(self.name, str):
+            check_options(self.optimizer, self.options)
 
     @property
     def optimizer(self) -> Callable[..., Any]:
