@@ -19,6 +19,7 @@ from flowgen import backend
 
 # The name scope of the operations that `jax.checkpoint` recomputes.
 RECOMPUTED = "rematted_computation"
+OPTIMIZER = "optimizer_update"  # the scope in which a training step calls its optimizer
 # Operations whose results XLA does not store, because it fuses them into the operations that use them.
 NOT_STORED = frozenset({"broadcast_in_dim", "iota"})
 # Operations whose results cannot reuse the memory of an operand.
@@ -29,16 +30,16 @@ def flop_of(jaxpr: Jaxpr) -> dict[str, float]:
     """Returns the FLOP of a traced program, grouped by the dtype of the operands.
 
     A multiplication and the addition after it count as 2 FLOP. Only matrix products, convolutions and fused attention
-    are counted, as is usual for model FLOP (arXiv 2204.02311, appendix B). Operations that `jax.checkpoint` recomputes
-    are not counted. The body of a scan is counted once per iteration, and the body of a loop of unknown length only
-    once. Of several branches, only the most expensive one is counted.
+    are counted, as is usual for model FLOP (arXiv 2204.02311, appendix B). Operations that `jax.checkpoint` recomputes,
+    and those of the optimizer, are not counted. The body of a scan is counted once per iteration, and the body of a
+    loop of unknown length only once. Of several branches, only the most expensive one is counted.
 
     Example:
         flop = flop_of(jax.make_jaxpr(step)(state, batch).jaxpr)
     """
     total: defaultdict[str, float] = defaultdict(float)
     for eqn in jaxpr.eqns:
-        if RECOMPUTED in str(eqn.source_info.name_stack):
+        if any(scope in str(eqn.source_info.name_stack) for scope in (RECOMPUTED, OPTIMIZER)):
             continue
         if (count := _FORMULAS.get(_name(eqn))) is not None:
             left, right = [x for x in _arrays(eqn.invars) if jnp.issubdtype(x.dtype, jnp.floating)][:2]

@@ -111,6 +111,15 @@ def test_a_model_of_ones_own_is_trained_and_loaded(tmp_path):
         flowgen.load(tmp_path)
 
 
+class OwnExperiment(FlowExperiment):
+    """An experiment that no command could load."""
+
+
+def test_a_subclass_of_an_experiment_is_refused(tmp_path):
+    with pytest.raises(ValueError, match="experiment is a OwnExperiment, a class of your own"):
+        flowgen.fit(OwnExperiment(name="own", model=FLOW), tmp_path)
+
+
 def test_what_is_given_in_part_or_wrong_is_refused(tmp_path):
     with pytest.raises(ValueError, match="held_out is given without dataset"):
         flowgen.fit(FlowExperiment(name="own", model=FLOW), tmp_path, held_out=Stripes())

@@ -37,6 +37,13 @@ def test_micro_batches_have_the_flop_of_the_batch(tmp_path):
     assert [row["flop_per_step"] for row in rows_of(tmp_path / "run")[1:]] == [FLOP] * 4
 
 
+def test_the_products_of_an_optimizer_are_no_work_of_the_model(tmp_path):
+    options = {"log": QUIET, "config": {}, "check_config": lambda saved: None}
+    optim = dataclasses.replace(toy.OPTIM, name="muon")
+    train(toy.make_job(), tmp_path / "run", train=TrainConfig(steps=2, batch_size=BATCH), optim=optim, **options)
+    assert rows_of(tmp_path / "run")[-1]["flop_per_step"] == FLOP
+
+
 def test_the_wait_for_data_is_told(tmp_path):
     def slow(start, stop):
         for batch in toy.batches(start, stop):

@@ -17,6 +17,7 @@ from flowgen.data.dataset import OWN
 from flowgen.data.inventory import name_list
 from flowgen.experiments.attention import warn_of_dtype
 from flowgen.experiments.experiment import Experiment
+from flowgen.experiments.files import KINDS
 from flowgen.experiments.fine_tuning import started_from
 from flowgen.experiments.own_data import check_protocol
 from flowgen.nn import init
@@ -95,6 +96,11 @@ def fit(
     """
     if not isinstance(experiment, Experiment):
         raise ValueError(f"experiment is {shown(experiment)}; pass a flowgen.Experiment first, and then the workdir.")
+    if type(experiment) not in KINDS:
+        raise ValueError(
+            f"experiment is a {type(experiment).__name__}, a class of your own, so its run could not be loaded; give "
+            "your own parts to an experiment of flowgen, or train a flowgen.training.Job."
+        )
     if dataset is None and held_out is not None:
         raise ValueError("held_out is given without dataset; give both, or neither.")
     if profile:

@@ -191,4 +191,7 @@ def _unknown(path: str, known: list[str]) -> str:
     groups = {name[:end] for name in known for end, letter in enumerate(name) if letter == "."}
     alike = same_end(path, known)
     end = f"; did you mean {alike}?" if alike else meant(path, [*known, *sorted(groups)])
+    place = path.rpartition(".")[0]
+    if end == "." and place in groups:
+        end = f"; {place} has {', '.join(name.removeprefix(f'{place}.') for name in known if name.startswith(place))}."
     return f"{path} is not a field of this config{end}"

@@ -17,6 +17,7 @@ from jax import lax
 from jaxtyping import Array, Float, Int, Key
 
 from flowgen.arrays import shown
+from flowgen.counting import OPTIMIZER
 from flowgen.rows import StatefulObjective, micro_batches, share_of_batch, with_rows
 from flowgen.training.frozen import trained, with_frozen
 from flowgen.training.optimizer import SkipState, main_state, make_optimizer, make_schedule, updates_done
@@ -146,7 +147,8 @@ def make_step(
         done = updates_done(state.opt_state, state.step)
         metrics = {**metrics, "grad_norm": optax.tree.norm(grads), "lr": schedule(done)}
         moving = trained(state.params, frozen)
-        updates, opt_state = tx.update(grads, state.opt_state, moving)
+        with jax.named_scope(OPTIMIZER):
+            updates, opt_state = tx.update(grads, state.opt_state, moving)
         main = main_state(opt_state)
         if isinstance(main, SkipState):
             skipped = main.in_a_row > 0
