@@ -84,11 +84,11 @@ def difference_in_norm(a, b):
     return np.linalg.norm(a - b) / np.linalg.norm(b)
 
 
-def start(out, names, *group, devices):
+def start(out, names, *group, devices, form="data"):
     """The table as a program with so many devices, which saves parameters to `out`."""
     flags = f"{os.environ['XLA_FLAGS']} --xla_force_host_platform_device_count={devices}"
     environment = {**os.environ, "PYTHONPATH": str(SCRIPT.parent.parent.parent), "XLA_FLAGS": flags}
-    command = [sys.executable, str(SCRIPT), str(out), ",".join(names), *group]
+    command = [sys.executable, str(SCRIPT), str(out), ",".join(names), form, *group]
     return subprocess.Popen(command, env=environment, stderr=subprocess.PIPE, text=True)
 
 

@@ -57,6 +57,7 @@ from flowgen.backend.meshes import (
     varying,
     with_automatic_axes,
 )
+from flowgen.backend.shards import FSDP, TENSOR, keep_heads_apart, keep_rows_apart
 from flowgen.backend.sharing import (
     WHOLE,
     by_rows,
@@ -72,6 +73,10 @@ from flowgen.backend.sharing import (
 )
 
 __all__ = [
+    "FSDP",
+    "TENSOR",
+    "keep_heads_apart",
+    "keep_rows_apart",
     "HIGHEST",
     "IMAGES_AT_ONCE",
     "MACHINES",

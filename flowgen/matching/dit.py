@@ -18,7 +18,7 @@ from flax import linen as nn
 from jaxtyping import Array, Float, Int
 
 from flowgen.attention import KERNELS, FeatureMap, Kernel, make_attention_fn
-from flowgen.backend import Implementation, OnMeshes, flat_dot
+from flowgen.backend import Implementation, OnMeshes, flat_dot, keep_heads_apart, keep_rows_apart
 from flowgen.conditioning import check_labels
 from flowgen.matching.velocity import check_inputs
 from flowgen.nn.checks import check_implementation, check_patches, image_sides
@@ -189,10 +189,12 @@ class DiTLayer(nn.Module):
     @nn.compact
     def __call__(self, h: Float[Array, "b n d"], c: Float[Array, "b d"]):
         config = self.config
+        h = keep_rows_apart(h)
         shift, scale, gate, mlp_shift, mlp_scale, mlp_gate = jnp.split(_modulation(6 * config.width)(c), 6, axis=1)
         y = _modulated(h, shift, scale).astype(config.dtype)
         qkv = _dense(3 * config.width, config.dtype, name="qkv")(y)
-        q, k, v = (z.reshape(*z.shape[:2], -1, config.head_dim) for z in jnp.split(qkv, 3, axis=-1))
+        heads = (z.reshape(*z.shape[:2], -1, config.head_dim) for z in jnp.split(qkv, 3, axis=-1))
+        q, k, v = keep_heads_apart(*heads)
         attend = make_attention_fn(config.attention, implementation=config.attention_implementation)
         y = attend(q, k, v).reshape(h.shape).astype(config.dtype)
         h = h + gate[:, None].astype(h.dtype) * _dense(config.width, config.dtype, name="proj")(y)

@@ -12,6 +12,7 @@ import numpy as np
 
 from flowgen import backend
 from flowgen.runs import CHECKPOINTS, EVAL, CheckpointReader, NullWriter, RunWriter, check_workdir
+from flowgen.training.fsdp import FullySharded
 from flowgen.training.job import Job, Result
 from flowgen.training.options import LogConfig, OptimConfig, TrainConfig, check_packages
 from flowgen.training.pace import Pace
@@ -57,10 +58,18 @@ def train(
     Example:
         result = train(job, "runs/digits", optim=optim, train=train, log=log, config={}, check_config=print)
     """
-    parallel = DataParallel(job.devices)
+    sharded = train.parallel == "fsdp"
+    parallel = FullySharded(job.devices, train.mesh) if sharded else DataParallel(job.devices)
     parallel.check_batch(train)
     check_packages(log)
-    step = make_step(job.objective, optim, steps=train.steps, accumulation=train.accumulation, others=job.optims)
+    step = make_step(
+        job.objective,
+        optim,
+        steps=train.steps,
+        accumulation=train.accumulation,
+        axis_name=parallel.axis_name,
+        others=job.optims,
+    )
     workdir = Path(workdir)
     init_key, step_key = jax.random.split(jax.random.key(train.seed))
 
@@ -74,7 +83,8 @@ def train(
             # Everything that may be refused is read before anything is written.
             reader = CheckpointReader(workdir / CHECKPOINTS)
             latest = _resumed_from(reader, train.steps, check_config)
-            state = initial() if latest is None else reader.restore(latest, jax.eval_shape(initial))
+            fresh = latest is None
+            state = parallel.create(initial) if fresh else reader.restore(latest, parallel.abstract(initial))
             scores = None if latest is None else _evaluation(reader, latest)
         with _writer(workdir, latest, log, job.best_metric) as record:
             with _interruptible(signals):
@@ -84,7 +94,7 @@ def train(
                 if job.inventory is not None:
                     record.describe_data(job.inventory, resumed=latest is not None)
             run = _Run(job, record, log, parallel, signals, length=train, first=latest, max_skips=optim.max_skips)
-            return run.train(CountedStep(step), state, step_key, scores)
+            return run.train(CountedStep(step, parallel.program_devices), state, step_key, scores)
 
 
 def _writer(workdir: Path, latest: int | None, log: LogConfig, best_metric: str) -> RunWriter | NullWriter:
@@ -143,7 +153,7 @@ class _Run:
         job: Job,
         record: RunWriter | NullWriter,
         config: LogConfig,
-        parallel: DataParallel,
+        parallel: DataParallel | FullySharded,
         signals: Signals,
         *,
         length: TrainConfig,
@@ -164,7 +174,7 @@ class _Run:
     def train(self, counted: CountedStep, state: TrainState, key: jax.Array, scores: dict[str, float] | None) -> Result:
         """Trains from step `first` to the last step and returns the result. scores: the metrics of `first`, if any."""
         with _interruptible(self.signals):
-            state = self.parallel.replicate(state)
+            state = self.parallel.place(state)
             key = self.parallel.replicate_key(key)
         if self.saved is not None:
             self.resume(state, scores)
@@ -353,7 +363,7 @@ class _Run:
 
     def evaluate(self, step: int, state: TrainState) -> None:
         assert self.job.evaluate is not None
-        metrics = self.job.evaluate(self.parallel.to_host(state.averaged))
+        metrics = self.job.evaluate(self.parallel.variables(state))
         # All processes must agree on the best checkpoint, and therefore on which ones to delete.
         self.metrics = {name: from_primary(float(value)) for name, value in metrics.items()}
         self.evaluated = step
@@ -362,9 +372,11 @@ class _Run:
         self.record.score(step, self.metrics)
 
     def draw(self, step: int, state: TrainState) -> None:
-        if self.job.sample is None or isinstance(self.record, NullWriter):
+        if self.job.sample is None:
             return
-        self.samples = self.record.draw(step, self.job.sample(self.parallel.to_host(state.averaged)))
+        variables = self.parallel.variables(state)  # Processes may have to give their parts.
+        if not isinstance(self.record, NullWriter):
+            self.samples = self.record.draw(step, self.job.sample(variables))
 
     def save(self, step: int, state: TrainState) -> None:
         self.report(step)  # A state whose metrics are not finite is never saved.

@@ -74,6 +74,9 @@ class TrainConfig:
     seed: seed of initial parameters, data order and noise; a whole number below 2^32.
     label_dropout: fraction of labels or texts to drop, so that guidance can be used in sampling; at most 1.
     accumulation: number of micro-batches into which each device splits its share of a batch, to save memory.
+    parallel: "data" copies the parameters to every device; "fsdp" divides them over the devices, for large models.
+    mesh: with "fsdp", the numbers of devices that share the batch and the parameters, and that share heads and MLPs;
+    null for all devices on the first axis.
     """
 
     steps: Count = 1000
@@ -81,6 +84,12 @@ class TrainConfig:
     seed: Seed = 0
     label_dropout: Fraction = 0.0
     accumulation: BatchSize = 1
+    parallel: Literal["data", "fsdp"] = "data"
+    mesh: tuple[Count, Count] | None = None
+
+    def __post_init__(self):
+        if self.mesh is not None and self.parallel == "data":
+            raise ValueError('mesh is set, but parallel is "data"; set parallel to "fsdp", or leave mesh out.')
 
 
 @config
