@@ -57,7 +57,7 @@ from flowgen.backend.meshes import (
     varying,
     with_automatic_axes,
 )
-from flowgen.backend.shards import FSDP, TENSOR, keep_heads_apart, keep_rows_apart
+from flowgen.backend.shards import FSDP, TENSOR, Shared, keep_heads_apart, keep_rows_apart, shard_spec
 from flowgen.backend.sharing import (
     WHOLE,
     by_rows,
@@ -77,6 +77,8 @@ __all__ = [
     "TENSOR",
     "keep_heads_apart",
     "keep_rows_apart",
+    "Shared",
+    "shard_spec",
     "HIGHEST",
     "IMAGES_AT_ONCE",
     "MACHINES",

@@ -1,13 +1,15 @@
-"""The axes of the mesh on which sharded training runs, and how activations are divided over them.
+"""The axes of the mesh on which sharded training runs, and how arrays are divided over them.
 
-The parameters' shardings alone do not decide how the compiler divides the activations. Between layers, a device must
-hold whole tokens of its own rows; inside attention, it must hold whole heads. Without these constraints, the compiler
-may divide activations like the parameters, and then exchange activations instead of parameters.
+The shardings of the parameters do not decide how the compiler divides the activations: it may exchange activations
+instead of parameters. The constraints in this file decide it. Between layers, a device holds whole tokens of its own
+rows. Inside attention, it holds whole heads. For each product, it gathers the parts of one layer's kernel.
 """
 
 from __future__ import annotations
 
-from typing import Any
+import math
+from collections.abc import Collection, Mapping
+from typing import Any, Literal
 
 import jax
 from jax.sharding import PartitionSpec, get_abstract_mesh
@@ -17,6 +19,51 @@ from jaxtyping import Array
 FSDP = "fsdp"
 # Devices along this axis share the heads of attention and the hidden layer of MLPs.
 TENSOR = "tensor"
+# Smaller arrays are copied to every device, because exchanging their parts would take longer than it is worth.
+MIN_SIZE = 1 << 14
+# The axis of a kernel that devices along the tensor axis share, if any.
+Shared = Literal["", "inputs", "outputs"]
+
+
+def shard_spec(
+    shape: tuple[int, ...], axes: Mapping[str, int], *, tensor_axis: int | None = None, whole: Collection[int] = ()
+) -> PartitionSpec:
+    """Returns how an array of parameters is divided.
+
+    TENSOR divides the axis `tensor_axis`. FSDP divides the largest remaining axis that it can divide equally. Arrays
+    with fewer than MIN_SIZE elements are not divided.
+
+    axes: the sizes of FSDP and TENSOR. whole: axes of the array that are never divided.
+
+    Example:
+        shard_spec((256, 1024), {"fsdp": 2, "tensor": 2}, tensor_axis=1)  # PartitionSpec("fsdp", "tensor")
+    """
+    spec: list[str | None] = [None] * len(shape)
+    if math.prod(shape) < MIN_SIZE:
+        return PartitionSpec(*spec)
+    if tensor_axis is not None and axes[TENSOR] > 1 and shape[tensor_axis] % axes[TENSOR] == 0:
+        spec[tensor_axis] = TENSOR
+    free = [i for i, size in enumerate(shape) if spec[i] is None and i not in whole and size % axes[FSDP] == 0]
+    if axes[FSDP] > 1 and free:
+        spec[max(free, key=lambda axis: shape[axis])] = FSDP
+    return PartitionSpec(*spec)
+
+
+def gather_kernel(kernel: Array, shared: Shared = "") -> Array:
+    """Returns the kernel `inputs outputs` of one layer, gathered from the devices that share the batch.
+
+    Its gradient is divided again, so that no device accumulates whole gradients. Outside sharded training, the kernel
+    is returned unchanged.
+
+    Example:
+        y = x @ gather_kernel(kernel, "outputs")
+    """
+    axes = _training_axes()
+    if not axes:
+        return kernel
+    divided = shard_spec(kernel.shape, axes, tensor_axis={"inputs": 0, "outputs": 1}.get(shared))
+    gathered = PartitionSpec(*(TENSOR if axis == TENSOR else None for axis in divided))
+    return jax.lax.with_sharding_constraint(jax.lax.with_sharding_constraint(kernel, divided), gathered)
 
 
 def keep_rows_apart(h: Array) -> Array:

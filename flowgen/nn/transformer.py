@@ -80,8 +80,8 @@ class SelfAttention(nn.Module):
     def setup(self):
         config = self.config
         features = (config.num_heads + 2 * config.key_heads) * config.head_dim
-        self.qkv = linear(features, config.width, config.dtype, use_bias=config.use_bias)
-        self.proj = linear(config.width, config.width, config.dtype, use_bias=config.use_bias)
+        self.qkv = linear(features, config.width, config.dtype, use_bias=config.use_bias, shared="outputs")
+        self.proj = linear(config.width, config.width, config.dtype, use_bias=config.use_bias, shared="inputs")
         if config.qk_norm:
             self.query_norm = RMSNorm(config.dtype)
             self.key_norm = RMSNorm(config.dtype)

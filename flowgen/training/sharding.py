@@ -13,10 +13,8 @@ from typing import Any
 import jax
 from jax.sharding import PartitionSpec
 
-from flowgen.backend import FSDP, TENSOR
+from flowgen.backend import shard_spec
 
-# Smaller arrays are copied to every device, because exchanging their parts would take longer than it is worth.
-MIN_SIZE = 1 << 14
 # Layers that read all channels and write heads or hidden channels, and layers that do the reverse.
 BY_OUTPUT = ("qkv", "up", "gate")
 BY_INPUT = ("proj", "down")
@@ -46,24 +44,15 @@ def partition_spec(path: tuple[str, ...], shape: tuple[int, ...], axes: Mapping[
 
     The array's axis of stacked layers is never divided. The tensor axis divides the outputs of "qkv", "up" and "gate",
     and the inputs of "proj" and "down". The fsdp axis divides the largest remaining axis that it can divide equally.
-    Arrays with fewer than MIN_SIZE elements are not divided.
+    Arrays with fewer than 16,384 elements are not divided.
 
     Example:
         partition_spec(("layers", "mlp", "up", "kernel"), (4, 256, 1024), {"fsdp": 2, "tensor": 2})
         # PartitionSpec(None, "fsdp", "tensor")
     """
-    spec: list[str | None] = [None] * len(shape)
-    if math.prod(shape) < MIN_SIZE:
-        return PartitionSpec(*spec)
-    free = [axis for axis in range(len(shape)) if not (axis == 0 and _is_stacked(path))]
-    divided = _tensor_axis(path, len(shape))
-    if axes[TENSOR] > 1 and divided in free and shape[divided] % axes[TENSOR] == 0:
-        spec[divided] = TENSOR
-        free.remove(divided)
-    fitting = [axis for axis in free if shape[axis] % axes[FSDP] == 0]
-    if axes[FSDP] > 1 and fitting:
-        spec[max(fitting, key=lambda axis: shape[axis])] = FSDP
-    return PartitionSpec(*spec)
+    return shard_spec(
+        shape, axes, tensor_axis=_tensor_axis(path, len(shape)), whole=(0,) if _is_stacked(path) else ()
+    )
 
 
 def bytes_per_device(tree: Any, axes: Mapping[str, int]) -> int:
@@ -86,9 +75,9 @@ def _is_stacked(path: tuple[str, ...]) -> bool:
     return not path[path.index(STACK) + 1].startswith(ONE_LAYER)
 
 
-def _tensor_axis(path: tuple[str, ...], rank: int) -> int:
-    """Returns the axis that the tensor axis divides, or -1 if there is none."""
+def _tensor_axis(path: tuple[str, ...], rank: int) -> int | None:
+    """Returns the axis that the tensor axis divides, or None."""
     module, name = path[-2:] if len(path) > 1 else ("", "")
     if module in BY_OUTPUT and name in ("kernel", "bias"):
         return rank - 1
-    return rank - 2 if module in BY_INPUT and name == "kernel" else -1
+    return rank - 2 if module in BY_INPUT and name == "kernel" else None
