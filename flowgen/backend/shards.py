@@ -67,9 +67,10 @@ def gather_kernel(kernel: Array, shared: Shared = "") -> Array:
 
 
 def keep_rows_apart(h: Array) -> Array:
-    """Returns h, an array of rows, with its rows divided over the devices that share the batch and its other axes whole.
+    """Returns an array with its rows divided over the devices that share the batch, and all other axes whole.
 
-    Outside sharded training, and if the devices cannot share the rows equally, h is returned unchanged.
+    If the devices cannot share the rows equally, the compiler decides where they lie. Outside sharded training, h is
+    returned unchanged.
 
     Example:
         h = keep_rows_apart(h)  # b n d
@@ -84,7 +85,7 @@ def keep_rows_apart(h: Array) -> Array:
 def keep_heads_apart(*arrays: Array) -> tuple[Array, ...]:
     """Returns queries, keys and values `b n h k` with their heads divided over the devices that share heads.
 
-    If there are fewer keys and values than devices, every device has all of them. Outside sharded training, the arrays
+    If the devices cannot share the keys and values equally, every device has all of them. Outside sharded training, the arrays
     are returned unchanged.
 
     Raises ValueError if the devices cannot share the heads of the first array equally.

@@ -29,7 +29,7 @@ ACTIVATIONS: dict[str, Callable[[Array], Array]] = {
 GATED_ACTIVATIONS = {"geglu": "gelu_tanh"}
 TORCH_LAYER_NORM_EPS = 1e-5
 RMS_NORM_EPS = 1e-6
-_DOTS: dict[Shared, Callable[..., Array]] = {
+FLAT_DOTS: dict[Shared, Callable[..., Array]] = {
     "": flat_dot,
     "inputs": partial(flat_dot, shared="inputs"),
     "outputs": partial(flat_dot, shared="outputs"),
@@ -83,7 +83,7 @@ def linear(
         param_dtype=master_dtype(dtype),
         kernel_init=nn.initializers.zeros if zero_kernel else kernel_init,
         bias_init=nn.initializers.zeros if zero_bias else uniform_bias(fan_in),
-        dot_general=_DOTS[shared],
+        dot_general=FLAT_DOTS[shared],
         name=name,
     )
 

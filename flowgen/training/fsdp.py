@@ -49,12 +49,13 @@ class FullySharded:
     def __post_init__(self):
         if self.mesh_shape is None:
             return
-        local, processes = len(self.local_devices), jax.process_count()
+        local = len(self.local_devices)
+        count = local * jax.process_count()
         told = f"train.mesh is {self.mesh_shape}"
-        if math.prod(self.mesh_shape) != local * processes:
+        if math.prod(self.mesh_shape) != count:
             raise ValueError(
-                f"{told}, which has {math.prod(self.mesh_shape)} devices, but there are {local * processes}; choose two "
-                f"numbers whose product is {local * processes}."
+                f"{told}, which is a mesh of {math.prod(self.mesh_shape)} devices, but there are {count}; choose two "
+                f"numbers whose product is {count}."
             )
         if local % self.mesh_shape[1]:
             raise ValueError(

@@ -50,9 +50,7 @@ def partition_spec(path: tuple[str, ...], shape: tuple[int, ...], axes: Mapping[
         partition_spec(("layers", "mlp", "up", "kernel"), (4, 256, 1024), {"fsdp": 2, "tensor": 2})
         # PartitionSpec(None, "fsdp", "tensor")
     """
-    return shard_spec(
-        shape, axes, tensor_axis=_tensor_axis(path, len(shape)), whole=(0,) if _is_stacked(path) else ()
-    )
+    return shard_spec(shape, axes, tensor_axis=_tensor_axis(path, len(shape)), whole=(0,) if _is_stacked(path) else ())
 
 
 def bytes_per_device(tree: Any, axes: Mapping[str, int]) -> int:

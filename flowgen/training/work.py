@@ -38,7 +38,7 @@ class CountedStep:
         return self._step(state, batch, key)
 
     def flop(self, batch: Any) -> dict[str, float]:
-        """Returns {dtype: FLOP} of a step on one device, for a batch as the compiled step receives it; empty if unknown."""
+        """Returns {dtype: FLOP} of a step on one device; empty if unknown. batch: the batch of the compiled step."""
         if self._devices is None:
             return self._flop.get(tuple(shape[1:] for shape in _shapes(batch)), {})
         return {dtype: flop / self._devices for dtype, flop in self._flop.get(_shapes(batch), {}).items()}
