@@ -85,8 +85,8 @@ def keep_rows_apart(h: Array) -> Array:
 def keep_heads_apart(*arrays: Array) -> tuple[Array, ...]:
     """Returns queries, keys and values `b n h k` with their heads divided over the devices that share heads.
 
-    If the devices cannot share the keys and values equally, every device has all of them. Outside sharded training, the arrays
-    are returned unchanged.
+    If the devices cannot share the keys and values equally, every device has all of them. Outside sharded training, the
+    arrays are returned unchanged.
 
     Raises ValueError if the devices cannot share the heads of the first array equally.
 

@@ -83,6 +83,11 @@ class FullySharded:
         return backend.must_wait(self.local_devices)
 
     @property
+    def reads_alone(self) -> bool:
+        """Whether a process can read a whole state without the other processes."""
+        return jax.process_count() == 1
+
+    @property
     def program_devices(self) -> int:
         """The number of devices that share one program's FLOP."""
         return self.mesh.size

@@ -249,13 +249,16 @@ class _Run:
 
     @contextmanager
     def keeping(self, step: int, state: TrainState) -> Generator[None]:
-        """Returns a context that saves the state if an error ends the run, unless the error is a FloatingPointError."""
+        """Returns a context that saves the state if an error ends the run, unless the error is a FloatingPointError.
+
+        Nothing is saved if the other processes would have to give their parts of the state.
+        """
         try:
             yield
         except FloatingPointError:
             raise
         except Exception:
-            if step > (self.saved or 0):
+            if step > (self.saved or 0) and self.parallel.reads_alone:
                 try:
                     self.save_last(step, state)
                     self.record.say(f"Step {step} is saved.")
@@ -273,7 +276,8 @@ class _Run:
             self.draw(step, state)
 
         self.unless_stopped(evaluate_and_draw)
-        if not self.record.holds(step):  # The directory was removed in the meantime.
+        # The directory may have been removed in the meantime.
+        if self.parallel.reads_alone and not self.record.holds(step):
             self.save_last(step, state)
             if self.evaluated == step:
                 self.record.score(step, self.metrics)

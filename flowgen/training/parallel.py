@@ -47,6 +47,11 @@ class DataParallel:
         return backend.must_wait(self.local_devices)
 
     @property
+    def reads_alone(self) -> bool:
+        """Whether a process can read a whole state without the other processes."""
+        return True
+
+    @property
     def program_devices(self) -> int | None:
         """None, because a program is traced for one device: its FLOP are not shared."""
         return None

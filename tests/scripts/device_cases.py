@@ -16,6 +16,7 @@ import numpy as np
 
 import flowgen
 from flowgen import matching as fm
+from flowgen.backend import shards
 from flowgen.codecs import AutoencoderConfig
 from flowgen.conditioning import TextCondition
 from flowgen.data import Batch, Moments
@@ -219,6 +220,7 @@ def main(out: str, names: str, form: str, *group: str) -> None:
     if group:
         jax.distributed.initialize(group[0], int(group[1]), int(group[2]))
     mesh = None if form == "data" else tuple(map(int, form.split("x")))
+    shards.MIN_SIZE = 1
     with jax.enable_x64(True):
         params = {name: train(CASES[name], None, mesh=mesh)[0].params for name in names.split(",")}
     np.savez(out, **{f"{name}/{i}": x for name, p in params.items() for i, x in enumerate(jax.tree.leaves(p))})

@@ -1,0 +1,221 @@
+"""Sharded training: which arrays are divided and how, checkpoints of every layout, and what is refused."""
+
+import json
+import logging
+from pathlib import Path
+
+import jax
+import pytest
+from jax.sharding import PartitionSpec as P
+from scripts import toy
+from tolerances import NETWORK, assert_close, assert_trees_close
+
+import flowgen
+from flowgen.backend import shards
+from flowgen.data import DataConfig
+from flowgen.experiments import FlowExperiment, LikelihoodConfig, from_json
+from flowgen.training import CheckpointReader, LogConfig, OptimConfig, TrainConfig, make_step
+from flowgen.training.fsdp import FullySharded
+from flowgen.training.sharding import bytes_per_device, partition_spec
+from flowgen.training.step import init_state
+
+ROOT = Path(__file__).parent.parent
+LAYOUTS = {"data": None, "fsdp": (4, 1), "tensor": (1, 4), "both": (2, 2)}
+BOTH, ONE_AXIS = {"fsdp": 4, "tensor": 2}, {"fsdp": 8, "tensor": 1}
+
+
+@pytest.fixture
+def every_array_is_divided(monkeypatch):
+    monkeypatch.setattr(shards, "MIN_SIZE", 1)
+
+
+# (path, shape) -> the spec on a mesh with both axes, and on a mesh with one.
+LAYER = "params/blocks_0/layers"
+SPECS = {
+    (f"{LAYER}/attention/qkv/kernel", (8, 256, 768)): (P(None, "fsdp", "tensor"), P(None, None, "fsdp")),
+    (f"{LAYER}/attention/proj/kernel", (8, 256, 256)): (P(None, "tensor", "fsdp"), P(None, "fsdp", None)),
+    (f"{LAYER}/mlp/up/kernel", (8, 256, 1024)): (P(None, "fsdp", "tensor"), P(None, None, "fsdp")),
+    (f"{LAYER}/mlp/gate/kernel", (8, 256, 1024)): (P(None, "fsdp", "tensor"), P(None, None, "fsdp")),
+    (f"{LAYER}/mlp/down/kernel", (8, 1024, 256)): (P(None, "tensor", "fsdp"), P(None, "fsdp", None)),
+    (f"{LAYER}/mlp/up/bias", (32, 1024)): (P(None, "tensor"), P(None, "fsdp")),
+    (f"{LAYER}/mlp/down/bias", (64, 256)): (P(None, "fsdp"), P(None, "fsdp")),
+    (f"{LAYER}/mlp_norm/weight", (8, 256)): (P(None, None), P(None, None)),
+    (f"opt_state/1/0/mu/blocks_0/{LAYER[16:]}/mlp/up/kernel", (8, 256, 1024)): (
+        P(None, "fsdp", "tensor"),
+        P(None, None, "fsdp"),
+    ),
+    # A stack of as many layers as there are devices is not divided by layers.
+    (f"{LAYER}/own/kernel", (1024, 3, 96)): (P(None, None, "fsdp"), P(None, None, "fsdp")),
+    (f"{LAYER}/own/odd", (1024, 3, 7)): (P(None, None, None), P(None, None, None)),
+    # Layers that are not stacked have no axis of layers.
+    ("layers/layer_0/mlp/up/kernel", (256, 1024)): (P("fsdp", "tensor"), P(None, "fsdp")),
+    ("params/blocks_0/proj_in/kernel", (64, 256)): (P(None, "fsdp"), P(None, "fsdp")),
+    ("params/blocks_0/pos_embed", (1023, 256)): (P(None, "fsdp"), P(None, "fsdp")),
+    ("params/net/conv/kernel", (3, 3, 128, 64)): (P(None, None, "fsdp", None), P(None, None, "fsdp", None)),
+    ("step", ()): (P(), P()),
+}
+
+
+@pytest.mark.parametrize(("path", "shape"), SPECS)
+def test_how_an_array_is_divided(path, shape):
+    names = tuple(path.split("/"))
+    assert (partition_spec(names, shape, BOTH), partition_spec(names, shape, ONE_AXIS)) == SPECS[path, shape]
+
+
+def test_no_device_has_a_whole_array_even_at_the_start():
+    parallel = FullySharded(mesh_shape=(2, 2))
+    flow = flowgen.TARFlow(flowgen.TARFlowConfig(image_size=8, channels=1, patch_size=4, width=64, head_dim=16))
+
+    def initial():
+        return init_state(flowgen.init(flow, jax.random.key(0)), OptimConfig(), 10)
+
+    state = parallel.create(initial)
+    stored = sum(x.addressable_shards[0].data.nbytes for x in jax.tree.leaves(state))
+    assert stored == bytes_per_device(state, {"fsdp": 2, "tensor": 2})
+    assert 0.25 < stored / sum(x.nbytes for x in jax.tree.leaves(state)) < 0.3
+    assert_trees_close(parallel.to_host(state.params), jax.device_get(initial().params), NETWORK)
+
+
+def test_a_step_is_compiled_once_and_its_state_stays_divided(every_array_is_divided, caplog):
+    parallel = FullySharded(mesh_shape=(2, 2))
+    optim = OptimConfig()
+    update = parallel.compile(make_step(toy.make_objective(), optim, steps=9, axis_name=None))
+    state = parallel.create(lambda: init_state(toy.init(jax.random.key(0)), optim, 9))
+    key, placed = parallel.replicate_key(jax.random.key(1)), jax.tree.map(lambda x: x.sharding, state)
+    state, _ = update(state, parallel.shard(toy.batch_of(0)), key)
+    with jax.log_compiles(), caplog.at_level(logging.WARNING):
+        for step in range(1, 4):
+            state, _ = update(state, parallel.shard(toy.batch_of(step)), key)
+    assert not [record for record in caplog.records if "ompiling" in record.message]
+    assert jax.tree.all(jax.tree.map(lambda x, was: x.sharding.is_equivalent_to(was, x.ndim), state, placed))
+    assert state.params["first"]["kernel"].addressable_shards[0].data.shape == (3, toy.WIDTH // 2)
+
+
+def layouts():
+    shown = {("data", "both"), ("both", "data"), ("fsdp", "tensor")}
+    for saved in LAYOUTS:
+        for resumed in LAYOUTS:
+            marks = [] if (saved, resumed) in shown else pytest.mark.slow
+            yield pytest.param(saved, resumed, marks=marks)
+
+
+@pytest.mark.parametrize(("saved", "resumed"), layouts())
+def test_every_layout_resumes_a_run_of_every_layout(saved, resumed, whole, tmp_path, every_array_is_divided):
+    toy.run(toy.make_job(), tmp_path / "run", steps=20, log=toy.TEN, mesh=LAYOUTS[saved])
+    toy.run(toy.make_job(), tmp_path / "run", log=toy.TEN, mesh=LAYOUTS[resumed])
+    found, expected = toy.arrays_of(tmp_path / "run"), toy.arrays_of(whole)
+    assert found.keys() == expected.keys()
+    for name in expected:
+        assert_close(found[name], expected[name], NETWORK, err_msg=name)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("devices", [1, 2])
+def test_fewer_devices_resume_a_sharded_run(devices, whole, tmp_path, every_array_is_divided):
+    toy.run(toy.make_job(), tmp_path / "run", steps=20, log=toy.TEN, mesh=(2, 2))
+    job = toy.make_job(devices=jax.devices()[:devices])
+    toy.run(job, tmp_path / "run", log=toy.TEN, mesh=(devices, 1))
+    found, expected = toy.arrays_of(tmp_path / "run"), toy.arrays_of(whole)
+    for name in expected:
+        assert_close(found[name], expected[name], NETWORK, err_msg=name)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("layout", ["fsdp", "tensor", "both"])
+def test_a_killed_run_continues_bit_for_bit(layout, tmp_path):
+    mesh = [str(size) for size in LAYOUTS[layout]]
+    killed = toy.start(tmp_path / "killed", "--mesh", *mesh, "--pause-at", "23")
+    toy.wait_for(lambda: any(row["step"] >= 23 for row in toy.rows_of(tmp_path / "killed")), killed)
+    killed.kill()
+    killed.communicate()
+    assert CheckpointReader(tmp_path / "killed" / "checkpoints").latest_step() < toy.STEPS
+    for name in ("killed", "whole"):
+        process = toy.start(tmp_path / name, "--mesh", *mesh)
+        assert process.wait() == 0, process.communicate()[1]
+    toy.assert_bitwise(toy.arrays_of(tmp_path / "killed"), toy.arrays_of(tmp_path / "whole"))
+
+
+REFUSED = {
+    "devices": (TrainConfig(batch_size=16, parallel="fsdp", mesh=(3, 2)), "train.mesh is .3, 2.*4"),
+    "batch": (TrainConfig(batch_size=18, parallel="fsdp"), "train.batch_size is 18.*4 devices"),
+    "accumulation": (TrainConfig(batch_size=12, parallel="fsdp", accumulation=2), "train.batch_size is 12.*= 8"),
+}
+
+
+@pytest.mark.parametrize("name", REFUSED)
+def test_what_does_not_fit_is_refused_before_the_run_is_written(name, tmp_path):
+    length, told = REFUSED[name]
+    options = {"optim": toy.OPTIM, "log": toy.QUIET, "config": {}, "check_config": print}
+    with pytest.raises(ValueError, match=told):
+        flowgen.training.train(toy.make_job(), tmp_path / "run", train=length, **options)
+    assert not (tmp_path / "run").exists()
+
+
+def test_a_mesh_without_sharding_is_refused():
+    with pytest.raises(ValueError, match="mesh is set"):
+        TrainConfig(mesh=(2, 2))
+
+
+def test_heads_that_the_mesh_does_not_divide_are_refused():
+    flow = flowgen.TARFlow(flowgen.TARFlowConfig(image_size=4, channels=1, patch_size=2, width=16, head_dim=8))
+    with pytest.raises(ValueError, match=r"train.mesh .* 4 devices.* 2 heads"):
+        FullySharded(mesh_shape=(1, 4)).create(lambda: flowgen.init(flow, jax.random.key(0)))
+
+
+def digits(**options):
+    """A tiny flow on digits, trained on a mesh or on one device."""
+    return FlowExperiment(
+        name="sharded_digits",
+        model=flowgen.TARFlowConfig(
+            image_size=8,
+            channels=1,
+            patch_size=4,
+            width=32,
+            head_dim=8,
+            num_blocks=2,
+            layers_per_block=1,
+            num_classes=10,
+        ),
+        data=DataConfig(),
+        likelihood=LikelihoodConfig(),
+        optim=OptimConfig(lr=1e-3),
+        train=TrainConfig(steps=6, batch_size=16, **options),
+        log=LogConfig(eval_every=3, sample_every=3, progress=False, tensorboard=False),
+    )
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("layout", ["fsdp", "tensor", "both"])
+def test_a_run_evaluates_and_samples_with_divided_parameters(layout, tmp_path, every_array_is_divided):
+    one = flowgen.fit(digits(), tmp_path / "one", devices=jax.devices()[:1])
+    other = flowgen.fit(digits(parallel="fsdp", mesh=LAYOUTS[layout]), tmp_path / "other")
+    assert other.metrics["bits_per_dim"] == pytest.approx(one.metrics["bits_per_dim"], rel=1e-5)
+    assert other.samples.name == one.samples.name
+    _, variables, experiment = flowgen.load(tmp_path / "other")
+    assert experiment.train.mesh == LAYOUTS[layout]
+    assert from_json(json.loads(json.dumps(experiment.to_json()))) == experiment
+    _, expected, _ = flowgen.load(tmp_path / "one")
+    assert_trees_close(variables, expected, NETWORK)
+
+
+# The states of the largest configs in float32: parameters, two moments and the average.
+LARGE = {"starflow_t2i_256": 8, "starflow_v_480p": 8}
+H100 = 80e9
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", LARGE)
+def test_large_models_fit(name):
+    experiment = flowgen.load_config(name)
+    rehearsal = experiment.rehearsal(experiment.build(), 8)
+    assert rehearsal is not None
+
+    def initial(key):
+        return init_state(rehearsal.init(key), experiment.optim, experiment.train.steps)
+
+    state = jax.eval_shape(initial, jax.random.key(0))
+    whole = sum(x.size * x.dtype.itemsize for x in jax.tree.leaves(state))
+    divided = bytes_per_device(state, {"fsdp": LARGE[name], "tensor": 1})
+    assert divided < 1.01 * whole / LARGE[name]
+    # The gradient is divided like the parameters.
+    assert divided * 5 / 4 < H100 / 2
