@@ -2,10 +2,14 @@
 
 import json
 import logging
+import os
+import subprocess
+import sys
 from pathlib import Path
 
 import jax
 import pytest
+from jax.sharding import NamedSharding
 from jax.sharding import PartitionSpec as P
 from scripts import toy
 from tolerances import NETWORK, assert_close, assert_trees_close
@@ -14,6 +18,7 @@ import flowgen
 from flowgen.backend import shards
 from flowgen.data import DataConfig
 from flowgen.experiments import FlowExperiment, LikelihoodConfig, from_json
+from flowgen.experiments.estimates import training_cost
 from flowgen.training import CheckpointReader, LogConfig, OptimConfig, TrainConfig, make_step
 from flowgen.training.fsdp import FullySharded
 from flowgen.training.sharding import bytes_per_device, partition_spec
@@ -198,24 +203,56 @@ def test_a_run_evaluates_and_samples_with_divided_parameters(layout, tmp_path, e
     assert_trees_close(variables, expected, NETWORK)
 
 
-# The states of the largest configs in float32: parameters, two moments and the average.
-LARGE = {"starflow_t2i_256": 8, "starflow_v_480p": 8}
+# Config -> (devices, rows per device and micro-batch, micro-batches), as docs/training.md says.
+LARGE = {"starflow_t2i_256": (8, 32, 1), "starflow_v_480p": (8, 1, 24)}
 H100 = 80e9
+
+
+def abstract_state(experiment, rehearsal):
+    def initial(key):
+        return init_state(rehearsal.init(key), experiment.optim, experiment.train.steps)
+
+    return jax.eval_shape(initial, jax.eval_shape(lambda: jax.random.key(0)))
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("name", LARGE)
-def test_large_models_fit(name):
+def test_the_largest_configs_fit(name):
+    devices, rows, micro_batches = LARGE[name]
     experiment = flowgen.load_config(name)
-    rehearsal = experiment.rehearsal(experiment.build(), 8)
+    rehearsal = experiment.rehearsal(experiment.build(), rows)
     assert rehearsal is not None
-
-    def initial(key):
-        return init_state(rehearsal.init(key), experiment.optim, experiment.train.steps)
-
-    state = jax.eval_shape(initial, jax.random.key(0))
+    state = abstract_state(experiment, rehearsal)
     whole = sum(x.size * x.dtype.itemsize for x in jax.tree.leaves(state))
-    divided = bytes_per_device(state, {"fsdp": LARGE[name], "tensor": 1})
-    assert divided < 1.01 * whole / LARGE[name]
-    # The gradient is divided like the parameters.
-    assert divided * 5 / 4 < H100 / 2
+    axes = {"fsdp": devices, "tensor": 1}
+    assert bytes_per_device(state, axes) < 1.01 * whole / devices
+    # Accumulation keeps a sum beside the gradient of a micro-batch.
+    gradients = bytes_per_device(state.params, axes) * (1 + (micro_batches > 1))
+    assert bytes_per_device(state, axes) + gradients + training_cost(experiment, rows).recomputed < 0.9 * H100
+
+
+def lower(name):
+    """Lowers a step of a config for all devices; allocates nothing."""
+    experiment, parallel = flowgen.load_config(name), FullySharded(mesh_shape=(4, 2))
+    rehearsal = experiment.rehearsal(experiment.build(), 8)
+    step = make_step(rehearsal.objective, experiment.optim, steps=experiment.train.steps, axis_name=None)
+    state = abstract_state(experiment, rehearsal)
+    rows = NamedSharding(parallel.mesh, P("fsdp"))
+
+    def placed(x, sharding):
+        return jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=sharding)
+
+    state = jax.tree.map(placed, state, parallel.shardings(state))
+    batch = jax.tree.map(lambda x: placed(x, rows), rehearsal.batch)
+    with jax.set_mesh(parallel.mesh):
+        jax.jit(step, donate_argnums=0).lower(state, batch, jax.eval_shape(lambda: jax.random.key(0)))
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", LARGE)
+def test_the_largest_configs_lower_for_eight_devices(name):
+    flags = f"{os.environ['XLA_FLAGS']} --xla_force_host_platform_device_count=8"
+    paths = os.pathsep.join(map(str, (ROOT, ROOT / "tests")))
+    code = f"import test_sharded_training; test_sharded_training.lower({name!r})"
+    environment = {**os.environ, "PYTHONPATH": paths, "XLA_FLAGS": flags}
+    subprocess.run([sys.executable, "-c", code], env=environment, check=True)

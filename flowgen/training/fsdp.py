@@ -101,6 +101,10 @@ class FullySharded:
                 f"train.accumulation {config.accumulation} = {count * config.accumulation}."
             )
 
+    def shardings(self, tree: Any) -> Any:
+        """Returns the sharding of every leaf of a state or of variables, which may be abstract arrays."""
+        return _shardings(self.mesh, tree)
+
     def abstract(self, make: Callable[[], Any]) -> Any:
         """Returns the shapes of make(), and raises the errors of its trace."""
         with jax.set_mesh(self.mesh):
@@ -109,14 +113,14 @@ class FullySharded:
     def create(self, make: Callable[[], Any]) -> Any:
         """Returns make(), computed in parts: no device holds the whole result."""
         with jax.set_mesh(self.mesh):
-            return jax.jit(make, out_shardings=_shardings(self.mesh, jax.eval_shape(make)))()
+            return jax.jit(make, out_shardings=self.shardings(jax.eval_shape(make)))()
 
     def compile(self, step: Step) -> Step:
         """Returns the step on the whole batch. Each call donates the buffers of its input state."""
 
         def update(state, batch, key):
             state, metrics = step(state, batch, key)
-            return jax.lax.with_sharding_constraint(state, _shardings(self.mesh, state)), metrics
+            return jax.lax.with_sharding_constraint(state, self.shardings(state)), metrics
 
         compiled = jax.jit(update, donate_argnums=0)
 
@@ -128,7 +132,7 @@ class FullySharded:
 
     def place(self, state: Any) -> Any:
         """Returns a state on the devices, each of which receives only its own part."""
-        return jax.tree.map(_placed, state, _shardings(self.mesh, state))
+        return jax.tree.map(_placed, state, self.shardings(state))
 
     def replicate_key(self, key: jax.Array) -> jax.Array:
         """Returns the same key on every device."""
