@@ -376,10 +376,11 @@ class _Run:
         self.record.score(step, self.metrics)
 
     def draw(self, step: int, state: TrainState) -> None:
-        if self.job.sample is None:
+        writes = not isinstance(self.record, NullWriter)
+        if self.job.sample is None or (self.parallel.reads_alone and not writes):
             return
-        variables = self.parallel.variables(state)  # Processes may have to give their parts.
-        if not isinstance(self.record, NullWriter):
+        variables = self.parallel.variables(state)
+        if writes:
             self.samples = self.record.draw(step, self.job.sample(variables))
 
     def save(self, step: int, state: TrainState) -> None:
