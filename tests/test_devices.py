@@ -116,7 +116,7 @@ def sharded_cases():
             yield pytest.param(name, mesh, marks=[] if shown else pytest.mark.slow)
 
 
-@pytest.mark.parametrize(("name", "mesh"), sharded_cases())
+@pytest.mark.parametrize(("name", "mesh"), list(sharded_cases()))
 def test_sharded_parameters_train_what_one_device_does(name, mesh, x64, every_array_is_divided):
     one, of_one = train(CASES[name], 1)
     sharded, of_sharded = train(CASES[name], mesh[0] * mesh[1], mesh=mesh)

@@ -104,7 +104,7 @@ def layouts():
             yield pytest.param(saved, resumed, marks=marks)
 
 
-@pytest.mark.parametrize(("saved", "resumed"), layouts())
+@pytest.mark.parametrize(("saved", "resumed"), list(layouts()))
 def test_every_layout_resumes_a_run_of_every_layout(saved, resumed, whole, tmp_path, every_array_is_divided):
     toy.run(toy.make_job(), tmp_path / "run", steps=20, log=toy.TEN, mesh=LAYOUTS[saved])
     toy.run(toy.make_job(), tmp_path / "run", log=toy.TEN, mesh=LAYOUTS[resumed])
