@@ -29,11 +29,9 @@ MAIN = "main"  # Labels the parameters that have no separate optimizer.
 class TrainState(struct.PyTreeNode):
     """Everything that a run keeps between steps.
 
-    The same structure also holds the arrays' shardings.
-
-    step: number of steps done, an int32. params: trained parameters. collections: all other collections of the Flax variables,
+    step: number of steps done. params: trained parameters. collections: all other collections of the Flax variables,
     which contain the objective's state. opt_state: the optimizer's state. ema: the average of params, or None if no
-    average is kept.
+    average is kept. The fields have no types, because the same structure holds the arrays' shardings.
     """
 
     step: Any
