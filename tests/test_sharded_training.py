@@ -121,11 +121,16 @@ def complete(whole, tmp_path_factory):
     return run
 
 
-def resume(run, workdir, **options):
-    """Copies a run as it was after 20 steps, and trains the copy to its end."""
+def copy_of_half(run, workdir):
+    """Copies a run as it was after 20 steps."""
     shutil.copytree(run, workdir)
     for step in (30, 40):
         shutil.rmtree(workdir / "checkpoints" / str(step))
+
+
+def resume(run, workdir, **options):
+    """Copies a run as it was after 20 steps, and trains the copy to its end."""
+    copy_of_half(run, workdir)
     toy.run(toy.make_job(devices=options.pop("devices", None)), workdir, log=toy.TEN, **options)
     return toy.arrays_of(workdir)
 
@@ -151,6 +156,14 @@ def test_fewer_devices_resume_a_sharded_run(devices, complete, tmp_path, every_a
     used = jax.devices()[:devices]
     found = resume(complete("both"), tmp_path / "run", mesh=(devices, 1), devices=used)
     assert_same_run(found, toy.arrays_of(complete("data")))
+
+
+@pytest.mark.slow
+def test_more_devices_resume_a_sharded_run(complete, tmp_path, every_array_is_divided):
+    copy_of_half(complete("both"), tmp_path / "run")
+    process = toy.start(tmp_path / "run", "--mesh", "4", "2", devices=8)
+    assert process.wait() == 0, process.communicate()[1]
+    assert_same_run(toy.arrays_of(tmp_path / "run"), toy.arrays_of(complete("data")))
 
 
 @pytest.mark.slow
