@@ -82,7 +82,9 @@ UNUSUAL = FlowExperiment(
         ema_decay=0.0,
         ema_warmup=False,
     ),
-    train=TrainConfig(steps=7, batch_size=12, seed=2**32 - 1, label_dropout=0.25, accumulation=2),
+    train=TrainConfig(
+        steps=7, batch_size=12, seed=2**32 - 1, label_dropout=0.25, accumulation=2, parallel="fsdp", mesh=(3, 2)
+    ),
     log=LogConfig(
         log_every=1, eval_every=2, sample_every=3, checkpoint_every=4, keep=5, tensorboard=False, progress=False
     ),
