@@ -7,8 +7,8 @@ and 1,024 tokens.
     python sample.py --checkpoint runs/t2i --prompt "a cat" --aspect 1:1 --guidance 3.6
 
 codec.path and text.encoder are folders of published networks. The parameters, their average and the optimizer's moments
-are not sharded yet, so they occupy 62 GB on each device in float32. `reference` gives the paper's FID-30K on COCO; the
-paper's model was trained on more data than CC12M. We have not measured this metric.
+occupy 62 GB in float32. --train.parallel fsdp divides them over the devices; see docs/training.md. `reference` gives
+the paper's FID-30K on COCO; the paper's model was trained on more data than CC12M. We have not measured this metric.
 """
 
 import dataclasses

@@ -135,12 +135,16 @@ def without_rows(batch: Any) -> Any:
     return {name: value for name, value in batch.items() if name != ROWS} if isinstance(batch, Mapping) else batch
 
 
-def share_of_batch(key: Key[Array, ""], num: int, axis_name: str) -> Rows:
+def share_of_batch(key: Key[Array, ""], num: int, axis_name: str | None) -> Rows:
     """Returns this device's rows. The devices along `axis_name` get consecutive blocks of `num` rows.
+
+    axis_name: None if the program computes the whole batch.
 
     Example:
         rows = share_of_batch(key, num=16, axis_name="data")  # inside jax.pmap(..., axis_name="data")
     """
+    if axis_name is None:
+        return Rows(key, jnp.arange(num), size=num)
     positions = lax.axis_index(axis_name) * num + jnp.arange(num)
     return Rows(key, positions, size=num * lax.axis_size(axis_name), axis_name=axis_name)
 

@@ -90,7 +90,14 @@ UNUSUAL = FlowExperiment(
         ema_warmup=False,
     ),
     train=TrainConfig(
-        steps=7, batch_size=12, seed=2**32 - 1, label_dropout=0.25, accumulation=2, frozen=("*/ü", "a,b")
+        steps=7,
+        batch_size=12,
+        seed=2**32 - 1,
+        label_dropout=0.25,
+        accumulation=2,
+        frozen=("*/ü", "a,b"),
+        parallel="fsdp",
+        mesh=(3, 2),
     ),
     log=LogConfig(
         log_every=1, eval_every=2, sample_every=3, checkpoint_every=4, keep=5, tensorboard=False, progress=False

@@ -14,6 +14,7 @@ from conftest import rows
 from scripts.device_cases import BATCH, CASES, SINGLE, Case, difference, train
 
 from flowgen import matching as fm
+from flowgen.backend import shards
 from flowgen.rows import ROWS
 from flowgen.training import OptimConfig, make_step
 from flowgen.training.parallel import DataParallel
@@ -84,11 +85,11 @@ def difference_in_norm(a, b):
     return np.linalg.norm(a - b) / np.linalg.norm(b)
 
 
-def start(out, names, *group, devices):
+def start(out, names, *group, devices, form="data"):
     """The table as a program with so many devices, which saves parameters to `out`."""
     flags = f"{os.environ['XLA_FLAGS']} --xla_force_host_platform_device_count={devices}"
     environment = {**os.environ, "PYTHONPATH": str(SCRIPT.parent.parent.parent), "XLA_FLAGS": flags}
-    command = [sys.executable, str(SCRIPT), str(out), ",".join(names), *group]
+    command = [sys.executable, str(SCRIPT), str(out), ",".join(names), form, *group]
     return subprocess.Popen(command, env=environment, stderr=subprocess.PIPE, text=True)
 
 
@@ -99,12 +100,56 @@ def assert_trained_alike(out, names):
         assert difference([found[f"{name}/{i}"] for i in range(len(expected))], expected) < EXACT, name
 
 
+# Some cases have a single attention head.
+MANY_HEADS = ("flow", "volume preserving", "running weights", "exact transport", "entropic transport", "mean flow")
+
+
+@pytest.fixture
+def every_array_is_divided(monkeypatch):
+    monkeypatch.setattr(shards, "MIN_SIZE", 1)
+
+
+def sharded_cases():
+    for name in CASES:
+        for mesh in [(4, 1), *([(2, 2), (1, 2)] if name in MANY_HEADS else [])]:
+            shown = (name, mesh) in {("flow", (2, 2)), ("running weights", (4, 1))}
+            yield pytest.param(name, mesh, marks=[] if shown else pytest.mark.slow)
+
+
+@pytest.mark.parametrize(("name", "mesh"), list(sharded_cases()))
+def test_sharded_parameters_train_what_one_device_does(name, mesh, x64, every_array_is_divided):
+    one, of_one = train(CASES[name], 1)
+    sharded, of_sharded = train(CASES[name], mesh[0] * mesh[1], mesh=mesh)
+    assert difference(sharded, one) < EXACT
+    assert difference(of_sharded, of_one) < ROUNDING  # metrics are float32
+
+
 @pytest.mark.slow
-def test_eight_devices_train_what_one_does(x64, tmp_path):
-    process = start(tmp_path / "eight.npz", CASES, devices=8)
+@pytest.mark.parametrize("name", MANY_HEADS)
+def test_accumulation_depends_on_no_sharding(name, x64, every_array_is_divided):
+    parts, _ = train(CASES[name], 1, steps=6, accumulation=2)
+    sharded, _ = train(CASES[name], 4, steps=6, accumulation=2, mesh=(2, 2))
+    assert difference(sharded, parts) < EXACT
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", {**CASES, **SINGLE})
+def test_one_sharded_step_in_float32(name, every_array_is_divided):
+    case = {**CASES, **SINGLE}[name]
+    one, of_one = train(case, 1, steps=1)
+    four, of_four = train(case, 4, steps=1, mesh=(4, 1))
+    assert difference(of_four, of_one) < ROUNDING
+    assert difference(four.collections, one.collections) < ROUNDING
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("form", ["data", "8x1", "4x2"])
+def test_eight_devices_train_what_one_does(form, x64, tmp_path):
+    names = CASES if form != "4x2" else MANY_HEADS
+    process = start(tmp_path / "eight.npz", names, devices=8, form=form)
     _, errors = process.communicate()
     assert process.returncode == 0, errors[-4000:]
-    assert_trained_alike(tmp_path / "eight.npz", CASES)
+    assert_trained_alike(tmp_path / "eight.npz", names)
 
 
 def free_address():
@@ -114,10 +159,11 @@ def free_address():
 
 
 @pytest.mark.slow
-def test_two_processes_train_what_one_device_does(x64, tmp_path):
+@pytest.mark.parametrize("form", ["data", "4x1", "2x2"])
+def test_two_processes_train_what_one_device_does(form, x64, tmp_path):
     names = ("flow", "running weights", "exact transport", "entropic transport")
     address = free_address()
-    processes = [start(tmp_path / f"{i}.npz", names, address, "2", str(i), devices=2) for i in range(2)]
+    processes = [start(tmp_path / f"{i}.npz", names, address, "2", str(i), devices=2, form=form) for i in range(2)]
     for process in processes:
         _, errors = process.communicate()
         assert process.returncode == 0, errors[-4000:]

@@ -95,3 +95,15 @@ def test_only_the_first_process_decides_and_writes(runs):
     assert {row["eval/bits_per_dim"] for row in rows if "eval/bits_per_dim" in row} == {0.0}
     names = ["checkpoints", "config.json", "lock", "metrics.jsonl", "samples"]
     assert sorted(path.name for path in workdir.iterdir()) == names
+
+
+@pytest.mark.parametrize("mesh", [("4", "1"), ("2", "2")])
+def test_two_processes_share_the_parameters(mesh, tmp_path):
+    reports = finish(start_two(tmp_path / "two", "--evaluated", "--mesh", *mesh))
+    assert [report["step"] for report in reports] == [toy.STEPS] * 2
+    assert reports[1]["written"] == []
+    toy.run(toy.make_job(), tmp_path / "one")
+    two, one = (CheckpointReader(tmp_path / name / "checkpoints").arrays(toy.STEPS) for name in ("two", "one"))
+    assert two.keys() == one.keys()
+    for name in two:
+        assert_close(two[name], one[name], NETWORK, err_msg=name)

@@ -57,6 +57,7 @@ from flowgen.backend.meshes import (
     varying,
     with_automatic_axes,
 )
+from flowgen.backend.shards import FSDP, TENSOR, Shared, keep_heads_apart, keep_rows_apart, shard_spec
 from flowgen.backend.sharing import (
     WHOLE,
     by_rows,
@@ -73,6 +74,7 @@ from flowgen.backend.sharing import (
 )
 
 __all__ = [
+    "FSDP",
     "HIGHEST",
     "IMAGES_AT_ONCE",
     "MACHINES",
@@ -80,6 +82,7 @@ __all__ = [
     "MAX_LOGITS",
     "MIN_CAUSAL_SLICE",
     "PIXELS_AT_ONCE",
+    "TENSOR",
     "TEXTS_AT_ONCE",
     "WHOLE",
     "AttentionPlan",
@@ -89,6 +92,7 @@ __all__ = [
     "Machine",
     "OnMeshes",
     "Remat",
+    "Shared",
     "alike_rows",
     "any_derivative",
     "attention_plan",
@@ -110,7 +114,9 @@ __all__ = [
     "interpret_kernels",
     "join_processes",
     "keep_axes",
+    "keep_heads_apart",
     "keep_rows",
+    "keep_rows_apart",
     "layer_form",
     "machine_of",
     "make_core_devices",
@@ -131,6 +137,7 @@ __all__ = [
     "samples_at_once",
     "seconds_at_peak",
     "settled",
+    "shard_spec",
     "share_rows",
     "sharing",
     "take_rows",

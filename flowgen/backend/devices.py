@@ -16,6 +16,8 @@ from jax.experimental.buffer_callback import buffer_callback
 from jax.typing import ArrayLike, DTypeLike
 from jaxtyping import Array, Float, Shaped
 
+from flowgen.backend.shards import Shared, gather_kernel
+
 # Precision of matrix products whose errors accumulate, for example in running states. At lower precision, accelerators
 # round the factors.
 HIGHEST = lax.Precision.HIGHEST
@@ -72,15 +74,23 @@ def _erf_slope(primals: tuple[Array], tangents: tuple[Array]) -> tuple[Array, Ar
 
 
 def flat_dot(
-    x: Array, kernel: Array, dimension_numbers: object, precision: lax.PrecisionLike = None, **options: Any
+    x: Array,
+    kernel: Array,
+    dimension_numbers: object,
+    precision: lax.PrecisionLike = None,
+    *,
+    shared: Shared = "",
+    **options: Any,
 ) -> Array:
     """Returns x @ kernel, computed with all leading axes of x flattened into one.
+
+    shared: the axis of the kernel that devices share in sharded training; see `gather_kernel`.
 
     This is a `dot_general` for Flax's Dense. Because of the flattening, the gradient with respect to the kernel is one
     plain matrix product, which XLA computes without copies on CPUs.
     """
     rows = x.reshape(-1, x.shape[-1])
-    out = lax.dot_general(rows, kernel, (((1,), (0,)), ((), ())), precision=precision, **options)
+    out = lax.dot_general(rows, gather_kernel(kernel, shared), (((1,), (0,)), ((), ())), precision=precision, **options)
     return out.reshape(*x.shape[:-1], kernel.shape[-1])
 
 

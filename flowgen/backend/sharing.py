@@ -19,6 +19,8 @@ from jax.core import Tracer
 from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec, get_abstract_mesh
 from jaxtyping import Array, PyTree
 
+from flowgen.backend.shards import FSDP
+
 AXIS = "rows"
 WHOLE = PartitionSpec()
 # On a CPU, a token loop over fewer rows is hardly faster, because most of its time is then spent starting operations.
@@ -88,17 +90,17 @@ def sharing(rows: int, variables: PyTree = None) -> Mesh | None:
     return Mesh(np.array(devices), (AXIS,))
 
 
-def share_rows(tree: PyTree, mesh: Mesh | None) -> PyTree:
-    """Returns the arrays of a tree with their rows divided over a mesh; without a mesh, returns the tree unchanged.
+def share_rows(tree: PyTree, mesh: Mesh | None, axis: str = AXIS) -> PyTree:
+    """Returns the arrays of a tree with their rows divided over an axis of a mesh; without a mesh, returns the tree.
 
     If the number of rows is not a multiple of the number of devices, the first rows are repeated at the end.
     """
     if mesh is None:
         return tree
-    rows = NamedSharding(mesh, PartitionSpec(AXIS))
+    rows, count = NamedSharding(mesh, PartitionSpec(axis)), mesh.shape[axis]
 
     def share(x):
-        size = -(-len(x) // mesh.size) * mesh.size
+        size = -(-len(x) // count) * count
         return jax.device_put(x if size == len(x) else x[np.resize(np.arange(len(x)), size)], rows)
 
     return jax.tree.map(share, tree)
@@ -137,7 +139,8 @@ def by_rows(fn: Callable[..., PyTree], shared: PyTree, *rows: PyTree, **static: 
     count = len(jax.tree.leaves(rows)[0])
     mesh = sharing(count, shared)
     run = partial(_by_rows, fn=fn, mesh=mesh, static=tuple(static.items()))
-    return jax.tree.map(lambda x: np.asarray(x)[:count], run(copies(shared, mesh), share_rows(rows, mesh)))
+    placed = share_rows(rows, _training_mesh(shared), FSDP) if mesh is None else share_rows(rows, mesh)
+    return jax.tree.map(lambda x: np.asarray(x)[:count], run(copies(shared, mesh), placed))
 
 
 @partial(jax.jit, static_argnames=("fn", "mesh", "static"))
@@ -199,6 +202,15 @@ def _is_whole(x: Any) -> bool:
     mesh = x.sharding.mesh if isinstance(x.sharding, NamedSharding) else None
     explicit = mesh is not None and AxisType.Explicit in mesh.axis_types
     return x.is_fully_addressable and x.sharding.is_fully_replicated and not explicit
+
+
+def _training_mesh(variables: PyTree) -> Mesh | None:
+    """Returns the mesh of sharded training on which variables are divided; None if they are not divided by training."""
+    for x in jax.tree.leaves(variables):
+        sharding = None if isinstance(x, Tracer) else getattr(x, "sharding", None)
+        if isinstance(sharding, NamedSharding) and FSDP in sharding.mesh.axis_names and not _is_whole(x):
+            return sharding.mesh
+    return None
 
 
 def _is_key(x: jax.Array) -> bool:

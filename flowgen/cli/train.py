@@ -68,7 +68,8 @@ def run(options: argparse.Namespace, rest: list[str]) -> int:
             if backend.platform() == "cpu" and (problem := huge_pages.why_absent()):
                 tell(f"No huge pages, which would speed up the training of larger flows on CPUs: {problem}.")
             # The CPU devices that were added for sampling do not speed up training.
-            devices = jax.local_devices()[:1] if options.makes_devices and backend.platform() == "cpu" else None
+            alone = options.makes_devices and backend.platform() == "cpu" and experiment.train.parallel == "data"
+            devices = jax.local_devices()[:1] if alone else None
             result = fit(experiment, options.workdir, signals=signals, profile=options.profile or 0, devices=devices)
         except Interrupted as stop:
             tell("Stopped before the first step; nothing is lost. Run the same command to start over.")

@@ -29,6 +29,8 @@ from flowgen.training.step import Objective
 RESUMABLE = (
     "name",
     "train.steps",
+    "train.parallel",
+    "train.mesh",
     "log.",
     "sampling.",
     "reference",

@@ -18,12 +18,12 @@ from flax import linen as nn
 from jaxtyping import Array, Float, Int
 
 from flowgen.attention import KERNELS, FeatureMap, Kernel, make_attention_fn
-from flowgen.backend import Implementation, OnMeshes, flat_dot
+from flowgen.backend import Implementation, OnMeshes, Shared, keep_heads_apart, keep_rows_apart
 from flowgen.conditioning import check_labels
 from flowgen.matching.velocity import check_inputs
 from flowgen.nn.checks import check_implementation, check_patches, image_sides
 from flowgen.nn.embeddings import TIME_SCALE, ConditionEmbedding, grid_positions
-from flowgen.nn.layers import ACTIVATIONS, master_dtype, patchify, unpatchify
+from flowgen.nn.layers import ACTIVATIONS, FLAT_DOTS, master_dtype, patchify, unpatchify
 from flowgen.nn.softmax_shape import SoftmaxShape
 from flowgen.settings import config
 from flowgen.settings.ranges import Channels, Classes, Expansion, HeadDim, Layers, OneOf, Own, Positive, Side, Width
@@ -189,16 +189,19 @@ class DiTLayer(nn.Module):
     @nn.compact
     def __call__(self, h: Float[Array, "b n d"], c: Float[Array, "b d"]):
         config = self.config
+        h = keep_rows_apart(h)
         shift, scale, gate, mlp_shift, mlp_scale, mlp_gate = jnp.split(_modulation(6 * config.width)(c), 6, axis=1)
         y = _modulated(h, shift, scale).astype(config.dtype)
-        qkv = _dense(3 * config.width, config.dtype, name="qkv")(y)
-        q, k, v = (z.reshape(*z.shape[:2], -1, config.head_dim) for z in jnp.split(qkv, 3, axis=-1))
+        qkv = _dense(3 * config.width, config.dtype, shared="outputs", name="qkv")(y)
+        heads = (z.reshape(*z.shape[:2], -1, config.head_dim) for z in jnp.split(qkv, 3, axis=-1))
+        q, k, v = keep_heads_apart(*heads)
         attend = make_attention_fn(config.attention, implementation=config.attention_implementation)
         y = attend(q, k, v).reshape(h.shape).astype(config.dtype)
-        h = h + gate[:, None].astype(h.dtype) * _dense(config.width, config.dtype, name="proj")(y)
+        h = h + gate[:, None].astype(h.dtype) * _dense(config.width, config.dtype, shared="inputs", name="proj")(y)
         y = _modulated(h, mlp_shift, mlp_scale).astype(config.dtype)
-        y = ACTIVATIONS["gelu_tanh"](_dense(config.expansion * config.width, config.dtype, name="up")(y))
-        return h + mlp_gate[:, None].astype(h.dtype) * _dense(config.width, config.dtype, name="down")(y), None
+        up = _dense(config.expansion * config.width, config.dtype, shared="outputs", name="up")
+        down = _dense(config.width, config.dtype, shared="inputs", name="down")
+        return h + mlp_gate[:, None].astype(h.dtype) * down(ACTIVATIONS["gelu_tanh"](up(y))), None
 
 
 def _modulated(h: Array, shift: Array, scale: Array) -> Array:
@@ -214,13 +217,13 @@ def _modulation(features: int) -> nn.Dense:
     return nn.Dense(features, kernel_init=nn.initializers.zeros, name="modulation")
 
 
-def _dense(features: int, dtype: str, *, zero: bool = False, name: str) -> nn.Dense:
+def _dense(features: int, dtype: str, *, zero: bool = False, shared: Shared = "", name: str) -> nn.Dense:
     init = nn.initializers.zeros if zero else nn.initializers.xavier_uniform()
     return nn.Dense(
         features,
         dtype=jnp.dtype(dtype),
         param_dtype=master_dtype(dtype),
         kernel_init=init,
-        dot_general=flat_dot,
+        dot_general=FLAT_DOTS[shared],
         name=name,
     )

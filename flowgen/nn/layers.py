@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Mapping
+from functools import partial
 from typing import Any, Literal
 
 import jax
@@ -12,7 +13,7 @@ from einops import rearrange
 from flax import linen as nn
 from jaxtyping import Array, Float
 
-from flowgen.backend import flat_dot, gelu
+from flowgen.backend import Shared, flat_dot, gelu
 
 Activation = Literal["gelu", "gelu_tanh", "silu", "relu_squared", "geglu"]
 Norm = Literal["layer_norm", "rms_norm"]
@@ -28,6 +29,11 @@ ACTIVATIONS: dict[str, Callable[[Array], Array]] = {
 GATED_ACTIVATIONS = {"geglu": "gelu_tanh"}
 TORCH_LAYER_NORM_EPS = 1e-5
 RMS_NORM_EPS = 1e-6
+FLAT_DOTS: dict[Shared, Callable[..., Array]] = {
+    "": flat_dot,
+    "inputs": partial(flat_dot, shared="inputs"),
+    "outputs": partial(flat_dot, shared="outputs"),
+}
 
 
 def master_dtype(dtype: str) -> jnp.dtype:
@@ -57,12 +63,14 @@ def linear(
     zero_kernel: bool = False,
     zero_bias: bool = False,
     use_bias: bool = True,
+    shared: Shared = "",
     name: str | None = None,
 ) -> nn.Dense:
     """Returns a Dense layer initialised like PyTorch's Linear: kernel and bias from U(-1/√fan_in, 1/√fan_in).
 
     zero_kernel, zero_bias: whether the kernel or the bias is initialised to zero instead. The published output layers
     initialise only the kernel to zero.
+    shared: the axis of the kernel that the devices along the tensor axis of a training mesh share.
 
     Example:
         proj = linear(256, fan_in=128, dtype="float32")
@@ -75,7 +83,7 @@ def linear(
         param_dtype=master_dtype(dtype),
         kernel_init=nn.initializers.zeros if zero_kernel else kernel_init,
         bias_init=nn.initializers.zeros if zero_bias else uniform_bias(fan_in),
-        dot_general=flat_dot,
+        dot_general=FLAT_DOTS[shared],
         name=name,
     )
 
@@ -153,10 +161,10 @@ class MLP(nn.Module):
 
     def setup(self):
         hidden = self.expansion * self.width
-        self.up = linear(hidden, self.width, self.dtype, use_bias=self.use_bias)
+        self.up = linear(hidden, self.width, self.dtype, use_bias=self.use_bias, shared="outputs")
         if self.activation in GATED_ACTIVATIONS:
-            self.gate = linear(hidden, self.width, self.dtype, use_bias=self.use_bias)
-        self.down = linear(self.width, hidden, self.dtype, use_bias=self.use_bias)
+            self.gate = linear(hidden, self.width, self.dtype, use_bias=self.use_bias, shared="outputs")
+        self.down = linear(self.width, hidden, self.dtype, use_bias=self.use_bias, shared="inputs")
 
     def __call__(self, x: Float[Array, "b n d"]) -> Float[Array, "b n d"]:
         if self.activation not in GATED_ACTIVATIONS:

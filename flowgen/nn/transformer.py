@@ -17,7 +17,7 @@ from jaxtyping import Array, Float, Int, PyTree
 from flowgen.attention import CAUSAL_KERNEL_NAMES, CausalKernel, FeatureMap, FrameWindow, Kernel, causal_kernel
 from flowgen.attention.kernels import State
 from flowgen.attention.rotary import turn
-from flowgen.backend import Implementation, Remat, layer_form
+from flowgen.backend import Implementation, Remat, keep_heads_apart, keep_rows_apart, layer_form
 from flowgen.nn.layers import MLP, NORMS, RMSNorm, cast_linear, linear
 from flowgen.settings.ranges import OneOf, Own
 
@@ -83,8 +83,8 @@ class SelfAttention(nn.Module):
     def setup(self):
         config = self.config
         features = (config.num_heads + 2 * config.key_heads) * config.head_dim
-        self.qkv = linear(features, config.width, config.dtype, use_bias=config.use_bias)
-        self.proj = linear(config.width, config.width, config.dtype, use_bias=config.use_bias)
+        self.qkv = linear(features, config.width, config.dtype, use_bias=config.use_bias, shared="outputs")
+        self.proj = linear(config.width, config.width, config.dtype, use_bias=config.use_bias, shared="inputs")
         if config.qk_norm:
             self.query_norm = RMSNorm(config.dtype)
             self.key_norm = RMSNorm(config.dtype)
@@ -96,7 +96,7 @@ class SelfAttention(nn.Module):
         kernel = causal_kernel(config.attention, config.attention_implementation)
         heads, key_heads = config.num_heads, config.key_heads
         qkv = self.qkv(x).reshape(*x.shape[:2], heads + 2 * key_heads, config.head_dim)
-        q, k, v = jnp.split(qkv, (heads, heads + key_heads), axis=2)
+        q, k, v = keep_heads_apart(*jnp.split(qkv, (heads, heads + key_heads), axis=2))
         if config.qk_norm:
             q, k = self.query_norm(q), self.key_norm(k)
         if rotation is not None:
@@ -130,6 +130,7 @@ class TransformerLayer(nn.Module):
     def __call__(
         self, h: Float[Array, "b n d"], cache: State, start: Slot, inverse_temperature: Scale, rotation: Rotation
     ) -> tuple[Float[Array, "b n d"], State]:
+        h = keep_rows_apart(h)
         update, cache = self.attention(self.attention_norm(h), cache, start, inverse_temperature, rotation)
         h = h + (self.attention_post_norm(update) if self.config.post_norm else update)
         update = self.mlp(self.mlp_norm(h))

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Generator, Iterator, Sequence
+from collections.abc import Callable, Generator, Iterator
 from contextlib import contextmanager, nullcontext
 from pathlib import Path
 from typing import Any
@@ -12,7 +12,8 @@ import numpy as np
 
 from flowgen import backend
 from flowgen.runs import CHECKPOINTS, EVAL, CheckpointReader, NullWriter, RunWriter, check_workdir
-from flowgen.training.job import Job, Result, Start
+from flowgen.training.fsdp import FullySharded
+from flowgen.training.job import Job, Result
 from flowgen.training.options import LogConfig, OptimConfig, TrainConfig, check_packages
 from flowgen.training.pace import Pace
 from flowgen.training.parallel import DataParallel, barrier, from_primary, is_primary, largest
@@ -57,7 +58,8 @@ def train(
     Example:
         result = train(job, "runs/digits", optim=optim, train=train, log=log, config={}, check_config=print)
     """
-    parallel = DataParallel(job.devices)
+    sharded = train.parallel == "fsdp"
+    parallel = FullySharded(job.devices, train.mesh) if sharded else DataParallel(job.devices)
     parallel.check_batch(train)
     check_packages(log)
     step = make_step(
@@ -65,15 +67,15 @@ def train(
         optim,
         steps=train.steps,
         accumulation=train.accumulation,
+        axis_name=parallel.axis_name,
         others=job.optims,
         frozen=train.frozen,
     )
     workdir = Path(workdir)
     init_key, step_key = jax.random.split(jax.random.key(train.seed))
 
-    def initial(start: Start | None = None) -> tuple[TrainState, Sequence[str]]:
-        variables, told = (job.init(init_key), ()) if start is None else start(job.init(init_key))
-        return init_state(variables, optim, train.steps, job.optims, train.frozen), told
+    def initial() -> TrainState:
+        return init_state(job.init(init_key), optim, train.steps, job.optims, train.frozen)
 
     with Signals() if signals is None else nullcontext(signals) as signals:
         with _interruptible(signals):
@@ -82,10 +84,13 @@ def train(
             # Everything that may be refused is read before anything is written.
             reader = CheckpointReader(workdir / CHECKPOINTS)
             latest = _resumed_from(reader, train.steps, check_config)
-            if latest is None:
-                state, told = initial(job.start)
+            if latest is not None:
+                state, told = reader.restore(latest, parallel.abstract(initial)), ()
+            elif job.start is None:
+                state, told = parallel.create(initial), ()
             else:
-                state, told = reader.restore(latest, jax.eval_shape(lambda: initial()[0])), ()
+                variables, told = job.start(job.init(init_key))
+                state = init_state(variables, optim, train.steps, job.optims, train.frozen)
             scores = None if latest is None else _evaluation(reader, latest)
         with _writer(workdir, latest, log, job.best_metric) as record:
             with _interruptible(signals):
@@ -97,7 +102,7 @@ def train(
                 if job.inventory is not None:
                     record.describe_data(job.inventory, resumed=latest is not None)
             run = _Run(job, record, log, parallel, signals, length=train, first=latest, max_skips=optim.max_skips)
-            return run.train(CountedStep(step), state, step_key, scores)
+            return run.train(CountedStep(step, parallel.program_devices), state, step_key, scores)
 
 
 def _writer(workdir: Path, latest: int | None, log: LogConfig, best_metric: str) -> RunWriter | NullWriter:
@@ -156,7 +161,7 @@ class _Run:
         job: Job,
         record: RunWriter | NullWriter,
         config: LogConfig,
-        parallel: DataParallel,
+        parallel: DataParallel | FullySharded,
         signals: Signals,
         *,
         length: TrainConfig,
@@ -177,7 +182,7 @@ class _Run:
     def train(self, counted: CountedStep, state: TrainState, key: jax.Array, scores: dict[str, float] | None) -> Result:
         """Trains from step `first` to the last step and returns the result. scores: the metrics of `first`, if any."""
         with _interruptible(self.signals):
-            state = self.parallel.replicate(state)
+            state = self.parallel.place(state)
             key = self.parallel.replicate_key(key)
         if self.saved is not None:
             self.resume(state, scores)
@@ -252,13 +257,16 @@ class _Run:
 
     @contextmanager
     def keeping(self, step: int, state: TrainState) -> Generator[None]:
-        """Returns a context that saves the state if an error ends the run, unless the error is a FloatingPointError."""
+        """Returns a context that saves the state if an error ends the run, unless the error is a FloatingPointError.
+
+        Nothing is saved if the other processes would have to give their parts of the state.
+        """
         try:
             yield
         except FloatingPointError:
             raise
         except Exception:
-            if step > (self.saved or 0):
+            if step > (self.saved or 0) and self.parallel.reads_alone:
                 try:
                     self.save_last(step, state)
                     self.record.say(f"Step {step} is saved.")
@@ -276,7 +284,8 @@ class _Run:
             self.draw(step, state)
 
         self.unless_stopped(evaluate_and_draw)
-        if not self.record.holds(step):  # The directory was removed in the meantime.
+        # The directory may have been removed in the meantime.
+        if self.parallel.reads_alone and not self.record.holds(step):
             self.save_last(step, state)
             if self.evaluated == step:
                 self.record.score(step, self.metrics)
@@ -366,7 +375,7 @@ class _Run:
 
     def evaluate(self, step: int, state: TrainState) -> None:
         assert self.job.evaluate is not None
-        metrics = self.job.evaluate(self.parallel.to_host(state.averaged))
+        metrics = self.job.evaluate(self.parallel.variables(state))
         # All processes must agree on the best checkpoint, and therefore on which ones to delete.
         self.metrics = {name: from_primary(float(value)) for name, value in metrics.items()}
         self.evaluated = step
@@ -375,9 +384,12 @@ class _Run:
         self.record.score(step, self.metrics)
 
     def draw(self, step: int, state: TrainState) -> None:
-        if self.job.sample is None or isinstance(self.record, NullWriter):
+        writes = not isinstance(self.record, NullWriter)
+        if self.job.sample is None or (self.parallel.reads_alone and not writes):
             return
-        self.samples = self.record.draw(step, self.job.sample(self.parallel.to_host(state.averaged)))
+        variables = self.parallel.variables(state)
+        if writes:
+            self.samples = self.record.draw(step, self.job.sample(variables))
 
     def save(self, step: int, state: TrainState) -> None:
         self.report(step)  # A state whose metrics are not finite is never saved.

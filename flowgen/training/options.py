@@ -136,6 +136,9 @@ class TrainConfig:
     label_dropout: fraction of labels or texts to drop, so that guidance can be used in sampling; at most 1.
     accumulation: number of micro-batches into which each device splits its share of a batch, to save memory.
     frozen: patterns of the names of parameters that stay as they are, such as "blocks_0/*"; see docs/training.md.
+    parallel: "data" copies the parameters to every device; "fsdp" divides them over the devices, for large models.
+    mesh: with "fsdp", the numbers of devices that share the batch and the parameters, and that share heads and MLPs;
+    null for all devices on the first axis.
     """
 
     steps: Count = 1000
@@ -144,6 +147,12 @@ class TrainConfig:
     label_dropout: Fraction = 0.0
     accumulation: BatchSize = 1
     frozen: tuple[str, ...] = ()
+    parallel: Literal["data", "fsdp"] = "data"
+    mesh: tuple[Count, Count] | None = None
+
+    def __post_init__(self):
+        if self.mesh is not None and self.parallel == "data":
+            raise ValueError('mesh is set, but parallel is "data"; set parallel to "fsdp", or leave mesh out.')
 
 
 @config

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -15,7 +15,7 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec
 from flowgen import backend
 from flowgen.arrays import shown
 from flowgen.training.options import TrainConfig
-from flowgen.training.step import AXIS, Step
+from flowgen.training.step import AXIS, Step, TrainState
 
 
 @dataclass(frozen=True)
@@ -31,6 +31,7 @@ class DataParallel:
     """
 
     devices: Sequence[jax.Device] | None = None
+    axis_name = AXIS
 
     @property
     def local_devices(self) -> Sequence[jax.Device]:
@@ -45,6 +46,16 @@ class DataParallel:
         """Whether each step must end before the next one starts."""
         return backend.must_wait(self.local_devices)
 
+    @property
+    def reads_alone(self) -> bool:
+        """Whether a process can read a whole state without the other processes."""
+        return True
+
+    @property
+    def program_devices(self) -> int | None:
+        """None, because a program is traced for one device: its FLOP are not shared."""
+        return None
+
     def check_batch(self, config: TrainConfig) -> None:
         """Raises ValueError if the devices cannot share the batch equally."""
         devices = len(self.local_devices) * jax.process_count()
@@ -57,6 +68,18 @@ class DataParallel:
     def compile(self, step: Step) -> Step:
         """Returns the step mapped over all devices. Each call donates the buffers of its input state."""
         return jax.pmap(step, axis_name=AXIS, devices=self.devices, donate_argnums=0)
+
+    def abstract(self, make: Callable[[], Any]) -> Any:
+        """Returns the shapes of make()."""
+        return jax.eval_shape(make)
+
+    def create(self, make: Callable[[], Any]) -> Any:
+        """Returns make(), which is computed on one device."""
+        return make()
+
+    def place(self, state: Any) -> Any:
+        """Returns a state on the devices, each of which receives a copy."""
+        return self.replicate(state)
 
     def replicate(self, tree: Any) -> Any:
         """Returns the tree with a copy of every leaf on every device."""
@@ -91,6 +114,10 @@ class DataParallel:
         # np.asarray of a CPU array is a view, whose memory the next step overwrites.
         shards = jax.device_get(jax.tree.map(lambda x: x.addressable_shards[0].data, tree))
         return jax.tree.map(lambda x: np.array(x[0]), shards)
+
+    def variables(self, state: TrainState) -> Any:
+        """Returns the variables for evaluation and sampling, as numpy arrays."""
+        return self.to_host(state.averaged)
 
 
 def check_rows(batch: Any, devices: int, rows: int | None = None) -> None:

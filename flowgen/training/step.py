@@ -1,4 +1,4 @@
-"""The training step: its state, and the pure function that pmap maps over devices.
+"""The training step: its state, and the pure function that runs on devices.
 
 g = mean over devices and micro-batches of ∇ loss;   θ <- θ - optimizer(clip(g));   θ̄ <- θ̄ + (1 - d)(θ - θ̄)
 """
@@ -34,10 +34,10 @@ class TrainState(struct.PyTreeNode):
 
     step: number of steps done. params: trained parameters. collections: all other collections of the Flax variables,
     which contain the objective's state. opt_state: the optimizer's state. ema: the average of params, or None if no
-    average is kept.
+    average is kept. The fields have no types, because the same structure holds the arrays' shardings.
     """
 
-    step: Int[Any, "*device"]
+    step: Any
     params: Any
     collections: Any
     opt_state: Any
@@ -79,11 +79,13 @@ def make_step(
     *,
     steps: int,
     accumulation: int = 1,
-    axis_name: str = AXIS,
+    axis_name: str | None = AXIS,
     others: Mapping[str, OptimConfig] | None = None,
     frozen: Sequence[str] = (),
 ) -> Step:
     """Returns the update (state, batch, key) -> (state, metrics) for one device, to be mapped over `axis_name`.
+
+    If `axis_name` is None, the update computes the whole batch in one program, which may be divided over devices.
 
     objective: a function (variables, batch, key) -> (loss, metrics) or (loss, metrics, collections).
     batch: this device's share of the rows; shares are consecutive, in the order of the axis.
@@ -139,11 +141,12 @@ def make_step(
     def update(state: TrainState, batch: Any, key: Key[Array, ""]) -> tuple[TrainState, Metrics]:
         shared_key, own_key = jax.random.split(jax.random.fold_in(key, state.step))
         rows = share_of_batch(shared_key, check_share(batch, accumulation), axis_name)
-        own_key = jax.random.fold_in(own_key, lax.axis_index(axis_name))
+        own_key = jax.random.fold_in(own_key, 0 if axis_name is None else lax.axis_index(axis_name))
         grads, metrics, collections = gradients(state, batch, rows, own_key)
-        grads, metrics, collections = jax.tree.map(
-            lambda x: lax.pmean(x, axis_name) if _is_float(x) else x, (grads, metrics, collections)
-        )
+        if axis_name is not None:
+            grads, metrics, collections = jax.tree.map(
+                lambda x: lax.pmean(x, axis_name) if _is_float(x) else x, (grads, metrics, collections)
+            )
         done = updates_done(state.opt_state, state.step)
         metrics = {**metrics, "grad_norm": optax.tree.norm(grads), "lr": schedule(done)}
         moving = trained(state.params, frozen)

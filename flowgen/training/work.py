@@ -18,15 +18,19 @@ Shapes = tuple[tuple[int, ...], ...]
 class CountedStep:
     """A training step that counts its FLOP when it is traced, so that no second trace is needed.
 
+    devices: the number of devices that share the step's program, whose batch has no device axis; None if the step is
+    traced for one device.
+
     Example:
         counted = CountedStep(make_step(objective, OptimConfig(), steps=1_000))
         state, metrics = parallel.compile(counted)(state, batch, key)
         flop = counted.flop(batch)  # {"float32": 1.2e9}
     """
 
-    def __init__(self, step: Step):
+    def __init__(self, step: Step, devices: int | None = None):
         # Inlining keeps the program of `step` unchanged. Both uses in `__call__` share one cached trace.
         self._step = jax.jit(step, inline=True)
+        self._devices = devices
         self._flop: dict[Shapes, dict[str, float]] = {}
 
     def __call__(self, state: Any, batch: Any, key: jax.Array) -> tuple[Any, dict[str, jax.Array]]:
@@ -34,8 +38,10 @@ class CountedStep:
         return self._step(state, batch, key)
 
     def flop(self, batch: Any) -> dict[str, float]:
-        """Returns {dtype: FLOP} of a step on one device, for a batch with a leading device axis; empty if unknown."""
-        return self._flop.get(tuple(shape[1:] for shape in _shapes(batch)), {})
+        """Returns {dtype: FLOP} of a step on one device; empty if unknown. batch: the batch of the compiled step."""
+        if self._devices is None:
+            return self._flop.get(tuple(shape[1:] for shape in _shapes(batch)), {})
+        return {dtype: flop / self._devices for dtype, flop in self._flop.get(_shapes(batch), {}).items()}
 
 
 def work_of(flop: Mapping[str, float], devices: Sequence[jax.Device], samples: int, tokens: int) -> Work:

@@ -1,7 +1,7 @@
 """What one device trains and several: a table of variables, objectives and batches that the device laws run over.
 
 As a program it trains some of them on all devices, of several processes too, and saves their parameters:
-python device_cases.py OUT.npz NAME,NAME [ADDRESS PROCESSES PROCESS]
+python device_cases.py OUT.npz NAME,NAME data|FSDPxTENSOR [ADDRESS PROCESSES PROCESS]
 """
 
 import dataclasses
@@ -16,6 +16,7 @@ import numpy as np
 
 import flowgen
 from flowgen import matching as fm
+from flowgen.backend import shards
 from flowgen.codecs import AutoencoderConfig
 from flowgen.conditioning import TextCondition
 from flowgen.data import Batch, Moments
@@ -25,6 +26,7 @@ from flowgen.flows import STARFlowVConfig, flow_score_objective
 from flowgen.flows.objective import nll_objective
 from flowgen.nn import init
 from flowgen.training import OptimConfig, make_step
+from flowgen.training.fsdp import FullySharded
 from flowgen.training.parallel import DataParallel
 from flowgen.training.step import init_state
 
@@ -175,18 +177,26 @@ SINGLE = {
 
 
 def train(
-    case: Case, devices: int | None, *, steps: int = STEPS, accumulation: int = 1, state: Any = None
+    case: Case,
+    devices: int | None,
+    *,
+    steps: int = STEPS,
+    accumulation: int = 1,
+    state: Any = None,
+    mesh: tuple[int, int] | None = None,
 ) -> tuple[Any, Any]:
     """The state after `steps` steps in all, and the metrics of each; from `state` on where it is given.
 
-    devices: how many, None for all of all processes.
+    devices: how many, None for all of all processes. mesh: the shape of the mesh for sharded training, if any.
     """
-    parallel = DataParallel(None if devices is None else jax.devices()[:devices])
+    used = None if devices is None else jax.devices()[:devices]
+    parallel = DataParallel(used) if mesh is None else FullySharded(used, mesh)
     variables, objective = case.make()
-    update = parallel.compile(make_step(objective, OPTIM, steps=STEPS, accumulation=accumulation))
+    options = {"steps": STEPS, "accumulation": accumulation, "axis_name": parallel.axis_name}
+    update = parallel.compile(make_step(objective, OPTIM, **options))
     state = init_state(variables, OPTIM, STEPS) if state is None else state
     first, rows = int(state.step), []
-    state, key = parallel.replicate(state), parallel.replicate_key(jax.random.key(1))
+    state, key = parallel.place(state), parallel.replicate_key(jax.random.key(1))
     for step in range(first, steps):
         whole = case.batch(np.random.default_rng([step]))
         share = jax.tree.map(lambda x: np.split(x, jax.process_count())[jax.process_index()], whole)
@@ -206,11 +216,13 @@ def difference(a: Any, b: Any) -> float:
     return max((one(x, y) for x, y in pairs), default=0.0)
 
 
-def main(out: str, names: str, *group: str) -> None:
+def main(out: str, names: str, form: str, *group: str) -> None:
     if group:
         jax.distributed.initialize(group[0], int(group[1]), int(group[2]))
+    mesh = None if form == "data" else tuple(map(int, form.split("x")))
+    shards.MIN_SIZE = 1
     with jax.enable_x64(True):
-        params = {name: train(CASES[name], None)[0].params for name in names.split(",")}
+        params = {name: train(CASES[name], None, mesh=mesh)[0].params for name in names.split(",")}
     np.savez(out, **{f"{name}/{i}": x for name, p in params.items() for i, x in enumerate(jax.tree.leaves(p))})
 
 

@@ -19,6 +19,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from flowgen.backend import shards
 from flowgen.rows import batch_rows
 from flowgen.runs import CHECKPOINTS, SPEED, CheckpointReader
 from flowgen.training import Interrupted, Job, LogConfig, OptimConfig, Result, TrainConfig, train
@@ -81,10 +82,19 @@ def make_job(*, noise: float = 0.1, pause_at: int | None = None, gate: Path | No
     )
 
 
-def run(job: Job, workdir: str | Path, *, steps: int = STEPS, log: LogConfig = QUIET, **changes) -> Result:
-    """Trains a toy job; any config may be resumed."""
+def run(
+    job: Job,
+    workdir: str | Path,
+    *,
+    steps: int = STEPS,
+    log: LogConfig = QUIET,
+    mesh: tuple[int, int] | None = None,
+    **changes,
+) -> Result:
+    """Trains a toy job, with sharded parameters on a mesh if its shape is given; any config may be resumed."""
     options = {"optim": OPTIM, "config": {"toy": True}, "check_config": lambda saved: None, **changes}
-    return train(job, workdir, train=TrainConfig(steps=steps, batch_size=BATCH), log=log, **options)
+    length = TrainConfig(steps=steps, batch_size=BATCH, parallel="fsdp" if mesh else "data", mesh=mesh)
+    return train(job, workdir, train=length, log=log, **options)
 
 
 def rows_of(workdir: Path) -> list[dict]:
@@ -184,9 +194,12 @@ def main() -> None:
     parser.add_argument("--address", help="coordinator of several processes")
     parser.add_argument("--processes", type=int, default=1)
     parser.add_argument("--process", type=int, default=0)
+    parser.add_argument("--mesh", type=int, nargs=2, help="train with sharded parameters on a mesh of this shape")
     options = parser.parse_args()
     if options.processes > 1:
         jax.distributed.initialize(options.address, options.processes, options.process)
+    if options.mesh:
+        shards.MIN_SIZE = 1
     written = note_written_files(Path(options.workdir))
     parts, log = {}, dataclasses.replace(QUIET, log_every=options.log_every)
     if options.evaluated:
@@ -204,7 +217,7 @@ def main() -> None:
     if options.limit_at is not None:
         job = dataclasses.replace(job, batches=limiting(job.batches, options.limit_at))
     try:
-        result = run(job, options.workdir, log=log)
+        result = run(job, options.workdir, log=log, mesh=tuple(options.mesh) if options.mesh else None)
     except Interrupted as stop:
         sys.exit(128 + stop.number)
     except OSError as error:

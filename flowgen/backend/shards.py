@@ -1,0 +1,123 @@
+"""The axes of the mesh on which sharded training runs, and how arrays are divided over them.
+
+The shardings of the parameters do not decide how the compiler divides the activations: it may exchange activations
+instead of parameters. The constraints in this file decide it. Between layers, a device holds whole tokens of its own
+rows. Inside attention, it holds whole heads. For each product, it gathers the parts of one layer's kernel.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Collection, Mapping
+from typing import Any, Literal
+
+import jax
+from jax.sharding import PartitionSpec, get_abstract_mesh
+from jaxtyping import Array
+
+# Devices along this axis share the rows of a batch and the parameters.
+FSDP = "fsdp"
+# Devices along this axis share the heads of attention and the hidden layer of MLPs.
+TENSOR = "tensor"
+# Smaller arrays are copied to every device, because exchanging their parts would take longer than it is worth.
+MIN_SIZE = 1 << 14
+# The axis of a kernel that devices along the tensor axis share, if any.
+Shared = Literal["", "inputs", "outputs"]
+
+
+def shard_spec(
+    shape: tuple[int, ...], axes: Mapping[str, int], *, tensor_axis: int | None = None, whole: Collection[int] = ()
+) -> PartitionSpec:
+    """Returns how an array of parameters is divided.
+
+    TENSOR divides the axis `tensor_axis`. FSDP divides the largest remaining axis that it can divide equally. Arrays
+    with fewer than MIN_SIZE elements are not divided.
+
+    axes: the sizes of FSDP and TENSOR. whole: axes of the array that are never divided.
+
+    Example:
+        shard_spec((256, 1024), {"fsdp": 2, "tensor": 2}, tensor_axis=1)  # PartitionSpec("fsdp", "tensor")
+    """
+    spec: list[str | None] = [None] * len(shape)
+    if math.prod(shape) < MIN_SIZE:
+        return PartitionSpec(*spec)
+    if tensor_axis is not None and axes[TENSOR] > 1 and shape[tensor_axis] % axes[TENSOR] == 0:
+        spec[tensor_axis] = TENSOR
+    free = [i for i, size in enumerate(shape) if spec[i] is None and i not in whole and size % axes[FSDP] == 0]
+    if axes[FSDP] > 1 and free:
+        spec[max(free, key=lambda axis: shape[axis])] = FSDP
+    return PartitionSpec(*spec)
+
+
+def gather_kernel(kernel: Array, shared: Shared = "") -> Array:
+    """Returns the kernel `inputs outputs` of one layer, gathered from the devices that share the batch.
+
+    Its gradient is divided again, so that no device accumulates whole gradients. Outside sharded training, the kernel
+    is returned unchanged.
+
+    Example:
+        y = x @ gather_kernel(kernel, "outputs")
+    """
+    axes = _training_axes()
+    if not axes:
+        return kernel
+    divided = shard_spec(kernel.shape, axes, tensor_axis={"inputs": 0, "outputs": 1}.get(shared))
+    gathered = PartitionSpec(*(TENSOR if axis == TENSOR else None for axis in divided))
+    return jax.lax.with_sharding_constraint(jax.lax.with_sharding_constraint(kernel, divided), gathered)
+
+
+def keep_rows_apart(h: Array) -> Array:
+    """Returns an array with its rows divided over the devices that share the batch, and all other axes whole.
+
+    If the devices cannot share the rows equally, the compiler decides where they lie. Outside sharded training, h is
+    returned unchanged.
+
+    Example:
+        h = keep_rows_apart(h)  # b n d
+    """
+    axes = _training_axes()
+    if not axes:
+        return h
+    rows = _divided(FSDP, len(h), axes)
+    return jax.lax.with_sharding_constraint(h, PartitionSpec(rows, *[None] * (h.ndim - 1)))
+
+
+def keep_heads_apart(*arrays: Array) -> tuple[Array, ...]:
+    """Returns queries, keys and values `b n h k` with their heads divided over the devices that share heads.
+
+    If the devices cannot share the keys and values equally, every device has all of them. Outside sharded training, the
+    arrays are returned unchanged.
+
+    Raises ValueError if the devices cannot share the heads of the first array equally.
+
+    Example:
+        q, k, v = keep_heads_apart(q, k, v)
+    """
+    axes = _training_axes()
+    if not axes:
+        return arrays
+    heads, count = arrays[0].shape[2], axes[TENSOR]
+    if heads % count:
+        raise ValueError(
+            f"train.mesh divides attention over {count} devices, but a layer has {heads} heads; choose a second number "
+            f"that divides {heads}."
+        )
+    return tuple(
+        jax.lax.with_sharding_constraint(
+            x, PartitionSpec(_divided(FSDP, x.shape[0], axes), None, _divided(TENSOR, x.shape[2], axes), None)
+        )
+        for x in arrays
+    )
+
+
+def _training_axes() -> dict[str, int]:
+    """Returns the sizes of the axes of sharded training; empty if no program for sharded training is being traced."""
+    mesh = get_abstract_mesh()
+    return dict(mesh.shape) if set(mesh.axis_names) == {FSDP, TENSOR} else {}
+
+
+def _divided(axis: str, size: int, axes: dict[str, int]) -> Any:
+    """Returns the axis if it divides the size; otherwise, leaves the choice to the compiler (rows) or None (heads)."""
+    if size % axes[axis] == 0:
+        return axis
+    return PartitionSpec.UNCONSTRAINED if axis == FSDP else None

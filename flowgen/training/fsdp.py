@@ -1,0 +1,193 @@
+"""Sharded training: the parameters, their moments and their average are divided over devices and processes.
+
+The program is that of one device on the whole batch. The compiler divides it by the shardings of its arguments.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from functools import cached_property
+from typing import Any
+
+import jax
+import numpy as np
+from jax.experimental import multihost_utils
+from jax.sharding import Mesh, NamedSharding, PartitionSpec
+
+from flowgen import backend
+from flowgen.training.options import TrainConfig
+from flowgen.training.parallel import check_rows
+from flowgen.training.sharding import partition_specs
+from flowgen.training.step import Step, TrainState
+
+WHOLE, ROWS = PartitionSpec(), PartitionSpec(backend.FSDP)
+
+
+@dataclass(frozen=True)
+class FullySharded:
+    """Sharded training over a mesh of devices, with the methods of `DataParallel`.
+
+    Arrays are global: a batch has all its rows, divided over the first axis of the mesh, and a state has the shapes of
+    one device, divided as `partition_specs` says.
+
+    devices: the local devices to use; None for all of them. mesh_shape: the numbers of devices that share the batch
+    and the parameters, and that share heads and MLPs; None for all devices on the first axis.
+
+    Raises ValueError if the mesh does not fit the devices.
+
+    Example:
+        parallel = FullySharded(mesh_shape=(4, 2))
+        state, metrics = parallel.compile(step)(parallel.create(initial), parallel.shard(batch), key)
+    """
+
+    devices: Sequence[jax.Device] | None = None
+    mesh_shape: tuple[int, int] | None = None
+    axis_name = None
+
+    def __post_init__(self):
+        if self.mesh_shape is None:
+            return
+        local = len(self.local_devices)
+        count = local * jax.process_count()
+        told = f"train.mesh is {self.mesh_shape}"
+        if math.prod(self.mesh_shape) != count:
+            raise ValueError(
+                f"{told}, which is a mesh of {math.prod(self.mesh_shape)} devices, but there are {count}; choose two "
+                f"numbers whose product is {count}."
+            )
+        if local % self.mesh_shape[1]:
+            raise ValueError(
+                f"{told}, but each process has {local} devices; the second number must divide {local}, because the "
+                "devices that share heads must belong to one process."
+            )
+
+    @property
+    def local_devices(self) -> Sequence[jax.Device]:
+        return jax.local_devices() if self.devices is None else self.devices
+
+    @cached_property
+    def mesh(self) -> Mesh:
+        """The devices of all processes; the rows of a process lie on its own devices."""
+        devices = self.local_devices
+        if jax.process_count() > 1:
+            if self.devices is not None:
+                raise ValueError("devices is given, but sharded training in several processes uses all of them.")
+            devices = sorted(jax.devices(), key=lambda device: (device.process_index, device.id))
+        return Mesh(np.array(devices).reshape(self.mesh_shape or (-1, 1)), (backend.FSDP, backend.TENSOR))
+
+    @property
+    def must_wait(self) -> bool:
+        """Whether each step must end before the next one starts."""
+        return backend.must_wait(self.local_devices)
+
+    @property
+    def reads_alone(self) -> bool:
+        """Whether a process can read a whole state without the other processes."""
+        return jax.process_count() == 1
+
+    @property
+    def program_devices(self) -> int:
+        """The number of devices that share one program's FLOP."""
+        return self.mesh.size
+
+    def check_batch(self, config: TrainConfig) -> None:
+        """Raises ValueError if the devices cannot share the batch equally."""
+        count = self.mesh.shape[backend.FSDP]
+        if config.batch_size % (count * config.accumulation):
+            raise ValueError(
+                f"train.batch_size is {config.batch_size}; it must be a multiple of {count} devices × "
+                f"train.accumulation {config.accumulation} = {count * config.accumulation}."
+            )
+
+    def shardings(self, tree: Any) -> Any:
+        """Returns the sharding of every leaf of a state or of variables, which may be abstract arrays."""
+        return _shardings(self.mesh, tree)
+
+    def abstract(self, make: Callable[[], Any]) -> Any:
+        """Returns the shapes of make(), and raises the errors of its trace."""
+        with jax.set_mesh(self.mesh):
+            return jax.eval_shape(make)
+
+    def create(self, make: Callable[[], Any]) -> Any:
+        """Returns make(), computed in parts: no device holds the whole result."""
+        with jax.set_mesh(self.mesh):
+            return jax.jit(make, out_shardings=self.shardings(jax.eval_shape(make)))()
+
+    def compile(self, step: Step) -> Step:
+        """Returns the step on the whole batch. Each call donates the buffers of its input state."""
+
+        def update(state, batch, key):
+            state, metrics = step(state, batch, key)
+            return jax.lax.with_sharding_constraint(state, self.shardings(state)), metrics
+
+        compiled = jax.jit(update, donate_argnums=0)
+
+        def run(state, batch, key):
+            with jax.set_mesh(self.mesh):
+                return compiled(state, batch, key)
+
+        return run
+
+    def place(self, state: Any) -> Any:
+        """Returns a state on the devices, each of which receives only its own part."""
+        return jax.tree.map(_placed, state, self.shardings(state))
+
+    def replicate_key(self, key: jax.Array) -> jax.Array:
+        """Returns the same key on every device."""
+        data = np.asarray(jax.random.key_data(key))
+        return jax.random.wrap_key_data(_placed(data, NamedSharding(self.mesh, WHOLE)))
+
+    def shard(self, batch: Any, rows: int | None = None) -> Any:
+        """Returns the whole batch, of which this process gives its rows; does not wait for the transfer.
+
+        rows: the required number of rows, which is this process's share of train.batch_size; None allows any number
+        that the devices can share equally. Raises ValueError unless all leaves are arrays of numbers with this many
+        rows.
+        """
+        check_rows(batch, self.mesh.shape[backend.FSDP] // jax.process_count(), rows)
+        sharding = NamedSharding(self.mesh, ROWS)
+        return jax.tree.map(lambda x: jax.make_array_from_process_local_data(sharding, np.asarray(x)), batch)
+
+    def to_host(self, tree: Any) -> Any:
+        """Returns a tree as whole numpy arrays that own their memory, in every process; waits for the devices."""
+        return jax.tree.map(_whole, tree)
+
+    def variables(self, state: TrainState) -> Any:
+        """Returns the variables for evaluation and sampling, divided over this process's devices.
+
+        They must not be used after the next step.
+        """
+        averaged = state.averaged
+        if jax.process_count() == 1:
+            return averaged
+        devices = np.array(self.local_devices).reshape(-1, self.mesh.shape[backend.TENSOR])
+        whole = self.to_host(averaged)
+        return jax.tree.map(_placed, whole, _shardings(Mesh(devices, self.mesh.axis_names), whole))
+
+
+def _shardings(mesh: Mesh, tree: Any) -> Any:
+    """Returns the sharding of every leaf of a tree of (abstract) arrays."""
+    specs = partition_specs(tree, dict(mesh.shape))
+    return jax.tree.map(lambda spec: NamedSharding(mesh, spec), specs, is_leaf=lambda x: isinstance(x, PartitionSpec))
+
+
+def _placed(x: Any, sharding: NamedSharding) -> jax.Array:
+    """Returns an array with this sharding, which must be equal in all processes; it may already have it."""
+    if isinstance(x, jax.Array) and x.sharding.is_equivalent_to(sharding, x.ndim):
+        return x
+    x = np.asarray(x)
+    return jax.make_array_from_callback(x.shape, sharding, lambda index: x[index])
+
+
+def _whole(x: jax.Array) -> np.ndarray:
+    """Returns an array of any sharding as a numpy array with its own memory."""
+    if not x.is_fully_addressable and not x.is_fully_replicated:
+        return np.asarray(multihost_utils.process_allgather(x, tiled=True))
+    # np.asarray would keep a second copy, and on a CPU it may be a view, whose memory the next step overwrites.
+    whole = np.empty(x.shape, x.dtype)
+    for shard in x.addressable_shards:
+        if shard.replica_id == 0 or not x.is_fully_addressable:
+            whole[shard.index] = shard.data
+    return whole

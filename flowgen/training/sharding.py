@@ -1,0 +1,82 @@
+"""Rules for dividing the arrays of a training state over a mesh: a pure function of shapes and paths.
+
+The mesh has two axes: devices along "fsdp" share the batch and the parameters, and devices along "tensor" share the
+heads of attention and the hidden layer of MLPs.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from typing import Any
+
+import jax
+from jax.sharding import PartitionSpec
+
+from flowgen.backend import shard_spec
+from flowgen.optimizers import STACK
+
+# Layers that read all channels and write heads or hidden channels, and layers that do the reverse.
+BY_OUTPUT = ("qkv", "up", "gate")
+BY_INPUT = ("proj", "down")
+ONE_LAYER = "layer_"
+
+
+def partition_specs(tree: Any, axes: Mapping[str, int]) -> Any:
+    """Returns the `PartitionSpec` of every leaf of a state or of variables, in a tree of the same structure.
+
+    Moments and averages are divided like their parameters, because their paths end in the parameters' paths.
+
+    tree: (abstract) arrays. axes: the sizes of the axes "fsdp" and "tensor".
+
+    Example:
+        specs = partition_specs(jax.eval_shape(initial), {"fsdp": 4, "tensor": 2})
+    """
+
+    def of_leaf(path, leaf):
+        names = tuple(jax.tree_util.keystr((part,), simple=True) for part in path)
+        return partition_spec(names, leaf.shape, axes)
+
+    return jax.tree_util.tree_map_with_path(of_leaf, tree)
+
+
+def partition_spec(path: tuple[str, ...], shape: tuple[int, ...], axes: Mapping[str, int]) -> PartitionSpec:
+    """Returns the `PartitionSpec` of an array with this path and shape.
+
+    The array's axis of stacked layers is never divided. The tensor axis divides the outputs of "qkv", "up" and "gate",
+    and the inputs of "proj" and "down". The fsdp axis divides the largest remaining axis that it can divide equally.
+    Arrays with fewer than 16,384 elements are not divided.
+
+    Example:
+        partition_spec(("layers", "mlp", "up", "kernel"), (4, 256, 1024), {"fsdp": 2, "tensor": 2})
+        # PartitionSpec(None, "fsdp", "tensor")
+    """
+    return shard_spec(shape, axes, tensor_axis=_tensor_axis(path, len(shape)), whole=(0,) if _is_stacked(path) else ())
+
+
+def bytes_per_device(tree: Any, axes: Mapping[str, int]) -> int:
+    """Returns how many bytes of a tree each device stores under these rules.
+
+    Example:
+        bytes_per_device(jax.eval_shape(initial), {"fsdp": 8, "tensor": 1})
+    """
+    specs = jax.tree.leaves(partition_specs(tree, axes), is_leaf=lambda x: isinstance(x, PartitionSpec))
+    return sum(
+        leaf.size * leaf.dtype.itemsize // math.prod(axes[name] for name in spec if name is not None)
+        for leaf, spec in zip(jax.tree.leaves(tree), specs, strict=True)
+    )
+
+
+def _is_stacked(path: tuple[str, ...]) -> bool:
+    """Returns whether the first axis of an array is the axis of stacked layers."""
+    if STACK not in path[:-1]:
+        return False
+    return not path[path.index(STACK) + 1].startswith(ONE_LAYER)
+
+
+def _tensor_axis(path: tuple[str, ...], rank: int) -> int | None:
+    """Returns the axis that the tensor axis divides, or None."""
+    module, name = path[-2:] if len(path) > 1 else ("", "")
+    if module in BY_OUTPUT and name in ("kernel", "bias"):
+        return rank - 1
+    return rank - 2 if module in BY_INPUT and name == "kernel" else None
