@@ -40,7 +40,7 @@ def test_micro_batches_have_the_flop_of_the_batch(tmp_path):
 def test_the_products_of_an_optimizer_are_no_work_of_the_model(tmp_path):
     options = {"log": QUIET, "config": {}, "check_config": lambda saved: None}
     optim = dataclasses.replace(toy.OPTIM, name="muon")
-    train(toy.make_job(), tmp_path / "run", train=TrainConfig(steps=2, batch_size=BATCH), optim=optim, **options)
+    train(toy.make_job(), tmp_path / "run", train=TrainConfig(steps=5, batch_size=BATCH), optim=optim, **options)
     assert rows_of(tmp_path / "run")[-1]["flop_per_step"] == FLOP
 
 
