@@ -316,3 +316,9 @@ def test_info_prints_the_plan():
     out = succeed("info --config tarflow_afhq256 --model.attention_implementation cudnn")
     assert "attention on cpu: implementation 'cudnn' cannot run" in out
     assert "attention on gpu: cudnn (it was requested)" in out
+
+
+def test_an_array_is_no_kind_of_mask():
+    q = jax.ShapeDtypeStruct((1, 256, 2, 64), jnp.bfloat16)
+    with pytest.raises(ValueError, match="mask must be one of none, keys, pairs"):
+        attention_plan(q, q, q, mask="key", platform="gpu")

@@ -28,6 +28,7 @@ MIN_CAPABILITY = (8, 0)
 MAX_CUDNN_WIDTH = 128
 # Larger tiles mean fewer steps. We use the largest of these tile sizes that divides the padded number of tokens.
 TPU_BLOCKS = (512, 256, 128)
+MASKS = ("none", "keys", "pairs")
 
 _any_derivative = jax.make_user_context(False)
 
@@ -67,7 +68,8 @@ def attention_plan(
     `attention_platform()`. implementation: "auto" chooses the platform's fused kernel for half-precision inputs that
     the kernel supports, and XLA for all other inputs.
 
-    Raises ValueError if the implementation is unknown, or if it is requested by name but cannot run.
+    Raises ValueError if the implementation or the kind of mask is unknown, or if an implementation is requested by name
+    but cannot run.
 
     Example:
         q = k = v = jax.ShapeDtypeStruct((8, 1023, 12, 64), jnp.bfloat16)
@@ -77,6 +79,8 @@ def attention_plan(
         raise ValueError(
             f"implementation must be one of {', '.join(get_args(Implementation))}, not {implementation!r}."
         )
+    if mask not in MASKS:
+        raise ValueError(f"mask must be one of {', '.join(MASKS)}, not {mask!r}; give the kind of mask, not an array.")
     platform = attention_platform() if platform is None else platform
     if implementation == "xla":
         return AttentionPlan("xla", "it was requested")
@@ -105,8 +109,9 @@ def _problem(kernel: Kernel, q: Shaped, k: Shaped, v: Shaped, mask: str, is_caus
         return f"{name} requires q, k and v of one dtype, but their dtypes are {', '.join(dtypes)}"
     if dtypes[0] not in DTYPES[kernel]:
         return f"{name} requires {' or '.join(DTYPES[kernel])}, but the dtype is {dtypes[0]}"
-    if q.shape[3] != v.shape[3]:
-        return f"{name} requires keys and values of one width, but their widths are {k.shape[3]} and {v.shape[3]}"
+    if not q.shape[3] == k.shape[3] == v.shape[3]:
+        widths = f"{q.shape[3]}, {k.shape[3]} and {v.shape[3]}"
+        return f"{name} requires queries, keys and values of one width, but their widths are {widths}"
     if kernel == "cudnn" and (q.shape[3] % 8 or q.shape[3] > MAX_CUDNN_WIDTH):
         return f"{name} requires head widths in multiples of 8 up to {MAX_CUDNN_WIDTH}, but the width is {q.shape[3]}"
     if mask == "pairs":

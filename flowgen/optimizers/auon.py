@@ -14,7 +14,7 @@ import jax
 import jax.numpy as jnp
 import optax
 
-from flowgen.optimizers.matrices import for_matrices
+from flowgen.optimizers.matrices import beside_adamw
 
 
 def auon(
@@ -47,13 +47,9 @@ def auon(
         nesterov = jax.tree.map(lambda m, g: (1 - momentum) * g + momentum * m, state, updates)
         return jax.tree.map(lambda step: _braked(step, gamma), nesterov), state
 
-    matrices = optax.chain(
-        optax.GradientTransformation(init, update),
-        optax.add_decayed_weights(weight_decay, mask),
-        optax.scale_by_learning_rate(learning_rate),
-    )
-    rate = learning_rate if adam_learning_rate is None else adam_learning_rate
-    return for_matrices(matrices, optax.adamw(rate, b1, b2, eps, weight_decay=weight_decay, mask=mask))
+    direction = optax.GradientTransformation(init, update)
+    rates = learning_rate, adam_learning_rate
+    return beside_adamw(direction, *rates, weight_decay=weight_decay, mask=mask, b1=b1, b2=b2, eps=eps)
 
 
 def _braked(step: jax.Array, gamma: float) -> jax.Array:

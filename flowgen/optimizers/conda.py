@@ -15,7 +15,7 @@ import optax
 from jax import lax
 from jaxtyping import Array, Float
 
-from flowgen.optimizers.matrices import as_matrix, for_matrices
+from flowgen.optimizers.matrices import as_matrix, beside_adamw
 
 
 class CondaState(NamedTuple):
@@ -74,13 +74,9 @@ def conda(
 
         return jax.tree.map(step, updates, mu, nu, basis), CondaState(count, mu, nu, basis)
 
-    matrices = optax.chain(
-        optax.GradientTransformation(init, update),
-        optax.add_decayed_weights(weight_decay, mask),
-        optax.scale_by_learning_rate(learning_rate),
-    )
-    rate = learning_rate if adam_learning_rate is None else adam_learning_rate
-    return for_matrices(matrices, optax.adamw(rate, b1, b2, eps, weight_decay=weight_decay, mask=mask))
+    direction = optax.GradientTransformation(init, update)
+    rates = learning_rate, adam_learning_rate
+    return beside_adamw(direction, *rates, weight_decay=weight_decay, mask=mask, b1=b1, b2=b2, eps=eps)
 
 
 def _singular_vectors(m: Float[Array, "i o"]) -> Float[Array, "s s"]:

@@ -57,6 +57,31 @@ def for_matrices(
     return optax.partition({MATRIX: matrices, OTHER: others}, labels)
 
 
+def beside_adamw(
+    direction: optax.GradientTransformation,
+    learning_rate: optax.ScalarOrSchedule,
+    adam_learning_rate: optax.ScalarOrSchedule | None,
+    *,
+    weight_decay: float,
+    mask: Any,
+    b1: float,
+    b2: float,
+    eps: float,
+) -> optax.GradientTransformation:
+    """Returns an optimizer that moves weight matrices in a direction, and all other parameters with AdamW.
+
+    Both have decoupled weight decay. b1, b2, eps: AdamW's. adam_learning_rate: that of AdamW; None for the same.
+
+    Example:
+        tx = beside_adamw(optax.scale_by_sign(), 1e-4, 1e-3, weight_decay=0.1, mask=None, b1=0.9, b2=0.95, eps=1e-8)
+    """
+    matrices = optax.chain(
+        direction, optax.add_decayed_weights(weight_decay, mask), optax.scale_by_learning_rate(learning_rate)
+    )
+    rate = learning_rate if adam_learning_rate is None else adam_learning_rate
+    return for_matrices(matrices, optax.adamw(rate, b1, b2, eps, weight_decay=weight_decay, mask=mask))
+
+
 def as_matrix(x: jax.Array) -> jax.Array:
     """Returns a kernel as a matrix `inputs outputs`: all axes but the last are inputs."""
     return x.reshape(-1, x.shape[-1])
