@@ -318,7 +318,7 @@ def test_info_prints_the_plan():
     assert "attention on gpu: cudnn (it was requested)" in out
 
 
-def test_an_array_is_no_kind_of_mask():
+def test_an_array_is_no_kind_of_mask(untyped):
     q = jax.ShapeDtypeStruct((1, 256, 2, 64), jnp.bfloat16)
     with pytest.raises(ValueError, match="mask must be one of none, keys, pairs"):
         attention_plan(q, q, q, mask="key", platform="gpu")
