@@ -164,7 +164,7 @@ def nystrom_attention(
 ) -> Float[Array, "b n h d"]:
     """Returns Ŝ v (see the module docstring) for q, k and landmarks that are already in kernel space.
 
-    mask: True for visible keys. Landmarks that are not live have no effect. The other options are as in
+    mask: True for visible keys. Landmarks whose `live` is False have no effect. The other options are as in
     `soft_attention`. The kernel and the solve use at least float32; the result has the dtype of v.
     """
     _check_options(ridge, solver, normalize)

@@ -88,7 +88,7 @@ class FileReader(Generic[T]):
         raise self._refusal(failures)
 
     def check_any(self) -> None:
-        """Raises ValueError if files may be skipped and none is readable. Stops at the first readable file."""
+        """If skipping files is allowed, raises ValueError if no file is readable. Stops at the first readable file."""
         if self._on_corrupt == "skip" and self._replaces:
             self.next_readable(0)
 

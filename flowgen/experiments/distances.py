@@ -53,8 +53,8 @@ def sample_metrics(
     A sample's class is correct if the extractor predicts the label that the sample is conditioned on. The fraction is
     omitted if there are no conditions, or if the extractor does not predict classes.
 
-    conditions: a function from positions in the data to labels or texts, so that the samples have the same class
-    proportions as the data; None for unconditional samples.
+    conditions: a function from positions in the data to the labels or texts to condition on, which gives the samples
+    the class proportions of the data; None for unconditional samples.
 
     Example:
         metrics = sample_metrics(partial(experiment.draw_batch, network, variables), extractor, held_out, 1000)

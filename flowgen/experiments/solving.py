@@ -72,7 +72,7 @@ class VelocityDrawOptions(DrawOptions):
 class VelocityEvaluateOptions(EvaluateOptions):
     """Options for evaluating a velocity network.
 
-    samples: number of samples to draw and compare with the data; 0 draws as many as there are images, or 1,000 points.
+    samples: number of samples to draw and compare with the data; 0 for one per image, or for 1,000 points.
     unconditional: evaluate a class-conditional model without labels.
     """
 

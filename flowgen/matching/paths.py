@@ -71,7 +71,10 @@ class AffinePath:
     def sample(
         self, key: Key[Array, ""], t: Float[Array, " b"], x0: Float[Array, "b *event"], x1: Float[Array, "b *event"]
     ) -> PathSample:
-        """Returns x_t and u_t of pairs (x0, x1) at times t; the velocity ignores the spread."""
+        """Returns the points x_t and velocities u_t for pairs (x0, x1) at times t.
+
+        u_t is the velocity of the path without the noise that `spread` adds to x_t.
+        """
         check_pair(t, x0, x1)
         schedule = schedule_over(self, t, x0)
         noise = jax.random.normal(key, x0.shape, x0.dtype) if self.spread else jnp.zeros_like(x0)
