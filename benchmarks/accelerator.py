@@ -22,7 +22,7 @@ from accelerator_rows import TOY, Reference, Row, Sizes, attention, decoding, de
 
 
 class Measurement(NamedTuple):
-    """A row to measure. baseline: the name of an earlier row with whose time this row's time is compared."""
+    """A row to measure. baseline: the name of an earlier row to compare the time with."""
 
     name: str
     run: Callable[[], Row]

@@ -13,7 +13,7 @@ import measure
 import published
 
 Row = dict[str, Any]
-SLOW_REPEATS = 1  # of calls that take seconds, to leave time for more rows
+SLOW_REPEATS = 1  # for calls that take seconds, to leave time for more rows
 LENGTHS = (1023, 255, 2048, 4096, 8192, 16384, 256)
 
 
@@ -125,7 +125,7 @@ def decoding(config: str, plan: str, sizes: Sizes) -> Row:
 
 
 def deep_block(sizes: Sizes) -> Row:
-    """Returns the time per layer of the video model's deep block and its gradient; two layers run on a whole clip."""
+    """Returns the time per layer of the video model's deep block, with gradient, for two layers and a whole clip."""
     import jax
     import jax.numpy as jnp
 

@@ -21,7 +21,7 @@ from measure import Cost, cost, rw
 
 
 class Published:
-    """The published model in this process, with our weights and inputs, in eager float32, as in its scripts for CPUs.
+    """The published model in this process, with our weights and inputs. It uses eager float32, as its CPU scripts do.
 
     mixed: whether the model runs as in its training script: on a GPU if torch has one, and in bfloat16 by autocast. The
     weights are then the model's own random ones, because the formula for our weights is slow for large shapes.

@@ -20,7 +20,7 @@ from jaxtyping import Array
 FSDP = "fsdp"
 # Devices along this axis share the heads of attention and the hidden layer of MLPs.
 TENSOR = "tensor"
-# Smaller arrays are copied to every device, because the saved memory would not justify exchanging parts.
+# Smaller arrays are copied to every device, because dividing them saves too little memory to justify the exchange.
 MIN_SIZE = 1 << 14
 # The axis of a kernel that devices along the tensor axis share, if any.
 Shared = Literal["", "inputs", "outputs"]
@@ -118,7 +118,7 @@ def _training_axes() -> dict[str, int]:
 
 
 def _divided(axis: str, size: int, axes: dict[str, int]) -> Any:
-    """Returns the axis if it divides the size; otherwise, for rows, `UNCONSTRAINED`, and for heads, None."""
+    """Returns the axis if its devices can share the size equally; if not, UNCONSTRAINED for rows and None for heads."""
     if size % axes[axis] == 0:
         return axis
     return PartitionSpec.UNCONSTRAINED if axis == FSDP else None

@@ -1,7 +1,7 @@
 """Starts a run from the parameters of another run, whose model may have other classes, sizes, texts or frames.
 
-First, the models are compared: their kinds, their fields, and the shapes of their parameters. A field that differs is
-an error unless `InitConfig.allow` lists this kind of difference, or the field does not change what the parameters mean.
+First, the models are compared: their kinds, their fields, and the shapes of their parameters. A difference
+between fields is an error unless `InitConfig.allow` lists its kind, or it does not change what the parameters mean.
 Each array of parameters is then taken unchanged from the other run, mapped by a function in
 `flowgen.experiments.remapping`, or initialised as usual.
 """
@@ -108,7 +108,7 @@ def check_differences(origin: Origin, experiment: Experiment, variables: Any) ->
 
 
 def differences(old: Experiment, new: Experiment) -> dict[str, list[str]]:
-    """Returns lines that describe how two experiments differ, if the difference changes what the parameters mean.
+    """Returns descriptions of the differences between two experiments that change what the parameters mean.
 
     The keys are the kinds of differences that `InitConfig.allow` accepts, in the same order.
 
@@ -218,7 +218,7 @@ def _role(name: str) -> str | None:
 def transfers(
     origin: Origin, experiment: Experiment, variables: Any
 ) -> tuple[dict[str, Transfer], list[str], list[str]]:
-    """Returns where each array of the variables comes from, the old arrays that are left out, and lines on problems.
+    """Returns where each array of the variables comes from, the old arrays that are left out, and any problems.
 
     Carried collections that do not fit are initialised again. Parameters that do not fit are problems.
 

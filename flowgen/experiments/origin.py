@@ -57,7 +57,7 @@ class Origin:
 
     @property
     def _groups(self) -> dict[str, str]:
-        """The prefixes of the saved arrays that are used, and the prefixes of the same arrays in variables."""
+        """For each prefix of saved arrays that are used, the prefix of the corresponding variables."""
         return {"ema/" if self.is_averaged else PARAMS: PARAMS, "collections/": ""}
 
     @property

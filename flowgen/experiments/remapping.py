@@ -8,7 +8,7 @@ import jax
 import numpy as np
 from jaxtyping import Float, Int
 
-NEW = -1  # stands for the old class of a new class that has none
+NEW = -1  # stands for a missing old class
 
 
 def matched_classes(

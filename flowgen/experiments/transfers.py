@@ -20,7 +20,7 @@ class Transfer(NamedTuple):
 
 
 def table_of(found: Mapping[str, Transfer], sizes: Mapping[str, int], left_out: Mapping[str, int]) -> list[str]:
-    """Returns the rows of a table, one for each way to make arrays, with the arrays' numbers of values and names.
+    """Returns one table row for each way of making arrays: the numbers of values and arrays, and the arrays' names.
 
     found: how each array is made. sizes: number of values of each array. left_out: number of values of each array that
     is left out.

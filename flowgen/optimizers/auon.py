@@ -31,7 +31,7 @@ def auon(
     """Returns AuON for weight matrices and AdamW for all other parameters; see the module for the formula.
 
     b1, b2, eps: AdamW's. momentum: β. gamma: γ. mask: selects the parameters that decay, as in `optax.adamw`.
-    adam_learning_rate: AdamW's learning rate; None to use `learning_rate`. The authors use a tenth of it.
+    adam_learning_rate: AdamW's learning rate; None to use `learning_rate`. The authors use `learning_rate / 10`.
 
     Example:
         tx = per_layer(auon(0.08, weight_decay=0.01, adam_learning_rate=0.008))

@@ -66,7 +66,7 @@ def options_of(optimizer: Optimizer) -> dict[str, inspect.Parameter] | None:
 
 
 def check_options(optimizer: Optimizer, options: Mapping[str, Any]) -> None:
-    """Raises ValueError if an optimizer does not accept the options, or does not update a small tree of parameters.
+    """Raises ValueError if an optimizer does not accept the options, or cannot update a small tree of parameters.
 
     Example:
         check_options(OPTIMIZERS["sgd"], {"momentum": 0.9})
@@ -111,7 +111,7 @@ def make_named(
     mask: Callable[[Any], Any] | None = None,
     adam_learning_rate: optax.ScalarOrSchedule | None = None,
 ) -> optax.GradientTransformation:
-    """Returns the optimizer that `optimizer` creates, which is a function such as `optax.lion`.
+    """Returns the optimizer that a function such as `optax.lion` creates.
 
     options: keyword arguments of the function. weight_decay: the factor λ of decoupled weight decay. If the function
     has no decoupled weight decay with a mask, AdamW's is added: w <- w - lr λ w. mask: a function params -> tree of

@@ -18,8 +18,8 @@ from flowgen.optimizers.matrices import are_matrices
 def keep_norms(optimizer: optax.GradientTransformation) -> optax.GradientTransformation:
     """Returns an optimizer that preserves the Frobenius norm of each weight matrix; see the module.
 
-    Matrices that are 0 at the start, such as output layers, have no norm to preserve, so they are not projected. All
-    parameters that are not matrices are not projected either.
+    Matrices that are 0 at the start, such as output layers, have no norm to preserve, so they are not projected.
+    Parameters that are not matrices are not projected either.
 
     Example:
         tx = per_layer(keep_norms(optax.adamw(1e-3, weight_decay=0.0)))

@@ -119,7 +119,7 @@ def name_of(value: Any) -> str | None:
         names = [found for found in names if found[0].partition(".")[0] == package and not _is_private(found[0])]
 
     def rank(found: tuple[str, str]) -> tuple[bool, ...]:
-        """Returns a sort key: other modules come before the program, then the object's package, then its own name."""
+        """Returns a sort key that prefers other modules to the program, the object's package, and its original name."""
         module, name = found
         # Notebooks also keep the last results under names such as _12.
         return module == PROGRAM, module.partition(".")[0] != package, name != path, name.startswith("_")
