@@ -1,9 +1,9 @@
 """Starts a run from the parameters of another run, whose model may have other classes, sizes, texts or frames.
 
-First, the models are compared: their kinds, their fields, and the shapes of their parameters. A difference
-between fields is an error unless `InitConfig.allow` lists its kind, or it does not change what the parameters mean.
-Each array of parameters is then taken unchanged from the other run, mapped by a function in
-`flowgen.experiments.remapping`, or initialised as usual.
+First, the models are compared: their kinds, their fields, and the shapes of their parameters. A difference between
+fields is an error unless `InitConfig.allow` lists its kind, or it does not change what the parameters mean. Each array
+of parameters is then taken unchanged from the other run, mapped by a function in `flowgen.experiments.remapping`, or
+initialised as usual.
 """
 
 from __future__ import annotations
