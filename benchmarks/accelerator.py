@@ -22,7 +22,7 @@ from accelerator_rows import TOY, Reference, Row, Sizes, attention, decoding, de
 
 
 class Measurement(NamedTuple):
-    """A row to measure. baseline: the name of an earlier row, with which its time is compared."""
+    """A row to measure. baseline: the name of an earlier row to compare the time with."""
 
     name: str
     run: Callable[[], Row]
@@ -30,7 +30,7 @@ class Measurement(NamedTuple):
 
 
 def all_rows(sizes: Sizes, reference: Reference | None) -> Iterator[Measurement]:
-    """Returns what to measure, ordered by value."""
+    """Returns the rows to measure, the most informative first."""
     first, *others = sizes.lengths
     yield softmax("auto", first, sizes)
     yield softmax("xla", first, sizes)
@@ -58,7 +58,7 @@ def all_rows(sizes: Sizes, reference: Reference | None) -> Iterator[Measurement]
 
 
 def softmax(implementation: str, n: int, sizes: Sizes) -> Measurement:
-    """Returns a row of softmax attention; the baseline is the implementation that "auto" chooses."""
+    """Returns the measurement of softmax attention; the baseline is the implementation that "auto" chooses."""
     baseline = None if implementation == "auto" else softmax_name("auto", n)
     return Measurement(softmax_name(implementation, n), partial(attention, implementation, n, sizes), baseline)
 
@@ -68,7 +68,7 @@ def softmax_name(implementation: str, n: int) -> str:
 
 
 def compared(row: Row, name: str, base: Row) -> Row:
-    """Returns a row with the ratio of its time to that of another row; below 1 is faster."""
+    """Returns a row with the ratio of its time to the time of the baseline; below 1, the row is faster."""
     ratio = row["milliseconds"] / base["milliseconds"]
     against = {"baseline": name, "baseline_milliseconds": base["milliseconds"], "ratio": round(ratio, 4)}
     if "torch" in row and base["share_of_peak"] is not None:  # The published code does the same work.
@@ -94,9 +94,9 @@ def main() -> None:
     if arguments.reference is not None:
         published.check(arguments.reference, arguments.torch_python)
         reference = Reference(arguments.reference, arguments.torch_python)
-        os.environ.setdefault("XLA_PYTHON_CLIENT_PREALLOCATE", "false")  # leaves memory to the other process
+        os.environ.setdefault("XLA_PYTHON_CLIENT_PREALLOCATE", "false")  # leaves memory for the other process
     began, limit = time.perf_counter(), 60 * arguments.minutes
-    # Compilation cannot be interrupted: at the end of the time, the process ends. Its rows are written.
+    # Compilation cannot be interrupted, so the process ends when the time is over. Earlier rows are already written.
     watch = threading.Timer(limit, end, (reference,))
     watch.daemon = True
     watch.start()
@@ -110,7 +110,7 @@ def main() -> None:
         try:
             result = run()
             rows[name] = result = result if baseline not in rows else compared(result, baseline, rows[baseline])
-        except (ValueError, RuntimeError, OSError, MemoryError) as error:  # out of memory, or nothing that can run
+        except (ValueError, RuntimeError, OSError, MemoryError) as error:  # out of memory, or the row cannot run here
             result = {"error": " ".join(str(error).split())[:300]}
         line = {"name": name, "dtype": sizes.dtype, "seconds_so_far": round(time.perf_counter() - began, 1)}
         with arguments.out.open("a") as file:
@@ -120,7 +120,7 @@ def main() -> None:
 
 
 def end(reference: Reference | None) -> None:
-    """Ends the process at once, with that of the published code."""
+    """Ends this process and the process of the published code at once."""
     if reference is not None:
         reference.stop()
     os._exit(0)

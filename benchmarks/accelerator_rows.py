@@ -1,4 +1,4 @@
-"""The rows of accelerator.py: each function measures one."""
+"""Measures the rows of accelerator.py, one row per function."""
 
 import contextlib
 import dataclasses
@@ -13,13 +13,13 @@ import measure
 import published
 
 Row = dict[str, Any]
-SLOW_REPEATS = 1  # of calls that take seconds, so that the time suffices for more rows
+SLOW_REPEATS = 1  # for calls that take seconds, to leave time for more rows
 LENGTHS = (1023, 255, 2048, 4096, 8192, 16384, 256)
 
 
 @dataclasses.dataclass(frozen=True)
 class Sizes:
-    """What is measured: the lengths and batch of attention, rows of a training step, samples, and the dtype."""
+    """The sizes to measure: sequence lengths, heads and batch of attention, rows of a step, samples, and the dtype."""
 
     lengths: tuple[int, ...] = LENGTHS
     heads: int = 12
@@ -35,7 +35,7 @@ TOY = Sizes(lengths=(15, 32), heads=2, tokens_at_once=64, rows=2, samples=1, win
 
 
 def attention(kind: str, n: int, sizes: Sizes) -> Row:
-    """Returns the time of causal attention with its gradient; kind: an implementation of softmax attention, or nala."""
+    """Returns the time of causal attention with its gradient; kind: "nala", or an implementation of softmax."""
     import jax
     import jax.numpy as jnp
 
@@ -52,7 +52,7 @@ def attention(kind: str, n: int, sizes: Sizes) -> Row:
 
 
 def experiment_of(config: str, sizes: Sizes) -> Any:
-    """Returns the experiment, or its debug version; in the latter, a TARFlow has heads as wide as those published."""
+    """Returns the experiment or, for toy sizes, its debug version; a TARFlow then has heads of the published width."""
     import flowgen
 
     experiment = flowgen.load_config(config)
@@ -72,7 +72,7 @@ def perturbed(variables: Any) -> Any:
 
 
 def training_step(config: str, sizes: Sizes) -> Row:
-    """Returns the time of the training step of a config, on a batch of zeros."""
+    """Returns the time of a config's training step on a batch of zeros."""
     import jax
     import jax.numpy as jnp
 
@@ -125,7 +125,7 @@ def decoding(config: str, plan: str, sizes: Sizes) -> Row:
 
 
 def deep_block(sizes: Sizes) -> Row:
-    """Returns the time per layer of the video model's deep block, with its gradient: two layers over the whole clip."""
+    """Returns the time per layer of the video model's deep block, with gradient, for two layers and a whole clip."""
     import jax
     import jax.numpy as jnp
 
@@ -161,8 +161,8 @@ def timed(
 ) -> Row:
     """Returns the timing of a call that computes `tokens` tokens `steps` times, and the device's peak memory so far.
 
-    flop: returns the FLOP of a call by dtype. compiled: whether the call runs a program of jax; otherwise, the call
-    returns its own cost.
+    flop: returns the FLOP of a call by dtype. compiled: whether the call runs a jax program; if not, the call returns
+    its own cost.
     """
     import jax
 
@@ -187,14 +187,14 @@ def timed(
 
 
 class Reference:
-    """The published code, in a process of its own for each row, so that its memory is free for the next row."""
+    """Runs the published code in a separate process for each row, so that its memory is free for the next row."""
 
     def __init__(self, path: Path, python: Path | None):
         self.path, self.python = path, python or Path(sys.executable)
         self._running: published.Remote | None = None
 
     def row(self, config: str, method: str, sizes: Sizes) -> Row:
-        """Returns the time of a method of `published.Published`, at the shape of a config."""
+        """Returns the time of a method of `published.Published` for a model of a config's shape."""
         import jax
 
         model = experiment_of(config, sizes).model

@@ -2,9 +2,9 @@
 
 python benchmarks/optimizers.py --out benchmarks/results/optimizers.json [--steps 600]
 
-For each optimizer, the program chooses the one of three learning rates with the lowest held-out bits/dim on digits, for
-seed 0. With this rate, the optimizer trains digits with two more seeds, and moons and STARFlow digits with one seed.
-STARFlow needs an autoencoder: without --autoencoder RUN, the program trains one first.
+For each optimizer, the program tries three learning rates on digits with seed 0, and chooses the rate with the lowest
+held-out bits/dim. With this rate, the optimizer trains digits with two more seeds, and moons and STARFlow digits with
+one seed. STARFlow needs an autoencoder: without --autoencoder RUN, the program trains one first.
 """
 
 import argparse
@@ -25,7 +25,7 @@ from flowgen.training import LogConfig, OptimConfig
 
 Row = dict[str, Any]
 RATES = (4e-3, 8e-3, 16e-3)
-# Fields of OptimConfig, and three learning rates. AuON's steps have the size of gradients, not of Adam's steps.
+# Fields of OptimConfig, and three learning rates. AuON needs larger ones, because its steps scale with the gradients.
 RACERS: dict[str, tuple[dict[str, Any], tuple[float, ...]]] = {
     "adamw": ({}, RATES),
     "muon": ({"name": "muon"}, RATES),
@@ -38,13 +38,13 @@ SEEDS = (0, 1, 2)
 
 
 def optim(steps: int, racer: str, rate: float) -> OptimConfig:
-    """Returns the config of a racer: warm-up over a tenth of the run, then cosine decay to a hundredth."""
+    """Returns the config of a racer: warm-up over a tenth of the run, then cosine decay to a hundredth of the rate."""
     fields, _ = RACERS[racer]
     return OptimConfig(**{"lr": rate, "min_lr": rate / 100, "warmup_steps": steps // 10, "ema_decay": 0.995, **fields})
 
 
 def trained(experiment: Any, optim: OptimConfig, *, steps: int, seed: int, metric: str) -> Row:
-    """Returns the held-out metric and the seconds of a run in a temporary folder."""
+    """Trains in a temporary folder, and returns the held-out metric and the time in seconds."""
     experiment = dataclasses.replace(
         experiment,
         optim=optim,
@@ -63,7 +63,7 @@ def trained(experiment: Any, optim: OptimConfig, *, steps: int, seed: int, metri
 
 
 def autoencoder(folder: Path) -> Path:
-    """Trains the autoencoder of digits, and returns its run."""
+    """Trains an autoencoder on digits, and returns its run directory."""
     flowgen.fit(flowgen.load_config("autoencoder_digits"), folder)
     return folder
 

@@ -21,10 +21,10 @@ from measure import Cost, cost, rw
 
 
 class Published:
-    """The published model with our weights and inputs, in this process. Eager float32, as in its scripts on a CPU.
+    """The published model in this process, with our weights and inputs. It uses eager float32, as its CPU scripts do.
 
-    mixed: whether it runs as its training script does: on a GPU if torch has one, and in bfloat16 by autocast. Its
-    weights are then its own random ones, because the formula of ours is slow for large shapes.
+    mixed: whether the model runs as in its training script: on a GPU if torch has one, and in bfloat16 by autocast. The
+    weights are then the model's own random ones, because the formula for our weights is slow for large shapes.
     """
 
     def __init__(self, reference: Path, shape: rw.Shape, batch: int, *, mixed: bool = False):
@@ -99,7 +99,7 @@ class Published:
         return self._finished(name).float().cpu().numpy()
 
     def peak_memory(self) -> int | None:
-        """Returns the peak number of bytes of the GPU in use so far, or None on a CPU."""
+        """Returns the peak GPU memory so far in bytes, or None on a CPU."""
         return self.torch.cuda.max_memory_allocated() if self.device == "cuda" else None
 
     def _finished(self, name: str):
@@ -163,9 +163,9 @@ class Remote:
 
 
 class Shares:
-    """The published model as processes of one thread, which work on equal shares of the batch at the same time.
+    """The published model in single-threaded processes, which compute equal shares of the batch at the same time.
 
-    python, reference, shape, batch: the field `given` of the model in one process.
+    python, reference, shape, batch: as in `Remote.given`.
     """
 
     def __init__(self, python: Path | None, reference: Path, shape: rw.Shape, batch: int, count: int):
@@ -173,7 +173,7 @@ class Shares:
         self.processes = [Remote(python, reference, shape, batch // count) for _ in range(count)]
 
     def time(self, name: str) -> Cost:
-        """Returns the seconds until all processes are done, and the processor seconds of all."""
+        """Returns the time until all processes are done, and the sum of their processor times."""
         began = time.perf_counter()
         for process in self.processes:
             process.begin(name, threads=1)
@@ -188,7 +188,7 @@ class Shares:
 def run(description: str, measure_shape: Callable[..., list[dict]], *, core_devices: bool = False) -> None:
     """Runs a benchmark; `measure_shape(shape, theirs, threads)` returns the rows for a shape.
 
-    core_devices: whether jax has one CPU device per core, of which programs use the first unless told otherwise.
+    core_devices: whether jax gets one CPU device per core. Programs use the first device by default.
     """
     arguments = measure.parse_arguments(description)
     import jax
@@ -209,7 +209,7 @@ def run(description: str, measure_shape: Callable[..., list[dict]], *, core_devi
 def connect(
     reference: Path | None, torch_python: Path | None, shape: rw.Shape, batch: int
 ) -> Published | Remote | None:
-    """Returns the published model, or None without a checkout. Raises SystemExit if torch is missing."""
+    """Returns the published model, or None if there is no checkout. Raises SystemExit if torch is missing."""
     if reference is None:
         return None
     check(reference, torch_python)

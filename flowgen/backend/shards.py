@@ -1,8 +1,9 @@
 """The axes of the mesh on which sharded training runs, and how arrays are divided over them.
 
-The shardings of the parameters do not decide how the compiler divides the activations: it may exchange activations
-instead of parameters. The constraints in this file decide it. Between layers, a device holds whole tokens of its own
-rows. Inside attention, it holds whole heads. For each product, it gathers the parts of one layer's kernel.
+The shardings of the parameters do not determine how the compiler divides the activations: the compiler may exchange
+activations instead of parameters. The constraints in this file determine it. Between layers, each device has its own
+rows of the batch, with all tokens and channels. Inside attention, it has its own heads, with all tokens and channels.
+For each matrix product, it gathers the parts of one layer's kernel.
 """
 
 from __future__ import annotations
@@ -19,7 +20,7 @@ from jaxtyping import Array
 FSDP = "fsdp"
 # Devices along this axis share the heads of attention and the hidden layer of MLPs.
 TENSOR = "tensor"
-# Smaller arrays are copied to every device, because exchanging their parts would take longer than it is worth.
+# Smaller arrays are copied to every device, because dividing them saves too little memory to justify the exchange.
 MIN_SIZE = 1 << 14
 # The axis of a kernel that devices along the tensor axis share, if any.
 Shared = Literal["", "inputs", "outputs"]
@@ -69,8 +70,8 @@ def gather_kernel(kernel: Array, shared: Shared = "") -> Array:
 def keep_rows_apart(h: Array) -> Array:
     """Returns an array with its rows divided over the devices that share the batch, and all other axes whole.
 
-    If the devices cannot share the rows equally, the compiler decides where they lie. Outside sharded training, h is
-    returned unchanged.
+    If the devices cannot share the rows equally, the compiler decides where to place the rows. Outside sharded
+    training, h is returned unchanged.
 
     Example:
         h = keep_rows_apart(h)  # b n d
@@ -117,7 +118,7 @@ def _training_axes() -> dict[str, int]:
 
 
 def _divided(axis: str, size: int, axes: dict[str, int]) -> Any:
-    """Returns the axis if it divides the size; otherwise, leaves the choice to the compiler (rows) or None (heads)."""
+    """Returns the axis if its devices can share the size equally; if not, UNCONSTRAINED for rows and None for heads."""
     if size % axes[axis] == 0:
         return axis
     return PartitionSpec.UNCONSTRAINED if axis == FSDP else None

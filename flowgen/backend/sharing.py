@@ -205,7 +205,7 @@ def _is_whole(x: Any) -> bool:
 
 
 def _training_mesh(variables: PyTree) -> Mesh | None:
-    """Returns the mesh of sharded training on which variables are divided; None if they are not divided by training."""
+    """Returns the mesh over which sharded training divides the variables; None if they are not divided in this way."""
     for x in jax.tree.leaves(variables):
         sharding = None if isinstance(x, Tracer) else getattr(x, "sharding", None)
         if isinstance(sharding, NamedSharding) and FSDP in sharding.mesh.axis_names and not _is_whole(x):

@@ -119,7 +119,10 @@ def check_memory(parameters: int, *, copies: int) -> None:
 
 
 def warn_of_guidance(experiment: Experiment, run_dir: str) -> None:
-    """Warns if samples are guided, but the run did not train the unconditional branch; imported weights may have it."""
+    """Warns if samples are guided, but the run did not train the unconditional branch.
+
+    There is no warning for imported weights, whose unconditional branch may have been trained elsewhere.
+    """
     from flowgen.experiments.autoregressive import AutoregressiveExperiment
     from flowgen.runs import CHECKPOINTS, CheckpointReader
 

@@ -1,8 +1,9 @@
 """Starts a run from the parameters of another run, whose model may have other classes, sizes, texts or frames.
 
-The models are compared first: their kinds, their fields, and the shapes of their parameters. Each field that differs
-belongs to one of the differences in `InitConfig.allow`, unless it does not change the meaning of the parameters. An
-array of parameters is then taken as it is, mapped by a function in `flowgen.experiments.remapping`, or left new.
+First, the models are compared: their kinds, their fields, and the shapes of their parameters. A difference between
+fields is an error unless `InitConfig.allow` lists its kind, or it does not change what the parameters mean. Each array
+of parameters is then taken unchanged from the other run, mapped by a function in `flowgen.experiments.remapping`, or
+initialised as usual.
 """
 
 from __future__ import annotations
@@ -28,7 +29,7 @@ from flowgen.training.options import ALLOWED
 
 # Fields of a model that do not change the meaning of its parameters.
 FREE = ("noise_std", "dtype", "remat", "attention_implementation", "dropout")
-# The difference to which a field belongs; other fields belong to "other".
+# The kind of difference that a field belongs to; all other fields belong to "other".
 DIFFERENCES = {
     "model.num_classes": "classes",
     "model.image_size": "size",
@@ -43,7 +44,8 @@ SHOWN = 4  # number of differences that an error message lists
 def started_from(experiment: Experiment, variables: Any) -> Start:
     """Returns a function that puts the parameters of the run `experiment.init.path` into the initial variables.
 
-    If the run keeps an average of its parameters, the average is used. Everything is checked and read now.
+    If the run keeps an average of its parameters, the average is used. All checks and all reading happen in this call,
+    not in the returned function.
 
     variables: the shapes and dtypes of the model's variables.
 
@@ -77,7 +79,7 @@ def started_from(experiment: Experiment, variables: Any) -> Start:
 
 
 def check_differences(origin: Origin, experiment: Experiment, variables: Any) -> None:
-    """Raises ValueError, with the differences, unless the parameters of a run may be put into an experiment's model.
+    """Raises ValueError, listing the differences, unless an experiment's model may start from a run's parameters.
 
     Example:
         check_differences(origin, experiment, jax.eval_shape(lambda: flowgen.init(flow, key)))
@@ -106,9 +108,9 @@ def check_differences(origin: Origin, experiment: Experiment, variables: Any) ->
 
 
 def differences(old: Experiment, new: Experiment) -> dict[str, list[str]]:
-    """Returns lines on the differences between two experiments that change the meaning of parameters.
+    """Returns descriptions of the differences between two experiments that change what the parameters mean.
 
-    The keys are the names in `InitConfig.allow`, in that order.
+    The keys are the kinds of differences that `InitConfig.allow` accepts, in the same order.
 
     Example:
         differences(old, new)  # {"classes": ["model.num_classes: 10 -> 20"]}
@@ -162,7 +164,7 @@ class Rules:
     new: Experiment
 
     def has_new_text(self) -> bool:
-        """Whether the projection of texts starts anew, because the features of texts have changed."""
+        """Whether the projection of texts is initialised again, because the features of texts have changed."""
         dims = [getattr(one.model, "text_dim", 0) for one in (self.old, self.new)]
         return dims[0] != dims[1] or _encoder_differs(self.old, self.new)
 
@@ -170,14 +172,14 @@ class Rules:
         return _num_classes(self.old) != _num_classes(self.new) or _class_names_differ(self.old, self.new)
 
     def is_optional(self, name: str) -> bool:
-        """Whether only one of the two models may have an array, because only one has classes or texts."""
+        """Whether an array may be missing in one of the two models, because only the other has classes or texts."""
         return (self.has_new_classes() or self.has_new_text()) and _role(name) in ("classes", "prefix")
 
     def starts_anew(self, name: str) -> bool:
         return _role(name) == "prefix" and self.has_new_text()
 
     def of(self, name: str, shape: Shape) -> Rule | None:
-        """Returns the rule for an old array of this shape, or None if it is taken as it is."""
+        """Returns the rule for an old array of this shape, or None if the array is taken unchanged."""
         role, classes = _role(name), _num_classes(self.old)
         is_table = role == "classes" or (role == "prefix" and name.endswith("/kernel"))
         if is_table and self.has_new_classes() and classes and shape[0] - classes in (0, 1):
@@ -216,9 +218,9 @@ def _role(name: str) -> str | None:
 def transfers(
     origin: Origin, experiment: Experiment, variables: Any
 ) -> tuple[dict[str, Transfer], list[str], list[str]]:
-    """Returns how each array of the variables is made, the old arrays that are left out, and problems in words.
+    """Returns where each array of the variables comes from, the old arrays that are left out, and any problems.
 
-    Carried collections that do not fit start anew. Parameters that do not fit are problems.
+    Carried collections that do not fit are initialised again. Parameters that do not fit are problems.
 
     Example:
         found, left_out, problems = transfers(origin, experiment, variables)

@@ -53,7 +53,9 @@ def _of_own(experiment: Experiment, dataset: Any, held_out: Any) -> Experiment:
 
 
 def _start(experiment: Experiment, workdir: str | Path, model: Any) -> Start | None:
-    """Returns what puts the parameters of another run into a new run; None if the run is not new or names no other.
+    """Returns the function that puts another run's parameters into a new run.
+
+    The result is None if the run is not new, or if it does not start from another run.
 
     Raises an error if the other run does not fit, or if the experiment freezes parameters that the model does not have.
     """

@@ -1,4 +1,4 @@
-"""The run from whose parameters another run starts, and the arrays that it saved."""
+"""The run whose parameters another run starts from, and the arrays that it saved."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ Shape = tuple[int, ...]
 
 @dataclass(frozen=True)
 class Origin:
-    """The run whose parameters are taken: its experiment, its latest step, and the arrays that this step saved."""
+    """The run that provides the parameters: its experiment, its latest step, and the arrays that this step saved."""
 
     path: str
     experiment: Experiment
@@ -57,7 +57,7 @@ class Origin:
 
     @property
     def _groups(self) -> dict[str, str]:
-        """The prefixes of the arrays that are taken, and what takes their place in the names of variables."""
+        """For each prefix of saved arrays that are used, the prefix of the corresponding variables."""
         return {"ema/" if self.is_averaged else PARAMS: PARAMS, "collections/": ""}
 
     @property
@@ -71,7 +71,7 @@ class Origin:
         }
 
     def arrays(self) -> dict[str, np.ndarray]:
-        """Returns the arrays by the names in `shapes`, after checking their digests."""
+        """Returns the arrays, keyed by the names in `shapes`, after checking their digests."""
         read = self.reader.arrays(self.step, lambda name: name.startswith(tuple(self._groups)))
         return {
             new + name.removeprefix(old): array

@@ -8,13 +8,13 @@ import jax
 import numpy as np
 from jaxtyping import Float, Int
 
-NEW = -1  # in place of an old class: there is none
+NEW = -1  # stands for a missing old class
 
 
 def matched_classes(
     num_old: int, num_new: int, old_names: Sequence[str] = (), new_names: Sequence[str] = ()
 ) -> Int[np.ndarray, " new"]:
-    """Returns the old class of each new class, or -1 if the class is new.
+    """Returns, for each class of the new model, the number of the same class in the old model, or -1 if there is none.
 
     Classes are matched by name if both models have names, and otherwise by number. If classes are matched by name, a
     class without a name is new.
@@ -33,10 +33,10 @@ def matched_classes(
 def remapped_classes(
     table: Float[np.ndarray, "old_and_rest d"], num_old: int, matched: Int[np.ndarray, " new"]
 ) -> Float[np.ndarray, "new_and_rest d"]:
-    """Returns a table of classes with the rows of the matched classes; a new class gets the mean of all old rows.
+    """Returns a class table with the rows of the matched classes; a new class gets the mean of all old classes.
 
-    A row after the `num_old` rows of classes, which stands for no class, stays the last row. In a table without such a
-    row, the mean of all rows stands for no class. Unless an old class is dropped, this mean stays the same.
+    If the table has one more row than there are old classes, this row stands for no class and stays the last row.
+    Otherwise, the mean of all rows stands for no class. This mean stays the same unless an old class is dropped.
 
     Example:
         remapped_classes(table, 3, np.array([2, -1]))  # two rows, and the row for no class
@@ -52,7 +52,8 @@ def resampled(
     """Returns a table with one row per token of a grid, resampled bilinearly to another grid of tokens.
 
     Both grids are in raster order and cover the same image, so the centre of token i of n is at (i + 1/2) / n. Beyond
-    the centres of the outer tokens, their rows are repeated. A smaller grid averages the rows that a token covers.
+    the centres of the outer tokens, their rows are repeated. If the new grid is smaller, each of its tokens gets an
+    average of the rows that it covers.
 
     Example:
         resampled(pos_embed, (8, 8), (16, 16))

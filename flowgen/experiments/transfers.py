@@ -1,4 +1,4 @@
-"""What a run takes from another run, array by array, and the table that tells it."""
+"""The arrays that a run takes from another run, and the table that reports them."""
 
 from __future__ import annotations
 
@@ -8,11 +8,11 @@ from typing import Literal, NamedTuple
 
 import numpy as np
 
-SHOWN = 8  # number of groups of arrays in a row
+SHOWN = 8  # the most groups of arrays that a row lists
 
 
 class Transfer(NamedTuple):
-    """How an array is made: "taken" as it is, "mapped" by the function, as `about` says, or "new"."""
+    """How an array is made: "taken" unchanged, "mapped" by `function`, which `about` describes, or "new"."""
 
     kind: Literal["taken", "mapped", "new"]
     about: str = ""
@@ -20,7 +20,7 @@ class Transfer(NamedTuple):
 
 
 def table_of(found: Mapping[str, Transfer], sizes: Mapping[str, int], left_out: Mapping[str, int]) -> list[str]:
-    """Returns the rows of a table: for each way to make arrays, their number, their values and their names.
+    """Returns one table row for each way of making arrays: the numbers of values and arrays, and the arrays' names.
 
     found: how each array is made. sizes: number of values of each array. left_out: number of values of each array that
     is left out.
@@ -33,7 +33,7 @@ def table_of(found: Mapping[str, Transfer], sizes: Mapping[str, int], left_out: 
         abouts = dict.fromkeys(how.about for how in found.values() if how.kind == kind)
         for about in abouts:
             names = [name for name, how in found.items() if how.kind == kind and how.about == about]
-            # Arrays that are taken are the rule, so their modules say enough.
+            # Most arrays are taken, so their row lists only the names of their modules.
             shown = dict.fromkeys(_module(name) for name in names) if kind == "taken" else names
             rows.append(_row(kind, {name: sizes[name] for name in names}, shown, about))
     return rows + ([_row("left out", left_out, left_out, "")] if left_out else [])
@@ -46,7 +46,7 @@ def _row(kind: str, sizes: Mapping[str, int], names: Iterable[str], about: str) 
 
 
 def grouped(names: Iterable[str]) -> str:
-    """Returns names of arrays in one line, with equal names of numbered modules written together.
+    """Returns names of arrays in one line. Names that differ only in the number of a module are combined.
 
     Example:
         grouped(["params/blocks_0/pos_embed", "params/blocks_1/pos_embed"])  # "blocks_0-1/pos_embed"
@@ -63,7 +63,7 @@ def grouped(names: Iterable[str]) -> str:
 
 
 def _ranges(numbers: Iterable[int]) -> str:
-    """Returns numbers with ranges in place of consecutive ones, such as "0-3,5"."""
+    """Returns numbers as text, with consecutive numbers written as ranges, such as "0-3,5"."""
     spans: list[list[int]] = []
     for number in sorted(numbers):
         if spans and number == spans[-1][1] + 1:
@@ -74,5 +74,5 @@ def _ranges(numbers: Iterable[int]) -> str:
 
 
 def _module(name: str) -> str:
-    """Returns the name of the outermost module of an array, or the collection of an array that is no parameter."""
+    """Returns the name of an array's outermost module or, if the array is not a parameter, of its collection."""
     return "/".join(name.split("/")[: 2 if name.startswith("params/") else 1])

@@ -1,8 +1,10 @@
 """AdamP: Adam without the part of an update that only lengthens scale-invariant weights.
 
-Heo et al., 2021, 2006.08217. With p = m̂ / (√v̂ + ε) and a weight w whose gradient g is almost orthogonal to it,
-    cos(g, w) < δ / √dim(w)   for each output, or else for the whole array,
-the update is p - (w·p) w / |w|², and the weight decay is multiplied by `wd_ratio`.
+Heo et al., 2021, 2006.08217. Adam's update p = m̂ / (√v̂ + ε) is projected if the weight w is almost orthogonal to its
+gradient g:
+    |cos(g, w)| < δ / √dim(w)
+for each output's weights or, failing that, for the whole array. The update is then p - (w·p) w / |w|², and the weight
+decay is multiplied by `wd_ratio`.
 """
 
 from __future__ import annotations
@@ -39,11 +41,11 @@ def adamp(
 ) -> optax.GradientTransformation:
     """Returns AdamP with decoupled weight decay; see the module for the formula.
 
-    Arrays of two axes or more are projected. The outputs are the last axis of an array called `kernel`, and the first
-    axis of any other array, such as a table of embeddings.
+    Only arrays with two or more axes are projected. The last axis of an array called `kernel` indexes the outputs. In
+    any other array, such as a table of embeddings, the first axis does.
     delta: threshold for the cosine between gradient and weight. wd_ratio: factor for the weight decay of projected
     arrays.
-    mask: which parameters decay, as in `optax.adamw`.
+    mask: selects the parameters that decay, as in `optax.adamw`.
 
     Example:
         tx = per_layer(adamp(1e-3, weight_decay=0.01))
@@ -81,7 +83,7 @@ def adamp(
 def _projected(
     g: Float[Array, "c n"], w: Float[Array, "c n"], p: Float[Array, "c n"], delta: float, wd_ratio: float, eps: float
 ) -> tuple[Float[Array, "c n"], Float[Array, ""]]:
-    """Returns an update of an array with c outputs, projected if its gradient calls for it, and the decay's factor."""
+    """Returns the update of an array with c outputs, projected if necessary, and the factor for its weight decay."""
 
     def attempt(g, w, p):
         unit = w / (jnp.linalg.norm(w, axis=1, keepdims=True) + eps)

@@ -1,9 +1,8 @@
-"""AuON: momentum, divided by the root mean square of the hyperbolic cosine of its direction.
+"""AuON: SGD with momentum, whose steps are divided by the root mean square of a hyperbolic cosine.
 
-Maity, 2025, 2509.24320, as its authors' code has it. With momentum m and Nesterov's step G = (1 - β) g + β m,
+Maity, 2025, 2509.24320, as implemented in the authors' code. With momentum m and Nesterov's step G = (1 - β) g + β m,
     w <- (1 - lr λ) w - lr G / √(mean cosh²(γ G / |G|)).
-The divisor is near 1 for large matrices, since each entry of G / |G| is small: there the rule is close to SGD with
-momentum.
+For large matrices, each entry of G / |G| is small, so the divisor is near 1 and the rule is close to SGD with momentum.
 """
 
 from __future__ import annotations
@@ -31,8 +30,8 @@ def auon(
 ) -> optax.GradientTransformation:
     """Returns AuON for weight matrices and AdamW for all other parameters; see the module for the formula.
 
-    b1, b2, eps: AdamW's. momentum: β. gamma: γ. mask: which parameters decay, as in `optax.adamw`.
-    adam_learning_rate: AdamW's learning rate; None for the same. The authors use a tenth of AuON's.
+    b1, b2, eps: AdamW's. momentum: β. gamma: γ. mask: selects the parameters that decay, as in `optax.adamw`.
+    adam_learning_rate: AdamW's learning rate; None to use `learning_rate`. The authors use `learning_rate / 10`.
 
     Example:
         tx = per_layer(auon(0.08, weight_decay=0.01, adam_learning_rate=0.008))

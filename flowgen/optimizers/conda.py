@@ -1,7 +1,7 @@
 """Conda: Adam in the basis of the momentum's singular vectors.
 
-Wang et al., 2025, 2509.24218. For a matrix with momentum m (a running mean of its gradients g), and U the singular
-vectors of m on its shorter side, found again every `update_every` updates:
+Wang et al., 2025, 2509.24218. The momentum m of a matrix is a running mean of its gradients g. U contains the singular
+vectors of m for its shorter side, which are recomputed every `update_every` updates. The rule is
     v <- b2 v + (1 - b2) (Uᵀ g)²,    step = scale · U (Uᵀ m / (√v + ε)) √(1 - b2ᵗ) / (1 - b1ᵗ).
 """
 
@@ -19,7 +19,7 @@ from flowgen.optimizers.matrices import as_matrix, beside_adamw
 
 
 class CondaState(NamedTuple):
-    """count: number of updates. mu: running mean of gradients. nu: that of projected squares. basis: U."""
+    """count: number of updates. mu, nu: running means of gradients and of squared projected gradients. basis: U."""
 
     count: Array
     mu: Any
@@ -41,8 +41,10 @@ def conda(
 ) -> optax.GradientTransformation:
     """Returns Conda for weight matrices and AdamW for all other parameters; see the module for the formula.
 
-    scale: factor of Conda's steps; the authors use 0.25 for language models. update_every: updates between bases.
-    mask: which parameters decay, as in `optax.adamw`. adam_learning_rate: AdamW's learning rate; None for the same.
+    scale: factor for Conda's steps; the authors use 0.25 for language models.
+    update_every: number of updates after which the basis is recomputed.
+    mask: selects the parameters that decay, as in `optax.adamw`.
+    adam_learning_rate: AdamW's learning rate; None to use `learning_rate`.
     As in optax, weight decay applies to the parameters before the update; the authors' code applies it afterwards.
 
     Example:
@@ -80,12 +82,12 @@ def conda(
 
 
 def _singular_vectors(m: Float[Array, "i o"]) -> Float[Array, "s s"]:
-    """Returns the singular vectors on the shorter side of a matrix, as columns."""
+    """Returns a matrix's singular vectors for its shorter side, as columns."""
     u, _, vh = jnp.linalg.svd(m.astype(jnp.promote_types(m.dtype, jnp.float32)), full_matrices=False)
     u, vh = u.astype(m.dtype), vh.astype(m.dtype)
     return u if m.shape[0] <= m.shape[1] else vh.T
 
 
 def _projected(x: Float[Array, "i o"], basis: Float[Array, "s s"]) -> Float[Array, "i o"]:
-    """Returns the coordinates of a matrix's shorter side in a basis."""
+    """Returns a matrix whose shorter side is expressed in the given basis."""
     return basis.T @ x if x.shape[0] <= x.shape[1] else x @ basis

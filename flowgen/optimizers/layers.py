@@ -1,8 +1,8 @@
-"""Optimizers whose rules hold for each layer of a stack.
+"""Applies an optimizer to each layer of a stack separately.
 
-The networks scan over equal layers, so every array below a module called `layers` has a leading axis for the layer. To
-an optimizer that looks at shapes or norms, such an array would be one large tensor: Muon would orthogonalise the wrong
-matrix, and LAMB would give all layers one trust ratio.
+The networks scan over equal layers, so every array below a module called `layers` has a leading axis that indexes the
+layers. An optimizer that uses shapes or norms would treat such an array as one large tensor: Muon would orthogonalise
+the wrong matrix, and LAMB would use one trust ratio for all layers.
 """
 
 from __future__ import annotations
@@ -19,9 +19,9 @@ STACK = "layers"  # the name of a module whose parameters are stacked
 def per_layer(optimizer: optax.GradientTransformation) -> optax.GradientTransformation:
     """Returns an optimizer that updates each layer of a stack as if its parameters were not stacked.
 
-    The arrays of a module called `layers` are stacked if their first axes have the same size, which is then the number
-    of layers, and if its kernels have more than two axes. Stacks of equal depth are updated together. Integers in the
-    optimizer's state are assumed to count updates; all layers share them.
+    The arrays of a module called `layers` are stacked if all of them have a first axis of the same size and the kernels
+    have more than two axes. This size is the number of layers. Stacks of equal depth are updated together. Integers in
+    the optimizer's state are assumed to count updates; all layers share these counts.
 
     Example:
         tx = per_layer(optax.lamb(1e-3))
@@ -80,7 +80,7 @@ def _depths(params: Any) -> Any:
 
 
 def _depth(leaves: list[tuple[bool, tuple[int, ...]]]) -> int:
-    """Returns the number of layers if a module's arrays are stacked: one first axis, and one more axis in kernels."""
+    """Returns the number of layers if a module's arrays are stacked, as `per_layer` defines it; otherwise 0."""
     sizes = {shape[:1] for _, shape in leaves}
     stacked = len(sizes) == 1 and all(len(shape) > (2 if is_kernel else 0) for is_kernel, shape in leaves)
     return sizes.pop()[0] if stacked else 0

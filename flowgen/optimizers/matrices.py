@@ -13,7 +13,7 @@ MATRIX, OTHER = "matrix", "other"
 
 
 def are_kernels(params: Any) -> Any:
-    """Returns a tree of bools: whether each parameter is called `kernel`, as weights are in Flax, and is not a vector.
+    """Returns a tree of bools: True for each array called `kernel`, as weights are in Flax, that is not a vector.
 
     Example:
         tx = optax.adamw(1e-3, mask=are_kernels)
@@ -26,11 +26,11 @@ def are_kernels(params: Any) -> Any:
 
 
 def are_matrices(params: Any) -> Any:
-    """Returns a tree of bools: whether each parameter is a weight matrix `inputs outputs` or a convolution's kernel.
+    """Returns a tree of bools: True for each weight matrix `inputs outputs` and each kernel of a convolution.
 
-    These are the arrays called `kernel` with two axes, or with four or more and several input channels. Biases, scales
-    and tables of embeddings are not matrices. Nor are kernels with three axes, because Flax's `DenseGeneral` may split
-    the inputs or the outputs, and depthwise convolutions.
+    These are the arrays called `kernel` that have two axes, or that have at least four axes and several input channels.
+    Biases, scales and tables of embeddings are not matrices, and neither are kernels of depthwise convolutions. Kernels
+    with three axes are left out, because Flax's `DenseGeneral` may have split their inputs or their outputs.
 
     Example:
         tx = optax.masked(optax.add_decayed_weights(0.1), are_matrices)
@@ -68,9 +68,10 @@ def beside_adamw(
     b2: float,
     eps: float,
 ) -> optax.GradientTransformation:
-    """Returns an optimizer that moves weight matrices in a direction, and all other parameters with AdamW.
+    """Returns an optimizer that updates weight matrices along `direction`, and all other parameters with AdamW.
 
-    Both have decoupled weight decay. b1, b2, eps: AdamW's. adam_learning_rate: that of AdamW; None for the same.
+    Weight decay is decoupled for both. direction: transforms the gradients of weight matrices, without the learning
+    rate. b1, b2, eps: AdamW's. adam_learning_rate: AdamW's learning rate; None to use `learning_rate`.
 
     Example:
         tx = beside_adamw(optax.scale_by_sign(), 1e-4, 1e-3, weight_decay=0.1, mask=None, b1=0.9, b2=0.95, eps=1e-8)
@@ -105,10 +106,10 @@ def muon(
 
     Convolution kernels are orthogonalised as matrices `inputs outputs`.
     b1, b2, eps: AdamW's. beta, ns_steps, nesterov: Muon's momentum and Newton-Schulz steps.
-    consistent_rms: the root mean square of the updates at learning rate 1; 0.2 suits learning rates of AdamW
-    (Liu et al., 2025, 2502.16982).
-    mask: which parameters decay, as in `optax.adamw`.
-    adam_learning_rate: AdamW's learning rate; None for the same.
+    consistent_rms: the root mean square of the updates at learning rate 1; with 0.2, learning rates for AdamW are also
+    suitable for Muon (Liu et al., 2025, 2502.16982).
+    mask: selects the parameters that decay, as in `optax.adamw`.
+    adam_learning_rate: AdamW's learning rate; None to use `learning_rate`.
 
     Example:
         tx = per_layer(muon(3e-4, weight_decay=0.1))

@@ -1,4 +1,4 @@
-"""Optimizers by name: those of optax that need nothing but gradients and parameters, and those of this package."""
+"""Optimizers by name: those of optax that need only gradients and parameters, and those of this package."""
 
 from __future__ import annotations
 
@@ -46,7 +46,7 @@ OPTIMIZERS: dict[str, Optimizer] = {
     "sign_sgd": optax.sign_sgd,
     "yogi": optax.yogi,
 }
-# What an option must be, by the type of its default.
+# Descriptions of an option's valid values, by the type of its default.
 KINDS = {bool: "true or false", int: "an integer", float: "a number", str: "text"}
 RESERVED = ("learning_rate", "adam_learning_rate", "weight_decay", "mask", "weight_decay_mask")
 
@@ -66,7 +66,7 @@ def options_of(optimizer: Optimizer) -> dict[str, inspect.Parameter] | None:
 
 
 def check_options(optimizer: Optimizer, options: Mapping[str, Any]) -> None:
-    """Raises ValueError if an optimizer does not accept the options, or does not update a small tree of parameters.
+    """Raises ValueError if an optimizer does not accept the options, or cannot update a small tree of parameters.
 
     Example:
         check_options(OPTIMIZERS["sgd"], {"momentum": 0.9})
@@ -111,12 +111,12 @@ def make_named(
     mask: Callable[[Any], Any] | None = None,
     adam_learning_rate: optax.ScalarOrSchedule | None = None,
 ) -> optax.GradientTransformation:
-    """Returns the optimizer that a function of the form of optax's makes.
+    """Returns the optimizer that a function such as `optax.lion` creates.
 
-    options: keyword arguments of the function. weight_decay: if the function has no decoupled weight decay with a mask,
-    AdamW's is added: w <- w - lr λ w. mask: params -> tree of bools, which parameters decay; None for all.
-    adam_learning_rate: the learning rate for parameters that are not matrices, for optimizers of matrices; None for the
-    same.
+    options: keyword arguments of the function. weight_decay: the factor λ of decoupled weight decay. If the function
+    has no decoupled weight decay with a mask, AdamW's is added: w <- w - lr λ w. mask: a function params -> tree of
+    bools that selects the parameters that decay; None for all. adam_learning_rate: for optimizers of weight matrices,
+    the learning rate of all other parameters; None to use `learning_rate`.
 
     Example:
         tx = make_named(OPTIMIZERS["lion"], 1e-4, options={"b1": 0.9, "b2": 0.99}, weight_decay=0.1)
@@ -137,7 +137,7 @@ def make_named(
 def _decay(
     learning_rate: optax.ScalarOrSchedule, weight_decay: float, mask: Callable[[Any], Any] | None
 ) -> optax.GradientTransformation:
-    """Returns AdamW's weight decay as the last of a chain of transformations."""
+    """Returns AdamW's weight decay as a transformation that comes last in a chain."""
 
     def init(params):
         del params

@@ -1,9 +1,9 @@
-"""The projection of NaP: weight matrices keep the norms that they had at the start.
+"""The projection of NaP: weight matrices keep their initial norms.
 
-Lyle et al., 2024, 2407.01800: normalise and project. The gradient of a matrix before a normalisation layer shrinks as
-the matrix grows, so that growth lowers the effective learning rate unseen. After each update, NaP scales every matrix
-back to its initial norm: w <- |w₀| w / |w|. The other half of NaP, normalisation layers before the nonlinearities, is
-a matter of the network.
+Lyle et al., 2024, 2407.01800: normalise and project. If a normalisation layer follows a matrix, the matrix's gradient
+shrinks as the matrix grows. Growth therefore lowers the effective learning rate. To prevent this, NaP scales every
+matrix back to its initial norm after each update: w <- |w₀| w / |w|. The other half of NaP, normalisation layers before
+the nonlinearities, is part of the network.
 """
 
 from __future__ import annotations
@@ -16,10 +16,10 @@ from flowgen.optimizers.matrices import are_matrices
 
 
 def keep_norms(optimizer: optax.GradientTransformation) -> optax.GradientTransformation:
-    """Returns an optimizer whose updates keep the Frobenius norm of each weight matrix; see the module.
+    """Returns an optimizer that preserves the Frobenius norm of each weight matrix; see the module.
 
-    Matrices that are 0 at the start, such as output layers, have no norm to keep and are not projected. Nor are
-    parameters that are not matrices.
+    Matrices that are 0 at the start, such as output layers, have no norm to preserve, so they are not projected.
+    Parameters that are not matrices are not projected either.
 
     Example:
         tx = per_layer(keep_norms(optax.adamw(1e-3, weight_decay=0.0)))

@@ -58,7 +58,7 @@ def takes_own(annotation: Any) -> bool:
 
 
 def entry_of(annotation: Any) -> Any:
-    """Returns the annotation of the entries of a dict; None if the annotation is not that of a dict."""
+    """Returns the annotation of a dict's entries, or None if the annotation is not for a dict."""
     origin = typing.get_origin(annotation)
     return typing.get_args(annotation)[1] if isinstance(origin, type) and issubclass(origin, Mapping) else None
 

@@ -57,7 +57,7 @@ def override(config: T, arguments: Sequence[str]) -> T:
 
 
 def same_end(path: str, known: Sequence[str], prefix: str = "") -> str:
-    """Returns up to three of the known names whose last part is that of `path`, for a question; "" if there are none.
+    """Returns up to three known names that end with the same part as `path`, joined by "or"; "" if there are none.
 
     Example:
         same_end("seed", ["train.seed", "train.steps"], "--")  # "--train.seed"
@@ -110,7 +110,7 @@ def _set(fields: dict[str, Any], cls: type, names: list[str], text: str, path: s
     elif not rest:
         fields[name] = {TYPE: text} if text in kinds else _parse(annotation, text, path, group)
     elif len(rest) == 1 and (entry := entry_of(annotation)) is not None:
-        literal = _literal(text)  # An entry may be text, but text that is a number means the number.
+        literal = _literal(text)  # If an entry may be text or a number, text that looks like a number means the number.
         fields[name] = {**(value or {}), rest[0]: literal if fits(entry, literal) else _parse(entry, text, path, None)}
     elif group is not None and rest[0] in hints_of(group):
         fields[name] = dict(value) if isinstance(value, Mapping) else _opened(annotation, value)

@@ -119,7 +119,7 @@ def name_of(value: Any) -> str | None:
         names = [found for found in names if found[0].partition(".")[0] == package and not _is_private(found[0])]
 
     def rank(found: tuple[str, str]) -> tuple[bool, ...]:
-        """Ranks names in modules first, then those in the object's own package, then the name of its definition."""
+        """Returns a sort key that prefers other modules to the program, the object's package, and its original name."""
         module, name = found
         # Notebooks also keep the last results under names such as _12.
         return module == PROGRAM, module.partition(".")[0] != package, name != path, name.startswith("_")
@@ -128,7 +128,7 @@ def name_of(value: Any) -> str | None:
 
 
 def fields_of_program(plain: Any, path: str = "") -> list[str]:
-    """Returns the dotted names of the fields, in a config's plain values, that name objects of the running program.
+    """Returns the dotted names of fields whose plain values name objects of the running program.
 
     Example:
         fields_of_program({"matching": {"coupling": "__main__:SlicedOT"}})  # ["matching.coupling"]

@@ -1,4 +1,4 @@
-"""Frozen parameters: which parameters training leaves as they are, chosen by patterns of their names.
+"""Frozen parameters, which training leaves unchanged; patterns of their names select them.
 
 Frozen parameters are left out of the tree that is differentiated and updated. They therefore have no gradient, no
 moments and no weight decay, and gradient norms do not include them.
@@ -44,7 +44,7 @@ def trained(params: Any, patterns: Sequence[str]) -> Any:
     patterns: a parameter is frozen if its name, such as "blocks_0/proj_in/kernel", matches one of them by the rules of
     `fnmatch.fnmatchcase`, in which * also matches /.
 
-    Raises ValueError in the cases of `check_frozen`.
+    Raises ValueError in the same cases as `check_frozen`.
 
     Example:
         updates, opt_state = tx.update(grads, opt_state, trained(params, ("blocks_0/*",)))
@@ -61,7 +61,7 @@ def trained(params: Any, patterns: Sequence[str]) -> Any:
 
 
 def with_frozen(moving: Any, params: Any) -> Any:
-    """Returns `moving`, a result of `trained`, with the frozen parameters of `params` in their places.
+    """Returns `moving`, a result of `trained`, completed with the frozen parameters of `params`.
 
     Example:
         params = with_frozen(optax.apply_updates(trained(params, patterns), updates), params)

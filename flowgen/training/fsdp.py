@@ -1,6 +1,7 @@
 """Sharded training: the parameters, their moments and their average are divided over devices and processes.
 
-The program is that of one device on the whole batch. The compiler divides it by the shardings of its arguments.
+The program is the same as on one device, and computes the whole batch. The compiler divides the program over the
+devices, according to the shardings of its arguments.
 """
 
 from __future__ import annotations
@@ -27,13 +28,13 @@ WHOLE, ROWS = PartitionSpec(), PartitionSpec(backend.FSDP)
 
 @dataclass(frozen=True)
 class FullySharded:
-    """Sharded training over a mesh of devices, with the methods of `DataParallel`.
+    """Sharded training over a mesh of devices. It has the same methods as `DataParallel`.
 
-    Arrays are global: a batch has all its rows, divided over the first axis of the mesh, and a state has the shapes of
-    one device, divided as `partition_specs` says.
+    Arrays are global. A batch contains the rows of all devices, divided over the first axis of the mesh. A state has
+    the same shapes as on one device, and `partition_specs` defines how it is divided.
 
-    devices: the local devices to use; None for all of them. mesh_shape: the numbers of devices that share the batch
-    and the parameters, and that share heads and MLPs; None for all devices on the first axis.
+    devices: the local devices to use; None for all of them. mesh_shape: the number of devices that share the
+    batch and the parameters, and the number that share heads and MLPs; None for all devices on the first axis.
 
     Raises ValueError if the mesh does not fit the devices.
 
@@ -69,7 +70,7 @@ class FullySharded:
 
     @cached_property
     def mesh(self) -> Mesh:
-        """The devices of all processes; the rows of a process lie on its own devices."""
+        """The mesh of all processes' devices; the rows of each process are on its own devices."""
         devices = self.local_devices
         if jax.process_count() > 1:
             if self.devices is not None:
@@ -106,17 +107,17 @@ class FullySharded:
         return _shardings(self.mesh, tree)
 
     def abstract(self, make: Callable[[], Any]) -> Any:
-        """Returns the shapes of make(), and raises the errors of its trace."""
+        """Returns the shapes of make(); raises any error that occurs when make is traced."""
         with jax.set_mesh(self.mesh):
             return jax.eval_shape(make)
 
     def create(self, make: Callable[[], Any]) -> Any:
-        """Returns make(), computed in parts: no device holds the whole result."""
+        """Returns make(), computed in parts, so that no device stores the whole result."""
         with jax.set_mesh(self.mesh):
             return jax.jit(make, out_shardings=self.shardings(jax.eval_shape(make)))()
 
     def compile(self, step: Step) -> Step:
-        """Returns the step on the whole batch. Each call donates the buffers of its input state."""
+        """Returns the step, compiled for the whole batch. Each call donates the buffers of its input state."""
 
         def update(state, batch, key):
             state, metrics = step(state, batch, key)
@@ -131,7 +132,7 @@ class FullySharded:
         return run
 
     def place(self, state: Any) -> Any:
-        """Returns a state on the devices, each of which receives only its own part."""
+        """Returns a state placed on the devices, each of which receives only its own part."""
         return jax.tree.map(_placed, state, self.shardings(state))
 
     def replicate_key(self, key: jax.Array) -> jax.Array:
@@ -140,7 +141,7 @@ class FullySharded:
         return jax.random.wrap_key_data(_placed(data, NamedSharding(self.mesh, WHOLE)))
 
     def shard(self, batch: Any, rows: int | None = None) -> Any:
-        """Returns the whole batch, of which this process gives its rows; does not wait for the transfer.
+        """Returns the whole batch, to which this process contributes its rows; does not wait for the transfer.
 
         rows: the required number of rows, which is this process's share of train.batch_size; None allows any number
         that the devices can share equally. Raises ValueError unless all leaves are arrays of numbers with this many
@@ -174,7 +175,7 @@ def _shardings(mesh: Mesh, tree: Any) -> Any:
 
 
 def _placed(x: Any, sharding: NamedSharding) -> jax.Array:
-    """Returns an array with this sharding, which must be equal in all processes; it may already have it."""
+    """Returns x with this sharding. All processes must pass the same x, which may already have the sharding."""
     if isinstance(x, jax.Array) and x.sharding.is_equivalent_to(sharding, x.ndim):
         return x
     x = np.asarray(x)

@@ -30,7 +30,7 @@ class Job:
     saved with the run. tokens(batch): returns the number of tokens in a batch, for reports on speed. profile: number of
     steps to trace for a profiler; 0 for none. devices: this process's devices to train on; None for all of them. start:
     changes the initial variables of a new run, for example to the weights of another run; a resumed run does not call
-    it. Its lines are reported and saved with the run.
+    it. The lines that it returns are reported and saved with the run.
     """
 
     init: Callable[[jax.Array], Any]

@@ -81,7 +81,7 @@ def train(
         with _interruptible(signals):
             check_workdir(workdir, check_config, locks=is_primary())
             barrier("flowgen: workdir checked")  # Otherwise, one process's first file would look foreign to the others.
-            # Everything that may be refused is read before anything is written.
+            # Everything that may be invalid is read and checked before anything is written.
             reader = CheckpointReader(workdir / CHECKPOINTS)
             latest = _resumed_from(reader, train.steps, check_config)
             if latest is not None:
@@ -259,7 +259,7 @@ class _Run:
     def keeping(self, step: int, state: TrainState) -> Generator[None]:
         """Returns a context that saves the state if an error ends the run, unless the error is a FloatingPointError.
 
-        Nothing is saved if the other processes would have to give their parts of the state.
+        Nothing is saved if this requires the other processes to contribute their parts of the state.
         """
         try:
             yield

@@ -1,4 +1,4 @@
-"""The optimizer of a run, from its config: schedule, clipping, the rule of an optimizer, and skipped spikes."""
+"""Creates a run's optimizer from its config: learning-rate schedule, clipping, update rule, and skipping of spikes."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ MAIN = "main"  # Labels the parameters that have no separate optimizer.
 
 
 def make_schedule(config: OptimConfig, steps: int) -> optax.Schedule:
-    """Returns the learning rate as a function of the number of updates done.
+    """Returns the learning rate as a function of the number of completed updates.
 
     Raises:
         ValueError: the warm-up is at least as long as the run.
@@ -48,7 +48,7 @@ def make_schedule(config: OptimConfig, steps: int) -> optax.Schedule:
 def make_optimizer(
     config: OptimConfig, steps: int, others: Mapping[str, OptimConfig] | None = None
 ) -> optax.GradientTransformation:
-    """Returns the optimizer of a config; if the config sets clip_norm or skip_norm, it clips gradients or skips spikes.
+    """Returns the optimizer that a config describes, including the clipping of gradients and the skipping of spikes.
 
     others: separate optimizers for parameter groups, keyed by the groups' top-level names. Each group has its own
     gradient norm.
@@ -77,14 +77,14 @@ def _one_optimizer(config: OptimConfig, steps: int) -> optax.GradientTransformat
         adam_learning_rate=(lambda count: schedule(count) * config.adam_lr / config.lr) if config.adam_lr else None,
     )
     tx = keep_norms(tx) if config.keep_norms else tx
-    if config.keep_norms or config.name != "adamw":  # AdamW alone is elementwise: it need not tell layers apart.
+    if config.keep_norms or config.name != "adamw":  # Plain AdamW acts elementwise, so stacking changes nothing.
         tx = per_layer(tx)
     tx = optax.chain(optax.clip_by_global_norm(config.clip_norm), tx) if config.clip_norm else tx
     return skip_spikes(tx, max_norm=config.skip_norm, after=config.skip_after) if config.skip_norm else tx
 
 
 def decay_mask(config: OptimConfig) -> Callable[[Any], Any] | None:
-    """Returns the function params -> tree of bools that says which parameters decay, or None if all do.
+    """Returns the function params -> tree of bools that selects the parameters that decay, or None if all decay.
 
     Example:
         mask = decay_mask(OptimConfig(decayed="matrices", not_decayed=("*/proj_out/*",)))

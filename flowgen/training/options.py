@@ -22,9 +22,9 @@ from flowgen.settings.ranges import (
     Seed,
 )
 
-OF_MATRICES = ("muon", "auon", "conda")  # these have AdamW for other parameters
+OF_MATRICES = ("muon", "auon", "conda")  # AdamW updates all parameters that are not matrices
 
-# The differences that a model may have from the one whose parameters it starts from.
+# The kinds of differences that `InitConfig.allow` accepts.
 ALLOWED = ("classes", "size", "text", "frames", "other")
 
 
@@ -48,7 +48,7 @@ class OptimConfig:
 
     name: the optimizer: "adamw", another of optax, or "muon", "auon" or "conda", which update the weight matrices and
         leave all other parameters to AdamW; or a function (learning_rate, **options) that returns an optax optimizer.
-    options: options of the optimizer by name, such as --optim.options.momentum 0.9; those left out get its defaults.
+    options: options of the optimizer by name, such as --optim.options.momentum 0.9; all others keep their defaults.
     lr: learning rate after the warm-up; positive.
     min_lr: learning rate at the start of the warm-up and at the end of the decay; at most lr.
     adam_lr: learning rate for parameters that are not weight matrices, with "muon", "auon" or "conda"; 0 to use lr.
@@ -62,7 +62,7 @@ class OptimConfig:
     not_decayed: patterns of parameter names that do not decay, such as "*/proj_out/*".
     keep_norms: scale each weight matrix back to its initial norm after every update, as in NaP.
     b1: decay rate of the running mean of gradients, for "adamw", "adamp", "muon", "auon" and "conda"; at least 0 and
-        below 1. All other optimizers have such numbers in their options.
+        below 1. For all other optimizers, set such rates in options.
     b2: decay rate of the running mean of squared gradients, for the same optimizers; at least 0 and below 1.
     eps: constant added to the denominator of the updates, for the same optimizers.
     clip_norm: clip the global gradient norm to this value; 0 for no clipping.
@@ -135,10 +135,10 @@ class TrainConfig:
     seed: seed of initial parameters, data order and noise; a whole number below 2^32.
     label_dropout: fraction of labels or texts to drop, so that guidance can be used in sampling; at most 1.
     accumulation: number of micro-batches into which each device splits its share of a batch, to save memory.
-    frozen: patterns of the names of parameters that stay as they are, such as "blocks_0/*"; see docs/training.md.
+    frozen: patterns of the names of parameters that stay unchanged, such as "blocks_0/*"; see docs/training.md.
     parallel: "data" copies the parameters to every device; "fsdp" divides them over the devices, for large models.
-    mesh: with "fsdp", the numbers of devices that share the batch and the parameters, and that share heads and MLPs;
-    null for all devices on the first axis.
+    mesh: with "fsdp", the number of devices that share the batch and the parameters, and the number that share heads
+    and MLPs; null for all devices on the first axis.
     """
 
     steps: Count = 1000
@@ -157,7 +157,7 @@ class TrainConfig:
 
 @config
 class InitConfig:
-    """The run from whose parameters a new run starts, and how its model may differ.
+    """The run whose parameters a new run starts from, and how the models of the two runs may differ.
 
     path: directory of a run, or of weights that `convert` has imported; empty to start from new parameters. A resumed
     run does not read it.

@@ -78,7 +78,7 @@ class DataParallel:
         return make()
 
     def place(self, state: Any) -> Any:
-        """Returns a state on the devices, each of which receives a copy."""
+        """Returns a state placed on the devices, each of which receives a copy."""
         return self.replicate(state)
 
     def replicate(self, tree: Any) -> Any:

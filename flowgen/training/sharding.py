@@ -25,7 +25,7 @@ ONE_LAYER = "layer_"
 def partition_specs(tree: Any, axes: Mapping[str, int]) -> Any:
     """Returns the `PartitionSpec` of every leaf of a state or of variables, in a tree of the same structure.
 
-    Moments and averages are divided like their parameters, because their paths end in the parameters' paths.
+    Moments and averages are divided like their parameters, because their paths end with the parameters' paths.
 
     tree: (abstract) arrays. axes: the sizes of the axes "fsdp" and "tensor".
 

@@ -95,7 +95,7 @@ def make_step(
     number of devices and with any accumulation; numbers drawn with the key are not. Micro-batch j contains the rows
     j, j + accumulation, ... of the whole batch. Tracing the update raises ValueError if the batch already has `rows`,
     if micro-batches cannot share the batch equally, or if the objective's result has neither of the forms above.
-    frozen: patterns of the names of parameters that stay as they are; see `flowgen.training.frozen.trained`.
+    frozen: patterns of the names of parameters that stay unchanged; see `flowgen.training.frozen.trained`.
     metrics: the objective's metrics, `loss`, `grad_norm` (before clipping) and `lr`, averaged over devices and
     micro-batches. If spikes are skipped, the metrics also contain `skipped`, which is 0 or 1, and `skipped_in_a_row`.
     others: see `make_optimizer`. The metrics report the learning rate and the skipped updates of the main optimizer.
