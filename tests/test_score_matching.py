@@ -71,6 +71,7 @@ def test_the_flow_is_trained_as_without_a_denoiser(params, frames):
     assert not any(np.asarray(leaf).any() for leaf in jax.tree.leaves(expected["params"]["denoiser"]))
 
 
+@pytest.mark.slow  # a run of clips trains both
 def test_the_denoiser_is_trained_on_the_score_alone(params):
     data = batch()
     (_, metrics), gradient = gradients(flow_score_objective(FLOW, loss_scale=SCALE), params, data)

@@ -100,7 +100,7 @@ def test_a_step_is_compiled_once_and_its_state_stays_divided(every_array_is_divi
 
 
 def layouts():
-    shown = {("data", "both"), ("both", "data"), ("both", "both")}
+    shown = {("data", "both"), ("both", "data")}
     for saved in LAYOUTS:
         for resumed in LAYOUTS:
             marks = [] if (saved, resumed) in shown else pytest.mark.slow
