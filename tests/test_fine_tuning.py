@@ -14,9 +14,9 @@ from tolerances import NETWORK, assert_close
 import flowgen
 from flowgen import checkpoint
 from flowgen.data import ClipsConfig, DataConfig
-from flowgen.experiments import AutoencoderExperiment, FlowExperiment, MatchingExperiment, TextConfig
+from flowgen.experiments import AutoencoderExperiment, FlowExperiment, MatchingExperiment, SpaceToDepth, TextConfig
 from flowgen.experiments import VideoFlowExperiment as Video
-from flowgen.experiments.fine_tuning import started_from
+from flowgen.experiments.fine_tuning import differences, started_from
 from flowgen.experiments.remapping import matched_classes, remapped_classes, resampled
 from flowgen.flows import STARFlowConfig, STARFlowVConfig, TARFlowConfig
 from flowgen.matching import DiTConfig, UNetConfig
@@ -155,7 +155,7 @@ def test_a_model_with_more_classes_is_the_old_one_for_old_classes(model, tmp_pat
     assert_close(outputs(new, made, [*MATCHED, -1]), expected, NETWORK)
     assert np.isfinite(outputs(new, made, [2, 4, 2, 4])).all()
     [mapped] = [line for line in lines if line.startswith("  mapped")]
-    assert "3 classes by name, 2 new ones at the mean" in mapped
+    assert "3 classes by name, 2 new at the mean" in mapped
     assert any(line.startswith("  taken") for line in lines)
     assert not any(line.startswith(("  new", "  left out")) for line in lines)
 
@@ -188,6 +188,17 @@ def test_a_tracked_prior_variance_is_resampled_too(tmp_path):
     expected = resampled(variables["prior"]["variance"], (2, 2), (4, 4))
     np.testing.assert_array_equal(made["prior"]["variance"], expected)
     assert (expected > 0).all()
+
+
+def test_what_parameters_mean_is_a_difference_whichever_way_it_changes():
+    velocity = MatchingExperiment(name="old", model=DIT)
+    loss = dataclasses.replace(velocity.matching.loss, prediction="x1")
+    x1 = dataclasses.replace(velocity, matching=dataclasses.replace(velocity.matching, loss=loss))
+    pixels = FlowExperiment(name="old", model=STAR)
+    latents = dataclasses.replace(pixels, codec=SpaceToDepth(2))
+    for old, new in ((velocity, x1), (pixels, latents)):
+        assert list(differences(old, new)) == list(differences(new, old)) == ["other"]
+        assert differences(old, old) == {}
 
 
 TEXT = dataclasses.replace(STAR, text_dim=4, text_length=3)
@@ -340,7 +351,7 @@ def test_a_fine_tuned_run_is_a_run(tuned):
     assert model.config.num_classes == 20
     told = (run / "start.txt").read_text().splitlines()
     assert told[0] == f"Starting from {path}, step 0, parameters:"
-    assert "blocks_0-1/class_embed (10 classes by name, 10 new ones at the mean)" in told[2]
+    assert "blocks_0-1/class_embed (10 classes by name, 10 new at the mean)" in told[2]
 
 
 def test_frozen_parts_stay_as_they_are(tuned):

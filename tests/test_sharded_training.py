@@ -320,3 +320,11 @@ def test_the_largest_configs_lower_for_eight_devices(name):
     code = f"import test_sharded_training; test_sharded_training.lower({name!r})"
     environment = {**os.environ, "PYTHONPATH": paths, "XLA_FLAGS": flags}
     subprocess.run([sys.executable, "-c", code], env=environment, check=True)
+
+
+def test_what_a_state_is_made_of_is_divided_too():
+    """Parameters of another run, of which each host has a copy, become a state that no device has a copy of."""
+    parallel = FullySharded(None, (4, 1))
+    state = parallel.create(lambda params: {"params": params, "ema": params}, {"kernel": np.ones((256, 256), "f4")})
+    for leaf in jax.tree.leaves(state):
+        assert {shard.data.size for shard in leaf.addressable_shards} == {256 * 256 // 4}

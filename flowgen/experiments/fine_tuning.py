@@ -38,6 +38,8 @@ DIFFERENCES = {
     "model.text_length": "text",
     "model.frames": "frames",
 }
+# Fields of a matching experiment that determine what its network predicts.
+TARGETS = ("path", "loss")
 SHOWN = 4  # number of differences that an error message lists
 
 
@@ -128,8 +130,11 @@ def differences(old: Experiment, new: Experiment) -> dict[str, list[str]]:
     if _encoder_differs(old, new):
         found["text"].append("text.encoder is another one")
     for line in settings.differences(before.get("codec"), after.get("codec"), "codec"):
-        if not line.startswith("codec.path:") and "digest: None" not in line and not line.endswith("-> None"):
+        unknown = line.startswith("codec.digest:") and "None" in line  # One of the runs did not record it.
+        if not line.startswith("codec.path:") and not unknown:
             found["other"].append(line)
+    targets = [{name: (plain.get("matching") or {}).get(name) for name in TARGETS} for plain in (before, after)]
+    found["other"] += settings.differences(*targets, "matching")
     return {kind: lines for kind, lines in found.items() if lines}
 
 
@@ -196,7 +201,7 @@ class Rules:
         matched = matched_classes(before, after, *names)
         kept, how = int((matched != NEW).sum()), "name" if all(names) else "number"
         about = f"{kept} classes by {how}"
-        about += f", {after - kept} new ones at the mean" if kept < after else ""
+        about += f", {after - kept} new at the mean" if kept < after else ""
         about += f", {before - kept} dropped" if kept < before else ""
         size = (shape[0] - before + after, *shape[1:])
         return Rule(about, size, lambda table: remapped_classes(table, before, matched))
@@ -209,7 +214,7 @@ class Rules:
 
 def _role(name: str) -> str | None:
     """Returns what a parameter depends on: "classes", "size", or "prefix", which is a class or a text; else None."""
-    *_, module, leaf = name.split("/")
+    module, leaf = ["", *name.split("/")][-2:]
     if module == "proj_prefix":
         return "prefix"
     return {"class_embed": "classes", "pos_embed": "size"}.get(leaf, "size" if name == "prior/variance" else None)

@@ -111,10 +111,11 @@ class FullySharded:
         with jax.set_mesh(self.mesh):
             return jax.eval_shape(make)
 
-    def create(self, make: Callable[[], Any]) -> Any:
-        """Returns make(), computed in parts, so that no device stores the whole result."""
+    def create(self, make: Callable[..., Any], *given: Any) -> Any:
+        """Returns make(*given), computed in parts, so that no device stores the whole result or a whole argument."""
         with jax.set_mesh(self.mesh):
-            return jax.jit(make, out_shardings=self.shardings(jax.eval_shape(make)))()
+            shardings = self.shardings(jax.eval_shape(make, *given))
+            return jax.jit(make, out_shardings=shardings)(*map(self.place, given))
 
     def compile(self, step: Step) -> Step:
         """Returns the step, compiled for the whole batch. Each call donates the buffers of its input state."""

@@ -74,8 +74,11 @@ def train(
     workdir = Path(workdir)
     init_key, step_key = jax.random.split(jax.random.key(train.seed))
 
+    def state_of(variables: Any) -> TrainState:
+        return init_state(variables, optim, train.steps, job.optims, train.frozen)
+
     def initial() -> TrainState:
-        return init_state(job.init(init_key), optim, train.steps, job.optims, train.frozen)
+        return state_of(job.init(init_key))
 
     with Signals() if signals is None else nullcontext(signals) as signals:
         with _interruptible(signals):
@@ -89,8 +92,8 @@ def train(
             elif job.start is None:
                 state, told = parallel.create(initial), ()
             else:
-                variables, told = job.start(job.init(init_key))
-                state = init_state(variables, optim, train.steps, job.optims, train.frozen)
+                variables, told = job.start(parallel.create(lambda: job.init(init_key)))
+                state = parallel.create(state_of, variables)
             scores = None if latest is None else _evaluation(reader, latest)
         with _writer(workdir, latest, log, job.best_metric) as record:
             with _interruptible(signals):

@@ -73,9 +73,9 @@ class DataParallel:
         """Returns the shapes of make()."""
         return jax.eval_shape(make)
 
-    def create(self, make: Callable[[], Any]) -> Any:
-        """Returns make(), which is computed on one device."""
-        return make()
+    def create(self, make: Callable[..., Any], *given: Any) -> Any:
+        """Returns make(*given), which is computed on one device."""
+        return make(*given)
 
     def place(self, state: Any) -> Any:
         """Returns a state placed on the devices, each of which receives a copy."""
