@@ -95,7 +95,7 @@ def test_a_classifier_of_the_digits_knows_held_out_ones(key):
     damage = [frechet_distance(features, classifier.features(images + level * noise)) for level in (0.1, 0.3, 1.0)]
     assert damage == sorted(damage)
     assert frechet_distance(features[::2], features[1::2]) < damage[-1]
-    with pytest.raises(ValueError, match="have no labels"):
+    with pytest.raises(ValueError, match="has no labels"):
         train_classifier(dataclasses.replace(dataset, class_names=()), key)
 
 

@@ -103,14 +103,14 @@ def read_given(
         else:
             size = read_image_size(path)
             clip = read_image(path, size=(height, width), channels=codec.pixel_channels, crop="center")[None]
-    if codec.pixel_channels == 1 and (is_video or is_colour(path)):
-        tell_converted(f"The colours of --given {path}", codec.pixel_channels)
     kept = size[1] / size[0] / (width / height)
     if min(kept, 1 / kept) < LEAST_KEPT:
         raise ValueError(
             f"--given {path} is {size[0]} x {size[1]} pixels (height x width), so fitting it to clips of "
             f"{height} x {width} pixels would cut off much of it; crop it, or give another --aspect."
         )
+    if codec.pixel_channels == 1 and (is_video or is_colour(path)):
+        tell_converted(f"The colours of --given {path}", codec.pixel_channels)
     return np.asarray(from_uint8(clip))
 
 
