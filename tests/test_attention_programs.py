@@ -152,7 +152,7 @@ CALLS = {
 }
 MODULES = [name for name in CALLS if "layer" in name]
 # Those that show little beside the others are slow.
-SHOWN = ("nala causal", "gated delta")
+SHOWN = ("nala causal",)
 each_call = pytest.mark.parametrize("name", rows(CALLS, [name for name in CALLS if name not in SHOWN]))
 
 

@@ -53,7 +53,7 @@ def divided(params, mesh):
 @pytest.mark.parametrize(
     ("kind", "is_context"),
     [
-        ("automatic", False),
+        pytest.param("automatic", False, marks=pytest.mark.slow),
         ("explicit", False),
         ("explicit", True),
         pytest.param("automatic", True, marks=pytest.mark.slow),

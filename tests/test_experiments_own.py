@@ -174,6 +174,7 @@ def test_held_out_data_of_other_classes_are_refused(tmp_path):
         flowgen.fit(experiment, tmp_path, dataset=Stripes(), held_out=changed(class_names=("level", "upright")))
 
 
+@pytest.mark.slow  # a run for one refusal
 def test_data_of_ones_own_keep_the_classes_of_their_run(tmp_path):
     flowgen.fit(TWO_STEPS, tmp_path, dataset=Stripes())
     _, _, saved = flowgen.load(tmp_path)

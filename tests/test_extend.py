@@ -274,6 +274,7 @@ def test_a_value_that_does_not_fit_is_told(make, sentence):
     assert str(error.value).startswith(sentence)
 
 
+@pytest.mark.slow  # a program that trains
 def test_a_part_of_a_notebook_is_trained_and_loaded_there(tmp_path, monkeypatch):
     notebook = vars(sys.modules["__main__"])
     monkeypatch.setitem(notebook, "Cell", None)  # to be removed afterwards

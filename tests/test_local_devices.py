@@ -122,7 +122,7 @@ def test_likelihoods_do_not_depend_on_the_number_of_devices():
 
 @pytest.mark.parametrize(
     "plan",
-    [Sequential(), pytest.param(Jacobi(window=3, tol=1e-3), marks=pytest.mark.slow)],
+    [pytest.param(plan, marks=pytest.mark.slow) for plan in (Sequential(), Jacobi(window=3, tol=1e-3))],
     ids=["sequential", "windows"],
 )
 def test_no_device_waits_for_another(plan):
@@ -201,7 +201,7 @@ PROGRAMS = {
 }
 
 
-@pytest.mark.parametrize("name", rows(PROGRAMS, rare=set(PROGRAMS) - {"a command"}))
+@pytest.mark.parametrize("name", rows(PROGRAMS, rare=set(PROGRAMS)))
 def test_only_commands_make_a_device_per_core(name):
     code, chosen, expected = PROGRAMS[name]
     environment = {key: value for key, value in os.environ.items() if key not in ("XLA_FLAGS", "JAX_NUM_CPU_DEVICES")}

@@ -106,6 +106,7 @@ def test_parameter_counts_are_the_published_ones(config, count):
     assert {leaf.dtype for leaf in jax.tree.leaves(shapes)} == {jnp.dtype("float32")}
 
 
+@pytest.mark.slow  # beside its parity
 def test_a_fresh_network_is_zero_and_its_layers_start_as_published(key):
     config = dataclasses.replace(TINY, multipliers=(1,), attention_factors=(), num_classes=0, intervals=False)
     network, variables = UNet(config), init(UNet(config), key)

@@ -13,6 +13,7 @@ from scripts.toy import TEN, arrays_of, assert_bitwise, rows_of
 from flowgen.runs import CHECKPOINTS
 
 
+@pytest.mark.slow  # a run of its own
 def test_progress_without_a_terminal_is_a_line_for_each_report(tmp_path, capsys):
     def compiling(variables, batch, key):
         time.sleep(1.0)  # Once, when it is traced.

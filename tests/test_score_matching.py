@@ -57,6 +57,7 @@ def gradients(objective, params, data):
     return run(params, data, jax.random.key(1))
 
 
+@pytest.mark.slow  # a run of clips trains both
 @pytest.mark.parametrize("frames", rows([4, 1], (4,)))
 def test_the_flow_is_trained_as_without_a_denoiser(params, frames):
     data = batch(frames)

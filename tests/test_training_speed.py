@@ -79,6 +79,7 @@ def test_lines_show_the_speed(tmp_path, capsys):
         assert word in line
 
 
+@pytest.mark.slow  # two runs
 def test_a_profile_is_written_and_changes_nothing(tmp_path, capsys):
     toy.run(toy.make_job(), tmp_path / "plain", steps=6)
     toy.run(toy.make_job(profile=2), tmp_path / "run", steps=6)

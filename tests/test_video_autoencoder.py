@@ -216,6 +216,7 @@ def test_networks_that_are_not_ours_are_refused(change, message):
         convert.video_autoencoder(vw.state_dict("wan_2_2"), vw.CONFIGS["wan_2_2"] | change)
 
 
+@pytest.mark.slow  # other files of weights are read by the same code
 def test_a_video_autoencoder_loads_by_its_folder_and_by_its_pipeline(tmp_path):
     config = vw.CONFIGS["wan_2_2"]
     name = "diffusion_pytorch_model.safetensors"
