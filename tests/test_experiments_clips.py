@@ -110,6 +110,7 @@ def test_clips_begin_with_what_is_given_and_go_on_as_long_as_asked(run, tmp_path
     save_image(tmp_path / "wide.png", np.zeros((12, 30, 1), np.uint8))
     (tmp_path / "broken.mp4").write_bytes(b"no video")
     write_video(tmp_path / "long.gif", np.stack([image] * 8), fps=12.5)
+    capsys.readouterr()
     for given, message in (
         (
             "wide.png",
