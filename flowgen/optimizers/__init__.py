@@ -7,7 +7,7 @@ its parameters were not stacked. This package depends only on jax and optax.
 from flowgen.optimizers.adamp import adamp
 from flowgen.optimizers.auon import auon
 from flowgen.optimizers.conda import conda
-from flowgen.optimizers.layers import STACK, per_layer
+from flowgen.optimizers.layers import STACK, names_of, per_layer
 from flowgen.optimizers.matrices import are_kernels, are_matrices, for_matrices, muon
 from flowgen.optimizers.named import OPTIMIZERS, Optimizer, check_options, make_named, options_of
 from flowgen.optimizers.projection import keep_norms
@@ -26,6 +26,7 @@ __all__ = [
     "keep_norms",
     "make_named",
     "muon",
+    "names_of",
     "options_of",
     "per_layer",
 ]

@@ -59,8 +59,8 @@ def adamp(
         if params is None:
             raise ValueError("adamp needs the parameters; call update(updates, state, params).")
         count = state.count + 1
-        mu = jax.tree.map(lambda m, g: b1 * m + (1 - b1) * g, state.mu, updates)
-        nu = jax.tree.map(lambda v, g: b2 * v + (1 - b2) * g * g, state.nu, updates)
+        mu = optax.tree.update_moment(updates, state.mu, b1, 1)
+        nu = optax.tree.update_moment(updates, state.nu, b2, 2)
         decayed = mask(params) if callable(mask) else jax.tree.map(lambda _: True, params) if mask is None else mask
 
         def direction(g, w, m, v, is_kernel, decays):

@@ -42,8 +42,8 @@ def auon(
 
     def update(updates, state, params=None):
         del params
-        state = jax.tree.map(lambda m, g: momentum * m + (1 - momentum) * g, state, updates)
-        nesterov = jax.tree.map(lambda m, g: (1 - momentum) * g + momentum * m, state, updates)
+        state = optax.tree.update_moment(updates, state, momentum, 1)
+        nesterov = optax.tree.update_moment(updates, state, momentum, 1)
         return jax.tree.map(lambda step: _braked(step, gamma), nesterov), state
 
     direction = optax.GradientTransformation(init, update)

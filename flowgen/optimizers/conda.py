@@ -62,13 +62,12 @@ def conda(
     def update(updates, state, params=None):
         del params
         grads = jax.tree.map(as_matrix, updates)
-        mu = jax.tree.map(lambda m, g: b1 * m + (1 - b1) * g, state.mu, grads)
+        mu = optax.tree.update_moment(grads, state.mu, b1, 1)
         basis = lax.cond(
             state.count % update_every == 0, lambda: jax.tree.map(_singular_vectors, mu), lambda: state.basis
         )
         count = state.count + 1
-        nu = jax.tree.map(lambda v, g, u: b2 * v + (1 - b2) * _projected(g, u) ** 2, state.nu, grads, basis)
-
+        nu = optax.tree.update_moment(jax.tree.map(_projected, grads, basis), state.nu, b2, 2)
         factor = scale * jnp.sqrt(1 - b2**count) / (1 - b1**count)
 
         def step(g, m, v, u):

@@ -69,7 +69,7 @@ def _depths(params: Any) -> Any:
     """Returns the number of layers in each leaf's stack, or 0 for a leaf that is not stacked."""
     modules: dict[tuple[str, ...], list[tuple[bool, tuple[int, ...]]]] = {}
     for path, leaf in jax.tree_util.tree_leaves_with_path(params):
-        is_kernel = _names(path)[-1:] == ("kernel",)
+        is_kernel = names_of(path)[-1:] == ("kernel",)
         modules.setdefault(_stack(path), []).append((is_kernel, jnp.shape(leaf)))
 
     def depth(path, leaf):
@@ -86,13 +86,18 @@ def _depth(leaves: list[tuple[bool, tuple[int, ...]]]) -> int:
     return sizes.pop()[0] if stacked else 0
 
 
-def _names(path: Any) -> tuple[str, ...]:
-    return tuple(str(getattr(key, "key", getattr(key, "name", key))) for key in path)
+def names_of(path: Any) -> tuple[str, ...]:
+    """Returns the names on the path to a leaf of a tree, from the root.
+
+    Example:
+        paths = [names_of(path) for path, leaf in jax.tree_util.tree_leaves_with_path(params)]
+    """
+    return tuple(jax.tree_util.keystr((key,), simple=True) for key in path)
 
 
 def _stack(path: Any) -> tuple[str, ...]:
     """Returns the path of the module called `layers` that contains a leaf; empty if there is none."""
-    names = _names(path)
+    names = names_of(path)
     return names[: names.index(STACK) + 1] if STACK in names else ()
 
 

@@ -9,6 +9,8 @@ import jax.numpy as jnp
 import optax
 from optax.contrib import MuonDimensionNumbers
 
+from flowgen.optimizers.layers import names_of
+
 MATRIX, OTHER = "matrix", "other"
 
 
@@ -20,7 +22,7 @@ def are_kernels(params: Any) -> Any:
     """
 
     def is_kernel(path, leaf):
-        return jnp.ndim(leaf) >= 2 and getattr(path[-1], "key", getattr(path[-1], "name", None)) == "kernel"
+        return jnp.ndim(leaf) >= 2 and names_of(path)[-1:] == ("kernel",)
 
     return jax.tree_util.tree_map_with_path(is_kernel, params)
 

@@ -27,15 +27,24 @@ def check_frozen(params: Any, patterns: Sequence[str]) -> None:
     """
     names = _names(params)
     for pattern in patterns:
-        if not any(fnmatchcase(name, pattern) for name in names):
+        if not any(matches(name, [pattern]) for name in names):
             parents = {f"{name[:end]}/*" for name in names for end, letter in enumerate(name) if letter == "/"}
             close = difflib.get_close_matches(pattern, sorted({*names, *parents}), n=NEAREST, cutoff=0.0)
             raise ValueError(
                 f"train.frozen has the pattern '{pattern}', which matches no parameter; the nearest names are "
                 f"{', '.join(close)}."
             )
-    if patterns and all(any(fnmatchcase(name, pattern) for pattern in patterns) for name in names):
+    if patterns and all(matches(name, patterns) for name in names):
         raise ValueError(f"train.frozen is {tuple(patterns)}, which freezes all parameters; leave some out.")
+
+
+def matches(name: str, patterns: Sequence[str]) -> bool:
+    """Returns whether the name of a parameter, such as "blocks_0/proj_in/kernel", matches one of the patterns.
+
+    Example:
+        matches("blocks_0/proj_in/kernel", ("blocks_0/*",))  # True
+    """
+    return any(fnmatchcase(name, pattern) for pattern in patterns)
 
 
 def trained(params: Any, patterns: Sequence[str]) -> Any:
@@ -54,8 +63,7 @@ def trained(params: Any, patterns: Sequence[str]) -> Any:
     check_frozen(params, patterns)
 
     def kept(path, leaf):
-        frozen = any(fnmatchcase(_name(path), pattern) for pattern in patterns)
-        return optax.MaskedNode() if frozen else leaf
+        return optax.MaskedNode() if matches(name_of(path), patterns) else leaf
 
     return jax.tree_util.tree_map_with_path(kept, params)
 
@@ -75,8 +83,13 @@ def with_frozen(moving: Any, params: Any) -> Any:
 
 
 def _names(params: Any) -> list[str]:
-    return [_name(path) for path, _ in jax.tree_util.tree_leaves_with_path(params)]
+    return [name_of(path) for path, _ in jax.tree_util.tree_leaves_with_path(params)]
 
 
-def _name(path: Any) -> str:
+def name_of(path: Any) -> str:
+    """Returns the name of the parameter at a path of a tree, such as "blocks_0/proj_in/kernel".
+
+    Example:
+        names = [name_of(path) for path, leaf in jax.tree_util.tree_leaves_with_path(params)]
+    """
     return jax.tree_util.keystr(path, simple=True, separator="/")

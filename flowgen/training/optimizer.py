@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from fnmatch import fnmatchcase
 from typing import Any, NamedTuple
 
 import jax
@@ -12,6 +11,7 @@ import optax
 from jaxtyping import Array, Int
 
 from flowgen.optimizers import are_kernels, keep_norms, make_named, per_layer
+from flowgen.training.frozen import matches, name_of
 from flowgen.training.options import OptimConfig, check_warmups
 
 MAIN = "main"  # Labels the parameters that have no separate optimizer.
@@ -94,9 +94,7 @@ def decay_mask(config: OptimConfig) -> Callable[[Any], Any] | None:
 
     def mask(params):
         def decays(path, kernel):
-            name = jax.tree_util.keystr(path, simple=True, separator="/")
-            excluded = any(fnmatchcase(name, pattern) for pattern in config.not_decayed)
-            return (kernel or config.decayed == "all") and not excluded
+            return (kernel or config.decayed == "all") and not matches(name_of(path), config.not_decayed)
 
         return jax.tree_util.tree_map_with_path(decays, are_kernels(params))
 

@@ -14,7 +14,7 @@ import jax
 from jax.sharding import PartitionSpec
 
 from flowgen.backend import shard_spec
-from flowgen.optimizers import STACK
+from flowgen.optimizers import STACK, names_of
 
 # Layers that read all channels and write heads or hidden channels, and layers that do the reverse.
 BY_OUTPUT = ("qkv", "up", "gate")
@@ -34,8 +34,7 @@ def partition_specs(tree: Any, axes: Mapping[str, int]) -> Any:
     """
 
     def of_leaf(path, leaf):
-        names = tuple(jax.tree_util.keystr((part,), simple=True) for part in path)
-        return partition_spec(names, leaf.shape, axes)
+        return partition_spec(names_of(path), leaf.shape, axes)
 
     return jax.tree_util.tree_map_with_path(of_leaf, tree)
 
