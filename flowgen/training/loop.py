@@ -14,6 +14,7 @@ from flowgen import backend
 from flowgen.runs import CHECKPOINTS, EVAL, CheckpointReader, NullWriter, RunWriter, check_workdir
 from flowgen.training.fsdp import FullySharded
 from flowgen.training.job import Job, Result
+from flowgen.training.opening import evaluation_of, open_writer, resumed_from
 from flowgen.training.options import LogConfig, OptimConfig, TrainConfig, check_packages
 from flowgen.training.pace import Pace
 from flowgen.training.parallel import DataParallel, barrier, from_primary, is_primary, largest
@@ -86,7 +87,7 @@ def train(
             barrier("flowgen: workdir checked")  # Otherwise, one process's first file would look foreign to the others.
             # Everything that may be invalid is read and checked before anything is written.
             reader = CheckpointReader(workdir / CHECKPOINTS)
-            latest = _resumed_from(reader, train.steps, check_config)
+            latest = resumed_from(reader, train.steps, check_config)
             if latest is not None:
                 state, told = reader.restore(latest, parallel.abstract(initial)), ()
             elif job.start is None:
@@ -94,8 +95,8 @@ def train(
             else:
                 variables, told = job.start(parallel.create(lambda: job.init(init_key)))
                 state = parallel.create(state_of, variables)
-            scores = None if latest is None else _evaluation(reader, latest)
-        with _writer(workdir, latest, log, job.best_metric) as record:
+            scores = None if latest is None else evaluation_of(reader, latest)
+        with open_writer(workdir, latest, log, job.best_metric) as record:
             with _interruptible(signals):
                 record.begin(
                     config, first_step=latest, last_step=train.steps, tensorboard=log.tensorboard, bar=log.progress
@@ -106,54 +107,6 @@ def train(
                     record.describe_data(job.inventory, resumed=latest is not None)
             run = _Run(job, record, log, parallel, signals, length=train, first=latest, max_skips=optim.max_skips)
             return run.train(CountedStep(step, parallel.program_devices), state, step_key, scores)
-
-
-def _writer(workdir: Path, latest: int | None, log: LogConfig, best_metric: str) -> RunWriter | NullWriter:
-    """Returns the run's writer, which writes only in the first process.
-
-    If the first process cannot write, all processes raise OSError.
-    """
-    record: RunWriter | NullWriter = NullWriter(workdir)
-    error: OSError | None = None
-    if is_primary():
-        try:
-            record = RunWriter(workdir, latest=latest, keep=log.keep, best_metric=best_metric)
-        except OSError as caught:
-            error = caught
-    if largest(int(error is not None)):
-        raise error or OSError(f"The first process cannot write to workdir {workdir}; see its error message.")
-    return record
-
-
-def _resumed_from(reader: CheckpointReader, steps: int, check_config: Callable[[dict[str, Any]], None]) -> int | None:
-    """Returns the step to resume from, or None; the result is the same in all processes.
-
-    Raises ValueError if every checkpoint has missing files, the step exceeds `steps`, or the config does not fit.
-    """
-    latest = reader.latest_step()
-    if latest is None:
-        reader.check_not_broken()
-    latest = largest(-1 if latest is None or not is_primary() else latest)
-    if latest < 0:
-        return None
-    saved = reader.manifest(latest)
-    if latest > steps:
-        raise ValueError(
-            f"{reader.directory.parent} already has {latest} steps, more than train.steps {steps}; raise train.steps."
-        )
-    try:
-        check_config(saved["config"])
-    except ValueError as error:
-        raise ValueError(f"Checkpoint {latest} of {reader.directory.parent}: {error}") from error
-    return latest
-
-
-def _evaluation(reader: CheckpointReader, step: int) -> dict[str, float] | None:
-    """Returns the metrics of a step, or None if they are missing or damaged; the run's writer reports damage."""
-    try:
-        return reader.evaluation(step)
-    except ValueError:
-        return None
 
 
 class _Run:
