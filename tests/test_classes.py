@@ -281,6 +281,7 @@ def run(tmp_path_factory):
     return root / "run"
 
 
+@pytest.mark.slow
 def test_a_run_keeps_the_names_of_its_classes(run):
     saved = json.loads((run / "config.json").read_text())
     assert saved["data"]["classes"] == list(KNOWN)
@@ -290,6 +291,7 @@ def test_a_run_keeps_the_names_of_its_classes(run):
     assert "0 cat, 1 dog, 2 fox" in succeed("info --checkpoint", run)
 
 
+@pytest.mark.slow
 def test_other_data_are_evaluated_with_the_numbers_of_the_run(run, tmp_path):
     photos(tmp_path / "photos", "dog", "fox")
     words = ("evaluate", "--checkpoint", run, "--split", "all", "--data.path", tmp_path / "photos")
@@ -307,6 +309,7 @@ def test_other_data_are_evaluated_with_the_numbers_of_the_run(run, tmp_path):
     assert "--data.classes" in refused(*words, "--data.classes", "('dog', 'fox', 'zebra')")
 
 
+@pytest.mark.slow
 def test_a_class_is_asked_for_by_name(run, tmp_path):
     words = ("sample --num 4 --plan sequential --checkpoint", run, "--out", tmp_path / "samples.npz")
     for classes, labels in (("fox,cat", [2, 0, 2, 0]), ("1", [1, 1, 1, 1]), ("-1, dog", [-1, 1, -1, 1])):
@@ -329,6 +332,7 @@ def resumed(workdir, **changes):
     return fit(experiment_of(train=TrainConfig(steps=6, batch_size=8), **changes), workdir)
 
 
+@pytest.mark.slow
 def test_a_renamed_class_is_refused(again):
     workdir, path = again
     (path / "cat").rename(path / "zebra")
@@ -363,6 +367,7 @@ def test_a_run_that_kept_no_names_goes_on(run, tmp_path, monkeypatch, capsys):
     assert "has no list of its data files" in capsys.readouterr().err
 
 
+@pytest.mark.slow
 def test_a_run_says_what_changed_in_its_files(again, capsys):
     workdir, path = again
     record = json.loads((workdir / "data.json").read_text())

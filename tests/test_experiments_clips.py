@@ -42,6 +42,7 @@ def run(tmp_path_factory):
     return workdir
 
 
+@pytest.mark.slow
 def test_training_reports_both_losses_and_what_denoising_is_worth(run):
     rows = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
     assert {"denoiser_loss", "flow_loss", "score_square", "bits_per_dim"} <= rows[0].keys()
@@ -69,6 +70,7 @@ def test_samples_are_strips_videos_and_arrays(run, tmp_path):
     assert video_size(tmp_path / "single" / "000001.gif") == (12, 12)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("fps", "out", "message"),
     [

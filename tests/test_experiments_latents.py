@@ -76,6 +76,7 @@ def experiment_of(**changes):
     return FlowExperiment(**parts)
 
 
+@pytest.mark.slow
 def test_the_autoencoder_learns_and_says_so(autoencoder, capsys):
     rows = [json.loads(line) for line in (autoencoder / "metrics.jsonl").read_text().splitlines()]
     errors = [row["eval/mean_square_error"] for row in rows if "eval/mean_square_error" in row]
@@ -89,6 +90,7 @@ def test_the_autoencoder_learns_and_says_so(autoencoder, capsys):
     assert "cannot be sampled; train a flow on its latents" in capsys.readouterr().err
 
 
+@pytest.mark.slow
 def test_latents_of_a_trained_autoencoder_are_normalised_and_decoded(autoencoder):
     experiment = experiment_of(codec=PretrainedAutoencoder(str(autoencoder)))
     dataset = experiment.flow_dataset("train")
@@ -314,6 +316,7 @@ def test_several_aspects_train_together(tmp_path):
     assert np.isfinite(result.metrics["nats_per_dim"])
 
 
+@pytest.mark.slow
 def test_a_digest_is_of_what_latents_depend_on(autoencoder):
     from flowgen.codecs import Autoencoder, AutoencoderCodec, LatentNormalisation
 
@@ -442,6 +445,7 @@ def test_autoencoders_of_no_pixels_are_refused(size):
         AutoencodingConfig(image_size=size)
 
 
+@pytest.mark.slow
 def test_an_autoencoder_of_other_channels_is_refused(autoencoder):
     model = dataclasses.replace(TINY, channels=8)
     with pytest.raises(ValueError, match=r"makes latents with 4 channels; set model.channels to 4"):

@@ -79,10 +79,10 @@ class OwnNetwork(nn.Module):
                 ),
             ),
             id="velocity",
-            marks=pytest.mark.slow,
         ),
     ],
 )
+@pytest.mark.slow
 def test_data_of_ones_own_are_trained_on_and_resumed(experiment, tmp_path):
     constant = dataclasses.replace(experiment.optim, schedule="constant")  # by which half a run is half of it
     experiment = dataclasses.replace(experiment, optim=constant, train=TrainConfig(steps=4, batch_size=8), log=QUIET)

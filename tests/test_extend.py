@@ -149,6 +149,7 @@ def not_imported(monkeypatch):
     monkeypatch.delitem(sys.modules, "own_parts")
 
 
+@pytest.mark.slow
 def test_a_run_keeps_its_parts(run):
     kept = json.loads((run / "config.json").read_text())
     assert kept["matching"]["coupling"] == ITSELF
@@ -168,6 +169,7 @@ def test_a_command_goes_on_with_a_run_of_own_parts(tmp_path, capsys):
     assert "matching.coupling.share: 1.0 -> 0.5" in capsys.readouterr().err
 
 
+@pytest.mark.slow
 @pytest.mark.usefixtures("not_imported")
 def test_reading_a_run_imports_nothing(run):
     with pytest.raises(
@@ -177,6 +179,7 @@ def test_reading_a_run_imports_nothing(run):
     assert "own_parts" not in sys.modules
 
 
+@pytest.mark.slow
 @pytest.mark.usefixtures("not_imported")
 @pytest.mark.parametrize(
     "words",
