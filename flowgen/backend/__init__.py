@@ -60,6 +60,7 @@ from flowgen.backend.meshes import (
 from flowgen.backend.shards import FSDP, TENSOR, Shared, keep_heads_apart, keep_rows_apart, shard_spec
 from flowgen.backend.sharing import (
     WHOLE,
+    available_cores,
     by_rows,
     copies,
     devices_for,
@@ -97,6 +98,7 @@ __all__ = [
     "any_derivative",
     "attention_plan",
     "attention_platform",
+    "available_cores",
     "by_rows",
     "cache_stages",
     "call_host",

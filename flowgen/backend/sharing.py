@@ -28,6 +28,11 @@ MIN_ROWS_ON_CPU = 4
 _CONFIG: Any = jax.config  # The attributes of jax.config are not typed.
 
 
+def available_cores() -> int:
+    """Returns the number of processor cores that this process may use."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+
+
 def make_core_devices() -> bool:
     """Creates one CPU device per core that this process may use; returns whether it did.
 
@@ -38,9 +43,8 @@ def make_core_devices() -> bool:
     chosen = _CONFIG.jax_num_cpu_devices >= 0 or "host_platform_device_count" in os.environ.get("XLA_FLAGS", "")
     if chosen or jax.distributed.is_initialized():
         return False
-    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
     try:
-        jax.config.update("jax_num_cpu_devices", cores)
+        jax.config.update("jax_num_cpu_devices", available_cores())
     except RuntimeError:  # jax has started, for example in a module that the user imports.
         return False
     return True

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from functools import partial
 from pathlib import Path
 from typing import Annotated, Any, Literal, get_args
 
@@ -24,12 +25,14 @@ from flowgen.data.dataset import (
     hold_out_files,
 )
 from flowgen.data.file_dataset import FileDataset
+from flowgen.data.file_reader import FileReader
 from flowgen.data.folder import opened, read_captions
 from flowgen.data.image_files import Crop
 from flowgen.data.inventory import tell, tell_converted
 from flowgen.data.named import package_folder
-from flowgen.data.unreadable import FileReader, OnCorrupt, tell_lost_classes
+from flowgen.data.unreadable import OnCorrupt, tell_lost_classes
 from flowgen.data.video import READABLE, av, frame_times, read_clip
+from flowgen.data.workers import Job, workers_of
 from flowgen.nn.checks import ImageSize, image_sides
 from flowgen.packages import missing
 from flowgen.settings import config
@@ -64,6 +67,7 @@ class ClipsConfig:
     for `crafter`, of the clips; for `folder`, of the videos; and for `real`, of the clips of each video, taken from its
     end. The split is the same on every machine; 0 holds nothing out.
     in_memory_bytes: if the clips cut from videos need more bytes than this, each batch is decoded on demand.
+    workers: number of processes that decode videos, as in `DataConfig`.
     images: images to train on in addition to the clips. They form separate batches, as clips of a single frame.
     images_fraction: fraction of the training batches that consist of images; 0 uses every clip and image equally often.
     classes: the class names in the order of their numbers, as in `DataConfig`; `images` uses the same classes.
@@ -84,6 +88,7 @@ class ClipsConfig:
     on_corrupt: OnCorrupt = "refuse"
     eval_fraction: ProperFraction = 0.1
     in_memory_bytes: Bytes = 2 << 30
+    workers: CountOrZero | Literal["auto"] = "auto"
     images: DataConfig | None = None
     images_fraction: ProperFraction = 0.0
     classes: tuple[str, ...] = ()
@@ -152,12 +157,14 @@ def load_clips(config: ClipsConfig, *, frames: int, image_size: ImageSize, chann
         cuts, labels, names, captions = _folder(config, frames, split)
     files = [path for path, _ in cuts]
 
-    def read(position: int) -> UInt8[np.ndarray, "frames height width c"]:
+    def job(position: int) -> Job[UInt8[np.ndarray, "frames height width c"]]:
         path, start = cuts[position]
-        return read_clip(path, frames, sides, channels, fps=config.fps or None, start=start, crop=config.crop)
+        return partial(read_clip, path, frames, sides, channels, fps=config.fps or None, start=start, crop=config.crop)
+
+    workers = workers_of(config.workers)
 
     dataset = FileDataset(
-        FileReader(read, files, config.on_corrupt, what=_WHAT, split=split, replaces=not captions),
+        FileReader(job, files, config.on_corrupt, what=_WHAT, split=split, replaces=not captions, workers=workers),
         labels,
         event_shape=(frames, *sides, channels),
         class_names=names,
@@ -232,7 +239,12 @@ def _cuts(
         cuts[number] = [(files[number], start) for start in starts.tolist()]
 
     reader = FileReader(
-        lambda i: frame_times(files[i], fps=config.fps or None), files, config.on_corrupt, what=_WHAT, split=split
+        lambda i: partial(frame_times, files[i], fps=config.fps or None),
+        files,
+        config.on_corrupt,
+        what=_WHAT,
+        split=split,
+        workers=workers_of(config.workers),
     )
     readable = reader.read_all(keep)
     where = f"data.path '{config.path}'" if config.path else f"data.name '{config.name}'"

@@ -15,7 +15,7 @@ from flowgen.data.classes import checked_names
 from flowgen.data.image_files import Crop
 from flowgen.printable import composed
 from flowgen.settings import config, import_object
-from flowgen.settings.ranges import Bytes, OneOf, ProperFraction
+from flowgen.settings.ranges import Bytes, CountOrZero, OneOf, ProperFraction
 
 Split = Literal["train", "eval", "all"]
 NO_LABEL = -1
@@ -45,6 +45,8 @@ class DataConfig:
     eval_fraction: fraction of the images held out for evaluation. The same images are held out on every machine; 0
     holds out none.
     in_memory_bytes: if a folder's resized images need more bytes than this, each batch is decoded on demand.
+    workers: number of processes that decode a folder's images; 0 uses threads of this process. "auto" uses threads on
+    up to eight cores; on more cores, one process per core, up to 32, if loky is installed.
     classes: the class names in the order of their numbers. If empty, the names found in the data are stored here when
     the run begins, and the labels of data opened later are mapped by name. A class without images causes a warning,
     and an unknown class causes an error. The labels of an `npz` without class names are indices into `classes`.
@@ -62,6 +64,7 @@ class DataConfig:
     on_corrupt: Literal["refuse", "skip"] = "refuse"
     eval_fraction: ProperFraction = 0.1
     in_memory_bytes: Bytes = 2 << 30
+    workers: CountOrZero | Literal["auto"] = "auto"
     classes: tuple[str, ...] = ()
 
     def __post_init__(self) -> None:

@@ -3,19 +3,18 @@
 from __future__ import annotations
 
 import dataclasses
-from concurrent.futures import ThreadPoolExecutor
 
 import numpy as np
 from jaxtyping import Int, Int32, UInt8
 
 from flowgen.batch import Batch
 from flowgen.data.dataset import ArrayDataset
-from flowgen.data.unreadable import FileReader
+from flowgen.data.file_reader import FileReader
 
 
 @dataclasses.dataclass(frozen=True)
 class FileDataset:
-    """A dataset of images or clips that are decoded from files, in parallel threads, for every batch.
+    """A dataset of images or clips that are decoded from files, on all cores, for every batch.
 
     reader: reads the sample at a position. If the reader may skip files, an unreadable sample is replaced by the next
     readable one and its label, so the result depends only on the position. Each unreadable file is named in one
@@ -23,7 +22,7 @@ class FileDataset:
     the replacement.
 
     Example:
-        reader = FileReader(read, files, "refuse", what=("image", "images"), split="train")
+        reader = FileReader(job, files, "refuse", what=("image", "images"), split="train")
         dataset = FileDataset(reader, labels, event_shape=(64, 64, 3), class_names=("cat", "dog"))
     """
 
@@ -38,8 +37,7 @@ class FileDataset:
         return len(self.labels)
 
     def __getitem__(self, indices: Int[np.ndarray, " b"]) -> Batch:
-        with ThreadPoolExecutor() as pool:
-            answers = list(pool.map(self.reader.next_readable, indices.tolist()))
+        answers = self.reader.read(indices.tolist())
         positions = np.array([position for position, _ in answers])
         return Batch(np.stack([sample for _, sample in answers]), self.labels[positions])
 

@@ -6,6 +6,7 @@ import logging
 import math
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -14,11 +15,13 @@ from jaxtyping import UInt8
 from flowgen.data.classes import tell_held_out, with_classes
 from flowgen.data.dataset import ArrayDataset, BucketedDataset, DataConfig, Dataset, Split, hold_out_files
 from flowgen.data.file_dataset import FileDataset
+from flowgen.data.file_reader import FileReader
 from flowgen.data.image_files import UnreadableImage, is_colour, read_image, read_image_size
 from flowgen.data.inventory import tell, tell_converted
 from flowgen.data.listing import Listing, list_files
 from flowgen.data.media import IMAGE_FORMATS, pillow
-from flowgen.data.unreadable import FileReader, OnCorrupt, tell_lost_classes
+from flowgen.data.unreadable import OnCorrupt, tell_lost_classes
+from flowgen.data.workers import Job, workers_of
 from flowgen.documents import read_bytes
 from flowgen.text import ASPECTS, aspect_size, nearest_aspect
 
@@ -72,14 +75,16 @@ def read_folder(
     if not in_memory:
         _log.info("Decoding '%s' batch by batch, because its images need more than data.in_memory_bytes.", config.path)
 
+    workers = workers_of(config.workers)
+
     def dataset(kept: list[int], size: tuple[int, int]) -> ArrayDataset | FileDataset:
         files = [listing.root / listing.names[i] for i in kept]
 
-        def read(position: int) -> UInt8[np.ndarray, "height width c"]:
-            return read_image(files[position], size=size, channels=channels, crop=config.crop)
+        def job(position: int) -> Job[UInt8[np.ndarray, "height width c"]]:
+            return partial(read_image, files[position], size=size, channels=channels, crop=config.crop)
 
         found = FileDataset(
-            FileReader(read, files, config.on_corrupt, what=_WHAT, split=split),
+            FileReader(job, files, config.on_corrupt, what=_WHAT, split=split, workers=workers),
             labels[kept],
             event_shape=(*size, channels),
             class_names=class_names,
@@ -171,7 +176,7 @@ def _aspects(files: list[Path], on_corrupt: OnCorrupt, split: Split) -> list[str
     """Returns the nearest aspect of each image, read from its header, or None if the image is skipped."""
     found: list[str | None] = [None] * len(files)
     reader = FileReader(
-        lambda i: nearest_aspect(*read_image_size(files[i])), files, on_corrupt, what=_WHAT, split=split
+        lambda i: lambda: nearest_aspect(*read_image_size(files[i])), files, on_corrupt, what=_WHAT, split=split
     )
     reader.read_all(found.__setitem__, may_be_empty=True)
     return found

@@ -120,10 +120,10 @@ class StatelessLoader(Protocol):
 
 
 def prefetch(loader: StatelessLoader, start: int, stop: int, *, depth: int = 2) -> Iterator[Batch]:
-    """Returns an iterator over batches start to stop - 1. A thread prepares the next `depth` batches in advance.
+    """Returns an iterator over batches start to stop - 1. Two threads prepare the next `depth` batches in advance.
 
     If preparing a batch fails, the error is raised when that batch is due. When the iterator is closed or
-    garbage-collected, the thread ends after its current batch.
+    garbage-collected, the threads end after their current batches.
 
     Example:
         for batch in prefetch(loader, start=state_step, stop=2_000):
@@ -165,7 +165,8 @@ def checked_batch(batch: Any) -> Batch:
 
 def _prefetched(loader: StatelessLoader, start: int, stop: int, depth: int) -> Iterator[Batch]:
     pending: deque[Future[Batch]] = deque()
-    pool = ThreadPoolExecutor(max_workers=1, thread_name_prefix="flowgen-prefetch")
+    # While the last files of one batch are read, the second thread reads the next batch on the other cores.
+    pool = ThreadPoolExecutor(max_workers=2, thread_name_prefix="flowgen-prefetch")
     try:
         for step in range(start, stop):
             pending.append(pool.submit(loader.batch, step))
@@ -174,7 +175,7 @@ def _prefetched(loader: StatelessLoader, start: int, stop: int, depth: int) -> I
         while pending:
             yield pending.popleft().result()
     finally:
-        # If the iterator is still open when the interpreter exits, its thread has already ended.
+        # If the iterator is still open when the interpreter exits, its threads have already ended.
         if not sys.is_finalizing():
             pool.shutdown(cancel_futures=True)
 

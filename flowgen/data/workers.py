@@ -1,0 +1,134 @@
+"""Reads files on all cores, in threads of this process or in processes of their own."""
+
+from __future__ import annotations
+
+import functools
+import math
+import os
+import signal
+from collections.abc import Callable, Sequence
+from concurrent.futures import BrokenExecutor, ThreadPoolExecutor
+from typing import Any, Literal, NamedTuple, TypeVar
+
+from flowgen.backend import available_cores
+from flowgen.data.unreadable import Unreadable
+from flowgen.packages import missing
+
+T = TypeVar("T")
+Job = Callable[[], T]
+# Decoding an image holds Python's lock for about a tenth of its time, so threads keep about this many cores busy.
+_CORES_OF_THREADS = 8
+# A process needs about 200 MB. These suffice for more images per second than one process can pass to its devices.
+_MOST_PROCESSES = 32
+# Threads beyond one per core, for those that wait for a disk.
+_WAITING = 4
+
+
+class Failure(NamedTuple):
+    """Stands for the content of a file that cannot be decoded. named: the file and the reason."""
+
+    named: str
+
+
+class Workers:
+    """Reads files on all cores.
+
+    processes: number of processes that read; 0 reads in threads of this process.
+
+    Raises ModuleNotFoundError if processes are requested but loky is not installed.
+
+    Example:
+        contents = Workers(0).read([partial(read_image, path, size=(8, 8), channels=1, crop="center")])
+    """
+
+    def __init__(self, processes: int):
+        self.processes = processes
+        if processes:
+            _import_loky()
+
+    def read(self, jobs: Sequence[Job[T]]) -> list[T | Failure]:
+        """Returns the result of each job. A job that raises `Unreadable` gives a `Failure` instead.
+
+        jobs: functions without arguments; if processes read, they must be picklable.
+
+        Raises RuntimeError if a process was killed.
+        """
+        if not self.processes:
+            return list(_threads().map(_read_one, jobs))
+        share = math.ceil(len(jobs) / self.processes)
+        executor = _processes(self.processes)
+        futures = [executor.submit(_read_each, jobs[i : i + share]) for i in range(0, len(jobs), share)]
+        try:
+            return [content for future in futures for content in future.result()]
+        except BrokenExecutor as error:
+            _processes.cache_clear()
+            raise RuntimeError(
+                f"one of the {self.processes} processes that read files was killed, possibly because memory ran out; "
+                "lower data.workers, or set it to 0 to read in threads."
+            ) from error
+
+
+def workers_of(count: int | Literal["auto"]) -> Workers:
+    """Returns the workers for a value of `data.workers`.
+
+    "auto" reads in threads on up to eight cores. On more cores, it reads in one process per core, up to 32, if loky is
+    installed.
+
+    Example:
+        workers_of("auto").processes
+    """
+    if count != "auto":
+        return Workers(count)
+    cores = available_cores()
+    if cores <= _CORES_OF_THREADS:
+        return Workers(0)
+    try:
+        return Workers(min(cores, _MOST_PROCESSES))
+    except ModuleNotFoundError:
+        return Workers(0)
+
+
+def _read_one(job: Job[T]) -> T | Failure:
+    try:
+        return job()
+    except Unreadable as error:
+        return Failure(error.named)
+
+
+def _read_each(jobs: Sequence[Job[T]]) -> list[T | Failure]:
+    return [_read_one(job) for job in jobs]
+
+
+@functools.cache
+def _threads() -> ThreadPoolExecutor:
+    """Returns the threads that all datasets share."""
+    return ThreadPoolExecutor(available_cores() + _WAITING, thread_name_prefix="flowgen-read")
+
+
+@functools.cache
+def _processes(count: int) -> Any:
+    """Returns the processes that all datasets share.
+
+    loky starts them without running the main program again, and ends them with this process.
+    """
+    loky = _import_loky()
+    context = loky.backend.get_context("loky")
+    return loky.ProcessPoolExecutor(count, context=context, initializer=_ignore_interrupts)
+
+
+def _ignore_interrupts() -> None:
+    """Leaves the answer to Ctrl-C, which the terminal sends to all processes, to the process that trains."""
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+
+
+def _import_loky() -> Any:
+    try:
+        import loky
+    except ModuleNotFoundError as error:
+        raise missing("data.workers", "loky") from error
+    return loky
+
+
+if hasattr(os, "register_at_fork"):  # the threads and processes belong to the parent
+    os.register_at_fork(after_in_child=_threads.cache_clear)
+    os.register_at_fork(after_in_child=_processes.cache_clear)
