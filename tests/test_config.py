@@ -64,6 +64,7 @@ UNUSUAL = FlowExperiment(
         on_corrupt="skip",
         eval_fraction=1 / 3,
         in_memory_bytes=1,
+        workers=3,
         classes=("ü", "0"),
     ),
     optim=OptimConfig(

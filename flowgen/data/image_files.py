@@ -73,7 +73,7 @@ def read_image(
         asked = turn.size(*size)
         box = _box(image.size, asked, crop, turn)
         mode = "L" if channels == 1 else "RGB"
-        fitted = _resized(image, asked, box, lambda part: _flatten(part, samples).convert(mode))
+        fitted = _resized(image, asked, box, lambda part: _in_mode(_flatten(part, samples), mode))
         return np.ascontiguousarray(turn.apply(fitted.reshape(*asked, channels)))
 
     return _with_image(path, pixels)
@@ -236,6 +236,10 @@ def _flatten(image: Image, samples: Samples) -> Image:
             image.info["transparency"] = _eight_bit(image.info["transparency"], samples.bits)
         return on_white(image)
     return image
+
+
+def _in_mode(image: Image, mode: str) -> Image:
+    return image if image.mode == mode else image.convert(mode)  # otherwise, Pillow would copy the image
 
 
 def on_white(image: Image) -> Image:

@@ -6,9 +6,9 @@ import dataclasses
 import functools
 import sys
 from collections import deque
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
-from typing import Any, Protocol, runtime_checkable
+from typing import Any, Protocol, TypeVar, runtime_checkable
 
 import numpy as np
 from jaxtyping import Bool, Int
@@ -17,6 +17,7 @@ from flowgen.arrays import shown
 from flowgen.batch import Batch
 from flowgen.data.dataset import BucketedDataset, Dataset, buckets_of, permutation
 
+T = TypeVar("T")
 # The purposes of random streams. Streams with the same seed must not share bits.
 _ORDER, _FLIP, _SCHEDULE = 0, 1, 2
 
@@ -131,14 +132,14 @@ def prefetch(loader: StatelessLoader, start: int, stop: int, *, depth: int = 2) 
     """
     if depth < 1:
         raise ValueError(f"depth is {depth}; it must be at least 1.")
-    return _prefetched(loader, start, stop, depth)
+    return _ahead(loader.batch, range(start, stop), depth)
 
 
 def fixed_batches(dataset: Dataset, batch_size: int) -> Iterator[tuple[Batch, Bool[np.ndarray, " b"]]]:
     """Returns an iterator over batches for evaluation: one pass over the dataset, in order, with constant shapes.
 
     Each batch comes with a mask `b`. The last batch is padded with copies of its last sample, for which the mask is
-    False.
+    False. The next batch is prepared while one is used.
 
     Example:
         for batch, mask in fixed_batches(dataset, 256):
@@ -147,9 +148,12 @@ def fixed_batches(dataset: Dataset, batch_size: int) -> Iterator[tuple[Batch, Bo
     if batch_size < 1:
         raise ValueError(f"batch_size is {batch_size}; it must be at least 1.")
     size = len(dataset)
-    for start in range(0, size, batch_size):
+
+    def batch(start: int) -> tuple[Batch, Bool[np.ndarray, " b"]]:
         positions = np.arange(start, start + batch_size)
-        yield checked_batch(dataset[np.minimum(positions, size - 1)]), positions < size
+        return checked_batch(dataset[np.minimum(positions, size - 1)]), positions < size
+
+    return _ahead(batch, range(0, size, batch_size), depth=1)
 
 
 def checked_batch(batch: Any) -> Batch:
@@ -163,13 +167,14 @@ def checked_batch(batch: Any) -> Batch:
     return batch
 
 
-def _prefetched(loader: StatelessLoader, start: int, stop: int, depth: int) -> Iterator[Batch]:
-    pending: deque[Future[Batch]] = deque()
+def _ahead(prepare: Callable[[int], T], numbers: range, depth: int) -> Iterator[T]:
+    """Returns an iterator over the results of `prepare`. Two threads prepare the next `depth` results in advance."""
+    pending: deque[Future[T]] = deque()
     # While the last files of one batch are read, the second thread reads the next batch on the other cores.
     pool = ThreadPoolExecutor(max_workers=2, thread_name_prefix="flowgen-prefetch")
     try:
-        for step in range(start, stop):
-            pending.append(pool.submit(loader.batch, step))
+        for number in numbers:
+            pending.append(pool.submit(prepare, number))
             if len(pending) > depth:
                 yield pending.popleft().result()
         while pending:

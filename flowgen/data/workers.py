@@ -6,6 +6,8 @@ import functools
 import math
 import os
 import signal
+import threading
+import time
 from collections.abc import Callable, Sequence
 from concurrent.futures import BrokenExecutor, ThreadPoolExecutor
 from typing import Any, Literal, NamedTuple, TypeVar
@@ -16,12 +18,14 @@ from flowgen.packages import missing
 
 T = TypeVar("T")
 Job = Callable[[], T]
-# Decoding an image holds Python's lock for about a tenth of its time, so threads keep about this many cores busy.
+# Decoding an image holds Python's lock for about 8 % of its time, so threads keep about this many cores busy.
 _CORES_OF_THREADS = 8
 # A process needs about 200 MB. These suffice for more images per second than one process can pass to its devices.
 _MOST_PROCESSES = 32
 # Threads beyond one per core, for those that wait for a disk.
 _WAITING = 4
+_WATCH_SECONDS = 1.0
+_STARTING = threading.Lock()
 
 
 class Failure(NamedTuple):
@@ -54,11 +58,12 @@ class Workers:
         Raises RuntimeError if a process was killed.
         """
         if not self.processes:
-            return list(_threads().map(_read_one, jobs))
-        share = math.ceil(len(jobs) / self.processes)
-        executor = _processes(self.processes)
-        futures = [executor.submit(_read_each, jobs[i : i + share]) for i in range(0, len(jobs), share)]
+            return list(_shared(_threads).map(_read_one, jobs))
+        share = max(1, math.ceil(len(jobs) / self.processes))
+        parts = [jobs[start : start + share] for start in range(0, len(jobs), share)]
+        executor = _shared(_processes, self.processes)
         try:
+            futures = [executor.submit(_read_each, part) for part in parts]
             return [content for future in futures for content in future.result()]
         except BrokenExecutor as error:
             _processes.cache_clear()
@@ -99,6 +104,12 @@ def _read_each(jobs: Sequence[Job[T]]) -> list[T | Failure]:
     return [_read_one(job) for job in jobs]
 
 
+def _shared(make: Callable[..., T], *arguments: int) -> T:
+    """Calls a cached function. Without the lock, two threads could each start a pool."""
+    with _STARTING:
+        return make(*arguments)
+
+
 @functools.cache
 def _threads() -> ThreadPoolExecutor:
     """Returns the threads that all datasets share."""
@@ -109,16 +120,23 @@ def _threads() -> ThreadPoolExecutor:
 def _processes(count: int) -> Any:
     """Returns the processes that all datasets share.
 
-    loky starts them without running the main program again, and ends them with this process.
+    loky starts them without running the main program again, and ends them when this process exits.
     """
     loky = _import_loky()
     context = loky.backend.get_context("loky")
-    return loky.ProcessPoolExecutor(count, context=context, initializer=_ignore_interrupts)
+    return loky.ProcessPoolExecutor(count, context=context, initializer=_begin, initargs=(os.getpid(),))
 
 
-def _ignore_interrupts() -> None:
-    """Leaves the answer to Ctrl-C, which the terminal sends to all processes, to the process that trains."""
+def _begin(parent: int) -> None:
+    """Prepares a process that reads. It ignores Ctrl-C, which its parent handles, and ends if its parent is killed."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)
+
+    def watch() -> None:
+        while os.getppid() == parent:
+            time.sleep(_WATCH_SECONDS)
+        os._exit(0)
+
+    threading.Thread(target=watch, daemon=True).start()
 
 
 def _import_loky() -> Any:

@@ -22,7 +22,7 @@ from flowgen.data.dataset import BucketedDataset, Dataset, buckets_of
 from flowgen.data.image_files import is_colour, read_image, read_image_size
 from flowgen.data.inventory import tell_converted
 from flowgen.data.latents import kind_of
-from flowgen.data.loader import fixed_batches
+from flowgen.data.loader import checked_batch
 from flowgen.data.unreadable import Unreadable
 from flowgen.data.video import READABLE, frame_times, read_clip, video_size
 from flowgen.evaluation import psnr
@@ -193,7 +193,7 @@ def denoised_psnr(
     Example:
         denoised_psnr(codec, flow, params, dataset, key, most=64)  # {"as they are": 14.1, "by the score": 20.3, ...}
     """
-    batch, _ = next(fixed_batches(dataset, min(most, len(dataset))))
+    batch = checked_batch(dataset[np.arange(min(most, len(dataset)))])
     noisy = batch_input(key, jax.tree.map(jnp.asarray, batch.x), flow.config.noise_std)
     cond = condition_of(flow, batch)
     cleaned: dict[str, Any] = {

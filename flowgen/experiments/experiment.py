@@ -37,6 +37,8 @@ RESUMABLE = (
     "codec.path",
     "text.encoder",
     "data.classes",
+    "data.workers",
+    "data.images.workers",
     "model.attention_implementation",
     "model.remat",
 )
