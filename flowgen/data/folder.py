@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import logging
 import math
+import os
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
-from pathlib import Path
 
 import numpy as np
 from jaxtyping import UInt8
@@ -18,8 +18,8 @@ from flowgen.data.image_files import UnreadableImage, is_colour, read_image, rea
 from flowgen.data.inventory import tell, tell_converted
 from flowgen.data.listing import Listing, list_files
 from flowgen.data.media import IMAGE_FORMATS, pillow
+from flowgen.data.stored import Files, StoredFile, read_limited
 from flowgen.data.unreadable import FileReader, OnCorrupt, tell_lost_classes
-from flowgen.documents import read_bytes
 from flowgen.text import ASPECTS, aspect_size, nearest_aspect
 
 _log = logging.getLogger(__name__)
@@ -67,13 +67,13 @@ def read_folder(
         tell_held_out(labels, chosen, class_names, "images")
     if captions and config.on_corrupt == "skip":
         raise ValueError("data.on_corrupt is 'skip', but images with captions cannot be skipped; set it to 'refuse'.")
-    _tell_converted(config, [listing.root / listing.names[i] for i in chosen], channels)
+    _tell_converted(config, Files(listing.root, [listing.names[i] for i in chosen]), channels)
     in_memory = len(chosen) * math.prod(image_size) * channels <= config.in_memory_bytes
     if not in_memory:
         _log.info("Decoding '%s' batch by batch, because its images need more than data.in_memory_bytes.", config.path)
 
     def dataset(kept: list[int], size: tuple[int, int]) -> ArrayDataset | FileDataset:
-        files = [listing.root / listing.names[i] for i in kept]
+        files = Files(listing.root, [listing.names[i] for i in kept])
 
         def read(position: int) -> UInt8[np.ndarray, "height width c"]:
             return read_image(files[position], size=size, channels=channels, crop=config.crop)
@@ -97,7 +97,7 @@ def read_folder(
         told([whole])
         return whole
     side = math.sqrt(math.prod(image_size))
-    aspects = _aspects([listing.root / listing.names[i] for i in chosen], config.on_corrupt, split)
+    aspects = _aspects(Files(listing.root, [listing.names[i] for i in chosen]), config.on_corrupt, split)
     sizes = {name: aspect_size(name, round(side), multiple) for name in ASPECTS}
     members = {
         name: [i for i, aspect in zip(chosen.tolist(), aspects, strict=True) if aspect == name] for name in ASPECTS
@@ -110,11 +110,11 @@ def read_folder(
     return BucketedDataset(readable)
 
 
-def _tell_converted(config: DataConfig, files: Sequence[Path], channels: int) -> None:
+def _tell_converted(config: DataConfig, files: Sequence[StoredFile], channels: int) -> None:
     """Warns if some images lose their colour, or if none has any but the model does. Looks at some files."""
     some = [files[i] for i in np.linspace(0, len(files) - 1, min(_LOOKED_AT, len(files))).astype(int)]
 
-    def colour(file: Path) -> bool | None:
+    def colour(file: StoredFile) -> bool | None:
         try:
             return is_colour(file)
         except UnreadableImage:
@@ -152,22 +152,22 @@ def read_captions(listing: Listing) -> tuple[str, ...]:
     if len(missing) == len(listing):
         return ()
     if missing:
-        first = listing.root / missing[0]
+        first = listing.root / f"{os.path.splitext(missing[0])[0]}.txt"
         raise ValueError(
             f"data.path has captions for only {len(listing) - len(missing)} of {len(listing)} files; add "
-            f"'{first.with_suffix('.txt')}' and {len(missing) - 1} more, or remove the .txt files."
+            f"'{first}' and {len(missing) - 1} more, or remove the .txt files."
         )
     return tuple(_caption(listing.root / caption) for caption in listing.captions if caption is not None)
 
 
-def _caption(path: Path) -> str:
+def _caption(path: StoredFile) -> str:
     try:
-        return " ".join(read_bytes(path).decode("utf-8-sig").split())
+        return " ".join(read_limited(path).decode("utf-8-sig").split())
     except UnicodeDecodeError as error:
         raise ValueError(f"the caption '{path}' in data.path is not UTF-8 ({error}); convert it to UTF-8.") from error
 
 
-def _aspects(files: list[Path], on_corrupt: OnCorrupt, split: Split) -> list[str | None]:
+def _aspects(files: Sequence[StoredFile], on_corrupt: OnCorrupt, split: Split) -> list[str | None]:
     """Returns the nearest aspect of each image, read from its header, or None if the image is skipped."""
     found: list[str | None] = [None] * len(files)
     reader = FileReader(

@@ -14,6 +14,7 @@ from jaxtyping import Int32
 
 from flowgen.data.dataset import NO_LABEL
 from flowgen.data.inventory import name_list, quoted
+from flowgen.data.stored import Files, StoredFolder
 from flowgen.printable import composed, printable
 
 _TEXT = ".txt"
@@ -32,7 +33,7 @@ class Listing:
         listing = list_files("photos", (".png", ".jpg"), "images")
     """
 
-    root: Path
+    root: StoredFolder
     names: tuple[str, ...]
     labels: Int32[np.ndarray, " n"]
     class_names: tuple[str, ...]
@@ -43,8 +44,8 @@ class Listing:
         return len(self.names)
 
     @property
-    def files(self) -> list[Path]:
-        return [self.root / name for name in self.names]
+    def files(self) -> Files:
+        return Files(self.root, self.names)
 
 
 def list_files(path: str | os.PathLike[str], suffixes: Collection[str], what: str) -> Listing:

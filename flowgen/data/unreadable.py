@@ -4,13 +4,13 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from pathlib import Path
 from typing import Generic, Literal, TypeVar
 
 import numpy as np
 from jaxtyping import Int, Int32
 
 from flowgen.data.inventory import name_list, tell
+from flowgen.data.stored import StoredFile
 
 T = TypeVar("T")
 OnCorrupt = Literal["refuse", "skip"]
@@ -52,7 +52,7 @@ class FileReader(Generic[T]):
     def __init__(
         self,
         read: Callable[[int], T],
-        files: Sequence[Path],
+        files: Sequence[StoredFile],
         on_corrupt: OnCorrupt,
         *,
         what: tuple[str, str],
@@ -63,7 +63,7 @@ class FileReader(Generic[T]):
         self._split = split
         self._replaces = replaces
         # Files that a warning has named. This set only prevents repeated warnings; results do not depend on it.
-        self._warned: set[Path] = set()
+        self._warned: set[StoredFile] = set()
 
     @property
     def skips(self) -> bool:
@@ -72,7 +72,7 @@ class FileReader(Generic[T]):
 
     def next_readable(self, position: int) -> tuple[int, T]:
         """Returns the position and content of the next readable file, starting at this position and wrapping around."""
-        failures: dict[Path, Unreadable] = {}
+        failures: dict[StoredFile, Unreadable] = {}
         for step in range(len(self._files)):
             candidate = (position + step) % len(self._files)
             file = self._files[candidate]
@@ -107,7 +107,7 @@ class FileReader(Generic[T]):
 
         with ThreadPoolExecutor() as pool:
             list(pool.map(read, range(len(self._files))))
-        failures: dict[Path, Unreadable] = {}
+        failures: dict[StoredFile, Unreadable] = {}
         for position in sorted(errors):
             failures.setdefault(self._files[position], errors[position])
         none_left = len(errors) == len(self._files) and not may_be_empty
@@ -117,14 +117,14 @@ class FileReader(Generic[T]):
             tell(f"Left out {self._listed(failures)}.")
         return np.setdiff1d(np.arange(len(self._files)), sorted(errors))
 
-    def _refusal(self, failures: dict[Path, Unreadable]) -> ValueError:
+    def _refusal(self, failures: dict[StoredFile, Unreadable]) -> ValueError:
         refuse = self._on_corrupt == "refuse"
         skip = ", or set data.on_corrupt to 'skip'" if refuse and self._replaces else ""
         none = f"data.on_corrupt is 'skip', but no file in the split '{self._split}' is readable. "
         none = "" if refuse or not self._replaces else none
         return ValueError(f"{none}data.path has {self._listed(failures)}; repair or remove them{skip}.")
 
-    def _listed(self, failures: dict[Path, Unreadable]) -> str:
+    def _listed(self, failures: dict[StoredFile, Unreadable]) -> str:
         errors, (one, several) = list(failures.values()), self._what
         count = f"1 {one}" if len(errors) == 1 else f"{len(errors):,} {several}"
         more = f" and {len(errors) - _NAMED_IN_ERRORS:,} more" if len(errors) > _NAMED_IN_ERRORS else ""

@@ -75,7 +75,10 @@ class Losses:
         if self._kind not in _IN_ORDER or self._at is None or (self._claimed - end) * self._rate < _JUMP:
             return False
         # A truncated file ends in the middle of the next packet.
-        return os.fstat(self._file.fileno()).st_size - self._end > 2 * self._largest + _BETWEEN
+        stands = self._file.tell()
+        size = self._file.seek(0, os.SEEK_END)
+        self._file.seek(stands)
+        return size - self._end > 2 * self._largest + _BETWEEN
 
     def _frames_between(self, before: Any, packet: Any) -> float:
         """Returns the number of frames from one packet to a later one."""
