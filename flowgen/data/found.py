@@ -13,6 +13,7 @@ import numpy as np
 from flowgen.data.clips import ClipsConfig
 from flowgen.data.crafter import CLASS_NAMES
 from flowgen.data.dataset import (
+    OF_FILES,
     BucketedDataset,
     DataConfig,
     Dataset,
@@ -21,12 +22,13 @@ from flowgen.data.dataset import (
     hold_out_files,
     image_set,
 )
+from flowgen.data.entries import Listing
 from flowgen.data.file_dataset import FileDataset
+from flowgen.data.folder import listed
 from flowgen.data.image_files import UnreadableImage, read_image_size
 from flowgen.data.inventory import Inventory
 from flowgen.data.latent_files import INDEX_FILE, LatentsConfig, read_index
 from flowgen.data.latents import LatentDataset, kind_of
-from flowgen.data.listing import Listing, list_files
 from flowgen.data.media import IMAGE_FORMATS
 from flowgen.data.named import DIGIT_NAMES
 from flowgen.data.npz import npz_classes, npz_marks
@@ -54,7 +56,7 @@ def found_classes(config: DataConfig | ClipsConfig | LatentsConfig) -> tuple[str
     """
     if isinstance(config, LatentsConfig):
         return read_index(config.path).class_names
-    if config.name == "folder":
+    if config.name in OF_FILES:
         return _listed(config).class_names
     if config.name == "npz":
         return npz_classes(config.path)
@@ -78,7 +80,7 @@ def take_inventory(
     mirrored = 2 if isinstance(whole[0], LatentDataset) and getattr(config, "flip", False) else 1
     listing, sizes = None, ()
     if not isinstance(config, LatentsConfig):
-        listing = _listed(config) if config.name == "folder" else None
+        listing = _listed(config) if config.name in OF_FILES else None
         named = image_set(config.name)
         known = () if named is None or named.image_hw is None else (named.image_hw,)
         sizes = known if listing is None else _sizes(config, listing)
@@ -105,8 +107,8 @@ def take_inventory(
 
 def _listed(config: DataConfig | ClipsConfig) -> Listing:
     if isinstance(config, ClipsConfig):
-        return list_files(config.path, READABLE, "videos")
-    return list_files(config.path, tuple(IMAGE_FORMATS), "images")
+        return listed(config, READABLE, "videos")
+    return listed(config, tuple(IMAGE_FORMATS), "images")
 
 
 def _apart(dataset: Dataset | BucketedDataset) -> tuple[list[Dataset], list[Dataset]]:
@@ -153,7 +155,7 @@ def _marks(config: DataConfig | ClipsConfig | LatentsConfig, listing: Listing | 
         for name, mark in _marks_of(listing.files, listing.names, size_of).items():
             (held_out if name in held else train)[name] = mark
     if isinstance(config, ClipsConfig) and (images := config.images) is not None:
-        listing = _listed(images) if images.name == "folder" else None
+        listing = _listed(images) if images.name in OF_FILES else None
         for files, more in zip((train, held_out), _marks(images, listing), strict=True):
             files.update({f"{images.path}/{name}": mark for name, mark in more.items()})
     return train, held_out

@@ -17,7 +17,7 @@ from jaxtyping import UInt8
 
 from flowgen.data.depths import Samples, grey_bytes, hide_by_value, samples_of, without_range
 from flowgen.data.media import image_formats, pillow
-from flowgen.data.stored import AnyFile, StoredFile, stored
+from flowgen.data.stored import AnyFile, ChangedData, StoredFile, stored
 from flowgen.data.unreadable import Unreadable
 from flowgen.data.upright import Turn, image_turn, without_metadata
 
@@ -140,7 +140,7 @@ def _opened(path: StoredFile, content: bytes | None = None) -> Generator[Image]:
                 raise UnreadableImage(f"'{path}' ({reason})")
             with _ONE_LARGE if count > _LARGE else contextlib.nullcontext():
                 yield image
-    except UnreadableImage:
+    except (UnreadableImage, ChangedData):
         raise
     except PIL.UnidentifiedImageError as error:
         raise UnreadableImage(f"'{path}' (not in a supported image format)") from error

@@ -44,6 +44,10 @@ class StoredFolder(Protocol):
         ...
 
 
+class ChangedData(ValueError):
+    """Raised if a file has changed since it was listed. Such files are never skipped."""
+
+
 AnyFile: TypeAlias = str | os.PathLike[str] | StoredFile
 
 
@@ -67,6 +71,8 @@ def size_of(file: AnyFile) -> int:
     file = stored(file)
     if isinstance(file, Path):
         return file.stat().st_size
+    if isinstance(known := getattr(file, "size", None), int):
+        return known
     with file.open("rb") as content:
         return content.seek(0, os.SEEK_END)
 

@@ -12,7 +12,7 @@ from collections.abc import Generator, Iterator
 from pathlib import Path
 from typing import Any, BinaryIO, NamedTuple
 
-from flowgen.data.stored import AnyFile, StoredFile, stored
+from flowgen.data.stored import AnyFile, ChangedData, StoredFile, stored
 from flowgen.data.unreadable import Unreadable
 from flowgen.data.video_losses import Losses
 from flowgen.packages import need
@@ -184,6 +184,8 @@ def _container(path: AnyFile) -> Generator[tuple[Any, BinaryIO]]:
     with _opened(stored(path)) as file:
         try:
             container = av().open(file, container_options=options, metadata_errors="replace")
+        except ChangedData:
+            raise
         except (av().FFmpegError, ValueError, OSError) as error:
             reason = getattr(error, "strerror", None) or str(error)
             raise UnreadableVideo(path, f"is not a readable video ({reason})", "convert it to mp4") from error
