@@ -6,9 +6,29 @@ import operator
 import os
 from collections.abc import Sequence
 from pathlib import Path
-from typing import BinaryIO, Literal, Protocol, SupportsIndex, TypeAlias, overload, runtime_checkable
+from typing import Any, Literal, Protocol, SupportsIndex, TypeAlias, overload, runtime_checkable
 
 from flowgen.documents import MAX_BYTES, read_bytes
+
+
+@runtime_checkable
+class OpenedFile(Protocol):
+    """A binary file that is open for reading, such as what `pathlib.Path.open` returns, or an `io.BytesIO`.
+
+    Example:
+        with file.open("rb") as opened:
+            opened.seek(16)
+    """
+
+    def read(self, size: int = -1, /) -> bytes: ...
+
+    def seek(self, offset: int, whence: int = 0, /) -> int: ...
+
+    def tell(self) -> int: ...
+
+    def __enter__(self) -> Any: ...
+
+    def __exit__(self, kind: Any, error: Any, trace: Any, /) -> Any: ...
 
 
 @runtime_checkable
@@ -22,7 +42,7 @@ class StoredFile(Protocol):
             first = content.read(16)
     """
 
-    def open(self, mode: Literal["rb"], /) -> BinaryIO:
+    def open(self, mode: Literal["rb"], /) -> OpenedFile:
         """Returns the opened file, which is seekable. Raises OSError if it cannot be opened."""
         ...
 

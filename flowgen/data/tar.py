@@ -31,8 +31,8 @@ _READERS = 4
 _UNSAFE = ("entry", "with an absolute name, or with '..' in its name")
 _REPLACED = ("file", "replaced by a later one of the same name")
 _REASONS = {
-    LINK: ("link", "that is not followed in a tar file"),
-    SPARSE: ("sparse file", "that cannot be read in a tar file"),
+    LINK: ("link", "not followed in a tar file"),
+    SPARSE: ("sparse file", "not readable in a tar file"),
 }
 _BESIDE = ("folder", "next to the .tar files")
 
@@ -234,6 +234,7 @@ def list_shards(shards: Shards, suffixes: tuple[str, ...], what: str) -> Listing
             _sort_in(contents, prefix, folder, entries)
             hidden.update(prefix + name for name in contents.hidden)
             folder.add(shard, prefix, contents)
+    entries.others.sort()
     entries.hidden = shards.hidden + len(hidden)
     return listed_with_classes(folder, entries, what)
 

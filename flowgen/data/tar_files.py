@@ -7,7 +7,7 @@ import io
 import os
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, BinaryIO, ClassVar, Literal
+from typing import Any, ClassVar, Literal
 
 from flowgen.data.stored import ChangedData
 from flowgen.data.tar_headers import ByteRanges
@@ -85,7 +85,7 @@ class TarFile:
         """Returns the content of the file."""
         return self.shard.read_range(self.offset, self.size)
 
-    def open(self, mode: Literal["rb"], /) -> BinaryIO:
+    def open(self, mode: Literal["rb"], /) -> io.BytesIO | io.BufferedReader:
         """Returns the opened file."""
         return io.BytesIO(self.read_bytes()) if self.size <= _AT_ONCE else io.BufferedReader(_Window(self), _BUFFER)
 

@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import os
-from typing import Any, BinaryIO
+from typing import Any
 
 import numpy as np
+
+from flowgen.data.stored import OpenedFile
 
 # Containers that store packets consecutively, without an index of their positions.
 _IN_ORDER = ("matroska,webm", "flv")
@@ -35,7 +37,7 @@ class Losses:
             missing = losses.before(packet)
     """
 
-    def __init__(self, file: BinaryIO, container: Any, stream: Any, rate: float) -> None:
+    def __init__(self, file: OpenedFile, container: Any, stream: Any, rate: float) -> None:
         self._file, self._stream, self._rate = file, stream, rate
         self._kind: str = container.format.name
         self._claimed = (container.duration or 0) / 1e6

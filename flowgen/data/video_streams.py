@@ -10,9 +10,9 @@ import math
 import os
 from collections.abc import Generator, Iterator
 from pathlib import Path
-from typing import Any, BinaryIO, NamedTuple
+from typing import Any, NamedTuple
 
-from flowgen.data.stored import AnyFile, ChangedData, StoredFile, stored
+from flowgen.data.stored import AnyFile, ChangedData, OpenedFile, StoredFile, stored
 from flowgen.data.unreadable import Unreadable
 from flowgen.data.video_losses import Losses
 from flowgen.packages import need
@@ -179,7 +179,7 @@ def opened(path: AnyFile) -> Generator[Video]:
 
 
 @contextlib.contextmanager
-def _container(path: AnyFile) -> Generator[tuple[Any, BinaryIO]]:
+def _container(path: AnyFile) -> Generator[tuple[Any, OpenedFile]]:
     options = {"format_whitelist": _CONTAINERS, "protocol_whitelist": "none"}
     with _opened(stored(path)) as file:
         try:
@@ -193,7 +193,7 @@ def _container(path: AnyFile) -> Generator[tuple[Any, BinaryIO]]:
             yield container, file
 
 
-def _opened(file: StoredFile) -> BinaryIO:
+def _opened(file: StoredFile) -> OpenedFile:
     if not isinstance(file, Path):
         return file.open("rb")
     if not file.is_file():
