@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import collections
-import os
 from collections.abc import Collection, Iterator, Sequence
 from dataclasses import dataclass, field
 
@@ -70,8 +69,8 @@ class Entries:
     suffixes: tuple[str, ...]
     kept_beside: tuple[str, ...] = (TEXT,)
     taken: dict[str, list[str]] = field(default_factory=dict)
-    # Files that describe samples, by folder and lower-case name.
-    beside: dict[tuple[str, str], list[str]] = field(default_factory=dict)
+    # Files that describe samples, by folder and lower-case name; a list only if there are several.
+    beside: dict[str, str | list[str]] = field(default_factory=dict)
     others: list[str] = field(default_factory=list)
     hidden: int = 0
     left_out: dict[tuple[str, str], list[str]] = field(
@@ -80,12 +79,13 @@ class Entries:
 
     def take(self, name: str, owner: str) -> None:
         """Sorts in a file. owner: its class."""
-        suffix = os.path.splitext(name)[1].lower()
+        suffix = suffix_of(name)
         if suffix in self.suffixes:
             self.taken.setdefault(owner, []).append(name)
         elif suffix in self.kept_beside:
-            folder, base = os.path.split(name)
-            self.beside.setdefault(_alike(folder, base), []).append(name)
+            key = _alike(name)
+            known = self.beside.get(key)
+            self.beside[key] = name if known is None else [*_listed(known), name]
         else:
             self.others.append(name)
 
@@ -95,16 +95,14 @@ class Entries:
 
     def described(self, names: Sequence[str], suffix: str) -> tuple[str | None, ...]:
         """Returns the file that describes each sample: for cat.png, cat.png.txt or cat.txt, in upper or lower case."""
-        if not any(base.endswith(suffix) for _, base in self.beside):
+        if not any(key.endswith(suffix) for key in self.beside):
             return (None,) * len(names)
         return tuple(self._beside(name, suffix) for name in names)
 
     def _beside(self, name: str, suffix: str) -> str | None:
-        folder, base = os.path.split(name)
-        for wanted in (f"{base}{suffix}", f"{os.path.splitext(base)[0]}{suffix}"):
-            if found := self.beside.get(_alike(folder, wanted)):
-                exact = f"{folder}/{wanted}" if folder else wanted
-                return exact if exact in found else min(found)
+        for wanted in (f"{name}{suffix}", f"{without_suffix(name)}{suffix}"):
+            if found := self.beside.get(_alike(wanted)):
+                return wanted if wanted in _listed(found) else min(_listed(found))
         return None
 
     def listing(self, root: StoredFolder, what: str) -> Listing:
@@ -145,9 +143,9 @@ class Entries:
 
     def told(self, what: str, used: Collection[str | None], empty: Sequence[str]) -> Iterator[str]:
         """Yields what was left out, and why. used: files that describe samples. empty: classes without files."""
-        kinds = collections.Counter(os.path.splitext(name)[1].lower() or "without suffix" for name in self.others)
-        kinds.update(os.path.splitext(name)[1].lower() for names in self.beside.values() for name in names)
-        kinds.subtract(os.path.splitext(name)[1].lower() for name in {*used} if name)
+        kinds = collections.Counter(suffix_of(name) or "without suffix" for name in self.others)
+        kinds.update(suffix_of(name) for found in self.beside.values() for name in _listed(found))
+        kinds.subtract(suffix_of(name) for name in {*used} if name)
         kinds = +kinds
         named = [f"{count:,} {printable(kind)}" for kind, count in kinds.most_common(_KINDS_NAMED)]
         if rest := sum(count for _, count in kinds.most_common()[_KINDS_NAMED:]):
@@ -169,11 +167,12 @@ def check_each_described(listing: Listing, files: Sequence[str | None], suffix: 
     Example:
         check_each_described(listing, listing.captions, ".txt", "captions")
     """
-    if missing := [name for name, file in zip(listing.names, files, strict=True) if file is None]:
+    missing = [name for name, file in zip(listing.names, files, strict=True) if file is None]
+    if missing:
+        first = f"{listing.root}/{without_suffix(missing[0])}{suffix}"
         raise ValueError(
-            f"data.path has {what} for only {len(listing) - len(missing)} of {len(listing)} files; add "
-            f"'{listing.root}/{os.path.splitext(missing[0])[0]}{suffix}' and {len(missing) - 1} more, or remove the "
-            f"{suffix} files."
+            f"data.path has {what} for only {len(listing) - len(missing)} of {len(listing)} files; add '{first}' and "
+            f"{len(missing) - 1} more, or remove the {suffix} files."
         )
 
 
@@ -187,9 +186,33 @@ def by_parts(name: str) -> tuple[list[str], str]:
     return composed(name).split("/"), name
 
 
-def _alike(folder: str, base: str) -> tuple[str, str]:
+def suffix_of(name: str) -> str:
+    """Returns the suffix of a name in lower case, with its dot; "" if there is none.
+
+    Example:
+        suffix_of("cat/1.PNG")  # ".png"
+    """
+    dot = name.rfind(".")
+    return name[dot:].lower() if dot > name.rfind("/") + 1 else ""
+
+
+def without_suffix(name: str) -> str:
+    """Returns a name without its suffix.
+
+    Example:
+        without_suffix("cat/1.PNG")  # "cat/1"
+    """
+    return name[: len(name) - len(suffix_of(name))]
+
+
+def _alike(name: str) -> str:
     """Returns a key that all caption files of an image have in common."""
-    return composed(folder), composed(base).lower()
+    folder, slash, base = composed(name).rpartition("/")
+    return f"{folder}{slash}{base.lower()}"
+
+
+def _listed(found: str | list[str]) -> list[str]:
+    return [found] if isinstance(found, str) else found
 
 
 def _count(number: int, noun: str) -> str:

@@ -8,7 +8,7 @@ from collections.abc import Collection
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from flowgen.data.entries import BROKEN, FOLDER_TWICE, RUN, SPECIAL, TWICE, Entries, Listing
+from flowgen.data.entries import BROKEN, FOLDER_TWICE, RUN, SPECIAL, TWICE, Entries, Listing, suffix_of
 from flowgen.data.inventory import quoted
 from flowgen.printable import composed
 
@@ -142,7 +142,7 @@ class _Walk:
 
     def _take(self, path: str, owner: str, inode: int, *, linked: bool = False) -> None:
         name = self._name(path)
-        is_sample = os.path.splitext(name)[1].lower() in self.entries.suffixes
+        is_sample = suffix_of(name) in self.entries.suffixes
         if is_sample and self._is_known(path, inode, linked):
             self.entries.leave(name, TWICE)
         else:

@@ -17,7 +17,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from flowgen.data.class_files import listed_with_classes
-from flowgen.data.entries import CLASS, SPECIAL, TEXT, Entries, Listing
+from flowgen.data.entries import CLASS, SPECIAL, TEXT, Entries, Listing, suffix_of, without_suffix
 from flowgen.data.inventory import quoted
 from flowgen.data.tar_files import LocalShard, TarFile
 from flowgen.data.tar_headers import FILE, FOLDER, LINK, SPARSE, ByteRanges, members
@@ -136,11 +136,12 @@ class _Contents:
         bases: set[str] = set()
         beside: list[tuple[str, str]] = []
         for name in self.positions:
-            base, suffix = os.path.splitext(name)
-            if suffix.lower() in suffixes:
+            suffix = suffix_of(name)
+            base = without_suffix(name)
+            if suffix in suffixes:
                 claimed.add(name)
                 bases.add(base)
-            elif suffix.lower() in (TEXT, CLASS):
+            elif suffix in (TEXT, CLASS):
                 beside.append((name, base))
         claimed.update([name for name, base in beside if base in claimed or base in bases])
         return claimed
