@@ -385,10 +385,12 @@ def test_only_plain_files_inside_are_read(tmp_path, caplog):
         add(shard, "cat/7.png", png(8), type=b"Q")
     (tmp_path / "shards" / "sizes.json").write_text("{}")
     (tmp_path / "shards" / "old").mkdir()
+    (tmp_path / "shards" / "same.tar").symlink_to("a.tar")
     dataset = load(DataConfig("tar", path=str(tmp_path / "shards"), eval_fraction=0.0), **SHAPE, split="all")
     assert sorted(levels_of(dataset)) == [1, 3]
     assert caplog.messages == [
         f"Left out of data.path '{tmp_path / 'shards'}': 1 .json; "
+        "1 file already listed under another name ('same.tar'); "
         "3 entries other than a file or a folder ('cat/4.png', ...); 1 folder next to the .tar files ('old'); "
         "1 file replaced by a later one of the same name ('cat/1.png'); "
         "3 entries with an absolute name, or with '..' in its name ('../secret.png', ...); "

@@ -17,7 +17,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from flowgen.data.class_files import listed_with_classes
-from flowgen.data.entries import CLASS, SPECIAL, TEXT, Entries, Listing, suffix_of, without_suffix
+from flowgen.data.entries import CLASS, SPECIAL, TEXT, TWICE, Entries, Listing, suffix_of, without_suffix
 from flowgen.data.inventory import quoted
 from flowgen.data.tar_files import LocalShard, TarFile
 from flowgen.data.tar_headers import FILE, FOLDER, LINK, SPARSE, ByteRanges, members
@@ -39,9 +39,10 @@ _BESIDE = ("folder", "next to the .tar files")
 
 @dataclass(frozen=True)
 class Shards:
-    """The shards of a dataset, with their names. others, folders: names of the other entries in the same folder.
+    """The shards of a dataset, with their names.
 
-    hidden: number of hidden entries in this folder.
+    others: names of files in the same folder that are not shards. left_out: names of other entries, and why they are
+    left out. hidden: number of hidden entries.
 
     Example:
         shards = local_shards("photos", "images")
@@ -51,7 +52,7 @@ class Shards:
     files: tuple[ByteRanges, ...]
     names: tuple[str, ...]
     others: tuple[str, ...] = ()
-    folders: tuple[str, ...] = ()
+    left_out: tuple[tuple[str, tuple[str, str]], ...] = ()
     hidden: int = 0
 
 
@@ -194,12 +195,17 @@ def local_shards(path: str | os.PathLike[str], what: str) -> Shards:
             f"data.path '{root}' has no .tar files; put some in it, or set data.name to 'folder' to read {what} that "
             "are not in tar files."
         )
+    once = {os.path.realpath(root / name): name for name in reversed(names)}
+    kept = {*once.values()}
+    left_out = [(entry.name, _BESIDE) for entry in shown if entry.is_dir()]
+    left_out += [(name, TWICE) for name in names if name not in kept]
+    names = tuple(sorted(kept))
     return Shards(
         str(root),
         tuple(_local(root / name) for name in names),
         names,
-        others=tuple(name for name in files if name not in {*names}),
-        folders=tuple(entry.name for entry in shown if entry.is_dir()),
+        others=tuple(name for name in files if not name.lower().endswith(TAR)),
+        left_out=tuple(left_out),
         hidden=len(entries) - len(shown),
     )
 
@@ -223,8 +229,8 @@ def list_shards(shards: Shards, suffixes: tuple[str, ...], what: str) -> Listing
     folder, entries = TarFolder(shards.path), Entries(suffixes, (TEXT, CLASS))
     for name in shards.others:
         entries.others.append(name)
-    for name in shards.folders:
-        entries.leave(name, _BESIDE)
+    for name, reason in shards.left_out:
+        entries.leave(name, reason)
     hidden: set[str] = set()
     seen: set[str] = set()
     with ThreadPoolExecutor(_READERS) as pool:

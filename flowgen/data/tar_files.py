@@ -11,6 +11,7 @@ from typing import Any, ClassVar, Literal
 
 from flowgen.data.stored import ChangedData
 from flowgen.data.tar_headers import ByteRanges
+from flowgen.printable import printable
 
 # Files up to this size are read at once. Of larger ones, such as videos, only the part in use is kept in memory.
 _AT_ONCE, _BUFFER = 1 << 22, 1 << 18
@@ -79,7 +80,7 @@ class TarFile:
     size: int
 
     def __str__(self) -> str:
-        return f"{self.shard}/{self.name}"
+        return f"{self.shard}/{printable(self.name)}"
 
     def read_bytes(self) -> bytes:
         """Returns the content of the file."""
