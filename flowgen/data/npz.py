@@ -8,9 +8,8 @@ from pathlib import Path
 import numpy as np
 from jaxtyping import Shaped
 
-from flowgen.data.classes import checked_names, with_classes
+from flowgen.data.classes import checked_names, numbered_classes, with_classes
 from flowgen.data.dataset import NO_LABEL, ArrayDataset, DataConfig
-from flowgen.data.inventory import name_list, tell
 from flowgen.documents import ARRAY_DAMAGE
 
 _ARRAYS = ("images", "labels", "class_names")
@@ -51,7 +50,8 @@ def read_npz(config: DataConfig, size: tuple[int, int]) -> ArrayDataset:
         return ArrayDataset(images, np.full(len(images), NO_LABEL, np.int32))
     class_names = _named_classes(path, arrays, len(images))
     if "class_names" not in arrays and config.classes and class_names:
-        class_names = _numbered(path, len(class_names), config.classes)
+        absent = f"data.path '{path}' has no array 'class_names', so its labels are"
+        class_names = numbered_classes(len(class_names), config.classes, f"'labels' in data.path '{path}'", absent)
     dataset = ArrayDataset(images, arrays["labels"].astype(np.int32), class_names=class_names)
     return with_classes(dataset, config.classes, f"data.path '{path}'")
 
@@ -95,21 +95,6 @@ def _named_classes(path: Path, arrays: dict[str, np.ndarray], count: int | None)
             f"{largest}; save one string per class."
         )
     return checked_names(tuple(names.tolist()), f"'class_names' in data.path '{path}'")
-
-
-def _numbered(path: Path, count: int, classes: tuple[str, ...]) -> tuple[str, ...]:
-    """Returns the classes of a run, which labels index if the file has no class names."""
-    if count > len(classes):
-        raise ValueError(
-            f"'labels' in data.path '{path}' contains {count - 1}, but data.classes lists only {len(classes)} names "
-            f"({name_list(classes)}), numbered from 0; correct the labels."
-        )
-    if classes[:count] != tuple(map(str, range(count))):
-        tell(
-            f"data.path '{path}' has no array 'class_names', so its labels are read as positions in data.classes "
-            f"(0 is {classes[0]})."
-        )
-    return classes
 
 
 def _read_arrays(path: Path, names: tuple[str, ...]) -> tuple[dict[str, np.ndarray], list[str]]:
