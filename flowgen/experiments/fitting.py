@@ -21,7 +21,7 @@ from flowgen.experiments.files import KINDS
 from flowgen.experiments.fine_tuning import started_from
 from flowgen.experiments.own_data import check_protocol
 from flowgen.nn import init
-from flowgen.runs import CHECKPOINTS, CheckpointReader, check_workdir
+from flowgen.runs import RunReader
 from flowgen.settings.named import fields_of_program
 from flowgen.training import Result, Signals, is_primary, train
 from flowgen.training.frozen import check_frozen
@@ -52,7 +52,7 @@ def _of_own(experiment: Experiment, dataset: Any, held_out: Any) -> Experiment:
     return dataclasses.replace(experiment, data=own).with_provenance()
 
 
-def _start(experiment: Experiment, workdir: str | Path, model: Any) -> Start | None:
+def _start(experiment: Experiment, run: RunReader, model: Any) -> Start | None:
     """Returns the function that puts another run's parameters into a new run.
 
     The result is None if the run is not new, or if it does not start from another run.
@@ -64,7 +64,7 @@ def _start(experiment: Experiment, workdir: str | Path, model: Any) -> Start | N
     network = experiment.build() if model is None else model
     variables = jax.eval_shape(lambda: init(network, jax.random.key(0)))
     check_frozen(variables["params"], experiment.train.frozen)
-    is_new = CheckpointReader(Path(workdir) / CHECKPOINTS).latest_step() is None
+    is_new = run.checkpoints.latest_step() is None
     return started_from(experiment, variables) if experiment.init.path and is_new else None
 
 
@@ -118,9 +118,11 @@ def fit(
                     "run in commands, too, define it in a module file, such as my_parts.py, and import it.",
                     stacklevel=2,
                 )
-            check_workdir(Path(workdir), experiment.check_resumable, locks=is_primary())
+            run = RunReader(workdir)
+            with run.named():
+                run.check(experiment.check_resumable, locks=is_primary())
             warn_of_dtype(experiment.model)
-            start = _start(experiment, workdir, model)
+            start = _start(experiment, run, model)
             with told_once():
                 job = experiment.job(dataset=dataset, held_out=held_out, model=model)
         return train(
