@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import argparse
-from pathlib import Path
 from typing import TYPE_CHECKING
 
 from flowgen.cli.options import described, num_parameters, say, value_lines
@@ -46,7 +45,7 @@ def run(options: argparse.Namespace, rest: list[str]) -> int:
     from flowgen.cli.grammar import chosen_settings, load_experiment, split_names
     from flowgen.experiments import from_json
     from flowgen.experiments.attention import attention_lines, on_any_device
-    from flowgen.runs import CHECKPOINTS, CheckpointReader, read_config
+    from flowgen.runs import RunReader
     from flowgen.settings import settings
 
     names, words = split_names(rest)
@@ -54,7 +53,9 @@ def run(options: argparse.Namespace, rest: list[str]) -> int:
         given = ["--debug"] * options.debug + words
         if given:
             raise ValueError(f"{given[0]} is not an option of info --checkpoint; see --help.")
-        experiment = from_json(read_config(options.checkpoint))
+        run = RunReader(options.checkpoint)
+        with run.named():
+            experiment, steps = from_json(run.config()), run.checkpoints.steps()
     else:
         experiment = load_experiment(options, words)
     if names:
@@ -62,7 +63,6 @@ def run(options: argparse.Namespace, rest: list[str]) -> int:
             say(described(setting))
         return 0
     if options.checkpoint:
-        steps = CheckpointReader(Path(options.checkpoint) / CHECKPOINTS).steps()
         say(f"checkpoints: {', '.join(map(str, steps)) or 'none'}")
     say(f"parameters: {num_parameters(on_any_device(experiment).build()):,}")
     for line in attention_lines(experiment.model):

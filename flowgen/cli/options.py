@@ -11,7 +11,6 @@ import textwrap
 import warnings
 from collections.abc import Callable, Sequence
 from functools import partial
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from flowgen.printable import printable
@@ -124,9 +123,9 @@ def warn_of_guidance(experiment: Experiment, run_dir: str) -> None:
     There is no warning for imported weights, whose unconditional branch may have been trained elsewhere.
     """
     from flowgen.experiments.autoregressive import AutoregressiveExperiment
-    from flowgen.runs import CHECKPOINTS, CheckpointReader
+    from flowgen.runs import RunReader
 
-    if isinstance(experiment, AutoregressiveExperiment) and CheckpointReader(Path(run_dir) / CHECKPOINTS).was_trained():
+    if isinstance(experiment, AutoregressiveExperiment) and RunReader(run_dir).checkpoints.was_trained():
         experiment.warn_of_guidance()
 
 

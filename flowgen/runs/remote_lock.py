@@ -82,7 +82,9 @@ class RemoteLock:
                 raise BlockingIOError(f"workdir {self._folder} is in use by another process; give another directory.")
         finally:
             self._folder.delete(TAKEOVER_FILE)
-        self.told = f"Took over {self._folder} from {holder}, which last reported at {_clock(holder.time)} and seems to have died."
+        self.told = (
+            f"Took over {self._folder} from {holder}, which last reported at {_clock(holder.time)}, so it has died."
+        )
 
     def _content(self) -> bytes:
         about = {"pid": os.getpid(), "host": socket.gethostname(), "time": time.time(), "token": self._token}
