@@ -73,7 +73,7 @@ def write_run(run_dir: str | Path, experiment: Experiment, variables: Any) -> No
 def check_new(run_dir: str | Path) -> None:
     """Raises FileExistsError if `run_dir` exists and is not empty, or another OSError if it cannot be created.
 
-    Does not create the directory. Raises ValueError for a URL, because new directories are only created on this machine.
+    Does not create the directory. Raises ValueError for a URL, because new directories must be on this machine.
 
     Example:
         check_new("runs/imported")

@@ -59,7 +59,7 @@ def check_local(name: str, path: str | os.PathLike[str]) -> None:
         check_local("text.encoder", "flan-t5-xl")
     """
     if is_remote(path):
-        raise ValueError(f"{name} is '{path}', but it cannot be in a bucket; use a path on this machine.")
+        raise ValueError(f"{name} is '{path}', but it must be on this machine; copy it from or to the bucket.")
 
 
 class RemoteFolder:
@@ -124,10 +124,12 @@ class RemoteFolder:
                     file.write(content)
             else:
                 self._system.pipe_file(path, content, mode="create")
-        except Exception:
+        except Exception as error:
             # An attempt may have succeeded although its answer was lost, and the errors of systems differ.
             with contextlib.suppress(FileNotFoundError):
                 return self.read(name) == content
+            if isinstance(error, FileExistsError):  # deleted in the meantime
+                return False
             with self._told("created", name):
                 raise
         return True

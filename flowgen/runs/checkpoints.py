@@ -21,6 +21,7 @@ import jax
 import numpy as np
 from flax import traverse_util
 
+from flowgen.places import check_local
 from flowgen.runs.arrays import Flat, check_layout, flatten, group_of, layout, read_arrays
 from flowgen.runs.files import DIGEST, digest_of_file, is_regular, is_temporary, read_json, verified
 
@@ -48,6 +49,7 @@ class CheckpointReader:
     """
 
     def __init__(self, directory: str | Path, fetch: Callable[[Iterable[str]], None] = lambda names: None):
+        check_local("the directory of checkpoints", directory)
         self.directory, self._fetch = Path(directory).absolute(), fetch
 
     def steps(self) -> list[int]:

@@ -140,7 +140,7 @@ class Uploads:
         names = self.mirror.unfinished
         for step in sorted({int(name.split("/")[1]) for name in names}):
             self._say(
-                f"Removed what an interrupted upload or deletion has left of checkpoint {step} in {self._remote}."
+                f"Removed the rest of checkpoint {step} in {self._remote}, which was not uploaded or deleted whole."
             )
         self._delete(names)
 

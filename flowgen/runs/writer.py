@@ -11,6 +11,7 @@ import numpy as np
 
 from flowgen.data.inventory import Inventory
 from flowgen.data.media import save_image
+from flowgen.places import check_local
 from flowgen.runs.directory import (
     CHECKPOINTS,
     CONFIG_FILE,
@@ -59,6 +60,7 @@ class RunWriter:
         best_metric: str,
         mirror: Mirror | None = None,
     ):
+        check_local("the directory of a writer", workdir)
         self._mirror = mirror
         self.workdir = Path(workdir).absolute()  # stays valid if the process changes its directory
         self._shown = Path(workdir)
