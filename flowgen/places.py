@@ -9,6 +9,8 @@ from __future__ import annotations
 import contextlib
 import os
 import re
+import shutil
+import tempfile
 from collections.abc import Generator
 from pathlib import Path, PurePosixPath
 from typing import Any
@@ -163,6 +165,37 @@ class RemoteFolder:
         except Exception as error:
             reason = " ".join(str(error).split()) or type(error).__name__
             raise OSError(f"{what} could not be {done} ({reason[:_LONGEST_REASON]}).") from error
+
+
+class Destination:
+    """A file to be written at a path that may be a URL.
+
+    path: where to write the file on this machine; `send` then copies it to the URL. The constructor raises the errors
+    of `RemoteFolder`, so that they are raised before the work that leads to the file.
+
+    Example:
+        image = Destination("gs://bucket/samples.png")
+        image.path.write_bytes(content)
+        image.send()
+    """
+
+    def __init__(self, path: str | os.PathLike[str]):
+        self.path, self._folder = Path(path), None
+        if is_remote(path):
+            url, _, name = os.fspath(path).rpartition("/")
+            self._folder, self.path = RemoteFolder(url), Path(tempfile.mkdtemp(prefix="flowgen-"), name)
+
+    def send(self) -> None:
+        """Copies the file to the URL, if there is one, and removes it from this machine.
+
+        Raises OSError if this fails; the message says where the file is.
+        """
+        if self._folder is not None:
+            try:
+                self._folder.upload(self.path, self.path.name)
+            except OSError as error:
+                raise OSError(f"{error} The file is kept in {self.path} on this machine.") from error
+            shutil.rmtree(self.path.parent, ignore_errors=True)
 
 
 def _opened(url: str) -> tuple[Any, str]:

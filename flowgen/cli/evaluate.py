@@ -11,7 +11,7 @@ from flowgen.cli.options import say, step_or_best, warn_of_guidance
 
 def declare(parser: argparse.ArgumentParser) -> None:
     """Adds the command's options to its parser."""
-    parser.add_argument("--checkpoint", required=True, help="directory of a run")
+    parser.add_argument("--checkpoint", required=True, help="directory or URL of a run")
     parser.add_argument("--step", type=step_or_best, help="checkpoint to use: a number, or best (default: the latest)")
     parser.epilog = (
         "To use other data, add --data.name folder --data.path DIR. To change how samples are drawn, add fields such "

@@ -29,7 +29,7 @@ def declare(parser: argparse.ArgumentParser) -> None:
     """Adds the command's options to its parser."""
     group = parser.add_mutually_exclusive_group(required=True)
     group.add_argument("--config", help="Python file with config(), or the name of one, such as tarflow_digits")
-    group.add_argument("--checkpoint", help="directory of a run")
+    group.add_argument("--checkpoint", help="directory or URL of a run")
     parser.add_argument(
         "--debug", action="store_true", help="with --config: show the experiment that train.py --debug runs"
     )

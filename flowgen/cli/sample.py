@@ -15,13 +15,13 @@ from flowgen.packages import missing
 
 def declare(parser: argparse.ArgumentParser) -> None:
     """Adds the command's options to its parser."""
-    parser.add_argument("--checkpoint", required=True, help="directory of a run")
+    parser.add_argument("--checkpoint", required=True, help="directory or URL of a run")
     parser.add_argument("--step", type=step_or_best, help="checkpoint to use: a number, or best (default: the latest)")
     parser.add_argument("--no-ema", action="store_true", help="use the trained parameters, not their average")
     parser.add_argument(
         "--out",
         default="samples.png",
-        help="file to write (default: samples.png): an image, or .npz with floats; for clips also .gif or .mp4",
+        help="file or URL to write (default: samples.png): an image, or .npz with floats; for clips also .gif or .mp4",
     )
     parser.add_argument(
         "--single", metavar="DIR", help="also write each sample to a file in this new directory: PNG, or GIF for clips"
@@ -64,8 +64,12 @@ def run(options: argparse.Namespace, rest: list[str]) -> int:
     from flowgen import checkpoint
     from flowgen.cli.grammar import apply_words
     from flowgen.cli.output import Output
+    from flowgen.places import Destination, check_local
 
-    output = Output(Path(options.out), None if options.single is None else Path(options.single))
+    for name in ("single", "prompts"):
+        check_local(f"--{name}", getattr(options, name) or "")
+    destination = Destination(options.out)
+    output = Output(destination.path, None if options.single is None else Path(options.single))
     output.check()
     prompts = _prompts(options)
     model, params, experiment = checkpoint.load(options.checkpoint, options.step, ema=not options.no_ema)
@@ -83,7 +87,8 @@ def run(options: argparse.Namespace, rest: list[str]) -> int:
     more: dict[str, Any] = {"progress": _progress_bar()} if getattr(asked, "progress", False) else {}
     samples = experiment.draw(model, params, asked, say, **more)
     output.write(experiment, model, params, samples, asked)
-    say(f"Wrote {output.path}" + (f" and {len(samples.arrays)} files in {output.single}" if output.single else ""))
+    destination.send()
+    say(f"Wrote {options.out}" + (f" and {len(samples.arrays)} files in {output.single}" if output.single else ""))
     finite = np.isfinite(samples.arrays.reshape(len(samples.arrays), -1)).all(axis=1)
     if not finite.all():
         raise FloatingPointError(f"{(~finite).sum()} of {len(finite)} samples are not finite; lower --guidance.")

@@ -139,9 +139,7 @@ class Uploads:
     def _remove_unfinished(self) -> None:
         names = self.mirror.unfinished
         for step in sorted({int(name.split("/")[1]) for name in names}):
-            self._say(
-                f"Removed the rest of checkpoint {step} in {self._remote}, which was not uploaded or deleted whole."
-            )
+            self._say(f"Removed the rest of checkpoint {step} in {self._remote}, which an interruption has left.")
         self._delete(names)
 
     def _upload(self, name: str) -> None:
