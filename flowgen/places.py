@@ -11,6 +11,7 @@ import os
 import re
 import shutil
 import tempfile
+import weakref
 from collections.abc import Generator
 from pathlib import Path, PurePosixPath
 from typing import Any
@@ -184,6 +185,7 @@ class Destination:
         if is_remote(path):
             url, _, name = os.fspath(path).rpartition("/")
             self._folder, self.path = RemoteFolder(url), Path(tempfile.mkdtemp(prefix="flowgen-"), name)
+            self._remove = weakref.finalize(self, shutil.rmtree, self.path.parent, ignore_errors=True)
 
     def send(self) -> None:
         """Copies the file to the URL, if there is one, and removes it from this machine.
@@ -194,8 +196,9 @@ class Destination:
             try:
                 self._folder.upload(self.path, self.path.name)
             except OSError as error:
+                self._remove.detach()
                 raise OSError(f"{error} The file is kept in {self.path} on this machine.") from error
-            shutil.rmtree(self.path.parent, ignore_errors=True)
+            self._remove()
 
 
 def _opened(url: str) -> tuple[Any, str]:

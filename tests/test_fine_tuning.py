@@ -21,7 +21,8 @@ from flowgen.experiments.remapping import matched_classes, remapped_classes, res
 from flowgen.flows import STARFlowConfig, STARFlowVConfig, TARFlowConfig
 from flowgen.matching import DiTConfig, UNetConfig
 from flowgen.nn import init
-from flowgen.runs import CHECKPOINTS, CheckpointReader, flatten
+from flowgen.places import RemoteFolder
+from flowgen.runs import CHECKPOINTS, CheckpointReader, RunReader, flatten
 from flowgen.training import InitConfig, OptimConfig, TrainConfig
 
 TAR = TARFlowConfig(
@@ -352,6 +353,19 @@ def test_a_fine_tuned_run_is_a_run(tuned):
     told = (run / "start.txt").read_text().splitlines()
     assert told[0] == f"Starting from {path}, step 0, parameters:"
     assert "blocks_0-1/class_embed (10 classes by name, 10 new at the mean)" in told[2]
+
+
+def test_a_run_in_a_bucket_starts_from_a_run_in_a_bucket(tuned):
+    path, run, command = tuned
+    url = "memory://tuned/run"
+    succeed(f"{command.replace(str(path), f'file://{path}')} --workdir {url}")
+    old, new = CheckpointReader(run / CHECKPOINTS), RunReader(url).checkpoints
+    assert old.steps() == new.steps()
+    for name, array in new.arrays(6).items():
+        np.testing.assert_array_equal(array, old.arrays(6)[name], err_msg=name)
+    assert RemoteFolder(url).read("start.txt").startswith(f"Starting from file://{path}, step 0".encode())
+    names = {name.split("/")[0] for name in RemoteFolder(url).sizes()}
+    assert names == {file.name for file in run.iterdir() if file.name != "lock"}
 
 
 def test_frozen_parts_stay_as_they_are(tuned):

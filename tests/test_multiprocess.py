@@ -43,11 +43,9 @@ def finish(processes):
     return reports
 
 
-@pytest.fixture(scope="module")
-def runs(tmp_path_factory):
-    """A run stopped and resumed: (workdir, files when it stopped, reports of the stopped and the resumed processes)."""
-    workdir = tmp_path_factory.mktemp("two") / "run"
-    processes = start_two(workdir, "--pause-at", "10", "--evaluated")
+def stop_two(workdir, place):
+    """The reports of two processes that a signal to the second stops after step 10, which train at a place."""
+    processes = start_two(place, "--pause-at", "10", "--evaluated")
     try:
         wait_for(lambda: any(row["step"] >= 10 for row in rows_of(workdir)), processes[0])
         processes[1].send_signal(signal.SIGTERM)
@@ -56,7 +54,14 @@ def runs(tmp_path_factory):
         for process in processes:
             process.kill()
         raise
-    stopped = finish(processes)
+    return finish(processes)
+
+
+@pytest.fixture(scope="module")
+def runs(tmp_path_factory):
+    """A run stopped and resumed: (workdir, files when it stopped, reports of the stopped and the resumed processes)."""
+    workdir = tmp_path_factory.mktemp("two") / "run"
+    stopped = stop_two(workdir, workdir)
     files = {path.relative_to(workdir).as_posix() for path in workdir.rglob("*") if path.is_file()}
     return workdir, files, stopped, finish(start_two(workdir, "--evaluated"))
 
@@ -94,6 +99,22 @@ def test_only_the_first_process_decides_and_writes(runs):
         assert steps == sorted(set(steps))
     assert {row["eval/bits_per_dim"] for row in rows if "eval/bits_per_dim" in row} == {0.0}
     names = ["checkpoints", "config.json", "lock", "metrics.jsonl", "samples"]
+    assert sorted(path.name for path in workdir.iterdir()) == names
+
+
+def test_two_processes_train_in_a_bucket(tmp_path):
+    """Each machine fetches what it needs to resume; nothing else is shared."""
+    workdir, url = tmp_path / "run", f"file://{tmp_path}/run"
+    stopped = stop_two(workdir, url)
+    resumed = finish(start_two(url, "--evaluated"))
+    assert [report["signal"] for report in stopped] == [signal.SIGTERM] * 2
+    assert [(report["step"], report["metrics"]) for report in resumed] == [(toy.STEPS, {"bits_per_dim": 0.0})] * 2
+    toy.run(toy.make_job(), tmp_path / "one")
+    two, one = toy.arrays_of(url), toy.arrays_of(tmp_path / "one")
+    assert two.keys() == one.keys()
+    for name in two:
+        assert_close(two[name], one[name], NETWORK, err_msg=name)
+    names = ["checkpoints", "config.json", "metrics.jsonl", "samples"]
     assert sorted(path.name for path in workdir.iterdir()) == names
 
 

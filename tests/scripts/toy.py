@@ -211,7 +211,8 @@ def main() -> None:
         log = LogConfig(
             log_every=2, eval_every=4, sample_every=4, checkpoint_every=5, progress=False, tensorboard=False
         )
-    job = make_job(pause_at=options.pause_at, gate=Path(f"{options.workdir}.go"), **parts)
+    gate = Path(f"{options.workdir.removeprefix('file://')}.go")
+    job = make_job(pause_at=options.pause_at, gate=gate, **parts)
     if options.slow:
         job = dataclasses.replace(job, **{options.slow: slowly(getattr(job, options.slow), options.workdir)})
     if options.limit_at is not None:
