@@ -79,11 +79,18 @@ class RemoteFolder:
 
     def __init__(self, url: str | os.PathLike[str]):
         self.url = os.fspath(url).rstrip("/")
-        self._system, root = _opened(os.fspath(url))
-        self._root = root.rstrip("/")
+        self._opened, root = _opened(os.fspath(url))
+        self._root, self._process = root.rstrip("/"), os.getpid()
 
     def __str__(self) -> str:
         return self.url
+
+    @property
+    def _system(self) -> Any:
+        # The connections of a file system do not survive a fork.
+        if self._process != os.getpid():
+            self._opened, self._process = _opened(self.url)[0], os.getpid()
+        return self._opened
 
     def sizes(self, under: str = "") -> dict[str, int]:
         """Returns {name: number of bytes} for all files in the folder, or in a folder inside it, at any depth.
@@ -104,10 +111,10 @@ class RemoteFolder:
         }
         return {name: int(size) for name, size in inside.items() if _is_inside(name)}
 
-    def read(self, name: str) -> bytes:
-        """Returns the bytes of a file. Raises FileNotFoundError if it does not exist."""
+    def read(self, name: str, start: int | None = None, end: int | None = None) -> bytes:
+        """Returns the bytes of a file from `start` to `end`. Raises FileNotFoundError if it does not exist."""
         with self._told("read", name):
-            return self._system.cat_file(self._path(name))
+            return self._system.cat_file(self._path(name), start=start, end=end)
 
     def write(self, name: str, content: bytes) -> None:
         """Writes a file. In a bucket, readers see the old or the new content, never a part."""

@@ -13,6 +13,7 @@ from typing import Protocol, runtime_checkable
 import numpy as np
 from jaxtyping import UInt8
 
+from flowgen.data.bucket import bucket_shards, list_bucket
 from flowgen.data.classes import numbered_classes, tell_held_out, with_classes
 from flowgen.data.dataset import ArrayDataset, BucketedDataset, DataConfig, Dataset, Split, hold_out_files
 from flowgen.data.entries import CLASS, TEXT, Listing, check_each_described
@@ -23,9 +24,10 @@ from flowgen.data.inventory import tell, tell_converted
 from flowgen.data.listing import list_files
 from flowgen.data.media import IMAGE_FORMATS, pillow
 from flowgen.data.stored import Files, StoredFile, read_limited
-from flowgen.data.tar import list_tar
+from flowgen.data.tar import list_shards, list_tar
 from flowgen.data.unreadable import OnCorrupt, tell_lost_classes
 from flowgen.data.workers import Job, workers_of
+from flowgen.places import is_remote
 from flowgen.text import ASPECTS, aspect_size, nearest_aspect
 
 _log = logging.getLogger(__name__)
@@ -151,11 +153,15 @@ class OfFiles(Protocol):
 
 
 def listed(config: OfFiles, suffixes: tuple[str, ...], what: str) -> Listing:
-    """Lists the files with these suffixes that a config selects, in a folder or in tar files.
+    """Lists the files with these suffixes that a config selects, in a folder or in tar files. Its path may be a URL.
 
     Example:
         listing = listed(DataConfig("folder", path="photos"), (".png",), "images")
     """
+    if is_remote(config.path):
+        if config.name == "tar":
+            return list_shards(bucket_shards(config.path, what), suffixes, what)
+        return list_bucket(config.path, suffixes, what)
     return (list_tar if config.name == "tar" else list_files)(config.path, suffixes, what)
 
 

@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any, Literal, Protocol, SupportsIndex, TypeAlias, overload, runtime_checkable
 
 from flowgen.documents import MAX_BYTES, read_bytes
+from flowgen.places import check_local
 
 
 @runtime_checkable
@@ -78,6 +79,7 @@ def stored(file: AnyFile) -> StoredFile:
         content = stored("cat.png").read_bytes()
     """
     if isinstance(file, str) or (isinstance(file, os.PathLike) and not isinstance(file, StoredFile)):
+        check_local("the file", file)
         return Path(file)
     return file
 

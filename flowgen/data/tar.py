@@ -24,7 +24,7 @@ from flowgen.data.tar_headers import FILE, FOLDER, LINK, SPARSE, ByteRanges, mem
 from flowgen.printable import composed
 
 TAR = ".tar"
-_COMPRESSED = (".tgz", ".tbz2", ".txz", ".tar.gz", ".tar.zst", ".tar.bz2", ".tar.xz", ".tar.lz4", ".tar.z")
+COMPRESSED = (".tgz", ".tbz2", ".txz", ".tar.gz", ".tar.zst", ".tar.bz2", ".tar.xz", ".tar.lz4", ".tar.z")
 # Number of shards whose headers are read at the same time.
 _READERS = 4
 # Why entries are left out, as in `flowgen.data.entries`.
@@ -184,7 +184,7 @@ def local_shards(path: str | os.PathLike[str], what: str) -> Shards:
     entries = sorted(os.scandir(root), key=lambda entry: entry.name)
     shown = [entry for entry in entries if not entry.name.startswith(".")]
     files = [entry.name for entry in shown if entry.is_file()]
-    if packed := [name for name in files if name.lower().endswith(_COMPRESSED)]:
+    if packed := [name for name in files if name.lower().endswith(COMPRESSED)]:
         raise ValueError(
             f"data.path '{root}' has compressed tar files (such as {quoted(packed[0])}), whose files cannot be read in "
             "any order; decompress them, for example with gunzip or unzstd."
