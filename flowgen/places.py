@@ -142,7 +142,7 @@ class RemoteFolder:
                 return False
             with self._told("created", name):
                 raise
-        return True
+        return self.read(name) == content
 
     def upload(self, path: str | os.PathLike[str], name: str) -> None:
         """Copies a local file to the folder."""

@@ -80,6 +80,7 @@ class Origin:
         """Returns the arrays, keyed by the names in `shapes`, after checking their digests."""
         with self.run.named():
             read = self.run.checkpoints.arrays(self.step, lambda name: name.startswith(tuple(self._groups)))
+        self.run.free()
         return {
             new + name.removeprefix(old): array
             for name, array in read.items()

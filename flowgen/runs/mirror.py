@@ -77,6 +77,14 @@ class Mirror:
                 os.truncate(local_name(self.path, name), 0)
                 self._empty.add(name)
 
+    def free(self) -> None:
+        """Frees the space of all arrays that were fetched."""
+        self.make_empty(
+            name
+            for name in self.sizes
+            if is_of_checkpoint(name) and name not in self._empty and name.count("/") > 2 and self._has(name)
+        )
+
     def told(self, text: str) -> str:
         """Returns a text with the URL of the run in place of the path of the copy."""
         return text.replace(str(self.path), self.url)

@@ -47,6 +47,11 @@ class RunReader:
             raise FileNotFoundError(f"checkpoint {self.shown} does not exist; give the --workdir of a training run.")
         return read_config(self.directory)
 
+    def free(self) -> None:
+        """Frees the space of the arrays that were fetched. They are fetched again if they are needed."""
+        if self.mirror is not None:
+            self.mirror.free()
+
     def check(self, check_config: Callable[[dict[str, Any]], None], *, locks: bool = True) -> None:
         """Raises an error if a new process cannot train here; see `check_workdir`. Writes nothing."""
         if self.mirror is not None:

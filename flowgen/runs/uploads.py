@@ -5,13 +5,19 @@ from __future__ import annotations
 import contextlib
 import threading
 from collections.abc import Callable, Iterable
+from pathlib import Path
 
 from flowgen.places import local_name
 from flowgen.runs.checkpoints import EVALUATION, META
+from flowgen.runs.directory import CONFIG_FILE, DATA_FILE, START_FILE
 from flowgen.runs.files import is_temporary
 from flowgen.runs.lock import LOCK_FILE
+from flowgen.runs.metrics import METRICS_FILE
 from flowgen.runs.mirror import CHECKPOINTS, Mirror, for_each, is_of_checkpoint
 from flowgen.runs.remote_lock import BEAT, RemoteLock
+
+# Files that a resumed run reads or adds to.
+CONTINUED = (CONFIG_FILE, DATA_FILE, START_FILE, METRICS_FILE)
 
 
 class Uploads:
@@ -35,7 +41,7 @@ class Uploads:
         self.mirror, self._say = mirror, say
         self._remote = mirror.remote
         self._lock = RemoteLock(self._remote)
-        self._sent: dict[str, tuple[int, int]] = {}  # time and size of each file when it was uploaded
+        self._sent: dict[str, tuple[int, int]] = {}  # time and size of each file when it was copied
         self._sending = threading.Lock()
         self.failed = False  # whether the last upload failed, so that the mirror has files that the bucket lacks
         try:
@@ -46,8 +52,8 @@ class Uploads:
             if self._lock.told:
                 say(self._lock.told)
             self._remove_unfinished()
-            # The files that the run continues.
-            mirror.fetch(name for name in mirror.sizes if "/" not in name and name != LOCK_FILE)
+            mirror.fetch(CONTINUED)
+            self._sent.update((name, _mark(mirror.path / name)) for name in CONTINUED if name in mirror.sizes)
         except BaseException:
             self._lock.release()
             raise
@@ -62,8 +68,7 @@ class Uploads:
                 name = path.relative_to(self.mirror.path).as_posix()
                 if is_of_checkpoint(name) or name == LOCK_FILE or is_temporary(path.name) or not path.is_file():
                     continue
-                about = path.stat()
-                mark = about.st_mtime_ns, about.st_size
+                mark = _mark(path)
                 if self._sent.get(name) != mark:
                     # Read first, because metrics may be added during the upload.
                     self._remote.write(name, path.read_bytes())
@@ -156,3 +161,8 @@ class Uploads:
 
 def _checkpoint_files(sizes: dict[str, int]) -> dict[str, int]:
     return {name: size for name, size in sizes.items() if is_of_checkpoint(name)}
+
+
+def _mark(path: Path) -> tuple[int, int]:
+    about = path.stat()
+    return about.st_mtime_ns, about.st_size

@@ -94,6 +94,7 @@ def train(
             else:
                 variables, told = job.start(parallel.create(lambda: job.init(init_key)))
                 state = parallel.create(state_of, variables)
+            run.free()
             scores = None if latest is None else evaluation_of(run.checkpoints, latest)
         with open_writer(run, latest, log, job.best_metric) as record:
             with _interruptible(signals):
