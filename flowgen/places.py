@@ -78,12 +78,16 @@ class RemoteFolder:
     """
 
     def __init__(self, url: str | os.PathLike[str]):
-        self.url = os.fspath(url).rstrip("/")
-        self._opened, root = _opened(os.fspath(url))
+        given = os.fspath(url)
+        self.url = given if given.endswith("://") else given.rstrip("/")
+        self._opened, root = _opened(self.url)
         self._root, self._process = root.rstrip("/"), os.getpid()
 
     def __str__(self) -> str:
         return self.url
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return RemoteFolder, (self.url,)  # another process makes connections of its own
 
     @property
     def _system(self) -> Any:
