@@ -8,7 +8,7 @@ from collections.abc import Collection, Mapping
 from flowgen.data.bucket_files import BucketFolder, BucketShard
 from flowgen.data.entries import RUN, Entries, Listing
 from flowgen.data.inventory import quoted
-from flowgen.data.tar import COMPRESSED, TAR, Shards
+from flowgen.data.tar import BESIDE, COMPRESSED, TAR, Shards
 from flowgen.places import RemoteFolder
 from flowgen.printable import composed
 
@@ -83,7 +83,7 @@ def bucket_shards(url: str, what: str) -> Shards:
         tuple(BucketShard(folder, name, sizes[name]) for name in names),
         names,
         others=tuple(name for name in files if name not in {*names}),
-        folders=tuple(sorted({name.partition("/")[0] for name in shown if "/" in name})),
+        left_out=tuple((inner, BESIDE) for inner in sorted({name.partition("/")[0] for name in shown if "/" in name})),
         hidden=len({name.partition("/")[0] for name in sizes} - {name.partition("/")[0] for name in shown}),
     )
 

@@ -34,7 +34,7 @@ _REASONS = {
     LINK: ("link", "not followed in a tar file"),
     SPARSE: ("sparse file", "not readable in a tar file"),
 }
-_BESIDE = ("folder", "next to the .tar files")
+BESIDE = ("folder", "next to the .tar files")
 
 
 @dataclass(frozen=True)
@@ -197,7 +197,7 @@ def local_shards(path: str | os.PathLike[str], what: str) -> Shards:
         )
     once = {os.path.realpath(root / name): name for name in reversed(names)}
     kept = {*once.values()}
-    left_out = [(entry.name, _BESIDE) for entry in shown if entry.is_dir()]
+    left_out = [(entry.name, BESIDE) for entry in shown if entry.is_dir()]
     left_out += [(name, TWICE) for name in names if name not in kept]
     names = tuple(sorted(kept))
     return Shards(
