@@ -31,6 +31,7 @@ RESUMABLE = (
     "train.steps",
     "train.parallel",
     "train.mesh",
+    "init.",
     "log.",
     "sampling.",
     "reference",

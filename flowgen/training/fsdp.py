@@ -19,7 +19,7 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from flowgen import backend
 from flowgen.training.options import TrainConfig
-from flowgen.training.parallel import check_rows
+from flowgen.training.parallel import DataParallel, check_rows
 from flowgen.training.sharding import partition_specs
 from flowgen.training.step import Step, TrainState
 
@@ -167,6 +167,22 @@ class FullySharded:
         devices = np.array(self.local_devices).reshape(-1, self.mesh.shape[backend.TENSOR])
         whole = self.to_host(averaged)
         return jax.tree.map(_placed, whole, _shardings(Mesh(devices, self.mesh.axis_names), whole))
+
+
+def parallel_for(config: TrainConfig, devices: Sequence[jax.Device] | None = None) -> DataParallel | FullySharded:
+    """Returns the parallelism that a config asks for, after checking that the devices can share its batch.
+
+    devices: this process's devices to train on; None for all of them.
+
+    Raises ValueError if the mesh does not fit the devices, or if they cannot share the batch equally.
+
+    Example:
+        parallel = parallel_for(TrainConfig(parallel="fsdp", mesh=(4, 2)))
+    """
+    sharded = config.parallel == "fsdp"
+    parallel = FullySharded(devices, config.mesh) if sharded else DataParallel(devices)
+    parallel.check_batch(config)
+    return parallel
 
 
 def _shardings(mesh: Mesh, tree: Any) -> Any:
