@@ -185,6 +185,22 @@ def parallel_for(config: TrainConfig, devices: Sequence[jax.Device] | None = Non
     return parallel
 
 
+def divided_over_heads(variables: Any) -> Any:
+    """Returns variables for sampling and evaluation, divided over all devices of this host along the tensor axis.
+
+    In each layer, the devices then exchange activations for each token, but no weights. Arrays that are not divided are
+    copied to every device (see `partition_spec`).
+
+    variables: numpy arrays, so that no device stores all of them.
+
+    Example:
+        flow, variables, _ = flowgen.checkpoint.load_on_host("runs/digits")
+        images = sample(flow, divided_over_heads(variables), key, 4).x
+    """
+    devices = jax.local_devices()
+    return FullySharded(devices, (1, len(devices))).place(variables)
+
+
 def _shardings(mesh: Mesh, tree: Any) -> Any:
     """Returns the sharding of every leaf of a tree of (abstract) arrays."""
     specs = partition_specs(tree, dict(mesh.shape))
