@@ -2,6 +2,7 @@
 
 import json
 import logging
+import math
 import os
 import shutil
 import subprocess
@@ -151,32 +152,36 @@ def test_every_layout_resumes_a_run_of_every_layout(saved, resumed, complete, tm
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("devices", [1, 2])
-def test_fewer_devices_resume_a_sharded_run(devices, complete, tmp_path, every_array_is_divided):
-    used = jax.devices()[:devices]
-    found = resume(complete("both"), tmp_path / "run", mesh=(devices, 1), devices=used)
+@pytest.mark.parametrize("mesh", [None, (1, 1), (2, 1), (1, 2)])
+@pytest.mark.parametrize("saved", LAYOUTS)
+def test_fewer_devices_resume_a_run_of_every_layout(saved, mesh, complete, tmp_path, every_array_is_divided):
+    used = jax.devices()[: 1 if mesh is None else math.prod(mesh)]
+    found = resume(complete(saved), tmp_path / "run", mesh=mesh, devices=used)
     assert_same_run(found, toy.arrays_of(complete("data")))
 
 
 @pytest.mark.slow
-def test_more_devices_resume_a_sharded_run(complete, tmp_path, every_array_is_divided):
-    copy_of_half(complete("both"), tmp_path / "run")
-    process = toy.start(tmp_path / "run", "--mesh", "4", "2", devices=8)
+@pytest.mark.parametrize("mesh", [(), ("8", "1"), ("4", "2")])
+@pytest.mark.parametrize("saved", LAYOUTS)
+def test_more_devices_resume_a_run_of_every_layout(saved, mesh, complete, tmp_path, every_array_is_divided):
+    copy_of_half(complete(saved), tmp_path / "run")
+    process = toy.start(tmp_path / "run", *(["--mesh", *mesh] if mesh else []), devices=8)
     assert process.wait() == 0, process.communicate()[1]
     assert_same_run(toy.arrays_of(tmp_path / "run"), toy.arrays_of(complete("data")))
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("layout", ["fsdp", "tensor", "both"])
+@pytest.mark.parametrize("layout", LAYOUTS)
 def test_a_killed_run_continues_bit_for_bit(layout, tmp_path):
-    mesh = [str(size) for size in LAYOUTS[layout]]
-    killed = toy.start(tmp_path / "killed", "--mesh", *mesh, "--pause-at", "23")
+    mesh = LAYOUTS[layout]
+    options = [] if mesh is None else ["--mesh", *map(str, mesh)]
+    killed = toy.start(tmp_path / "killed", *options, "--pause-at", "23")
     toy.wait_for(lambda: any(row["step"] >= 23 for row in toy.rows_of(tmp_path / "killed")), killed)
     killed.kill()
     killed.communicate()
     assert CheckpointReader(tmp_path / "killed" / "checkpoints").latest_step() < toy.STEPS
     for name in ("killed", "whole"):
-        process = toy.start(tmp_path / name, "--mesh", *mesh)
+        process = toy.start(tmp_path / name, *options)
         assert process.wait() == 0, process.communicate()[1]
     toy.assert_bitwise(toy.arrays_of(tmp_path / "killed"), toy.arrays_of(tmp_path / "whole"))
 
