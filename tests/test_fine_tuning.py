@@ -405,7 +405,7 @@ NEAREST = r"has the pattern 'block_1/\*', which matches no parameter; the neares
     ],
     ids=["frozen", "all frozen", "not decayed", "no devices", "empty devices", "names of devices"],
 )
-def test_what_fits_no_parameter_or_device_is_refused(changes, options, message, tmp_path):
+def test_what_fits_no_parameter_or_device_is_refused(changes, options, message, tmp_path, untyped):
     with pytest.raises(ValueError, match=message) as error:
         flowgen.fit(dataclasses.replace(experiment_of(TAR), **changes), tmp_path / "run", **options)
     one_sentence(error)
