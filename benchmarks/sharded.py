@@ -96,7 +96,7 @@ def measure_layout(name: str, batch_size: int, remat: bool) -> dict:
     """Returns the row of one layout: bytes per device, counted and measured, and the losses."""
     mesh, model = LAYOUTS[name], dataclasses.replace(MODEL, remat=remat)
     train = TrainConfig(steps=STEPS, batch_size=batch_size, parallel="fsdp", mesh=mesh)
-    experiment = FlowExperiment(name=name, model=model, train=train, optim=OptimConfig(lr=3e-4))
+    experiment = FlowExperiment(name=name, model=model, train=train, optim=OptimConfig(lr=2e-4, warmup_steps=4))
     cost = training_cost(experiment, batch_size // mesh[0], dict(zip(("fsdp", "tensor"), mesh, strict=True)))
     rehearsal, parallel = experiment.rehearsal(experiment.build(), batch_size), FullySharded(mesh_shape=mesh)
     step = make_step(rehearsal.objective, experiment.optim, steps=STEPS, axis_name=None)

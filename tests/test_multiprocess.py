@@ -1,6 +1,7 @@
 """Two processes with two devices each train what one process with four does, and stop together."""
 
 import json
+import shutil
 import signal
 import socket
 
@@ -130,7 +131,9 @@ def test_two_killed_processes_continue_bit_for_bit(mesh, tmp_path):
 @pytest.mark.parametrize("mesh", [(), ("4", "1"), ("2", "2")])
 @pytest.mark.parametrize("saved", [None, (4, 1), (1, 4)])
 def test_two_processes_resume_a_run_of_one(saved, mesh, whole, tmp_path):
-    toy.run(toy.make_job(), tmp_path / "run", steps=20, mesh=saved)
+    toy.run(toy.make_job(), tmp_path / "run", log=toy.TEN, mesh=saved)
+    for step in (30, 40):
+        shutil.rmtree(tmp_path / "run" / "checkpoints" / str(step))
     finish(start_two(tmp_path / "run", *(["--mesh", *mesh] if mesh else [])))
     found, expected = (toy.arrays_of(path) for path in (tmp_path / "run", whole))
     assert found.keys() == expected.keys()

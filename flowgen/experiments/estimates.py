@@ -28,7 +28,7 @@ class TrainingCost(NamedTuple):
 
     parameters, gradient, moments, average: bytes of the parameters, the gradient, the optimizer's moments and
     the parameter average. With accumulation, a sum of gradients is stored in addition to the gradient of a part.
-    carried: bytes of the other variables in the training state.
+    carried: bytes of the rest of the training state.
     stored: bytes of the activations if the backward pass recomputes none of them.
     recomputed: bytes of the activations if the backward pass recomputes each layer; None if the model cannot do so.
     Both include the kernels that a device gathers, if the parameters are divided.
@@ -65,9 +65,9 @@ def training_cost(experiment: Experiment, rows: int, axes: Mapping[str, int] | N
     axes: the sizes of the axes "fsdp" and "tensor" of the mesh over which the parameters are divided; None if every
     device has a copy of them.
 
-    The bytes of the training state are exact, except for small arrays that compilers add. The bytes of the activations
-    are an estimate: the peak memory of the forward and backward pass, without the gradient; see `peak_of`. They are
-    counted as if every device computed all heads. The step is traced, but nothing is computed.
+    The bytes of the training state are exact. The bytes of the activations are an estimate: the peak memory of the
+    forward and backward pass, without the gradient; see `peak_of`. They are counted as if every device computed all
+    heads. The step is traced, but nothing is computed.
 
     Example:
         cost = training_cost(load_config("tarflow_digits"), rows=64, axes={"fsdp": 4, "tensor": 1})
@@ -105,7 +105,7 @@ def training_cost(experiment: Experiment, rows: int, axes: Mapping[str, int] | N
         gradient=size(trained(state.params, train.frozen)) * (1 + (train.accumulation > 1)),
         moments=size(state.opt_state),
         average=size(state.ema),
-        carried=size(state.collections),
+        carried=size(state.collections) + size(state.step),
         stored=activations[False] + every,
         recomputed=activations[True] + one if True in activations else None,
         recomputes=recomputes,
