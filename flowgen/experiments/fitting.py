@@ -92,7 +92,7 @@ def _check_devices(devices: Any) -> None:
 def _check_origin(experiment: Experiment, workdir: str | Path) -> None:
     """Raises ValueError if a run would start from its own directory."""
     path = experiment.init.path
-    if path and Path(path).absolute() == Path(workdir).absolute():
+    if path and Path(path).resolve() == Path(workdir).resolve():
         raise ValueError(
             f"init.path '{path}' is the workdir itself; give another --workdir, or leave out --init-from to resume "
             "that run."
@@ -139,7 +139,7 @@ def fit(
     `flowgen.load`.
     signals: an active `Signals` that watches this process's signals. By default, `fit` creates one.
     profile: the number of steps to profile, starting after the first. The trace is in the run's folder `profile`.
-    devices: local devices to train on; by default, all of them. Samples and evaluations always use all devices.
+    devices: list of local devices to train on; by default, all of them. Samples and evaluations always use all devices.
 
     All options are checked before any computation. Raises the same errors as `train` and the experiment's parts.
 

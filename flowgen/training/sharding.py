@@ -79,16 +79,14 @@ def gathered_bytes(params: Any, axes: Mapping[str, int]) -> tuple[int, int]:
     layers: Counter[tuple[str, ...]] = Counter()
     every = 0
     for key_path, leaf in jax.tree_util.tree_leaves_with_path(params):
-        path = names_of(key_path)
-        spec = partition_spec(path, leaf.shape, axes)
+        path, spec = names_of(key_path), partition_spec(names_of(key_path), leaf.shape, axes)
         if path[-1] != "kernel" or FSDP not in spec:
             continue
         size = leaf.size * leaf.dtype.itemsize // (axes[TENSOR] if TENSOR in spec else 1)
         every += size
-        where = path.index(STACK) + 1 if STACK in path else 0
-        layers[path[:where] if _is_stacked(path) else path[: where + 1]] += size // (
-            leaf.shape[0] if _is_stacked(path) else 1
-        )
+        stacked, inside = _is_stacked(path), path.index(STACK) + 1 if STACK in path else 0
+        layer = path[:inside] if stacked else path[: inside + 1]
+        layers[layer] += size // (leaf.shape[0] if stacked else 1)
     return max(layers.values(), default=0), every
 
 
