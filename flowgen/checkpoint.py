@@ -35,6 +35,19 @@ def load(
     Example:
         flow, params, experiment = load("runs/digits")
     """
+    flow, variables, experiment = load_on_host(run_dir, step, ema, model=model)
+    return flow, jax.tree.map(jnp.asarray, variables), experiment
+
+
+def load_on_host(
+    run_dir: str | Path, step: int | str | None = None, ema: bool = True, *, model: Any = None
+) -> tuple[Any, Any, Experiment]:
+    """Returns the same as `load`, but the variables are numpy arrays, which take no memory on devices.
+
+    Example:
+        flow, variables, experiment = load_on_host("runs/digits")
+        variables = divided_over_heads(variables)  # flowgen.training.fsdp, for a model that fits on no single device
+    """
     if not isinstance(run_dir, str | os.PathLike):
         raise ValueError(f"run_dir must be the path of a run's directory, not {shown(run_dir)}.")
     run = RunReader(run_dir)
@@ -48,7 +61,7 @@ def load(
         flow = experiment.build() if model is None else model
         expected = jax.eval_shape(lambda: init(flow, jax.random.key(0)))
         variables = reader.variables(step, expected["params"], ema=ema)
-    return flow, jax.tree.map(jnp.asarray, variables), experiment
+    return flow, variables, experiment
 
 
 def write_run(run_dir: str | Path, experiment: Experiment, variables: Any) -> None:

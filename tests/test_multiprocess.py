@@ -1,6 +1,7 @@
 """Two processes with two devices each train what one process with four does, and stop together."""
 
 import json
+import shutil
 import signal
 import socket
 
@@ -128,3 +129,34 @@ def test_two_processes_share_the_parameters(mesh, tmp_path):
     assert two.keys() == one.keys()
     for name in two:
         assert_close(two[name], one[name], NETWORK, err_msg=name)
+
+
+@pytest.mark.parametrize("mesh", [(), ("4", "1"), ("2", "2")])
+def test_two_killed_processes_continue_bit_for_bit(mesh, tmp_path):
+    options = ["--mesh", *mesh] if mesh else []
+    processes = start_two(tmp_path / "killed", *options, "--pause-at", "23")
+    try:
+        wait_for(lambda: any(row["step"] >= 23 for row in rows_of(tmp_path / "killed")), processes[0])
+    finally:
+        for process in processes:
+            process.kill()
+            process.communicate()
+    steps = CheckpointReader(tmp_path / "killed" / "checkpoints").steps()
+    assert steps
+    assert max(steps) < toy.STEPS
+    for name in ("killed", "whole"):
+        finish(start_two(tmp_path / name, *options))
+    toy.assert_bitwise(*(toy.arrays_of(tmp_path / name) for name in ("killed", "whole")))
+
+
+@pytest.mark.parametrize("mesh", [(), ("4", "1"), ("2", "2")])
+@pytest.mark.parametrize("saved", [None, (4, 1), (1, 4)])
+def test_two_processes_resume_a_run_of_one(saved, mesh, whole, tmp_path):
+    toy.run(toy.make_job(), tmp_path / "run", log=toy.TEN, mesh=saved)
+    for step in (30, 40):
+        shutil.rmtree(tmp_path / "run" / "checkpoints" / str(step))
+    finish(start_two(tmp_path / "run", *(["--mesh", *mesh] if mesh else [])))
+    found, expected = (toy.arrays_of(path) for path in (tmp_path / "run", whole))
+    assert found.keys() == expected.keys()
+    for name in expected:
+        assert_close(found[name], expected[name], NETWORK, err_msg=name)

@@ -9,7 +9,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from flowgen.cli.options import say, step_or_best, warn_of_guidance
+from flowgen.cli.options import SHARING, load_run, placed, say, step_or_best, warn_of_guidance
 from flowgen.packages import missing
 
 
@@ -32,7 +32,7 @@ def declare(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--prompts", metavar="FILE", help="text file with one prompt per line")
     parser.epilog = (
         "--autoencoder and --text-encoder override the paths recorded in the run. info --checkpoint lists a "
-        "run's fields and their values."
+        f"run's fields and their values. {SHARING}"
     )
 
 
@@ -61,7 +61,6 @@ def run(options: argparse.Namespace, rest: list[str]) -> int:
     """Runs the command and returns its exit code."""
     import numpy as np
 
-    from flowgen import checkpoint
     from flowgen.cli.grammar import apply_words
     from flowgen.cli.output import Output
     from flowgen.places import Destination, check_local
@@ -72,18 +71,19 @@ def run(options: argparse.Namespace, rest: list[str]) -> int:
     output = Output(destination.path, None if options.single is None else Path(options.single))
     output.check()
     prompts = _prompts(options)
-    model, params, experiment = checkpoint.load(options.checkpoint, options.step, ema=not options.no_ema)
+    model, params, experiment = load_run(options.checkpoint, options.step, ema=not options.no_ema)
     make_options = experiment.draw_options
     if make_options is None:
         raise ValueError(
             f"{options.checkpoint} is an autoencoder run, which cannot be sampled; train a flow on its latents."
         )
-    groups = ("sampling", "codec.path", "text.encoder")
+    groups = ("sampling", "codec.path", "text.encoder", "train.parallel")
     experiment, asked, given = apply_words(rest, experiment, make_options(), groups=groups)
     experiment = _with_prompts(experiment, prompts, given)
     output.check_fits(experiment, asked)
     _check_guidance(experiment, given)
     warn_of_guidance(experiment, options.checkpoint)
+    params = placed(params, experiment, options)
     more: dict[str, Any] = {"progress": _progress_bar()} if getattr(asked, "progress", False) else {}
     samples = experiment.draw(model, params, asked, say, **more)
     output.write(experiment, model, params, samples, asked)

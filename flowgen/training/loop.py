@@ -12,7 +12,7 @@ import numpy as np
 
 from flowgen import backend
 from flowgen.runs import EVAL, NullWriter, RunReader, RunWriter
-from flowgen.training.fsdp import FullySharded
+from flowgen.training.fsdp import FullySharded, parallel_for
 from flowgen.training.job import Job, Result
 from flowgen.training.opening import evaluation_of, open_writer, resumed_from
 from flowgen.training.options import LogConfig, OptimConfig, TrainConfig, check_packages
@@ -59,9 +59,7 @@ def train(
     Example:
         result = train(job, "runs/digits", optim=optim, train=train, log=log, config={}, check_config=print)
     """
-    sharded = train.parallel == "fsdp"
-    parallel = FullySharded(job.devices, train.mesh) if sharded else DataParallel(job.devices)
-    parallel.check_batch(train)
+    parallel = parallel_for(train, job.devices)
     check_packages(log)
     step = make_step(
         job.objective,
