@@ -361,6 +361,7 @@ def test_a_fine_tuned_run_is_a_run(tuned):
     assert "blocks_0-1/class_embed (10 classes by name, 10 new at the mean)" in told[2]
 
 
+@pytest.mark.slow
 def test_a_run_in_a_bucket_starts_from_a_run_in_a_bucket(tuned):
     path, run, command = tuned
     url = "memory://tuned/run"
