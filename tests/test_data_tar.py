@@ -590,4 +590,3 @@ def test_the_commands_take_shards(tmp_path):
     assert outcome.code == 0, outcome
     assert "images: " in outcome.out + outcome.err
     assert "added ('3.tar/" in outcome.out + outcome.err
-    assert "tar" in succeed("train --config tarflow_digits --help")
