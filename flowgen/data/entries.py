@@ -93,11 +93,11 @@ class Entries:
         """Leaves an entry out for a reason, such as `BROKEN`."""
         self.left_out.setdefault(reason, []).append(name)
 
-    def described(self, names: Sequence[str], suffix: str) -> tuple[str | None, ...]:
-        """Returns the file that describes each sample: for cat.png, cat.png.txt or cat.txt, in upper or lower case."""
+    def described(self, names: Sequence[str], suffix: str) -> Iterator[str | None]:
+        """Yields the file that describes each sample: for cat.png, cat.png.txt or cat.txt, in upper or lower case."""
         if not any(key.endswith(suffix) for key in self.beside):
-            return (None,) * len(names)
-        return tuple(self._beside(name, suffix) for name in names)
+            return iter((None,) * len(names))
+        return (self._beside(name, suffix) for name in names)
 
     def _beside(self, name: str, suffix: str) -> str | None:
         for wanted in (f"{name}{suffix}", f"{without_suffix(name)}{suffix}"):
@@ -129,8 +129,8 @@ class Entries:
         groups = [self.taken[name] for name in filled] or [flat]
         names = tuple(name for inside in groups for name in sorted(inside, key=by_parts))
         labels = np.repeat(np.arange(len(groups), dtype=np.int32), [len(inside) for inside in groups])
-        captions = self.described(names, TEXT)
-        class_files = self.described(names, CLASS) if CLASS in self.kept_beside else ()
+        captions = tuple(self.described(names, TEXT))
+        class_files = tuple(self.described(names, CLASS)) if CLASS in self.kept_beside else ()
         return Listing(
             root,
             names,

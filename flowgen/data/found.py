@@ -33,6 +33,7 @@ from flowgen.data.media import IMAGE_FORMATS
 from flowgen.data.named import DIGIT_NAMES
 from flowgen.data.npz import npz_classes, npz_marks
 from flowgen.data.stored import StoredFile, size_of
+from flowgen.data.tar import TarFolder
 from flowgen.data.video import READABLE, UnreadableVideo, video_size
 
 _CLIP_CLASSES = {"bouncing": DIGIT_NAMES, "crafter": CLASS_NAMES, "real": ()}
@@ -152,7 +153,9 @@ def _marks(config: DataConfig | ClipsConfig | LatentsConfig, listing: Listing | 
     if listing is not None:
         positions = hold_out_files(listing.names, config.eval_fraction, "eval") if config.eval_fraction else ()
         held = {listing.names[position] for position in positions}
-        for name, mark in _marks_of(listing.files, listing.names, size_of).items():
+        in_memory = isinstance(listing.root, TarFolder)  # Their sizes are known, so threads would only cost time.
+        sizes = map(size_of, listing.files) if in_memory else _marks_of(listing.files, listing.names, size_of).values()
+        for name, mark in zip(listing.names, sizes, strict=True):
             (held_out if name in held else train)[name] = mark
     if isinstance(config, ClipsConfig) and (images := config.images) is not None:
         listing = _listed(images) if images.name in OF_FILES else None
