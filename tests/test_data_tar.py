@@ -21,7 +21,7 @@ from PIL import Image
 import flowgen
 from flowgen.data import ClipsConfig, DataConfig, Loader, buckets_of, found_classes, load, load_clips, take_inventory
 from flowgen.data.dataset import captions_in
-from flowgen.data.tar import list_tar, local_shards
+from flowgen.data.tar import Shards, list_shards, list_tar, local_shards
 from flowgen.data.tar_headers import members
 from flowgen.data.video import write_video
 from flowgen.experiments import FlowExperiment
@@ -260,6 +260,32 @@ def test_a_run_goes_on_in_the_middle_of_a_shard(tmp_path):
     folder = flowgen.fit(dataclasses.replace(experiment, data=of_folder), tmp_path / "folder")
     for other in (halves, folder):
         jax.tree.map(np.testing.assert_array_equal, other.state.params, whole.state.params)
+
+
+class Elsewhere:
+    """A shard that is not a local file, and counts its requests."""
+
+    ahead = 1 << 16
+
+    def __init__(self, content):
+        self.content, self.size, self.requests = content, len(content), 0
+
+    def __str__(self):
+        return "elsewhere/a.tar"
+
+    def read_range(self, offset, size):
+        self.requests += 1
+        return self.content[offset : offset + size]
+
+
+def test_shards_of_other_places_are_listed_in_few_requests(tmp_path):
+    samples(tmp_path / "a.tar", range(200), texts=False)
+    shard = Elsewhere((tmp_path / "a.tar").read_bytes())
+    assert [*members(shard)] == [*members(*local_shards(tmp_path, "images").files)]
+    assert shard.requests <= 1 + shard.size // (shard.ahead - 1024)
+    files = list_shards(Shards("elsewhere", (shard,), ("a.tar",)), (".png",), "images").files
+    assert str(files[7]) == "elsewhere/a.tar/007.png"
+    assert files[7].read_bytes() == png(7)
 
 
 # -- the WebDataset layout ---------------------------------------------------------------------------------
