@@ -134,7 +134,8 @@ class RemoteFolder:
         path = self._path(name)
         try:
             if getattr(self._system, "local_file", False):
-                with self._system.open(path, "xb") as file:
+                os.makedirs(os.path.dirname(path), exist_ok=True)
+                with open(path, "xb") as file:
                     file.write(content)
             else:
                 self._system.pipe_file(path, content, mode="create")

@@ -16,7 +16,7 @@ from scripts import toy
 from scripts.toy import TEN, arrays_of, assert_bitwise, without_speed
 
 from flowgen.places import RemoteFolder, is_remote
-from flowgen.runs import CheckpointReader, RunReader, remote_lock, uploads
+from flowgen.runs import CheckpointReader, RunReader, RunWriter, read_config, remote_lock, uploads
 from flowgen.runs.remote_lock import RemoteLock
 
 
@@ -321,6 +321,15 @@ def test_a_url_that_has_lost_a_slash_is_refused(path, tmp_path, monkeypatch):
             call(path)
         one_sentence(error)
     assert sorted(tmp_path.iterdir()) == before
+
+
+@pytest.mark.parametrize("use", [CheckpointReader, read_config, lambda url: RunWriter(url, keep=1, best_metric="x")])
+def test_what_reads_a_disk_makes_no_folder_of_a_url(use, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(ValueError, match=r"memory://a.*must be on this machine") as error:
+        use("memory://a")
+    one_sentence(error)
+    assert [path.name for path in tmp_path.iterdir()] == ["staging"]
 
 
 @pytest.mark.parametrize("path", ["runs/digits", "/tmp/a:b", "C:/runs", "a:b/c", "x:/y"])
