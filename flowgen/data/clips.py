@@ -164,7 +164,7 @@ def load_clips(config: ClipsConfig, *, frames: int, image_size: ImageSize, chann
         path, start = cuts[position]
         return partial(read_clip, path, frames, sides, channels, fps=config.fps or None, start=start, crop=config.crop)
 
-    workers = workers_of(config.workers)
+    workers = workers_of(config.workers, config.path)
 
     dataset = FileDataset(
         FileReader(job, files, config.on_corrupt, what=_WHAT, split=split, replaces=not captions, workers=workers),
@@ -247,7 +247,7 @@ def _cuts(
         config.on_corrupt,
         what=_WHAT,
         split=split,
-        workers=workers_of(config.workers),
+        workers=workers_of(config.workers, config.path),
     )
     readable = reader.read_all(keep)
     where = f"data.path '{config.path}'" if config.path else f"data.name '{config.name}'"

@@ -82,7 +82,7 @@ def read_folder(
     if not in_memory:
         _log.info("Decoding '%s' batch by batch, because its images need more than data.in_memory_bytes.", config.path)
 
-    workers = workers_of(config.workers)
+    workers = workers_of(config.workers, config.path)
 
     def dataset(kept: list[int], size: tuple[int, int]) -> ArrayDataset | FileDataset:
         files = Files(listing.root, [listing.names[i] for i in kept])
