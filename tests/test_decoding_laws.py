@@ -21,7 +21,7 @@ TAR = flowgen.TARFlowConfig(
 STAR = flowgen.STARFlowConfig(
     image_size=(4, 6), patch_size=2, channels=1, width=20, head_dim=20, layers_per_block=(1, 1), num_classes=3
 )
-# Softmax keeps a slot per token. The others keep running states: of feature maps, with a decay, and packed.
+# Softmax keeps a slot per token. The others keep running states: of feature maps, and with a decay.
 ALWAYS = ("softmax", "nala", "retention")
 PLANS = (Sequential(), Jacobi(window=4, tol=0.0), Jacobi(tol=0.0, init="zeros"), SlidingWindow(window=4, tol=0.0))
 
@@ -30,18 +30,13 @@ def kernels():
     return [pytest.param(name, marks=() if name in ALWAYS else pytest.mark.slow) for name in CAUSAL_KERNEL_NAMES]
 
 
-def plans(kernel):
-    """The plans that a kernel can follow."""
-    return [plan for plan in PLANS if causal_kernel(kernel).has_slots or not isinstance(plan, SlidingWindow)]
-
-
 @pytest.mark.parametrize("kernel", kernels())
 @pytest.mark.parametrize("config", [TAR, pytest.param(STAR, marks=pytest.mark.slow)], ids=["tarflow", "starflow"])
 def test_every_plan_at_tolerance_0_is_the_inverse_of_forward(config, kernel):
     flow, params = laws.perturbed(dataclasses.replace(config, attention=kernel), jax.random.key(0))
     x, labels = laws.images(config, jax.random.key(1), batch=2), jnp.array([1, -1], jnp.int32)
     z, _ = laws.apply(flow, params, x, labels)
-    for plan in plans(kernel):
+    for plan in PLANS:
         r = invert(flow, params, z, labels, plan=plan)
         assert_close(r.x, x, NETWORK)
         assert jnp.all(r.residual == 0)
@@ -57,11 +52,12 @@ def test_a_window_runs_again_from_a_rewound_cache_as_if_for_the_first_time(kerne
     @jax.jit
     def run(q, k, v, *wrong):
         cache = functions.init_cache(2, length, 2, 8, jnp.float32)
-        _, before = functions.attend_window(q[:, :begin], k[:, :begin], v[:, :begin], cache, 0)
-        after = before
+        _, window = functions.attend_window(q[:, :begin], k[:, :begin], v[:, :begin], cache, 0)
+        after = before = functions.accept(cache, window, None)
         for parts in (wrong, [2 * part for part in wrong], (q, k, v)):  # two wrong guesses, and the solution
             cache = functions.rewind(before, after)
-            out, after = functions.attend_window(*(part[:, begin:end] for part in parts), cache, begin)
+            out, window = functions.attend_window(*(part[:, begin:end] for part in parts), cache, begin)
+            after = functions.accept(cache, window, None)
         rest, _ = functions.attend_window(q[:, end:], k[:, end:], v[:, end:], after, end)
         return out, rest, functions.attend(q, k, v)
 
@@ -76,7 +72,7 @@ def test_every_plan_decodes_alike_under_guidance(kernel):
     labels, guidance = jnp.array([1, 0], jnp.int32), Guidance(scale=1.5, anneal=True)
     z = jax.random.normal(jax.random.key(1), (2, flow.config.num_tokens, flow.config.token_dim))
     first, *others = (
-        invert(flow, params, z, labels, plan=plan, guidance=guidance, certify=True) for plan in plans(kernel)
+        invert(flow, params, z, labels, plan=plan, guidance=guidance, certify=True) for plan in PLANS
     )
     assert first.error.max() < NETWORK
     for r in others:
