@@ -14,7 +14,7 @@ Start = Int[Array, ""] | Int[Array, " b"] | int
 
 def positions(start: Start, length: int) -> Int[Array, "#b n"]:
     """Returns the positions start, start + 1, ... of `length` tokens; one row if all samples share them."""
-    return jnp.reshape(start, (-1, 1)) + jnp.arange(length)[None]
+    return jnp.atleast_1d(start)[:, None] + jnp.arange(length)[None]
 
 
 def take(x: Array, start: Start, length: int, axis: int = 1) -> Array:
