@@ -70,8 +70,8 @@ class Conditioner(NamedTuple):
 
     window(previous, start, cache) -> (shift, log_scale, window): parameters of the tokens after `previous`.
     rewind(before, after) -> cache: a cache from which the same window can run again.
-    accept(before, window, count=None) -> cache: the cache `before` with the first `count` inputs of each sample's window
-        added; None means all inputs.
+    accept(before, window, count=None) -> cache: the cache `before` with the first `count` inputs of the window added,
+        one number per sample; None means all inputs.
     begin_cache(length) -> cache: a cache that contains the prefix and the known tokens, with room for `length` more.
     grow(cache, length) -> cache: the same cache with room for `length` tokens after the known ones.
     first: the network's input for the first token to be solved. begin: the row of that input.

@@ -228,7 +228,7 @@ def _resolve(plan: Plan | str, guidance: Guidance | None, config: FlowConfig, ba
     attention = config.blocks[0].transformer.attention
     if any(isinstance(block, SlidingWindow) for block in resolved.blocks) and causal_kernel(attention).accept is None:
         raise ValueError(
-            f"plan contains a SlidingWindow, but {attention!r} attention has no `accept`, which adds a part of a window "
-            "to the cache; define it, or use Jacobi or Sequential."
+            f"plan contains a SlidingWindow, but {attention!r} attention has no `accept`, which adds a part of a "
+            "window to the cache; define it, or use Jacobi or Sequential."
         )
     return resolved

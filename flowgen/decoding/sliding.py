@@ -1,13 +1,14 @@
 """Decoding with a window that advances past the tokens it has solved (Song et al. 2021, arXiv 2002.03629).
 
 Each sample has its own window. A pass over the tokens t .. t+w-1 of a sample maps a guess to an output. Let k be the
-number of leading tokens that changed by at most `tol`. These tokens keep their guesses, because the cached keys of later
-tokens were computed from these guesses. All inputs of token t+k are then accepted tokens, so its new value is exact and
-is accepted too. The sample's window therefore advances by k+1 tokens. For the window's remaining tokens, the new values
-are the next guesses. Every pass accepts at least one token of every sample that is not yet solved.
+number of leading tokens that changed by at most `tol`. These tokens keep their guesses, because the cached keys of
+later tokens were computed from these guesses. All inputs of token t+k are then accepted tokens, so its new value is
+exact and is accepted too. The sample's window therefore advances by k+1 tokens. For the window's remaining tokens, the
+new values are the next guesses. Every pass accepts at least one token of each sample that still has unsolved tokens.
 
-The passes go on until all samples are solved. A solved sample no longer changes, so a sample's tokens do not depend on
-the other samples in its batch. The samples of a stage wait for each other at its end, where their caches grow.
+A sample that is solved no longer changes while the passes for the other samples continue. Its tokens therefore do not
+depend on the other samples in its batch. Samples that have finished a stage wait until the others have finished it,
+because the cache grows between stages.
 """
 
 from __future__ import annotations
@@ -81,7 +82,7 @@ def solve_sliding(conditioner: Conditioner, z: Float[Array, "b n c"], plan: Slid
 
 
 def _room(n: int, window: int, end: int) -> int:
-    """The number of cache slots that a stage needs. A sample that passed its end runs on, without effect, until all do."""
+    """The number of cache slots for a stage: a sample that waits writes to the slots after its accepted tokens."""
     return min(end + 2 * window - 1, n + window)
 
 
