@@ -106,7 +106,7 @@ class GuidedBlock:
 
     def _of_branches(self, x: Any) -> Any:
         """An array with one row per sample, repeated for both branches of guidance; anything else as it is."""
-        return x if self.guidance is None or not jnp.ndim(x) else jnp.concatenate([x, x])
+        return x if self.guidance is None or x is None or not jnp.ndim(x) else jnp.concatenate([x, x])
 
     def _with_both_conditions(self) -> GuidedBlock:
         """This block; with guidance, `cond` is replaced by the conditions of both branches, conditional first."""

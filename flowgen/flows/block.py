@@ -279,7 +279,7 @@ class AutoregressiveBlock(nn.Module):
             init_cache(batch, slots, config.key_heads, config.head_dim, dtype) for _ in range(config.num_layers)
         )
 
-    def accept(self, before: tuple, window: tuple, count: Int[Array, " b"] | None = None) -> tuple:
+    def accept(self, before: tuple, window: Any, count: Int[Array, " b"] | None = None) -> tuple:
         """Returns the caches `before` with the first `count` rows of each sample's window added; None means all rows.
 
         window: the third result of `conditioner` for this window.
