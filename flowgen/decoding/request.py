@@ -27,7 +27,8 @@ class DecodeResult(NamedTuple):
     """Decoded images or clips, and reports on the decoding.
 
     x: images `b height width c` or clips `b frames height width c`, not clipped.
-    sweeps: number of network passes for each block, data side first, and window; 0 for windows that a block lacks.
+    sweeps: number of network passes for each block, data side first, and window, until the slowest sample was solved; 0
+    for windows that a block lacks. With a sliding window, a block has one number for all its passes.
     residual: largest change (max norm) in the last sweep of any block and window; 0 if there were enough sweeps to make
     x exact.
     overflows: number of iterates that were not finite or exceeded 1e6.
