@@ -56,8 +56,8 @@ class SlidingWindow:
 
     In each sample, a sweep accepts the longest prefix of the window that changed by at most `tol`, plus the next token
     (Song et al. 2021, arXiv 2002.03629). With `tol=0`, the solution is exact. Otherwise, each returned token is within
-    `tol` of the value implied by the tokens before it. There are never more sweeps than tokens. A sample does not depend
-    on the other samples in its batch.
+    `tol` of the value implied by the tokens before it. There are never more sweeps than tokens. A sample does not
+    depend on the other samples in its batch.
 
     window, tol, init: as for `Jacobi`.
 
