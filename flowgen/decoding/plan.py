@@ -52,13 +52,12 @@ class Jacobi:
 
 @config
 class SlidingWindow:
-    """Decodes by sweeps over a window, which advances past the solved tokens (at least one) after each sweep.
+    """Decodes by sweeps over a window per sample, which advances past the solved tokens (at least one) in each sweep.
 
-    Each sweep accepts the longest prefix of the window that changed by at most `tol` in every sample of the batch, plus
-    the next token (Song et al. 2021, arXiv 2002.03629). With `tol=0`, the solution is exact. Otherwise, each returned
-    token is within `tol` of the value implied by the tokens before it. There are never more sweeps than tokens. The
-    attention must keep a cache slot per token, as softmax attention does. A sample depends on the other samples in its
-    batch, but only within the tolerance.
+    In each sample, a sweep accepts the longest prefix of the window that changed by at most `tol`, plus the next token
+    (Song et al. 2021, arXiv 2002.03629). With `tol=0`, the solution is exact. Otherwise, each returned token is within
+    `tol` of the value implied by the tokens before it. There are never more sweeps than tokens. A sample does not
+    depend on the other samples in its batch.
 
     window, tol, init: as for `Jacobi`.
 
