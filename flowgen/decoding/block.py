@@ -14,7 +14,9 @@ from flowgen.backend import cache_stages
 from flowgen.conditioning import Condition, unconditional
 from flowgen.decoding.implicit import with_derivatives
 from flowgen.decoding.jacobi import Conditioner, PreviousFrame, Solution, ignore, solve
+from flowgen.decoding.layout import Segments
 from flowgen.decoding.plan import BlockPlan, Jacobi, Sequential, SlidingWindow
+from flowgen.decoding.request import DecodeRequest
 from flowgen.decoding.sliding import solve_sliding
 from flowgen.flows.affine import reorder, to_data, to_noise
 from flowgen.flows.block import (
@@ -22,8 +24,10 @@ from flowgen.flows.block import (
     BlockConfig,
     BlockState,
     Variables,
+    block_parameters,
     each_frame,
 )
+from flowgen.flows.density import Flow
 from flowgen.guidance import AffineParameters, Guidance
 from flowgen.nn.layers import master_dtype
 
@@ -176,7 +180,26 @@ def inverse(
         sweeps=solution.sweeps,
         residual=solution.residual.reshape(len(z), config.frames).max(axis=1),
         overflows=solution.overflows.reshape(len(z), config.frames).sum(axis=1),
+        unsolved=solution.unsolved,
     )
+
+
+def guided_block(request: DecodeRequest, config: BlockConfig, index: int, variables: Variables) -> GuidedBlock:
+    """Returns a block with the request's condition and, if guidance changes block `index`, the request's guidance."""
+    guided = request.guidance is not None and index in (request.guidance.blocks or ())
+    cond = request.cond if config.is_conditional else None
+    return GuidedBlock(AutoregressiveBlock(config), variables, cond, request.guidance if guided else None)
+
+
+def stacked_block(request: DecodeRequest, flow: Flow, index: int) -> GuidedBlock:
+    """Returns block `index` of a flow for parallel passes over whole sequences."""
+    return guided_block(request, flow.config.blocks[index], index, block_parameters(request.params, index))
+
+
+def last_block(request: DecodeRequest, part: Segments) -> tuple[DecodeRequest, Flow, int]:
+    """Returns the request with the condition for these segments, the flow that decodes them, and its last block."""
+    flow = request.flow.with_num_frames(request.layout.clip)
+    return replace(request, cond=request.condition_of(part)), flow, flow.config.num_blocks - 1
 
 
 def _last_frame(config: BlockConfig, known: Float[Array, "b m c"]) -> PreviousFrame | None:

@@ -68,7 +68,7 @@ def solve_sliding(conditioner: Conditioner, z: Float[Array, "b n c"], plan: Slid
         state = jax.lax.while_loop(partial(_begins_before, end), partial(_pass, conditioner, plan, noise), state)
     x = state.tokens[:, 1 : n + 1]
     residual = jnp.where(overflown(x).any(axis=(1, 2)), jnp.inf, state.residual)
-    return Solution(x, state.count[None], residual, state.overflows)
+    return Solution(x, state.count[None], residual, state.overflows, ~(residual <= plan.tol).all()[None])
 
 
 def _begins_before(end: int, state: _Pass) -> Bool[Array, ""]:
