@@ -88,7 +88,8 @@ def test_training_goes_on_where_it_stopped(trained):
 SAMPLES = "sample --num 6 --classes 3,1 --batch 6"
 LINE = (
     r"samples (\d+)\.\.(\d+): [\d.]+ per second( \(with compilation\))?; "
-    r"passes per block \(data side first\) (\d+), (\d+); residual (\S+?)(?:; certified to (\S+))?"
+    r"passes per block \(data side first\) (\d+), (\d+); residual (\S+?)"
+    r"(?:; certified to (\S+) in noise; error in data .*)?"
 )
 
 

@@ -14,7 +14,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from functools import partial
-from typing import Protocol
+from typing import Protocol, runtime_checkable
 
 import jax
 import jax.numpy as jnp
@@ -27,6 +27,7 @@ Tokens = Float[Array, "b n c"]
 Linear = Callable[[Array], Array]
 
 
+@runtime_checkable
 class Sweeper(Protocol):
     """A pytree of arrays with the map F; see `flowgen.decoding.block.GuidedBlock`."""
 

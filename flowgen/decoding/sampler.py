@@ -163,9 +163,7 @@ def _run(request: DecodeRequest, strict: bool) -> DecodeResult:
     """The result of a request. With `strict`, raises FloatingPointError if a window is unsolved."""
     result = run(request)
     if strict and isinstance(result.unsolved, Tracer):
-        raise ValueError(
-            "strict is True, but nothing can be raised inside jit; check the result's `unsolved` outside."
-        )
+        raise ValueError("strict is True, but nothing can be raised inside jit; check the result's `unsolved` outside.")
     if strict and (problem := unsolved_problem(result)):
         raise FloatingPointError(problem)
     return result
