@@ -176,8 +176,8 @@ def test_a_flow_is_fitted_to_an_energy_by_its_own_samples(x64):
         begun = params
         params, state, value, slope = step(params, state, keys[index])
         values.append(float(value))
-    assert np.mean(values[:10]) > 0.2
-    assert abs(np.mean(values[-30:])) < 0.02
+    assert np.mean(values[:10]) > 0.5
+    assert abs(np.mean(values[-30:])) < 0.05  # the mean of 30 x 64 samples of a difference that is nearly 0
     leaves, tree = jax.tree.flatten(slope)
     random = np.random.default_rng(0)
     direction = tree.unflatten([jnp.asarray(random.standard_normal(leaf.shape)) for leaf in leaves])

@@ -14,6 +14,7 @@ after n terms, because J is strictly triangular over the n tokens, but its terms
   ratios are needed, because the largest part of r may belong to the last token, from where it affects no other token.
 * All omitted terms together may be at most a third of the result. The estimate is the result plus the omitted terms.
   If the ratios do not rise later, it is between 1 and 2 times the first-order error.
+* r is known only to rounding, so ε |x| is added to its magnitude, where ε is the distance between 1 and the next number.
 * If the terms do not decrease this far, the estimate is infinite. This is so in a long chain x_t = 3 x_{t-1} + z_t,
   whose terms triple until they reach the last token.
 """
@@ -124,7 +125,8 @@ def _change(
     """x* - x to first order, and the omitted part. changes: those of z and of the context; None means none."""
     with any_derivative():
         swept, product = jax.linearize(lambda x: block.sweep(x, z, context), x)
-        b = swept - x
+        r = swept - x
+        b = r + jnp.copysign(jnp.finfo(x.dtype).eps * jnp.abs(x), r)
         if any(change is not None for change in changes):
             known = tuple(
                 jnp.zeros_like(v) if d is None and v is not None else d

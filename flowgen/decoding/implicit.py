@@ -34,32 +34,36 @@ class Sweeper(Protocol):
     def sweep(self, x: Tokens, z: Tokens, context: Float[Array, "b m c"] | None = None) -> Tokens: ...
 
 
-@jax.custom_jvp
 def with_derivatives(block: Sweeper, x: Tokens, z: Tokens, context: Float[Array, "b m c"] | None) -> Tokens:
     """Returns x, whose derivatives with respect to block, z and context are those of the solution of x = F(x).
 
     x: tokens that satisfy this equation; their own derivatives are ignored.
     """
+    leaves, tree = jax.tree.flatten((block, z, context))
+    return _implicit(tree, x, leaves)
+
+
+@partial(jax.custom_jvp, nondiff_argnums=(0,))
+def _implicit(tree: jax.tree_util.PyTreeDef, x: Tokens, leaves: list) -> Tokens:
+    """x as a function of the leaves of (block, z, context), whose structure is `tree`."""
     return x
 
 
-@partial(with_derivatives.defjvp, symbolic_zeros=True)
-def _derivatives(primals: tuple, tangents: tuple) -> tuple[Tokens, Tokens]:
-    block, x, z, context = primals
-    d_block, _, d_z, d_context = tangents
-    leaves, tree = jax.tree.flatten((block, z, context))
-    changes = jax.tree.leaves((d_block, d_z, d_context))
+@partial(_implicit.defjvp, symbolic_zeros=True)
+def _derivatives(tree: jax.tree_util.PyTreeDef, primals: tuple, tangents: tuple) -> tuple[Tokens, Tokens]:
+    (x, leaves), (_, changes) = primals, tangents
     moving = [index for index, change in enumerate(changes) if not isinstance(change, SymbolicZero)]
 
-    def swept(moved):
+    def swept(x, moved):
         known = dict(zip(moving, moved, strict=True))
         block, z, context = tree.unflatten([known.get(index, leaf) for index, leaf in enumerate(leaves)])
         return block.sweep(x, z, context)
 
+    here = [leaves[index] for index in moving]
     with any_derivative():
-        _, change = jax.jvp(swept, ([leaves[index] for index in moving],), ([changes[index] for index in moving],))
-        _, product = jax.linearize(lambda x: block.sweep(x, z, context), x)
-    return with_derivatives(block, x, z, context), solve_triangular(product, change)
+        _, change = jax.jvp(partial(swept, x), (here,), ([changes[index] for index in moving],))
+        _, product = jax.linearize(lambda x: swept(x, here), x)
+    return _implicit(tree, x, leaves), solve_triangular(product, change)
 
 
 def solve_triangular(product: Linear, b: Tokens) -> Tokens:
