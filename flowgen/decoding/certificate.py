@@ -14,7 +14,7 @@ after n terms, because J is strictly triangular over the n tokens, but its terms
   ratios are needed, because the largest part of r may belong to the last token, from where it affects no other token.
 * All omitted terms together may be at most a third of the result. The estimate is the result plus the omitted terms.
   If the ratios do not rise later, it is between 1 and 2 times the first-order error.
-* r is known only to rounding, so ε |x| is added to its magnitude, where ε is the distance between 1 and the next number.
+* r is known only to rounding, so ε |x| is added to its magnitude, where ε is the spacing of numbers at 1.
 * If the terms do not decrease this far, the estimate is infinite. This is so in a long chain x_t = 3 x_{t-1} + z_t,
   whose terms triple until they reach the last token.
 """
@@ -35,12 +35,15 @@ from flowgen.decoding.implicit import Linear, Tokens
 from flowgen.decoding.layout import scan_segments
 from flowgen.decoding.request import DecodeRequest
 
+Later = Float[Array, "b later c"]
+Context = Float[Array, "b before c"]
+
 MAX_PRODUCTS = 16  # bounds the cost, at about two passes over all tokens per product
 MAX_OMITTED = 1 / 3  # as a part of the result; (1 + 1/3) / (1 - 1/3) = 2
 
 
 def error(
-    request: DecodeRequest, x: Float[Array, "b *event"], tokens: list[Tokens], last: Tokens, noise: Tokens
+    request: DecodeRequest, x: Float[Array, "b *event"], tokens: list[Later], last: Tokens, noise: Tokens
 ) -> Float[Array, " b"]:
     """Returns the largest difference per sample between the noise and that of the decoded samples.
 
@@ -57,7 +60,7 @@ def error(
     return jnp.stack(found).max(axis=0)
 
 
-def estimated_error(request: DecodeRequest, tokens: list[Tokens], last: Tokens, noise: Tokens) -> Float[Array, " b"]:
+def estimated_error(request: DecodeRequest, tokens: list[Later], last: Tokens, noise: Tokens) -> Float[Array, " b"]:
     """Returns the estimated largest error per sample of decoded tokens, in data units; infinite if it is not known.
 
     For the arguments, see `error`.
@@ -118,8 +121,8 @@ def _change(
     block: GuidedBlock,
     x: Tokens,
     z: Tokens,
-    changes: tuple[Tokens | None, Tokens | None],
-    context: Tokens | None,
+    changes: tuple[Tokens | None, Context | None],
+    context: Context | None,
     most: float,
 ) -> tuple[Tokens, Float[Array, " b"]]:
     """x* - x to first order, and the omitted part. changes: those of z and of the context; None means none."""
