@@ -10,9 +10,10 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int
 
+from flowgen.attention import causal_kernel
 from flowgen.backend import cache_stages
 from flowgen.conditioning import Condition, unconditional
-from flowgen.decoding.implicit import with_derivatives
+from flowgen.decoding.implicit import back_substitution, with_derivatives
 from flowgen.decoding.jacobi import Conditioner, PreviousFrame, Solution, ignore, solve
 from flowgen.decoding.layout import Segments
 from flowgen.decoding.plan import BlockPlan, Jacobi, Sequential, SlidingWindow
@@ -61,6 +62,24 @@ class GuidedBlock:
         shift, log_scale = self._affine(jnp.concatenate([context, x], axis=1))
         before = context.shape[1]
         return to_data(z, shift[:, before:], log_scale[:, before:])
+
+    @property
+    def can_pull_back(self) -> bool:
+        """Whether `pull_back` works: the cache keeps a slot per token, and in full precision, because it adds up."""
+        transformer = self.block.config.transformer
+        return causal_kernel(transformer.attention).has_slots and transformer.dtype != "bfloat16"
+
+    def pull_back(
+        self, x: Float[Array, "b n c"], z: Float[Array, "b n c"], context: Float[Array, "b m c"] | None, change: Array
+    ) -> Float[Array, "b n c"]:
+        """Returns v = change + Jᵀ v, where J is the Jacobian of `sweep` at x; see `flowgen.decoding.implicit`.
+
+        The block must have a `decoding_config`.
+        """
+        frames, passthrough = self.block.config.frames, self.block.num_passthrough
+        u, noise, b = (each_frame(part, frames) for part in (x, z, change))
+        known = u[:, :passthrough] if context is None else context
+        return back_substitution(self.conditioner(known), passthrough, u, noise, b).reshape(x.shape)
 
     def _affine(self, x: Float[Array, "b n c"]) -> AffineParameters:
         """(shift, log_scale) of all tokens in raster order, with guidance applied; 0 for passthrough tokens."""

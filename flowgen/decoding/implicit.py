@@ -6,8 +6,11 @@ parameters, the condition, the guidance, the noise and the context. Decoded toke
     (I - J) dx = ∂F/∂θ dθ,      J = ∂F/∂x
 
 J is strictly triangular in the block's order, and therefore nilpotent: Jⁿ = 0. The iteration v <- b + J v solves the
-system (I - J) v = b exactly after at most n - 1 products, and so does the same iteration for the transposed system.
-The derivatives do not depend on how x was decoded: they are those at the exact solution if x is the solution.
+system (I - J) v = b exactly after at most n - 1 products. Reverse mode needs the solution of the transposed system, for
+which back substitution from the last token to the first is faster on CPUs. It is decoding run backwards: each step
+propagates the change of one token to the token before it and, through the cache, to all earlier tokens. It requires a
+cache that holds every token; otherwise, the iteration solves the transposed system too. The derivatives do not depend
+on how x was decoded.
 """
 
 from __future__ import annotations
@@ -22,6 +25,8 @@ from jax.custom_derivatives import SymbolicZero
 from jaxtyping import Array, Float
 
 from flowgen.backend import any_derivative
+from flowgen.decoding.jacobi import Conditioner
+from flowgen.flows.affine import to_data
 
 Tokens = Float[Array, "b n c"]
 Linear = Callable[[Array], Array]
@@ -31,7 +36,12 @@ Linear = Callable[[Array], Array]
 class Sweeper(Protocol):
     """A pytree of arrays with the map F; see `flowgen.decoding.block.GuidedBlock`."""
 
+    @property
+    def can_pull_back(self) -> bool: ...
+
     def sweep(self, x: Tokens, z: Tokens, context: Float[Array, "b m c"] | None = None) -> Tokens: ...
+
+    def pull_back(self, x: Tokens, z: Tokens, context: Float[Array, "b m c"] | None, change: Tokens) -> Tokens: ...
 
 
 def with_derivatives(block: Sweeper, x: Tokens, z: Tokens, context: Float[Array, "b m c"] | None) -> Tokens:
@@ -63,21 +73,53 @@ def _derivatives(tree: jax.tree_util.PyTreeDef, primals: tuple, tangents: tuple)
     with any_derivative():
         _, change = jax.jvp(partial(swept, x), (here,), ([changes[index] for index in moving],))
         _, product = jax.linearize(lambda x: swept(x, here), x)
-    return _implicit(tree, x, leaves), solve_triangular(product, change)
+        transposed = jax.linear_transpose(product, x)
+        block, z, context = tree.unflatten(leaves)
+
+        def transpose_solve(_, b):
+            if block.can_pull_back:
+                return block.pull_back(x, z, context, b)
+            return _nilpotent_solution(lambda v: transposed(v)[0], b)
+
+        found = jax.lax.custom_linear_solve(
+            lambda v: v - product(v),
+            change,
+            solve=lambda _, b: _nilpotent_solution(product, b),
+            transpose_solve=transpose_solve,
+        )
+    return _implicit(tree, x, leaves), found
 
 
-def solve_triangular(product: Linear, b: Tokens) -> Tokens:
-    """Returns the solution v of v - J v = b, which can be differentiated in both modes.
+def back_substitution(conditioner: Conditioner, passthrough: int, x: Tokens, z: Tokens, b: Tokens) -> Tokens:
+    """Returns the solution v of v - Jᵀ v = b for one sequence of tokens, in the block's order.
 
-    product: the map v -> J v, where J is strictly triangular over the tokens.
+    conditioner: what decodes these tokens; its cache must keep a slot per token. passthrough: the number of leading
+    tokens that the block leaves unchanged, 0 or 1.
     """
-    transposed = jax.linear_transpose(product, b)
-    return jax.lax.custom_linear_solve(
-        lambda v: v - product(v),
-        b,
-        solve=lambda _, b: _nilpotent_solution(product, b),
-        transpose_solve=lambda _, b: _nilpotent_solution(lambda v: transposed(v)[0], b),
-    )
+    count = z.shape[1] - passthrough
+    solved = x[:, passthrough:]
+    previous = jnp.concatenate([conditioner.first, solved[:, :-1]], axis=1)
+    noise = z[:, passthrough:]
+    _, _, cache = conditioner.window(previous, conditioner.begin, conditioner.begin_cache(count))
+
+    def at(tokens, index):
+        return jax.lax.dynamic_slice_in_dim(tokens, index, 1, axis=1)
+
+    def step(state, index):
+        v, of_cache = state
+
+        def token(previous, cache):
+            shift, log_scale, cache = conditioner.window(previous, conditioner.begin + index, cache)
+            return to_data(at(noise, index), shift, log_scale), cache
+
+        _, pull = jax.vjp(token, at(previous, index), cache)
+        of_previous, of_cache = pull((at(v, index + 1), of_cache))
+        return (jax.lax.dynamic_update_slice_in_dim(v, at(v, index) + of_previous, index, axis=1), of_cache), None
+
+    # Slot 0 of v is for the network's first input, which may be a passthrough token.
+    begin = jnp.pad(b, ((0, 0), (1 - passthrough, 0), (0, 0))), jax.tree.map(jnp.zeros_like, cache)
+    (v, _), _ = jax.lax.scan(step, begin, jnp.arange(count), reverse=True)
+    return v[:, 1 - passthrough :]
 
 
 def _nilpotent_solution(product: Linear, b: Tokens) -> Tokens:
