@@ -100,7 +100,7 @@ def back_substitution(conditioner: Conditioner, passthrough: int, x: Tokens, z: 
     solved = x[:, passthrough:]
     previous = jnp.concatenate([conditioner.first, solved[:, :-1]], axis=1)
     noise = z[:, passthrough:]
-    _, _, cache = conditioner.window(previous, conditioner.begin, conditioner.begin_cache(count))
+    _, _, cache = conditioner.window(previous, jnp.asarray(conditioner.begin), conditioner.begin_cache(count))
 
     def at(tokens, index):
         return jax.lax.dynamic_slice_in_dim(tokens, index, 1, axis=1)
