@@ -144,7 +144,7 @@ def test_jacobi_decoding_gives_the_same_images_and_is_certified(trained, tmp_pat
     assert certificate is None
     tol = 1e-5
     solved, (*_, data_side, noise_side, residual, certificate) = draw(
-        "jacobi.npz", f"--plan jacobi --window 5 --tol {tol} --certify"
+        "jacobi.npz", f"--plan jacobi --window 5 --tol {tol} --certify --strict"
     )
     # 15 tokens in 3 windows of 5: at least one pass each, at most one per token.
     assert all(3 <= int(passes) <= 15 for passes in (data_side, noise_side))

@@ -73,12 +73,12 @@ def _derivatives(tree: jax.tree_util.PyTreeDef, primals: tuple, tangents: tuple)
     with any_derivative():
         _, change = jax.jvp(partial(swept, x), (here,), ([changes[index] for index in moving],))
         _, product = jax.linearize(lambda x: swept(x, here), x)
-        transposed = jax.linear_transpose(product, x)
         block, z, context = tree.unflatten(leaves)
 
         def transpose_solve(_, b):
             if block.can_pull_back:
                 return block.pull_back(x, z, context, b)
+            transposed = jax.linear_transpose(product, b)
             return _nilpotent_solution(lambda v: transposed(v)[0], b)
 
         found = jax.lax.custom_linear_solve(
