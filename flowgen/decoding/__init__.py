@@ -3,7 +3,7 @@
 from flowgen.decoding.clips import Clip
 from flowgen.decoding.plan import DecodePlan, Jacobi, Sequential, SlidingWindow, resolve_plan
 from flowgen.decoding.request import DecodeResult, Denoiser
-from flowgen.decoding.sampler import invert, sample
+from flowgen.decoding.sampler import invert, sample, sample_and_log_prob
 from flowgen.guidance import Guidance, linear_rule, product_rule
 
 __all__ = [
@@ -20,4 +20,5 @@ __all__ = [
     "product_rule",
     "resolve_plan",
     "sample",
+    "sample_and_log_prob",
 ]

@@ -11,20 +11,26 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float
 
+from flowgen.attention import causal_kernel
 from flowgen.attention.slices import Start, positions
 from flowgen.backend import cache_stages
 from flowgen.conditioning import Condition, unconditional
+from flowgen.decoding.implicit import back_substitution, with_derivatives
 from flowgen.decoding.jacobi import Conditioner, PreviousFrame, Solution, ignore, solve
+from flowgen.decoding.layout import Segments
 from flowgen.decoding.plan import BlockPlan, Jacobi, Sequential, SlidingWindow
+from flowgen.decoding.request import DecodeRequest
 from flowgen.decoding.sliding import solve_sliding
-from flowgen.flows.affine import reorder, to_noise
+from flowgen.flows.affine import reorder, to_data, to_noise
 from flowgen.flows.block import (
     AutoregressiveBlock,
     BlockConfig,
     BlockState,
     Variables,
+    block_parameters,
     each_frame,
 )
+from flowgen.flows.density import Flow
 from flowgen.guidance import AffineParameters, Guidance
 from flowgen.nn.layers import master_dtype
 
@@ -44,14 +50,50 @@ class GuidedBlock:
 
     def forward(self, x: Float[Array, "b n c"]) -> Float[Array, "b n c"]:
         """Returns the noise z to which the block maps tokens x, in one parallel pass; x and z are in raster order."""
-        config, passthrough = self.block.config, self.block.num_passthrough
+        return to_noise(x, *self._affine(x))[0]
+
+    def sweep(
+        self, x: Float[Array, "b n c"], z: Float[Array, "b n c"], context: Float[Array, "b m c"] | None = None
+    ) -> Float[Array, "b n c"]:
+        """Returns shift(x) + exp(log_scale(x)) · z in one parallel pass; x maps to noise z if and only if this is x.
+
+        context: the tokens before x; see `inverse`.
+        """
+        if context is None:
+            return to_data(z, *self._affine(x))
+        shift, log_scale = self._affine(jnp.concatenate([context, x], axis=1))
+        before = context.shape[1]
+        return to_data(z, shift[:, before:], log_scale[:, before:])
+
+    @property
+    def can_pull_back(self) -> bool:
+        """Whether `pull_back` works: the cache keeps a slot per token, and in full precision, because it adds up."""
+        transformer = self.block.config.transformer
+        return causal_kernel(transformer.attention).has_slots and transformer.dtype != "bfloat16"
+
+    def pull_back(
+        self, x: Float[Array, "b n c"], z: Float[Array, "b n c"], context: Float[Array, "b m c"] | None, change: Array
+    ) -> Float[Array, "b n c"]:
+        """Returns v = change + Jᵀ v, where J is the Jacobian of `sweep` at x; see `flowgen.decoding.implicit`.
+
+        The block must have a `decoding_config`.
+        """
+        frames, passthrough = self.block.config.frames, self.block.num_passthrough
+        u, noise, b = (each_frame(part, frames) for part in (x, z, change))
+        known = u[:, :passthrough] if context is None else context
+        return back_substitution(self.conditioner(known), passthrough, u, noise, b).reshape(x.shape)
+
+    def _affine(self, x: Float[Array, "b n c"]) -> AffineParameters:
+        """(shift, log_scale) of all tokens in raster order, with guidance applied; 0 for passthrough tokens."""
         if self.guidance is None:
-            return self.block.apply(self.variables, x, self.cond)[0]
+            return self.block.apply(self.variables, x, self.cond, method="parameters")
+        config, passthrough = self.block.config, self.block.num_passthrough
         u = reorder(each_frame(x, config.frames), config.order)
         rows = self.block.apply(self.variables, u, method="previous")
         shift, log_scale, _ = self._with_both_conditions().parameters(rows, 0, None)
-        z, _ = to_noise(u[:, passthrough:], shift, log_scale)
-        return reorder(jnp.concatenate([u[:, :passthrough], z], axis=1), config.order).reshape(x.shape)
+        padding = ((0, 0), (passthrough, 0), (0, 0))
+        shift, log_scale = (reorder(jnp.pad(part, padding), config.order) for part in (shift, log_scale))
+        return shift.reshape(x.shape), log_scale.reshape(x.shape)
 
     def conditioner(
         self, known: Float[Array, "b m c"], stages: int = 1, solved: Callable[[Array], None] = ignore
@@ -136,6 +178,8 @@ def inverse(
 ) -> Solution:
     """Returns the tokens that the block maps to z, with the solver's reports. Tokens and noise are in raster order.
 
+    The tokens have derivatives with respect to guided, z and context; see `flowgen.decoding.implicit`.
+
     guided: a block with a `decoding_config`.
     is_reversed: whether the block's order is "reversed"; blocks of both orders share this compiled program.
     context: the tokens before the first token to decode; only for blocks in raster order without passthrough tokens.
@@ -149,19 +193,41 @@ def inverse(
         return jnp.where(is_reversed, reorder(tokens, "reversed"), tokens)
 
     u = reordered(each_frame(z, config.frames))
-    noise = u[:, passthrough:]
+    fixed, tokens, known = jax.lax.stop_gradient((guided, u, u[:, :passthrough] if context is None else context))
+    noise = tokens[:, passthrough:]
     stages = cache_stages(noise.shape[1], layers) if block.has_growing_caches else 1
-    conditioner = guided.conditioner(u[:, :passthrough] if context is None else context, stages, solved)
+    conditioner = fixed.conditioner(known, stages, solved)
     if isinstance(plan, SlidingWindow):
         solution = solve_sliding(conditioner, noise, plan)
     else:
         solution = solve(conditioner, noise, Jacobi(window=1, tol=0.0) if isinstance(plan, Sequential) else plan)
+    x = jnp.concatenate([tokens[:, :passthrough], solution.x], axis=1).reshape(z.shape)
+    x = with_derivatives(guided, x, u.reshape(z.shape), context)
     return Solution(
-        x=reordered(jnp.concatenate([u[:, :passthrough], solution.x], axis=1)).reshape(z.shape),
+        x=reordered(each_frame(x, config.frames)).reshape(z.shape),
         sweeps=solution.sweeps,
         residual=solution.residual.reshape(len(z), config.frames).max(axis=1),
         overflows=solution.overflows.reshape(len(z), config.frames).sum(axis=1),
+        unsolved=solution.unsolved,
     )
+
+
+def guided_block(request: DecodeRequest, config: BlockConfig, index: int, variables: Variables) -> GuidedBlock:
+    """Returns a block with the request's condition and, if guidance changes block `index`, the request's guidance."""
+    guided = request.guidance is not None and index in (request.guidance.blocks or ())
+    cond = request.cond if config.is_conditional else None
+    return GuidedBlock(AutoregressiveBlock(config), variables, cond, request.guidance if guided else None)
+
+
+def stacked_block(request: DecodeRequest, flow: Flow, index: int) -> GuidedBlock:
+    """Returns block `index` of a flow for parallel passes over whole sequences."""
+    return guided_block(request, flow.config.blocks[index], index, block_parameters(request.params, index))
+
+
+def last_block(request: DecodeRequest, part: Segments) -> tuple[DecodeRequest, Flow, int]:
+    """Returns the request with the condition for these segments, the flow that decodes them, and its last block."""
+    flow = request.flow.with_num_frames(request.layout.clip)
+    return replace(request, cond=request.condition_of(part)), flow, flow.config.num_blocks - 1
 
 
 def _last_frame(config: BlockConfig, known: Float[Array, "b m c"]) -> PreviousFrame | None:

@@ -14,7 +14,6 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import dataclass, field, replace
 from functools import partial
-from itertools import pairwise
 
 import jax
 import jax.numpy as jnp
@@ -24,13 +23,14 @@ from jax.sharding import Mesh, PartitionSpec
 from jaxtyping import Array, Float
 
 from flowgen.backend import WHOLE, check_unmapped, copies, keep_rows, on_first_device, on_own_rows, rows_mesh, settled
-from flowgen.decoding.block import GuidedBlock, inverse
+from flowgen.decoding.block import guided_block, inverse, last_block
+from flowgen.decoding.certificate import error, estimated_error
 from flowgen.decoding.denoising import denoised, enter_last_block
 from flowgen.decoding.jacobi import Solution, ignore
-from flowgen.decoding.layout import Segments, scan_segments
+from flowgen.decoding.layout import scan_segments
 from flowgen.decoding.request import DecodeRequest, DecodeResult, SampleKeys
 from flowgen.decoding.weights import Weights, decoding_weights, unstacked_weights
-from flowgen.flows.block import AutoregressiveBlock, BlockConfig, Variables, block_parameters, decoding_config
+from flowgen.flows.block import Variables, decoding_config
 from flowgen.flows.density import Flow
 from flowgen.nn.layers import master_dtype
 
@@ -76,15 +76,16 @@ def run(request: DecodeRequest) -> DecodeResult:
     result = _run_on_own_rows((params, weights), request, mesh=mesh, axis=axis)
     # The host computes the maximum, because devices that wait for each other need one thread each. Inside jit, the host
     # cannot do so.
-    sweeps = result.sweeps if isinstance(result.sweeps, Tracer) else np.asarray(result.sweeps)
-    return result._replace(sweeps=jnp.asarray(sweeps.max(axis=0)))
+    reports = result.sweeps, result.unsolved
+    sweeps, unsolved = reports if isinstance(result.sweeps, Tracer) else map(np.asarray, reports)
+    return result._replace(sweeps=jnp.asarray(sweeps.max(axis=0)), unsolved=jnp.asarray(unsolved.any(axis=0)))
 
 
 @partial(jax.jit, static_argnames=("mesh", "axis"))
 def _run_on_own_rows(
     variables: tuple[Variables, Weights | None], request: DecodeRequest, *, mesh: Mesh, axis: str | tuple
 ) -> DecodeResult:
-    """The result of `_run`, except that `sweeps` has the shape `devices blocks windows`."""
+    """The result of `_run`, except that `sweeps` and `unsolved` have the shape `devices blocks windows`."""
 
     leaves, tree = jax.tree.flatten(request)
     rows = jax.tree.leaves(request.by_sample)
@@ -92,7 +93,7 @@ def _run_on_own_rows(
 
     def run_one(variables, leaves):
         result = _run(variables, jax.tree.unflatten(tree, leaves), in_one_program=True)
-        return result._replace(sweeps=result.sweeps[None])
+        return result._replace(sweeps=result.sweeps[None], unsolved=result.unsolved[None])
 
     return on_own_rows(run_one, mesh, (WHOLE, specs), axis)(variables, leaves)
 
@@ -135,20 +136,22 @@ def _result(
     later = request.flow.with_num_frames(layout.total - layout.given)
     x = later.to_images(others[0].x if others else u)
     x = x if given is None else jnp.concatenate([given, x], axis=1)
-    errors = []
-    if request.certify:
-        errors.append(_last_block_error(request, x, last.x, noise))
-        if request.guidance is not None:
-            errors += _other_errors(request, later, [*(solution.x for solution in others), u])
+    tokens = [*(solution.x for solution in others), u]
     clean, solutions = denoised(request, x), [*others, last]
     width = max(len(solution.sweeps) for solution in solutions)
+
+    def by_window(reports):
+        return jnp.stack([jnp.pad(report, (0, width - len(report))) for report in reports])
+
     return DecodeResult(
         x=clean,
-        sweeps=jnp.stack([jnp.pad(s.sweeps, (0, width - len(s.sweeps))) for s in solutions]),
+        sweeps=by_window([s.sweeps for s in solutions]),
         residual=jnp.stack([s.residual for s in solutions]).max(axis=0),
         overflows=jnp.stack([s.overflows for s in solutions]).sum(axis=0),
+        unsolved=by_window([s.unsolved for s in solutions]),
         finite=jnp.isfinite(clean).all(axis=tuple(range(1, clean.ndim))),
-        error=jnp.stack(errors).max(axis=0) if errors else None,
+        error=error(request, x, tokens, last.x, noise) if request.certify else None,
+        error_estimate=estimated_error(request, tokens, last.x, noise) if request.certify else None,
     )
 
 
@@ -183,7 +186,7 @@ def _invert_last_block(
     layout = request.layout
     if not layout.is_one_segment:
         return _invert_segments(request, blocks, noise, given)
-    request, flow, index = _last_block(request, layout.segments[0])
+    request, flow, index = last_block(request, layout.segments[0])
     return _invert_block(request, blocks, flow, index, noise, solved=_progress(request))
 
 
@@ -194,7 +197,7 @@ def _invert_segments(
     layout, solved, reports = request.layout, _progress(request), []
     blocks = replace(blocks, layers=tuple(layers * len(layout.segments) for layers in blocks.layers))
     for part in layout.segments:
-        of_part, flow, index = _last_block(request, part)
+        of_part, flow, index = last_block(request, part)
 
         def segment(context, z, of_part=of_part, flow=flow, index=index):
             solution = _invert_block(of_part, blocks, flow, index, z, context, solved)
@@ -205,9 +208,10 @@ def _invert_segments(
         context = u[:, -part.context * layout.tokens_per_frame :] if part.context else None
         solution = scan_segments(segment, context, layout.new_tokens(noise, part))
         u = jnp.concatenate([u, layout.in_a_row(solution.x)], axis=1)
-        reports.append((solution.sweeps.reshape(-1), solution.residual, solution.overflows))
-    sweeps, residual, overflows = (jnp.concatenate(parts) for parts in zip(*reports, strict=True))
-    return Solution(u, sweeps, residual.max(axis=0), overflows.sum(axis=0))
+        by_window = solution.sweeps.reshape(-1), solution.unsolved.reshape(-1)
+        reports.append((*by_window, solution.residual, solution.overflows))
+    sweeps, unsolved, residual, overflows = (jnp.concatenate(parts) for parts in zip(*reports, strict=True))
+    return Solution(u, sweeps, residual.max(axis=0), overflows.sum(axis=0), unsolved)
 
 
 def _invert_block(
@@ -221,61 +225,9 @@ def _invert_block(
 ) -> Solution:
     """The tokens that block `index` of a flow maps to z; see `flowgen.decoding.block.inverse`."""
     config = flow.config.blocks[index]
-    block = _guided_block(request, decoding_config(config), index, blocks.weights[index])
+    block = guided_block(request, decoding_config(config), index, blocks.weights[index])
     plan, layers = request.plan.blocks[index], blocks.layers[index]
     return inverse(block, z, config.order == "reversed", context, plan=plan, layers=layers, solved=solved)
-
-
-def _last_block_error(
-    request: DecodeRequest, x: Float[Array, "b *event"], u: Float[Array, "b n c"], noise: Float[Array, "b n c"]
-) -> Float[Array, " b"]:
-    """The largest difference for each sample between `noise` and the noise of the last block's tokens.
-
-    With guidance, these tokens are u. Without guidance, they are computed from the result x.
-    """
-    layout, errors = request.layout, []
-    seen = u if request.guidance is not None else enter_last_block(request, x)[0]
-    seen = jnp.concatenate([seen, u[:, seen.shape[1] :]], axis=1)  # x ends at frame `total`.
-    for part in layout.segments:
-        block = _stacked_block(*_last_block(request, part))
-
-        def segment(_, inputs, block=block):
-            tokens, z = inputs
-            return None, jnp.abs(block.forward(tokens)[:, -z.shape[1] :] - z).max(axis=(1, 2))
-
-        inputs = layout.whole_segments(seen, part), layout.new_tokens(noise, part)
-        errors.append(scan_segments(segment, None, inputs).max(axis=0))
-    return jnp.stack(errors).max(axis=0)
-
-
-def _other_errors(request: DecodeRequest, flow: Flow, tokens: list[Float[Array, "b n c"]]) -> list[Float[Array, " b"]]:
-    """For each block except the last, the largest difference per sample between its noise and forward(its tokens).
-
-    tokens: the decoded tokens of these blocks, data side first, followed by the noise from which the last of them was
-    decoded. Every other block was decoded from the tokens of the next block.
-    """
-    errors = []
-    for index, (x, z) in enumerate(pairwise(tokens)):
-        errors.append(jnp.abs(_stacked_block(request, flow, index).forward(x) - z).max(axis=(1, 2)))
-    return errors
-
-
-def _last_block(request: DecodeRequest, part: Segments) -> tuple[DecodeRequest, Flow, int]:
-    """The request with the condition for these segments, the flow that decodes them, and its last block's index."""
-    flow = request.flow.with_num_frames(request.layout.clip)
-    return replace(request, cond=request.condition_of(part)), flow, flow.config.num_blocks - 1
-
-
-def _stacked_block(request: DecodeRequest, flow: Flow, index: int) -> GuidedBlock:
-    """A block of a flow for parallel passes over whole sequences."""
-    return _guided_block(request, flow.config.blocks[index], index, block_parameters(request.params, index))
-
-
-def _guided_block(request: DecodeRequest, config: BlockConfig, index: int, variables: Variables) -> GuidedBlock:
-    """Block `index` with the request's condition and, if guidance changes this block, the request's guidance."""
-    guided = request.guidance is not None and index in (request.guidance.blocks or ())
-    cond = request.cond if config.is_conditional else None
-    return GuidedBlock(AutoregressiveBlock(config), variables, cond, request.guidance if guided else None)
 
 
 def _progress(request: DecodeRequest) -> Callable[[Array], None]:

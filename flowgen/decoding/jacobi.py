@@ -99,6 +99,7 @@ class Solution(NamedTuple):
     sweeps: Int[Array, " windows"]
     residual: Float[Array, " b"]
     overflows: Int[Array, " b"]
+    unsolved: Bool[Array, " windows"]
 
 
 class _Window(NamedTuple):
@@ -121,6 +122,7 @@ class _Sweep(NamedTuple):
     guess: Float[Array, "b w c"]
     out: Float[Array, "b w c"]
     residual: Float[Array, " b"]
+    converged: Bool[Array, " b"]
     cache: Any
     count: Int[Array, ""]
     overflows: Int[Array, " b"]
@@ -141,6 +143,7 @@ def solve(conditioner: Conditioner, z: Float[Array, "b n c"], plan: Jacobi) -> S
         sweeps=jnp.zeros(count, jnp.int32),
         residual=jnp.zeros((count, batch), z.dtype),
         overflows=jnp.zeros((count, batch), jnp.int32),
+        unsolved=jnp.zeros(count, bool),
     )
 
     def step(state):
@@ -153,9 +156,8 @@ def solve(conditioner: Conditioner, z: Float[Array, "b n c"], plan: Jacobi) -> S
         before = before._replace(cache=conditioner.grow(before.cache, end * size))
         state = jnp.asarray(begin), before, solved
         _, before, solved = jax.lax.while_loop(lambda state, end=end: state[0] < end, step, state)
-    out, sweeps, residual, overflows = solved
-    x = out.swapaxes(0, 1).reshape(batch, count * size, channels)[:, :n]
-    return Solution(x, sweeps, residual.max(axis=0), overflows.sum(axis=0))
+    x = solved.x.swapaxes(0, 1).reshape(batch, count * size, channels)[:, :n]
+    return solved._replace(x=x, residual=solved.residual.max(axis=0), overflows=solved.overflows.sum(axis=0))
 
 
 def stage_ends(steps: int, stages: int) -> tuple[int, ...]:
@@ -175,33 +177,35 @@ def _solve_window(
     """Solves one window; returns the state for the next window, and the solution. n: total number of tokens."""
     size = noise.shape[1]
     window = _Window(noise, start, (start + jnp.arange(size) < n)[None, :, None])
-    sweep = partial(_sweep, conditioner, plan.tol, before, window)
+    sweep = partial(_sweep, conditioner, plan, before, window)
     max_sweeps = min(plan.max_sweeps or size, size)
 
     def unsolved(state: _Sweep) -> Bool[Array, ""]:
-        return (state.count < max_sweeps) & jnp.any(state.residual > plan.tol)
+        return (state.count < max_sweeps) & ~state.converged.all()
 
     guess = first_guess(plan.init, noise, before.frame)
     state = _Sweep(
         guess=guess,
         out=guess,
         residual=jnp.full(len(noise), jnp.inf, noise.dtype),
+        converged=jnp.zeros(len(noise), bool),
         cache=before.cache,
         count=jnp.zeros((), jnp.int32),
         overflows=jnp.zeros(len(noise), jnp.int32),
     )
     state = sweep(state) if max_sweeps == 1 else jax.lax.while_loop(unsolved, sweep, state)
     # After one sweep per token, a sample is exact, however large its last change was.
-    exact = (state.count >= size) & ((state.residual > plan.tol) | (size == 1))
+    exact = (state.count >= size) & (~state.converged | (size == 1))
     broken = (overflown(state.out) & window.real).any(axis=(1, 2))
     residual = jnp.where(broken, jnp.inf, jnp.where(exact, 0, state.residual))
     frame = None if before.frame is None else before.frame.then(state.out)
     conditioner.solved(jnp.minimum(size, n - start))
     after = _Before(state.out[:, -1:], state.cache, frame)
-    return after, Solution(state.out, state.count, residual, state.overflows)
+    is_unsolved = (broken | ~(state.converged | exact)).any()
+    return after, Solution(state.out, state.count, residual, state.overflows, is_unsolved)
 
 
-def _sweep(conditioner: Conditioner, tol: float, before: _Before, window: _Window, state: _Sweep) -> _Sweep:
+def _sweep(conditioner: Conditioner, plan: Jacobi, before: _Before, window: _Window, state: _Sweep) -> _Sweep:
     """One pass over a window, which computes each token from the guesses of the tokens before it."""
     previous = jnp.concatenate([before.last, state.guess[:, :-1]], axis=1)
     cache = conditioner.rewind(before.cache, state.cache)
@@ -209,11 +213,20 @@ def _sweep(conditioner: Conditioner, tol: float, before: _Before, window: _Windo
     cache = conditioner.accept(cache, after)
     out = to_data(window.noise, shift, log_scale)
     residual = _change(out, state.guess, window.real)
+    converged = _has_converged(plan, out, state.guess, window.real, residual)
     # A converged sample keeps its guess, so that its tokens and its cache stay the same, no matter how many more sweeps
     # the other samples in the batch need.
-    guess = jnp.where((residual <= tol)[:, None, None], state.guess, out)
+    guess = jnp.where(converged[:, None, None], state.guess, out)
     overflows = state.overflows + (overflown(out) & window.real).sum(axis=(1, 2), dtype=jnp.int32)
-    return _Sweep(guess, out, residual, cache, state.count + 1, overflows)
+    return _Sweep(guess, out, residual, converged, cache, state.count + 1, overflows)
+
+
+def _has_converged(plan: Jacobi, new: Array, old: Array, real: Array, residual: Array) -> Bool[Array, " b"]:
+    """Whether each sample may stop, by the plan's stop rule. residual: the largest change in each sample."""
+    if plan.stop == "max_change":
+        return residual <= plan.tol
+    change, size = (jnp.where(real, jnp.square(part), 0).sum() for part in (new - old, new))
+    return jnp.broadcast_to((change <= plan.tol * size) & jnp.isfinite(residual).all(), residual.shape)
 
 
 def first_guess(

@@ -10,6 +10,7 @@ from flowgen.settings import config
 from flowgen.settings.ranges import Count, NonNegative
 
 InitialGuess = Literal["noise", "zeros", "previous_frame"]
+StopRule = Literal["max_change", "relative_mse"]
 
 # On an accelerator, a pass over up to this many rows (batch x branches x window) takes about as long as a pass over one
 # row. The exact limit is the peak bf16 FLOP/s divided by the memory bandwidth in bytes/s. It is between 206 (H200) and
@@ -32,13 +33,17 @@ class Sequential:
 class Jacobi:
     """Decodes windows of tokens in order, each by fixed-point sweeps, with a cache for the earlier windows.
 
-    Each window repeats the sweep x <- shift(x) + exp(log_scale(x)) · z. A sample is frozen once none of its tokens
-    changes by more than `tol` (max norm, data units). After k sweeps, the first k tokens of a window are exact. The
-    default `max_sweeps=None` allows one sweep per token of the window, which is always enough.
+    Each window repeats the sweep x <- shift(x) + exp(log_scale(x)) · z. By default, a sample is frozen once none of its
+    tokens changes by more than `tol` (max norm, data units). After k sweeps, the first k tokens of a window are exact.
+    The default `max_sweeps=None` allows one sweep per token of the window, which is always enough.
 
     window: number of tokens solved together; None means one window over all tokens, and 1 means sequential decoding.
     init: initial guess for a window. "noise" is the noise itself, "zeros" is all zeros, and "previous_frame" is the
     tokens of the previous frame. If there is no previous frame, "previous_frame" means the noise.
+    stop: when a window is solved. "max_change" is the rule above. "relative_mse" is the rule of STARFlow and STARFlow-V
+    (arXiv 2511.20462): all samples stop together once mean((new - old)²) / mean(new²) over the batch and the window is
+    at most `tol`. It is available for comparison: it can stop far from the solution, because a mean hides a few tokens
+    that still change, and samples depend on their batch.
 
     Example:
         r = invert(flow, params, z, cond, plan=Jacobi(window=32, tol=1e-4))
@@ -48,6 +53,7 @@ class Jacobi:
     tol: NonNegative = 1e-4
     max_sweeps: Count | None = None
     init: InitialGuess = "noise"
+    stop: StopRule = "max_change"
 
 
 @config

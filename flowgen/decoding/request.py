@@ -32,17 +32,41 @@ class DecodeResult(NamedTuple):
     residual: largest change (max norm) in the last sweep of any block and window; 0 if there were enough sweeps to make
     x exact.
     overflows: number of iterates that were not finite or exceeded 1e6.
+    unsolved: whether a window ended without a solution in any sample, because `max_sweeps` was reached or its tokens
+    overflowed; blocks and windows as in `sweeps`.
     finite: whether x is finite.
     error: with `certify`, the largest |forward(x) - z| over tokens, before denoising; otherwise None. A guided flow has
     no forward pass, so its error is the largest such difference in any single block.
+    error_estimate: with `certify`, a first-order estimate of the largest difference, in data units, between x before
+    denoising and the exact solution; infinite if no estimate was found, as in blocks that amplify errors from token to
+    token. Otherwise None. See `flowgen.decoding.certificate`.
     """
 
     x: Float[Array, "b *event"]
     sweeps: Int[Array, "blocks windows"]
     residual: Float[Array, " b"]
     overflows: Int[Array, " b"]
+    unsolved: Bool[Array, "blocks windows"]
     finite: Bool[Array, " b"]
     error: Float[Array, " b"] | None
+    error_estimate: Float[Array, " b"] | None
+
+
+def unsolved_problem(result: DecodeResult) -> str:
+    """Returns a sentence that names the first unsolved block and window of a result; empty if all are solved."""
+    unsolved = np.asarray(result.unsolved)
+    if not unsolved.any():
+        return ""
+    blocks, windows = np.nonzero(unsolved)
+    block = int(blocks.max())  # The last block is decoded first.
+    window = int(windows[blocks == block].min())
+    sweeps = int(np.asarray(result.sweeps)[block, window])
+    overflowed = not np.isfinite(np.asarray(result.residual)).all()
+    return (
+        f"Decoding left window {window} of block {block} unsolved after {sweeps} sweep{'s' * (sweeps != 1)}, and "
+        f"{unsolved.sum() - 1} other windows (blocks and windows count from 0, blocks from the data side): "
+        + ("values overflowed; lower the guidance." if overflowed else "raise the plan's max_sweeps or its tol.")
+    )
 
 
 class SampleKeys(NamedTuple):
@@ -85,7 +109,7 @@ class DecodeRequest:
     plan: one plan per block.
     clip: length, first frames and restarts of the clips; an image is a clip of one frame.
     guidance: None if guidance changes no block; otherwise, its `blocks` lists the blocks that it changes.
-    certify: whether to measure the error.
+    certify: whether to measure and estimate the error.
     denoise: the step that removes the training noise from the result.
     """
 

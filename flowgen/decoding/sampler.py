@@ -1,20 +1,35 @@
-"""`invert` and `sample`, which turn noise into images or clips. They are compiled once per call signature."""
+"""`invert`, `sample` and `sample_and_log_prob`, which turn noise into images or clips.
+
+They are compiled once per call signature. Results can be differentiated in both modes with respect to parameters, noise
+and continuous conditions, whatever the plan; see `flowgen.decoding.implicit`.
+"""
 
 from __future__ import annotations
 
 from dataclasses import replace
+from functools import partial
 
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.core import Tracer
 from jaxtyping import Array, Float, Int, Integer, Key
 
 from flowgen.arrays import check_count, check_floating, check_key, shown
+from flowgen.backend import keep_rows
 from flowgen.conditioning import TextCondition
 from flowgen.decoding.clips import Clip
 from flowgen.decoding.core import run
 from flowgen.decoding.plan import Plan
-from flowgen.decoding.request import DecodeResult, Denoiser, SampleKeys, decode_request, resolve_denoise
+from flowgen.decoding.request import (
+    DecodeRequest,
+    DecodeResult,
+    Denoiser,
+    SampleKeys,
+    decode_request,
+    resolve_denoise,
+    unsolved_problem,
+)
 from flowgen.flows.block import Variables
 from flowgen.flows.density import Flow, check_flow
 from flowgen.guidance import Guidance
@@ -32,15 +47,19 @@ def invert(
     plan: Plan | str = "sequential",
     guidance: Guidance | None = None,
     certify: bool = False,
+    strict: bool = False,
 ) -> DecodeResult:
     """Returns the images or clips that `forward` maps to z, decoded by `plan` with `guidance`.
 
     The scale, temperature and null text of guidance can change without recompiling.
 
     z: noise tokens in raster order, as `forward` returns them.
-    certify: whether to run one forward pass on the result, with the same guidance, and report the reconstruction error.
+    certify: whether to run one forward pass on the result, with the same guidance, and report the reconstruction error,
+    and to estimate the error of x from it by a few more passes.
+    strict: whether to wait for the result and to raise an error if a window is unsolved. By default, the call does not
+    wait, and the result's `unsolved` tells it. Inside jit, nothing can be raised, so `strict` must be False.
 
-    Raises ValueError if z, cond, plan or guidance does not fit the flow.
+    Raises ValueError if z, cond, plan or guidance does not fit the flow, and FloatingPointError as `strict` says.
 
     Example:
         r = invert(flow, params, z, cond, plan=Jacobi(window=32))
@@ -52,7 +71,7 @@ def invert(
     if z.ndim != 3 or z.shape[1:] != expected:
         raise ValueError(f"z has shape {tuple(z.shape)}; its shape must be (batch, {expected[0]}, {expected[1]}).")
     z = jnp.asarray(z, master_dtype(config.dtype))
-    return run(replace(decode_request(flow, params, z, cond, plan, guidance), certify=certify))
+    return _run(replace(decode_request(flow, params, z, cond, plan, guidance), certify=certify), strict)
 
 
 def sample(
@@ -67,6 +86,7 @@ def sample(
     denoise: bool | float | Denoiser = True,
     certify: bool = False,
     clip: Clip | None = None,
+    strict: bool = False,
 ) -> DecodeResult:
     """Returns images or clips drawn from the flow, with the training noise removed.
 
@@ -82,8 +102,10 @@ def sample(
     token's noise depends only on the key, the sample's number and the token's position. Before denoising, a longer clip
     therefore begins with the same frames as a shorter one; the denoised frames can differ, because denoising uses later
     frames. The deep block's sweeps are reported segment by segment.
+    strict: as for `invert`.
 
-    Raises ValueError if cond, plan, guidance or clip does not fit the flow, or if `num` is not positive.
+    Raises ValueError if cond, plan, guidance or clip does not fit the flow, or if `num` is not positive, and
+    FloatingPointError as `strict` says.
 
     Example:
         r = sample(flow, params, jax.random.key(0), 16, labels, guidance=Guidance(scale=1.5))
@@ -92,7 +114,59 @@ def sample(
     check_key(key)
     noise = SampleKeys(key, _numbers(num))
     request = decode_request(flow, params, noise, cond, plan, guidance, clip)
-    return run(replace(request, denoise=resolve_denoise(denoise, flow.config.noise_std), certify=certify))
+    request = replace(request, denoise=resolve_denoise(denoise, flow.config.noise_std), certify=certify)
+    return _run(request, strict)
+
+
+def sample_and_log_prob(
+    flow: Flow,
+    params: Variables,
+    key: Key[Array, ""],
+    num: int | range | Integer[Array | np.ndarray, " b"],
+    cond: Integer[Array | np.ndarray, " b"] | list[int] | TextCondition | None = None,
+    *,
+    plan: Plan | str = "auto",
+    guidance: Guidance | None = None,
+    denoise: bool = False,
+) -> tuple[DecodeResult, Float[Array, " b"]]:
+    """Returns the samples of `sample(..., denoise=False)` and log p(x | cond) of each, in nats.
+
+    One forward pass computes the density of the samples that are returned. It is therefore exact for every plan, even
+    if the plan solves for the tokens only within a tolerance. Samples and densities can be differentiated.
+
+    guidance, denoise: must be off, because the density is that of the flow itself. num, plan: as for `sample`.
+
+    Raises ValueError if cond or plan does not fit the flow, if `num` is not positive, or if samples would be guided or
+    denoised.
+
+    Example:
+        r, log_prob = sample_and_log_prob(flow, params, jax.random.key(0), 16, labels)
+    """
+    check_flow(flow, params)
+    check_key(key)
+    request = decode_request(flow, params, SampleKeys(key, _numbers(num)), cond, plan, guidance)
+    if request.guidance is not None or denoise:
+        what, word = ("guidance", "guided") if request.guidance is not None else ("denoise", "denoised")
+        raise ValueError(
+            f"{what} is set, but {word} samples have no density that is known exactly; leave it out, or use `sample`."
+        )
+    result = run(request)
+    return result, keep_rows(_log_prob, params, result.x, request.cond, flow=flow)
+
+
+@partial(jax.jit, static_argnames="flow")
+def _log_prob(params: Variables, x: Float[Array, "b *event"], cond, *, flow: Flow) -> Float[Array, " b"]:
+    return flow.apply(params, x, cond, method="log_prob")
+
+
+def _run(request: DecodeRequest, strict: bool) -> DecodeResult:
+    """The result of a request. With `strict`, raises FloatingPointError if a window is unsolved."""
+    result = run(request)
+    if strict and isinstance(result.unsolved, Tracer):
+        raise ValueError("strict is True, but nothing can be raised inside jit; check the result's `unsolved` outside.")
+    if strict and (problem := unsolved_problem(result)):
+        raise FloatingPointError(problem)
+    return result
 
 
 def _numbers(num: int | range | Integer[Array | np.ndarray, " b"]) -> Int[Array, " b"]:

@@ -78,7 +78,7 @@ def solve_sliding(conditioner: Conditioner, z: Float[Array, "b n c"], plan: Slid
         )
     x = state.tokens[:, 1 : n + 1]
     residual = jnp.where(overflown(x).any(axis=(1, 2)), jnp.inf, state.residual)
-    return Solution(x, state.count[None], residual, state.overflows)
+    return Solution(x, state.count[None], residual, state.overflows, ~(residual <= plan.tol).all()[None])
 
 
 def _room(n: int, window: int, end: int) -> int:

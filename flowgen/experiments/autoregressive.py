@@ -61,11 +61,18 @@ class FlowDrawOptions(DrawOptions):
     classes: classes to draw in turn, by name (cat,dog) or number (0,1,2); -1 is unconditional, as in --classes=-1,3.
     aspect: aspect ratio, such as 16:9; samples have about the same area as the model's images.
     certify: check the decoding with a forward pass.
+    strict: stop with an error if the decoding leaves a window unsolved.
     """
 
     classes: str = ""
     aspect: str = ""
     certify: bool = False
+    strict: bool = False
+
+    @property
+    def checks(self) -> dict[str, bool]:
+        """The options of `flowgen.decoding.sample` that check the decoding."""
+        return {"certify": self.certify, "strict": self.strict}
 
 
 @config

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+import warnings
 from collections.abc import Callable
 from typing import Any
 
@@ -11,6 +13,7 @@ from jaxtyping import Int
 
 from flowgen import backend
 from flowgen.decoding import Clip, DecodeResult, Denoiser, sample
+from flowgen.decoding.request import unsolved_problem
 
 
 def decoded_by_all(
@@ -25,6 +28,8 @@ def decoded_by_all(
 ) -> DecodeResult:
     """Returns the result of `sample` as host arrays. The samples are divided among all devices of this host.
 
+    Issues a UserWarning if a window is unsolved. This costs nothing here, because the host waits for the result anyway.
+
     denoise: a function from variables to the step that removes the training noise. options: other options of `sample`.
 
     Example:
@@ -34,6 +39,8 @@ def decoded_by_all(
     copied = backend.copies(variables, mesh)
     rows, conds, clips = backend.share_rows((numbers, cond, clip), mesh)
     result = jax.device_get(sample(flow, copied, key, rows, conds, clip=clips, denoise=denoise(copied), **options))
+    if problem := unsolved_problem(result):
+        warnings.warn(problem, stacklevel=2)
     return result._replace(x=result.x[: len(numbers)])
 
 
@@ -45,4 +52,8 @@ def decoding_line(result: DecodeResult) -> str:
     """
     passes = ", ".join(str(int(block.sum())) for block in result.sweeps)
     line = f"passes per block (data side first) {passes}; residual {float(result.residual.max()):.1e}"
-    return line if result.error is None else f"{line}; certified to {float(result.error.max()):.1e}"
+    if result.error is None or result.error_estimate is None:
+        return line
+    estimate = float(result.error_estimate.max())
+    in_data = f"estimated at {estimate:.1e}" if math.isfinite(estimate) else "not bounded"
+    return f"{line}; certified to {float(result.error.max()):.1e} in noise; error in data {in_data}"

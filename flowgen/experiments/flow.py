@@ -98,13 +98,14 @@ class FlowExperiment(AutoregressiveExperiment):
         cond: Any,
         *,
         guidance: Guidance | None = None,
-        certify: bool = False,
+        **checks: bool,
     ) -> tuple[np.ndarray, str]:
         """Returns images `b height width c` and a line about their decoding; image i depends only on (key, i).
 
         If the flow models latents, the codec decodes them to images.
 
         cond: labels, a `TextCondition`, or None. guidance: by default, the guidance that `sampling` describes.
+        checks: `certify` and `strict` of `flowgen.decoding.sample`.
         """
         result = decoded_by_all(
             flow,
@@ -116,7 +117,7 @@ class FlowExperiment(AutoregressiveExperiment):
             lambda variables: self.sampling.denoise,
             plan=self.sampling.to_plan(),
             guidance=guidance or self.guidance(flow),
-            certify=certify,
+            **checks,
         )
         return np.asarray(self.encoding.open_codec().decode(result.x)), decoding_line(result)
 
@@ -127,7 +128,7 @@ class FlowExperiment(AutoregressiveExperiment):
         flow = self.sized(model, options.aspect)
         conditions, about = self.asked(flow, options.classes)
         variables = on_devices(variables, min(options.batch or AT_ONCE, self.sampling.num))
-        draw_batch = partial(self.draw_batch, flow, variables, guidance=self.guidance(flow), certify=options.certify)
+        draw_batch = partial(self.draw_batch, flow, variables, guidance=self.guidance(flow), **options.checks)
         return Samples(draw_in_batches(draw_batch, conditions, self.sampling.num, options, say), about)
 
     def evaluate(self, model: Any, variables: Any, options: FlowEvaluateOptions) -> list[str]:

@@ -174,7 +174,7 @@ class VideoFlowExperiment(AutoregressiveExperiment):
         *,
         guidance: Guidance | None = None,
         clip: Clip = WHOLE,
-        certify: bool = False,
+        **checks: bool,
     ) -> tuple[np.ndarray, str]:
         """Returns clips `b frames height width c` and a line about their decoding; clip i depends only on (key, i).
 
@@ -183,7 +183,7 @@ class VideoFlowExperiment(AutoregressiveExperiment):
         cond: labels, a `TextCondition`, or None. guidance: by default, the guidance that `sampling` describes. clip:
         the length and the given frames of all clips, in latent frames. The given frames have the shape `1 given height
         width c` and contain no noise; sampling does not change them. The clips cycle through the texts in
-        `clip.restart_cond`.
+        `clip.restart_cond`. checks: `certify` and `strict` of `flowgen.decoding.sample`.
         """
         given, restarts = clip.given, clip.restart_cond
         noisy = None if given is None else with_noise(flow, given, key, numbers)
@@ -198,7 +198,7 @@ class VideoFlowExperiment(AutoregressiveExperiment):
             partial(self._denoiser, flow),
             plan=self.sampling.to_plan(),
             guidance=guidance or self.guidance(flow),
-            certify=certify,
+            **checks,
         )
         latents = np.array(result.x)
         if given is not None:
@@ -223,7 +223,7 @@ class VideoFlowExperiment(AutoregressiveExperiment):
         clip = dataclasses.replace(clip, restart_cond=self._restart_texts(flow), progress=progress)
         variables = on_devices(variables, min(options.batch or AT_ONCE, self.sampling.num))
         draw_batch = partial(
-            self.draw_batch, flow, variables, guidance=self.guidance(flow), clip=clip, certify=options.certify
+            self.draw_batch, flow, variables, guidance=self.guidance(flow), clip=clip, **options.checks
         )
         return Samples(draw_in_batches(draw_batch, conditions, self.sampling.num, options, say), about)
 

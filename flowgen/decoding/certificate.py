@@ -1,0 +1,195 @@
+"""How far decoded samples are from the exact solution: the error in noise, measured, and in data, estimated.
+
+The error is max |forward(x) - z|, which a forward pass measures exactly. A block can turn a small difference in noise
+into a large one in data. For the latter there is a first-order estimate. Let F be one sweep over all tokens of a block,
+x* its solution, and r = F(x) - x. With J = ∂F/∂x, to first order in x* - x,
+
+    x* - x = r + J r + J² r + ... = (I - J)⁻¹ r
+
+to which the error of the block's noise, which the block before it has decoded, adds (I - J)⁻¹ ∂F/∂z dz. The series ends
+after n terms, because J is strictly triangular over the n tokens, but its terms can grow before that. Therefore:
+
+* At most MAX_PRODUCTS terms are computed. Let q be the larger of the last two ratios of successive terms, in the max
+  norm. The omitted terms are taken to be a geometric series with this ratio: at most |last term| · q / (1 - q). Two
+  ratios are needed, because the largest part of r may belong to the last token, from where it affects no other token.
+* All omitted terms together may be at most a third of the result. The estimate is the result plus the omitted terms.
+  If the ratios do not rise later, it is between 1 and 2 times the first-order error.
+* r is known only to rounding, so ε |x| is added to its magnitude, where ε is the spacing of numbers at 1.
+* If the terms do not decrease this far, the estimate is infinite. This is so in a long chain x_t = 3 x_{t-1} + z_t,
+  whose terms triple until they reach the last token.
+"""
+
+from __future__ import annotations
+
+from itertools import pairwise
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, Bool, Float, Int
+
+from flowgen.backend import any_derivative
+from flowgen.decoding.block import GuidedBlock, last_block, stacked_block
+from flowgen.decoding.denoising import enter_last_block
+from flowgen.decoding.implicit import Linear, Tokens
+from flowgen.decoding.layout import scan_segments
+from flowgen.decoding.request import DecodeRequest
+
+Later = Float[Array, "b later c"]
+Context = Float[Array, "b before c"]
+
+MAX_PRODUCTS = 16  # bounds the cost, at about two passes over all tokens per product
+MAX_OMITTED = 1 / 3  # as a part of the result; (1 + 1/3) / (1 - 1/3) = 2
+
+
+def error(
+    request: DecodeRequest, x: Float[Array, "b *event"], tokens: list[Later], last: Tokens, noise: Tokens
+) -> Float[Array, " b"]:
+    """Returns the largest difference per sample between the noise and that of the decoded samples.
+
+    With guidance, it is the largest such difference in any single block.
+
+    x: the samples before denoising. tokens: for each block, data side first, the decoded tokens of the frames that were
+    not given. last: the last block's tokens of all frames. noise: the noise of all frames.
+    """
+    found = [_last_block_error(request, x, last, noise)]
+    if request.guidance is not None:
+        flow = _later_flow(request)
+        for index, (x_tokens, z) in enumerate(pairwise(tokens)):
+            found.append(jnp.abs(stacked_block(request, flow, index).forward(x_tokens) - z).max(axis=(1, 2)))
+    return jnp.stack(found).max(axis=0)
+
+
+def estimated_error(request: DecodeRequest, tokens: list[Later], last: Tokens, noise: Tokens) -> Float[Array, " b"]:
+    """Returns the estimated largest error per sample of decoded tokens, in data units; infinite if it is not known.
+
+    For the arguments, see `error`.
+    """
+    layout, flow = request.layout, _later_flow(request)
+    solves = sum(part.count for part in layout.segments) + len(tokens) - 1
+    change, omitted = _last_block_change(request, last, noise, MAX_OMITTED / solves)
+    change = layout.frames(change, layout.given, layout.total)
+    for index, (x, z) in reversed(list(enumerate(pairwise(tokens)))):
+        block = stacked_block(request, flow, index)
+        change, more = _change(block, x, z, (change, None), None, MAX_OMITTED / solves)
+        omitted = omitted + more
+    size = _size(change) * (1 + omitted)
+    return jnp.where(jnp.isnan(size) | jnp.isinf(omitted), jnp.inf, size)
+
+
+class _Series(NamedTuple):
+    """The sum of the terms so far, and for each sample the last ratio and the omitted terms as a part of the sum."""
+
+    term: Tokens
+    total: Tokens
+    ratio: Float[Array, " b"]
+    omitted: Float[Array, " b"]
+    settled: Bool[Array, " b"]
+    count: Int[Array, ""]
+
+
+def summed(product: Linear, b: Tokens, most: float) -> tuple[Tokens, Float[Array, " b"]]:
+    """Returns b + J b + J² b + ... and, for each sample, a bound on the omitted terms as a part of this sum.
+
+    The bound holds if the ratio of successive terms does not rise; it is infinite if it is not at most `most` after
+    MAX_PRODUCTS products.
+
+    product: the map v -> J v.
+    """
+
+    def unsettled(state: _Series) -> Bool[Array, ""]:
+        return (state.count < MAX_PRODUCTS) & ~state.settled.all()
+
+    def step(state: _Series) -> _Series:
+        term = product(state.term)
+        before, now = _size(state.term), _size(term)
+        ratio = jnp.where(now == 0, 0, now / before)
+        largest = jnp.maximum(ratio, state.ratio)
+        total = jnp.where(state.settled[:, None, None], state.total, state.total + term)
+        rest = now * largest / (1 - largest)
+        omitted = jnp.where(now == 0, 0, jnp.where(largest < 1, rest / _size(total), jnp.inf))
+        omitted = jnp.where(state.settled, state.omitted, omitted)
+        return _Series(term, total, ratio, omitted, omitted <= most, state.count + 1)
+
+    unknown = jnp.full(len(b), jnp.inf, b.dtype)
+    state = _Series(b, b, unknown, unknown, jnp.zeros(len(b), bool), jnp.asarray(0))
+    state = jax.lax.while_loop(unsettled, step, state)
+    return state.total, jnp.where(state.settled, state.omitted, jnp.inf)
+
+
+def _change(
+    block: GuidedBlock,
+    x: Tokens,
+    z: Tokens,
+    changes: tuple[Tokens | None, Context | None],
+    context: Context | None,
+    most: float,
+) -> tuple[Tokens, Float[Array, " b"]]:
+    """x* - x to first order, and the omitted part. changes: those of z and of the context; None means none."""
+    with any_derivative():
+        swept, product = jax.linearize(lambda x: block.sweep(x, z, context), x)
+        r = swept - x
+        b = r + jnp.copysign(jnp.finfo(x.dtype).eps * jnp.abs(x), r)
+        if any(change is not None for change in changes):
+            known = tuple(
+                jnp.zeros_like(v) if d is None and v is not None else d
+                for v, d in zip((z, context), changes, strict=True)
+            )
+            b = b + jax.jvp(lambda z, context: block.sweep(x, z, context), (z, context), known)[1]
+    return summed(product, b, most)
+
+
+def _last_block_change(
+    request: DecodeRequest, u: Tokens, noise: Tokens, most: float
+) -> tuple[Tokens, Float[Array, " b"]]:
+    """u* - u to first order for all frames, and the sum of the omitted parts over all segments."""
+    layout = request.layout
+    change, omitted = jnp.zeros_like(layout.frames(u, 0, layout.given)), jnp.zeros(len(u), u.dtype)
+    for part in layout.segments:
+        block, before = stacked_block(*last_block(request, part)), part.context * layout.tokens_per_frame
+
+        def segment(of_context, inputs, block=block, before=before):
+            tokens, z = inputs
+            context = tokens[:, :before] if before else None
+            found, rest = _change(block, tokens[:, before:], z, (None, of_context), context, most)
+            if of_context is not None:
+                of_context = jnp.concatenate([of_context, found], axis=1)[:, -before:]
+            return of_context, (found, rest)
+
+        inputs = layout.whole_segments(u, part), layout.new_tokens(noise, part)
+        found, rest = scan_segments(segment, change[:, -before:] if before else None, inputs)
+        change = jnp.concatenate([change, layout.in_a_row(found)], axis=1)
+        omitted = omitted + rest.sum(axis=0)
+    return change, omitted
+
+
+def _last_block_error(
+    request: DecodeRequest, x: Float[Array, "b *event"], u: Tokens, noise: Tokens
+) -> Float[Array, " b"]:
+    """The largest difference for each sample between `noise` and the noise of the last block's tokens.
+
+    With guidance, these tokens are u. Without guidance, they are computed from the samples x.
+    """
+    layout, errors = request.layout, []
+    seen = u if request.guidance is not None else enter_last_block(request, x)[0]
+    seen = jnp.concatenate([seen, u[:, seen.shape[1] :]], axis=1)  # x ends at frame `total`.
+    for part in layout.segments:
+        block = stacked_block(*last_block(request, part))
+
+        def segment(_, inputs, block=block):
+            tokens, z = inputs
+            return None, jnp.abs(block.forward(tokens)[:, -z.shape[1] :] - z).max(axis=(1, 2))
+
+        inputs = layout.whole_segments(seen, part), layout.new_tokens(noise, part)
+        errors.append(scan_segments(segment, None, inputs).max(axis=0))
+    return jnp.stack(errors).max(axis=0)
+
+
+def _later_flow(request: DecodeRequest):
+    """The flow of the frames that were not given."""
+    return request.flow.with_num_frames(request.layout.total - request.layout.given)
+
+
+def _size(v: Tokens) -> Float[Array, " b"]:
+    """The max norm of each sample."""
+    return jnp.abs(v).max(axis=(1, 2))
