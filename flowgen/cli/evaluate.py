@@ -40,6 +40,9 @@ def run(options: argparse.Namespace, rest: list[str]) -> int:
     from flowgen import checkpoint
     from flowgen.cli.grammar import apply_words
     from flowgen.data import told_once
+    from flowgen.experiments.autoregressive import AutoregressiveExperiment
+    from flowgen.experiments.distances import SAMPLES_AT_ONCE
+    from flowgen.experiments.tuning import TUNED, with_tuned_plan
 
     model, params, trained = checkpoint.load(options.checkpoint, options.step)
     groups = ("data", "sampling", "codec.path", "text.encoder")
@@ -50,6 +53,8 @@ def run(options: argparse.Namespace, rest: list[str]) -> int:
     _check_sampling(given, experiment, asked)
     if getattr(asked, "samples", 0):
         warn_of_guidance(experiment, options.checkpoint)
+    if isinstance(experiment, AutoregressiveExperiment) and experiment.sampling.plan == TUNED:
+        experiment = with_tuned_plan(experiment, options.checkpoint, min(asked.samples, SAMPLES_AT_ONCE))
     experiment = _on_other_data(trained, experiment)
     with told_once():
         lines = experiment.evaluate(model, params, asked)

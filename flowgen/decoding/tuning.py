@@ -111,8 +111,8 @@ def tune(
     """Returns the plan of the fastest measured plan per block, for batches of the size of x on the device at hand.
 
     A plan is accepted if the largest difference from a block's known tokens is at most 10 · tol, plus twice the
-    difference that rounding causes in sequential decoding. Among the accepted plans, a simpler one is preferred if it is
-    at most 5 % slower than the fastest: sequential decoding, then windows (`Jacobi`), then sliding windows.
+    difference that rounding causes in sequential decoding. A simpler plan is preferred if it is at most 5 % slower than
+    the fastest accepted plan. Sequential decoding is the simplest, then `Jacobi`, then `SlidingWindow`.
 
     Each plan is compiled once for blocks of the same shape, which takes most of the time. With the default windows,
     there are up to ten plans per shape.
@@ -270,7 +270,7 @@ def _other_guesses(measured: Sequence[Measurement], config: BlockConfig, tol: fl
         return []
     assert not isinstance(best.plan, Sequential)
     has_frames = config.positions is not None and config.positions.frames > 1
-    others: list[InitialGuess] = ["zeros", *["previous_frame"] * has_frames]
+    others: tuple[InitialGuess, ...] = ("zeros", "previous_frame") if has_frames else ("zeros",)
     return [replace(best.plan, init=init) for init in others]
 
 
