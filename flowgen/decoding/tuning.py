@@ -14,6 +14,7 @@ from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jaxtyping import Array, Bool, Float, Integer
 
 from flowgen.arrays import check_count, check_floating
@@ -100,8 +101,8 @@ class Tuning(NamedTuple):
 def tune(
     flow: Flow,
     params: Variables,
-    x: Float[Array, "b *event"],
-    cond: Integer[Array, " b"] | list[int] | TextCondition | None = None,
+    x: Float[Array | np.ndarray, "b *event"],
+    cond: Integer[Array | np.ndarray, " b"] | list[int] | TextCondition | None = None,
     *,
     guidance: Guidance | None = None,
     tol: float = AUTO_TOLERANCE,
@@ -137,8 +138,8 @@ def tune(
 def measure_plans(
     flow: Flow,
     params: Variables,
-    x: Float[Array, "b *event"],
-    cond: Integer[Array, " b"] | list[int] | TextCondition | None = None,
+    x: Float[Array | np.ndarray, "b *event"],
+    cond: Integer[Array | np.ndarray, " b"] | list[int] | TextCondition | None = None,
     *,
     guidance: Guidance | None = None,
     tol: float = AUTO_TOLERANCE,
