@@ -22,7 +22,7 @@ from flowgen.attention import causal_kernel
 from flowgen.conditioning import TextCondition
 from flowgen.decoding.block import GuidedBlock, inverse
 from flowgen.decoding.jacobi import Solution, ignore
-from flowgen.decoding.plan import AUTO_TOLERANCE, BlockPlan, DecodePlan, InitialGuess, Jacobi, Sequential, SlidingWindow
+from flowgen.decoding.plan import AUTO_TOLERANCE, BlockPlan, DecodePlan, Jacobi, Sequential, SlidingWindow
 from flowgen.decoding.request import DecodeRequest, decode_request
 from flowgen.decoding.weights import decoding_weights
 from flowgen.flows.block import AutoregressiveBlock, BlockConfig, Variables, block_parameters, decoding_config
@@ -39,7 +39,7 @@ LONGEST = 1024
 ERROR_PER_TOLERANCE = 10
 # Clocks are not exact. A plan is only chosen over a simpler one if it is faster by more than this fraction.
 CLOCK_NOISE = 0.05
-# Other initial guesses are tried if they would make a parallel plan the fastest with this many times fewer passes.
+# Other initial guesses are tried for parallel plans that would be the fastest with this many times fewer passes.
 SAVED_BY_GUESS = 2
 REPEATS = 3
 SECONDS = 20.0  # no further repeats of the measurements of a block once they have taken this long
@@ -264,15 +264,17 @@ def _measured(block: _KnownBlock, plan: BlockPlan, seconds: float) -> Measuremen
 
 
 def _other_guesses(measured: Sequence[Measurement], config: BlockConfig, tol: float) -> list[Jacobi | SlidingWindow]:
-    """The best parallel plan with the other initial guesses, unless sequential decoding is much faster."""
-    parallel = [found for found in _accepted(measured, tol) if not isinstance(found.plan, Sequential)]
-    best = min(parallel, key=lambda found: found.seconds, default=None)
-    if best is None or best.seconds > SAVED_BY_GUESS * measured[0].seconds:
-        return []
-    assert not isinstance(best.plan, Sequential)
+    """The best parallel plans with other initial guesses, unless sequential decoding is much faster.
+
+    The previous frame is tried only in windows, because no frame is known before the first token.
+    """
+    most = SAVED_BY_GUESS * measured[0].seconds
+    fast = sorted((found for found in _accepted(measured, tol) if found.seconds <= most), key=lambda one: one.seconds)
+    parallel = [found.plan for found in fast if not isinstance(found.plan, Sequential)]
     has_frames = config.positions is not None and config.positions.frames > 1
-    others: tuple[InitialGuess, ...] = ("zeros", "previous_frame") if has_frames else ("zeros",)
-    return [replace(best.plan, init=init) for init in others]
+    windows = [plan for plan in parallel if plan.window is not None and has_frames]
+    zeros = [replace(plan, init="zeros") for plan in parallel[:1]]
+    return zeros + [replace(plan, init="previous_frame") for plan in windows[:1]]
 
 
 def _accepted(measured: Sequence[Measurement], tol: float) -> list[Measurement]:
