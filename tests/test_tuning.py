@@ -199,6 +199,7 @@ def test_a_plan_per_block_is_a_value_of_a_config(tmp_path):
     experiment = dataclasses.replace(EXPERIMENT, sampling=SamplingConfig(num=4, plan=PLAN))
     assert experiment.sampling.to_plan() == DecodePlan(PLAN)
     assert experiments.from_json(json.loads(json.dumps(experiment.to_json()))) == experiment
+    assert experiment.debug().sampling.plan == "auto"
     words = "[{'type': 'Jacobi', 'window': 2, 'tol': 1e-3}, {'type': 'SlidingWindow', 'window': 3, 'init': 'zeros'}]"
     assert experiments.override(EXPERIMENT, ["--sampling.plan", words]) == experiment
     with pytest.raises(ValueError, match=r"sampling\.plan has plans for 1 blocks, but the model has 2"):

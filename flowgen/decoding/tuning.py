@@ -15,7 +15,7 @@ from typing import NamedTuple
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jaxtyping import Array, Bool, Float, Integer
+from jaxtyping import Array, Float, Integer
 
 from flowgen.arrays import check_count, check_floating
 from flowgen.attention import causal_kernel
@@ -116,7 +116,7 @@ def tune(
     the fastest accepted plan. Sequential decoding is the simplest, then `Jacobi`, then `SlidingWindow`.
 
     Each plan is compiled once for blocks of the same shape, which takes most of the time. With the default windows,
-    there are up to ten plans per shape.
+    there are up to twelve plans per shape.
 
     x: images or clips, with the training noise, such as undenoised samples. cond: their condition.
     tol: tolerance of the parallel plans.
@@ -197,7 +197,7 @@ class _KnownBlock:
 
     def decoded(self, plan: BlockPlan) -> Solution:
         """Returns the decoded noise, after the device has computed it."""
-        is_reversed: Bool[Array, ""] | bool = self.config.order == "reversed"
+        is_reversed = self.config.order == "reversed"
         solution = inverse(self.guided, self.noise, is_reversed, None, plan=plan, layers=self.layers, solved=ignore)
         return jax.block_until_ready(solution)
 
