@@ -13,6 +13,7 @@ from commands import outcome_of, refused, succeed
 
 import flowgen
 from flowgen import checkpoint, experiments
+from flowgen.backend import shards
 from flowgen.decoding import (
     DecodePlan,
     Guidance,
@@ -27,6 +28,7 @@ from flowgen.experiments import FlowExperiment, SamplingConfig
 from flowgen.experiments.tuning import TunedPlan, read_tuned_plan, with_tuned_plan
 from flowgen.runs import read_plan, write_plan
 from flowgen.settings import to_plain
+from flowgen.training import TrainConfig
 
 TOL = 1e-2
 
@@ -209,7 +211,7 @@ def test_a_plan_per_block_is_a_value_of_a_config(tmp_path):
 def test_a_saved_plan_is_read_again_and_used(run):
     write_plan(run, to_plain(tuned()))
     assert read_tuned_plan(run) == tuned()
-    assert with_tuned_plan(EXPERIMENT, run, num=4).sampling.plan == PLAN
+    assert with_tuned_plan(EXPERIMENT, run, {}, num=4).sampling.plan == PLAN
 
 
 OTHERS = {
@@ -224,7 +226,7 @@ def test_a_plan_for_something_else_is_used_with_a_warning(run, name):
     value, told = OTHERS[name]
     write_plan(run, to_plain(tuned(**{name: value})))
     with pytest.warns(UserWarning, match=f"plan.json was measured for {told}, so another plan may be faster"):
-        assert with_tuned_plan(EXPERIMENT, run, num=4).sampling.plan == PLAN
+        assert with_tuned_plan(EXPERIMENT, run, {}, num=4).sampling.plan == PLAN
 
 
 def change(path, name, value):
@@ -276,6 +278,22 @@ def test_a_run_that_cannot_keep_a_plan_is_refused_before_it_is_measured(run, tmp
     (run / "plan.json").mkdir()
     told = refused("sample --tune --out", tmp_path / "x.npz", "--checkpoint", run)
     assert "plan.json': it is a folder" in told
+
+
+@pytest.mark.parametrize("words", ["--tune", "--plan tuned"])
+def test_a_run_in_a_bucket_keeps_no_plan(run, words):
+    told = refused(f"sample {words} --checkpoint file://{run}")
+    assert "it must be on this machine" in told
+
+
+@pytest.mark.slow
+def test_parameters_that_devices_share_can_be_tuned(tmp_path, monkeypatch):
+    monkeypatch.setattr(shards, "MIN_SIZE", 1)
+    experiment = dataclasses.replace(EXPERIMENT, train=TrainConfig(parallel="fsdp"))
+    variables = laws.drawn(flowgen.init, experiment.build(), jax.random.key(0))
+    checkpoint.write_run(tmp_path / "run", experiment, variables)
+    succeed("sample --tune --num 4 --out", tmp_path / "x.npz", "--checkpoint", tmp_path / "run")
+    assert read_tuned_plan(tmp_path / "run").batch == 4
 
 
 def test_training_takes_no_tuned_plan(tmp_path):

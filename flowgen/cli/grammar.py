@@ -163,7 +163,8 @@ def chosen_settings(experiment: Experiment, names: Sequence[str]) -> list[Settin
         path = short.get(path, path)
         found = [setting for setting in every if f"{setting.name}.".startswith(f"{path}.")]
         if not found:
-            alike = same_end(path, [setting.name for setting in every])
+            known = [setting.name for setting in every]
+            alike = same_end(path, known) or "".join(difflib.get_close_matches(path, known, n=1))
             groups = dict.fromkeys(setting.name.partition(".")[0] for setting in every)
             end = f"; did you mean {alike}?" if alike else f"; choose from {', '.join(groups)}."
             raise ValueError(f"{name} is not a field of this config{end}")

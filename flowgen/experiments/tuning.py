@@ -19,6 +19,7 @@ from flowgen.decoding import measure_plans, sample
 from flowgen.decoding.plan import BlockPlan
 from flowgen.experiments.autoregressive import AutoregressiveExperiment, FlowDrawOptions
 from flowgen.experiments.drawing import AT_ONCE
+from flowgen.places import check_local
 from flowgen.runs import PLAN_FILE, read_plan, write_plan
 from flowgen.settings import FieldError, config, from_plain, to_plain
 from flowgen.settings.ranges import BatchSize, NonNegative
@@ -39,7 +40,7 @@ class TunedPlan:
     versions: the versions of flowgen and JAX.
 
     Example:
-        experiment = with_tuned_plan(experiment, "runs/digits", num=16)
+        experiment = with_tuned_plan(experiment, "runs/digits", params, num=16)
     """
 
     plan: tuple[BlockPlan, ...]
@@ -52,11 +53,12 @@ class TunedPlan:
 
 
 def check_saves_plan(run_dir: str | Path) -> None:
-    """Raises OSError if no plan can be saved in a run's directory.
+    """Raises OSError if no plan can be saved in a run's directory, and ValueError if the directory is a URL.
 
     Example:
         check_saves_plan("runs/digits")
     """
+    check_local("the run to tune", run_dir)
     check_writable(Path(run_dir) / PLAN_FILE)
 
 
@@ -78,7 +80,7 @@ def save_tuned_plan(
     """
     sampling, flow = experiment.sampling, experiment.sized(flow, options.aspect)
     conditions, _ = experiment.asked(flow, options.classes)
-    batch = _per_device(min(options.batch or AT_ONCE, sampling.num))
+    batch = _per_device(min(options.batch or AT_ONCE, sampling.num), variables)
     numbers, guidance = np.arange(batch), experiment.guidance(flow)
     cond, key = conditions(numbers), jax.random.key(options.seed)
     say(f"Measuring plans for batches of {batch} on {_device_kind()}; each plan is compiled first.")
@@ -104,11 +106,12 @@ def read_tuned_plan(run_dir: str | Path) -> TunedPlan:
 
     Raises:
         FileNotFoundError: no plan was saved.
-        ValueError: the file is damaged.
+        ValueError: the file is damaged, or the run is in a bucket.
 
     Example:
         print(read_tuned_plan("runs/digits").plan)
     """
+    check_local("the run with a tuned plan", run_dir)
     path = Path(run_dir) / PLAN_FILE
     try:
         return from_plain(TunedPlan, read_plan(run_dir))
@@ -118,17 +121,19 @@ def read_tuned_plan(run_dir: str | Path) -> TunedPlan:
         raise ValueError(f"{path} does not contain a plan ({str(error).rstrip('.')}); measure it again.") from error
 
 
-def with_tuned_plan(experiment: AutoregressiveExperiment, run_dir: str | Path, num: int) -> AutoregressiveExperiment:
+def with_tuned_plan(
+    experiment: AutoregressiveExperiment, run_dir: str | Path, variables: Any, num: int
+) -> AutoregressiveExperiment:
     """Returns the experiment with the plan that was saved in the run's directory.
 
     Warns if the plan was measured for another device, batch size or guidance.
 
-    num: number of samples that are decoded together, on all devices.
+    variables: the flow's variables. num: number of samples that are decoded together, on all devices.
 
     Raises the errors of `read_tuned_plan`, and ValueError if the plan does not fit the flow.
 
     Example:
-        experiment = with_tuned_plan(experiment, "runs/digits", num=16)
+        experiment = with_tuned_plan(experiment, "runs/digits", params, num=16)
     """
     tuned, path = read_tuned_plan(run_dir), Path(run_dir) / PLAN_FILE
     if len(tuned.plan) != experiment.model.num_blocks:
@@ -136,7 +141,7 @@ def with_tuned_plan(experiment: AutoregressiveExperiment, run_dir: str | Path, n
             f"{path} has plans for {len(tuned.plan)} blocks, but the flow has {experiment.model.num_blocks}; measure "
             "it again with sample --tune."
         )
-    now = {"device": _device_kind(), "batch": _per_device(num), "guidance": experiment.sampling.guidance}
+    now = {"device": _device_kind(), "batch": _per_device(num, variables), "guidance": experiment.sampling.guidance}
     other = [
         f"{name} {getattr(tuned, name)} instead of {value}"
         for name, value in now.items()
@@ -151,9 +156,10 @@ def with_tuned_plan(experiment: AutoregressiveExperiment, run_dir: str | Path, n
     return dataclasses.replace(experiment, sampling=dataclasses.replace(experiment.sampling, plan=tuned.plan))
 
 
-def _per_device(num: int) -> int:
-    """Number of samples that each device decodes if the devices of this host share `num` samples."""
-    return -(-num // len(backend.devices_for(num)))
+def _per_device(num: int, variables: Any) -> int:
+    """Number of samples that each device decodes if the devices of this host draw `num` samples together."""
+    mesh = backend.sharing(num, variables)
+    return num if mesh is None else -(-num // mesh.size)
 
 
 def _device_kind() -> str:

@@ -17,6 +17,7 @@ from flowgen.runs.files import DIGEST
 from flowgen.runs.lock import RunLock
 from flowgen.runs.metrics import EVAL, SPEED
 from flowgen.runs.progress import on_terminal
+from flowgen.runs.reader import RunReader
 from flowgen.runs.store import CheckpointStore
 from flowgen.runs.writer import NullWriter, RunWriter
 
@@ -30,6 +31,7 @@ __all__ = [
     "CheckpointStore",
     "NullWriter",
     "RunLock",
+    "RunReader",
     "RunWriter",
     "check_layout",
     "check_workdir",

@@ -21,6 +21,7 @@ from typing import Any
 
 from flowgen import settings
 from flowgen.data.inventory import Inventory
+from flowgen.places import check_local
 from flowgen.runs.checkpoints import CheckpointReader
 from flowgen.runs.files import DIGEST, is_regular, is_temporary, read_json, signed, verified, write_json
 from flowgen.runs.lock import LOCK_FILE, check_unlocked
@@ -73,6 +74,7 @@ def read_config(run_dir: str | Path) -> dict[str, Any]:
     Example:
         read_config("runs/digits")["model"]
     """
+    check_local("the directory of a run", run_dir)
     path = Path(run_dir) / CONFIG_FILE
     if not Path(run_dir).is_dir():
         raise FileNotFoundError(f"checkpoint {run_dir} is not a directory; give the --workdir of a training run.")
