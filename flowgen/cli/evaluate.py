@@ -39,6 +39,9 @@ def run(options: argparse.Namespace, rest: list[str]) -> int:
     """Runs the command and returns its exit code."""
     from flowgen.cli.grammar import apply_words
     from flowgen.data import told_once
+    from flowgen.experiments.autoregressive import AutoregressiveExperiment
+    from flowgen.experiments.distances import SAMPLES_AT_ONCE
+    from flowgen.experiments.tuning import TUNED, with_tuned_plan
 
     model, params, trained = load_run(options.checkpoint, options.step)
     groups = ("data", "sampling", "codec.path", "text.encoder", "train.parallel")
@@ -51,6 +54,8 @@ def run(options: argparse.Namespace, rest: list[str]) -> int:
         warn_of_guidance(experiment, options.checkpoint)
     experiment = _on_other_data(trained, experiment)
     params = placed(params, experiment, options)
+    if isinstance(experiment, AutoregressiveExperiment) and experiment.sampling.plan == TUNED:
+        experiment = with_tuned_plan(experiment, options.checkpoint, params, min(asked.samples, SAMPLES_AT_ONCE))
     with told_once():
         lines = experiment.evaluate(model, params, asked)
     for line in lines:

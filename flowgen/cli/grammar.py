@@ -71,7 +71,7 @@ def apply_words(
         options = _overridden(options, of_options)
     if of_experiment:
         experiment = override(experiment, of_experiment)
-    _check_parallel(began, experiment)
+    _check_parallel(began, experiment, tunes=getattr(options, "tune", False))
     return experiment, options, set(values)
 
 
@@ -221,10 +221,14 @@ def _unknown(word: str, experiment: Experiment, own: tuple[str, ...], groups: tu
     return f"{what}; it accepts {' and '.join(filter(None, (options, ours)))}."
 
 
-def _check_parallel(began: Experiment, experiment: Experiment) -> None:
-    """Raises ValueError if a field for parallel plans was changed, but the plan is not parallel."""
+def _check_parallel(began: Experiment, experiment: Experiment, *, tunes: bool) -> None:
+    """Raises ValueError if a field for parallel plans was changed, but the plan is not parallel.
+
+    tunes: whether the command measures plans, which have a tolerance but no given window or initial guess.
+    """
     before, now = (getattr(one, "sampling", None) for one in (began, experiment))
-    changed = any(getattr(before, name, None) != getattr(now, name, None) for name in OF_PARALLEL_PLANS)
+    names = [name for name in OF_PARALLEL_PLANS if not (tunes and name == "tol")]
+    changed = any(getattr(before, name, None) != getattr(now, name, None) for name in names)
     if changed and getattr(now, "plan", None) not in PARALLEL_PLANS:
         raise ValueError(
             f"--window, --tol and --init need --plan {' or '.join(PARALLEL_PLANS)}; add it, or leave them out."

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import math
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from flowgen.cli.options import described, num_parameters, say, value_lines
@@ -66,6 +67,8 @@ def run(options: argparse.Namespace, rest: list[str]) -> int:
         return 0
     if options.checkpoint:
         say(f"checkpoints: {', '.join(map(str, steps)) or 'none'}")
+        for line in _plan_lines(run.directory):
+            say(line)
     say(f"parameters: {num_parameters(on_any_device(experiment).build()):,}")
     for line in attention_lines(experiment.model):
         say(line)
@@ -78,6 +81,19 @@ def run(options: argparse.Namespace, rest: list[str]) -> int:
         say(line)
     say("For the meaning and the allowed values of fields, add their names or groups, such as: model optim.lr")
     return 0
+
+
+def _plan_lines(run_dir: Path) -> list[str]:
+    """Returns a line about the plan that `sample --tune` saved with a run; [] if there is none."""
+    from flowgen.experiments.tuning import read_tuned_plan
+
+    try:
+        tuned = read_tuned_plan(run_dir)
+    except FileNotFoundError:
+        return []
+    except ValueError as error:
+        return [str(error)]
+    return [f"plan.json: measured on {tuned.device} for {tuned.batch} samples at a time, {tuned.time}"]
 
 
 def estimates(experiment: Experiment) -> list[str]:

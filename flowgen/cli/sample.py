@@ -84,6 +84,7 @@ def run(options: argparse.Namespace, rest: list[str]) -> int:
     _check_guidance(experiment, given)
     warn_of_guidance(experiment, options.checkpoint)
     params = placed(params, experiment, options)
+    experiment = _with_plan(experiment, model, params, options.checkpoint, asked, given)
     more: dict[str, Any] = {"progress": _progress_bar()} if getattr(asked, "progress", False) else {}
     samples = experiment.draw(model, params, asked, say, **more)
     output.write(experiment, model, params, samples, asked)
@@ -93,6 +94,22 @@ def run(options: argparse.Namespace, rest: list[str]) -> int:
     if not finite.all():
         raise FloatingPointError(f"{(~finite).sum()} of {len(finite)} samples are not finite; lower --guidance.")
     return 0
+
+
+def _with_plan(experiment: Any, model: Any, params: Any, run_dir: str, asked: Any, given: set[str]) -> Any:
+    """Returns the experiment with the run's tuned plan, if one is asked for; with --tune, measures it first."""
+    from flowgen.experiments.drawing import AT_ONCE
+    from flowgen.experiments.tuning import TUNED, check_saves_plan, save_tuned_plan, with_tuned_plan
+
+    sampling, tune = experiment.sampling, getattr(asked, "tune", False)
+    if tune and "sampling.plan" in given and sampling.plan != TUNED:
+        raise ValueError("--tune chooses the plan; leave --plan out.")
+    if not tune and getattr(sampling, "plan", None) != TUNED:
+        return experiment
+    if tune:
+        check_saves_plan(run_dir)
+        save_tuned_plan(experiment, run_dir, model, params, asked, say)
+    return with_tuned_plan(experiment, run_dir, params, min(asked.batch or AT_ONCE, sampling.num))
 
 
 def _check_guidance(experiment: Any, given: set[str]) -> None:

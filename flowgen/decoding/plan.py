@@ -35,9 +35,10 @@ class Jacobi:
 
     Each window repeats the sweep x <- shift(x) + exp(log_scale(x)) · z. By default, a sample is frozen once none of its
     tokens changes by more than `tol` (max norm, data units). After k sweeps, the first k tokens of a window are exact.
-    The default `max_sweeps=None` allows one sweep per token of the window, which is always enough.
 
     window: number of tokens solved together; None means one window over all tokens, and 1 means sequential decoding.
+    tol: largest change in a sweep at which a sample counts as solved; 0 is exact.
+    max_sweeps: largest number of sweeps per window; None allows one per token of the window, which is always enough.
     init: initial guess for a window. "noise" is the noise itself, "zeros" is all zeros, and "previous_frame" is the
     tokens of the previous frame. If there is no previous frame, "previous_frame" means the noise.
     stop: when a window is solved. "max_change" is the rule above. "relative_mse" is the rule of STARFlow and STARFlow-V
@@ -65,7 +66,9 @@ class SlidingWindow:
     `tol` of the value implied by the tokens before it. There are never more sweeps than tokens. A sample does not
     depend on the other samples in its batch.
 
-    window, tol, init: as for `Jacobi`.
+    window: number of tokens in the window; None means all tokens.
+    tol: largest change in a sweep at which a token counts as solved; 0 is exact.
+    init: initial guess for new tokens of the window; see `Jacobi`.
 
     Example:
         r = invert(flow, params, z, cond, plan=SlidingWindow(window=32, tol=1e-4))

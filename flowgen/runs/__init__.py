@@ -2,7 +2,17 @@
 
 from flowgen.runs.arrays import check_layout, flatten, layout
 from flowgen.runs.checkpoints import CheckpointReader
-from flowgen.runs.directory import CHECKPOINTS, check_workdir, is_run, read_config, was_trained_in, write_config
+from flowgen.runs.directory import (
+    CHECKPOINTS,
+    PLAN_FILE,
+    check_workdir,
+    is_run,
+    read_config,
+    read_plan,
+    was_trained_in,
+    write_config,
+    write_plan,
+)
 from flowgen.runs.files import DIGEST
 from flowgen.runs.lock import RunLock
 from flowgen.runs.metrics import EVAL, SPEED
@@ -15,6 +25,7 @@ __all__ = [
     "CHECKPOINTS",
     "DIGEST",
     "EVAL",
+    "PLAN_FILE",
     "SPEED",
     "CheckpointReader",
     "CheckpointStore",
@@ -29,6 +40,8 @@ __all__ = [
     "layout",
     "on_terminal",
     "read_config",
+    "read_plan",
     "was_trained_in",
     "write_config",
+    "write_plan",
 ]
