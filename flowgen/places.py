@@ -30,7 +30,7 @@ PACKAGES = {
 }
 _LOCAL = ("file", "local")
 # The beginning of a URL that has lost a slash. A scheme has at least two letters, unlike a drive such as C:/.
-_LOST_SLASH = re.compile(r"([A-Za-z][A-Za-z0-9+.-]+):/")
+_LOST_SLASH = re.compile(r"([A-Za-z][A-Za-z0-9+.-]+):(/?)")
 _LONGEST_REASON = 200
 
 
@@ -46,11 +46,12 @@ def is_remote(path: str | os.PathLike[str]) -> bool:
     if "://" in text:
         return True
     found = _LOST_SLASH.match(text)
-    if found and (found[1] in PACKAGES or found[1] in _known_schemes()):
+    if found and (found[1] in PACKAGES or (found[2] and found[1] in _known_schemes())):
         rest = text[found.end() :].lstrip("/")
         slash = "/" if found[1] in _LOCAL else ""
         raise ValueError(
-            f"'{text}' is a URL that has lost a slash; write '{found[1]}://{slash}{rest}', as text and not as a Path."
+            f"'{text}' is a URL that has lost a slash; write '{found[1]}://{slash}{rest}'"
+            f"{'' if isinstance(path, str) else ', as text and not as a Path'}."
         )
     return False
 

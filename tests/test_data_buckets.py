@@ -108,7 +108,7 @@ def test_captions_stand_beside_images(tmp_path):
         Image.new("L", (8, 8)).save(tmp_path / f"{name}.png")
     config = DataConfig(name="folder", path=str(tmp_path), eval_fraction=0.0)
     (tmp_path / "a.txt").write_text("a  cat\n")
-    with pytest.raises(ValueError, match=r"captions for only 1 of 2 files; add '.*b.txt' and 0 more"):
+    with pytest.raises(ValueError, match=r"captions for only 1 of 2 files; add '.*b.txt', or remove"):
         load(config, image_size=(8, 8), channels=1, split="train")
     (tmp_path / "b.txt").write_text("ein Hündchen", encoding="utf-8-sig")  # with a byte order mark
     assert load(config, image_size=(8, 8), channels=1, split="train").captions == ("a cat", "ein Hündchen")

@@ -105,8 +105,8 @@ def test_files_that_cannot_be_reached_are_not_skipped():
     ("name", "path", "words"),
     [
         ("folder", "memory://nowhere", "does not exist or is empty"),
-        ("tar", "memory://nowhere", "has no .tar files of images"),
-        ("tar", "memory://nowhere/a.tar", "has no .tar files of images"),
+        ("tar", "memory://nowhere", "has no .tar files"),
+        ("tar", "memory://nowhere/a.tar", "has no .tar files"),
         ("npz", "memory://nowhere/a.npz", "is not a file"),
         ("folder", "gs:/bucket", "lost a slash"),
         ("npz", "gs:/bucket/a.npz", "lost a slash"),

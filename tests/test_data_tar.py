@@ -373,7 +373,7 @@ def test_a_class_of_minus_one_is_none(tmp_path):
 
 
 WRONG_CLASSES = {
-    "one is missing": ([0, None, 1], r"has classes for only 2 of 3 files; add '.*/001\.cls' and 0 more"),
+    "one is missing": ([0, None, 1], r"has classes for only 2 of 3 files; add '.*/001\.cls', or remove"),
     "empty": ([0, " ", 1], r"'.*a\.tar/001\.cls' in data\.path is ''; write one class number"),
     "two lines": ([0, "a\nb", 1], "write one class number or one class name"),
     "far too large": ([0, 99_999_999, 1], "contains 99999999, which is too large for 3 samples"),

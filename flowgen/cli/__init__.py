@@ -222,6 +222,8 @@ def program(arguments: Sequence[str] | None = None) -> int:
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # Python would print a traceback while it shuts down.
     if code > 128:  # A compilation may still be running, and would crash if Python shut down.
         _flush()
+        if workers := sys.modules.get("flowgen.data.workers"):
+            workers.end_processes()
         os._exit(code)
     return code
 

@@ -70,13 +70,14 @@ def bucket_shards(url: str, what: str) -> Shards:
     files = [name for name in shown if "/" not in name]
     if packed := [name for name in files if name.lower().endswith(COMPRESSED)]:
         raise ValueError(
-            f"data.path '{url}' has compressed tar files (such as {quoted(packed[0])}), whose files cannot be read in "
-            "any order; decompress them, for example with gunzip or unzstd."
+            f"data.path '{url}' has compressed tar files (such as {quoted(packed[0])}), whose files cannot be read "
+            "one by one; decompress them, for example with gunzip or unzstd."
         )
     names = names or tuple(sorted(name for name in files if name.lower().endswith(TAR)))
     if not names or names[0] not in sizes:
         raise FileNotFoundError(
-            f"data.path '{url}' has no .tar files of {what}; check the name of the bucket and path."
+            f"data.path '{url}' has no .tar files; check the name of the bucket and path, or set "
+            f"data.name to 'folder' to read {what} that are not in tar files."
         )
     return Shards(
         url,

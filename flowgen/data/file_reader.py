@@ -119,7 +119,8 @@ class FileReader(Generic[T]):
         skip = ", or set data.on_corrupt to 'skip'" if refuse and self._replaces else ""
         none = f"data.on_corrupt is 'skip', but no file in the split '{self._split}' is readable. "
         none = "" if refuse or not self._replaces else none
-        return ValueError(f"{none}data.path has {self._listed(failures)}; repair or remove them{skip}.")
+        them = "it" if len(failures) == 1 else "them"
+        return ValueError(f"{none}data.path has {self._listed(failures)}; repair or remove {them}{skip}.")
 
     def _listed(self, failures: dict[StoredFile, Failure]) -> str:
         errors, (one, several) = list(failures.values()), self._what

@@ -18,7 +18,7 @@ from pathlib import Path
 
 from flowgen.data.class_files import listed_with_classes
 from flowgen.data.entries import CLASS, SPECIAL, TEXT, TWICE, Entries, Listing, suffix_of, without_suffix
-from flowgen.data.inventory import quoted
+from flowgen.data.inventory import quoted, tell
 from flowgen.data.tar_files import LocalShard, TarFile
 from flowgen.data.tar_headers import FILE, FOLDER, LINK, SPARSE, ByteRanges, members
 from flowgen.printable import composed
@@ -186,8 +186,8 @@ def local_shards(path: str | os.PathLike[str], what: str) -> Shards:
     files = [entry.name for entry in shown if entry.is_file()]
     if packed := [name for name in files if name.lower().endswith(COMPRESSED)]:
         raise ValueError(
-            f"data.path '{root}' has compressed tar files (such as {quoted(packed[0])}), whose files cannot be read in "
-            "any order; decompress them, for example with gunzip or unzstd."
+            f"data.path '{root}' has compressed tar files (such as {quoted(packed[0])}), whose files cannot be read "
+            "one by one; decompress them, for example with gunzip or unzstd."
         )
     names = tuple(name for name in files if name.lower().endswith(TAR))
     if not names:
@@ -233,10 +233,17 @@ def list_shards(shards: Shards, suffixes: tuple[str, ...], what: str) -> Listing
         entries.leave(name, reason)
     hidden: set[str] = set()
     seen: set[str] = set()
+    alike: dict[int, str] = {}
     with ThreadPoolExecutor(_READERS) as pool:
         for shard, name, contents in zip(shards.files, shards.names, pool.map(_read, shards.files), strict=True):
             claimed = contents.claimed(suffixes)
             prefix = "" if seen.isdisjoint(claimed) else f"{name}/"
+            same = alike.setdefault(hash((*contents.positions, *contents.sizes)), name)
+            if claimed and same != name:
+                tell(
+                    f"{quoted(same)} and {quoted(name)} in data.path '{shards.path}' have files of the same names and sizes; "
+                    "if one is a copy, remove it, because some of its files may be held out and others not."
+                )
             seen |= claimed
             _sort_in(contents, prefix, folder, entries)
             hidden.update(prefix + name for name in contents.hidden)

@@ -195,7 +195,7 @@ class _Headers:
         for magic, (name, program) in _COMPRESSED.items():
             if block.startswith(magic):
                 return ValueError(
-                    f"'{self._shard}' is compressed with {name}, so its files cannot be read in any order; "
+                    f"'{self._shard}' is compressed with {name}, so its files cannot be read one by one; "
                     f"decompress it with `{program}`."
                 )
         return ValueError(f"'{self._shard}' is not a tar file; pack it again with `tar cf`.")

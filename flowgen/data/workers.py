@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+import contextlib
 import functools
+import gc
 import math
 import os
 import signal
 import threading
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Generator, Sequence
 from concurrent.futures import BrokenExecutor, ThreadPoolExecutor
 from typing import Any, Literal, NamedTuple, TypeVar
 
@@ -27,6 +29,7 @@ _MOST_PROCESSES = 32
 _WAIT_FOR_DISK, _WAIT_FOR_BUCKET = 4, 64
 _WATCH_SECONDS = 1.0
 _STARTING = threading.Lock()
+_started: list[Any] = []
 
 
 class Failure(NamedTuple):
@@ -127,7 +130,37 @@ def _processes(count: int) -> Any:
     """
     loky = _import_loky()
     context = loky.backend.get_context("loky")
-    return loky.ProcessPoolExecutor(count, context=context, initializer=_begin, initargs=(os.getpid(),))
+    executor = loky.ProcessPoolExecutor(count, context=context, initializer=_begin, initargs=(os.getpid(),))
+    with _interrupts_blocked():
+        executor.submit(os.getpid)  # starts all processes
+    _started.append(executor)
+    return executor
+
+
+@contextlib.contextmanager
+def _interrupts_blocked() -> Generator[None]:
+    """Returns a context in which new processes do not receive Ctrl-C, even before they can ignore it."""
+    if not hasattr(signal, "pthread_sigmask"):  # Windows
+        yield
+        return
+    before = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})
+    try:
+        yield
+    finally:
+        signal.pthread_sigmask(signal.SIG_SETMASK, before)
+
+
+def end_processes() -> None:
+    """Ends all processes that read. Call it before `os._exit`, which skips what Python does at the end of a program.
+
+    Example:
+        end_processes()
+    """
+    for executor in _started:
+        executor.shutdown(wait=True, kill_workers=True)
+    _started.clear()
+    _processes.cache_clear()
+    gc.collect()  # frees the semaphores, of which a warning would tell otherwise
 
 
 def _begin(parent: int) -> None:

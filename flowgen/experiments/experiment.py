@@ -39,7 +39,11 @@ RESUMABLE = (
     "text.encoder",
     "data.classes",
     "data.workers",
+    "data.in_memory_bytes",
+    "data.on_corrupt",
     "data.images.workers",
+    "data.images.in_memory_bytes",
+    "data.images.on_corrupt",
     "model.attention_implementation",
     "model.remat",
 )
