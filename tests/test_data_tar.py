@@ -9,6 +9,7 @@ import pickle
 import re
 import shutil
 import subprocess
+import sys
 import tarfile
 from concurrent.futures import ThreadPoolExecutor
 
@@ -237,6 +238,23 @@ def test_many_shards_need_few_open_files(tmp_path):
         resource.setrlimit(resource.RLIMIT_NOFILE, (before, most))
 
 
+def test_shards_beyond_those_kept_open_are_read_by_many_threads(tmp_path):
+    shards = 400
+    for number in range(shards):
+        with tarfile.open(tmp_path / f"{number:03}.tar", "w") as shard:
+            add(shard, f"{number:03}.png", f"{number:03}".encode())
+    files = list_tar(tmp_path, (".png",), "images").files
+    order = np.random.default_rng(0).integers(0, shards, 8_000).tolist()
+    interval = sys.getswitchinterval()
+    sys.setswitchinterval(1e-5)
+    try:
+        with ThreadPoolExecutor(16) as pool:
+            contents = list(pool.map(lambda number: int(files[number].read_bytes()), order))
+    finally:
+        sys.setswitchinterval(interval)
+    assert contents == order
+
+
 QUIET = LogConfig(log_every=2, checkpoint_every=3, progress=False, tensorboard=False)
 FLOW = TARFlowConfig(image_size=8, channels=3, patch_size=4, width=16, head_dim=8, num_blocks=2, layers_per_block=1)
 
@@ -359,11 +377,22 @@ def test_more_shards_do_not_rename_the_files_of_earlier_ones(tmp_path):
         assert {*names} == expected
 
 
+def test_a_copy_of_a_shard_is_told(tmp_path, caplog):
+    samples(tmp_path / "a.tar", ["cat", "dog"], level=0)
+    samples(tmp_path / "b.tar", ["cat", "dog"], level=1)  # the same names and sizes, but other pixels
+    list_tar(tmp_path, (".png",), "images")
+    assert caplog.messages == []
+    shutil.copy(tmp_path / "a.tar", tmp_path / "c.tar")
+    list_tar(tmp_path, (".png",), "images")
+    (message,) = caplog.messages
+    assert message.startswith(f"'c.tar' in data.path '{tmp_path}' seems to be a copy of 'a.tar'; remove it, because")
+
+
 def test_class_files_may_hold_names(tmp_path):
-    samples(tmp_path / "a.tar", ["dog\n", " cafe\u0301", "7", "dog"], texts=False)
+    samples(tmp_path / "a.tar", ["dog\n", " cafe\u0301", "a7", "dog"], texts=False)
     dataset = load(DataConfig("tar", path=str(tmp_path), eval_fraction=0.0), **SHAPE, split="all")
-    assert dataset.class_names == ("7", "caf\u00e9", "dog")
-    assert levels_of(dataset) == {0: ["dog", ""], 1: ["caf\u00e9", ""], 2: ["7", ""], 3: ["dog", ""]}
+    assert dataset.class_names == ("a7", "caf\u00e9", "dog")
+    assert levels_of(dataset) == {0: ["dog", ""], 1: ["caf\u00e9", ""], 2: ["a7", ""], 3: ["dog", ""]}
 
 
 def test_a_class_of_minus_one_is_none(tmp_path):
@@ -376,6 +405,14 @@ WRONG_CLASSES = {
     "one is missing": ([0, None, 1], r"has classes for only 2 of 3 files; add '.*/001\.cls', or remove"),
     "empty": ([0, " ", 1], r"'.*a\.tar/001\.cls' in data\.path is ''; write one class number"),
     "two lines": ([0, "a\nb", 1], "write one class number or one class name"),
+    "a name among numbers": (
+        [0, 1, "dog"],
+        r"002\.cls' in data\.path contains 'dog', but classes must be either all n",
+    ),
+    "a number among names": (["cat", "3", "dog"], r"001\.cls' in data\.path contains '3', but classes must be either"),
+    "below none": ([0, -2, 1], r"001\.cls' in data\.path contains '-2', but classes must be either all numbers"),
+    "fractions": ([0, "1.0", 2], r"001\.cls' in data\.path contains '1\.0', but classes must be either all numbers"),
+    "ten digits": ([0, 1_234_567_890, 1], r"001\.cls' in data\.path contains '1234567890', but classes must"),
     "far too large": ([0, 99_999_999, 1], "contains 99999999, which is too large for 3 samples"),
 }
 
@@ -457,6 +494,11 @@ def pax_of(records):
 
 
 DAMAGE = {
+    "two joined by cat": (lambda c: c + c, "goes on after its end mark"),
+    "an empty block inside": (
+        lambda c: c[: header_at(c, "002.png")] + bytes(512) + c[header_at(c, "002.png") :],
+        "goes on after its end mark",
+    ),
     "empty": (lambda c: b"", "is not a tar file; pack it again"),
     "no tar": (lambda c: png(1) * 20, "is not a tar file; pack it again"),
     "gzip": (gzip.compress, "is compressed with gzip.*decompress it with `gunzip`"),

@@ -15,6 +15,7 @@ from flowgen.printable import composed
 
 _MOST_BYTES = 1 << 12
 _NUMBER = re.compile("-1|[0-9]{1,9}")
+_LIKE_A_NUMBER = re.compile(r"[-+]?[0-9]*\.?[0-9]+([eE][-+]?[0-9]+)?")
 
 
 def listed_with_classes(folder: StoredFolder, entries: Entries, what: str) -> Listing:
@@ -37,10 +38,27 @@ def listed_with_classes(folder: StoredFolder, entries: Entries, what: str) -> Li
     check_each_described(listing, listing.class_files, CLASS, "classes")
     texts = [_class_in(folder, file) for file in listing.class_files if file]
     numbered = all(map(_NUMBER.fullmatch, texts))
+    if not numbered:
+        _check_names(texts, listing)
     class_names = _numbers(texts, folder) if numbered else tuple(sorted({*texts}))
     number_of = {name: number for number, name in enumerate(class_names)}
     labels = np.array([int(text) if numbered else number_of[text] for text in texts], np.int32)
     return _by_class(dataclasses.replace(listing, labels=labels, class_names=class_names, numbered=numbered))
+
+
+def _check_names(texts: list[str], listing: Listing) -> None:
+    """Raises ValueError if names of classes are mixed with numbers, or with what may be a damaged number."""
+    like = [bool(_LIKE_A_NUMBER.fullmatch(text)) for text in texts]
+    if not any(like):
+        return
+    if all(like):
+        odd = next(position for position, text in enumerate(texts) if not _NUMBER.fullmatch(text))
+    else:
+        odd = like.index(2 * sum(like) <= len(like))  # the first of the rarer kind
+    raise ValueError(
+        f"'{listing.root}/{listing.class_files[odd]}' in data.path contains {texts[odd][:40]!r}, but classes must be "
+        "either all numbers (from 0 without gaps, or -1 for none) or all names; correct it."
+    )
 
 
 def _class_in(folder: StoredFolder, name: str) -> str:

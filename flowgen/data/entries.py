@@ -172,8 +172,8 @@ def check_each_described(listing: Listing, files: Sequence[str | None], suffix: 
         first = f"{listing.root}/{without_suffix(missing[0])}{suffix}"
         more = f" and {len(missing) - 1} more" if len(missing) > 1 else ""
         raise ValueError(
-            f"data.path has {what} for only {len(listing) - len(missing)} of {len(listing)} files; add '{first}'{more}, "
-            f"or remove the {suffix} files."
+            f"data.path has {what} for only {len(listing) - len(missing)} of {len(listing)} files; "
+            f"add '{first}'{more}, or remove the {suffix} files."
         )
 
 

@@ -27,6 +27,8 @@ TAR = ".tar"
 COMPRESSED = (".tgz", ".tbz2", ".txz", ".tar.gz", ".tar.zst", ".tar.bz2", ".tar.xz", ".tar.lz4", ".tar.z")
 # Number of shards whose headers are read at the same time.
 _READERS = 4
+# Number of bytes by which two shards with the same names and sizes are compared.
+_COMPARED = 1 << 16
 # Why entries are left out, as in `flowgen.data.entries`.
 _UNSAFE = ("entry", "with an absolute name, or with '..' in its name")
 _REPLACED = ("file", "replaced by a later one of the same name")
@@ -131,6 +133,15 @@ class _Contents:
         elif kind != FOLDER:
             self.left.append((name, _REASONS.get(kind, SPECIAL)))
 
+    @property
+    def mark(self) -> int:
+        """A number that is the same for shards with the same names and sizes."""
+        return hash((*self.positions, *self.sizes))
+
+    def first_of(self, shard: ByteRanges) -> bytes:
+        """Returns the beginning of the first file of a shard with these contents."""
+        return shard.read_range(self.offsets[0], min(self.sizes[0], _COMPARED))
+
     def claimed(self, suffixes: tuple[str, ...]) -> set[str]:
         """Returns the names of the samples, and of the captions and classes beside them."""
         claimed: set[str] = set()
@@ -233,16 +244,16 @@ def list_shards(shards: Shards, suffixes: tuple[str, ...], what: str) -> Listing
         entries.leave(name, reason)
     hidden: set[str] = set()
     seen: set[str] = set()
-    alike: dict[int, str] = {}
+    alike: dict[int, tuple[ByteRanges, str]] = {}
     with ThreadPoolExecutor(_READERS) as pool:
         for shard, name, contents in zip(shards.files, shards.names, pool.map(_read, shards.files), strict=True):
             claimed = contents.claimed(suffixes)
             prefix = "" if seen.isdisjoint(claimed) else f"{name}/"
-            same = alike.setdefault(hash((*contents.positions, *contents.sizes)), name)
-            if claimed and same != name:
+            other, other_name = alike.setdefault(contents.mark, (shard, name))
+            if prefix and other is not shard and contents.first_of(other) == contents.first_of(shard):
                 tell(
-                    f"{quoted(same)} and {quoted(name)} in data.path '{shards.path}' have files of the same names and sizes; "
-                    "if one is a copy, remove it, because some of its files may be held out and others not."
+                    f"{quoted(name)} in data.path '{shards.path}' seems to be a copy of {quoted(other_name)}; remove "
+                    "it, because some of its files may be held out while the same files of the other are not."
                 )
             seen |= claimed
             _sort_in(contents, prefix, folder, entries)

@@ -40,7 +40,8 @@ class LocalShard:
 
         Raises ChangedData if the file has changed since it was listed.
         """
-        number = _descriptor(self).number
+        opened = _descriptor(self)  # Held until the end, because another thread may drop it from the cache.
+        number = opened.number
         about = os.fstat(number)
         if (about.st_size, about.st_mtime_ns) != (self.size, self.written):
             raise ChangedData(f"'{self}' has changed since it was opened; run the command again.")

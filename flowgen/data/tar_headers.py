@@ -14,6 +14,8 @@ from flowgen.data.inventory import quoted
 BLOCK = 512
 # The largest name or pax record that is read. Names of files have at most 4,096 bytes.
 _MOST_EXTRA, _MOST_DIGITS = 1 << 20, 8
+# Number of bytes read at a time after the end mark.
+_REST = 1 << 20
 _END = bytes(BLOCK)
 _FILES = (b"0", b"\0", b"7")
 _WITHOUT_CONTENT = (b"1", b"2", b"3", b"4", b"5", b"6")
@@ -99,6 +101,7 @@ def members(shard: ByteRanges) -> Iterator[Member]:
             raise headers.damage(f"ends in the middle of {quoted(name)}", "it is truncated")
         yield Member(name, _kind(kind, name, pax), start, size)
         long_name, pax = "", {}
+    headers.check_end(at)
 
 
 def _kind(kind: bytes, name: str, pax: dict[bytes, bytes]) -> str:
@@ -138,6 +141,17 @@ class _Headers:
         if len(block) < BLOCK:
             raise self.damage("has no end mark", "it is truncated") if at else self._not_tar(block)
         return block
+
+    def check_end(self, at: int) -> None:
+        """Raises ValueError if anything but zeros follows the end mark at `at`."""
+        while at < self._shard.size:
+            content = self._content[at - self._start :] or self._shard.read_range(at, _REST)
+            if any(content):
+                raise ValueError(
+                    f"'{self._shard}' goes on after its end mark, as if several tar files were joined with cat; keep "
+                    "them apart, or join them with `tar --concatenate`."
+                )
+            at += len(content) or self._shard.size
 
     def checked(self, block: bytes, at: int) -> tuple[bytes, int]:
         """Returns the type and size in a header, after verifying its checksum."""

@@ -72,6 +72,8 @@ class Workers:
             return [content for future in futures for content in future.result()]
         except BrokenExecutor as error:
             _processes.cache_clear()
+            if not isinstance(error, _import_loky().process_executor.TerminatedWorkerError):
+                raise RuntimeError(f"a process that reads files failed ({error.__cause__ or error}).") from error
             raise RuntimeError(
                 f"one of the {self.processes} processes that read files was killed, possibly because memory ran out; "
                 "lower data.workers, or set it to 0 to read in threads."
@@ -178,6 +180,7 @@ def _begin(parent: int) -> None:
 def _import_loky() -> Any:
     try:
         import loky
+        import loky.process_executor
     except ModuleNotFoundError as error:
         raise missing("data.workers", "loky") from error
     return loky

@@ -115,8 +115,8 @@ def check_free(folder: RemoteFolder) -> Holder | None:
     holder = _holder(folder)
     if holder is not None and time.time() < holder.time + EXPIRES:
         raise BlockingIOError(
-            f"workdir {folder} is in use by {holder}, which last reported at {_clock(holder.time)}; wait until it ends "
-            f"or, if it has died, until {_clock(holder.time + EXPIRES)}, or delete {folder}/{LOCK_FILE} if it surely has."
+            f"workdir {folder} is in use by {holder}, which last reported at {_clock(holder.time)}; wait until it "
+            f"ends. If it has died, wait until {_clock(holder.time + EXPIRES)}, or delete {folder}/{LOCK_FILE}."
         )
     return holder
 
