@@ -120,6 +120,15 @@ def test_the_jacobian_is_the_inverse_of_that_of_forward(plan, x64):
         np.testing.assert_array_equal(inverses[index, :, 1 - index], 0)
 
 
+def test_second_derivatives_are_finite_differences_of_first_ones(x64):
+    decode, args = decoder(TAR, Jacobi(window=4, tol=0.0)), arrays(TAR)
+    direction = jnp.asarray(np.random.default_rng(4).standard_normal(args["z"].shape))
+    slope = jax.jit(jax.grad(lambda z: jnp.square(decode({**args, "z": z})).sum()))
+    _, found = jax.jit(lambda z: jax.jvp(slope, (z,), (direction,)))(args["z"])
+    expected = (slope(args["z"] + 1e-5 * direction) - slope(args["z"] - 1e-5 * direction)) / 2e-5
+    assert_close(found, expected, FORMULA)
+
+
 def test_a_loose_plan_has_the_derivatives_at_its_own_tokens(x64):
     decode = decoder(TAR, Jacobi(window=4, tol=1e-3))
     exact, args = decoder(TAR, Sequential()), arrays(TAR)
