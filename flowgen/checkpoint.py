@@ -13,7 +13,8 @@ import numpy as np
 from flowgen.arrays import shown
 from flowgen.experiments import Experiment, from_json
 from flowgen.nn import init
-from flowgen.runs import CHECKPOINTS, CheckpointReader, CheckpointStore, read_config, write_config
+from flowgen.places import check_local
+from flowgen.runs import CHECKPOINTS, CheckpointReader, CheckpointStore, RunReader, write_config
 
 
 def load(
@@ -21,6 +22,7 @@ def load(
 ) -> tuple[Any, Any, Experiment]:
     """Returns a run's model, variables and experiment.
 
+    run_dir: the run's directory, or its URL in a bucket, of which only the chosen weights are then fetched.
     step: a step number, None for the latest step, or "best" for the evaluated step with the lowest bits/dim or sample
     distance.
     ema: whether to use the averaged parameters, if the run has them.
@@ -33,19 +35,33 @@ def load(
     Example:
         flow, params, experiment = load("runs/digits")
     """
+    flow, variables, experiment = load_on_host(run_dir, step, ema, model=model)
+    return flow, jax.tree.map(jnp.asarray, variables), experiment
+
+
+def load_on_host(
+    run_dir: str | Path, step: int | str | None = None, ema: bool = True, *, model: Any = None
+) -> tuple[Any, Any, Experiment]:
+    """Returns the same as `load`, but the variables are numpy arrays, which take no memory on devices.
+
+    Example:
+        flow, variables, experiment = load_on_host("runs/digits")
+        variables = divided_over_heads(variables)  # flowgen.training.fsdp, for a model that fits on no single device
+    """
     if not isinstance(run_dir, str | os.PathLike):
         raise ValueError(f"run_dir must be the path of a run's directory, not {shown(run_dir)}.")
-    experiment = from_json(read_config(run_dir))
-    reader = CheckpointReader(Path(run_dir) / CHECKPOINTS)
-    step = _choose(reader, run_dir, step, experiment.best_metric)
-    try:
-        experiment.check_resumable(reader.manifest(step)["config"])
-    except ValueError as error:
-        raise ValueError(f"Checkpoint {step} of {run_dir} does not fit config.json: {error}") from error
-    flow = experiment.build() if model is None else model
-    expected = jax.eval_shape(lambda: init(flow, jax.random.key(0)))
-    variables = reader.variables(step, expected["params"], ema=ema)
-    return flow, jax.tree.map(jnp.asarray, variables), experiment
+    run = RunReader(run_dir)
+    with run.named():
+        experiment, reader = from_json(run.config()), run.checkpoints
+        step = _choose(reader, run_dir, step, experiment.best_metric)
+        try:
+            experiment.check_resumable(reader.manifest(step)["config"])
+        except ValueError as error:
+            raise ValueError(f"Checkpoint {step} of {run_dir} does not fit config.json: {error}") from error
+        flow = experiment.build() if model is None else model
+        expected = jax.eval_shape(lambda: init(flow, jax.random.key(0)))
+        variables = reader.variables(step, expected["params"], ema=ema)
+    return flow, variables, experiment
 
 
 def write_run(run_dir: str | Path, experiment: Experiment, variables: Any) -> None:
@@ -70,11 +86,12 @@ def write_run(run_dir: str | Path, experiment: Experiment, variables: Any) -> No
 def check_new(run_dir: str | Path) -> None:
     """Raises FileExistsError if `run_dir` exists and is not empty, or another OSError if it cannot be created.
 
-    Does not create the directory.
+    Does not create the directory. Raises ValueError for a URL, because new directories must be on this machine.
 
     Example:
         check_new("runs/imported")
     """
+    check_local("the new directory", run_dir)
     path = Path(run_dir)
     if path.exists() and (not path.is_dir() or any(path.iterdir())):
         raise FileExistsError(f"{run_dir} already exists; give another directory, or remove it first.")

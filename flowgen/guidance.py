@@ -103,7 +103,7 @@ class Guidance:
         self,
         conditional: AffineParameters,
         unconditional: AffineParameters,
-        progress: Float[Array, "1 n 1"],
+        progress: Float[Array, "#b n 1"],
     ) -> AffineParameters:
         """Returns the guided (shift, log_scale). Parts that are not guided keep the conditional prediction.
 

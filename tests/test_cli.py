@@ -10,7 +10,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from commands import Outcome, outcome_of, succeed
+from commands import Outcome, outcome_of, refused, succeed
 from PIL import Image
 from published_files import write_safetensors
 from reference_weights import Shape, state_dict
@@ -276,3 +276,39 @@ def test_a_bug_of_ours_keeps_its_traceback(monkeypatch, tmp_path):
     monkeypatch.setattr("flowgen.experiments.fit", fit)
     with pytest.raises(TypeError, match="unsupported operand"):
         outcome_of("train --debug --config", DIGITS, "--workdir", tmp_path / "run")
+
+
+# A run in a bucket.
+
+
+def test_commands_read_a_run_by_its_url(trained, tmp_path, monkeypatch):
+    (tmp_path / "staging").mkdir()
+    monkeypatch.setattr("tempfile.tempdir", str(tmp_path / "staging"))
+    url, out = f"file://{trained.path}", f"file://{tmp_path}/out/samples.png"
+    before = sorted(trained.path.rglob("*"))
+    assert succeed(f"info --checkpoint {url}") == succeed(f"info --checkpoint {trained.path}")
+    assert succeed(f"sample --num 4 --checkpoint {url} --step best --out {out}").splitlines()[-1] == f"Wrote {out}"
+    succeed(f"sample --num 4 --checkpoint {trained.path} --step best --out", tmp_path / "samples.png")
+    assert (tmp_path / "out" / "samples.png").read_bytes() == (tmp_path / "samples.png").read_bytes()
+    assert succeed(f"evaluate --checkpoint {url}") == succeed(f"evaluate --checkpoint {trained.path}")
+    assert sorted(trained.path.rglob("*")) == before
+    assert not list((tmp_path / "staging").iterdir())
+
+
+@pytest.mark.parametrize(
+    ("words", "named"),
+    [
+        ("sample --checkpoint file://{run} --single memory://a", "--single is 'memory://a'"),
+        ("sample --checkpoint file://{run} --prompts memory://a", "--prompts is 'memory://a'"),
+        ("sample --checkpoint file://{run} --step 7", "file://{run} has no checkpoint 7; choose one of 4, 8"),
+        ("sample --checkpoint memory://nowhere", "memory://nowhere does not exist"),
+        ("sample --checkpoint gs:/run", "lost a slash; write 'gs://run'"),
+        ("info --config memory://a.py", "config is 'memory://a.py'"),
+        ("encode --config tarflow_digits --out memory://a", "'memory://a'"),
+        ("convert memory://a.pth --to {run}/new", "the weight file is 'memory://a.pth'"),
+        ("train --config tarflow_digits --debug --workdir nowhere://a", "nowhere://, which fsspec does not know"),
+        ("train --config tarflow_digits --debug --workdir memory://a --init-from memory://b", "init.path: "),
+    ],
+)
+def test_urls_that_cannot_be_used_are_refused(trained, words, named):
+    assert named.format(run=trained.path) in refused(words.format(run=trained.path))

@@ -99,7 +99,7 @@ def test_unreadable_images_are_left_out_of_buckets_too(tmp_path):
 
 
 def test_aspects_are_for_folders():
-    with pytest.raises(ValueError, match=r"aspects requires name 'folder', not 'digits'"):
+    with pytest.raises(ValueError, match=r"aspects requires name 'folder' or 'tar', not 'digits'"):
         DataConfig(aspects=True)
 
 

@@ -71,9 +71,10 @@ def test_processes_read_videos_and_name_those_that_cannot_be_read(tmp_path):
 @pytest.mark.parametrize(("cores", "processes"), [(1, 0), (8, 0), (9, 9), (96, 32)])
 def test_many_cores_are_those_of_processes(cores, processes, monkeypatch):
     monkeypatch.setattr(workers, "available_cores", lambda: cores)
-    assert workers.workers_of("auto").processes == processes
+    assert workers.workers_of("auto", "photos").processes == processes
+    assert workers.workers_of("auto", "memory://photos").processes == 0
     monkeypatch.setitem(sys.modules, "loky", None)
-    assert workers.workers_of("auto").processes == 0
+    assert workers.workers_of("auto", "photos").processes == 0
 
 
 def test_a_missing_package_is_told_when_the_data_are_opened(photos, monkeypatch):

@@ -77,6 +77,22 @@ def test_every_plan_inverts_through_several_stages(config):
         assert jnp.all(r.residual == 0)
 
 
+def test_a_sample_that_is_ahead_of_the_others_waits_for_the_next_stage():
+    flow, params = laws.perturbed(TAR, jax.random.key(0), scale=0.1)
+    noise = jax.random.normal(jax.random.key(1), (3, flow.config.num_tokens, flow.config.token_dim))
+    z, labels = noise * jnp.array([0.05, 0.3, 1.0])[:, None, None], jnp.array([1, -1, 0], jnp.int32)
+    plan = SlidingWindow(window=20, tol=1e-3)
+    together = invert(flow, params, z, labels, plan=plan, certify=True)
+    sweeps = []
+    for index in range(3):
+        alone = invert(flow, params, z[index : index + 1], labels[index : index + 1], plan=plan)
+        assert_close(alone.x[0], together.x[index], NETWORK)
+        sweeps.append(alone.sweeps.sum())
+    assert min(sweeps) < 0.9 * max(sweeps)
+    assert jnp.all(together.residual <= 1e-3)
+    assert together.error.max() < 0.01
+
+
 def test_blocks_of_one_shape_are_compiled_once_and_a_kernel_that_cannot_grow_has_one_stage():
     for grows in (True, False):
         lengths = []

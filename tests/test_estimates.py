@@ -6,11 +6,16 @@ import re
 import jax
 import pytest
 from commands import succeed
+from conftest import rows
 
 import flowgen
 from flowgen.cli.info import COMPARED, estimates
-from flowgen.experiments import MatchingExperiment
+from flowgen.decoding.weights import decoding_weights
+from flowgen.experiments import FlowExperiment, MatchingExperiment
 from flowgen.experiments.estimates import training_cost
+from flowgen.training import TrainConfig
+from flowgen.training.fsdp import FullySharded
+from flowgen.training.step import init_state
 
 KINDS = [
     "tarflow_digits",
@@ -134,3 +139,74 @@ def test_published_models(name, parameters, state):
     assert alone in small
     assert state is None or state in small
     assert (alone in told(lines, "H100 80 GB")) == (name == "starflow_v_480p")
+
+
+WIDE = flowgen.TARFlowConfig(
+    image_size=8, channels=1, patch_size=2, width=128, head_dim=32, num_blocks=2, layers_per_block=3, remat=True
+)
+
+
+@pytest.mark.parametrize("mesh", rows([(4, 1), (2, 2)], [(4, 1)]))
+def test_a_divided_state_is_counted_as_it_is_stored(mesh):
+    """By the bytes of each device's parts of a real state."""
+    train = TrainConfig(batch_size=16, parallel="fsdp", mesh=mesh)
+    experiment = FlowExperiment(name="wide", model=WIDE, train=train)
+    axes = {"fsdp": mesh[0], "tensor": mesh[1]}
+    cost, whole = (training_cost(experiment, 4, of) for of in (axes, None))
+    flow = experiment.build()
+    state = FullySharded(mesh_shape=mesh).create(
+        lambda: init_state(flowgen.init(flow, jax.random.key(0)), experiment.optim, 10)
+    )
+    parts = {"parameters": state.params, "gradient": state.params, "moments": state.opt_state, "average": state.ema}
+    for name, tree in parts.items():
+        assert getattr(cost, name) == sum(x.addressable_shards[0].data.nbytes for x in jax.tree.leaves(tree))
+    assert cost.state < 0.3 * whole.state
+    # A layer has kernels of 12 times the squared width, of which tensor devices have a part.
+    layer = 12 * WIDE.width**2 * 4 // mesh[1]
+    assert cost.recomputed - whole.recomputed == layer
+    assert cost.stored - whole.stored == 6 * layer + sum(
+        x.nbytes for path, x in jax.tree.leaves_with_path(state.params) if is_divided_and_unstacked(path, x)
+    )
+
+
+def is_divided_and_unstacked(path, x):
+    names = [entry.key for entry in path]
+    return "layers" not in names and names[-1] == "kernel" and not x.sharding.is_fully_replicated
+
+
+def test_accumulation_stores_a_sum_of_gradients():
+    train = TrainConfig(batch_size=16, accumulation=2)
+    one, two = (training_cost(dataclasses.replace(debug("tarflow_digits"), train=t), 4) for t in (TrainConfig(), train))
+    assert two.gradient == 2 * one.gradient
+
+
+def test_info_counts_what_a_device_of_the_mesh_holds():
+    words = ["--model.width", "512", "--model.head_dim", "64", "--train.batch_size", "64"]
+    copied, here, eight = (
+        succeed("info --config tarflow_digits", *words, *more).splitlines()
+        for more in ([], ["--train.parallel", "fsdp"], ["--train.parallel", "fsdp", "--train.mesh", "4,2"])
+    )
+    devices = jax.device_count()
+    assert any(
+        f"16 samples at a time on each device (train.batch_size 64 on {devices} devices)" in line for line in copied
+    )
+    assert any(
+        f"64 on {devices} devices; the devices share the parameters, in a mesh of 4 x 1)" in line for line in here
+    )
+    assert any("64 on 8 devices; the devices share the parameters, in a mesh of 4 x 2)" in line for line in eight)
+
+    def parameters(lines, where=""):
+        number, unit, *_ = told(lines, f"training state{where}").removeprefix("parameters ").split(" ", 2)
+        return float(number) * {"kB,": 1e3, "MB,": 1e6}[unit]
+
+    whole = parameters(copied)
+    assert parameters(here, " on each device") == pytest.approx(whole / 4, rel=0.05)
+    assert parameters(eight, " on each device") == pytest.approx(whole / 8, rel=0.05)
+
+
+def test_decoding_needs_a_copy_of_the_weights():
+    experiment = debug("tarflow_digits")
+    flow = experiment.build()
+    variables = flowgen.init(flow, jax.random.key(0))
+    cost = experiment.sampling_cost(flow, jax.eval_shape(lambda: variables), 4)
+    assert cost.weights == sum(x.nbytes for x in jax.tree.leaves(decoding_weights(flow.config, variables)))

@@ -106,6 +106,15 @@ def test_latents_of_a_trained_autoencoder_are_normalised_and_decoded(autoencoder
     assert error == pytest.approx(rows[-1]["eval/mean_square_error"], rel=0.2)
 
 
+def test_an_autoencoder_in_a_bucket_is_the_same(autoencoder, tmp_path):
+    url = f"file://{autoencoder}"
+    codec = open_autoencoder(url)
+    assert codec_digest(codec) == codec_digest(open_autoencoder(str(autoencoder)))
+    assert open_autoencoder(url) is codec
+    with pytest.raises(FileNotFoundError, match=r"no run of flowgen at codec.path 'file:"):
+        open_autoencoder(f"file://{tmp_path}")
+
+
 @pytest.mark.slow
 def test_another_autoencoder_in_its_place_is_noticed(autoencoder, tmp_path, capsys):
     place = tmp_path / "codec"

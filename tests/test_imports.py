@@ -13,6 +13,7 @@ ROOT = Path(__file__).parent.parent / "flowgen"
 LEVELS = {
     "flowgen.huge_pages": -3,
     "flowgen.packages": -1,
+    "flowgen.places": 0,
     "flowgen.printable": -1,
     "flowgen.arrays": -2,
     "flowgen.settings": -2,

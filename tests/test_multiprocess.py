@@ -1,6 +1,7 @@
 """Two processes with two devices each train what one process with four does, and stop together."""
 
 import json
+import shutil
 import signal
 import socket
 
@@ -43,11 +44,9 @@ def finish(processes):
     return reports
 
 
-@pytest.fixture(scope="module")
-def runs(tmp_path_factory):
-    """A run stopped and resumed: (workdir, files when it stopped, reports of the stopped and the resumed processes)."""
-    workdir = tmp_path_factory.mktemp("two") / "run"
-    processes = start_two(workdir, "--pause-at", "10", "--evaluated")
+def stop_two(workdir, place):
+    """The reports of two processes that a signal to the second stops after step 10, which train at a place."""
+    processes = start_two(place, "--pause-at", "10", "--evaluated")
     try:
         wait_for(lambda: any(row["step"] >= 10 for row in rows_of(workdir)), processes[0])
         processes[1].send_signal(signal.SIGTERM)
@@ -56,7 +55,14 @@ def runs(tmp_path_factory):
         for process in processes:
             process.kill()
         raise
-    stopped = finish(processes)
+    return finish(processes)
+
+
+@pytest.fixture(scope="module")
+def runs(tmp_path_factory):
+    """A run stopped and resumed: (workdir, files when it stopped, reports of the stopped and the resumed processes)."""
+    workdir = tmp_path_factory.mktemp("two") / "run"
+    stopped = stop_two(workdir, workdir)
     files = {path.relative_to(workdir).as_posix() for path in workdir.rglob("*") if path.is_file()}
     return workdir, files, stopped, finish(start_two(workdir, "--evaluated"))
 
@@ -97,6 +103,22 @@ def test_only_the_first_process_decides_and_writes(runs):
     assert sorted(path.name for path in workdir.iterdir()) == names
 
 
+def test_two_processes_train_in_a_bucket(tmp_path):
+    """Each machine fetches what it needs to resume; nothing else is shared."""
+    workdir, url = tmp_path / "run", f"file://{tmp_path}/run"
+    stopped = stop_two(workdir, url)
+    resumed = finish(start_two(url, "--evaluated"))
+    assert [report["signal"] for report in stopped] == [signal.SIGTERM] * 2
+    assert [(report["step"], report["metrics"]) for report in resumed] == [(toy.STEPS, {"bits_per_dim": 0.0})] * 2
+    toy.run(toy.make_job(), tmp_path / "one")
+    two, one = toy.arrays_of(url), toy.arrays_of(tmp_path / "one")
+    assert two.keys() == one.keys()
+    for name in two:
+        assert_close(two[name], one[name], NETWORK, err_msg=name)
+    names = ["checkpoints", "config.json", "metrics.jsonl", "samples"]
+    assert sorted(path.name for path in workdir.iterdir()) == names
+
+
 @pytest.mark.parametrize("mesh", [("4", "1"), ("2", "2")])
 def test_two_processes_share_the_parameters(mesh, tmp_path):
     reports = finish(start_two(tmp_path / "two", "--evaluated", "--mesh", *mesh))
@@ -107,3 +129,34 @@ def test_two_processes_share_the_parameters(mesh, tmp_path):
     assert two.keys() == one.keys()
     for name in two:
         assert_close(two[name], one[name], NETWORK, err_msg=name)
+
+
+@pytest.mark.parametrize("mesh", [(), ("4", "1"), ("2", "2")])
+def test_two_killed_processes_continue_bit_for_bit(mesh, tmp_path):
+    options = ["--mesh", *mesh] if mesh else []
+    processes = start_two(tmp_path / "killed", *options, "--pause-at", "23")
+    try:
+        wait_for(lambda: any(row["step"] >= 23 for row in rows_of(tmp_path / "killed")), processes[0])
+    finally:
+        for process in processes:
+            process.kill()
+            process.communicate()
+    steps = CheckpointReader(tmp_path / "killed" / "checkpoints").steps()
+    assert steps
+    assert max(steps) < toy.STEPS
+    for name in ("killed", "whole"):
+        finish(start_two(tmp_path / name, *options))
+    toy.assert_bitwise(*(toy.arrays_of(tmp_path / name) for name in ("killed", "whole")))
+
+
+@pytest.mark.parametrize("mesh", [(), ("4", "1"), ("2", "2")])
+@pytest.mark.parametrize("saved", [None, (4, 1), (1, 4)])
+def test_two_processes_resume_a_run_of_one(saved, mesh, whole, tmp_path):
+    toy.run(toy.make_job(), tmp_path / "run", log=toy.TEN, mesh=saved)
+    for step in (30, 40):
+        shutil.rmtree(tmp_path / "run" / "checkpoints" / str(step))
+    finish(start_two(tmp_path / "run", *(["--mesh", *mesh] if mesh else [])))
+    found, expected = (toy.arrays_of(path) for path in (tmp_path / "run", whole))
+    assert found.keys() == expected.keys()
+    for name in expected:
+        assert_close(found[name], expected[name], NETWORK, err_msg=name)

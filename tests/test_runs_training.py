@@ -343,7 +343,7 @@ def test_a_damaged_evaluation_counts_as_none_and_is_made_again(whole, tmp_path, 
     assert "counts as" not in capsys.readouterr().err
 
 
-@pytest.mark.parametrize("name", ["samples", "checkpoints", "lock", "data.json", "metrics.jsonl"])
+@pytest.mark.parametrize("name", ["samples", "checkpoints", "lock", "data.json", "plan.json", "metrics.jsonl"])
 def test_entries_of_the_wrong_kind_are_refused_by_name_before_training(whole, tmp_path, name):
     workdir = shutil.copytree(whole, tmp_path / "run")
     path = workdir / name

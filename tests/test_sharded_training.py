@@ -2,6 +2,7 @@
 
 import json
 import logging
+import math
 import os
 import shutil
 import subprocess
@@ -24,7 +25,7 @@ from flowgen.decoding import sample
 from flowgen.experiments import FlowExperiment, LikelihoodConfig, from_json
 from flowgen.experiments.estimates import training_cost
 from flowgen.training import CheckpointReader, LogConfig, OptimConfig, TrainConfig, make_step
-from flowgen.training.fsdp import FullySharded
+from flowgen.training.fsdp import FullySharded, divided_over_heads
 from flowgen.training.sharding import bytes_per_device, partition_spec
 from flowgen.training.step import init_state
 
@@ -151,32 +152,36 @@ def test_every_layout_resumes_a_run_of_every_layout(saved, resumed, complete, tm
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("devices", [1, 2])
-def test_fewer_devices_resume_a_sharded_run(devices, complete, tmp_path, every_array_is_divided):
-    used = jax.devices()[:devices]
-    found = resume(complete("both"), tmp_path / "run", mesh=(devices, 1), devices=used)
+@pytest.mark.parametrize("mesh", [None, (1, 1), (2, 1), (1, 2)])
+@pytest.mark.parametrize("saved", LAYOUTS)
+def test_fewer_devices_resume_a_run_of_every_layout(saved, mesh, complete, tmp_path, every_array_is_divided):
+    used = jax.devices()[: 1 if mesh is None else math.prod(mesh)]
+    found = resume(complete(saved), tmp_path / "run", mesh=mesh, devices=used)
     assert_same_run(found, toy.arrays_of(complete("data")))
 
 
 @pytest.mark.slow
-def test_more_devices_resume_a_sharded_run(complete, tmp_path, every_array_is_divided):
-    copy_of_half(complete("both"), tmp_path / "run")
-    process = toy.start(tmp_path / "run", "--mesh", "4", "2", devices=8)
+@pytest.mark.parametrize("mesh", [(), ("8", "1"), ("4", "2")])
+@pytest.mark.parametrize("saved", LAYOUTS)
+def test_more_devices_resume_a_run_of_every_layout(saved, mesh, complete, tmp_path, every_array_is_divided):
+    copy_of_half(complete(saved), tmp_path / "run")
+    process = toy.start(tmp_path / "run", *(["--mesh", *mesh] if mesh else []), devices=8)
     assert process.wait() == 0, process.communicate()[1]
     assert_same_run(toy.arrays_of(tmp_path / "run"), toy.arrays_of(complete("data")))
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("layout", ["fsdp", "tensor", "both"])
+@pytest.mark.parametrize("layout", LAYOUTS)
 def test_a_killed_run_continues_bit_for_bit(layout, tmp_path):
-    mesh = [str(size) for size in LAYOUTS[layout]]
-    killed = toy.start(tmp_path / "killed", "--mesh", *mesh, "--pause-at", "23")
+    mesh = LAYOUTS[layout]
+    options = [] if mesh is None else ["--mesh", *map(str, mesh)]
+    killed = toy.start(tmp_path / "killed", *options, "--pause-at", "23")
     toy.wait_for(lambda: any(row["step"] >= 23 for row in toy.rows_of(tmp_path / "killed")), killed)
     killed.kill()
     killed.communicate()
     assert CheckpointReader(tmp_path / "killed" / "checkpoints").latest_step() < toy.STEPS
     for name in ("killed", "whole"):
-        process = toy.start(tmp_path / name, "--mesh", *mesh)
+        process = toy.start(tmp_path / name, *options)
         assert process.wait() == 0, process.communicate()[1]
     toy.assert_bitwise(toy.arrays_of(tmp_path / "killed"), toy.arrays_of(tmp_path / "whole"))
 
@@ -259,12 +264,12 @@ def test_no_weights_are_exchanged_for_a_token(every_array_is_divided):
     config = flowgen.TARFlowConfig(
         image_size=4, channels=1, patch_size=2, width=32, head_dim=8, num_blocks=1, layers_per_block=1
     )
-    flow, parallel = config.build(), FullySharded(mesh_shape=(1, 4))
-    variables = parallel.create(lambda: flowgen.init(flow, jax.random.key(0)))
+    flow = config.build()
+    variables = divided_over_heads(jax.device_get(flowgen.init(flow, jax.random.key(0))))
     program = jax.jit(lambda variables: sample(flow, variables, jax.random.key(1), 2).x).lower(variables).compile()
     in_loops = [line for line in program.as_text().splitlines() if "while/body" in line]
     assert any(" all-reduce(" in line for line in in_loops)
-    assert not any(" all-gather(" in line for line in in_loops)
+    assert " all-gather(" not in program.as_text()
 
 
 # Config -> (devices, rows per device and micro-batch, micro-batches), as docs/training.md says.

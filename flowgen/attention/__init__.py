@@ -15,6 +15,7 @@ delta          the delta rule and its gated form
 soft           SOFT and SOFT++
 landmarks      a variant of SOFT that has fixed landmarks and can be causal
 modules        Flax modules; flowgen.attention.nnx has their NNX versions
+slices         slices of tokens that begin at one position per sample
 masks          conversion of query-key masks, such as Flax's, to key masks
 hooks          make_attention_fn, for Flax's attention modules
 cache          causal kernels for the decoders of flows

@@ -1,8 +1,9 @@
 """Cached attention: the interface between decoders and causal kernels.
 
 A decoder processes a *window* of tokens, possibly several times with different guesses, and then moves on to the next
-window. A `CausalKernel` has three main functions: `attend` processes whole sequences, `attend_window` processes a
-window after a cached prefix, and `rewind` returns a cache from which the same window can be processed again.
+window. A `CausalKernel` has four main functions: `attend` processes whole sequences, `attend_window` processes a window
+after a cached prefix, `rewind` returns a cache from which the same window can be processed again, and `accept` returns
+a cache that contains the first tokens of the window, of each sample as many as are solved.
 """
 
 from __future__ import annotations
@@ -20,6 +21,7 @@ from jaxtyping import Array, Float, Int
 from flowgen.attention.checks import check_floats
 from flowgen.attention.features import FeatureMap
 from flowgen.attention.kernels import KERNELS, Kernel, State, kernel
+from flowgen.attention.slices import Start, positions, put
 from flowgen.attention.softmax import attend_in_parts, softmax_attention
 from flowgen.backend import Implementation, keep_axes
 
@@ -36,14 +38,16 @@ class CausalKernel(NamedTuple):
 
     attend(q, k, v) -> out: causal attention over whole sequences, with arrays `b n h k`.
     init_cache(batch, length, num_heads, head_dim, dtype) -> cache: an empty cache for one layer and `length` positions.
-    attend_window(q, k, v, cache, start) -> (out, cache): exact causal attention of the tokens at positions
-        start..start+n-1 to the cached prefix and to each other, and the cache with these tokens added.
+    attend_window(q, k, v, cache, start) -> (out, window): exact causal attention of the tokens at positions
+        start..start+n-1 to the cached prefix and to each other, and what `accept` needs to add these tokens to the
+        cache. `start` is one number, or one per sample.
     rewind(before, after) -> cache: a cache from which a window can be processed again, given the caches before and
         after the window was first processed. The result is `after` if a window overwrites its own slots, and `before`
         if the cache is a running sum.
-    has_slots: whether the cache has one slot per token. If it does, a window may start at any token that has already
-        been processed.
     has_temperature: whether scaling the queries sharpens or flattens the weights, as in a softmax.
+    accept(before, window, count) -> cache: the cache with the first `count` tokens of the window added, one number per
+        sample; all tokens if `count` is None. `before` is the cache from which the window was processed. If `accept`
+        is None, `window` itself is the cache with all tokens added, and decoders cannot slide a window.
     grow(cache, length) -> cache: the same cache with room for `length` positions. If a kernel has this function,
         decoders begin with a short cache, because every pass reads the whole cache. If `grow` is None, the cache must
         have its full length from the start.
@@ -53,8 +57,8 @@ class CausalKernel(NamedTuple):
     init_cache: Callable[..., State]
     attend_window: Callable[..., tuple[Array, State]]
     rewind: Callable[[State, State], State]
-    has_slots: bool
     has_temperature: bool
+    accept: Callable[[State, State, Array | None], State] | None = None
     grow: Callable[[State, int], State] | None = None
 
 
@@ -84,10 +88,11 @@ def attend_kv_window(
     k: Float[Array, "b n g k"],
     v: Float[Array, "b n g k"],
     cache: KVCache,
-    start: Int[Array, ""] | int,
+    start: Start,
 ) -> tuple[Float[Array, "b n h k"], KVCache]:
     """Returns the softmax attention of tokens start..start+n-1 to the cache and to each other, and the new cache.
 
+    start: the position of the first token, one for the whole batch or one per sample.
     There may be fewer key heads than query heads; h/g query heads then share each key head. The new keys and values
     overwrite the slots of these tokens, so a window can be run again without resetting the cache. Query i sees slots
     0..start+i. Later slots have no effect, as long as they contain finite numbers.
@@ -98,9 +103,8 @@ def attend_kv_window(
     check_floats(q=q, k=k, v=v)
 
     def run(q, k, v, cache, start):
-        corner = (0, 0, start, 0)
-        keys = jax.lax.dynamic_update_slice(cache.keys, k.swapaxes(1, 2).astype(cache.keys.dtype), corner)
-        values = jax.lax.dynamic_update_slice(cache.values, v.swapaxes(1, 2).astype(cache.values.dtype), corner)
+        keys = put(cache.keys, k.swapaxes(1, 2).astype(cache.keys.dtype), start, axis=2)
+        values = put(cache.values, v.swapaxes(1, 2).astype(cache.values.dtype), start, axis=2)
         out = attend_in_parts(q.swapaxes(1, 2), keys, values, first=start)
         return out.swapaxes(1, 2), keys, values
 
@@ -118,9 +122,17 @@ def _recurrent(kernel: Kernel) -> CausalKernel:
         init_cache=running.init_cache,
         attend_window=running.attend_window,
         rewind=_before,
-        has_slots=False,
         has_temperature=False,
+        accept=running.accept,
     )
+
+
+class _Window(NamedTuple):
+    """The state after a window, and the window's keys and values, from which `accept` adds some tokens."""
+
+    after: State
+    keys: Float[Array, "b n g k"]
+    values: Float[Array, "b n g d"]
 
 
 @dataclass(frozen=True)
@@ -141,9 +153,17 @@ class _Running:
         k: Float[Array, "b n g k"],
         v: Float[Array, "b n g d"],
         cache: State,
-        start: Int[Array, ""] | int,
-    ) -> tuple[Float[Array, "b n h d"], State]:
-        return self.kernel.prefill(q, k, v, state=cache)
+        start: Start,
+    ) -> tuple[Float[Array, "b n h d"], _Window]:
+        out, after = self.kernel.prefill(q, k, v, state=cache)
+        return out, _Window(after, k, v)
+
+    def accept(self, before: State, window: _Window, count: Int[Array, " b"] | None) -> State:
+        if count is None:
+            return window.after
+        keep = positions(0, window.keys.shape[1]) < count[:, None]
+        # No output is used, so any queries will do.
+        return self.kernel.prefill(window.keys, window.keys, window.values, state=before, mask=keep[:, None, None])[1]
 
 
 def _attend_causally(
@@ -159,7 +179,7 @@ def _before(before: State, after: State) -> State:
     return before
 
 
-def _after(before: State, after: State) -> State:
+def _after(before: State, after: State, count: Array | None = None) -> State:
     return after
 
 
@@ -168,8 +188,8 @@ SOFTMAX = CausalKernel(
     init_cache=init_kv_cache,
     attend_window=attend_kv_window,
     rewind=_after,
-    has_slots=True,
     has_temperature=True,
+    accept=_after,
     grow=grow_kv_cache,
 )
 CAUSAL_KERNEL_NAMES = ("softmax", *KERNELS)

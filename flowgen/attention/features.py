@@ -58,6 +58,11 @@ class FeatureMap(ByFields):
         """Whether features depend on a token's position."""
         return self.rotary is not None or self.max_length is not None
 
+    @property
+    def limit(self) -> int | None:
+        """The number of positions; None if there is no limit."""
+        return self.max_length if self.rotary is None else len(self.rotary.cos)
+
     def __call__(
         self,
         q: Float[Array, "b n h k"],
@@ -79,7 +84,7 @@ class FeatureMap(ByFields):
 
     def _tokens(self, phi: Map, x: Array, start: int | Array) -> tuple[Array, Array]:
         """Returns the features of queries or keys, and the same features rotated by the table if there is one."""
-        limit = self.max_length if self.rotary is None else len(self.rotary.cos)
+        limit = self.limit
         if limit is not None:
             _check_length(start, x.shape[1], limit)
         place = jnp.arange(x.shape[1])

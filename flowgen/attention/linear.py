@@ -45,6 +45,7 @@ from flowgen.attention.prefix import (
     prefix_product,
 )
 from flowgen.attention.segments import finite, spoil, spoiled
+from flowgen.attention.slices import positions
 from flowgen.backend import keep_axes
 
 EPS = 1e-6
@@ -298,7 +299,11 @@ def prefill(
     mask = None if mask is None else check_key_mask(mask, q, k)
     k, v = hide_keys(k, v, mask)
     phi = feature_map(features)
-    mapped = phi(q, k, 0 if state is None else state.length)
+    start = 0 if state is None else state.length
+    mapped = phi(q, k, start)
+    if phi.limit is not None:  # tokens beyond the limit, such as a window's padding, must not affect earlier ones
+        exists = (positions(start, k.shape[1]) < phi.limit)[:, None, None]
+        mask = exists if mask is None else mask & exists
     out, total, state = prefix_product(mapped, v, state=state, mask=mask, chunk_size=chunk_size)
     scale = 1 if phi.query_scale is None else phi.query_scale(q)
     return normalised(out, total, eps * scale, v.dtype), state

@@ -93,8 +93,8 @@ def rotate(
 
 def turn(
     x: Float[Array, "b n h p"],
-    cos: Float[Array, "n r"] | Float[Array, "b n r"],
-    sin: Float[Array, "n r"] | Float[Array, "b n r"],
+    cos: Float[Array, "n r"] | Float[Array, "#b n r"],
+    sin: Float[Array, "n r"] | Float[Array, "#b n r"],
 ) -> Float[Array, "b n h p"]:
     """Rotates adjacent pairs of channels by the angles with these cosines and sines; the dtype of x is preserved."""
     parts = rearrange(x, "b n h (p r two) -> b n h p r two", r=cos.shape[-1], two=2)

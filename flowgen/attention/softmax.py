@@ -13,6 +13,7 @@ from jaxtyping import Array, Bool, Float, Int
 from flowgen import backend
 from flowgen.attention.checks import check_causal, check_heads, check_mask, hide_keys
 from flowgen.attention.fused import chosen_implementation, fused_attention
+from flowgen.attention.slices import Start, positions
 from flowgen.backend import Implementation, keep_axes
 
 # Whether a query may attend to a key; axes of length 1 broadcast.
@@ -61,13 +62,13 @@ def attend_in_parts(
     k: Float[Array, "b g m k"],
     v: Float[Array, "b g m d"],
     mask: Mask = None,
-    first: Int[Array, ""] | int | None = None,
+    first: Start | None = None,
 ) -> Float[Array, "b h n d"]:
     """Returns the result of `attend_heads`, computed in chunks of queries to limit memory.
 
     Each chunk has at most `backend.MAX_LOGITS` logits, which the backward pass recomputes. first: for causal attention,
-    the position of the first query among the keys. Query i then attends to the keys among 0..first+i that `mask`
-    allows, and no mask of all pairs is built.
+    the position of the first query among the keys, for all samples or for each. Query i then attends to the keys among
+    0..first+i that `mask` allows, and no mask of all pairs is built.
     """
     return _attend_in_parts(q, k, v, mask, first, backend.MAX_LOGITS)
 
@@ -84,7 +85,7 @@ def _run_in_parts(
     k: Float[Array, "b g m k"],
     v: Float[Array, "b g m d"],
     mask: Mask,
-    first: Int[Array, ""] | int | None,
+    first: Start | None,
     max_logits: int | None,
 ) -> Float[Array, "b h n d"]:
     batch, heads, n, _ = q.shape
@@ -92,8 +93,9 @@ def _run_in_parts(
 
     def part(q, mask, begin):
         if first is not None:
-            seen = jnp.arange(k.shape[2])[None] <= (first + begin + jnp.arange(q.shape[2]))[:, None]
-            mask = seen[None, None] if mask is None else mask & seen[None, None]
+            last = positions(first + begin, q.shape[2])
+            seen = (jnp.arange(k.shape[2])[None, None] <= last[:, :, None])[:, None]
+            mask = seen if mask is None else mask & seen
         return _attend_heads(q, k, v, mask)
 
     if rows is None or not isinstance(n, int) or n <= rows:

@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from flowgen.cli.options import finite_number, num_parameters, say, whole_number
+from flowgen.places import check_local
 
 
 def declare(parser: argparse.ArgumentParser) -> None:
@@ -34,6 +35,7 @@ def run(options: argparse.Namespace, rest: list[str]) -> int:
     from flowgen.convert.readers import check_weight_file
 
     checkpoint.check_new(options.to)
+    check_local("the weight file", options.file)
     check_weight_file(options.file)
     flow, variables, experiment = (_tarflow if options.arguments is None else _starflow)(options)
     checkpoint.write_run(options.to, experiment.with_provenance(), variables)
@@ -135,6 +137,7 @@ def _place(path: str | None) -> str:
     """Returns the absolute path of a folder, or an empty string if none is given."""
     if path is None:
         return ""
+    check_local("the published folder", path)
     if not Path(path).is_dir():
         raise FileNotFoundError(f"There is no folder '{path}'; give the path of the published folder.")
     return str(Path(path).absolute())

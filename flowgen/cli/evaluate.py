@@ -6,16 +6,16 @@ import argparse
 import dataclasses
 from typing import Any
 
-from flowgen.cli.options import say, step_or_best, warn_of_guidance
+from flowgen.cli.options import SHARING, load_run, placed, say, step_or_best, warn_of_guidance
 
 
 def declare(parser: argparse.ArgumentParser) -> None:
     """Adds the command's options to its parser."""
-    parser.add_argument("--checkpoint", required=True, help="directory of a run")
+    parser.add_argument("--checkpoint", required=True, help="directory or URL of a run")
     parser.add_argument("--step", type=step_or_best, help="checkpoint to use: a number, or best (default: the latest)")
     parser.epilog = (
         "To use other data, add --data.name folder --data.path DIR. To change how samples are drawn, add fields such "
-        "as --guidance 2 --plan jacobi; info --checkpoint lists them."
+        f"as --guidance 2 --plan jacobi; info --checkpoint lists them. {SHARING}"
     )
 
 
@@ -37,12 +37,14 @@ def fields_help() -> str:
 
 def run(options: argparse.Namespace, rest: list[str]) -> int:
     """Runs the command and returns its exit code."""
-    from flowgen import checkpoint
     from flowgen.cli.grammar import apply_words
     from flowgen.data import told_once
+    from flowgen.experiments.autoregressive import AutoregressiveExperiment
+    from flowgen.experiments.distances import SAMPLES_AT_ONCE
+    from flowgen.experiments.tuning import TUNED, with_tuned_plan
 
-    model, params, trained = checkpoint.load(options.checkpoint, options.step)
-    groups = ("data", "sampling", "codec.path", "text.encoder")
+    model, params, trained = load_run(options.checkpoint, options.step)
+    groups = ("data", "sampling", "codec.path", "text.encoder", "train.parallel")
     _check_data(rest)
     experiment, asked, given = apply_words(rest, trained, trained.evaluate_options(), groups=groups)
     if "split" not in given and given & {"data", "data.path", "data.name"}:
@@ -51,6 +53,9 @@ def run(options: argparse.Namespace, rest: list[str]) -> int:
     if getattr(asked, "samples", 0):
         warn_of_guidance(experiment, options.checkpoint)
     experiment = _on_other_data(trained, experiment)
+    params = placed(params, experiment, options)
+    if isinstance(experiment, AutoregressiveExperiment) and experiment.sampling.plan == TUNED:
+        experiment = with_tuned_plan(experiment, options.checkpoint, params, min(asked.samples, SAMPLES_AT_ONCE))
     with told_once():
         lines = experiment.evaluate(model, params, asked)
     for line in lines:

@@ -71,7 +71,7 @@ def apply_words(
         options = _overridden(options, of_options)
     if of_experiment:
         experiment = override(experiment, of_experiment)
-    _check_parallel(began, experiment)
+    _check_parallel(began, experiment, tunes=getattr(options, "tune", False))
     return experiment, options, set(values)
 
 
@@ -163,7 +163,8 @@ def chosen_settings(experiment: Experiment, names: Sequence[str]) -> list[Settin
         path = short.get(path, path)
         found = [setting for setting in every if f"{setting.name}.".startswith(f"{path}.")]
         if not found:
-            alike = same_end(path, [setting.name for setting in every])
+            known = [setting.name for setting in every]
+            alike = same_end(path, known) or "".join(difflib.get_close_matches(path, known, n=1))
             groups = dict.fromkeys(setting.name.partition(".")[0] for setting in every)
             end = f"; did you mean {alike}?" if alike else f"; choose from {', '.join(groups)}."
             raise ValueError(f"{name} is not a field of this config{end}")
@@ -220,10 +221,14 @@ def _unknown(word: str, experiment: Experiment, own: tuple[str, ...], groups: tu
     return f"{what}; it accepts {' and '.join(filter(None, (options, ours)))}."
 
 
-def _check_parallel(began: Experiment, experiment: Experiment) -> None:
-    """Raises ValueError if a field for parallel plans was changed, but the plan is not parallel."""
+def _check_parallel(began: Experiment, experiment: Experiment, *, tunes: bool) -> None:
+    """Raises ValueError if a field for parallel plans was changed, but the plan is not parallel.
+
+    tunes: whether the command measures plans, which have a tolerance but no given window or initial guess.
+    """
     before, now = (getattr(one, "sampling", None) for one in (began, experiment))
-    changed = any(getattr(before, name, None) != getattr(now, name, None) for name in OF_PARALLEL_PLANS)
+    names = [name for name in OF_PARALLEL_PLANS if not (tunes and name == "tol")]
+    changed = any(getattr(before, name, None) != getattr(now, name, None) for name in names)
     if changed and getattr(now, "plan", None) not in PARALLEL_PLANS:
         raise ValueError(
             f"--window, --tol and --init need --plan {' or '.join(PARALLEL_PLANS)}; add it, or leave them out."

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import argparse
+import math
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from flowgen.cli.options import described, num_parameters, say, value_lines
 
@@ -12,6 +13,7 @@ if TYPE_CHECKING:
     from flowgen.backend import Machine
     from flowgen.experiments.estimates import TrainingCost
     from flowgen.experiments.experiment import Experiment, SamplingCost
+    from flowgen.training import TrainConfig
 
 # The machines whose memory is compared with what a config needs.
 COMPARED = (
@@ -30,7 +32,7 @@ def declare(parser: argparse.ArgumentParser) -> None:
     """Adds the command's options to its parser."""
     group = parser.add_mutually_exclusive_group(required=True)
     group.add_argument("--config", help="Python file with config(), or the name of one, such as tarflow_digits")
-    group.add_argument("--checkpoint", help="directory of a run")
+    group.add_argument("--checkpoint", help="directory or URL of a run")
     parser.add_argument(
         "--debug", action="store_true", help="with --config: show the experiment that train.py --debug runs"
     )
@@ -46,7 +48,7 @@ def run(options: argparse.Namespace, rest: list[str]) -> int:
     from flowgen.cli.grammar import chosen_settings, load_experiment, split_names
     from flowgen.experiments import from_json
     from flowgen.experiments.attention import attention_lines, on_any_device
-    from flowgen.runs import CHECKPOINTS, CheckpointReader, read_config
+    from flowgen.runs import RunReader
     from flowgen.settings import settings
 
     names, words = split_names(rest)
@@ -54,7 +56,9 @@ def run(options: argparse.Namespace, rest: list[str]) -> int:
         given = ["--debug"] * options.debug + words
         if given:
             raise ValueError(f"{given[0]} is not an option of info --checkpoint; see --help.")
-        experiment = from_json(read_config(options.checkpoint))
+        run = RunReader(options.checkpoint)
+        with run.named():
+            experiment, steps = from_json(run.config()), run.checkpoints.steps()
     else:
         experiment = load_experiment(options, words)
     if names:
@@ -62,8 +66,9 @@ def run(options: argparse.Namespace, rest: list[str]) -> int:
             say(described(setting))
         return 0
     if options.checkpoint:
-        steps = CheckpointReader(Path(options.checkpoint) / CHECKPOINTS).steps()
         say(f"checkpoints: {', '.join(map(str, steps)) or 'none'}")
+        for line in _plan_lines(run.directory):
+            say(line)
     say(f"parameters: {num_parameters(on_any_device(experiment).build()):,}")
     for line in attention_lines(experiment.model):
         say(line)
@@ -78,6 +83,19 @@ def run(options: argparse.Namespace, rest: list[str]) -> int:
     return 0
 
 
+def _plan_lines(run_dir: Path) -> list[str]:
+    """Returns a line about the plan that `sample --tune` saved with a run; [] if there is none."""
+    from flowgen.experiments.tuning import read_tuned_plan
+
+    try:
+        tuned = read_tuned_plan(run_dir)
+    except FileNotFoundError:
+        return []
+    except ValueError as error:
+        return [str(error)]
+    return [f"plan.json: measured on {tuned.device} for {tuned.batch} samples at a time, {tuned.time}"]
+
+
 def estimates(experiment: Experiment) -> list[str]:
     """Returns lines of text about the memory and FLOP that an experiment needs and the machines that it fits on.
 
@@ -86,39 +104,69 @@ def estimates(experiment: Experiment) -> list[str]:
     """
     import jax
 
-    from flowgen.backend import MACHINES
+    from flowgen.backend import FSDP, MACHINES, TENSOR
     from flowgen.experiments.drawing import AT_ONCE
     from flowgen.experiments.estimates import training_cost
     from flowgen.nn import init
 
-    train, devices = experiment.train, jax.device_count()
-    rows = max(1, train.batch_size // (devices * train.accumulation))
-    cost = training_cost(experiment, rows)
+    train = experiment.train
+    axes = _axes(train)
+    devices = math.prod(axes.values())
+    rows = max(1, train.batch_size // (axes[FSDP] * train.accumulation))
+    sharded = train.parallel == "fsdp"
+    cost = training_cost(experiment, rows, axes if sharded else None)
     if cost is None:
         return []
     model, num = experiment.build(), min(AT_ONCE, getattr(getattr(experiment, "sampling", None), "num", 1))
-    drawn = experiment.sampling_cost(model, jax.eval_shape(lambda: init(model, jax.random.key(0))), num)
+    variables = jax.eval_shape(lambda: init(model, jax.random.key(0)))
+    drawn = experiment.sampling_cost(model, variables, num)
     told = f"{train.batch_size} on {devices} {'device' if devices == 1 else 'devices'}"
     told += f" in {train.accumulation} parts" if train.accumulation > 1 else ""
+    told += f"; the devices share the parameters, in a mesh of {axes[FSDP]} x {axes[TENSOR]}" if sharded else ""
     lines = [
         f"estimates by counting, for {rows} samples at a time on each device (train.batch_size {told}):",
-        *_training_lines(cost, str(getattr(experiment.model, "remat", False)).lower()),
+        *_training_lines(cost, str(getattr(experiment.model, "remat", False)).lower(), sharded),
         *_flop_lines(cost, drawn, train.batch_size),
     ]
+    weights = 0 if drawn is None else _weights_to_sample(drawn, variables, devices if sharded else 1)
     return lines + [
-        f"{machine.name}: {_training_fit(cost, rows, machine)}{_sampling_fit(cost, drawn, num, machine)}"
+        f"{machine.name}: {_training_fit(cost, rows, machine)}{_sampling_fit(weights, drawn, num, machine)}"
         for machine in MACHINES
         if machine.name in COMPARED
     ]
 
 
-def _training_lines(cost: TrainingCost, remat: str) -> list[str]:
+def _axes(train: TrainConfig) -> dict[str, int]:
+    """Returns the mesh that a run would use: `train.mesh`, or all devices of this machine on the first axis.
+
+    `train.mesh` may have more devices than this machine.
+    """
+    import jax
+
+    from flowgen.backend import FSDP, TENSOR
+
+    return dict(zip((FSDP, TENSOR), train.mesh or (jax.device_count(), 1), strict=True))
+
+
+def _weights_to_sample(drawn: SamplingCost, variables: Any, devices: int) -> int:
+    """Returns the bytes of the parameters and of their copy for decoding on each of the devices that share them."""
+    from flowgen.backend import FSDP, TENSOR
+    from flowgen.counting import bytes_of
+    from flowgen.training.sharding import bytes_per_device
+
+    whole = bytes_of(variables["params"])
+    share = bytes_per_device(variables["params"], {FSDP: 1, TENSOR: devices}) / whole
+    return int(share * (whole + drawn.weights))
+
+
+def _training_lines(cost: TrainingCost, remat: str, sharded: bool) -> list[str]:
     state = {"parameters": cost.parameters, "gradient": cost.gradient, "moments": cost.moments, "average": cost.average}
     stored = f"activations: {_bytes(cost.stored)} stored"
     if cost.recomputed is not None:
         stored += f", or {_bytes(cost.recomputed)} if the backward pass recomputes layers"
         stored += f" (model.remat is {remat})"
-    return ["training state: " + ", ".join(f"{name} {_bytes(size)}" for name, size in state.items()), stored]
+    named = ", ".join(f"{name} {_bytes(size)}" for name, size in state.items())
+    return [f"training state{' on each device' * sharded}: {named}", stored]
 
 
 def _flop_lines(cost: TrainingCost, drawn: SamplingCost | None, batch_size: int) -> list[str]:
@@ -144,10 +192,11 @@ def _training_fit(cost: TrainingCost, rows: int, machine: Machine) -> str:
     return f"training does not fit ({_bytes(needed)}; {instead})"
 
 
-def _sampling_fit(cost: TrainingCost, drawn: SamplingCost | None, num: int, machine: Machine) -> str:
+def _sampling_fit(weights: int, drawn: SamplingCost | None, num: int, machine: Machine) -> str:
+    """Returns a clause that says whether sampling fits in a machine's memory. weights: bytes of all weights."""
     if drawn is None:
         return ""
-    needed = cost.parameters + drawn.memory
+    needed = weights + drawn.memory
     fits = "fits" if needed <= machine.memory * 10**9 else "does not fit"
     return f", sampling {num} at a time {fits} ({_bytes(needed)})"
 

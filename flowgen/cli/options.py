@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import dataclasses
 import math
 import os
 import shlex
@@ -11,7 +12,6 @@ import textwrap
 import warnings
 from collections.abc import Callable, Sequence
 from functools import partial
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from flowgen.printable import printable
@@ -25,6 +25,10 @@ WIDTH = 120  # characters in a line of values
 MAX_VALUE = 60  # characters of a value in such a line
 BYTES_OF_PARAMETER = 4
 MAX_MESSAGE = 4000  # characters
+SHARING = (
+    "--train.parallel fsdp divides the parameters over the devices of this host, for a model that does not fit on one; "
+    "data copies them to every device. The default is the run's."
+)
 
 
 def finite_number(text: str) -> float:
@@ -118,15 +122,41 @@ def check_memory(parameters: int, *, copies: int) -> None:
     warnings.warn(message, stacklevel=2)
 
 
+def load_run(run_dir: str, step: int | str | None, *, ema: bool = True) -> tuple[Any, Any, Experiment]:
+    """Returns a run's model, its variables as numpy arrays, and its experiment without the mesh that it trained on."""
+    from flowgen.checkpoint import load_on_host
+
+    model, variables, experiment = load_on_host(run_dir, step, ema)
+    train = dataclasses.replace(experiment.train, mesh=None)
+    return model, variables, dataclasses.replace(experiment, train=train)
+
+
+def placed(variables: Any, experiment: Experiment, options: argparse.Namespace) -> Any:
+    """Returns a run's variables on the devices: divided over them if `train.parallel` is "fsdp", else on the first one.
+
+    The devices that a command makes, one per core of a CPU, share their memory, so nothing is divided over them.
+    """
+    import jax
+    import jax.numpy as jnp
+
+    from flowgen import backend
+    from flowgen.training.fsdp import divided_over_heads
+
+    of_cores = options.makes_devices and backend.platform() == "cpu"
+    if experiment.train.parallel == "fsdp" and jax.local_device_count() > 1 and not of_cores:
+        return divided_over_heads(variables)
+    return jax.tree.map(jnp.asarray, variables)
+
+
 def warn_of_guidance(experiment: Experiment, run_dir: str) -> None:
     """Warns if samples are guided, but the run did not train the unconditional branch.
 
     There is no warning for imported weights, whose unconditional branch may have been trained elsewhere.
     """
     from flowgen.experiments.autoregressive import AutoregressiveExperiment
-    from flowgen.runs import CHECKPOINTS, CheckpointReader
+    from flowgen.runs import RunReader
 
-    if isinstance(experiment, AutoregressiveExperiment) and CheckpointReader(Path(run_dir) / CHECKPOINTS).was_trained():
+    if isinstance(experiment, AutoregressiveExperiment) and RunReader(run_dir).checkpoints.was_trained():
         experiment.warn_of_guidance()
 
 

@@ -9,19 +9,19 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from flowgen.cli.options import say, step_or_best, warn_of_guidance
+from flowgen.cli.options import SHARING, load_run, placed, say, step_or_best, warn_of_guidance
 from flowgen.packages import missing
 
 
 def declare(parser: argparse.ArgumentParser) -> None:
     """Adds the command's options to its parser."""
-    parser.add_argument("--checkpoint", required=True, help="directory of a run")
+    parser.add_argument("--checkpoint", required=True, help="directory or URL of a run")
     parser.add_argument("--step", type=step_or_best, help="checkpoint to use: a number, or best (default: the latest)")
     parser.add_argument("--no-ema", action="store_true", help="use the trained parameters, not their average")
     parser.add_argument(
         "--out",
         default="samples.png",
-        help="file to write (default: samples.png): an image, or .npz with floats; for clips also .gif or .mp4",
+        help="file or URL to write (default: samples.png): an image, or .npz with floats; for clips also .gif or .mp4",
     )
     parser.add_argument(
         "--single", metavar="DIR", help="also write each sample to a file in this new directory: PNG, or GIF for clips"
@@ -32,7 +32,7 @@ def declare(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--prompts", metavar="FILE", help="text file with one prompt per line")
     parser.epilog = (
         "--autoencoder and --text-encoder override the paths recorded in the run. info --checkpoint lists a "
-        "run's fields and their values."
+        f"run's fields and their values. {SHARING}"
     )
 
 
@@ -61,33 +61,55 @@ def run(options: argparse.Namespace, rest: list[str]) -> int:
     """Runs the command and returns its exit code."""
     import numpy as np
 
-    from flowgen import checkpoint
     from flowgen.cli.grammar import apply_words
     from flowgen.cli.output import Output
+    from flowgen.places import Destination, check_local
 
-    output = Output(Path(options.out), None if options.single is None else Path(options.single))
+    for name in ("single", "prompts"):
+        check_local(f"--{name}", getattr(options, name) or "")
+    destination = Destination(options.out)
+    output = Output(destination.path, None if options.single is None else Path(options.single))
     output.check()
     prompts = _prompts(options)
-    model, params, experiment = checkpoint.load(options.checkpoint, options.step, ema=not options.no_ema)
+    model, params, experiment = load_run(options.checkpoint, options.step, ema=not options.no_ema)
     make_options = experiment.draw_options
     if make_options is None:
         raise ValueError(
             f"{options.checkpoint} is an autoencoder run, which cannot be sampled; train a flow on its latents."
         )
-    groups = ("sampling", "codec.path", "text.encoder")
+    groups = ("sampling", "codec.path", "text.encoder", "train.parallel")
     experiment, asked, given = apply_words(rest, experiment, make_options(), groups=groups)
     experiment = _with_prompts(experiment, prompts, given)
     output.check_fits(experiment, asked)
     _check_guidance(experiment, given)
     warn_of_guidance(experiment, options.checkpoint)
+    params = placed(params, experiment, options)
+    experiment = _with_plan(experiment, model, params, options.checkpoint, asked, given)
     more: dict[str, Any] = {"progress": _progress_bar()} if getattr(asked, "progress", False) else {}
     samples = experiment.draw(model, params, asked, say, **more)
     output.write(experiment, model, params, samples, asked)
-    say(f"Wrote {output.path}" + (f" and {len(samples.arrays)} files in {output.single}" if output.single else ""))
+    destination.send()
+    say(f"Wrote {options.out}" + (f" and {len(samples.arrays)} files in {output.single}" if output.single else ""))
     finite = np.isfinite(samples.arrays.reshape(len(samples.arrays), -1)).all(axis=1)
     if not finite.all():
         raise FloatingPointError(f"{(~finite).sum()} of {len(finite)} samples are not finite; lower --guidance.")
     return 0
+
+
+def _with_plan(experiment: Any, model: Any, params: Any, run_dir: str, asked: Any, given: set[str]) -> Any:
+    """Returns the experiment with the run's tuned plan, if one is asked for; with --tune, measures it first."""
+    from flowgen.experiments.drawing import AT_ONCE
+    from flowgen.experiments.tuning import TUNED, check_saves_plan, save_tuned_plan, with_tuned_plan
+
+    sampling, tune = experiment.sampling, getattr(asked, "tune", False)
+    if tune and "sampling.plan" in given and sampling.plan != TUNED:
+        raise ValueError("--tune chooses the plan; leave --plan out.")
+    if not tune and getattr(sampling, "plan", None) != TUNED:
+        return experiment
+    if tune:
+        check_saves_plan(run_dir)
+        save_tuned_plan(experiment, run_dir, model, params, asked, say)
+    return with_tuned_plan(experiment, run_dir, params, min(asked.batch or AT_ONCE, sampling.num))
 
 
 def _check_guidance(experiment: Any, given: set[str]) -> None:

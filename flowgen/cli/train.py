@@ -15,7 +15,9 @@ def declare(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--config", required=True, help="Python file with config(), or the name of one, such as tarflow_digits"
     )
-    parser.add_argument("--workdir", required=True, help="run directory; if it has a checkpoint, the run resumes")
+    parser.add_argument(
+        "--workdir", required=True, help="run directory, or its URL; if it has a checkpoint, the run resumes"
+    )
     parser.add_argument("--debug", action="store_true", help="shrink the experiment, so that it takes seconds on a CPU")
     parser.add_argument(
         "--distributed",

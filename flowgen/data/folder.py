@@ -2,27 +2,32 @@
 
 from __future__ import annotations
 
+import dataclasses
 import logging
 import math
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from functools import partial
-from pathlib import Path
+from typing import Protocol, runtime_checkable
 
 import numpy as np
 from jaxtyping import UInt8
 
-from flowgen.data.classes import tell_held_out, with_classes
+from flowgen.data.bucket import bucket_shards, list_bucket
+from flowgen.data.classes import numbered_classes, tell_held_out, with_classes
 from flowgen.data.dataset import ArrayDataset, BucketedDataset, DataConfig, Dataset, Split, hold_out_files
+from flowgen.data.entries import CLASS, TEXT, Listing, check_each_described
 from flowgen.data.file_dataset import FileDataset
 from flowgen.data.file_reader import FileReader
 from flowgen.data.image_files import UnreadableImage, is_colour, read_image, read_image_size
 from flowgen.data.inventory import tell, tell_converted
-from flowgen.data.listing import Listing, list_files
+from flowgen.data.listing import list_files
 from flowgen.data.media import IMAGE_FORMATS, pillow
+from flowgen.data.stored import Files, StoredFile, read_limited
+from flowgen.data.tar import list_shards, list_tar
 from flowgen.data.unreadable import OnCorrupt, tell_lost_classes
 from flowgen.data.workers import Job, workers_of
-from flowgen.documents import read_bytes
+from flowgen.places import is_remote
 from flowgen.text import ASPECTS, aspect_size, nearest_aspect
 
 _log = logging.getLogger(__name__)
@@ -60,9 +65,11 @@ def read_folder(
         dataset = read_folder(config, image_size=(64, 64), channels=3, split="train")
     """
     if channels not in (1, 3):
-        raise ValueError(f"model.channels is {channels}; set it to 1 (grey) or 3 (colour) for data.name 'folder'.")
+        raise ValueError(
+            f"model.channels is {channels}; set it to 1 (grey) or 3 (colour) for data.name '{config.name}'."
+        )
     pillow()
-    listing = opened(config.path, tuple(IMAGE_FORMATS), "images", config.classes)
+    listing = opened(config, tuple(IMAGE_FORMATS), "images")
     labels, class_names = listing.labels, listing.class_names
     chosen = hold_out_files(listing.names, config.eval_fraction, split)
     captions = read_captions(listing)
@@ -70,15 +77,15 @@ def read_folder(
         tell_held_out(labels, chosen, class_names, "images")
     if captions and config.on_corrupt == "skip":
         raise ValueError("data.on_corrupt is 'skip', but images with captions cannot be skipped; set it to 'refuse'.")
-    _tell_converted(config, [listing.root / listing.names[i] for i in chosen], channels)
+    _tell_converted(config, Files(listing.root, [listing.names[i] for i in chosen]), channels)
     in_memory = len(chosen) * math.prod(image_size) * channels <= config.in_memory_bytes
     if not in_memory:
         _log.info("Decoding '%s' batch by batch, because its images need more than data.in_memory_bytes.", config.path)
 
-    workers = workers_of(config.workers)
+    workers = workers_of(config.workers, config.path)
 
     def dataset(kept: list[int], size: tuple[int, int]) -> ArrayDataset | FileDataset:
-        files = [listing.root / listing.names[i] for i in kept]
+        files = Files(listing.root, [listing.names[i] for i in kept])
 
         def job(position: int) -> Job[UInt8[np.ndarray, "height width c"]]:
             return partial(read_image, files[position], size=size, channels=channels, crop=config.crop)
@@ -102,7 +109,7 @@ def read_folder(
         told([whole])
         return whole
     side = math.sqrt(math.prod(image_size))
-    aspects = _aspects([listing.root / listing.names[i] for i in chosen], config.on_corrupt, split)
+    aspects = _aspects(Files(listing.root, [listing.names[i] for i in chosen]), config.on_corrupt, split)
     sizes = {name: aspect_size(name, round(side), multiple) for name in ASPECTS}
     members = {
         name: [i for i, aspect in zip(chosen.tolist(), aspects, strict=True) if aspect == name] for name in ASPECTS
@@ -115,11 +122,11 @@ def read_folder(
     return BucketedDataset(readable)
 
 
-def _tell_converted(config: DataConfig, files: Sequence[Path], channels: int) -> None:
+def _tell_converted(config: DataConfig, files: Sequence[StoredFile], channels: int) -> None:
     """Warns if some images lose their colour, or if none has any but the model does. Looks at some files."""
     some = [files[i] for i in np.linspace(0, len(files) - 1, min(_LOOKED_AT, len(files))).astype(int)]
 
-    def colour(file: Path) -> bool | None:
+    def colour(file: StoredFile) -> bool | None:
         try:
             return is_colour(file)
         except UnreadableImage:
@@ -131,18 +138,49 @@ def _tell_converted(config: DataConfig, files: Sequence[Path], channels: int) ->
         tell_converted(f"The {'colour' if channels == 1 else 'grey'} images of data.path '{config.path}'", channels)
 
 
-def opened(path: str, suffixes: tuple[str, ...], what: str, classes: tuple[str, ...]) -> Listing:
-    """Lists the files of a folder, with labels mapped to `classes` by name. Warns about what was left out.
+@runtime_checkable
+class OfFiles(Protocol):
+    """A config that selects files. name: `folder` or `tar`."""
 
-    If `classes` is empty, the labels are not mapped.
+    @property
+    def name(self) -> str: ...
+
+    @property
+    def path(self) -> str: ...
+
+    @property
+    def classes(self) -> tuple[str, ...]: ...
+
+
+def listed(config: OfFiles, suffixes: tuple[str, ...], what: str) -> Listing:
+    """Lists the files with these suffixes that a config selects, in a folder or in tar files. Its path may be a URL.
 
     Example:
-        listing = opened("photos", (".png",), "images", ("cat", "dog"))
+        listing = listed(DataConfig("folder", path="photos"), (".png",), "images")
     """
-    listing = list_files(path, suffixes, what)
+    if is_remote(config.path):
+        if config.name == "tar":
+            return list_shards(bucket_shards(config.path, what), suffixes, what)
+        return list_bucket(config.path, suffixes, what)
+    return (list_tar if config.name == "tar" else list_files)(config.path, suffixes, what)
+
+
+def opened(config: OfFiles, suffixes: tuple[str, ...], what: str) -> Listing:
+    """Returns `listed`, with labels mapped to `config.classes` by name. Warns about what was left out.
+
+    If `config.classes` is empty, the labels are not mapped.
+
+    Example:
+        listing = opened(DataConfig("folder", path="photos", classes=("cat", "dog")), (".png",), "images")
+    """
+    listing, where = listed(config, suffixes, what), f"data.path '{config.path}'"
     if listing.left_out:
-        tell(f"Left out of data.path '{path}': {'; '.join(listing.left_out)}.")
-    return with_classes(listing, classes, f"data.path '{path}'")
+        tell(f"Left out of {where}: {'; '.join(listing.left_out)}.")
+    if listing.numbered and config.classes:
+        count, files = len(listing.class_names), f"{CLASS} files in {where}"
+        names = numbered_classes(count, config.classes, f"one of the {files}", f"The numbers in the {files} are")
+        return dataclasses.replace(listing, class_names=names)
+    return with_classes(listing, config.classes, where)
 
 
 def read_captions(listing: Listing) -> tuple[str, ...]:
@@ -153,26 +191,20 @@ def read_captions(listing: Listing) -> tuple[str, ...]:
     Example:
         captions = read_captions(list_files("photos", (".png",), "images"))
     """
-    missing = [name for name, caption in zip(listing.names, listing.captions, strict=True) if caption is None]
-    if len(missing) == len(listing):
+    if not any(listing.captions):
         return ()
-    if missing:
-        first = listing.root / missing[0]
-        raise ValueError(
-            f"data.path has captions for only {len(listing) - len(missing)} of {len(listing)} files; add "
-            f"'{first.with_suffix('.txt')}' and {len(missing) - 1} more, or remove the .txt files."
-        )
+    check_each_described(listing, listing.captions, TEXT, "captions")
     return tuple(_caption(listing.root / caption) for caption in listing.captions if caption is not None)
 
 
-def _caption(path: Path) -> str:
+def _caption(path: StoredFile) -> str:
     try:
-        return " ".join(read_bytes(path).decode("utf-8-sig").split())
+        return " ".join(read_limited(path).decode("utf-8-sig").split())
     except UnicodeDecodeError as error:
         raise ValueError(f"the caption '{path}' in data.path is not UTF-8 ({error}); convert it to UTF-8.") from error
 
 
-def _aspects(files: list[Path], on_corrupt: OnCorrupt, split: Split) -> list[str | None]:
+def _aspects(files: Sequence[StoredFile], on_corrupt: OnCorrupt, split: Split) -> list[str | None]:
     """Returns the nearest aspect of each image, read from its header, or None if the image is skipped."""
     found: list[str | None] = [None] * len(files)
     reader = FileReader(

@@ -2,17 +2,18 @@
 
 from __future__ import annotations
 
-import os
 import zlib
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+from typing import TypeVar
 
 import numpy as np
 
 from flowgen.data.clips import ClipsConfig
 from flowgen.data.crafter import CLASS_NAMES
 from flowgen.data.dataset import (
+    OF_FILES,
     BucketedDataset,
     DataConfig,
     Dataset,
@@ -21,15 +22,18 @@ from flowgen.data.dataset import (
     hold_out_files,
     image_set,
 )
+from flowgen.data.entries import Listing
 from flowgen.data.file_dataset import FileDataset
+from flowgen.data.folder import listed
 from flowgen.data.image_files import UnreadableImage, read_image_size
 from flowgen.data.inventory import Inventory
 from flowgen.data.latent_files import INDEX_FILE, LatentsConfig, read_index
 from flowgen.data.latents import LatentDataset, kind_of
-from flowgen.data.listing import Listing, list_files
 from flowgen.data.media import IMAGE_FORMATS
 from flowgen.data.named import DIGIT_NAMES
 from flowgen.data.npz import npz_classes, npz_marks
+from flowgen.data.stored import StoredFile, size_of
+from flowgen.data.tar import TarFolder
 from flowgen.data.video import READABLE, UnreadableVideo, video_size
 
 _CLIP_CLASSES = {"bouncing": DIGIT_NAMES, "crafter": CLASS_NAMES, "real": ()}
@@ -40,6 +44,7 @@ _IMAGES_SIZED, _VIDEOS_SIZED = 32, 4
 _MARKED_BYTES = 1 << 16
 
 Marks = Mapping[str, int | str]
+F = TypeVar("F")
 
 
 def found_classes(config: DataConfig | ClipsConfig | LatentsConfig) -> tuple[str, ...]:
@@ -52,7 +57,7 @@ def found_classes(config: DataConfig | ClipsConfig | LatentsConfig) -> tuple[str
     """
     if isinstance(config, LatentsConfig):
         return read_index(config.path).class_names
-    if config.name == "folder":
+    if config.name in OF_FILES:
         return _listed(config).class_names
     if config.name == "npz":
         return npz_classes(config.path)
@@ -76,7 +81,7 @@ def take_inventory(
     mirrored = 2 if isinstance(whole[0], LatentDataset) and getattr(config, "flip", False) else 1
     listing, sizes = None, ()
     if not isinstance(config, LatentsConfig):
-        listing = _listed(config) if config.name == "folder" else None
+        listing = _listed(config) if config.name in OF_FILES else None
         named = image_set(config.name)
         known = () if named is None or named.image_hw is None else (named.image_hw,)
         sizes = known if listing is None else _sizes(config, listing)
@@ -103,8 +108,8 @@ def take_inventory(
 
 def _listed(config: DataConfig | ClipsConfig) -> Listing:
     if isinstance(config, ClipsConfig):
-        return list_files(config.path, READABLE, "videos")
-    return list_files(config.path, tuple(IMAGE_FORMATS), "images")
+        return listed(config, READABLE, "videos")
+    return listed(config, tuple(IMAGE_FORMATS), "images")
 
 
 def _apart(dataset: Dataset | BucketedDataset) -> tuple[list[Dataset], list[Dataset]]:
@@ -123,9 +128,9 @@ def _sizes(config: DataConfig | ClipsConfig, listing: Listing) -> tuple[tuple[in
     """Returns (height, width) for some evenly spaced files, except unreadable ones."""
     is_video = isinstance(config, ClipsConfig)
     most = min(_VIDEOS_SIZED if is_video else _IMAGES_SIZED, len(listing))
-    files = [listing.root / listing.names[i] for i in np.linspace(0, len(listing) - 1, most).astype(int)]
+    files = [listing.files[i] for i in np.linspace(0, len(listing) - 1, most).astype(int)]
 
-    def size(file: Path) -> tuple[int, int] | None:
+    def size(file: StoredFile) -> tuple[int, int] | None:
         try:
             return video_size(file) if is_video else read_image_size(file)
         except (UnreadableImage, UnreadableVideo):
@@ -140,7 +145,7 @@ def _marks(config: DataConfig | ClipsConfig | LatentsConfig, listing: Listing | 
     if isinstance(config, LatentsConfig):
         folder = Path(config.path)
         files = [folder / INDEX_FILE, *sorted(folder.glob("*/*.npy"))]
-        return _marks_of(folder, [file.relative_to(folder).as_posix() for file in files], _mark), {}
+        return _marks_of(files, [file.relative_to(folder).as_posix() for file in files], _mark), {}
     if config.name == "npz":
         return npz_marks(config.path), {}
     train: dict[str, int | str] = {}
@@ -148,22 +153,24 @@ def _marks(config: DataConfig | ClipsConfig | LatentsConfig, listing: Listing | 
     if listing is not None:
         positions = hold_out_files(listing.names, config.eval_fraction, "eval") if config.eval_fraction else ()
         held = {listing.names[position] for position in positions}
-        for name, mark in _marks_of(listing.root, listing.names, os.path.getsize).items():
+        in_memory = isinstance(listing.root, TarFolder)  # Their sizes are known, so threads would only cost time.
+        sizes = map(size_of, listing.files) if in_memory else _marks_of(listing.files, listing.names, size_of).values()
+        for name, mark in zip(listing.names, sizes, strict=True):
             (held_out if name in held else train)[name] = mark
     if isinstance(config, ClipsConfig) and (images := config.images) is not None:
-        listing = _listed(images) if images.name == "folder" else None
+        listing = _listed(images) if images.name in OF_FILES else None
         for files, more in zip((train, held_out), _marks(images, listing), strict=True):
             files.update({f"{images.path}/{name}": mark for name, mark in more.items()})
     return train, held_out
 
 
-def _marks_of(root: Path, names: Sequence[str], mark: Callable[[str], int]) -> dict[str, int]:
+def _marks_of(files: Iterable[F], names: Sequence[str], mark: Callable[[F], int]) -> dict[str, int]:
     """Returns each file's fingerprint by name. Files are read in parallel, because network file systems are slow."""
     with ThreadPoolExecutor(max_workers=32) as pool:
-        return dict(zip(names, pool.map(lambda name: mark(os.path.join(root, name)), names), strict=True))
+        return dict(zip(names, pool.map(mark, files), strict=True))
 
 
-def _mark(file: str) -> int:
+def _mark(file: Path) -> int:
     """Returns a checksum of a file's size and first bytes, which changes if the data are encoded again."""
-    with open(file, "rb") as opened:
-        return zlib.crc32(opened.read(_MARKED_BYTES), os.path.getsize(file))
+    with file.open("rb") as opened:
+        return zlib.crc32(opened.read(_MARKED_BYTES), file.stat().st_size)

@@ -5,7 +5,6 @@ from __future__ import annotations
 import contextlib
 import io
 import math
-import os
 import struct
 import threading
 import zlib
@@ -18,6 +17,7 @@ from jaxtyping import UInt8
 
 from flowgen.data.depths import Samples, grey_bytes, hide_by_value, samples_of, without_range
 from flowgen.data.media import image_formats, pillow
+from flowgen.data.stored import AnyFile, ChangedData, StoredFile, stored
 from flowgen.data.unreadable import Unreadable
 from flowgen.data.upright import Turn, image_turn, without_metadata
 
@@ -47,7 +47,7 @@ class UnreadableImage(Unreadable):
 
 
 def read_image(
-    path: str | os.PathLike[str], *, size: tuple[int, int], channels: int, crop: Crop
+    path: AnyFile, *, size: tuple[int, int], channels: int, crop: Crop
 ) -> UInt8[np.ndarray, "height width c"]:
     """Returns the image in a file, turned upright, as a uint8 array of shape (*size, channels).
 
@@ -79,7 +79,7 @@ def read_image(
     return _with_image(path, pixels)
 
 
-def read_image_size(path: str | os.PathLike[str]) -> tuple[int, int]:
+def read_image_size(path: AnyFile) -> tuple[int, int]:
     """Returns the (height, width) of the image in a file, after turning it upright. Reads only the header.
 
     Raises UnreadableImage if the header alone shows that `read_image` would fail.
@@ -90,7 +90,7 @@ def read_image_size(path: str | os.PathLike[str]) -> tuple[int, int]:
     return _with_image(path, lambda image, turn: turn.size(image.height, image.width))
 
 
-def is_colour(path: str | os.PathLike[str]) -> bool:
+def is_colour(path: AnyFile) -> bool:
     """Returns whether the image in a file is stored in colour. Only the header is read.
 
     Raises UnreadableImage if the header alone shows that `read_image` would fail.
@@ -101,24 +101,27 @@ def is_colour(path: str | os.PathLike[str]) -> bool:
     return _with_image(path, lambda image, turn: pillow().getmodebase(image.mode) != "L")
 
 
-def _with_image(path: str | os.PathLike[str], use: Callable[[Image, Turn], T]) -> T:
+def _with_image(path: AnyFile, use: Callable[[Image, Turn], T]) -> T:
     """Returns the result of `use` for an open image and its turn. If this fails, retries without metadata."""
-    if Path(path).exists() and not Path(path).is_file():
-        raise UnreadableImage(f"'{path}' (not a file)")
+    file = stored(path)
+    if isinstance(file, Path) and file.exists() and not file.is_file():
+        raise UnreadableImage(f"'{file}' (not a file)")
     try:
-        with _opened(path) as image:
+        with _opened(file) as image:
             return use(image, image_turn(image))
     except UnreadableImage:
-        plain = without_metadata(Path(path).read_bytes()) if os.access(path, os.R_OK) else None
+        plain = None
+        with contextlib.suppress(OSError):
+            plain = without_metadata(file.read_bytes())
         if plain is None:
             raise
     content, turn = plain
-    with _opened(path, content) as image:
+    with _opened(file, content) as image:
         return use(image, turn)
 
 
 @contextlib.contextmanager
-def _opened(path: str | os.PathLike[str], content: bytes | None = None) -> Generator[Image]:
+def _opened(path: StoredFile, content: bytes | None = None) -> Generator[Image]:
     """Yields an open image. Converts Pillow's errors to UnreadableImage. content: bytes to read instead of the file."""
     module = pillow()
     import PIL
@@ -127,7 +130,7 @@ def _opened(path: str | os.PathLike[str], content: bytes | None = None) -> Gener
         # Given a name, Pillow would memory-map the file and then lose the orientation of a TIFF. The list of formats
         # excludes those, such as PostScript, for which Pillow starts external programs.
         with (
-            open(path, "rb") if content is None else io.BytesIO(content) as file,
+            path.open("rb") if content is None else io.BytesIO(content) as file,
             module.open(file, formats=image_formats()) as image,
         ):
             count, most = image.width * image.height, _MOST_OF_WEBP if image.format == "WEBP" else _MOST_PIXELS
@@ -137,7 +140,7 @@ def _opened(path: str | os.PathLike[str], content: bytes | None = None) -> Gener
                 raise UnreadableImage(f"'{path}' ({reason})")
             with _ONE_LARGE if count > _LARGE else contextlib.nullcontext():
                 yield image
-    except UnreadableImage:
+    except (UnreadableImage, ChangedData):
         raise
     except PIL.UnidentifiedImageError as error:
         raise UnreadableImage(f"'{path}' (not in a supported image format)") from error

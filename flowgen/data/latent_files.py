@@ -26,6 +26,7 @@ from flowgen.data.classes import checked_names, class_numbers
 from flowgen.data.dataset import NO_LABEL, BucketedDataset, Split
 from flowgen.data.latents import Kind, LatentDataset, Shard
 from flowgen.documents import ARRAY_DAMAGE, check_regular, inside, read_json
+from flowgen.places import check_local
 from flowgen.settings import config
 from flowgen.settings.ranges import NonNegative, ProperFraction, Within
 
@@ -219,6 +220,7 @@ def read_index(directory: str | os.PathLike[str]) -> LatentIndex:
     Example:
         read_index("data/latents").provenance
     """
+    check_local("data.path", directory)
     path = Path(directory) / INDEX_FILE
     if not path.is_file():
         raise FileNotFoundError(

@@ -8,10 +8,12 @@ from pathlib import Path
 import numpy as np
 from jaxtyping import Shaped
 
-from flowgen.data.classes import checked_names, with_classes
+from flowgen.data.bucket_files import bucket_file
+from flowgen.data.classes import checked_names, numbered_classes, with_classes
 from flowgen.data.dataset import NO_LABEL, ArrayDataset, DataConfig
-from flowgen.data.inventory import name_list, tell
+from flowgen.data.stored import StoredFile
 from flowgen.documents import ARRAY_DAMAGE
+from flowgen.places import is_remote
 
 _ARRAYS = ("images", "labels", "class_names")
 # A label at or above this value must be smaller than the number of labels. Otherwise, it is unlikely to be a class.
@@ -36,7 +38,7 @@ def read_npz(config: DataConfig, size: tuple[int, int]) -> ArrayDataset:
         np.savez("shapes.npz", images=images, labels=labels, class_names=["circle", "square"])
         dataset = read_npz(DataConfig("npz", path="shapes.npz"), (32, 32))
     """
-    path = Path(config.path)
+    path = _file(config.path)
     arrays, names = _read_arrays(path, _ARRAYS)
     if "images" not in arrays:
         raise ValueError(
@@ -51,7 +53,8 @@ def read_npz(config: DataConfig, size: tuple[int, int]) -> ArrayDataset:
         return ArrayDataset(images, np.full(len(images), NO_LABEL, np.int32))
     class_names = _named_classes(path, arrays, len(images))
     if "class_names" not in arrays and config.classes and class_names:
-        class_names = _numbered(path, len(class_names), config.classes)
+        absent = f"data.path '{path}' has no array 'class_names', so its labels are"
+        class_names = numbered_classes(len(class_names), config.classes, f"'labels' in data.path '{path}'", absent)
     dataset = ArrayDataset(images, arrays["labels"].astype(np.int32), class_names=class_names)
     return with_classes(dataset, config.classes, f"data.path '{path}'")
 
@@ -62,8 +65,9 @@ def npz_classes(path: str) -> tuple[str, ...]:
     Example:
         npz_classes("shapes.npz")  # ("circle", "square")
     """
-    arrays, _ = _read_arrays(Path(path), ("labels", "class_names"))
-    return _named_classes(Path(path), arrays, None) if "labels" in arrays else ()
+    file = _file(path)
+    arrays, _ = _read_arrays(file, ("labels", "class_names"))
+    return _named_classes(file, arrays, None) if "labels" in arrays else ()
 
 
 def npz_marks(path: str) -> dict[str, int]:
@@ -72,11 +76,15 @@ def npz_marks(path: str) -> dict[str, int]:
     Example:
         npz_marks("shapes.npz")  # {"images.npy": 2774512934, "labels.npy": 1037565863}
     """
-    with zipfile.ZipFile(path) as file:
+    with _file(path).open("rb") as opened, zipfile.ZipFile(opened) as file:
         return {part.filename: part.CRC for part in file.infolist() if Path(part.filename).stem in _ARRAYS}
 
 
-def _named_classes(path: Path, arrays: dict[str, np.ndarray], count: int | None) -> tuple[str, ...]:
+def _file(path: str) -> StoredFile:
+    return bucket_file(path) if is_remote(path) else Path(path)
+
+
+def _named_classes(path: StoredFile, arrays: dict[str, np.ndarray], count: int | None) -> tuple[str, ...]:
     """Returns the class names that labels index. count: number of images, if known."""
     labels = arrays["labels"]
     _check_labels(path, labels, labels.size if count is None else count)
@@ -97,24 +105,9 @@ def _named_classes(path: Path, arrays: dict[str, np.ndarray], count: int | None)
     return checked_names(tuple(names.tolist()), f"'class_names' in data.path '{path}'")
 
 
-def _numbered(path: Path, count: int, classes: tuple[str, ...]) -> tuple[str, ...]:
-    """Returns the classes of a run, which labels index if the file has no class names."""
-    if count > len(classes):
-        raise ValueError(
-            f"'labels' in data.path '{path}' contains {count - 1}, but data.classes lists only {len(classes)} names "
-            f"({name_list(classes)}), numbered from 0; correct the labels."
-        )
-    if classes[:count] != tuple(map(str, range(count))):
-        tell(
-            f"data.path '{path}' has no array 'class_names', so its labels are read as positions in data.classes "
-            f"(0 is {classes[0]})."
-        )
-    return classes
-
-
-def _read_arrays(path: Path, names: tuple[str, ...]) -> tuple[dict[str, np.ndarray], list[str]]:
+def _read_arrays(path: StoredFile, names: tuple[str, ...]) -> tuple[dict[str, np.ndarray], list[str]]:
     """Returns those of the requested arrays that are in the file, and the names of all its arrays."""
-    if not path.is_file():
+    if isinstance(path, Path) and not path.is_file():
         raise FileNotFoundError(f"data.path '{path}' is not a file; give the path of an .npz file.")
     try:
         # np.load would try to unpickle any file that is not a zip archive, and it leaks files that it opens itself.
@@ -127,7 +120,7 @@ def _read_arrays(path: Path, names: tuple[str, ...]) -> tuple[dict[str, np.ndarr
         ) from error
 
 
-def _check_images(path: Path, images: Shaped[np.ndarray, "..."], size: tuple[int, int]) -> None:
+def _check_images(path: StoredFile, images: Shaped[np.ndarray, "..."], size: tuple[int, int]) -> None:
     where = f"'images' in data.path '{path}'"
     if np.issubdtype(images.dtype, np.floating):
         raise ValueError(
@@ -147,7 +140,7 @@ def _check_images(path: Path, images: Shaped[np.ndarray, "..."], size: tuple[int
         )
 
 
-def _check_labels(path: Path, labels: Shaped[np.ndarray, "..."], count: int) -> None:
+def _check_labels(path: StoredFile, labels: Shaped[np.ndarray, "..."], count: int) -> None:
     where = f"'labels' in data.path '{path}'"
     if labels.dtype.kind not in "iu" or labels.shape != (count,):
         raise ValueError(

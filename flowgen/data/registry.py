@@ -11,6 +11,7 @@ from jaxtyping import UInt8
 from flowgen.arrays import check_count, shown
 from flowgen.data.classes import tell_held_out, with_classes
 from flowgen.data.dataset import (
+    OF_FILES,
     BucketedDataset,
     DataConfig,
     Dataset,
@@ -25,7 +26,7 @@ from flowgen.data.inventory import tell_converted
 from flowgen.data.npz import read_npz
 from flowgen.nn.checks import ImageSize, image_sides
 
-_WITH_PATH = ("folder", "npz")
+_WITH_PATH = (*OF_FILES, "npz")
 
 
 def load(
@@ -61,9 +62,9 @@ def load(
     if config.name not in _WITH_PATH and config.path:
         raise ValueError(
             f"data.path is '{config.path}', but data.name '{config.name}' does not read from a path; "
-            f"set data.name to 'folder' or 'npz', or leave data.path empty."
+            f"set data.name to 'folder', 'tar' or 'npz', or leave data.path empty."
         )
-    if config.name == "folder":
+    if config.name in OF_FILES:
         return read_folder(config, image_size=sides, channels=channels, split=split, multiple=multiple)
     named = image_set(config.name)
     dataset = read_npz(config, sides) if named is None else named.read(config, sides)

@@ -13,6 +13,7 @@ from jaxtyping import Float, UInt8
 
 from flowgen.data.image_files import Crop, fit
 from flowgen.data.media import atomic_file, check_writable, pillow
+from flowgen.data.stored import AnyFile, size_of
 from flowgen.data.upright import Turn
 from flowgen.data.video_frames import BT709, LIMITED_RANGE, frame_pixels, frame_turn, to_bt709
 from flowgen.data.video_streams import SAME_TIME, UnreadableVideo, av, last_end, opened, shown_frames
@@ -28,7 +29,7 @@ _CRF = "16"
 _TIMES = 1 << 16
 
 
-def video_length(path: str | os.PathLike[str]) -> tuple[float, float]:
+def video_length(path: AnyFile) -> tuple[float, float]:
     """Returns a video's duration in seconds and its frame rate. Raises UnreadableVideo if the file is not a video.
 
     A video begins with its first key frame and ends with its last complete frame, whatever the file's header states.
@@ -40,7 +41,7 @@ def video_length(path: str | os.PathLike[str]) -> tuple[float, float]:
         return last_end(path), video.rate
 
 
-def video_size(path: str | os.PathLike[str]) -> tuple[int, int]:
+def video_size(path: AnyFile) -> tuple[int, int]:
     """Returns a video's displayed (height, width). Raises UnreadableVideo if the file is not a video.
 
     Example:
@@ -51,7 +52,7 @@ def video_size(path: str | os.PathLike[str]) -> tuple[int, int]:
     return frame_turn(frame).size(frame.height, max(1, round(frame.width * video.pixel_aspect)))
 
 
-def frame_times(path: str | os.PathLike[str], *, fps: float | int | None = None) -> Float[np.ndarray, " n"]:
+def frame_times(path: AnyFile, *, fps: float | int | None = None) -> Float[np.ndarray, " n"]:
     """Returns the times in seconds at which `read_clip` finds frames. The first key frame is at time 0.
 
     If fps is None, these are the times of the video's own frames, which are found without decoding. Otherwise, they are
@@ -69,14 +70,14 @@ def frame_times(path: str | os.PathLike[str], *, fps: float | int | None = None)
     seconds = last_end(path)
     # Up to a quarter of a frame may be missing at the end, because some containers round times to milliseconds.
     count = math.floor(seconds * fps + 0.25)
-    if count > os.path.getsize(path) + _TIMES:
+    if count > size_of(path) + _TIMES:
         reason = f"claims to last {seconds:.3g} seconds, which at {fps:g} frames per second is impossible for its size"
         raise UnreadableVideo(path, reason, "convert it again")
     return np.arange(count) / fps
 
 
 def read_clip(
-    path: str | os.PathLike[str],
+    path: AnyFile,
     frames: int,
     image_size: tuple[int, int],
     channels: int,

@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import os
-from typing import Any, BinaryIO
+from typing import Any
 
 import numpy as np
+
+from flowgen.data.stored import OpenedFile
 
 # Containers that store packets consecutively, without an index of their positions.
 _IN_ORDER = ("matroska,webm", "flv")
@@ -35,7 +37,7 @@ class Losses:
             missing = losses.before(packet)
     """
 
-    def __init__(self, file: BinaryIO, container: Any, stream: Any, rate: float) -> None:
+    def __init__(self, file: OpenedFile, container: Any, stream: Any, rate: float) -> None:
         self._file, self._stream, self._rate = file, stream, rate
         self._kind: str = container.format.name
         self._claimed = (container.duration or 0) / 1e6
@@ -75,7 +77,10 @@ class Losses:
         if self._kind not in _IN_ORDER or self._at is None or (self._claimed - end) * self._rate < _JUMP:
             return False
         # A truncated file ends in the middle of the next packet.
-        return os.fstat(self._file.fileno()).st_size - self._end > 2 * self._largest + _BETWEEN
+        stands = self._file.tell()
+        size = self._file.seek(0, os.SEEK_END)
+        self._file.seek(stands)
+        return size - self._end > 2 * self._largest + _BETWEEN
 
     def _frames_between(self, before: Any, packet: Any) -> float:
         """Returns the number of frames from one packet to a later one."""

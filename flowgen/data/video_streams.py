@@ -10,8 +10,9 @@ import math
 import os
 from collections.abc import Generator, Iterator
 from pathlib import Path
-from typing import Any, BinaryIO, NamedTuple
+from typing import Any, NamedTuple
 
+from flowgen.data.stored import AnyFile, ChangedData, OpenedFile, StoredFile, stored
 from flowgen.data.unreadable import Unreadable
 from flowgen.data.video_losses import Losses
 from flowgen.packages import need
@@ -34,7 +35,7 @@ class UnreadableVideo(Unreadable):
         raise UnreadableVideo("clip.mp4", "is damaged", "convert it again or remove it")
     """
 
-    def __init__(self, path: str | os.PathLike[str], reason: str, remedy: str) -> None:
+    def __init__(self, path: AnyFile, reason: str, remedy: str) -> None:
         super().__init__(f"'{path}' {reason}; {remedy}.")
         self._named = f"'{path}' {reason}"
 
@@ -70,7 +71,7 @@ class Video:
         with opened("clip.mp4") as video: ...
     """
 
-    path: str | os.PathLike[str]
+    path: AnyFile
     container: Any
     stream: Any
     start: float
@@ -151,7 +152,7 @@ def av() -> Any:
 
 
 @contextlib.contextmanager
-def opened(path: str | os.PathLike[str]) -> Generator[Video]:
+def opened(path: AnyFile) -> Generator[Video]:
     """Yields the video in a file. Does not open other files to which this file refers.
 
     Raises UnreadableVideo if the container is not supported, if there is no video or frame rate, or if frames have more
@@ -178,14 +179,13 @@ def opened(path: str | os.PathLike[str]) -> Generator[Video]:
 
 
 @contextlib.contextmanager
-def _container(path: str | os.PathLike[str]) -> Generator[tuple[Any, BinaryIO]]:
-    if not Path(path).is_file():
-        raise FileNotFoundError(f"'{path}' is not a file; give the path of a video, such as clip.mp4.")
+def _container(path: AnyFile) -> Generator[tuple[Any, OpenedFile]]:
     options = {"format_whitelist": _CONTAINERS, "protocol_whitelist": "none"}
-    # FFmpeg is given an open file, because it would interpret protocols and patterns in a file name.
-    with os.fdopen(os.open(path, os.O_RDONLY | getattr(os, "O_BINARY", 0)), "rb") as file:
+    with _opened(stored(path)) as file:
         try:
             container = av().open(file, container_options=options, metadata_errors="replace")
+        except ChangedData:
+            raise
         except (av().FFmpegError, ValueError, OSError) as error:
             reason = getattr(error, "strerror", None) or str(error)
             raise UnreadableVideo(path, f"is not a readable video ({reason})", "convert it to mp4") from error
@@ -193,7 +193,16 @@ def _container(path: str | os.PathLike[str]) -> Generator[tuple[Any, BinaryIO]]:
             yield container, file
 
 
-def _stream(path: str | os.PathLike[str], container: Any) -> Any:
+def _opened(file: StoredFile) -> OpenedFile:
+    if not isinstance(file, Path):
+        return file.open("rb")
+    if not file.is_file():
+        raise FileNotFoundError(f"'{file}' is not a file; give the path of a video, such as clip.mp4.")
+    # FFmpeg is given an open file without a name, because it would interpret protocols and patterns in a name.
+    return os.fdopen(os.open(file, os.O_RDONLY | getattr(os, "O_BINARY", 0)), "rb")
+
+
+def _stream(path: AnyFile, container: Any) -> Any:
     """Returns a container's first decodable video stream that is not cover art."""
     cover = av().stream.Disposition.attached_pic
     shown = (stream for stream in container.streams.video if not stream.disposition & cover)
@@ -230,7 +239,7 @@ def _has_time(part: Any) -> bool:
     return part.pts is not None or part.dts is not None
 
 
-def last_end(path: str | os.PathLike[str]) -> float:
+def last_end(path: AnyFile) -> float:
     """Returns the time at which a video's last complete frame ends, according to its packets rather than its header."""
     # This time is determined by the packets from the last key frame on, and seeking to the end leads to that key frame.
     # In # MPEG-TS, however, seeking can lead to any packet, and the frame shown last may precede others in packet
@@ -248,7 +257,7 @@ def last_end(path: str | os.PathLike[str]) -> float:
     return 0.0
 
 
-def shown_frames(path: str | os.PathLike[str], start: float | int = 0.0) -> Iterator[tuple[Shown, Video]]:
+def shown_frames(path: AnyFile, start: float | int = 0.0) -> Iterator[tuple[Shown, Video]]:
     """Yields the frames of a video, beginning with the one that is shown at `start` seconds.
 
     Raises UnreadableVideo if there are no frames from `start` on, or one of them is damaged.

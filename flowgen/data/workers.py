@@ -15,6 +15,7 @@ from typing import Any, Literal, NamedTuple, TypeVar
 from flowgen.backend import available_cores
 from flowgen.data.unreadable import Unreadable
 from flowgen.packages import missing
+from flowgen.places import is_remote
 
 T = TypeVar("T")
 Job = Callable[[], T]
@@ -22,8 +23,8 @@ Job = Callable[[], T]
 _CORES_OF_THREADS = 8
 # A process needs about 200 MB. These suffice for more images per second than one process can pass to its devices.
 _MOST_PROCESSES = 32
-# Threads beyond one per core, for those that wait for a disk.
-_WAITING = 4
+# Threads beyond one per core, because some wait for a disk or, with many more threads, for a bucket.
+_WAIT_FOR_DISK, _WAIT_FOR_BUCKET = 4, 64
 _WATCH_SECONDS = 1.0
 _STARTING = threading.Lock()
 
@@ -37,7 +38,8 @@ class Failure(NamedTuple):
 class Workers:
     """Reads files on all cores.
 
-    processes: number of processes that read; 0 reads in threads of this process.
+    processes: number of processes that read; 0 reads in threads of this process. remote: whether the files are in a
+    bucket, so that most threads wait.
 
     Raises ModuleNotFoundError if processes are requested but loky is not installed.
 
@@ -45,8 +47,8 @@ class Workers:
         contents = Workers(0).read([partial(read_image, path, size=(8, 8), channels=1, crop="center")])
     """
 
-    def __init__(self, processes: int):
-        self.processes = processes
+    def __init__(self, processes: int, *, remote: bool = False):
+        self.processes, self._waiting = processes, _WAIT_FOR_BUCKET if remote else _WAIT_FOR_DISK
         if processes:
             _import_loky()
 
@@ -58,7 +60,7 @@ class Workers:
         Raises RuntimeError if a process was killed.
         """
         if not self.processes:
-            return list(_shared(_threads).map(_read_one, jobs))
+            return list(_shared(_threads, available_cores() + self._waiting).map(_read_one, jobs))
         share = max(1, math.ceil(len(jobs) / self.processes))
         parts = [jobs[start : start + share] for start in range(0, len(jobs), share)]
         executor = _shared(_processes, self.processes)
@@ -73,20 +75,21 @@ class Workers:
             ) from error
 
 
-def workers_of(count: int | Literal["auto"]) -> Workers:
-    """Returns the workers for a value of `data.workers`.
+def workers_of(count: int | Literal["auto"], path: str) -> Workers:
+    """Returns the workers for a value of `data.workers` and the path of the data.
 
-    "auto" reads in threads on up to eight cores. On more cores, it reads in one process per core, up to 32, if loky is
-    installed.
+    "auto" reads in threads on up to eight cores, and from buckets. On more cores, it reads in one process per core, up
+    to 32, if loky is installed.
 
     Example:
-        workers_of("auto").processes
+        workers_of("auto", "photos").processes
     """
+    remote = is_remote(path)
     if count != "auto":
-        return Workers(count)
+        return Workers(count, remote=remote)
     cores = available_cores()
-    if cores <= _CORES_OF_THREADS:
-        return Workers(0)
+    if remote or cores <= _CORES_OF_THREADS:
+        return Workers(0, remote=remote)
     try:
         return Workers(min(cores, _MOST_PROCESSES))
     except ModuleNotFoundError:
@@ -111,9 +114,9 @@ def _shared(make: Callable[..., T], *arguments: int) -> T:
 
 
 @functools.cache
-def _threads() -> ThreadPoolExecutor:
+def _threads(count: int) -> ThreadPoolExecutor:
     """Returns the threads that all datasets share."""
-    return ThreadPoolExecutor(available_cores() + _WAITING, thread_name_prefix="flowgen-read")
+    return ThreadPoolExecutor(count, thread_name_prefix="flowgen-read")
 
 
 @functools.cache

@@ -4,6 +4,7 @@ from flowgen.decoding.clips import Clip
 from flowgen.decoding.plan import DecodePlan, Jacobi, Sequential, SlidingWindow, resolve_plan
 from flowgen.decoding.request import DecodeResult, Denoiser
 from flowgen.decoding.sampler import invert, sample, sample_and_log_prob
+from flowgen.decoding.tuning import Measurement, Tuning, measure_plans, tune
 from flowgen.guidance import Guidance, linear_rule, product_rule
 
 __all__ = [
@@ -13,12 +14,16 @@ __all__ = [
     "Denoiser",
     "Guidance",
     "Jacobi",
+    "Measurement",
     "Sequential",
     "SlidingWindow",
+    "Tuning",
     "invert",
     "linear_rule",
+    "measure_plans",
     "product_rule",
     "resolve_plan",
     "sample",
     "sample_and_log_prob",
+    "tune",
 ]

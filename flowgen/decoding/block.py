@@ -5,12 +5,13 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import dataclass, field, replace
 from functools import partial
+from typing import Any
 
 import jax
 import jax.numpy as jnp
-from jaxtyping import Array, Bool, Float, Int
+from jaxtyping import Array, Bool, Float
 
-from flowgen.attention import causal_kernel
+from flowgen.attention.slices import Start, positions
 from flowgen.backend import cache_stages
 from flowgen.conditioning import Condition, unconditional
 from flowgen.decoding.implicit import back_substitution, with_derivatives
@@ -65,9 +66,8 @@ class GuidedBlock:
 
     @property
     def can_pull_back(self) -> bool:
-        """Whether `pull_back` works: the cache keeps a slot per token, and in full precision, because it adds up."""
-        transformer = self.block.config.transformer
-        return causal_kernel(transformer.attention).has_slots and transformer.dtype != "bfloat16"
+        """Whether `pull_back` works: the cache grows by a slot per token, and is precise, because cotangents add up."""
+        return self.block.has_growing_caches and self.block.config.transformer.dtype != "bfloat16"
 
     def pull_back(
         self, x: Float[Array, "b n c"], z: Float[Array, "b n c"], context: Float[Array, "b m c"] | None, change: Array
@@ -107,11 +107,13 @@ class GuidedBlock:
             caches = block.apply(variables, branches, begin + length, both.cond, factors, method="prefill")
             if not begin:
                 return caches
-            return both.parameters(block.apply(variables, known, method="previous"), 0, caches)[2]
+            rows = block.apply(variables, known, method="previous")
+            return block.accept(caches, both.parameters(rows, 0, caches)[2])
 
         return Conditioner(
             window=both.parameters,
             rewind=block.rewind,
+            accept=lambda before, after, count=None: block.accept(before, after, self._of_branches(count)),
             begin_cache=begin_cache,
             first=known[:, -1:] if begin else block.apply(variables, known, method="first_previous"),
             begin=begin,
@@ -122,24 +124,29 @@ class GuidedBlock:
         )
 
     def parameters(
-        self, previous: Float[Array, "b w c"], start: Int[Array, ""] | int, caches: tuple | None
+        self, previous: Float[Array, "b w c"], start: Start, caches: tuple | None
     ) -> tuple[Float[Array, "b w c"], Float[Array, "b w c"], tuple | None]:
-        """Returns (shift, log_scale, updated caches) for the tokens that follow `previous`, with guidance applied.
+        """Returns (shift, log_scale, window) for the tokens that follow `previous`, with guidance applied.
 
         previous: the network's inputs, beginning with row `start`. Both branches of guidance run as one batch, so
-        `self.cond` must contain the conditions of both branches.
+        `self.cond` must contain the conditions of both branches. The result `window` is what the block's `accept` needs
+        to add these rows to the caches of both branches.
         """
         batch, width = previous.shape[:2]
-        state = BlockState(start, caches, self._inverse_temperature(batch))
-        rows = previous if self.guidance is None else jnp.concatenate([previous, previous])
-        shift, log_scale, caches = self.block.apply(self.variables, rows, self.cond, state, method="conditioner")
+        state = BlockState(self._of_branches(start), caches, self._inverse_temperature(batch))
+        rows = self._of_branches(previous)
+        shift, log_scale, window = self.block.apply(self.variables, rows, self.cond, state, method="conditioner")
         if self.guidance is None:
-            return shift, log_scale, caches
-        tokens = start + jnp.arange(width) + self.block.num_passthrough
+            return shift, log_scale, window
+        tokens = positions(start, width) + self.block.num_passthrough
         progress = tokens / max(self.block.config.num_tokens - 1, 1)
         conditional: AffineParameters = (shift[:batch], log_scale[:batch])
         unconditional: AffineParameters = (shift[batch:], log_scale[batch:])
-        return *self.guidance.combine(conditional, unconditional, progress[None, :, None]), caches
+        return *self.guidance.combine(conditional, unconditional, progress[:, :, None]), window
+
+    def _of_branches(self, x: Any) -> Any:
+        """An array with one row per sample, repeated for both branches of guidance; anything else as it is."""
+        return x if self.guidance is None or x is None or not jnp.ndim(x) else jnp.concatenate([x, x])
 
     def _with_both_conditions(self) -> GuidedBlock:
         """This block; with guidance, `cond` is replaced by the conditions of both branches, conditional first."""

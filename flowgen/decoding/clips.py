@@ -32,8 +32,9 @@ class Clip:
     restart_cond: the condition for restarts, such as the texts used in training for clips without their first frame;
     None means the clip's condition.
     progress: a function that is called on the host as progress(solved, total) whenever the deep block solves tokens;
-    `solved` is the number of tokens just solved, and `total` is the number of tokens to solve per clip. The program
-    does not wait for this call. Passing a different function causes recompilation.
+    `solved` is the number of tokens just solved, and `total` is the number of tokens to solve per clip. With a sliding
+    window, `solved` counts the tokens of the slowest clip, and may be 0. The program does not wait for this call.
+    Passing a different function causes recompilation.
 
     Example:
         r = sample(flow, params, jax.random.key(0), 2, texts, clip=Clip(frames=41, given=noisy_first_frames))

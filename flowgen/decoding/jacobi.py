@@ -29,10 +29,10 @@ OVERFLOW = 1e6
 
 
 class PreviousFrame(NamedTuple):
-    """The last frame's worth of tokens before the next window, and how many of these tokens are known."""
+    """The last frame's worth of tokens before the next window, and how many are known, in all samples or in each."""
 
     tokens: Float[Array, "b p c"]
-    known: Int[Array, ""]
+    known: Int[Array, ""] | Int[Array, " b"]
 
     def guess(self, noise: Float[Array, "b w c"]) -> Float[Array, "b w c"]:
         """Returns a guess for each token of the next window.
@@ -41,7 +41,8 @@ class PreviousFrame(NamedTuple):
         """
         period = self.tokens.shape[1]
         place = jnp.arange(noise.shape[1]) % period
-        return jnp.where((place >= period - self.known)[None, :, None], self.tokens[:, place], noise)
+        is_known = place[None] >= period - jnp.reshape(self.known, (-1, 1))
+        return jnp.where(is_known[:, :, None], self.tokens[:, place], noise)
 
     def then(self, tokens: Float[Array, "b w c"]) -> PreviousFrame:
         """Returns the `PreviousFrame` for the window after `tokens`, which have now been solved."""
@@ -59,11 +60,18 @@ def as_it_is(cache: Any, length: int) -> Any:
     return cache
 
 
+def all_accepted(before: Any, window: Any, count: Array | None = None) -> Any:
+    """Returns the window, which is itself the cache with all inputs added; the default of `Conditioner.accept`."""
+    return window
+
+
 class Conditioner(NamedTuple):
     """What a solver needs to know about a block, and where the solver begins.
 
-    window(previous, start, cache) -> (shift, log_scale, cache): parameters of the tokens after `previous`.
+    window(previous, start, cache) -> (shift, log_scale, window): parameters of the tokens after `previous`.
     rewind(before, after) -> cache: a cache from which the same window can run again.
+    accept(before, window, count=None) -> cache: the cache `before` with the first `count` inputs of the window added,
+        one number per sample; None means all inputs.
     begin_cache(length) -> cache: a cache that contains the prefix and the known tokens, with room for `length` more.
     grow(cache, length) -> cache: the same cache with room for `length` tokens after the known ones.
     first: the network's input for the first token to be solved. begin: the row of that input.
@@ -80,6 +88,7 @@ class Conditioner(NamedTuple):
     previous_frame: PreviousFrame | None = None
     solved: Callable[[Array], None] = ignore
     grow: Callable[[Any, int], Any] = as_it_is
+    accept: Callable[..., Any] = all_accepted
     stages: int = 1
 
 
@@ -200,7 +209,8 @@ def _sweep(conditioner: Conditioner, plan: Jacobi, before: _Before, window: _Win
     """One pass over a window, which computes each token from the guesses of the tokens before it."""
     previous = jnp.concatenate([before.last, state.guess[:, :-1]], axis=1)
     cache = conditioner.rewind(before.cache, state.cache)
-    shift, log_scale, cache = conditioner.window(bounded(previous), conditioner.begin + window.start, cache)
+    shift, log_scale, after = conditioner.window(bounded(previous), conditioner.begin + window.start, cache)
+    cache = conditioner.accept(cache, after)
     out = to_data(window.noise, shift, log_scale)
     residual = _change(out, state.guess, window.real)
     converged = _has_converged(plan, out, state.guess, window.real, residual)

@@ -35,9 +35,10 @@ class Jacobi:
 
     Each window repeats the sweep x <- shift(x) + exp(log_scale(x)) · z. By default, a sample is frozen once none of its
     tokens changes by more than `tol` (max norm, data units). After k sweeps, the first k tokens of a window are exact.
-    The default `max_sweeps=None` allows one sweep per token of the window, which is always enough.
 
     window: number of tokens solved together; None means one window over all tokens, and 1 means sequential decoding.
+    tol: largest change in a sweep at which a sample counts as solved; 0 is exact.
+    max_sweeps: largest number of sweeps per window; None allows one per token of the window, which is always enough.
     init: initial guess for a window. "noise" is the noise itself, "zeros" is all zeros, and "previous_frame" is the
     tokens of the previous frame. If there is no previous frame, "previous_frame" means the noise.
     stop: when a window is solved. "max_change" is the rule above. "relative_mse" is the rule of STARFlow and STARFlow-V
@@ -58,15 +59,16 @@ class Jacobi:
 
 @config
 class SlidingWindow:
-    """Decodes by sweeps over a window, which advances past the solved tokens (at least one) after each sweep.
+    """Decodes by sweeps over a window per sample, which advances past the solved tokens (at least one) in each sweep.
 
-    Each sweep accepts the longest prefix of the window that changed by at most `tol` in every sample of the batch, plus
-    the next token (Song et al. 2021, arXiv 2002.03629). With `tol=0`, the solution is exact. Otherwise, each returned
-    token is within `tol` of the value implied by the tokens before it. There are never more sweeps than tokens. The
-    attention must keep a cache slot per token, as softmax attention does. A sample depends on the other samples in its
-    batch, but only within the tolerance.
+    In each sample, a sweep accepts the longest prefix of the window that changed by at most `tol`, plus the next token
+    (Song et al. 2021, arXiv 2002.03629). With `tol=0`, the solution is exact. Otherwise, each returned token is within
+    `tol` of the value implied by the tokens before it. There are never more sweeps than tokens. A sample does not
+    depend on the other samples in its batch.
 
-    window, tol, init: as for `Jacobi`.
+    window: number of tokens in the window; None means all tokens.
+    tol: largest change in a sweep at which a token counts as solved; 0 is exact.
+    init: initial guess for new tokens of the window; see `Jacobi`.
 
     Example:
         r = invert(flow, params, z, cond, plan=SlidingWindow(window=32, tol=1e-4))

@@ -27,7 +27,8 @@ class DecodeResult(NamedTuple):
     """Decoded images or clips, and reports on the decoding.
 
     x: images `b height width c` or clips `b frames height width c`, not clipped.
-    sweeps: number of network passes for each block, data side first, and window; 0 for windows that a block lacks.
+    sweeps: number of network passes for each block, data side first, and window, until the slowest sample was solved; 0
+    for windows that a block lacks. With a sliding window, a block has one number for all its passes.
     residual: largest change (max norm) in the last sweep of any block and window; 0 if there were enough sweeps to make
     x exact.
     overflows: number of iterates that were not finite or exceeded 1e6.
@@ -250,9 +251,9 @@ def _resolve(plan: Plan | str, guidance: Guidance | None, config: FlowConfig, ba
     rows = [batch * block.frames * (2 if index in guided else 1) for index, block in enumerate(config.blocks)]
     resolved = resolve_plan(plan, rows=rows)
     attention = config.blocks[0].transformer.attention
-    if any(isinstance(block, SlidingWindow) for block in resolved.blocks) and not causal_kernel(attention).has_slots:
+    if any(isinstance(block, SlidingWindow) for block in resolved.blocks) and causal_kernel(attention).accept is None:
         raise ValueError(
-            f"plan contains a SlidingWindow, which needs a cache slot per token, but {attention!r} attention keeps a "
-            "running state; use Jacobi or Sequential."
+            f"plan contains a SlidingWindow, but {attention!r} attention has no `accept`, which adds a part of a "
+            "window to the cache; define it, or use Jacobi or Sequential."
         )
     return resolved

@@ -62,12 +62,14 @@ class FlowDrawOptions(DrawOptions):
     aspect: aspect ratio, such as 16:9; samples have about the same area as the model's images.
     certify: check the decoding with a forward pass.
     strict: stop with an error if the decoding leaves a window unsolved.
+    tune: first measure decoding plans on this device, and save the fastest with the run for --plan tuned.
     """
 
     classes: str = ""
     aspect: str = ""
     certify: bool = False
     strict: bool = False
+    tune: bool = False
 
     @property
     def checks(self) -> dict[str, bool]:
@@ -153,6 +155,12 @@ class AutoregressiveExperiment(Experiment):
             raise ValueError(
                 f"sampling.prompts is {self.sampling.prompts}, but the model accepts no texts; leave it out."
             )
+        plan = self.sampling.plan
+        if isinstance(plan, tuple) and len(plan) != self.model.num_blocks:
+            raise ValueError(
+                f"sampling.plan has plans for {len(plan)} blocks, but the model has {self.model.num_blocks}; give one "
+                "per block."
+            )
         if self.is_latent and self.model.noise_std == 0:
             raise ValueError(
                 "model.noise_std is 0, which works only for pixels; for latents, set it above 0, for example to 0.3."
@@ -209,6 +217,7 @@ class AutoregressiveExperiment(Experiment):
         held_out: the held-out data, if any. For the other arguments, see `Job`.
         """
         self.warn_of_guidance()
+        self.sampling.to_plan()
         tell_unused_classes(dataset, self.data, self.model.num_classes)
         made = Job(
             init=lambda key: init(flow, key),

@@ -29,6 +29,7 @@ from flowgen.evaluation import psnr
 from flowgen.flows import ClipDenoiser, DenoiserStep, denoiser_variables
 from flowgen.flows.batches import batch_input, condition_of
 from flowgen.flows.density import tweedie_step
+from flowgen.places import check_local
 
 LEAST_KEPT = 0.75  # fraction of a given image that must remain after cropping it to the clips' shape
 GIVEN = 2**32 - 1  # Random stream for the noise on given frames; no numbered sample has this number.
@@ -82,6 +83,7 @@ def read_given(
         given = read_given(codec, flow, "first.png", frames=17)
     """
     height, width = (length * codec.factor for length in flow.config.image_hw)
+    check_local("--given", path)
     if not Path(path).is_file():
         raise FileNotFoundError(f"--given {path} does not exist; give an image or a video.")
     is_video = Path(path).suffix.lower() in READABLE

@@ -26,7 +26,8 @@ from flowgen.codecs import (
 from flowgen.convert import is_video_autoencoder, load_autoencoder, load_video_autoencoder
 from flowgen.experiments.texts import version_of, weakly_cached
 from flowgen.nn import init as init_autoencoder
-from flowgen.runs import CHECKPOINTS, CheckpointReader, is_run, read_config
+from flowgen.places import RemoteFolder, is_remote
+from flowgen.runs import CHECKPOINTS, RunReader, is_run
 from flowgen.settings import config
 from flowgen.settings.ranges import Positive, Within
 
@@ -114,6 +115,9 @@ def open_autoencoder(path: str, temporal_scale: float = 1.0) -> AutoencoderCodec
         raise ValueError(
             "codec.path is empty; give the run directory or published folder of an autoencoder with --codec.path."
         )
+    if is_remote(path):
+        # The files' names and sizes tell whether the run has changed. Those of checkpoints contain random words.
+        return _open_run(path, temporal_scale, hash(tuple(RemoteFolder(path).sizes(CHECKPOINTS).items())))
     if not Path(path).is_dir():
         raise FileNotFoundError(
             f"There is no autoencoder at codec.path '{path}'; train one first, or give another path with --codec.path."
@@ -129,12 +133,28 @@ def _open_autoencoder(
         if is_video_autoencoder(path):
             return load_video_autoencoder(path, temporal_scale=temporal_scale)
         return load_autoencoder(path)
-    plain = read_config(path)["model"]
+    return _read_run(path, temporal_scale, RunReader(path))
+
+
+@functools.lru_cache(maxsize=2)
+def _open_run(url: str, temporal_scale: float, version: int) -> AutoencoderCodec | VideoAutoencoderCodec:
+    run = RunReader(url)
+    with run.named():
+        if not is_run(run.directory):
+            raise FileNotFoundError(
+                f"There is no run of flowgen at codec.path '{url}'; give the URL of an autoencoder's run, or copy a "
+                "published folder to this machine."
+            )
+        return _read_run(url, temporal_scale, run)
+
+
+def _read_run(path: str, temporal_scale: float, run: RunReader) -> AutoencoderCodec | VideoAutoencoderCodec:
+    plain = run.config()["model"]
     kind = plain.get(settings.TYPE)
     if kind not in ("Autoencoder", "VideoAutoencoder"):
         raise ValueError(f"codec.path '{path}' is the run of a {kind!s:.80}; give the run of an autoencoder.")
     autoencoder = settings.check(AutoencoderConfig | VideoAutoencoderConfig, plain, path="model").build()
-    reader = CheckpointReader(Path(path) / CHECKPOINTS)
+    reader = run.checkpoints
     step = reader.latest_step()
     if step is None:
         reader.check_not_broken()

@@ -61,6 +61,8 @@ def debug_flow(experiment: AutoregressiveExperiment) -> dict[str, Any]:
     """
     model, codec, text = experiment.model, experiment.codec, experiment.text
     sampling = dataclasses.replace(experiment.sampling, num=SAMPLES)
+    if isinstance(sampling.plan, tuple):  # It has one plan per block, and the tiny flow may have fewer blocks.
+        sampling = dataclasses.replace(sampling, plan="auto")
     patch = min(model.patch_size, 4)
     height, width = model.image_hw
     side, other = 4 * patch, max(patch, 4 * patch * width // height // patch * patch)

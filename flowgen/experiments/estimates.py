@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import dataclasses
 import math
-from collections.abc import Collection
+from collections.abc import Collection, Mapping
+from functools import partial
 from typing import Any, NamedTuple
 
 import jax
@@ -13,10 +14,12 @@ import jax.numpy as jnp
 from flowgen.batch import Batch, Moments
 from flowgen.conditioning import Condition, TextCondition
 from flowgen.counting import bytes_of, flop_of, peak_of
+from flowgen.decoding.weights import unstacked_weights
 from flowgen.experiments.experiment import Experiment, SamplingCost
 from flowgen.flows import ClipDenoiser, denoiser_variables
 from flowgen.flows.block import AutoregressiveBlock, BlockConfig, block_parameters
 from flowgen.training.frozen import trained
+from flowgen.training.sharding import bytes_per_device, gathered_bytes
 from flowgen.training.step import init_state
 
 
@@ -24,10 +27,11 @@ class TrainingCost(NamedTuple):
     """The memory and FLOP that training needs on one device, counted from shapes.
 
     parameters, gradient, moments, average: bytes of the parameters, the gradient, the optimizer's moments and
-    the parameter average.
-    carried: bytes of the other variables in the training state.
+    the parameter average. With accumulation, a sum of gradients is stored in addition to the gradient of a part.
+    carried: bytes of the rest of the training state.
     stored: bytes of the activations if the backward pass recomputes none of them.
     recomputed: bytes of the activations if the backward pass recomputes each layer; None if the model cannot do so.
+    Both include the kernels that a device gathers, if the parameters are divided.
     recomputes: whether the model is configured to recompute its layers.
     flop: FLOP per sample, without recomputation.
     """
@@ -53,17 +57,22 @@ class TrainingCost(NamedTuple):
         return self.recomputed if self.recomputes and self.recomputed is not None else self.stored
 
 
-def training_cost(experiment: Experiment, rows: int) -> TrainingCost | None:
-    """Returns the cost of a training step on `rows` samples on one device.
+def training_cost(experiment: Experiment, rows: int, axes: Mapping[str, int] | None = None) -> TrainingCost | None:
+    """Returns the cost, on one device, of a training step on `rows` samples per device and micro-batch.
 
     Returns None if the experiment's `rehearsal` returns None.
 
-    The bytes of the activations are the peak memory of the forward and backward pass, without the gradient; see
-    `peak_of`. The step is traced, but nothing is computed.
+    axes: the sizes of the axes "fsdp" and "tensor" of the mesh over which the parameters are divided; None if every
+    device has a copy of them.
+
+    The bytes of the training state are exact. The bytes of the activations are an estimate: the peak memory of the
+    forward and backward pass, without the gradient; see `peak_of`. They are counted as if every device computed all
+    heads. The step is traced, but nothing is computed.
 
     Example:
-        cost = training_cost(load_config("tarflow_digits"), rows=64)
+        cost = training_cost(load_config("tarflow_digits"), rows=64, axes={"fsdp": 4, "tensor": 1})
     """
+    size = bytes_of if axes is None else partial(bytes_per_device, axes=axes)
     has_choice = hasattr(experiment.model, "remat")
     recomputes = has_choice and experiment.model.remat is not False
     activations, flop = {}, 0.0
@@ -87,20 +96,27 @@ def training_cost(experiment: Experiment, rows: int) -> TrainingCost | None:
         activations[remat] = max(0, peak_of(traced) - bytes_of(variables["params"]))
         flop = _flop(traced)
     train = experiment.train
+    one, every = gathered_bytes(_in_dtype(variables["params"], experiment.model), axes) if axes else (0, 0)
     state = jax.eval_shape(
         lambda variables: init_state(variables, experiment.optim, train.steps, frozen=train.frozen), variables
     )
     return TrainingCost(
-        parameters=bytes_of(state.params),
-        gradient=bytes_of(trained(state.params, train.frozen)),
-        moments=bytes_of(state.opt_state),
-        average=bytes_of(state.ema),
-        carried=bytes_of(state.collections),
-        stored=activations[False],
-        recomputed=activations.get(True),
+        parameters=size(state.params),
+        gradient=size(trained(state.params, train.frozen)) * (1 + (train.accumulation > 1)),
+        moments=size(state.opt_state),
+        average=size(state.ema),
+        carried=size(state.collections) + size(state.step),
+        stored=activations[False] + every,
+        recomputed=activations[True] + one if True in activations else None,
         recomputes=recomputes,
         flop=flop / rows,
     )
+
+
+def _in_dtype(params: Any, model: Any) -> Any:
+    """Returns the shapes of parameters in the dtype of a model's matrix products."""
+    dtype = getattr(model, "dtype", "float32")
+    return jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, dtype), params)
 
 
 def decoding_cost(flow: Any, variables: Any, num: int, *, guided: Collection[int], by_score: bool) -> SamplingCost:
@@ -142,9 +158,8 @@ def decoding_cost(flow: Any, variables: Any, num: int, *, guided: Collection[int
         run = ClipDenoiser(config, parent=None).apply
         traced = jax.make_jaxpr(run)(denoiser_variables(variables), x, cond).jaxpr
         flop, memory = flop + _flop(traced), max(memory, num * peak_of(traced))
-    if config.dtype == "bfloat16":  # Decoding uses a copy of the weights in this dtype.
-        memory += bytes_of(variables["params"]) // 2
-    return SamplingCost(flop, cache, memory)
+    weights = bytes_of(jax.eval_shape(lambda variables: unstacked_weights(config, variables), variables))
+    return SamplingCost(flop, cache, memory, weights)
 
 
 def some_condition(config: Any, rows: int) -> Condition | None:

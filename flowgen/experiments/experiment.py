@@ -31,6 +31,7 @@ RESUMABLE = (
     "train.steps",
     "train.parallel",
     "train.mesh",
+    "init.",
     "log.",
     "sampling.",
     "reference",
@@ -68,15 +69,16 @@ class Rehearsal(NamedTuple):
 
 
 class SamplingCost(NamedTuple):
-    """The FLOP and memory that sampling needs, counted from shapes; the weights are not included.
+    """The FLOP and memory that sampling needs, counted from shapes; the parameters are not included.
 
     flop: FLOP of one sample; None if the number depends on the data. cache: bytes of one sample's decoding cache, or 0.
-    memory: peak bytes for all samples together.
+    memory: peak bytes for all samples together. weights: bytes of the copy of the parameters that decoding uses, or 0.
     """
 
     flop: float | None
     cache: int
     memory: int
+    weights: int = 0
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -14,6 +14,7 @@ from flowgen.experiments.experiment import Experiment
 from flowgen.experiments.flow import FlowExperiment
 from flowgen.experiments.matching import MatchingExperiment
 from flowgen.experiments.video_flow import VideoFlowExperiment
+from flowgen.places import check_local
 from flowgen.runs import DIGEST
 
 KINDS: tuple[type[Experiment], ...] = (FlowExperiment, VideoFlowExperiment, MatchingExperiment, AutoencoderExperiment)
@@ -49,6 +50,7 @@ def config_path(path: str | Path) -> Path:
     Example:
         config_path("tarflow_digits")
     """
+    check_local("config", path)
     if Path(path).is_file():
         return Path(path)
     known = {file.stem: file for place in _PLACES if place.is_dir() for file in sorted(place.glob("[!_]*.py"))}

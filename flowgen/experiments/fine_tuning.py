@@ -93,6 +93,11 @@ def check_differences(origin: Origin, experiment: Experiment, variables: Any) ->
     changed = differences(old, experiment)
     lines = [line for of_kind in changed.values() for line in of_kind]
     problems = transfers(origin, experiment, variables)[2]
+    if problems and not differences(old, experiment.debug()).get("other"):
+        raise ValueError(
+            f"init.path '{path}' was trained with --debug, so its model is a tiny one; train that run without --debug, "
+            "or add --debug to this command."
+        )
     if problems:
         told = _listed(lines) if lines else "the fields of both models are the same"
         raise ValueError(

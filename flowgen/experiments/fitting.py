@@ -21,10 +21,11 @@ from flowgen.experiments.files import KINDS
 from flowgen.experiments.fine_tuning import started_from
 from flowgen.experiments.own_data import check_protocol
 from flowgen.nn import init
-from flowgen.runs import CHECKPOINTS, CheckpointReader, check_workdir
+from flowgen.runs import RunReader
 from flowgen.settings.named import fields_of_program
 from flowgen.training import Result, Signals, is_primary, train
-from flowgen.training.frozen import check_frozen
+from flowgen.training.frozen import check_frozen, check_patterns
+from flowgen.training.fsdp import parallel_for
 from flowgen.training.job import Start
 
 
@@ -52,20 +53,62 @@ def _of_own(experiment: Experiment, dataset: Any, held_out: Any) -> Experiment:
     return dataclasses.replace(experiment, data=own).with_provenance()
 
 
-def _start(experiment: Experiment, workdir: str | Path, model: Any) -> Start | None:
+def _start(
+    experiment: Experiment, saved: dict[str, Any] | None, model: Any, devices: Sequence[jax.Device] | None
+) -> Start | None:
     """Returns the function that puts another run's parameters into a new run.
 
     The result is None if the run is not new, or if it does not start from another run.
 
-    Raises an error if the other run does not fit, or if the experiment freezes parameters that the model does not have.
+    saved: the config of the run that is resumed; None for a new run.
+
+    Raises an error if the other run or the devices do not fit, or if a pattern of parameter names matches none. The
+    other run's parameters are read last.
     """
-    if not (experiment.init.path or experiment.train.frozen):
+    train, optim = experiment.train, experiment.optim
+    parallel = parallel_for(train, devices)
+    if not (experiment.init.path or train.frozen or optim.not_decayed):
         return None
     network = experiment.build() if model is None else model
-    variables = jax.eval_shape(lambda: init(network, jax.random.key(0)))
-    check_frozen(variables["params"], experiment.train.frozen)
-    is_new = CheckpointReader(Path(workdir) / CHECKPOINTS).latest_step() is None
-    return started_from(experiment, variables) if experiment.init.path and is_new else None
+    variables = parallel.abstract(lambda: init(network, jax.random.key(0)))
+    check_frozen(variables["params"], train.frozen)
+    check_patterns("optim.not_decayed", variables["params"], optim.not_decayed)
+    return started_from(experiment, variables) if experiment.init.path and saved is None else None
+
+
+def _check_devices(devices: Any) -> None:
+    """Raises ValueError unless `devices` is None or a sequence of this process's devices."""
+    if devices is None:
+        return
+    local = jax.local_devices()
+    if not isinstance(devices, Sequence) or not devices or not all(device in local for device in devices):
+        told = "an empty list" if isinstance(devices, Sequence) and not devices else shown(devices)
+        raise ValueError(
+            f"devices is {told}; give a list of this process's devices, such as jax.local_devices()[:1], or leave it "
+            "out to use all of them."
+        )
+
+
+def _check_origin(experiment: Experiment, workdir: str | Path) -> None:
+    """Raises ValueError if a run would start from its own directory."""
+    path = experiment.init.path
+    if path and Path(path).resolve() == Path(workdir).resolve():
+        raise ValueError(
+            f"init.path '{path}' is the workdir itself; give another --workdir, or leave out --init-from to resume "
+            "that run."
+        )
+
+
+def _begun_with(config: dict[str, Any], saved: dict[str, Any], workdir: str | Path) -> dict[str, Any]:
+    """Returns a resumed run's config with the origin that the run began with; warns if another origin is given."""
+    given, begun = config["init"], saved.get("init", {})
+    if given["path"] and given["path"] != begun.get("path"):
+        warnings.warn(
+            f"init.path '{given['path']}' is not read, because {workdir} has a checkpoint and is resumed; to start "
+            "from that run, train in a new --workdir.",
+            stacklevel=3,
+        )
+    return {**config, "init": begun} if begun else config
 
 
 def fit(
@@ -89,7 +132,7 @@ def fit(
     `flowgen.load`.
     signals: an active `Signals` that watches this process's signals. By default, `fit` creates one.
     profile: the number of steps to profile, starting after the first. The trace is in the run's folder `profile`.
-    devices: local devices to train on; by default, all of them. Samples and evaluations always use all devices.
+    devices: list of local devices to train on; by default, all of them. Samples and evaluations always use all devices.
 
     All options are checked before any computation. Raises the same errors as `train` and the experiment's parts.
 
@@ -107,6 +150,8 @@ def fit(
         raise ValueError("held_out is given without dataset; give both, or neither.")
     if profile:
         check_count("profile", profile)
+    _check_devices(devices)
+    _check_origin(experiment, workdir)
     with Signals() if signals is None else nullcontext(signals) as signals:
         with signals.raising():
             experiment = experiment.with_provenance() if dataset is None else _of_own(experiment, dataset, held_out)
@@ -118,9 +163,14 @@ def fit(
                     "run in commands, too, define it in a module file, such as my_parts.py, and import it.",
                     stacklevel=2,
                 )
-            check_workdir(Path(workdir), experiment.check_resumable, locks=is_primary())
+            run = RunReader(workdir)
+            with run.named():
+                run.check(experiment.check_resumable, locks=is_primary())
+                step = run.checkpoints.latest_step()
+                saved = None if step is None else run.checkpoints.manifest(step)["config"]
+            config = config if saved is None else _begun_with(config, saved, workdir)
             warn_of_dtype(experiment.model)
-            start = _start(experiment, workdir, model)
+            start = _start(experiment, saved, model, devices)
             with told_once():
                 job = experiment.job(dataset=dataset, held_out=held_out, model=model)
         return train(

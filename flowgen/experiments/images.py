@@ -21,7 +21,7 @@ from flowgen.data import (
     load,
     prefetch,
 )
-from flowgen.data.dataset import OWN, BucketedDataset, Split, buckets_of, of_one_shape
+from flowgen.data.dataset import OF_FILES, OWN, BucketedDataset, Split, buckets_of, of_one_shape
 from flowgen.data.inventory import name_list, tell
 from flowgen.data.latents import LatentDataset
 from flowgen.experiments.experiment import Experiment
@@ -56,7 +56,7 @@ def with_class_names(experiment: E) -> E:
     data = experiment.data
     if not getattr(experiment.model, "num_classes", 0) or isinstance(data, PointsConfig) or data.classes:
         return experiment
-    of_files = isinstance(data, LatentsConfig) or data.name in ("folder", "npz", OWN)
+    of_files = isinstance(data, LatentsConfig) or data.name in (*OF_FILES, "npz", OWN)
     if of_files and not data.path:  # This is the case in experiments for published weights.
         return experiment
     return dataclasses.replace(experiment, data=dataclasses.replace(data, classes=found_classes(data)))

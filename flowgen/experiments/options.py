@@ -4,8 +4,8 @@ from __future__ import annotations
 
 from typing import Literal
 
-from flowgen.decoding import Guidance, Jacobi, SlidingWindow
-from flowgen.decoding.plan import InitialGuess, Plan
+from flowgen.decoding import DecodePlan, Guidance, Jacobi, SlidingWindow
+from flowgen.decoding.plan import BlockPlan, InitialGuess, Plan
 from flowgen.guidance import Parts, Rule
 from flowgen.settings import config
 from flowgen.settings.ranges import NonNegative, Positive, Samples, Tokens
@@ -49,7 +49,9 @@ class SamplingConfig:
     """Options for drawing samples. Training uses them, and `sample.py` uses them by default.
 
     num: number of samples to draw; at least 1.
-    plan: how tokens are decoded; "auto" is sequential, except on accelerators where parallel decoding is faster.
+    plan: how tokens are decoded; "auto" is sequential, except on accelerators where parallel decoding is faster, and
+    "tuned", in sample and evaluate, is the plan that sample --tune saved. A tuple has one plan per block, data side
+    first.
     window: number of tokens that "jacobi" and "sliding" solve at once, at least 1; None for all.
     tol: largest change in a sweep at which "jacobi" and "sliding" accept a token as solved; 0 is exact.
     init: initial guess for the sweeps of "jacobi" and "sliding": the noise, zeros, or the previous frame.
@@ -64,7 +66,7 @@ class SamplingConfig:
     """
 
     num: Samples = 64
-    plan: Literal["sequential", "jacobi", "sliding", "auto"] = "auto"
+    plan: Literal["sequential", "jacobi", "sliding", "auto", "tuned"] | tuple[BlockPlan, ...] = "auto"
     window: Tokens | None = None
     tol: NonNegative = 1e-4
     init: InitialGuess = "noise"
@@ -92,7 +94,13 @@ class SamplingConfig:
         )
 
     def to_plan(self) -> Plan | str:
-        """Returns the plan that these fields describe."""
+        """Returns the plan that these fields describe. Raises ValueError for "tuned", which only commands replace."""
+        if self.plan == "tuned":
+            raise ValueError(
+                "sampling.plan is 'tuned', which only sample and evaluate accept; set it to 'auto' or to a plan."
+            )
+        if isinstance(self.plan, tuple):
+            return DecodePlan(self.plan)
         if self.plan == "jacobi":
             return Jacobi(window=self.window, tol=self.tol, init=self.init)
         return SlidingWindow(window=self.window, tol=self.tol, init=self.init) if self.plan == "sliding" else self.plan

@@ -4,14 +4,13 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field
-from pathlib import Path
 from typing import Any
 
 import numpy as np
 
 from flowgen.experiments.experiment import Experiment
 from flowgen.experiments.files import from_json
-from flowgen.runs import CHECKPOINTS, CheckpointReader, read_config
+from flowgen.runs import RunReader
 
 PARAMS = "params/"
 Shape = tuple[int, ...]
@@ -23,7 +22,7 @@ class Origin:
 
     path: str
     experiment: Experiment
-    reader: CheckpointReader
+    run: RunReader
     step: int
     saved: Mapping[str, Any] = field(repr=False)
 
@@ -31,11 +30,18 @@ class Origin:
     def of(cls, path: str) -> Origin:
         """Returns the run at a path. Raises FileNotFoundError if there is no run, or ValueError if it is damaged."""
         try:
-            experiment = from_json(read_config(path))
+            run = RunReader(path)
+            with run.named():
+                experiment = from_json(run.config())
         except (FileNotFoundError, ValueError) as error:
             kind = FileNotFoundError if isinstance(error, FileNotFoundError) else ValueError
             raise kind(f"init.path: {error}") from error
-        reader = CheckpointReader(Path(path) / CHECKPOINTS)
+        with run.named():
+            return cls._of(path, run, experiment)
+
+    @classmethod
+    def _of(cls, path: str, run: RunReader, experiment: Experiment) -> Origin:
+        reader = run.checkpoints
         step = reader.latest_step()
         if step is None:
             reader.check_not_broken()
@@ -45,7 +51,7 @@ class Origin:
             experiment.check_resumable(manifest["config"])
         except ValueError as error:
             raise ValueError(f"Checkpoint {step} of init.path '{path}' does not fit config.json: {error}") from error
-        return cls(path, experiment, reader, step, manifest["arrays"])
+        return cls(path, experiment, run, step, manifest["arrays"])
 
     @property
     def is_averaged(self) -> bool:
@@ -72,7 +78,9 @@ class Origin:
 
     def arrays(self) -> dict[str, np.ndarray]:
         """Returns the arrays, keyed by the names in `shapes`, after checking their digests."""
-        read = self.reader.arrays(self.step, lambda name: name.startswith(tuple(self._groups)))
+        with self.run.named():
+            read = self.run.checkpoints.arrays(self.step, lambda name: name.startswith(tuple(self._groups)))
+        self.run.free()
         return {
             new + name.removeprefix(old): array
             for name, array in read.items()

@@ -16,6 +16,7 @@ import numpy as np
 
 from flowgen.conditioning import TextCondition
 from flowgen.convert import load_text_encoder
+from flowgen.places import check_local
 from flowgen.settings import config
 from flowgen.text import FrozenTextEncoder, HashedWords, PromptTemplate, TextEncoder
 
@@ -120,6 +121,7 @@ def open_text_encoder(config: TextConfig | None, *, length: int, dim: int) -> Te
         raise ValueError(f"text is missing, but the model requires texts with {dim} features; give a TextConfig.")
     if not config.encoder:
         raise ValueError("text.encoder is empty; give the folder of the text encoder with --text.encoder.")
+    check_local("text.encoder", config.encoder)
     if config.encoder == "words":
         encoder: TextEncoder = HashedWords(length=length, dim=dim)
     else:

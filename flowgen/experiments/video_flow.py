@@ -14,7 +14,7 @@ from jaxtyping import Int
 from flowgen.conditioning import TextCondition
 from flowgen.data import ClipsConfig, LatentsConfig
 from flowgen.data.clip_views import CONTINUED
-from flowgen.data.dataset import Dataset, Split
+from flowgen.data.dataset import OF_FILES, Dataset, Split
 from flowgen.decoding import Clip, Denoiser
 from flowgen.evaluation import flow_bits_per_dim, flow_nats_per_dim
 from flowgen.experiments.autoregressive import (
@@ -103,7 +103,7 @@ class VideoFlowExperiment(AutoregressiveExperiment):
                 "their first frame are single images; set data.drop_first to 0, or model.frames to at least 3."
             )
         told = None if self.text is None else self.text.frames_per_second
-        fps = self.data.fps if isinstance(self.data, ClipsConfig) and self.data.name in ("real", "folder") else 0
+        fps = self.data.fps if isinstance(self.data, ClipsConfig) and self.data.name in ("real", *OF_FILES) else 0
         if told and fps and told != fps:
             raise ValueError(f"text.frames_per_second is {told}, but data.fps is {fps:g}; set both to the same value.")
         denoiser = self.likelihood.denoiser

@@ -26,6 +26,7 @@ from flax import linen as nn
 from jaxtyping import Array, Float, Int
 
 from flowgen.attention import causal_kernel
+from flowgen.attention.slices import Start, positions
 from flowgen.conditioning import Condition, TextCondition, masked_text
 from flowgen.flows.affine import (
     ScaleParameterisation,
@@ -131,13 +132,13 @@ class BlockConfig:
 class BlockState(NamedTuple):
     """The state of a block before a window of tokens.
 
-    start: number of rows before the window.
+    start: number of rows before the window, for all samples or for each.
     caches: the caches of all layers, which contain the prefix and the earlier rows; None if the window is a whole
     sequence.
     inverse_temperature: factor by which each sample's attention logits are multiplied; None means 1.
     """
 
-    start: Int[Array, ""] | int = 0
+    start: Start = 0
     caches: tuple | None = None
     inverse_temperature: Float[Array, " b"] | None = None
 
@@ -205,20 +206,20 @@ class AutoregressiveBlock(nn.Module):
     def conditioner(
         self, previous: Float[Array, "b w c"], cond: Condition | None, state: BlockState = NOTHING_BEFORE
     ) -> tuple[Float[Array, "b w c"], Float[Array, "b w c"], tuple | None]:
-        """Returns (shift, log_scale, updated caches) for a window of tokens, given the token before each one.
+        """Returns (shift, log_scale, window) for a window of tokens, given the token before each one.
 
         previous: rows start..start+w-1 of `previous(tokens)`. The result is for tokens start+p..start+p+w-1, where p is
         num_passthrough.
-        state: the state before the window, with caches from `prefill` or from the previous window. By default, the
-        window is the whole sequence.
+        state: the state before the window, with caches from `prefill` or `accept`. By default, the window is the whole
+        sequence. The result `window` is what `accept` needs to add the window to the caches.
         """
         config, transformer = self.config, self.config.transformer
         batch, window = previous.shape[:2]
         start, caches, inverse_temperature = state
         h = self.proj_in(previous)
         if config.positions is None:
-            rows = jnp.minimum(start + jnp.arange(window), config.num_tokens - 1)
-            h = h + reorder(jnp.asarray(self.pos_embed), config.order)[rows][None].astype(transformer.dtype)
+            rows = jnp.minimum(positions(start, window), config.num_tokens - 1)
+            h = h + reorder(jnp.asarray(self.pos_embed), config.order)[rows].astype(transformer.dtype)
         if config.num_classes:
             assert not isinstance(cond, TextCondition)  # a flow checks its condition
             h = h + class_embedding(self.class_embed, cond, batch)[:, None].astype(h.dtype)
@@ -248,12 +249,12 @@ class AutoregressiveBlock(nn.Module):
         """Returns the embedded prefix, which depends only on the condition."""
         return self.proj_prefix(prefix.features(cond, batch, jnp.dtype(self.config.transformer.dtype)))
 
-    def rotation(self, slot: Int[Array, ""] | int, length: int) -> tuple[Array, Array] | None:
+    def rotation(self, slot: Start, length: int) -> tuple[Array, Array] | None:
         """Returns (cos, sin) of the rotary angles of `length` slots, prefix included; None for learned positions."""
         config = self.config
         if config.positions is None:
             return None
-        slots = jnp.minimum(slot + jnp.arange(length), config.prefix_length + config.num_tokens - 1)
+        slots = jnp.minimum(positions(slot, length), config.prefix_length + config.num_tokens - 1)
         cos, sin = config.positions.rotary(config.prefix_length)
         master = master_dtype(config.transformer.dtype)
         return jnp.asarray(cos, master)[slots], jnp.asarray(sin, master)[slots]
@@ -266,7 +267,8 @@ class AutoregressiveBlock(nn.Module):
         if prefix is None:
             return caches
         tokens = self.prefix_tokens(prefix, cond, batch)
-        return self.layers(tokens, caches, 0, inverse_temperature, self.rotation(0, prefix.length))[1]
+        window = self.layers(tokens, caches, 0, inverse_temperature, self.rotation(0, prefix.length))[1]
+        return self.accept(caches, window)
 
     def init_caches(self, batch: int, length: int) -> tuple:
         """Returns empty caches for all layers, with room for the prefix and `length` tokens."""
@@ -276,6 +278,16 @@ class AutoregressiveBlock(nn.Module):
         return tuple(
             init_cache(batch, slots, config.key_heads, config.head_dim, dtype) for _ in range(config.num_layers)
         )
+
+    def accept(self, before: tuple, window: Any, count: Int[Array, " b"] | None = None) -> tuple:
+        """Returns the caches `before` with the first `count` rows of each sample's window added; None means all rows.
+
+        window: the third result of `conditioner` for this window.
+        """
+        accept = causal_kernel(self.config.transformer.attention).accept
+        if accept is None:
+            return window
+        return tuple(accept(*cache, count) for cache in zip(before, window, strict=True))
 
     def rewind(self, before: tuple, after: tuple) -> tuple:
         """Returns caches for repeating the window that turned the caches `before` into `after`."""

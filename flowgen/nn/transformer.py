@@ -17,16 +17,16 @@ from jaxtyping import Array, Float, Int, PyTree
 from flowgen.attention import CAUSAL_KERNEL_NAMES, CausalKernel, FeatureMap, FrameWindow, Kernel, causal_kernel
 from flowgen.attention.kernels import State
 from flowgen.attention.rotary import turn
+from flowgen.attention.slices import Start
 from flowgen.backend import Implementation, Remat, keep_heads_apart, keep_rows_apart, layer_form
 from flowgen.nn.layers import MLP, NORMS, RMSNorm, cast_linear, linear
 from flowgen.settings.ranges import OneOf, Own
 
-Slot = Int[Array, ""] | int
 Scale = Float[Array, " b"] | None
 # The attention in the layers of a stack: the name of a kernel, or a user-defined kernel.
 OwnAttention = Annotated[Kernel | FeatureMap | CausalKernel, Own("a FeatureMap, a Kernel or a CausalKernel")]
 Attention = Annotated[str, OneOf(CAUSAL_KERNEL_NAMES)] | OwnAttention
-Rotation = tuple[Float[Array, "n r"], Float[Array, "n r"]] | None
+Rotation = tuple[Float[Array, "#b n r"], Float[Array, "#b n r"]] | None
 
 
 @dataclass(frozen=True)
@@ -90,7 +90,7 @@ class SelfAttention(nn.Module):
             self.key_norm = RMSNorm(config.dtype)
 
     def __call__(
-        self, x: Float[Array, "b n d"], cache: State, start: Slot, inverse_temperature: Scale, rotation: Rotation
+        self, x: Float[Array, "b n d"], cache: State, start: Start, inverse_temperature: Scale, rotation: Rotation
     ) -> tuple[Float[Array, "b n d"], State]:
         config = self.config
         kernel = causal_kernel(config.attention, config.attention_implementation)
@@ -128,7 +128,7 @@ class TransformerLayer(nn.Module):
             self.mlp_post_norm = RMSNorm(config.dtype)
 
     def __call__(
-        self, h: Float[Array, "b n d"], cache: State, start: Slot, inverse_temperature: Scale, rotation: Rotation
+        self, h: Float[Array, "b n d"], cache: State, start: Start, inverse_temperature: Scale, rotation: Rotation
     ) -> tuple[Float[Array, "b n d"], State]:
         h = keep_rows_apart(h)
         update, cache = self.attention(self.attention_norm(h), cache, start, inverse_temperature, rotation)
@@ -144,7 +144,7 @@ class LayerStack(nn.Module):
 
     @nn.compact
     def __call__(
-        self, h: Float[Array, "b n d"], caches: None, start: Slot, inverse_temperature: Scale, rotation: Rotation
+        self, h: Float[Array, "b n d"], caches: None, start: Start, inverse_temperature: Scale, rotation: Rotation
     ) -> tuple[Float[Array, "b n d"], None]:
         config = self.config
         stored = config.num_layers * activation_bytes(config, *h.shape[:2])
@@ -173,7 +173,7 @@ class LayerLoop(nn.Module):
         self,
         h: Float[Array, "b n d"],
         caches: tuple | None,
-        start: Slot,
+        start: Start,
         inverse_temperature: Scale,
         rotation: Rotation,
     ) -> tuple[Float[Array, "b n d"], tuple]:
@@ -188,9 +188,10 @@ def transformer_stack(config: TransformerConfig) -> nn.Module:
     """Returns a module that applies all layers: (h, caches, start, inverse_temperature, rotation) -> (h, caches).
 
     caches: None for a whole sequence from position 0; otherwise, one kernel cache per layer, which requires
-    `scan=False`. start: the cache slot of h[:, 0]. inverse_temperature: None, or an array `b` of factors for the
-    attention logits. rotation: None, or (cos, sin), each `n r`, of the angles by which the queries and keys of these
-    tokens are rotated. Keys are cached after the rotation.
+    `scan=False`. In this case, the result contains what the kernel's `accept` needs to add these tokens to the caches.
+    start: the cache slot of h[:, 0], one for the whole batch or one per sample. inverse_temperature: None, or an array
+    `b` of factors for the attention logits. rotation: None, or (cos, sin), each `1 n r` or `b n r`, of the angles by
+    which the queries and keys of these tokens are rotated. Keys are cached after the rotation.
 
     Example:
         h, caches = stack(h, None, 0, None, None)

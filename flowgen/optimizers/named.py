@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import difflib
 import inspect
 from collections.abc import Callable, Mapping
 from typing import Any
@@ -79,8 +80,7 @@ def check_options(optimizer: Optimizer, options: Mapping[str, Any]) -> None:
         if known is None:
             break
         if name not in known:
-            names = f"choose from {', '.join(known)}" if known else "it has none"
-            raise ValueError(f"options has {name}, which is not an option of the optimizer; {names}.")
+            raise ValueError(f"options has {name}, which is not an option of the optimizer; {_instead(name, known)}")
         default = known[name].default
         kind = next((kind for kind in KINDS if isinstance(default, kind)), None)
         fits = kind is None or type(value) is kind or (kind is float and type(value) is int)
@@ -100,6 +100,13 @@ def check_options(optimizer: Optimizer, options: Mapping[str, Any]) -> None:
         ) from error
     if any(jnp.issubdtype(leaf.dtype, jax.dtypes.prng_key) for leaf in jax.tree.leaves(state)):
         raise ValueError("name is an optimizer that keeps random keys, which runs cannot store; choose another.")
+
+
+def _instead(name: str, known: Mapping[str, Any]) -> str:
+    """Returns the end of a sentence that says which option could be meant."""
+    if close := difflib.get_close_matches(name.replace("-", "_"), known, n=1):
+        return f"did you mean {close[0]}?"
+    return f"choose from {', '.join(known)}." if known else "it has none."
 
 
 def make_named(

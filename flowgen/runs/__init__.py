@@ -2,11 +2,22 @@
 
 from flowgen.runs.arrays import check_layout, flatten, layout
 from flowgen.runs.checkpoints import CheckpointReader
-from flowgen.runs.directory import CHECKPOINTS, check_workdir, is_run, read_config, was_trained_in, write_config
+from flowgen.runs.directory import (
+    CHECKPOINTS,
+    PLAN_FILE,
+    check_workdir,
+    is_run,
+    read_config,
+    read_plan,
+    was_trained_in,
+    write_config,
+    write_plan,
+)
 from flowgen.runs.files import DIGEST
 from flowgen.runs.lock import RunLock
 from flowgen.runs.metrics import EVAL, SPEED
 from flowgen.runs.progress import on_terminal
+from flowgen.runs.reader import RunReader
 from flowgen.runs.store import CheckpointStore
 from flowgen.runs.writer import NullWriter, RunWriter
 
@@ -14,11 +25,13 @@ __all__ = [
     "CHECKPOINTS",
     "DIGEST",
     "EVAL",
+    "PLAN_FILE",
     "SPEED",
     "CheckpointReader",
     "CheckpointStore",
     "NullWriter",
     "RunLock",
+    "RunReader",
     "RunWriter",
     "check_layout",
     "check_workdir",
@@ -27,6 +40,8 @@ __all__ = [
     "layout",
     "on_terminal",
     "read_config",
+    "read_plan",
     "was_trained_in",
     "write_config",
+    "write_plan",
 ]

@@ -13,7 +13,7 @@ from __future__ import annotations
 
 import os
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from pathlib import Path, PurePosixPath
 from typing import Any
 
@@ -21,6 +21,7 @@ import jax
 import numpy as np
 from flax import traverse_util
 
+from flowgen.places import check_local
 from flowgen.runs.arrays import Flat, check_layout, flatten, group_of, layout, read_arrays
 from flowgen.runs.files import DIGEST, digest_of_file, is_regular, is_temporary, read_json, verified
 
@@ -39,13 +40,17 @@ class CheckpointReader:
 
     Writes nothing, so it can be used while a run is training in the directory.
 
+    fetch(names): is called before files are read, such as "300/params/_METADATA". It fills files that a `Mirror` has
+    left empty.
+
     Example:
         reader = CheckpointReader("runs/digits/checkpoints")
         arrays = reader.arrays(reader.latest_step())
     """
 
-    def __init__(self, directory: str | Path):
-        self.directory = Path(directory).absolute()
+    def __init__(self, directory: str | Path, fetch: Callable[[Iterable[str]], None] = lambda names: None):
+        check_local("the directory of checkpoints", directory)
+        self.directory, self._fetch = Path(directory).absolute(), fetch
 
     def steps(self) -> list[int]:
         """Returns the steps of the complete checkpoints, in ascending order. Ignores other entries."""
@@ -132,7 +137,9 @@ class CheckpointReader:
         """
         meta = self.manifest(step)
         chosen = {path: entry for path, entry in meta["arrays"].items() if choose(path)}
-        for group in sorted({group_of(path) for path in chosen}):
+        groups = sorted({group_of(path) for path in chosen})
+        self._fetch(f"{step}/{name}" for name in meta["files"] if name.partition("/")[0] in groups)
+        for group in groups:
             self._verify(step, group, meta["files"])
         return read_arrays(self.directory / str(step), chosen)
 

@@ -2,6 +2,7 @@
 
 <run>/config.json      the experiment, with the digest of its values
 <run>/data.json        a summary of the data, and the list of its files
+<run>/plan.json        the decoding plan that `sample --tune` measured, with a digest
 <run>/start.txt        which parameters the run took from another run, if it started from one
 <run>/checkpoints/     see `flowgen.runs.checkpoints`
 <run>/metrics.jsonl    training metrics, averaged since the last report, and evaluation metrics
@@ -20,6 +21,7 @@ from typing import Any
 
 from flowgen import settings
 from flowgen.data.inventory import Inventory
+from flowgen.places import check_local
 from flowgen.runs.checkpoints import CheckpointReader
 from flowgen.runs.files import DIGEST, is_regular, is_temporary, read_json, signed, verified, write_json
 from flowgen.runs.lock import LOCK_FILE, check_unlocked
@@ -27,6 +29,7 @@ from flowgen.runs.lock import LOCK_FILE, check_unlocked
 CONFIG_FILE = "config.json"
 DATA_FILE = "data.json"
 START_FILE = "start.txt"
+PLAN_FILE = "plan.json"
 CHECKPOINTS = "checkpoints"
 SAMPLES = "samples"
 PROFILE = "profile"
@@ -71,6 +74,7 @@ def read_config(run_dir: str | Path) -> dict[str, Any]:
     Example:
         read_config("runs/digits")["model"]
     """
+    check_local("the directory of a run", run_dir)
     path = Path(run_dir) / CONFIG_FILE
     if not Path(run_dir).is_dir():
         raise FileNotFoundError(f"checkpoint {run_dir} is not a directory; give the --workdir of a training run.")
@@ -103,6 +107,33 @@ def write_config(run_dir: str | Path, config: dict[str, Any]) -> None:
         write_config("runs/digits", experiment.to_json())
     """
     write_json(Path(run_dir) / CONFIG_FILE, signed(config))
+
+
+def read_plan(run_dir: str | Path) -> dict[str, Any]:
+    """Returns the decoding plan of a run as plain JSON values.
+
+    Raises:
+        OSError: there is no plan, or it cannot be read.
+        ValueError: the file is damaged or has been changed; the message names it.
+
+    Example:
+        read_plan("runs/digits")["plan"]
+    """
+    path = Path(run_dir) / PLAN_FILE
+    try:
+        return verified(read_json(path))
+    except ValueError as error:
+        reason = str(error) if str(path) in str(error) else f"{path} {error}"
+        raise ValueError(f"{reason.partition(';')[0].rstrip('.')}; delete it, and measure the plan again.") from error
+
+
+def write_plan(run_dir: str | Path, plan: dict[str, Any]) -> None:
+    """Writes the decoding plan of a run atomically.
+
+    Example:
+        write_plan("runs/digits", plan)
+    """
+    write_json(Path(run_dir) / PLAN_FILE, signed(plan))
 
 
 def data_changes(run_dir: str | Path, inventory: Inventory) -> str:
@@ -147,7 +178,7 @@ def _check_kinds(workdir: Path) -> None:
     for name in (CHECKPOINTS, SAMPLES, PROFILE):
         if os.path.lexists(workdir / name) and not (workdir / name).is_dir():
             raise NotADirectoryError(f"{workdir / name} is not a folder; remove it.")
-    for name in (DATA_FILE, START_FILE, LOCK_FILE):
+    for name in (DATA_FILE, START_FILE, PLAN_FILE, LOCK_FILE):
         path = workdir / name
         is_elsewhere = name == LOCK_FILE and path.is_symlink()  # a link would lock another directory
         if os.path.lexists(path) and (is_elsewhere or not is_regular(path)):

@@ -21,6 +21,7 @@ import numpy as np
 from flowgen.runs.arrays import Flat, check_finite, flatten, layout, write_arrays
 from flowgen.runs.checkpoints import DELETED, EVALUATION, META, SAVING, CheckpointReader, finite, leftovers
 from flowgen.runs.files import DIGEST, digest_of_file, remove_temporaries, signed, sync, write_json
+from flowgen.runs.uploads import Uploads
 
 # The number of attempts to remove the files of a failed save, and the number of seconds between attempts.
 _SETTLING, _PAUSE = 40, 0.05
@@ -31,7 +32,8 @@ class CheckpointStore(CheckpointReader):
 
     Opening a store removes unfinished files that a killed process left behind. `close` waits for the current save.
 
-    say: a function that is called with a line of text about anything that is ignored or renamed.
+    say: a function that is called with a line of text about anything that is ignored or renamed. uploads: copies
+    checkpoints to a bucket; a save or an evaluation is then finished when it is uploaded.
 
     Example:
         with CheckpointStore("runs/digits/checkpoints", keep=3) as store:
@@ -46,9 +48,10 @@ class CheckpointStore(CheckpointReader):
         keep: int = 3,
         best_metric: str = "bits_per_dim",
         say: Callable[[str], None] = lambda line: None,
+        uploads: Uploads | None = None,
     ):
         super().__init__(directory)
-        self._keep, self._best_metric, self._say = keep, best_metric, say
+        self._keep, self._best_metric, self._say, self._uploads = keep, best_metric, say, uploads
         self._thread: threading.Thread | None = None
         self._error: Exception | None = None
         self._failed = False
@@ -82,8 +85,7 @@ class CheckpointStore(CheckpointReader):
         flat = {name: np.asarray(leaf) for name, leaf in flatten(state).items()}
         check_finite(step, flat)
         meta = {"step": step, "config": config, "arrays": layout(flat)}
-        self._thread = threading.Thread(target=self._try, args=(step, flat, meta, metrics), name="flowgen-save")
-        self._thread.start()
+        self._start(step, lambda: self._write(step, flat, meta, metrics))
 
     def score(self, step: int, metrics: dict[str, float]) -> None:
         """Adds evaluation metrics to a saved step, which may then become the best one.
@@ -93,7 +95,10 @@ class CheckpointStore(CheckpointReader):
         self.wait()
         _write_evaluation(self.directory / str(step), step, self._read_meta(step)[DIGEST], metrics)
         self._scores[step] = finite(metrics).get(self._best_metric)
-        self._retire(step)
+        if self._uploads is None:
+            self._retire(step)
+        else:
+            self._start(step, lambda: self._upload_score(step))
 
     def best(self) -> tuple[int, float] | None:
         """Returns (step, value) for the kept step with the lowest `best_metric`, or None if no step was evaluated."""
@@ -123,9 +128,13 @@ class CheckpointStore(CheckpointReader):
         if not (isinstance(odd.exc_value, RuntimeError) and "Event loop is closed" in str(odd.exc_value)):
             self._hook(odd)
 
-    def _try(self, step: int, flat: Flat, meta: dict[str, Any], metrics: dict[str, float] | None) -> None:
+    def _start(self, step: int, work: Callable[[], None]) -> None:
+        self._thread = threading.Thread(target=self._try, args=(step, work), name="flowgen-save")
+        self._thread.start()
+
+    def _try(self, step: int, work: Callable[[], None]) -> None:
         try:
-            self._write(step, flat, meta, metrics)
+            work()
         except (OSError, ValueError, RuntimeError) as error:  # tensorstore raises the last two for disk errors
             self._failed = True
             self._error = OSError(
@@ -153,7 +162,14 @@ class CheckpointStore(CheckpointReader):
             _remove_settled(unfinished)
             raise
         sync(self.directory)
+        if self._uploads is not None:
+            self._uploads.save(step)
         self._scores[step] = finite(metrics).get(self._best_metric)
+        self._retire(step)
+
+    def _upload_score(self, step: int) -> None:
+        assert self._uploads is not None
+        self._uploads.score(step)
         self._retire(step)
 
     def _score_of(self, step: int) -> float | None:
@@ -208,6 +224,8 @@ class CheckpointStore(CheckpointReader):
                     continue
                 self._scores.pop(step, None)
                 _remove(gone)
+                if self._uploads is not None:
+                    self._uploads.delete(step)
 
 
 def _write_evaluation(folder: Path, step: int, of: str, metrics: dict[str, float]) -> None:

@@ -11,6 +11,7 @@ import numpy as np
 
 from flowgen.data.inventory import Inventory
 from flowgen.data.media import save_image
+from flowgen.places import check_local
 from flowgen.runs.directory import (
     CHECKPOINTS,
     CONFIG_FILE,
@@ -24,14 +25,17 @@ from flowgen.runs.directory import (
 from flowgen.runs.files import remove_temporaries, write_bytes, write_json
 from flowgen.runs.lock import Place, RunLock
 from flowgen.runs.metrics import MetricsLog, last_step
+from flowgen.runs.mirror import Mirror
 from flowgen.runs.progress import Progress
 from flowgen.runs.store import CheckpointStore
+from flowgen.runs.uploads import Uploads
 
 
 class RunWriter:
     """Locks a run directory for one training process, and writes its config, checkpoints, metrics and samples.
 
-    latest: the latest step when the directory was read; None if it had no checkpoint.
+    latest: the latest step when the directory was read; None if it had no checkpoint. mirror: the copy of a run in a
+    bucket whose path is `workdir`; everything that is written there is uploaded.
 
     Opening a writer creates the directory, acquires its lock and removes unfinished files that a killed process left
     behind. `begin` writes the config and opens the metrics. If the directory is removed, the next save recreates it and
@@ -47,7 +51,17 @@ class RunWriter:
             record.save(1000, state)
     """
 
-    def __init__(self, workdir: str | Path, *, latest: int | None = None, keep: int, best_metric: str):
+    def __init__(
+        self,
+        workdir: str | Path,
+        *,
+        latest: int | None = None,
+        keep: int,
+        best_metric: str,
+        mirror: Mirror | None = None,
+    ):
+        check_local("the directory of a writer", workdir)
+        self._mirror = mirror
         self.workdir = Path(workdir).absolute()  # stays valid if the process changes its directory
         self._shown = Path(workdir)
         self._keep, self._best_metric = keep, best_metric
@@ -56,7 +70,8 @@ class RunWriter:
         self._config: dict[str, Any] = {}
         self._data: dict[str, Any] = {}
         self._waiting: list[str] = []
-        with _named(self._shown):
+        self._uploads = None if mirror is None else Uploads(mirror, self._say)
+        with _named(self._shown), self._released_on_error():
             self._had_checkpoints = (self.workdir / CHECKPOINTS).exists()
             self.workdir.mkdir(parents=True, exist_ok=True)
             self._lock, self._place = RunLock(self.workdir), Place(self.workdir)
@@ -64,7 +79,7 @@ class RunWriter:
                 for folder in (self.workdir, self.workdir / SAMPLES):
                     remove_temporaries(folder)
                 self.store = CheckpointStore(
-                    self.workdir / CHECKPOINTS, keep=keep, best_metric=best_metric, say=self.say
+                    self.workdir / CHECKPOINTS, keep=keep, best_metric=best_metric, say=self.say, uploads=self._uploads
                 )
                 self._folder = Place(self.workdir / CHECKPOINTS)
                 if self.store.latest_step() != latest:
@@ -78,16 +93,29 @@ class RunWriter:
     def __enter__(self) -> RunWriter:
         return self
 
+    @contextmanager
+    def _released_on_error(self) -> Generator[None]:
+        try:
+            yield
+        except BaseException:
+            if self._uploads is not None:
+                self._uploads.close()
+            raise
+
     def __exit__(self, kind: type[BaseException] | None, *exception: object) -> None:
         try:
-            self.store.close()
+            try:
+                self.store.close()
+            finally:
+                if self._log is not None:
+                    self._log.close()
+                if self._uploads is not None:
+                    self._uploads.close()
         except OSError as error:
             if kind is None:
                 raise
             self.say(str(error))  # the error that ended the run is already being raised
         finally:
-            if self._log is not None:
-                self._log.close()
             if self._progress is not None:
                 self._progress.close()
             self._folder.close()
@@ -110,9 +138,13 @@ class RunWriter:
             self._log = MetricsLog(
                 self.workdir, first_step=first_step or 0, evaluated=evaluated, tensorboard=tensorboard
             )
+        if self._uploads is not None:
+            self._uploads.send()
 
     def _tell_of_oddities(self, first_step: int | None) -> None:
         lines, self._waiting = self._waiting, []
+        if self._mirror is not None:
+            self._say(f"Until they are uploaded to {self._mirror.url}, files are stored in {self._mirror.path}.")
         if not self._lock.protects:
             lines.append(f"{self._shown} is on a file system without locks; do not start another training run in it.")
         if first_step is not None and not (self.workdir / CONFIG_FILE).is_file():
@@ -148,6 +180,9 @@ class RunWriter:
 
     def say(self, line: str) -> None:
         """Shows one line. If `begin` has not been called yet, keeps the line until then."""
+        self._say(line if self._mirror is None else self._mirror.told(line))
+
+    def _say(self, line: str) -> None:
         if self._progress is None:
             self._waiting.append(line)
         else:
@@ -169,14 +204,15 @@ class RunWriter:
         assert self._progress is not None
         self._progress.show(step, metrics, seconds_left)
 
-    def draw(self, step: int, image: np.ndarray) -> Path:
-        """Writes the sample grid of a step and returns its path."""
+    def draw(self, step: int, image: np.ndarray) -> Path | str:
+        """Writes the sample grid of a step and returns its path, or its URL if the run is in a bucket."""
         with _named(self._shown):
             self._make_again(step)
             folder = self.workdir / SAMPLES
             folder.mkdir(exist_ok=True)
             save_image(folder / f"{step:07d}.png", image)
-        return folder / f"{step:07d}.png"
+        path = folder / f"{step:07d}.png"
+        return path if self._mirror is None else self._mirror.told(str(path))
 
     def profile_folder(self) -> Path:
         """Returns the folder for traces of training steps."""

@@ -63,6 +63,12 @@ def entry_of(annotation: Any) -> Any:
     return typing.get_args(annotation)[1] if isinstance(origin, type) and issubclass(origin, Mapping) else None
 
 
+def item_of(annotation: Any) -> Any:
+    """Returns the annotation of the items of a tuple of any length, or None if the annotation allows no such tuple."""
+    tuples = (typing.get_args(member) for member in members(annotation) if typing.get_origin(member) is tuple)
+    return next((arguments[0] for arguments in tuples if arguments[-1] is Ellipsis), None)
+
+
 def is_function(annotation: Any) -> bool:
     """Returns whether an annotation is `Callable`, with or without arguments."""
     return annotation is Callable or typing.get_origin(annotation) is Callable
@@ -108,6 +114,8 @@ def describe(annotation: Any) -> str:
         return "a function"
     if arguments == (str, Ellipsis):
         return "a tuple of texts, such as ('one', 'two')"
+    if origin is tuple and (kinds := configs_of(arguments[0])):
+        return f"a tuple whose items are {' or '.join(kinds)}"
     if origin is tuple:
         return f"a tuple of {_plural(arguments[0], '' if arguments[-1] is Ellipsis else len(arguments))}"
     if (entry := entry_of(annotation)) is not None:

@@ -27,6 +27,7 @@ from flowgen.settings.annotations import (
     hints_of,
     is_function,
     is_own,
+    item_of,
     members,
     own_of,
     takes_own,
@@ -136,7 +137,7 @@ def to_plain(value: Any, annotation: Any = None) -> Any:
     if isinstance(value, Mapping):
         return {name: to_plain(item) for name, item in value.items()}
     if isinstance(value, list | tuple):
-        return [to_plain(item) for item in value]
+        return [to_plain(item, item_of(annotation)) for item in value]
     if value is None or isinstance(value, bool | int | float | str):
         return value
     raise _Refusal(f"is {shown(value)}, which JSON cannot store; give a number, a text, or a tuple of these.")

@@ -25,17 +25,28 @@ def check_frozen(params: Any, patterns: Sequence[str]) -> None:
     Example:
         check_frozen(jax.eval_shape(lambda: flowgen.init(flow, key))["params"], ("blocks_0/*",))
     """
+    check_patterns("train.frozen", params, patterns)
+    if patterns and all(matches(name, patterns) for name in _names(params)):
+        raise ValueError(f"train.frozen is {tuple(patterns)}, which freezes all parameters; leave some out.")
+
+
+def check_patterns(field: str, params: Any, patterns: Sequence[str]) -> None:
+    """Raises ValueError if one of a field's patterns matches no parameter; the message suggests the nearest names.
+
+    params: a tree of (abstract) arrays.
+
+    Example:
+        check_patterns("optim.not_decayed", params, ("*/proj_out/*",))
+    """
     names = _names(params)
     for pattern in patterns:
         if not any(matches(name, [pattern]) for name in names):
             parents = {f"{name[:end]}/*" for name in names for end, letter in enumerate(name) if letter == "/"}
             close = difflib.get_close_matches(pattern, sorted({*names, *parents}), n=NEAREST, cutoff=0.0)
             raise ValueError(
-                f"train.frozen has the pattern '{pattern}', which matches no parameter; the nearest names are "
+                f"{field} has the pattern '{pattern}', which matches no parameter; the nearest names are "
                 f"{', '.join(close)}."
             )
-    if patterns and all(matches(name, patterns) for name in names):
-        raise ValueError(f"train.frozen is {tuple(patterns)}, which freezes all parameters; leave some out.")
 
 
 def matches(name: str, patterns: Sequence[str]) -> bool:

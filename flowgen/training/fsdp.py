@@ -19,7 +19,7 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from flowgen import backend
 from flowgen.training.options import TrainConfig
-from flowgen.training.parallel import check_rows
+from flowgen.training.parallel import DataParallel, check_rows
 from flowgen.training.sharding import partition_specs
 from flowgen.training.step import Step, TrainState
 
@@ -167,6 +167,38 @@ class FullySharded:
         devices = np.array(self.local_devices).reshape(-1, self.mesh.shape[backend.TENSOR])
         whole = self.to_host(averaged)
         return jax.tree.map(_placed, whole, _shardings(Mesh(devices, self.mesh.axis_names), whole))
+
+
+def parallel_for(config: TrainConfig, devices: Sequence[jax.Device] | None = None) -> DataParallel | FullySharded:
+    """Returns the parallelism that a config asks for, after checking that the devices can share its batch.
+
+    devices: this process's devices to train on; None for all of them.
+
+    Raises ValueError if the mesh does not fit the devices, or if they cannot share the batch equally.
+
+    Example:
+        parallel = parallel_for(TrainConfig(parallel="fsdp", mesh=(4, 2)))
+    """
+    sharded = config.parallel == "fsdp"
+    parallel = FullySharded(devices, config.mesh) if sharded else DataParallel(devices)
+    parallel.check_batch(config)
+    return parallel
+
+
+def divided_over_heads(variables: Any) -> Any:
+    """Returns variables for sampling and evaluation, divided over all devices of this host along the tensor axis.
+
+    In each layer, the devices then exchange activations for each token, but no weights. Arrays that are not divided are
+    copied to every device (see `partition_spec`).
+
+    variables: numpy arrays, so that no device stores all of them.
+
+    Example:
+        flow, variables, _ = flowgen.checkpoint.load_on_host("runs/digits")
+        images = sample(flow, divided_over_heads(variables), key, 4).x
+    """
+    devices = jax.local_devices()
+    return FullySharded(devices, (1, len(devices))).place(variables)
 
 
 def _shardings(mesh: Mesh, tree: Any) -> Any:

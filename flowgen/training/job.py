@@ -51,12 +51,13 @@ class Result(NamedTuple):
     """The outcome of a run.
 
     state: the final state as numpy arrays, without a device axis. metrics: results of the last evaluation. samples:
-    path of the last sample grid, or None. signal: number of the signal that stopped the run, or 0 if it finished.
+    path of the last sample grid, its URL if the run is in a bucket, or None. signal: number of the signal that stopped
+    the run, or 0 if it finished.
     """
 
     state: TrainState
     metrics: dict[str, float]
-    samples: Path | None
+    samples: Path | str | None
     signal: int
 
     def __repr__(self) -> str:

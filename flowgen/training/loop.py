@@ -11,8 +11,8 @@ import jax
 import numpy as np
 
 from flowgen import backend
-from flowgen.runs import CHECKPOINTS, EVAL, CheckpointReader, NullWriter, RunWriter, check_workdir
-from flowgen.training.fsdp import FullySharded
+from flowgen.runs import EVAL, NullWriter, RunReader, RunWriter
+from flowgen.training.fsdp import FullySharded, parallel_for
 from flowgen.training.job import Job, Result
 from flowgen.training.opening import evaluation_of, open_writer, resumed_from
 from flowgen.training.options import LogConfig, OptimConfig, TrainConfig, check_packages
@@ -59,9 +59,7 @@ def train(
     Example:
         result = train(job, "runs/digits", optim=optim, train=train, log=log, config={}, check_config=print)
     """
-    sharded = train.parallel == "fsdp"
-    parallel = FullySharded(job.devices, train.mesh) if sharded else DataParallel(job.devices)
-    parallel.check_batch(train)
+    parallel = parallel_for(train, job.devices)
     check_packages(log)
     step = make_step(
         job.objective,
@@ -72,8 +70,8 @@ def train(
         others=job.optims,
         frozen=train.frozen,
     )
-    workdir = Path(workdir)
     init_key, step_key = jax.random.split(jax.random.key(train.seed))
+    run = RunReader(workdir)
 
     def state_of(variables: Any) -> TrainState:
         return init_state(variables, optim, train.steps, job.optims, train.frozen)
@@ -81,22 +79,22 @@ def train(
     def initial() -> TrainState:
         return state_of(job.init(init_key))
 
-    with Signals() if signals is None else nullcontext(signals) as signals:
+    with Signals() if signals is None else nullcontext(signals) as signals, run.named():
         with _interruptible(signals):
-            check_workdir(workdir, check_config, locks=is_primary())
+            run.check(check_config, locks=is_primary())
             barrier("flowgen: workdir checked")  # Otherwise, one process's first file would look foreign to the others.
             # Everything that may be invalid is read and checked before anything is written.
-            reader = CheckpointReader(workdir / CHECKPOINTS)
-            latest = resumed_from(reader, train.steps, check_config)
+            latest = resumed_from(run.checkpoints, train.steps, check_config)
             if latest is not None:
-                state, told = reader.restore(latest, parallel.abstract(initial)), ()
+                state, told = run.checkpoints.restore(latest, parallel.abstract(initial)), ()
             elif job.start is None:
                 state, told = parallel.create(initial), ()
             else:
                 variables, told = job.start(parallel.create(lambda: job.init(init_key)))
                 state = parallel.create(state_of, variables)
-            scores = None if latest is None else evaluation_of(reader, latest)
-        with open_writer(workdir, latest, log, job.best_metric) as record:
+            run.free()
+            scores = None if latest is None else evaluation_of(run.checkpoints, latest)
+        with open_writer(run, latest, log, job.best_metric) as record:
             with _interruptible(signals):
                 record.begin(
                     config, first_step=latest, last_step=train.steps, tensorboard=log.tensorboard, bar=log.progress
@@ -105,8 +103,8 @@ def train(
                     record.describe_start(told)
                 if job.inventory is not None:
                     record.describe_data(job.inventory, resumed=latest is not None)
-            run = _Run(job, record, log, parallel, signals, length=train, first=latest, max_skips=optim.max_skips)
-            return run.train(CountedStep(step, parallel.program_devices), state, step_key, scores)
+            loop = _Run(job, record, log, parallel, signals, length=train, first=latest, max_skips=optim.max_skips)
+            return loop.train(CountedStep(step, parallel.program_devices), state, step_key, scores)
 
 
 class _Run:
@@ -132,7 +130,7 @@ class _Run:
         self.profile = Profile(record.profile_folder() if job.profile else None, job.profile, self.pace, record.say)
         self.metrics: dict[str, float] = {}
         self.evaluated: int | None = None  # the step that the metrics belong to
-        self.samples: Path | None = None
+        self.samples: Path | str | None = None
         self.signal = 0
 
     def train(self, counted: CountedStep, state: TrainState, key: jax.Array, scores: dict[str, float] | None) -> Result:

@@ -3,31 +3,30 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from pathlib import Path
 from typing import Any
 
-from flowgen.runs import CheckpointReader, NullWriter, RunWriter
+from flowgen.runs import CheckpointReader, NullWriter, RunReader, RunWriter
 from flowgen.training.options import LogConfig
 from flowgen.training.parallel import is_primary, largest
 
 
-def open_writer(workdir: Path, latest: int | None, log: LogConfig, best_metric: str) -> RunWriter | NullWriter:
+def open_writer(run: RunReader, latest: int | None, log: LogConfig, best_metric: str) -> RunWriter | NullWriter:
     """Returns the run's writer, which writes only in the first process.
 
     If the first process cannot write, all processes raise OSError.
 
     Example:
-        with open_writer(Path("runs/digits"), None, LogConfig(), "bits_per_dim") as record: ...
+        with open_writer(RunReader("runs/digits"), None, LogConfig(), "bits_per_dim") as record: ...
     """
-    record: RunWriter | NullWriter = NullWriter(workdir)
+    record: RunWriter | NullWriter = NullWriter(run.directory)
     error: OSError | None = None
     if is_primary():
         try:
-            record = RunWriter(workdir, latest=latest, keep=log.keep, best_metric=best_metric)
+            record = RunWriter(run.directory, latest=latest, keep=log.keep, best_metric=best_metric, mirror=run.mirror)
         except OSError as caught:
             error = caught
     if largest(int(error is not None)):
-        raise error or OSError(f"The first process cannot write to workdir {workdir}; see its error message.")
+        raise error or OSError(f"The first process cannot write to workdir {run.shown}; see its error message.")
     return record
 
 

@@ -7,13 +7,14 @@ heads of attention and the hidden layer of MLPs.
 from __future__ import annotations
 
 import math
+from collections import Counter
 from collections.abc import Mapping
 from typing import Any
 
 import jax
 from jax.sharding import PartitionSpec
 
-from flowgen.backend import shard_spec
+from flowgen.backend import FSDP, TENSOR, shard_spec
 from flowgen.optimizers import STACK, names_of
 
 # Layers that read all channels and write heads or hidden channels, and layers that do the reverse.
@@ -64,6 +65,29 @@ def bytes_per_device(tree: Any, axes: Mapping[str, int]) -> int:
         leaf.size * leaf.dtype.itemsize // math.prod(axes[name] for name in spec if name is not None)
         for leaf, spec in zip(jax.tree.leaves(tree), specs, strict=True)
     )
+
+
+def gathered_bytes(params: Any, axes: Mapping[str, int]) -> tuple[int, int]:
+    """Returns how many bytes of gathered kernels each device stores at once: those of the largest layer, and of all.
+
+    A device gathers the parts of a layer's kernels for its matrix products (see `flowgen.backend.gather_kernel`). The
+    backward pass needs the kernels of all layers, unless it recomputes the layers.
+
+    Example:
+        one, every = gathered_bytes(params, {"fsdp": 8, "tensor": 1})
+    """
+    layers: Counter[tuple[str, ...]] = Counter()
+    every = 0
+    for key_path, leaf in jax.tree_util.tree_leaves_with_path(params):
+        path, spec = names_of(key_path), partition_spec(names_of(key_path), leaf.shape, axes)
+        if path[-1] != "kernel" or FSDP not in spec:
+            continue
+        size = leaf.size * leaf.dtype.itemsize // (axes[TENSOR] if TENSOR in spec else 1)
+        every += size
+        stacked, inside = _is_stacked(path), path.index(STACK) + 1 if STACK in path else 0
+        layer = path[:inside] if stacked else path[: inside + 1]
+        layers[layer] += size // (leaf.shape[0] if stacked else 1)
+    return max(layers.values(), default=0), every
 
 
 def _is_stacked(path: tuple[str, ...]) -> bool:

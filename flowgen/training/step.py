@@ -19,7 +19,7 @@ from jaxtyping import Array, Float, Int, Key
 from flowgen.arrays import shown
 from flowgen.counting import OPTIMIZER
 from flowgen.rows import StatefulObjective, micro_batches, share_of_batch, with_rows
-from flowgen.training.frozen import trained, with_frozen
+from flowgen.training.frozen import check_patterns, trained, with_frozen
 from flowgen.training.optimizer import SkipState, main_state, make_optimizer, make_schedule, updates_done
 from flowgen.training.options import OptimConfig
 
@@ -60,10 +60,13 @@ def init_state(
 
     others: see `make_optimizer`. frozen: see `flowgen.training.frozen.trained`.
 
+    Raises ValueError if a pattern of `frozen` or `config.not_decayed` matches no parameter.
+
     Example:
         state = init_state(flowgen.init(flow, key), OptimConfig(), steps=1_000)
     """
     params = variables["params"]
+    check_patterns("optim.not_decayed", params, config.not_decayed)
     return TrainState(
         step=jnp.zeros((), jnp.int32),
         params=params,

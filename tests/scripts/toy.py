@@ -21,7 +21,7 @@ import numpy as np
 
 from flowgen.backend import shards
 from flowgen.rows import batch_rows
-from flowgen.runs import CHECKPOINTS, SPEED, CheckpointReader
+from flowgen.runs import SPEED, RunReader
 from flowgen.training import Interrupted, Job, LogConfig, OptimConfig, Result, TrainConfig, train
 
 ROOT = Path(__file__).parent.parent.parent
@@ -109,9 +109,9 @@ def without_speed(row: dict) -> dict:
     return {name: value for name, value in row.items() if name not in SPEED}
 
 
-def arrays_of(workdir: Path, step: int | None = None) -> dict[str, np.ndarray]:
+def arrays_of(workdir: str | Path, step: int | None = None) -> dict[str, np.ndarray]:
     """All arrays of a checkpoint, the latest if no step is given, by path."""
-    reader = CheckpointReader(Path(workdir) / CHECKPOINTS)
+    reader = RunReader(workdir).checkpoints
     return reader.arrays(reader.latest_step() if step is None else step)
 
 
@@ -211,7 +211,8 @@ def main() -> None:
         log = LogConfig(
             log_every=2, eval_every=4, sample_every=4, checkpoint_every=5, progress=False, tensorboard=False
         )
-    job = make_job(pause_at=options.pause_at, gate=Path(f"{options.workdir}.go"), **parts)
+    gate = Path(f"{options.workdir.removeprefix('file://')}.go")
+    job = make_job(pause_at=options.pause_at, gate=gate, **parts)
     if options.slow:
         job = dataclasses.replace(job, **{options.slow: slowly(getattr(job, options.slow), options.workdir)})
     if options.limit_at is not None:

@@ -1,0 +1,255 @@
+"""Folders in buckets: URLs such as gs://bucket/folder, read and written through fsspec, which orbax also uses.
+
+Every file system that fsspec knows works: gs:// and s3:// with a package of their own, file:// and memory:// without
+one. Credentials are those that the package finds.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import re
+import shutil
+import tempfile
+import weakref
+from collections.abc import Generator
+from pathlib import Path, PurePosixPath
+from typing import Any
+
+from flowgen.packages import missing
+
+# The packages that fsspec needs for the usual schemes.
+PACKAGES = {
+    "gs": "gcsfs",
+    "gcs": "gcsfs",
+    "s3": "s3fs",
+    "s3a": "s3fs",
+    "az": "adlfs",
+    "abfs": "adlfs",
+    "abfss": "adlfs",
+}
+_LOCAL = ("file", "local")
+# The beginning of a URL that has lost a slash. A scheme has at least two letters, unlike a drive such as C:/.
+_LOST_SLASH = re.compile(r"([A-Za-z][A-Za-z0-9+.-]+):/")
+_LONGEST_REASON = 200
+
+
+def is_remote(path: str | os.PathLike[str]) -> bool:
+    """Returns whether a path is a URL, such as gs://bucket/run, rather than a path on this machine.
+
+    Raises ValueError if the path is a URL that has lost a slash, which `pathlib.Path` removes.
+
+    Example:
+        is_remote("gs://bucket/run")
+    """
+    text = os.fspath(path)
+    if "://" in text:
+        return True
+    found = _LOST_SLASH.match(text)
+    if found and (found[1] in PACKAGES or found[1] in _known_schemes()):
+        rest = text[found.end() :].lstrip("/")
+        slash = "/" if found[1] in _LOCAL else ""
+        raise ValueError(
+            f"'{text}' is a URL that has lost a slash; write '{found[1]}://{slash}{rest}', as text and not as a Path."
+        )
+    return False
+
+
+def check_local(name: str, path: str | os.PathLike[str]) -> None:
+    """Raises ValueError if a path is a URL, for files that must be on this machine. name: what has this path.
+
+    Example:
+        check_local("text.encoder", "flan-t5-xl")
+    """
+    if is_remote(path):
+        raise ValueError(f"{name} is '{path}', but it must be on this machine; copy it from or to the bucket.")
+
+
+class RemoteFolder:
+    """A folder in a bucket. Files are named by their paths relative to it, with / between folders.
+
+    Every error of the file system is raised as an OSError with one sentence that names the file. The constructor raises
+    ModuleNotFoundError if a package is missing, or ValueError if the scheme is unknown.
+
+    Example:
+        folder = RemoteFolder("memory://bucket/run")
+        folder.write("config.json", b"{}")
+        folder.sizes()  # {"config.json": 2}
+    """
+
+    def __init__(self, url: str | os.PathLike[str]):
+        given = os.fspath(url)
+        self.url = given if given.endswith("://") else given.rstrip("/")
+        self._opened, root = _opened(self.url)
+        self._root, self._process = root.rstrip("/"), os.getpid()
+
+    def __str__(self) -> str:
+        return self.url
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return RemoteFolder, (self.url,)  # another process makes connections of its own
+
+    @property
+    def _system(self) -> Any:
+        # The connections of a file system do not survive a fork.
+        if self._process != os.getpid():
+            self._opened, self._process = _opened(self.url)[0], os.getpid()
+        return self._opened
+
+    def sizes(self, under: str = "") -> dict[str, int]:
+        """Returns {name: number of bytes} for all files in the folder, or in a folder inside it, at any depth.
+
+        A missing folder has no files. Names that lead out of the folder are left out.
+        """
+        place = f"{self._root}/{under}" if under else self._root
+        with self._told("listed", under):
+            self._system.invalidate_cache()
+            try:
+                found = self._system.find(place, detail=True)
+            except FileNotFoundError:
+                return {}
+        inside = {
+            path.removeprefix(f"{self._root}/"): about.get("size") or 0
+            for path, about in found.items()
+            if path.startswith(f"{self._root}/") and about.get("type", "file") == "file"
+        }
+        return {name: int(size) for name, size in inside.items() if _is_inside(name)}
+
+    def read(self, name: str, start: int | None = None, end: int | None = None) -> bytes:
+        """Returns the bytes of a file from `start` to `end`. Raises FileNotFoundError if it does not exist."""
+        with self._told("read", name):
+            return self._system.cat_file(self._path(name), start=start, end=end)
+
+    def write(self, name: str, content: bytes) -> None:
+        """Writes a file. In a bucket, readers see the old or the new content, never a part."""
+        with self._told("written", name):
+            self._system.pipe_file(self._path(name), content)
+
+    def create(self, name: str, content: bytes) -> bool:
+        """Writes a file that must not exist yet, and returns whether this succeeded.
+
+        Of several processes that create the same file, at most one succeeds, if the file system supports this, as those
+        of gs:// and s3:// do. Give content that no other process writes.
+        """
+        path = self._path(name)
+        try:
+            if getattr(self._system, "local_file", False):
+                os.makedirs(os.path.dirname(path), exist_ok=True)
+                with open(path, "xb") as file:
+                    file.write(content)
+            else:
+                self._system.pipe_file(path, content, mode="create")
+        except Exception as error:
+            # An attempt may have succeeded although its answer was lost, and the errors of systems differ.
+            with contextlib.suppress(FileNotFoundError):
+                return self.read(name) == content
+            if isinstance(error, FileExistsError):  # deleted in the meantime
+                return False
+            with self._told("created", name):
+                raise
+        return self.read(name) == content
+
+    def upload(self, path: str | os.PathLike[str], name: str) -> None:
+        """Copies a local file to the folder."""
+        with self._told("uploaded", name):
+            self._system.put_file(os.fspath(path), self._path(name))
+
+    def download(self, name: str, path: str | os.PathLike[str]) -> None:
+        """Copies a file from the folder to a local path."""
+        with self._told("downloaded", name):
+            self._system.get_file(self._path(name), os.fspath(path))
+
+    def delete(self, name: str) -> None:
+        """Deletes a file, if it exists."""
+        with self._told("deleted", name), contextlib.suppress(FileNotFoundError):
+            self._system.rm_file(self._path(name))
+
+    def _path(self, name: str) -> str:
+        return f"{self._root}/{name}"
+
+    @contextlib.contextmanager
+    def _told(self, done: str, name: str) -> Generator[None]:
+        """Turns errors into sentences. The file systems raise errors of the packages they use, with no common class."""
+        what = f"{self.url}/{name}" if name else self.url
+        try:
+            yield
+        except FileNotFoundError as error:
+            raise FileNotFoundError(f"{what} does not exist; check the name of the bucket and the path.") from error
+        except Exception as error:
+            reason = " ".join(str(error).split()) or type(error).__name__
+            raise OSError(f"{what} could not be {done} ({reason[:_LONGEST_REASON]}).") from error
+
+
+class Destination:
+    """A file to be written at a path that may be a URL.
+
+    path: where to write the file on this machine; `send` then copies it to the URL. The constructor raises the errors
+    of `RemoteFolder`, so that they are raised before the work that leads to the file.
+
+    Example:
+        image = Destination("gs://bucket/samples.png")
+        image.path.write_bytes(content)
+        image.send()
+    """
+
+    def __init__(self, path: str | os.PathLike[str]):
+        self.path, self._folder = Path(path), None
+        if is_remote(path):
+            url, _, name = os.fspath(path).rpartition("/")
+            self._folder, self.path = RemoteFolder(url), Path(tempfile.mkdtemp(prefix="flowgen-"), name)
+            self._remove = weakref.finalize(self, shutil.rmtree, self.path.parent, ignore_errors=True)
+
+    def send(self) -> None:
+        """Copies the file to the URL, if there is one, and removes it from this machine.
+
+        Raises OSError if this fails; the message says where the file is.
+        """
+        if self._folder is not None:
+            try:
+                self._folder.upload(self.path, self.path.name)
+            except OSError as error:
+                self._remove.detach()
+                raise OSError(f"{error} The file is kept in {self.path} on this machine.") from error
+            self._remove()
+
+
+def _opened(url: str) -> tuple[Any, str]:
+    """Returns the file system of a URL and the path in it."""
+    from fsspec.core import url_to_fs
+
+    scheme = url.partition("://")[0]
+    if "::" in url:
+        raise ValueError(f"'{url}' chains several file systems with '::'; give the URL of one.")
+    # A package that is missing must be told before anything else.
+    options = {"auto_mkdir": True} if scheme in _LOCAL else {}
+    try:
+        return url_to_fs(url, **options)
+    except ImportError as error:
+        raise missing(f"{scheme}://", PACKAGES.get(scheme, f"'fsspec[{scheme}]'")) from error
+    except ValueError as error:
+        if scheme in _known_schemes():
+            raise ValueError(f"'{url}' is not a valid URL ({error}).") from error
+        raise ValueError(f"'{url}' begins with {scheme}://, which fsspec does not know; use gs:// or s3://.") from error
+    except Exception as error:  # for example, credentials that are missing or have expired
+        reason = " ".join(str(error).split()) or type(error).__name__
+        raise OSError(f"'{url}' cannot be opened ({reason[:_LONGEST_REASON]}).") from error
+
+
+def _known_schemes() -> set[str]:
+    from fsspec.registry import known_implementations, registry
+
+    return {*known_implementations, *registry}
+
+
+def _is_inside(name: str) -> bool:
+    path = PurePosixPath(name)
+    return not path.is_absolute() and ".." not in path.parts and "\0" not in name and not name.endswith("/")
+
+
+def local_name(folder: Path, name: str) -> Path:
+    """Returns the path of a file of a `RemoteFolder` in its copy on this machine.
+
+    Example:
+        local_name(Path("/tmp/run"), "checkpoints/300/meta.json")
+    """
+    return folder.joinpath(*PurePosixPath(name).parts)

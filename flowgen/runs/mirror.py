@@ -1,0 +1,156 @@
+"""A copy of a run in a bucket, in a temporary directory on this machine. Files are fetched when they are needed."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import shutil
+import tempfile
+import threading
+import weakref
+from collections.abc import Callable, Generator, Iterable
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+from flowgen.places import RemoteFolder, local_name
+from flowgen.runs.checkpoints import EVALUATION, META
+
+CHECKPOINTS = "checkpoints"
+# Number of files that are copied at a time.
+AT_ONCE = 8
+
+
+class Mirror:
+    """A copy of a run in a bucket, as it is when the mirror is made.
+
+    path: the copy. Its checkpoints have all of their files, so that a `CheckpointReader` can tell which of them are
+    complete, but a file is empty until it is fetched. A checkpoint without metadata is left out, because these are
+    uploaded last and deleted first. Other files are copied only if they are fetched by name.
+
+    The copy is removed with the mirror, at the latest at the end of the process, unless `keep` is called.
+
+    Example:
+        mirror = Mirror("gs://bucket/run")
+        mirror.fetch(["config.json"])
+    """
+
+    def __init__(self, url: str | os.PathLike[str]):
+        self.remote = RemoteFolder(url)
+        self.sizes = self.remote.sizes()
+        self.path = Path(tempfile.mkdtemp(prefix="flowgen-"))
+        self._remove = weakref.finalize(self, _remove, self.path, os.getpid())
+        self._empty: set[str] = set()  # files that have not been fetched yet
+        self._changing = threading.Lock()
+        whole = {name.removesuffix(META) for name in self.sizes if is_of_checkpoint(name) and name.endswith(f"/{META}")}
+        listed = [name for name in self.sizes if is_of_checkpoint(name) and _folder_of(name) in whole]
+        # Objects may have names that files cannot have, such as a file that is also a folder.
+        for name in listed:
+            with contextlib.suppress(OSError):
+                self._touch(name)
+        self.fetch(name for name in listed if name.count("/") == 2 and name.endswith((f"/{META}", f"/{EVALUATION}")))
+
+    @property
+    def url(self) -> str:
+        return self.remote.url
+
+    @property
+    def unfinished(self) -> list[str]:
+        """The files of checkpoints that were not uploaded or not deleted completely."""
+        listed = [name for name in self.sizes if is_of_checkpoint(name)]
+        whole = {_folder_of(name) for name in listed if name == f"{_folder_of(name)}{META}"}
+        return [name for name in listed if _folder_of(name) not in whole and _folder_of(name).split("/")[1].isdecimal()]
+
+    def fetch(self, names: Iterable[str]) -> None:
+        """Copies the files that exist in the bucket and have not been copied yet."""
+        with self._changing:
+            wanted = [name for name in names if name in self._empty or (name in self.sizes and not self._has(name))]
+        for_each(self._download, wanted)
+
+    def fetch_checkpoint_files(self, names: Iterable[str]) -> None:
+        """Copies files that are named by their paths in the folder of checkpoints, such as "300/params/_METADATA"."""
+        self.fetch(f"{CHECKPOINTS}/{name}" for name in names)
+
+    def make_empty(self, names: Iterable[str]) -> None:
+        """Frees the space of files that are in the bucket, too. They are fetched again if they are needed."""
+        for name in names:
+            with self._changing:
+                os.truncate(local_name(self.path, name), 0)
+                self._empty.add(name)
+
+    def free(self) -> None:
+        """Frees the space of all arrays that were fetched."""
+        self.make_empty(
+            name
+            for name in self.sizes
+            if is_of_checkpoint(name) and name not in self._empty and name.count("/") > 2 and self._has(name)
+        )
+
+    def told(self, text: str) -> str:
+        """Returns a text with the URL of the run in place of the path of the copy."""
+        return text.replace(str(self.path), self.url)
+
+    @contextlib.contextmanager
+    def named(self) -> Generator[None]:
+        """Returns a context in which errors name the URL of the run instead of the path of the copy."""
+        try:
+            yield
+        except (OSError, ValueError) as error:
+            error.args = tuple(self.told(part) if isinstance(part, str) else part for part in error.args)
+            raise
+
+    def keep(self) -> None:
+        """Keeps the copy when the process ends."""
+        self._remove.detach()
+
+    def close(self) -> None:
+        """Removes the copy, unless it is kept."""
+        self._remove()
+
+    def _has(self, name: str) -> bool:
+        return local_name(self.path, name).exists()
+
+    def _touch(self, name: str) -> None:
+        path = local_name(self.path, name)
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.touch()
+        self._empty.add(name)
+
+    def _download(self, name: str) -> None:
+        path = local_name(self.path, name)
+        path.parent.mkdir(parents=True, exist_ok=True)
+        self.remote.download(name, path)
+        with self._changing:
+            self._empty.discard(name)
+
+
+def for_each(work: Callable[[str], None], names: Iterable[str]) -> None:
+    """Calls a function with each name, several at a time. After an error, does not begin with further names.
+
+    Example:
+        for_each(folder.delete, ["a", "b"])
+    """
+    pool = ThreadPoolExecutor(AT_ONCE)
+    try:
+        for _ in pool.map(work, names):
+            pass
+    finally:
+        pool.shutdown(cancel_futures=True)
+
+
+def is_of_checkpoint(name: str) -> bool:
+    """Returns whether a file of a run is in the folder of a checkpoint.
+
+    Example:
+        is_of_checkpoint("checkpoints/300/meta.json")
+    """
+    return name.startswith(f"{CHECKPOINTS}/") and name.count("/") > 1
+
+
+def _remove(path: Path, owner: int) -> None:
+    if os.getpid() == owner:  # and not a forked process, such as a data loader
+        shutil.rmtree(path, ignore_errors=True)
+
+
+def _folder_of(name: str) -> str:
+    """Returns the folder of a checkpoint's file, such as "checkpoints/300/"."""
+    return "/".join(name.split("/")[:2]) + "/"

@@ -1,0 +1,65 @@
+"""Reads a run on this machine or in a bucket."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+from flowgen.places import is_remote
+from flowgen.runs.checkpoints import CheckpointReader
+from flowgen.runs.directory import CHECKPOINTS, CONFIG_FILE, check_workdir, read_config
+from flowgen.runs.lock import LOCK_FILE
+from flowgen.runs.mirror import Mirror
+from flowgen.runs.remote_lock import TAKEOVER_FILE, check_free
+
+
+class RunReader:
+    """Reads a run. If the run is in a bucket, only those files are fetched that are read, into a temporary directory.
+
+    run_dir: the run's directory, or its URL. directory: the run's directory on this machine. mirror: the copy of a run
+    in a bucket; None otherwise. checkpoints: reads the checkpoints, as they are when a run in a bucket is opened.
+
+    Example:
+        run = RunReader("gs://bucket/digits")
+        with run.named():
+            config, step = run.config(), run.checkpoints.latest_step()
+    """
+
+    def __init__(self, run_dir: str | os.PathLike[str]):
+        self.mirror = Mirror(run_dir) if is_remote(run_dir) else None
+        self.directory = Path(run_dir) if self.mirror is None else self.mirror.path
+        self.shown = os.fspath(run_dir)
+        fetch = {} if self.mirror is None else {"fetch": self.mirror.fetch_checkpoint_files}
+        self.checkpoints = CheckpointReader(self.directory / CHECKPOINTS, **fetch)
+        if self.mirror is not None:
+            self.mirror.fetch([CONFIG_FILE])
+
+    def named(self) -> contextlib.AbstractContextManager[None]:
+        """Returns a context in which errors name the run as the user did, rather than a temporary directory."""
+        return contextlib.nullcontext() if self.mirror is None else self.mirror.named()
+
+    def config(self) -> dict[str, Any]:
+        """Returns the run's config. Raises the errors of `read_config`."""
+        if self.mirror is not None and not self.mirror.sizes:
+            raise FileNotFoundError(f"checkpoint {self.shown} does not exist; give the --workdir of a training run.")
+        return read_config(self.directory)
+
+    def free(self) -> None:
+        """Frees the space of the arrays that were fetched. They are fetched again if they are needed."""
+        if self.mirror is not None:
+            self.mirror.free()
+
+    def check(self, check_config: Callable[[dict[str, Any]], None], *, locks: bool = True) -> None:
+        """Raises an error if a new process cannot train here; see `check_workdir`. Writes nothing."""
+        if self.mirror is not None:
+            if locks:
+                check_free(self.mirror.remote)
+            first = {name.partition("/")[0] for name in self.mirror.sizes} - {LOCK_FILE, TAKEOVER_FILE, CHECKPOINTS}
+            if first and CONFIG_FILE not in first and self.checkpoints.latest_step() is None:
+                raise FileExistsError(
+                    f"workdir {self.shown} contains files but no flowgen run; give a new or empty directory."
+                )
+        check_workdir(self.directory, check_config, locks=locks)

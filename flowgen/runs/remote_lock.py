@@ -1,0 +1,139 @@
+"""A lock that lets one process at a time train in a folder of a bucket, where the system releases no locks.
+
+The lock is a file that only one process can create. Its holder writes the time into it again and again. If the time is
+old, the holder has died, and another process may take the lock over. For this, it first creates a second file, which
+only one process can create either. Of several that notice the old lock, therefore one gets it.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import secrets
+import socket
+import time
+from dataclasses import dataclass
+from datetime import UTC, datetime
+
+from flowgen.places import RemoteFolder
+from flowgen.runs.lock import LOCK_FILE
+
+TAKEOVER_FILE = "lock.takeover"
+# Seconds between two times that the holder writes, and seconds after which a lock counts as left by a dead process.
+# Clocks of machines may differ by a part of the latter.
+BEAT, EXPIRES = 60.0, 600.0
+_TRIES, _PAUSE = 5, 0.1
+
+
+class RemoteLock:
+    """Locks a folder until `release` is called. The holder must call `refresh` every `BEAT` seconds.
+
+    told: a line about a lock that was taken over from a dead process, or "".
+
+    Raises:
+        BlockingIOError: another process is training in the folder; the message names the process and the time at which
+            its lock expires.
+        OSError: the lock cannot be created.
+
+    Example:
+        lock = RemoteLock(RemoteFolder("gs://bucket/run"))
+        lock.release()
+    """
+
+    def __init__(self, folder: RemoteFolder):
+        self._folder, self._token, self.told = folder, secrets.token_hex(8), ""
+        if not folder.create(LOCK_FILE, self._content()):
+            self._take_over()
+
+    def refresh(self) -> None:
+        """Writes the time into the lock. Raises BlockingIOError if another process has taken the lock over."""
+        holder = _holder(self._folder)
+        if holder is None or holder.token != self._token:
+            by = "someone has deleted its lock" if holder is None else f"{holder} has taken over its lock"
+            raise BlockingIOError(
+                f"this process no longer holds workdir {self._folder}, because {by}; nothing more is uploaded."
+            )
+        self._folder.write(LOCK_FILE, self._content())
+
+    def release(self) -> None:
+        """Deletes the lock, unless another process has taken it over."""
+        holder = _holder(self._folder)
+        if holder is not None and holder.token == self._token:
+            self._folder.delete(LOCK_FILE)
+
+    def _take_over(self) -> None:
+        holder = check_free(self._folder)
+        if holder is None:  # released in the meantime
+            if not self._folder.create(LOCK_FILE, self._content()):
+                check_free(self._folder)
+                raise BlockingIOError(f"workdir {self._folder} is in use; run the command again.")
+            return
+        if not self._folder.create(TAKEOVER_FILE, self._content()):
+            raise BlockingIOError(
+                f"another process is taking over workdir {self._folder} from {holder}; if none is running, delete "
+                f"{TAKEOVER_FILE} there."
+            )
+        try:
+            # Only the holder of the second file changes an old lock, so the lock cannot change after this.
+            now = check_free(self._folder)
+            if now is not None and now.token == holder.token:
+                self._folder.write(LOCK_FILE, self._content())
+            elif now is not None or not self._folder.create(LOCK_FILE, self._content()):
+                raise BlockingIOError(f"workdir {self._folder} is in use by another process; give another directory.")
+        finally:
+            self._folder.delete(TAKEOVER_FILE)
+        self.told = (
+            f"Took over {self._folder} from {holder}, which last reported at {_clock(holder.time)}, so it has died."
+        )
+
+    def _content(self) -> bytes:
+        about = {"pid": os.getpid(), "host": socket.gethostname(), "time": time.time(), "token": self._token}
+        return json.dumps(about).encode()
+
+
+@dataclass(frozen=True)
+class Holder:
+    """The process that holds a lock, and the time at which it last reported."""
+
+    pid: int
+    host: str
+    time: float
+    token: str
+
+    def __str__(self) -> str:
+        return f"process {self.pid} on {self.host!r}"
+
+
+def check_free(folder: RemoteFolder) -> Holder | None:
+    """Raises BlockingIOError if a process is training in a folder. Returns who held an expired lock, or None.
+
+    Writes nothing.
+
+    Example:
+        check_free(RemoteFolder("gs://bucket/run"))
+    """
+    holder = _holder(folder)
+    if holder is not None and time.time() < holder.time + EXPIRES:
+        raise BlockingIOError(
+            f"workdir {folder} is in use by {holder}, which last reported at {_clock(holder.time)}; wait until it ends "
+            f"or, if it has died, until {_clock(holder.time + EXPIRES)}, or give another directory."
+        )
+    return holder
+
+
+def _holder(folder: RemoteFolder) -> Holder | None:
+    for _ in range(_TRIES):
+        try:
+            about = json.loads(folder.read(LOCK_FILE)[:1000])
+            return Holder(int(about["pid"]), str(about["host"])[:100], float(about["time"]), str(about["token"]))
+        except FileNotFoundError:
+            return None
+        except (ValueError, KeyError, TypeError, RecursionError):
+            time.sleep(_PAUSE)  # unlike an object in a bucket, a file:// may be read while it is written
+    raise BlockingIOError(
+        f"the lock of workdir {folder} cannot be read; if no process is training there, delete {LOCK_FILE} there."
+    )
+
+
+def _clock(seconds: float) -> str:
+    return f"{datetime.fromtimestamp(seconds, UTC):%H:%M:%S} UTC"

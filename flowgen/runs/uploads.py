@@ -1,0 +1,168 @@
+"""Copies what a training process writes into its mirror to the bucket, and holds the bucket's lock."""
+
+from __future__ import annotations
+
+import contextlib
+import threading
+from collections.abc import Callable, Iterable
+from pathlib import Path
+
+from flowgen.places import local_name
+from flowgen.runs.checkpoints import EVALUATION, META
+from flowgen.runs.directory import CONFIG_FILE, DATA_FILE, START_FILE
+from flowgen.runs.files import is_temporary
+from flowgen.runs.lock import LOCK_FILE
+from flowgen.runs.metrics import METRICS_FILE
+from flowgen.runs.mirror import CHECKPOINTS, Mirror, for_each, is_of_checkpoint
+from flowgen.runs.remote_lock import BEAT, RemoteLock
+
+# Files that a resumed run reads or adds to.
+CONTINUED = (CONFIG_FILE, DATA_FILE, START_FILE, METRICS_FILE)
+
+
+class Uploads:
+    """Locks a run in a bucket for one training process, and uploads what the process writes into its mirror.
+
+    The metadata of a checkpoint are uploaded after all of its other files and deleted before them, so that an
+    interrupted upload or deletion leaves no checkpoint. A thread refreshes the lock and uploads other files, such as
+    metrics, once a minute. Checkpoints are uploaded by the thread that saves them.
+
+    Raises:
+        BlockingIOError: another process is training in the bucket, or has trained there since the mirror was made.
+        OSError: the bucket cannot be written.
+
+    Example:
+        uploads = Uploads(Mirror("gs://bucket/run"), say=print)
+        uploads.save(300)
+        uploads.close()
+    """
+
+    def __init__(self, mirror: Mirror, say: Callable[[str], None]):
+        self.mirror, self._say = mirror, say
+        self._remote = mirror.remote
+        self._lock = RemoteLock(self._remote)
+        self._sent: dict[str, tuple[int, int]] = {}  # time and size of each file when it was copied
+        self._sending = threading.Lock()
+        self.failed = False  # whether the last upload failed, so that the mirror has files that the bucket lacks
+        try:
+            if _checkpoint_files(self._remote.sizes(CHECKPOINTS)) != _checkpoint_files(mirror.sizes):
+                raise BlockingIOError(
+                    f"another process has since trained in workdir {mirror.url}; run the command again."
+                )
+            if self._lock.told:
+                say(self._lock.told)
+            self._remove_unfinished()
+            mirror.fetch(CONTINUED)
+            self._sent.update((name, _mark(mirror.path / name)) for name in CONTINUED if name in mirror.sizes)
+        except BaseException:
+            self._lock.release()
+            raise
+        self._ended = threading.Event()
+        self._thread = threading.Thread(target=self._refresh_regularly, name="flowgen-upload", daemon=True)
+        self._thread.start()
+
+    def send(self) -> None:
+        """Uploads all files that have changed, except checkpoints."""
+        with self._sending:
+            for path in sorted(self.mirror.path.rglob("*")):
+                name = path.relative_to(self.mirror.path).as_posix()
+                if is_of_checkpoint(name) or name == LOCK_FILE or is_temporary(path.name) or not path.is_file():
+                    continue
+                mark = _mark(path)
+                if self._sent.get(name) != mark:
+                    # Read first, because metrics may be added during the upload.
+                    self._remote.write(name, path.read_bytes())
+                    self._sent[name] = mark
+
+    def save(self, step: int) -> None:
+        """Uploads a complete checkpoint, after the metrics up to its step, and then frees its space on this machine.
+
+        Raises OSError if this fails; the local files then stay.
+        """
+        self.failed = True
+        self._lock.refresh()
+        self.send()
+        self._delete(name for name in self._remote.sizes(f"{CHECKPOINTS}/{step}"))
+        folder = self.mirror.path / CHECKPOINTS / str(step)
+        sizes = {
+            path.relative_to(self.mirror.path).as_posix(): path.stat().st_size
+            for path in sorted(folder.rglob("*"))
+            if path.is_file()
+        }
+        last = f"{CHECKPOINTS}/{step}/{META}"
+        names = [name for name in sizes if name != last]
+        for_each(self._upload, names)
+        there = self._remote.sizes(f"{CHECKPOINTS}/{step}")
+        for name in names:
+            if there.get(name) != sizes[name]:
+                raise OSError(f"{self._remote}/{name} has {there.get(name, 0)} bytes instead of {sizes[name]}.")
+        self._upload(last)
+        self.failed = False
+        self.mirror.make_empty(name for name in names if not name.endswith(f"/{EVALUATION}"))
+
+    def score(self, step: int) -> None:
+        """Uploads the evaluation of a checkpoint."""
+        self._lock.refresh()
+        self._upload(f"{CHECKPOINTS}/{step}/{EVALUATION}")
+
+    def delete(self, step: int) -> None:
+        """Deletes a checkpoint, or reports that this failed. The next process then deletes it."""
+        try:
+            self._delete(self._remote.sizes(f"{CHECKPOINTS}/{step}"))
+        except OSError as error:
+            self._say(f"Checkpoint {step} could not be deleted: {error}")
+
+    def close(self) -> None:
+        """Uploads what is left, and releases the lock. Then removes the mirror, but keeps it if an upload has failed.
+
+        Raises OSError if the upload fails.
+        """
+        self._ended.set()
+        self._thread.join()
+        try:
+            self._lock.refresh()
+            self.send()
+        except OSError:
+            self.failed = True
+            raise
+        finally:
+            with contextlib.suppress(OSError):  # the lock then expires
+                self._lock.release()
+            if self.failed:
+                self.mirror.keep()
+                self._say(f"What could not be uploaded is kept in {self.mirror.path} on this machine.")
+            else:
+                self.mirror.close()
+
+    def _refresh_regularly(self) -> None:
+        while not self._ended.wait(BEAT):
+            # The next save tells of a lock that was lost or a bucket that cannot be reached.
+            with contextlib.suppress(OSError):
+                self._lock.refresh()
+                self.send()
+
+    def _remove_unfinished(self) -> None:
+        names = self.mirror.unfinished
+        for step in sorted({int(name.split("/")[1]) for name in names}):
+            self._say(f"Removed the rest of checkpoint {step} in {self._remote}, which an interruption has left.")
+        self._delete(names)
+
+    def _upload(self, name: str) -> None:
+        self._remote.upload(local_name(self.mirror.path, name), name)
+
+    def _delete(self, names: Iterable[str]) -> None:
+        """Deletes files of a checkpoint, its metadata first."""
+        ordered = sorted(names, key=lambda name: (not name.endswith(f"/{META}"), name))
+        first = [name for name in ordered if name.endswith(f"/{META}")]
+        for name in first:
+            self._remote.delete(name)
+        for_each(self._remote.delete, ordered[len(first) :])
+
+
+def _checkpoint_files(sizes: dict[str, int]) -> dict[str, int]:
+    return {name: size for name, size in sizes.items() if is_of_checkpoint(name)}
+
+
+def _mark(path: Path) -> tuple[int, int]:
+    about = path.stat()
+    return about.st_mtime_ns, about.st_size
