@@ -48,7 +48,7 @@ def largest(x):
     return np.abs(np.asarray(x)).reshape(len(x), -1).max(axis=1)
 
 
-@pytest.mark.parametrize("guided", [False, True], ids=["plain", "guided"])
+@pytest.mark.parametrize("guided", [pytest.param(False, marks=SLOW), True], ids=["plain", "guided"])
 def test_the_error_is_that_of_a_forward_pass_in_float64(guided):
     flow, params = laws.perturbed(dataclasses.replace(LONG, num_blocks=1), jax.random.key(0), scale=SCALE)
     _, _, z, cond = long_case()
@@ -70,7 +70,7 @@ def test_the_error_is_that_of_a_forward_pass_in_float64(guided):
 @pytest.mark.parametrize(
     "plan",
     [
-        Jacobi(tol=1e-2),
+        pytest.param(Jacobi(tol=1e-2), marks=SLOW),
         pytest.param(Jacobi(tol=1e-4), marks=SLOW),
         Jacobi(window=16, tol=1e-3),
         pytest.param(SlidingWindow(window=16, tol=1e-3), marks=SLOW),
@@ -102,7 +102,8 @@ def test_the_estimate_holds_for_clips_with_given_frames_and_restarts(plan):
 
 
 @pytest.mark.parametrize(
-    ("tokens", "gain", "is_bounded"), [(24, 3.0, False), (8, 3.0, True), pytest.param(24, 0.5, True, marks=SLOW)]
+    ("tokens", "gain", "is_bounded"),
+    [(24, 3.0, False), pytest.param(8, 3.0, True, marks=SLOW), pytest.param(24, 0.5, True, marks=SLOW)],
 )
 def test_a_long_expanding_chain_is_not_bounded(tokens, gain, is_bounded):
     flow, params = chain(tokens, gain)

@@ -62,6 +62,7 @@ def _implicit(tree: jax.tree_util.PyTreeDef, x: Tokens, leaves: list) -> Tokens:
 @partial(_implicit.defjvp, symbolic_zeros=True)
 def _derivatives(tree: jax.tree_util.PyTreeDef, primals: tuple, tangents: tuple) -> tuple[Tokens, Tokens]:
     (x, leaves), (_, changes) = primals, tangents
+    x = _implicit(tree, x, leaves)  # Higher derivatives also depend on how x changes.
     moving = [index for index, change in enumerate(changes) if not isinstance(change, SymbolicZero)]
 
     def swept(x, moved):
@@ -87,7 +88,7 @@ def _derivatives(tree: jax.tree_util.PyTreeDef, primals: tuple, tangents: tuple)
             solve=lambda _, b: _nilpotent_solution(product, b),
             transpose_solve=transpose_solve,
         )
-    return _implicit(tree, x, leaves), found
+    return x, found
 
 
 def back_substitution(conditioner: Conditioner, passthrough: int, x: Tokens, z: Tokens, b: Tokens) -> Tokens:
