@@ -204,7 +204,7 @@ def test_what_is_not_finite_is_reported_for_its_sample_alone():
 def test_a_kernel_that_cannot_add_a_part_of_a_window_is_refused():
     flow, params, x, cond = laws.case("classes")
     z, _ = laws.apply(flow, params, x, cond)
-    whole = causal_kernel("softmax")._replace(accept=None)
+    whole = causal_kernel("softmax")._replace(accept=None, has_slots=False)
     flow = flowgen.TARFlow(dataclasses.replace(flow.config, attention=whole))
     with pytest.raises(ValueError, match="attention has no `accept`, which adds a part of a window to the cache"):
         invert(flow, params, z, cond, plan=SlidingWindow())

@@ -44,10 +44,13 @@ class CausalKernel(NamedTuple):
     rewind(before, after) -> cache: a cache from which a window can be processed again, given the caches before and
         after the window was first processed. The result is `after` if a window overwrites its own slots, and `before`
         if the cache is a running sum.
+    has_slots: whether the cache has one slot per token, so that a window may start at any token that has already been
+        processed.
     has_temperature: whether scaling the queries sharpens or flattens the weights, as in a softmax.
     accept(before, window, count) -> cache: the cache with the first `count` tokens of the window added, one number per
         sample; all tokens if `count` is None. `before` is the cache from which the window was processed. If `accept`
-        is None, `window` itself is the cache with all tokens added, and decoders cannot slide a window.
+        is None, `window` itself is the cache with all tokens added; decoders can then slide a window only if the cache
+        has slots.
     grow(cache, length) -> cache: the same cache with room for `length` positions. If a kernel has this function,
         decoders begin with a short cache, because every pass reads the whole cache. If `grow` is None, the cache must
         have its full length from the start.
@@ -57,9 +60,15 @@ class CausalKernel(NamedTuple):
     init_cache: Callable[..., State]
     attend_window: Callable[..., tuple[Array, State]]
     rewind: Callable[[State, State], State]
+    has_slots: bool
     has_temperature: bool
     accept: Callable[[State, State, Array | None], State] | None = None
     grow: Callable[[State, int], State] | None = None
+
+    @property
+    def can_slide(self) -> bool:
+        """Whether decoders can slide a window."""
+        return self.has_slots or self.accept is not None
 
 
 def init_kv_cache(batch: int, length: int, num_heads: int, head_dim: int, dtype: DTypeLike) -> KVCache:
@@ -122,6 +131,7 @@ def _recurrent(kernel: Kernel) -> CausalKernel:
         init_cache=running.init_cache,
         attend_window=running.attend_window,
         rewind=_before,
+        has_slots=False,
         has_temperature=False,
         accept=running.accept,
     )
@@ -188,6 +198,7 @@ SOFTMAX = CausalKernel(
     init_cache=init_kv_cache,
     attend_window=attend_kv_window,
     rewind=_after,
+    has_slots=True,
     has_temperature=True,
     accept=_after,
     grow=grow_kv_cache,

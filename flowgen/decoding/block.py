@@ -11,6 +11,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float
 
+from flowgen.attention import causal_kernel
 from flowgen.attention.slices import Start, positions
 from flowgen.backend import cache_stages
 from flowgen.conditioning import Condition, unconditional
@@ -66,8 +67,9 @@ class GuidedBlock:
 
     @property
     def can_pull_back(self) -> bool:
-        """Whether `pull_back` works: the cache grows by a slot per token, and is precise, because cotangents add up."""
-        return self.block.has_growing_caches and self.block.config.transformer.dtype != "bfloat16"
+        """Whether `pull_back` works: the cache has a slot per token, and is precise, because cotangents add up in it."""
+        transformer = self.block.config.transformer
+        return causal_kernel(transformer.attention).has_slots and transformer.dtype != "bfloat16"
 
     def pull_back(
         self, x: Float[Array, "b n c"], z: Float[Array, "b n c"], context: Float[Array, "b m c"] | None, change: Array

@@ -251,7 +251,8 @@ def _resolve(plan: Plan | str, guidance: Guidance | None, config: FlowConfig, ba
     rows = [batch * block.frames * (2 if index in guided else 1) for index, block in enumerate(config.blocks)]
     resolved = resolve_plan(plan, rows=rows)
     attention = config.blocks[0].transformer.attention
-    if any(isinstance(block, SlidingWindow) for block in resolved.blocks) and causal_kernel(attention).accept is None:
+    slides = any(isinstance(block, SlidingWindow) for block in resolved.blocks)
+    if slides and not causal_kernel(attention).can_slide:
         raise ValueError(
             f"plan contains a SlidingWindow, but {attention!r} attention has no `accept`, which adds a part of a "
             "window to the cache; define it, or use Jacobi or Sequential."

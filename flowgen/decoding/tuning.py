@@ -228,7 +228,7 @@ def _grid(config: BlockConfig, n: int, tol: float, windows: Sequence[int | None]
     asked = [*WINDOWS, *[None] * (n <= LONGEST)] if windows is None else windows
     shorter = sorted({window for window in asked if window is not None and window < n})
     whole = [None] * any(window is None or (windows is not None and window >= n) for window in asked)
-    slides = causal_kernel(config.transformer.attention).accept is not None
+    slides = causal_kernel(config.transformer.attention).can_slide
     sliding = [SlidingWindow(window=window, tol=tol) for window in shorter] if slides else []
     return [Sequential(), *(Jacobi(window=window, tol=tol) for window in [*shorter, *whole]), *sliding]
 

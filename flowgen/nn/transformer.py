@@ -26,7 +26,8 @@ Scale = Float[Array, " b"] | None
 # The attention in the layers of a stack: the name of a kernel, or a user-defined kernel.
 OwnAttention = Annotated[Kernel | FeatureMap | CausalKernel, Own("a FeatureMap, a Kernel or a CausalKernel")]
 Attention = Annotated[str, OneOf(CAUSAL_KERNEL_NAMES)] | OwnAttention
-Rotation = tuple[Float[Array, "#b n r"], Float[Array, "#b n r"]] | None
+Angles = Float[Array, "n r"] | Float[Array, "#b n r"]
+Rotation = tuple[Angles, Angles] | None
 
 
 @dataclass(frozen=True)
@@ -190,7 +191,7 @@ def transformer_stack(config: TransformerConfig) -> nn.Module:
     caches: None for a whole sequence from position 0; otherwise, one kernel cache per layer, which requires
     `scan=False`. In this case, the result contains what the kernel's `accept` needs to add these tokens to the caches.
     start: the cache slot of h[:, 0], one for the whole batch or one per sample. inverse_temperature: None, or an array
-    `b` of factors for the attention logits. rotation: None, or (cos, sin), each `1 n r` or `b n r`, of the angles by
+    `b` of factors for the attention logits. rotation: None, or (cos, sin), each `n r` or `b n r`, of the angles by
     which the queries and keys of these tokens are rotated. Keys are cached after the rotation.
 
     Example:
