@@ -101,7 +101,8 @@ def back_substitution(conditioner: Conditioner, passthrough: int, x: Tokens, z: 
     solved = x[:, passthrough:]
     previous = jnp.concatenate([conditioner.first, solved[:, :-1]], axis=1)
     noise = z[:, passthrough:]
-    _, _, cache = conditioner.window(previous, jnp.asarray(conditioner.begin), conditioner.begin_cache(count))
+    empty = conditioner.begin_cache(count)
+    cache = conditioner.accept(empty, conditioner.window(previous, jnp.asarray(conditioner.begin), empty)[2])
 
     def at(tokens, index):
         return jax.lax.dynamic_slice_in_dim(tokens, index, 1, axis=1)
@@ -110,8 +111,8 @@ def back_substitution(conditioner: Conditioner, passthrough: int, x: Tokens, z: 
         v, of_cache = state
 
         def token(previous, cache):
-            shift, log_scale, cache = conditioner.window(previous, conditioner.begin + index, cache)
-            return to_data(at(noise, index), shift, log_scale), cache
+            shift, log_scale, after = conditioner.window(previous, conditioner.begin + index, cache)
+            return to_data(at(noise, index), shift, log_scale), conditioner.accept(cache, after)
 
         _, pull = jax.vjp(token, at(previous, index), cache)
         of_previous, of_cache = pull((at(v, index + 1), of_cache))
