@@ -94,6 +94,7 @@ def test_info_prints_options_that_give_the_experiment_again(path):
     lines = succeed("info --config", path, *groups).splitlines()
     words = [shlex.split(line, comments=True) for line in lines]
     assert all(len(option) == 2 for option in words)
+    assert [option for option, _ in words] == [f"--{setting.name}" for setting in settings.settings(experiment)]
     # The type of a group stands for its defaults, and is what it is already.
     leaves = {f"--{name}" for name in settings.leaf_names(experiment)}
     given = [word for option in words if option[0] in leaves for word in option]

@@ -160,8 +160,8 @@ def chosen_settings(experiment: Experiment, names: Sequence[str]) -> list[Settin
     every, short, chosen = settings(experiment), short_names(experiment), []
     for name in names:
         path = name.replace("-", "_")
-        path = short.get(path, path)
-        found = [setting for setting in every if f"{setting.name}.".startswith(f"{path}.")]
+        # A group, such as init, comes before a short name.
+        found = _under(path, every) or _under(path := short.get(path, path), every)
         if not found:
             known = [setting.name for setting in every]
             alike = same_end(path, known) or "".join(difflib.get_close_matches(path, known, n=1))
@@ -170,6 +170,11 @@ def chosen_settings(experiment: Experiment, names: Sequence[str]) -> list[Settin
             raise ValueError(f"{name} is not a field of this config{end}")
         chosen += found
     return chosen
+
+
+def _under(path: str, every: Sequence[Setting]) -> list[Setting]:
+    """Returns the field with a dotted name, or the fields of the group with this name."""
+    return [setting for setting in every if f"{setting.name}.".startswith(f"{path}.")]
 
 
 def _pairs(words: Sequence[str]) -> list[tuple[str, str | None]]:
