@@ -164,6 +164,8 @@ MISTAKES = {
     f"{TRAIN} --train.batch_size 6": r"train\.batch_size is 6; it must be a multiple of 4 devices",
     f"{TRAIN} --train.seed -1": r"train\.seed is -1; it must be 0 or more",
     f"{TRAIN} --sampling.num 0": r"sampling\.num is 0; it must be at least 1",
+    f"{TRAIN} --optim.name sgd --optim.b1 0.8": r"optim\.b1 is 0\.8, but sgd does not use it; leave it at 0\.9\.",
+    f"{TRAIN} --optim.name lion --optim.b2 0.8": r"lion does not use it; .* 0\.95, and set optim\.options\.b2 instead",
     # Config files.
     "train --workdir new --config none.py": r"config none\.py does not exist",
     "train --workdir new --config raises.py": r"config raises\.py fails on line 2 \(RuntimeError: no cluster\); corr",

@@ -19,6 +19,7 @@ from flowgen.experiments.files import config_path, load_config
 from flowgen.settings import FieldError, Setting, leaf_names, override, settings, type_name
 from flowgen.settings.annotations import hints_of
 from flowgen.settings.command import same_end
+from flowgen.training.options import check_unused
 
 # Short names of common fields. Fields of `sampling` also need no group.
 ALIASES = {
@@ -99,7 +100,9 @@ def load_experiment(options: argparse.Namespace, words: list[str]) -> Experiment
             raise
         reason = str(error).rstrip(".") if isinstance(error, ValueError) else f"{type(error).__name__}: {error}"
         raise ValueError(f"config {path} fails on line {line} ({reason}); correct that line.") from error
-    return apply_words(words, experiment.debug() if options.debug else experiment)[0]
+    experiment = apply_words(words, experiment.debug() if options.debug else experiment)[0]
+    check_unused(experiment.optim)
+    return experiment
 
 
 def _line_of(path: str, error: Exception) -> int | None:
