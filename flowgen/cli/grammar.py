@@ -16,10 +16,11 @@ from typing import Any, TypeVar
 from flowgen.cli.options import described
 from flowgen.experiments.experiment import Experiment
 from flowgen.experiments.files import config_path, load_config
+from flowgen.optimizers import OPTIMIZERS, options_of
 from flowgen.settings import FieldError, Setting, leaf_names, override, settings, type_name
 from flowgen.settings.annotations import hints_of
 from flowgen.settings.command import same_end
-from flowgen.training.options import check_unused
+from flowgen.training.options import OptimConfig, check_unused
 
 # Short names of common fields. Fields of `sampling` also need no group.
 ALIASES = {
@@ -71,6 +72,7 @@ def apply_words(
     if of_options:
         options = _overridden(options, of_options)
     if of_experiment:
+        _check_optimizer_options(values, experiment)
         experiment = override(experiment, of_experiment)
     _check_parallel(began, experiment, tunes=getattr(options, "tune", False))
     return experiment, options, set(values)
@@ -227,6 +229,17 @@ def _unknown(word: str, experiment: Experiment, own: tuple[str, ...], groups: tu
     present = dict.fromkeys(name if name in (groups or ()) else f"{name.partition('.')[0]}.*" for name in known)
     ours = "every field, such as --train.steps" if groups is None else " and ".join(f"--{g}" for g in present)
     return f"{what}; it accepts {' and '.join(filter(None, (options, ours)))}."
+
+
+def _check_optimizer_options(values: dict[str, str], experiment: Experiment) -> None:
+    """Raises ValueError if an option of the chosen optimizer is given as a field of its own."""
+    name = values.get("optim.name")
+    optimizer = experiment.optim.optimizer if name is None else OPTIMIZERS.get(name)
+    known = (options_of(optimizer) if optimizer else None) or {}
+    for path in values:
+        group, _, field = path.partition(".")
+        if group == "optim" and field in known and field not in hints_of(OptimConfig):
+            raise ValueError(f"{path} is not a field of this config; did you mean optim.options.{field}?")
 
 
 def _check_parallel(began: Experiment, experiment: Experiment, *, tunes: bool) -> None:
