@@ -167,6 +167,8 @@ MISTAKES = {
     f"{TRAIN} --optim.name sgd --optim.b1 0.8": r"optim\.b1 is 0\.8, but sgd does not use it; leave it at 0\.9\.",
     f"{TRAIN} --optim.name lion --optim.b2 0.8": r"lion does not use it; .* 0\.95, and set optim\.options\.b2 instead",
     f"{TRAIN} --optim.name muon --optim.beta 0.9": r"optim\.beta is not .* did you mean optim\.options\.beta\?",
+    f"{TRAIN} --optim.name Muon": r"optim\.name is 'Muon'; choose one of .*; did you mean muon\?",
+    f"{TRAIN} --optim.schedule Cosin": r"optim\.schedule is 'Cosin'; .*; did you mean 'cosine'\?",
     # Config files.
     "train --workdir new --config none.py": r"config none\.py does not exist",
     "train --workdir new --config raises.py": r"config raises\.py fails on line 2 \(RuntimeError: no cluster\); corr",

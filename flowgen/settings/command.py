@@ -13,10 +13,10 @@ from flowgen.settings.annotations import (
     OWN_NAME,
     choices,
     configs_of,
-    describe,
     entry_of,
     hints_of,
     is_own,
+    mismatch,
     takes_own,
     type_name,
     unannotated,
@@ -151,7 +151,7 @@ def _parse(annotation: Any, text: str, path: str, group: type | None) -> Any:
     if groups:
         own = [OWN_NAME] * takes_own(annotation)
         raise ValueError(_no_value(path, group, [*choices(annotation), *own], text))
-    raise ValueError(f"{path} is {shown(text)}; it must be {describe(annotation)}.")
+    raise ValueError(f"{path} {mismatch(annotation, text)}")
 
 
 def _literal(text: str) -> Any:
