@@ -123,6 +123,22 @@ def test_help_lists_fields(capsys, command, names):
         assert f"--{name} " in shown
 
 
+REFUSED_BATCHES = {
+    "--train.parallel fsdp --train.mesh 3,1": "64; it must be a multiple of 3 devices",
+    "--train.parallel fsdp --train.mesh 2,3": "",
+    "--train.accumulation 48": r"64; it must be a multiple of 4 devices × train.accumulation 48 = 192\.$",
+    "": "",
+}
+
+
+@pytest.mark.parametrize(("words", "sentence"), REFUSED_BATCHES.items())
+def test_info_tells_that_training_refuses_a_batch(words, sentence):
+    told = succeed(f"info --config tarflow_digits {words}")
+    start = "training refuses this batch: train.batch_size is "
+    assert ("training refuses" in told) == bool(sentence)
+    assert re.search(f"^{start}{sentence}" if sentence else "", told, re.MULTILINE)
+
+
 # Errors that belong together are told together.
 
 
