@@ -127,7 +127,6 @@ REFUSED_BATCHES = {
     "--train.parallel fsdp --train.mesh 3,1": "64; it must be a multiple of 3 devices",
     "--train.parallel fsdp --train.mesh 2,3": "",
     "--train.accumulation 48": r"64; it must be a multiple of 4 devices × train.accumulation 48 = 192\.$",
-    "": "",
 }
 
 

@@ -169,6 +169,9 @@ MISTAKES = {
     f"{TRAIN} --optim.name muon --optim.beta 0.9": r"optim\.beta is not .* did you mean optim\.options\.beta\?",
     f"{TRAIN} --optim.name Muon": r"optim\.name is 'Muon'; choose one of .*; did you mean muon\?",
     f"{TRAIN} --optim.schedule Cosin": r"optim\.schedule is 'Cosin'; .*; did you mean 'cosine'\?",
+    f"{TRAIN} --train.mesh 4": r"it must be a tuple of 2 integers or none, as in --train\.mesh 4,1\.$",
+    f"{TRAIN} --optim.options beta=0.9": r"set its entries one by one, as in --optim\.options\.beta 0\.9\.$",
+    f"{TRAIN} --data.path photos/flat/a.png photos/flat/b.png": r"takes one path, .* as in --data\.path photos/flat\.$",
     # Config files.
     "train --workdir new --config none.py": r"config none\.py does not exist",
     "train --workdir new --config raises.py": r"config raises\.py fails on line 2 \(RuntimeError: no cluster\); corr",

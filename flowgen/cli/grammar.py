@@ -9,6 +9,7 @@ from __future__ import annotations
 import argparse
 import dataclasses
 import difflib
+import os
 import traceback
 from collections.abc import Sequence
 from typing import Any, TypeVar
@@ -188,6 +189,8 @@ def _pairs(words: Sequence[str]) -> list[tuple[str, str | None]]:
     while rest:
         word = rest.pop(0)
         if not word.startswith("--") or word == "--":
+            if pairs and pairs[-1][1] and os.path.exists(word) and os.path.exists(pairs[-1][1]):
+                raise ValueError(_several_paths(*pairs[-1], word))
             raise ValueError(f"'{word}' is not understood; set a field as in --sampling.num 4.")
         name, equals, text = word[2:].partition("=")
         if not equals and rest and not rest[0].startswith("--"):
@@ -195,6 +198,13 @@ def _pairs(words: Sequence[str]) -> list[tuple[str, str | None]]:
         else:
             pairs.append((name, text if equals else None))
     return pairs
+
+
+def _several_paths(name: str, first: str, second: str) -> str:
+    """Returns the error message for an option with several paths, such as those for which a shell replaces `*`."""
+    folder = os.path.dirname(first)
+    example = f", as in --{name} {folder}" if folder else ""
+    return f"--{name} takes one path, but '{first}' and '{second}' are given; give the folder of all files{example}."
 
 
 def _value(name: str, text: str | None, experiment: Experiment, options: Any, own: tuple[str, ...]) -> str:

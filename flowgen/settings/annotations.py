@@ -69,6 +69,21 @@ def item_of(annotation: Any) -> Any:
     return next((arguments[0] for arguments in tuples if arguments[-1] is Ellipsis), None)
 
 
+def written(annotation: Any, value: Any) -> str:
+    """Returns an example of a tuple of numbers as it is written on a command line, such as "4,1".
+
+    The result is "" if the annotation has no such tuple, or if it also allows a single number. value: the value that
+    was given instead; an integer becomes the first item.
+    """
+    kinds = [unannotated(member) for member in members(annotation)]
+    tuples = [typing.get_args(kind) for kind in kinds if typing.get_origin(kind) is tuple]
+    items = next((items for items in tuples if unannotated(items[0]) in (int, float)), None)
+    if items is None or int in kinds or float in kinds:
+        return ""
+    first = str(value) if type(value) is int else "4"
+    return ",".join([first, *["1"] * (len(items) - 1)])
+
+
 def is_function(annotation: Any) -> bool:
     """Returns whether an annotation is `Callable`, with or without arguments."""
     return annotation is Callable or typing.get_origin(annotation) is Callable
