@@ -107,7 +107,7 @@ class OptimConfig:
             raise ValueError(f"adam_lr is {self.adam_lr}, but only {', '.join(OF_MATRICES)} have it; set lr.")
         for name in self.options:
             if name in self._moments:
-                raise ValueError(f"options has {name}, which is a field of its own; set {name} instead.")
+                raise ValueError(f"options.{name} is not one of the options; set the field {name} instead.")
         if self.options or not isinstance(self.name, str):
             check_options(self.optimizer, self.options)
 
