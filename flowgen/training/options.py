@@ -141,7 +141,8 @@ def check_unused(optim: OptimConfig) -> None:
         value, default = getattr(optim, name), getattr(OptimConfig, name)
         if name not in optim._moments and value != default:
             option = f", and set optim.options.{name} instead" if name in known else ""
-            raise ValueError(f"optim.{name} is {value}, but {chosen} does not use it; leave it at {default}{option}.")
+            fix = f"set it to its default, {default}{option}"
+            raise ValueError(f"optim.{name} is {value}, but {chosen} does not use it; {fix}.")
 
 
 @config
