@@ -164,7 +164,7 @@ MISTAKES = {
     f"{TRAIN} --train.batch_size 6": r"train\.batch_size is 6; it must be a multiple of 4 devices",
     f"{TRAIN} --train.seed -1": r"train\.seed is -1; it must be 0 or more",
     f"{TRAIN} --sampling.num 0": r"sampling\.num is 0; it must be at least 1",
-    f"{TRAIN} --optim.name sgd --optim.b1 0.8": r"optim\.b1 is 0\.8, but sgd does not use it; set it to its default, 0\.9\.",
+    f"{TRAIN} --optim.name sgd --optim.b1 0.8": r"optim\.b1 is .*, but sgd does not use it; set .* default, 0\.9\.",
     f"{TRAIN} --optim.name lion --optim.b2 0.8": r"lion does not use it; .* 0\.95, and set optim\.options\.b2 instead",
     f"{TRAIN} --optim.name muon --optim.beta 0.9": r"optim\.beta is not .* did you mean optim\.options\.beta\?",
     f"{TRAIN} --optim.name Muon": r"optim\.name is 'Muon'; choose one of .*; did you mean muon\?",
