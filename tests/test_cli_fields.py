@@ -94,6 +94,7 @@ def test_info_prints_options_that_give_the_experiment_again(path):
     lines = succeed("info --config", path, *groups).splitlines()
     words = [shlex.split(line, comments=True) for line in lines]
     assert all(len(option) == 2 for option in words)
+    assert [option for option, _ in words] == [f"--{setting.name}" for setting in settings.settings(experiment)]
     # The type of a group stands for its defaults, and is what it is already.
     leaves = {f"--{name}" for name in settings.leaf_names(experiment)}
     given = [word for option in words if option[0] in leaves for word in option]
@@ -120,6 +121,21 @@ def test_help_lists_fields(capsys, command, names):
     shown = capsys.readouterr().out
     for name in names:
         assert f"--{name} " in shown
+
+
+REFUSED_BATCHES = {
+    "--train.parallel fsdp --train.mesh 3,1": "64; it must be a multiple of 3 devices",
+    "--train.parallel fsdp --train.mesh 2,3": "",
+    "--train.accumulation 48": r"64; it must be a multiple of 4 devices × train.accumulation 48 = 192\.$",
+}
+
+
+@pytest.mark.parametrize(("words", "sentence"), REFUSED_BATCHES.items())
+def test_info_tells_that_training_refuses_a_batch(words, sentence):
+    told = succeed(f"info --config tarflow_digits {words}")
+    start = "training refuses this batch: train.batch_size is "
+    assert ("training refuses" in told) == bool(sentence)
+    assert re.search(f"^{start}{sentence}" if sentence else "", told, re.MULTILINE)
 
 
 # Errors that belong together are told together.

@@ -463,6 +463,11 @@ def test_a_debug_run_as_origin_is_named_as_such(tmp_path):
         started(dataclasses.replace(digits, init=InitConfig(str(path))))
     one_sentence(error)
     assert len(str(error.value)) < 300 + len(str(path))
+    small = digits.debug()
+    wider = dataclasses.replace(small.model, width=48)
+    with pytest.raises(ValueError, match=r"does not fit this model \(.*model\.width: 32 -> 48\)") as error:
+        started(dataclasses.replace(small, model=wider, init=InitConfig(str(path))))
+    assert "--debug" not in one_sentence(error)
 
 
 @pytest.mark.slow

@@ -207,7 +207,7 @@ def test_the_learning_rate_stays_and_then_falls():
         ({"name": lambda rate: optax.polyak_sgd(rate)}, "name does not make an optax optimizer"),
         ({"name": lambda rate: optax.noisy_sgd(rate, key=0)}, "keeps random keys"),
         ({"name": "sign_sgd", "options": {"b1": 0.9}}, "options has b1, .* it has none"),
-        ({"options": {"b1": 0.9}}, "options has b1, which is a field"),
+        ({"options": {"b1": 0.9}}, "options.b1 is not one of the options; set the field b1 instead"),
         ({"adam_lr": 0.1}, "adam_lr is 0.1, but only muon, auon, conda"),
         ({"decay_steps": 5}, "decay_steps is 5, but only schedule 'wsd'"),
     ],

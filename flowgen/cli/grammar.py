@@ -9,6 +9,7 @@ from __future__ import annotations
 import argparse
 import dataclasses
 import difflib
+import os
 import traceback
 from collections.abc import Sequence
 from typing import Any, TypeVar
@@ -16,9 +17,11 @@ from typing import Any, TypeVar
 from flowgen.cli.options import described
 from flowgen.experiments.experiment import Experiment
 from flowgen.experiments.files import config_path, load_config
+from flowgen.optimizers import OPTIMIZERS, options_of
 from flowgen.settings import FieldError, Setting, leaf_names, override, settings, type_name
 from flowgen.settings.annotations import hints_of
 from flowgen.settings.command import same_end
+from flowgen.training.options import OptimConfig, check_unused
 
 # Short names of common fields. Fields of `sampling` also need no group.
 ALIASES = {
@@ -70,6 +73,7 @@ def apply_words(
     if of_options:
         options = _overridden(options, of_options)
     if of_experiment:
+        _check_optimizer_options(values, experiment)
         experiment = override(experiment, of_experiment)
     _check_parallel(began, experiment, tunes=getattr(options, "tune", False))
     return experiment, options, set(values)
@@ -99,7 +103,9 @@ def load_experiment(options: argparse.Namespace, words: list[str]) -> Experiment
             raise
         reason = str(error).rstrip(".") if isinstance(error, ValueError) else f"{type(error).__name__}: {error}"
         raise ValueError(f"config {path} fails on line {line} ({reason}); correct that line.") from error
-    return apply_words(words, experiment.debug() if options.debug else experiment)[0]
+    experiment = apply_words(words, experiment.debug() if options.debug else experiment)[0]
+    check_unused(experiment.optim)
+    return experiment
 
 
 def _line_of(path: str, error: Exception) -> int | None:
@@ -160,8 +166,8 @@ def chosen_settings(experiment: Experiment, names: Sequence[str]) -> list[Settin
     every, short, chosen = settings(experiment), short_names(experiment), []
     for name in names:
         path = name.replace("-", "_")
-        path = short.get(path, path)
-        found = [setting for setting in every if f"{setting.name}.".startswith(f"{path}.")]
+        # A group, such as init, comes before a short name.
+        found = _under(path, every) or _under(path := short.get(path, path), every)
         if not found:
             known = [setting.name for setting in every]
             alike = same_end(path, known) or "".join(difflib.get_close_matches(path, known, n=1))
@@ -172,12 +178,19 @@ def chosen_settings(experiment: Experiment, names: Sequence[str]) -> list[Settin
     return chosen
 
 
+def _under(path: str, every: Sequence[Setting]) -> list[Setting]:
+    """Returns the field with a dotted name, or the fields of the group with this name."""
+    return [setting for setting in every if f"{setting.name}.".startswith(f"{path}.")]
+
+
 def _pairs(words: Sequence[str]) -> list[tuple[str, str | None]]:
     """Returns names and values from words such as "--a 1" and "--a=1"; the value is None if the word has none."""
     rest, pairs = list(words), []
     while rest:
         word = rest.pop(0)
         if not word.startswith("--") or word == "--":
+            if pairs and pairs[-1][1] and os.path.exists(word) and os.path.exists(pairs[-1][1]):
+                raise ValueError(_several_paths(*pairs[-1], word))
             raise ValueError(f"'{word}' is not understood; set a field as in --sampling.num 4.")
         name, equals, text = word[2:].partition("=")
         if not equals and rest and not rest[0].startswith("--"):
@@ -185,6 +198,13 @@ def _pairs(words: Sequence[str]) -> list[tuple[str, str | None]]:
         else:
             pairs.append((name, text if equals else None))
     return pairs
+
+
+def _several_paths(name: str, first: str, second: str) -> str:
+    """Returns the error message for an option with several paths, such as those for which a shell replaces `*`."""
+    folder = os.path.dirname(first)
+    example = f", as in --{name} {folder}" if folder else ""
+    return f"--{name} takes one path, but '{first}' and '{second}' are given; give the folder of all files{example}."
 
 
 def _value(name: str, text: str | None, experiment: Experiment, options: Any, own: tuple[str, ...]) -> str:
@@ -219,6 +239,17 @@ def _unknown(word: str, experiment: Experiment, own: tuple[str, ...], groups: tu
     present = dict.fromkeys(name if name in (groups or ()) else f"{name.partition('.')[0]}.*" for name in known)
     ours = "every field, such as --train.steps" if groups is None else " and ".join(f"--{g}" for g in present)
     return f"{what}; it accepts {' and '.join(filter(None, (options, ours)))}."
+
+
+def _check_optimizer_options(values: dict[str, str], experiment: Experiment) -> None:
+    """Raises ValueError if an option of the chosen optimizer is given as a field of its own."""
+    name = values.get("optim.name")
+    optimizer = experiment.optim.optimizer if name is None else OPTIMIZERS.get(name)
+    known = (options_of(optimizer) if optimizer else None) or {}
+    for path in values:
+        group, _, field = path.partition(".")
+        if group == "optim" and field in known and field not in hints_of(OptimConfig):
+            raise ValueError(f"{path} is not a field of this config; did you mean optim.options.{field}?")
 
 
 def _check_parallel(began: Experiment, experiment: Experiment, *, tunes: bool) -> None:

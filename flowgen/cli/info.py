@@ -7,7 +7,7 @@ import math
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from flowgen.cli.options import described, num_parameters, say, value_lines
+from flowgen.cli.options import described, num_parameters, say, trains_alone, value_lines
 
 if TYPE_CHECKING:
     from flowgen.backend import Machine
@@ -73,7 +73,7 @@ def run(options: argparse.Namespace, rest: list[str]) -> int:
     for line in attention_lines(experiment.model):
         say(line)
     if not options.checkpoint:
-        for line in estimates(on_any_device(experiment)):
+        for line in estimates(on_any_device(experiment), alone=trains_alone(experiment, options)):
             say(line)
     if options.checkpoint and (classes := getattr(experiment.data, "classes", ())):
         say("classes: " + ", ".join(f"{number} {name}" for number, name in enumerate(classes)))
@@ -96,11 +96,11 @@ def _plan_lines(run_dir: Path) -> list[str]:
     return [f"plan.json: measured on {tuned.device} for {tuned.batch} samples at a time, {tuned.time}"]
 
 
-def estimates(experiment: Experiment) -> list[str]:
+def estimates(experiment: Experiment, *, alone: bool = False) -> list[str]:
     """Returns lines of text about the memory and FLOP that an experiment needs and the machines that it fits on.
 
     docs/training.md describes how they are estimated. The list is empty if the experiment cannot be traced without
-    data.
+    data. alone: whether training uses only one device of this machine.
     """
     import jax
 
@@ -110,7 +110,7 @@ def estimates(experiment: Experiment) -> list[str]:
     from flowgen.nn import init
 
     train = experiment.train
-    axes = _axes(train)
+    axes = _axes(train, alone)
     devices = math.prod(axes.values())
     rows = max(1, train.batch_size // (axes[FSDP] * train.accumulation))
     sharded = train.parallel == "fsdp"
@@ -124,6 +124,7 @@ def estimates(experiment: Experiment) -> list[str]:
     told += f" in {train.accumulation} parts" if train.accumulation > 1 else ""
     told += f"; the devices share the parameters, in a mesh of {axes[FSDP]} x {axes[TENSOR]}" if sharded else ""
     lines = [
+        *_batch_lines(train, axes[FSDP]),
         f"estimates by counting, for {rows} samples at a time on each device (train.batch_size {told}):",
         *_training_lines(cost, str(getattr(experiment.model, "remat", False)).lower(), sharded),
         *_flop_lines(cost, drawn, train.batch_size),
@@ -136,8 +137,19 @@ def estimates(experiment: Experiment) -> list[str]:
     ]
 
 
-def _axes(train: TrainConfig) -> dict[str, int]:
-    """Returns the mesh that a run would use: `train.mesh`, or all devices of this machine on the first axis.
+def _batch_lines(train: TrainConfig, devices: int) -> list[str]:
+    """Returns the sentence with which training would refuse the batch; [] if the devices can share it equally."""
+    from flowgen.training.parallel import check_batch
+
+    try:
+        check_batch(train, devices)
+    except ValueError as error:
+        return [f"training refuses this batch: {error}"]
+    return []
+
+
+def _axes(train: TrainConfig, alone: bool) -> dict[str, int]:
+    """Returns the mesh that a run would use: `train.mesh`, or the devices that it would use on the first axis.
 
     `train.mesh` may have more devices than this machine.
     """
@@ -145,7 +157,7 @@ def _axes(train: TrainConfig) -> dict[str, int]:
 
     from flowgen.backend import FSDP, TENSOR
 
-    return dict(zip((FSDP, TENSOR), train.mesh or (jax.device_count(), 1), strict=True))
+    return dict(zip((FSDP, TENSOR), train.mesh or (1 if alone else jax.device_count(), 1), strict=True))
 
 
 def _weights_to_sample(drawn: SamplingCost, variables: Any, devices: int) -> int:

@@ -148,6 +148,13 @@ def placed(variables: Any, experiment: Experiment, options: argparse.Namespace) 
     return jax.tree.map(jnp.asarray, variables)
 
 
+def trains_alone(experiment: Experiment, options: argparse.Namespace) -> bool:
+    """Returns whether training uses only one of the CPU devices that a command makes, which speed up only sampling."""
+    from flowgen import backend
+
+    return options.makes_devices and backend.platform() == "cpu" and experiment.train.parallel == "data"
+
+
 def warn_of_guidance(experiment: Experiment, run_dir: str) -> None:
     """Warns if samples are guided, but the run did not train the unconditional branch.
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import argparse
 import os
 
-from flowgen.cli.options import check_memory, num_parameters, say, whole_number
+from flowgen.cli.options import check_memory, num_parameters, say, trains_alone, whole_number
 
 DEBUG = "--debug trains a tiny model to check that everything runs; its metrics mean nothing."
 
@@ -69,9 +69,7 @@ def run(options: argparse.Namespace, rest: list[str]) -> int:
                 tell(DEBUG)
             if backend.platform() == "cpu" and (problem := huge_pages.why_absent()):
                 tell(f"No huge pages, which would speed up the training of larger flows on CPUs: {problem}.")
-            # The CPU devices that were added for sampling do not speed up training.
-            alone = options.makes_devices and backend.platform() == "cpu" and experiment.train.parallel == "data"
-            devices = jax.local_devices()[:1] if alone else None
+            devices = jax.local_devices()[:1] if trains_alone(experiment, options) else None
             result = fit(experiment, options.workdir, signals=signals, profile=options.profile or 0, devices=devices)
         except Interrupted as stop:
             tell("Stopped before the first step; nothing is lost. Run the same command to start over.")

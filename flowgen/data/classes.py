@@ -153,7 +153,9 @@ def check_classes(dataset: HasClasses, num_classes: int) -> None:
             f"set model.num_classes to {count}, or to 0 to train without classes."
         )
     if num_classes > count:
-        unused = f"number {count} is" if num_classes == count + 1 else f"numbers {count} to {num_classes - 1} are"
+        unused = f"class number {count} is"
+        if num_classes > count + 1:
+            unused = f"class numbers {count} to {num_classes - 1} are"
         tell(
             f"model.num_classes is {num_classes}, but the data has {count} classes ({name_list(dataset.class_names)}): "
             f"{unused} unused; set model.num_classes to {count}."

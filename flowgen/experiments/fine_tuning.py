@@ -41,6 +41,7 @@ DIFFERENCES = {
 # Fields of a matching experiment that determine what its network predicts.
 TARGETS = ("path", "loss")
 SHOWN = 4  # number of differences that an error message lists
+INTERVALS = ("log_every", "eval_every", "sample_every", "checkpoint_every")
 
 
 def started_from(experiment: Experiment, variables: Any) -> Start:
@@ -93,7 +94,8 @@ def check_differences(origin: Origin, experiment: Experiment, variables: Any) ->
     changed = differences(old, experiment)
     lines = [line for of_kind in changed.values() for line in of_kind]
     problems = transfers(origin, experiment, variables)[2]
-    if problems and not differences(old, experiment.debug()).get("other"):
+    shrunk = _is_debug(old) and not _is_debug(experiment)
+    if problems and shrunk and not differences(old, experiment.debug()).get("other"):
         raise ValueError(
             f"init.path '{path}' was trained with --debug, so its model is a tiny one; train that run without --debug, "
             "or add --debug to this command."
@@ -112,6 +114,12 @@ def check_differences(origin: Origin, experiment: Experiment, variables: Any) ->
             f"init.path '{path}' differs from this experiment ({told}); set these fields as in that run, or add "
             f"--init.allow {allow}."
         )
+
+
+def _is_debug(experiment: Experiment) -> bool:
+    """Returns whether an experiment has an interval of debug runs; its model may have been changed afterwards."""
+    small = experiment.debug().log
+    return any(getattr(experiment.log, name) == getattr(small, name) for name in INTERVALS)
 
 
 def differences(old: Experiment, new: Experiment) -> dict[str, list[str]]:

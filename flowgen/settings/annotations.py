@@ -10,7 +10,7 @@ from collections.abc import Callable, Mapping
 from dataclasses import is_dataclass
 from typing import Annotated, Any, Literal
 
-from flowgen.settings.ranges import OneOf, Own
+from flowgen.settings.ranges import OneOf, Own, meant, shown
 
 OWN_NAME = "module:object"
 
@@ -69,6 +69,21 @@ def item_of(annotation: Any) -> Any:
     return next((arguments[0] for arguments in tuples if arguments[-1] is Ellipsis), None)
 
 
+def written(annotation: Any, value: Any) -> str:
+    """Returns an example of a tuple of numbers as it is written on a command line, such as "4,1".
+
+    The result is "" if the annotation has no such tuple, or if it also allows a single number. value: the value that
+    was given instead; an integer becomes the first item.
+    """
+    kinds = [unannotated(member) for member in members(annotation)]
+    tuples = [typing.get_args(kind) for kind in kinds if typing.get_origin(kind) is tuple]
+    items = next((items for items in tuples if unannotated(items[0]) in (int, float)), None)
+    if items is None or int in kinds or float in kinds:
+        return ""
+    first = str(value) if type(value) is int else "4"
+    return ",".join([first, *["1"] * (len(items) - 1)])
+
+
 def is_function(annotation: Any) -> bool:
     """Returns whether an annotation is `Callable`, with or without arguments."""
     return annotation is Callable or typing.get_origin(annotation) is Callable
@@ -122,6 +137,23 @@ def describe(annotation: Any) -> str:
         return f"a dict of {_plural(entry)} by name"
     name = str(getattr(annotation, "__name__", annotation))
     return f"{'an' if name[0] in 'AEIOU' else 'a'} {name}"
+
+
+def mismatch(annotation: Any, value: Any) -> str:
+    """Returns the clause that follows a field's name if its value is not of the type in its annotation.
+
+    If the field has names to choose from, the clause suggests the closest one.
+    """
+    names = [name for member in members(annotation) for name in _names_of(member)]
+    return f"is {shown(value)}; it must be {describe(annotation)}{meant(shown(value), map(repr, names))}"
+
+
+def _names_of(annotation: Any) -> tuple[Any, ...]:
+    """Returns the names among which an annotation lets one choose."""
+    if typing.get_origin(annotation) is Literal:
+        return typing.get_args(annotation)
+    bounds = typing.get_args(annotation)[1:] if typing.get_origin(annotation) is Annotated else ()
+    return tuple(name for bound in bounds if isinstance(bound, OneOf) for name in bound.names)
 
 
 def _plural(annotation: Any, count: int | str = "") -> str:

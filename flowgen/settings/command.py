@@ -5,6 +5,7 @@ from __future__ import annotations
 import ast
 import csv
 import difflib
+import shlex
 from collections.abc import Mapping, Sequence
 from dataclasses import is_dataclass
 from typing import Any, TypeVar
@@ -13,13 +14,14 @@ from flowgen.settings.annotations import (
     OWN_NAME,
     choices,
     configs_of,
-    describe,
     entry_of,
     hints_of,
     is_own,
+    mismatch,
     takes_own,
     type_name,
     unannotated,
+    written,
 )
 from flowgen.settings.help import leaf_names
 from flowgen.settings.named import import_object, is_name
@@ -151,7 +153,18 @@ def _parse(annotation: Any, text: str, path: str, group: type | None) -> Any:
     if groups:
         own = [OWN_NAME] * takes_own(annotation)
         raise ValueError(_no_value(path, group, [*choices(annotation), *own], text))
-    raise ValueError(f"{path} is {shown(text)}; it must be {describe(annotation)}.")
+    raise ValueError(f"{path} {_misfit(annotation, text, literal, path)}")
+
+
+def _misfit(annotation: Any, text: str, literal: Any, path: str) -> str:
+    """Returns the clause that follows a field's name if text is no value of the field."""
+    if entry_of(annotation) is not None:
+        name, _, value = text.partition("=")
+        entry = f"{name} {shlex.quote(value)}" if name.isidentifier() and value else "NAME VALUE"
+        return f"is {shown(text)}; set its entries one by one, as in --{path}.{entry}."
+    problem = mismatch(annotation, text)
+    example = written(annotation, literal)
+    return f"{problem.removesuffix('.')}, as in --{path} {example}." if example else problem
 
 
 def _literal(text: str) -> Any:

@@ -29,6 +29,7 @@ from flowgen.settings.annotations import (
     is_own,
     item_of,
     members,
+    mismatch,
     own_of,
     takes_own,
     type_name,
@@ -225,7 +226,7 @@ def check(annotation: Any, value: Any, *, path: str) -> Any:
     try:
         return _convert(annotation, value)
     except _Mismatch:
-        raise FieldError(f"{path} is {shown(value)}; it must be {describe(annotation)}.") from None
+        raise FieldError(f"{path} {mismatch(annotation, value)}") from None
     except _Refusal as refusal:
         raise FieldError(f"{path} {refusal}") from None
     except FieldError as error:
@@ -278,7 +279,7 @@ def _convert(annotation: Any, value: Any) -> Any:
     if takes_own(annotation) and (found := _found(value)) is not value:
         with contextlib.suppress(_Mismatch):
             return _convert(annotation, found)
-        raise _Refusal(f"is {shown(found)}; it must be {describe(annotation)}.")
+        raise _Refusal(mismatch(annotation, found))
     if own_of(annotation) is not None:
         return _convert_own(arguments[0], value)
     if origin is Annotated:
@@ -340,7 +341,8 @@ def _convert_number(annotation: type, value: Any) -> int | float:
 def _chosen(kinds: dict[str, type], data: Mapping[str, Any], *, own: bool) -> Any:
     name = data.get(TYPE)
     if not isinstance(name, str) or name not in kinds:
-        raise FieldError(f"{TYPE} is {shown(name)}; choose one of {', '.join([*kinds, *[OWN_NAME] * own])}.")
+        known = ", ".join([*kinds, *[OWN_NAME] * own])
+        raise FieldError(f"{TYPE} is {shown(name)}; choose one of {known}{meant(str(name), kinds)}")
     return from_plain(kinds[name], {field: value for field, value in data.items() if field != TYPE})
 
 

@@ -83,7 +83,9 @@ class OneOf:
     names: tuple[str, ...]
 
     def problem(self, value: Any) -> str:
-        return "" if value in self.names else f"is {shown(value)}; choose one of {', '.join(self.names)}."
+        if value in self.names:
+            return ""
+        return f"is {shown(value)}; choose one of {', '.join(self.names)}{meant(str(value), self.names)}"
 
 
 @dataclass(frozen=True)
@@ -101,8 +103,9 @@ class Own:
 
 def meant(word: str, known: Iterable[str]) -> str:
     """Returns the end of an error message about an unknown word. It suggests the closest known word, if any."""
-    close = difflib.get_close_matches(str(word), list(known), n=1, cutoff=0.75)
-    return f"; did you mean {close[0]}?" if close else "."
+    spelled = {name.lower(): name for name in known}
+    close = difflib.get_close_matches(str(word).lower(), list(spelled), n=1, cutoff=0.75)
+    return f"; did you mean {spelled[close[0]]}?" if close else "."
 
 
 def shown(value: Any) -> str:

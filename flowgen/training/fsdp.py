@@ -19,7 +19,7 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from flowgen import backend
 from flowgen.training.options import TrainConfig
-from flowgen.training.parallel import DataParallel, check_rows
+from flowgen.training.parallel import DataParallel, check_batch, check_rows
 from flowgen.training.sharding import partition_specs
 from flowgen.training.step import Step, TrainState
 
@@ -95,12 +95,7 @@ class FullySharded:
 
     def check_batch(self, config: TrainConfig) -> None:
         """Raises ValueError if the devices cannot share the batch equally."""
-        count = self.mesh.shape[backend.FSDP]
-        if config.batch_size % (count * config.accumulation):
-            raise ValueError(
-                f"train.batch_size is {config.batch_size}; it must be a multiple of {count} devices × "
-                f"train.accumulation {config.accumulation} = {count * config.accumulation}."
-            )
+        check_batch(config, self.mesh.shape[backend.FSDP])
 
     def shardings(self, tree: Any) -> Any:
         """Returns the sharding of every leaf of a state or of variables, which may be abstract arrays."""

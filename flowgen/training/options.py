@@ -6,7 +6,7 @@ import dataclasses
 from collections.abc import Callable, Mapping
 from typing import Annotated, Any, Literal
 
-from flowgen.optimizers import OPTIMIZERS, check_options
+from flowgen.optimizers import OPTIMIZERS, check_options, options_of
 from flowgen.packages import missing
 from flowgen.runs import on_terminal
 from flowgen.settings import config
@@ -22,6 +22,7 @@ from flowgen.settings.ranges import (
     Seed,
 )
 
+MOMENTS = ("b1", "b2", "eps")
 OF_MATRICES = ("muon", "auon", "conda")  # AdamW updates all parameters that are not matrices
 
 # The kinds of differences that `InitConfig.allow` accepts.
@@ -106,7 +107,7 @@ class OptimConfig:
             raise ValueError(f"adam_lr is {self.adam_lr}, but only {', '.join(OF_MATRICES)} have it; set lr.")
         for name in self.options:
             if name in self._moments:
-                raise ValueError(f"options has {name}, which is a field of its own; set {name} instead.")
+                raise ValueError(f"options.{name} is not one of the options; set the field {name} instead.")
         if self.options or not isinstance(self.name, str):
             check_options(self.optimizer, self.options)
 
@@ -123,7 +124,25 @@ class OptimConfig:
     @property
     def _moments(self) -> dict[str, float]:
         adam = self.name in ("adamw", "adamp", *OF_MATRICES)
-        return {"b1": self.b1, "b2": self.b2, "eps": self.eps} if adam else {}
+        return {name: getattr(self, name) for name in MOMENTS} if adam else {}
+
+
+def check_unused(optim: OptimConfig) -> None:
+    """Raises ValueError if a field that the optimizer does not use differs from its default.
+
+    Runs that were saved with such a field can still be loaded.
+
+    Example:
+        check_unused(OptimConfig(name="sgd"))
+    """
+    known = options_of(optim.optimizer) or {}
+    chosen = optim.name if isinstance(optim.name, str) else "this optimizer"
+    for name in MOMENTS:
+        value, default = getattr(optim, name), getattr(OptimConfig, name)
+        if name not in optim._moments and value != default:
+            option = f", and set optim.options.{name} instead" if name in known else ""
+            fix = f"set it to its default, {default}{option}"
+            raise ValueError(f"optim.{name} is {value}, but {chosen} does not use it; {fix}.")
 
 
 @config

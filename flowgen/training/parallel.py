@@ -58,12 +58,7 @@ class DataParallel:
 
     def check_batch(self, config: TrainConfig) -> None:
         """Raises ValueError if the devices cannot share the batch equally."""
-        devices = len(self.local_devices) * jax.process_count()
-        if config.batch_size % (devices * config.accumulation):
-            raise ValueError(
-                f"train.batch_size is {config.batch_size}; it must be a multiple of {devices} devices × "
-                f"train.accumulation {config.accumulation} = {devices * config.accumulation}."
-            )
+        check_batch(config, len(self.local_devices) * jax.process_count())
 
     def compile(self, step: Step) -> Step:
         """Returns the step mapped over all devices. Each call donates the buffers of its input state."""
@@ -118,6 +113,19 @@ class DataParallel:
     def variables(self, state: TrainState) -> Any:
         """Returns the variables for evaluation and sampling, as numpy arrays."""
         return self.to_host(state.averaged)
+
+
+def check_batch(config: TrainConfig, devices: int) -> None:
+    """Raises ValueError if this number of devices cannot share the batch equally.
+
+    Example:
+        check_batch(TrainConfig(batch_size=64), devices=4)
+    """
+    if config.batch_size % (devices * config.accumulation):
+        raise ValueError(
+            f"train.batch_size is {config.batch_size}; it must be a multiple of {devices} devices × "
+            f"train.accumulation {config.accumulation} = {devices * config.accumulation}."
+        )
 
 
 def check_rows(batch: Any, devices: int, rows: int | None = None) -> None:
