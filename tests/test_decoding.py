@@ -33,7 +33,7 @@ from flowgen.flows.block import BlockState
 NAMES = ("classes", "volume preserving", "rectangular", "starflow text", "starflow options")
 
 
-@pytest.fixture(params=rows(NAMES, ("volume preserving", "rectangular", "starflow text", "classes")))
+@pytest.fixture(params=rows(NAMES, ("volume preserving", "rectangular", "starflow text", "starflow options")))
 def case(request):
     flow, params, x, cond = laws.case(request.param)
     z, _ = apply(flow, params, x, cond)
@@ -392,7 +392,9 @@ def test_z_of_another_shape_and_impossible_plans_are_refused():
 
 @pytest.mark.parametrize("dtype", rows(["float32", "float64"], ("float32",)))
 @pytest.mark.parametrize(
-    "plan", [Sequential(), pytest.param(Jacobi(tol=0.0), marks=pytest.mark.slow), Jacobi(window=4)], ids=str
+    "plan",
+    [Sequential(), *(pytest.param(plan, marks=pytest.mark.slow) for plan in (Jacobi(tol=0.0), Jacobi(window=4)))],
+    ids=str,
 )
 def test_decoding_under_x64(dtype, plan):
     flow, params, x, cond = laws.case("classes")

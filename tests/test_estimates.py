@@ -180,6 +180,7 @@ def test_accumulation_stores_a_sum_of_gradients():
     assert two.gradient == 2 * one.gradient
 
 
+@pytest.mark.slow
 def test_info_counts_what_a_device_of_the_mesh_holds():
     words = ["--model.width", "512", "--model.head_dim", "64", "--train.batch_size", "64"]
     copied, here, eight = (

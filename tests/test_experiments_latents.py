@@ -106,6 +106,7 @@ def test_latents_of_a_trained_autoencoder_are_normalised_and_decoded(autoencoder
     assert error == pytest.approx(rows[-1]["eval/mean_square_error"], rel=0.2)
 
 
+@pytest.mark.slow
 def test_an_autoencoder_in_a_bucket_is_the_same(autoencoder, tmp_path):
     url = f"file://{autoencoder}"
     codec = open_autoencoder(url)

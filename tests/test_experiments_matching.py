@@ -49,6 +49,7 @@ def digits(quick_features, tmp_path_factory):
     return path, succeed(words, CONFIGS / "wcfm_digits.py", "--workdir", path)
 
 
+@pytest.mark.slow
 def test_a_run_on_points_reports_distances_and_draws_a_plot(points):
     path, result = points
     assert {"w2", "w2_floor", "euler_1", "euler_4", "euler_10", "path_energy", "signed_npe"} <= set(result.metrics)
@@ -96,6 +97,7 @@ def test_weights_that_tilt_more_than_they_couple_are_warned_of():
         MatchingConfig(coupling=GibbsWeights(epsilon=1.0)).fitted(x0 * 0.1, x1)
 
 
+@pytest.mark.slow
 def test_sampling_points_writes_a_plot_or_arrays(points, tmp_path):
     path, _ = points
     out = succeed("sample --num 40 --checkpoint", path, "--out", tmp_path / "a.png")
@@ -140,6 +142,7 @@ def test_the_classes_of_images_and_guidance_reach_the_network(digits, tmp_path):
     succeed("evaluate --samples 4 --batch 64 --unconditional --checkpoint", path)
 
 
+@pytest.mark.slow
 def test_evaluating_points_prints_every_metric(points):
     path, _ = points
     out = succeed("evaluate --samples 64 --checkpoint", path)
@@ -174,6 +177,7 @@ MISTAKES = {
 
 
 @pytest.mark.parametrize(("command", "part"), MISTAKES.items())
+@pytest.mark.slow
 def test_mistakes_are_one_sentence(command, part, points, tmp_path, monkeypatch, untyped):
     monkeypatch.chdir(tmp_path)
     command = command.replace("POINTS", str(points[0])).replace("CONFIG", str(CONFIGS / "cfm_moons.py"))

@@ -95,6 +95,7 @@ def test_data_of_ones_own_are_trained_on_and_resumed(experiment, tmp_path):
     jax.tree.map(np.testing.assert_array_equal, resumed.state.params, whole.state.params)
 
 
+@pytest.mark.slow
 def test_a_model_of_ones_own_is_trained_and_loaded(tmp_path):
     experiment = MatchingExperiment(
         name="own",

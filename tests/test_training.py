@@ -293,6 +293,7 @@ def test_the_learning_rate_that_is_reported_is_the_one_that_was_applied(tmp_path
     assert_close(taken, [schedule(count) for count in range(5)], FORMULA)
 
 
+@pytest.mark.slow
 def test_skipping_resumes_where_it_was(tmp_path):
     whole = toy.run(spiky({6, 7, 11}), tmp_path / "whole", steps=14, optim=SKIPPING)
     fixed = dataclasses.replace(SKIPPING, schedule="constant")

@@ -110,7 +110,7 @@ def mates(z):
     ("name", "init", "guided"),
     [
         ("classes", "noise", True),
-        ("starflow nala", "noise", False),
+        pytest.param("starflow nala", "noise", False, marks=pytest.mark.slow),
         ("starflow video", "previous_frame", True),
         pytest.param("starflow options", "zeros", False, marks=pytest.mark.slow),
         pytest.param("starflow text", "noise", True, marks=pytest.mark.slow),
