@@ -155,6 +155,25 @@ class RemoteFolder:
         with self._told("uploaded", name):
             self._system.put_file(os.fspath(path), self._path(name))
 
+    def upload_new(self, path: str | os.PathLike[str], name: str) -> bool:
+        """Copies a local file to a name that must not exist yet, and returns whether this succeeded.
+
+        An existing file is never changed, if the file system supports this, as those of gs:// and s3:// do. If the
+        answer to an attempt is lost, the file may have been copied although this returns False.
+        """
+        with self._told("uploaded", name):
+            try:
+                if getattr(self._system, "local_file", False):
+                    _copy_new(path, self._path(name))
+                else:
+                    self._system.put_file(os.fspath(path), self._path(name), mode="create")
+            except Exception:  # the errors of systems differ
+                self._system.invalidate_cache()
+                if self._system.exists(self._path(name)):
+                    return False
+                raise
+        return True
+
     def download(self, name: str, path: str | os.PathLike[str]) -> None:
         """Copies a file from the folder to a local path."""
         with self._told("downloaded", name):
@@ -234,6 +253,16 @@ def _opened(url: str) -> tuple[Any, str]:
     except Exception as error:  # for example, credentials that are missing or have expired
         reason = " ".join(str(error).split()) or type(error).__name__
         raise OSError(f"'{url}' cannot be opened ({reason[:_LONGEST_REASON]}).") from error
+
+
+def _copy_new(path: str | os.PathLike[str], new: str) -> None:
+    os.makedirs(os.path.dirname(new), exist_ok=True)
+    with open(path, "rb") as source, open(new, "xb") as target:
+        try:
+            shutil.copyfileobj(source, target)
+        except BaseException:
+            os.unlink(new)
+            raise
 
 
 def _known_schemes() -> set[str]:

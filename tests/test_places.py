@@ -16,7 +16,8 @@ from scripts import toy
 from scripts.toy import TEN, arrays_of, assert_bitwise, without_speed
 
 from flowgen.places import RemoteFolder, is_remote
-from flowgen.runs import CheckpointReader, RunReader, RunWriter, read_config, remote_lock, uploads
+from flowgen.runs import CheckpointReader, RunReader, RunWriter, mirror, read_config, remote_lock, uploads
+from flowgen.runs.mirror import Mirror
 from flowgen.runs.remote_lock import RemoteLock
 
 
@@ -264,6 +265,47 @@ def test_a_run_that_has_lost_its_lock_stops(watch, monkeypatch, staging):
     with pytest.raises(OSError, match="process 1 on 'b' has taken over its lock"):
         toy.run(toy.make_job(), "watched://bucket/run", log=TEN)
     assert json.loads(RemoteFolder("watched://bucket/run").read("lock"))["host"] == "b"
+
+
+@pytest.mark.parametrize("at", ["/20/opt_state", pytest.param("/20/meta.json", marks=pytest.mark.slow)])
+def test_a_process_that_was_suspended_changes_nothing_of_the_next_holder(watch, monkeypatch, at):
+    """The upload of one file is suspended, after the last look at the lock, until another process has trained on."""
+    monkeypatch.setattr(mirror, "AT_ONCE", 1)  # nothing else of the process runs either
+    url, suspended, after = "watched://bucket/run", [], []
+
+    def suspend(what, path):
+        if what == "put" and at in path and not suspended:
+            suspended.append(path)
+            watch(lambda what, path: None)
+            age(RemoteFolder(url))
+            toy.run(toy.make_job(noise=0.2), url, log=TEN)  # other numbers, as another device gives
+            after.append(contents(url))
+            monkeypatch.setattr(remote_lock, "EXPIRES", 0)  # as if the last refresh were too long ago
+
+    watch(suspend)
+    with pytest.raises(OSError, match="no longer holds workdir"):
+        toy.run(toy.make_job(), url, log=TEN)
+    assert contents(url) == after[0]
+    assert [int(arrays_of(url, step)["step"]) for step in RunReader(url).checkpoints.steps()] == [20, 30, 40]
+
+
+def contents(url):
+    folder = RemoteFolder(url)
+    return {name: folder.read(name) for name in folder.sizes()}
+
+
+def test_deletions_stop_when_the_lock_is_lost(whole, bucket, monkeypatch):
+    url = f"{bucket}/run"
+    folder = put(whole, url)
+    ours = uploads.Uploads(Mirror(url), say=lambda line: None)
+    monkeypatch.setattr(remote_lock, "EXPIRES", 0.01)
+    time.sleep(0.02)
+    RemoteLock(folder)
+    before = folder.sizes()
+    ours.delete(40)
+    assert folder.sizes() == before
+    with pytest.raises(BlockingIOError, match="has taken over its lock"):
+        ours.close()
 
 
 def test_the_lock_and_the_metrics_are_refreshed_while_nothing_is_saved(watch, monkeypatch):

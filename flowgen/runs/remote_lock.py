@@ -11,6 +11,7 @@ import json
 import os
 import secrets
 import socket
+import threading
 import time
 from dataclasses import dataclass
 from datetime import UTC, datetime
@@ -28,6 +29,9 @@ _TRIES, _PAUSE = 5, 0.1
 class RemoteLock:
     """Locks a folder until `release` is called. The holder must call `refresh` every `BEAT` seconds.
 
+    A process that was suspended, or could not reach the bucket, may lose the lock without noticing. Therefore call
+    `check` before each change of the folder.
+
     told: a line about a lock that was taken over from a dead process, or "".
 
     Raises:
@@ -42,18 +46,42 @@ class RemoteLock:
 
     def __init__(self, folder: RemoteFolder):
         self._folder, self._token, self.told = folder, secrets.token_hex(8), ""
+        self._changing, self._lost = threading.Lock(), ""
+        self._refreshed = _uptime()
         if not folder.create(LOCK_FILE, self._content()):
             self._take_over()
 
     def refresh(self) -> None:
-        """Writes the time into the lock. Raises BlockingIOError if another process has taken the lock over."""
+        """Writes the time into the lock. Raises BlockingIOError if another process has taken the lock over.
+
+        Once it has raised this error, it always does.
+        """
+        with self._changing:
+            if not self._lost:
+                start = _uptime()
+                self._lost = self._why_lost()
+                if not self._lost:
+                    self._folder.write(LOCK_FILE, self._content())
+                    # If this process was suspended in between, it may have written over the lock of another one.
+                    if _uptime() - start > EXPIRES / 2:
+                        self._lost = "its lock could not be refreshed in time"
+                    self._refreshed = start
+            if self._lost:
+                raise BlockingIOError(
+                    f"this process no longer holds workdir {self._folder}, because {self._lost}; nothing more is "
+                    "uploaded."
+                )
+
+    def check(self) -> None:
+        """Raises BlockingIOError if the lock is lost. Reads the bucket only if the last refresh is too long ago."""
+        if self._lost or _uptime() - self._refreshed > EXPIRES / 2:
+            self.refresh()
+
+    def _why_lost(self) -> str:
         holder = _holder(self._folder)
-        if holder is None or holder.token != self._token:
-            by = "someone has deleted its lock" if holder is None else f"{holder} has taken over its lock"
-            raise BlockingIOError(
-                f"this process no longer holds workdir {self._folder}, because {by}; nothing more is uploaded."
-            )
-        self._folder.write(LOCK_FILE, self._content())
+        if holder is None:
+            return "someone has deleted its lock"
+        return "" if holder.token == self._token else f"{holder} has taken over its lock"
 
     def release(self) -> None:
         """Deletes the lock, unless another process has taken it over."""
@@ -133,6 +161,11 @@ def _holder(folder: RemoteFolder) -> Holder | None:
     raise BlockingIOError(
         f"the lock of workdir {folder} cannot be read; if no process is training there, delete {LOCK_FILE} there."
     )
+
+
+def _uptime() -> float:
+    """Returns seconds that go on while this process or, if the system can tell, this machine is suspended."""
+    return time.clock_gettime(time.CLOCK_BOOTTIME) if hasattr(time, "CLOCK_BOOTTIME") else time.monotonic()
 
 
 def _clock(seconds: float) -> str:

@@ -24,7 +24,9 @@ class Uploads:
     """Locks a run in a bucket for one training process, and uploads what the process writes into its mirror.
 
     The metadata of a checkpoint are uploaded after all of its other files and deleted before them, so that an
-    interrupted upload or deletion leaves no checkpoint. A thread refreshes the lock and uploads other files, such as
+    interrupted upload or deletion leaves no checkpoint. The lock is checked before each change. A process that is
+    suspended after such a check may lose the lock and go on with this one change. Files of checkpoints are therefore
+    created and never written over, so the change cannot damage a checkpoint of the next holder. A thread refreshes the lock and uploads other files, such as
     metrics, once a minute. Checkpoints are uploaded by the thread that saves them.
 
     Raises:
@@ -70,8 +72,9 @@ class Uploads:
                     continue
                 mark = _mark(path)
                 if self._sent.get(name) != mark:
-                    # Read first, because metrics may be added during the upload.
-                    self._remote.write(name, path.read_bytes())
+                    content = path.read_bytes()  # first, because metrics may be added during the upload
+                    self._lock.check()
+                    self._remote.write(name, content)
                     self._sent[name] = mark
 
     def save(self, step: int) -> None:
@@ -96,6 +99,7 @@ class Uploads:
         for name in names:
             if there.get(name) != sizes[name]:
                 raise OSError(f"{self._remote}/{name} has {there.get(name, 0)} bytes instead of {sizes[name]}.")
+        self._lock.refresh()
         self._upload(last)
         self.failed = False
         self.mirror.make_empty(name for name in names if not name.endswith(f"/{EVALUATION}"))
@@ -148,15 +152,27 @@ class Uploads:
         self._delete(names)
 
     def _upload(self, name: str) -> None:
-        self._remote.upload(local_name(self.mirror.path, name), name)
+        """Uploads a file of a checkpoint. If it exists, deletes it first, but only while this process has the lock."""
+        path = local_name(self.mirror.path, name)
+        self._lock.check()
+        if self._remote.upload_new(path, name):
+            return
+        self._lock.refresh()
+        self._remote.delete(name)
+        if not self._remote.upload_new(path, name):
+            raise OSError(f"{self._remote}/{name} is written by another process, too; end one of them.")
 
     def _delete(self, names: Iterable[str]) -> None:
         """Deletes files of a checkpoint, its metadata first."""
         ordered = sorted(names, key=lambda name: (not name.endswith(f"/{META}"), name))
         first = [name for name in ordered if name.endswith(f"/{META}")]
         for name in first:
-            self._remote.delete(name)
-        for_each(self._remote.delete, ordered[len(first) :])
+            self._delete_file(name)
+        for_each(self._delete_file, ordered[len(first) :])
+
+    def _delete_file(self, name: str) -> None:
+        self._lock.check()
+        self._remote.delete(name)
 
 
 def _checkpoint_files(sizes: dict[str, int]) -> dict[str, int]:
