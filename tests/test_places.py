@@ -326,6 +326,29 @@ def test_the_lock_and_the_metrics_are_refreshed_while_nothing_is_saved(watch, mo
     assert seen
 
 
+def test_the_lock_is_refreshed_during_a_slow_upload(watch, monkeypatch):
+    monkeypatch.setattr(uploads, "BEAT", 0.05)
+    url, times = "watched://bucket/run", []
+
+    def slow(what, path):
+        if what == "write" and path.endswith("metrics.jsonl") and not times:
+            times.append(first := json.loads(RemoteFolder(url).read("lock"))["time"])
+            deadline = time.monotonic() + 20
+            while times[-1] == first and time.monotonic() < deadline:
+                time.sleep(0.01)
+                times.append(json.loads(RemoteFolder(url).read("lock"))["time"])
+
+    def batches(start, stop):
+        for step in range(start, stop):
+            while step == 5 and not times:
+                time.sleep(0.01)
+            yield from toy.batches(step, step + 1)
+
+    watch(slow)
+    toy.run(toy.make_job(batches=batches), url, log=dataclasses.replace(toy.QUIET, checkpoint_every=100))
+    assert times[-1] > times[0]
+
+
 def test_another_run_that_started_in_between_is_noticed(whole, bucket):
     url = f"{bucket}/run"
     folder = put(whole, url)

@@ -144,7 +144,8 @@ def check_free(folder: RemoteFolder) -> Holder | None:
     if holder is not None and time.time() < holder.time + EXPIRES:
         raise BlockingIOError(
             f"workdir {folder} is in use by {holder}, which last reported at {_clock(holder.time)}; wait until it ends "
-            f"or, if it has died, until {_clock(holder.time + EXPIRES)}, or delete {folder}/{LOCK_FILE} if it surely has."
+            f"or, if it has died, until {_clock(holder.time + EXPIRES)}, or delete {folder}/{LOCK_FILE} if it surely "
+            "has."
         )
     return holder
 

@@ -24,10 +24,12 @@ class Uploads:
     """Locks a run in a bucket for one training process, and uploads what the process writes into its mirror.
 
     The metadata of a checkpoint are uploaded after all of its other files and deleted before them, so that an
-    interrupted upload or deletion leaves no checkpoint. The lock is checked before each change. A process that is
-    suspended after such a check may lose the lock and go on with this one change. Files of checkpoints are therefore
-    created and never written over, so the change cannot damage a checkpoint of the next holder. A thread refreshes the lock and uploads other files, such as
-    metrics, once a minute. Checkpoints are uploaded by the thread that saves them.
+    interrupted upload or deletion leaves no checkpoint. Checkpoints are uploaded by the thread that saves them. Once a
+    minute, one thread refreshes the lock, and another one uploads other files, such as metrics.
+
+    The lock is checked before each change. A process that is suspended after such a check may lose the lock and go on
+    with this one change. Files of checkpoints are therefore created and never written over, so the change cannot damage
+    a checkpoint of the next holder.
 
     Raises:
         BlockingIOError: another process is training in the bucket, or has trained there since the mirror was made.
@@ -59,9 +61,9 @@ class Uploads:
         except BaseException:
             self._lock.release()
             raise
-        self._ended = threading.Event()
-        self._thread = threading.Thread(target=self._refresh_regularly, name="flowgen-upload", daemon=True)
-        self._thread.start()
+        # An upload may take longer than a lock lasts, so the lock is refreshed by a thread of its own.
+        self._beating = _Regularly(self._lock.refresh, "flowgen-lock")
+        self._sending_on = _Regularly(self.send, "flowgen-upload")
 
     def send(self) -> None:
         """Uploads all files that have changed, except checkpoints."""
@@ -121,8 +123,7 @@ class Uploads:
 
         Raises OSError if the upload fails.
         """
-        self._ended.set()
-        self._thread.join()
+        self._sending_on.end()
         try:
             self._lock.refresh()
             self.send()
@@ -130,6 +131,7 @@ class Uploads:
             self.failed = True
             raise
         finally:
+            self._beating.end()
             with contextlib.suppress(OSError):  # the lock then expires
                 self._lock.release()
             if self.failed:
@@ -137,13 +139,6 @@ class Uploads:
                 self._say(f"What could not be uploaded is kept in {self.mirror.path} on this machine.")
             else:
                 self.mirror.close()
-
-    def _refresh_regularly(self) -> None:
-        while not self._ended.wait(BEAT):
-            # The next save tells of a lock that was lost or a bucket that cannot be reached.
-            with contextlib.suppress(OSError):
-                self._lock.refresh()
-                self.send()
 
     def _remove_unfinished(self) -> None:
         names = self.mirror.unfinished
@@ -173,6 +168,28 @@ class Uploads:
     def _delete_file(self, name: str) -> None:
         self._lock.check()
         self._remote.delete(name)
+
+
+class _Regularly:
+    """Calls a function in a thread, every `BEAT` seconds, until `end` is called.
+
+    Its OSErrors are ignored: the next save tells of a lock that was lost or a bucket that cannot be reached.
+    """
+
+    def __init__(self, work: Callable[[], None], name: str):
+        self._work, self._ended = work, threading.Event()
+        self._thread = threading.Thread(target=self._run, name=name, daemon=True)
+        self._thread.start()
+
+    def _run(self) -> None:
+        while not self._ended.wait(BEAT):
+            with contextlib.suppress(OSError):
+                self._work()
+
+    def end(self) -> None:
+        """Waits for the current call to end."""
+        self._ended.set()
+        self._thread.join()
 
 
 def _checkpoint_files(sizes: dict[str, int]) -> dict[str, int]:
