@@ -192,6 +192,30 @@ def test_a_failed_upload_is_told_and_keeps_the_local_copy(whole, watch, staging,
     assert_bitwise(arrays_of("watched://bucket/run"), arrays_of(whole))
 
 
+def test_training_goes_on_while_a_checkpoint_and_its_evaluation_are_uploaded(whole, watch):
+    url, steps, sent = "watched://bucket/run", [], []
+
+    def slow(what, path):
+        if what == "put" and path.endswith(".json"):
+            deadline = time.monotonic() + 20
+            while "/20/" in path and steps[-1] < 27 and time.monotonic() < deadline:
+                time.sleep(0.01)
+            sent.append((path.partition("checkpoints/")[2], steps[-1] >= 27))
+
+    def batches(start, stop):
+        for step in range(start, stop):
+            steps.append(step)
+            yield from toy.batches(step, step + 1)
+
+    watch(slow)
+    log = dataclasses.replace(TEN, eval_every=20, checkpoint_every=20)
+    toy.run(toy.make_job(batches=batches, evaluate=lambda variables: {"bits_per_dim": 1.0}), url, log=log)
+    assert sent == [(f"{step}/{name}.json", True) for step in (20, 40) for name in ("meta", "evaluation")]
+    reader = RunReader(url).checkpoints
+    assert [reader.evaluation(step) for step in reader.steps()] == [{"bits_per_dim": 1.0}] * 2
+    assert_bitwise(arrays_of(url), arrays_of(whole))
+
+
 def test_uploaded_checkpoints_leave_the_local_disk(watch, staging):
     sizes = {}
 

@@ -82,7 +82,7 @@ class Uploads:
     def save(self, step: int) -> None:
         """Uploads a complete checkpoint, after the metrics up to its step, and then frees its space on this machine.
 
-        Raises OSError if this fails; the local files then stay.
+        Its evaluation, which may be written during this, is left to `score`. Raises OSError if this fails; the local files then stay.
         """
         self.failed = True
         self._lock.refresh()
@@ -92,7 +92,7 @@ class Uploads:
         sizes = {
             path.relative_to(self.mirror.path).as_posix(): path.stat().st_size
             for path in sorted(folder.rglob("*"))
-            if path.is_file()
+            if path.name != EVALUATION and not is_temporary(path.name) and path.is_file()
         }
         last = f"{CHECKPOINTS}/{step}/{META}"
         names = [name for name in sizes if name != last]
@@ -104,7 +104,7 @@ class Uploads:
         self._lock.refresh()
         self._upload(last)
         self.failed = False
-        self.mirror.make_empty(name for name in names if not name.endswith(f"/{EVALUATION}"))
+        self.mirror.make_empty(names)
 
     def score(self, step: int) -> None:
         """Uploads the evaluation of a checkpoint."""

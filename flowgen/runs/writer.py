@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Generator, Sequence
+from collections.abc import Callable, Generator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -237,16 +237,19 @@ class RunWriter:
         )
 
     def score(self, step: int, metrics: dict[str, float]) -> None:
-        """Adds evaluation metrics to the checkpoint of a step, if this checkpoint still exists."""
-        self._wait()
+        """Adds evaluation metrics to the checkpoint of a step, if this checkpoint still exists.
+
+        Waits until the checkpoint is on this machine, but not until it is uploaded.
+        """
+        self._wait(self.store.wait_for_disk)
         if self.holds(step):
             with _named(self._shown):
                 self.store.score(step, metrics)
 
-    def _wait(self) -> None:
+    def _wait(self, wait: Callable[[], None] | None = None) -> None:
         """Waits for the current save. Ignores its errors if the opened directories are no longer in place."""
         try:
-            self.store.wait()
+            (wait or self.store.wait)()
         except OSError:
             if self._is_there():
                 raise
