@@ -46,11 +46,12 @@ def is_remote(path: str | os.PathLike[str]) -> bool:
     if "://" in text:
         return True
     found = _LOST_SLASH.match(text)
-    if found and (found[1] in PACKAGES or (found[2] and found[1] in _known_schemes())):
+    scheme = found[1].lower() if found else ""
+    if found and (scheme in PACKAGES or (found[2] and scheme in _known_schemes())):
         rest = text[found.end() :].lstrip("/")
-        slash = "/" if found[1] in _LOCAL else ""
+        slash = "/" if scheme in _LOCAL else ""
         raise ValueError(
-            f"'{text}' is a URL that has lost a slash; write '{found[1]}://{slash}{rest}'"
+            f"'{text}' is a URL that has lost a slash; write '{scheme}://{slash}{rest}'"
             f"{'' if isinstance(path, str) else ', as text and not as a Path'}."
         )
     return False
@@ -66,11 +67,20 @@ def check_local(name: str, path: str | os.PathLike[str]) -> None:
         raise ValueError(f"{name} is '{path}', but it must be on this machine; copy it from or to the bucket.")
 
 
+def is_same_place(a: str | os.PathLike[str], b: str | os.PathLike[str]) -> bool:
+    """Returns whether two paths, each of which may be a URL, lead to the same place.
+
+    Example:
+        is_same_place("file:///tmp/run", "/tmp/run")
+    """
+    return _place(a) == _place(b)
+
+
 class RemoteFolder:
     """A folder in a bucket. Files are named by their paths relative to it, with / between folders.
 
     Every error of the file system is raised as an OSError with one sentence that names the file. The constructor raises
-    ModuleNotFoundError if a package is missing, or ValueError if the scheme is unknown.
+    ModuleNotFoundError if a package is missing, or ValueError if the scheme is unknown or the URL is invalid.
 
     Example:
         folder = RemoteFolder("memory://bucket/run")
@@ -79,8 +89,7 @@ class RemoteFolder:
     """
 
     def __init__(self, url: str | os.PathLike[str]):
-        given = os.fspath(url)
-        self.url = given if given.endswith("://") else given.rstrip("/")
+        self.url = _plain(url)
         self._opened, root = _opened(self.url)
         self._root, self._process = root.rstrip("/"), os.getpid()
 
@@ -216,7 +225,9 @@ class Destination:
         self.path, self._folder = Path(path), None
         if is_remote(path):
             url, _, name = os.fspath(path).rpartition("/")
-            self._folder, self.path = RemoteFolder(url), Path(tempfile.mkdtemp(prefix="flowgen-"), name)
+            if not name or url.endswith(":/"):
+                raise ValueError(f"'{path}' has no name of a file in a folder; give one, such as 'gs://bucket/a.png'.")
+            self._folder, self.path = RemoteFolder(f"{url}/"), Path(tempfile.mkdtemp(prefix="flowgen-"), name)
             self._remove = weakref.finalize(self, shutil.rmtree, self.path.parent, ignore_errors=True)
 
     def send(self) -> None:
@@ -233,6 +244,19 @@ class Destination:
             self._remove()
 
 
+def _plain(url: str | os.PathLike[str]) -> str:
+    """Returns a URL with its scheme in lower case and no slash at the end."""
+    scheme, mark, rest = os.fspath(url).partition("://")
+    return f"{scheme.lower()}{mark}{rest.rstrip('/') or rest[:1]}"
+
+
+def _place(path: str | os.PathLike[str]) -> str | Path:
+    if not is_remote(path):
+        return Path(path).resolve()
+    scheme, _, rest = _plain(path).partition("://")
+    return Path(rest).resolve() if scheme in _LOCAL else _plain(path)
+
+
 def _opened(url: str) -> tuple[Any, str]:
     """Returns the file system of a URL and the path in it."""
     from fsspec.core import url_to_fs
@@ -240,6 +264,8 @@ def _opened(url: str) -> tuple[Any, str]:
     scheme = url.partition("://")[0]
     if "::" in url:
         raise ValueError(f"'{url}' chains several file systems with '::'; give the URL of one.")
+    if scheme in _LOCAL and not url.partition("://")[2].startswith("/"):
+        raise ValueError(f"'{url}' needs three slashes and an absolute path, such as '{scheme}:///tmp/run'.")
     # A package that is missing must be told before anything else.
     options = {"auto_mkdir": True} if scheme in _LOCAL else {}
     try:

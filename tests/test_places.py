@@ -15,7 +15,7 @@ from fsspec.implementations.memory import MemoryFileSystem
 from scripts import toy
 from scripts.toy import TEN, arrays_of, assert_bitwise, without_speed
 
-from flowgen.places import RemoteFolder, is_remote
+from flowgen.places import Destination, RemoteFolder, is_remote, is_same_place
 from flowgen.runs import CheckpointReader, RunReader, RunWriter, mirror, read_config, remote_lock, uploads
 from flowgen.runs.mirror import Mirror
 from flowgen.runs.remote_lock import RemoteLock
@@ -89,10 +89,10 @@ def put(path, url):
     return folder
 
 
-def age(folder, seconds=remote_lock.EXPIRES):
+def age(folder, seconds=remote_lock.EXPIRES, name="lock"):
     """Makes the lock of a folder older."""
-    lock = json.loads(folder.read("lock"))
-    folder.write("lock", json.dumps({**lock, "time": lock["time"] - seconds}).encode())
+    lock = json.loads(folder.read(name))
+    folder.write(name, json.dumps({**lock, "time": lock["time"] - seconds}).encode())
 
 
 def rows_of(url):
@@ -271,6 +271,20 @@ def test_the_lock_of_a_living_process_stays_its_own(bucket):
     assert not folder.sizes()
 
 
+def test_a_takeover_that_was_interrupted_expires(bucket):
+    folder = RemoteFolder(f"{bucket}/run")
+    RemoteLock(folder)
+    age(folder)
+    folder.write("lock.takeover", json.dumps({"pid": 1, "host": "b", "time": time.time(), "token": "x"}).encode())
+    with pytest.raises(BlockingIOError, match="another process is taking over") as error:
+        RemoteLock(folder)
+    one_sentence(error)
+    age(folder, name="lock.takeover")
+    lock = RemoteLock(folder)
+    assert list(folder.sizes()) == ["lock"]
+    lock.refresh()
+
+
 def test_a_lock_that_is_no_lock_is_refused(bucket, monkeypatch):
     folder = RemoteFolder(f"{bucket}/run")
     folder.write("lock", b"[]")
@@ -433,6 +447,8 @@ def test_paths_on_this_machine_are_no_urls(path):
         ("s3://bucket/run", ModuleNotFoundError, ["s3://", "pip install s3fs"]),
         ("nowhere://bucket/run", ValueError, ["nowhere://", "gs://"]),
         ("simplecache::gs://bucket/run", ValueError, ["::"]),
+        ("file://relative/run", ValueError, ["file://relative/run", "three slashes"]),
+        ("file://localhost/p", ValueError, ["file://localhost/p", "three slashes"]),
     ],
 )
 def test_urls_that_cannot_be_opened(url, error, words, monkeypatch):
@@ -441,3 +457,30 @@ def test_urls_that_cannot_be_opened(url, error, words, monkeypatch):
     with pytest.raises(error) as raised:
         toy.run(toy.make_job(), url, log=TEN)
     assert all(word in one_sentence(raised) for word in words)
+
+
+def test_schemes_are_written_in_any_case(tmp_path):
+    RemoteFolder(f"FILE://{tmp_path}/a/").write("b", b"c")
+    assert (tmp_path / "a" / "b").read_bytes() == b"c"
+
+
+@pytest.mark.parametrize("url", ["file:///tmp/", "memory://bucket", "memory://"])
+def test_a_destination_without_a_name_is_refused(url, staging):
+    with pytest.raises(ValueError, match="no name of a file") as error:
+        Destination(url)
+    one_sentence(error)
+    assert not list(staging.iterdir())
+
+
+@pytest.mark.parametrize(
+    ("a", "b", "same"),
+    [
+        ("file:///tmp/r", "/tmp/r", True),
+        ("/tmp/x/../r", "FILE:///tmp/r/", True),
+        ("gs://b/r", "gs://b/r/", True),
+        ("gs://b/r", "s3://b/r", False),
+        ("file:///tmp/r", "/tmp/q", False),
+    ],
+)
+def test_places_that_are_the_same(a, b, same):
+    assert is_same_place(a, b) == same

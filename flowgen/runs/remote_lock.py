@@ -85,8 +85,7 @@ class RemoteLock:
 
     def release(self) -> None:
         """Deletes the lock, unless another process has taken it over."""
-        holder = _holder(self._folder)
-        if holder is not None and holder.token == self._token:
+        if self._owns(LOCK_FILE):
             self._folder.delete(LOCK_FILE)
 
     def _take_over(self) -> None:
@@ -96,12 +95,21 @@ class RemoteLock:
                 check_free(self._folder)
                 raise BlockingIOError(f"workdir {self._folder} is in use; run the command again.")
             return
-        if not self._folder.create(TAKEOVER_FILE, self._content()):
-            raise BlockingIOError(
-                f"another process is taking over workdir {self._folder} from {holder}; if none is running, delete "
-                f"{TAKEOVER_FILE} there."
-            )
+        claim = self._content()
+        if not self._folder.create(TAKEOVER_FILE, claim):
+            # A process may have died during a takeover.
+            rival = _holder(self._folder, TAKEOVER_FILE)
+            if rival is not None and time.time() >= rival.time + EXPIRES:
+                self._folder.delete(TAKEOVER_FILE)
+            if not self._folder.create(TAKEOVER_FILE, claim):
+                raise BlockingIOError(
+                    f"another process is taking over workdir {self._folder} from {holder}; run the command again, after "
+                    f"{EXPIRES / 60:.0f} minutes if it has died."
+                )
         try:
+            # Of several that find an expired one, each may delete the new one of another.
+            if not self._owns(TAKEOVER_FILE):
+                raise BlockingIOError(f"another process is taking over workdir {self._folder}; run the command again.")
             # Only the holder of the second file changes an old lock, so the lock cannot change after this.
             now = check_free(self._folder)
             if now is not None and now.token == holder.token:
@@ -109,10 +117,15 @@ class RemoteLock:
             elif now is not None or not self._folder.create(LOCK_FILE, self._content()):
                 raise BlockingIOError(f"workdir {self._folder} is in use by another process; give another directory.")
         finally:
-            self._folder.delete(TAKEOVER_FILE)
+            if self._owns(TAKEOVER_FILE):
+                self._folder.delete(TAKEOVER_FILE)
         self.told = (
             f"Took over {self._folder} from {holder}, which last reported at {_clock(holder.time)}, so it has died."
         )
+
+    def _owns(self, name: str) -> bool:
+        holder = _holder(self._folder, name)
+        return holder is not None and holder.token == self._token
 
     def _content(self) -> bytes:
         about = {"pid": os.getpid(), "host": socket.gethostname(), "time": time.time(), "token": self._token}
@@ -150,17 +163,17 @@ def check_free(folder: RemoteFolder) -> Holder | None:
     return holder
 
 
-def _holder(folder: RemoteFolder) -> Holder | None:
+def _holder(folder: RemoteFolder, name: str = LOCK_FILE) -> Holder | None:
     for _ in range(_TRIES):
         try:
-            about = json.loads(folder.read(LOCK_FILE)[:1000])
+            about = json.loads(folder.read(name)[:1000])
             return Holder(int(about["pid"]), str(about["host"])[:100], float(about["time"]), str(about["token"]))
         except FileNotFoundError:
             return None
         except (ValueError, KeyError, TypeError, RecursionError):
             time.sleep(_PAUSE)  # unlike an object in a bucket, a file:// may be read while it is written
     raise BlockingIOError(
-        f"the lock of workdir {folder} cannot be read; if no process is training there, delete {LOCK_FILE} there."
+        f"the lock of workdir {folder} cannot be read; if no process is training there, delete {name} there."
     )
 
 

@@ -82,7 +82,8 @@ class Uploads:
     def save(self, step: int) -> None:
         """Uploads a complete checkpoint, after the metrics up to its step, and then frees its space on this machine.
 
-        Its evaluation, which may be written during this, is left to `score`. Raises OSError if this fails; the local files then stay.
+        Its evaluation, which may be written during this, is left to `score`. Raises OSError if this fails; the local
+        files then stay.
         """
         self.failed = True
         self._lock.refresh()
