@@ -32,6 +32,8 @@ _LOCAL = ("file", "local")
 # The beginning of a URL that has lost a slash. A scheme has at least two letters, unlike a drive such as C:/.
 _LOST_SLASH = re.compile(r"([A-Za-z][A-Za-z0-9+.-]+):(/?)")
 _LONGEST_REASON = 200
+# Errors of a program, such as this one, and not of a bucket.
+_MISTAKES = (TypeError, AttributeError, NameError)
 
 
 def is_remote(path: str | os.PathLike[str]) -> bool:
@@ -149,6 +151,8 @@ class RemoteFolder:
                     file.write(content)
             else:
                 self._system.pipe_file(path, content, mode="create")
+        except _MISTAKES:
+            raise
         except Exception as error:
             # An attempt may have succeeded although its answer was lost, and the errors of systems differ.
             with contextlib.suppress(FileNotFoundError):
@@ -176,6 +180,8 @@ class RemoteFolder:
                     _copy_new(path, self._path(name))
                 else:
                     self._system.put_file(os.fspath(path), self._path(name), mode="create")
+            except _MISTAKES:
+                raise
             except Exception:  # the errors of systems differ
                 self._system.invalidate_cache()
                 if self._system.exists(self._path(name)):
@@ -198,12 +204,17 @@ class RemoteFolder:
 
     @contextlib.contextmanager
     def _told(self, done: str, name: str) -> Generator[None]:
-        """Turns errors into sentences. The file systems raise errors of the packages they use, with no common class."""
+        """Turns errors into sentences, except `_MISTAKES`.
+
+        Errors have no common class, because file systems raise those of the packages that they use.
+        """
         what = f"{self.url}/{name}" if name else self.url
         try:
             yield
         except FileNotFoundError as error:
             raise FileNotFoundError(f"{what} does not exist; check the name of the bucket and the path.") from error
+        except _MISTAKES:
+            raise
         except Exception as error:
             reason = " ".join(str(error).split()) or type(error).__name__
             raise OSError(f"{what} could not be {done} ({reason[:_LONGEST_REASON]}).") from error
@@ -276,6 +287,8 @@ def _opened(url: str) -> tuple[Any, str]:
         if scheme in _known_schemes():
             raise ValueError(f"'{url}' is not a valid URL ({error}).") from error
         raise ValueError(f"'{url}' begins with {scheme}://, which fsspec does not know; use gs:// or s3://.") from error
+    except _MISTAKES:
+        raise
     except Exception as error:  # for example, credentials that are missing or have expired
         reason = " ".join(str(error).split()) or type(error).__name__
         raise OSError(f"'{url}' cannot be opened ({reason[:_LONGEST_REASON]}).") from error

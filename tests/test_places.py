@@ -17,6 +17,7 @@ from scripts.toy import TEN, arrays_of, assert_bitwise, without_speed
 
 from flowgen.places import Destination, RemoteFolder, is_remote, is_same_place
 from flowgen.runs import CheckpointReader, RunReader, RunWriter, mirror, read_config, remote_lock, uploads
+from flowgen.runs.metrics import MetricsLog
 from flowgen.runs.mirror import Mirror
 from flowgen.runs.remote_lock import RemoteLock
 
@@ -385,6 +386,31 @@ def test_the_lock_is_refreshed_during_a_slow_upload(watch, monkeypatch):
     watch(slow)
     toy.run(toy.make_job(batches=batches), url, log=dataclasses.replace(toy.QUIET, checkpoint_every=100))
     assert times[-1] > times[0]
+
+
+def test_the_lock_is_released_whatever_cannot_be_closed(bucket, monkeypatch):
+    url = f"{bucket}/run"
+
+    def fail(log):
+        raise RuntimeError("cannot be closed")
+
+    monkeypatch.setattr(MetricsLog, "close", fail)
+    with pytest.raises(RuntimeError, match="cannot be closed"):
+        toy.run(toy.make_job(), url, log=dataclasses.replace(TEN, checkpoint_every=40))
+    assert "lock" not in RemoteFolder(url).sizes()
+    assert RunReader(url).checkpoints.steps() == [40]
+
+
+@pytest.mark.parametrize("mistake", [TypeError, AttributeError])
+def test_mistakes_of_a_program_are_not_told_as_errors_of_the_bucket(watch, mistake):
+    def fail(what, path):
+        raise mistake("ours")
+
+    watch(fail)
+    folder = RemoteFolder("watched://bucket/run")
+    for call in (folder.write, folder.create, lambda name, content: folder.upload_new(__file__, name)):
+        with pytest.raises(mistake, match="ours"):
+            call("a", b"")
 
 
 def test_another_run_that_started_in_between_is_noticed(whole, bucket):

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Generator, Sequence
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -93,24 +93,14 @@ class RunWriter:
     def __enter__(self) -> RunWriter:
         return self
 
-    @contextmanager
-    def _released_on_error(self) -> Generator[None]:
-        try:
-            yield
-        except BaseException:
-            if self._uploads is not None:
-                self._uploads.close()
-            raise
-
     def __exit__(self, kind: type[BaseException] | None, *exception: object) -> None:
         try:
-            try:
-                self.store.close()
-            finally:
-                if self._log is not None:
-                    self._log.close()
+            with ExitStack() as closing:  # each part is closed even if another one raises an error
                 if self._uploads is not None:
-                    self._uploads.close()
+                    closing.callback(self._uploads.close)
+                if self._log is not None:
+                    closing.callback(self._log.close)
+                closing.callback(self.store.close)
         except OSError as error:
             if kind is None:
                 raise
@@ -121,6 +111,15 @@ class RunWriter:
             self._folder.close()
             self._place.close()
             self._lock.release()
+
+    @contextmanager
+    def _released_on_error(self) -> Generator[None]:
+        try:
+            yield
+        except BaseException:
+            if self._uploads is not None:
+                self._uploads.close()
+            raise
 
     def begin(
         self, config: dict[str, Any], *, first_step: int | None, last_step: int, tensorboard: bool, bar: bool
