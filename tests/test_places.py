@@ -22,6 +22,10 @@ from flowgen.runs.mirror import Mirror
 from flowgen.runs.remote_lock import RemoteLock
 
 
+# Files of a checkpoint that have the same names in every save, unlike those of arrays.
+REST = ("opt_state/_METADATA", "meta.json")
+
+
 class Watched(MemoryFileSystem):
     """A bucket in memory that calls a function before each change."""
 
@@ -306,7 +310,7 @@ def test_a_run_that_has_lost_its_lock_stops(watch, monkeypatch, staging):
     assert json.loads(RemoteFolder("watched://bucket/run").read("lock"))["host"] == "b"
 
 
-@pytest.mark.parametrize("at", ["/20/opt_state", pytest.param("/20/meta.json", marks=pytest.mark.slow)])
+@pytest.mark.parametrize("at", ["/20/ema/d/", *(pytest.param(f"/20/{at}", marks=pytest.mark.slow) for at in REST)])
 def test_a_process_that_was_suspended_changes_nothing_of_the_next_holder(watch, monkeypatch, at):
     """The upload of one file is suspended, after the last look at the lock, until another process has trained on."""
     monkeypatch.setattr(mirror, "AT_ONCE", 1)  # nothing else of the process runs either
@@ -324,7 +328,7 @@ def test_a_process_that_was_suspended_changes_nothing_of_the_next_holder(watch, 
     watch(suspend)
     with pytest.raises(OSError, match="no longer holds workdir"):
         toy.run(toy.make_job(), url, log=TEN)
-    assert contents(url) == after[0]
+    assert contents(url).items() >= after[0].items()
     assert [int(arrays_of(url, step)["step"]) for step in RunReader(url).checkpoints.steps()] == [20, 30, 40]
 
 
