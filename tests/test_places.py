@@ -21,7 +21,6 @@ from flowgen.runs.metrics import MetricsLog
 from flowgen.runs.mirror import Mirror
 from flowgen.runs.remote_lock import RemoteLock
 
-
 # Files of a checkpoint that have the same names in every save, unlike those of arrays.
 REST = ("opt_state/_METADATA", "meta.json")
 

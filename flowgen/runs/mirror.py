@@ -27,7 +27,8 @@ class Mirror:
     path: the copy. Its checkpoints have all of their files, so that a `CheckpointReader` can tell which of them are
     complete, but a file is empty until it is fetched. A checkpoint without metadata is left out, because these are
     uploaded last and deleted first. So are files that its metadata do not list: a process that was suspended, and has
-    lost the lock, may have added one to a checkpoint of the next process. Other files are copied only if they are fetched by name.
+    lost the lock, may have added one to a checkpoint of the next process. Files outside checkpoints are copied only if
+    they are fetched by name.
 
     The copy is removed with the mirror, at the latest at the end of the process, unless `keep` is called.
 

@@ -103,8 +103,8 @@ class RemoteLock:
                 self._folder.delete(TAKEOVER_FILE)
             if not self._folder.create(TAKEOVER_FILE, claim):
                 raise BlockingIOError(
-                    f"another process is taking over workdir {self._folder} from {holder}; run the command again, after "
-                    f"{EXPIRES / 60:.0f} minutes if it has died."
+                    f"another process is taking over workdir {self._folder} from {holder}; run the command again, "
+                    f"after {EXPIRES / 60:.0f} minutes if it has died."
                 )
         try:
             # Of several that find an expired one, each may delete the new one of another.
