@@ -32,6 +32,8 @@ _LOCAL = ("file", "local")
 # The beginning of a URL that has lost a slash. A scheme has at least two letters, unlike a drive such as C:/.
 _LOST_SLASH = re.compile(r"([A-Za-z][A-Za-z0-9+.-]+):(/?)")
 _LONGEST_REASON = 200
+# Errors of a program, such as this one, and not of a bucket.
+_MISTAKES = (TypeError, AttributeError, NameError)
 
 
 def is_remote(path: str | os.PathLike[str]) -> bool:
@@ -46,11 +48,12 @@ def is_remote(path: str | os.PathLike[str]) -> bool:
     if "://" in text:
         return True
     found = _LOST_SLASH.match(text)
-    if found and (found[1] in PACKAGES or (found[2] and found[1] in _known_schemes())):
+    scheme = found[1].lower() if found else ""
+    if found and (scheme in PACKAGES or (found[2] and scheme in _known_schemes())):
         rest = text[found.end() :].lstrip("/")
-        slash = "/" if found[1] in _LOCAL else ""
+        slash = "/" if scheme in _LOCAL else ""
         raise ValueError(
-            f"'{text}' is a URL that has lost a slash; write '{found[1]}://{slash}{rest}'"
+            f"'{text}' is a URL that has lost a slash; write '{scheme}://{slash}{rest}'"
             f"{'' if isinstance(path, str) else ', as text and not as a Path'}."
         )
     return False
@@ -66,11 +69,20 @@ def check_local(name: str, path: str | os.PathLike[str]) -> None:
         raise ValueError(f"{name} is '{path}', but it must be on this machine; copy it from or to the bucket.")
 
 
+def is_same_place(a: str | os.PathLike[str], b: str | os.PathLike[str]) -> bool:
+    """Returns whether two paths, each of which may be a URL, lead to the same place.
+
+    Example:
+        is_same_place("file:///tmp/run", "/tmp/run")
+    """
+    return _place(a) == _place(b)
+
+
 class RemoteFolder:
     """A folder in a bucket. Files are named by their paths relative to it, with / between folders.
 
     Every error of the file system is raised as an OSError with one sentence that names the file. The constructor raises
-    ModuleNotFoundError if a package is missing, or ValueError if the scheme is unknown.
+    ModuleNotFoundError if a package is missing, or ValueError if the scheme is unknown or the URL is invalid.
 
     Example:
         folder = RemoteFolder("memory://bucket/run")
@@ -79,8 +91,7 @@ class RemoteFolder:
     """
 
     def __init__(self, url: str | os.PathLike[str]):
-        given = os.fspath(url)
-        self.url = given if given.endswith("://") else given.rstrip("/")
+        self.url = _plain(url)
         self._opened, root = _opened(self.url)
         self._root, self._process = root.rstrip("/"), os.getpid()
 
@@ -140,6 +151,8 @@ class RemoteFolder:
                     file.write(content)
             else:
                 self._system.pipe_file(path, content, mode="create")
+        except _MISTAKES:
+            raise
         except Exception as error:
             # An attempt may have succeeded although its answer was lost, and the errors of systems differ.
             with contextlib.suppress(FileNotFoundError):
@@ -154,6 +167,27 @@ class RemoteFolder:
         """Copies a local file to the folder."""
         with self._told("uploaded", name):
             self._system.put_file(os.fspath(path), self._path(name))
+
+    def upload_new(self, path: str | os.PathLike[str], name: str) -> bool:
+        """Copies a local file to a name that must not exist yet, and returns whether this succeeded.
+
+        An existing file is never changed, if the file system supports this, as those of gs:// and s3:// do. If the
+        answer to an attempt is lost, the file may have been copied although this returns False.
+        """
+        with self._told("uploaded", name):
+            try:
+                if getattr(self._system, "local_file", False):
+                    _copy_new(path, self._path(name))
+                else:
+                    self._system.put_file(os.fspath(path), self._path(name), mode="create")
+            except _MISTAKES:
+                raise
+            except Exception:  # the errors of systems differ
+                self._system.invalidate_cache()
+                if self._system.exists(self._path(name)):
+                    return False
+                raise
+        return True
 
     def download(self, name: str, path: str | os.PathLike[str]) -> None:
         """Copies a file from the folder to a local path."""
@@ -170,12 +204,17 @@ class RemoteFolder:
 
     @contextlib.contextmanager
     def _told(self, done: str, name: str) -> Generator[None]:
-        """Turns errors into sentences. The file systems raise errors of the packages they use, with no common class."""
+        """Turns errors into sentences, except `_MISTAKES`.
+
+        Errors have no common class, because file systems raise those of the packages that they use.
+        """
         what = f"{self.url}/{name}" if name else self.url
         try:
             yield
         except FileNotFoundError as error:
             raise FileNotFoundError(f"{what} does not exist; check the name of the bucket and the path.") from error
+        except _MISTAKES:
+            raise
         except Exception as error:
             reason = " ".join(str(error).split()) or type(error).__name__
             raise OSError(f"{what} could not be {done} ({reason[:_LONGEST_REASON]}).") from error
@@ -197,7 +236,9 @@ class Destination:
         self.path, self._folder = Path(path), None
         if is_remote(path):
             url, _, name = os.fspath(path).rpartition("/")
-            self._folder, self.path = RemoteFolder(url), Path(tempfile.mkdtemp(prefix="flowgen-"), name)
+            if not name or url.endswith(":/"):
+                raise ValueError(f"'{path}' has no name of a file in a folder; give one, such as 'gs://bucket/a.png'.")
+            self._folder, self.path = RemoteFolder(f"{url}/"), Path(tempfile.mkdtemp(prefix="flowgen-"), name)
             self._remove = weakref.finalize(self, shutil.rmtree, self.path.parent, ignore_errors=True)
 
     def send(self) -> None:
@@ -214,6 +255,19 @@ class Destination:
             self._remove()
 
 
+def _plain(url: str | os.PathLike[str]) -> str:
+    """Returns a URL with its scheme in lower case and no slash at the end."""
+    scheme, mark, rest = os.fspath(url).partition("://")
+    return f"{scheme.lower()}{mark}{rest.rstrip('/') or rest[:1]}"
+
+
+def _place(path: str | os.PathLike[str]) -> str | Path:
+    if not is_remote(path):
+        return Path(path).resolve()
+    scheme, _, rest = _plain(path).partition("://")
+    return Path(rest).resolve() if scheme in _LOCAL else _plain(path)
+
+
 def _opened(url: str) -> tuple[Any, str]:
     """Returns the file system of a URL and the path in it."""
     from fsspec.core import url_to_fs
@@ -221,6 +275,8 @@ def _opened(url: str) -> tuple[Any, str]:
     scheme = url.partition("://")[0]
     if "::" in url:
         raise ValueError(f"'{url}' chains several file systems with '::'; give the URL of one.")
+    if scheme in _LOCAL and not url.partition("://")[2].startswith("/"):
+        raise ValueError(f"'{url}' needs three slashes and an absolute path, such as '{scheme}:///tmp/run'.")
     # A package that is missing must be told before anything else.
     options = {"auto_mkdir": True} if scheme in _LOCAL else {}
     try:
@@ -231,9 +287,21 @@ def _opened(url: str) -> tuple[Any, str]:
         if scheme in _known_schemes():
             raise ValueError(f"'{url}' is not a valid URL ({error}).") from error
         raise ValueError(f"'{url}' begins with {scheme}://, which fsspec does not know; use gs:// or s3://.") from error
+    except _MISTAKES:
+        raise
     except Exception as error:  # for example, credentials that are missing or have expired
         reason = " ".join(str(error).split()) or type(error).__name__
         raise OSError(f"'{url}' cannot be opened ({reason[:_LONGEST_REASON]}).") from error
+
+
+def _copy_new(path: str | os.PathLike[str], new: str) -> None:
+    os.makedirs(os.path.dirname(new), exist_ok=True)
+    with open(path, "rb") as source, open(new, "xb") as target:
+        try:
+            shutil.copyfileobj(source, target)
+        except BaseException:
+            os.unlink(new)
+            raise
 
 
 def _known_schemes() -> set[str]:

@@ -449,9 +449,10 @@ def test_the_layout_is_checked_before_the_other_run_is_read(tmp_path):
 def test_a_run_does_not_start_from_its_own_directory(tmp_path):
     path = run_of(tmp_path, experiment_of(TAR))
     before = sorted(path.rglob("*"))
-    for workdir in (path, tmp_path / "absent"):
+    absent = tmp_path / "absent"
+    for origin, workdir in ((path, path), (absent, absent), (f"file://{path}", path)):
         with pytest.raises(ValueError, match=r"init.path '.*' is the workdir itself; give another --workdir") as error:
-            flowgen.fit(experiment_of(TAR, path=workdir), workdir)
+            flowgen.fit(experiment_of(TAR, path=origin), workdir)
         one_sentence(error)
     assert sorted(path.rglob("*")) == before
 

@@ -15,9 +15,14 @@ from fsspec.implementations.memory import MemoryFileSystem
 from scripts import toy
 from scripts.toy import TEN, arrays_of, assert_bitwise, without_speed
 
-from flowgen.places import RemoteFolder, is_remote
-from flowgen.runs import CheckpointReader, RunReader, RunWriter, read_config, remote_lock, uploads
+from flowgen.places import Destination, RemoteFolder, is_remote, is_same_place
+from flowgen.runs import CheckpointReader, RunReader, RunWriter, mirror, read_config, remote_lock, uploads
+from flowgen.runs.metrics import MetricsLog
+from flowgen.runs.mirror import Mirror
 from flowgen.runs.remote_lock import RemoteLock
+
+# Files of a checkpoint that have the same names in every save, unlike those of arrays.
+REST = ("opt_state/_METADATA", "meta.json")
 
 
 class Watched(MemoryFileSystem):
@@ -88,10 +93,10 @@ def put(path, url):
     return folder
 
 
-def age(folder, seconds=remote_lock.EXPIRES):
+def age(folder, seconds=remote_lock.EXPIRES, name="lock"):
     """Makes the lock of a folder older."""
-    lock = json.loads(folder.read("lock"))
-    folder.write("lock", json.dumps({**lock, "time": lock["time"] - seconds}).encode())
+    lock = json.loads(folder.read(name))
+    folder.write(name, json.dumps({**lock, "time": lock["time"] - seconds}).encode())
 
 
 def rows_of(url):
@@ -191,6 +196,30 @@ def test_a_failed_upload_is_told_and_keeps_the_local_copy(whole, watch, staging,
     assert_bitwise(arrays_of("watched://bucket/run"), arrays_of(whole))
 
 
+def test_training_goes_on_while_a_checkpoint_and_its_evaluation_are_uploaded(whole, watch):
+    url, steps, sent = "watched://bucket/run", [], []
+
+    def slow(what, path):
+        if what == "put" and path.endswith(".json"):
+            deadline = time.monotonic() + 20
+            while "/20/" in path and steps[-1] < 27 and time.monotonic() < deadline:
+                time.sleep(0.01)
+            sent.append((path.partition("checkpoints/")[2], steps[-1] >= 27))
+
+    def batches(start, stop):
+        for step in range(start, stop):
+            steps.append(step)
+            yield from toy.batches(step, step + 1)
+
+    watch(slow)
+    log = dataclasses.replace(TEN, eval_every=20, checkpoint_every=20)
+    toy.run(toy.make_job(batches=batches, evaluate=lambda variables: {"bits_per_dim": 1.0}), url, log=log)
+    assert sent == [(f"{step}/{name}.json", True) for step in (20, 40) for name in ("meta", "evaluation")]
+    reader = RunReader(url).checkpoints
+    assert [reader.evaluation(step) for step in reader.steps()] == [{"bits_per_dim": 1.0}] * 2
+    assert_bitwise(arrays_of(url), arrays_of(whole))
+
+
 def test_uploaded_checkpoints_leave_the_local_disk(watch, staging):
     sizes = {}
 
@@ -246,6 +275,20 @@ def test_the_lock_of_a_living_process_stays_its_own(bucket):
     assert not folder.sizes()
 
 
+def test_a_takeover_that_was_interrupted_expires(bucket):
+    folder = RemoteFolder(f"{bucket}/run")
+    RemoteLock(folder)
+    age(folder)
+    folder.write("lock.takeover", json.dumps({"pid": 1, "host": "b", "time": time.time(), "token": "x"}).encode())
+    with pytest.raises(BlockingIOError, match="another process is taking over") as error:
+        RemoteLock(folder)
+    one_sentence(error)
+    age(folder, name="lock.takeover")
+    lock = RemoteLock(folder)
+    assert list(folder.sizes()) == ["lock"]
+    lock.refresh()
+
+
 def test_a_lock_that_is_no_lock_is_refused(bucket, monkeypatch):
     folder = RemoteFolder(f"{bucket}/run")
     folder.write("lock", b"[]")
@@ -266,6 +309,47 @@ def test_a_run_that_has_lost_its_lock_stops(watch, monkeypatch, staging):
     assert json.loads(RemoteFolder("watched://bucket/run").read("lock"))["host"] == "b"
 
 
+@pytest.mark.parametrize("at", ["/20/ema/d/", *(pytest.param(f"/20/{at}", marks=pytest.mark.slow) for at in REST)])
+def test_a_process_that_was_suspended_changes_nothing_of_the_next_holder(watch, monkeypatch, at):
+    """The upload of one file is suspended, after the last look at the lock, until another process has trained on."""
+    monkeypatch.setattr(mirror, "AT_ONCE", 1)  # nothing else of the process runs either
+    url, suspended, after = "watched://bucket/run", [], []
+
+    def suspend(what, path):
+        if what == "put" and at in path and not suspended:
+            suspended.append(path)
+            watch(lambda what, path: None)
+            age(RemoteFolder(url))
+            toy.run(toy.make_job(noise=0.2), url, log=TEN)  # other numbers, as another device gives
+            after.append(contents(url))
+            monkeypatch.setattr(remote_lock, "EXPIRES", 0)  # as if the last refresh were too long ago
+
+    watch(suspend)
+    with pytest.raises(OSError, match="no longer holds workdir"):
+        toy.run(toy.make_job(), url, log=TEN)
+    assert contents(url).items() >= after[0].items()
+    assert [int(arrays_of(url, step)["step"]) for step in RunReader(url).checkpoints.steps()] == [20, 30, 40]
+
+
+def contents(url):
+    folder = RemoteFolder(url)
+    return {name: folder.read(name) for name in folder.sizes()}
+
+
+def test_deletions_stop_when_the_lock_is_lost(whole, bucket, monkeypatch):
+    url = f"{bucket}/run"
+    folder = put(whole, url)
+    ours = uploads.Uploads(Mirror(url), say=lambda line: None)
+    monkeypatch.setattr(remote_lock, "EXPIRES", 0.01)
+    time.sleep(0.02)
+    RemoteLock(folder)
+    before = folder.sizes()
+    ours.delete(40)
+    assert folder.sizes() == before
+    with pytest.raises(BlockingIOError, match="has taken over its lock"):
+        ours.close()
+
+
 def test_the_lock_and_the_metrics_are_refreshed_while_nothing_is_saved(watch, monkeypatch):
     monkeypatch.setattr(uploads, "BEAT", 0.05)
     url, seen = "watched://bucket/run", []
@@ -282,6 +366,54 @@ def test_the_lock_and_the_metrics_are_refreshed_while_nothing_is_saved(watch, mo
     watch(lambda what, path: None)
     toy.run(toy.make_job(batches=batches), url, log=dataclasses.replace(toy.QUIET, checkpoint_every=100))
     assert seen
+
+
+def test_the_lock_is_refreshed_during_a_slow_upload(watch, monkeypatch):
+    monkeypatch.setattr(uploads, "BEAT", 0.05)
+    url, times = "watched://bucket/run", []
+
+    def slow(what, path):
+        if what == "write" and path.endswith("metrics.jsonl") and not times:
+            times.append(first := json.loads(RemoteFolder(url).read("lock"))["time"])
+            deadline = time.monotonic() + 20
+            while times[-1] == first and time.monotonic() < deadline:
+                time.sleep(0.01)
+                times.append(json.loads(RemoteFolder(url).read("lock"))["time"])
+
+    def batches(start, stop):
+        for step in range(start, stop):
+            while step == 5 and not times:
+                time.sleep(0.01)
+            yield from toy.batches(step, step + 1)
+
+    watch(slow)
+    toy.run(toy.make_job(batches=batches), url, log=dataclasses.replace(toy.QUIET, checkpoint_every=100))
+    assert times[-1] > times[0]
+
+
+def test_the_lock_is_released_whatever_cannot_be_closed(bucket, monkeypatch):
+    url = f"{bucket}/run"
+
+    def fail(log):
+        raise RuntimeError("cannot be closed")
+
+    monkeypatch.setattr(MetricsLog, "close", fail)
+    with pytest.raises(RuntimeError, match="cannot be closed"):
+        toy.run(toy.make_job(), url, log=dataclasses.replace(TEN, checkpoint_every=40))
+    assert "lock" not in RemoteFolder(url).sizes()
+    assert RunReader(url).checkpoints.steps() == [40]
+
+
+@pytest.mark.parametrize("mistake", [TypeError, AttributeError])
+def test_mistakes_of_a_program_are_not_told_as_errors_of_the_bucket(watch, mistake):
+    def fail(what, path):
+        raise mistake("ours")
+
+    watch(fail)
+    folder = RemoteFolder("watched://bucket/run")
+    for call in (folder.write, folder.create, lambda name, content: folder.upload_new(__file__, name)):
+        with pytest.raises(mistake, match="ours"):
+            call("a", b"")
 
 
 def test_another_run_that_started_in_between_is_noticed(whole, bucket):
@@ -344,6 +476,8 @@ def test_paths_on_this_machine_are_no_urls(path):
         ("s3://bucket/run", ModuleNotFoundError, ["s3://", "pip install s3fs"]),
         ("nowhere://bucket/run", ValueError, ["nowhere://", "gs://"]),
         ("simplecache::gs://bucket/run", ValueError, ["::"]),
+        ("file://relative/run", ValueError, ["file://relative/run", "three slashes"]),
+        ("file://localhost/p", ValueError, ["file://localhost/p", "three slashes"]),
     ],
 )
 def test_urls_that_cannot_be_opened(url, error, words, monkeypatch):
@@ -352,3 +486,30 @@ def test_urls_that_cannot_be_opened(url, error, words, monkeypatch):
     with pytest.raises(error) as raised:
         toy.run(toy.make_job(), url, log=TEN)
     assert all(word in one_sentence(raised) for word in words)
+
+
+def test_schemes_are_written_in_any_case(tmp_path):
+    RemoteFolder(f"FILE://{tmp_path}/a/").write("b", b"c")
+    assert (tmp_path / "a" / "b").read_bytes() == b"c"
+
+
+@pytest.mark.parametrize("url", ["file:///tmp/", "memory://bucket", "memory://"])
+def test_a_destination_without_a_name_is_refused(url, staging):
+    with pytest.raises(ValueError, match="no name of a file") as error:
+        Destination(url)
+    one_sentence(error)
+    assert not list(staging.iterdir())
+
+
+@pytest.mark.parametrize(
+    ("a", "b", "same"),
+    [
+        ("file:///tmp/r", "/tmp/r", True),
+        ("/tmp/x/../r", "FILE:///tmp/r/", True),
+        ("gs://b/r", "gs://b/r/", True),
+        ("gs://b/r", "s3://b/r", False),
+        ("file:///tmp/r", "/tmp/q", False),
+    ],
+)
+def test_places_that_are_the_same(a, b, same):
+    assert is_same_place(a, b) == same

@@ -21,6 +21,7 @@ from flowgen.experiments.files import KINDS
 from flowgen.experiments.fine_tuning import started_from
 from flowgen.experiments.own_data import check_protocol
 from flowgen.nn import init
+from flowgen.places import is_same_place
 from flowgen.runs import RunReader
 from flowgen.settings.named import fields_of_program
 from flowgen.training import Result, Signals, is_primary, train
@@ -92,7 +93,7 @@ def _check_devices(devices: Any) -> None:
 def _check_origin(experiment: Experiment, workdir: str | Path) -> None:
     """Raises ValueError if a run would start from its own directory."""
     path = experiment.init.path
-    if path and Path(path).resolve() == Path(workdir).resolve():
+    if path and is_same_place(path, workdir):
         raise ValueError(
             f"init.path '{path}' is the workdir itself; give another --workdir, or leave out --init-from to resume "
             "that run."

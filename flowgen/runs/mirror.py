@@ -14,6 +14,7 @@ from pathlib import Path
 
 from flowgen.places import RemoteFolder, local_name
 from flowgen.runs.checkpoints import EVALUATION, META
+from flowgen.runs.files import read_json
 
 CHECKPOINTS = "checkpoints"
 # Number of files that are copied at a time.
@@ -25,7 +26,9 @@ class Mirror:
 
     path: the copy. Its checkpoints have all of their files, so that a `CheckpointReader` can tell which of them are
     complete, but a file is empty until it is fetched. A checkpoint without metadata is left out, because these are
-    uploaded last and deleted first. Other files are copied only if they are fetched by name.
+    uploaded last and deleted first. So are files that its metadata do not list: a process that was suspended, and has
+    lost the lock, may have added one to a checkpoint of the next process. Files outside checkpoints are copied only if
+    they are fetched by name.
 
     The copy is removed with the mirror, at the latest at the end of the process, unless `keep` is called.
 
@@ -43,11 +46,15 @@ class Mirror:
         self._changing = threading.Lock()
         whole = {name.removesuffix(META) for name in self.sizes if is_of_checkpoint(name) and name.endswith(f"/{META}")}
         listed = [name for name in self.sizes if is_of_checkpoint(name) and _folder_of(name) in whole]
+        first = {name for name in listed if name.count("/") == 2 and name.endswith((f"/{META}", f"/{EVALUATION}"))}
+        self.fetch(first)
+        own = {folder: self._files_of(folder) for folder in whole}
         # Objects may have names that files cannot have, such as a file that is also a folder.
         for name in listed:
-            with contextlib.suppress(OSError):
-                self._touch(name)
-        self.fetch(name for name in listed if name.count("/") == 2 and name.endswith((f"/{META}", f"/{EVALUATION}")))
+            files = own[_folder_of(name)]
+            if name not in first and (files is None or name.removeprefix(_folder_of(name)) in files):
+                with contextlib.suppress(OSError):
+                    self._touch(name)
 
     @property
     def url(self) -> str:
@@ -105,6 +112,14 @@ class Mirror:
     def close(self) -> None:
         """Removes the copy, unless it is kept."""
         self._remove()
+
+    def _files_of(self, folder: str) -> dict[str, str] | None:
+        """Returns the files that the metadata of a checkpoint list, or None if they are damaged."""
+        try:
+            files = read_json(local_name(self.path, folder) / META).get("files")
+        except (OSError, ValueError):
+            return None
+        return files if isinstance(files, dict) else None
 
     def _has(self, name: str) -> bool:
         return local_name(self.path, name).exists()

@@ -11,6 +11,7 @@ import json
 import os
 import secrets
 import socket
+import threading
 import time
 from dataclasses import dataclass
 from datetime import UTC, datetime
@@ -28,6 +29,9 @@ _TRIES, _PAUSE = 5, 0.1
 class RemoteLock:
     """Locks a folder until `release` is called. The holder must call `refresh` every `BEAT` seconds.
 
+    A process that was suspended, or could not reach the bucket, may lose the lock without noticing. Therefore call
+    `check` before each change of the folder.
+
     told: a line about a lock that was taken over from a dead process, or "".
 
     Raises:
@@ -42,23 +46,46 @@ class RemoteLock:
 
     def __init__(self, folder: RemoteFolder):
         self._folder, self._token, self.told = folder, secrets.token_hex(8), ""
+        self._changing, self._lost = threading.Lock(), ""
+        self._refreshed = _uptime()
         if not folder.create(LOCK_FILE, self._content()):
             self._take_over()
 
     def refresh(self) -> None:
-        """Writes the time into the lock. Raises BlockingIOError if another process has taken the lock over."""
+        """Writes the time into the lock. Raises BlockingIOError if another process has taken the lock over.
+
+        Once it has raised this error, it always does.
+        """
+        with self._changing:
+            if not self._lost:
+                start = _uptime()
+                self._lost = self._why_lost()
+                if not self._lost:
+                    self._folder.write(LOCK_FILE, self._content())
+                    # If this process was suspended in between, it may have written over the lock of another one.
+                    if _uptime() - start > EXPIRES / 2:
+                        self._lost = "its lock could not be refreshed in time"
+                    self._refreshed = start
+            if self._lost:
+                raise BlockingIOError(
+                    f"this process no longer holds workdir {self._folder}, because {self._lost}; nothing more is "
+                    "uploaded."
+                )
+
+    def check(self) -> None:
+        """Raises BlockingIOError if the lock is lost. Reads the bucket only if the last refresh is too long ago."""
+        if self._lost or _uptime() - self._refreshed > EXPIRES / 2:
+            self.refresh()
+
+    def _why_lost(self) -> str:
         holder = _holder(self._folder)
-        if holder is None or holder.token != self._token:
-            by = "someone has deleted its lock" if holder is None else f"{holder} has taken over its lock"
-            raise BlockingIOError(
-                f"this process no longer holds workdir {self._folder}, because {by}; nothing more is uploaded."
-            )
-        self._folder.write(LOCK_FILE, self._content())
+        if holder is None:
+            return "someone has deleted its lock"
+        return "" if holder.token == self._token else f"{holder} has taken over its lock"
 
     def release(self) -> None:
         """Deletes the lock, unless another process has taken it over."""
-        holder = _holder(self._folder)
-        if holder is not None and holder.token == self._token:
+        if self._owns(LOCK_FILE):
             self._folder.delete(LOCK_FILE)
 
     def _take_over(self) -> None:
@@ -68,12 +95,21 @@ class RemoteLock:
                 check_free(self._folder)
                 raise BlockingIOError(f"workdir {self._folder} is in use; run the command again.")
             return
-        if not self._folder.create(TAKEOVER_FILE, self._content()):
-            raise BlockingIOError(
-                f"another process is taking over workdir {self._folder} from {holder}; if none is running, delete "
-                f"{TAKEOVER_FILE} there."
-            )
+        claim = self._content()
+        if not self._folder.create(TAKEOVER_FILE, claim):
+            # A process may have died during a takeover.
+            rival = _holder(self._folder, TAKEOVER_FILE)
+            if rival is not None and time.time() >= rival.time + EXPIRES:
+                self._folder.delete(TAKEOVER_FILE)
+            if not self._folder.create(TAKEOVER_FILE, claim):
+                raise BlockingIOError(
+                    f"another process is taking over workdir {self._folder} from {holder}; run the command again, "
+                    f"after {EXPIRES / 60:.0f} minutes if it has died."
+                )
         try:
+            # Of several that find an expired one, each may delete the new one of another.
+            if not self._owns(TAKEOVER_FILE):
+                raise BlockingIOError(f"another process is taking over workdir {self._folder}; run the command again.")
             # Only the holder of the second file changes an old lock, so the lock cannot change after this.
             now = check_free(self._folder)
             if now is not None and now.token == holder.token:
@@ -81,10 +117,15 @@ class RemoteLock:
             elif now is not None or not self._folder.create(LOCK_FILE, self._content()):
                 raise BlockingIOError(f"workdir {self._folder} is in use by another process; give another directory.")
         finally:
-            self._folder.delete(TAKEOVER_FILE)
+            if self._owns(TAKEOVER_FILE):
+                self._folder.delete(TAKEOVER_FILE)
         self.told = (
             f"Took over {self._folder} from {holder}, which last reported at {_clock(holder.time)}, so it has died."
         )
+
+    def _owns(self, name: str) -> bool:
+        holder = _holder(self._folder, name)
+        return holder is not None and holder.token == self._token
 
     def _content(self) -> bytes:
         about = {"pid": os.getpid(), "host": socket.gethostname(), "time": time.time(), "token": self._token}
@@ -121,18 +162,23 @@ def check_free(folder: RemoteFolder) -> Holder | None:
     return holder
 
 
-def _holder(folder: RemoteFolder) -> Holder | None:
+def _holder(folder: RemoteFolder, name: str = LOCK_FILE) -> Holder | None:
     for _ in range(_TRIES):
         try:
-            about = json.loads(folder.read(LOCK_FILE)[:1000])
+            about = json.loads(folder.read(name)[:1000])
             return Holder(int(about["pid"]), str(about["host"])[:100], float(about["time"]), str(about["token"]))
         except FileNotFoundError:
             return None
         except (ValueError, KeyError, TypeError, RecursionError):
             time.sleep(_PAUSE)  # unlike an object in a bucket, a file:// may be read while it is written
     raise BlockingIOError(
-        f"the lock of workdir {folder} cannot be read; if no process is training there, delete {LOCK_FILE} there."
+        f"the lock of workdir {folder} cannot be read; if no process is training there, delete {name} there."
     )
+
+
+def _uptime() -> float:
+    """Returns seconds that go on while this process or, if the system can tell, this machine is suspended."""
+    return time.clock_gettime(time.CLOCK_BOOTTIME) if hasattr(time, "CLOCK_BOOTTIME") else time.monotonic()
 
 
 def _clock(seconds: float) -> str:

@@ -33,7 +33,7 @@ class CheckpointStore(CheckpointReader):
     Opening a store removes unfinished files that a killed process left behind. `close` waits for the current save.
 
     say: a function that is called with a line of text about anything that is ignored or renamed. uploads: copies
-    checkpoints to a bucket; a save or an evaluation is then finished when it is uploaded.
+    checkpoints and then their evaluations to a bucket, also in the background. The next save waits until this is done.
 
     Example:
         with CheckpointStore("runs/digits/checkpoints", keep=3) as store:
@@ -52,7 +52,8 @@ class CheckpointStore(CheckpointReader):
     ):
         super().__init__(directory)
         self._keep, self._best_metric, self._say, self._uploads = keep, best_metric, say, uploads
-        self._thread: threading.Thread | None = None
+        self._thread: threading.Thread | None = None  # does the last work; it first waits for the work before
+        self._on_disk = threading.Event()  # whether the current save is on this machine
         self._error: Exception | None = None
         self._failed = False
         self.directory.mkdir(parents=True, exist_ok=True)
@@ -85,20 +86,20 @@ class CheckpointStore(CheckpointReader):
         flat = {name: np.asarray(leaf) for name, leaf in flatten(state).items()}
         check_finite(step, flat)
         meta = {"step": step, "config": config, "arrays": layout(flat)}
+        self._on_disk = threading.Event()
         self._start(step, lambda: self._write(step, flat, meta, metrics))
 
     def score(self, step: int, metrics: dict[str, float]) -> None:
         """Adds evaluation metrics to a saved step, which may then become the best one.
 
-        If the step is still being saved, waits until this is finished. Non-finite metrics are left out.
+        If the step is still being saved, waits until it is on this machine. Non-finite metrics are left out.
         """
-        self.wait()
+        self.wait_for_disk()
         _write_evaluation(self.directory / str(step), step, self._read_meta(step)[DIGEST], metrics)
-        self._scores[step] = finite(metrics).get(self._best_metric)
         if self._uploads is None:
-            self._retire(step)
+            self._count(step, metrics)
         else:
-            self._start(step, lambda: self._upload_score(step))
+            self._start(step, lambda: self._upload_score(step, metrics))
 
     def best(self) -> tuple[int, float] | None:
         """Returns (step, value) for the kept step with the lowest `best_metric`, or None if no step was evaluated."""
@@ -106,13 +107,20 @@ class CheckpointStore(CheckpointReader):
         return (-min(scored)[1], min(scored)[0]) if scored else None
 
     def wait(self) -> None:
-        """Waits until the current save is committed. Raises OSError with the reason if the save failed."""
+        """Waits until all work is done. Raises OSError with the reason if a save or an upload failed."""
         if self._thread is not None:
             self._thread.join()
             self._thread = None
         if self._error is not None:
             error, self._error = self._error, None
             raise error
+
+    def wait_for_disk(self) -> None:
+        """Waits until the current save is on this machine, but not for its upload. Raises the errors of `wait`."""
+        if self._uploads is not None and self._thread is not None:
+            self._on_disk.wait()
+        if self._uploads is None or self._error is not None:
+            self.wait()
 
     def close(self) -> None:
         """Waits for the current save to finish."""
@@ -129,10 +137,14 @@ class CheckpointStore(CheckpointReader):
             self._hook(odd)
 
     def _start(self, step: int, work: Callable[[], None]) -> None:
-        self._thread = threading.Thread(target=self._try, args=(step, work), name="flowgen-save")
+        self._thread = threading.Thread(target=self._try, args=(self._thread, step, work), name="flowgen-save")
         self._thread.start()
 
-    def _try(self, step: int, work: Callable[[], None]) -> None:
+    def _try(self, before: threading.Thread | None, step: int, work: Callable[[], None]) -> None:
+        if before is not None:
+            before.join()
+        if self._error is not None:
+            return
         try:
             work()
         except (OSError, ValueError, RuntimeError) as error:  # tensorstore raises the last two for disk errors
@@ -142,6 +154,8 @@ class CheckpointStore(CheckpointReader):
                 "are unchanged, so the same command resumes from the latest one."
             )
             self._error.__cause__ = error
+        finally:
+            self._on_disk.set()
 
     def _write(self, step: int, flat: Flat, meta: dict[str, Any], metrics: dict[str, float] | None) -> None:
         unfinished = _free(self.directory / f"{step}.{SAVING}")
@@ -163,13 +177,20 @@ class CheckpointStore(CheckpointReader):
             raise
         sync(self.directory)
         if self._uploads is not None:
+            self._on_disk.set()
             self._uploads.save(step)
-        self._scores[step] = finite(metrics).get(self._best_metric)
-        self._retire(step)
+            if metrics is not None:
+                self._uploads.score(step)
+        self._count(step, metrics)
 
-    def _upload_score(self, step: int) -> None:
+    def _upload_score(self, step: int, metrics: dict[str, float]) -> None:
         assert self._uploads is not None
         self._uploads.score(step)
+        self._count(step, metrics)
+
+    def _count(self, step: int, metrics: dict[str, float] | None) -> None:
+        """Compares the metrics of a step with those of others, and deletes what need not be kept."""
+        self._scores[step] = finite(metrics).get(self._best_metric)
         self._retire(step)
 
     def _score_of(self, step: int) -> float | None:

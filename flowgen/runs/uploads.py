@@ -24,8 +24,12 @@ class Uploads:
     """Locks a run in a bucket for one training process, and uploads what the process writes into its mirror.
 
     The metadata of a checkpoint are uploaded after all of its other files and deleted before them, so that an
-    interrupted upload or deletion leaves no checkpoint. A thread refreshes the lock and uploads other files, such as
-    metrics, once a minute. Checkpoints are uploaded by the thread that saves them.
+    interrupted upload or deletion leaves no checkpoint. Checkpoints are uploaded by the thread that saves them. Once a
+    minute, one thread refreshes the lock, and another one uploads other files, such as metrics.
+
+    The lock is checked before each change. A process that is suspended after such a check may lose the lock and go on
+    with this one change. Files of checkpoints are therefore created and never written over, so the change cannot damage
+    a checkpoint of the next holder.
 
     Raises:
         BlockingIOError: another process is training in the bucket, or has trained there since the mirror was made.
@@ -57,9 +61,9 @@ class Uploads:
         except BaseException:
             self._lock.release()
             raise
-        self._ended = threading.Event()
-        self._thread = threading.Thread(target=self._refresh_regularly, name="flowgen-upload", daemon=True)
-        self._thread.start()
+        # An upload may take longer than a lock lasts, so the lock is refreshed by a thread of its own.
+        self._beating = _Regularly(self._lock.refresh, "flowgen-lock")
+        self._sending_on = _Regularly(self.send, "flowgen-upload")
 
     def send(self) -> None:
         """Uploads all files that have changed, except checkpoints."""
@@ -70,14 +74,16 @@ class Uploads:
                     continue
                 mark = _mark(path)
                 if self._sent.get(name) != mark:
-                    # Read first, because metrics may be added during the upload.
-                    self._remote.write(name, path.read_bytes())
+                    content = path.read_bytes()  # first, because metrics may be added during the upload
+                    self._lock.check()
+                    self._remote.write(name, content)
                     self._sent[name] = mark
 
     def save(self, step: int) -> None:
         """Uploads a complete checkpoint, after the metrics up to its step, and then frees its space on this machine.
 
-        Raises OSError if this fails; the local files then stay.
+        Its evaluation, which may be written during this, is left to `score`. Raises OSError if this fails; the local
+        files then stay.
         """
         self.failed = True
         self._lock.refresh()
@@ -87,7 +93,7 @@ class Uploads:
         sizes = {
             path.relative_to(self.mirror.path).as_posix(): path.stat().st_size
             for path in sorted(folder.rglob("*"))
-            if path.is_file()
+            if path.name != EVALUATION and not is_temporary(path.name) and path.is_file()
         }
         last = f"{CHECKPOINTS}/{step}/{META}"
         names = [name for name in sizes if name != last]
@@ -96,9 +102,10 @@ class Uploads:
         for name in names:
             if there.get(name) != sizes[name]:
                 raise OSError(f"{self._remote}/{name} has {there.get(name, 0)} bytes instead of {sizes[name]}.")
+        self._lock.refresh()
         self._upload(last)
         self.failed = False
-        self.mirror.make_empty(name for name in names if not name.endswith(f"/{EVALUATION}"))
+        self.mirror.make_empty(names)
 
     def score(self, step: int) -> None:
         """Uploads the evaluation of a checkpoint."""
@@ -117,8 +124,7 @@ class Uploads:
 
         Raises OSError if the upload fails.
         """
-        self._ended.set()
-        self._thread.join()
+        self._sending_on.end()
         try:
             self._lock.refresh()
             self.send()
@@ -126,6 +132,7 @@ class Uploads:
             self.failed = True
             raise
         finally:
+            self._beating.end()
             with contextlib.suppress(OSError):  # the lock then expires
                 self._lock.release()
             if self.failed:
@@ -134,13 +141,6 @@ class Uploads:
             else:
                 self.mirror.close()
 
-    def _refresh_regularly(self) -> None:
-        while not self._ended.wait(BEAT):
-            # The next save tells of a lock that was lost or a bucket that cannot be reached.
-            with contextlib.suppress(OSError):
-                self._lock.refresh()
-                self.send()
-
     def _remove_unfinished(self) -> None:
         names = self.mirror.unfinished
         for step in sorted({int(name.split("/")[1]) for name in names}):
@@ -148,15 +148,49 @@ class Uploads:
         self._delete(names)
 
     def _upload(self, name: str) -> None:
-        self._remote.upload(local_name(self.mirror.path, name), name)
+        """Uploads a file of a checkpoint. If it exists, deletes it first, but only while this process has the lock."""
+        path = local_name(self.mirror.path, name)
+        self._lock.check()
+        if self._remote.upload_new(path, name):
+            return
+        self._lock.refresh()
+        self._remote.delete(name)
+        if not self._remote.upload_new(path, name):
+            raise OSError(f"{self._remote}/{name} is written by another process, too; end one of them.")
 
     def _delete(self, names: Iterable[str]) -> None:
         """Deletes files of a checkpoint, its metadata first."""
         ordered = sorted(names, key=lambda name: (not name.endswith(f"/{META}"), name))
         first = [name for name in ordered if name.endswith(f"/{META}")]
         for name in first:
-            self._remote.delete(name)
-        for_each(self._remote.delete, ordered[len(first) :])
+            self._delete_file(name)
+        for_each(self._delete_file, ordered[len(first) :])
+
+    def _delete_file(self, name: str) -> None:
+        self._lock.check()
+        self._remote.delete(name)
+
+
+class _Regularly:
+    """Calls a function in a thread, every `BEAT` seconds, until `end` is called.
+
+    Its OSErrors are ignored: the next save tells of a lock that was lost or a bucket that cannot be reached.
+    """
+
+    def __init__(self, work: Callable[[], None], name: str):
+        self._work, self._ended = work, threading.Event()
+        self._thread = threading.Thread(target=self._run, name=name, daemon=True)
+        self._thread.start()
+
+    def _run(self) -> None:
+        while not self._ended.wait(BEAT):
+            with contextlib.suppress(OSError):
+                self._work()
+
+    def end(self) -> None:
+        """Waits for the current call to end."""
+        self._ended.set()
+        self._thread.join()
 
 
 def _checkpoint_files(sizes: dict[str, int]) -> dict[str, int]:

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Generator, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Generator, Sequence
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -93,24 +93,14 @@ class RunWriter:
     def __enter__(self) -> RunWriter:
         return self
 
-    @contextmanager
-    def _released_on_error(self) -> Generator[None]:
-        try:
-            yield
-        except BaseException:
-            if self._uploads is not None:
-                self._uploads.close()
-            raise
-
     def __exit__(self, kind: type[BaseException] | None, *exception: object) -> None:
         try:
-            try:
-                self.store.close()
-            finally:
-                if self._log is not None:
-                    self._log.close()
+            with ExitStack() as closing:  # each part is closed even if another one raises an error
                 if self._uploads is not None:
-                    self._uploads.close()
+                    closing.callback(self._uploads.close)
+                if self._log is not None:
+                    closing.callback(self._log.close)
+                closing.callback(self.store.close)
         except OSError as error:
             if kind is None:
                 raise
@@ -121,6 +111,15 @@ class RunWriter:
             self._folder.close()
             self._place.close()
             self._lock.release()
+
+    @contextmanager
+    def _released_on_error(self) -> Generator[None]:
+        try:
+            yield
+        except BaseException:
+            if self._uploads is not None:
+                self._uploads.close()
+            raise
 
     def begin(
         self, config: dict[str, Any], *, first_step: int | None, last_step: int, tensorboard: bool, bar: bool
@@ -237,16 +236,19 @@ class RunWriter:
         )
 
     def score(self, step: int, metrics: dict[str, float]) -> None:
-        """Adds evaluation metrics to the checkpoint of a step, if this checkpoint still exists."""
-        self._wait()
+        """Adds evaluation metrics to the checkpoint of a step, if this checkpoint still exists.
+
+        Waits until the checkpoint is on this machine, but not until it is uploaded.
+        """
+        self._wait(self.store.wait_for_disk)
         if self.holds(step):
             with _named(self._shown):
                 self.store.score(step, metrics)
 
-    def _wait(self) -> None:
+    def _wait(self, wait: Callable[[], None] | None = None) -> None:
         """Waits for the current save. Ignores its errors if the opened directories are no longer in place."""
         try:
-            self.store.wait()
+            (wait or self.store.wait)()
         except OSError:
             if self._is_there():
                 raise
