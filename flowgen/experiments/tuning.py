@@ -6,14 +6,13 @@ import dataclasses
 import datetime
 import warnings
 from collections.abc import Callable
-from importlib import metadata
 from pathlib import Path
 from typing import Any
 
 import jax
 import numpy as np
 
-from flowgen import backend
+from flowgen import __version__, backend
 from flowgen.data.media import check_writable
 from flowgen.decoding import measure_plans, sample
 from flowgen.decoding.plan import BlockPlan
@@ -95,7 +94,7 @@ def save_tuned_plan(
         guidance=sampling.guidance,
         tol=sampling.tol,
         time=datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
-        versions={name: metadata.version(name) for name in ("flowgen", "jax")},
+        versions={"flowgen": __version__, "jax": jax.__version__},
     )
     write_plan(run_dir, to_plain(tuned))
     say(f"Saved {Path(run_dir) / PLAN_FILE}")
