@@ -124,11 +124,15 @@ def without(path, messages):
     return [message.replace(str(path), "") for message in messages]
 
 
-@pytest.mark.parametrize("build", FOLDERS)
-@pytest.mark.parametrize("pack", PACKERS)
-def test_shards_are_read_as_the_folder_that_they_unpack_to(tmp_path, build, pack, caplog):
-    if "ustar" in pack and build in ("by_class", "beside_other_things"):
-        pytest.skip("such long names do not fit into ustar")
+def packed_folders():
+    for pack in PACKERS:
+        for build in FOLDERS:
+            if "ustar" not in pack or build not in ("by_class", "beside_other_things"):  # their names are too long
+                yield pack, build
+
+
+@pytest.mark.parametrize(("pack", "build"), list(packed_folders()))
+def test_shards_are_read_as_the_folder_that_they_unpack_to(tmp_path, pack, build, caplog):
     photos, shards = packed(tmp_path, FOLDERS[build], PACKERS[pack])
     for changes in ({}, {"in_memory_bytes": 0}, {"aspects": True}):
         told = []

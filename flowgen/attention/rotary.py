@@ -73,8 +73,8 @@ def rotate(
 ) -> Float[Array, "b n h p"]:
     """Returns x with adjacent channels (x0, x1) rotated to (x0 cos - x1 sin, x1 cos + x0 sin) at these positions.
 
-    If the width of x is a multiple of the table's width, each part of that width is rotated in the same way. Any other
-    width raises ValueError.
+    If the width of x is a multiple of the table's width, each part as wide as the table is rotated in the same way. Any
+    other width raises ValueError.
 
     Example:
         y = rotate(x, rotary_line(256, 64), jnp.arange(x.shape[1]))

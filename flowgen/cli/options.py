@@ -123,7 +123,7 @@ def check_memory(parameters: int, *, copies: int) -> None:
 
 
 def load_run(run_dir: str, step: int | str | None, *, ema: bool = True) -> tuple[Any, Any, Experiment]:
-    """Returns a run's model, its variables as numpy arrays, and its experiment without the mesh that it trained on."""
+    """Returns a run's model, its variables as numpy arrays, and its experiment without the mesh used for training."""
     from flowgen.checkpoint import load_on_host
 
     model, variables, experiment = load_on_host(run_dir, step, ema)

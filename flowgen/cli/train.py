@@ -18,7 +18,9 @@ def declare(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--workdir", required=True, help="run directory, or its URL; if it has a checkpoint, the run resumes"
     )
-    parser.add_argument("--debug", action="store_true", help="shrink the experiment, so that it takes seconds on a CPU")
+    parser.add_argument(
+        "--debug", action="store_true", help="train a tiny version of the experiment, which takes seconds on a CPU"
+    )
     parser.add_argument(
         "--distributed",
         action="store_true",

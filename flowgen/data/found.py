@@ -40,7 +40,7 @@ _CLIP_CLASSES = {"bouncing": DIGIT_NAMES, "crafter": CLASS_NAMES, "real": ()}
 # Number of files whose sizes in pixels are read. It is smaller for videos, which take longer to open.
 _IMAGES_SIZED, _VIDEOS_SIZED = 32, 4
 
-# Number of bytes at the beginning of a latent file from which its fingerprint is computed.
+# Number of bytes at the beginning of a latent file from which its digest is computed.
 _MARKED_BYTES = 1 << 16
 
 Marks = Mapping[str, int | str]
@@ -141,7 +141,7 @@ def _sizes(config: DataConfig | ClipsConfig, listing: Listing) -> tuple[tuple[in
 
 
 def _marks(config: DataConfig | ClipsConfig | LatentsConfig, listing: Listing | None) -> tuple[Marks, Marks]:
-    """Returns the fingerprints of each split's files, by name. Files with data for both splits count as training."""
+    """Returns the digests of each split's files, by name. Files with data for both splits count as training."""
     if isinstance(config, LatentsConfig):
         folder = Path(config.path)
         files = [folder / INDEX_FILE, *sorted(folder.glob("*/*.npy"))]
@@ -165,7 +165,7 @@ def _marks(config: DataConfig | ClipsConfig | LatentsConfig, listing: Listing | 
 
 
 def _marks_of(files: Iterable[F], names: Sequence[str], mark: Callable[[F], int]) -> dict[str, int]:
-    """Returns each file's fingerprint by name. Files are read in parallel, because network file systems are slow."""
+    """Returns each file's digest by name. Files are read in parallel, because network file systems are slow."""
     with ThreadPoolExecutor(max_workers=32) as pool:
         return dict(zip(names, pool.map(mark, files), strict=True))
 

@@ -59,10 +59,10 @@ class Shards:
 
 
 class TarFolder:
-    """The files in shards by name, as if all shards were unpacked into one folder.
+    """Gives access to the files in shards by name, as if all shards were unpacked into one folder.
 
-    A shard that repeats the name of an image or of its caption in an earlier shard is a folder of its own instead: its
-    names begin with the name of the shard.
+    If a shard repeats the name of an image or its caption from an earlier shard, it is treated as a separate folder:
+    its names begin with the name of the shard.
 
     Example:
         content = (folder / "cat/1.png").read_bytes()

@@ -41,10 +41,10 @@ class Jacobi:
     max_sweeps: largest number of sweeps per window; None allows one per token of the window, which is always enough.
     init: initial guess for a window. "noise" is the noise itself, "zeros" is all zeros, and "previous_frame" is the
     tokens of the previous frame. If there is no previous frame, "previous_frame" means the noise.
-    stop: when a window is solved. "max_change" is the rule above. "relative_mse" is the rule of STARFlow and STARFlow-V
-    (arXiv 2511.20462): all samples stop together once mean((new - old)²) / mean(new²) over the batch and the window is
-    at most `tol`. It is available for comparison: it can stop far from the solution, because a mean hides a few tokens
-    that still change, and samples depend on their batch.
+    stop: the rule that decides when a window is solved. "max_change" is the rule above. "relative_mse" is the rule of
+    STARFlow and STARFlow-V (arXiv 2511.20462): all samples stop together once mean((new - old)²) / mean(new²) over the
+    batch and the window is at most `tol`. It is available for comparison. It can stop far from the solution, because a
+    mean hides a few tokens that still change. It also makes each sample depend on its batch.
 
     Example:
         r = invert(flow, params, z, cond, plan=Jacobi(window=32, tol=1e-4))

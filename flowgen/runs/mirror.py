@@ -24,13 +24,13 @@ AT_ONCE = 8
 class Mirror:
     """A copy of a run in a bucket, as it is when the mirror is made.
 
-    path: the copy. Its checkpoints have all of their files, so that a `CheckpointReader` can tell which of them are
-    complete, but a file is empty until it is fetched. A checkpoint without metadata is left out, because these are
-    uploaded last and deleted first. So are files that its metadata do not list: a process that was suspended, and has
-    lost the lock, may have added one to a checkpoint of the next process. Files outside checkpoints are copied only if
-    they are fetched by name.
+    path: the copy. Its checkpoints have all of their files, so that a `CheckpointReader` can tell which checkpoints are
+    complete. Each file is empty until it is fetched. A checkpoint without metadata is left out, because metadata are
+    uploaded last and deleted first. Files that a checkpoint's metadata do not list are left out too: a process that was
+    suspended and lost the lock may have added one to a checkpoint of the next process. Files outside checkpoints are
+    copied only if they are fetched by name.
 
-    The copy is removed with the mirror, at the latest at the end of the process, unless `keep` is called.
+    Unless `keep` is called, the copy is removed when the mirror is, or at the latest when the process ends.
 
     Example:
         mirror = Mirror("gs://bucket/run")

@@ -213,7 +213,7 @@ class _Run:
     def keeping(self, step: int, state: TrainState) -> Generator[None]:
         """Returns a context that saves the state if an error ends the run, unless the error is a FloatingPointError.
 
-        Nothing is saved if this requires the other processes to contribute their parts of the state.
+        Nothing is saved if saving would require the other processes to contribute their parts of the state.
         """
         try:
             yield
