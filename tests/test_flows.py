@@ -205,7 +205,9 @@ def test_parallel_and_cached_forms_agree(case):
 
     @jax.jit
     def conditioner(window, start, caches):
-        return block.apply(variables, window, cond, BlockState(start, caches), method="conditioner")
+        state = BlockState(start, caches)
+        shift, log_scale, seen = block.apply(variables, window, cond, state, method="conditioner")
+        return shift, log_scale, None if caches is None else block.accept(caches, seen)
 
     previous = jax.jit(partial(block.apply, variables, method="previous"))(tokens)
     shift, log_scale, _ = conditioner(previous, 0, None)

@@ -141,9 +141,7 @@ def test_every_flow_can_be_tuned(name, scale):
     tuning = measure_plans(flow, params, x, cond, guidance=guidance, tol=TOL, windows=(2, None), cost=flat)
     for block in range(flow.config.num_blocks):
         assert tuning.of_block(block)[0].error < 1e-4
-    for found in tuning.measurements:
-        has_slots = flow.config.blocks[0].transformer.attention == "softmax"
-        assert has_slots or not isinstance(found.plan, SlidingWindow)
+    assert any(isinstance(found.plan, SlidingWindow) for found in tuning.measurements)
     assert all(found.error <= 10 * TOL + 1e-4 for found in tuning.chosen)
 
 
