@@ -20,12 +20,12 @@ from jaxtyping import Array, Float, Integer
 from flowgen.arrays import check_count, check_floating
 from flowgen.attention import causal_kernel
 from flowgen.conditioning import TextCondition
-from flowgen.decoding.block import GuidedBlock, inverse
+from flowgen.decoding.block import GuidedBlock, guided_block, inverse, stacked_block
 from flowgen.decoding.jacobi import Solution, ignore
 from flowgen.decoding.plan import AUTO_TOLERANCE, BlockPlan, DecodePlan, Jacobi, Sequential, SlidingWindow
 from flowgen.decoding.request import DecodeRequest, decode_request
 from flowgen.decoding.weights import decoding_weights
-from flowgen.flows.block import AutoregressiveBlock, BlockConfig, Variables, block_parameters, decoding_config
+from flowgen.flows.block import BlockConfig, Variables, decoding_config
 from flowgen.flows.density import Flow, check_flow
 from flowgen.guidance import Guidance
 from flowgen.nn.layers import master_dtype
@@ -204,15 +204,11 @@ class _KnownBlock:
 
 def _known_blocks(request: DecodeRequest, tokens: Float[Array, "b n c"]) -> list[_KnownBlock]:
     """Returns the flow's blocks, data side first, with their noise for samples of these tokens."""
-    config, guidance, blocks = request.flow.config, request.guidance, []
+    config, blocks = request.flow.config, []
     weights = decoding_weights(config, request.params)
     for index, of_block in enumerate(config.blocks):
-        cond = request.cond if of_block.is_conditional else None
-        guides = guidance if guidance is not None and index in (guidance.blocks or ()) else None
-        stacked = GuidedBlock(AutoregressiveBlock(of_block), block_parameters(request.params, index), cond, guides)
-        block = AutoregressiveBlock(decoding_config(of_block))
-        noise = _noise(stacked, tokens)
-        guided = GuidedBlock(block, weights[index], cond, guides)
+        noise = _noise(stacked_block(request, request.flow, index), tokens)
+        guided = guided_block(request, decoding_config(of_block), index, weights[index])
         blocks.append(_KnownBlock(index, of_block, guided, noise, tokens, of_block.transformer.num_layers))
         tokens = noise
     return blocks
