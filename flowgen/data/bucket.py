@@ -8,7 +8,7 @@ from collections.abc import Collection, Mapping
 from flowgen.data.bucket_files import BucketFolder, BucketShard
 from flowgen.data.entries import RUN, Entries, Listing
 from flowgen.data.inventory import quoted
-from flowgen.data.tar import BESIDE, COMPRESSED, TAR, Shards
+from flowgen.data.tar import BESIDE, TAR, Shards, check_uncompressed
 from flowgen.places import RemoteFolder
 from flowgen.printable import composed
 
@@ -68,11 +68,7 @@ def bucket_shards(url: str, what: str) -> Shards:
         sizes = folder.sizes()
     shown = [name for name in sizes if not name.startswith(".")]
     files = [name for name in shown if "/" not in name]
-    if packed := [name for name in files if name.lower().endswith(COMPRESSED)]:
-        raise ValueError(
-            f"data.path '{url}' has compressed tar files (such as {quoted(packed[0])}), whose files cannot be read "
-            "one by one; decompress them, for example with gunzip or unzstd."
-        )
+    check_uncompressed(url, files)
     names = names or tuple(sorted(name for name in files if name.lower().endswith(TAR)))
     if not names or names[0] not in sizes:
         raise FileNotFoundError(

@@ -24,7 +24,7 @@ from flowgen.data.tar_headers import FILE, FOLDER, LINK, SPARSE, ByteRanges, mem
 from flowgen.printable import composed
 
 TAR = ".tar"
-COMPRESSED = (".tgz", ".tbz2", ".txz", ".tar.gz", ".tar.zst", ".tar.bz2", ".tar.xz", ".tar.lz4", ".tar.z")
+_COMPRESSED = (".tgz", ".tbz2", ".txz", ".tar.gz", ".tar.zst", ".tar.bz2", ".tar.xz", ".tar.lz4", ".tar.z")
 # Number of shards whose headers are read at the same time.
 _READERS = 4
 # Number of bytes by which two shards with the same names and sizes are compared.
@@ -195,11 +195,7 @@ def local_shards(path: str | os.PathLike[str], what: str) -> Shards:
     entries = sorted(os.scandir(root), key=lambda entry: entry.name)
     shown = [entry for entry in entries if not entry.name.startswith(".")]
     files = [entry.name for entry in shown if entry.is_file()]
-    if packed := [name for name in files if name.lower().endswith(COMPRESSED)]:
-        raise ValueError(
-            f"data.path '{root}' has compressed tar files (such as {quoted(packed[0])}), whose files cannot be read "
-            "one by one; decompress them, for example with gunzip or unzstd."
-        )
+    check_uncompressed(str(root), files)
     names = tuple(name for name in files if name.lower().endswith(TAR))
     if not names:
         raise FileNotFoundError(
@@ -219,6 +215,19 @@ def local_shards(path: str | os.PathLike[str], what: str) -> Shards:
         left_out=tuple(left_out),
         hidden=len(entries) - len(shown),
     )
+
+
+def check_uncompressed(path: str, names: Iterable[str]) -> None:
+    """Raises ValueError if some of these names of files at a path are those of compressed tar files.
+
+    Example:
+        check_uncompressed("photos", ["a.tar", "b.tar"])
+    """
+    if packed := [name for name in names if name.lower().endswith(_COMPRESSED)]:
+        raise ValueError(
+            f"data.path '{path}' has compressed tar files (such as {quoted(packed[0])}), whose files cannot be read "
+            "one by one; decompress them, for example with gunzip or unzstd."
+        )
 
 
 def _local(path: Path) -> LocalShard:

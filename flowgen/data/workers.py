@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import functools
 import gc
 import math
 import os
@@ -28,8 +27,10 @@ _MOST_PROCESSES = 32
 # Threads beyond one per core, because some wait for a disk or, with many more threads, for a bucket.
 _WAIT_FOR_DISK, _WAIT_FOR_BUCKET = 4, 64
 _WATCH_SECONDS = 1.0
+# The pools by their size, and a lock, without which two threads could each start one.
+_THREADS: dict[int, ThreadPoolExecutor] = {}
+_PROCESSES: dict[int, Any] = {}
 _STARTING = threading.Lock()
-_started: list[Any] = []
 
 
 class Failure(NamedTuple):
@@ -63,15 +64,15 @@ class Workers:
         Raises RuntimeError if a process was killed.
         """
         if not self.processes:
-            return list(_shared(_threads, available_cores() + self._waiting).map(_read_one, jobs))
+            return list(_threads(available_cores() + self._waiting).map(_read_one, jobs))
         share = max(1, math.ceil(len(jobs) / self.processes))
         parts = [jobs[start : start + share] for start in range(0, len(jobs), share)]
-        executor = _shared(_processes, self.processes)
+        executor = _processes(self.processes)
         try:
             futures = [executor.submit(_read_each, part) for part in parts]
             return [content for future in futures for content in future.result()]
         except BrokenExecutor as error:
-            _processes.cache_clear()
+            _PROCESSES.pop(self.processes, None)
             if not isinstance(error, _import_loky().process_executor.TerminatedWorkerError):
                 raise RuntimeError(f"a process that reads files failed ({error.__cause__ or error}).") from error
             raise RuntimeError(
@@ -112,31 +113,28 @@ def _read_each(jobs: Sequence[Job[T]]) -> list[T | Failure]:
     return [_read_one(job) for job in jobs]
 
 
-def _shared(make: Callable[..., T], *arguments: int) -> T:
-    """Calls a cached function. Without the lock, two threads could each start a pool."""
-    with _STARTING:
-        return make(*arguments)
-
-
-@functools.cache
 def _threads(count: int) -> ThreadPoolExecutor:
     """Returns the threads that all datasets share."""
-    return ThreadPoolExecutor(count, thread_name_prefix="flowgen-read")
+    with _STARTING:
+        if count not in _THREADS:
+            _THREADS[count] = ThreadPoolExecutor(count, thread_name_prefix="flowgen-read")
+        return _THREADS[count]
 
 
-@functools.cache
 def _processes(count: int) -> Any:
     """Returns the processes that all datasets share.
 
     loky starts them without running the main program again, and ends them when this process exits.
     """
-    loky = _import_loky()
-    context = loky.backend.get_context("loky")
-    executor = loky.ProcessPoolExecutor(count, context=context, initializer=_begin, initargs=(os.getpid(),))
-    with _interrupts_blocked():
-        executor.submit(os.getpid)  # starts all processes
-    _started.append(executor)
-    return executor
+    with _STARTING:
+        if count not in _PROCESSES:
+            loky = _import_loky()
+            context = loky.backend.get_context("loky")
+            executor = loky.ProcessPoolExecutor(count, context=context, initializer=_begin, initargs=(os.getpid(),))
+            with _interrupts_blocked():
+                executor.submit(os.getpid)  # starts all processes
+            _PROCESSES[count] = executor
+        return _PROCESSES[count]
 
 
 @contextlib.contextmanager
@@ -158,10 +156,8 @@ def end_processes() -> None:
     Example:
         end_processes()
     """
-    for executor in _started:
-        executor.shutdown(wait=True, kill_workers=True)
-    _started.clear()
-    _processes.cache_clear()
+    while _PROCESSES:
+        _PROCESSES.popitem()[1].shutdown(wait=True, kill_workers=True)
     gc.collect()  # frees the semaphores, of which a warning would tell otherwise
 
 
@@ -187,5 +183,5 @@ def _import_loky() -> Any:
 
 
 if hasattr(os, "register_at_fork"):  # the threads and processes belong to the parent
-    os.register_at_fork(after_in_child=_threads.cache_clear)
-    os.register_at_fork(after_in_child=_processes.cache_clear)
+    os.register_at_fork(after_in_child=_THREADS.clear)
+    os.register_at_fork(after_in_child=_PROCESSES.clear)
