@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import functools
 import os
 import shutil
 import tempfile
@@ -14,9 +15,9 @@ from pathlib import Path
 
 from flowgen.places import RemoteFolder, local_name
 from flowgen.runs.checkpoints import EVALUATION, META
+from flowgen.runs.directory import CHECKPOINTS
 from flowgen.runs.files import read_json
 
-CHECKPOINTS = "checkpoints"
 # Number of files that are copied at a time.
 AT_ONCE = 8
 
@@ -44,7 +45,7 @@ class Mirror:
         self._remove = weakref.finalize(self, _remove, self.path, os.getpid())
         self._empty: set[str] = set()  # files that have not been fetched yet
         self._changing = threading.Lock()
-        whole = {name.removesuffix(META) for name in self.sizes if is_of_checkpoint(name) and name.endswith(f"/{META}")}
+        whole = self._whole
         listed = [name for name in self.sizes if is_of_checkpoint(name) and _folder_of(name) in whole]
         first = {name for name in listed if name.count("/") == 2 and name.endswith((f"/{META}", f"/{EVALUATION}"))}
         self.fetch(first)
@@ -63,9 +64,15 @@ class Mirror:
     @property
     def unfinished(self) -> list[str]:
         """The files of checkpoints that were not uploaded or not deleted completely."""
-        listed = [name for name in self.sizes if is_of_checkpoint(name)]
-        whole = {_folder_of(name) for name in listed if name == f"{_folder_of(name)}{META}"}
-        return [name for name in listed if _folder_of(name) not in whole and _folder_of(name).split("/")[1].isdecimal()]
+        rest = [name for name in self.sizes if is_of_checkpoint(name) and _folder_of(name) not in self._whole]
+        return [name for name in rest if name.split("/")[1].isdecimal()]
+
+    @functools.cached_property
+    def _whole(self) -> set[str]:
+        """The folders of checkpoints that have metadata."""
+        return {
+            _folder_of(name) for name in self.sizes if is_of_checkpoint(name) and name == f"{_folder_of(name)}{META}"
+        }
 
     def fetch(self, names: Iterable[str]) -> None:
         """Copies the files that exist in the bucket and have not been copied yet."""

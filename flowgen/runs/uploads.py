@@ -9,11 +9,11 @@ from pathlib import Path
 
 from flowgen.places import local_name
 from flowgen.runs.checkpoints import EVALUATION, META
-from flowgen.runs.directory import CONFIG_FILE, DATA_FILE, START_FILE
+from flowgen.runs.directory import CHECKPOINTS, CONFIG_FILE, DATA_FILE, START_FILE
 from flowgen.runs.files import is_temporary
 from flowgen.runs.lock import LOCK_FILE
 from flowgen.runs.metrics import METRICS_FILE
-from flowgen.runs.mirror import CHECKPOINTS, Mirror, for_each, is_of_checkpoint
+from flowgen.runs.mirror import Mirror, for_each, is_of_checkpoint
 from flowgen.runs.remote_lock import BEAT, RemoteLock
 
 # Files that a resumed run reads or adds to.
