@@ -73,7 +73,7 @@ def is_same_place(a: str | os.PathLike[str], b: str | os.PathLike[str]) -> bool:
     """Returns whether two paths, each of which may be a URL, lead to the same place.
 
     Example:
-        is_same_place("file:///tmp/run", "/tmp/run")
+        is_same_place("file:///runs/digits", "/runs/digits")
     """
     return _place(a) == _place(b)
 
@@ -319,6 +319,6 @@ def local_name(folder: Path, name: str) -> Path:
     """Returns the path of a file of a `RemoteFolder` in its copy on this machine.
 
     Example:
-        local_name(Path("/tmp/run"), "checkpoints/300/meta.json")
+        local_name(Path("copy"), "checkpoints/300/meta.json")
     """
     return folder.joinpath(*PurePosixPath(name).parts)

@@ -139,20 +139,23 @@ def placed(variables: Any, experiment: Experiment, options: argparse.Namespace) 
     import jax
     import jax.numpy as jnp
 
-    from flowgen import backend
     from flowgen.training.fsdp import divided_over_heads
 
-    of_cores = options.makes_devices and backend.platform() == "cpu"
-    if experiment.train.parallel == "fsdp" and jax.local_device_count() > 1 and not of_cores:
+    if experiment.train.parallel == "fsdp" and jax.local_device_count() > 1 and not _has_core_devices(options):
         return divided_over_heads(variables)
     return jax.tree.map(jnp.asarray, variables)
 
 
 def trains_alone(experiment: Experiment, options: argparse.Namespace) -> bool:
     """Returns whether training uses only one of the CPU devices that a command makes, which speed up only sampling."""
+    return _has_core_devices(options) and experiment.train.parallel == "data"
+
+
+def _has_core_devices(options: argparse.Namespace) -> bool:
+    """Returns whether the devices are those that a command makes, one per core of a CPU."""
     from flowgen import backend
 
-    return options.makes_devices and backend.platform() == "cpu" and experiment.train.parallel == "data"
+    return options.makes_devices and backend.platform() == "cpu"
 
 
 def warn_of_guidance(experiment: Experiment, run_dir: str) -> None:
@@ -163,7 +166,9 @@ def warn_of_guidance(experiment: Experiment, run_dir: str) -> None:
     from flowgen.experiments.autoregressive import AutoregressiveExperiment
     from flowgen.runs import RunReader
 
-    if isinstance(experiment, AutoregressiveExperiment) and RunReader(run_dir).checkpoints.was_trained():
+    # The run is only read if samples are guided, because a run in a bucket is then listed once more.
+    is_guided = isinstance(experiment, AutoregressiveExperiment) and experiment.sampling.guidance
+    if is_guided and RunReader(run_dir).checkpoints.was_trained():
         experiment.warn_of_guidance()
 
 
