@@ -67,12 +67,9 @@ def of_a_run(name: str, run_dir: Path, batches: list[int], rounds: int) -> list[
             probe = draw(Jacobi(tol=TOLERANCE), guidance, labels, params)
             made = plans(tokens, int(np.asarray(probe.sweeps).sum(axis=1).argmax()))
             x = draw("sequential", guidance, labels, params).x
-            tuning = measure_plans(flow, params, x, labels, guidance=guidance, tol=TOLERANCE)
-            made["tuned on this CPU"] = tuning.plan
-            flat = measure_plans(
-                flow, params, x, labels, guidance=guidance, tol=TOLERANCE, cost=lambda block, plan: 1.0
-            )
-            made["tuned, if all passes cost the same"] = flat.plan
+            tuned = partial(tune, flow, params, x, labels, guidance=guidance, tol=TOLERANCE)
+            made["tuned on this CPU"] = tuned()
+            made["tuned, if all passes cost the same"] = tuned(cost=lambda block, plan: 1.0)
             decode = {n: jax.jit(partial(draw, plan, guidance, labels)) for n, plan in made.items()}
             results = {n: function(params) for n, function in decode.items()}
             timings = measure.alternate({n: measure.ours(f, params) for n, f in decode.items()}, rounds)
