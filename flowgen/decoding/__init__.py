@@ -1,7 +1,7 @@
 """Inversion of autoregressive flows: sequential and parallel decoding, guidance and sampling."""
 
 from flowgen.decoding.clips import Clip
-from flowgen.decoding.plan import DecodePlan, Jacobi, Sequential, SlidingWindow, resolve_plan
+from flowgen.decoding.plan import DecodePlan, Jacobi, LowPrecision, Sequential, SlidingWindow, resolve_plan
 from flowgen.decoding.request import DecodeResult, Denoiser
 from flowgen.decoding.sampler import invert, sample, sample_and_log_prob
 from flowgen.decoding.tuning import Measurement, Tuning, measure_plans, tune
@@ -14,6 +14,7 @@ __all__ = [
     "Denoiser",
     "Guidance",
     "Jacobi",
+    "LowPrecision",
     "Measurement",
     "Sequential",
     "SlidingWindow",

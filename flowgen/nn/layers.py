@@ -14,6 +14,7 @@ from flax import linen as nn
 from jaxtyping import Array, Float
 
 from flowgen.backend import Shared, flat_dot, gelu
+from flowgen.nn.int8 import Int8Kernel, int8_product
 
 Activation = Literal["gelu", "gelu_tanh", "silu", "relu_squared", "geglu"]
 Norm = Literal["layer_norm", "rms_norm"]
@@ -55,6 +56,24 @@ def uniform_bias(fan_in: int) -> nn.initializers.Initializer:
     return init
 
 
+class Dense(nn.Dense):
+    """Flax's Dense, whose kernel may also be an `Int8Kernel` when the layer is applied.
+
+    Example:
+        y = Dense(256).apply({"params": {"kernel": to_int8(kernel, "float32"), "bias": bias}}, x)
+    """
+
+    def __call__(self, inputs: Float[Array, "*b i"]) -> Float[Array, "*b o"]:
+        kernel = self.get_variable("params", "kernel")
+        if not isinstance(kernel, Int8Kernel):
+            return super().__call__(inputs)
+        y = int8_product(inputs.astype(self.dtype or inputs.dtype), kernel, self.dot_general or jax.lax.dot_general)
+        if not self.use_bias:
+            return y
+        bias = self.get_variable("params", "bias").astype(y.dtype)
+        return y + bias.reshape((1,) * (y.ndim - 1) + (-1,))
+
+
 def linear(
     features: int,
     fan_in: int,
@@ -65,7 +84,7 @@ def linear(
     use_bias: bool = True,
     shared: Shared = "",
     name: str | None = None,
-) -> nn.Dense:
+) -> Dense:
     """Returns a Dense layer initialised like PyTorch's Linear: kernel and bias from U(-1/√fan_in, 1/√fan_in).
 
     zero_kernel, zero_bias: whether the kernel or the bias is initialised to zero instead. The published output layers
@@ -76,7 +95,7 @@ def linear(
         proj = linear(256, fan_in=128, dtype="float32")
     """
     kernel_init = nn.initializers.variance_scaling(1 / 3, "fan_in", "uniform")
-    return nn.Dense(
+    return Dense(
         features,
         use_bias=use_bias,
         dtype=jnp.dtype(dtype),
