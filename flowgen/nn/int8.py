@@ -2,7 +2,7 @@
 
 Let W be a kernel `inputs outputs` and O the set of its outliers, which are a few inputs with unusually large weights:
 
-    x W ≈ (x Q) · s + x_O W_O,      Q_ij = round(W_ij / s_j), and 0 for i in O,      s_j = max |W_ij| over i not in O / 127
+    x W ≈ (x Q) · s + x_O W_O,      Q_ij = round(W_ij / s_j), and 0 for i in O,      s_j = max_{i∉O} |W_ij| / 127
 
 A large weight makes the scale of its output large, and with it the rounding errors of all other weights. The outliers
 are therefore chosen by their size in units of the root mean square weight of each output.
