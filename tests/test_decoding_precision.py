@@ -174,16 +174,16 @@ def test_a_config_may_name_it():
 
 
 def test_contradictory_plans_are_refused():
-    with pytest.raises(ValueError, match="polish.init is 'zeros', but a polish starts from the decoded tokens"):
+    with pytest.raises(ValueError, match=r"polish\.init is 'zeros', but a polish starts from the decoded tokens"):
         LowPrecision(polish=Jacobi(init="zeros"))
     flow, params = laws.perturbed(dataclasses.replace(ONE, dtype="bfloat16"), jax.random.key(0))
-    with pytest.raises(ValueError, match="plan.dtype is 'bfloat16', in which this flow computes anyway"):
+    with pytest.raises(ValueError, match=r"plan\.dtype is 'bfloat16', in which this flow computes anyway"):
         invert(flow, params, jnp.zeros((1, 16, 1)), plan=LowPrecision("bfloat16"))
 
 
 def test_the_bytes_of_weights_are_counted():
     config = dataclasses.replace(ONE, width=128, head_dim=32)
-    flow, params = laws.perturbed(config, jax.random.key(0))
+    _, params = laws.perturbed(config, jax.random.key(0))
     sizes = weight_bytes(config, params)
     assert sizes["float32"] == sum(x.nbytes for x in jax.tree.leaves(decoding_weights(config, params)))
     for dtype in ("int8", "bfloat16"):

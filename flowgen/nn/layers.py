@@ -56,21 +56,34 @@ def uniform_bias(fan_in: int) -> nn.initializers.Initializer:
     return init
 
 
-class Dense(nn.Dense):
-    """Flax's Dense, whose kernel may also be an `Int8Kernel` when the layer is applied.
+class Dense(nn.Module):
+    """x @ kernel + bias, computed in `dtype`; when the layer is applied, its kernel may also be an `Int8Kernel`.
+
+    dot_general: the function that computes the product, with the signature of `jax.lax.dot_general`.
 
     Example:
-        y = Dense(256).apply({"params": {"kernel": to_int8(kernel, "float32"), "bias": bias}}, x)
+        y = linear(256, fan_in=128, dtype="float32").apply(params, x)
     """
 
-    def __call__(self, inputs: Float[Array, "*b i"]) -> Float[Array, "*b o"]:
+    features: int
+    use_bias: bool
+    dtype: str
+    kernel_init: Callable[..., Array]
+    bias_init: Callable[..., Array]
+    dot_general: Callable[..., Array]
+
+    @nn.compact
+    def __call__(self, x: Float[Array, "*b i"]) -> Float[Array, "*b o"]:
+        master, x = master_dtype(self.dtype), x.astype(self.dtype)
         kernel = self.get_variable("params", "kernel")
-        if not isinstance(kernel, Int8Kernel):
-            return super().__call__(inputs)
-        y = int8_product(inputs.astype(self.dtype or inputs.dtype), kernel, self.dot_general or jax.lax.dot_general)
+        if isinstance(kernel, Int8Kernel):
+            y = int8_product(x, kernel, self.dot_general)
+        else:
+            kernel = self.param("kernel", self.kernel_init, (x.shape[-1], self.features), master)
+            y = self.dot_general(x, jnp.asarray(kernel, self.dtype), (((x.ndim - 1,), (0,)), ((), ())))
         if not self.use_bias:
             return y
-        bias = self.get_variable("params", "bias").astype(y.dtype)
+        bias = jnp.asarray(self.param("bias", self.bias_init, (self.features,), master), self.dtype)
         return y + bias.reshape((1,) * (y.ndim - 1) + (-1,))
 
 
@@ -97,9 +110,8 @@ def linear(
     kernel_init = nn.initializers.variance_scaling(1 / 3, "fan_in", "uniform")
     return Dense(
         features,
-        use_bias=use_bias,
-        dtype=jnp.dtype(dtype),
-        param_dtype=master_dtype(dtype),
+        use_bias,
+        dtype,
         kernel_init=nn.initializers.zeros if zero_kernel else kernel_init,
         bias_init=nn.initializers.zeros if zero_bias else uniform_bias(fan_in),
         dot_general=FLAT_DOTS[shared],
