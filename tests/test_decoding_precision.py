@@ -112,11 +112,16 @@ def test_the_error_of_a_rounded_block_is_certified_at_full_precision(dtype):
 
 def test_a_program_reads_weights_of_8_bits_in_each_pass():
     flow, params, z, cond = one_case()
-    request = decode_request(flow, params, z, cond, LowPrecision(polish=None))
-    (config,), (weights,) = flow.config.blocks, decoding_weights(flow.config, params)
+    request, (config,) = decode_request(flow, params, z, cond, "sequential"), flow.config.blocks
     (rounded,) = rounded_weights(flow.config, params, ("int8",))
-    block = guided_block(request, decoding_config(config), 0, weights)
-    lowered = inverse.lower(block, z, False, None, rounded, plan=request.plan.blocks[0], layers=1)
+    block = guided_block(request, decoding_config(config), 0, rounded)
+    leaves, tree = jax.tree.flatten((block, z, False))  # Shapes alone are no arrays to the type checker.
+
+    @jax.jit
+    def run(leaves):
+        return inverse(*tree.unflatten(leaves), plan=Sequential(), layers=1)
+
+    lowered = run.lower(leaves)
     (signature,) = re.findall(r"func.func public @main\((.*?)\) ->", lowered.as_text())
     program = lowered.compile().as_text()
     loops = "".join(line for line in program.splitlines() if " while(" in line)
@@ -125,6 +130,15 @@ def test_a_program_reads_weights_of_8_bits_in_each_pass():
         assert f"tensor<{rows}x{columns}xf32>" not in signature
         assert f"s8[{rows},{columns}]" in loops
         assert f"f32[{rows},{columns}]" not in loops  # XLA moves other conversions out of loops
+
+
+@pytest.mark.parametrize("plan", [LowPrecision(polish=None), pytest.param(LowPrecision(), marks=SLOW)], ids=str)
+def test_full_weights_are_made_only_for_a_polish(plan):
+    flow, params = laws.perturbed(dataclasses.replace(ONE, width=24), jax.random.key(0))  # a width of its own
+    invert(flow, params, jnp.zeros((1, 16, 1)), plan=plan)
+    alive = {(x.shape, x.dtype.name) for x in jax.live_arrays()}
+    assert ((24, 72), "int8") in alive
+    assert (((24, 72), "float32") in alive) == (plan.polish is not None)
 
 
 def test_rounding_happens_once_for_the_same_parameters():

@@ -28,11 +28,10 @@ from flowgen.decoding.certificate import error, estimated_error
 from flowgen.decoding.denoising import denoised, enter_last_block
 from flowgen.decoding.jacobi import Solution, ignore
 from flowgen.decoding.layout import scan_segments
-from flowgen.decoding.plan import rounded_dtypes
+from flowgen.decoding.plan import LowPrecision, rounded_dtypes
 from flowgen.decoding.request import DecodeRequest, DecodeResult, SampleKeys
 from flowgen.decoding.weights import (
-    RoundedWeights,
-    Weights,
+    SomeWeights,
     decoding_weights,
     new_rounded_weights,
     rounded_weights,
@@ -48,11 +47,11 @@ from flowgen.nn.layers import master_dtype
 class _Blocks:
     """The blocks' variables for decoding and, for each block, the number of layers in the program that inverts it.
 
-    rounded: the rounded variables of the blocks whose plans need them.
+    rounded: the rounded variables of the blocks whose plans need them. A block that needs no others has weights None.
     """
 
-    weights: Weights
-    rounded: RoundedWeights
+    weights: SomeWeights
+    rounded: SomeWeights
     layers: tuple[int, ...] = field(metadata={"static": True})
 
 
@@ -82,8 +81,7 @@ def run(request: DecodeRequest) -> DecodeResult:
     mesh, axis = rows_mesh(request.rows, params) or (None, None)
     params = copies(params, mesh)
     traced = any(isinstance(leaf, Tracer) for leaf in jax.tree.leaves((params, request)))
-    config, dtypes = request.flow.config, rounded_dtypes(request.plan)
-    weights = None if traced else (decoding_weights(config, params), rounded_weights(config, params, dtypes))
+    weights = None if traced else _weights(request, params)
     if mesh is None:
         return keep_rows(_run, (params, weights), request)
     result = _run_on_own_rows((params, weights), request, mesh=mesh, axis=axis)
@@ -95,7 +93,16 @@ def run(request: DecodeRequest) -> DecodeResult:
 
 
 # The parameters and, unless they are traced, the weights for decoding.
-_AllVariables = tuple[Variables, tuple[Weights, RoundedWeights] | None]
+_AllVariables = tuple[Variables, tuple[SomeWeights, SomeWeights] | None]
+
+
+def _weights(request: DecodeRequest, params: Variables) -> tuple[SomeWeights, SomeWeights]:
+    """The cached weights that the plan of each block reads, and the rounded ones."""
+    config, plan = request.flow.config, request.plan
+    needed = [not isinstance(block, LowPrecision) or block.polish is not None for block in plan.blocks]
+    weights = decoding_weights(config, params) if any(needed) else (None,) * len(needed)
+    read = (own if is_needed else None for own, is_needed in zip(weights, needed, strict=True))
+    return tuple(read), rounded_weights(config, params, rounded_dtypes(plan))
 
 
 @partial(jax.jit, static_argnames=("mesh", "axis"))
@@ -241,9 +248,12 @@ def _invert_block(
 ) -> Solution:
     """The tokens that block `index` of a flow maps to z; see `flowgen.decoding.block.inverse`."""
     config = flow.config.blocks[index]
-    block = guided_block(request, decoding_config(config), index, blocks.weights[index])
-    plan, layers = request.plan.blocks[index], blocks.layers[index]
-    rounded, is_reversed = blocks.rounded[index], config.order == "reversed"
+    plan, layers, is_reversed = request.plan.blocks[index], blocks.layers[index], config.order == "reversed"
+    weights, rounded = blocks.weights[index], blocks.rounded[index]
+    block = guided_block(request, decoding_config(config), index, weights or {})
+    if weights is None:  # No derivatives are taken, so the rounded block can replace the block itself.
+        assert rounded is not None and isinstance(plan, LowPrecision)
+        block, plan, rounded = block.rounded(rounded, plan.dtype), plan.plan, None
     return inverse(block, z, is_reversed, context, rounded, plan=plan, layers=layers, solved=solved)
 
 

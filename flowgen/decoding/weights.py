@@ -25,7 +25,7 @@ from flowgen.flows.density import FlowConfig
 from flowgen.nn.int8 import round_linear
 
 Weights = tuple[Variables, ...]
-RoundedWeights = tuple[Variables | None, ...]
+SomeWeights = tuple[Variables | None, ...]
 
 
 def decoding_weights(config: FlowConfig, params: Variables) -> Weights:
@@ -48,7 +48,7 @@ def unstacked_weights(config: FlowConfig, params: Variables) -> Weights:
     return tuple(decoding_variables(block_parameters(params, index), *_form(block)) for index, block in blocks)
 
 
-def rounded_weights(config: FlowConfig, params: Variables, dtypes: tuple[RoundedDtype | None, ...]) -> RoundedWeights:
+def rounded_weights(config: FlowConfig, params: Variables, dtypes: tuple[RoundedDtype | None, ...]) -> SomeWeights:
     """Returns the rounded variables of the blocks that have a dtype, in the form that `rounded_config` requires.
 
     They are cached in the same way as those of `decoding_weights`.
@@ -61,9 +61,7 @@ def rounded_weights(config: FlowConfig, params: Variables, dtypes: tuple[Rounded
     return _KEPT.value(jax.tree.leaves(own), form, make)
 
 
-def new_rounded_weights(
-    config: FlowConfig, params: Variables, dtypes: tuple[RoundedDtype | None, ...]
-) -> RoundedWeights:
+def new_rounded_weights(config: FlowConfig, params: Variables, dtypes: tuple[RoundedDtype | None, ...]) -> SomeWeights:
     """Returns the same variables as `rounded_weights`, but does not cache them."""
 
     def of_block(index: int, block: Any, dtype: RoundedDtype) -> Variables:
