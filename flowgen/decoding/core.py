@@ -252,7 +252,8 @@ def _invert_block(
     weights, rounded = blocks.weights[index], blocks.rounded[index]
     block = guided_block(request, decoding_config(config), index, weights or {})
     if weights is None:  # No derivatives are taken, so the rounded block can replace the block itself.
-        assert rounded is not None and isinstance(plan, LowPrecision)
+        assert rounded is not None
+        assert isinstance(plan, LowPrecision)
         block, plan, rounded = block.rounded(rounded, plan.dtype), plan.plan, None
     return inverse(block, z, is_reversed, context, rounded, plan=plan, layers=layers, solved=solved)
 
