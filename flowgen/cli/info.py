@@ -189,7 +189,12 @@ def _flop_lines(cost: TrainingCost, drawn: SamplingCost | None, batch_size: int)
         return [line]
     if drawn.flop is not None:
         line += f" in training; {with_prefix(drawn.flop)}FLOP to draw a sample"
-    return [line] + ([f"decoding cache: {_bytes(drawn.cache)} per sample"] if drawn.cache else [])
+    read = ", ".join(f"{_bytes(size)} in {dtype}" for dtype, size in drawn.read.items())
+    return [
+        line,
+        *([f"decoding cache: {_bytes(drawn.cache)} per sample"] if drawn.cache else []),
+        *([f"weights that decoding reads per pass through all blocks: {read}"] if read else []),
+    ]
 
 
 def _training_fit(cost: TrainingCost, rows: int, machine: Machine) -> str:

@@ -2,7 +2,7 @@
 
 from flowgen.decoding.clips import Clip
 from flowgen.decoding.costs import DeviceSpeed, PassCost, device_speed, pass_cost, predicted_cost
-from flowgen.decoding.plan import DecodePlan, Jacobi, Sequential, SlidingWindow, resolve_plan
+from flowgen.decoding.plan import DecodePlan, Jacobi, LowPrecision, Sequential, SlidingWindow, resolve_plan
 from flowgen.decoding.request import DecodeResult, Denoiser
 from flowgen.decoding.sampler import invert, sample, sample_and_log_prob
 from flowgen.decoding.tuning import Measurement, Tuning, measure_plans, tune
@@ -16,6 +16,7 @@ __all__ = [
     "DeviceSpeed",
     "Guidance",
     "Jacobi",
+    "LowPrecision",
     "Measurement",
     "PassCost",
     "Sequential",

@@ -21,7 +21,7 @@ import jax.numpy as jnp
 from flowgen.arrays import check_count
 from flowgen.backend import MACHINES, cache_stages
 from flowgen.counting import flop_of, kernels_of, traffic_of
-from flowgen.decoding.plan import BlockPlan, Sequential
+from flowgen.decoding.plan import Sequential, SolverPlan
 from flowgen.flows.block import AutoregressiveBlock, BlockConfig, BlockState, decoding_config, decoding_variables
 from flowgen.flows.density import Flow
 from flowgen.nn.layers import master_dtype
@@ -129,7 +129,7 @@ def pass_cost(block: BlockConfig, rows: int, window: int) -> PassCost:
 
 def predicted_cost(
     flow: Flow, batch: int, speed: DeviceSpeed, *, guided_blocks: tuple[int, ...] = ()
-) -> Callable[[int, BlockPlan], float]:
+) -> Callable[[int, SolverPlan], float]:
     """Returns a function from a block's number and its plan to the calculated time of a pass, for `tune(cost=...)`.
 
     batch: number of samples. guided_blocks: the numbers of the blocks that compute two branches.
@@ -140,7 +140,7 @@ def predicted_cost(
     """
     check_count("batch", batch)
 
-    def seconds(index: int, plan: BlockPlan) -> float:
+    def seconds(index: int, plan: SolverPlan) -> float:
         block = flow.config.blocks[index]
         window = 1 if isinstance(plan, Sequential) else getattr(plan, "window", None) or block.num_tokens
         rows = batch * block.frames * (1 + (index in guided_blocks))

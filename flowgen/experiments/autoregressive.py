@@ -21,6 +21,7 @@ from flowgen.data import Dataset, LatentsConfig, take_inventory
 from flowgen.data.dataset import BucketedDataset, Split, buckets_of
 from flowgen.data.latent_files import Provenance, read_index
 from flowgen.data.latents import LatentDataset, captions_of
+from flowgen.decoding.plan import DecodePlan
 from flowgen.evaluation import flow_bits_per_dim, flow_nats_per_dim
 from flowgen.experiments.codecs import CodecConfig
 from flowgen.experiments.drawing import (
@@ -262,7 +263,8 @@ class AutoregressiveExperiment(Experiment):
         blocks = range(self.model.num_blocks) if sampling.blocks is None else sampling.blocks
         by_score = self.model.noise_std > 0 and sampling.denoise > 0 and not getattr(self.model, "denoiser_layers", 0)
         guided = blocks if sampling.guidance else ()
-        return decoding_cost(model, variables, num, guided=guided, by_score=by_score)
+        plan = DecodePlan(sampling.plan) if isinstance(sampling.plan, tuple) else None
+        return decoding_cost(model, variables, num, guided=guided, by_score=by_score, plan=plan)
 
     def sampler(
         self,
