@@ -161,6 +161,8 @@ class AutoregressiveExperiment(Experiment):
                 f"sampling.plan has plans for {len(plan)} blocks, but the model has {self.model.num_blocks}; give one "
                 "per block."
             )
+        if self.likelihood.jacobi is not None:
+            self.likelihood.jacobi.numbers(self.model.num_blocks)
         if self.is_latent and self.model.noise_std == 0:
             raise ValueError(
                 "model.noise_std is 0, which works only for pixels; for latents, set it above 0, for example to 0.3."

@@ -1,0 +1,114 @@
+"""A penalty that trains a flow for parallel decoding: its blocks then need fewer Jacobi sweeps.
+
+To decode a block, the sweep F(y) = shift(y) + exp(log_scale(y)) · z is repeated, from y = z until y = x, the tokens that
+the block maps to the noise z. In training, x and z are both known, so the error after any number of sweeps is known
+too. Let y_0 = z and y_k = F(y_{k-1}). The penalty is
+
+    weight · mean over blocks and samples of log rms(y_K - x),
+
+where rms is the root mean square over the tokens of a sample, and K is the number of sweeps. As in Jacobi Forcing (arXiv
+2512.14681), which trains language models on their own iterates, the gradient flows only through the last sweep, and
+neither into y_{K-1} nor into x and z. Because of the logarithm, every factor by which the error shrinks is worth the
+same.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Annotated
+
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, Float
+
+from flowgen.backend import keep_rows
+from flowgen.conditioning import Condition
+from flowgen.flows.affine import to_data
+from flowgen.flows.block import AutoregressiveBlock, BlockConfig, Variables, block_parameters
+from flowgen.flows.density import Flow
+from flowgen.settings import config
+from flowgen.settings.ranges import MAX_BLOCKS, Count, CountOrZero, Entries, Positive
+
+# A smaller error is not worth another step, because plans stop at about this change. It is added to the error.
+SOLVED = 1e-3
+# Iterates are clipped to this limit, far beyond the tokens of any block, whose variance is about 1.
+DIVERGED = 1e3
+
+
+@config
+class JacobiPenalty:
+    """A penalty on the error that remains after a few Jacobi sweeps; see `flowgen.flows.jacobi_error`.
+
+    weight: weight of the penalty; positive. The loss is in nats per dimension.
+    sweeps: number of sweeps after which the error is measured; each takes a forward pass of the penalised blocks.
+    blocks: numbers of the penalised blocks, counted from the data side; None for all.
+
+    Example:
+        objective = nll_objective(flow, jacobi=JacobiPenalty(weight=0.05, sweeps=5, blocks=(3,)))
+    """
+
+    weight: Positive = 0.05
+    sweeps: Count = 5
+    blocks: Annotated[tuple[CountOrZero, ...], Entries(1, MAX_BLOCKS)] | None = None
+
+    def numbers(self, num_blocks: int) -> tuple[int, ...]:
+        """Returns the numbers of the penalised blocks of a flow. Raises ValueError if the flow lacks one of them."""
+        numbers = tuple(range(num_blocks)) if self.blocks is None else self.blocks
+        if max(numbers) >= num_blocks:
+            raise ValueError(
+                f"jacobi.blocks contains {max(numbers)}, but this flow has blocks 0 to {num_blocks - 1}; leave it out."
+            )
+        return numbers
+
+
+def jacobi_penalty(
+    flow: Flow,
+    variables: Variables,
+    x: Float[Array, "b *event"],
+    states: Sequence[Float[Array, "b n token"]],
+    cond: Condition | None,
+    penalty: JacobiPenalty,
+) -> tuple[Float[Array, ""], dict[str, Array]]:
+    """Returns the weighted penalty, and the metrics jacobi_error/<block>, the geometric means of rms(y_K - x).
+
+    states: the tokens after each block, for samples x.
+
+    Example:
+        states, _ = flow.apply(params, x, cond, method="trajectory")
+        loss, metrics = jacobi_penalty(flow, params, x, states, cond, JacobiPenalty())
+    """
+    cond = flow.config.check_cond(cond, len(x))
+    entering = [flow.config.to_tokens(x).astype(states[0].dtype), *states[:-1]]
+    blocks, logs = flow.config.blocks, {}
+    for index in penalty.numbers(len(blocks)):
+        of_block, tokens, z = block_parameters(variables, index), entering[index], states[index]
+        logs[index] = log_error(blocks[index], of_block, tokens, z, cond, penalty.sweeps)
+    metrics = {f"jacobi_error/{index}": jnp.exp(log) for index, log in logs.items()}
+    return penalty.weight * jnp.stack(list(logs.values())).mean(), metrics
+
+
+def log_error(
+    block: BlockConfig,
+    variables: Variables,
+    x: Float[Array, "b n c"],
+    z: Float[Array, "b n c"],
+    cond: Condition | None,
+    sweeps: int,
+) -> Float[Array, ""]:
+    """Returns the mean over samples of log rms(y_K - x) for a block that maps tokens x to noise z."""
+    module = AutoregressiveBlock(block)
+
+    def of_rows(variables, x, z, cond):
+        def sweep(variables, y):
+            return to_data(z, *module.apply(variables, y, cond, method="parameters"))
+
+        fixed = jax.lax.stop_gradient(variables)
+        y, _ = jax.lax.scan(lambda y, _: (_bounded(sweep(fixed, y)), None), z, length=sweeps - 1)
+        error = _bounded(sweep(variables, jax.lax.stop_gradient(y))) - x
+        return 0.5 * jnp.log(jnp.square(error).mean(axis=(1, 2)) + SOLVED**2).mean()
+
+    return keep_rows(of_rows, variables, *jax.lax.stop_gradient((x, z)), cond)
+
+
+def _bounded(y: Float[Array, "b n c"]) -> Float[Array, "b n c"]:
+    return jnp.clip(jnp.nan_to_num(y, nan=0.0), -DIVERGED, DIVERGED)
