@@ -1,15 +1,15 @@
 """A penalty that trains a flow for parallel decoding: its blocks then need fewer Jacobi sweeps.
 
-To decode a block, the sweep F(y) = shift(y) + exp(log_scale(y)) · z is repeated, from y = z until y = x, the tokens that
-the block maps to the noise z. In training, x and z are both known, so the error after any number of sweeps is known
-too. Let y_0 = z and y_k = F(y_{k-1}). The penalty is
+To decode a block, the sweep F(y) = shift(y) + exp(log_scale(y)) · z is repeated, from y = z until y = x, the tokens
+that the block maps to the noise z. In training, x and z are both known, so the error after any number of sweeps is
+known too. Let y_0 = z and y_k = F(y_{k-1}). The penalty is
 
     weight · mean over blocks and samples of log rms(y_K - x),
 
-where rms is the root mean square over the tokens of a sample, and K is the number of sweeps. As in Jacobi Forcing (arXiv
-2512.14681), which trains language models on their own iterates, the gradient flows only through the last sweep, and
-neither into y_{K-1} nor into x and z. Because of the logarithm, every factor by which the error shrinks is worth the
-same.
+where rms is the root mean square over the tokens of a sample, and K is the number of sweeps. As in Jacobi Forcing
+(arXiv 2512.14681), which trains language models on their own iterates, the gradient flows only through the last sweep,
+and neither into y_{K-1} nor into x and z. Because of the logarithm, every factor by which the error shrinks is worth
+the same.
 """
 
 from __future__ import annotations
@@ -69,7 +69,7 @@ def jacobi_penalty(
     cond: Condition | None,
     penalty: JacobiPenalty,
 ) -> tuple[Float[Array, ""], dict[str, Array]]:
-    """Returns the weighted penalty, and the metrics jacobi_error/<block>, the geometric means of rms(y_K - x).
+    """Returns the weighted penalty, and the metrics jacobi_error/<block>, the mean over samples of rms(y_K - x).
 
     states: the tokens after each block, for samples x.
 
@@ -77,38 +77,44 @@ def jacobi_penalty(
         states, _ = flow.apply(params, x, cond, method="trajectory")
         loss, metrics = jacobi_penalty(flow, params, x, states, cond, JacobiPenalty())
     """
-    cond = flow.config.check_cond(cond, len(x))
-    entering = [flow.config.to_tokens(x).astype(states[0].dtype), *states[:-1]]
-    blocks, logs = flow.config.blocks, {}
+    cond, blocks = flow.config.check_cond(cond, len(x)), flow.config.blocks
+    entering, errors = [flow.config.to_tokens(x).astype(states[0].dtype), *states[:-1]], {}
     for index in penalty.numbers(len(blocks)):
         of_block, tokens, z = block_parameters(variables, index), entering[index], states[index]
-        logs[index] = log_error(blocks[index], of_block, tokens, z, cond, penalty.sweeps)
-    metrics = {f"jacobi_error/{index}": jnp.exp(log) for index, log in logs.items()}
-    return penalty.weight * jnp.stack(list(logs.values())).mean(), metrics
+        errors[index] = jacobi_error(blocks[index], of_block, tokens, z, cond, penalty.sweeps)
+    metrics = {f"jacobi_error/{index}": error.mean() for index, error in errors.items()}
+    return penalty.weight * jnp.log(jnp.stack(list(errors.values()))).mean(), metrics
 
 
-def log_error(
+def jacobi_error(
     block: BlockConfig,
     variables: Variables,
     x: Float[Array, "b n c"],
     z: Float[Array, "b n c"],
     cond: Condition | None,
     sweeps: int,
-) -> Float[Array, ""]:
-    """Returns the mean over samples of log rms(y_K - x) for a block that maps tokens x to noise z."""
+) -> Float[Array, " b"]:
+    """Returns rms(y_K - x) of each sample, at least SOLVED, for a block that maps tokens x to noise z.
+
+    variables: the block's variables. sweeps: K.
+
+    Example:
+        error = jacobi_error(flow.config.blocks[0], block_parameters(params, 0), tokens, z, cond, sweeps=5)
+    """
     module = AutoregressiveBlock(block)
 
     def of_rows(variables, x, z, cond):
         def sweep(variables, y):
-            return to_data(z, *module.apply(variables, y, cond, method="parameters"))
+            return _bounded(to_data(z, *module.apply(variables, y, cond, method="parameters")))
 
         fixed = jax.lax.stop_gradient(variables)
-        y, _ = jax.lax.scan(lambda y, _: (_bounded(sweep(fixed, y)), None), z, length=sweeps - 1)
-        error = _bounded(sweep(variables, jax.lax.stop_gradient(y))) - x
-        return 0.5 * jnp.log(jnp.square(error).mean(axis=(1, 2)) + SOLVED**2).mean()
+        y, _ = jax.lax.scan(lambda y, _: (sweep(fixed, y), None), z, length=sweeps - 1)
+        error = sweep(variables, jax.lax.stop_gradient(y)) - x
+        return jnp.sqrt(jnp.square(error).mean(axis=(1, 2)) + SOLVED**2)
 
     return keep_rows(of_rows, variables, *jax.lax.stop_gradient((x, z)), cond)
 
 
 def _bounded(y: Float[Array, "b n c"]) -> Float[Array, "b n c"]:
+    """Clips y to ±DIVERGED and replaces NaN by 0."""
     return jnp.clip(jnp.nan_to_num(y, nan=0.0), -DIVERGED, DIVERGED)
