@@ -23,6 +23,8 @@ from flowgen.training.parallel import DataParallel
 from flowgen.training.step import init_state, make_step
 
 SWEEPS = 3
+# A perturbation with which tokens depend strongly on the tokens before them.
+STRONG = 0.08
 ROWS = ["affine", "classes", "volume preserving", "nala", "starflow class prefix", "starflow text", "starflow video"]
 
 
@@ -32,7 +34,8 @@ def penalised(flow, params, x, cond, penalty):
 
 
 def test_the_error_is_that_of_the_decoder():
-    flow, params, x, cond = laws.case("one block")
+    flow, params = laws.perturbed(laws.FLOWS["one block"], jax.random.key(0), scale=STRONG)
+    x, cond = laws.images(flow.config, jax.random.key(1)), None
     z, _ = jax.jit(lambda params, x: flow.apply(params, x, cond, method="forward"))(params, x)
     decoded = invert(flow, params, z, cond, plan=Jacobi(tol=0.0, max_sweeps=SWEEPS)).x
     error = flow.config.to_tokens(decoded - x)
@@ -85,7 +88,7 @@ def test_the_objective_adds_the_penalty_to_the_loss(key, name):
     loss, metrics = jax.jit(nll_objective(flow, jacobi=penalty))(params, batch, jax.random.clone(key))[:2]
     noisy, _ = noisy_batch(flow, batch_condition(flow, 0.0, None), batch, key)
     expected, errors = jax.jit(lambda *args: penalised(flow, *args, penalty))(params, noisy, cond)
-    assert_close(loss - plain, expected, NETWORK, scale=loss)
+    assert_close(loss - plain, expected, NETWORK, scale=abs(loss))
     assert metrics.keys() == without.keys() | errors.keys()
     assert_close(metrics["bits_per_dim"], without["bits_per_dim"], LAYER)
 
@@ -99,7 +102,7 @@ def test_the_penalty_does_not_change_the_score_that_a_denoiser_learns(key):
     loss, metrics = jax.jit(flow_score_objective(flow, jacobi=penalty))(params, batch, jax.random.clone(key))
     noisy, cond = noisy_batch(flow, batch_condition(flow, 0.0, None), batch, key)
     expected, errors = jax.jit(lambda *args: penalised(flow, *args, penalty))(params, noisy, cond)
-    assert_close(loss - plain, expected, NETWORK, scale=loss)
+    assert_close(loss - plain, expected, NETWORK, scale=abs(loss))
     assert metrics.keys() == without.keys() | errors.keys()
     for name in ("flow_loss", "denoiser_loss", "score_square"):
         assert_close(metrics[name], without[name], NETWORK)
@@ -137,30 +140,32 @@ def test_devices_share_the_penalty(layout, monkeypatch):
 
 
 @pytest.mark.slow
-def test_fine_tuning_with_the_penalty_saves_sweeps():
+def test_fine_tuning_with_the_penalty_makes_new_samples_converge_faster():
     config = dataclasses.replace(laws.FLOWS["one block"], image_size=8)
-    flow, params = laws.perturbed(config, jax.random.key(0), scale=0.25)
-    z = jax.random.normal(jax.random.key(1), (32, config.num_tokens, config.token_dim))
-    x = invert(flow, params, z, plan="sequential").x  # The flow itself is the best model of these data.
-    weights = (0.0, 0.2)
+    flow, params = laws.perturbed(config, jax.random.key(0), scale=STRONG)
+    draw = jax.random.normal(jax.random.key(1), (192, config.num_tokens, config.token_dim))
+    x = invert(flow, params, draw[64:], plan="sequential").x  # The flow itself is the best model of these data.
+    tx = optax.adam(1e-3)
 
+    @jax.jit
     def fine_tuned(weight):
-        tx = optax.adam(3e-3)
-
         def loss_of(params):
             loss, _, states = nll(flow, params, x, None)
-            return loss + weight * jacobi_penalty(flow, params, x, states, None, JacobiPenalty(1.0, 2))[0]
+            return loss + weight * jacobi_penalty(flow, params, x, states, None, JacobiPenalty(1.0, SWEEPS))[0]
 
         def step(state, _):
             params, moments = state
             updates, moments = tx.update(jax.grad(loss_of)(params), moments)
             return (optax.apply_updates(params, updates), moments), None
 
-        return jax.lax.scan(step, (params, tx.init(params)), length=100)[0][0]
+        return jax.lax.scan(step, (params, tx.init(params)), length=60)[0][0]
 
-    sweeps = []
-    for weight in weights:
-        tuned = jax.jit(fine_tuned)(jnp.asarray(weight))
-        noise, _ = flow.apply(tuned, x, method="forward")
-        sweeps.append(int(invert(flow, tuned, noise, plan=Jacobi(tol=1e-3)).sweeps[0, 0]))
-    assert sweeps[1] <= sweeps[0] - 2, sweeps
+    def error_after_few_sweeps(params):
+        few, exact = (
+            invert(flow, params, draw[:64], plan=plan).x
+            for plan in (Jacobi(tol=0.0, max_sweeps=SWEEPS), Jacobi(tol=0.0))
+        )
+        return float(jnp.abs(few - exact).mean())
+
+    control, tuned = (error_after_few_sweeps(fine_tuned(jnp.asarray(weight))) for weight in (0.0, 1.0))
+    assert tuned < 0.7 * control
