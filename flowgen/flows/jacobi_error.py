@@ -26,7 +26,7 @@ from flowgen.conditioning import Condition
 from flowgen.flows.affine import to_data
 from flowgen.flows.block import AutoregressiveBlock, BlockConfig, Variables, block_parameters
 from flowgen.flows.density import Flow
-from flowgen.settings import config
+from flowgen.settings import FieldError, config, in_group
 from flowgen.settings.ranges import MAX_BLOCKS, Count, CountOrZero, Entries, Positive
 
 # A smaller error is not worth another step, because plans stop at about this change. It is added to the error.
@@ -52,11 +52,11 @@ class JacobiPenalty:
     blocks: Annotated[tuple[CountOrZero, ...], Entries(1, MAX_BLOCKS)] | None = None
 
     def numbers(self, num_blocks: int) -> tuple[int, ...]:
-        """Returns the numbers of the penalised blocks of a flow. Raises ValueError if the flow lacks one of them."""
+        """Returns the numbers of the penalised blocks of a flow. Raises FieldError if the flow lacks one of them."""
         numbers = tuple(range(num_blocks)) if self.blocks is None else self.blocks
         if max(numbers) >= num_blocks:
-            raise ValueError(
-                f"jacobi.blocks contains {max(numbers)}, but this flow has blocks 0 to {num_blocks - 1}; leave it out."
+            raise FieldError(
+                f"blocks contains {max(numbers)}, but this flow has blocks 0 to {num_blocks - 1}; leave it out."
             )
         return numbers
 
@@ -73,13 +73,17 @@ def jacobi_penalty(
 
     states: the tokens after each block, for samples x.
 
+    Raises ValueError if the flow lacks one of the blocks.
+
     Example:
         states, _ = flow.apply(params, x, cond, method="trajectory")
         loss, metrics = jacobi_penalty(flow, params, x, states, cond, JacobiPenalty())
     """
     cond, blocks = flow.config.check_cond(cond, len(x)), flow.config.blocks
     entering, errors = [flow.config.to_tokens(x).astype(states[0].dtype), *states[:-1]], {}
-    for index in penalty.numbers(len(blocks)):
+    with in_group("jacobi"):
+        numbers = penalty.numbers(len(blocks))
+    for index in numbers:
         of_block, tokens, z = block_parameters(variables, index), entering[index], states[index]
         errors[index] = jacobi_error(blocks[index], of_block, tokens, z, cond, penalty.sweeps)
     metrics = {f"jacobi_error/{index}": error.mean() for index, error in errors.items()}
