@@ -45,7 +45,7 @@ from flowgen.experiments.texts import TextConfig, release_text_encoders
 from flowgen.flows import STARFlowConfig, TARFlowConfig
 from flowgen.guidance import Guidance
 from flowgen.nn import init
-from flowgen.settings import config
+from flowgen.settings import config, in_group
 from flowgen.settings.ranges import Within
 from flowgen.training import Job, OptimConfig
 from flowgen.training.step import Objective
@@ -162,6 +162,9 @@ class AutoregressiveExperiment(Experiment):
                 f"sampling.plan has plans for {len(plan)} blocks, but the model has {self.model.num_blocks}; give one "
                 "per block."
             )
+        if self.likelihood.jacobi is not None:
+            with in_group("likelihood.jacobi"):
+                self.likelihood.jacobi.numbers(self.model.num_blocks)
         if self.is_latent and self.model.noise_std == 0:
             raise ValueError(
                 "model.noise_std is 0, which works only for pixels; for latents, set it above 0, for example to 0.3."
