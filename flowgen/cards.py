@@ -49,6 +49,12 @@ experiment.
 
 {licence}
 """
+# The data sets that need to be credited.
+_CREDITS = {
+    "digits": "handwritten digits from the UCI repository (CC BY 4.0)",
+    "bouncing": "clips of handwritten digits from the UCI repository (CC BY 4.0)",
+    "openmoji": "emoji of the OpenMoji project (CC BY-SA 4.0)",
+}
 _LOADED = {
     "flow": '`model.apply(params, x, cond, method="log_prob")` returns exact log-densities in nats, and\n'
     "`flowgen.decoding.sample(model, params, key, num, cond)` draws samples.",
@@ -137,7 +143,8 @@ def _metrics(metrics: Mapping[str, float], about: Mapping[str, Any]) -> list[str
 def _data(experiment: Experiment) -> str:
     data = experiment.data
     name = getattr(data, "name", None)
-    said = [f"`data.name` of the run: {_one_line(name)}." if name else f"Drawn by a {type_name(data)}."]
+    credit = f", {_CREDITS[name]}" if name in _CREDITS else ""
+    said = [f"`data.name` of the run: {_one_line(name)}{credit}." if name else f"The kind of data: {type_name(data)}."]
     if classes := getattr(data, "classes", ()):
         said.append(f"Classes: {_one_line(name_list(classes, most=50))}.")
     return " ".join(said)
