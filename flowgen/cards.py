@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import textwrap
 from collections.abc import Mapping
 from typing import Any
 
@@ -10,6 +11,7 @@ from flowgen.data.inventory import name_list
 from flowgen.experiments import AutoencoderExperiment, Experiment, MatchingExperiment, PretrainedAutoencoder
 from flowgen.settings import type_name
 
+WIDTH = 120  # characters in a line
 _CARD = """\
 ---
 library_name: flowgen
@@ -34,8 +36,7 @@ import flowgen
 model, params, experiment = flowgen.load("FOLDER")  # the folder of this file, or hf://org/name
 ```
 
-{how} No code in these files is executed. `python -m flowgen info --checkpoint FOLDER` lists every field of the
-experiment.
+{how}
 
 ## Metrics
 
@@ -55,8 +56,12 @@ _CREDITS = {
     "bouncing": "clips of handwritten digits from the UCI repository (CC BY 4.0)",
     "openmoji": "emoji of the OpenMoji project (CC BY-SA 4.0)",
 }
+_SAFE = (
+    "No code in these files is executed. `python -m flowgen info --checkpoint FOLDER` lists every field of the "
+    "experiment."
+)
 _LOADED = {
-    "flow": '`model.apply(params, x, cond, method="log_prob")` returns exact log-densities in nats, and\n'
+    "flow": '`model.apply(params, x, cond, method="log_prob")` returns exact log-densities in nats, and '
     "`flowgen.decoding.sample(model, params, key, num, cond)` draws samples.",
     "velocity": "`model.apply(params, t, x, cond)` returns velocities, and `flowgen.matching.integrate` draws samples.",
     "autoencoder": "As `codec.path`, the folder makes the latents of a flow.",
@@ -87,11 +92,9 @@ def model_card(
         tag={"flow": "normalizing-flow", "velocity": "flow-matching"}.get(kind, "autoencoder"),
         licence_field=f"license: {licence}" if licence else "# license: the licence of the weights",
         name=_one_line(experiment.name),
-        what=" ".join(_what(experiment, parameters, about, has_codec)),
-        command="python -m flowgen info --checkpoint FOLDER"
-        if kind == "autoencoder"
-        else "python -m flowgen sample --checkpoint FOLDER --num 16 --out samples.png",
-        how=_LOADED[kind],
+        what=textwrap.fill(" ".join(_what(experiment, parameters, about, has_codec)), WIDTH),
+        command=_command(experiment),
+        how=textwrap.fill(f"{_LOADED[kind]} {_SAFE}", WIDTH),
         metrics="\n".join(_metrics(metrics, about)),
         data=_data(experiment),
         licence=f"{licence}." if licence else "The author of these weights has not stated a licence yet.",
@@ -102,6 +105,13 @@ def _kind(experiment: Experiment) -> str:
     if isinstance(experiment, AutoencoderExperiment):
         return "autoencoder"
     return "velocity" if isinstance(experiment, MatchingExperiment) else "flow"
+
+
+def _command(experiment: Experiment) -> str:
+    if _kind(experiment) == "autoencoder":
+        return "python -m flowgen info --checkpoint FOLDER"
+    prompt = ' --prompt "a text"' * bool(getattr(experiment.model, "text_dim", 0))
+    return f"python -m flowgen sample --checkpoint FOLDER --num 16{prompt} --out samples.png"
 
 
 def _what(experiment: Experiment, parameters: int, about: Mapping[str, Any], has_codec: bool) -> list[str]:

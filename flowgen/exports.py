@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import json
 import os
 import secrets
 import shutil
@@ -17,16 +16,23 @@ import numpy as np
 from flowgen import __version__
 from flowgen.cards import model_card
 from flowgen.checkpoint import check_new, chosen_step
-from flowgen.experiments import Experiment, from_json
+from flowgen.experiments import from_json
 from flowgen.places import is_remote
 from flowgen.runs import DIGEST, RunReader, is_exported, is_run, located
 from flowgen.runs.arrays import Flat
-from flowgen.runs.exported import CARD_FILE, CODEC, CONFIG_FILE, EXPERIMENT, FORMAT, METRICS, MODEL_FILE, WEIGHTS
+from flowgen.runs.exported import (
+    CARD_FILE,
+    CODEC,
+    CONFIG_FILE,
+    EXPERIMENT,
+    FORMAT,
+    METRICS,
+    MODEL_FILE,
+    WEIGHTS,
+    without_paths,
+)
 from flowgen.runs.files import digest_of_file, write_json
 from flowgen.safetensors import write_safetensors
-
-# Text encoders that are named rather than given by a path.
-_NAMED_ENCODERS = ("minilm", "words")
 
 
 def export(
@@ -85,7 +91,7 @@ def _write(
         experiment.encoding.open_codec()  # raises an error if it is not the one that the flow was trained with
         (folder / CODEC).mkdir()
         _write(path, folder / CODEC, None, True, None, licence)  # the flow knows the digest of these very values
-    plain = portable(experiment)
+    plain = without_paths(experiment.to_json())
     write_safetensors(folder / MODEL_FILE, weights, {"format": "flax", "flowgen": __version__})
     config = {
         "flowgen": __version__,
@@ -98,22 +104,6 @@ def _write(
     size = sum(array.size for name, array in weights.items() if name.startswith("params/"))
     card = model_card(from_json(plain), size, about, metrics, licence=licence, has_codec=bool(path))
     (folder / CARD_FILE).write_text(card, encoding="utf-8")
-
-
-def portable(experiment: Experiment) -> dict[str, Any]:
-    """Returns an experiment as plain values without the paths of this machine.
-
-    Example:
-        portable(experiment)["data"]["path"]  # ""
-    """
-    plain = json.loads(json.dumps(experiment.to_json()))
-    data, plain["init"] = plain["data"], {"path": "", "allow": []}
-    for group in (data, data.get("images"), plain.get("codec")):
-        if isinstance(group, dict) and "path" in group:
-            group["path"] = ""
-    if isinstance(text := plain.get("text"), dict) and text["encoder"] not in _NAMED_ENCODERS:
-        text["encoder"] = ""
-    return plain
 
 
 def _codec_run(experiment: Any) -> str:

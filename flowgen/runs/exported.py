@@ -8,8 +8,9 @@
 
 from __future__ import annotations
 
+import copy
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -31,7 +32,26 @@ EXPERIMENT, WEIGHTS, METRICS = "experiment", "weights", "metrics"
 FILES = (CONFIG_FILE, MODEL_FILE, f"{CODEC}/{CONFIG_FILE}", f"{CODEC}/{MODEL_FILE}")
 # The types of the values that describe the weights.
 _ABOUT = {"step": int, "averaged": bool, "trained": bool, DIGEST: str}
+# Text encoders that are named rather than given by a path.
+_NAMED_ENCODERS = ("minilm", "words")
 _STORED = {"float16": "float32"}  # the dtypes that are smaller in files than in use
+
+
+def without_paths(experiment: Mapping[str, Any]) -> dict[str, Any]:
+    """Returns the plain values of an experiment without the paths of files and runs, which mean nothing elsewhere.
+
+    Example:
+        without_paths(experiment.to_json())["data"]["path"]  # ""
+    """
+    plain = copy.deepcopy(dict(experiment))
+    plain["init"] = {"path": "", "allow": []}
+    data = plain.get("data")
+    for group in (data, data.get("images") if isinstance(data, dict) else None, plain.get("codec")):
+        if isinstance(group, dict) and "path" in group:
+            group["path"] = ""
+    if isinstance(text := plain.get("text"), dict) and text.get("encoder") not in _NAMED_ENCODERS:
+        text["encoder"] = ""
+    return plain
 
 
 def is_exported(folder: str | os.PathLike[str]) -> bool:
@@ -65,9 +85,11 @@ class ExportedReader(CheckpointReader):
     def config(self) -> dict[str, Any]:
         """Returns the experiment as plain JSON values. An autoencoder in the folder is the experiment's codec.
 
+        Other paths are left out, so that a file that someone else wrote cannot name files or URLs to read.
+
         Raises ValueError if config.json is damaged or was written by a newer flowgen.
         """
-        experiment = dict(self._about()[EXPERIMENT])
+        experiment = without_paths(self._about()[EXPERIMENT])
         if (self.directory / CODEC / CONFIG_FILE).is_file() and isinstance(codec := experiment.get("codec"), dict):
             experiment["codec"] = {**codec, "path": str(self.directory / CODEC)}
         return experiment
