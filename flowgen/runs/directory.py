@@ -24,6 +24,7 @@ from flowgen.data.inventory import Inventory
 from flowgen.places import check_local
 from flowgen.runs.checkpoints import CheckpointReader
 from flowgen.runs.files import DIGEST, is_regular, is_temporary, read_json, signed, verified, write_json
+from flowgen.runs.located import shipped_models
 from flowgen.runs.lock import LOCK_FILE, check_unlocked
 
 CONFIG_FILE = "config.json"
@@ -77,7 +78,10 @@ def read_config(run_dir: str | Path) -> dict[str, Any]:
     check_local("the directory of a run", run_dir)
     path = Path(run_dir) / CONFIG_FILE
     if not Path(run_dir).is_dir():
-        raise FileNotFoundError(f"checkpoint {run_dir} is not a directory; give the --workdir of a training run.")
+        raise FileNotFoundError(
+            f"checkpoint {run_dir} is not a directory; give the --workdir of a training run, an exported "
+            f"folder, or a shipped model ({', '.join(shipped_models())})."
+        )
     kept = CheckpointReader(Path(run_dir) / CHECKPOINTS).latest_step() is not None
     if not path.exists():
         if kept:
