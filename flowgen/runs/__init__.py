@@ -14,12 +14,14 @@ from flowgen.runs.directory import (
     write_plan,
 )
 from flowgen.runs.files import DIGEST
+from flowgen.runs.history import passing_warnings, read_history
 from flowgen.runs.lock import RunLock
-from flowgen.runs.metrics import EVAL, SPEED
+from flowgen.runs.metrics import EVAL, SPEED, read_metrics
+from flowgen.runs.null_writer import NullWriter
 from flowgen.runs.progress import on_terminal
 from flowgen.runs.reader import RunReader
 from flowgen.runs.store import CheckpointStore
-from flowgen.runs.writer import NullWriter, RunWriter
+from flowgen.runs.writer import RunWriter
 
 __all__ = [
     "CHECKPOINTS",
@@ -39,7 +41,10 @@ __all__ = [
     "is_run",
     "layout",
     "on_terminal",
+    "passing_warnings",
     "read_config",
+    "read_history",
+    "read_metrics",
     "read_plan",
     "was_trained_in",
     "write_config",

@@ -6,7 +6,8 @@
 <run>/start.txt        which parameters the run took from another run, if it started from one
 <run>/checkpoints/     see `flowgen.runs.checkpoints`
 <run>/metrics.jsonl    training metrics, averaged since the last report, and evaluation metrics
-<run>/events.*         the same metrics for TensorBoard
+<run>/history.jsonl    when and where the run was trained, and its warnings
+<run>/events.*         the same metrics, and the sample images, for TensorBoard
 <run>/samples/         an image for each step at which samples were drawn
 <run>/profile/         traces of training steps for a profiler, if requested
 <run>/lock             locked by the process that is training here
