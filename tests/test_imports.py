@@ -56,8 +56,9 @@ LEVELS = {
     "flowgen.convert": 5,
     "flowgen.experiments": 6,
     "flowgen.checkpoint": 7,
-    "flowgen.cli": 8,
-    "flowgen.__main__": 9,
+    "flowgen.report": 8,
+    "flowgen.cli": 9,
+    "flowgen.__main__": 10,
 }
 # The lazy front door names packages without importing them.
 FRONT_DOOR = "flowgen"

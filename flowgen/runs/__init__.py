@@ -2,6 +2,7 @@
 
 from flowgen.runs.arrays import check_layout, flatten, layout
 from flowgen.runs.checkpoints import CheckpointReader
+from flowgen.runs.contents import RunContents, read_contents
 from flowgen.runs.directory import (
     CHECKPOINTS,
     PLAN_FILE,
@@ -32,6 +33,7 @@ __all__ = [
     "CheckpointReader",
     "CheckpointStore",
     "NullWriter",
+    "RunContents",
     "RunLock",
     "RunReader",
     "RunWriter",
@@ -43,6 +45,7 @@ __all__ = [
     "on_terminal",
     "passing_warnings",
     "read_config",
+    "read_contents",
     "read_history",
     "read_metrics",
     "read_plan",
