@@ -16,7 +16,8 @@ LOG_RATIO = 100.0  # positive values that span more than this ratio get a logari
 # by more than STEEP, the axis covers only the rest.
 BEGINNING, STEEP = 0.1, 3.0
 
-Point = tuple[float, float]
+Number = int | float
+Point = tuple[Number, Number]
 
 
 @dataclass(frozen=True)
@@ -37,23 +38,23 @@ class Series:
 class Axis:
     """A scale from values to pixels; logarithmic if `log` is true."""
 
-    low: float
-    high: float
-    start: float
-    stop: float
+    low: Number
+    high: Number
+    start: Number
+    stop: Number
     log: bool = False
 
-    def at(self, value: float) -> float:
+    def at(self, value: Number) -> float:
         """Returns the pixel of a value, limited to the axis."""
         low, high, value = (math.log10(x) if self.log else x for x in (self.low, self.high, max(value, self.floor)))
         share = min(max((value - low) / (high - low), 0.0), 1.0)
         return round(self.start + share * (self.stop - self.start), 1)
 
     @property
-    def floor(self) -> float:
+    def floor(self) -> Number:
         return self.low if self.log else -math.inf
 
-    def ticks(self, count: int = 5) -> list[float]:
+    def ticks(self, count: int = 5) -> list[Number]:
         """Returns about `count` round values on the axis."""
         if not self.log:
             return ticks(self.low, self.high, count)
@@ -62,7 +63,7 @@ class Axis:
         return inside[:: math.ceil(len(inside) / count) or 1] or [self.low, self.high]
 
 
-def ticks(low: float, high: float, count: int) -> list[float]:
+def ticks(low: Number, high: Number, count: int) -> list[float]:
     """Returns round values between low and high, about `count` of them.
 
     Example:
@@ -91,11 +92,11 @@ def line_chart(title: str, unit: str, series: Sequence[Series]) -> Markup:
     )
     labels = [
         _text(WIDTH - RIGHT, HEIGHT - 6, "step", anchor="end"),
-        _text(LEFT, HEIGHT - 6, f"{unit or 'value'}{', log scale' if y.log else ''}", anchor="start"),
+        _text(LEFT, HEIGHT - 6, ", ".join(filter(None, [unit, "log scale" if y.log else ""])), anchor="start"),
     ]
     drawing = _drawing(words, *parts, *labels)
     legend = element("ul", *(_entry(line) for line in series), class_="legend")
-    cut = element("p", "The first values are above the axis.", class_="note") if is_cut else ""
+    cut = element("p", "The first values are outside of the axis.", class_="note") if is_cut else ""
     return element("figure", element("figcaption", title), drawing, legend, cut, class_="chart")
 
 
@@ -130,11 +131,12 @@ def _grid(x: Axis, y: Axis) -> Markup:
 
 
 def _drawn(line: Series, x: Axis, y: Axis) -> Markup:
-    points = [(x.at(step), y.at(value)) for step, value in thinned(line.points)]
+    inside = [(step, value) for step, value in thinned(line.points) if y.low <= value <= y.high]
+    points = [(x.at(step), y.at(value)) for step, value in inside]
     path = element("polyline", points=" ".join(f"{a:g},{b:g}" for a, b in points), class_=f"line {line.kind}")
     markers = []
     if line.kind == "held" or len(points) == 1:
-        for (a, b), (step, value) in zip(points, thinned(line.points), strict=True):
+        for (a, b), (step, value) in zip(points, inside, strict=True):
             told = element("title", f"{line.name}, step {label(step)}: {value:.4g}")
             markers.append(element("circle", told, cx=a, cy=b, r=3.2, class_="dot"))
     return element("g", path, *markers, class_=f"c{line.colour % 8}")
@@ -156,7 +158,7 @@ def thinned(points: Sequence[Point], most: int = MOST_POINTS) -> list[Point]:
     return kept
 
 
-def box_plots(title: str, unit: str, rows: Sequence[tuple[str, Sequence[float]]]) -> Markup:
+def box_plots(title: str, unit: str, rows: Sequence[tuple[str, Sequence[Number]]]) -> Markup:
     """Returns a figure with one box plot per row. Each row has five values: the 1, 25, 50, 75 and 99 % quantiles.
 
     Example:
@@ -186,7 +188,7 @@ def box_plots(title: str, unit: str, rows: Sequence[tuple[str, Sequence[float]]]
     return element("figure", element("figcaption", title), drawing, class_="chart")
 
 
-def bars(title: str, rows: Sequence[tuple[str, float]]) -> Markup:
+def bars(title: str, rows: Sequence[tuple[str, Number]]) -> Markup:
     """Returns a figure with one horizontal bar per row, labelled with its value.
 
     Example:
@@ -209,7 +211,7 @@ def bars(title: str, rows: Sequence[tuple[str, float]]) -> Markup:
     return element("figure", element("figcaption", title), drawing, class_="chart")
 
 
-def label(value: float) -> str:
+def label(value: Number) -> str:
     """Returns a short text for a tick of an axis, such as "20k", "0.05" or "3e-5".
 
     Example:
@@ -230,7 +232,7 @@ def _drawing(words: str, *parts: Markup, height: int = HEIGHT) -> Markup:
     return element("svg", element("title", words), *parts, role="img", **size)
 
 
-def _text(x: float, y: float, text: str, *, anchor: str) -> Markup:
+def _text(x: Number, y: Number, text: str, *, anchor: str) -> Markup:
     return element("text", text, x=round(x, 1), y=round(y, 1), text_anchor=anchor)
 
 
@@ -242,7 +244,7 @@ def _entry(line: Series) -> Markup:
     return element("li", swatch, line.name)
 
 
-def scatter(title: str, groups: Sequence[tuple[str, Sequence[Sequence[float]]]]) -> Markup:
+def scatter(title: str, groups: Sequence[tuple[str, Sequence[Sequence[Number]]]]) -> Markup:
     """Returns a figure with points in the plane, on equal scales. Points that are not finite are left out.
 
     Example:
