@@ -48,7 +48,7 @@ JOINED = {
 }
 NAMES = {
     "gaussian_bits_per_dim": "a Gaussian, held-out",
-    "w2": "samples",
+    "w2": "100 steps of rk4",
     "w2_floor": "two samples of the data",
     "euler_1": "1 Euler step",
     "euler_4": "4 Euler steps",
@@ -128,25 +128,27 @@ def _grouped(curves: Curves) -> dict[str, dict[str, list[Point]]]:
 
 def _chart(chart: str, parts: Mapping[str, list[Point]], reference: Mapping[str, float]) -> Markup:
     title, unit = TITLES.get(chart, (chart, ""))
-    series = []
-    for name, points in sorted(parts.items(), key=lambda part: part[0]):
+    steps = [step for points in parts.values() for step, _ in points]
+    series, others = [], 0
+    for name, points in sorted(parts.items()):
         bare, held = name.removeprefix(EVAL), name.startswith(EVAL)
-        kind = "reference" if bare in REFERENCES else "held" if held else "train"
-        colour = HELD_OUT_COLOUR if held else 0
+        is_main = bare == chart or (chart not in parts and f"{EVAL}{chart}" not in parts and len(parts) == 1)
+        others += not is_main
+        colour = (HELD_OUT_COLOUR if held else 0) if is_main else HELD_OUT_COLOUR + others
         if chart == BLOCKS:
-            named, colour = f"block {bare.removeprefix(BLOCKS)}", len(series)
-        elif len([other for other in parts if other.startswith(EVAL) == held]) > 1:
-            named, colour = NAMES.get(bare, "held-out" if held else bare), HELD_OUT_COLOUR + len(series)
+            series.append(Series(f"block {bare.removeprefix(BLOCKS)}", points, colour=others - 1))
+        elif bare in REFERENCES:  # It does not change, so one evaluation gives a line, too.
+            series.append(_level(NAMES[bare], points[-1][1], steps, colour))
         else:
-            named = NAMES.get(bare, "held-out") if held else "training"
-        if kind == "reference":  # It does not change, so one evaluation gives a line, too.
-            ends = [step for points in parts.values() for step, _ in points]
-            points = [(min(ends), points[-1][1]), (max(ends), points[-1][1])]
-        series.append(Series(named, points, kind, colour))
+            named = NAMES.get(bare, "held-out" if held else "training")
+            series.append(Series(named, points, "held" if held else "train", colour))
     if (expected := reference.get(chart)) is not None and math.isfinite(expected):
-        ends = [step for points in parts.values() for step, _ in points]
-        series.append(Series("expected", [(min(ends), expected), (max(ends), expected)], "reference", 7))
+        series.append(_level("expected", expected, steps, 7))
     return line_chart(title, unit, series)
+
+
+def _level(name: str, value: float, steps: Sequence[int], colour: int) -> Series:
+    return Series(name, [(min(steps), value), (max(steps), value)], "reference", colour)
 
 
 def _table(curves: Curves) -> Markup:

@@ -17,6 +17,7 @@ from flowgen.settings.annotations import hints_of
 # Limits on the sample grids in a page. If a run has more, some of them are chosen, always including the last.
 MOST_GRIDS, MOST_BYTES = 24, 12 << 20
 MOST_WARNINGS = 50
+LONG = 24  # characters of a fact that takes two columns
 
 
 def head(experiment: Experiment, contents: RunContents, parameters: int) -> Markup:
@@ -39,7 +40,11 @@ def head(experiment: Experiment, contents: RunContents, parameters: int) -> Mark
     facts |= _of_starts(starts)
     if starts and (seconds := _seconds(contents.history)) is not None:
         facts["time"] = _duration(seconds)
-    items = [element("div", element("dt", name), element("dd", value)) for name, value in facts.items() if value]
+    items = [
+        element("div", element("dt", name), element("dd", value), class_="wide" if len(value) > LONG else None)
+        for name, value in facts.items()
+        if value
+    ]
     return joined(
         [
             element("h1", experiment.name),
