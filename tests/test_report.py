@@ -160,7 +160,7 @@ def test_a_flow_is_measured(tmp_path):
     assert "Training samples per class" in page.text
     alts = [image["alt"] for image in page.named("img")]
     assert "2 samples drawn from the latest parameters" in alts
-    assert "24 training images, at their training size" in alts
+    assert "24 training images, resized as in training" in alts
 
 
 @pytest.mark.slow  # compiles each network

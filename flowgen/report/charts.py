@@ -15,6 +15,7 @@ LOG_RATIO = 100.0  # positive values that span more than this ratio get a logari
 # The first values of a run may be much larger than all others. If leaving out this share of the steps shrinks the axis
 # by more than STEEP, the axis covers only the rest.
 BEGINNING, STEEP = 0.1, 3.0
+ENOUGH = 10  # values that such an axis must have
 
 Number = int | float
 Point = tuple[Number, Number]
@@ -107,7 +108,7 @@ def _vertical(series: Sequence[Series], x: Axis) -> tuple[Axis, bool]:
     rest = [value for line in series for step, value in line.points if step >= late or line.kind == "reference"]
     low, high = min(every), max(every)
     log = low > 0 and high / low > LOG_RATIO
-    is_cut = bool(rest) and not log and max(rest) > min(rest) and high - low > STEEP * (max(rest) - min(rest))
+    is_cut = len(rest) >= ENOUGH and not log and 0 < STEEP * (max(rest) - min(rest)) < high - low
     if is_cut:
         low, high = min(rest), max(rest)
     if log:

@@ -28,7 +28,11 @@ TITLES = {
     "grad_norm": ("Norm of the gradient", ""),
     "lr": ("Learning rate", ""),
     "skipped": ("Skipped updates", "fraction"),
+    "flow_loss": ("Loss of the flow", ""),
+    "denoiser_loss": ("Loss of the denoiser", ""),
+    "score_square": ("Mean square of the score", ""),
     "path_energy": ("Energy of the paths", ""),
+    "signed_npe": ("Signed path energy", ""),
     "curvature": ("Curvature of the paths", ""),
     "steps_per_second": ("Steps per second", "1/s"),
     "samples_per_second": ("Samples per second", "1/s"),
@@ -130,7 +134,7 @@ def _chart(chart: str, parts: Mapping[str, list[Point]], reference: Mapping[str,
     title, unit = TITLES.get(chart, (chart, ""))
     steps = [step for points in parts.values() for step, _ in points]
     series, others = [], 0
-    for name, points in sorted(parts.items()):
+    for name, points in sorted(parts.items(), key=lambda part: (part[0].startswith(EVAL), part[0])):
         bare, held = name.removeprefix(EVAL), name.startswith(EVAL)
         is_main = bare == chart or (chart not in parts and f"{EVAL}{chart}" not in parts and len(parts) == 1)
         others += not is_main

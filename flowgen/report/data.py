@@ -87,7 +87,7 @@ def _opened(dataset: Dataset) -> list[Markup]:
     images: Any = np.asarray(from_uint8(few.batch().pixels))
     grid = strips(images) if frames else sample_grid(images, 0)
     what = "clips, one per row" if frames else "images"
-    return [*parts, grid_picture(grid, f"{len(few)} training {what}, at their training size")]
+    return [*parts, grid_picture(grid, f"{len(few)} training {what}, resized as in training")]
 
 
 def _histogram(dataset: Dataset) -> Markup:

@@ -17,7 +17,7 @@ from flowgen.settings.annotations import hints_of
 # Limits on the sample grids in a page. If a run has more, some of them are chosen, always including the last.
 MOST_GRIDS, MOST_BYTES = 24, 12 << 20
 MOST_WARNINGS = 50
-LONG = 24  # characters of a fact that takes two columns
+LONG = 16  # characters of a fact that takes two columns
 
 
 def head(experiment: Experiment, contents: RunContents, parameters: int) -> Markup:
@@ -183,7 +183,7 @@ def checkpoints_section(contents: RunContents, best_metric: str) -> Section:
         found = contents.evaluations.get(step, {})
         rows.append((f"{step:,}", *(number(found[n]) if n in found else "" for n in names), "best" * (step == best)))
     start = element("pre", contents.start, class_="scroll") if contents.start else ""
-    return section("Checkpoints", "checkpoints", table("Complete checkpoints", ("step", *names, ""), rows), start)
+    return section("Checkpoints", "checkpoints", table("Complete checkpoints", ("step", *names, "note"), rows), start)
 
 
 def config_section(experiment: Experiment) -> Section:
@@ -205,7 +205,7 @@ def config_section(experiment: Experiment) -> Section:
         "Config",
         "config",
         element("p", about, class_="lead"),
-        element("details", element("summary", "All fields"), fields, id="config-table", open=True),
+        element("details", element("summary", "All fields"), fields, open=True),
     )
 
 
