@@ -190,7 +190,7 @@ def test_data_that_are_gone_are_told_in_a_sentence(tmp_path):
 def test_statistics_of_blocks_are_those_of_the_density():
     experiment = tiny()
     flow = experiment.build()
-    variables = drawn(init, flow, jax.random.key(0))
+    variables = jax.tree.map(jnp.asarray, drawn(init, flow, jax.random.key(0)))
     x = jax.random.uniform(jax.random.key(1), (5, *experiment.model.event_shape))
     labels = jnp.arange(5, dtype=jnp.int32)
     z, logdet = flow.apply(variables, x, labels, method="forward")

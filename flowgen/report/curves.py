@@ -6,7 +6,7 @@ import math
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from flowgen.report.charts import Point, Series, line_chart
+from flowgen.report.charts import Number, Point, Series, line_chart
 from flowgen.report.markup import Markup, Section, element, note, number, section, table
 from flowgen.runs import EVAL, SPEED
 
@@ -151,7 +151,7 @@ def _chart(chart: str, parts: Mapping[str, list[Point]], reference: Mapping[str,
     return line_chart(title, unit, series)
 
 
-def _level(name: str, value: float, steps: Sequence[int], colour: int) -> Series:
+def _level(name: str, value: float, steps: Sequence[Number], colour: int) -> Series:
     return Series(name, [(min(steps), value), (max(steps), value)], "reference", colour)
 
 
