@@ -6,7 +6,7 @@ import argparse
 from pathlib import Path
 from typing import Any
 
-from flowgen.cli.options import num_parameters, placed, say, step_or_best, whole_number
+from flowgen.cli.options import load_run, num_parameters, placed, say, step_or_best, whole_number
 from flowgen.places import Destination, is_remote
 
 NAME = "report.html"
@@ -37,7 +37,7 @@ def run(options: argparse.Namespace, rest: list[str]) -> int:
     from flowgen.data import atomic_file
     from flowgen.experiments import from_json
     from flowgen.experiments.attention import on_any_device
-    from flowgen.report import ReportOptions, check_report_path, report_page
+    from flowgen.report import check_report_path, report_page
     from flowgen.runs import RunReader, read_contents
 
     run_dir = options.run
@@ -56,10 +56,10 @@ def run(options: argparse.Namespace, rest: list[str]) -> int:
     page = report_page(
         experiment,
         contents,
-        num_parameters(on_any_device(experiment).build()),
-        model,
-        ReportOptions(samples=options.samples),
-        missing,
+        parameters=num_parameters(on_any_device(experiment).build()),
+        model=model,
+        samples=options.samples,
+        missing=missing,
     )
     with atomic_file(destination.path) as file:
         file.write(page.encode())
@@ -70,8 +70,6 @@ def run(options: argparse.Namespace, rest: list[str]) -> int:
 
 def _model(options: argparse.Namespace, experiment: Any, steps: tuple[int, ...]) -> tuple[tuple[Any, Any] | None, str]:
     """Returns a run's model and variables, or None and why there are none."""
-    from flowgen.cli.options import load_run
-
     if not steps:
         return None, "The run has no checkpoint yet, so nothing was measured."
     model, variables, _ = load_run(options.run, options.step)

@@ -5,7 +5,6 @@ from __future__ import annotations
 import base64
 import datetime
 import hashlib
-import warnings
 from collections.abc import Callable
 from functools import partial
 from importlib.resources import files
@@ -26,8 +25,6 @@ from flowgen.report.fields import latents_section, solving_section, tilt_section
 from flowgen.report.flows import AnyFlow, blocks_section, decoding_section
 from flowgen.report.markup import Markup, Section, element, joined, note, section
 from flowgen.runs import RunContents, passing_warnings
-from flowgen.settings import config
-from flowgen.settings.ranges import BatchSize
 
 GENERATOR = "flowgen report"
 _BEGINNING = (
@@ -38,16 +35,6 @@ BLOCK_SAMPLES = 32  # samples for the statistics of blocks
 UNAVAILABLE = (OSError, ValueError, ImportError, FloatingPointError)
 
 Model = tuple[Any, Any]
-
-
-@config
-class ReportOptions:
-    """Options of a report.
-
-    samples: number of samples to draw and decode.
-    """
-
-    samples: BatchSize = 8
 
 
 class _Part(NamedTuple):
@@ -76,25 +63,26 @@ def check_report_path(path: Path) -> None:
 def report_page(
     experiment: Experiment,
     contents: RunContents,
+    *,
     parameters: int,
     model: Model | None,
-    options: ReportOptions,
+    samples: int,
     missing: str = "",
 ) -> str:
     """Returns the page about a run.
 
     parameters: the number of parameters of the model. model: the model and its variables; None to measure nothing and
-    to leave the data closed. missing: why there is no model, if one was asked for.
+    to leave the data closed. samples: the number of samples to draw and decode. missing: why there is no model, if one
+    was asked for.
 
     Example:
-        page = report_page(experiment, read_contents(run), 417_000, (flow, params), ReportOptions())
+        page = report_page(experiment, read_contents(run), parameters=417_000, model=(flow, params), samples=8)
     """
     curves, bad = curves_of(contents.metrics)
     told: list[str] = [missing] * bool(missing)
-    with passing_warnings(told.append), warnings.catch_warnings(), told_once():
-        warnings.simplefilter("default")
+    with passing_warnings(told.append), told_once():
         data = data_section(experiment, contents, opens=model is not None)
-        measured = [_made(part) for part in _parts(experiment, contents, model, options)]
+        measured = [_made(part) for part in _parts(experiment, contents, model, samples)]
     sections = [
         warnings_section(contents, experiment, bad, told),
         curves_section(curves, experiment.reference, experiment.best_metric),
@@ -107,7 +95,7 @@ def report_page(
     return _document(experiment.name, head(experiment, contents, parameters), sections)
 
 
-def _parts(experiment: Any, contents: RunContents, model: Model | None, options: ReportOptions) -> list[_Part]:
+def _parts(experiment: Any, contents: RunContents, model: Model | None, samples: int) -> list[_Part]:
     """Returns the sections that need a model, for each kind of experiment."""
     if model is None:
         return []
@@ -115,11 +103,11 @@ def _parts(experiment: Any, contents: RunContents, model: Model | None, options:
         few = partial(inputs, experiment)
         return [
             _Part("Blocks", "blocks", lambda: blocks_section(*model, few(BLOCK_SAMPLES), split_of(experiment))),
-            _Part("Decoding", "decoding", lambda: decoding_section(experiment, contents, *model, few(options.samples))),
+            _Part("Decoding", "decoding", lambda: decoding_section(experiment, contents, *model, few(samples))),
         ]
     if isinstance(experiment, MatchingExperiment):
         return [
-            _Part("Sampling", "sampling", lambda: solving_section(experiment, *model, options.samples)),
+            _Part("Sampling", "sampling", lambda: solving_section(experiment, *model, samples)),
             _Part("Weights", "weights", lambda: tilt_section(experiment)),
         ]
     return [_Part("Latents", "latents", lambda: latents_section(model[1]))]
