@@ -61,6 +61,7 @@ LEVELS = {
     "flowgen.exports": 8,
     "flowgen.hub": 9,
     "flowgen.nnx": 4,
+    "flowgen.report": 8,
     "flowgen.cli": 9,
     "flowgen.__main__": 10,
 }

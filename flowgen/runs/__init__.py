@@ -5,6 +5,7 @@ Also reads exported models, and finds those that ship with flowgen.
 
 from flowgen.runs.arrays import check_layout, flatten, layout
 from flowgen.runs.checkpoints import CheckpointReader
+from flowgen.runs.contents import RunContents, read_contents
 from flowgen.runs.directory import (
     CHECKPOINTS,
     PLAN_FILE,
@@ -18,13 +19,15 @@ from flowgen.runs.directory import (
 )
 from flowgen.runs.exported import ExportedReader, is_exported
 from flowgen.runs.files import DIGEST
+from flowgen.runs.history import passing_warnings, read_history
 from flowgen.runs.located import located, shipped_models
 from flowgen.runs.lock import RunLock
-from flowgen.runs.metrics import EVAL, SPEED
+from flowgen.runs.metrics import EVAL, SPEED, read_metrics
+from flowgen.runs.null_writer import NullWriter
 from flowgen.runs.progress import on_terminal
 from flowgen.runs.reader import RunReader
 from flowgen.runs.store import CheckpointStore
-from flowgen.runs.writer import NullWriter, RunWriter
+from flowgen.runs.writer import RunWriter
 
 __all__ = [
     "CHECKPOINTS",
@@ -36,6 +39,7 @@ __all__ = [
     "CheckpointStore",
     "ExportedReader",
     "NullWriter",
+    "RunContents",
     "RunLock",
     "RunReader",
     "RunWriter",
@@ -47,7 +51,11 @@ __all__ = [
     "layout",
     "located",
     "on_terminal",
+    "passing_warnings",
     "read_config",
+    "read_contents",
+    "read_history",
+    "read_metrics",
     "read_plan",
     "shipped_models",
     "was_trained_in",
