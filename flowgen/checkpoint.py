@@ -64,6 +64,17 @@ def load_on_host(
     return flow, variables, experiment
 
 
+def chosen_step(run_dir: str | Path, step: int | str | None = None) -> int:
+    """Returns the step that `load` would load. For the arguments and errors, see `load`.
+
+    Example:
+        step = chosen_step("runs/digits", "best")
+    """
+    run = RunReader(run_dir)
+    with run.named():
+        return _choose(run.checkpoints, run_dir, step, from_json(run.config()).best_metric)
+
+
 def write_run(run_dir: str | Path, experiment: Experiment, variables: Any) -> None:
     """Writes a run directory that has the given weights as step 0, so that `load` and `sample.py` can use them.
 

@@ -52,6 +52,7 @@ LEVELS = {
     "flowgen.runs": 3,
     "flowgen.data": 4,
     "flowgen.training": 4,
+    "flowgen.evaluation.inception": 4,
     "flowgen.evaluation": 5,
     "flowgen.convert": 5,
     "flowgen.experiments": 6,

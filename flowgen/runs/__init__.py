@@ -13,6 +13,7 @@ from flowgen.runs.directory import (
     write_config,
     write_plan,
 )
+from flowgen.runs.evaluations import EVALUATIONS, check_new_evaluation, evaluation_path, save_evaluation
 from flowgen.runs.files import DIGEST
 from flowgen.runs.lock import RunLock
 from flowgen.runs.metrics import EVAL, SPEED
@@ -25,6 +26,7 @@ __all__ = [
     "CHECKPOINTS",
     "DIGEST",
     "EVAL",
+    "EVALUATIONS",
     "PLAN_FILE",
     "SPEED",
     "CheckpointReader",
@@ -34,13 +36,16 @@ __all__ = [
     "RunReader",
     "RunWriter",
     "check_layout",
+    "check_new_evaluation",
     "check_workdir",
+    "evaluation_path",
     "flatten",
     "is_run",
     "layout",
     "on_terminal",
     "read_config",
     "read_plan",
+    "save_evaluation",
     "was_trained_in",
     "write_config",
     "write_plan",
