@@ -6,7 +6,7 @@ import pytest
 
 from flowgen.convert import MappingError, inception
 from flowgen.data import from_uint8
-from flowgen.evaluation.inception import InceptionFeatures
+from flowgen.evaluation.networks import NetworkFeatures
 
 # Sums of thousands of float32 products in another order, through 20 layers; the features are about 2.
 RELATIVE = 1e-4
@@ -33,7 +33,7 @@ def state_dict(variant, *, classes=None):
 def test_features_are_those_of_the_original_code(variant):
     network, variables = inception(state_dict(variant))
     assert network.variant == variant
-    features = InceptionFeatures(network, variables)
+    features = NetworkFeatures(network, variables)
     for size in inception_weights.SIZES:
         expected = RECORDED[f"{variant}_{size}"]
         found = features(from_uint8(inception_weights.pixels(size)))

@@ -8,23 +8,17 @@ block pools by the average. Their features are not comparable.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-from functools import partial
-from typing import Any, Literal
+from typing import Literal
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 from flax import linen as nn
 from jaxtyping import Array, Float
 
-from flowgen.arrays import check_floating
-from flowgen.data.media import from_uint8, to_uint8
+from flowgen.evaluation.networks import resized
 
 Variant = Literal["fid", "torchvision"]
 SIDE = 299
-NUM_FEATURES = 2048
-AT_ONCE = 32
 Branch = tuple[tuple[str, int, tuple[int, int], int], ...]  # (name, features, kernel, stride) of each convolution
 
 
@@ -130,10 +124,11 @@ class InceptionV3(nn.Module):
     """Inception v3 without its classifier.
 
     Example:
-        features = InceptionV3("fid").apply(variables, resized(images))  # `b 2048`
+        features = InceptionV3("fid").apply(variables, images, method="of_images")  # `b 2048`
     """
 
     variant: Variant = "fid"
+    num_features: int = 2048
 
     @nn.compact
     def __call__(self, x: Float[Array, "b height width 3"]) -> Float[Array, "b 2048"]:
@@ -156,46 +151,6 @@ class InceptionV3(nn.Module):
         x = Mixed(_BLOCK_E, "max" if fid else average, name="Mixed_7c")(x)
         return x.mean(axis=(1, 2))
 
-
-def resized(images: Float[Array, "b height width c"]) -> Float[Array, "b 299 299 3"]:
-    """Returns images of 299 x 299 pixels with 3 channels, interpolated bilinearly without antialiasing.
-
-    This is what PyTorch's `interpolate` does by default, and what the usual FID code for PyTorch applies.
-
-    Example:
-        features = InceptionV3().apply(variables, resized(images))
-    """
-    x = jnp.broadcast_to(images, (*images.shape[:3], 3)) if images.shape[3] == 1 else images
-    return jax.image.resize(x, (len(x), SIDE, SIDE, 3), "linear", antialias=False, precision="highest")
-
-
-@dataclass(frozen=True)
-class InceptionFeatures:
-    """Computes Inception features of images in [-1, 1].
-
-    The images are first rounded to the 256 levels of an image file, because published distances compare image files.
-
-    Example:
-        features = InceptionFeatures(InceptionV3("fid"), variables)(images)  # float32 `n 2048`
-    """
-
-    network: InceptionV3
-    variables: Any
-
-    def __call__(self, images: Float[np.ndarray, "n height width c"]) -> Float[np.ndarray, "n 2048"]:
-        check_floating("images", images)
-        if images.shape[3] not in (1, 3):
-            raise ValueError(f"images have {images.shape[3]} channels; Inception features need images with 1 or 3.")
-        size = min(AT_ONCE, len(images))
-        out = np.empty((len(images), NUM_FEATURES), np.float32)
-        for start in range(0, len(images), size):
-            part = from_uint8(to_uint8(images[start : start + size]))
-            # The last batch is padded, so that only one program is compiled.
-            full = np.resize(part, (size, *part.shape[1:]))
-            out[start : start + len(part)] = np.asarray(_features(self.network, self.variables, full))[: len(part)]
-        return out
-
-
-@partial(jax.jit, static_argnums=0)
-def _features(network, variables, images):
-    return network.apply(variables, resized(images))
+    def of_images(self, images: Float[Array, "b height width c"]) -> Float[Array, "b 2048"]:
+        """Returns the features of images in [-1, 1] of any size, which are resized to 299 x 299 pixels."""
+        return self(resized(images, SIDE))

@@ -12,7 +12,7 @@ from pathlib import Path
 import numpy as np
 
 from flowgen.arrays import digest_of
-from flowgen.convert import inception, read_state_dict
+from flowgen.convert import efficientnet_file, efficientnet_lite0, inception, read_state_dict
 from flowgen.data import DataConfig, Dataset, from_uint8, take_inventory
 from flowgen.evaluation import (
     Estimate,
@@ -25,8 +25,8 @@ from flowgen.evaluation import (
     read_statistics,
     save_statistics,
 )
-from flowgen.evaluation.inception import InceptionFeatures
 from flowgen.evaluation.manifolds import DENSITY_NEIGHBOURS, PRECISION_NEIGHBOURS
+from flowgen.evaluation.networks import NetworkFeatures
 from flowgen.experiments.distances import (
     DrawnFeatures,
     FeatureExtractor,
@@ -54,11 +54,13 @@ def check_features(options: CompareOptions) -> None:
         check_features(options)
     """
     name = options.features
-    if name not in ("auto", "classifier", "pixels"):
+    if name == "efficientnet":
+        efficientnet_file()
+    elif name not in ("auto", "classifier", "pixels"):
         if not name.endswith(WEIGHTS):
             raise ValueError(
-                f"--features is '{name}'; it must be auto, classifier, pixels, or a file of Inception v3 weights that "
-                f"ends in one of {', '.join(WEIGHTS)}."
+                f"--features is '{name}'; it must be auto, classifier, pixels, efficientnet, or a file of Inception v3 "
+                f"weights that ends in one of {', '.join(WEIGHTS)}."
             )
         if not os.path.isfile(name):
             raise FileNotFoundError(f"There is no file '{name}' of Inception v3 weights; check --features.")
@@ -82,11 +84,17 @@ def open_features(options: CompareOptions, train: Callable[[], Dataset]) -> Feat
         if name == "classifier" and not dataset.class_names:
             raise ValueError("--features is classifier, but the data have no classes to train it on; use pixels.")
         return train_features(dataset)
-    network, variables = inception(read_state_dict(name))
-    digest = digest_of_file(name)
-    whose = "the FID's Inception v3" if network.variant == "fid" else "torchvision's Inception v3, which is not FID's"
-    features = InceptionFeatures(network, variables)
-    return FeatureExtractor(f"{whose}, weights {digest[:8]}", features, digest=f"inception {network.variant} {digest}")
+    path = efficientnet_file() if name == "efficientnet" else name
+    digest = digest_of_file(path)
+    if name == "efficientnet":
+        network, variables = efficientnet_lite0(read_state_dict(path))
+        whose, kind = "EfficientNet-Lite0, not comparable with FID", "efficientnet"
+    else:
+        network, variables = inception(read_state_dict(path))
+        fid, kind = network.variant == "fid", f"inception {network.variant}"
+        whose = "the FID's Inception v3" if fid else "torchvision's Inception v3, not comparable with FID"
+    features = NetworkFeatures(network, variables)
+    return FeatureExtractor(f"{whose}, weights {digest[:8]}", features, digest=f"{kind} {digest}")
 
 
 def compare_samples(

@@ -56,7 +56,8 @@ class CompareOptions(EvaluateOptions):
     """Options for comparing sampled images with data.
 
     features: features to compare; "auto" trains a classifier on the data, or uses the pixels of data without classes.
-        The others are "classifier", "pixels", or a file of Inception v3 weights (.pth or .safetensors) for the FID.
+        The others are "classifier", "pixels", "efficientnet" (ImageNet features from a package), or a file of Inception
+        v3 weights (.pth or .safetensors) for the FID.
     reference: .npz file of feature statistics (mu and sigma) to compare with instead of the data.
     cache: folder that keeps feature statistics of the data for later evaluations; by default, RUN/evaluations.
     neighbours: number of samples to save beside their nearest training images.
