@@ -1,31 +1,30 @@
-"""Inception features equal those of the original PyTorch code, at recorded outputs for weights by formula."""
+"""Features of Inception v3 and EfficientNet-Lite0 equal recorded ones of the original code, for weights by formula."""
 
 import inception_weights
 import numpy as np
 import pytest
+from tolerances import assert_close
 
-from flowgen.convert import MappingError, inception
+from flowgen.convert import MappingError, efficientnet_lite0, inception
 from flowgen.data import from_uint8
 from flowgen.evaluation.networks import NetworkFeatures
 
 # Sums of thousands of float32 products in another order, through 20 layers; the features are about 2.
 RELATIVE = 1e-4
 
-RECORDED = inception_weights.recorded()
+RECORDED = inception_weights.recorded(inception_weights.REFERENCE)
 
 
-def state_dict(variant, *, classes=None):
-    names, shapes = RECORDED[f"{variant}_names"], RECORDED[f"{variant}_shapes"]
-    weights = {}
-    for name, shape in zip(names.tolist(), shapes.tolist(), strict=True):
-        dims = tuple(int(side) for side in shape.split(",") if side)
-        if name.endswith("num_batches_tracked"):
-            weights[name] = np.zeros((), np.int64)
-        elif name.startswith(("fc.", "AuxLogits.")):
-            weights[name] = np.zeros(dims, np.float32)
-        else:
-            weights[name] = inception_weights.weight(name, dims)
-    return weights
+def state_dict(variant):
+    return inception_weights.state_dict(RECORDED[f"{variant}_names"], RECORDED[f"{variant}_shapes"])
+
+
+def assert_features(network, variables, recorded):
+    features = NetworkFeatures(network, variables)
+    for size, expected in recorded.items():
+        found = features(from_uint8(inception_weights.pixels(size)))
+        assert found.dtype == np.float32
+        assert_close(found, expected, RELATIVE)
 
 
 @pytest.mark.slow
@@ -33,16 +32,23 @@ def state_dict(variant, *, classes=None):
 def test_features_are_those_of_the_original_code(variant):
     network, variables = inception(state_dict(variant))
     assert network.variant == variant
-    features = NetworkFeatures(network, variables)
-    for size in inception_weights.SIZES:
-        expected = RECORDED[f"{variant}_{size}"]
-        found = features(from_uint8(inception_weights.pixels(size)))
-        error = np.abs(found - expected).max() / np.abs(expected).max()
-        assert error < RELATIVE
+    assert_features(network, variables, {size: RECORDED[f"{variant}_{size}"] for size in inception_weights.SIZES})
+
+
+@pytest.mark.slow
+def test_features_of_efficientnet_are_those_of_the_original_code():
+    recorded = inception_weights.recorded(inception_weights.EFFICIENTNET)
+    network, variables = efficientnet_lite0(inception_weights.state_dict(recorded["names"], recorded["shapes"]))
+    assert_features(network, variables, {size: recorded[size] for size in inception_weights.SIZES})
 
 
 def test_other_weights_are_refused():
-    weights = state_dict("fid")
+    names, shapes = RECORDED["fid_names"].tolist(), RECORDED["fid_shapes"].tolist()
+    zero = np.zeros((), np.float32)
+    weights = {
+        name: np.broadcast_to(zero, [int(side) for side in shape.split(",") if side])
+        for name, shape in zip(names, shapes, strict=True)
+    }
     with pytest.raises(ValueError, match=r"no 'fc\.weight'"):
         inception({name: x for name, x in weights.items() if not name.startswith("fc.")})
     missing = {name: x for name, x in weights.items() if name != "Mixed_7c.branch_pool.conv.weight"}

@@ -83,5 +83,5 @@ class Evaluation:
         return {"metrics": metrics, **self.about, "lines": list(self.lines)}
 
 
-def _plain(number: float | None) -> float | None:
+def _plain(number: int | float | None) -> int | float | None:
     return number if number is None or math.isfinite(number) else None

@@ -32,7 +32,8 @@ class Convolution(nn.Module):
 
     @nn.compact
     def __call__(self, x: Float[Array, "b height width c"]) -> Float[Array, "b rows columns features"]:
-        padding = [(side // 2,) * 2 if self.pad and self.stride == 1 else (0, 0) for side in self.kernel]
+        padded = self.pad and self.stride == 1
+        padding = [(side // 2, side // 2) if padded else (0, 0) for side in self.kernel]
         x = nn.Conv(
             self.features,
             self.kernel,
@@ -83,10 +84,16 @@ def _pooled(x: Array, pooling: str) -> Array:
     return nn.avg_pool(x, (3, 3), padding=around, count_include_pad=pooling == "average_with_padding")
 
 
-def _branch(name: str, *convolutions: tuple[int, int, int] | tuple[int, int, int, int]) -> Branch:
-    """Returns a branch from the features, kernel sides and stride of its convolutions, named name_1, name_2, ..."""
-    steps = ((features, (rows, columns), *stride) for features, rows, columns, *stride in convolutions)
-    return tuple((f"{name}_{i}", step[0], step[1], *(step[2:] or (1,))) for i, step in enumerate(steps, 1))
+def _branch(name: str, *convolutions: tuple[int, int, int], stride: int = 1) -> Branch:
+    """Returns a branch from the features and kernel sides of its convolutions, named name_1, name_2, ...
+
+    stride: stride of the last convolution.
+    """
+    last = len(convolutions)
+    return tuple(
+        (f"{name}_{number}", features, (rows, columns), stride if number == last else 1)
+        for number, (features, rows, columns) in enumerate(convolutions, 1)
+    )
 
 
 def _single(features: int, side: int = 1, stride: int = 1) -> Branch:
@@ -100,10 +107,10 @@ def _split(name: str, before: Branch, number: int) -> Branch:
 
 _TRIPLE = ((64, 1, 1), (96, 3, 3), (96, 3, 3))
 _BLOCK_A = (_single(64), _branch("branch5x5", (48, 1, 1), (64, 5, 5)), _branch("branch3x3dbl", *_TRIPLE))
-_BLOCK_B = (_single(384, 3, 2), _branch("branch3x3dbl", *_TRIPLE[:2], (96, 3, 3, 2)))
+_BLOCK_B = (_single(384, 3, 2), _branch("branch3x3dbl", *_TRIPLE, stride=2))
 _BLOCK_D = (
-    _branch("branch3x3", (192, 1, 1), (320, 3, 3, 2)),
-    _branch("branch7x7x3", (192, 1, 1), (192, 1, 7), (192, 7, 1), (192, 3, 3, 2)),
+    _branch("branch3x3", (192, 1, 1), (320, 3, 3), stride=2),
+    _branch("branch7x7x3", (192, 1, 1), (192, 1, 7), (192, 7, 1), (192, 3, 3), stride=2),
 )
 _BLOCK_E = (
     _single(320),

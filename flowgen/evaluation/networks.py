@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from functools import partial
-from typing import Any, Protocol
+from typing import Any, Protocol, runtime_checkable
 
 import jax
 import jax.numpy as jnp
@@ -17,6 +17,7 @@ from flowgen.data.media import from_uint8, to_uint8
 AT_ONCE = 32
 
 
+@runtime_checkable
 class FeatureNetwork(Protocol):
     """A Flax module whose method `of_images` maps images in [-1, 1] of any size to `num_features` features."""
 

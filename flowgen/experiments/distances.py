@@ -119,7 +119,7 @@ def data_features(extractor: FeatureExtractor, data: Dataset) -> Iterator[Float[
         statistics = feature_statistics(data_features(extractor, held_out), len(held_out))
     """
     for batch, mask in fixed_batches(data, min(SAMPLES_AT_ONCE, len(data))):
-        yield extractor.features(from_uint8(batch.pixels))[mask]
+        yield extractor.features(np.asarray(from_uint8(batch.pixels)))[mask]
 
 
 def sample_metrics(

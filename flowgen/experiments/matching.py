@@ -26,7 +26,7 @@ from flowgen.data import (
     take_inventory,
 )
 from flowgen.data.dataset import Split
-from flowgen.evaluation import Estimate, Evaluation, mean_of, point_metrics, point_samples, velocity_bits
+from flowgen.evaluation import Estimate, Evaluation, point_metrics, point_samples
 from flowgen.experiments.comparison import check_features, compare_samples
 from flowgen.experiments.debug import SAMPLES, debug_images, debug_run
 from flowgen.experiments.distances import SAMPLES_AT_ONCE, sample_metrics, train_features
@@ -40,6 +40,7 @@ from flowgen.experiments.drawing import (
 )
 from flowgen.experiments.experiment import Experiment, Rehearsal, Samples, SamplingCost
 from flowgen.experiments.images import image_batches, image_dataset, tell_unused_classes, with_class_names
+from flowgen.experiments.likelihoods import evaluate_velocity
 from flowgen.experiments.own_data import own_data
 from flowgen.experiments.plots import DRAWABLE_CHANNELS, DRAWN_PATHS, path_plot, sample_grid
 from flowgen.experiments.solving import SolverConfig, VelocityDrawOptions, VelocityEvaluateOptions, draw_by_solver
@@ -48,7 +49,6 @@ from flowgen.matching import (
     AnyNetwork,
     MatchingConfig,
     MeanFlow,
-    log_prob,
     matching_objective,
     trajectory,
     velocity_field,
@@ -365,17 +365,8 @@ class MatchingExperiment(Experiment):
         check_features(options)
         dataset = self.dataset(options.split, labelled=not options.unconditional)
         conditional = self.model.num_classes > 0 and not options.unconditional
-
-        def log_density(x, labels, key):
-            return log_prob(field, x, labels if conditional else None, key=key)
-
-        key = jax.random.key(options.seed)
-        bits = mean_of(velocity_bits(log_density, dataset, key, batch_size=options.batch))
-        how = "uniform dequantisation, Hutchinson's estimate, rk4 with 50 steps"
-        lines = (f"{len(dataset)} images ({options.split})", f"bits/dim {bits} ({how})")
-        return Evaluation(lines, {"bits_per_dim": bits}, {"likelihood": how}) + self._compare(
-            model, variables, options, dataset, conditional
-        )
+        likelihood = evaluate_velocity(field, dataset, options, conditional=conditional)
+        return likelihood + self._compare(model, variables, options, dataset, conditional)
 
     def _compare(
         self, network: Any, variables: Any, options: VelocityEvaluateOptions, dataset: Dataset, conditional: bool
