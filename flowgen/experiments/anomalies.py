@@ -103,8 +103,8 @@ def _unlabelled(images: np.ndarray) -> ArrayDataset:
 def _fit_of_z(normal: AnomalyScores) -> Evaluation:
     square = mean_of(normal.squares / normal.dims)
     rejected = {
-        "chi_square_rejected": mean_of(normal.chi_square_p() < SIGNIFICANCE),
-        "ks_rejected": mean_of(normal.ks_p() < SIGNIFICANCE),
+        "chi_square_rejected": mean_of((normal.chi_square_p() < SIGNIFICANCE).astype(np.float64)),
+        "ks_rejected": mean_of((normal.ks_p() < SIGNIFICANCE).astype(np.float64)),
     }
     chi_square, ks = rejected.values()
     line = (

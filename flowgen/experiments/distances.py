@@ -108,7 +108,7 @@ def draw_features(
             yield extractor.features(samples)
 
     statistics = feature_statistics(batches(), num)
-    accuracy = mean_of(np.concatenate(correct)) if correct and any(map(len, correct)) else None
+    accuracy = mean_of(np.concatenate(correct).astype(np.float64)) if correct and any(map(len, correct)) else None
     return DrawnFeatures(statistics, np.concatenate(kept) if kept else np.empty((0, *data.event_shape)), accuracy)
 
 
