@@ -1,6 +1,7 @@
 """Inversion of autoregressive flows: sequential and parallel decoding, guidance and sampling."""
 
 from flowgen.decoding.clips import Clip
+from flowgen.decoding.draft import Draft
 from flowgen.decoding.plan import DecodePlan, Jacobi, Sequential, SlidingWindow, resolve_plan
 from flowgen.decoding.request import DecodeResult, Denoiser
 from flowgen.decoding.sampler import invert, sample, sample_and_log_prob
@@ -12,6 +13,7 @@ __all__ = [
     "DecodePlan",
     "DecodeResult",
     "Denoiser",
+    "Draft",
     "Guidance",
     "Jacobi",
     "Measurement",

@@ -96,9 +96,16 @@ class GuidedBlock:
         return shift.reshape(x.shape), log_scale.reshape(x.shape)
 
     def conditioner(
-        self, known: Float[Array, "b m c"], stages: int = 1, solved: Callable[[Array], None] = ignore
+        self,
+        known: Float[Array, "b m c"],
+        stages: int = 1,
+        solved: Callable[[Array], None] = ignore,
+        draft: Float[Array, "b n c"] | None = None,
     ) -> Conditioner:
-        """Returns what a solver needs to decode the tokens after `known`. All tokens are in the block's order."""
+        """Returns what a solver needs to decode the tokens after `known`. All tokens are in the block's order.
+
+        draft: proposed tokens after `known`; see `Conditioner`.
+        """
         block, variables, both = self.block, self.variables, self._with_both_conditions()
         batch, begin = len(known), known.shape[1] - block.num_passthrough
 
@@ -120,6 +127,7 @@ class GuidedBlock:
             first=known[:, -1:] if begin else block.apply(variables, known, method="first_previous"),
             begin=begin,
             previous_frame=_last_frame(block.config, known),
+            draft=draft,
             solved=solved,
             grow=lambda caches, length: block.grow_caches(caches, begin + length),
             stages=stages,
@@ -171,6 +179,7 @@ def inverse(
     z: Float[Array, "b n c"],
     is_reversed: Bool[Array, ""] | bool,
     context: Float[Array, "b m c"] | None = None,
+    draft: Float[Array, "b n c"] | None = None,
     *,
     plan: BlockPlan,
     layers: int,
@@ -183,6 +192,7 @@ def inverse(
     guided: a block with a `decoding_config`.
     is_reversed: whether the block's order is "reversed"; blocks of both orders share this compiled program.
     context: the tokens before the first token to decode; only for blocks in raster order without passthrough tokens.
+    draft: the tokens that a draft proposes, in raster order, for plans that begin with them.
     layers: total number of layers in the compiled program; with more layers, the cache grows in fewer stages.
     solved: a function that is called on the device after each window, with the number of tokens solved in that window.
     """
@@ -195,8 +205,10 @@ def inverse(
     u = reordered(each_frame(z, config.frames))
     fixed, tokens, known = jax.lax.stop_gradient((guided, u, u[:, :passthrough] if context is None else context))
     noise = tokens[:, passthrough:]
+    if draft is not None:
+        draft = jax.lax.stop_gradient(reordered(each_frame(draft, config.frames))[:, passthrough:])
     stages = cache_stages(noise.shape[1], layers) if block.has_growing_caches else 1
-    conditioner = fixed.conditioner(known, stages, solved)
+    conditioner = fixed.conditioner(known, stages, solved, draft)
     if isinstance(plan, SlidingWindow):
         solution = solve_sliding(conditioner, noise, plan)
     else:

@@ -227,7 +227,8 @@ def _invert_block(
     config = flow.config.blocks[index]
     block = guided_block(request, decoding_config(config), index, blocks.weights[index])
     plan, layers = request.plan.blocks[index], blocks.layers[index]
-    return inverse(block, z, config.order == "reversed", context, plan=plan, layers=layers, solved=solved)
+    draft = None if request.draft is None else request.draft.of_block(index, plan, z, block.cond)
+    return inverse(block, z, config.order == "reversed", context, draft, plan=plan, layers=layers, solved=solved)
 
 
 def _progress(request: DecodeRequest) -> Callable[[Array], None]:

@@ -60,7 +60,9 @@ def solve_sliding(conditioner: Conditioner, z: Float[Array, "b n c"], plan: Slid
     batch, n, _ = z.shape
     window = min(plan.window or n, n)
     noise = _Noise(jnp.pad(z, ((0, 0), (0, 2 * window), (0, 0))), n, window)
-    guess = first_guess(plan.init, noise.tokens, conditioner.previous_frame)
+    guess = jnp.pad(first_guess(plan.init, z, conditioner.draft), ((0, 0), (0, 2 * window), (0, 0)))
+    if plan.init == "previous_frame" and conditioner.previous_frame is not None:
+        guess = conditioner.previous_frame.guess(noise.tokens)
     ends = stage_ends(n, conditioner.stages)
     room = partial(_room, n, window)
     state = _Pass(
