@@ -1,5 +1,6 @@
 """Inversion of autoregressive flows: sequential and parallel decoding, guidance and sampling."""
 
+from flowgen.decoding.affine_draft import fit_affine_draft
 from flowgen.decoding.clips import Clip
 from flowgen.decoding.draft import Draft
 from flowgen.decoding.plan import DecodePlan, Jacobi, Sequential, SlidingWindow, resolve_plan
@@ -20,6 +21,7 @@ __all__ = [
     "Sequential",
     "SlidingWindow",
     "Tuning",
+    "fit_affine_draft",
     "invert",
     "linear_rule",
     "measure_plans",

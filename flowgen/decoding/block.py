@@ -236,6 +236,19 @@ def stacked_block(request: DecodeRequest, flow: Flow, index: int) -> GuidedBlock
     return guided_block(request, flow.config.blocks[index], index, block_parameters(request.params, index))
 
 
+def block_states(request: DecodeRequest, tokens: Float[Array, "b n c"]) -> list[Float[Array, "b n c"]]:
+    """Returns the tokens before the first block and after each block, with guidance applied. Nothing is decoded."""
+    states = [tokens]
+    for index in range(request.flow.config.num_blocks):
+        states.append(_forward(stacked_block(request, request.flow, index), states[-1]))
+    return states
+
+
+@jax.jit
+def _forward(guided: GuidedBlock, tokens: Float[Array, "b n c"]) -> Float[Array, "b n c"]:
+    return guided.forward(tokens)
+
+
 def last_block(request: DecodeRequest, part: Segments) -> tuple[DecodeRequest, Flow, int]:
     """Returns the request with the condition for these segments, the flow that decodes them, and its last block."""
     flow = request.flow.with_num_frames(request.layout.clip)

@@ -26,6 +26,7 @@ from flowgen.backend import WHOLE, check_unmapped, copies, keep_rows, on_first_d
 from flowgen.decoding.block import guided_block, inverse, last_block
 from flowgen.decoding.certificate import error, estimated_error
 from flowgen.decoding.denoising import denoised, enter_last_block
+from flowgen.decoding.draft import begins_with_draft
 from flowgen.decoding.jacobi import Solution, ignore
 from flowgen.decoding.layout import scan_segments
 from flowgen.decoding.request import DecodeRequest, DecodeResult, SampleKeys
@@ -227,7 +228,8 @@ def _invert_block(
     config = flow.config.blocks[index]
     block = guided_block(request, decoding_config(config), index, blocks.weights[index])
     plan, layers = request.plan.blocks[index], blocks.layers[index]
-    draft = None if request.draft is None else request.draft.of_block(index, plan, z, block.cond)
+    draft = request.draft if begins_with_draft(plan) else None
+    draft = None if draft is None else draft.of_block(index, z, block.cond)
     return inverse(block, z, config.order == "reversed", context, draft, plan=plan, layers=layers, solved=solved)
 
 

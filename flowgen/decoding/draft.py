@@ -12,7 +12,6 @@ from functools import partial
 from typing import Any
 
 import jax
-import jax.numpy as jnp
 from jaxtyping import Array, Float
 
 from flowgen.arrays import shown
@@ -41,13 +40,11 @@ class Draft:
     variables: tuple[Any, ...]
 
     def of_block(
-        self, index: int, plan: BlockPlan, noise: Float[Array, "b n c"], cond: Condition | None
+        self, index: int, noise: Float[Array, "b n c"], cond: Condition | None
     ) -> Float[Array, "b n c"] | None:
-        """Returns the tokens proposed for block `index`; None if there are none, or if the plan does not use them."""
+        """Returns the tokens proposed for block `index`; None if the block has no draft."""
         variables = self.variables[index]
-        if variables is None or not begins_with_draft(plan):
-            return None
-        return _proposed(self.function, variables, noise, cond)
+        return None if variables is None else _proposed(self.function, variables, noise, cond)
 
 
 @partial(jax.jit, static_argnums=0)
@@ -69,7 +66,7 @@ def begins_with_draft(plan: BlockPlan) -> bool:
 
 
 def check_draft(draft: Draft | None, plan: DecodePlan, config: FlowConfig, clip: Clip | None) -> None:
-    """Raises ValueError if the draft is missing although a plan begins with it, or does not fit the flow or the clip."""
+    """Raises ValueError if a plan begins with a draft but none is given, or if it does not fit the flow or the clip."""
     if draft is None:
         if any(map(begins_with_draft, plan.blocks)):
             raise ValueError('draft is missing, but the plan has init="draft"; give a draft, or another init.')
@@ -78,8 +75,8 @@ def check_draft(draft: Draft | None, plan: DecodePlan, config: FlowConfig, clip:
         raise ValueError(f"draft is {shown(draft)}; it must be Draft(function, variables) or None.")
     if len(draft.variables) != config.num_blocks:
         raise ValueError(
-            f"draft.variables has {len(draft.variables)} entries, but the flow has {config.num_blocks} blocks; give one "
-            "per block, or None for blocks without a draft."
+            f"draft.variables has {len(draft.variables)} entries, but the flow has {config.num_blocks} blocks; give "
+            "one per block, or None for blocks without a draft."
         )
     if clip is not None:
         raise ValueError("clip is given, but drafts propose whole samples of the flow's size; leave out one of them.")

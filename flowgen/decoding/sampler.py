@@ -62,7 +62,8 @@ def invert(
     strict: whether to wait for the result and to raise an error if a window is unsolved. By default, the call does not
     wait, and the result's `unsolved` tells it. Inside jit, nothing can be raised, so `strict` must be False.
 
-    Raises ValueError if z, cond, plan, guidance or draft does not fit the flow, and FloatingPointError as `strict` says.
+    Raises ValueError if z, cond, plan, guidance or draft does not fit the flow, and FloatingPointError as `strict`
+    says.
 
     Example:
         r = invert(flow, params, z, cond, plan=Jacobi(window=32))
