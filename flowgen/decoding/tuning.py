@@ -143,8 +143,8 @@ def tune(
         plan = tune(flow, params, x)
         r = sample(flow, params, key, 8, plan=plan)
     """
-    options = {"guidance": guidance, "draft": draft, "tol": tol, "windows": windows, "cost": cost}
-    return measure_plans(flow, params, x, cond, **options).plan
+    tuning = measure_plans(flow, params, x, cond, guidance=guidance, draft=draft, tol=tol, windows=windows, cost=cost)
+    return tuning.plan
 
 
 def measure_plans(
