@@ -1,6 +1,7 @@
 """Drafts: what they cannot change, what they save, and what is refused."""
 
 import dataclasses
+from functools import cache
 
 import jax
 import jax.numpy as jnp
@@ -8,6 +9,7 @@ import laws
 import numpy as np
 import pytest
 from conftest import rows
+from jax.sharding import AxisType, NamedSharding, PartitionSpec
 from tolerances import NETWORK, assert_close
 
 from flowgen.decoding import Draft, Jacobi, SlidingWindow, fit_affine_draft, invert, measure_plans, sample
@@ -37,6 +39,14 @@ def encoded(name):
     return flow, params, [flow.config.to_tokens(x), *later[:-1]], cond, later[-1]
 
 
+@cache
+def fitted(name):
+    """Returns a flow, its params, samples, their labels and the affine draft that is fitted to them."""
+    flow, params = laws.perturbed(laws.FLOWS[name], jax.random.key(0))
+    x, labels = laws.images(flow.config, jax.random.key(1), 512), laws.labels(flow.config, 512)
+    return flow, params, x, labels, fit_affine_draft(flow, params, x, labels)
+
+
 @pytest.mark.parametrize("plan", PLANS)
 @pytest.mark.parametrize("value", rows(GARBAGE, ("infinite",)))
 def test_no_draft_changes_the_solution_at_tolerance_0(plan, value):
@@ -48,7 +58,9 @@ def test_no_draft_changes_the_solution_at_tolerance_0(plan, value):
     assert not r.unsolved.any()
 
 
-@pytest.mark.parametrize("name", rows(("classes", "starflow text", "starflow video"), ("starflow text",)))
+@pytest.mark.parametrize(
+    "name", rows(("classes", "starflow text", "starflow video"), ("starflow text", "starflow video"))
+)
 def test_a_draft_of_the_solution_takes_one_sweep(name):
     flow, params, tokens, cond, z = encoded(name)
     draft = Draft(known, tuple(tokens))
@@ -69,6 +81,7 @@ def test_blocks_without_a_draft_begin_with_their_noise():
     assert r.sweeps[0, 0] == noise.sweeps[0, 0] > 1
 
 
+@pytest.mark.slow
 def test_derivatives_do_not_depend_on_the_draft():
     flow, params, _, cond, z = encoded("classes")
 
@@ -98,10 +111,8 @@ def test_drafts_that_do_not_fit_are_refused(draft, message):
 
 @pytest.mark.parametrize("name", rows(("classes", "starflow class prefix", "starflow video"), ("starflow video",)))
 def test_an_affine_draft_is_the_best_causal_affine_function_of_the_noise(name):
-    flow, params = laws.perturbed(laws.FLOWS[name], jax.random.key(0))
-    config, num = flow.config, 600
-    x, labels = laws.images(config, jax.random.key(1), num), laws.labels(config, num)
-    draft = fit_affine_draft(flow, params, x, labels)
+    flow, params, x, labels, draft = fitted(name)
+    config = flow.config
     later, _ = laws.apply(flow, params, x, labels, method="trajectory")
     states = [config.to_tokens(x), *later]
     for index, block in enumerate(config.blocks):
@@ -117,14 +128,25 @@ def test_an_affine_draft_is_the_best_causal_affine_function_of_the_noise(name):
 
 
 def test_an_affine_draft_saves_sweeps():
-    flow, params = laws.perturbed(laws.FLOWS["classes"], jax.random.key(0))
-    x, labels = laws.images(flow.config, jax.random.key(1), 600), laws.labels(flow.config, 600)
-    draft = fit_affine_draft(flow, params, x, labels)
+    flow, params, x, labels, draft = fitted("classes")
     z = laws.apply(flow, params, x[:4], labels[:4])[0]
     noise = invert(flow, params, z, labels[:4], plan=Jacobi(tol=1e-3))
     r = invert(flow, params, z, labels[:4], plan=Jacobi(tol=1e-3, init="draft"), draft=draft)
     assert r.sweeps.sum() < noise.sweeps.sum()
     assert_close(r.x, x[:4], 1e-2)
+
+
+@pytest.mark.slow
+def test_each_device_drafts_its_own_samples():
+    flow, params, _, labels, draft = fitted("classes")
+    mesh = jax.make_mesh((2,), ("rows",), axis_types=(AxisType.Auto,), devices=jax.devices()[:2])
+    numbers = np.arange(4)
+    sharded = jax.device_put(numbers, NamedSharding(mesh, PartitionSpec("rows")))
+    plan = PLANS["sliding"]
+    one, two = (
+        sample(flow, params, jax.random.key(3), num, labels[:4], plan=plan, draft=draft) for num in (numbers, sharded)
+    )
+    assert_close(two.x, one.x, NETWORK)
 
 
 def test_flows_that_are_too_large_for_an_affine_draft_are_refused():
