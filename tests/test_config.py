@@ -102,7 +102,14 @@ UNUSUAL = FlowExperiment(
         mesh=(3, 2),
     ),
     log=LogConfig(
-        log_every=1, eval_every=2, sample_every=3, checkpoint_every=4, keep=5, tensorboard=False, progress=False
+        log_every=1,
+        eval_every=2,
+        sample_every=3,
+        checkpoint_every=4,
+        keep=5,
+        tensorboard=False,
+        tracker="wandb",
+        progress=False,
     ),
     init=InitConfig("runs/ü", ("classes", "other")),
     likelihood=LikelihoodConfig(norm_penalty=1e-4, noise_weight=True),
