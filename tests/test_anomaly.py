@@ -14,7 +14,13 @@ from flowgen.evaluation import CORRUPTIONS, SCORES, AnomalyScores, anomaly_score
 
 
 # Every kind of block; the other rows of the table differ in what is inside them.
-@pytest.mark.parametrize("name", ["classes", "volume preserving", "starflow added class", "starflow video"])
+@pytest.mark.parametrize(
+    "name",
+    [
+        "volume preserving",
+        *(pytest.param(name, marks=pytest.mark.slow) for name in ("classes", "starflow added class", "starflow video")),
+    ],
+)
 def test_terms_of_tokens_sum_to_the_density(name):
     flow, params, x, cond = laws.case(name)
     terms, z = laws.apply(flow, params, x, cond, method="token_log_prob")

@@ -50,11 +50,9 @@ def evaluate_anomalies(experiment: Any, flow: Any, variables: Any, options: Any)
     typical = float(scored(_some(train, MOST_TYPICAL)).nats.mean())
     normal = scored(data)
     others = {name: scored(dataset) for name, dataset in _anomalies(experiment, options, data).items()}
-    return (
-        _fit_of_z(normal)
-        + _areas(normal, others, typical, options.split)
-        + _record(flow, by_class, typical, {"data": normal, **others})
-    )
+    sets = {"normal": normal, **{f"anomaly_{name}": other for name, other in others.items()}}
+    areas = _areas(normal, others, typical, options.split)
+    return _fit_of_z(normal) + areas + _record(flow, by_class, typical, sets)
 
 
 def check_anomaly(experiment: Any, anomaly: str) -> None:
