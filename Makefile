@@ -8,7 +8,7 @@ WORKERS := -n auto --maxprocesses 8 --dist loadfile
 # Another instruction set, without fused multiply-add, and one thread: sums in another order than on this processor.
 OTHERWISE := --xla_cpu_multi_thread_eigen=false $(if $(filter x86_64 amd64,$(shell uname -m)),--xla_cpu_max_isa=AVX)
 
-.PHONY: demo test test-slow test-numeric test-all soak lint types format clean
+.PHONY: demo test test-slow test-numeric test-all soak docs lint types format clean
 
 demo: $(VENV)/.train ## train a TARFlow on the built-in digits, then draw samples
 	$(BIN)/python train.py --config configs/tarflow_digits.py --workdir runs/digits
@@ -32,7 +32,10 @@ soak: $(VENV)/.dev ## long trials: runs killed a hundred times, five hundred mal
 	$(BIN)/python tests/soak/kills.py --kills 100
 	$(BIN)/python tests/soak/malformed.py --inputs 500
 
-lint: $(VENV)/.dev
+docs: $(VENV)/.dev ## the site in site/; a warning, such as a dead link, is an error
+	$(BIN)/zensical build --clean --strict
+
+lint: docs
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 

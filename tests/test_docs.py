@@ -20,7 +20,7 @@ from flowgen.nn import init
 
 PROJECT = Path(__file__).parent.parent
 
-PAGES = [PROJECT / "README.md", *sorted((PROJECT / "docs").glob("*.md")), *sorted((PROJECT / "configs").glob("*.py"))]
+PAGES = [PROJECT / "README.md", *sorted((PROJECT / "docs").rglob("*.md")), *sorted((PROJECT / "configs").glob("*.py"))]
 FENCE = re.compile(r"^( *)```(\w*)(?: title=\"(\S+)\")?\n(.*?)^ *```$", re.MULTILINE | re.DOTALL)
 # What blocks find in the folder that they run in: runs of these configs in their debug form, and a small autoencoder
 # where the published one would take minutes and gigabytes.
