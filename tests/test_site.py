@@ -1,15 +1,19 @@
 """The pages of the site are all in its navigation, link to what exists, and document every public name."""
 
+import ast
 import importlib
 import pkgutil
 import re
 import types
 from pathlib import Path
 
+import jax
 import pytest
 import yaml
 
 import flowgen
+from flowgen.decoding.request import DecodeResult
+from flowgen.runs.metrics import SPEED
 
 PROJECT = Path(__file__).parent.parent
 DOCS = PROJECT / "docs"
@@ -74,3 +78,49 @@ def test_pages_of_the_api_name_modules_that_exist():
     assert len(DOCUMENTED) > 90
     for name in DOCUMENTED:
         importlib.import_module(name)
+
+
+def test_pages_of_fields_and_numbers_are_as_the_code_says(monkeypatch):
+    monkeypatch.syspath_prepend(DOCS / "scripts")
+    reference = importlib.import_module("reference")
+    for name, page in reference.PAGES.items():
+        assert (DOCS / name).read_text() == page(), f"run python docs/scripts/reference.py, which writes docs/{name}"
+
+
+# One of each kind of model and loss.
+KINDS = (
+    *("tarflow_digits", "starflow_digits", "starflow_v_bouncing", "autoencoder_digits"),
+    *("cfm_moons", "meanflow_digits"),
+)
+
+
+def names_in_functions(package, functions):
+    """The keys of the dicts that functions with these names return or fill, read from the source of a package."""
+    for path in sorted(Path(package.__path__[0]).rglob("*.py")):
+        for node in ast.walk(ast.parse(path.read_text())):
+            if isinstance(node, ast.FunctionDef) and node.name in functions:
+                keys = [key for part in ast.walk(node) if isinstance(part, ast.Dict) for key in part.keys]
+                keys += [part.slice for part in ast.walk(node) if isinstance(part, ast.Subscript)]
+                yield from (key.value for key in keys if isinstance(key, ast.Constant) and isinstance(key.value, str))
+
+
+def printed_names():
+    """The names of metrics that training, evaluation and decoding report."""
+    names = {"loss", "lr", "grad_norm", "skipped", "skipped_in_a_row", *SPEED, *DecodeResult._fields} - {"x"}
+    for kind in KINDS:
+        experiment = flowgen.load_config(kind).debug()
+        rehearsal = experiment.rehearsal(experiment.build(), 4)
+        variables = jax.eval_shape(rehearsal.init, jax.random.key(0))
+        names |= set(jax.eval_shape(rehearsal.objective, variables, rehearsal.batch, jax.random.key(0))[1])
+    names |= set(names_in_functions(importlib.import_module("flowgen.evaluation"), ("point_metrics",)))
+    names |= set(names_in_functions(flowgen.experiments, ("evaluated", "sample_metrics", "_distortion")))
+    names |= {name for path in (PROJECT / "configs").glob("*.py") for name in flowgen.load_config(path).reference}
+    return names
+
+
+def test_the_glossary_explains_every_name_that_is_printed():
+    names = printed_names()
+    assert {"bits_per_dim", "nats_per_dim", "ess", "signed_npe", "error_estimate", "psnr_score", "frechet"} <= names
+    explained = set(re.findall(r"`([\w/]+)`", (DOCS / "glossary.md").read_text()))
+    words = {"by the score", "by the denoiser"}
+    assert {name for name in names - words if not name.startswith("mean_square/")} <= explained
