@@ -62,7 +62,7 @@ def folder(tmp_path_factory):
 
 
 # The others compile a network each.
-SHOWN = (("README.md", 0),)
+SHOWN = (("README.md", 0), ("classes.md", 0), ("importance.md", 0), ("points.md", 0))
 
 
 @pytest.mark.parametrize(

@@ -124,8 +124,8 @@ def numbers_page() -> str:
     published = [row for measured, row in references() if not measured]
     parts = (
         "# Reproducibility",
-        """Every number in these pages has a command. A run is determined by its config, seed and versions, up to rounding,
-on any number of devices. `config.json` in a run directory records the first two.""",
+        """Every number in these pages has a command. A run is determined by its config, seed and versions. Up to
+rounding, this holds for any number of devices. `config.json` in a run directory records the first two.""",
         "## Results of configs",
         """We measured these values on two CPU cores, mostly of a shared AMD EPYC, with jax 0.10.2. Training takes from
 one minute to about an hour; `metrics.jsonl` of a run records its speed. Another seed gives other values: the docstrings
