@@ -8,7 +8,7 @@ WORKERS := -n auto --maxprocesses 8 --dist loadfile
 # Another instruction set, without fused multiply-add, and one thread: sums in another order than on this processor.
 OTHERWISE := --xla_cpu_multi_thread_eigen=false $(if $(filter x86_64 amd64,$(shell uname -m)),--xla_cpu_max_isa=AVX)
 
-.PHONY: demo test test-slow test-numeric test-all soak docs lint types format clean
+.PHONY: demo test test-slow test-numeric test-all soak models docs lint types format clean
 
 demo: $(VENV)/.train ## train a TARFlow on the built-in digits, then draw samples
 	$(BIN)/python train.py --config configs/tarflow_digits.py --workdir runs/digits
@@ -31,6 +31,13 @@ test-all: $(VENV)/.dev ## the default suite and the slow tests in one
 soak: $(VENV)/.dev ## long trials: runs killed a hundred times, five hundred malformed files
 	$(BIN)/python tests/soak/kills.py --kills 100
 	$(BIN)/python tests/soak/malformed.py --inputs 500
+
+models: $(VENV)/.train ## train the models that ship with flowgen again, about five minutes on two idle cores
+	$(BIN)/python train.py --config configs/tarflow_digits.py --workdir runs/digits
+	$(BIN)/python train.py --config configs/cfm_digits.py --workdir runs/digits-cfm
+	rm -rf flowgen/models/digits flowgen/models/digits-cfm
+	$(BIN)/python -m flowgen export runs/digits --dtype float16 --license apache-2.0 --out flowgen/models/digits
+	$(BIN)/python -m flowgen export runs/digits-cfm --dtype float16 --license apache-2.0 --out flowgen/models/digits-cfm
 
 docs: $(VENV)/.dev ## the site in site/; a warning, such as a dead link, is an error
 	$(BIN)/zensical build --clean --strict

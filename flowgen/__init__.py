@@ -19,6 +19,9 @@ _NAMES = {
     "STARFlowVConfig": "flowgen.flows",
     "init": "flowgen.nn",
     "load": "flowgen.checkpoint",
+    "export": "flowgen.exports",
+    "from_pretrained": "flowgen.hub",
+    "push_to_hub": "flowgen.hub",
     "fit": "flowgen.experiments",
     "load_config": "flowgen.experiments",
     "Experiment": "flowgen.experiments",
@@ -41,6 +44,7 @@ _PACKAGES = (
     "flows",
     "matching",
     "nn",
+    "nnx",
     "runs",
     "text",
     "training",
@@ -55,12 +59,15 @@ if TYPE_CHECKING:
     from flowgen.experiments import VideoFlowExperiment as VideoFlowExperiment
     from flowgen.experiments import fit as fit
     from flowgen.experiments import load_config as load_config
+    from flowgen.exports import export as export
     from flowgen.flows import STARFlow as STARFlow
     from flowgen.flows import STARFlowConfig as STARFlowConfig
     from flowgen.flows import STARFlowV as STARFlowV
     from flowgen.flows import STARFlowVConfig as STARFlowVConfig
     from flowgen.flows import TARFlow as TARFlow
     from flowgen.flows import TARFlowConfig as TARFlowConfig
+    from flowgen.hub import from_pretrained as from_pretrained
+    from flowgen.hub import push_to_hub as push_to_hub
     from flowgen.nn import init as init
 
 

@@ -1,4 +1,4 @@
-"""Python access to run directories: `load` returns a run's model, and `write_run` creates a run from weights."""
+"""Python access to models: `load` returns the model of a run, and `write_run` creates a run from weights."""
 
 from __future__ import annotations
 
@@ -14,18 +14,20 @@ from flowgen.arrays import shown
 from flowgen.experiments import Experiment, from_json
 from flowgen.nn import init
 from flowgen.places import check_local
-from flowgen.runs import CHECKPOINTS, CheckpointReader, CheckpointStore, RunReader, write_config
+from flowgen.runs import CHECKPOINTS, CheckpointReader, CheckpointStore, RunReader, located, write_config
 
 
 def load(
     run_dir: str | Path, step: int | str | None = None, ema: bool = True, *, model: Any = None
 ) -> tuple[Any, Any, Experiment]:
-    """Returns a run's model, variables and experiment.
+    """Returns a model, its variables and its experiment, from a run or an exported model.
 
-    run_dir: the run's directory, or its URL in a bucket, of which only the chosen weights are then fetched.
+    run_dir: the run's directory, or its URL in a bucket, of which only the chosen weights are then fetched; the folder
+    of an exported model; the name of a model that ships with flowgen, such as "digits"; or hf://org/name, a model on
+    the Hugging Face Hub.
     step: a step number, None for the latest step, or "best" for the evaluated step with the lowest bits/dim or sample
     distance.
-    ema: whether to use the averaged parameters, if the run has them.
+    ema: whether to use the averaged parameters, if the run has them; an exported model has one kind of parameters.
     model: the model that was passed to `fit`; if None, the model is built from the experiment.
 
     Raises:
@@ -33,7 +35,7 @@ def load(
         ValueError: the checkpoint is damaged or does not fit the config.
 
     Example:
-        flow, params, experiment = load("runs/digits")
+        flow, params, experiment = load("digits")
     """
     flow, variables, experiment = load_on_host(run_dir, step, ema, model=model)
     return flow, jax.tree.map(jnp.asarray, variables), experiment
@@ -50,10 +52,10 @@ def load_on_host(
     """
     if not isinstance(run_dir, str | os.PathLike):
         raise ValueError(f"run_dir must be the path of a run's directory, not {shown(run_dir)}.")
-    run = RunReader(run_dir)
+    run = RunReader(located(run_dir))
     with run.named():
         experiment, reader = from_json(run.config()), run.checkpoints
-        step = _choose(reader, run_dir, step, experiment.best_metric)
+        step = chosen_step(reader, run_dir, step, experiment.best_metric)
         try:
             experiment.check_resumable(reader.manifest(step)["config"])
         except ValueError as error:
@@ -102,7 +104,12 @@ def check_new(run_dir: str | Path) -> None:
         raise PermissionError(f"You have no permission to write to {run_dir}; give another directory.")
 
 
-def _choose(reader: CheckpointReader, run_dir: str | Path, step: int | str | None, best_metric: str) -> int:
+def chosen_step(reader: CheckpointReader, run_dir: str | Path, step: int | str | None, best_metric: str) -> int:
+    """Returns the number of the checkpoint that `load` reads. Raises FileNotFoundError if there is none.
+
+    Example:
+        step = chosen_step(run.checkpoints, "runs/digits", "best", experiment.best_metric)
+    """
     steps = reader.steps()
     if not steps:
         reader.check_not_broken()

@@ -1,4 +1,4 @@
-"""Counts the FLOP and estimates the memory of a traced program from its jaxpr.
+"""Counts the FLOP, the memory traffic and the kernels of a traced program from its jaxpr, and estimates its memory.
 
 XLA's own cost analysis counts the body of a loop only once, and its buffer assignment is specific to one backend. The
 counts here do not involve a compiler. They are therefore the same on every machine, and take no longer than tracing.
@@ -24,6 +24,10 @@ OPTIMIZER = "optimizer_update"  # the scope in which a training step calls its o
 NOT_STORED = frozenset({"broadcast_in_dim", "iota"})
 # Operations whose results cannot reuse the memory of an operand.
 PRODUCTS = frozenset({"dot_general", "conv_general_dilated"})
+# Operations that need a kernel of their own, besides products.
+LAUNCHED = frozenset(
+    {"reduce_max", "reduce_min", "reduce_sum", "cumsum", "cumprod", "dynamic_update_slice", "scatter", "sort"}
+)
 
 
 def flop_of(jaxpr: Jaxpr) -> dict[str, float]:
@@ -82,6 +86,40 @@ def peak_of(jaxpr: Jaxpr) -> int:
         stored |= made
         now += out - freed
     return peak
+
+
+def traffic_of(jaxpr: Jaxpr) -> float:
+    """Returns the bytes that the matrix products of a traced program read and write.
+
+    Each product is assumed to read its operands and to write its result once, and all other operations to be fused
+    into the products. The body of a scan is counted once per iteration, and other bodies once.
+
+    Example:
+        traffic = traffic_of(jax.make_jaxpr(step)(state, batch).jaxpr)
+    """
+    total = 0.0
+    for eqn in jaxpr.eqns:
+        if _name(eqn) in PRODUCTS:
+            total += sum(_bytes(x) for x in _arrays([*eqn.invars, *eqn.outvars]))
+        total += _iterations(eqn) * sum(traffic_of(body) for body in jaxprs_in_params(eqn.params))
+    return total
+
+
+def kernels_of(jaxpr: Jaxpr) -> int:
+    """Estimates how many kernels an accelerator launches for a traced program.
+
+    A compiler fuses operations that act on each element separately into their neighbours. What remains is one kernel
+    for each matrix product, reduction and update of a part of an array. The body of a scan is counted once per
+    iteration, and other bodies once.
+
+    Example:
+        kernels = kernels_of(jax.make_jaxpr(step)(state, batch).jaxpr)
+    """
+    total = 0
+    for eqn in jaxpr.eqns:
+        total += _name(eqn) in LAUNCHED or _name(eqn) in _FORMULAS
+        total += _iterations(eqn) * sum(kernels_of(body) for body in jaxprs_in_params(eqn.params))
+    return total
 
 
 def bytes_of(tree: Any) -> int:

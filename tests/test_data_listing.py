@@ -234,7 +234,7 @@ def test_all_images_of_a_class_held_out_are_told(tmp_path, caplog):
 def test_a_run_inside_the_data_is_none_of_them(tmp_path, place, lost):
     classes(tmp_path, cat=2, dog=1)
     with RunWriter(tmp_path / place, keep=1, best_metric="loss") as record:
-        record.begin({"seed": 1}, first_step=None, last_step=3, tensorboard=False, bar=False)
+        record.begin({"seed": 1}, first_step=None, last_step=3, tensorboard=False, bar=False, tracker="none")
         record.save_last(3, {"w": np.zeros(2, np.float32)})
         record.draw(3, np.zeros((8, 8, 3), np.uint8))
     if lost:

@@ -38,6 +38,7 @@ LEVELS = {
     "flowgen.matching.mean_flow": 1,
     "flowgen.matching": 2,
     "flowgen.documents": -1,
+    "flowgen.safetensors": 0,
     "flowgen.data.media": 0,
     "flowgen.data.inventory": 0,
     "flowgen.nn": 0,
@@ -56,8 +57,13 @@ LEVELS = {
     "flowgen.convert": 5,
     "flowgen.experiments": 6,
     "flowgen.checkpoint": 7,
-    "flowgen.cli": 8,
-    "flowgen.__main__": 9,
+    "flowgen.cards": 7,
+    "flowgen.exports": 8,
+    "flowgen.hub": 9,
+    "flowgen.nnx": 4,
+    "flowgen.report": 8,
+    "flowgen.cli": 9,
+    "flowgen.__main__": 10,
 }
 # The lazy front door names packages without importing them.
 FRONT_DOOR = "flowgen"

@@ -94,6 +94,16 @@ def flat_dot(
     return out.reshape(*x.shape[:-1], kernel.shape[-1])
 
 
+def convert_at_use(kernel: Array, x: Array) -> tuple[Array, Array]:
+    """Returns the kernel in the dtype of x, and x unchanged, so that their product reads the kernel's own dtype.
+
+    XLA moves conversions of constants out of loops. A token loop would then read a larger copy of the kernel in each
+    pass. This conversion waits for x, which changes in each pass.
+    """
+    kernel, x = lax.optimization_barrier((kernel, x))
+    return kernel.astype(x.dtype), x
+
+
 def nan_if(condition: Array, dtype: DTypeLike) -> Array:
     """Returns NaN where the condition is True and 0 elsewhere; add the result to an array to make these entries NaN.
 

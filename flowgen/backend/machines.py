@@ -1,4 +1,4 @@
-"""Memory and peak matrix-multiply throughput of known accelerators, from the manufacturers' specifications."""
+"""Known accelerators: memory, bandwidth and peak matrix-multiply throughput, from manufacturers' specifications."""
 
 from __future__ import annotations
 
@@ -26,7 +26,8 @@ class Machine:
     kinds: the values of JAX's `device_kind` that identify the accelerator. memory: the advertised memory, in GB of 10^9
     bytes; if a GPU has more, the rest is left to the driver. bfloat16: peak matrix-multiply throughput in TFLOP/s for
     bfloat16 or float16 inputs and float32 accumulation. float32: the same for float32 inputs at JAX's default
-    precision, which uses TF32 on GPUs and a single bfloat16 product on TPUs. source: where the numbers are published.
+    precision, which uses TF32 on GPUs and a single bfloat16 product on TPUs. bandwidth: that of the memory, in GB/s.
+    source: where the numbers are published.
     """
 
     name: str
@@ -34,6 +35,7 @@ class Machine:
     memory: int
     bfloat16: float
     float32: float
+    bandwidth: int
     source: str
 
     def peak(self, dtype: str) -> float | None:
@@ -43,21 +45,21 @@ class Machine:
 
 
 MACHINES = (
-    Machine("H100 80 GB", ("NVIDIA H100 80GB HBM3",), 80, 989.4, 494.7, _H100),
-    Machine("H100 PCIe", ("NVIDIA H100 PCIe",), 80, 756.0, 378.0, _H100),
-    Machine("H100 NVL", ("NVIDIA H100 NVL",), 94, 835.5, 417.5, _H100_NVL),
-    Machine("H200 141 GB", ("NVIDIA H200",), 141, 989.4, 494.7, _H200),
-    Machine("B200", ("NVIDIA B200",), 180, 2250.0, 1125.0, _BLACKWELL),
-    Machine("A100 40 GB", ("NVIDIA A100-SXM4-40GB", "NVIDIA A100-PCIE-40GB"), 40, 312.0, 156.0, _A100),
-    Machine("A100 80 GB", ("NVIDIA A100-SXM4-80GB", "NVIDIA A100 80GB PCIe"), 80, 312.0, 156.0, _A100),
-    Machine("L40S", ("NVIDIA L40S",), 48, 362.05, 183.0, _L40S),
-    Machine("RTX 3090 24 GB", ("NVIDIA GeForce RTX 3090",), 24, 71.2, 35.6, _RTX_BLACKWELL),
-    Machine("RTX 4090 24 GB", ("NVIDIA GeForce RTX 4090",), 24, 165.2, 82.6, _ADA),
-    Machine("RTX 5090 32 GB", ("NVIDIA GeForce RTX 5090",), 32, 209.5, 104.8, _RTX_BLACKWELL),
-    Machine("TPU v4 32 GB", ("TPU v4",), 32, 275.0, 275.0, _TPU),
-    Machine("TPU v5e 16 GB", ("TPU v5 lite", "TPU v5e"), 16, 197.0, 197.0, _TPU),
-    Machine("TPU v5p 95 GB", ("TPU v5", "TPU v5p"), 95, 459.0, 459.0, _TPU),
-    Machine("TPU v6e 32 GB", ("TPU v6 lite", "TPU v6e"), 32, 918.0, 918.0, _TPU),
+    Machine("H100 80 GB", ("NVIDIA H100 80GB HBM3",), 80, 989.4, 494.7, 3350, _H100),
+    Machine("H100 PCIe", ("NVIDIA H100 PCIe",), 80, 756.0, 378.0, 2000, _H100),
+    Machine("H100 NVL", ("NVIDIA H100 NVL",), 94, 835.5, 417.5, 3900, _H100_NVL),
+    Machine("H200 141 GB", ("NVIDIA H200",), 141, 989.4, 494.7, 4800, _H200),
+    Machine("B200", ("NVIDIA B200",), 180, 2250.0, 1125.0, 8000, _BLACKWELL),
+    Machine("A100 40 GB", ("NVIDIA A100-SXM4-40GB", "NVIDIA A100-PCIE-40GB"), 40, 312.0, 156.0, 1555, _A100),
+    Machine("A100 80 GB", ("NVIDIA A100-SXM4-80GB", "NVIDIA A100 80GB PCIe"), 80, 312.0, 156.0, 1935, _A100),
+    Machine("L40S", ("NVIDIA L40S",), 48, 362.05, 183.0, 864, _L40S),
+    Machine("RTX 3090 24 GB", ("NVIDIA GeForce RTX 3090",), 24, 71.2, 35.6, 936, _RTX_BLACKWELL),
+    Machine("RTX 4090 24 GB", ("NVIDIA GeForce RTX 4090",), 24, 165.2, 82.6, 1008, _ADA),
+    Machine("RTX 5090 32 GB", ("NVIDIA GeForce RTX 5090",), 32, 209.5, 104.8, 1792, _RTX_BLACKWELL),
+    Machine("TPU v4 32 GB", ("TPU v4",), 32, 275.0, 275.0, 1228, _TPU),
+    Machine("TPU v5e 16 GB", ("TPU v5 lite", "TPU v5e"), 16, 197.0, 197.0, 819, _TPU),
+    Machine("TPU v5p 95 GB", ("TPU v5", "TPU v5p"), 95, 459.0, 459.0, 2765, _TPU),
+    Machine("TPU v6e 32 GB", ("TPU v6 lite", "TPU v6e"), 32, 918.0, 918.0, 1640, _TPU),
 )
 
 

@@ -1,4 +1,4 @@
-"""The commands of `python -m flowgen`: train, sample, evaluate, encode, convert and info.
+"""The commands of `python -m flowgen`: train, sample, evaluate, report, encode, convert, export and info.
 
 The scripts `train.py` and `sample.py` run the commands of the same names. On a user error, a command prints one
 sentence to standard error and exits with code 2 before it computes anything.
@@ -20,7 +20,7 @@ from types import ModuleType
 from typing import NoReturn, TextIO
 
 from flowgen import huge_pages
-from flowgen.cli import convert, encode, evaluate, info, sample, train
+from flowgen.cli import convert, encode, evaluate, export, info, report, sample, train
 from flowgen.cli.options import as_sentence
 
 EXIT_MISTAKE = 2
@@ -32,7 +32,7 @@ MISTAKES = (ValueError, OSError, ImportError)
 OUT_OF_MEMORY = "RESOURCE_EXHAUSTED"  # the runtime's name for this error
 
 # Commands whose options may be followed by fields of the config.
-TAKES_FIELDS = ("train", "sample", "info", "evaluate", "encode")
+TAKES_FIELDS = ("train", "sample", "info", "evaluate", "report", "encode")
 
 # The options of which a command needs one, and the options that take no value.
 NEEDS = {
@@ -46,8 +46,10 @@ COMMANDS: dict[str, tuple[ModuleType, str]] = {
     "train": (train, "Train a model, or resume a run."),
     "sample": (sample, "Draw samples from a trained model."),
     "evaluate": (evaluate, "Print the metrics of a model on its data, such as bits per dimension."),
+    "report": (report, "Write an HTML page about a run: curves, samples, decoding, data and config."),
     "encode": (encode, "Compute and store the latents and text features of a dataset."),
     "convert": (convert, "Create a run directory from published weights."),
+    "export": (export, "Write the model of a run to a folder of open formats."),
     "info": (info, "Print the fields of a config or a run."),
 }
 
@@ -177,7 +179,9 @@ def _check_strays(words: list[str]) -> None:
 
 def _names(option: str, word: str) -> bool:
     if option == "--checkpoint":
-        return os.path.isdir(word)
+        from flowgen.runs.located import shipped_models
+
+        return os.path.isdir(word) or word in shipped_models()
     from flowgen.experiments.files import config_path
 
     try:

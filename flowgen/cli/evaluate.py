@@ -6,12 +6,12 @@ import argparse
 import dataclasses
 from typing import Any
 
-from flowgen.cli.options import SHARING, load_run, placed, say, step_or_best, warn_of_guidance
+from flowgen.cli.options import CHECKPOINT, SHARING, load_run, placed, say, step_or_best, warn_of_guidance
 
 
 def declare(parser: argparse.ArgumentParser) -> None:
     """Adds the command's options to its parser."""
-    parser.add_argument("--checkpoint", required=True, help="directory or URL of a run")
+    parser.add_argument("--checkpoint", required=True, help=CHECKPOINT)
     parser.add_argument("--step", type=step_or_best, help="checkpoint to use: a number, or best (default: the latest)")
     parser.epilog = (
         "To use other data, add --data.name folder --data.path DIR. To change how samples are drawn, add fields such "
@@ -42,7 +42,9 @@ def run(options: argparse.Namespace, rest: list[str]) -> int:
     from flowgen.experiments.autoregressive import AutoregressiveExperiment
     from flowgen.experiments.distances import SAMPLES_AT_ONCE
     from flowgen.experiments.tuning import TUNED, with_tuned_plan
+    from flowgen.runs import located
 
+    options.checkpoint = str(located(options.checkpoint))
     model, params, trained = load_run(options.checkpoint, options.step)
     groups = ("data", "sampling", "codec.path", "text.encoder", "train.parallel")
     _check_data(rest)

@@ -7,7 +7,7 @@ import math
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from flowgen.cli.options import described, num_parameters, say, trains_alone, value_lines
+from flowgen.cli.options import CHECKPOINT, described, num_parameters, say, trains_alone, value_lines
 
 if TYPE_CHECKING:
     from flowgen.backend import Machine
@@ -32,7 +32,7 @@ def declare(parser: argparse.ArgumentParser) -> None:
     """Adds the command's options to its parser."""
     group = parser.add_mutually_exclusive_group(required=True)
     group.add_argument("--config", help="Python file with config(), or the name of one, such as tarflow_digits")
-    group.add_argument("--checkpoint", help="directory or URL of a run")
+    group.add_argument("--checkpoint", help=CHECKPOINT)
     parser.add_argument(
         "--debug", action="store_true", help="with --config: show the experiment that train.py --debug runs"
     )
@@ -48,7 +48,7 @@ def run(options: argparse.Namespace, rest: list[str]) -> int:
     from flowgen.cli.grammar import chosen_settings, load_experiment, split_names
     from flowgen.experiments import from_json
     from flowgen.experiments.attention import attention_lines, on_any_device
-    from flowgen.runs import RunReader
+    from flowgen.runs import RunReader, located
     from flowgen.settings import settings
 
     names, words = split_names(rest)
@@ -56,7 +56,7 @@ def run(options: argparse.Namespace, rest: list[str]) -> int:
         given = ["--debug"] * options.debug + words
         if given:
             raise ValueError(f"{given[0]} is not an option of info --checkpoint; see --help.")
-        run = RunReader(options.checkpoint)
+        run = RunReader(located(options.checkpoint))
         with run.named():
             experiment, steps = from_json(run.config()), run.checkpoints.steps()
     else:
@@ -189,7 +189,12 @@ def _flop_lines(cost: TrainingCost, drawn: SamplingCost | None, batch_size: int)
         return [line]
     if drawn.flop is not None:
         line += f" in training; {with_prefix(drawn.flop)}FLOP to draw a sample"
-    return [line] + ([f"decoding cache: {_bytes(drawn.cache)} per sample"] if drawn.cache else [])
+    read = ", ".join(f"{_bytes(size)} in {dtype}" for dtype, size in drawn.read.items())
+    return [
+        line,
+        *([f"decoding cache: {_bytes(drawn.cache)} per sample"] if drawn.cache else []),
+        *([f"weights that decoding reads per pass through all blocks: {read}"] if read else []),
+    ]
 
 
 def _training_fit(cost: TrainingCost, rows: int, machine: Machine) -> str:

@@ -25,6 +25,7 @@ WIDTH = 120  # characters in a line of values
 MAX_VALUE = 60  # characters of a value in such a line
 BYTES_OF_PARAMETER = 4
 MAX_MESSAGE = 4000  # characters
+CHECKPOINT = "run, exported folder, shipped model such as digits, or hf://org/name"
 SHARING = (
     "--train.parallel fsdp divides the parameters over the devices of this host, for a model that does not fit on one; "
     "data copies them to every device. The default is the run's."
@@ -164,11 +165,11 @@ def warn_of_guidance(experiment: Experiment, run_dir: str) -> None:
     There is no warning for imported weights, whose unconditional branch may have been trained elsewhere.
     """
     from flowgen.experiments.autoregressive import AutoregressiveExperiment
-    from flowgen.runs import RunReader
+    from flowgen.runs import RunReader, located
 
     # The run is only read if samples are guided, because a run in a bucket is then listed once more.
     is_guided = isinstance(experiment, AutoregressiveExperiment) and experiment.sampling.guidance
-    if is_guided and RunReader(run_dir).checkpoints.was_trained():
+    if is_guided and RunReader(located(run_dir)).checkpoints.was_trained():
         experiment.warn_of_guidance()
 
 

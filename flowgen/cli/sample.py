@@ -9,13 +9,13 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from flowgen.cli.options import SHARING, load_run, placed, say, step_or_best, warn_of_guidance
+from flowgen.cli.options import CHECKPOINT, SHARING, load_run, placed, say, step_or_best, warn_of_guidance
 from flowgen.packages import missing
 
 
 def declare(parser: argparse.ArgumentParser) -> None:
     """Adds the command's options to its parser."""
-    parser.add_argument("--checkpoint", required=True, help="directory or URL of a run")
+    parser.add_argument("--checkpoint", required=True, help=CHECKPOINT)
     parser.add_argument("--step", type=step_or_best, help="checkpoint to use: a number, or best (default: the latest)")
     parser.add_argument("--no-ema", action="store_true", help="use the trained parameters, not their average")
     parser.add_argument(
@@ -64,6 +64,7 @@ def run(options: argparse.Namespace, rest: list[str]) -> int:
     from flowgen.cli.grammar import apply_words
     from flowgen.cli.output import Output
     from flowgen.places import Destination, check_local
+    from flowgen.runs import located
 
     for name in ("single", "prompts"):
         check_local(f"--{name}", getattr(options, name) or "")
@@ -71,6 +72,7 @@ def run(options: argparse.Namespace, rest: list[str]) -> int:
     output = Output(destination.path, None if options.single is None else Path(options.single))
     output.check()
     prompts = _prompts(options)
+    options.checkpoint = str(located(options.checkpoint))  # a tuned plan is in the same folder
     model, params, experiment = load_run(options.checkpoint, options.step, ema=not options.no_ema)
     make_options = experiment.draw_options
     if make_options is None:

@@ -3,22 +3,18 @@
 from __future__ import annotations
 
 import itertools
-import math
 import os
 from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
-import jax.numpy as jnp
 import numpy as np
 
 from flowgen.convert.torch_files import PICKLE_MAGIC, ZIP_MAGIC, open_torch
 from flowgen.convert.torch_pickle import StoredTensor
-from flowgen.documents import MAX_BYTES, check_regular, parse_json
+from flowgen.documents import check_regular
+from flowgen.safetensors import read_safetensors
 
-# Maximum size of a safetensors header, in bytes. The format allows headers six times as large, but the largest models #
-# have headers a hundred times smaller.
-_MAX_HEADER = MAX_BYTES
 # The tensors of a file may be this many times as large as the file. The limit is above 1 because tied weights share #
 # bytes.
 _MAX_VIEWS = 4
@@ -26,24 +22,6 @@ _MAX_LOOKED_AT = 100_000  # dictionary visits, including repeated ones, in the s
 _MAX_NAMED = 8  # maximum number of names in an error message
 _MAX_DEPTH = 4  # maximum nesting depth of the search for a state dict
 _LFS_POINTER = b"version https://git-lfs"
-_DTYPES = {
-    "F64": "float64",
-    "F32": "float32",
-    "F16": "float16",
-    "BF16": "bfloat16",
-    "F8_E4M3": "float8_e4m3fn",
-    "F8_E5M2": "float8_e5m2",
-    "F8_E8M0": "float8_e8m0fnu",
-    "I64": "int64",
-    "I32": "int32",
-    "I16": "int16",
-    "I8": "int8",
-    "U64": "uint64",
-    "U32": "uint32",
-    "U16": "uint16",
-    "U8": "uint8",
-    "BOOL": "bool",
-}
 
 
 def check_weight_file(path: str | os.PathLike[str]) -> None:
@@ -91,7 +69,7 @@ def read_state_dict(path: str | os.PathLike[str], *, entry: str | None = None) -
     if start[8:9] == b"{":
         if entry is not None:
             raise ValueError(f"'{path}' is a flat safetensors file, so it has no entry '{entry}'; leave out entry.")
-        return _read_safetensors(path)
+        return read_safetensors(path)
     if start.startswith(_LFS_POINTER):
         raise ValueError(f"'{path}' is a Git LFS pointer, not the weights; fetch them with git lfs pull.")
     raise ValueError(
@@ -176,54 +154,3 @@ def _check_size(path: Path, tensors: Mapping[str, np.ndarray]) -> None:
             f"'{path}' has {size:,} bytes, but its tensors take {described:,}, more than {_MAX_VIEWS} times as many; "
             "call .clone() on every tensor and save them again."
         )
-
-
-def _read_safetensors(path: Path) -> dict[str, np.ndarray]:
-    """Returns the tensors of a safetensors file by name.
-
-    The file consists of the header's length as a little-endian uint64, the header as JSON, and the tensors, with no
-    gaps.
-    """
-    content = np.memmap(path, np.uint8, mode="r")
-    length = int.from_bytes(content[:8].tobytes(), "little")
-    if length > min(_MAX_HEADER, content.size - 8):
-        raise ValueError(
-            f"'{path}' is truncated or not a safetensors file: its header claims to have {length} bytes, but may have "
-            f"at most {min(_MAX_HEADER, content.size - 8)}."
-        )
-    try:
-        header = parse_json(content[8 : 8 + length].tobytes())
-        spans = [
-            (
-                *_naturals(spec["data_offsets"]),
-                name,
-                jnp.dtype(_DTYPES[spec["dtype"]]),
-                _naturals(spec["shape"]),
-            )
-            for name, spec in header.items()
-            if name != "__metadata__"
-        ]
-        spans.sort(key=lambda span: span[:2])
-        body, position, tensors = content[8 + length :], 0, {}
-        described = max((stop for _, stop, *_ in spans), default=0)
-        if described != body.size:
-            raise ValueError(f"it has {body.size} bytes of tensors, but its header describes {described}")
-        for start, stop, name, dtype, shape in spans:
-            if start != position or stop - start != math.prod(shape) * dtype.itemsize:
-                raise ValueError(
-                    f"tensor {name[:80]!r} does not start where the previous one ends, or has the wrong size"
-                )
-            tensors[name] = body[start:stop].view(np.ndarray).view(dtype).reshape(shape)
-            position = stop
-    except (ValueError, TypeError, KeyError, AttributeError, RecursionError) as error:
-        raise ValueError(
-            f"'{path}' is damaged or not a safetensors file ({type(error).__name__}: {str(error)[:200]}); "
-            "download the file again."
-        ) from error
-    return {name: tensors[name] for name in header if name in tensors}
-
-
-def _naturals(values: Any) -> tuple[int, ...]:
-    if not isinstance(values, list) or not all(type(value) is int and 0 <= value < 1 << 63 for value in values):
-        raise ValueError(f"{values!r:.80} is not a list of sizes")
-    return tuple(values)

@@ -1,7 +1,8 @@
 """Inversion of autoregressive flows: sequential and parallel decoding, guidance and sampling."""
 
 from flowgen.decoding.clips import Clip
-from flowgen.decoding.plan import DecodePlan, Jacobi, Sequential, SlidingWindow, resolve_plan
+from flowgen.decoding.costs import DeviceSpeed, PassCost, device_speed, pass_cost, predicted_cost
+from flowgen.decoding.plan import DecodePlan, Jacobi, LowPrecision, Sequential, SlidingWindow, resolve_plan
 from flowgen.decoding.request import DecodeResult, Denoiser
 from flowgen.decoding.sampler import invert, sample, sample_and_log_prob
 from flowgen.decoding.tuning import Measurement, Tuning, measure_plans, tune
@@ -12,15 +13,21 @@ __all__ = [
     "DecodePlan",
     "DecodeResult",
     "Denoiser",
+    "DeviceSpeed",
     "Guidance",
     "Jacobi",
+    "LowPrecision",
     "Measurement",
+    "PassCost",
     "Sequential",
     "SlidingWindow",
     "Tuning",
+    "device_speed",
     "invert",
     "linear_rule",
     "measure_plans",
+    "pass_cost",
+    "predicted_cost",
     "product_rule",
     "resolve_plan",
     "sample",

@@ -18,9 +18,19 @@ from flowgen.conditioning import Condition, unconditional
 from flowgen.decoding.implicit import back_substitution, with_derivatives
 from flowgen.decoding.jacobi import Conditioner, PreviousFrame, Solution, ignore, solve
 from flowgen.decoding.layout import Segments
-from flowgen.decoding.plan import BlockPlan, Jacobi, Sequential, SlidingWindow
+from flowgen.decoding.plan import (
+    BlockPlan,
+    Jacobi,
+    LowPrecision,
+    RoundedDtype,
+    Sequential,
+    SlidingWindow,
+    SolverPlan,
+    solver_plans,
+)
 from flowgen.decoding.request import DecodeRequest
 from flowgen.decoding.sliding import solve_sliding
+from flowgen.decoding.weights import rounded_config
 from flowgen.flows.affine import reorder, to_data, to_noise
 from flowgen.flows.block import (
     AutoregressiveBlock,
@@ -125,6 +135,10 @@ class GuidedBlock:
             stages=stages,
         )
 
+    def rounded(self, variables: Variables, dtype: RoundedDtype) -> GuidedBlock:
+        """Returns the block with rounded variables; see `flowgen.decoding.weights.rounded_weights`."""
+        return replace(self, block=AutoregressiveBlock(rounded_config(self.block.config, dtype)), variables=variables)
+
     def parameters(
         self, previous: Float[Array, "b w c"], start: Start, caches: tuple | None
     ) -> tuple[Float[Array, "b w c"], Float[Array, "b w c"], tuple | None]:
@@ -171,6 +185,7 @@ def inverse(
     z: Float[Array, "b n c"],
     is_reversed: Bool[Array, ""] | bool,
     context: Float[Array, "b m c"] | None = None,
+    rounded: Variables | None = None,
     *,
     plan: BlockPlan,
     layers: int,
@@ -183,6 +198,7 @@ def inverse(
     guided: a block with a `decoding_config`.
     is_reversed: whether the block's order is "reversed"; blocks of both orders share this compiled program.
     context: the tokens before the first token to decode; only for blocks in raster order without passthrough tokens.
+    rounded: the block's rounded variables, for plans of low precision; see `flowgen.decoding.weights`.
     layers: total number of layers in the compiled program; with more layers, the cache grows in fewer stages.
     solved: a function that is called on the device after each window, with the number of tokens solved in that window.
     """
@@ -193,14 +209,17 @@ def inverse(
         return jnp.where(is_reversed, reorder(tokens, "reversed"), tokens)
 
     u = reordered(each_frame(z, config.frames))
-    fixed, tokens, known = jax.lax.stop_gradient((guided, u, u[:, :passthrough] if context is None else context))
+    parts = guided, rounded, u, u[:, :passthrough] if context is None else context
+    fixed, rounded, tokens, known = jax.lax.stop_gradient(parts)
     noise = tokens[:, passthrough:]
+    layers *= len(solver_plans(plan))
     stages = cache_stages(noise.shape[1], layers) if block.has_growing_caches else 1
-    conditioner = fixed.conditioner(known, stages, solved)
-    if isinstance(plan, SlidingWindow):
-        solution = solve_sliding(conditioner, noise, plan)
+    if isinstance(plan, LowPrecision):
+        assert rounded is not None
+        cheap = fixed.rounded(rounded, plan.dtype).conditioner(known, stages, solved)
+        solution = _polished(plan, cheap, fixed.conditioner(known, stages), noise)
     else:
-        solution = solve(conditioner, noise, Jacobi(window=1, tol=0.0) if isinstance(plan, Sequential) else plan)
+        solution = _solution(plan, fixed.conditioner(known, stages, solved), noise)
     x = jnp.concatenate([tokens[:, :passthrough], solution.x], axis=1).reshape(z.shape)
     x = with_derivatives(guided, x, u.reshape(z.shape), context)
     return Solution(
@@ -209,6 +228,27 @@ def inverse(
         residual=solution.residual.reshape(len(z), config.frames).max(axis=1),
         overflows=solution.overflows.reshape(len(z), config.frames).sum(axis=1),
         unsolved=solution.unsolved,
+    )
+
+
+def _solution(
+    plan: SolverPlan, conditioner: Conditioner, noise: Float[Array, "b n c"], guess: Float[Array, "b n c"] | None = None
+) -> Solution:
+    if isinstance(plan, SlidingWindow):
+        return solve_sliding(conditioner, noise, plan, guess)
+    return solve(conditioner, noise, Jacobi(window=1, tol=0.0) if isinstance(plan, Sequential) else plan, guess)
+
+
+def _polished(plan: LowPrecision, cheap: Conditioner, exact: Conditioner, noise: Float[Array, "b n c"]) -> Solution:
+    """The tokens decoded by a cheap conditioner and then, unless `plan.polish` is None, repaired by the exact one."""
+    first = _solution(plan.plan, cheap, noise)
+    if plan.polish is None:
+        return first
+    polished = _solution(plan.polish, exact, noise, first.x)
+    return polished._replace(
+        sweeps=jnp.concatenate([first.sweeps, polished.sweeps]),
+        overflows=first.overflows + polished.overflows,
+        unsolved=jnp.concatenate([jnp.zeros_like(first.unsolved), polished.unsolved]),  # The polish repairs the others.
     )
 
 

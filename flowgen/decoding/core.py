@@ -28,8 +28,15 @@ from flowgen.decoding.certificate import error, estimated_error
 from flowgen.decoding.denoising import denoised, enter_last_block
 from flowgen.decoding.jacobi import Solution, ignore
 from flowgen.decoding.layout import scan_segments
+from flowgen.decoding.plan import LowPrecision, rounded_dtypes
 from flowgen.decoding.request import DecodeRequest, DecodeResult, SampleKeys
-from flowgen.decoding.weights import Weights, decoding_weights, unstacked_weights
+from flowgen.decoding.weights import (
+    SomeWeights,
+    decoding_weights,
+    new_rounded_weights,
+    rounded_weights,
+    unstacked_weights,
+)
 from flowgen.flows.block import Variables, decoding_config
 from flowgen.flows.density import Flow
 from flowgen.nn.layers import master_dtype
@@ -38,9 +45,13 @@ from flowgen.nn.layers import master_dtype
 @jax.tree_util.register_dataclass
 @dataclass(frozen=True)
 class _Blocks:
-    """The blocks' variables for decoding and, for each block, the number of layers in the program that inverts it."""
+    """The blocks' variables for decoding and, for each block, the number of layers in the program that inverts it.
 
-    weights: Weights
+    rounded: the rounded variables of the blocks whose plans need them. A block that needs no others has weights None.
+    """
+
+    weights: SomeWeights
+    rounded: SomeWeights
     layers: tuple[int, ...] = field(metadata={"static": True})
 
 
@@ -70,7 +81,7 @@ def run(request: DecodeRequest) -> DecodeResult:
     mesh, axis = rows_mesh(request.rows, params) or (None, None)
     params = copies(params, mesh)
     traced = any(isinstance(leaf, Tracer) for leaf in jax.tree.leaves((params, request)))
-    weights = None if traced else decoding_weights(request.flow.config, params)
+    weights = None if traced else _weights(request, params)
     if mesh is None:
         return keep_rows(_run, (params, weights), request)
     result = _run_on_own_rows((params, weights), request, mesh=mesh, axis=axis)
@@ -81,9 +92,22 @@ def run(request: DecodeRequest) -> DecodeResult:
     return result._replace(sweeps=jnp.asarray(sweeps.max(axis=0)), unsolved=jnp.asarray(unsolved.any(axis=0)))
 
 
+# The parameters and, unless they are traced, the weights for decoding.
+_AllVariables = tuple[Variables, tuple[SomeWeights, SomeWeights] | None]
+
+
+def _weights(request: DecodeRequest, params: Variables) -> tuple[SomeWeights, SomeWeights]:
+    """The cached weights that the plan of each block reads, and the rounded ones."""
+    config, plan = request.flow.config, request.plan
+    needed = [not isinstance(block, LowPrecision) or block.polish is not None for block in plan.blocks]
+    weights = decoding_weights(config, params) if any(needed) else (None,) * len(needed)
+    read = (own if is_needed else None for own, is_needed in zip(weights, needed, strict=True))
+    return tuple(read), rounded_weights(config, params, rounded_dtypes(plan))
+
+
 @partial(jax.jit, static_argnames=("mesh", "axis"))
 def _run_on_own_rows(
-    variables: tuple[Variables, Weights | None], request: DecodeRequest, *, mesh: Mesh, axis: str | tuple
+    variables: _AllVariables, request: DecodeRequest, *, mesh: Mesh, axis: str | tuple
 ) -> DecodeResult:
     """The result of `_run`, except that `sweeps` and `unsolved` have the shape `devices blocks windows`."""
 
@@ -98,17 +122,16 @@ def _run_on_own_rows(
     return on_own_rows(run_one, mesh, (WHOLE, specs), axis)(variables, leaves)
 
 
-def _run(
-    variables: tuple[Variables, Weights | None], request: DecodeRequest, *, in_one_program: bool = False
-) -> DecodeResult:
+def _run(variables: _AllVariables, request: DecodeRequest, *, in_one_program: bool = False) -> DecodeResult:
     params, weights = variables
     config, layout = request.flow.config, request.layout
     layers = tuple(block.transformer.num_layers for block in config.blocks)
     if weights is None:  # inside a program that the caller compiles
-        weights, in_one_program = unstacked_weights(config, params), True
+        rounded = new_rounded_weights(config, params, rounded_dtypes(request.plan))
+        weights, in_one_program = (unstacked_weights(config, params), rounded), True
     if in_one_program:
         layers = (sum(layers),) * len(layers)
-    blocks = _Blocks(weights, layers)
+    blocks = _Blocks(*weights, layers)
     noise, given = _begin(request.with_params(params))
     last = settled(_invert_last_block(request, blocks, noise, given))
     flow, others = request.flow.with_num_frames(layout.total - layout.given), []
@@ -225,9 +248,14 @@ def _invert_block(
 ) -> Solution:
     """The tokens that block `index` of a flow maps to z; see `flowgen.decoding.block.inverse`."""
     config = flow.config.blocks[index]
-    block = guided_block(request, decoding_config(config), index, blocks.weights[index])
-    plan, layers = request.plan.blocks[index], blocks.layers[index]
-    return inverse(block, z, config.order == "reversed", context, plan=plan, layers=layers, solved=solved)
+    plan, layers, is_reversed = request.plan.blocks[index], blocks.layers[index], config.order == "reversed"
+    weights, rounded = blocks.weights[index], blocks.rounded[index]
+    block = guided_block(request, decoding_config(config), index, weights or {})
+    if weights is None:  # No derivatives are taken, so the rounded block can replace the block itself.
+        assert rounded is not None
+        assert isinstance(plan, LowPrecision)
+        block, plan, rounded = block.rounded(rounded, plan.dtype), plan.plan, None
+    return inverse(block, z, is_reversed, context, rounded, plan=plan, layers=layers, solved=solved)
 
 
 def _progress(request: DecodeRequest) -> Callable[[Array], None]:

@@ -128,14 +128,23 @@ class _Sweep(NamedTuple):
     overflows: Int[Array, " b"]
 
 
-def solve(conditioner: Conditioner, z: Float[Array, "b n c"], plan: Jacobi) -> Solution:
-    """Returns the x that satisfies x_t = shift_t(x_<t) + exp(log_scale_t(x_<t)) · z_t for all n tokens."""
+def solve(
+    conditioner: Conditioner, z: Float[Array, "b n c"], plan: Jacobi, guess: Float[Array, "b n c"] | None = None
+) -> Solution:
+    """Returns the x that satisfies x_t = shift_t(x_<t) + exp(log_scale_t(x_<t)) · z_t for all n tokens.
+
+    guess: the initial guess, which replaces that of `plan.init`.
+    """
     batch, n, channels = z.shape
     size = min(plan.window or n, n)
     count = -(-n // size)
-    padded = jnp.pad(z, ((0, 0), (0, count * size - n), (0, 0)))
-    noise = padded.reshape(batch, count, size, channels).swapaxes(0, 1)
-    frame = conditioner.previous_frame if plan.init == "previous_frame" else None
+
+    def windows(tokens: Array) -> Array:
+        padded = jnp.pad(tokens, ((0, 0), (0, count * size - n), (0, 0)))
+        return padded.reshape(batch, count, size, channels).swapaxes(0, 1)
+
+    noise, guesses = windows(z), None if guess is None else windows(guess)
+    frame = conditioner.previous_frame if plan.init == "previous_frame" and guess is None else None
     ends = stage_ends(count, conditioner.stages)
     before = _Before(conditioner.first, conditioner.begin_cache(ends[0] * size), frame)
     solved = Solution(
@@ -148,7 +157,8 @@ def solve(conditioner: Conditioner, z: Float[Array, "b n c"], plan: Jacobi) -> S
 
     def step(state):
         index, before, solved = state
-        before, one = _solve_window(conditioner, plan, n, before, noise[index], index * size)
+        guess = None if guesses is None else guesses[index]
+        before, one = _solve_window(conditioner, plan, n, before, noise[index], index * size, guess)
         return index + 1, before, jax.tree.map(lambda parts, part: parts.at[index].set(part), solved, one)
 
     # Stages differ only in their cache, so the rest of the loop is compiled once.
@@ -173,6 +183,7 @@ def _solve_window(
     before: _Before,
     noise: Float[Array, "b w c"],
     start: Int[Array, ""],
+    guess: Float[Array, "b w c"] | None,
 ) -> tuple[_Before, Solution]:
     """Solves one window; returns the state for the next window, and the solution. n: total number of tokens."""
     size = noise.shape[1]
@@ -183,7 +194,7 @@ def _solve_window(
     def unsolved(state: _Sweep) -> Bool[Array, ""]:
         return (state.count < max_sweeps) & ~state.converged.all()
 
-    guess = first_guess(plan.init, noise, before.frame)
+    guess = first_guess(plan.init, noise, before.frame) if guess is None else guess
     state = _Sweep(
         guess=guess,
         out=guess,

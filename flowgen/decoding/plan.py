@@ -11,6 +11,7 @@ from flowgen.settings.ranges import Count, NonNegative
 
 InitialGuess = Literal["noise", "zeros", "previous_frame"]
 StopRule = Literal["max_change", "relative_mse"]
+RoundedDtype = Literal["int8", "bfloat16"]
 
 # On an accelerator, a pass over up to this many rows (batch x branches x window) takes about as long as a pass over one
 # row. The exact limit is the peak bf16 FLOP/s divided by the memory bandwidth in bytes/s. It is between 206 (H200) and
@@ -79,7 +80,39 @@ class SlidingWindow:
     init: InitialGuess = "noise"
 
 
-BlockPlan = Sequential | Jacobi | SlidingWindow
+SolverPlan = Sequential | Jacobi | SlidingWindow
+
+
+@config
+class LowPrecision:
+    """Decodes a block with rounded weights, then repairs the tokens with the weights themselves.
+
+    `plan` decodes the block as if the rounded weights were its weights. From these tokens, `polish` then solves for the
+    tokens with the weights themselves, so its tolerance holds as it does for a plan of its own.
+
+    dtype: "int8" stores the weights of the linear maps in the layers in 8 bits, with one scale per output and a few
+    inputs at full precision (LLM.int8, arXiv 2208.07339; only weights are rounded, and products keep the dtype of the
+    flow). "bfloat16" uses bfloat16 for all weights of linear maps, for matrix products and for caches.
+    plan: how to decode with the rounded weights.
+    polish: how to repair the tokens; None returns them as they are. Reports then describe the rounded block, and only
+    `certify=True` tells the error, because certificates never use rounded weights.
+
+    Example:
+        r = invert(flow, params, z, cond, plan=LowPrecision(dtype="int8"))
+    """
+
+    dtype: RoundedDtype = "int8"
+    plan: SolverPlan = Sequential()
+    polish: Jacobi | SlidingWindow | None = Jacobi()
+
+    def __post_init__(self):
+        if self.polish is not None and self.polish.init != "noise":
+            raise ValueError(
+                f"polish.init is {self.polish.init!r}, but a polish starts from the decoded tokens; leave it out."
+            )
+
+
+BlockPlan = SolverPlan | LowPrecision
 
 
 @config
@@ -122,9 +155,22 @@ def resolve_plan(plan: Plan | str, *, rows: Sequence[int]) -> DecodePlan:
         return plan
     if not isinstance(plan, BlockPlan):
         raise ValueError(
-            f"plan is {plan!r}; it must be Sequential(), Jacobi(...), SlidingWindow(...), DecodePlan(...) or a name."
+            f"plan is {plan!r}; it must be Sequential(), Jacobi(...), SlidingWindow(...), LowPrecision(...), "
+            "DecodePlan(...) or a name."
         )
     return DecodePlan((plan,) * num_blocks)
+
+
+def solver_plans(plan: BlockPlan) -> tuple[SolverPlan, ...]:
+    """Returns the plans by which a block is solved, one after the other."""
+    if not isinstance(plan, LowPrecision):
+        return (plan,)
+    return (plan.plan,) if plan.polish is None else (plan.plan, plan.polish)
+
+
+def rounded_dtypes(plan: DecodePlan) -> tuple[RoundedDtype | None, ...]:
+    """Returns the dtype of each block's rounded weights; None for blocks that need none."""
+    return tuple(block.dtype if isinstance(block, LowPrecision) else None for block in plan.blocks)
 
 
 def _named_plan(name: str, rows: int) -> BlockPlan:

@@ -17,7 +17,7 @@ from flowgen.backend import rows_on_device
 from flowgen.conditioning import Condition, TextCondition
 from flowgen.decoding.clips import Clip, checked_clip, clip_layout
 from flowgen.decoding.layout import ClipLayout, Segments
-from flowgen.decoding.plan import DecodePlan, Plan, SlidingWindow, resolve_plan
+from flowgen.decoding.plan import DecodePlan, Plan, SlidingWindow, resolve_plan, rounded_dtypes, solver_plans
 from flowgen.flows.block import Variables
 from flowgen.flows.density import Flow, FlowConfig
 from flowgen.guidance import Guidance
@@ -28,7 +28,8 @@ class DecodeResult(NamedTuple):
 
     x: images `b height width c` or clips `b frames height width c`, not clipped.
     sweeps: number of network passes for each block, data side first, and window, until the slowest sample was solved; 0
-    for windows that a block lacks. With a sliding window, a block has one number for all its passes.
+    for windows that a block lacks. With a sliding window, a block has one number for all its passes. With
+    `LowPrecision`, the windows of the polish follow those of its plan.
     residual: largest change (max norm) in the last sweep of any block and window; 0 if there were enough sweeps to make
     x exact.
     overflows: number of iterates that were not finite or exceeded 1e6.
@@ -251,10 +252,14 @@ def _resolve(plan: Plan | str, guidance: Guidance | None, config: FlowConfig, ba
     rows = [batch * block.frames * (2 if index in guided else 1) for index, block in enumerate(config.blocks)]
     resolved = resolve_plan(plan, rows=rows)
     attention = config.blocks[0].transformer.attention
-    slides = any(isinstance(block, SlidingWindow) for block in resolved.blocks)
+    slides = any(isinstance(part, SlidingWindow) for block in resolved.blocks for part in solver_plans(block))
     if slides and not causal_kernel(attention).can_slide:
         raise ValueError(
             f"plan contains a SlidingWindow, but {attention!r} attention has no `accept`, which adds a part of a "
             "window to the cache; define it, or use Jacobi or Sequential."
+        )
+    if config.dtype in rounded_dtypes(resolved):
+        raise ValueError(
+            f'plan.dtype is {config.dtype!r}, in which this flow computes anyway; use the inner plan, or "int8".'
         )
     return resolved

@@ -22,7 +22,7 @@ from flowgen.attention import causal_kernel
 from flowgen.conditioning import TextCondition
 from flowgen.decoding.block import GuidedBlock, guided_block, inverse, stacked_block
 from flowgen.decoding.jacobi import Solution, ignore
-from flowgen.decoding.plan import AUTO_TOLERANCE, BlockPlan, DecodePlan, Jacobi, Sequential, SlidingWindow
+from flowgen.decoding.plan import AUTO_TOLERANCE, DecodePlan, Jacobi, Sequential, SlidingWindow, SolverPlan
 from flowgen.decoding.request import DecodeRequest, decode_request
 from flowgen.decoding.weights import decoding_weights
 from flowgen.flows.block import BlockConfig, Variables, decoding_config
@@ -44,7 +44,7 @@ SAVED_BY_GUESS = 2
 REPEATS = 3
 SECONDS = 20.0  # no further repeats of the measurements of a block once they have taken this long
 
-Cost = Callable[[int, BlockPlan], float]
+Cost = Callable[[int, SolverPlan], float]
 
 
 class Measurement(NamedTuple):
@@ -57,7 +57,7 @@ class Measurement(NamedTuple):
     """
 
     block: int
-    plan: BlockPlan
+    plan: SolverPlan
     passes: int
     error: float
     seconds: float
@@ -195,7 +195,7 @@ class _KnownBlock:
         """What blocks have in common if they share compiled programs."""
         return self.guided.block.config, self.guided.guidance is not None
 
-    def decoded(self, plan: BlockPlan) -> Solution:
+    def decoded(self, plan: SolverPlan) -> Solution:
         """Returns the decoded noise, after the device has computed it."""
         is_reversed = self.config.order == "reversed"
         solution = inverse(self.guided, self.noise, is_reversed, None, plan=plan, layers=self.layers, solved=ignore)
@@ -219,7 +219,7 @@ def _noise(guided: GuidedBlock, tokens: Float[Array, "b n c"]) -> Float[Array, "
     return guided.forward(tokens)
 
 
-def _grid(config: BlockConfig, n: int, tol: float, windows: Sequence[int | None] | None) -> list[BlockPlan]:
+def _grid(config: BlockConfig, n: int, tol: float, windows: Sequence[int | None] | None) -> list[SolverPlan]:
     """The plans to measure for a block of n tokens, simplest first, with the noise as initial guess."""
     asked = [*WINDOWS, *[None] * (n <= LONGEST)] if windows is None else windows
     shorter = sorted({window for window in asked if window is not None and window < n})
@@ -229,7 +229,7 @@ def _grid(config: BlockConfig, n: int, tol: float, windows: Sequence[int | None]
     return [Sequential(), *(Jacobi(window=window, tol=tol) for window in [*shorter, *whole]), *sliding]
 
 
-def _measured_cost(blocks: Sequence[_KnownBlock], grids: Sequence[Sequence[BlockPlan]]) -> Cost:
+def _measured_cost(blocks: Sequence[_KnownBlock], grids: Sequence[Sequence[SolverPlan]]) -> Cost:
     """Returns a function from a block's number and its plan to the measured time of a pass, in seconds.
 
     Plans take turns, and the shortest time counts: other work on the machine only makes a run longer.
@@ -252,7 +252,7 @@ def _measured_cost(blocks: Sequence[_KnownBlock], grids: Sequence[Sequence[Block
     return lambda index, plan: shortest[shapes[index], plan]
 
 
-def _measured(block: _KnownBlock, plan: BlockPlan, seconds: float) -> Measurement:
+def _measured(block: _KnownBlock, plan: SolverPlan, seconds: float) -> Measurement:
     solution = block.decoded(plan)
     error = float(jnp.abs(solution.x - block.tokens).max())
     passes = int(solution.sweeps.sum())
@@ -286,7 +286,7 @@ def _fastest(measured: Sequence[Measurement], tol: float) -> Measurement:
     return next(found for found in accepted if found.seconds <= (1 + CLOCK_NOISE) * least)
 
 
-def _described(plan: BlockPlan) -> str:
+def _described(plan: SolverPlan) -> str:
     """A plan in a few words, such as "jacobi 8, from zeros"."""
     if isinstance(plan, Sequential):
         return "sequential"

@@ -1,5 +1,7 @@
 """`decoding_weights`: the variables of all blocks in the form that decoding requires, computed once and cached.
 
+`rounded_weights` does the same for variables of lower precision.
+
 Training stores the layers of a block in one stack, in float32. Decoding needs one array per layer, in the dtype of the
 matrix products. If the sampling program did this conversion, every call would repeat it.
 """
@@ -8,6 +10,7 @@ from __future__ import annotations
 
 import weakref
 from collections.abc import Callable
+from dataclasses import replace
 from functools import partial
 from typing import Any
 
@@ -16,10 +19,13 @@ import jax.numpy as jnp
 from jax.core import Tracer
 
 from flowgen.backend import with_automatic_axes
-from flowgen.flows.block import Variables, block_parameters, decoding_variables
+from flowgen.decoding.plan import RoundedDtype
+from flowgen.flows.block import BlockConfig, Variables, block_parameters, decoding_variables
 from flowgen.flows.density import FlowConfig
+from flowgen.nn.int8 import round_linear
 
 Weights = tuple[Variables, ...]
+SomeWeights = tuple[Variables | None, ...]
 
 
 def decoding_weights(config: FlowConfig, params: Variables) -> Weights:
@@ -40,6 +46,38 @@ def unstacked_weights(config: FlowConfig, params: Variables) -> Weights:
     """Returns the same variables as `decoding_weights`, but does not cache them."""
     blocks = enumerate(config.blocks)
     return tuple(decoding_variables(block_parameters(params, index), *_form(block)) for index, block in blocks)
+
+
+def rounded_weights(config: FlowConfig, params: Variables, dtypes: tuple[RoundedDtype | None, ...]) -> SomeWeights:
+    """Returns the rounded variables of the blocks that have a dtype, in the form that `rounded_config` requires.
+
+    They are cached in the same way as those of `decoding_weights`.
+    """
+    if not any(dtypes):
+        return (None,) * len(dtypes)
+    own = {"params": params["params"]}
+    make = partial(with_automatic_axes, partial(new_rounded_weights, config, dtypes=dtypes), own)
+    form = (dtypes, *map(_form, config.blocks), jnp.result_type(float))
+    return _KEPT.value(jax.tree.leaves(own), form, make)
+
+
+def new_rounded_weights(config: FlowConfig, params: Variables, dtypes: tuple[RoundedDtype | None, ...]) -> SomeWeights:
+    """Returns the same variables as `rounded_weights`, but does not cache them."""
+
+    def of_block(index: int, block: Any, dtype: RoundedDtype) -> Variables:
+        order, num_layers, own = _form(block)
+        form = (order, num_layers, own, round_linear) if dtype == "int8" else (order, num_layers, dtype)
+        return decoding_variables(block_parameters(params, index), *form)
+
+    blocks = enumerate(zip(config.blocks, dtypes, strict=True))
+    return tuple(None if dtype is None else of_block(index, block, dtype) for index, (block, dtype) in blocks)
+
+
+def rounded_config(config: BlockConfig, dtype: RoundedDtype) -> BlockConfig:
+    """Returns the config of a block with rounded weights, which differs only in its compute dtype."""
+    if dtype == "int8":
+        return config
+    return replace(config, transformer=replace(config.transformer, dtype=dtype))
 
 
 def _form(block: Any) -> tuple[Any, ...]:

@@ -21,6 +21,7 @@ from flowgen.data import Dataset, LatentsConfig, take_inventory
 from flowgen.data.dataset import BucketedDataset, Split, buckets_of
 from flowgen.data.latent_files import Provenance, read_index
 from flowgen.data.latents import LatentDataset, captions_of
+from flowgen.decoding.plan import DecodePlan
 from flowgen.evaluation import flow_bits_per_dim, flow_nats_per_dim
 from flowgen.experiments.codecs import CodecConfig
 from flowgen.experiments.drawing import (
@@ -44,7 +45,7 @@ from flowgen.experiments.texts import TextConfig, release_text_encoders
 from flowgen.flows import STARFlowConfig, TARFlowConfig
 from flowgen.guidance import Guidance
 from flowgen.nn import init
-from flowgen.settings import config
+from flowgen.settings import config, in_group
 from flowgen.settings.ranges import Within
 from flowgen.training import Job, OptimConfig
 from flowgen.training.step import Objective
@@ -161,6 +162,9 @@ class AutoregressiveExperiment(Experiment):
                 f"sampling.plan has plans for {len(plan)} blocks, but the model has {self.model.num_blocks}; give one "
                 "per block."
             )
+        if self.likelihood.jacobi is not None:
+            with in_group("likelihood.jacobi"):
+                self.likelihood.jacobi.numbers(self.model.num_blocks)
         if self.is_latent and self.model.noise_std == 0:
             raise ValueError(
                 "model.noise_std is 0, which works only for pixels; for latents, set it above 0, for example to 0.3."
@@ -262,7 +266,8 @@ class AutoregressiveExperiment(Experiment):
         blocks = range(self.model.num_blocks) if sampling.blocks is None else sampling.blocks
         by_score = self.model.noise_std > 0 and sampling.denoise > 0 and not getattr(self.model, "denoiser_layers", 0)
         guided = blocks if sampling.guidance else ()
-        return decoding_cost(model, variables, num, guided=guided, by_score=by_score)
+        plan = DecodePlan(sampling.plan) if isinstance(sampling.plan, tuple) else None
+        return decoding_cost(model, variables, num, guided=guided, by_score=by_score, plan=plan)
 
     def sampler(
         self,

@@ -27,7 +27,7 @@ from flowgen.convert import is_video_autoencoder, load_autoencoder, load_video_a
 from flowgen.experiments.texts import version_of, weakly_cached
 from flowgen.nn import init as init_autoencoder
 from flowgen.places import RemoteFolder, is_remote
-from flowgen.runs import CHECKPOINTS, RunReader, is_run
+from flowgen.runs import CHECKPOINTS, RunReader, is_exported, is_run
 from flowgen.settings import config
 from flowgen.settings.ranges import Positive, Within
 
@@ -49,8 +49,8 @@ class SpaceToDepth:
 class PretrainedAutoencoder:
     """A frozen autoencoder.
 
-    path: run directory of an autoencoder trained with flowgen, or folder of a published AutoencoderKL (images) or
-    AutoencoderKLWan (video).
+    path: run directory or exported folder of an autoencoder trained with flowgen, or folder of a published
+    AutoencoderKL (images) or AutoencoderKLWan (video).
     digest: digest of everything that affects the latents. Training a flow sets this field, so that a different
     autoencoder is detected later.
     temporal_scale: factor that multiplies all latent frames except the first; 0.6 as published, 1 for no change.
@@ -129,7 +129,7 @@ def open_autoencoder(path: str, temporal_scale: float = 1.0) -> AutoencoderCodec
 def _open_autoencoder(
     path: str, temporal_scale: float, place: str, version: int
 ) -> AutoencoderCodec | VideoAutoencoderCodec:
-    if not is_run(path):
+    if not is_run(path) and not is_exported(path):
         if is_video_autoencoder(path):
             return load_video_autoencoder(path, temporal_scale=temporal_scale)
         return load_autoencoder(path)
@@ -140,7 +140,7 @@ def _open_autoencoder(
 def _open_run(url: str, temporal_scale: float, version: int) -> AutoencoderCodec | VideoAutoencoderCodec:
     run = RunReader(url)
     with run.named():
-        if not is_run(run.directory):
+        if not is_run(run.directory) and not is_exported(run.directory):
             raise FileNotFoundError(
                 f"There is no run of flowgen at codec.path '{url}'; give the URL of an autoencoder's run, or copy a "
                 "published folder to this machine."

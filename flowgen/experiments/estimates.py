@@ -6,7 +6,7 @@ import dataclasses
 import math
 from collections.abc import Collection, Mapping
 from functools import partial
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, get_args
 
 import jax
 import jax.numpy as jnp
@@ -14,7 +14,8 @@ import jax.numpy as jnp
 from flowgen.batch import Batch, Moments
 from flowgen.conditioning import Condition, TextCondition
 from flowgen.counting import bytes_of, flop_of, peak_of
-from flowgen.decoding.weights import unstacked_weights
+from flowgen.decoding.plan import DecodePlan, RoundedDtype, rounded_dtypes
+from flowgen.decoding.weights import new_rounded_weights, unstacked_weights
 from flowgen.experiments.experiment import Experiment, SamplingCost
 from flowgen.flows import ClipDenoiser, denoiser_variables
 from flowgen.flows.block import AutoregressiveBlock, BlockConfig, block_parameters
@@ -119,11 +120,20 @@ def _in_dtype(params: Any, model: Any) -> Any:
     return jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, dtype), params)
 
 
-def decoding_cost(flow: Any, variables: Any, num: int, *, guided: Collection[int], by_score: bool) -> SamplingCost:
+def decoding_cost(
+    flow: Any,
+    variables: Any,
+    num: int,
+    *,
+    guided: Collection[int],
+    by_score: bool,
+    plan: DecodePlan | None = None,
+) -> SamplingCost:
     """Returns the cost of decoding `num` samples at a time, token by token.
 
     variables: the shapes and dtypes of the variables. guided: numbers of the guided blocks, which compute two branches.
-    by_score: whether the score of the flow is used to remove the training noise.
+    by_score: whether the score of the flow is used to remove the training noise. plan: the plan of each block, which
+    may need rounded weights; None means that no block needs them.
 
     The flow is traced, but nothing is computed. Decoding token by token computes the matrix products of one forward
     pass; parallel decoding computes them again in each pass. Only one block is decoded at a time, so only its cache is
@@ -158,8 +168,24 @@ def decoding_cost(flow: Any, variables: Any, num: int, *, guided: Collection[int
         run = ClipDenoiser(config, parent=None).apply
         traced = jax.make_jaxpr(run)(denoiser_variables(variables), x, cond).jaxpr
         flop, memory = flop + _flop(traced), max(memory, num * peak_of(traced))
-    weights = bytes_of(jax.eval_shape(lambda variables: unstacked_weights(config, variables), variables))
-    return SamplingCost(flop, cache, memory, weights)
+    read = weight_bytes(config, variables)
+    dtypes = (None,) * config.num_blocks if plan is None else rounded_dtypes(plan)
+    return SamplingCost(flop, cache, memory, read[config.dtype] + _rounded_bytes(config, variables, dtypes), read)
+
+
+def weight_bytes(config: Any, variables: Any) -> dict[str, int]:
+    """Returns the bytes of a flow's weights for decoding, by their dtype: its own, and those of `LowPrecision`.
+
+    Example:
+        weight_bytes(flow.config, params)  # {"float32": ..., "int8": ..., "bfloat16": ...}
+    """
+    own = bytes_of(jax.eval_shape(lambda variables: unstacked_weights(config, variables), variables))
+    others = {dtype: (dtype,) * config.num_blocks for dtype in get_args(RoundedDtype) if dtype != config.dtype}
+    return {config.dtype: own} | {dtype: _rounded_bytes(config, variables, dtypes) for dtype, dtypes in others.items()}
+
+
+def _rounded_bytes(config: Any, variables: Any, dtypes: tuple[RoundedDtype | None, ...]) -> int:
+    return bytes_of(jax.eval_shape(lambda variables: new_rounded_weights(config, variables, dtypes), variables))
 
 
 def some_condition(config: Any, rows: int) -> Condition | None:

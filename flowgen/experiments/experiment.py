@@ -77,12 +77,14 @@ class SamplingCost(NamedTuple):
 
     flop: FLOP of one sample; None if the number depends on the data. cache: bytes of one sample's decoding cache, or 0.
     memory: peak bytes for all samples together. weights: bytes of the copy of the parameters that decoding uses, or 0.
+    read: bytes of weights that a pass through all blocks reads, by the dtype of the weights; empty if not known.
     """
 
     flop: float | None
     cache: int
     memory: int
     weights: int = 0
+    read: Mapping[str, int] = MappingProxyType({})
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -22,7 +22,7 @@ from flowgen.experiments.fine_tuning import started_from
 from flowgen.experiments.own_data import check_protocol
 from flowgen.nn import init
 from flowgen.places import is_same_place
-from flowgen.runs import RunReader
+from flowgen.runs import RunReader, passing_warnings
 from flowgen.settings.named import fields_of_program
 from flowgen.training import Result, Signals, is_primary, train
 from flowgen.training.frozen import check_frozen, check_patterns
@@ -153,8 +153,9 @@ def fit(
         check_count("profile", profile)
     _check_devices(devices)
     _check_origin(experiment, workdir)
+    told: list[str] = []
     with Signals() if signals is None else nullcontext(signals) as signals:
-        with signals.raising():
+        with signals.raising(), passing_warnings(told.append):
             experiment = experiment.with_provenance() if dataset is None else _of_own(experiment, dataset, held_out)
             # This comes before the data are encoded, because it raises an error if a user's object has no name to save.
             config = experiment.to_json()
@@ -175,7 +176,7 @@ def fit(
             with told_once():
                 job = experiment.job(dataset=dataset, held_out=held_out, model=model)
         return train(
-            dataclasses.replace(job, profile=profile, devices=devices, start=start),
+            dataclasses.replace(job, profile=profile, devices=devices, start=start, warnings=told),
             workdir,
             optim=experiment.optim,
             train=experiment.train,

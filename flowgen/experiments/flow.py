@@ -87,7 +87,8 @@ class FlowExperiment(AutoregressiveExperiment):
 
     def objective(self, flow: Any, **options: Any) -> Objective:
         """Returns the maximum-likelihood objective; see `nll_objective`."""
-        return nll_objective(flow, norm_penalty=self.likelihood.norm_penalty, **options)
+        likelihood = self.likelihood
+        return nll_objective(flow, norm_penalty=likelihood.norm_penalty, jacobi=likelihood.jacobi, **options)
 
     def draw_batch(
         self,

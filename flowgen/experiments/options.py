@@ -6,6 +6,7 @@ from typing import Literal
 
 from flowgen.decoding import DecodePlan, Guidance, Jacobi, SlidingWindow
 from flowgen.decoding.plan import BlockPlan, InitialGuess, Plan
+from flowgen.flows.jacobi_error import JacobiPenalty
 from flowgen.guidance import Parts, Rule
 from flowgen.settings import config
 from flowgen.settings.ranges import NonNegative, Positive, Samples, Tokens
@@ -22,6 +23,7 @@ class LikelihoodConfig:
     """Options of the maximum-likelihood training of a flow.
 
     norm_penalty: weight of the penalty on the mean square of each block's input; 1e-4 as published, 0 for none.
+    jacobi: penalty that trains for parallel decoding, such as a short fine-tuning with --init-from; None for none.
     noise_weight: multiply the loss by σ / 0.3, where σ is the training noise level. The published training does this if
     prompts state σ.
     denoiser: optimizer options for a video flow's denoiser; None uses the same values as `optim`. ema_decay,
@@ -29,6 +31,7 @@ class LikelihoodConfig:
     """
 
     norm_penalty: NonNegative = 0.0
+    jacobi: JacobiPenalty | None = None
     noise_weight: bool = False
     denoiser: OptimConfig | None = None
 

@@ -10,7 +10,7 @@ import numpy as np
 
 from flowgen.experiments.experiment import Experiment
 from flowgen.experiments.files import from_json
-from flowgen.runs import RunReader
+from flowgen.runs import RunReader, located
 
 PARAMS = "params/"
 Shape = tuple[int, ...]
@@ -28,9 +28,12 @@ class Origin:
 
     @classmethod
     def of(cls, path: str) -> Origin:
-        """Returns the run at a path. Raises FileNotFoundError if there is no run, or ValueError if it is damaged."""
+        """Returns the run or exported model at a path.
+
+        Raises FileNotFoundError if there is none, or ValueError if it is damaged.
+        """
         try:
-            run = RunReader(path)
+            run = RunReader(located(path))
             with run.named():
                 experiment = from_json(run.config())
         except (FileNotFoundError, ValueError) as error:

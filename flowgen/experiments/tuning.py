@@ -20,6 +20,7 @@ from flowgen.experiments.autoregressive import AutoregressiveExperiment, FlowDra
 from flowgen.experiments.drawing import AT_ONCE
 from flowgen.places import check_local
 from flowgen.runs import PLAN_FILE, read_plan, write_plan
+from flowgen.runs.located import SHIPPED
 from flowgen.settings import FieldError, config, from_plain, to_plain
 from flowgen.settings.ranges import BatchSize, NonNegative
 
@@ -52,11 +53,13 @@ class TunedPlan:
 
 
 def check_saves_plan(run_dir: str | Path) -> None:
-    """Raises OSError if no plan can be saved in a run's directory, and ValueError if the directory is a URL.
+    """Raises OSError if no plan can be saved in a run's directory, and ValueError if it is a URL or a shipped model.
 
     Example:
         check_saves_plan("runs/digits")
     """
+    if Path(run_dir).parent == SHIPPED:
+        raise ValueError(f"The model at {run_dir} ships with flowgen; copy its folder, and tune the copy.")
     check_local("the run to tune", run_dir)
     check_writable(Path(run_dir) / PLAN_FILE)
 

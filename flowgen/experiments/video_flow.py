@@ -160,9 +160,10 @@ class VideoFlowExperiment(AutoregressiveExperiment):
 
     def objective(self, flow: Any, **options: Any) -> Objective:
         """Returns the joint objective of a flow and its denoiser, or `nll_objective` without one."""
+        likelihood = self.likelihood
         if self.model.denoiser_layers:
-            return flow_score_objective(flow, **options)
-        return nll_objective(flow, norm_penalty=self.likelihood.norm_penalty, **options)
+            return flow_score_objective(flow, jacobi=likelihood.jacobi, **options)
+        return nll_objective(flow, norm_penalty=likelihood.norm_penalty, jacobi=likelihood.jacobi, **options)
 
     def draw_batch(
         self,

@@ -17,7 +17,7 @@ which is added to every token, or a prefix of tokens, to which all other tokens 
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any, Literal, NamedTuple
 
@@ -335,15 +335,21 @@ def decoding_config(config: BlockConfig) -> BlockConfig:
     return replace(config, order="raster", transformer=replace(config.transformer, scan=False))
 
 
-def decoding_variables(variables: Variables, order: TokenOrder, num_layers: int, dtype: str) -> Variables:
+def decoding_variables(
+    variables: Variables,
+    order: TokenOrder,
+    num_layers: int,
+    dtype: str,
+    cast_layer: Callable[..., Any] = cast_linear,
+) -> Variables:
     """Returns the variables of a block in the form that its `decoding_config` requires.
 
     Every layer has separate arrays. The arrays of linear maps have the dtype of the matrix products.
 
-    order: the block's order.
+    order: the block's order. cast_layer: the function (parameters, dtype) -> parameters that casts a layer's maps.
     """
     others = {name: part for name, part in variables["params"].items() if name != "layers"}
-    layers = unstack_layers(variables["params"]["layers"], num_layers, dtype)
+    layers = unstack_layers(variables["params"]["layers"], num_layers, dtype, cast_layer)
     params = {**cast_linear(others, dtype), "layers": layers}
     if "pos_embed" in params:
         params["pos_embed"] = reorder(jnp.asarray(params["pos_embed"]), order)

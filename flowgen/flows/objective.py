@@ -13,6 +13,7 @@ from flowgen.conditioning import Condition, TextCondition
 from flowgen.flows.batches import batch_condition, noisy_batch
 from flowgen.flows.block import Variables
 from flowgen.flows.density import Flow, bits_per_dim
+from flowgen.flows.jacobi_error import JacobiPenalty, jacobi_penalty
 from flowgen.gaussian import gaussian_log_density
 
 PRIOR_VARIANCE_RATE = 0.1
@@ -23,19 +24,21 @@ def nll_objective(
     *,
     label_dropout: float = 0.0,
     norm_penalty: float = 0.0,
+    jacobi: JacobiPenalty | None = None,
     loss_scale: float = 1.0,
     null_text: Callable[[tuple[int, ...]], TextCondition] | None = None,
 ) -> Callable[..., tuple]:
     """Returns the maximum-likelihood objective (variables, batch, key) -> (loss, metrics[, carried state]).
 
-    loss = loss_scale (½ mean z² - mean logdet / num_dims) + norm_penalty Σ_k mean x_k², in nats per dimension, up to
-    constants, where x_k are the tokens that enter block k. Without the penalty, this is the loss of TARFlow; the
-    penalty comes from STARFlow.
+    loss = loss_scale (½ mean z² - mean logdet / num_dims) + norm_penalty Σ_k mean x_k² + Jacobi penalty, in nats per
+    dimension, up to constants, where x_k are the tokens that enter block k. Without penalties, this is the loss of
+    TARFlow. The first penalty comes from STARFlow, and the second, which trains for parallel decoding, is
+    `flowgen.flows.jacobi_error.jacobi_penalty`; None leaves it out.
     batch: a `flowgen.data.Batch` of any image size that `flow.with_image_size` accepts. The batch's context contains
     the labels or texts that the flow requires. With probability `label_dropout`, a label is replaced by -1, and a text
     by null_text(([frames,] height, width)), which returns the encoded empty text.
     metrics: loss, bits_per_dim of the noisy images (nats_per_dim for latents), mean_square_z, logdet_per_dim, and
-    mean_square/<block> of the tokens after each block.
+    mean_square/<block> of the tokens after each block. With a Jacobi penalty, also jacobi_error/<block>.
     For a volume-preserving flow with prior variance v, the carried state is the tracked variance
     v + 0.1 (mean_b z² - v).
 
@@ -48,12 +51,15 @@ def nll_objective(
 
     def objective(variables, batch, key):
         x, cond = noisy_batch(flow, condition, batch, key)
-        loss, metrics, z = nll(flow, variables, x, cond, norm_penalty=norm_penalty, loss_scale=loss_scale)
+        loss, metrics, states = nll(flow, variables, x, cond, norm_penalty=norm_penalty, loss_scale=loss_scale)
+        if jacobi is not None:
+            penalty, errors = jacobi_penalty(on_samples_like(flow, x), variables, x, states, cond, jacobi)
+            loss, metrics = loss + penalty, metrics | errors
         metrics |= {"loss": loss, **density_metric(flow, metrics.pop("nats_per_dim"), batch)}
         if flow.config.scale_parameterisation != "volume_preserving":
             return loss, metrics
         variance = variables["prior"]["variance"]
-        batch_variance = jax.lax.stop_gradient(jnp.square(z).mean(axis=0))  # Devices can average this mean.
+        batch_variance = jax.lax.stop_gradient(jnp.square(states[-1]).mean(axis=0))  # Devices can average this mean.
         tracked = variance + PRIOR_VARIANCE_RATE * (batch_variance - variance)
         return loss, metrics, {"prior": {"variance": tracked}}
 
@@ -68,8 +74,11 @@ def nll(
     *,
     norm_penalty: float = 0.0,
     loss_scale: float = 1.0,
-) -> tuple[Float[Array, ""], dict[str, Array], Float[Array, "b n token"]]:
-    """Returns the loss and the metrics of `nll_objective`, and z, for noisy x of any size that the flow accepts."""
+) -> tuple[Float[Array, ""], dict[str, Array], list[Float[Array, "b n token"]]]:
+    """Returns the loss and the metrics of `nll_objective` without Jacobi penalty, and the tokens after each block.
+
+    x: noisy samples of any size that the flow accepts.
+    """
     sized = on_samples_like(flow, x)
     num_dims = sized.config.num_dims
     states, logdet = sized.apply(variables, x, cond, method="trajectory")
@@ -85,7 +94,7 @@ def nll(
         loss = loss + norm_penalty * entering
     variance = sized.apply(variables, method="prior_variance")
     log_prob = (gaussian_log_density(z, variance[None]).sum(axis=(1, 2)) + logdet).mean()
-    return loss, metrics | {"nats_per_dim": -log_prob / num_dims}, z
+    return loss, metrics | {"nats_per_dim": -log_prob / num_dims}, states
 
 
 def density_metric(flow: Flow, nats_per_dim: Float[Array, ""], batch: Batch) -> dict[str, Array]:

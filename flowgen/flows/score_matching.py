@@ -21,6 +21,7 @@ from flowgen.flows.batches import batch_condition, noisy_batch
 from flowgen.flows.block import Variables
 from flowgen.flows.denoiser import ClipDenoiser, denoiser_variables
 from flowgen.flows.density import Flow, score
+from flowgen.flows.jacobi_error import JacobiPenalty, jacobi_penalty
 from flowgen.flows.objective import density_metric, nll, on_samples_like
 from flowgen.flows.starflow_v import STARFlowV
 
@@ -56,6 +57,7 @@ def flow_score_objective(
     flow: STARFlowV,
     *,
     label_dropout: float = 0.0,
+    jacobi: JacobiPenalty | None = None,
     loss_scale: float = 1.0,
     null_text: Callable[[tuple[int, ...]], TextCondition] | None = None,
 ) -> Callable[..., tuple]:
@@ -82,11 +84,11 @@ def flow_score_objective(
         blocks = {name: value for name, value in variables["params"].items() if name != "denoiser"}
 
         def flow_loss_of(blocks, x):
-            loss, metrics, _ = nll(flow, {"params": blocks}, x, cond, loss_scale=loss_scale)
-            return loss, metrics
+            loss, *rest = nll(flow, {"params": blocks}, x, cond, loss_scale=loss_scale)
+            return loss, rest
 
         both = jax.value_and_grad(flow_loss_of, argnums=(0, 1), has_aux=True)
-        (flow_loss, metrics), (of_blocks, of_x) = both(*jax.lax.stop_gradient((blocks, x)))
+        (flow_loss, (metrics, states)), (of_blocks, of_x) = both(*jax.lax.stop_gradient((blocks, x)))
         flow_loss = with_gradient(flow_loss, blocks, of_blocks)
         # Up to a constant, the flow loss is loss_scale times the mean of -log p over the batch and the dimensions.
         target = of_x * (flow.config.noise_std * len(x) * sized.config.num_dims / loss_scale)
@@ -95,7 +97,12 @@ def flow_score_objective(
         )
         metrics |= density_metric(flow, metrics.pop("nats_per_dim"), batch)
         metrics |= {"denoiser_loss": denoiser_loss, "score_square": jnp.square(target).mean()}
-        return flow_loss + denoiser_loss, {**metrics, "flow_loss": flow_loss}
+        loss, metrics = flow_loss + denoiser_loss, metrics | {"flow_loss": flow_loss}
+        if jacobi is None:
+            return loss, metrics
+        # The penalty does not change the score, because it is no part of the flow loss.
+        penalty, errors = jacobi_penalty(sized, {"params": blocks}, x, states, cond, jacobi)
+        return loss + penalty, metrics | errors
 
     return objective
 

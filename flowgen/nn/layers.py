@@ -14,6 +14,7 @@ from flax import linen as nn
 from jaxtyping import Array, Float
 
 from flowgen.backend import Shared, flat_dot, gelu
+from flowgen.nn.int8 import Int8Kernel, int8_product
 
 Activation = Literal["gelu", "gelu_tanh", "silu", "relu_squared", "geglu"]
 Norm = Literal["layer_norm", "rms_norm"]
@@ -55,6 +56,37 @@ def uniform_bias(fan_in: int) -> nn.initializers.Initializer:
     return init
 
 
+class Dense(nn.Module):
+    """x @ kernel + bias, computed in `dtype`; when the layer is applied, its kernel may also be an `Int8Kernel`.
+
+    dot_general: the function that computes the product, with the signature of `jax.lax.dot_general`.
+
+    Example:
+        y = linear(256, fan_in=128, dtype="float32").apply(params, x)
+    """
+
+    features: int
+    use_bias: bool
+    dtype: str
+    kernel_init: Callable[..., Array]
+    bias_init: Callable[..., Array]
+    dot_general: Callable[..., Array]
+
+    @nn.compact
+    def __call__(self, x: Float[Array, "*b i"]) -> Float[Array, "*b o"]:
+        master, x = master_dtype(self.dtype), x.astype(self.dtype)
+        kernel = self.get_variable("params", "kernel")
+        if isinstance(kernel, Int8Kernel):
+            y = int8_product(x, kernel, self.dot_general)
+        else:
+            kernel = self.param("kernel", self.kernel_init, (x.shape[-1], self.features), master)
+            y = self.dot_general(x, jnp.asarray(kernel, self.dtype), (((x.ndim - 1,), (0,)), ((), ())))
+        if not self.use_bias:
+            return y
+        bias = jnp.asarray(self.param("bias", self.bias_init, (self.features,), master), self.dtype)
+        return y + bias.reshape((1,) * (y.ndim - 1) + (-1,))
+
+
 def linear(
     features: int,
     fan_in: int,
@@ -65,7 +97,7 @@ def linear(
     use_bias: bool = True,
     shared: Shared = "",
     name: str | None = None,
-) -> nn.Dense:
+) -> Dense:
     """Returns a Dense layer initialised like PyTorch's Linear: kernel and bias from U(-1/√fan_in, 1/√fan_in).
 
     zero_kernel, zero_bias: whether the kernel or the bias is initialised to zero instead. The published output layers
@@ -76,11 +108,10 @@ def linear(
         proj = linear(256, fan_in=128, dtype="float32")
     """
     kernel_init = nn.initializers.variance_scaling(1 / 3, "fan_in", "uniform")
-    return nn.Dense(
+    return Dense(
         features,
-        use_bias=use_bias,
-        dtype=jnp.dtype(dtype),
-        param_dtype=master_dtype(dtype),
+        use_bias,
+        dtype,
         kernel_init=nn.initializers.zeros if zero_kernel else kernel_init,
         bias_init=nn.initializers.zeros if zero_bias else uniform_bias(fan_in),
         dot_general=FLAT_DOTS[shared],

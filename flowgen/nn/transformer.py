@@ -5,6 +5,7 @@ For training, the parameters of all layers are stacked; for decoding, each layer
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
 from typing import Annotated
@@ -209,19 +210,21 @@ def activation_bytes(config: TransformerConfig, batch: int, n: int) -> int:
     return 4 * batch * n * ((8 + 5 * config.expansion) * config.width + 2 * config.num_heads * n)
 
 
-def unstack_layers(stacked: PyTree, num_layers: int, dtype: str | None = None) -> PyTree:
+def unstack_layers(
+    stacked: PyTree, num_layers: int, dtype: str | None = None, cast: Callable[..., PyTree] = cast_linear
+) -> PyTree:
     """Returns the parameters of a scanned stack in the form that the same stack expects with `scan=False`.
 
     dtype: the compute dtype of the stack. Its linear maps are cast to this dtype (see `cast_linear`); None means that
-    they keep their dtype.
+    they keep their dtype. cast: the function (parameters of a layer, dtype) -> parameters that casts them.
 
     Example:
         params = unstack_layers(block["layers"], config.num_layers)
     """
-    return {f"layer_{i}": _layer(stacked, jnp.asarray(i), dtype) for i in range(num_layers)}
+    return {f"layer_{i}": _layer(stacked, jnp.asarray(i), dtype, cast) for i in range(num_layers)}
 
 
-@partial(jax.jit, static_argnames="dtype")
-def _layer(stacked: PyTree, index: Int[Array, ""], dtype: str | None) -> PyTree:
+@partial(jax.jit, static_argnames=("dtype", "cast"))
+def _layer(stacked: PyTree, index: Int[Array, ""], dtype: str | None, cast: Callable[..., PyTree]) -> PyTree:
     layer = jax.tree.map(lambda leaf: leaf[index], stacked)
-    return layer if dtype is None else cast_linear(layer, dtype)
+    return layer if dtype is None else cast(layer, dtype)

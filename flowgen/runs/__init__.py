@@ -1,7 +1,11 @@
-"""Reads and writes run directories: config, checkpoints, metrics, samples and lock. No other code accesses them."""
+"""Reads and writes run directories: config, checkpoints, metrics, samples and lock. No other code accesses them.
+
+Also reads exported models, and finds those that ship with flowgen.
+"""
 
 from flowgen.runs.arrays import check_layout, flatten, layout
 from flowgen.runs.checkpoints import CheckpointReader
+from flowgen.runs.contents import RunContents, read_contents
 from flowgen.runs.directory import (
     CHECKPOINTS,
     PLAN_FILE,
@@ -13,13 +17,17 @@ from flowgen.runs.directory import (
     write_config,
     write_plan,
 )
+from flowgen.runs.exported import ExportedReader, is_exported
 from flowgen.runs.files import DIGEST
+from flowgen.runs.history import passing_warnings, read_history
+from flowgen.runs.located import located, shipped_models
 from flowgen.runs.lock import RunLock
-from flowgen.runs.metrics import EVAL, SPEED
+from flowgen.runs.metrics import EVAL, SPEED, read_metrics
+from flowgen.runs.null_writer import NullWriter
 from flowgen.runs.progress import on_terminal
 from flowgen.runs.reader import RunReader
 from flowgen.runs.store import CheckpointStore
-from flowgen.runs.writer import NullWriter, RunWriter
+from flowgen.runs.writer import RunWriter
 
 __all__ = [
     "CHECKPOINTS",
@@ -29,18 +37,27 @@ __all__ = [
     "SPEED",
     "CheckpointReader",
     "CheckpointStore",
+    "ExportedReader",
     "NullWriter",
+    "RunContents",
     "RunLock",
     "RunReader",
     "RunWriter",
     "check_layout",
     "check_workdir",
     "flatten",
+    "is_exported",
     "is_run",
     "layout",
+    "located",
     "on_terminal",
+    "passing_warnings",
     "read_config",
+    "read_contents",
+    "read_history",
+    "read_metrics",
     "read_plan",
+    "shipped_models",
     "was_trained_in",
     "write_config",
     "write_plan",

@@ -171,13 +171,31 @@ class CheckpointReader:
         Example:
             variables = reader.variables(step, jax.eval_shape(lambda: flowgen.init(flow, key))["params"])
         """
+        group = self._group(step, ema)
         saved = self.manifest(step)["arrays"]
-        group = "ema" if ema and any(path.startswith("ema/") for path in saved) else "params"
         given = {path.removeprefix(f"{group}/"): x for path, x in saved.items() if path.startswith(f"{group}/")}
         check_layout(step, _widened(given), layout(params))
+        tree = traverse_util.unflatten_dict(self.weights(step, ema=ema), sep="/")
+        return {"params": tree["params"], **tree.get("collections", {})}
+
+    def weights(self, step: int, *, ema: bool = True) -> Flat:
+        """Returns the arrays that `variables` returns, as "params/..." and "collections/...", without comparing shapes.
+
+        Raises:
+            ValueError: the checkpoint is damaged, or belongs to another step.
+        """
+        group = self._group(step, ema)
         arrays = self.arrays(step, lambda path: path.startswith((f"{group}/", "collections/")))
-        tree = traverse_util.unflatten_dict(arrays, sep="/")
-        return {"params": tree[group], **tree.get("collections", {})}
+        own = f"{group}/"
+        return {f"params/{path.removeprefix(own)}" if path.startswith(own) else path: x for path, x in arrays.items()}
+
+    def is_averaged(self, step: int) -> bool:
+        """Returns whether averaged weights were saved at a step."""
+        return any(path.startswith("ema/") for path in self.manifest(step)["arrays"])
+
+    def _group(self, step: int, ema: bool) -> str:
+        """Returns the group of arrays that are the weights."""
+        return "ema" if ema and self.is_averaged(step) else "params"
 
     def _entries(self) -> dict[str, str | None]:
         """Returns {name: reason} for the directory's entries. The reason is None for a complete checkpoint."""

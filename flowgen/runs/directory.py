@@ -6,9 +6,11 @@
 <run>/start.txt        which parameters the run took from another run, if it started from one
 <run>/checkpoints/     see `flowgen.runs.checkpoints`
 <run>/metrics.jsonl    training metrics, averaged since the last report, and evaluation metrics
-<run>/events.*         the same metrics for TensorBoard
+<run>/history.jsonl    when and where the run was trained, and its warnings
+<run>/events.*         the same metrics, and the sample images, for TensorBoard
 <run>/samples/         an image for each step at which samples were drawn
 <run>/profile/         traces of training steps for a profiler, if requested
+<run>/report.html      the page that `report` wrote, if it was asked for
 <run>/lock             locked by the process that is training here
 """
 
@@ -24,6 +26,8 @@ from flowgen.data.inventory import Inventory
 from flowgen.places import check_local
 from flowgen.runs.checkpoints import CheckpointReader
 from flowgen.runs.files import DIGEST, is_regular, is_temporary, read_json, signed, verified, write_json
+from flowgen.runs.history import HISTORY_FILE
+from flowgen.runs.located import shipped_models
 from flowgen.runs.lock import LOCK_FILE, check_unlocked
 
 CONFIG_FILE = "config.json"
@@ -77,7 +81,10 @@ def read_config(run_dir: str | Path) -> dict[str, Any]:
     check_local("the directory of a run", run_dir)
     path = Path(run_dir) / CONFIG_FILE
     if not Path(run_dir).is_dir():
-        raise FileNotFoundError(f"checkpoint {run_dir} is not a directory; give the --workdir of a training run.")
+        raise FileNotFoundError(
+            f"checkpoint {run_dir} is not a directory; give the --workdir of a training run, an exported "
+            f"folder, or a shipped model ({', '.join(shipped_models())})."
+        )
     kept = CheckpointReader(Path(run_dir) / CHECKPOINTS).latest_step() is not None
     if not path.exists():
         if kept:
@@ -178,7 +185,7 @@ def _check_kinds(workdir: Path) -> None:
     for name in (CHECKPOINTS, SAMPLES, PROFILE):
         if os.path.lexists(workdir / name) and not (workdir / name).is_dir():
             raise NotADirectoryError(f"{workdir / name} is not a folder; remove it.")
-    for name in (DATA_FILE, START_FILE, PLAN_FILE, LOCK_FILE):
+    for name in (DATA_FILE, START_FILE, PLAN_FILE, HISTORY_FILE, LOCK_FILE):
         path = workdir / name
         is_elsewhere = name == LOCK_FILE and path.is_symlink()  # a link would lock another directory
         if os.path.lexists(path) and (is_elsewhere or not is_regular(path)):

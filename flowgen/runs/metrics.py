@@ -1,4 +1,4 @@
-"""Stores the metrics of a run as rows of `metrics.jsonl` and as TensorBoard events."""
+"""Stores the metrics of a run as rows of `metrics.jsonl`, and the metrics and sample grids as TensorBoard events."""
 
 from __future__ import annotations
 
@@ -8,6 +8,9 @@ import os
 import time
 from pathlib import Path
 from typing import IO, Any
+
+import numpy as np
+from jaxtyping import UInt8
 
 from flowgen.runs.files import read_bytes, write_bytes
 
@@ -51,6 +54,11 @@ class MetricsLog:
         if self._events is not None:
             self._events.write(step, metrics)
 
+    def draw(self, step: int, image: UInt8[np.ndarray, "height width c"]) -> None:
+        """Writes the sample grid of a step as a TensorBoard event."""
+        if self._events is not None:
+            self._events.draw(step, image)
+
     def restore(self, step: int) -> None:
         """Recreates files that were removed: metrics.jsonl with all rows so far, and an event file for later steps."""
         if self._path.exists() and os.path.samestat(os.stat(self._path), os.fstat(self._file.fileno())):
@@ -88,6 +96,10 @@ class _Events:
             self._write(step, summary=self._summary.scalar(name, value))
         self._writer.flush()
 
+    def draw(self, step: int, image: UInt8[np.ndarray, "height width c"]) -> None:
+        self._write(step, summary=self._summary.image("samples", image, dataformats="HWC"))
+        self._writer.flush()
+
     def _write(self, step: int, **content: Any) -> None:
         self._writer.write_event(self._event(wall_time=time.time(), step=step, **content))
 
@@ -103,6 +115,18 @@ def last_step(run_dir: str | Path) -> int:
     """
     path = Path(run_dir) / METRICS_FILE
     return max((row["step"] for _, row in _rows(path)), default=0) if path.exists() else 0
+
+
+def read_metrics(run_dir: str | Path) -> list[dict[str, Any]]:
+    """Returns the rows of a run's metrics in the order in which they were written; [] if there are none.
+
+    Each row has a "step". The names of evaluation metrics begin with "eval/".
+
+    Example:
+        losses = {row["step"]: row["loss"] for row in read_metrics("runs/digits") if "loss" in row}
+    """
+    path = Path(run_dir) / METRICS_FILE
+    return [row for _, row in _rows(path)] if path.exists() else []
 
 
 def _truncate(path: Path, last: int, evaluated: bool) -> None:

@@ -1,4 +1,4 @@
-"""Reads a run on this machine or in a bucket."""
+"""Reads a run or an exported model, on this machine or in a bucket."""
 
 from __future__ import annotations
 
@@ -11,6 +11,8 @@ from typing import Any
 from flowgen.places import is_remote
 from flowgen.runs.checkpoints import CheckpointReader
 from flowgen.runs.directory import CHECKPOINTS, CONFIG_FILE, check_workdir, read_config
+from flowgen.runs.exported import FILES as EXPORTED_FILES
+from flowgen.runs.exported import ExportedReader, is_exported
 from flowgen.runs.lock import LOCK_FILE
 from flowgen.runs.mirror import Mirror
 from flowgen.runs.remote_lock import TAKEOVER_FILE, check_free
@@ -18,6 +20,8 @@ from flowgen.runs.remote_lock import TAKEOVER_FILE, check_free
 
 class RunReader:
     """Reads a run. If the run is in a bucket, only those files are fetched that are read, into a temporary directory.
+
+    An exported model is read as a run with one checkpoint; see `flowgen.runs.exported`.
 
     run_dir: the run's directory, or its URL. directory: the run's directory on this machine. mirror: the copy of a run
     in a bucket; None otherwise. checkpoints: reads the checkpoints, as they are when a run in a bucket is opened.
@@ -32,17 +36,26 @@ class RunReader:
         self.mirror = Mirror(run_dir) if is_remote(run_dir) else None
         self.directory = Path(run_dir) if self.mirror is None else self.mirror.path
         self.shown = os.fspath(run_dir)
-        fetch = {} if self.mirror is None else {"fetch": self.mirror.fetch_checkpoint_files}
-        self.checkpoints = CheckpointReader(self.directory / CHECKPOINTS, **fetch)
         if self.mirror is not None:
             self.mirror.fetch([CONFIG_FILE])
+        self.checkpoints = self._reader()
 
     def named(self) -> contextlib.AbstractContextManager[None]:
         """Returns a context in which errors name the run as the user did, rather than a temporary directory."""
         return contextlib.nullcontext() if self.mirror is None else self.mirror.named()
 
+    def _reader(self) -> CheckpointReader:
+        if is_exported(self.directory):
+            if self.mirror is not None:
+                self.mirror.fetch(EXPORTED_FILES)
+            return ExportedReader(self.directory)
+        fetch = {} if self.mirror is None else {"fetch": self.mirror.fetch_checkpoint_files}
+        return CheckpointReader(self.directory / CHECKPOINTS, **fetch)
+
     def config(self) -> dict[str, Any]:
-        """Returns the run's config. Raises the errors of `read_config`."""
+        """Returns the run's config. Raises the errors of `read_config` and `ExportedReader.config`."""
+        if isinstance(self.checkpoints, ExportedReader):
+            return self.checkpoints.config()
         if self.mirror is not None and not self.mirror.sizes:
             raise FileNotFoundError(f"checkpoint {self.shown} does not exist; give the --workdir of a training run.")
         return read_config(self.directory)
@@ -54,6 +67,11 @@ class RunReader:
 
     def check(self, check_config: Callable[[dict[str, Any]], None], *, locks: bool = True) -> None:
         """Raises an error if a new process cannot train here; see `check_workdir`. Writes nothing."""
+        if isinstance(self.checkpoints, ExportedReader):
+            raise FileExistsError(
+                f"workdir {self.shown} contains an exported model, which cannot be resumed; train in a new --workdir "
+                f"with --init-from {self.shown}."
+            )
         if self.mirror is not None:
             if locks:
                 check_free(self.mirror.remote)

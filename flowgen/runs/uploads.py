@@ -11,13 +11,14 @@ from flowgen.places import local_name
 from flowgen.runs.checkpoints import EVALUATION, META
 from flowgen.runs.directory import CHECKPOINTS, CONFIG_FILE, DATA_FILE, START_FILE
 from flowgen.runs.files import is_temporary
+from flowgen.runs.history import HISTORY_FILE
 from flowgen.runs.lock import LOCK_FILE
 from flowgen.runs.metrics import METRICS_FILE
 from flowgen.runs.mirror import Mirror, for_each, is_of_checkpoint
 from flowgen.runs.remote_lock import BEAT, RemoteLock
 
 # Files that a resumed run reads or adds to.
-CONTINUED = (CONFIG_FILE, DATA_FILE, START_FILE, METRICS_FILE)
+CONTINUED = (CONFIG_FILE, DATA_FILE, START_FILE, METRICS_FILE, HISTORY_FILE)
 
 
 class Uploads:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Generator, Sequence
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack, contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
@@ -23,11 +23,13 @@ from flowgen.runs.directory import (
     write_config,
 )
 from flowgen.runs.files import remove_temporaries, write_bytes, write_json
+from flowgen.runs.history import History
 from flowgen.runs.lock import Place, RunLock
 from flowgen.runs.metrics import MetricsLog, last_step
 from flowgen.runs.mirror import Mirror
 from flowgen.runs.progress import Progress
 from flowgen.runs.store import CheckpointStore
+from flowgen.runs.tracker import Tracker
 from flowgen.runs.uploads import Uploads
 
 
@@ -47,7 +49,7 @@ class RunWriter:
 
     Example:
         with RunWriter("runs/digits", keep=3, best_metric="bits_per_dim") as record:
-            record.begin(config, first_step=0, last_step=1000, tensorboard=False, bar=True)
+            record.begin(config, first_step=0, last_step=1000, tensorboard=False, bar=True, tracker="none")
             record.save(1000, state)
     """
 
@@ -67,6 +69,9 @@ class RunWriter:
         self._keep, self._best_metric = keep, best_metric
         self._progress: Progress | None = None
         self._log: MetricsLog | None = None
+        self._history: History | None = None
+        self._tracker: Tracker | None = None
+        self._step = 0
         self._config: dict[str, Any] = {}
         self._data: dict[str, Any] = {}
         self._waiting: list[str] = []
@@ -100,6 +105,10 @@ class RunWriter:
                     closing.callback(self._uploads.close)
                 if self._log is not None:
                     closing.callback(self._log.close)
+                if self._tracker is not None:
+                    closing.callback(self._tracker.close)
+                if self._history is not None:
+                    self._history.end(step=self._step, error="" if kind is None else kind.__name__)
                 closing.callback(self.store.close)
         except OSError as error:
             if kind is None:
@@ -122,25 +131,41 @@ class RunWriter:
             raise
 
     def begin(
-        self, config: dict[str, Any], *, first_step: int | None, last_step: int, tensorboard: bool, bar: bool
+        self,
+        config: dict[str, Any],
+        *,
+        first_step: int | None,
+        last_step: int,
+        tensorboard: bool,
+        bar: bool,
+        tracker: str,
     ) -> None:
         """Writes the config, drops the metrics after `first_step`, and reports anomalies.
 
-        first_step: the step that the run resumes from; None for a new run.
+        first_step: the step that the run resumes from; None for a new run. tracker: see `Tracker`.
         """
         self._progress = Progress(first_step=first_step or 0, last_step=last_step, bar=bar)
+        self._step = first_step or 0
         with _named(self._shown):
-            self._tell_of_oddities(first_step)
+            oddities = self._tell_of_oddities(first_step)
             self._config = config
             write_config(self.workdir, config)
+            self._history = History(self.workdir, first_step=first_step)
+            for line in oddities:
+                self._history.warn(line, step=self._step)
             evaluated = first_step is not None and self.store.evaluation(first_step) is not None
             self._log = MetricsLog(
                 self.workdir, first_step=first_step or 0, evaluated=evaluated, tensorboard=tensorboard
             )
+        shown = self._shown if self._mirror is None else Path(self._mirror.url)
+        self._tracker = Tracker(
+            tracker, name=shown.name, identity=self._history.identity, config=config, warn=self._say_and_warn
+        )
         if self._uploads is not None:
             self._uploads.send()
 
-    def _tell_of_oddities(self, first_step: int | None) -> None:
+    def _tell_of_oddities(self, first_step: int | None) -> list[str]:
+        """Shows lines about the state in which the directory was found, and returns those that it shows."""
         lines, self._waiting = self._waiting, []
         if self._mirror is not None:
             self._say(f"Until they are uploaded to {self._mirror.url}, files are stored in {self._mirror.path}.")
@@ -160,6 +185,7 @@ class RunWriter:
             lines.append(f"{self._shown} {gone}{told}; training starts over at step 0.")
         for line in lines:
             self.say(line)
+        return lines
 
     def describe_data(self, inventory: Inventory, *, resumed: bool) -> None:
         """Reports what data were found and, if the run is resumed, what has changed. Writes `data.json`."""
@@ -187,16 +213,29 @@ class RunWriter:
         else:
             self._progress.say(line)
 
+    def warn(self, sentence: str) -> None:
+        """Adds a warning, which has been shown elsewhere, to the run's history."""
+        assert self._history is not None
+        with suppress(OSError):  # a full disk is reported by the next save
+            self._history.warn(sentence if self._mirror is None else self._mirror.told(sentence), step=self._step)
+
+    def _say_and_warn(self, sentence: str) -> None:
+        self.say(sentence)
+        self.warn(sentence)
+
     def advance(self, step: int) -> None:
         """Moves the progress bar."""
         assert self._progress is not None
+        self._step = step
         self._progress.advance(step)
 
     def write(self, step: int, metrics: dict[str, float]) -> None:
         """Writes the metrics of a step as one row."""
         assert self._log is not None
+        assert self._tracker is not None
         with _named(self._shown):
             self._log.write(step, metrics)
+        self._tracker.write(step, metrics)
 
     def show(self, step: int, metrics: dict[str, float], seconds_left: float | None) -> None:
         """Shows a report on the terminal or in the log."""
@@ -205,11 +244,15 @@ class RunWriter:
 
     def draw(self, step: int, image: np.ndarray) -> Path | str:
         """Writes the sample grid of a step and returns its path, or its URL if the run is in a bucket."""
+        assert self._log is not None
+        assert self._tracker is not None
         with _named(self._shown):
             self._make_again(step)
             folder = self.workdir / SAMPLES
             folder.mkdir(exist_ok=True)
             save_image(folder / f"{step:07d}.png", image)
+            self._log.draw(step, image)
+        self._tracker.draw(step, image)
         path = folder / f"{step:07d}.png"
         return path if self._mirror is None else self._mirror.told(str(path))
 
@@ -298,45 +341,6 @@ class RunWriter:
                 f"workdir {self._shown} was replaced during training and now contains other files; step {step} could "
                 "not be written."
             )
-
-
-class NullWriter:
-    """A `RunWriter` that writes nothing, for processes other than the first."""
-
-    def __init__(self, workdir: str | Path):
-        self.workdir = Path(workdir)
-
-    def __enter__(self) -> NullWriter:
-        return self
-
-    def __exit__(self, *exception: object) -> None: ...
-
-    def begin(
-        self, config: dict[str, Any], *, first_step: int | None, last_step: int, tensorboard: bool, bar: bool
-    ) -> None: ...
-
-    def describe_data(self, inventory: Inventory, *, resumed: bool) -> None: ...
-
-    def describe_start(self, lines: Sequence[str]) -> None: ...
-
-    def say(self, line: str) -> None: ...
-
-    def advance(self, step: int) -> None: ...
-
-    def write(self, step: int, metrics: dict[str, float]) -> None: ...
-
-    def show(self, step: int, metrics: dict[str, float], seconds_left: float | None) -> None: ...
-
-    def profile_folder(self) -> None: ...
-
-    def save(self, step: int, state: Any) -> None: ...
-
-    def save_last(self, step: int, state: Any) -> None: ...
-
-    def score(self, step: int, metrics: dict[str, float]) -> None: ...
-
-    def holds(self, step: int) -> bool:
-        return True
 
 
 @contextmanager

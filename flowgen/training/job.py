@@ -30,7 +30,8 @@ class Job:
     saved with the run. tokens(batch): returns the number of tokens in a batch, for reports on speed. profile: number of
     steps to trace for a profiler; 0 for none. devices: this process's devices to train on; None for all of them. start:
     changes the initial variables of a new run, for example to the weights of another run; a resumed run does not call
-    it. The lines that it returns are reported and saved with the run.
+    it. The lines that it returns are reported and saved with the run. warnings: sentences about the job that have been
+    shown, to save with the run.
     """
 
     init: Callable[[jax.Array], Any]
@@ -45,6 +46,7 @@ class Job:
     profile: int = 0
     devices: Sequence[jax.Device] | None = None
     start: Start | None = None
+    warnings: Sequence[str] = ()
 
 
 class Result(NamedTuple):

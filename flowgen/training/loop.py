@@ -11,7 +11,7 @@ import jax
 import numpy as np
 
 from flowgen import backend
-from flowgen.runs import EVAL, NullWriter, RunReader, RunWriter
+from flowgen.runs import EVAL, NullWriter, RunReader, RunWriter, passing_warnings
 from flowgen.training.fsdp import FullySharded, parallel_for
 from flowgen.training.job import Job, Result
 from flowgen.training.opening import evaluation_of, open_writer, resumed_from
@@ -97,14 +97,22 @@ def train(
         with open_writer(run, latest, log, job.best_metric) as record:
             with _interruptible(signals):
                 record.begin(
-                    config, first_step=latest, last_step=train.steps, tensorboard=log.tensorboard, bar=log.progress
+                    config,
+                    first_step=latest,
+                    last_step=train.steps,
+                    tensorboard=log.tensorboard,
+                    bar=log.progress,
+                    tracker=log.tracker,
                 )
+                for sentence in job.warnings:
+                    record.warn(sentence)
                 if told:
                     record.describe_start(told)
                 if job.inventory is not None:
                     record.describe_data(job.inventory, resumed=latest is not None)
             loop = _Run(job, record, log, parallel, signals, length=train, first=latest, max_skips=optim.max_skips)
-            return loop.train(CountedStep(step, parallel.program_devices), state, step_key, scores)
+            with passing_warnings(record.warn):
+                return loop.train(CountedStep(step, parallel.program_devices), state, step_key, scores)
 
 
 class _Run:

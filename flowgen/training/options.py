@@ -203,7 +203,8 @@ class LogConfig:
     sample_every: steps between sample grids; 0 to draw one only at the end.
     checkpoint_every: steps between checkpoints; 0 to save only at the end.
     keep: number of recent checkpoints to keep, in addition to the best one; at least 1.
-    tensorboard: write TensorBoard events next to metrics.jsonl.
+    tensorboard: write TensorBoard events, with sample grids, next to metrics.jsonl.
+    tracker: also send metrics and sample grids to "wandb" (Weights & Biases) or "trackio"; "none" for neither.
     progress: show a progress bar if standard error is a terminal; otherwise, print each report as a line.
     """
 
@@ -213,6 +214,7 @@ class LogConfig:
     checkpoint_every: CountOrZero = 500
     keep: Count = 3
     tensorboard: bool = True
+    tracker: Literal["none", "wandb", "trackio"] = "none"
     progress: bool = True
 
 
@@ -225,10 +227,12 @@ def check_packages(log: LogConfig) -> None:
     asked = {
         "tensorboardX": (log.tensorboard, "log.tensorboard"),
         "tqdm": (log.progress and on_terminal(), "log.progress"),
+        log.tracker: (log.tracker != "none", "log.tracker"),
     }
     absent = {module: name for module, (wanted, name) in asked.items() if wanted and not _has(module)}
     if absent:
-        otherwise = "set " + " ".join(f"--{name} false" for name in absent.values())
+        off = {"log.tracker": "none"}
+        otherwise = "set " + " ".join(f"--{name} {off.get(name, 'false')}" for name in absent.values())
         raise missing(f"A run with {' and '.join(absent.values())}", *absent, otherwise=otherwise)
 
 

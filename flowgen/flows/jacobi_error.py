@@ -1,0 +1,124 @@
+"""A penalty that trains a flow for parallel decoding: its blocks then need fewer Jacobi sweeps.
+
+To decode a block, the sweep F(y) = shift(y) + exp(log_scale(y)) · z is repeated, from y = z until y = x, the tokens
+that the block maps to the noise z. In training, x and z are both known, so the error after any number of sweeps is
+known too. Let y_0 = z and y_k = F(y_{k-1}). The penalty is
+
+    weight · mean over blocks and samples of log rms(y_K - x),
+
+where rms is the root mean square over the tokens of a sample, and K is the number of sweeps. As in Jacobi Forcing
+(arXiv 2512.14681), which trains language models on their own iterates, the gradient flows only through the last sweep,
+and neither into y_{K-1} nor into x and z. Because of the logarithm, every factor by which the error shrinks is worth
+the same.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Annotated
+
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, Float
+
+from flowgen.backend import keep_rows
+from flowgen.conditioning import Condition
+from flowgen.flows.affine import to_data
+from flowgen.flows.block import AutoregressiveBlock, BlockConfig, Variables, block_parameters
+from flowgen.flows.density import Flow
+from flowgen.settings import FieldError, config, in_group
+from flowgen.settings.ranges import MAX_BLOCKS, Count, CountOrZero, Entries, Positive
+
+# A smaller error is not worth another step, because plans stop at about this change. It is added to the error.
+SOLVED = 1e-3
+# Iterates are clipped to this limit, far beyond the tokens of any block, whose variance is about 1.
+DIVERGED = 1e3
+
+
+@config
+class JacobiPenalty:
+    """A penalty on the error that remains after a few Jacobi sweeps; see `flowgen.flows.jacobi_error`.
+
+    weight: weight of the penalty; positive. The loss is in nats per dimension.
+    sweeps: number of sweeps after which the error is measured; each takes a forward pass of the penalised blocks.
+    blocks: numbers of the penalised blocks, counted from the data side; None for all.
+
+    Example:
+        objective = nll_objective(flow, jacobi=JacobiPenalty(weight=0.05, sweeps=5, blocks=(3,)))
+    """
+
+    weight: Positive = 0.05
+    sweeps: Count = 5
+    blocks: Annotated[tuple[CountOrZero, ...], Entries(1, MAX_BLOCKS)] | None = None
+
+    def numbers(self, num_blocks: int) -> tuple[int, ...]:
+        """Returns the numbers of the penalised blocks of a flow. Raises FieldError if the flow lacks one of them."""
+        numbers = tuple(range(num_blocks)) if self.blocks is None else self.blocks
+        if max(numbers) >= num_blocks:
+            raise FieldError(
+                f"blocks contains {max(numbers)}, but this flow has blocks 0 to {num_blocks - 1}; leave it out."
+            )
+        return numbers
+
+
+def jacobi_penalty(
+    flow: Flow,
+    variables: Variables,
+    x: Float[Array, "b *event"],
+    states: Sequence[Float[Array, "b n token"]],
+    cond: Condition | None,
+    penalty: JacobiPenalty,
+) -> tuple[Float[Array, ""], dict[str, Array]]:
+    """Returns the weighted penalty, and the metrics jacobi_error/<block>, the mean over samples of rms(y_K - x).
+
+    states: the tokens after each block, for samples x.
+
+    Raises ValueError if the flow lacks one of the blocks.
+
+    Example:
+        states, _ = flow.apply(params, x, cond, method="trajectory")
+        loss, metrics = jacobi_penalty(flow, params, x, states, cond, JacobiPenalty())
+    """
+    cond, blocks = flow.config.check_cond(cond, len(x)), flow.config.blocks
+    entering, errors = [flow.config.to_tokens(x).astype(states[0].dtype), *states[:-1]], {}
+    with in_group("jacobi"):
+        numbers = penalty.numbers(len(blocks))
+    for index in numbers:
+        of_block, tokens, z = block_parameters(variables, index), entering[index], states[index]
+        errors[index] = jacobi_error(blocks[index], of_block, tokens, z, cond, penalty.sweeps)
+    metrics = {f"jacobi_error/{index}": error.mean() for index, error in errors.items()}
+    return penalty.weight * jnp.log(jnp.stack(list(errors.values()))).mean(), metrics
+
+
+def jacobi_error(
+    block: BlockConfig,
+    variables: Variables,
+    x: Float[Array, "b n c"],
+    z: Float[Array, "b n c"],
+    cond: Condition | None,
+    sweeps: int,
+) -> Float[Array, " b"]:
+    """Returns rms(y_K - x) of each sample, at least SOLVED, for a block that maps tokens x to noise z.
+
+    variables: the block's variables. sweeps: K.
+
+    Example:
+        error = jacobi_error(flow.config.blocks[0], block_parameters(params, 0), tokens, z, cond, sweeps=5)
+    """
+    module = AutoregressiveBlock(block)
+
+    def of_rows(variables, x, z, cond):
+        def sweep(variables, y):
+            return _bounded(to_data(z, *module.apply(variables, y, cond, method="parameters")))
+
+        fixed = jax.lax.stop_gradient(variables)
+        y, _ = jax.lax.scan(lambda y, _: (sweep(fixed, y), None), z, length=sweeps - 1)
+        error = sweep(variables, jax.lax.stop_gradient(y)) - x
+        return jnp.sqrt(jnp.square(error).mean(axis=(1, 2)) + SOLVED**2)
+
+    return keep_rows(of_rows, variables, *jax.lax.stop_gradient((x, z)), cond)
+
+
+def _bounded(y: Float[Array, "b n c"]) -> Float[Array, "b n c"]:
+    """Clips y to ±DIVERGED and replaces NaN by 0."""
+    return jnp.clip(jnp.nan_to_num(y, nan=0.0), -DIVERGED, DIVERGED)

@@ -1,0 +1,59 @@
+"""Models on the Hugging Face Hub: folders that `flowgen.export` writes. Needs the extra `hub`."""
+
+from __future__ import annotations
+
+import os
+import tempfile
+from pathlib import Path
+from typing import Any
+
+from flowgen.checkpoint import load
+from flowgen.experiments import Experiment
+from flowgen.exports import export
+from flowgen.packages import need
+from flowgen.runs import is_exported, located
+from flowgen.runs.located import HUB
+
+
+def from_pretrained(name: str, revision: str | None = None) -> tuple[Any, Any, Experiment]:
+    """Returns a model, its variables and its experiment from the hub, like `load("hf://org/name@revision")`.
+
+    The files are downloaded once, into the hub's cache. No code in them is executed.
+
+    name: the model's name, such as "org/name". revision: a branch, tag or commit; None for the main branch.
+
+    Raises ModuleNotFoundError if huggingface_hub is not installed, OSError if the download fails, or ValueError if the
+    files are damaged or do not belong to a flowgen model.
+
+    Example:
+        flow, params, experiment = from_pretrained("org/digits")
+    """
+    return load(f"{HUB}{name}" + (f"@{revision}" if revision else ""))
+
+
+def push_to_hub(model: str | os.PathLike[str], name: str, *, private: bool = True, **options: Any) -> str:
+    """Uploads a model to the hub, into the repository `name`, and returns the URL of the commit.
+
+    The repository is created if it does not exist.
+
+    model: an exported folder, whose files are uploaded as they are, so edit its README.md first; or a run, which is
+    exported. private: whether a new repository is private. options: options of `flowgen.export` for a run.
+
+    Raises ModuleNotFoundError if huggingface_hub is not installed, and the errors of `flowgen.export` and of the hub.
+
+    Example:
+        push_to_hub("exported/digits", "org/digits")
+    """
+    api = need("huggingface_hub", "push_to_hub")
+    folder = located(model)
+    if is_exported(folder):
+        if options:
+            raise ValueError(f"{', '.join(options)} cannot be set for the exported folder {model}; leave it out.")
+        return _uploaded(api, folder, name, private)
+    with tempfile.TemporaryDirectory(prefix="flowgen-") as temporary:
+        return _uploaded(api, export(folder, Path(temporary) / "model", **options), name, private)
+
+
+def _uploaded(api: Any, folder: str | os.PathLike[str], name: str, private: bool) -> str:
+    api.create_repo(name, private=private, exist_ok=True)
+    return str(api.upload_folder(repo_id=name, folder_path=os.fspath(folder), commit_message="Upload a flowgen model"))

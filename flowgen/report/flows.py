@@ -1,0 +1,218 @@
+"""The parts of a report that measure a flow: statistics of its blocks, and the decoding of a few samples."""
+
+from __future__ import annotations
+
+import dataclasses
+import time
+from functools import partial
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from flowgen.conditioning import TextCondition
+from flowgen.data import Batch
+from flowgen.decoding import Jacobi, sample
+from flowgen.experiments.flow import FlowExperiment
+from flowgen.experiments.plots import DRAWABLE_CHANNELS, sample_grid, strips
+from flowgen.experiments.tuning import read_tuned_plan
+from flowgen.experiments.video_flow import VideoFlowExperiment
+from flowgen.flows.batches import batch_input, condition_of
+from flowgen.flows.block import AutoregressiveBlock
+from flowgen.flows.objective import on_samples_like
+from flowgen.report.charts import box_plots
+from flowgen.report.markup import Markup, Section, element, note, number, section, table
+from flowgen.report.pictures import grid_picture
+from flowgen.runs import RunContents
+
+AnyFlow = FlowExperiment | VideoFlowExperiment
+QUANTILES = (0.01, 0.25, 0.5, 0.75, 0.99)
+MOST_WINDOWS = 12  # columns of a table of sweeps
+
+
+class BlockStatistics(NamedTuple):
+    """What one block does to a batch of samples.
+
+    log_scale: the quantiles `QUANTILES` of log_scale over samples, tokens and channels, in nats. spread: its standard
+    deviation. logdet_per_dim: mean log-determinant in nats per dimension. norm: root mean square of the tokens after
+    the block; after the last block, these are the noise.
+    """
+
+    log_scale: tuple[float, ...]
+    spread: float
+    logdet_per_dim: float
+    norm: float
+
+
+def block_statistics(flow: Any, variables: Any, x: Any, cond: Any) -> list[BlockStatistics]:
+    """Returns the statistics of each block, data side first, for samples `b *event`.
+
+    Example:
+        rows = block_statistics(flow, params, x, labels)
+    """
+    flow, found = on_samples_like(flow, x), []
+    states, _ = jax.jit(partial(flow.apply, method="trajectory"))(variables, x, cond)
+    entering = [flow.config.to_tokens(x), *states[:-1]]
+    for index, (before, after) in enumerate(zip(entering, states, strict=True)):
+        block = AutoregressiveBlock(flow.config.blocks[index])
+        params = {"params": variables["params"][f"blocks_{index}"]}
+        _, log_scale = jax.jit(partial(block.apply, method="parameters"))(params, before, cond)
+        scales = np.asarray(log_scale, np.float64)
+        found.append(
+            BlockStatistics(
+                log_scale=tuple(np.quantile(scales, QUANTILES).tolist()),
+                spread=float(scales.std()),
+                logdet_per_dim=float(-scales.sum(axis=(1, 2)).mean() / flow.config.num_dims),
+                norm=float(np.sqrt(np.square(np.asarray(after, np.float64)).mean())),
+            )
+        )
+    return found
+
+
+def blocks_section(flow: Any, variables: Any, batch: Batch, split: str) -> Section:
+    """Returns the statistics of a flow's blocks for a batch of data. split: "held-out" or "training".
+
+    Example:
+        part = blocks_section(flow, params, inputs(experiment, 32), "held-out")
+    """
+    x = batch_input(jax.random.key(0), jax.tree.map(jnp.asarray, batch.x), flow.config.noise_std)
+    found = block_statistics(flow, variables, x, condition_of(flow, batch))
+    total = sum(row.logdet_per_dim for row in found)
+    sizes = [abs(row.logdet_per_dim) for row in found]
+    rows = [
+        (
+            f"block {index}",
+            number(row.logdet_per_dim),
+            f"{size / (sum(sizes) or 1):.0%}",
+            number(row.spread),
+            number(row.norm),
+        )
+        for index, (row, size) in enumerate(zip(found, sizes, strict=True))
+    ]
+    norm = float(np.sqrt(np.square(np.asarray(x, np.float64)).mean()))
+    rows = [("input", "", "", "", number(norm)), *rows]
+    columns = ("block", "log-determinant, nats/dim", "share", "spread of log_scale", "norm of its output")
+    about = element(
+        "p",
+        f"For {batch.size} {split} samples. Block 0 is on the data side; the last block's output is the noise, whose "
+        f"norm is near 1 if the flow fits. All blocks together: {number(total)} nats/dim. The share is of the sum of "
+        "absolute values; the norm is the root mean square over samples, tokens and channels.",
+        class_="lead",
+    )
+    boxes = box_plots(
+        "log_scale: median, quartiles, and 1 and 99 %",
+        "nats",
+        [(f"block {index}", row.log_scale) for index, row in enumerate(found)],
+    )
+    return section("Blocks", "blocks", about, boxes, table("Statistics of the blocks", columns, rows))
+
+
+class Decoded(NamedTuple):
+    """How one plan decoded a batch. seconds: of the second call, which compiles nothing."""
+
+    name: str
+    result: Any
+    seconds: float
+
+
+def decoding_section(experiment: AnyFlow, contents: RunContents, flow: Any, variables: Any, batch: Batch) -> Section:
+    """Returns how the run's plan and Jacobi decoding draw as many samples as the batch has, under its conditions.
+
+    Example:
+        part = decoding_section(experiment, contents, flow, params, inputs(experiment, 8))
+    """
+    x = batch_input(jax.random.key(0), jax.tree.map(jnp.asarray, batch.x), flow.config.noise_std)
+    flow, cond, num = on_samples_like(flow, x), condition_of(flow, batch), batch.size
+    guidance = experiment.guidance(flow, _null(experiment, flow, cond))
+    decoded = []
+    for name, plan in _plans(experiment, contents).items():
+        draw = partial(
+            sample, flow, variables, jax.random.key(0), num, cond, plan=plan, guidance=guidance, certify=True
+        )
+        jax.block_until_ready(draw(denoise=False).x)
+        began = time.perf_counter()
+        result = jax.device_get(draw(denoise=False))
+        decoded.append(Decoded(name, result, time.perf_counter() - began))
+    told = f" with guidance {experiment.sampling.guidance:g}" if experiment.sampling.guidance else ""
+    about = element(
+        "p",
+        f"{num} samples, drawn{told} from the latest parameters, without the step that removes the training noise. The "
+        "time is measured on this machine, with the certificate and without compilation. The error is the largest "
+        "difference in noise after a forward pass; the estimate is that of the largest error in the data.",
+        class_="lead",
+    )
+    parts = [about, _plans_table(decoded, num), *(_sweeps_table(found) for found in decoded)]
+    drawn = _drawn(experiment, flow, variables, cond, guidance, num)
+    return section("Decoding", "decoding", *parts, drawn)
+
+
+def _plans(experiment: AnyFlow, contents: RunContents) -> dict[str, Any]:
+    """Returns the plan of the run and a parallel plan, by name; only one of them if they are the same."""
+    sampling = experiment.sampling
+    plans: dict[str, Any] = {}
+    if sampling.plan != "tuned":
+        plans[f"the run's plan ({sampling.plan if isinstance(sampling.plan, str) else 'one per block'})"] = (
+            sampling.to_plan()
+        )
+    else:
+        plans["the run's plan (tuned)"] = dataclasses.replace(
+            sampling, plan=read_tuned_plan(contents.shown).plan
+        ).to_plan()
+    parallel = Jacobi(window=sampling.window, tol=sampling.tol or Jacobi().tol, init=sampling.init)
+    if parallel not in plans.values():
+        plans["Jacobi"] = parallel
+    return plans
+
+
+def _null(experiment: AnyFlow, flow: Any, cond: Any) -> TextCondition | None:
+    if not (isinstance(cond, TextCondition) and experiment.sampling.guidance):
+        return None
+    return experiment.encoding.empty_text(flow.config.image_hw)
+
+
+def _plans_table(decoded: list[Decoded], num: int) -> Markup:
+    rows = []
+    for name, result, seconds in decoded:
+        estimate = float(result.error_estimate.max())
+        rows.append(
+            (
+                name,
+                f"{int(result.sweeps.sum()):,}",
+                f"{seconds:.3g} s",
+                f"{num / seconds:.3g}",
+                f"{float(result.residual.max()):.1e}",
+                f"{float(result.error.max()):.1e}",
+                f"{estimate:.1e}" if np.isfinite(estimate) else "not bounded",
+                f"{int(result.unsolved.sum())}",
+            )
+        )
+    columns = ("plan", "passes", "wall time", "samples/s", "residual", "error", "error estimate", "unsolved windows")
+    return table("Decoding of the samples by plan", columns, rows)
+
+
+def _sweeps_table(found: Decoded) -> Markup:
+    """Returns the passes of each block and window; without a window of several tokens, only their sums."""
+    sweeps = np.asarray(found.result.sweeps)
+    shown = min(sweeps.shape[1], MOST_WINDOWS)
+    more = sweeps.shape[1] > shown
+    rows = [
+        (f"block {index}", f"{int(row.sum()):,}", *(f"{int(count)}" for count in row[:shown]), *["…"] * more)
+        for index, row in enumerate(sweeps)
+    ]
+    windows = [f"window {index}" for index in range(shown)] + ["…"] * more
+    return element(
+        "details",
+        element("summary", f"Passes per block and window: {found.name}"),
+        table(f"Network passes until the slowest sample was solved, {found.name}", ("block", "all", *windows), rows),
+    )
+
+
+def _drawn(experiment: AnyFlow, flow: Any, variables: Any, cond: Any, guidance: Any, num: int) -> Any:
+    """Returns a picture of samples as `sample` draws them, under the same conditions as above."""
+    codec = experiment.encoding.open_codec()
+    if codec.pixel_channels not in DRAWABLE_CHANNELS:
+        return note(f"The samples have {codec.pixel_channels} channels, so they are not shown.")
+    images, _ = experiment.draw_batch(flow, variables, jax.random.key(0), np.arange(num), cond, guidance=guidance)
+    grid = strips(images) if images.ndim == 5 else sample_grid(images, 0)
+    return grid_picture(grid, f"{num} samples drawn from the latest parameters")

@@ -1,0 +1,22 @@
+"""Pictures for a report that are made from arrays."""
+
+from __future__ import annotations
+
+import io
+
+import numpy as np
+from jaxtyping import UInt8
+
+from flowgen.data.media import pillow
+from flowgen.report.markup import Markup, element, picture
+
+
+def grid_picture(image: UInt8[np.ndarray, "height width c"], caption: str) -> Markup:
+    """Returns a figure of an image with 1 or 3 channels. Raises ModuleNotFoundError if Pillow is missing.
+
+    Example:
+        figure = grid_picture(sample_grid(images, 10), "Training images")
+    """
+    file = io.BytesIO()
+    pillow().fromarray(image[..., 0] if image.shape[-1] == 1 else image).save(file, format="PNG", optimize=True)
+    return element("figure", picture(file.getvalue(), caption), element("figcaption", caption))

@@ -1,0 +1,167 @@
+"""The layout of an exported model: a folder of files in open formats, with only what is needed to use the model.
+
+<folder>/config.json         the version of flowgen, the experiment, where the weights come from, and their metrics
+<folder>/model.safetensors   the variables by path, such as "params/blocks_0/proj_in/kernel"
+<folder>/README.md           a model card
+<folder>/codec/              the exported autoencoder of a flow on its latents, if flowgen trained it
+"""
+
+from __future__ import annotations
+
+import copy
+import os
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from flowgen import documents
+from flowgen.runs.arrays import Flat, layout
+from flowgen.runs.checkpoints import CheckpointReader
+from flowgen.runs.files import DIGEST, digest_of_file, is_regular
+from flowgen.safetensors import read_safetensors
+
+CONFIG_FILE = "config.json"
+MODEL_FILE = "model.safetensors"
+CARD_FILE = "README.md"
+CODEC = "codec"
+FORMAT = 1
+EXPERIMENT, WEIGHTS, METRICS = "experiment", "weights", "metrics"
+# The files that loading reads.
+FILES = (CONFIG_FILE, MODEL_FILE, f"{CODEC}/{CONFIG_FILE}", f"{CODEC}/{MODEL_FILE}")
+# The types of the values that describe the weights.
+_ABOUT = {"step": int, "averaged": bool, "trained": bool, DIGEST: str}
+# Text encoders that are named rather than given by a path.
+_NAMED_ENCODERS = ("minilm", "words")
+_STORED = {"float16": "float32"}  # the dtypes that are smaller in files than in use
+
+
+def without_paths(experiment: Mapping[str, Any]) -> dict[str, Any]:
+    """Returns the plain values of an experiment without the paths of files and runs, which mean nothing elsewhere.
+
+    Example:
+        without_paths(experiment.to_json())["data"]["path"]  # ""
+    """
+    plain = copy.deepcopy(dict(experiment))
+    plain["init"] = {"path": "", "allow": []}
+    data = plain.get("data")
+    for group in (data, data.get("images") if isinstance(data, dict) else None, plain.get("codec")):
+        if isinstance(group, dict) and "path" in group:
+            group["path"] = ""
+    if isinstance(text := plain.get("text"), dict) and text.get("encoder") not in _NAMED_ENCODERS:
+        text["encoder"] = ""
+    return plain
+
+
+def is_exported(folder: str | os.PathLike[str]) -> bool:
+    """Returns whether a folder contains an exported model. Does not read the weights.
+
+    Example:
+        is_exported("exported/digits")
+    """
+    path = Path(folder) / CONFIG_FILE
+    if not is_regular(path):
+        return False
+    try:
+        config = documents.read_json(path)
+    except (OSError, ValueError):
+        return False
+    return isinstance(config, dict) and isinstance(config.get(EXPERIMENT), dict) and WEIGHTS in config
+
+
+class ExportedReader(CheckpointReader):
+    """Reads an exported model as a run with one checkpoint, whose arrays are float32 if the file has float16.
+
+    Example:
+        reader = ExportedReader("exported/digits")
+        variables = reader.variables(reader.latest_step(), expected["params"])
+    """
+
+    def __init__(self, folder: str | Path):
+        super().__init__(folder)
+        self._path = self.directory / MODEL_FILE
+
+    def config(self) -> dict[str, Any]:
+        """Returns the experiment as plain JSON values. An autoencoder in the folder is the experiment's codec.
+
+        Other paths are left out, so that a file that someone else wrote cannot name files or URLs to read.
+
+        Raises ValueError if config.json is damaged or was written by a newer flowgen.
+        """
+        experiment = without_paths(self._about()[EXPERIMENT])
+        if (self.directory / CODEC / CONFIG_FILE).is_file() and isinstance(codec := experiment.get("codec"), dict):
+            experiment["codec"] = {**codec, "path": str(self.directory / CODEC)}
+        return experiment
+
+    def steps(self) -> list[int]:
+        """Returns the step of the weights."""
+        return [self._about()[WEIGHTS]["step"]]
+
+    def manifest(self, step: int) -> dict[str, Any]:
+        """Returns the step's `config`, `arrays` (path: [shape, dtype]) and `files` (path: digest)."""
+        entries = layout(self._tensors())
+        arrays = {path: [shape, _STORED.get(dtype, dtype)] for path, (shape, dtype) in entries.items()}
+        files = {MODEL_FILE: self._about()[WEIGHTS][DIGEST]}
+        return {"step": step, "config": self.config(), "arrays": arrays, "files": files}
+
+    def was_trained(self) -> bool:
+        """Returns whether training made the weights; False if they were imported."""
+        return self._about()[WEIGHTS]["trained"]
+
+    def evaluation(self, step: int) -> dict[str, float]:
+        """Returns the metrics that the run recorded for the weights."""
+        return self._about()[METRICS]
+
+    def arrays(self, step: int, choose: Callable[[str], bool] = lambda path: True) -> Flat:
+        """Returns the arrays whose paths are chosen, after checking the file against its digest.
+
+        Raises ValueError if the file has been changed or is truncated.
+        """
+        tensors = self._tensors()
+        if digest_of_file(self._path) != self._about()[WEIGHTS][DIGEST]:
+            raise ValueError(
+                f"'{self._path}' is not the file that {CONFIG_FILE} describes (its SHA-256 differs); copy or download "
+                "the whole folder again."
+            )
+        chosen = {path: tensor for path, tensor in tensors.items() if choose(path)}
+        return {path: np.array(x, _STORED.get(x.dtype.name, x.dtype)) for path, x in chosen.items()}
+
+    def is_averaged(self, step: int) -> bool:
+        """Returns whether the weights are an average."""
+        return self._about()[WEIGHTS]["averaged"]
+
+    def _group(self, step: int, ema: bool) -> str:
+        if not ema and self.is_averaged(step):
+            raise ValueError(
+                f"'{self.directory}' contains only the averaged parameters; leave out --no-ema, or export the run "
+                "with --no-ema."
+            )
+        return "params"
+
+    def _entries(self) -> dict[str, str | None]:
+        return {str(step): None for step in self.steps()}
+
+    def _tensors(self) -> dict[str, np.ndarray]:
+        if not is_regular(self._path):
+            raise FileNotFoundError(f"'{self._path}' is missing; copy or download the whole folder again.")
+        return read_safetensors(self._path)
+
+    def _about(self) -> dict[str, Any]:
+        """Returns the content of config.json. Raises ValueError if it is not what `export` writes."""
+        path = self.directory / CONFIG_FILE
+        config = documents.read_json(path, fix="copy or download the whole folder again")
+        if config.get("format") != FORMAT:
+            raise ValueError(
+                f"{path} has format {config.get('format')!r:.80}, but this flowgen reads format {FORMAT}; install the "
+                f"flowgen that wrote it ({config.get('flowgen')!s:.80}) or a newer one."
+            )
+        weights, metrics = config.get(WEIGHTS), config.setdefault(METRICS, {})
+        whole = isinstance(weights, dict) and all(type(weights.get(name)) is kind for name, kind in _ABOUT.items())
+        if not whole or weights["step"] < 0 or not isinstance(metrics, dict) or not _are_numbers(metrics.values()):
+            raise ValueError(f"{path} does not describe the weights; copy or download the whole folder again.")
+        return config
+
+
+def _are_numbers(values: Any) -> bool:
+    return all(type(value) in (int, float) for value in values)

@@ -1,0 +1,447 @@
+"""Exported models: the same parameters to the bit, no folder that is half there, nothing of this machine inside."""
+
+import dataclasses
+import json
+import re
+import shutil
+import sys
+from types import ModuleType
+from typing import Any
+
+import jax
+import numpy as np
+import pytest
+from commands import one_sentence, refused, succeed
+from fsspec.implementations.memory import MemoryFileSystem
+from laws import drawn
+
+import flowgen
+from flowgen import checkpoint, exports
+from flowgen.codecs import AutoencoderConfig
+from flowgen.data import DataConfig, LatentsConfig, PointsConfig
+from flowgen.experiments import (
+    AutoencoderExperiment,
+    AutoencodingConfig,
+    FlowExperiment,
+    MatchingExperiment,
+    PretrainedAutoencoder,
+    SamplingConfig,
+    TextConfig,
+)
+from flowgen.flows import STARFlowConfig, TARFlowConfig, density
+from flowgen.matching import MLPConfig
+from flowgen.nn import init
+from flowgen.runs import CheckpointStore, RunReader, flatten, located, shipped_models, write_config
+from flowgen.runs.exported import without_paths
+from flowgen.runs.located import SHIPPED
+from flowgen.safetensors import read_safetensors, write_safetensors
+from flowgen.training import InitConfig
+
+TINY = TARFlowConfig(image_size=8, channels=1, patch_size=4, width=8, head_dim=8, num_blocks=2, layers_per_block=1)
+EXPERIMENTS = {
+    "flow": FlowExperiment(name="flow", model=TINY, sampling=SamplingConfig(num=2)),
+    "prior": FlowExperiment(name="prior", model=dataclasses.replace(TINY, scale_parameterisation="volume_preserving")),
+    "points": MatchingExperiment(
+        name="points",
+        model=MLPConfig(dim=2, width=8, num_layers=1),
+        data=PointsConfig(x0="normal", x1="moons"),
+    ),
+    "autoencoder": AutoencoderExperiment(
+        name="autoencoder",
+        model=AutoencoderConfig(channels=1, widths=(4, 4), layers_per_block=1, num_groups=2, attention=False),
+        autoencoding=AutoencodingConfig(image_size=8),
+    ),
+}
+METRICS = {"bits_per_dim": 2.5}
+LATENTS = {"latents": {"mean": np.full(4, 0.5, np.float32), "variance": np.full(4, 2.0, np.float32)}}
+
+
+def variables_of(experiment, seed=0):
+    """Variables far from fresh ones, so that an array in another's place is seen."""
+    made = drawn(init, experiment.build(), jax.random.key(0))
+    made |= LATENTS if isinstance(experiment, AutoencoderExperiment) else {}
+    return jax.tree.map(lambda leaf: (leaf * (1 + seed / 64)).astype(leaf.dtype), made)
+
+
+def write_trained(path, experiment):
+    """A run as training leaves it: the parameters, another average of them, and what sampling does not read."""
+    variables, average = variables_of(experiment), variables_of(experiment, seed=1)
+    path.mkdir()
+    write_config(path, experiment.to_json())
+    with CheckpointStore(path / "checkpoints") as store:
+        state = {
+            "step": np.int32(7),
+            "params": variables["params"],
+            "ema": average["params"],
+            "opt_state": [np.ones(3, np.float32)],
+            "collections": {name: part for name, part in variables.items() if name != "params"},
+        }
+        store.save(7, state, config=experiment.to_json(), metrics=METRICS)
+    return path
+
+
+@pytest.fixture(scope="module", params=EXPERIMENTS)
+def trained(request, tmp_path_factory):
+    return write_trained(tmp_path_factory.mktemp("trained") / "run", EXPERIMENTS[request.param])
+
+
+@pytest.fixture(scope="module")
+def run(tmp_path_factory):
+    return write_trained(tmp_path_factory.mktemp("trained") / "run", EXPERIMENTS["flow"])
+
+
+@pytest.fixture(scope="module")
+def exported(run, tmp_path_factory):
+    """The tiny flow's folder, read by tests that change nothing."""
+    return exports.export(run, tmp_path_factory.mktemp("exported") / "flow")
+
+
+@pytest.fixture
+def copied(exported, tmp_path):
+    return shutil.copytree(exported, tmp_path / "copied")
+
+
+def assert_same(a, b):
+    assert jax.tree.structure(a) == jax.tree.structure(b)
+    for name, leaf in flatten(a).items():
+        assert leaf.dtype == flatten(b)[name].dtype
+        np.testing.assert_array_equal(leaf, flatten(b)[name], err_msg=name)
+
+
+def test_loading_gives_the_model_of_the_run_bitwise(trained, tmp_path):
+    folder = flowgen.export(trained, tmp_path / "folder")
+    model, variables, experiment = flowgen.load(trained)
+    again, loaded, described = flowgen.load(folder)
+    assert (again, described) == (model, experiment)
+    assert_same(loaded, variables)
+    assert sorted(path.name for path in folder.iterdir()) == ["README.md", "config.json", "model.safetensors"]
+
+
+def test_parameters_that_are_no_average_are_exported_too(run, exported, tmp_path):
+    folder = flowgen.export(run, tmp_path / "folder", step="best", ema=False)
+    variables = checkpoint.load_on_host(run, ema=False)[1]
+    assert_same(checkpoint.load_on_host(folder, "best", ema=False)[1], variables)
+    again = flowgen.export(folder, tmp_path / "again")
+    assert (again / "model.safetensors").read_bytes() == (folder / "model.safetensors").read_bytes()
+    assert variables["params"]["blocks_0"]["proj_in"]["bias"].any()
+    assert "averaged parameters" not in (folder / "README.md").read_text()
+
+
+def test_half_precision_is_stored_and_float32_is_loaded(run, exported, tmp_path):
+    folder = flowgen.export(run, tmp_path / "half", dtype="float16")
+    whole = flowgen.load(exported)[1]
+    assert_same(flowgen.load(folder)[1], jax.tree.map(lambda x: x.astype(np.float16).astype(np.float32), whole))
+    stored = {path: read_safetensors(path / "model.safetensors") for path in (folder, exported)}
+    assert {x.dtype.name for x in stored[folder].values()} == {"float16"}
+    assert {x.dtype.name for x in stored[exported].values()} == {"float32"}
+    assert "stored as float16" in (folder / "README.md").read_text()
+
+
+def test_weights_beyond_float16_are_refused(tmp_path):
+    variables = jax.tree.map(lambda x: x + np.float32(1e6), variables_of(EXPERIMENTS["flow"]))
+    checkpoint.write_run(tmp_path / "run", EXPERIMENTS["flow"], variables)
+    with pytest.raises(ValueError, match="the largest float16; leave out dtype") as error:
+        flowgen.export(tmp_path / "run", tmp_path / "out", dtype="float16")
+    one_sentence(error)
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["run"]
+
+
+def test_the_card_tells_what_the_model_is_and_how_good(exported, tmp_path, run):
+    card = (exported / "README.md").read_text()
+    for told in ("# flow", "A TARFlow with", "averaged parameters of step 7", "| bits_per_dim | 2.5 |", "digits"):
+        assert told in card
+    assert "has not stated a licence" in card
+    licensed = exports.export(run, tmp_path / "out", licence="mit")
+    assert "\nlicense: mit\n" in (licensed / "README.md").read_text()
+
+
+def test_nothing_of_this_machine_is_in_the_folder(tmp_path):
+    place = f"{tmp_path}/secret"
+    words = {"model": dataclasses.replace(STAR, text_dim=4, text_length=2, num_classes=0)}
+    for changes in (
+        {"data": DataConfig(name="folder", path=place), "init": InitConfig(place, allow=("classes",))},
+        {"data": LatentsConfig(place), "codec": PretrainedAutoencoder(place, digest="0")},
+        {**words, "text": TextConfig(place)},
+    ):
+        experiment = FlowExperiment(**{"name": "star", "model": STAR, **changes})
+        assert "secret" not in json.dumps(without_paths(experiment.to_json()))
+        experiment.from_json(without_paths(experiment.to_json()))
+
+
+STAR = STARFlowConfig(image_size=4, channels=4, width=40, head_dim=20, layers_per_block=(1, 1), num_classes=10)
+
+
+def test_a_foreign_folder_names_no_files_to_read(copied):
+    _edit("experiment", "data", "path", value="gs://stranger/data")(copied)
+    assert flowgen.load(copied)[2].data.path == ""
+
+
+def test_an_autoencoder_of_flowgen_goes_with_its_flow(tmp_path, monkeypatch):
+    autoencoder = write_trained(tmp_path / "autoencoder", EXPERIMENTS["autoencoder"])
+    codec = PretrainedAutoencoder(str(autoencoder))
+    experiment = FlowExperiment(name="star", model=STAR, codec=codec).with_provenance()
+    run = write_trained(tmp_path / "run", experiment)
+    folder = flowgen.export(run, tmp_path / "folder", dtype="float16")
+    codec = experiment.encoding.open_codec()
+    for path in (run, autoencoder):
+        shutil.rmtree(path)
+    moved = folder.rename(tmp_path / "moved")
+    loaded = flowgen.load(moved)[2]
+    again = loaded.encoding.open_codec()
+    assert_same(again.variables, codec.variables)
+    for name in ("shift", "scale"):
+        np.testing.assert_array_equal(getattr(again.normalisation, name), getattr(codec.normalisation, name))
+    assert str(tmp_path) not in (moved / "config.json").read_text()
+
+
+def test_a_published_autoencoder_stays_outside(tmp_path):
+    codec = PretrainedAutoencoder(str(tmp_path / "sd-vae"))
+    run = write_trained(tmp_path / "run", FlowExperiment(name="star", model=STAR, codec=codec))
+    with pytest.warns(UserWarning, match="give its path with --codec.path"):
+        folder = flowgen.export(run, tmp_path / "folder")
+    assert "--codec.path" in (folder / "README.md").read_text()
+    assert "codec.path is empty" in refused("sample --checkpoint", folder, "--out", tmp_path / "x.npz")
+
+
+# What is refused.
+
+
+def test_existing_files_are_kept(exported, run, tmp_path):
+    (tmp_path / "out").mkdir()
+    (tmp_path / "out" / "mine").write_text("mine")
+    with pytest.raises(FileExistsError, match="already exists") as error:
+        flowgen.export(run, tmp_path / "out")
+    one_sentence(error)
+    assert "is not an option" in refused("export", run, "--out", tmp_path / "new", "--steps", "3")
+    with pytest.raises(ValueError, match="dtype is 'int8'"):
+        flowgen.export(run, tmp_path / "new", dtype="int8")
+    assert [path.name for path in tmp_path.iterdir()] == ["out"]
+
+
+def test_an_interrupted_export_leaves_nothing(run, tmp_path, monkeypatch):
+    def interrupt(*arguments, **options):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(exports, "model_card", interrupt)
+    with pytest.raises(KeyboardInterrupt):
+        flowgen.export(run, tmp_path / "out")
+    assert list(tmp_path.iterdir()) == []
+
+
+def _flip(folder):
+    content = bytearray((folder / "model.safetensors").read_bytes())
+    content[-1] ^= 1
+    (folder / "model.safetensors").write_bytes(content)
+
+
+def _truncate(folder):
+    (folder / "model.safetensors").write_bytes((folder / "model.safetensors").read_bytes()[:-1])
+
+
+def _edit(*path, value):
+    def edit(folder):
+        config = json.loads((folder / "config.json").read_text())
+        part = config
+        for name in path[:-1]:
+            part = part[name]
+        part[path[-1]] = value
+        (folder / "config.json").write_text(json.dumps(config))
+
+    return edit
+
+
+@pytest.mark.parametrize(
+    ("damage", "told"),
+    [
+        (_flip, "SHA-256 differs"),
+        (_truncate, "is damaged or not a safetensors file"),
+        (lambda folder: (folder / "model.safetensors").unlink(), "is missing"),
+        (lambda folder: (folder / "model.safetensors").write_bytes(b""), "truncated or not a safetensors"),
+        (_edit("format", value=2), "reads format 1; install the flowgen that wrote it"),
+        (_edit("weights", value={}), "does not describe the weights"),
+        (_edit("weights", "step", value=-1), "does not describe the weights"),
+        (_edit("metrics", value={"loss": "small"}), "does not describe the weights"),
+        (_edit("experiment", "model", "width", value=16), "does not fit the model"),
+        (_edit("experiment", "model", "depth", value=16), "depth"),
+        (_edit("experiment", "type", value="os:system"), "type is 'os:system'"),
+    ],
+)
+def test_damage_is_told_in_one_sentence(copied, damage, told):
+    damage(copied)
+    with pytest.raises((ValueError, OSError), match=re.escape(told)) as error:
+        flowgen.load(copied)
+    one_sentence(error)
+
+
+def test_a_folder_without_trained_parameters_says_so(exported):
+    with pytest.raises(ValueError, match="only the averaged parameters") as error:
+        flowgen.load(exported, ema=False)
+    one_sentence(error)
+    with pytest.raises(FileNotFoundError, match="no checkpoint 3; choose one of 7"):
+        flowgen.load(exported, step=3)
+
+
+def test_an_exported_folder_is_not_a_workdir(exported):
+    told = refused("train --debug --config tarflow_digits --workdir", exported)
+    assert f"train in a new --workdir with --init-from {exported}" in told
+
+
+# Commands and places.
+
+
+def test_commands_read_an_exported_folder(exported, run, tmp_path):
+    assert "checkpoints: 7" in succeed("info --checkpoint", exported)
+    succeed("sample --num 2 --checkpoint", exported, "--out", tmp_path / "a.npz")
+    succeed("sample --num 2 --checkpoint", run, "--out", tmp_path / "b.npz")
+    drawn_from = [np.load(tmp_path / name)["images"] for name in ("a.npz", "b.npz")]
+    np.testing.assert_array_equal(*drawn_from)
+    folder = tmp_path / "folder"
+    told = succeed("export --no-ema", run / "checkpoints" / "7", "--out", folder)
+    assert re.match(rf"Wrote {re.escape(str(folder))} \(\d\.\d\d MB\)", told)
+    assert_same(flowgen.load(folder, ema=False)[1], flowgen.load(run, ema=False)[1])
+
+
+@pytest.mark.slow
+def test_training_starts_from_an_exported_folder(exported, tmp_path):
+    model = " ".join(
+        f"--model.{name} {getattr(TINY, name)}"
+        for name in ("patch_size", "width", "head_dim", "num_blocks", "layers_per_block", "num_classes", "activation")
+    )
+    words = "train --config tarflow_digits --steps 1 --optim.warmup_steps 0 --batch_size 4 --sampling.guidance 0 "
+    words += "--sampling.num 1 --log.tensorboard false --optim.lr 0 --optim.min_lr 0 --train.label_dropout 0 "
+    succeed(words + model, "--init-from", exported, "--workdir", tmp_path / "run")
+    assert_same(flowgen.load(tmp_path / "run", ema=False)[1], flowgen.load(exported)[1])
+
+
+def test_a_folder_in_a_bucket_is_loaded(exported, monkeypatch):
+    monkeypatch.setattr(MemoryFileSystem, "store", {})
+    monkeypatch.setattr(MemoryFileSystem, "pseudo_dirs", [""])
+    for path in exported.iterdir():
+        MemoryFileSystem().pipe_file(f"/bucket/flow/{path.name}", path.read_bytes())
+    assert_same(flowgen.load("memory://bucket/flow")[1], flowgen.load(exported)[1])
+
+
+# The hub.
+
+
+@pytest.fixture
+def hub(monkeypatch, tmp_path):
+    """A hub in a folder, which records what is asked of it."""
+    root, asked = tmp_path / "hub", []
+
+    def snapshot_download(repo_id, *, revision, allow_patterns):
+        asked.append((repo_id, revision))
+        if not (root / repo_id).is_dir():
+            raise RuntimeError("404 Client Error:\n repository not found")
+        return str(root / repo_id)
+
+    def upload_folder(*, repo_id, folder_path, commit_message):
+        shutil.copytree(folder_path, root / repo_id, dirs_exist_ok=True)
+        return f"https://hub/{repo_id}/commit/1"
+
+    fake: Any = ModuleType("huggingface_hub")
+    fake.snapshot_download, fake.upload_folder = snapshot_download, upload_folder
+    fake.create_repo = lambda name, *, private, exist_ok: asked.append((name, private))
+    monkeypatch.setitem(sys.modules, "huggingface_hub", fake)
+    return asked
+
+
+def test_models_go_to_the_hub_and_come_back(hub, run, exported, tmp_path):
+    assert flowgen.push_to_hub(exported, "org/flow") == "https://hub/org/flow/commit/1"
+    assert_same(flowgen.from_pretrained("org/flow", revision="v1")[1], flowgen.load(exported)[1])
+    assert "checkpoints: 7" in succeed("info --checkpoint hf://org/flow")
+    flowgen.push_to_hub(run, "org/raw", private=False, ema=False)
+    assert_same(flowgen.load("hf://org/raw", ema=False)[1], flowgen.load(run, ema=False)[1])
+    assert hub[:3] == [("org/flow", True), ("org/flow", "v1"), ("org/flow", None)]
+
+
+def test_what_the_hub_lacks_is_told(hub, exported):
+    for name, kind, told in (
+        ("org/absent", OSError, "could not be downloaded (404 Client Error: repository not found)."),
+        ("absent", ValueError, "write hf://org/name"),
+    ):
+        with pytest.raises(kind, match=re.escape(told)) as error:
+            flowgen.from_pretrained(name)
+        one_sentence(error)
+    with pytest.raises(ValueError, match="ema cannot be set for the exported folder"):
+        flowgen.push_to_hub(exported, "org/flow", ema=False)
+
+
+def test_the_hub_needs_a_package(monkeypatch):
+    monkeypatch.setitem(sys.modules, "huggingface_hub", None)
+    with pytest.raises(ModuleNotFoundError, match="pip install huggingface_hub"):
+        flowgen.from_pretrained("org/flow")
+
+
+# The files.
+
+
+def test_safetensors_come_back_bitwise(tmp_path):
+    rng = np.random.default_rng(0)
+    tensors = {
+        f"{dtype}/{shape}": rng.integers(0, 2, shape).astype(jax.numpy.dtype(dtype))
+        for dtype in ("float64", "float32", "float16", "bfloat16", "int32", "uint8", "bool")
+        for shape in ((), (3,), (2, 0), (2, 5))
+    }
+    tensors["strided"] = np.arange(6, dtype=np.float32).reshape(2, 3).T
+    path = tmp_path / "model.safetensors"
+    write_safetensors(path, tensors, {"format": "flax"})
+    read = read_safetensors(path)
+    assert read.keys() == tensors.keys()
+    for name, tensor in tensors.items():
+        assert (read[name].dtype, read[name].shape) == (tensor.dtype, tensor.shape)
+        np.testing.assert_array_equal(read[name], tensor)
+    with pytest.raises(FileExistsError):
+        write_safetensors(path, tensors)
+    with pytest.raises(ValueError, match="x is complex64"):
+        write_safetensors(tmp_path / "other", {"x": np.ones(2, np.complex64)})
+
+
+# The models that ship with flowgen.
+
+
+SHIPPED_FROM = {"digits": "tarflow_digits", "digits-cfm": "cfm_digits"}
+
+
+def test_the_shipped_models_are_small_and_described():
+    assert shipped_models() == tuple(SHIPPED_FROM)
+    sizes = [path.stat().st_size for path in SHIPPED.rglob("*") if path.is_file()]
+    assert sum(sizes) < 2_000_000
+    for name, config in SHIPPED_FROM.items():
+        trained, given = (
+            json.loads(json.dumps(one))
+            for one in (RunReader(located(name)).config(), without_paths(flowgen.load_config(config).to_json()))
+        )
+        assert trained["data"].pop("classes") == [str(digit) for digit in range(10)]
+        given["data"].pop("classes")
+        assert trained == given
+        card = (SHIPPED / name / "README.md").read_text()
+        assert "license: apache-2.0" in card
+        assert "CC BY 4.0" in card
+
+
+@pytest.mark.slow
+def test_the_shipped_models_know_the_digits():
+    """The flow, which nothing else in the tests has trained, tells held-out digits and the network's samples apart."""
+    flow, params, experiment = flowgen.load("digits")
+    network, weights, matching = flowgen.load("digits-cfm")
+    batch = experiment.dataset("eval")[np.arange(60)]
+    posterior = jax.jit(lambda x: density.class_posterior(flow, params, x))
+    guessed = np.asarray(posterior(batch.x / np.float32(127.5) - 1)).argmax(-1)
+    assert (guessed == batch.labels).mean() > 0.9
+    asked = np.arange(60) % 10
+    drawn_digits, _ = matching.draw_batch(network, weights, jax.random.key(0), np.arange(60), asked)
+    assert (np.asarray(posterior(drawn_digits)).argmax(-1) == asked).mean() > 0.9
+
+
+def test_a_folder_goes_before_a_shipped_model_of_the_same_name(exported, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    assert located("digits") == SHIPPED / "digits"
+    shutil.copytree(exported, "digits")
+    assert flowgen.load("digits")[2].name == "flow"
+    assert "did you mean --checkpoint digits-cfm?" in refused("sample digits-cfm")
+    assert "or a shipped model (digits, digits-cfm)" in refused("info --checkpoint digit")
+
+
+def test_a_shipped_model_is_not_tuned_in_place():
+    assert "copy its folder" in refused("sample --checkpoint digits --tune")
