@@ -5,11 +5,14 @@ The checks run during tracing, so they cost nothing in compiled code.
 
 from __future__ import annotations
 
+import hashlib
 import math
+from collections.abc import Iterable
 from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 
 
 def check_floating(name: str, x: Any) -> None:
@@ -86,3 +89,16 @@ def at_least_float32(name: str, x: Any) -> jax.Array:
     check_floating(name, x)
     x = jnp.asarray(x)
     return x.astype(jnp.promote_types(x.dtype, jnp.float32))
+
+
+def digest_of(arrays: Iterable[Any]) -> str:
+    """Returns the SHA-256 of the shapes, dtypes and values of arrays.
+
+    Example:
+        digest = digest_of(jax.tree.leaves(params))
+    """
+    content = hashlib.sha256()
+    for array in map(np.asarray, arrays):
+        content.update(f"{array.dtype.str}{array.shape}".encode())
+        content.update(np.ascontiguousarray(array).data)
+    return content.hexdigest()

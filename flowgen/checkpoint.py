@@ -55,7 +55,7 @@ def load_on_host(
     run = RunReader(located(run_dir))
     with run.named():
         experiment, reader = from_json(run.config()), run.checkpoints
-        step = chosen_step(reader, run_dir, step, experiment.best_metric)
+        step = choose_step(reader, run_dir, step, experiment.best_metric)
         try:
             experiment.check_resumable(reader.manifest(step)["config"])
         except ValueError as error:
@@ -64,6 +64,17 @@ def load_on_host(
         expected = jax.eval_shape(lambda: init(flow, jax.random.key(0)))
         variables = reader.variables(step, expected["params"], ema=ema)
     return flow, variables, experiment
+
+
+def chosen_step(run_dir: str | Path, step: int | str | None = None) -> int:
+    """Returns the step that `load` would load. For the arguments and errors, see `load`.
+
+    Example:
+        step = chosen_step("runs/digits", "best")
+    """
+    run = RunReader(located(run_dir))
+    with run.named():
+        return choose_step(run.checkpoints, run_dir, step, from_json(run.config()).best_metric)
 
 
 def write_run(run_dir: str | Path, experiment: Experiment, variables: Any) -> None:
@@ -104,11 +115,11 @@ def check_new(run_dir: str | Path) -> None:
         raise PermissionError(f"You have no permission to write to {run_dir}; give another directory.")
 
 
-def chosen_step(reader: CheckpointReader, run_dir: str | Path, step: int | str | None, best_metric: str) -> int:
+def choose_step(reader: CheckpointReader, run_dir: str | Path, step: int | str | None, best_metric: str) -> int:
     """Returns the number of the checkpoint that `load` reads. Raises FileNotFoundError if there is none.
 
     Example:
-        step = chosen_step(run.checkpoints, "runs/digits", "best", experiment.best_metric)
+        step = choose_step(run.checkpoints, "runs/digits", "best", experiment.best_metric)
     """
     steps = reader.steps()
     if not steps:

@@ -15,7 +15,7 @@ import numpy as np
 
 from flowgen import __version__
 from flowgen.cards import model_card
-from flowgen.checkpoint import check_new, chosen_step
+from flowgen.checkpoint import check_new, choose_step
 from flowgen.experiments import from_json
 from flowgen.places import is_remote
 from flowgen.runs import DIGEST, RunReader, is_exported, is_run, located
@@ -78,7 +78,7 @@ def _write(
     with run.named():
         reader = run.checkpoints
         experiment: Any = from_json(run.config())
-        step = chosen_step(reader, os.fspath(run_dir), step, experiment.best_metric)
+        step = choose_step(reader, os.fspath(run_dir), step, experiment.best_metric)
         weights = _as_stored(reader.weights(step, ema=ema), dtype)
         about = {
             "step": step,

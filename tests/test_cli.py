@@ -8,6 +8,7 @@ import subprocess
 import sys
 from pathlib import Path
 
+import jax
 import numpy as np
 import pytest
 from commands import Outcome, outcome_of, refused, succeed
@@ -183,14 +184,30 @@ def test_evaluate_measures_splits_and_noises(trained):
         named = "Gaussian noise of std 0.1" if noise == "model" else "uniform dequantisation"
         whose = "training" if split == "eval" else "same"
         first, gaussian = rf"{sizes[split]} images \({split}\), {named}", f"a Gaussian fitted to the {whose} images"
-        found = re.fullmatch(rf"{first}\nbits/dim (\S+)\nbits/dim of {gaussian} (\S+)\n", out)
-        bits[split, noise], baselines[split, noise] = map(float, found.groups())
+        wrote = rf"Wrote {trained.path}/evaluations/8-\d{{8}}-\d{{6}}(-\d+)?\.json"
+        number = r"(\S+) ± 0\.0\d{3}"
+        found = re.fullmatch(rf"{first}\nbits/dim {number}\nbits/dim of {gaussian} {number}\n{wrote}\n", out)
+        bits[split, noise], baselines[split, noise] = map(float, found.groups()[:2])
     # The same measure as in training, which prints three digits of it.
     held_out, baseline = map(float, re.findall(r"\d+\.\d{3}", trained.second.out)[:2])
     assert abs(bits["eval", "model"] - held_out) < 1e-3
     assert abs(baselines["eval", "model"] - baseline) < 1e-3
     assert all(0 < value < 12 for value in (*bits.values(), *baselines.values()))
     assert len(set(bits.values())) == len(bits), "every split and noise is another measurement"
+    assert len(list((trained.path / "evaluations").glob("8-*.json"))) == 4, "no evaluation overwrites another"
+
+
+def test_evaluations_are_saved_with_all_that_they_were_made_of(trained, tmp_path):
+    out = succeed("evaluate --noise uniform --checkpoint", trained.path, "--out", tmp_path / "a.json")
+    assert out.endswith(f"Wrote {tmp_path / 'a.json'}\n")
+    record = json.loads((tmp_path / "a.json").read_text())
+    bits = record["metrics"]["bits_per_dim"]
+    assert (bits["count"], record["step"], record["options"]["seed"], record["files"]) == (180, 8, 0, [])
+    assert f"bits/dim {bits['value']:.4f} ± {bits['standard_error']:.4f}\n" in out
+    assert record["noise"] == "uniform dequantisation"
+    assert record["versions"]["jax"] == jax.__version__
+    assert "never overwritten" in refused("evaluate --checkpoint", trained.path, "--out", tmp_path / "a.json")
+    assert "must end in .json" in refused("evaluate --checkpoint", trained.path, "--out", tmp_path / "a.txt")
 
 
 def test_published_weights_become_a_run(imported, tmp_path):
@@ -290,7 +307,12 @@ def test_commands_read_a_run_by_its_url(trained, tmp_path, monkeypatch):
     assert succeed(f"sample --num 4 --checkpoint {url} --step best --out {out}").splitlines()[-1] == f"Wrote {out}"
     succeed(f"sample --num 4 --checkpoint {trained.path} --step best --out", tmp_path / "samples.png")
     assert (tmp_path / "out" / "samples.png").read_bytes() == (tmp_path / "samples.png").read_bytes()
-    assert succeed(f"evaluate --checkpoint {url}") == succeed(f"evaluate --checkpoint {trained.path}")
+    lines = [
+        succeed(f"evaluate --checkpoint {place} --out file://{tmp_path}/{name}.json").splitlines()[:-1]
+        for name, place in {"remote": url, "local": trained.path}.items()
+    ]
+    assert lines[0] == lines[1]
+    assert json.loads((tmp_path / "remote.json").read_text())["run"] == url
     assert sorted(trained.path.rglob("*")) == before
     assert not list((tmp_path / "staging").iterdir())
 

@@ -289,6 +289,16 @@ EVALUATE_REFUSED = {
     "nothing is drawn": (["--sampling.guidance", "2"], "--sampling.guidance has no effect without samples"),
     "another count": (["--samples", "4", "--sampling.num", "2"], "--sampling.num has no effect in evaluate"),
     "another group": (["--optim.lr", "1"], "--optim.lr is not an option of this command"),
+    "features of nothing": (["--features", "pixels"], "--features is pixels, but there are no samples; add --samples"),
+    "neighbours of nothing": (["--neighbours", "2"], "--neighbours is 2, but there are no samples; add --samples"),
+    "too many neighbours": (["--samples", "4", "--neighbours", "5"], "--neighbours is 5, but samples is 4; lower it"),
+    "other features": (
+        ["--samples", "4", "--features", "vgg"],
+        "--features is 'vgg'; it must be auto, classifier",
+    ),
+    "no weights": (["--samples", "4", "--features", "fid.pth"], "There is no file 'fid.pth' of Inception v3 weights"),
+    "no reference": (["--samples", "4", "--reference", "a.npz"], "There is no file 'a.npz' of reference statistics"),
+    "no anomalies": (["--anomaly", "mnits"], "--anomaly is 'mnits', which is neither 'corrupted', a dataset such as"),
 }
 
 

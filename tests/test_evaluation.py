@@ -12,9 +12,14 @@ from tolerances import LAYER, assert_close
 
 from flowgen.data import ArrayDataset, DataConfig, from_uint8, load
 from flowgen.evaluation import (
+    Estimate,
+    Evaluation,
+    bits_of_nats,
     flow_bits_per_dim,
+    flow_nats,
     frechet_distance,
     gaussian_bits_per_dim,
+    mean_of,
     point_metrics,
     point_samples,
     train_classifier,
@@ -57,11 +62,27 @@ def test_gaussian_baseline_of_few_images_is_diagonal_and_sane():
     assert bits < 10
 
 
+def test_standard_errors_are_those_of_means():
+    values = np.random.default_rng(0).normal(3, 2, 400)
+    estimate = mean_of(values)
+    assert estimate.count == 400
+    np.testing.assert_allclose(estimate[:2], (values.mean(), np.sqrt(values.var(ddof=1) / 400)), rtol=1e-12)
+    assert mean_of(values[:1]).standard_error is None
+    assert f"{Estimate(2.98, 0.01)} {Estimate(2.98)}" == "2.9800 ± 0.0100 2.9800"
+    joined = Evaluation(("a",), {"x": estimate}) + Evaluation(("b",), {"y": Estimate(np.nan)}, {"noise": "none"})
+    assert joined.lines == ("a", "b")
+    assert joined.record()["metrics"]["y"] == {"value": None, "standard_error": None, "count": None}
+    assert joined.record()["noise"] == "none"
+
+
 def test_flow_bits_do_not_depend_on_the_batch_and_ignore_padding():
     flow, params, _, _ = laws.case("affine")
     images = dataset(7, flow.config.image_shape)
     bits = [flow_bits_per_dim(flow, params, images, jax.random.key(0), batch_size=size) for size in (7, 3, 100)]
     assert_close(bits, bits[0], LAYER)
+    each = bits_of_nats(flow_nats(flow, params, images, jax.random.key(0), batch_size=3))
+    assert each.shape == (7,)
+    assert_close(each.mean(), bits[0], LAYER)
 
 
 def test_frechet_distance_is_that_of_the_formula_and_of_shifts(untyped):

@@ -53,7 +53,7 @@ def test_evaluation_opens_whole_clips_alone(tmp_path):
     assert experiment.dataset("all").event_shape[0] == 3
     assert experiment.flow_dataset("eval").event_shape[0] == 3
     flow = experiment.build()
-    lines = experiment.evaluate(flow, init(flow, jax.random.key(0)), FlowEvaluateOptions(split="train", batch=32))
+    lines = experiment.evaluate(flow, init(flow, jax.random.key(0)), FlowEvaluateOptions(split="train", batch=32)).lines
     assert "54 clips (train)" in " ".join(lines)
 
 

@@ -66,7 +66,8 @@ def test_divided_parameters_give_the_samples_and_metrics_of_one_device(name, tmp
         assert_close(other[array], one[array], NETWORK)
     assert lines["fsdp"].splitlines()[0] == lines["data"].splitlines()[0]
     numbers = [[float(x) for x in text.split() if x.replace(".", "").isdigit()] for text in lines.values()]
-    assert numbers[0] == pytest.approx(numbers[1], rel=1e-3)
+    # Standard errors are printed with four digits after the point.
+    assert numbers[0] == pytest.approx(numbers[1], rel=1e-3, abs=2e-4)
 
 
 def test_no_device_has_the_weights_of_other_heads(tmp_path):

@@ -113,14 +113,14 @@ def printed_names():
         variables = jax.eval_shape(rehearsal.init, jax.random.key(0))
         names |= set(jax.eval_shape(rehearsal.objective, variables, rehearsal.batch, jax.random.key(0))[1])
     names |= set(names_in_functions(importlib.import_module("flowgen.evaluation"), ("point_metrics",)))
-    names |= set(names_in_functions(flowgen.experiments, ("evaluated", "sample_metrics", "_distortion")))
+    names |= set(names_in_functions(flowgen.experiments, ("evaluated", "sample_metrics", "_distances", "_fit_of_z")))
     names |= {name for path in (PROJECT / "configs").glob("*.py") for name in flowgen.load_config(path).reference}
     return names
 
 
 def test_the_glossary_explains_every_name_that_is_printed():
     names = printed_names()
-    assert {"bits_per_dim", "nats_per_dim", "ess", "signed_npe", "error_estimate", "psnr_score", "frechet"} <= names
+    assert {"bits_per_dim", "nats_per_dim", "ess", "signed_npe", "error_estimate", "frechet", "kernel", "z_square"} <= names
     explained = set(re.findall(r"`([\w/]+)`", (DOCS / "glossary.md").read_text()))
     words = {"by the score", "by the denoiser"}
     assert {name for name in names - words if not name.startswith("mean_square/")} <= explained

@@ -1,9 +1,13 @@
-"""The command `evaluate`, which prints the metrics of a model on data."""
+"""The command `evaluate`, which prints the metrics of a model on data and saves them as JSON."""
 
 from __future__ import annotations
 
 import argparse
 import dataclasses
+import os
+import platform
+import time
+from importlib.metadata import version
 from typing import Any
 
 from flowgen.cli.options import CHECKPOINT, SHARING, load_run, placed, say, step_or_best, warn_of_guidance
@@ -13,6 +17,9 @@ def declare(parser: argparse.ArgumentParser) -> None:
     """Adds the command's options to its parser."""
     parser.add_argument("--checkpoint", required=True, help=CHECKPOINT)
     parser.add_argument("--step", type=step_or_best, help="checkpoint to use: a number, or best (default: the latest)")
+    parser.add_argument(
+        "--out", metavar="FILE.json", help="new file or URL for the metrics (default: RUN/evaluations/STEP-TIME.json)"
+    )
     parser.epilog = (
         "To use other data, add --data.name folder --data.path DIR. To change how samples are drawn, add fields such "
         f"as --guidance 2 --plan jacobi; info --checkpoint lists them. {SHARING}"
@@ -23,29 +30,37 @@ def fields_help() -> str:
     """Returns the help on the fields that each kind of model accepts."""
     from flowgen.cli.grammar import options_help
     from flowgen.experiments.autoregressive import FlowEvaluateOptions
-    from flowgen.experiments.drawing import EvaluateOptions
+    from flowgen.experiments.drawing import CompareOptions, EvaluateOptions
+    from flowgen.experiments.flow import ImageEvaluateOptions
     from flowgen.experiments.solving import VelocityEvaluateOptions
 
-    every = EvaluateOptions()
+    every, flows, compared = EvaluateOptions(), FlowEvaluateOptions(), CompareOptions()
     parts = [
         options_help("all models", every),
-        options_help("flows", FlowEvaluateOptions(), without=(every,)),
-        options_help("velocity networks", VelocityEvaluateOptions(), without=(every,)),
+        options_help("flows", flows, without=(every,)),
+        options_help("velocity networks", VelocityEvaluateOptions(), without=(compared,)),
+        options_help("samples of image flows and velocity networks", compared, without=(every,)),
+        options_help("image flows", ImageEvaluateOptions(), without=(flows, compared)),
     ]
     return "\n\n".join(parts)
 
 
 def run(options: argparse.Namespace, rest: list[str]) -> int:
     """Runs the command and returns its exit code."""
+    from flowgen.checkpoint import chosen_step
     from flowgen.cli.grammar import apply_words
     from flowgen.data import told_once
     from flowgen.experiments.autoregressive import AutoregressiveExperiment
     from flowgen.experiments.distances import SAMPLES_AT_ONCE
     from flowgen.experiments.tuning import TUNED, with_tuned_plan
-    from flowgen.runs import located
+    from flowgen.runs import check_new_evaluation, evaluation_path, located, save_evaluation
 
+    began = time.time()
+    if options.out:
+        check_new_evaluation(options.out)
     options.checkpoint = str(located(options.checkpoint))
-    model, params, trained = load_run(options.checkpoint, options.step)
+    step = chosen_step(options.checkpoint, options.step)
+    model, params, trained = load_run(options.checkpoint, step)
     groups = ("data", "sampling", "codec.path", "text.encoder", "train.parallel")
     _check_data(rest)
     experiment, asked, given = apply_words(rest, trained, trained.evaluate_options(), groups=groups)
@@ -58,11 +73,71 @@ def run(options: argparse.Namespace, rest: list[str]) -> int:
     params = placed(params, experiment, options)
     if isinstance(experiment, AutoregressiveExperiment) and experiment.sampling.plan == TUNED:
         experiment = with_tuned_plan(experiment, options.checkpoint, params, min(asked.samples, SAMPLES_AT_ONCE))
+    saves = bool(options.out) or _can_save(options.checkpoint)
     with told_once():
-        lines = experiment.evaluate(model, params, asked)
-    for line in lines:
+        evaluation = experiment.evaluate(model, params, _with_cache(asked, options.checkpoint))
+    for line in evaluation.lines:
         say(line)
+    if saves:
+        path = options.out or evaluation_path(options.checkpoint, step)
+        about = _about(options.checkpoint, step, experiment, asked, began)
+        written = save_evaluation(path, {**about, **evaluation.record()}, evaluation.files)
+        say(f"Wrote {' and '.join(written)}")
     return 0
+
+
+def _can_save(run_dir: str) -> bool:
+    """Returns whether evaluations can be saved in a run; if not, says so."""
+    if not (problem := _why_unsaved(run_dir)):
+        return True
+    say(f"The metrics are not saved, because {run_dir} is {problem}; add --out FILE.json to save them.")
+    return False
+
+
+def _why_unsaved(run_dir: str) -> str:
+    """Returns why no evaluations can be saved in a run, or "" if they can."""
+    from flowgen.places import is_remote
+    from flowgen.runs import is_exported
+
+    if is_exported(run_dir):
+        return "an exported model"
+    return "" if is_remote(run_dir) or os.access(run_dir, os.W_OK | os.X_OK) else "not writable"
+
+
+def _with_cache(asked: Any, run_dir: str) -> Any:
+    """Returns the options with the run's folder for the statistics of data, unless another folder is given."""
+    from flowgen.places import is_remote
+    from flowgen.runs import EVALUATIONS
+
+    if getattr(asked, "cache", None) != "" or is_remote(run_dir) or _why_unsaved(run_dir):
+        return asked
+    return dataclasses.replace(asked, cache=os.path.join(run_dir, EVALUATIONS))
+
+
+def _about(run_dir: str, step: int, experiment: Any, asked: Any, began: float) -> dict[str, Any]:
+    """Returns what an evaluation was made of, for its JSON file."""
+    import jax
+
+    import flowgen
+    from flowgen.settings import to_plain
+
+    sampling = getattr(experiment, "sampling", None)
+    return {
+        "name": experiment.name,
+        "run": str(run_dir),
+        "step": step,
+        "time": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime(began)),
+        "seconds": round(time.time() - began, 1),
+        "options": to_plain(asked),
+        "data": to_plain(experiment.data),
+        "sampling": None if sampling is None else to_plain(sampling),
+        "versions": {
+            "flowgen": flowgen.__version__,
+            "python": platform.python_version(),
+            **{name: version(name) for name in ("jax", "jaxlib", "flax", "numpy", "scipy")},
+        },
+        "devices": f"{jax.device_count()} x {jax.devices()[0].device_kind}",
+    }
 
 
 def _check_data(words: list[str]) -> None:

@@ -8,7 +8,6 @@ from functools import partial
 from typing import Any
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float, Key
 
@@ -45,10 +44,8 @@ def flow_bits_per_dim(
     Example:
         bpd = flow_bits_per_dim(flow, params, dataset, jax.random.key(0), noise_std=0.0)
     """
-    nats = _mean_nats(
-        flow, variables, dataset, key, noise_std=noise_std, batch_size=batch_size, conditional=conditional
-    )
-    return float(bits_per_dim(jnp.asarray(-nats), 1))
+    nats = flow_nats(flow, variables, dataset, key, noise_std=noise_std, batch_size=batch_size, conditional=conditional)
+    return float(bits_of_nats(nats).mean())
 
 
 def flow_nats_per_dim(
@@ -69,17 +66,33 @@ def flow_nats_per_dim(
     Example:
         nats = flow_nats_per_dim(flow, params, dataset, jax.random.key(0))
     """
-    return _mean_nats(flow, variables, dataset, key, noise_std=None, batch_size=batch_size, conditional=conditional)
+    nats = flow_nats(flow, variables, dataset, key, batch_size=batch_size, conditional=conditional)
+    return float(nats.mean())
 
 
-def _mean_nats(flow, variables, dataset, key, *, noise_std, batch_size, conditional) -> float:
-    """Returns the mean of -log p per dimension, in nats, over the samples in all buckets."""
+def flow_nats(
+    flow: Any,
+    variables: Any,
+    dataset: Dataset | BucketedDataset,
+    key: Key[jax.Array, ""],
+    *,
+    noise_std: float | None = None,
+    batch_size: int = 256,
+    conditional: bool = True,
+) -> Float[np.ndarray, " n"]:
+    """Returns the negative log-likelihood of each sample under a flow, in nats per dimension, in float64.
+
+    The order is that of the dataset, bucket by bucket. For the arguments, see `flow_bits_per_dim`.
+
+    Example:
+        estimate = mean_of(flow_nats(flow, params, dataset, jax.random.key(0)))
+    """
     if flow.config.text_dim and not conditional:
         raise ValueError(
             "this flow needs texts to compute a likelihood; do not pass --unconditional or conditional=False."
         )
     sigma = flow.config.noise_std if noise_std is None else noise_std
-    total = 0.0
+    parts = []
     for bucket in buckets_of(dataset):
         sized = flow.with_image_size(*bucket.event_shape[-3:-1])
         mesh = backend.sharing(min(batch_size, len(bucket)), variables)
@@ -90,8 +103,8 @@ def _mean_nats(flow, variables, dataset, key, *, noise_std, batch_size, conditio
                 _flow_nats, shared, batch, positions, flow=sized, sigma=sigma, conditional=conditional
             )
 
-        total += len(bucket) * _mean(bucket, batch_size, nats)
-    return total / len(dataset)
+        parts.append(per_sample(bucket, batch_size, nats))
+    return np.concatenate(parts)
 
 
 def _flow_nats(shared, batch, positions, *, flow, sigma, conditional):
@@ -119,6 +132,22 @@ def velocity_bits_per_dim(
         bpd = velocity_bits_per_dim(lambda x, y, key: fm.log_prob(velocity, x, y, key=key), dataset, key)
     """
 
+    return float(velocity_bits(log_prob, dataset, key, batch_size=batch_size).mean())
+
+
+def velocity_bits(
+    log_prob: Callable[[Array, Array, Key[Array, ""]], Float[Array, " b"]],
+    dataset: Dataset,
+    key: Key[Array, ""],
+    *,
+    batch_size: int = 256,
+) -> Float[np.ndarray, " n"]:
+    """Returns the bits/dim of each image under a continuous flow, in float64; see `velocity_bits_per_dim`.
+
+    Example:
+        estimate = mean_of(velocity_bits(log_prob, dataset, jax.random.key(0)))
+    """
+
     @jax.jit
     def bits(images, labels, keys):
         pairs = jax.vmap(jax.random.split)(keys)
@@ -131,23 +160,35 @@ def velocity_bits_per_dim(
         mesh = backend.sharing(len(positions))
         return bits(*backend.share_rows((batch.pixels, batch.labels, keys), mesh))
 
-    return _mean(dataset, batch_size, measure)
+    return per_sample(dataset, batch_size, measure)
 
 
-def _mean(dataset: Dataset, batch_size: int, measure: Callable[..., Any]) -> float:
-    """Returns the mean of measure(batch, positions) over the samples of a dataset.
+def per_sample(dataset: Dataset, batch_size: int, measure: Callable[..., Any]) -> Float[np.ndarray, "n ..."]:
+    """Returns measure(batch, positions) for the samples of a dataset, in float64.
 
     positions: the positions of the batch's samples in the dataset.
+
+    Example:
+        values = per_sample(dataset, 256, lambda batch, positions: score(batch.pixels))
     """
-    total = 0.0
+    parts = []
     for index, (batch, mask) in enumerate(fixed_batches(dataset, min(batch_size, len(dataset)))):
         positions = index * len(mask) + np.arange(len(mask))
-        total += float(np.asarray(measure(batch, positions))[: len(mask)][mask].sum())
-    return total / len(dataset)
+        parts.append(np.asarray(measure(batch, positions), np.float64)[: len(mask)][mask])
+    return np.concatenate(parts)
 
 
 def gaussian_bits_per_dim(train: Dataset, dataset: Dataset, *, noise_std: float) -> float:
-    """Returns the mean bits/dim of `dataset` under a Gaussian with the mean and covariance of `train`.
+    """Returns the mean bits/dim of `dataset` under a Gaussian; see `gaussian_bits`.
+
+    Example:
+        baseline = gaussian_bits_per_dim(trained_on, held_out, noise_std=0.1)
+    """
+    return float(gaussian_bits(train, dataset, noise_std=noise_std).mean())
+
+
+def gaussian_bits(train: Dataset, dataset: Dataset, *, noise_std: float) -> Float[np.ndarray, " n"]:
+    """Returns the bits/dim of each image of `dataset` under a Gaussian with the mean and covariance of `train`.
 
     Both datasets receive the flow's noise: Gaussian noise if σ = `noise_std` is positive, and uniform dequantisation if
     σ is 0. The result is the expectation over this noise, computed in closed form. The covariance is full if there are
@@ -155,7 +196,7 @@ def gaussian_bits_per_dim(train: Dataset, dataset: Dataset, *, noise_std: float)
     are read in batches.
 
     Example:
-        baseline = gaussian_bits_per_dim(trained_on, held_out, noise_std=0.1)
+        baseline = mean_of(gaussian_bits(trained_on, held_out, noise_std=0.1))
     """
     dims = math.prod(train.event_shape)
     full = dims <= FULL_COVARIANCE_DIMS and len(train) >= IMAGES_PER_DIM * dims
@@ -167,12 +208,21 @@ def gaussian_bits_per_dim(train: Dataset, dataset: Dataset, *, noise_std: float)
     else:
         variances = sum(np.square(batch - mean).sum(axis=0) for batch in _flat(train, noise_std)) / len(train)
         variances, directions = variances + noise_variance, None
-    squares = np.zeros(dims)
+    constant = (noise_variance / variances + np.log(2 * math.pi * variances)).sum()
+    nats = []
     for batch in _flat(dataset, noise_std):
         deviation = batch - mean if directions is None else (batch - mean) @ directions
-        squares += np.square(deviation).sum(axis=0)
-    terms = (squares / len(dataset) + noise_variance) / variances + np.log(2 * math.pi * variances)
-    return float(bits_per_dim(jnp.asarray(-0.5 * terms.sum()), dims))
+        nats.append(0.5 * ((np.square(deviation) / variances).sum(axis=1) + constant) / dims)
+    return bits_of_nats(np.concatenate(nats))
+
+
+def bits_of_nats(nats: Float[np.ndarray, " n"]) -> Float[np.ndarray, " n"]:
+    """Returns bits/dim on the 8-bit scale from nats per dimension, (nats + log 128) / log 2.
+
+    Example:
+        bits = bits_of_nats(flow_nats(flow, params, dataset, jax.random.key(0)))
+    """
+    return (nats + math.log(LEVELS / 2)) / math.log(2)
 
 
 def _flat(dataset: Dataset, noise_std: float) -> Iterator[np.ndarray]:

@@ -38,8 +38,28 @@ def frechet_distance(x: Float[np.ndarray, "n features"], y: Float[np.ndarray, "m
         )
     x, y = np.asarray(x, np.float64), np.asarray(y, np.float64)
     covariances = [np.atleast_2d(np.cov(side, rowvar=False)) for side in (x, y)]
-    values, vectors = np.linalg.eigh(covariances[0])
+    return frechet_between(x.mean(axis=0), covariances[0], y.mean(axis=0), covariances[1])
+
+
+def frechet_between(
+    mean: Float[np.ndarray, " f"],
+    covariance: Float[np.ndarray, "f f"],
+    other_mean: Float[np.ndarray, " g"],
+    other_covariance: Float[np.ndarray, "g g"],
+) -> float:
+    """Returns the squared Fréchet distance between two Gaussians, in float64; see `frechet_distance`.
+
+    Raises ValueError if f and g differ.
+
+    Example:
+        distance = frechet_between(mu_x, sigma_x, mu_y, sigma_y)
+    """
+    if mean.shape != other_mean.shape:
+        raise ValueError(
+            f"features have lengths {len(mean)} and {len(other_mean)}; compare features of the same extractor."
+        )
+    values, vectors = np.linalg.eigh(np.asarray(covariance, np.float64))
     root = (vectors * np.sqrt(np.maximum(values, 0))) @ vectors.T
-    cross = np.linalg.eigvalsh(root @ covariances[1] @ root)
-    spread = sum(np.trace(covariance) for covariance in covariances) - 2 * np.sqrt(np.maximum(cross, 0)).sum()
-    return float(np.square(x.mean(axis=0) - y.mean(axis=0)).sum() + spread)
+    cross = np.linalg.eigvalsh(root @ other_covariance @ root)
+    spread = np.trace(covariance) + np.trace(other_covariance) - 2 * np.sqrt(np.maximum(cross, 0)).sum()
+    return float(np.square(mean - other_mean).sum() + spread)

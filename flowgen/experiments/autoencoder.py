@@ -30,7 +30,7 @@ from flowgen.data import (
     take_inventory,
 )
 from flowgen.data.dataset import Split, of_one_shape
-from flowgen.evaluation import psnr
+from flowgen.evaluation import Estimate, Evaluation, mean_of, psnr
 from flowgen.experiments.codecs import STATISTICS, open_autoencoder
 from flowgen.experiments.debug import SAMPLES, debug_clips, debug_images, debug_run
 from flowgen.experiments.drawing import EvaluateOptions
@@ -199,17 +199,19 @@ class AutoencoderExperiment(Experiment):
             batch=jax.eval_shape(lambda: Batch(jnp.zeros(shape, jnp.uint8))),
         )
 
-    def evaluate(self, model: Any, variables: Any, options: EvaluateOptions) -> list[str]:
-        """Returns lines that report the reconstruction error on a split, and the mean and variance of the latents."""
+    def evaluate(self, model: Any, variables: Any, options: EvaluateOptions) -> Evaluation:
+        """Returns the reconstruction error on a split, and the mean and variance of the latents."""
         dataset = self.dataset(options.split)
-        metrics = _distortion(model, variables, dataset)
+        error = mean_of(_errors(model, variables, dataset))
+        ratio = psnr(error.value)
         statistics, factor = variables[STATISTICS], self.model.factor
         what = "clips" if self.autoencoding.frames else "images"
-        return [
+        lines = (
             f"{len(dataset)} {what} ({options.split}), one latent per {factor} x {factor} pixels",
-            f"PSNR {metrics['psnr']:.2f} dB, mean square error {metrics['mean_square_error']:.5f}",
+            f"PSNR {ratio:.2f} dB, mean square error {error.value:.5f}",
             f"latents: mean {_shown(statistics['mean'])}, variance {_shown(statistics['variance'])}",
-        ]
+        )
+        return Evaluation(lines, {"psnr": Estimate(ratio, count=len(dataset)), "mean_square_error": error})
 
     def debug(self) -> AutoencoderExperiment:
         """Returns the experiment with a tiny autoencoder, which has the same factor and trains on digits."""
@@ -324,11 +326,15 @@ def _reconstruct(autoencoder: Any, variables: Any, images: np.ndarray) -> np.nda
 
 def _distortion(autoencoder: Any, variables: Any, dataset: Dataset) -> dict[str, float]:
     """Returns the mean square error and the PSNR in dB of decoded posterior means."""
-    total = 0.0
+    mean = float(_errors(autoencoder, variables, dataset).mean())
+    return {"mean_square_error": mean, "psnr": psnr(mean)}
+
+
+def _errors(autoencoder: Any, variables: Any, dataset: Dataset) -> np.ndarray:
+    """Returns the mean square error of each image or clip after decoding its posterior mean."""
+    parts = []
     for batch, mask in fixed_batches(dataset, min(256, len(dataset))):
         images = np.asarray(from_uint8(batch.pixels))
         squares = np.square(_reconstruct(autoencoder, variables, images) - images)
-        error = squares.reshape(len(squares), -1).mean(axis=1)
-        total += float(error[mask].sum())
-    mean = total / len(dataset)
-    return {"mean_square_error": mean, "psnr": psnr(mean)}
+        parts.append(squares.reshape(len(squares), -1).mean(axis=1)[mask])
+    return np.concatenate(parts).astype(np.float64)

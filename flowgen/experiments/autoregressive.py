@@ -22,7 +22,6 @@ from flowgen.data.dataset import BucketedDataset, Split, buckets_of
 from flowgen.data.latent_files import Provenance, read_index
 from flowgen.data.latents import LatentDataset, captions_of
 from flowgen.decoding.plan import DecodePlan
-from flowgen.evaluation import flow_bits_per_dim, flow_nats_per_dim
 from flowgen.experiments.codecs import CodecConfig
 from flowgen.experiments.drawing import (
     Conditions,
@@ -376,25 +375,6 @@ class AutoregressiveExperiment(Experiment):
         if self.model.text_dim:
             return texts
         return labels if self.model.num_classes and not unconditional else None
-
-    def likelihood_lines(self, flow: Any, variables: Any, dataset: Any, options: FlowEvaluateOptions) -> list[str]:
-        """Returns lines that report the likelihood of a dataset under a flow. dataset: see `flow_dataset`."""
-        key, conditional = jax.random.key(options.seed), not options.unconditional
-        if self.is_latent:
-            if options.noise == "uniform":
-                raise ValueError(
-                    "--noise is uniform, which works only for pixels, but this flow models latents; leave it out."
-                )
-            nats = flow_nats_per_dim(flow, variables, dataset, key, batch_size=options.batch, conditional=conditional)
-            noise = f"Gaussian noise of std {flow.config.noise_std:g}"
-            return [f"{len(dataset)} latents ({options.split}), {noise}", f"nats/dim {nats:.4f}"]
-        sigma = options.noise_std(flow)
-        bits = flow_bits_per_dim(
-            flow, variables, dataset, key, noise_std=sigma, batch_size=options.batch, conditional=conditional
-        )
-        noise = f"Gaussian noise of std {sigma:g}" if sigma else "uniform dequantisation"
-        what = "clips" if flow.config.event_shape[:-3] else "images"
-        return [f"{len(dataset)} {what} ({options.split}), {noise}", f"bits/dim {bits:.4f}"]
 
 
 def chosen_texts(texts: TextCondition, numbers: Int[np.ndarray, " b"]) -> TextCondition:

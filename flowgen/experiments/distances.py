@@ -1,16 +1,18 @@
-"""Sample metrics: the distance to the data, and the fraction of samples that show the requested class."""
+"""Compares samples with data by their features: draws samples, computes statistics, and returns metrics."""
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from typing import NamedTuple
 
 import jax
 import numpy as np
 from jaxtyping import Float, Int
 
-from flowgen.data import Dataset, from_uint8
-from flowgen.evaluation import frechet_distance, train_classifier
+from flowgen.arrays import digest_of
+from flowgen.data import Dataset, fixed_batches, from_uint8
+from flowgen.evaluation import Estimate, FeatureStatistics, feature_statistics, mean_of, train_classifier
 from flowgen.experiments.drawing import Conditions, DrawBatch
 
 SAMPLES_AT_ONCE = 256
@@ -20,11 +22,16 @@ Images = Float[np.ndarray, "n height width c"]
 
 @dataclass(frozen=True)
 class FeatureExtractor:
-    """Computes features of images in [-1, 1] for Fréchet distances. Also predicts classes, unless `classes` is None."""
+    """Computes features of images in [-1, 1]. Also predicts classes, unless `classes` is None.
+
+    name: what the features are, as a noun phrase. digest: identifies the function, so that statistics of its features
+    can be kept.
+    """
 
     name: str
     features: Callable[[Images], Float[np.ndarray, "n f"]]
     classes: Callable[[Images], Int[np.ndarray, " n"]] | None = None
+    digest: str = ""
 
 
 def train_features(dataset: Dataset) -> FeatureExtractor:
@@ -34,9 +41,85 @@ def train_features(dataset: Dataset) -> FeatureExtractor:
         extractor = train_features(experiment.dataset("train"))
     """
     if not dataset.class_names:
-        return FeatureExtractor("pixels", lambda images: images.reshape(len(images), -1))
+        return pixel_features()
     classifier = train_classifier(dataset, jax.random.key(0))
-    return FeatureExtractor("a classifier of the training data", classifier.features, classifier.classes)
+    digest = digest_of(jax.tree.leaves(classifier.variables))
+    return FeatureExtractor(
+        "a classifier of the training data", classifier.features, classifier.classes, f"classifier {digest}"
+    )
+
+
+def pixel_features() -> FeatureExtractor:
+    """Returns an extractor whose features are the pixels.
+
+    Example:
+        extractor = pixel_features()
+    """
+    return FeatureExtractor("pixels", lambda images: images.reshape(len(images), -1), digest="pixels")
+
+
+class DrawnFeatures(NamedTuple):
+    """Features of samples.
+
+    statistics: their statistics. shown: the first samples, for neighbours. class_accuracy: the fraction of samples
+    whose class is correct; None if they have no classes or the extractor predicts none.
+    """
+
+    statistics: FeatureStatistics
+    shown: Images
+    class_accuracy: Estimate | None
+
+
+def draw_features(
+    draw_batch: DrawBatch,
+    extractor: FeatureExtractor,
+    data: Dataset,
+    num: int,
+    *,
+    seed: int = 0,
+    conditions: Conditions | None = None,
+    shown: int = 0,
+) -> DrawnFeatures:
+    """Draws `num` samples in batches, and returns statistics of their features.
+
+    A sample's class is correct if the extractor predicts the label that the sample is conditioned on.
+
+    conditions: a function from positions in the data to the labels or texts to condition on, which gives the samples
+    the class proportions of the data; None for unconditional samples. shown: number of samples to return.
+
+    Example:
+        drawn = draw_features(partial(experiment.draw_batch, network, variables), extractor, held_out, 1000)
+    """
+    # The data may be sorted by class, so if there are more data than samples, positions are evenly spaced.
+    positions = np.arange(num) * len(data) // num if num < len(data) else np.arange(num) % len(data)
+    size, kept, correct = min(SAMPLES_AT_ONCE, num), [], []
+
+    def batches() -> Iterator[np.ndarray]:
+        for first in range(0, num, size):
+            asked = np.resize(positions[first:], size)
+            cond = None if conditions is None else conditions(asked)
+            drawn, _ = draw_batch(jax.random.key(seed), np.arange(first, first + size), cond)
+            samples = np.clip(drawn[: num - first], -1, 1)
+            if first < shown:
+                kept.append(samples[: shown - first])
+            if extractor.classes is not None and conditions is not None:
+                labels = data[asked[: len(samples)]].labels
+                correct.append((extractor.classes(samples) == labels)[labels >= 0])
+            yield extractor.features(samples)
+
+    statistics = feature_statistics(batches(), num)
+    accuracy = mean_of(np.concatenate(correct).astype(np.float64)) if correct and any(map(len, correct)) else None
+    return DrawnFeatures(statistics, np.concatenate(kept) if kept else np.empty((0, *data.event_shape)), accuracy)
+
+
+def data_features(extractor: FeatureExtractor, data: Dataset) -> Iterator[Float[np.ndarray, "b f"]]:
+    """Yields the features of a dataset's images in batches.
+
+    Example:
+        statistics = feature_statistics(data_features(extractor, held_out), len(held_out))
+    """
+    for batch, mask in fixed_batches(data, min(SAMPLES_AT_ONCE, len(data))):
+        yield extractor.features(np.asarray(from_uint8(batch.pixels)))[mask]
 
 
 def sample_metrics(
@@ -50,39 +133,12 @@ def sample_metrics(
 ) -> dict[str, float]:
     """Returns the Fréchet distance between `num` samples and the data, and the fraction of correct classes.
 
-    A sample's class is correct if the extractor predicts the label that the sample is conditioned on. The fraction is
-    omitted if there are no conditions, or if the extractor does not predict classes.
-
-    conditions: a function from positions in the data to the labels or texts to condition on, which gives the samples
-    the class proportions of the data; None for unconditional samples.
+    The fraction is omitted if it is unknown; see `draw_features`, which also describes the arguments.
 
     Example:
         metrics = sample_metrics(partial(experiment.draw_batch, network, variables), extractor, held_out, 1000)
     """
-    # The data may be sorted by class, so if there are more data than samples, positions are evenly spaced.
-    positions = np.arange(num) * len(data) // num if num < len(data) else np.arange(num) % len(data)
-    size = min(SAMPLES_AT_ONCE, num)
-    parts = []
-    for first in range(0, num, size):
-        cond = None if conditions is None else conditions(np.resize(positions[first:], size))
-        parts.append(draw_batch(jax.random.key(seed), np.arange(first, first + size), cond)[0])
-    samples = np.clip(np.concatenate(parts)[:num], -1, 1)
-    everything = data[np.arange(len(data))]
-    real = np.asarray(from_uint8(everything.pixels))
-    metrics = {"frechet": frechet_distance(extractor.features(samples), extractor.features(real))}
-    if extractor.classes is not None and conditions is not None:
-        asked = everything.labels[positions]
-        metrics["class_accuracy"] = float((extractor.classes(samples) == asked)[asked >= 0].mean())
-    return metrics
-
-
-def sample_lines(metrics: dict[str, float], extractor: FeatureExtractor, num: int, how: str) -> list[str]:
-    """Returns the lines that `evaluate` prints for sample metrics.
-
-    Example:
-        lines = sample_lines(metrics, extractor, 1000, "heun")
-    """
-    lines = [f"Fréchet distance of {num} samples {metrics['frechet']:.3f} (features of {extractor.name}; {how})"]
-    if "class_accuracy" in metrics:
-        lines.append(f"samples that show their class {metrics['class_accuracy']:.3f} (by the same classifier)")
-    return lines
+    drawn = draw_features(draw_batch, extractor, data, num, seed=seed, conditions=conditions)
+    reference = feature_statistics(data_features(extractor, data), len(data))
+    accuracy = {} if drawn.class_accuracy is None else {"class_accuracy": drawn.class_accuracy.value}
+    return {"frechet": drawn.statistics.frechet(reference), **accuracy}

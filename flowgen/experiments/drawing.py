@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable
-from typing import Any
+from typing import Annotated, Any
 
 import jax
 import numpy as np
@@ -14,7 +14,7 @@ from flowgen import backend
 from flowgen.data.classes import parse_classes
 from flowgen.data.dataset import Split
 from flowgen.settings import config
-from flowgen.settings.ranges import BatchSize, Seed
+from flowgen.settings.ranges import BatchSize, Seed, Within
 
 # (key, sample numbers, cond) -> the samples, and a line that says how they were drawn.
 # Sample i depends only on (key, i).
@@ -49,6 +49,24 @@ class EvaluateOptions:
     split: Split = "eval"
     batch: BatchSize = 256
     seed: Seed = 0
+
+
+@config
+class CompareOptions(EvaluateOptions):
+    """Options for comparing sampled images with data.
+
+    features: features to compare; "auto" trains a classifier on the data, or uses the pixels of data without classes.
+        The others are "classifier", "pixels", "efficientnet" (ImageNet features from a package), or a file of Inception
+        v3 weights (.pth or .safetensors) for the FID.
+    reference: .npz file of feature statistics (mu and sigma) to compare with instead of the data.
+    cache: folder that keeps feature statistics of the data for later evaluations; by default, RUN/evaluations.
+    neighbours: number of samples to save beside their nearest training images.
+    """
+
+    features: str = "auto"
+    reference: str = ""
+    cache: str = ""
+    neighbours: Annotated[int, Within(0, 1 << 10)] = 0
 
 
 def check_compared(samples: int) -> None:

@@ -19,6 +19,7 @@ import numpy as np
 from flowgen import settings
 from flowgen.data import Dataset
 from flowgen.data.inventory import name_list
+from flowgen.evaluation.estimate import Evaluation
 from flowgen.experiments.drawing import DrawOptions, EvaluateOptions
 from flowgen.training import InitConfig, Job, LogConfig, OptimConfig, TrainConfig
 from flowgen.training.options import check_warmups
@@ -162,8 +163,8 @@ class Experiment(abc.ABC):
         raise ValueError(f"{type(self).__name__} cannot draw samples.")
 
     @abc.abstractmethod
-    def evaluate(self, model: Any, variables: Any, options: Any) -> list[str]:
-        """Returns lines that report a trained model's metrics. options: an instance of `evaluate_options`."""
+    def evaluate(self, model: Any, variables: Any, options: Any) -> Evaluation:
+        """Returns a trained model's metrics. options: an instance of `evaluate_options`."""
 
     @abc.abstractmethod
     def debug(self) -> Experiment:

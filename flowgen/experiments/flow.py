@@ -13,17 +13,20 @@ from jaxtyping import Int
 
 from flowgen.data import DataConfig, Dataset, LatentsConfig
 from flowgen.data.dataset import BucketedDataset, Split, of_one_shape
-from flowgen.evaluation import flow_bits_per_dim, flow_nats_per_dim, gaussian_bits_per_dim
+from flowgen.evaluation import Evaluation, flow_bits_per_dim, flow_nats_per_dim, gaussian_bits_per_dim
+from flowgen.experiments.anomalies import check_anomaly, evaluate_anomalies
 from flowgen.experiments.autoregressive import (
     AutoregressiveExperiment,
     FlowDrawOptions,
     FlowEvaluateOptions,
 )
+from flowgen.experiments.comparison import check_features, compare_samples
 from flowgen.experiments.debug import debug_flow, debug_images, debug_run
 from flowgen.experiments.decoding import decoded_by_all, decoding_line
-from flowgen.experiments.distances import SAMPLES_AT_ONCE, sample_lines, sample_metrics, train_features
-from flowgen.experiments.drawing import AT_ONCE, draw_in_batches, on_devices
+from flowgen.experiments.distances import SAMPLES_AT_ONCE
+from flowgen.experiments.drawing import AT_ONCE, CompareOptions, check_compared, draw_in_batches, on_devices
 from flowgen.experiments.experiment import Samples
+from flowgen.experiments.likelihoods import evaluate_gaussian, evaluate_likelihood
 from flowgen.experiments.plots import sample_grid
 from flowgen.flows import STARFlowConfig, STARFlowVConfig, TARFlowConfig
 from flowgen.flows.objective import nll_objective
@@ -31,6 +34,26 @@ from flowgen.guidance import Guidance
 from flowgen.settings import config, type_name
 from flowgen.training import Job
 from flowgen.training.step import Objective
+
+
+@config
+class ImageEvaluateOptions(FlowEvaluateOptions, CompareOptions):
+    """Options for evaluating a flow on images.
+
+    anomaly: images to tell from the data by likelihood: "corrupted" copies of the data, a dataset such as mnist, or the
+        path of a folder, .npz or .tar file.
+    """
+
+    anomaly: str = ""
+
+    def __post_init__(self):
+        check_compared(self.samples)
+        for name in ("features", "reference", "neighbours"):
+            value = getattr(self, name)
+            if value != getattr(type(self), name) and not self.samples:
+                raise ValueError(f"{name} is {value}, but there are no samples; add --samples 1000, or leave it out.")
+        if self.neighbours > self.samples:
+            raise ValueError(f"neighbours is {self.neighbours}, but samples is {self.samples}; lower it.")
 
 
 @config(kw_only=True)
@@ -47,7 +70,7 @@ class FlowExperiment(AutoregressiveExperiment):
     """
 
     draw_options = FlowDrawOptions
-    evaluate_options = FlowEvaluateOptions
+    evaluate_options = ImageEvaluateOptions
 
     model: TARFlowConfig | STARFlowConfig
     data: DataConfig | LatentsConfig = DataConfig()
@@ -132,14 +155,23 @@ class FlowExperiment(AutoregressiveExperiment):
         draw_batch = partial(self.draw_batch, flow, variables, guidance=self.guidance(flow), **options.checks)
         return Samples(draw_in_batches(draw_batch, conditions, self.sampling.num, options, say), about)
 
-    def evaluate(self, model: Any, variables: Any, options: FlowEvaluateOptions) -> list[str]:
-        """Returns lines that report a split's likelihood under the flow and under a Gaussian, and sample metrics."""
+    def evaluate(self, model: Any, variables: Any, options: ImageEvaluateOptions) -> Evaluation:
+        """Returns a split's likelihood under the flow and under a Gaussian, sample metrics, and scores of anomalies."""
+        check_features(options)
+        if options.anomaly:
+            check_anomaly(self, options.anomaly)
         compared = self._compared(options.split) if options.samples else None
         dataset = self.flow_dataset(options.split, labelled=not options.unconditional)
-        lines = self.likelihood_lines(model, variables, dataset, options)
+        evaluation = evaluate_likelihood(model, variables, dataset, options, latent=self.is_latent)
+        split = "train" if options.split == "eval" else options.split
         if not self.is_latent:
-            lines += self._baseline_lines(model, dataset, options)
-        return lines if compared is None else lines + self._sample_lines(model, variables, options, *compared)
+            fitted = self.flow_dataset(split, labelled=False)
+            evaluation += evaluate_gaussian(model, fitted, dataset, options)
+        if compared is not None:
+            evaluation += self._compare(model, variables, options, *compared)
+        if options.anomaly:
+            evaluation += evaluate_anomalies(self, model, variables, options)
+        return evaluation
 
     def debug(self) -> FlowExperiment:
         """Returns the experiment with a tiny flow of the same kind, trained on the built-in digits.
@@ -154,24 +186,20 @@ class FlowExperiment(AutoregressiveExperiment):
         train = self.dataset("train" if split == "eval" else split)
         return of_one_shape(data, "--samples"), of_one_shape(train, "--samples")
 
-    def _sample_lines(
-        self, flow: Any, variables: Any, options: FlowEvaluateOptions, data: Dataset, train: Dataset
-    ) -> list[str]:
-        conditions = self.conditions_of(data, unconditional=options.unconditional)
-        extractor, num = train_features(train), options.samples
-        draw_batch = partial(self.draw_batch, flow, on_devices(variables, min(num, SAMPLES_AT_ONCE)))
-        metrics = sample_metrics(draw_batch, extractor, data, num, seed=options.seed, conditions=conditions)
-        return sample_lines(metrics, extractor, num, f"guidance {self.sampling.guidance:g}")
-
-    def _baseline_lines(self, flow: Any, dataset: Any, options: FlowEvaluateOptions) -> list[str]:
-        """Returns lines with the likelihood under a Gaussian with the same noise; [] if image sizes differ."""
-        split = "train" if options.split == "eval" else options.split
-        fitted = self.flow_dataset(split, labelled=False)
-        if isinstance(dataset, BucketedDataset) or isinstance(fitted, BucketedDataset):
-            return []
-        bits = gaussian_bits_per_dim(fitted, dataset, noise_std=options.noise_std(flow))
-        images = "training" if options.split == "eval" else "same"
-        return [f"bits/dim of a Gaussian fitted to the {images} images {bits:.4f}"]
+    def _compare(
+        self, flow: Any, variables: Any, options: ImageEvaluateOptions, data: Dataset, train: Dataset
+    ) -> Evaluation:
+        assert isinstance(self.data, DataConfig)  # Cached latents have no images.
+        return compare_samples(
+            partial(self.draw_batch, flow, on_devices(variables, min(options.samples, SAMPLES_AT_ONCE))),
+            data,
+            lambda: train,
+            options.samples,
+            options,
+            self.data,
+            conditions=self.conditions_of(data, unconditional=options.unconditional),
+            how=f"guidance {self.sampling.guidance:g}",
+        )
 
     def _evaluator(self, flow: Any, trained_on: Any, held_out: Any) -> Callable[[Any], dict[str, float]]:
         if self.is_latent:

@@ -26,9 +26,10 @@ from flowgen.data import (
     take_inventory,
 )
 from flowgen.data.dataset import Split
-from flowgen.evaluation import point_metrics, point_samples, velocity_bits_per_dim
+from flowgen.evaluation import Estimate, Evaluation, point_metrics, point_samples
+from flowgen.experiments.comparison import check_features, compare_samples
 from flowgen.experiments.debug import SAMPLES, debug_images, debug_run
-from flowgen.experiments.distances import SAMPLES_AT_ONCE, sample_lines, sample_metrics, train_features
+from flowgen.experiments.distances import SAMPLES_AT_ONCE, sample_metrics, train_features
 from flowgen.experiments.drawing import (
     AT_ONCE,
     asked_labels,
@@ -39,6 +40,7 @@ from flowgen.experiments.drawing import (
 )
 from flowgen.experiments.experiment import Experiment, Rehearsal, Samples, SamplingCost
 from flowgen.experiments.images import image_batches, image_dataset, tell_unused_classes, with_class_names
+from flowgen.experiments.likelihoods import evaluate_velocity
 from flowgen.experiments.own_data import own_data
 from flowgen.experiments.plots import DRAWABLE_CHANNELS, DRAWN_PATHS, path_plot, sample_grid
 from flowgen.experiments.solving import SolverConfig, VelocityDrawOptions, VelocityEvaluateOptions, draw_by_solver
@@ -47,7 +49,6 @@ from flowgen.matching import (
     AnyNetwork,
     MatchingConfig,
     MeanFlow,
-    log_prob,
     matching_objective,
     trajectory,
     velocity_field,
@@ -351,32 +352,40 @@ class MatchingExperiment(Experiment):
         paths, _ = trajectory(velocity, x0[:DRAWN_PATHS], method="rk4", num_steps=PLOT_STEPS)
         return path_plot(np.asarray(paths), points, np.asarray(data))
 
-    def evaluate(self, model: Any, variables: Any, options: VelocityEvaluateOptions) -> list[str]:
-        """Returns lines that report the distance between new samples and the data and, for images, bits/dim."""
+    def evaluate(self, model: Any, variables: Any, options: VelocityEvaluateOptions) -> Evaluation:
+        """Returns the distance between new samples and the data and, for images, bits/dim."""
         field = velocity_field(model, _weights(variables), self.matching)
         if isinstance(self.data, PointsConfig):
+            options.check_points()
             num, draw = options.samples or POINTS, self.data.draw
             samples = jax.jit(partial(point_samples, field, draw, num=num))(jax.random.key(options.seed))
-            return [f"{num} points"] + [f"{name} {value:.4f}" for name, value in point_metrics(samples).items()]
+            metrics = {name: Estimate(value, count=num) for name, value in point_metrics(samples).items()}
+            lines = [f"{name} {metric.value:.4f}" for name, metric in metrics.items()]
+            return Evaluation((f"{num} points", *lines), metrics)
+        check_features(options)
         dataset = self.dataset(options.split, labelled=not options.unconditional)
         conditional = self.model.num_classes > 0 and not options.unconditional
+        likelihood = evaluate_velocity(field, dataset, options, conditional=conditional)
+        return likelihood + self._compare(model, variables, options, dataset, conditional)
 
-        def log_density(x, labels, key):
-            return log_prob(field, x, labels if conditional else None, key=key)
-
-        bits = velocity_bits_per_dim(log_density, dataset, jax.random.key(options.seed), batch_size=options.batch)
+    def _compare(
+        self, network: Any, variables: Any, options: VelocityEvaluateOptions, dataset: Dataset, conditional: bool
+    ) -> Evaluation:
+        assert isinstance(self.data, DataConfig)
         num = options.samples or len(dataset)
-        extractor = train_features(self.dataset("train" if options.split == "eval" else options.split, labelled=False))
-        conditions = _labels_of(dataset) if conditional else None
+        train = "train" if options.split == "eval" else options.split
         guidance = self.sampling.guidance if conditional else 0.0
         drawn = dataclasses.replace(self, sampling=dataclasses.replace(self.sampling, guidance=guidance))
-        of_samples = partial(drawn.draw_batch, model, on_devices(variables, min(num, SAMPLES_AT_ONCE)))
-        metrics = sample_metrics(of_samples, extractor, dataset, num, seed=options.seed, conditions=conditions)
-        return [
-            f"{len(dataset)} images ({options.split})",
-            f"bits/dim {bits:.4f} (uniform dequantisation, Hutchinson's estimate, rk4 with 50 steps)",
-            *sample_lines(metrics, extractor, num, self.sampling.method),
-        ]
+        return compare_samples(
+            partial(drawn.draw_batch, network, on_devices(variables, min(num, SAMPLES_AT_ONCE))),
+            dataset,
+            lambda: self.dataset(train, labelled=False),
+            num,
+            options,
+            self.data,
+            conditions=_labels_of(dataset) if conditional else None,
+            how=self.sampling.method,
+        )
 
     def debug(self) -> MatchingExperiment:
         """Returns the experiment with a tiny network of the same kind, trained on points or the built-in digits."""

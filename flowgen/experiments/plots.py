@@ -17,17 +17,18 @@ MAX_COLUMNS = 20
 DRAWN_PATHS = 128
 
 
-def sample_grid(images: Float[np.ndarray, "n height width c"], classes: int) -> UInt8[np.ndarray, "rows columns c"]:
+def sample_grid(
+    images: Float[np.ndarray, "n height width c"], classes: int, *, columns: int | None = None
+) -> UInt8[np.ndarray, "rows columns c"]:
     """Returns a grid of images with values in [-1, 1]; small images are enlarged.
 
     If the images cycle through up to 20 classes, each column shows one class. If there are few classes, each gets
-    several columns, so that the grid is roughly square.
+    several columns, so that the grid is roughly square. columns: number of columns, whatever the classes.
 
     Example:
         save_image("samples.png", sample_grid(images, classes=10))
     """
-    columns = None
-    if 1 < classes <= MAX_COLUMNS and len(images) >= classes:
+    if columns is None and 1 < classes <= MAX_COLUMNS and len(images) >= classes:
         columns = classes * max(1, round(math.sqrt(len(images)) / classes))
     return image_grid(to_uint8(images), columns=columns, scale=max(1, GRID_SIDE // max(images.shape[1:3])))
 

@@ -13,7 +13,7 @@ from jaxtyping import Array, Float, Int, Key, PyTree
 from flowgen.conditioning import UNCONDITIONAL
 from flowgen.data import PointsConfig
 from flowgen.data.points import Distribution
-from flowgen.experiments.drawing import DrawOptions, EvaluateOptions, check_compared
+from flowgen.experiments.drawing import CompareOptions, DrawOptions, check_compared
 from flowgen.matching import MatchingConfig, edm_times, guided, integrate, integrate_mean, velocity_field
 from flowgen.settings import config
 from flowgen.settings.ranges import NonNegative, Positive, Samples, Within
@@ -69,7 +69,7 @@ class VelocityDrawOptions(DrawOptions):
 
 
 @config
-class VelocityEvaluateOptions(EvaluateOptions):
+class VelocityEvaluateOptions(CompareOptions):
     """Options for evaluating a velocity network.
 
     samples: number of samples to draw and compare with the data; 0 for one per image, or for 1,000 points.
@@ -81,6 +81,14 @@ class VelocityEvaluateOptions(EvaluateOptions):
 
     def __post_init__(self):
         check_compared(self.samples)
+        if self.samples and self.neighbours > self.samples:
+            raise ValueError(f"neighbours is {self.neighbours}, but samples is {self.samples}; lower it.")
+
+    def check_points(self) -> None:
+        """Raises ValueError if an option is set that has no effect on points."""
+        for name in ("features", "reference", "neighbours"):
+            if (value := getattr(self, name)) != getattr(type(self), name):
+                raise ValueError(f"--{name} is {value}, but it applies only to images, not to points; leave it out.")
 
 
 def draw_by_solver(

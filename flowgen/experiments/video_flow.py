@@ -16,7 +16,7 @@ from flowgen.data import ClipsConfig, LatentsConfig
 from flowgen.data.clip_views import CONTINUED
 from flowgen.data.dataset import OF_FILES, Dataset, Split
 from flowgen.decoding import Clip, Denoiser
-from flowgen.evaluation import flow_bits_per_dim, flow_nats_per_dim
+from flowgen.evaluation import Estimate, Evaluation, flow_bits_per_dim, flow_nats_per_dim
 from flowgen.experiments.autoregressive import (
     AutoregressiveExperiment,
     FlowDrawOptions,
@@ -40,6 +40,7 @@ from flowgen.experiments.decoding import decoded_by_all, decoding_line
 from flowgen.experiments.drawing import AT_ONCE, draw_in_batches, on_devices
 from flowgen.experiments.experiment import Samples
 from flowgen.experiments.latents import flow_dataset, pixel_dataset
+from flowgen.experiments.likelihoods import evaluate_likelihood
 from flowgen.experiments.plots import strips
 from flowgen.flows import STARFlowVConfig, denoiser_variables, flow_score_objective
 from flowgen.flows.objective import nll_objective
@@ -256,28 +257,33 @@ class VideoFlowExperiment(AutoregressiveExperiment):
         fps = float(told or self.data.fps)
         return fps if LEAST_FPS <= fps <= MOST_FPS else DEFAULT_FPS
 
-    def evaluate(self, model: Any, variables: Any, options: FlowEvaluateOptions) -> list[str]:
-        """Returns lines that report the likelihood of the flow, the PSNR of denoised clips, and frame distances.
+    def evaluate(self, model: Any, variables: Any, options: FlowEvaluateOptions) -> Evaluation:
+        """Returns the likelihood of the flow, the PSNR of denoised clips, and frame distances.
 
         The likelihood and the PSNR are measured on a split. The frame distances of samples and data are
         reported side by side. The PSNR and the frame distances are computed on decoded latents.
         """
         data, labelled = of_whole_clips(self.data), not options.unconditional
         dataset = clips_alone(flow_dataset(data, self.encoding, options.split, labelled=labelled))
-        lines = self.likelihood_lines(model, variables, dataset, options)
+        evaluation = evaluate_likelihood(model, variables, dataset, options, latent=self.is_latent)
         key, codec = jax.random.key(options.seed), self.encoding.open_codec()
         ratios = denoised_psnr(codec, model, variables, dataset, key, most=DENOISED)
-        lines.append("PSNR of noisy clips " + ", ".join(f"{how} {ratio:.2f} dB" for how, ratio in ratios.items()))
+        line = "PSNR of noisy clips " + ", ".join(f"{how} {ratio:.2f} dB" for how, ratio in ratios.items())
+        metrics = {f"psnr_{how.split()[-1]}": Estimate(ratio) for how, ratio in ratios.items()}
+        evaluation += Evaluation((line,), metrics)
         if not options.samples or model.config.frames == 1:  # A clip of one frame has no frame distances.
-            return lines
+            return evaluation
         conditions = self.conditions_of(dataset, unconditional=options.unconditional)
         cond = None if conditions is None else conditions(np.arange(options.samples) % len(dataset))
         clips, _ = self.draw_batch(model, variables, key, np.arange(options.samples), cond)
         real = codec.decode(of_batch(dataset[np.arange(min(len(dataset), options.samples))]))
         for name, frames in (("samples", clips), ("data", real)):
             near, far = frame_distances(np.clip(frames, -1, 1))
-            lines.append(f"frames of {len(frames)} {name}: distance to the next {near:.4f}, to any other {far:.4f}")
-        return lines
+            line = f"frames of {len(frames)} {name}: distance to the next {near:.4f}, to any other {far:.4f}"
+            values = {"next": near, "other": far}
+            distances = {f"{name}_{to}_frame": Estimate(value, count=len(frames)) for to, value in values.items()}
+            evaluation += Evaluation((line,), distances)
+        return evaluation
 
     def debug(self) -> VideoFlowExperiment:
         """Returns the experiment with a tiny flow of the same kind, trained on bouncing digits."""

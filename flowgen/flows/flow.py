@@ -16,6 +16,7 @@ from jaxtyping import Array, Float, Key
 from flowgen.arrays import check_floating
 from flowgen.backend import OnMeshes
 from flowgen.conditioning import Condition
+from flowgen.flows.affine import to_noise
 from flowgen.flows.block import AutoregressiveBlock, BlockConfig, Variables
 from flowgen.flows.density import bits_per_dim
 from flowgen.gaussian import gaussian_log_density
@@ -205,6 +206,26 @@ class AutoregressiveFlow(OnMeshes, nn.Module):
         """
         z, logdet = self.forward(x, cond)
         return gaussian_log_density(z, self.prior_variance()[None]).sum(axis=(1, 2)) + logdet
+
+    def token_log_prob(
+        self, x: Float[Array, "b *event"], cond: Condition | None = None
+    ) -> tuple[Float[Array, "b n"], Float[Array, "b n token"]]:
+        """Returns the terms of log p(x | cond) that belong to each token, in nats, and the noise tokens z.
+
+        Both are in raster order. The term of token i is log N(z_i; 0, prior variance) plus the logdet of token i in all
+        blocks. The terms sum to `log_prob`. They are not densities of single tokens, because z_i depends on many
+        tokens of x.
+        """
+        config = self.config
+        config.check_samples(x)
+        cond = config.check_cond(cond, x.shape[0])
+        z = config.to_tokens(x).astype(master_dtype(config.dtype))
+        terms = jnp.zeros(z.shape[:2], z.dtype)
+        for block in self.blocks:
+            shift, log_scale = block.parameters(z, cond)
+            z, _ = to_noise(z, shift, log_scale)
+            terms = terms - log_scale.sum(axis=2)
+        return terms + gaussian_log_density(z, self.prior_variance()[None]).sum(axis=2), z
 
     def bits_per_dim(self, x: Float[Array, "b *event"], cond: Condition | None = None) -> Float[Array, " b"]:
         """Returns -log2 p(x | cond) per dimension on the scale of 256 levels over [-1, 1).

@@ -17,6 +17,7 @@ from flowgen.runs.directory import (
     write_config,
     write_plan,
 )
+from flowgen.runs.evaluations import EVALUATIONS, check_new_evaluation, evaluation_path, save_evaluation
 from flowgen.runs.exported import ExportedReader, is_exported
 from flowgen.runs.files import DIGEST
 from flowgen.runs.history import passing_warnings, read_history
@@ -33,6 +34,7 @@ __all__ = [
     "CHECKPOINTS",
     "DIGEST",
     "EVAL",
+    "EVALUATIONS",
     "PLAN_FILE",
     "SPEED",
     "CheckpointReader",
@@ -44,7 +46,9 @@ __all__ = [
     "RunReader",
     "RunWriter",
     "check_layout",
+    "check_new_evaluation",
     "check_workdir",
+    "evaluation_path",
     "flatten",
     "is_exported",
     "is_run",
@@ -57,6 +61,7 @@ __all__ = [
     "read_history",
     "read_metrics",
     "read_plan",
+    "save_evaluation",
     "shipped_models",
     "was_trained_in",
     "write_config",

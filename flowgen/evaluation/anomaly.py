@@ -1,0 +1,160 @@
+"""Scores by which a flow tells anomalies from its data, tests of z against the prior, and the AUROC of scores.
+
+A high likelihood alone does not mean that an image is normal (arXiv 2006.08545): smooth images often get a higher
+likelihood than the training images. Scores that test z are not affected by the volume terms. A volume-preserving flow
+has none, and is advised for anomaly detection (arXiv 2510.09452).
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from functools import partial
+from types import MappingProxyType
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jaxtyping import Array, Float, Key
+from scipy import special
+
+from flowgen import backend
+from flowgen.data.dataset import Dataset
+from flowgen.data.loader import fixed_batches
+from flowgen.evaluation.estimate import Estimate
+from flowgen.flows.batches import batch_input
+
+# Every score is higher for images that are more anomalous.
+SCORES: Mapping[str, str] = MappingProxyType(
+    {
+        "nats": "-log p(x) per dimension",
+        "typicality": "distance of nats from its mean over training images",
+        "worst_token": "the largest -log p term of a token, per dimension of the token",
+        "norm": "distance of |z|² from its mean under the prior, in standard deviations",
+        "ks": "Kolmogorov-Smirnov distance of the values of z from N(0, 1)",
+    }
+)
+
+
+class AnomalyScores(NamedTuple):
+    """What a flow computes for each image of a dataset, in float64.
+
+    nats: -log p(x) per dimension. tokens: the terms of log p(x) that belong to each token, `n *grid`, in nats. squares:
+    |z|², with z divided by the standard deviation of the prior. ks: the largest difference between the distribution of
+    the values of z and N(0, 1). dims: number of values of z.
+    """
+
+    nats: Float[np.ndarray, " n"]
+    tokens: Float[np.ndarray, "n *grid"]
+    squares: Float[np.ndarray, " n"]
+    ks: Float[np.ndarray, " n"]
+    dims: int
+
+    def scores(self, typical: float) -> dict[str, Float[np.ndarray, " n"]]:
+        """Returns the scores in `SCORES`. typical: the mean of `nats` over training images."""
+        size = self.dims / math.prod(self.tokens.shape[1:])
+        return {
+            "nats": self.nats,
+            "typicality": np.abs(self.nats - typical),
+            "worst_token": -self.tokens.reshape(len(self.tokens), -1).min(axis=1) / size,
+            "norm": np.abs(self.squares - self.dims) / math.sqrt(2 * self.dims),
+            "ks": self.ks,
+        }
+
+    def chi_square_p(self) -> Float[np.ndarray, " n"]:
+        """Returns the two-sided p-value of |z|², which has a chi-square distribution under the prior."""
+        below = special.gammainc(self.dims / 2, self.squares / 2)
+        above = special.gammaincc(self.dims / 2, self.squares / 2)
+        return 2 * np.minimum(below, above)
+
+    def ks_p(self) -> Float[np.ndarray, " n"]:
+        """Returns the p-value of the Kolmogorov-Smirnov distance, by Stephens' approximation."""
+        root = math.sqrt(self.dims)
+        return special.kolmogorov((root + 0.12 + 0.11 / root) * self.ks)
+
+
+def anomaly_scores(
+    flow: Any,
+    variables: Any,
+    dataset: Dataset,
+    key: Key[Array, ""],
+    *,
+    noise_std: float | None = None,
+    batch_size: int = 256,
+    by_class: bool = True,
+) -> AnomalyScores:
+    """Returns what a flow computes for each image of a dataset, without using labels.
+
+    For a class-conditional flow, log p(x) is that of the mixture of all classes with equal weights. The terms of the
+    tokens and z are those of the class with the highest likelihood. This takes one forward pass per class.
+
+    noise_std: see `flow_bits_per_dim`. by_class: whether to use the mixture; if not, the flow is unconditional.
+
+    Example:
+        scores = anomaly_scores(flow, params, dataset, jax.random.key(0)).scores(typical=1.5)
+    """
+    config = flow.config
+    sigma = config.noise_std if noise_std is None else noise_std
+    size = min(batch_size, len(dataset))
+    mesh = backend.sharing(size, variables)
+    shared = backend.copies(jax.device_put(variables), mesh), key
+    num_classes = config.num_classes if by_class else 0
+    parts = []
+    for index, (batch, mask) in enumerate(fixed_batches(dataset, size)):
+        positions = index * size + np.arange(size)
+        found = backend.by_rows(
+            _scored, shared, batch.pixels, positions, flow=flow, sigma=sigma, num_classes=num_classes
+        )
+        parts.append([np.asarray(part, np.float64)[mask] for part in found])
+    log_prob, tokens, squares, ks = (np.concatenate(column) for column in zip(*parts, strict=True))
+    grid = (*config.event_shape[:-3], *config.token_hw)
+    return AnomalyScores(-log_prob / config.num_dims, tokens.reshape(-1, *grid), squares, ks, config.num_dims)
+
+
+def _scored(shared, images, positions, *, flow, sigma, num_classes):
+    variables, key = shared
+    keys = jax.vmap(partial(jax.random.fold_in, key))(positions)
+    x = jax.vmap(lambda key, image: batch_input(key, image[None], sigma)[0])(keys, images)
+    cond = mixture = None
+    if num_classes:
+
+        def of_class(label):
+            return flow.apply(variables, x, jnp.full(len(x), label, jnp.int32), method="log_prob")
+
+        each = jax.lax.map(of_class, jnp.arange(num_classes))
+        cond = each.argmax(axis=0).astype(jnp.int32)
+        mixture = jax.nn.logsumexp(each, axis=0) - math.log(num_classes)
+    tokens, z = flow.apply(variables, x, cond, method="token_log_prob")
+    variance = flow.apply(variables, method="prior_variance")
+    values = jnp.sort((z / jnp.sqrt(variance)[None]).reshape(len(z), -1), axis=1)
+    dims = values.shape[1]
+    below = jax.scipy.special.ndtr(values)
+    steps = jnp.arange(dims + 1)[None] / dims
+    ks = jnp.maximum(steps[:, 1:] - below, below - steps[:, :-1]).max(axis=1)
+    log_prob = tokens.sum(axis=1) if mixture is None else mixture
+    return log_prob, tokens, jnp.square(values).sum(axis=1), ks
+
+
+def auroc(normal: Float[np.ndarray, " n"], anomalous: Float[np.ndarray, " m"]) -> Estimate:
+    """Returns the probability that an anomaly scores higher than a normal image; ties count one half.
+
+    The standard error is DeLong's, from the variances over the normal images and over the anomalies.
+
+    Raises ValueError if there are fewer than two scores on a side.
+
+    Example:
+        area = auroc(scores_of_data, scores_of_others)
+    """
+    if min(len(normal), len(anomalous)) < 2:
+        raise ValueError(f"there are {len(normal)} normal and {len(anomalous)} anomalous scores; give at least 2 each.")
+    above = _fraction_below(normal, anomalous)
+    below = 1 - _fraction_below(anomalous, normal)
+    variance = above.var(ddof=1) / len(anomalous) + below.var(ddof=1) / len(normal)
+    return Estimate(float(above.mean()), math.sqrt(variance), len(normal) + len(anomalous))
+
+
+def _fraction_below(x: np.ndarray, at: np.ndarray) -> np.ndarray:
+    """Returns, for each value in `at`, the fraction of x below it; ties count one half."""
+    x = np.sort(x)
+    return (np.searchsorted(x, at, "left") + np.searchsorted(x, at, "right")) / (2 * len(x))

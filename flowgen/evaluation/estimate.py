@@ -1,0 +1,87 @@
+"""Estimated metrics with their standard errors, and the result of an evaluation."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Any, NamedTuple
+
+import numpy as np
+from jaxtyping import Float
+
+
+class Estimate(NamedTuple):
+    """The estimated value of a metric.
+
+    standard_error: the standard deviation that the value would have over datasets of the same size; None if unknown.
+    count: the number of images or other samples behind the value; None if it does not apply.
+
+    Example:
+        estimate = Estimate(2.98, standard_error=0.01, count=10_000)
+        print(f"bits/dim {estimate}")  # bits/dim 2.9800 ± 0.0100
+    """
+
+    value: float
+    standard_error: float | None = None
+    count: int | None = None
+
+    def __str__(self) -> str:
+        error = "" if self.standard_error is None else f" ± {self.standard_error:.4f}"
+        return f"{self.value:.4f}{error}"
+
+
+def mean_of(values: Float[np.ndarray, " n"]) -> Estimate:
+    """Returns the mean of independent values and its standard error, their standard deviation divided by √n.
+
+    With a single value, the standard error is unknown.
+
+    Example:
+        estimate = mean_of(np.array([2.9, 3.1]))
+    """
+    values = np.asarray(values, np.float64)
+    error = float(values.std(ddof=1) / math.sqrt(len(values))) if len(values) > 1 else None
+    return Estimate(float(values.mean()), error, len(values))
+
+
+@dataclass(frozen=True)
+class Evaluation:
+    """The result of an evaluation.
+
+    lines: the lines that `evaluate` prints.
+    metrics: the metrics by name.
+    about: plain values that say how the metrics were measured, such as the noise and the feature extractor.
+    files: for each suffix such as "neighbours.png", a uint8 image `height width c` or a dict of arrays to save beside
+    the metrics.
+
+    Two evaluations are joined by `+`.
+
+    Example:
+        evaluation = Evaluation(("bits/dim 2.9800",), {"bits_per_dim": Estimate(2.98)})
+    """
+
+    lines: tuple[str, ...] = ()
+    metrics: Mapping[str, Estimate] = field(default_factory=dict)
+    about: Mapping[str, Any] = field(default_factory=dict)
+    files: Mapping[str, Any] = field(default_factory=dict)
+
+    def __add__(self, other: Evaluation) -> Evaluation:
+        return Evaluation(
+            self.lines + other.lines,
+            {**self.metrics, **other.metrics},
+            {**self.about, **other.about},
+            {**self.files, **other.files},
+        )
+
+    def record(self) -> dict[str, Any]:
+        """Returns the metrics and how they were measured as values for JSON; numbers that are not finite are None.
+
+        Example:
+            json.dumps(evaluation.record(), allow_nan=False)
+        """
+        metrics = {name: {key: _plain(x) for key, x in one._asdict().items()} for name, one in self.metrics.items()}
+        return {"metrics": metrics, **self.about, "lines": list(self.lines)}
+
+
+def _plain(number: int | float | None) -> int | float | None:
+    return number if number is None or math.isfinite(number) else None

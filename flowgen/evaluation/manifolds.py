@@ -1,0 +1,118 @@
+"""Precision, recall, density and coverage: how two sets of features overlap, by their nearest neighbours.
+
+The manifold of a set is the union of balls around its features. The radius of each ball is the distance from its centre
+to the k-th nearest other feature of the set.
+
+    precision  the fraction of samples in the manifold of the data (Kynkäänniemi et al., arXiv 1904.06991)
+    recall     the fraction of data in the manifold of the samples
+    density    the mean number of data balls that contain a sample, divided by k (Naeem et al., arXiv 2002.09797)
+    coverage   the fraction of data balls that contain a sample
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator
+from typing import NamedTuple
+
+import numpy as np
+from jaxtyping import Float, Int
+
+PRECISION_NEIGHBOURS = 3  # k of the papers
+DENSITY_NEIGHBOURS = 5
+ROWS_AT_ONCE = 512
+
+
+class ManifoldMetrics(NamedTuple):
+    """Precision, recall, density and coverage of samples; see the module's description."""
+
+    precision: float
+    recall: float
+    density: float
+    coverage: float
+
+
+def manifold_metrics(
+    samples: Float[np.ndarray, "n f"],
+    data: Float[np.ndarray, "m f"],
+    *,
+    k: int = PRECISION_NEIGHBOURS,
+    density_k: int = DENSITY_NEIGHBOURS,
+) -> ManifoldMetrics:
+    """Returns the precision, recall, density and coverage of samples, given features of samples and of data.
+
+    k: the neighbour that defines the radii for precision and recall. density_k: the same for density and coverage.
+    The distances are computed in float64, a block of rows at a time.
+
+    Raises ValueError if n or m is not above k and density_k, or if the numbers of features differ.
+
+    Example:
+        metrics = manifold_metrics(features(samples), features(data))
+    """
+    least = max(k, density_k)
+    if min(len(samples), len(data)) <= least or samples.shape[1:] != data.shape[1:]:
+        raise ValueError(
+            f"features have shapes {samples.shape} and {data.shape}; give at least {least + 1} feature vectors in each "
+            "array, all of the same length."
+        )
+    radii, density_radii = _radii(data, (k, density_k))
+    (sample_radii,) = _radii(samples, (k,))
+    inside, balls = 0, 0
+    recalled, covered = np.zeros(len(data), bool), np.zeros(len(data), bool)
+    for start, distances in _blocks(samples, data):
+        inside += (distances <= radii).any(axis=1).sum()
+        within = distances <= density_radii
+        balls += within.sum()
+        covered |= within.any(axis=0)
+        recalled |= (distances <= sample_radii[start : start + len(distances), None]).any(axis=0)
+    count = len(samples)
+    return ManifoldMetrics(
+        float(inside / count), float(recalled.mean()), float(balls / (density_k * count)), float(covered.mean())
+    )
+
+
+def nearest_in(
+    queries: Float[np.ndarray, "n f"], batches: Iterable[Float[np.ndarray, "b f"]], count: int
+) -> tuple[Int[np.ndarray, "n count"], Float[np.ndarray, "n count"]]:
+    """Returns the positions of the `count` vectors nearest to each query, nearest first, and their distances.
+
+    batches: the vectors to search, in batches; position 0 is the first vector of the first batch.
+
+    Raises ValueError if there are fewer than `count` vectors.
+
+    Example:
+        positions, distances = nearest_in(features(samples), map(features, batches), 5)
+    """
+    positions, squares = np.zeros((len(queries), 0), np.int64), np.zeros((len(queries), 0))
+    first = 0
+    for batch in batches:
+        near = np.concatenate([block for _, block in _blocks(queries, batch)])
+        squares = np.concatenate([squares, near], axis=1)
+        numbers = np.broadcast_to(np.arange(first, first + len(batch)), near.shape)
+        positions = np.concatenate([positions, numbers], axis=1)
+        order = np.argsort(squares, axis=1, kind="stable")[:, :count]
+        positions, squares = (np.take_along_axis(x, order, axis=1) for x in (positions, squares))
+        first += len(batch)
+    if first < count:
+        raise ValueError(f"count is {count}, but there are only {first} vectors; lower it.")
+    return positions, np.sqrt(squares)
+
+
+def _radii(x: np.ndarray, neighbours: tuple[int, ...]) -> list[np.ndarray]:
+    """Returns, for each k, the squared distances from all vectors to their k-th nearest other vectors."""
+    parts = []
+    for start, distances in _blocks(x, x):
+        rows = np.arange(len(distances))
+        distances[rows, start + rows] = -1  # sorts each vector before its neighbours, even before its copies
+        parts.append(np.partition(distances, neighbours, axis=1)[:, list(neighbours)])
+    return list(np.concatenate(parts).T)
+
+
+def _blocks(x: np.ndarray, y: np.ndarray) -> Iterator[tuple[int, np.ndarray]]:
+    """Yields the number of the first row, and the squared distances from a block of rows of x to all y, in float64."""
+    centre = y.mean(axis=0, dtype=np.float64)  # reduces cancellation
+    y = y - centre
+    squares = np.square(y).sum(axis=1)
+    for start in range(0, len(x), ROWS_AT_ONCE):
+        rows = x[start : start + ROWS_AT_ONCE] - centre
+        distances = np.square(rows).sum(axis=1)[:, None] + squares - 2 * rows @ y.T
+        yield start, np.maximum(distances, 0)

@@ -1,0 +1,126 @@
+"""The mean, the covariance and a subset of many feature vectors, computed in one pass, and the files that keep them."""
+
+from __future__ import annotations
+
+import math
+import os
+import zipfile
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, field
+
+import numpy as np
+from jaxtyping import Float
+
+from flowgen.data.media import atomic_file
+from flowgen.evaluation.metrics import frechet_between
+
+MOST_KEPT = 10_000  # feature vectors that are kept for kernel distances and manifolds
+
+
+@dataclass(frozen=True)
+class FeatureStatistics:
+    """Statistics of feature vectors.
+
+    mean: `f`, float64. covariance: `f f`, unbiased, float64. count: number of feature vectors; 0 if unknown.
+    features: an evenly spaced subset of the feature vectors, float32 `m f` with m ≤ 10,000; None if unknown.
+    about: how the features were computed, such as the digests of the data and of the extractor.
+
+    Example:
+        statistics = feature_statistics([extractor.features(images)], len(images))
+    """
+
+    mean: Float[np.ndarray, " f"]
+    covariance: Float[np.ndarray, "f f"]
+    count: int
+    features: Float[np.ndarray, "m f"] | None = None
+    about: Mapping[str, str] = field(default_factory=dict)
+
+    def frechet(self, other: FeatureStatistics) -> float:
+        """Returns the squared Fréchet distance to other statistics; see `frechet_distance`.
+
+        Raises ValueError if the features differ in length.
+        """
+        return frechet_between(self.mean, self.covariance, other.mean, other.covariance)
+
+
+def feature_statistics(
+    batches: Iterable[Float[np.ndarray, "b f"]], count: int, *, about: Mapping[str, str] | None = None
+) -> FeatureStatistics:
+    """Returns the statistics of `count` feature vectors, which are given in batches.
+
+    The covariance is accumulated in float64, batch by batch, so the vectors are never in memory together.
+
+    Raises ValueError if there are fewer than two vectors, or not `count`.
+
+    Example:
+        statistics = feature_statistics((extractor.features(batch) for batch in batches), 50_000)
+    """
+    kept_positions = np.unique(np.linspace(0, count - 1, min(count, MOST_KEPT)).round().astype(np.int64))
+    seen, kept = 0, []
+    mean, products = np.zeros(0), np.zeros((0, 0))
+    for batch in batches:
+        kept.append(batch[kept_positions[(kept_positions >= seen) & (kept_positions < seen + len(batch))] - seen])
+        x = np.asarray(batch, np.float64)
+        centre = x.mean(axis=0)
+        if not seen:
+            mean, products = np.zeros(x.shape[1]), np.zeros((x.shape[1], x.shape[1]))
+        # The products of deviations from the common mean are those of both parts plus that of their means.
+        delta, total = centre - mean, seen + len(x)
+        products += (x - centre).T @ (x - centre) + np.outer(delta, delta) * (seen * len(x) / total)
+        mean = mean + delta * (len(x) / total)
+        seen = total
+    if seen != count or count < 2:
+        raise ValueError(f"count is {count}, but there are {seen} feature vectors; give at least two.")
+    features = np.concatenate(kept).astype(np.float32, copy=False)
+    return FeatureStatistics(mean, products / (count - 1), count, features, dict(about or {}))
+
+
+def save_statistics(path: str | os.PathLike[str], statistics: FeatureStatistics) -> None:
+    """Writes statistics to an .npz file, atomically: mu, sigma, count, features and how they were computed.
+
+    Programs that read the usual FID statistics, which consist of mu and sigma, can read this file.
+
+    Example:
+        save_statistics("reference.npz", statistics)
+    """
+    about = {f"about_{name}": np.array(text) for name, text in statistics.about.items()}
+    features = {} if statistics.features is None else {"features": statistics.features}
+    with atomic_file(path) as file:
+        np.savez(
+            file,
+            allow_pickle=False,
+            mu=statistics.mean,
+            sigma=statistics.covariance,
+            count=np.array(statistics.count),
+            **features,
+            **about,
+        )
+
+
+def read_statistics(path: str | os.PathLike[str]) -> FeatureStatistics:
+    """Returns the statistics in an .npz file from `save_statistics` or another program, with at least mu and sigma.
+
+    Raises ValueError if the file is damaged or has no such arrays, or FileNotFoundError if there is none.
+
+    Example:
+        reference = read_statistics("fid_stats_cifar10_train.npz")
+    """
+    if not os.path.isfile(path):
+        raise FileNotFoundError(f"There is no file '{path}' of reference statistics; check --reference.")
+    try:
+        with np.load(path, allow_pickle=False) as arrays:
+            found = {name: arrays[name] for name in arrays.files}
+    except (OSError, ValueError, zipfile.BadZipFile, EOFError) as error:
+        raise ValueError(f"'{path}' is not an .npz file of arrays ({error}); give one with mu and sigma.") from error
+    if not {"mu", "sigma"} <= set(found):
+        raise ValueError(f"'{path}' has the arrays {', '.join(found) or 'none'}; it must have mu and sigma.")
+    mean, covariance = (np.asarray(found[name], np.float64) for name in ("mu", "sigma"))
+    features = found.get("features")
+    fits = mean.ndim == 1 and covariance.shape == 2 * mean.shape
+    if not fits or (features is not None and (features.ndim != 2 or features.shape[1:] != mean.shape)):
+        shapes = ", ".join(f"{name} {found[name].shape}" for name in ("mu", "sigma", "features") if name in found)
+        raise ValueError(f"'{path}' has arrays of shapes {shapes}; mu must be (f,), sigma (f, f), features (n, f).")
+    if not all(math.isfinite(part.sum()) for part in (mean, covariance)):
+        raise ValueError(f"'{path}' has values in mu or sigma that are not finite; compute them again.")
+    about = {name.removeprefix("about_"): str(text) for name, text in found.items() if name.startswith("about_")}
+    return FeatureStatistics(mean, covariance, int(found.get("count", 0)), features, about)

@@ -1,0 +1,215 @@
+"""Evaluates samples against data: distances of features, precision and recall, and nearest training images."""
+
+from __future__ import annotations
+
+import functools
+import hashlib
+import json
+import os
+from collections.abc import Callable
+from pathlib import Path
+
+import numpy as np
+
+from flowgen.arrays import digest_of
+from flowgen.convert import efficientnet_file, efficientnet_lite0, inception, read_state_dict
+from flowgen.data import DataConfig, Dataset, from_uint8, take_inventory
+from flowgen.evaluation import (
+    Estimate,
+    Evaluation,
+    FeatureStatistics,
+    feature_statistics,
+    kernel_distance,
+    manifold_metrics,
+    nearest_in,
+    read_statistics,
+    save_statistics,
+)
+from flowgen.evaluation.manifolds import DENSITY_NEIGHBOURS, PRECISION_NEIGHBOURS
+from flowgen.evaluation.networks import NetworkFeatures
+from flowgen.experiments.distances import (
+    DrawnFeatures,
+    FeatureExtractor,
+    data_features,
+    draw_features,
+    pixel_features,
+    train_features,
+)
+from flowgen.experiments.drawing import CompareOptions, Conditions, DrawBatch
+from flowgen.experiments.plots import sample_grid
+from flowgen.runs.files import digest_of_file
+from flowgen.settings import to_plain
+
+WEIGHTS = (".pth", ".pt", ".bin", ".safetensors")
+NEIGHBOURS = 7  # training images shown beside each sample
+IMAGES_IN_DIGEST = 64
+# Fields that do not change which images a config stands for.
+_PLACES = ("path", "workers", "in_memory_bytes", "on_corrupt", "eval_fraction", "flip", "classes")
+
+
+def check_features(options: CompareOptions) -> None:
+    """Raises ValueError or an OSError if `features` or `reference` is not usable. Reads no weights.
+
+    Example:
+        check_features(options)
+    """
+    name = options.features
+    if name == "efficientnet":
+        efficientnet_file()
+    elif name not in ("auto", "classifier", "pixels"):
+        if not name.endswith(WEIGHTS):
+            raise ValueError(
+                f"--features is '{name}'; it must be auto, classifier, pixels, efficientnet, or a file of Inception v3 "
+                f"weights that ends in one of {', '.join(WEIGHTS)}."
+            )
+        if not os.path.isfile(name):
+            raise FileNotFoundError(f"There is no file '{name}' of Inception v3 weights; check --features.")
+    if options.reference:
+        read_statistics(options.reference)
+
+
+def open_features(options: CompareOptions, train: Callable[[], Dataset]) -> FeatureExtractor:
+    """Returns the extractor that the options name.
+
+    train: a function that returns the data to train a classifier on, which is called only if needed.
+
+    Example:
+        extractor = open_features(options, lambda: experiment.dataset("train"))
+    """
+    name = options.features
+    if name == "pixels":
+        return pixel_features()
+    if name in ("auto", "classifier"):
+        dataset = train()
+        if name == "classifier" and not dataset.class_names:
+            raise ValueError("--features is classifier, but the data have no classes to train it on; use pixels.")
+        return train_features(dataset)
+    path = efficientnet_file() if name == "efficientnet" else name
+    digest = digest_of_file(path)
+    if name == "efficientnet":
+        network, variables = efficientnet_lite0(read_state_dict(path))
+        whose, kind = "EfficientNet-Lite0, not comparable with FID", "efficientnet"
+    else:
+        network, variables = inception(read_state_dict(path))
+        fid, kind = network.variant == "fid", f"inception {network.variant}"
+        whose = "the FID's Inception v3" if fid else "torchvision's Inception v3, not comparable with FID"
+    features = NetworkFeatures(network, variables)
+    return FeatureExtractor(f"{whose}, weights {digest[:8]}", features, digest=f"{kind} {digest}")
+
+
+def compare_samples(
+    draw_batch: DrawBatch,
+    data: Dataset,
+    train: Callable[[], Dataset],
+    num: int,
+    options: CompareOptions,
+    config: DataConfig,
+    *,
+    conditions: Conditions | None,
+    how: str,
+) -> Evaluation:
+    """Draws samples, and returns their distances to the data, precision and recall, and class accuracy.
+
+    data: the data to compare with. train: a function that returns the training data. num: number of samples. config:
+    the config of the data. conditions: see `draw_features`. how: how the samples were drawn, for the output.
+
+    Example:
+        evaluation = compare_samples(draw, held_out, train, 1000, options, experiment.data, conditions=None, how="heun")
+    """
+    train = functools.cache(train)
+    extractor = open_features(options, train)
+    drawn = draw_features(
+        draw_batch, extractor, data, num, seed=options.seed, conditions=conditions, shown=options.neighbours
+    )
+    if options.reference:
+        reference, whose = read_statistics(options.reference), os.path.basename(options.reference)
+    else:
+        reference, whose = _reference(extractor, data, config, options), f"{len(data)} images ({options.split})"
+    evaluation = _distances(drawn, reference, extractor, num, how, options.seed) + Evaluation(
+        about={"samples": num, "extractor": _named(extractor), "reference": {"of": whose, **reference.about}}
+    )
+    if options.neighbours:
+        evaluation += _neighbours(drawn.shown, extractor, train())
+    return evaluation
+
+
+def _named(extractor: FeatureExtractor) -> dict[str, str]:
+    return {"name": extractor.name, "digest": extractor.digest}
+
+
+def _distances(
+    drawn: DrawnFeatures, reference: FeatureStatistics, extractor: FeatureExtractor, num: int, how: str, seed: int
+) -> Evaluation:
+    statistics, data = drawn.statistics, reference.features
+    frechet = statistics.frechet(reference)
+    metrics = {"frechet": Estimate(frechet, count=num)}
+    lines = [f"Fréchet distance of {num} samples {frechet:.3f} (features of {extractor.name}; {how})"]
+    samples = statistics.features
+    assert samples is not None  # The statistics were just computed.
+    if data is None:
+        lines.append("no kernel distance, precision and recall, because the reference has no features")
+    elif min(len(samples), len(data)) > DENSITY_NEIGHBOURS:
+        kernel = kernel_distance(samples, data, seed=seed)
+        metrics["kernel"] = Estimate(kernel.mean, count=kernel.size)
+        metrics["kernel_std"] = Estimate(kernel.std, count=kernel.subsets)
+        lines.append(
+            f"kernel distance {kernel.mean:.5f}, std {kernel.std:.5f} over {kernel.subsets} subsets of {kernel.size} "
+            "(same features)"
+        )
+        manifold = manifold_metrics(samples, data)
+        counts = {"precision": len(samples), "recall": len(data), "density": len(samples), "coverage": len(data)}
+        metrics |= {name: Estimate(value, count=counts[name]) for name, value in manifold._asdict().items()}
+        values = ", ".join(f"{name} {value:.3f}" for name, value in manifold._asdict().items())
+        lines.append(f"{values} (k = {PRECISION_NEIGHBOURS} and {DENSITY_NEIGHBOURS}; same features)")
+    if drawn.class_accuracy is not None:
+        metrics["class_accuracy"] = drawn.class_accuracy
+        lines.append(f"samples that show their class {drawn.class_accuracy.value:.3f} (by the same classifier)")
+    return Evaluation(tuple(lines), metrics)
+
+
+def _reference(
+    extractor: FeatureExtractor, data: Dataset, config: DataConfig, options: CompareOptions
+) -> FeatureStatistics:
+    """Returns the statistics of the data, from a file in the cache if there is one, and otherwise writes this file."""
+    about = {"data": dataset_digest(config, data), "split": options.split, "extractor": extractor.digest}
+
+    def computed() -> FeatureStatistics:
+        return feature_statistics(data_features(extractor, data), len(data), about=about)
+
+    if not options.cache:
+        return computed()
+    name = hashlib.sha256(json.dumps(about, sort_keys=True).encode()).hexdigest()[:16]
+    path = Path(options.cache) / f"reference-{name}.npz"
+    if path.is_file():
+        known = read_statistics(path)
+        if known.about == about and known.count == len(data):
+            return known
+    statistics = computed()
+    save_statistics(path, statistics)
+    return statistics
+
+
+def dataset_digest(config: DataConfig, data: Dataset) -> str:
+    """Returns a digest of a dataset: its config without paths, its files, its size, and 64 of its images.
+
+    Example:
+        digest = dataset_digest(experiment.data, held_out)
+    """
+    plain = {name: value for name, value in to_plain(config).items() if name not in _PLACES}
+    content = hashlib.sha256(json.dumps(plain, sort_keys=True).encode())
+    content.update(take_inventory(config, data).digest().encode())
+    some = np.unique(np.linspace(0, len(data) - 1, min(IMAGES_IN_DIGEST, len(data))).astype(np.int64))
+    content.update(digest_of([np.array([len(data), *data.event_shape]), data[some].pixels]).encode())
+    return content.hexdigest()
+
+
+def _neighbours(samples: np.ndarray, extractor: FeatureExtractor, train: Dataset) -> Evaluation:
+    """Returns a grid with a sample and its nearest training images in each row."""
+    count = min(NEIGHBOURS, len(train))
+    positions, distances = nearest_in(extractor.features(samples), data_features(extractor, train), count)
+    images = from_uint8(train[positions.reshape(-1)].pixels).reshape(*positions.shape, *samples.shape[1:])
+    rows = np.concatenate([samples[:, None], images], axis=1)
+    grid = sample_grid(rows.reshape(-1, *samples.shape[1:]), 0, columns=count + 1)
+    line = f"nearest training images of {len(samples)} samples, at distances {distances[:, 0].min():.3f} or more"
+    found = {"positions": positions.tolist(), "distances": distances.tolist()}
+    return Evaluation((line,), about={"neighbours": found}, files={"neighbours.png": grid})

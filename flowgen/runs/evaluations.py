@@ -1,0 +1,102 @@
+"""Writes evaluations as new JSON files, with their images and arrays beside them. No file is ever overwritten."""
+
+from __future__ import annotations
+
+import io
+import json
+import os
+import time
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from flowgen.data.media import check_writable, pillow
+from flowgen.places import RemoteFolder, is_remote
+
+EVALUATIONS = "evaluations"
+
+
+def evaluation_path(run_dir: str | os.PathLike[str], step: int) -> str:
+    """Returns a new path for an evaluation of a run's checkpoint: RUN/evaluations/<step>-<date>-<time>.json, in UTC.
+
+    Example:
+        path = evaluation_path("runs/digits", 1800)  # runs/digits/evaluations/1800-20260102-030405.json
+    """
+    stem = f"{os.fspath(run_dir).rstrip('/')}/{EVALUATIONS}/{step}-{time.strftime('%Y%m%d-%H%M%S', time.gmtime())}"
+    number, path = 1, f"{stem}.json"
+    while not is_remote(path) and Path(path).exists():
+        number += 1
+        path = f"{stem}-{number}.json"
+    return path
+
+
+def check_new_evaluation(path: str) -> None:
+    """Raises ValueError if a path does not end in .json, or an OSError if no new file can be written there.
+
+    Example:
+        check_new_evaluation("results/digits.json")
+    """
+    if not path.endswith(".json"):
+        raise ValueError(f"--out is '{path}'; it must end in .json.")
+    if is_remote(path):
+        folder, name = _remote(path)
+        exists = name in folder.sizes()
+    else:
+        check_writable(path)
+        exists = Path(path).exists()
+    if exists:
+        raise FileExistsError(f"--out '{path}' exists already, and evaluations are never overwritten; give another.")
+
+
+def save_evaluation(path: str, record: Mapping[str, Any], files: Mapping[str, Any]) -> list[str]:
+    """Writes an evaluation to a new JSON file, and returns the paths of all files written.
+
+    files: for each suffix, a uint8 image `height width c` or a dict of arrays. The file for suffix "neighbours.png" of
+    "a.json" is "a.neighbours.png". These files are written first, and the JSON lists them, so it is there only if
+    they are.
+
+    Raises FileExistsError if a file exists already.
+
+    Example:
+        save_evaluation("digits.json", {"metrics": {}}, {"neighbours.png": grid})
+    """
+    stem = path.removesuffix(".json")
+    paths = {f"{stem}.{suffix}": value for suffix, value in files.items()}
+    for other, value in paths.items():
+        _create(other, _npz(value) if isinstance(value, Mapping) else _png(value))
+    names = [other.rpartition("/")[2] for other in paths]
+    _create(path, (json.dumps({**record, "files": names}, indent=2, allow_nan=False) + "\n").encode())
+    return [path, *paths]
+
+
+def _png(image: np.ndarray) -> bytes:
+    content = io.BytesIO()
+    pillow().fromarray(image[..., 0] if image.shape[2] == 1 else image).save(content, format="PNG")
+    return content.getvalue()
+
+
+def _npz(arrays: Mapping[str, np.ndarray]) -> bytes:
+    content = io.BytesIO()
+    np.savez(content, allow_pickle=False, **arrays)
+    return content.getvalue()
+
+
+def _remote(path: str) -> tuple[RemoteFolder, str]:
+    folder, _, name = path.rpartition("/")
+    return RemoteFolder(f"{folder}/"), name
+
+
+def _create(path: str, content: bytes) -> None:
+    """Writes a new file. Raises FileExistsError if there is one already."""
+    if is_remote(path):
+        folder, name = _remote(path)
+        if not folder.create(name, content):
+            raise FileExistsError(f"'{path}' exists already; it was not overwritten.")
+        return
+    Path(path).parent.mkdir(parents=True, exist_ok=True)
+    with open(path, "xb") as file:
+        file.write(content)
+        file.flush()
+        os.fsync(file.fileno())

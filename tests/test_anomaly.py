@@ -1,0 +1,120 @@
+"""Scores of anomalies: terms of tokens sum to the likelihood, tests of z against scipy, areas against brute force."""
+
+import jax
+import jax.numpy as jnp
+import laws
+import numpy as np
+import pytest
+import scipy.special
+import scipy.stats
+from tolerances import LAYER, NETWORK, assert_close
+
+from flowgen.data import ArrayDataset
+from flowgen.evaluation import CORRUPTIONS, SCORES, AnomalyScores, anomaly_scores, auroc, flow_nats
+
+
+# Every kind of block; the other rows of the table differ in what is inside them.
+@pytest.mark.parametrize("name", ["classes", "volume preserving", "starflow added class", "starflow video"])
+def test_terms_of_tokens_sum_to_the_density(name):
+    flow, params, x, cond = laws.case(name)
+    terms, z = laws.apply(flow, params, x, cond, method="token_log_prob")
+    assert terms.shape == (len(x), flow.config.num_tokens)
+    assert_close(terms.sum(axis=1), laws.apply(flow, params, x, cond, method="log_prob"), NETWORK)
+    assert_close(z, laws.apply(flow, params, x, cond, method="forward")[0], LAYER)
+
+
+def images(count, flow):
+    levels = np.random.default_rng(0).integers(0, 256, (count, *flow.config.image_shape), np.uint8)
+    return ArrayDataset(levels, np.full(count, -1, np.int32))
+
+
+def test_scores_do_not_depend_on_the_batch_and_agree_with_the_likelihood():
+    flow, params, _, _ = laws.case("affine")
+    dataset, key = images(7, flow), jax.random.key(0)
+    found = [anomaly_scores(flow, params, dataset, key, batch_size=size, by_class=False) for size in (7, 3)]
+    nats = flow_nats(flow, params, dataset, key, conditional=False)
+    for one in found:
+        assert one.tokens.shape == (7, *flow.config.token_hw)
+        assert_close(one.nats, nats, NETWORK)
+        assert_close(one.squares, found[0].squares, NETWORK)
+        assert_close(one.tokens.sum(axis=(1, 2)), -one.nats * one.dims, NETWORK)
+    scores = found[0].scores(typical=found[0].nats[0])
+    assert scores.keys() == SCORES.keys()
+    assert scores["typicality"][0] == 0
+
+
+def test_a_flow_with_classes_is_a_mixture_of_them():
+    flow, params, _, _ = laws.case("classes")
+    dataset, key = images(3, flow), jax.random.key(0)
+    each = []
+    for label in range(flow.config.num_classes):
+        labelled = ArrayDataset(dataset.x, np.full(3, label, np.int32))
+        each.append(-flow_nats(flow, params, labelled, key) * flow.config.num_dims)
+    expected = scipy.special.logsumexp(each, axis=0) - np.log(len(each))
+    found = anomaly_scores(flow, params, dataset, key)
+    assert_close(-found.nats * found.dims, expected, NETWORK)
+    assert_close(found.tokens.sum(axis=(1, 2)), np.max(each, axis=0), NETWORK)
+
+
+class Standing:
+    """A flow that leaves images of one token row unchanged; its prior has variance 4."""
+
+    class config:
+        num_classes, num_dims, noise_std, event_shape, token_hw = 0, 64, 0.0, (8, 8, 1), (1, 64)
+
+    def apply(self, variables, *args, method):
+        if method == "prior_variance":
+            return jnp.full((64, 1), 4.0)
+        z = args[0].reshape(-1, 64, 1) * 100
+        return -jnp.square(z[:, :, 0]), z
+
+
+def test_tests_of_z_are_those_of_scipy():
+    dataset = images(5, type("flow", (), {"config": type("c", (), {"image_shape": (8, 8, 1)})}))
+    found = anomaly_scores(Standing(), {}, dataset, jax.random.key(0))
+    key = jax.random.key(0)
+    uniform = [jax.random.uniform(jax.random.fold_in(key, i), (1, 8, 8, 1)) for i in range(5)]
+    z = 100 * ((dataset.x + np.concatenate(uniform).astype(np.float64)) / 128 - 1).reshape(5, 64) / 2
+    expected = scipy.stats.ks_1samp(z, scipy.stats.norm.cdf, axis=1).statistic
+    np.testing.assert_allclose(found.ks, expected, atol=1e-5)
+    np.testing.assert_allclose(found.squares, np.square(z).sum(axis=1), rtol=1e-5)
+
+
+def test_p_values_are_uniform_under_the_prior(untyped):
+    random = np.random.default_rng(0)
+    z = random.standard_normal((500, 64))
+    ks = scipy.stats.ks_1samp(z, scipy.stats.norm.cdf, axis=1)
+    scores = AnomalyScores(np.zeros(500), np.zeros((500, 8, 8)), np.square(z).sum(axis=1), ks.statistic, 64)
+    np.testing.assert_allclose(scores.ks_p(), ks.pvalue, atol=0.02)
+    chi = scipy.stats.chi2(64)
+    expected = 2 * np.minimum(chi.cdf(scores.squares), chi.sf(scores.squares))
+    np.testing.assert_allclose(scores.chi_square_p(), expected, rtol=1e-6)
+    for p in (scores.ks_p(), scores.chi_square_p()):
+        # 0.05 ± 4 standard deviations of a fraction of 500.
+        assert abs((p < 0.05).mean() - 0.05) < 0.04
+
+
+def test_the_area_is_that_of_all_pairs_and_its_error_that_of_repetitions(untyped):
+    random = np.random.default_rng(0)
+    normal, other = random.integers(0, 9, 30).astype(float), random.integers(2, 12, 20).astype(float)
+    pairs = other[:, None] - normal
+    expected = (pairs > 0).mean() + 0.5 * (pairs == 0).mean()
+    assert auroc(normal, other).value == pytest.approx(expected, abs=1e-12)
+    assert auroc(other, normal).value == pytest.approx(1 - expected, abs=1e-12)
+    drawn = [auroc(random.normal(size=60), random.normal(0.7, 1, 40)) for _ in range(400)]
+    spread = np.std([one.value for one in drawn])
+    # A standard deviation of 400 values is known to 4 %.
+    assert np.mean([one.standard_error for one in drawn]) == pytest.approx(spread, rel=0.15)
+    with pytest.raises(ValueError, match="give at least 2 each"):
+        auroc(normal[:1], other)
+
+
+@pytest.mark.parametrize("name", CORRUPTIONS)
+def test_corruptions_keep_shape_and_change_images(name):
+    before = np.random.default_rng(0).integers(0, 256, (3, 8, 6, 3), np.uint8)
+    kept = before.copy()
+    after = CORRUPTIONS[name](before, np.random.default_rng(1))
+    assert (after.dtype, after.shape) == (np.uint8, before.shape)
+    assert (after != before).any(axis=(1, 2, 3)).all()
+    np.testing.assert_array_equal(before, kept)
+    np.testing.assert_array_equal(after, CORRUPTIONS[name](before, np.random.default_rng(1)))
