@@ -1,9 +1,8 @@
 """Compares decoding plans on trained flows: passes, token-passes, time and error, for several batch sizes.
 
-The flows are runs of configs/tarflow_digits.py, configs/starflow_digits.py and configs/starflow_v_bouncing.py, and of a
-small flow on MNIST; docs/decoding.md gives the commands.
-
 python benchmarks/plans.py --flow mnist=runs/mnist --flow digits=runs/digits --out benchmarks/results/plans.json
+
+docs/decoding.md gives the commands that train the flows.
 """
 
 import argparse
@@ -16,6 +15,7 @@ import numpy as np
 
 TOLERANCE = 1e-3
 GUIDANCE = 1.0
+FITTED = 1024  # number of the flow's own samples to which affine drafts are fitted
 PUBLISHED = {"segments": 8, "sweeps": 32, "others": 10}  # GS-Jacobi (2505.12849) on AFHQ: [7-8-32-10]
 
 
@@ -24,7 +24,7 @@ def plans(tokens: list[int], hardest: int) -> dict:
 
     tokens: the number of tokens that each block decodes. hardest: the number of the block that needs most passes.
     """
-    from flowgen.decoding import DecodePlan, Jacobi, Sequential, SlidingWindow
+    from flowgen.decoding import DecodePlan, Jacobi, LowPrecision, Sequential, SlidingWindow
 
     def each(make, share):
         return DecodePlan(tuple(make(window=max(1, n // share)) for n in tokens))
@@ -42,6 +42,9 @@ def plans(tokens: list[int], hardest: int) -> dict:
         "sliding, eighth": each(partial(SlidingWindow, tol=TOLERANCE), 8),
         "sliding, quarter": each(partial(SlidingWindow, tol=TOLERANCE), 4),
         "sliding, half": each(partial(SlidingWindow, tol=TOLERANCE), 2),
+        "sliding, quarter, affine draft": each(partial(SlidingWindow, tol=TOLERANCE, init="draft"), 4),
+        "fixed, all, affine draft": each(partial(fixed, init="draft"), 1),
+        "int8, then fixed, all": DecodePlan((LowPrecision(polish=fixed()),) * len(tokens)),
     }
 
 
@@ -50,27 +53,32 @@ def of_a_run(name: str, run_dir: Path, batches: list[int], rounds: int) -> list[
     import jax
 
     from flowgen import checkpoint
-    from flowgen.decoding import Guidance, Jacobi, sample, tune
+    from flowgen.decoding import Guidance, Jacobi, fit_affine_draft, sample, tune
 
     flow, params, experiment = checkpoint.load(run_dir)
     config = flow.config
     tokens = [block.num_tokens - (block.shift == "output") for block in config.blocks]
     key, rows = jax.random.key(0), []
 
-    def draw(plan, guidance, labels, params):
-        return sample(flow, params, key, len(labels), labels, plan=plan, guidance=guidance, denoise=False)
+    def labels_of(num):
+        return np.arange(num, dtype=np.int32) % config.num_classes if config.num_classes else None
 
+    def draw(plan, guidance, draft, batch, params):
+        options = {"plan": plan, "guidance": guidance, "draft": draft, "denoise": False}
+        return sample(flow, params, key, batch, labels_of(batch), **options)
+
+    known = sample(flow, params, jax.random.key(1), FITTED, labels_of(FITTED), plan="sequential", denoise=False)
+    draft = fit_affine_draft(flow, params, known.x, labels_of(FITTED))
     for batch in batches:
-        labels = np.arange(batch, dtype=np.int32) % max(config.num_classes, 1)
         for scale in (0.0, GUIDANCE):
             guidance = Guidance(scale=scale, rule=experiment.sampling.rule)
-            probe = draw(Jacobi(tol=TOLERANCE), guidance, labels, params)
+            probe = draw(Jacobi(tol=TOLERANCE), guidance, None, batch, params)
             made = plans(tokens, int(np.asarray(probe.sweeps).sum(axis=1).argmax()))
-            x = draw("sequential", guidance, labels, params).x
-            tuned = partial(tune, flow, params, x, labels, guidance=guidance, tol=TOLERANCE)
+            x = draw("sequential", guidance, None, batch, params).x
+            tuned = partial(tune, flow, params, x, labels_of(batch), guidance=guidance, tol=TOLERANCE)
             made["tuned on this CPU"] = tuned()
             made["tuned, if all passes cost the same"] = tuned(cost=lambda block, plan: 1.0)
-            decode = {n: jax.jit(partial(draw, plan, guidance, labels)) for n, plan in made.items()}
+            decode = {n: jax.jit(partial(draw, plan, guidance, draft, batch)) for n, plan in made.items()}
             results = {n: function(params) for n, function in decode.items()}
             timings = measure.alternate({n: measure.ours(f, params) for n, f in decode.items()}, rounds)
             for n, result in results.items():
@@ -85,20 +93,25 @@ def of_a_run(name: str, run_dir: Path, batches: list[int], rounds: int) -> list[
 
 
 def counted(tokens: list[int], plan, sweeps: np.ndarray) -> dict:
-    """Returns the passes per block, and passes and token-passes per token."""
-    from flowgen.decoding import Sequential
+    """Returns the passes per block, and passes and token-passes (passes times window) per token."""
+    from flowgen.decoding.plan import Sequential, SlidingWindow, solver_plans
 
-    passes = sweeps.sum(axis=1)
-    windows = [
-        1 if isinstance(one, Sequential) else min(one.window or n, n)
-        for one, n in zip(plan.blocks, tokens, strict=True)
-    ]
+    windows, token_passes = [], 0
+    for one, n, passes in zip(plan.blocks, tokens, sweeps, strict=True):
+        begin, of_block = 0, []
+        for part in solver_plans(one):
+            window = 1 if isinstance(part, Sequential) else min(part.window or n, n)
+            end = begin + (1 if isinstance(part, SlidingWindow) else -(-n // window))
+            token_passes += window * int(passes[begin:end].sum())
+            of_block.append(window)
+            begin = end
+        windows.append(of_block)
     return {
         "tokens": tokens,
         "windows": windows,
-        "passes": passes.tolist(),
-        "passes_per_token": round(float(passes.sum() / sum(tokens)), 4),
-        "token_passes_per_token": round(float((passes * windows).sum() / sum(tokens)), 4),
+        "passes": sweeps.sum(axis=1).tolist(),
+        "passes_per_token": round(float(sweeps.sum() / sum(tokens)), 4),
+        "token_passes_per_token": round(token_passes / sum(tokens), 4),
     }
 
 

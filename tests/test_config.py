@@ -24,6 +24,7 @@ from flowgen.experiments import (
     VideoFlowExperiment,
 )
 from flowgen.flows import STARFlowConfig, STARFlowVConfig, TARFlowConfig
+from flowgen.flows.jacobi_error import JacobiPenalty
 from flowgen.matching import (
     GibbsWeights,
     LogitNormal,
@@ -101,7 +102,14 @@ UNUSUAL = FlowExperiment(
         mesh=(3, 2),
     ),
     log=LogConfig(
-        log_every=1, eval_every=2, sample_every=3, checkpoint_every=4, keep=5, tensorboard=False, progress=False
+        log_every=1,
+        eval_every=2,
+        sample_every=3,
+        checkpoint_every=4,
+        keep=5,
+        tensorboard=False,
+        tracker="wandb",
+        progress=False,
     ),
     init=InitConfig("runs/ü", ("classes", "other")),
     likelihood=LikelihoodConfig(norm_penalty=1e-4, noise_weight=True),
@@ -139,7 +147,7 @@ LATENT = FlowExperiment(
     name="latent",
     model=STARFlowConfig(image_size=(4, 6), layers_per_block=(1, 0, 2), text_dim=5, text_length=7, rope_base_grid=3.5),
     data=DataConfig(name="folder", path="photos", aspects=True),
-    likelihood=LikelihoodConfig(norm_penalty=1e-4, noise_weight=True),
+    likelihood=LikelihoodConfig(norm_penalty=1e-4, noise_weight=True, jacobi=JacobiPenalty(0.2, 3, blocks=(1,))),
     codec=PretrainedAutoencoder("runs/ä"),
     text=TextConfig(encoder="words", truncate=False, noise_level=True, aspect=True),
     sampling=SamplingConfig(prompts=("ein Hündchen", "")),

@@ -12,6 +12,7 @@ from tolerances import LAYER, NETWORK, assert_close, assert_trees_close
 
 from flowgen.backend import shards
 from flowgen.decoding import Jacobi, invert
+from flowgen.experiments import FlowExperiment, LikelihoodConfig
 from flowgen.flows import AutoregressiveBlock, block_parameters, flow_score_objective
 from flowgen.flows.affine import to_data
 from flowgen.flows.batches import batch_condition, noisy_batch
@@ -116,8 +117,9 @@ def test_only_the_chosen_blocks_are_penalised():
     assert metrics.keys() == {"jacobi_error/1"}
     assert all(not leaf.any() for leaf in jax.tree.leaves(gradient["params"]["blocks_0"]))
     assert any(leaf.any() for leaf in jax.tree.leaves(gradient["params"]["blocks_1"]))
-    with pytest.raises(ValueError, match=r"blocks contains 2, but this flow has blocks 0 to 1"):
-        JacobiPenalty(blocks=(0, 2)).numbers(2)
+    likelihood = LikelihoodConfig(jacobi=JacobiPenalty(blocks=(0, 2)))
+    with pytest.raises(ValueError, match=r"^likelihood.jacobi.blocks contains 2, but this flow has blocks 0 to 1; "):
+        FlowExperiment(name="own", model=flow.config, likelihood=likelihood)
 
 
 @pytest.mark.slow

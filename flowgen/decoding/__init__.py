@@ -1,7 +1,9 @@
 """Inversion of autoregressive flows: sequential and parallel decoding, guidance and sampling."""
 
+from flowgen.decoding.affine_draft import fit_affine_draft
 from flowgen.decoding.clips import Clip
 from flowgen.decoding.costs import DeviceSpeed, PassCost, device_speed, pass_cost, predicted_cost
+from flowgen.decoding.draft import Draft
 from flowgen.decoding.plan import DecodePlan, Jacobi, LowPrecision, Sequential, SlidingWindow, resolve_plan
 from flowgen.decoding.request import DecodeResult, Denoiser
 from flowgen.decoding.sampler import invert, sample, sample_and_log_prob
@@ -14,6 +16,7 @@ __all__ = [
     "DecodeResult",
     "Denoiser",
     "DeviceSpeed",
+    "Draft",
     "Guidance",
     "Jacobi",
     "LowPrecision",
@@ -23,6 +26,7 @@ __all__ = [
     "SlidingWindow",
     "Tuning",
     "device_speed",
+    "fit_affine_draft",
     "invert",
     "linear_rule",
     "measure_plans",

@@ -106,9 +106,16 @@ class GuidedBlock:
         return shift.reshape(x.shape), log_scale.reshape(x.shape)
 
     def conditioner(
-        self, known: Float[Array, "b m c"], stages: int = 1, solved: Callable[[Array], None] = ignore
+        self,
+        known: Float[Array, "b m c"],
+        stages: int = 1,
+        solved: Callable[[Array], None] = ignore,
+        draft: Float[Array, "b n c"] | None = None,
     ) -> Conditioner:
-        """Returns what a solver needs to decode the tokens after `known`. All tokens are in the block's order."""
+        """Returns what a solver needs to decode the tokens after `known`. All tokens are in the block's order.
+
+        draft: proposed tokens after `known`; see `Conditioner`.
+        """
         block, variables, both = self.block, self.variables, self._with_both_conditions()
         batch, begin = len(known), known.shape[1] - block.num_passthrough
 
@@ -130,6 +137,7 @@ class GuidedBlock:
             first=known[:, -1:] if begin else block.apply(variables, known, method="first_previous"),
             begin=begin,
             previous_frame=_last_frame(block.config, known),
+            draft=draft,
             solved=solved,
             grow=lambda caches, length: block.grow_caches(caches, begin + length),
             stages=stages,
@@ -186,6 +194,7 @@ def inverse(
     is_reversed: Bool[Array, ""] | bool,
     context: Float[Array, "b m c"] | None = None,
     rounded: Variables | None = None,
+    draft: Float[Array, "b n c"] | None = None,
     *,
     plan: BlockPlan,
     layers: int,
@@ -199,6 +208,7 @@ def inverse(
     is_reversed: whether the block's order is "reversed"; blocks of both orders share this compiled program.
     context: the tokens before the first token to decode; only for blocks in raster order without passthrough tokens.
     rounded: the block's rounded variables, for plans of low precision; see `flowgen.decoding.weights`.
+    draft: the tokens that a draft proposes, in raster order, for plans that begin with them.
     layers: total number of layers in the compiled program; with more layers, the cache grows in fewer stages.
     solved: a function that is called on the device after each window, with the number of tokens solved in that window.
     """
@@ -213,13 +223,16 @@ def inverse(
     fixed, rounded, tokens, known = jax.lax.stop_gradient(parts)
     noise = tokens[:, passthrough:]
     layers *= len(solver_plans(plan))
+    if draft is not None:
+        draft = jax.lax.stop_gradient(reordered(each_frame(draft, config.frames))[:, passthrough:])
     stages = cache_stages(noise.shape[1], layers) if block.has_growing_caches else 1
+    conditioner = partial(fixed.conditioner, known, stages)
     if isinstance(plan, LowPrecision):
         assert rounded is not None
-        cheap = fixed.rounded(rounded, plan.dtype).conditioner(known, stages, solved)
-        solution = _polished(plan, cheap, fixed.conditioner(known, stages), noise)
+        cheap = fixed.rounded(rounded, plan.dtype).conditioner(known, stages, solved, draft)
+        solution = _polished(plan, cheap, lambda tokens: conditioner(draft=tokens), noise)
     else:
-        solution = _solution(plan, fixed.conditioner(known, stages, solved), noise)
+        solution = _solution(plan, conditioner(solved, draft), noise)
     x = jnp.concatenate([tokens[:, :passthrough], solution.x], axis=1).reshape(z.shape)
     x = with_derivatives(guided, x, u.reshape(z.shape), context)
     return Solution(
@@ -231,20 +244,23 @@ def inverse(
     )
 
 
-def _solution(
-    plan: SolverPlan, conditioner: Conditioner, noise: Float[Array, "b n c"], guess: Float[Array, "b n c"] | None = None
-) -> Solution:
+def _solution(plan: SolverPlan, conditioner: Conditioner, noise: Float[Array, "b n c"]) -> Solution:
     if isinstance(plan, SlidingWindow):
-        return solve_sliding(conditioner, noise, plan, guess)
-    return solve(conditioner, noise, Jacobi(window=1, tol=0.0) if isinstance(plan, Sequential) else plan, guess)
+        return solve_sliding(conditioner, noise, plan)
+    return solve(conditioner, noise, Jacobi(window=1, tol=0.0) if isinstance(plan, Sequential) else plan)
 
 
-def _polished(plan: LowPrecision, cheap: Conditioner, exact: Conditioner, noise: Float[Array, "b n c"]) -> Solution:
-    """The tokens decoded by a cheap conditioner and then, unless `plan.polish` is None, repaired by the exact one."""
+def _polished(
+    plan: LowPrecision, cheap: Conditioner, exact: Callable[[Array], Conditioner], noise: Float[Array, "b n c"]
+) -> Solution:
+    """The tokens decoded by a cheap conditioner and then, unless `plan.polish` is None, repaired by the exact one.
+
+    exact: returns the conditioner that begins with the given tokens.
+    """
     first = _solution(plan.plan, cheap, noise)
     if plan.polish is None:
         return first
-    polished = _solution(plan.polish, exact, noise, first.x)
+    polished = _solution(replace(plan.polish, init="draft"), exact(first.x), noise)
     return polished._replace(
         sweeps=jnp.concatenate([first.sweeps, polished.sweeps]),
         overflows=first.overflows + polished.overflows,
@@ -262,6 +278,19 @@ def guided_block(request: DecodeRequest, config: BlockConfig, index: int, variab
 def stacked_block(request: DecodeRequest, flow: Flow, index: int) -> GuidedBlock:
     """Returns block `index` of a flow for parallel passes over whole sequences."""
     return guided_block(request, flow.config.blocks[index], index, block_parameters(request.params, index))
+
+
+def block_states(request: DecodeRequest, tokens: Float[Array, "b n c"]) -> list[Float[Array, "b n c"]]:
+    """Returns the tokens before the first block and after each block, with guidance applied. Nothing is decoded."""
+    states = [tokens]
+    for index in range(request.flow.config.num_blocks):
+        states.append(_forward(stacked_block(request, request.flow, index), states[-1]))
+    return states
+
+
+@jax.jit
+def _forward(guided: GuidedBlock, tokens: Float[Array, "b n c"]) -> Float[Array, "b n c"]:
+    return guided.forward(tokens)
 
 
 def last_block(request: DecodeRequest, part: Segments) -> tuple[DecodeRequest, Flow, int]:

@@ -26,6 +26,7 @@ from flowgen.backend import WHOLE, check_unmapped, copies, keep_rows, on_first_d
 from flowgen.decoding.block import guided_block, inverse, last_block
 from flowgen.decoding.certificate import error, estimated_error
 from flowgen.decoding.denoising import denoised, enter_last_block
+from flowgen.decoding.draft import begins_with_draft
 from flowgen.decoding.jacobi import Solution, ignore
 from flowgen.decoding.layout import scan_segments
 from flowgen.decoding.plan import LowPrecision, rounded_dtypes
@@ -255,7 +256,9 @@ def _invert_block(
         assert rounded is not None
         assert isinstance(plan, LowPrecision)
         block, plan, rounded = block.rounded(rounded, plan.dtype), plan.plan, None
-    return inverse(block, z, is_reversed, context, rounded, plan=plan, layers=layers, solved=solved)
+    draft = request.draft if begins_with_draft(plan) else None
+    draft = None if draft is None else draft.of_block(index, z, block.cond)
+    return inverse(block, z, is_reversed, context, rounded, draft, plan=plan, layers=layers, solved=solved)
 
 
 def _progress(request: DecodeRequest) -> Callable[[Array], None]:

@@ -75,7 +75,8 @@ class Conditioner(NamedTuple):
     begin_cache(length) -> cache: a cache that contains the prefix and the known tokens, with room for `length` more.
     grow(cache, length) -> cache: the same cache with room for `length` tokens after the known ones.
     first: the network's input for the first token to be solved. begin: the row of that input.
-    previous_frame: the frame before that token, for plans that use it as the initial guess; None for images.
+    previous_frame: the frame before that token, for plans that use it as the initial guess; None for images. draft: the
+    tokens that a draft proposes, for plans that begin with them; None without a draft.
     solved(count): called after each window with the number of newly solved tokens.
     stages: number of stages in which to decode. The cache grows between stages; if it cannot grow, use one stage.
     """
@@ -86,6 +87,7 @@ class Conditioner(NamedTuple):
     first: Float[Array, "b 1 c"]
     begin: int = 0
     previous_frame: PreviousFrame | None = None
+    draft: Float[Array, "b n c"] | None = None
     solved: Callable[[Array], None] = ignore
     grow: Callable[[Any, int], Any] = as_it_is
     accept: Callable[..., Any] = all_accepted
@@ -128,23 +130,18 @@ class _Sweep(NamedTuple):
     overflows: Int[Array, " b"]
 
 
-def solve(
-    conditioner: Conditioner, z: Float[Array, "b n c"], plan: Jacobi, guess: Float[Array, "b n c"] | None = None
-) -> Solution:
-    """Returns the x that satisfies x_t = shift_t(x_<t) + exp(log_scale_t(x_<t)) · z_t for all n tokens.
-
-    guess: the initial guess, which replaces that of `plan.init`.
-    """
+def solve(conditioner: Conditioner, z: Float[Array, "b n c"], plan: Jacobi) -> Solution:
+    """Returns the x that satisfies x_t = shift_t(x_<t) + exp(log_scale_t(x_<t)) · z_t for all n tokens."""
     batch, n, channels = z.shape
     size = min(plan.window or n, n)
     count = -(-n // size)
 
-    def windows(tokens: Array) -> Array:
+    def windows(tokens):
         padded = jnp.pad(tokens, ((0, 0), (0, count * size - n), (0, 0)))
         return padded.reshape(batch, count, size, channels).swapaxes(0, 1)
 
-    noise, guesses = windows(z), None if guess is None else windows(guess)
-    frame = conditioner.previous_frame if plan.init == "previous_frame" and guess is None else None
+    noise, guess = windows(z), windows(first_guess(plan.init, z, conditioner.draft))
+    frame = conditioner.previous_frame if plan.init == "previous_frame" else None
     ends = stage_ends(count, conditioner.stages)
     before = _Before(conditioner.first, conditioner.begin_cache(ends[0] * size), frame)
     solved = Solution(
@@ -157,8 +154,7 @@ def solve(
 
     def step(state):
         index, before, solved = state
-        guess = None if guesses is None else guesses[index]
-        before, one = _solve_window(conditioner, plan, n, before, noise[index], index * size, guess)
+        before, one = _solve_window(conditioner, plan, n, before, noise[index], guess[index], index * size)
         return index + 1, before, jax.tree.map(lambda parts, part: parts.at[index].set(part), solved, one)
 
     # Stages differ only in their cache, so the rest of the loop is compiled once.
@@ -182,10 +178,13 @@ def _solve_window(
     n: int,
     before: _Before,
     noise: Float[Array, "b w c"],
+    guess: Float[Array, "b w c"],
     start: Int[Array, ""],
-    guess: Float[Array, "b w c"] | None,
 ) -> tuple[_Before, Solution]:
-    """Solves one window; returns the state for the next window, and the solution. n: total number of tokens."""
+    """Solves one window; returns the state for the next window, and the solution.
+
+    n: total number of tokens. guess: the initial guess, unless it is the previous frame.
+    """
     size = noise.shape[1]
     window = _Window(noise, start, (start + jnp.arange(size) < n)[None, :, None])
     sweep = partial(_sweep, conditioner, plan, before, window)
@@ -194,7 +193,7 @@ def _solve_window(
     def unsolved(state: _Sweep) -> Bool[Array, ""]:
         return (state.count < max_sweeps) & ~state.converged.all()
 
-    guess = first_guess(plan.init, noise, before.frame) if guess is None else guess
+    guess = guess if before.frame is None else before.frame.guess(noise)
     state = _Sweep(
         guess=guess,
         out=guess,
@@ -241,12 +240,12 @@ def _has_converged(plan: Jacobi, new: Array, old: Array, real: Array, residual: 
 
 
 def first_guess(
-    init: InitialGuess, noise: Float[Array, "b w c"], previous_frame: PreviousFrame | None
-) -> Float[Array, "b w c"]:
-    """Returns the initial guess for a window of tokens with this noise."""
+    init: InitialGuess, noise: Float[Array, "b n c"], draft: Float[Array, "b n c"] | None
+) -> Float[Array, "b n c"]:
+    """Returns the initial guess for tokens with this noise; "previous_frame" replaces it during decoding."""
     if init == "zeros":
         return jnp.zeros_like(noise)
-    return noise if init == "noise" or previous_frame is None else previous_frame.guess(noise)
+    return noise if init != "draft" or draft is None else bounded(draft)
 
 
 def overflown(x: Array) -> Array:

@@ -9,7 +9,7 @@ from flowgen import backend
 from flowgen.settings import config
 from flowgen.settings.ranges import Count, NonNegative
 
-InitialGuess = Literal["noise", "zeros", "previous_frame"]
+InitialGuess = Literal["noise", "zeros", "previous_frame", "draft"]
 StopRule = Literal["max_change", "relative_mse"]
 RoundedDtype = Literal["int8", "bfloat16"]
 
@@ -40,8 +40,9 @@ class Jacobi:
     window: number of tokens solved together; None means one window over all tokens, and 1 means sequential decoding.
     tol: largest change in a sweep at which a sample counts as solved; 0 is exact.
     max_sweeps: largest number of sweeps per window; None allows one per token of the window, which is always enough.
-    init: initial guess for a window. "noise" is the noise itself, "zeros" is all zeros, and "previous_frame" is the
-    tokens of the previous frame. If there is no previous frame, "previous_frame" means the noise.
+    init: initial guess for a window. "noise" is the noise itself, "zeros" is all zeros, "previous_frame" is the tokens
+    of the previous frame, and "draft" is the tokens that a `Draft` proposes. If there is no previous frame, or no draft
+    for a block, "previous_frame" and "draft" mean the noise.
     stop: the rule that decides when a window is solved. "max_change" is the rule above. "relative_mse" is the rule of
     STARFlow and STARFlow-V (arXiv 2511.20462): all samples stop together once mean((new - old)²) / mean(new²) over the
     batch and the window is at most `tol`. It is available for comparison. It can stop far from the solution, because a

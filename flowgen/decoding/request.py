@@ -16,6 +16,7 @@ from flowgen.attention import causal_kernel
 from flowgen.backend import rows_on_device
 from flowgen.conditioning import Condition, TextCondition
 from flowgen.decoding.clips import Clip, checked_clip, clip_layout
+from flowgen.decoding.draft import Draft, check_draft
 from flowgen.decoding.layout import ClipLayout, Segments
 from flowgen.decoding.plan import DecodePlan, Plan, SlidingWindow, resolve_plan, rounded_dtypes, solver_plans
 from flowgen.flows.block import Variables
@@ -112,6 +113,7 @@ class DecodeRequest:
     guidance: None if guidance changes no block; otherwise, its `blocks` lists the blocks that it changes.
     certify: whether to measure and estimate the error.
     denoise: the step that removes the training noise from the result.
+    draft: the proposed tokens of blocks whose plan begins with them.
     """
 
     flow: Flow = field(metadata={"static": True})
@@ -123,6 +125,7 @@ class DecodeRequest:
     guidance: Guidance | None = None
     denoise: TweedieStep | Denoiser | None = None
     certify: bool = field(default=False, metadata={"static": True})
+    draft: Draft | None = None
 
     def with_params(self, params: Variables) -> DecodeRequest:
         """Returns the request with parameters and without a plan, for programs that do not solve for tokens."""
@@ -159,12 +162,13 @@ def decode_request(
     plan: Plan | str,
     guidance: Guidance | None = None,
     clip: Clip | None = None,
+    draft: Draft | None = None,
 ) -> DecodeRequest:
     """Returns a checked request to decode noise, with the defaults for `certify` and `denoise`.
 
     clip: None means samples of the size that the flow models.
 
-    Raises ValueError if cond, plan, guidance or clip does not fit the flow.
+    Raises ValueError if cond, plan, guidance, clip or draft does not fit the flow.
     """
     config = flow.config
     rows = noise.indices if isinstance(noise, SampleKeys) else noise
@@ -173,14 +177,17 @@ def decode_request(
     guidance = _active(guidance, cond, config)
     if guidance is not None:
         guidance = replace(guidance, null=_checked_null(guidance.null, config, batch))
+    resolved = _resolve(plan, guidance, config, rows_on_device(rows))
+    check_draft(draft, resolved, config, clip)
     return DecodeRequest(
         flow=flow,
         params=params,
         noise=noise,
         cond=cond,
-        plan=_resolve(plan, guidance, config, rows_on_device(rows)),
+        plan=resolved,
         clip=checked_clip(clip, config, cond, batch),
         guidance=guidance,
+        draft=draft,
     )
 
 

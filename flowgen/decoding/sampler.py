@@ -20,6 +20,7 @@ from flowgen.backend import keep_rows
 from flowgen.conditioning import TextCondition
 from flowgen.decoding.clips import Clip
 from flowgen.decoding.core import run
+from flowgen.decoding.draft import Draft
 from flowgen.decoding.plan import Plan
 from flowgen.decoding.request import (
     DecodeRequest,
@@ -46,6 +47,7 @@ def invert(
     *,
     plan: Plan | str = "sequential",
     guidance: Guidance | None = None,
+    draft: Draft | None = None,
     certify: bool = False,
     strict: bool = False,
 ) -> DecodeResult:
@@ -54,12 +56,14 @@ def invert(
     The scale, temperature and null text of guidance can change without recompiling.
 
     z: noise tokens in raster order, as `forward` returns them.
+    draft: proposes the tokens with which plans with init="draft" begin.
     certify: whether to run one forward pass on the result, with the same guidance, and report the reconstruction error,
     and to estimate the error of x from it by a few more passes.
     strict: whether to wait for the result and to raise an error if a window is unsolved. By default, the call does not
     wait, and the result's `unsolved` tells it. Inside jit, nothing can be raised, so `strict` must be False.
 
-    Raises ValueError if z, cond, plan or guidance does not fit the flow, and FloatingPointError as `strict` says.
+    Raises ValueError if z, cond, plan, guidance or draft does not fit the flow, and FloatingPointError as `strict`
+    says.
 
     Example:
         r = invert(flow, params, z, cond, plan=Jacobi(window=32))
@@ -71,7 +75,8 @@ def invert(
     if z.ndim != 3 or z.shape[1:] != expected:
         raise ValueError(f"z has shape {tuple(z.shape)}; its shape must be (batch, {expected[0]}, {expected[1]}).")
     z = jnp.asarray(z, master_dtype(config.dtype))
-    return _run(replace(decode_request(flow, params, z, cond, plan, guidance), certify=certify), strict)
+    request = decode_request(flow, params, z, cond, plan, guidance, draft=draft)
+    return _run(replace(request, certify=certify), strict)
 
 
 def sample(
@@ -86,6 +91,7 @@ def sample(
     denoise: bool | float | Denoiser = True,
     certify: bool = False,
     clip: Clip | None = None,
+    draft: Draft | None = None,
     strict: bool = False,
 ) -> DecodeResult:
     """Returns images or clips drawn from the flow, with the training noise removed.
@@ -102,9 +108,9 @@ def sample(
     token's noise depends only on the key, the sample's number and the token's position. Before denoising, a longer clip
     therefore begins with the same frames as a shorter one; the denoised frames can differ, because denoising uses later
     frames. The deep block's sweeps are reported segment by segment.
-    strict: as for `invert`.
+    draft, strict: as for `invert`. A draft cannot be combined with a clip.
 
-    Raises ValueError if cond, plan, guidance or clip does not fit the flow, or if `num` is not positive, and
+    Raises ValueError if cond, plan, guidance, clip or draft does not fit the flow, or if `num` is not positive, and
     FloatingPointError as `strict` says.
 
     Example:
@@ -113,7 +119,7 @@ def sample(
     check_flow(flow, params)
     check_key(key)
     noise = SampleKeys(key, _numbers(num))
-    request = decode_request(flow, params, noise, cond, plan, guidance, clip)
+    request = decode_request(flow, params, noise, cond, plan, guidance, clip, draft)
     request = replace(request, denoise=resolve_denoise(denoise, flow.config.noise_std), certify=certify)
     return _run(request, strict)
 

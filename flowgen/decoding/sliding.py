@@ -52,23 +52,17 @@ class _Noise(NamedTuple):
         return take(self.tokens, start, self.window)
 
 
-def solve_sliding(
-    conditioner: Conditioner, z: Float[Array, "b n c"], plan: SlidingWindow, guess: Float[Array, "b n c"] | None = None
-) -> Solution:
+def solve_sliding(conditioner: Conditioner, z: Float[Array, "b n c"], plan: SlidingWindow) -> Solution:
     """Returns x, as `flowgen.decoding.jacobi.solve` does; `sweeps` is one number, the total number of passes.
-
-    guess: the initial guess for all tokens, which replaces that of `plan.init`.
 
     There are at most n passes. The conditioner's `accept` must be able to add only some of a window's inputs.
     """
     batch, n, _ = z.shape
     window = min(plan.window or n, n)
-    padding = ((0, 0), (0, 2 * window), (0, 0))
-    noise = _Noise(jnp.pad(z, padding), n, window)
-    if guess is None:
-        guess = first_guess(plan.init, noise.tokens, conditioner.previous_frame)
-    else:
-        guess, conditioner = jnp.pad(guess, padding), conditioner._replace(previous_frame=None)
+    noise = _Noise(jnp.pad(z, ((0, 0), (0, 2 * window), (0, 0))), n, window)
+    guess = jnp.pad(first_guess(plan.init, z, conditioner.draft), ((0, 0), (0, 2 * window), (0, 0)))
+    if plan.init == "previous_frame" and conditioner.previous_frame is not None:
+        guess = conditioner.previous_frame.guess(noise.tokens)
     ends = stage_ends(n, conditioner.stages)
     room = partial(_room, n, window)
     state = _Pass(

@@ -20,9 +20,18 @@ from jaxtyping import Array, Float, Integer
 from flowgen.arrays import check_count, check_floating
 from flowgen.attention import causal_kernel
 from flowgen.conditioning import TextCondition
-from flowgen.decoding.block import GuidedBlock, guided_block, inverse, stacked_block
+from flowgen.decoding.block import GuidedBlock, block_states, guided_block, inverse
+from flowgen.decoding.draft import Draft, begins_with_draft
 from flowgen.decoding.jacobi import Solution, ignore
-from flowgen.decoding.plan import AUTO_TOLERANCE, DecodePlan, Jacobi, Sequential, SlidingWindow, SolverPlan
+from flowgen.decoding.plan import (
+    AUTO_TOLERANCE,
+    DecodePlan,
+    InitialGuess,
+    Jacobi,
+    Sequential,
+    SlidingWindow,
+    SolverPlan,
+)
 from flowgen.decoding.request import DecodeRequest, decode_request
 from flowgen.decoding.weights import decoding_weights
 from flowgen.flows.block import BlockConfig, Variables, decoding_config
@@ -105,6 +114,7 @@ def tune(
     cond: Integer[Array | np.ndarray, " b"] | list[int] | TextCondition | None = None,
     *,
     guidance: Guidance | None = None,
+    draft: Draft | None = None,
     tol: float = AUTO_TOLERANCE,
     windows: Sequence[int | None] | None = None,
     cost: Cost | None = None,
@@ -119,20 +129,22 @@ def tune(
     there are up to twelve plans per shape.
 
     x: images or clips, with the training noise, such as undenoised samples. cond: their condition.
+    draft: a draft from which the best parallel plan is also tried. Its own time is not counted.
     tol: tolerance of the parallel plans.
     windows: numbers of tokens to solve together; None in the list means all. The default is 8, 32, 128 and 512 and, in
     blocks of at most 1024 tokens, all.
     cost: a function from a block's number and its plan to the time of a pass, such as a model of another device. None
     means that the time is measured.
 
-    Raises ValueError if x, cond or guidance does not fit the flow.
+    Raises ValueError if x, cond, guidance or draft does not fit the flow.
 
     Example:
         x = sample(flow, params, key, 8, plan="sequential", denoise=False).x
         plan = tune(flow, params, x)
         r = sample(flow, params, key, 8, plan=plan)
     """
-    return measure_plans(flow, params, x, cond, guidance=guidance, tol=tol, windows=windows, cost=cost).plan
+    tuning = measure_plans(flow, params, x, cond, guidance=guidance, draft=draft, tol=tol, windows=windows, cost=cost)
+    return tuning.plan
 
 
 def measure_plans(
@@ -142,6 +154,7 @@ def measure_plans(
     cond: Integer[Array | np.ndarray, " b"] | list[int] | TextCondition | None = None,
     *,
     guidance: Guidance | None = None,
+    draft: Draft | None = None,
     tol: float = AUTO_TOLERANCE,
     windows: Sequence[int | None] | None = None,
     cost: Cost | None = None,
@@ -161,13 +174,13 @@ def measure_plans(
             check_count("windows", window)
     params = jax.tree.map(jnp.asarray, params)
     tokens = flow.config.to_tokens(jnp.asarray(x, master_dtype(flow.config.dtype)))
-    blocks = _known_blocks(decode_request(flow, params, tokens, cond, "sequential", guidance), tokens)
+    blocks = _known_blocks(decode_request(flow, params, tokens, cond, "sequential", guidance, draft=draft), tokens)
     grids = [_grid(block.config, block.n, tol, windows) for block in blocks]
     seconds = _measured_cost(blocks, grids) if cost is None else cost
     found = []
     for block, grid in zip(blocks, grids, strict=True):
         measured = [_measured(block, plan, seconds(block.index, plan)) for plan in grid]
-        for plan in _other_guesses(measured, block.config, tol):
+        for plan in _other_guesses(measured, block, tol):
             measured.append(_measured(block, plan, seconds(block.index, replace(plan, init="noise"))))
         found.append(measured)
     plan = DecodePlan(tuple(_fastest(measured, tol).plan for measured in found))
@@ -176,13 +189,14 @@ def measure_plans(
 
 @dataclass(frozen=True)
 class _KnownBlock:
-    """A block whose noise and tokens are known. layers: see `flowgen.decoding.block.inverse`."""
+    """A block whose noise and tokens are known. draft, layers: see `flowgen.decoding.block.inverse`."""
 
     index: int
     config: BlockConfig
     guided: GuidedBlock
     noise: Float[Array, "b n c"]
     tokens: Float[Array, "b n c"]
+    draft: Float[Array, "b n c"] | None
     layers: int
 
     @property
@@ -198,25 +212,22 @@ class _KnownBlock:
     def decoded(self, plan: SolverPlan) -> Solution:
         """Returns the decoded noise, after the device has computed it."""
         is_reversed = self.config.order == "reversed"
-        solution = inverse(self.guided, self.noise, is_reversed, None, plan=plan, layers=self.layers, solved=ignore)
-        return jax.block_until_ready(solution)
+        draft = self.draft if begins_with_draft(plan) else None
+        own = self.guided, self.noise, is_reversed, None, None, draft
+        return jax.block_until_ready(inverse(*own, plan=plan, layers=self.layers, solved=ignore))
 
 
 def _known_blocks(request: DecodeRequest, tokens: Float[Array, "b n c"]) -> list[_KnownBlock]:
     """Returns the flow's blocks, data side first, with their noise for samples of these tokens."""
     config, blocks = request.flow.config, []
     weights = decoding_weights(config, request.params)
+    states = block_states(request, tokens)
     for index, of_block in enumerate(config.blocks):
-        noise = _noise(stacked_block(request, request.flow, index), tokens)
         guided = guided_block(request, decoding_config(of_block), index, weights[index])
-        blocks.append(_KnownBlock(index, of_block, guided, noise, tokens, of_block.transformer.num_layers))
-        tokens = noise
+        noise, layers = states[index + 1], of_block.transformer.num_layers
+        draft = None if request.draft is None else request.draft.of_block(index, noise, guided.cond)
+        blocks.append(_KnownBlock(index, of_block, guided, noise, states[index], draft, layers))
     return blocks
-
-
-@jax.jit
-def _noise(guided: GuidedBlock, tokens: Float[Array, "b n c"]) -> Float[Array, "b n c"]:
-    return guided.forward(tokens)
 
 
 def _grid(config: BlockConfig, n: int, tol: float, windows: Sequence[int | None] | None) -> list[SolverPlan]:
@@ -259,7 +270,7 @@ def _measured(block: _KnownBlock, plan: SolverPlan, seconds: float) -> Measureme
     return Measurement(block.index, plan, passes, error if error == error else float("inf"), passes * seconds)
 
 
-def _other_guesses(measured: Sequence[Measurement], config: BlockConfig, tol: float) -> list[Jacobi | SlidingWindow]:
+def _other_guesses(measured: Sequence[Measurement], block: _KnownBlock, tol: float) -> list[Jacobi | SlidingWindow]:
     """The best parallel plans with other initial guesses, unless sequential decoding is much faster.
 
     The previous frame is tried only in windows, because no frame is known before the first token.
@@ -267,10 +278,12 @@ def _other_guesses(measured: Sequence[Measurement], config: BlockConfig, tol: fl
     most = SAVED_BY_GUESS * measured[0].seconds
     fast = sorted((found for found in _accepted(measured, tol) if found.seconds <= most), key=lambda one: one.seconds)
     parallel = [found.plan for found in fast if not isinstance(found.plan, Sequential)]
-    has_frames = config.positions is not None and config.positions.frames > 1
+    positions = block.config.positions
+    has_frames = positions is not None and positions.frames > 1
     windows = [plan for plan in parallel if plan.window is not None and has_frames]
-    zeros = [replace(plan, init="zeros") for plan in parallel[:1]]
-    return zeros + [replace(plan, init="previous_frame") for plan in windows[:1]]
+    guesses: list[InitialGuess] = ["zeros"] if block.draft is None else ["zeros", "draft"]
+    others = [replace(plan, init=guess) for plan in parallel[:1] for guess in guesses]
+    return others + [replace(plan, init="previous_frame") for plan in windows[:1]]
 
 
 def _accepted(measured: Sequence[Measurement], tol: float) -> list[Measurement]:

@@ -1,0 +1,151 @@
+"""`fit_affine_draft`, which fits a draft whose tokens are affine in the noise, by ridge regression on encoded samples.
+
+In a block's order, token t depends only on the noise of the tokens 0..t. The draft is therefore
+
+    u_t = b_t(label) + Σ_{s≤t} W_ts z_s
+
+Let A be the normal matrix of the features [label; z], with the ridge on its diagonal, and B the features' products with
+the tokens. A regression on the first m features only needs the leading m × m part of A. With A = L Lᵀ, all these
+regressions are solved together by W = L⁻ᵀ M(L⁻¹ B), where M keeps the rows s ≤ t of each token t.
+"""
+
+from __future__ import annotations
+
+from functools import partial
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jaxtyping import Array, Float, Integer
+
+from flowgen.arrays import check_floating
+from flowgen.conditioning import Condition, TextCondition
+from flowgen.decoding.block import block_states
+from flowgen.decoding.draft import Draft
+from flowgen.decoding.request import decode_request
+from flowgen.flows.affine import TokenOrder
+from flowgen.flows.block import BlockConfig, Variables
+from flowgen.flows.density import Flow, FlowConfig, check_flow
+from flowgen.guidance import Guidance
+from flowgen.nn.embeddings import class_one_hot
+from flowgen.nn.layers import master_dtype
+
+# The ridge, relative to the mean of the normal matrix' diagonal.
+RIDGE = 0.01
+# The weights of a block are a matrix of this size at most, about 64 MiB.
+MOST_DIMS = 4096
+ROWS = 256
+
+
+def fit_affine_draft(
+    flow: Flow,
+    params: Variables,
+    x: Float[Array | np.ndarray, "b *event"],
+    cond: Integer[Array | np.ndarray, " b"] | list[int] | TextCondition | None = None,
+    *,
+    guidance: Guidance | None = None,
+) -> Draft:
+    """Returns a draft whose tokens are an affine function of a block's noise and of the label, but not of a text.
+
+    Nothing is decoded: x is encoded, which gives the noise and the tokens of every block, and each block's function
+    follows in closed form. It is one matrix product, which costs less than a network pass in most flows.
+
+    x: thousands of samples of the flow's training data, with the training noise added, or of the flow.
+    guidance: the guidance of the decoding that is to begin with the draft.
+
+    Raises ValueError if x, cond or guidance does not fit the flow, or if the tokens that a block maps together have
+    more than 4096 values.
+
+    Example:
+        draft = fit_affine_draft(flow, params, x, labels)
+        r = sample(flow, params, jax.random.key(0), 16, cond, plan=SlidingWindow(init="draft"), draft=draft)
+    """
+    check_flow(flow, params)
+    check_floating("x", x)
+    config = flow.config
+    config.check_samples(x)
+    if not len(x):
+        raise ValueError("x is empty; give some thousands of samples.")
+    _check_sizes(config)
+    params = jax.tree.map(jnp.asarray, params)
+    cond = config.check_cond(cond, len(x))
+    sums: list[Any] = [None] * config.num_blocks
+    for begin in range(0, len(x), ROWS):
+        rows = slice(begin, begin + ROWS)
+        tokens = config.to_tokens(jnp.asarray(x[rows], master_dtype(config.dtype)))
+        of_rows = jax.tree.map(lambda leaf, rows=rows: leaf[rows], cond)
+        states = block_states(decode_request(flow, params, tokens, of_rows, "sequential", guidance), tokens)
+        for index, block in enumerate(config.blocks):
+            sums[index] = _added(block, sums[index], states[index], states[index + 1], of_rows)
+    return Draft(affine_tokens, tuple(map(_weights, config.blocks, sums)))
+
+
+def affine_tokens(
+    weights: Float[Array, "features dims"], noise: Float[Array, "b n c"], cond: Condition | None
+) -> Float[Array, "b n c"]:
+    """Returns the tokens that are affine in the noise; the function of the draft that `fit_affine_draft` returns."""
+    features, dims = weights.shape
+    return (_features(noise, cond, features - dims, dims) @ weights).reshape(noise.shape)
+
+
+def _check_sizes(config: FlowConfig) -> None:
+    for index, block in enumerate(config.blocks):
+        dims = block.num_tokens * block.token_dim
+        if dims > MOST_DIMS:
+            raise ValueError(
+                f"flow is too large for an affine draft: block {index} maps {dims} values together, and the limit is "
+                f"{MOST_DIMS}; write a Draft of your own."
+            )
+
+
+def _features(
+    noise: Float[Array, "b n c"], cond: Condition | None, labels: int, dims: int
+) -> Float[Array, "b_and_frames features"]:
+    """The label as one-hot features, the last of which means "none", and the noise. Frames are separate rows."""
+    rows = noise.reshape(-1, dims)
+    cond = None if isinstance(cond, TextCondition) else cond
+    label = class_one_hot(cond, labels - 1, len(noise), noise.dtype)
+    return jnp.concatenate([jnp.repeat(label, len(rows) // len(noise), axis=0), rows], axis=1)
+
+
+@partial(jax.jit, static_argnums=0)
+def _added(
+    config: BlockConfig,
+    sums: tuple[Array, Array] | None,
+    tokens: Float[Array, "b n c"],
+    noise: Float[Array, "b n c"],
+    cond: Condition | None,
+) -> tuple[Float[Array, "features features"], Float[Array, "features dims"]]:
+    """The sums of products of features, and of features and tokens, with these samples added."""
+    dims = config.num_tokens * config.token_dim
+    classes = config.num_classes or getattr(config.prefix, "num_classes", 0)
+    features = _features(noise, cond if config.is_conditional else None, classes + 1, dims)
+    products = jnp.concatenate([features, tokens.reshape(-1, dims)], axis=1)
+    added = jnp.einsum("bf,bp->fp", features, products, precision="highest")
+    new = added[:, : features.shape[1]], added[:, features.shape[1] :]
+    return new if sums is None else (sums[0] + new[0], sums[1] + new[1])
+
+
+@partial(jax.jit, static_argnums=0)
+def _weights(
+    config: BlockConfig, sums: tuple[Float[Array, "features features"], Float[Array, "features dims"]]
+) -> Float[Array, "features dims"]:
+    """The weights for which each token is affine in the noise of the tokens up to it; see the module's docstring."""
+    normal, products = sums
+    features, dims = products.shape
+    place = _in_order(jnp.repeat(jnp.arange(config.num_tokens), config.token_dim), config.order)
+    place = jnp.concatenate([jnp.full(features - dims, -1), place])
+    order = jnp.argsort(place)  # features, first those of the labels and then the noise in the block's order
+    normal = normal[order][:, order]
+    normal = normal + RIDGE * jnp.trace(normal) / features * jnp.eye(features, dtype=normal.dtype)
+    lower = jnp.linalg.cholesky(normal)
+    solve = partial(jax.scipy.linalg.solve_triangular, lower, lower=True)
+    visible = place[order][:, None] <= place[features - dims :][None]
+    weights = solve(jnp.where(visible, solve(products[order]), 0), trans="T")
+    return weights[jnp.argsort(order)]
+
+
+def _in_order(place: Array, order: TokenOrder) -> Array:
+    """The places of tokens in a block's order."""
+    return place if order == "raster" else place.max() - place
