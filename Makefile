@@ -8,7 +8,7 @@ WORKERS := -n auto --maxprocesses 8 --dist loadfile
 # Another instruction set, without fused multiply-add, and one thread: sums in another order than on this processor.
 OTHERWISE := --xla_cpu_multi_thread_eigen=false $(if $(filter x86_64 amd64,$(shell uname -m)),--xla_cpu_max_isa=AVX)
 
-.PHONY: demo test test-slow test-numeric test-all soak models lint types format clean
+.PHONY: demo test test-slow test-numeric test-all soak models docs lint types format clean
 
 demo: $(VENV)/.train ## train a TARFlow on the built-in digits, then draw samples
 	$(BIN)/python train.py --config configs/tarflow_digits.py --workdir runs/digits
@@ -39,7 +39,10 @@ models: $(VENV)/.train ## train the models that ship with flowgen again, about f
 	$(BIN)/python -m flowgen export runs/digits --dtype float16 --license apache-2.0 --out flowgen/models/digits
 	$(BIN)/python -m flowgen export runs/digits-cfm --dtype float16 --license apache-2.0 --out flowgen/models/digits-cfm
 
-lint: $(VENV)/.dev
+docs: $(VENV)/.dev ## the site in site/; a warning, such as a dead link, is an error
+	$(BIN)/zensical build --clean --strict
+
+lint: docs
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 

@@ -1,0 +1,160 @@
+"""Writes the pages that list what the code already says: `python docs/scripts/reference.py`.
+
+docs/fields.md lists the fields of all configs. docs/reproducibility.md lists the recorded numbers.
+"""
+
+from __future__ import annotations
+
+import ast
+import dataclasses
+import json
+import re
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import flowgen
+from flowgen.settings import help_of, type_name
+from flowgen.settings.annotations import configs_of, describe, hints_of
+
+PROJECT = Path(__file__).parents[2]
+EXPERIMENTS = (
+    flowgen.FlowExperiment,
+    flowgen.VideoFlowExperiment,
+    flowgen.MatchingExperiment,
+    flowgen.AutoencoderExperiment,
+)
+
+
+def configs() -> Iterator[type]:
+    """Yields the experiments, and the configs that their fields may have, each once."""
+    queue, seen = list(EXPERIMENTS), set()
+    while queue:
+        cls = queue.pop(0)
+        if cls not in seen:
+            seen.add(cls)
+            yield cls
+            queue += [kind for annotation in hints_of(cls).values() for kind in configs_of(annotation).values()]
+
+
+def cell(text: str) -> str:
+    """Returns text that fits into a cell of a table."""
+    return text.replace("|", "\\|").replace("*", "\\*")
+
+
+def default_of(field: dataclasses.Field) -> str:
+    """Returns a field's default as Python code; configs are named."""
+    if field.default_factory is not dataclasses.MISSING:
+        return "its own"
+    if field.default is dataclasses.MISSING:
+        return "required"
+    if dataclasses.is_dataclass(field.default):
+        return f"`{type_name(field.default)}`"
+    return f"`{field.default!r}`"
+
+
+def fields_of(cls: Any) -> str:
+    """Returns a section with a table of a config's fields."""
+    about, hints = help_of(cls), hints_of(cls)
+    first = (cls.__doc__ or "").split("\n\n")[0]
+    lines = [f"## {cls.__name__}", "", " ".join(first.split()), ""]
+    lines += ["| field | default | allowed | meaning |", "|---|---|---|---|"]
+    for field in dataclasses.fields(cls):
+        if field.name in hints:
+            kinds = " or ".join(f"`{kind.__name__}`" for kind in configs_of(hints[field.name]).values())
+            allowed = kinds or cell(describe(hints[field.name]))
+            meaning = cell(about.get(field.name, "").rstrip("."))
+            lines.append(f"| `{field.name}` | {cell(default_of(field))} | {allowed} | {meaning} |")
+    return "\n".join(lines)
+
+
+def fields_page() -> str:
+    """Returns the page of all fields."""
+    head = """# Fields of configs
+
+Every field of every config, from the code. An experiment is a config of configs: `--optim.lr 1e-3` on the command line
+sets the field `lr` of the `OptimConfig` in the experiment's field `optim`. `python -m flowgen info --config NAME`
+prints the values of one experiment. A field that accepts several types takes the name of a type, without "Config", such
+as `--data Latents`.
+"""
+    return "\n\n".join([head.rstrip(), *map(fields_of, configs())]) + "\n"
+
+
+def rows_of(path: Path) -> list[dict[str, Any]]:
+    """Returns the rows of a file of results, which is a JSON list or has one JSON object per line."""
+    text = path.read_text()
+    return json.loads(text) if text.lstrip().startswith("[") else list(map(json.loads, text.splitlines()))
+
+
+def commands_of(path: Path) -> str:
+    """Returns the commands in a file's docstring, each as code."""
+    text = (ast.get_docstring(ast.parse(path.read_text())) or "").replace("\\\n", " ")
+    lines = [" ".join(line.split()) for line in text.splitlines()]
+    starts = ("python ", "GLIBC_TUNABLES", "for name")
+    return "<br>".join(f"`{line}`" for line in lines if line.startswith(starts) and "sample.py" not in line)
+
+
+def results() -> Iterator[str]:
+    """Yields a row of a table for each file of results."""
+    for path in sorted((PROJECT / "benchmarks" / "results").glob("*.json")):
+        rows, script = rows_of(path), PROJECT / "benchmarks" / f"{path.stem}.py"
+        devices = sorted({f"{row['device']}, threads {row['threads']}" for row in rows if "threads" in row})
+        versions = sorted({row["versions"]["jax"] for row in rows if "versions" in row})
+        seeds = sorted({str(row["seed"]) for row in rows if "seed" in row})
+        told = f"{len(rows)} rows; jax {', '.join(versions)}" + (f"; seeds {', '.join(seeds)}" if seeds else "")
+        command = commands_of(script) if script.exists() else ""
+        yield f"| `{path.stem}.json` | {command} | {'; '.join(devices)} | {told} |"
+
+
+def references() -> Iterator[tuple[bool, str]]:
+    """Yields for each config with a reference whether we measured it, and a row of a table."""
+    for path in sorted((PROJECT / "configs").glob("*.py")):
+        experiment = flowgen.load_config(path)
+        doc = " ".join((ast.get_docstring(ast.parse(path.read_text())) or "").split())
+        if experiment.reference:
+            values = ", ".join(f"{name} {value:g}" for name, value in experiment.reference.items())
+            measured = not re.search(r"[Ww]e have not (measured|reproduced)", doc)
+            yield measured, f"| `{path.stem}` | {commands_of(path)} | {experiment.train.seed} | {values} |"
+
+
+def numbers_page() -> str:
+    """Returns the page of recorded numbers."""
+    table = ["| config | command | seed | expected |", "|---|---|---|---|"]
+    ours = [row for measured, row in references() if measured]
+    published = [row for measured, row in references() if not measured]
+    parts = (
+        "# Reproducibility",
+        """Every number in these pages has a command. A run is determined by its config, seed and versions. Up to
+rounding, this holds for any number of devices. `config.json` in a run directory records the first two.""",
+        "## Results of configs",
+        """We measured these values on two CPU cores, mostly of a shared AMD EPYC, with jax 0.10.2. Training takes from
+one minute to about an hour; `metrics.jsonl` of a run records its speed. Another seed gives other values: the docstrings
+of the configs say how much they vary, if we know. `flowgen evaluate` prints these metrics, and the
+[glossary](glossary.md) explains them.""",
+        "\n".join([*table, *ours]),
+        "## Published values",
+        "These values are from papers and their reproductions. We have not reproduced them.",
+        "\n".join([*table, *published]),
+        "## Benchmarks",
+        """Each row of a file in `benchmarks/results` records its own device, threads, load, versions and times, and the
+baseline that was timed in the same run. The README in `benchmarks` explains how they are measured. Inputs and weights
+come from fixed seeds or closed formulas.""",
+        "\n".join(["| results | command | device | what |", "|---|---|---|---|", *results()]),
+        "## Other numbers",
+        """Entries in the [log](log.md) and examples state their conditions next to the numbers. The pictures are made
+by scripts: see the [gallery](gallery.md).""",
+    )
+    return "\n\n".join(parts) + "\n"
+
+
+PAGES = {"fields.md": fields_page, "reproducibility.md": numbers_page}
+
+
+def main() -> None:
+    """Writes the pages."""
+    for name, page in PAGES.items():
+        (PROJECT / "docs" / name).write_text(page())
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,91 @@
+"""An animation of a flow that decodes noise into images, block by block and token by token.
+
+python examples/decoding_movie.py --checkpoint runs/mnist --out decoding.gif
+
+A block replaces its tokens one after another, each computed from those before it. The first frames show the noise, and
+the last frames show the samples after the denoising step. The colours only tell the classes apart.
+"""
+
+from __future__ import annotations
+
+import argparse
+import colorsys
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from PIL import Image
+
+import flowgen
+from flowgen.data import image_grid, to_uint8
+from flowgen.decoding import Guidance, Sequential
+from flowgen.decoding.block import guided_block, inverse
+from flowgen.decoding.request import decode_request
+from flowgen.decoding.weights import decoding_weights
+from flowgen.flows import density
+from flowgen.flows.block import decoding_config
+
+LEVELS = 10  # of grey, so that the file stays small
+
+
+def states(flow, params, labels, key, guidance: float, tokens_per_frame: int) -> list[np.ndarray]:
+    """Returns images `b height width c` in [-1, 1] while sequential decoding turns noise into samples."""
+    config, weights = flow.config, decoding_weights(flow.config, params)
+    z = jax.random.normal(key, (len(labels), config.num_tokens, config.token_dim))
+    request = decode_request(flow, params, z, labels, "sequential", Guidance(guidance), None)
+    shown = [z]
+    for index in reversed(range(config.num_blocks)):
+        block = guided_block(request, decoding_config(config.blocks[index]), index, weights[index])
+        is_reversed = config.blocks[index].order == "reversed"
+        x = inverse(block, z, is_reversed, plan=Sequential(), layers=config.blocks[index].transformer.num_layers).x
+        order = np.arange(config.num_tokens)[:: -1 if is_reversed else 1]
+        for count in range(tokens_per_frame, config.num_tokens + tokens_per_frame, tokens_per_frame):
+            solved = np.isin(np.arange(config.num_tokens), order[:count])
+            shown.append(jnp.where(solved[None, :, None], x, z))
+        z = x
+    clean = density.tweedie_step(flow, params, config.to_images(z), labels)
+    return [*(np.asarray(config.to_images(each)) for each in shown), np.asarray(clean)]
+
+
+def palette(classes: int) -> np.ndarray:
+    """Returns colours `classes · LEVELS 3`: from black through the hue of a class to a light tint."""
+    colours = np.zeros((classes, LEVELS, 3))
+    for label in range(classes):
+        for level in range(LEVELS):
+            light = 0.85 * level / (LEVELS - 1)
+            colours[label, level] = colorsys.hls_to_rgb(label / classes, light, 0.75)
+    return np.rint(255 * colours.reshape(-1, 3)).astype(np.uint8)
+
+
+def frame(images: np.ndarray, labels: np.ndarray, columns: int, scale: int, colours: np.ndarray) -> Image.Image:
+    """Returns one frame: a grid of images in the colours of their classes."""
+    level = np.rint(to_uint8(images)[..., :1] / 255 * (LEVELS - 1)).astype(np.uint8)
+    grid = image_grid(level + LEVELS * labels[:, None, None, None].astype(np.uint8), columns, padding=0, scale=scale)
+    picture = Image.fromarray(grid[..., 0])
+    picture.putpalette(colours.tobytes())
+    return picture
+
+
+def main(arguments: list[str] | None = None) -> None:
+    """Writes the animation."""
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--checkpoint", required=True, help="directory of a run with grey images and classes")
+    parser.add_argument("--out", required=True, help="a .gif file")
+    parser.add_argument("--rows", type=int, default=4)
+    parser.add_argument("--scale", type=int, default=2, help="factor by which images are enlarged")
+    parser.add_argument("--tokens-per-frame", type=int, default=7)
+    parser.add_argument("--guidance", type=float, default=1.5)
+    parser.add_argument("--seed", type=int, default=0)
+    options = parser.parse_args(arguments)
+    flow, params, _ = flowgen.load(options.checkpoint)
+    classes = flow.config.num_classes
+    labels = np.tile(np.arange(classes), options.rows)
+    key = jax.random.key(options.seed)
+    shown = states(flow, params, jnp.asarray(labels), key, options.guidance, options.tokens_per_frame)
+    frames = [frame(images, labels, classes, options.scale, palette(classes)) for images in shown]
+    durations = [1000, *[100] * (len(frames) - 2), 3000]
+    frames[0].save(options.out, save_all=True, append_images=frames[1:], duration=durations, loop=0, optimize=True)
+
+
+if __name__ == "__main__":
+    main()
