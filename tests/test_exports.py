@@ -33,6 +33,7 @@ from flowgen.matching import MLPConfig
 from flowgen.nn import init
 from flowgen.runs import CheckpointStore, RunReader, flatten, located, shipped_models, write_config
 from flowgen.runs.exported import without_paths
+from flowgen.runs.files import digest_of_file
 from flowgen.runs.located import SHIPPED
 from flowgen.safetensors import read_safetensors, write_safetensors
 from flowgen.training import InitConfig
@@ -269,6 +270,19 @@ def _edit(*path, value):
 def test_damage_is_told_in_one_sentence(copied, damage, told):
     damage(copied)
     with pytest.raises((ValueError, OSError), match=re.escape(told)) as error:
+        flowgen.load(copied)
+    one_sentence(error)
+
+
+@pytest.mark.parametrize("name", ["opt_state/x", "params/blocks_0", "collections/params/x", "x"])
+def test_tensors_that_no_model_has_are_refused(copied, name):
+    path = copied / "model.safetensors"
+    tensors = {**read_safetensors(path), name: np.ones(2, np.float32)}
+    tensors = {key: np.array(tensor) for key, tensor in tensors.items()}
+    path.unlink()
+    write_safetensors(path, tensors)
+    _edit("weights", "sha256", value=digest_of_file(path))(copied)
+    with pytest.raises(ValueError, match="which no exported model has") as error:
         flowgen.load(copied)
     one_sentence(error)
 

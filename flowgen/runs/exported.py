@@ -11,7 +11,7 @@ from __future__ import annotations
 import copy
 import os
 from collections.abc import Callable, Mapping
-from pathlib import Path
+from pathlib import Path, PurePosixPath
 from typing import Any
 
 import numpy as np
@@ -34,6 +34,7 @@ FILES = (CONFIG_FILE, MODEL_FILE, f"{CODEC}/{CONFIG_FILE}", f"{CODEC}/{MODEL_FIL
 _ABOUT = {"step": int, "averaged": bool, "trained": bool, DIGEST: str}
 # Text encoders that are named rather than given by a path.
 _NAMED_ENCODERS = ("minilm", "words")
+_GROUPS = ("params/", "collections/")
 _STORED = {"float16": "float32"}  # the dtypes that are smaller in files than in use
 
 
@@ -145,7 +146,15 @@ class ExportedReader(CheckpointReader):
     def _tensors(self) -> dict[str, np.ndarray]:
         if not is_regular(self._path):
             raise FileNotFoundError(f"'{self._path}' is missing; copy or download the whole folder again.")
-        return read_safetensors(self._path)
+        tensors = read_safetensors(self._path)
+        for name in tensors:
+            above = {parent.as_posix() for parent in PurePosixPath(name).parents}
+            if not name.startswith(_GROUPS) or name.startswith("collections/params/") or not above.isdisjoint(tensors):
+                raise ValueError(
+                    f"'{self._path}' has the tensor {name[:80]!r}, which no exported model has; copy or download the "
+                    "whole folder again."
+                )
+        return tensors
 
     def _about(self) -> dict[str, Any]:
         """Returns the content of config.json. Raises ValueError if it is not what `export` writes."""
