@@ -52,6 +52,15 @@ def pytest_collection_finish():
 
 
 @pytest.fixture
+def staging(tmp_path, monkeypatch):
+    """The folder of temporary directories, which must be empty at the end of a run."""
+    folder = tmp_path / "staging"
+    folder.mkdir()
+    monkeypatch.setattr("tempfile.tempdir", str(folder))
+    return folder
+
+
+@pytest.fixture
 def key():
     """A fresh root key."""
     return jax.random.key(0)

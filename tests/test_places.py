@@ -10,14 +10,7 @@ from scripts.toy import TEN
 from flowgen.places import Destination, RemoteFolder, is_remote, is_same_place
 from flowgen.runs import CheckpointReader, RunWriter, read_config
 
-
-@pytest.fixture(autouse=True)
-def staging(tmp_path, monkeypatch):
-    """The folder of temporary directories, which must be empty at the end of a run."""
-    folder = tmp_path / "staging"
-    folder.mkdir()
-    monkeypatch.setattr("tempfile.tempdir", str(folder))
-    return folder
+pytestmark = pytest.mark.usefixtures("staging")
 
 
 @pytest.mark.parametrize("path", ["gs:/b/run", "file:/tmp/x", Path("memory://b/run")], ids=str)

@@ -21,6 +21,8 @@ from flowgen.runs.metrics import MetricsLog
 from flowgen.runs.mirror import Mirror
 from flowgen.runs.remote_lock import RemoteLock
 
+pytestmark = pytest.mark.usefixtures("staging")
+
 # Files of a checkpoint that have the same names in every save, unlike those of arrays.
 REST = ("opt_state/_METADATA", "meta.json")
 
@@ -58,15 +60,6 @@ def watch(monkeypatch):
     monkeypatch.setattr(Watched, "store", {})
     monkeypatch.setattr(Watched, "pseudo_dirs", [""])
     return lambda before: monkeypatch.setattr(Watched, "before", staticmethod(before))
-
-
-@pytest.fixture(autouse=True)
-def staging(tmp_path, monkeypatch):
-    """The folder of temporary directories, which must be empty at the end of a run."""
-    folder = tmp_path / "staging"
-    folder.mkdir()
-    monkeypatch.setattr("tempfile.tempdir", str(folder))
-    return folder
 
 
 @pytest.fixture(params=["memory", "file"])
