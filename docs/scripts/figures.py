@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 
 import numpy as np
 from scipy.optimize import linear_sum_assignment
 
 IMAGES = Path(__file__).parent.parent / "images"
+RESULTS = IMAGES.parents[1] / "benchmarks" / "results" / "plans.json"
 BLUE, ORANGE, GREY, LIGHT, INK = "#3b6fd4", "#e08a1e", "#9aa3ad", "#e8ecf1", "#1f2933"
 
 
@@ -144,7 +146,23 @@ def couplings() -> str:
     return picture(800, 290, *parts)
 
 
-FIGURES = {"flow_block": flow_block, "decoding_plans": plans, "couplings": couplings}
+def passes(flow: str = "MNIST", batch: int = 8) -> str:
+    """Passes per token and the largest error of each plan, as benchmarks/plans.py measured them without guidance."""
+    rows = [row for row in json.loads(RESULTS.read_text()) if (row["flow"], row["batch"]) == (flow, batch)]
+    rows = [row for row in rows if not row["guidance"] and row["name"] not in ("tuned on this CPU",)]
+    parts = [text(262, 34, "passes per token", 14, "start"), text(690, 34, "token-passes", 14, "end")]
+    parts.append(text(790, 34, "error", 14, "end"))
+    for number, row in enumerate(rows):
+        y, width = 48 + 30 * number, 320 * row["passes_per_token"] / 1.2
+        parts.append(text(250, y + 16, row["name"].replace(", if all passes cost the same", ""), 14, "end"))
+        parts.append(box(262, y, width, 22, ORANGE if row["error"] > 0.1 else BLUE, radius=2))
+        parts.append(text(262 + width + 8, y + 16, f"{row['passes_per_token']:.2f}", 14, "start"))
+        parts.append(text(690, y + 16, f"{row['token_passes_per_token']:.1f}", 14, "end"))
+        parts.append(text(790, y + 16, f"{row['error']:.0e}" if row["error"] else "exact", 14, "end"))
+    return picture(812, 60 + 30 * len(rows), *parts)
+
+
+FIGURES = {"flow_block": flow_block, "decoding_plans": plans, "couplings": couplings, "passes": passes}
 
 
 def main() -> None:
