@@ -58,6 +58,12 @@ def test_kernels_depend_on_the_layers_only(block):
     assert pass_cost(block, 1, 99) == pass_cost(block, 1, 16)
 
 
+def test_frames_are_rows():
+    block = laws.FLOWS["starflow video"].build().config.blocks[0]
+    assert block.frames > 1
+    assert pass_cost(block, 8, 2) == pass_cost(dataclasses.replace(block, frames=1), 8, 2)
+
+
 def test_seconds_are_the_roofline_and_the_launches():
     speed = DeviceSpeed(flop_per_second=1e12, bytes_per_second=1e11, launch_seconds=1e-6)
     of_memory, of_products = PassCost(1e6, 1e6, 10), PassCost(1e9, 1e6, 10)

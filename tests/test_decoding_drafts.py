@@ -12,7 +12,16 @@ from conftest import rows
 from jax.sharding import AxisType, NamedSharding, PartitionSpec
 from tolerances import NETWORK, assert_close
 
-from flowgen.decoding import Draft, Jacobi, SlidingWindow, fit_affine_draft, invert, measure_plans, sample
+from flowgen.decoding import (
+    Draft,
+    Jacobi,
+    SlidingWindow,
+    fit_affine_draft,
+    invert,
+    measure_plans,
+    sample,
+    sample_and_log_prob,
+)
 
 PLANS = {
     "jacobi": Jacobi(tol=0.0, init="draft"),
@@ -107,6 +116,15 @@ def test_drafts_that_do_not_fit_are_refused(draft, message):
     flow, params, _, cond = laws.case("classes")
     with pytest.raises(ValueError, match=message):
         sample(flow, params, jax.random.key(0), len(cond), cond, plan=PLANS["jacobi"], draft=draft)
+
+
+@pytest.mark.slow
+def test_samples_with_densities_may_begin_with_a_draft():
+    flow, params, _, labels, draft = fitted("classes")
+    r, log_prob = sample_and_log_prob(flow, params, jax.random.key(2), 2, labels[:2], plan=PLANS["jacobi"], draft=draft)
+    _, expected = sample_and_log_prob(flow, params, jax.random.key(2), 2, labels[:2], plan="sequential")
+    assert_close(log_prob, expected, NETWORK, scale=abs(expected).max())
+    assert not r.unsolved.any()
 
 
 @pytest.mark.parametrize("name", rows(("classes", "starflow class prefix", "starflow video"), ("starflow video",)))

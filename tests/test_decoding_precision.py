@@ -195,6 +195,16 @@ def test_contradictory_plans_are_refused():
         invert(flow, params, jnp.zeros((1, 16, 1)), plan=LowPrecision("bfloat16"))
 
 
+def test_configs_refuse_plans_that_no_sampling_can_run():
+    with pytest.raises(ValueError, match=r"sampling\.plan has init=.draft."):
+        SamplingConfig(plan=(LowPrecision(plan=Jacobi(init="draft")),))
+    with pytest.raises(ValueError, match="init"):
+        SamplingConfig(plan="jacobi", init="draft")
+    wide = dataclasses.replace(ONE, dtype="bfloat16")
+    with pytest.raises(ValueError, match=r"sampling\.plan has dtype 'bfloat16'"):
+        FlowExperiment(name="flow", model=wide, sampling=SamplingConfig(plan=(LowPrecision("bfloat16"),)))
+
+
 def test_the_bytes_of_weights_are_counted():
     config = dataclasses.replace(ONE, width=128, head_dim=32)
     _, params = laws.perturbed(config, jax.random.key(0))

@@ -16,7 +16,7 @@ from flowgen.experiments import FlowExperiment, LikelihoodConfig
 from flowgen.flows import AutoregressiveBlock, block_parameters, flow_score_objective
 from flowgen.flows.affine import to_data
 from flowgen.flows.batches import batch_condition, noisy_batch
-from flowgen.flows.jacobi_error import SOLVED, JacobiPenalty, jacobi_penalty
+from flowgen.flows.jacobi_error import DIVERGED, SOLVED, JacobiPenalty, jacobi_error, jacobi_penalty
 from flowgen.flows.objective import nll, nll_objective
 from flowgen.training import OptimConfig
 from flowgen.training.fsdp import FullySharded
@@ -108,6 +108,21 @@ def test_the_penalty_does_not_change_the_score_that_a_denoiser_learns(key):
     assert metrics.keys() == without.keys() | errors.keys()
     for name in ("flow_loss", "denoiser_loss", "score_square"):
         assert_close(metrics[name], without[name], NETWORK)
+
+
+def test_a_sweep_that_overflows_has_a_finite_gradient():
+    flow, params, x, _ = laws.case("one block")
+    of_block = block_parameters(params, 0)
+    bias = 200.0  # exp of this overflows, for shifts and log scales alike
+    of_block["params"]["proj_out"]["bias"] = jnp.full_like(of_block["params"]["proj_out"]["bias"], bias)
+    tokens = flow.config.to_tokens(x)
+
+    def error_of(variables):
+        return jacobi_error(flow.config.blocks[0], variables, tokens, tokens, None, 1).sum()
+
+    error, gradient = jax.jit(jax.value_and_grad(error_of))(of_block)
+    assert error > DIVERGED / 2
+    assert all(jnp.isfinite(leaf).all() for leaf in jax.tree.leaves(gradient))
 
 
 def test_only_the_chosen_blocks_are_penalised():

@@ -108,6 +108,7 @@ def pass_cost(block: BlockConfig, rows: int, window: int) -> PassCost:
     check_count("rows", rows)
     check_count("window", window)
     window = min(window, block.num_tokens)
+    block = dataclasses.replace(block, frames=1)  # rows contains the frames
     decoding = decoding_config(block)
     module, transformer = AutoregressiveBlock(decoding), decoding.transformer
     stages = cache_stages(block.num_tokens, transformer.num_layers)
@@ -144,6 +145,6 @@ def predicted_cost(
         block = flow.config.blocks[index]
         window = 1 if isinstance(plan, Sequential) else getattr(plan, "window", None) or block.num_tokens
         rows = batch * block.frames * (1 + (index in guided_blocks))
-        return pass_cost(dataclasses.replace(block, frames=1), rows, window).seconds(speed)
+        return pass_cost(block, rows, window).seconds(speed)
 
     return seconds

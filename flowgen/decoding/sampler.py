@@ -134,15 +134,16 @@ def sample_and_log_prob(
     plan: Plan | str = "auto",
     guidance: Guidance | None = None,
     denoise: bool = False,
+    draft: Draft | None = None,
 ) -> tuple[DecodeResult, Float[Array, " b"]]:
     """Returns the samples of `sample(..., denoise=False)` and log p(x | cond) of each, in nats.
 
     One forward pass computes the density of the samples that are returned. It is therefore exact for every plan, even
     if the plan solves for the tokens only within a tolerance. Samples and densities can be differentiated.
 
-    guidance, denoise: must be off, because the density is that of the flow itself. num, plan: as for `sample`.
+    guidance, denoise: must be off, because the density is that of the flow itself. num, plan, draft: as for `sample`.
 
-    Raises ValueError if cond or plan does not fit the flow, if `num` is not positive, or if samples would be guided or
+    Raises ValueError if cond, plan or draft does not fit the flow, if `num` is not positive, or if samples would be guided or
     denoised.
 
     Example:
@@ -150,7 +151,7 @@ def sample_and_log_prob(
     """
     check_flow(flow, params)
     check_key(key)
-    request = decode_request(flow, params, SampleKeys(key, _numbers(num)), cond, plan, guidance)
+    request = decode_request(flow, params, SampleKeys(key, _numbers(num)), cond, plan, guidance, draft=draft)
     if request.guidance is not None or denoise:
         what, word = ("guidance", "guided") if request.guidance is not None else ("denoise", "denoised")
         raise ValueError(

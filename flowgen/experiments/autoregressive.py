@@ -21,7 +21,7 @@ from flowgen.data import Dataset, LatentsConfig, take_inventory
 from flowgen.data.dataset import BucketedDataset, Split, buckets_of
 from flowgen.data.latent_files import Provenance, read_index
 from flowgen.data.latents import LatentDataset, captions_of
-from flowgen.decoding.plan import DecodePlan
+from flowgen.decoding.plan import DecodePlan, rounded_dtypes
 from flowgen.experiments.codecs import CodecConfig
 from flowgen.experiments.drawing import (
     Conditions,
@@ -160,6 +160,11 @@ class AutoregressiveExperiment(Experiment):
             raise ValueError(
                 f"sampling.plan has plans for {len(plan)} blocks, but the model has {self.model.num_blocks}; give one "
                 "per block."
+            )
+        if isinstance(plan, tuple) and self.model.dtype in rounded_dtypes(DecodePlan(plan)):
+            raise ValueError(
+                f"sampling.plan has dtype {self.model.dtype!r}, in which the model computes anyway; use the inner plan, "
+                'or "int8".'
             )
         if self.likelihood.jacobi is not None:
             with in_group("likelihood.jacobi"):

@@ -5,7 +5,8 @@ from __future__ import annotations
 from typing import Literal
 
 from flowgen.decoding import DecodePlan, Guidance, Jacobi, SlidingWindow
-from flowgen.decoding.plan import BlockPlan, InitialGuess, Plan
+from flowgen.decoding.draft import begins_with_draft
+from flowgen.decoding.plan import BlockPlan, Plan
 from flowgen.flows.jacobi_error import JacobiPenalty
 from flowgen.guidance import Parts, Rule
 from flowgen.settings import config
@@ -72,7 +73,7 @@ class SamplingConfig:
     plan: Literal["sequential", "jacobi", "sliding", "auto", "tuned"] | tuple[BlockPlan, ...] = "auto"
     window: Tokens | None = None
     tol: NonNegative = 1e-4
-    init: InitialGuess = "noise"
+    init: Literal["noise", "zeros", "previous_frame"] = "noise"
     guidance: NonNegative = 0.0
     rule: Rule = "linear"
     parts: Parts = "both"
@@ -84,6 +85,11 @@ class SamplingConfig:
 
     def __post_init__(self):
         self.to_guidance()
+        if isinstance(self.plan, tuple) and any(map(begins_with_draft, self.plan)):
+            raise ValueError(
+                'sampling.plan has init="draft", but a config cannot contain a draft; choose "noise", "zeros" or '
+                '"previous_frame".'
+            )
 
     def to_guidance(self) -> Guidance:
         """Returns the guidance that these fields describe."""

@@ -33,6 +33,8 @@ from flowgen.settings.ranges import MAX_BLOCKS, Count, CountOrZero, Entries, Pos
 SOLVED = 1e-3
 # Iterates are clipped to this limit, far beyond the tokens of any block, whose variance is about 1.
 DIVERGED = 1e3
+# With larger log scales, exp overflows, and a clipped token would have the gradient 0 · inf.
+MOST_LOG_SCALE = 40.0
 
 
 @config
@@ -109,7 +111,8 @@ def jacobi_error(
 
     def of_rows(variables, x, z, cond):
         def sweep(variables, y):
-            return _bounded(to_data(z, *module.apply(variables, y, cond, method="parameters")))
+            shift, log_scale = module.apply(variables, y, cond, method="parameters")
+            return _bounded(to_data(z, shift, jnp.minimum(log_scale, MOST_LOG_SCALE)))
 
         fixed = jax.lax.stop_gradient(variables)
         y, _ = jax.lax.scan(lambda y, _: (sweep(fixed, y), None), z, length=sweeps - 1)
