@@ -143,8 +143,8 @@ def sample_and_log_prob(
 
     guidance, denoise: must be off, because the density is that of the flow itself. num, plan, draft: as for `sample`.
 
-    Raises ValueError if cond, plan or draft does not fit the flow, if `num` is not positive, or if samples would be guided or
-    denoised.
+    Raises ValueError if cond, plan or draft does not fit the flow, if `num` is not positive, or if samples would be
+    guided or denoised.
 
     Example:
         r, log_prob = sample_and_log_prob(flow, params, jax.random.key(0), 16, labels)
