@@ -2,8 +2,8 @@
 
 python examples/decoding_movie.py --checkpoint runs/mnist --out decoding.gif
 
-A block replaces its tokens one after another, each computed from those before it. The first frames show the noise, and
-the last frames show the samples after the denoising step. The colours only tell the classes apart.
+A block replaces its tokens one after another, each computed from those before it. The first frame shows the samples
+after the denoising step, and the other frames show how they arise from noise. The colours only tell the classes apart.
 """
 
 from __future__ import annotations
@@ -83,7 +83,8 @@ def main(arguments: list[str] | None = None) -> None:
     key = jax.random.key(options.seed)
     shown = states(flow, params, jnp.asarray(labels), key, options.guidance, options.tokens_per_frame)
     frames = [frame(images, labels, classes, options.scale, palette(classes)) for images in shown]
-    durations = [1000, *[100] * (len(frames) - 2), 3000]
+    frames = [frames[-1], *frames[:-1]]  # A still of the animation shows the samples.
+    durations = [3000, 1000, *[100] * (len(frames) - 2)]
     frames[0].save(options.out, save_all=True, append_images=frames[1:], duration=durations, loop=0, optimize=True)
 
 

@@ -110,6 +110,7 @@ def test_derivatives_do_not_depend_on_the_draft():
         (None, "draft is missing"),
         (Draft(known, (None,)), "variables has 1 entries"),
         (Draft(lambda variables, noise, cond: noise[:1], (1.0, 1.0)), "returned shape"),
+        (Draft(lambda variables, noise, cond: (noise,), (1.0, 1.0)), "returned shape tuple"),
     ],
 )
 def test_drafts_that_do_not_fit_are_refused(draft, message):

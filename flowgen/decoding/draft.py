@@ -55,8 +55,9 @@ def _proposed(
     cond: Condition | None,
 ) -> Float[Array, "b n c"]:
     tokens = function(variables, noise, cond)
-    if tokens.shape != noise.shape:
-        raise ValueError(f"draft.function returned shape {tokens.shape}; it must return the noise's, {noise.shape}.")
+    shape = getattr(tokens, "shape", type(tokens).__name__)
+    if shape != noise.shape:
+        raise ValueError(f"draft.function returned shape {shape}; it must return an array of shape {noise.shape}.")
     return tokens.astype(noise.dtype)
 
 
@@ -72,8 +73,10 @@ def check_draft(draft: Draft | None, plan: DecodePlan, config: FlowConfig, clip:
         if any(map(begins_with_draft, plan.blocks)):
             raise ValueError('draft is missing, but the plan has init="draft"; give a draft, or another init.')
         return
-    if not isinstance(draft, Draft):
-        raise ValueError(f"draft is {shown(draft)}; it must be Draft(function, variables) or None.")
+    if not isinstance(draft, Draft) or not callable(draft.function) or not isinstance(draft.variables, tuple):
+        raise ValueError(
+            f"draft is {shown(draft)}; it must be Draft(function, variables), with a tuple of variables, or None."
+        )
     if len(draft.variables) != config.num_blocks:
         raise ValueError(
             f"draft.variables has {len(draft.variables)} entries, but the flow has {config.num_blocks} blocks; give "

@@ -163,8 +163,8 @@ class AutoregressiveExperiment(Experiment):
             )
         if isinstance(plan, tuple) and self.model.dtype in rounded_dtypes(DecodePlan(plan)):
             raise ValueError(
-                f"sampling.plan has dtype {self.model.dtype!r}, in which the model computes anyway; use the inner "
-                'plan, or "int8".'
+                f"sampling.plan has dtype {self.model.dtype!r}, in which the model computes anyway; use the inner plan "
+                "or 'int8'."
             )
         if self.likelihood.jacobi is not None:
             with in_group("likelihood.jacobi"):
