@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import json
+import re
 import textwrap
 from collections.abc import Mapping
 from typing import Any
@@ -90,14 +92,14 @@ def model_card(
     kind = _kind(experiment)
     return _CARD.format(
         tag={"flow": "normalizing-flow", "velocity": "flow-matching"}.get(kind, "autoencoder"),
-        licence_field=f"license: {licence}" if licence else "# license: the licence of the weights",
+        licence_field=f"license: {_scalar(licence)}" if licence else "# license: the licence of the weights",
         name=_one_line(experiment.name),
         what=textwrap.fill(" ".join(_what(experiment, parameters, about, has_codec)), WIDTH),
         command=_command(experiment),
         how=textwrap.fill(f"{_LOADED[kind]} {_SAFE}", WIDTH),
         metrics="\n".join(_metrics(metrics, about)),
         data=_data(experiment),
-        licence=f"{licence}." if licence else "The author of these weights has not stated a licence yet.",
+        licence=f"{_one_line(licence)}." if licence else "The author of these weights has not stated a licence yet.",
     )
 
 
@@ -163,3 +165,8 @@ def _data(experiment: Experiment) -> str:
 def _one_line(text: str) -> str:
     """Returns text that cannot start another line or cell of the card."""
     return " ".join(text.split()).replace("|", "\\|")
+
+
+def _scalar(text: str) -> str:
+    """Returns text as a value of YAML: as it is if it is a word such as "apache-2.0", and otherwise in quotes."""
+    return text if re.fullmatch(r"[A-Za-z][A-Za-z0-9.+-]*", text) else json.dumps(text)

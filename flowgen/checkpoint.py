@@ -85,8 +85,8 @@ def write_run(run_dir: str | Path, experiment: Experiment, variables: Any) -> No
     Example:
         write_run("runs/imported", experiment, variables)
     """
-    run_dir = Path(run_dir)
     check_new(run_dir)
+    run_dir = Path(run_dir)
     run_dir.mkdir(parents=True, exist_ok=True)
     config = experiment.to_json()
     write_config(run_dir, config)
@@ -96,7 +96,7 @@ def write_run(run_dir: str | Path, experiment: Experiment, variables: Any) -> No
         store.save(0, state, config=config)
 
 
-def check_new(run_dir: str | Path) -> None:
+def check_new(run_dir: str | os.PathLike[str]) -> None:
     """Raises FileExistsError if `run_dir` exists and is not empty, or another OSError if it cannot be created.
 
     Does not create the directory. Raises ValueError for a URL, because new directories must be on this machine.

@@ -64,11 +64,10 @@ def export(
     """
     if dtype not in (None, "float16"):
         raise ValueError(f"dtype is {dtype!r:.80}; it must be float16, or None to keep the dtype of the run.")
-    folder = Path(folder)
     check_new(folder)
-    with _new_folder(folder) as unfinished:
+    with _new_folder(Path(os.path.realpath(folder))) as unfinished:  # a link to an empty folder stays a link
         _write(run_dir, unfinished, step, ema, dtype, licence)
-    return folder
+    return Path(folder)
 
 
 def _write(

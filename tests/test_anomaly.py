@@ -1,5 +1,7 @@
 """Scores of anomalies: terms of tokens sum to the likelihood, tests of z against scipy, areas against brute force."""
 
+from types import SimpleNamespace
+
 import jax
 import jax.numpy as jnp
 import laws
@@ -11,6 +13,7 @@ from tolerances import LAYER, NETWORK, assert_close
 
 from flowgen.data import ArrayDataset
 from flowgen.evaluation import CORRUPTIONS, SCORES, AnomalyScores, anomaly_scores, auroc, flow_nats
+from flowgen.experiments.anomalies import check_anomaly
 
 
 # Every kind of block; the other rows of the table differ in what is inside them.
@@ -124,3 +127,9 @@ def test_corruptions_keep_shape_and_change_images(name):
     assert (after != before).any(axis=(1, 2, 3)).all()
     np.testing.assert_array_equal(before, kept)
     np.testing.assert_array_equal(after, CORRUPTIONS[name](before, np.random.default_rng(1)))
+
+
+def test_a_flow_that_needs_texts_scores_no_anomalies():
+    experiment = SimpleNamespace(is_latent=False, model=SimpleNamespace(text_dim=4))
+    with pytest.raises(ValueError, match="this flow needs texts"):
+        check_anomaly(experiment, "corrupted")

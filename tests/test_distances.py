@@ -140,7 +140,49 @@ BROKEN = {
     "no sigma": ({"mu": np.zeros(3)}, "has the arrays mu; it must have mu and sigma"),
     "other shapes": ({"mu": np.zeros(3), "sigma": np.zeros((2, 2))}, r"sigma \(2, 2\); mu must be"),
     "not finite": ({"mu": np.full(2, np.nan), "sigma": np.eye(2)}, "not finite"),
+    "features that are not finite": (
+        {"mu": np.zeros(2), "sigma": np.eye(2), "features": np.full((6, 2), np.nan)},
+        "features that are not finite",
+    ),
+    "text": ({"mu": np.array(["a", "b"]), "sigma": np.eye(2)}, "mu of dtype <U1; it must be of real numbers"),
+    "several counts": ({"mu": np.zeros(2), "sigma": np.eye(2), "count": np.zeros(3)}, r"count of shape \(3,\)"),
+    "pickled objects": ({"mu": np.array([{}], object), "sigma": np.eye(1)}, "Object arrays cannot be loaded"),
 }
+
+
+def test_other_arrays_are_not_read_and_arrays_alone_are_refused(untyped, tmp_path):
+    np.savez(tmp_path / "a.npz", mu=np.zeros(2), sigma=np.eye(2), other=np.array([{}], object))
+    assert read_statistics(tmp_path / "a.npz").mean.shape == (2,)
+    with (tmp_path / "b.npz").open("wb") as file:
+        np.save(file, np.zeros(2))
+    with pytest.raises(ValueError, match=r"not an \.npz file"):
+        read_statistics(tmp_path / "b.npz")
+
+
+def test_features_that_are_not_finite_are_refused(untyped):
+    x = features(8, 0)
+    x[5, 3] = np.nan
+    with pytest.raises(ValueError, match="features 4 to 7 have values that are not finite"):
+        feature_statistics(batches(x, 4), 8)
+
+
+def test_distances_that_equal_a_radius_are_inside(untyped):
+    # Many distances are the same, as with binary images, but float64 rounds them differently around another centre.
+    random = np.random.default_rng(0)
+    samples, data = (random.integers(0, 3, (count, 4)) / 7 for count in (60, 50))
+    squares = [
+        np.rint(49 * scipy.spatial.distance.cdist(x, y, "sqeuclidean"))
+        for x, y in ((data, data), (samples, samples), (samples, data))
+    ]
+    of_data, of_samples, between = squares
+    radii = np.sort(of_data, axis=1)  # the first one is the distance to itself
+    expected = (
+        (between <= radii[:, 3]).any(axis=1).mean(),
+        (between <= np.sort(of_samples, axis=1)[:, 3:4]).any(axis=0).mean(),
+        (between <= radii[:, 5]).sum() / (5 * 60),
+        (between <= radii[:, 5]).any(axis=0).mean(),
+    )
+    np.testing.assert_allclose(manifold_metrics(samples, data), expected, rtol=1e-12)
 
 
 @pytest.mark.parametrize("name", BROKEN)

@@ -7,7 +7,7 @@ from pathlib import Path
 import jax
 import numpy as np
 import pytest
-from commands import succeed
+from commands import refused, succeed
 from laws import drawn
 from PIL import Image
 
@@ -72,3 +72,13 @@ def test_anomalies_are_scored(flow_run, tmp_path):
     with np.load(tmp_path / "a.anomaly.npz") as arrays:
         assert arrays["normal_tokens"].shape == (180, 2, 2)
         assert arrays["anomaly_blur_ks_p"].shape == (180,)
+
+
+def test_what_cannot_be_saved_is_refused_first(flow_run, tmp_path):
+    (tmp_path / "a.neighbours.png").write_text("mine")
+    told = refused("evaluate --checkpoint", flow_run, "--out", tmp_path / "a.json")
+    assert "a.neighbours.png' exists already" in told
+    (tmp_path / "file").write_text("mine")
+    assert "file' is a file, not a folder" in refused(
+        "evaluate --samples 8 --checkpoint", flow_run, "--cache", tmp_path / "file"
+    )

@@ -11,6 +11,7 @@ from typing import Any
 import jax
 import numpy as np
 import pytest
+import yaml
 from commands import one_sentence, refused, succeed
 from fsspec.implementations.memory import MemoryFileSystem
 from laws import drawn
@@ -217,7 +218,22 @@ def test_existing_files_are_kept(exported, run, tmp_path):
     assert "is not an option" in refused("export", run, "--out", tmp_path / "new", "--steps", "3")
     with pytest.raises(ValueError, match="dtype is 'int8'"):
         flowgen.export(run, tmp_path / "new", dtype="int8")
+    with pytest.raises(ValueError, match="'gs://bucket/model', but it must be on this machine"):
+        flowgen.export(run, "gs://bucket/model")
     assert [path.name for path in tmp_path.iterdir()] == ["out"]
+
+
+def test_a_link_to_an_empty_folder_stays_a_link(run, tmp_path):
+    (tmp_path / "there").mkdir()
+    (tmp_path / "link").symlink_to("there")
+    assert flowgen.export(run, tmp_path / "link") == tmp_path / "link"
+    assert (tmp_path / "link").is_symlink()
+    assert (tmp_path / "there" / "config.json").is_file()
+
+
+def test_a_licence_that_is_no_word_is_quoted_in_the_card(run, tmp_path):
+    card = flowgen.export(run, tmp_path / "out", licence='mine: "x"\n---') / "README.md"
+    assert yaml.safe_load(card.read_text().split("---\n")[1])["license"] == 'mine: "x"\n---'
 
 
 def test_an_interrupted_export_leaves_nothing(run, tmp_path, monkeypatch):
@@ -456,6 +472,8 @@ def test_a_folder_goes_before_a_shipped_model_of_the_same_name(exported, tmp_pat
     assert flowgen.load("digits")[2].name == "flow"
     assert "did you mean --checkpoint digits-cfm?" in refused("sample digits-cfm")
     assert "or a shipped model (digits, digits-cfm)" in refused("info --checkpoint digit")
+    (tmp_path / "digits" / "config.json").unlink()
+    assert "It hides the shipped model of this name." in refused("info --checkpoint digits")
 
 
 def test_a_shipped_model_is_not_tuned_in_place():

@@ -62,3 +62,8 @@ def test_missing_and_unknown_weights_are_refused():
         "'Mixed_7c.branch_pool.conv.weight' is missing",
         "'Mixed_8a.conv.weight' is not expected",
     )
+
+
+def test_a_classifier_without_rows_is_that_of_no_inception():
+    with pytest.raises(MappingError):
+        inception({"fc.weight": np.ones((), np.float32)})

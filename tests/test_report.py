@@ -285,6 +285,24 @@ def test_curves_keep_the_last_finite_value_of_a_step():
     assert curves_of(rows) == ({"loss": [(1, 2.0)]}, {"loss": 1})
 
 
+def test_numbers_beyond_float32_count_as_not_finite():
+    rows = [{"step": 1, "loss": 1e308, "w2": 1.0}, {"step": 10**400, "w2": 2.0}, {"step": 2, "w2": -(10**400)}]
+    assert curves_of(rows) == ({"w2": [(1, 1.0)]}, {"loss": 1, "w2": 2})
+
+
+def test_a_metric_of_another_type_does_not_stop_a_report(run):
+    with (run / "metrics.jsonl").open("a") as file:
+        file.write('{"step": 40, "skipped": "x", "loss": 1e308}\n{"step": 41, "skipped": NaN}\n')
+    succeed("report --no-model", run)
+    assert "Updates were skipped, at most 25% of" in (run / "report.html").read_text()
+
+
+def test_a_shipped_model_has_a_report_elsewhere(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    succeed("report --no-model digits")
+    assert (tmp_path / "report.html").is_file()
+
+
 def test_defaults_are_those_of_the_type_of_a_group():
     experiment = tiny(name="mine")
     defaults = default_values(experiment)

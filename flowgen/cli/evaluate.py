@@ -58,7 +58,7 @@ def run(options: argparse.Namespace, rest: list[str]) -> int:
     began = time.time()
     if options.out:
         check_new_evaluation(options.out)
-    options.checkpoint = str(located(options.checkpoint))
+    named, options.checkpoint = options.checkpoint, str(located(options.checkpoint))
     step = chosen_step(options.checkpoint, options.step)
     model, params, trained = load_run(options.checkpoint, step)
     groups = ("data", "sampling", "codec.path", "text.encoder", "train.parallel")
@@ -73,24 +73,24 @@ def run(options: argparse.Namespace, rest: list[str]) -> int:
     params = placed(params, experiment, options)
     if isinstance(experiment, AutoregressiveExperiment) and experiment.sampling.plan == TUNED:
         experiment = with_tuned_plan(experiment, options.checkpoint, params, min(asked.samples, SAMPLES_AT_ONCE))
-    saves = bool(options.out) or _can_save(options.checkpoint)
+    saves = bool(options.out) or _can_save(options.checkpoint, named)
     with told_once():
         evaluation = experiment.evaluate(model, params, _with_cache(asked, options.checkpoint))
     for line in evaluation.lines:
         say(line)
     if saves:
         path = options.out or evaluation_path(options.checkpoint, step)
-        about = _about(options.checkpoint, step, experiment, asked, began)
+        about = _about(named, step, experiment, asked, began)
         written = save_evaluation(path, {**about, **evaluation.record()}, evaluation.files)
         say(f"Wrote {' and '.join(written)}")
     return 0
 
 
-def _can_save(run_dir: str) -> bool:
-    """Returns whether evaluations can be saved in a run; if not, says so."""
+def _can_save(run_dir: str, named: str) -> bool:
+    """Returns whether evaluations can be saved in a run; if not, says so. named: the run as the user named it."""
     if not (problem := _why_unsaved(run_dir)):
         return True
-    say(f"The metrics are not saved, because {run_dir} is {problem}; add --out FILE.json to save them.")
+    say(f"The metrics are not saved, because {named} is {problem}; add --out FILE.json to save them.")
     return False
 
 

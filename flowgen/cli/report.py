@@ -6,7 +6,7 @@ import argparse
 from pathlib import Path
 from typing import Any
 
-from flowgen.cli.options import load_run, num_parameters, placed, say, step_or_best, whole_number
+from flowgen.cli.options import CHECKPOINT, load_run, num_parameters, placed, say, step_or_best, whole_number
 from flowgen.places import Destination, is_remote
 
 NAME = "report.html"
@@ -14,9 +14,10 @@ NAME = "report.html"
 
 def declare(parser: argparse.ArgumentParser) -> None:
     """Adds the command's options to its parser."""
-    parser.add_argument("run", metavar="RUN", help="directory or URL of a run, which may still be training")
+    parser.add_argument("run", metavar="RUN", help=f"{CHECKPOINT}; a run may still be training")
     parser.add_argument(
-        "--out", help=f"HTML file or URL to write (default: {NAME} in the run; for a URL, in the current folder)"
+        "--out",
+        help=f"HTML file or URL to write (default: {NAME} in the run; in the current folder for other models)",
     )
     parser.add_argument("--step", type=step_or_best, help="checkpoint to use: a number, or best (default: the latest)")
     parser.add_argument(
@@ -38,10 +39,11 @@ def run(options: argparse.Namespace, rest: list[str]) -> int:
     from flowgen.experiments import from_json
     from flowgen.experiments.attention import on_any_device
     from flowgen.report import check_report_path, report_page
-    from flowgen.runs import RunReader, read_contents
+    from flowgen.runs import RunReader, is_exported, located, read_contents
 
-    run_dir = options.run
-    out = options.out or (NAME if is_remote(run_dir) else str(Path(run_dir) / NAME))
+    options.run = run_dir = str(located(options.run))
+    elsewhere = is_remote(run_dir) or is_exported(run_dir)  # an exported folder is shared as it is
+    out = options.out or (NAME if elsewhere else str(Path(run_dir) / NAME))
     reader = RunReader(run_dir)
     contents = read_contents(reader)  # before the page is checked, because its default place is in the run
     destination = Destination(out)

@@ -45,7 +45,7 @@ def inception(state_dict: Mapping[str, np.ndarray]) -> tuple[InceptionV3, dict[s
             "the weights have no 'fc.weight', which tells the FID network from torchvision's; give the state dict of "
             "the whole Inception v3."
         )
-    variant: Variant = "fid" if len(state_dict["fc.weight"]) == FID_CLASSES else "torchvision"
+    variant: Variant = "fid" if state_dict["fc.weight"].shape[:1] == (FID_CLASSES,) else "torchvision"
     kept = {name: x for name, x in state_dict.items() if not name.startswith(("AuxLogits.", "fc."))}
     network = InceptionV3(variant)
     return network, _filled(network, kept)

@@ -20,6 +20,9 @@ from jaxtyping import Float, Int
 PRECISION_NEIGHBOURS = 3  # k of the papers
 DENSITY_NEIGHBOURS = 5
 ROWS_AT_ONCE = 512
+# Equal distances differ in their last digits if they are computed from different sets. The radii are larger by this
+# fraction of the largest square, so that a feature at the distance of the radius is inside.
+ROUNDING = 1e-12
 
 
 class ManifoldMetrics(NamedTuple):
@@ -99,11 +102,11 @@ def nearest_in(
 
 def _radii(x: np.ndarray, neighbours: tuple[int, ...]) -> list[np.ndarray]:
     """Returns, for each k, the squared distances from all vectors to their k-th nearest other vectors."""
-    parts = []
+    parts, slack = [], ROUNDING * np.square(x - x.mean(axis=0, dtype=np.float64)).sum(axis=1).max()
     for start, distances in _blocks(x, x):
         rows = np.arange(len(distances))
         distances[rows, start + rows] = -1  # sorts each vector before its neighbours, even before its copies
-        parts.append(np.partition(distances, neighbours, axis=1)[:, list(neighbours)])
+        parts.append(np.partition(distances, neighbours, axis=1)[:, list(neighbours)] + slack)
     return list(np.concatenate(parts).T)
 
 

@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import math
 import os
-import zipfile
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 
@@ -12,9 +10,12 @@ import numpy as np
 from jaxtyping import Float
 
 from flowgen.data.media import atomic_file
+from flowgen.documents import ARRAY_DAMAGE
 from flowgen.evaluation.metrics import frechet_between
 
 MOST_KEPT = 10_000  # feature vectors that are kept for kernel distances and manifolds
+# The arrays of a file of statistics, besides texts, whose names have a prefix. Other arrays are not read.
+_ARRAYS, _ABOUT = ("mu", "sigma", "count", "features"), "about_"
 
 
 @dataclass(frozen=True)
@@ -50,7 +51,7 @@ def feature_statistics(
 
     The covariance is accumulated in float64, batch by batch, so the vectors are never in memory together.
 
-    Raises ValueError if there are fewer than two vectors, or not `count`.
+    Raises ValueError if there are fewer than two vectors, or not `count`, or if a value is not finite.
 
     Example:
         statistics = feature_statistics((extractor.features(batch) for batch in batches), 50_000)
@@ -61,6 +62,10 @@ def feature_statistics(
     for batch in batches:
         kept.append(batch[kept_positions[(kept_positions >= seen) & (kept_positions < seen + len(batch))] - seen])
         x = np.asarray(batch, np.float64)
+        if not np.isfinite(x).all():
+            raise ValueError(
+                f"features {seen} to {seen + len(x) - 1} have values that are not finite; check the images."
+            )
         centre = x.mean(axis=0)
         if not seen:
             mean, products = np.zeros(x.shape[1]), np.zeros((x.shape[1], x.shape[1]))
@@ -83,7 +88,7 @@ def save_statistics(path: str | os.PathLike[str], statistics: FeatureStatistics)
     Example:
         save_statistics("reference.npz", statistics)
     """
-    about = {f"about_{name}": np.array(text) for name, text in statistics.about.items()}
+    about = {f"{_ABOUT}{name}": np.array(text) for name, text in statistics.about.items()}
     features = {} if statistics.features is None else {"features": statistics.features}
     with atomic_file(path) as file:
         np.savez(
@@ -109,18 +114,24 @@ def read_statistics(path: str | os.PathLike[str]) -> FeatureStatistics:
         raise FileNotFoundError(f"There is no file '{path}' of reference statistics; check --reference.")
     try:
         with np.load(path, allow_pickle=False) as arrays:
-            found = {name: arrays[name] for name in arrays.files}
-    except (OSError, ValueError, zipfile.BadZipFile, EOFError) as error:
+            names = arrays.files
+            found = {name: arrays[name] for name in names if name in _ARRAYS or name.startswith(_ABOUT)}
+    except (OSError, *ARRAY_DAMAGE) as error:
         raise ValueError(f"'{path}' is not an .npz file of arrays ({error}); give one with mu and sigma.") from error
     if not {"mu", "sigma"} <= set(found):
-        raise ValueError(f"'{path}' has the arrays {', '.join(found) or 'none'}; it must have mu and sigma.")
+        raise ValueError(f"'{path}' has the arrays {', '.join(names) or 'none'}; it must have mu and sigma.")
+    odd = [name for name in _ARRAYS if name in found and found[name].dtype.kind not in "fiu"]
+    if odd:
+        raise ValueError(f"'{path}' has {odd[0]} of dtype {found[odd[0]].dtype}; it must be of real numbers.")
     mean, covariance = (np.asarray(found[name], np.float64) for name in ("mu", "sigma"))
     features = found.get("features")
     fits = mean.ndim == 1 and covariance.shape == 2 * mean.shape
     if not fits or (features is not None and (features.ndim != 2 or features.shape[1:] != mean.shape)):
         shapes = ", ".join(f"{name} {found[name].shape}" for name in ("mu", "sigma", "features") if name in found)
         raise ValueError(f"'{path}' has arrays of shapes {shapes}; mu must be (f,), sigma (f, f), features (n, f).")
-    if not all(math.isfinite(part.sum()) for part in (mean, covariance)):
-        raise ValueError(f"'{path}' has values in mu or sigma that are not finite; compute them again.")
-    about = {name.removeprefix("about_"): str(text) for name, text in found.items() if name.startswith("about_")}
+    if found.get("count", np.array(0)).ndim:
+        raise ValueError(f"'{path}' has a count of shape {found['count'].shape}; it must be one number.")
+    if not all(np.isfinite(part).all() for part in (mean, covariance, *([] if features is None else [features]))):
+        raise ValueError(f"'{path}' has values in mu, sigma or features that are not finite; compute them again.")
+    about = {name.removeprefix(_ABOUT): str(text) for name, text in found.items() if name.startswith(_ABOUT)}
     return FeatureStatistics(mean, covariance, int(found.get("count", 0)), features, about)

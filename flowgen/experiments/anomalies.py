@@ -12,6 +12,7 @@ import numpy as np
 from flowgen.data import ArrayDataset, DataConfig, Dataset, load
 from flowgen.data.dataset import image_set, of_one_shape
 from flowgen.evaluation import CORRUPTIONS, SCORES, AnomalyScores, Evaluation, anomaly_scores, auroc, mean_of
+from flowgen.runs.evaluations import ANOMALY
 
 CORRUPTED = "corrupted"
 MOST_ANOMALIES = 4096
@@ -56,13 +57,15 @@ def evaluate_anomalies(experiment: Any, flow: Any, variables: Any, options: Any)
 
 
 def check_anomaly(experiment: Any, anomaly: str) -> None:
-    """Raises ValueError unless the flow models pixels and `anomaly` names a set of images.
+    """Raises ValueError unless the flow models pixels without texts and `anomaly` names a set of images.
 
     Example:
         check_anomaly(experiment, "corrupted")
     """
     if experiment.is_latent:
         raise ValueError(f"--anomaly is {anomaly}, but this flow models latents, not pixels; leave it out.")
+    if experiment.model.text_dim:
+        raise ValueError(f"--anomaly is {anomaly}, but this flow needs texts, which anomalies lack; leave it out.")
     if anomaly != CORRUPTED and image_set(anomaly) is None and not os.path.exists(anomaly):
         raise ValueError(
             f"--anomaly is '{anomaly}', which is neither '{CORRUPTED}', a dataset such as mnist, nor a path; "
@@ -133,4 +136,4 @@ def _record(flow: Any, by_class: bool, typical: float, sets: dict[str, AnomalySc
         "scale_parameterisation": str(flow.config.scale_parameterisation),
         "mean_nats_of_training_images": typical,
     }
-    return Evaluation(about={"anomaly": about}, files={"anomaly.npz": arrays})
+    return Evaluation(about={"anomaly": about}, files={ANOMALY: arrays})

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import hashlib
 import json
@@ -14,6 +15,7 @@ import numpy as np
 from flowgen.arrays import digest_of
 from flowgen.convert import efficientnet_file, efficientnet_lite0, inception, read_state_dict
 from flowgen.data import DataConfig, Dataset, from_uint8, take_inventory
+from flowgen.data.media import check_writable
 from flowgen.evaluation import (
     Estimate,
     Evaluation,
@@ -37,6 +39,7 @@ from flowgen.experiments.distances import (
 )
 from flowgen.experiments.drawing import CompareOptions, Conditions, DrawBatch
 from flowgen.experiments.plots import sample_grid
+from flowgen.runs.evaluations import NEIGHBOURS as NEIGHBOURS_FILE
 from flowgen.runs.files import digest_of_file
 from flowgen.settings import to_plain
 
@@ -48,7 +51,7 @@ _PLACES = ("path", "workers", "in_memory_bytes", "on_corrupt", "eval_fraction", 
 
 
 def check_features(options: CompareOptions) -> None:
-    """Raises ValueError or an OSError if `features` or `reference` is not usable. Reads no weights.
+    """Raises ValueError or an OSError if `features`, `reference` or `cache` is not usable. Reads no weights.
 
     Example:
         check_features(options)
@@ -66,6 +69,8 @@ def check_features(options: CompareOptions) -> None:
             raise FileNotFoundError(f"There is no file '{name}' of Inception v3 weights; check --features.")
     if options.reference:
         read_statistics(options.reference)
+    if options.cache:
+        check_writable(Path(options.cache) / "reference.npz")
 
 
 def open_features(options: CompareOptions, train: Callable[[], Dataset]) -> FeatureExtractor:
@@ -181,9 +186,10 @@ def _reference(
     name = hashlib.sha256(json.dumps(about, sort_keys=True).encode()).hexdigest()[:16]
     path = Path(options.cache) / f"reference-{name}.npz"
     if path.is_file():
-        known = read_statistics(path)
-        if known.about == about and known.count == len(data):
-            return known
+        with contextlib.suppress(ValueError):  # a damaged file is replaced
+            known = read_statistics(path)
+            if known.about == about and known.count == len(data):
+                return known
     statistics = computed()
     save_statistics(path, statistics)
     return statistics
@@ -212,4 +218,4 @@ def _neighbours(samples: np.ndarray, extractor: FeatureExtractor, train: Dataset
     grid = sample_grid(rows.reshape(-1, *samples.shape[1:]), 0, columns=count + 1)
     line = f"nearest training images of {len(samples)} samples, at distances {distances[:, 0].min():.3f} or more"
     found = {"positions": positions.tolist(), "distances": distances.tolist()}
-    return Evaluation((line,), about={"neighbours": found}, files={"neighbours.png": grid})
+    return Evaluation((line,), about={"neighbours": found}, files={NEIGHBOURS_FILE: grid})

@@ -6,6 +6,8 @@ import math
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+import numpy as np
+
 from flowgen.report.charts import Number, Point, Series, line_chart
 from flowgen.report.markup import Markup, Section, element, note, number, section, table
 from flowgen.runs import EVAL, SPEED
@@ -62,13 +64,14 @@ NAMES = {
 }
 REFERENCES = ("gaussian_bits_per_dim", "w2_floor")
 BLOCKS = "mean_square/"
+LARGEST = float(np.finfo(np.float32).max)  # metrics are computed in float32; charts of larger values would overflow
 HELD_OUT_COLOUR = 1
 
 Curves = dict[str, list[Point]]
 
 
 def curves_of(rows: Sequence[Mapping[str, Any]]) -> tuple[Curves, dict[str, int]]:
-    """Returns the points (step, value) of each metric, and how many values of each metric are not finite.
+    """Returns the points (step, value) of each metric, and how many values of each metric are not finite in float32.
 
     If a step was evaluated again, its last value counts.
 
@@ -81,7 +84,7 @@ def curves_of(rows: Sequence[Mapping[str, Any]]) -> tuple[Curves, dict[str, int]
         for name, value in row.items():
             if name == "step" or isinstance(value, bool) or not isinstance(value, int | float):
                 continue
-            if math.isfinite(value):
+            if abs(value) <= LARGEST and abs(row["step"]) <= LARGEST:
                 points.setdefault(name, {})[row["step"]] = float(value)
             else:
                 bad[name] = bad.get(name, 0) + 1

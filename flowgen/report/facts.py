@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import datetime
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import is_dataclass
 from typing import Any
@@ -117,7 +118,8 @@ def warnings_section(contents: RunContents, experiment: Experiment, bad: Mapping
     if done < steps:
         lines.append(f"The run is unfinished: it has reached step {done:,} of {steps:,}.")
     lines += [f"{count} values of {name} are not finite." for name, count in bad.items()]
-    if skipped := max([row["skipped"] for row in contents.metrics if row.get("skipped")], default=0):
+    fractions = [value for row in contents.metrics if isinstance(value := row.get("skipped"), float)]
+    if skipped := max(filter(math.isfinite, fractions), default=0):
         lines.append(f"Updates were skipped, at most {skipped:.0%} of those between two reports.")
     lines += [f"Not a checkpoint: {name} ({why})." for name, why in contents.ignored.items()]
     for row in contents.history:

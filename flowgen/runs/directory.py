@@ -91,8 +91,10 @@ def read_config(run_dir: str | Path) -> dict[str, Any]:
             raise FileNotFoundError(
                 f"checkpoint {run_dir} has lost its {CONFIG_FILE}; run the training command again to recreate it."
             )
+        hidden = " It hides the shipped model of this name." if str(run_dir) in shipped_models() else ""
         raise FileNotFoundError(
             f"checkpoint {run_dir} is not a flowgen run, because it has no {CONFIG_FILE}; give the --workdir of a run."
+            f"{hidden}"
         )
     # The config can be recreated, because checkpoints also contain it.
     instead = ", or delete it and run the training command again to recreate it" if kept else ""

@@ -16,6 +16,7 @@ from flowgen.data.media import check_writable, pillow
 from flowgen.places import RemoteFolder, is_remote
 
 EVALUATIONS = "evaluations"
+NEIGHBOURS, ANOMALY = "neighbours.png", "anomaly.npz"  # the suffixes of files beside an evaluation
 
 
 def evaluation_path(run_dir: str | os.PathLike[str], step: int) -> str:
@@ -33,7 +34,7 @@ def evaluation_path(run_dir: str | os.PathLike[str], step: int) -> str:
 
 
 def check_new_evaluation(path: str) -> None:
-    """Raises ValueError if a path does not end in .json, or an OSError if no new file can be written there.
+    """Raises ValueError if a path does not end in .json, or an OSError if no new files can be written there.
 
     Example:
         check_new_evaluation("results/digits.json")
@@ -41,13 +42,15 @@ def check_new_evaluation(path: str) -> None:
     if not path.endswith(".json"):
         raise ValueError(f"--out is '{path}'; it must end in .json.")
     if is_remote(path):
-        folder, name = _remote(path)
-        exists = name in folder.sizes()
+        known = _remote(path)[0].sizes()
     else:
         check_writable(path)
-        exists = Path(path).exists()
-    if exists:
-        raise FileExistsError(f"--out '{path}' exists already, and evaluations are never overwritten; give another.")
+        known = os.listdir(Path(path).parent) if Path(path).parent.is_dir() else ()
+    for made in (path, *(f"{path.removesuffix('.json')}.{suffix}" for suffix in (NEIGHBOURS, ANOMALY))):
+        if made.rpartition("/")[2] in known:
+            raise FileExistsError(
+                f"'{made}' exists already, and evaluations are never overwritten; give another --out."
+            )
 
 
 def save_evaluation(path: str, record: Mapping[str, Any], files: Mapping[str, Any]) -> list[str]:
@@ -96,7 +99,10 @@ def _create(path: str, content: bytes) -> None:
             raise FileExistsError(f"'{path}' exists already; it was not overwritten.")
         return
     Path(path).parent.mkdir(parents=True, exist_ok=True)
-    with open(path, "xb") as file:
-        file.write(content)
-        file.flush()
-        os.fsync(file.fileno())
+    try:
+        with open(path, "xb") as file:
+            file.write(content)
+            file.flush()
+            os.fsync(file.fileno())
+    except FileExistsError as error:
+        raise FileExistsError(f"'{path}' exists already; it was not overwritten.") from error
