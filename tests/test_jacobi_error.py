@@ -10,6 +10,7 @@ import optax
 import pytest
 from tolerances import LAYER, NETWORK, assert_close, assert_trees_close
 
+import flowgen
 from flowgen.backend import shards
 from flowgen.decoding import Jacobi, invert
 from flowgen.experiments import FlowExperiment, LikelihoodConfig
@@ -135,6 +136,9 @@ def test_only_the_chosen_blocks_are_penalised():
     likelihood = LikelihoodConfig(jacobi=JacobiPenalty(blocks=(0, 2)))
     with pytest.raises(ValueError, match=r"^likelihood.jacobi.blocks contains 2, but this flow has blocks 0 to 1; "):
         FlowExperiment(name="own", model=flow.config, likelihood=likelihood)
+    digits = flowgen.load_config("tarflow_digits")  # four blocks, and two with --debug
+    small = dataclasses.replace(digits, likelihood=LikelihoodConfig(jacobi=JacobiPenalty(2.0, blocks=(3,)))).debug()
+    assert small.likelihood.jacobi == JacobiPenalty(2.0)
 
 
 @pytest.mark.slow

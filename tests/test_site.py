@@ -123,5 +123,6 @@ def test_the_glossary_explains_every_name_that_is_printed():
     assert {"bits_per_dim", "nats_per_dim", "ess", "signed_npe", "error_estimate"} <= names
     assert {"frechet", "kernel", "z_square", "psnr_score"} <= names
     explained = set(re.findall(r"`([\w/]+)`", (DOCS / "glossary.md").read_text()))
+    assert "jacobi_error/0" in explained  # an option that no config sets
     words = {"by the score", "by the denoiser"}
     assert {name for name in names - words if not name.startswith("mean_square/")} <= explained

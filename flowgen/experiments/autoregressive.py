@@ -226,7 +226,8 @@ class AutoregressiveExperiment(Experiment):
         """
         self.warn_of_guidance()
         self.sampling.to_plan()
-        tell_unused_classes(dataset, self.data, self.model.num_classes)
+        if self.text is None:  # The names of classes are the captions of images that have none.
+            tell_unused_classes(dataset, self.data, self.model.num_classes)
         made = Job(
             init=lambda key: init(flow, key),
             objective=self.objective(

@@ -54,15 +54,18 @@ def debug_clips(data: ClipsConfig | LatentsConfig) -> ClipsConfig:
 
 
 def debug_flow(experiment: AutoregressiveExperiment) -> dict[str, Any]:
-    """Returns the fields model, codec, text and sampling for a tiny flow of the same kind as the experiment's.
+    """Returns the fields model, codec, text, sampling and likelihood for a tiny flow of the experiment's kind.
 
     Example:
         small = debug_run(experiment, **debug_flow(experiment))
     """
     model, codec, text = experiment.model, experiment.codec, experiment.text
-    sampling = dataclasses.replace(experiment.sampling, num=SAMPLES)
-    if isinstance(sampling.plan, tuple):  # It has one plan per block, and the tiny flow may have fewer blocks.
+    sampling, likelihood = dataclasses.replace(experiment.sampling, num=SAMPLES), experiment.likelihood
+    # The tiny flow may have fewer blocks than the plans or the penalty name.
+    if isinstance(sampling.plan, tuple):
         sampling = dataclasses.replace(sampling, plan="auto")
+    if likelihood.jacobi is not None:
+        likelihood = dataclasses.replace(likelihood, jacobi=dataclasses.replace(likelihood.jacobi, blocks=None))
     patch = min(model.patch_size, 4)
     height, width = model.image_hw
     side, other = 4 * patch, max(patch, 4 * patch * width // height // patch * patch)
@@ -82,7 +85,7 @@ def debug_flow(experiment: AutoregressiveExperiment) -> dict[str, Any]:
         num_classes=10 if model.num_classes else 0,
         **_tiny(model),
     )
-    return {"model": model, "codec": codec, "text": text, "sampling": sampling}
+    return {"model": model, "codec": codec, "text": text, "sampling": sampling, "likelihood": likelihood}
 
 
 def _tiny(model: TARFlowConfig | STARFlowConfig) -> dict[str, Any]:

@@ -296,11 +296,10 @@ class VideoFlowExperiment(AutoregressiveExperiment):
             layers_per_block=(1, 1) if self.model.order == "reversed" else (0, 1, 1),
             denoiser_layers=min(self.model.denoiser_layers, 1),
         )
-        likelihood = self.likelihood
-        if (optim := likelihood.denoiser) is not None:
+        if (optim := self.likelihood.denoiser) is not None:
             optim = dataclasses.replace(optim, warmup_steps=min(optim.warmup_steps, 2))
-            likelihood = dataclasses.replace(likelihood, denoiser=optim)
-        return debug_run(self, **changes, likelihood=likelihood, data=debug_clips(self.data))
+            changes["likelihood"] = dataclasses.replace(changes["likelihood"], denoiser=optim)
+        return debug_run(self, **changes, data=debug_clips(self.data))
 
     def _denoiser(self, flow: Any, variables: Any) -> float | Denoiser:
         """Returns the learned denoiser or, without one, the strength of the Tweedie step; 0 if denoising is off."""

@@ -58,7 +58,8 @@ class JacobiPenalty:
         numbers = tuple(range(num_blocks)) if self.blocks is None else self.blocks
         if max(numbers) >= num_blocks:
             raise FieldError(
-                f"blocks contains {max(numbers)}, but this flow has blocks 0 to {num_blocks - 1}; leave it out."
+                f"blocks contains {max(numbers)}, but this flow has blocks 0 to {num_blocks - 1}; give some of these, "
+                "or none to penalise all."
             )
         return numbers
 
