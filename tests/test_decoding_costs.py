@@ -80,6 +80,7 @@ def test_every_accelerator_has_a_speed():
         assert (speed.launch_seconds == 0) == machine.name.startswith("TPU")
 
 
+@pytest.mark.slow
 def test_tuning_chooses_a_plan_for_a_device_that_is_not_at_hand():
     config = laws.FLOWS["starflow added class"]
     flow, params = laws.perturbed(config, jax.random.key(0), scale=0.02)

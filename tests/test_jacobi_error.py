@@ -27,7 +27,10 @@ from flowgen.training.step import init_state, make_step
 SWEEPS = 3
 # A perturbation with which tokens depend strongly on the tokens before them.
 STRONG = 0.08
-ROWS = ["classes", "volume preserving", pytest.param("starflow text", marks=pytest.mark.slow), "starflow video"]
+ROWS = [
+    "classes",
+    *(pytest.param(name, marks=pytest.mark.slow) for name in ("volume preserving", "starflow text", "starflow video")),
+]
 
 
 def penalised(flow, params, x, cond, penalty):

@@ -151,6 +151,7 @@ def test_each_kind_of_run_has_a_page_without_a_checkpoint(tmp_path, config):
     assert f"0 of {experiment.train.steps} (unfinished)" in page.text
 
 
+@pytest.mark.slow  # trains and decodes; pages without measurements are quick
 def test_a_flow_is_measured(tmp_path):
     run = write_run(tmp_path / "run", tiny())
     page = page_of(run, "--samples", "2")
