@@ -14,7 +14,7 @@ demo: $(VENV)/.train ## train a TARFlow on the built-in digits, then draw sample
 	$(BIN)/python train.py --config configs/tarflow_digits.py --workdir runs/digits
 	$(BIN)/python sample.py --checkpoint runs/digits --num 100 --out runs/digits/samples.png
 
-test: $(VENV)/.dev ## the default test suite, about six minutes on two idle cores
+test: $(VENV)/.dev ## the default test suite, about eight minutes on two idle cores
 	$(BIN)/python -m pytest $(WORKERS) -m "not slow and not gpu"
 
 # A fixed list, never cut by the clock: every test marked slow, law tables first. It may take 35 minutes on two cores (its
