@@ -339,9 +339,11 @@ def test_training_starts_from_an_exported_folder(exported, tmp_path):
         for name in ("patch_size", "width", "head_dim", "num_blocks", "layers_per_block", "num_classes", "activation")
     )
     words = "train --config tarflow_digits --steps 1 --optim.warmup_steps 0 --batch_size 4 --sampling.guidance 0 "
-    words += "--sampling.num 1 --log.tensorboard false --optim.lr 0 --optim.min_lr 0 --train.label_dropout 0 "
+    words += "--sampling.num 1 --log.tensorboard false --optim.lr 1e-9 --optim.min_lr 0 --train.label_dropout 0 "
     succeed(words + model, "--init-from", exported, "--workdir", tmp_path / "run")
-    assert_same(flowgen.load(tmp_path / "run", ema=False)[1], flowgen.load(exported)[1])
+    one_step, start = flowgen.load(tmp_path / "run", ema=False)[1], flowgen.load(exported)[1]
+    # A step of Adam moves a parameter by about its learning rate.
+    jax.tree.map(lambda x, y: np.testing.assert_allclose(x, y, rtol=1e-6, atol=1e-8), one_step, start)
 
 
 def test_a_folder_in_a_bucket_is_loaded(exported, monkeypatch):

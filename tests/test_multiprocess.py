@@ -99,7 +99,7 @@ def test_only_the_first_process_decides_and_writes(runs):
         steps = [row["step"] for row in rows if kind in row]
         assert steps == sorted(set(steps))
     assert {row["eval/bits_per_dim"] for row in rows if "eval/bits_per_dim" in row} == {0.0}
-    names = ["checkpoints", "config.json", "lock", "metrics.jsonl", "samples"]
+    names = ["checkpoints", "config.json", "history.jsonl", "lock", "metrics.jsonl", "samples"]
     assert sorted(path.name for path in workdir.iterdir()) == names
 
 
@@ -115,7 +115,7 @@ def test_two_processes_train_in_a_bucket(tmp_path):
     assert two.keys() == one.keys()
     for name in two:
         assert_close(two[name], one[name], NETWORK, err_msg=name)
-    names = ["checkpoints", "config.json", "metrics.jsonl", "samples"]
+    names = ["checkpoints", "config.json", "history.jsonl", "metrics.jsonl", "samples"]
     assert sorted(path.name for path in workdir.iterdir()) == names
 
 
