@@ -1,4 +1,4 @@
-"""`Draft`, which proposes the tokens of blocks from their noise, and the function that fits the affine one.
+"""`Draft`, which proposes the tokens of blocks from their noise.
 
 A plan with init="draft" begins its sweeps with these tokens. Sweeps repair them, so a draft changes how many sweeps are
 needed, but not what is solved: with tolerance 0, the result is exact for any draft.
