@@ -22,12 +22,17 @@ from flowgen.experiments import FlowExperiment, SamplingConfig, from_json
 from flowgen.experiments.estimates import weight_bytes
 from flowgen.flows import AutoregressiveBlock, block_parameters
 from flowgen.flows.block import decoding_config
-from flowgen.nn.int8 import from_int8, int8_product, to_int8
+from flowgen.nn.int8 import int8_product, to_int8
 
 SLOW = pytest.mark.slow
 ONE = flowgen.TARFlowConfig(
     image_size=4, patch_size=1, channels=1, width=16, head_dim=8, num_blocks=1, layers_per_block=1, num_classes=3
 )
+
+
+def from_int8(kernel):
+    """The weights for which a rounded kernel stands."""
+    return (kernel.values * kernel.scale[None]).at[kernel.outliers].set(kernel.exact.astype(kernel.scale.dtype))
 
 
 def kernel(name):

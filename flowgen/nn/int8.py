@@ -66,15 +66,6 @@ def int8_product(
     return y.astype(x.dtype) + product(x[..., kernel.outliers], kernel.exact.astype(x.dtype), numbers)
 
 
-def from_int8(kernel: Int8Kernel) -> Float[Array, "i o"]:
-    """Returns the weights for which a rounded kernel stands.
-
-    Example:
-        error = jnp.abs(from_int8(to_int8(kernel, "float32")) - kernel)
-    """
-    return (kernel.values * kernel.scale[None]).at[kernel.outliers].set(kernel.exact.astype(kernel.scale.dtype))
-
-
 def round_linear(params: Mapping[str, Any], dtype: str) -> dict[str, Any]:
     """Returns the parameters of modules, with the kernels of their Dense layers rounded to 8 bits.
 
