@@ -91,6 +91,21 @@ def drop_context(key: Key[Array, ""], context: ContextTokens, rate: float) -> Co
     return ContextTokens(context.tokens, context.mask & ~dropped[:, None])
 
 
+def drop_condition(key: Key[Array, ""], cond: Condition, null: TextCondition | None, rate: float) -> Condition:
+    """Returns the condition, of which each sample becomes unconditional with probability `rate`.
+
+    null: the null text, for texts.
+    """
+    if isinstance(cond, Padded):
+        return cond if cond.cond is None else Padded(cond.mask, drop_condition(key, cond.cond, null, rate))
+    if isinstance(cond, ContextTokens):
+        return drop_context(key, cond, rate)
+    if isinstance(cond, TextCondition):
+        assert null is not None  # text flows require it
+        return drop_texts(key, cond, null, rate)
+    return drop_labels(key, cond, rate)
+
+
 def split_padded(cond: Condition | None) -> tuple[Bool[Array, "b n"] | None, Condition | None]:
     """Returns the mask of padded samples, or None, and the rest of the condition."""
     return (cond.mask, cond.cond) if isinstance(cond, Padded) else (None, cond)

@@ -1,4 +1,4 @@
-"""The affine map of tokens, the parameterisations of its scale, and the token orders of autoregressive flows.
+"""The affine map of tokens, and the parameterisations of its scale.
 
 x = shift + exp(log_scale) · z,      z = (x - shift) · exp(-log_scale),      log|det dz/dx| = -Σ log_scale
 """
@@ -13,7 +13,6 @@ from jaxtyping import Array, Float
 
 from flowgen.settings.ranges import Own
 
-TokenOrder = Literal["raster", "reversed"]
 SOFTPLUS_OFFSET = 0.541324854612918  # softplus of this is 1
 SOFTPLUS_UNDERFLOW = -40.0  # below this, softplus(x) equals exp(x) to float64's last digit
 
@@ -30,11 +29,6 @@ def to_data(
 ) -> Float[Array, "b n c"]:
     """Returns x = shift + exp(log_scale)·z, the inverse of `to_noise`."""
     return shift + jnp.exp(log_scale) * z
-
-
-def reorder(tokens: Float[Array, "*b n c"], order: TokenOrder) -> Float[Array, "*b n c"]:
-    """Converts tokens from raster order to a block's order, or back. Both conversions are the same operation."""
-    return tokens if order == "raster" else jnp.flip(tokens, axis=-2)
 
 
 def soft_clip(raw: Float[Array, "*b c"], bound: float) -> Float[Array, "*b c"]:
