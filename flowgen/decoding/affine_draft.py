@@ -17,10 +17,10 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jaxtyping import Array, Float, Integer
+from jaxtyping import Array, Float
 
 from flowgen.arrays import check_floating
-from flowgen.conditioning import Condition, Padded, TextCondition
+from flowgen.conditioning import AnyCondition, Condition, Padded
 from flowgen.decoding.block import block_states
 from flowgen.decoding.draft import Draft
 from flowgen.decoding.request import decode_request
@@ -42,7 +42,7 @@ def fit_affine_draft(
     flow: Flow,
     params: Variables,
     x: Float[Array | np.ndarray, "b *event"],
-    cond: Integer[Array | np.ndarray, " b"] | list[int] | TextCondition | None = None,
+    cond: AnyCondition | None = None,
     *,
     guidance: Guidance | None = None,
 ) -> Draft:

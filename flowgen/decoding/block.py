@@ -307,11 +307,11 @@ def in_block_order(config: BlockConfig, guided: GuidedBlock) -> tuple[GuidedBloc
     cond, order = guided.cond, config.order
     if isinstance(cond, Padded):
         order = order_without_padding(order, cond.mask)
-        mask = jnp.take_along_axis(cond.mask, order, axis=1)
+        mask = jnp.take_along_axis(jnp.asarray(cond.mask), order, axis=1)
         return replace(guided, cond=Padded(mask, cond.cond)), Order(permutation=order)
     if isinstance(order, str):
         return guided, Order(is_reversed=order == "reversed")
-    return guided, Order(permutation=permutation(order, config.num_tokens)[None])
+    return guided, Order(permutation=jnp.asarray(permutation(order, config.num_tokens))[None])
 
 
 def stacked_block(request: DecodeRequest, flow: Flow, index: int) -> GuidedBlock:

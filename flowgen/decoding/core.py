@@ -181,14 +181,14 @@ def _result(
 
 
 def _noise(request: DecodeRequest) -> Float[Array, "b n c"]:
-    """The noise tokens of all frames; 0 for padding. The first clip and each later frame are drawn with separate keys."""
+    """The noise tokens of all frames; 0 for padding."""
     noise = request.noise if not isinstance(request.noise, SampleKeys) else _drawn(request, request.noise)
     mask, _ = split_padded(request.cond)
     return noise if mask is None else jnp.where(mask[:, :, None], noise, 0)
 
 
 def _drawn(request: DecodeRequest, keys: SampleKeys) -> Float[Array, "b n c"]:
-    """Noise with the prior's variance for all frames."""
+    """Noise with the prior's variance. The first clip and each later frame are drawn with separate keys."""
     flow, layout = request.flow, request.layout
     tokens, channels, per_frame = flow.config.num_tokens, flow.config.token_dim, layout.tokens_per_frame
     master = master_dtype(flow.config.dtype)

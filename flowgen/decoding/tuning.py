@@ -15,11 +15,11 @@ from typing import NamedTuple
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jaxtyping import Array, Float, Integer
+from jaxtyping import Array, Float
 
 from flowgen.arrays import check_count, check_floating
 from flowgen.attention import causal_kernel
-from flowgen.conditioning import TextCondition
+from flowgen.conditioning import AnyCondition
 from flowgen.decoding.block import GuidedBlock, block_states, guided_block, in_block_order, inverse
 from flowgen.decoding.draft import Draft, begins_with_draft
 from flowgen.decoding.jacobi import Solution, ignore
@@ -111,7 +111,7 @@ def tune(
     flow: Flow,
     params: Variables,
     x: Float[Array | np.ndarray, "b *event"],
-    cond: Integer[Array | np.ndarray, " b"] | list[int] | TextCondition | None = None,
+    cond: AnyCondition | None = None,
     *,
     guidance: Guidance | None = None,
     draft: Draft | None = None,
@@ -151,7 +151,7 @@ def measure_plans(
     flow: Flow,
     params: Variables,
     x: Float[Array | np.ndarray, "b *event"],
-    cond: Integer[Array | np.ndarray, " b"] | list[int] | TextCondition | None = None,
+    cond: AnyCondition | None = None,
     *,
     guidance: Guidance | None = None,
     draft: Draft | None = None,

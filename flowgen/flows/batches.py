@@ -12,7 +12,7 @@ from jaxtyping import Array, Float, Key, UInt8
 
 from flowgen.arrays import check_bytes, check_key, shown
 from flowgen.batch import Batch, Moments
-from flowgen.conditioning import Condition, Padded, TextCondition, drop_condition, split_padded
+from flowgen.conditioning import Condition, Padded, TextCondition, Unpadded, drop_condition, split_padded
 from flowgen.contexts import check_context
 from flowgen.flows.density import LEVELS, Flow
 from flowgen.flows.orders import without_padding
@@ -133,12 +133,12 @@ def condition_of(flow: Flow, batch: Batch) -> Condition | None:
 
     Raises ValueError if the flow requires another kind of context.
     """
-    mask, context = split_padded(batch.context)
-    cond = _context_of(flow, context)
-    return cond if mask is None else Padded(jnp.asarray(mask), cond)
+    if isinstance(batch.context, Padded):
+        return Padded(jnp.asarray(batch.context.mask), _context_of(flow, batch.context.cond))
+    return _context_of(flow, batch.context)
 
 
-def _context_of(flow: Flow, context: Any) -> Condition | None:
+def _context_of(flow: Flow, context: Any) -> Unpadded | None:
     described = getattr(flow.config, "context", None)
     if described is not None:
         if context is None:

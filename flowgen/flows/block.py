@@ -14,8 +14,8 @@ Positions are encoded either by a learned table or by rotary angles. The table h
 The angles are assigned to slots, so they do not depend on the block's order. The condition is either a class embedding,
 which is added to every token, or a prefix of tokens, to which all other tokens attend.
 
-Padding is moved to the end of the sequence, where no other token sees it: first come the prefix without its padding, then
-the tokens, and then the padding of the prefix and of the tokens. Padding tokens pass through unchanged.
+Padding is moved to the end of the sequence, where no other token sees it: first comes the prefix without its padding,
+then the tokens, and then the padding of both. Padding tokens pass through unchanged.
 """
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ from jaxtyping import Array, Float, Int
 
 from flowgen.attention import causal_kernel
 from flowgen.attention.slices import Start, positions
-from flowgen.conditioning import Condition, ContextTokens, Padded, TextCondition, masked_text, split_padded
+from flowgen.conditioning import Condition, ContextTokens, Padded, TextCondition, Unpadded, masked_text, split_padded
 from flowgen.flows.affine import (
     ScaleParameterisation,
     num_outputs,
@@ -62,9 +62,9 @@ class ClassPrefix:
     def dim(self) -> int:
         return self.num_classes + 1
 
-    def features(self, cond: Condition | None, batch: int, dtype: jnp.dtype) -> Float[Array, "b l e"]:
+    def features(self, cond: Unpadded | None, batch: int, dtype: jnp.dtype) -> Float[Array, "b l e"]:
         """Returns the labels as one-hot features of one token."""
-        assert not isinstance(cond, TextCondition)  # a flow checks its condition
+        assert not isinstance(cond, tuple)  # a flow checks its condition
         return class_one_hot(cond, self.num_classes, batch, dtype)[:, None]
 
 
@@ -78,7 +78,7 @@ class TextPrefix:
     length: int
     dim: int
 
-    def features(self, cond: Condition | None, batch: int, dtype: jnp.dtype) -> Float[Array, "b l e"]:
+    def features(self, cond: Unpadded | None, batch: int, dtype: jnp.dtype) -> Float[Array, "b l e"]:
         """Returns the features of the texts, or zeros if there is no condition."""
         if cond is None:
             return jnp.zeros((batch, self.length, self.dim), dtype)
@@ -93,7 +93,7 @@ class ContextPrefix:
     length: int
     dim: int
 
-    def features(self, cond: Condition | None, batch: int, dtype: jnp.dtype) -> Float[Array, "b l e"]:
+    def features(self, cond: Unpadded | None, batch: int, dtype: jnp.dtype) -> Float[Array, "b l e"]:
         """Returns the features of the context, with zeros for padding; all zeros if there is no condition."""
         if cond is None:
             return jnp.zeros((batch, self.length, self.dim), dtype)
@@ -279,7 +279,7 @@ class AutoregressiveBlock(nn.Module):
     def _whole_sequence(
         self,
         h: Float[Array, "b w d"],
-        cond: Condition | None,
+        cond: Unpadded | None,
         start: Start,
         inverse_temperature: Float[Array, " b"] | None,
     ) -> Float[Array, "b w d"]:
@@ -309,7 +309,7 @@ class AutoregressiveBlock(nn.Module):
             return z[:, :1]
         return jnp.broadcast_to(self.start_token[None, None].astype(z.dtype), (len(z), 1, z.shape[2]))
 
-    def prefix_tokens(self, cond: Condition | None, batch: int) -> Float[Array, "b l d"] | None:
+    def prefix_tokens(self, cond: Unpadded | None, batch: int) -> Float[Array, "b l d"] | None:
         """Returns the embedded prefix, which depends only on the condition; None if there is no prefix."""
         prefix = self.config.prefix
         has_none = cond is None and isinstance(prefix, ContextPrefix) and not self.is_initializing()
@@ -317,10 +317,10 @@ class AutoregressiveBlock(nn.Module):
             return None
         return self.proj_prefix(prefix.features(cond, batch, jnp.dtype(self.config.transformer.dtype)))
 
-    def prefix_count(self, cond: Condition | None) -> Start:
+    def prefix_count(self, cond: Unpadded | None) -> Start:
         """Returns the number of prefix tokens that are no padding, in all samples or in each."""
         if isinstance(self.config.prefix, ContextPrefix):
-            return 0 if cond is None else cond.mask.sum(axis=1)
+            return jnp.asarray(cond.mask).sum(axis=1) if isinstance(cond, ContextTokens) else 0
         return self.config.prefix_length
 
     def rotation(self, slot: Start, length: int) -> tuple[Array, Array] | None:
@@ -343,7 +343,7 @@ class AutoregressiveBlock(nn.Module):
             return caches
         rotation, count = self.rotation(0, self.config.prefix_length), None
         if isinstance(cond, ContextTokens):
-            order, count = order_without_padding("raster", cond.mask), self.prefix_count(cond)
+            order, count = order_without_padding("raster", cond.mask), jnp.asarray(cond.mask).sum(axis=1)
             tokens, rotation = to_order(tokens, order), _in_orders(rotation, order)
         return self.accept(caches, self.layers(tokens, caches, 0, inverse_temperature, rotation)[1], count)
 
@@ -430,7 +430,8 @@ def decoding_variables(
 
     Every layer has separate arrays. The arrays of linear maps have the dtype of the matrix products.
 
-    order: the `table_order` of the block's config. cast_layer: the function (parameters, dtype) -> parameters that casts a layer's maps.
+    order: the `table_order` of the block's config. cast_layer: the function (parameters, dtype) -> parameters that
+    casts a layer's maps.
     """
     others = {name: part for name, part in variables["params"].items() if name != "layers"}
     layers = unstack_layers(variables["params"]["layers"], num_layers, dtype, cast_layer)

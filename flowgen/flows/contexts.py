@@ -6,7 +6,7 @@ from typing import Any
 
 from flowgen.arrays import shown
 from flowgen.attention import causal_kernel
-from flowgen.conditioning import Condition, check_labels
+from flowgen.conditioning import Unpadded, check_labels
 from flowgen.contexts import Context, check_context
 from flowgen.flows.block import ContextPrefix
 from flowgen.nn.transformer import Attention
@@ -32,7 +32,7 @@ def check_one_context(num_classes: int, context: Context | None, attention: Atte
         )
 
 
-def check_labels_or_context(cond: Any, num_classes: int, context: Context | None, batch: int) -> Condition | None:
+def check_labels_or_context(cond: Any, num_classes: int, context: Context | None, batch: int) -> Unpadded | None:
     """Returns labels or a context as arrays, or None. Raises ValueError if it does not fit the model and batch."""
     if context is not None:
         return check_context(cond, context, batch)

@@ -38,8 +38,9 @@ def nll_objective(
     batch: a `flowgen.data.Batch` of any image size that `flow.with_image_size` accepts. The batch's context contains
     the labels or texts that the flow requires. With probability `label_dropout`, a label is replaced by -1, and a text
     by null_text(([frames,] height, width)), which returns the encoded empty text.
-    metrics: loss, bits_per_dim of the noisy images (nats_per_dim for latents and numbers), mean_square_z, logdet_per_dim, and
-    mean_square/<block> of the tokens after each block. With a Jacobi penalty, also jacobi_error/<block>.
+    metrics: loss, bits_per_dim of the noisy images (nats_per_dim for latents and numbers), mean_square_z,
+    logdet_per_dim, and mean_square/<block> of the tokens after each block. With a Jacobi penalty, also
+    jacobi_error/<block>.
     For a volume-preserving flow with prior variance v, the carried state is the tracked variance
     v + 0.1 (mean_b z² - v).
 

@@ -48,10 +48,10 @@ def permutation(order: TokenOrder, n: int) -> Int[np.ndarray, " n"]:
     return np.asarray(order)
 
 
-def order_without_padding(order: TokenOrder, mask: Bool[Array, "b n"]) -> Int[Array, "b n"]:
+def order_without_padding(order: TokenOrder, mask: Bool[Array | np.ndarray, "b n"]) -> Int[Array, "b n"]:
     """Returns the permutation of each sample, in which its tokens come in a block's order, and then its padding."""
     places = jnp.asarray(permutation(order, mask.shape[1]))
-    return places[jnp.argsort(~mask[:, places], axis=1, stable=True)]
+    return places[jnp.argsort(~jnp.asarray(mask)[:, places], axis=1, stable=True)]
 
 
 def without_padding(values: Float[Array, "b n c"], cond: Condition | None) -> Float[Array, "b n c"]:

@@ -156,7 +156,8 @@ class STARFlowConfig(ImageTokens):
             )
         if self.context is not None and self.text_dim:
             raise ValueError(
-                f"context is {shown(self.context)} and text_dim is {self.text_dim}; set context to none or text_dim to 0."
+                f"context is {shown(self.context)} and text_dim is {self.text_dim}; set context to none, or text_dim "
+                "to 0."
             )
         check_one_context(self.num_classes, self.context, self.attention)
         rotary_pairs(self.head_dim, third_axis=self._third_axis)
@@ -260,9 +261,9 @@ class STARFlowConfig(ImageTokens):
 class STARFlow(AutoregressiveFlow):
     """Exact-likelihood flow between latents `b height width c` and noise tokens `b n c`.
 
-    In every method, `cond` is a `TextCondition` if the model is conditioned on texts. Otherwise it is None, int32 labels
-    `b` or the context that the config describes. The label -1 means unconditional: it selects the last row of the prefix's class table or, if class
-    embeddings are added to the tokens, the mean of all class embeddings.
+    In every method, `cond` is a `TextCondition` if the model is conditioned on texts. Otherwise it is None, int32
+    labels `b`, or the context that the config describes. The label -1 means unconditional: it selects the last row of
+    the prefix's class table or, if class embeddings are added to the tokens, the mean of all class embeddings.
 
     Example:
         flow = STARFlow(STARFlowConfig(image_size=8, width=128, layers_per_block=(2, 2, 6), num_classes=10))

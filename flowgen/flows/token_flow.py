@@ -19,7 +19,7 @@ from jaxtyping import Array, Bool, Float
 
 from flowgen.arrays import check_floating, shown
 from flowgen.backend import Implementation, Remat
-from flowgen.conditioning import Condition, Padded
+from flowgen.conditioning import Condition, Padded, Unpadded
 from flowgen.contexts import Context
 from flowgen.flows.affine import OwnScale
 from flowgen.flows.block import BlockConfig, softmax_shapes
@@ -231,7 +231,7 @@ class TokenFlowConfig:
             raise ValueError(f"cond is {shown(cond)}; this model's samples are padded, so give Padded(mask, cond).")
         return Padded(_checked_mask(cond.mask, (batch, self.num_tokens)), self._check_rest(cond.cond, batch))
 
-    def _check_rest(self, cond: Any, batch: int) -> Condition | None:
+    def _check_rest(self, cond: Any, batch: int) -> Unpadded | None:
         return check_labels_or_context(cond, self.num_classes, self.context, batch)
 
 
