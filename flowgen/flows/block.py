@@ -384,8 +384,8 @@ class AutoregressiveBlock(nn.Module):
 def _in_orders(
     rotation: tuple[Array, Array] | None, order: Int[Array, "b n"]
 ) -> tuple[Float[Array, "b n r"], Float[Array, "b n r"]] | None:
-    """Returns the rotation of each sample's slots in its order."""
-    return None if rotation is None else (rotation[0][order], rotation[1][order])
+    """Returns the rotation of each sample's slots in its order, given one row for all samples."""
+    return None if rotation is None else (rotation[0][0][order], rotation[1][0][order])
 
 
 def softmax_shapes(blocks: tuple[BlockConfig, ...]) -> tuple[SoftmaxShape, ...]:

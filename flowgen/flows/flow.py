@@ -15,7 +15,7 @@ from jaxtyping import Array, Float, Key
 
 from flowgen.arrays import check_floating
 from flowgen.backend import OnMeshes
-from flowgen.conditioning import Condition
+from flowgen.conditioning import AnyCondition
 from flowgen.flows.affine import to_noise
 from flowgen.flows.block import AutoregressiveBlock, BlockConfig, Variables
 from flowgen.flows.density import bits_per_dim
@@ -130,7 +130,7 @@ class AutoregressiveFlow(OnMeshes, nn.Module):
         return self.forward(x, cond)
 
     def forward(
-        self, x: Float[Array, "b *event"], cond: Condition | None = None
+        self, x: Float[Array, "b *event"], cond: AnyCondition | None = None
     ) -> tuple[Float[Array, "b n token"], Float[Array, " b"]]:
         """Returns the noise tokens z in raster order and the summed logdet, log|det dz/dx|, in nats.
 
@@ -140,14 +140,14 @@ class AutoregressiveFlow(OnMeshes, nn.Module):
         return states[-1], logdet
 
     def trajectory(
-        self, x: Float[Array, "b *event"], cond: Condition | None = None
+        self, x: Float[Array, "b *event"], cond: AnyCondition | None = None
     ) -> tuple[list[Float[Array, "b n token"]], Float[Array, " b"]]:
         """Returns the tokens after each block, ending with z, and the total logdet."""
         states, logdet = self._through(self.blocks, x, cond)
         return states[1:], logdet
 
     def enter_last_block(
-        self, x: Float[Array, "b *event"], cond: Condition | None = None
+        self, x: Float[Array, "b *event"], cond: AnyCondition | None = None
     ) -> tuple[Float[Array, "b n token"], Float[Array, " b"]]:
         """Returns the last block's input tokens and the logdet of the blocks before it."""
         states, logdet = self._through(self.blocks[:-1], x, cond)
@@ -199,7 +199,7 @@ class AutoregressiveFlow(OnMeshes, nn.Module):
         shape = (self.config.num_tokens, self.config.token_dim)
         return self.get_variable("prior", "variance", jnp.ones(shape, master_dtype(self.config.dtype)))
 
-    def log_prob(self, x: Float[Array, "b *event"], cond: Condition | None = None) -> Float[Array, " b"]:
+    def log_prob(self, x: Float[Array, "b *event"], cond: AnyCondition | None = None) -> Float[Array, " b"]:
         """Returns the exact log p(x | cond) in nats: log N(z; 0, prior variance) + logdet.
 
         x: images in [-1, 1], or latents. The values are not checked, because this would make the device wait: images in
@@ -210,7 +210,7 @@ class AutoregressiveFlow(OnMeshes, nn.Module):
         return without_padding(density, cond).sum(axis=(1, 2)) + logdet
 
     def token_log_prob(
-        self, x: Float[Array, "b *event"], cond: Condition | None = None
+        self, x: Float[Array, "b *event"], cond: AnyCondition | None = None
     ) -> tuple[Float[Array, "b n"], Float[Array, "b n token"]]:
         """Returns the terms of log p(x | cond) that belong to each token, in nats, and the noise tokens z.
 
@@ -230,7 +230,7 @@ class AutoregressiveFlow(OnMeshes, nn.Module):
         density = without_padding(gaussian_log_density(z, self.prior_variance()[None]), cond)
         return terms + density.sum(axis=2), z
 
-    def bits_per_dim(self, x: Float[Array, "b *event"], cond: Condition | None = None) -> Float[Array, " b"]:
+    def bits_per_dim(self, x: Float[Array, "b *event"], cond: AnyCondition | None = None) -> Float[Array, " b"]:
         """Returns -log2 p(x | cond) per dimension on the scale of 256 levels over [-1, 1).
 
         This is the model's bits/dim if x is dequantised (`flowgen.flows.batches.dequantise`).

@@ -12,7 +12,7 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Bool, Float, Int
 
-from flowgen.conditioning import Condition, split_padded
+from flowgen.conditioning import AnyCondition, Padded
 
 RasterOrder = Literal["raster", "reversed"]
 # A permutation lists the raster index of the first token in the block's order, of the second one, and so on.
@@ -54,10 +54,9 @@ def order_without_padding(order: TokenOrder, mask: Bool[Array | np.ndarray, "b n
     return places[jnp.argsort(~jnp.asarray(mask)[:, places], axis=1, stable=True)]
 
 
-def without_padding(values: Float[Array, "b n c"], cond: Condition | None) -> Float[Array, "b n c"]:
+def without_padding(values: Float[Array, "b n c"], cond: AnyCondition | None) -> Float[Array, "b n c"]:
     """Returns values of tokens, with 0 for padding."""
-    mask, _ = split_padded(cond)
-    return values if mask is None else jnp.where(jnp.asarray(mask)[:, :, None], values, 0)
+    return jnp.where(jnp.asarray(cond.mask)[:, :, None], values, 0) if isinstance(cond, Padded) else values
 
 
 def check_permutation(order: tuple[int, ...], n: int, name: str) -> None:
