@@ -20,6 +20,7 @@ from flowgen.decoding import Guidance, Jacobi, Sequential, SlidingWindow, invert
 from flowgen.flows import AutoregressiveBlock, TokenFlowConfig, block_parameters
 from flowgen.flows.batches import batch_condition
 from flowgen.flows.objective import nll_objective
+from flowgen.transforms import MixtureMap
 
 EXACT = 1e-10  # float64: a few hundred operations on numbers of magnitude 1
 SMALL = {"width": 16, "head_dim": 8, "num_blocks": 2, "layers_per_block": 1}
@@ -49,6 +50,11 @@ CASES = {
         TokenFlowConfig(shape=(5, 2), padded=True, orders=(ORDER, ORDER[::-1]), context=TOKENS, **SMALL),
         lambda: Padded(MASK, context()),
     ),
+    "mixture": (TokenFlowConfig(shape=(4,), mixture=MixtureMap(components=3), **SMALL), lambda: None),
+    "padded mixture": (
+        TokenFlowConfig(shape=(5, 2), padded=True, mixture=MixtureMap(components=2, kind="logistic"), **SMALL),
+        lambda: Padded(MASK),
+    ),
     "padded, context, running state": (
         TokenFlowConfig(shape=(5, 2), padded=True, attention="retention", context=TOKENS, **SMALL),
         lambda: Padded(MASK, context()),
@@ -63,7 +69,10 @@ CASES = {
     ),
 }
 # Cases that others cover in part.
-ALIKE = ("one number", "permuted", "classes", "padded", "padded, context, running state", "latents from tokens")
+ALIKE = (
+    *("one number", "permuted", "classes", "padded", "padded mixture", "padded, context, running state"),
+    "latents from tokens",
+)
 PLANS = (Sequential(), Jacobi(window=2, tol=0.0), Jacobi(tol=0.0), SlidingWindow(window=2, tol=0.0))
 
 
@@ -166,6 +175,24 @@ def test_guidance_by_a_context_is_the_same_for_every_plan_and_changes_samples(na
     assert_close(draw(plan=Jacobi(tol=0.0)).x, one.x, NETWORK)
     assert one.error.max() < 1e-4
     assert jnp.abs(one.x - sample(flow, params, key, 3, cond, denoise=False).x).max() > 0.01
+
+
+def test_guidance_needs_the_affine_map(key):
+    config = TokenFlowConfig(shape=(4,), num_classes=3, mixture=MixtureMap(components=2), **SMALL)
+    flow, params = laws.perturbed(config, key)
+    with pytest.raises(ValueError, match="it combines affine maps, and this flow has another map; leave it out"):
+        sample(flow, params, key, 2, jnp.array([0, 1]), guidance=Guidance(scale=1.0))
+
+
+def test_a_mixture_flow_has_gradients_of_its_samples(x64):
+    flow, params, _, _ = case("mixture", "float64")
+    z, direction = jnp.asarray(floats(2, 4, 1, seed=11)), jnp.asarray(floats(2, 4, 1, seed=12))
+
+    def loss(z):
+        return jnp.square(invert(flow, params, z, plan=Jacobi(tol=0.0)).x).sum()
+
+    slope = (loss(z + 1e-5 * direction) - loss(z - 1e-5 * direction)) / 2e-5
+    np.testing.assert_allclose(jnp.vdot(jax.grad(loss)(z), direction), slope, rtol=1e-6)  # step², third derivative
 
 
 @pytest.mark.parametrize("attention", ["softmax", pytest.param("nala", marks=pytest.mark.slow), "retention"])
@@ -327,6 +354,7 @@ def test_texts_are_contexts_too():
         ({"orders": ((0, 1, 2, 3, 4, 5), (0, 1, 2, 3, 4))}, r"orders\[1\] has 5 entries for 6 tokens"),
         ({"orders": ((0, 1, 2, 3, 4, 5), (0, 1, 2, 3, 4, 4))}, r"orders\[1\] is not a permutation of 0..5"),
         ({"num_classes": 3, "context": VectorContext(2)}, r"num_classes is 3 and context is a VectorContext"),
+        ({"mixture": MixtureMap(), "scale_parameterisation": "softplus"}, r"leave it at 'exponential'"),
         ({"width": 20}, r"width is 20, which is not a multiple of head_dim 8"),
     ],
 )

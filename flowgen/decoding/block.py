@@ -31,7 +31,7 @@ from flowgen.decoding.plan import (
 from flowgen.decoding.request import DecodeRequest
 from flowgen.decoding.sliding import solve_sliding
 from flowgen.decoding.weights import rounded_config
-from flowgen.flows.affine import to_data, to_noise
+from flowgen.flows.affine import Affine, TokenMaps
 from flowgen.flows.block import (
     AutoregressiveBlock,
     BlockConfig,
@@ -61,7 +61,7 @@ class GuidedBlock:
 
     def forward(self, x: Float[Array, "b n c"]) -> Float[Array, "b n c"]:
         """Returns the noise z to which the block maps tokens x, in one parallel pass; x and z are in raster order."""
-        return to_noise(x, *self._affine(x))[0]
+        return self._maps(x).to_noise(x)[0]
 
     def sweep(
         self, x: Float[Array, "b n c"], z: Float[Array, "b n c"], context: Float[Array, "b m c"] | None = None
@@ -71,10 +71,9 @@ class GuidedBlock:
         context: the tokens before x; see `inverse`.
         """
         if context is None:
-            return to_data(z, *self._affine(x))
-        shift, log_scale = self._affine(jnp.concatenate([context, x], axis=1))
-        before = context.shape[1]
-        return to_data(z, shift[:, before:], log_scale[:, before:])
+            return self._maps(x).to_data(z)
+        maps, before = self._maps(jnp.concatenate([context, x], axis=1)), context.shape[1]
+        return jax.tree.map(lambda part: part[:, before:], maps).to_data(z)
 
     @property
     def can_pull_back(self) -> bool:
@@ -94,18 +93,17 @@ class GuidedBlock:
         known = u[:, :passthrough] if context is None else context
         return back_substitution(self.conditioner(known), passthrough, u, noise, b).reshape(x.shape)
 
-    def _affine(self, x: Float[Array, "b n c"]) -> AffineParameters:
-        """(shift, log_scale) of all tokens in raster order, with guidance applied; 0 for passthrough tokens."""
+    def _maps(self, x: Float[Array, "b n c"]) -> TokenMaps:
+        """The maps of all tokens in raster order, with guidance applied; the identity for passthrough tokens."""
         if self.guidance is None:
             return self.block.apply(self.variables, x, self.cond, method="parameters")
         config, passthrough = self.block.config, self.block.num_passthrough
         order = config.order_of(self.cond)
         u = to_order(each_frame(x, config.frames), order)
         rows = self.block.apply(self.variables, u, method="previous")
-        shift, log_scale, _ = self._with_both_conditions().parameters(rows, 0, None)
+        maps, _ = self._with_both_conditions().parameters(rows, 0, None)
         padding = ((0, 0), (passthrough, 0), (0, 0))
-        shift, log_scale = (to_raster(jnp.pad(part, padding), order) for part in (shift, log_scale))
-        return shift.reshape(x.shape), log_scale.reshape(x.shape)
+        return jax.tree.map(lambda part: to_raster(jnp.pad(part, padding), order).reshape(x.shape), maps)
 
     def conditioner(
         self,
@@ -129,7 +127,7 @@ class GuidedBlock:
             if not begin:
                 return caches
             rows = block.apply(variables, known, method="previous")
-            return block.accept(caches, both.parameters(rows, 0, caches)[2])
+            return block.accept(caches, both.parameters(rows, 0, caches)[1])
 
         return Conditioner(
             window=both.parameters,
@@ -151,8 +149,8 @@ class GuidedBlock:
 
     def parameters(
         self, previous: Float[Array, "b w c"], start: Start, caches: tuple | None
-    ) -> tuple[Float[Array, "b w c"], Float[Array, "b w c"], tuple | None]:
-        """Returns (shift, log_scale, window) for the tokens that follow `previous`, with guidance applied.
+    ) -> tuple[TokenMaps, tuple | None]:
+        """Returns (maps, window) for the tokens that follow `previous`, with guidance applied.
 
         previous: the network's inputs, beginning with row `start`. Both branches of guidance run as one batch, so
         `self.cond` must contain the conditions of both branches. The result `window` is what the block's `accept` needs
@@ -161,14 +159,15 @@ class GuidedBlock:
         batch, width = previous.shape[:2]
         state = BlockState(self._of_branches(start), caches, self._inverse_temperature(batch))
         rows = self._of_branches(previous)
-        shift, log_scale, window = self.block.apply(self.variables, rows, self.cond, state, method="conditioner")
+        maps, window = self.block.apply(self.variables, rows, self.cond, state, method="conditioner")
         if self.guidance is None:
-            return shift, log_scale, window
+            return maps, window
         tokens = positions(start, width) + self.block.num_passthrough
         progress = tokens / max(self.block.config.num_tokens - 1, 1)
+        shift, log_scale = maps
         conditional: AffineParameters = (shift[:batch], log_scale[:batch])
         unconditional: AffineParameters = (shift[batch:], log_scale[batch:])
-        return *self.guidance.combine(conditional, unconditional, progress[:, :, None]), window
+        return Affine(*self.guidance.combine(conditional, unconditional, progress[:, :, None])), window
 
     def _of_branches(self, x: Any) -> Any:
         """An array with one row per sample, repeated for both branches of guidance; anything else as it is."""

@@ -222,6 +222,8 @@ def _active(guidance: Guidance | None, cond: Condition | None, config: FlowConfi
         blocks = tuple(index for index in blocks if config.blocks[index].is_conditional)
     if not blocks:
         return None
+    if any(config.blocks[index].elementwise is not None for index in blocks):
+        raise ValueError("guidance is set, but it combines affine maps, and this flow has another map; leave it out.")
     attention = config.blocks[0].transformer.attention
     if not same_temperature and not causal_kernel(attention).has_temperature:
         traced = isinstance(guidance.temperature, Tracer)

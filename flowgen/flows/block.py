@@ -24,6 +24,7 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any, Literal, NamedTuple
 
+import jax
 import jax.numpy as jnp
 from flax import linen as nn
 from jaxtyping import Array, Float, Int
@@ -32,11 +33,12 @@ from flowgen.attention import causal_kernel
 from flowgen.attention.slices import Start, positions
 from flowgen.conditioning import Condition, ContextTokens, Padded, TextCondition, Unpadded, masked_text, split_padded
 from flowgen.flows.affine import (
+    Mapped,
     ScaleParameterisation,
+    TokenMaps,
+    affine_maps,
     num_outputs,
-    shift_and_log_scale,
     soft_clip,
-    to_noise,
 )
 from flowgen.flows.orders import SampleOrder, TokenOrder, order_without_padding, to_order, to_raster
 from flowgen.flows.positions import GridPositions
@@ -44,6 +46,7 @@ from flowgen.nn.embeddings import class_embedding, class_one_hot
 from flowgen.nn.layers import RMSNorm, cast_linear, linear, master_dtype
 from flowgen.nn.softmax_shape import SoftmaxShape
 from flowgen.nn.transformer import TransformerConfig, transformer_stack, unstack_layers
+from flowgen.transforms.elementwise import ElementwiseMap
 
 Shift = Literal["output", "input"]
 EMBEDDING_STDDEV = 0.01
@@ -113,6 +116,7 @@ class BlockConfig:
     positions: rotary positions; None means a learned table.
     slot_positions: whether row i of the learned table belongs to the i-th token in the block's order. By default, it
     belongs to the i-th token in raster order.
+    elementwise: the map of tokens, which replaces the affine map and needs shift "input"; None for the affine map.
     soft_clip: bound on the raw outputs; 0 for none.
     final_norm: whether an RMSNorm precedes the last linear map.
     frames: number of groups, such as the frames of a video, that the block maps independently; each group has
@@ -132,6 +136,14 @@ class BlockConfig:
     prefix: Prefix | None = None
     frames: int = 1
     slot_positions: bool = False
+    elementwise: ElementwiseMap | None = None
+
+    @property
+    def num_outputs(self) -> int:
+        """Number of the network's outputs per token."""
+        if self.elementwise is not None:
+            return self.elementwise.num_outputs(self.token_dim)
+        return num_outputs(self.scale_parameterisation) * self.token_dim
 
     @property
     def prefix_length(self) -> int:
@@ -207,7 +219,6 @@ class AutoregressiveBlock(nn.Module):
         width, dtype = transformer.width, transformer.dtype
         embedding = nn.initializers.normal(EMBEDDING_STDDEV)
         master = master_dtype(dtype)
-        outputs = num_outputs(config.scale_parameterisation)
         self.proj_in = linear(width, config.token_dim, dtype)
         if config.shift == "input":
             self.start_token = self.param("start_token", nn.initializers.normal(1.0), (config.token_dim,), master)
@@ -220,37 +231,44 @@ class AutoregressiveBlock(nn.Module):
         self.layers = transformer_stack(transformer)
         if config.final_norm:
             self.final_norm = RMSNorm(dtype)
-        self.proj_out = linear(outputs * config.token_dim, width, dtype, zero_kernel=True)
+        self.proj_out = linear(config.num_outputs, width, dtype, zero_kernel=True)
 
     def __call__(
         self, x: Float[Array, "b n c"], cond: Condition | None = None
     ) -> tuple[Float[Array, "b n c"], Float[Array, " b"]]:
         """Returns z in raster order and the summed logdet `b` in nats."""
-        shift, log_scale = self.parameters(x, cond)
-        return to_noise(x, shift, log_scale)
+        z, log_derivative = self.parameters(x, cond).to_noise(x)
+        return z, log_derivative.sum(axis=(1, 2))
 
-    def parameters(
-        self, x: Float[Array, "b n c"], cond: Condition | None = None
-    ) -> tuple[Float[Array, "b n c"], Float[Array, "b n c"]]:
-        """Returns (shift, log_scale) of all tokens in raster order; both are 0 for passthrough tokens."""
+    def parameters(self, x: Float[Array, "b n c"], cond: Condition | None = None) -> TokenMaps:
+        """Returns the maps of all tokens in raster order; passthrough tokens have the identity.
+
+        Unless the config has an elementwise map, this is an `Affine`, a tuple (shift, log_scale).
+        """
         config = self.config
         cond = config.condition(cond)  # Blocks that map single frames ignore the condition.
         order = config.order_of(cond)
         u = to_order(each_frame(x, config.frames), order)
-        shift, log_scale, _ = self.conditioner(self.previous(u), cond)
+        maps, _ = self.conditioner(self.previous(u), cond)
         passthrough = ((0, 0), (self.num_passthrough, 0), (0, 0))
-        shift, log_scale = (jnp.pad(part, passthrough) for part in (shift, log_scale))
-        return to_raster(shift, order).reshape(x.shape), to_raster(log_scale, order).reshape(x.shape)
+
+        def in_raster(part: Array) -> Array:
+            return to_raster(jnp.pad(part, passthrough), order).reshape(*x.shape[:2], -1)
+
+        return jax.tree.map(in_raster, maps)
 
     def conditioner(
         self, previous: Float[Array, "b w c"], cond: Condition | None, state: BlockState = NOTHING_BEFORE
-    ) -> tuple[Float[Array, "b w c"], Float[Array, "b w c"], tuple | None]:
-        """Returns (shift, log_scale, window) for a window of tokens, given the token before each one.
+    ) -> tuple[TokenMaps, tuple | None]:
+        """Returns (maps, window) for a window of tokens, given the token before each one.
 
         previous: rows start..start+w-1 of `previous(tokens)`. The result is for tokens start+p..start+p+w-1, where p is
         num_passthrough.
         state: the state before the window, with caches from `prefill` or `accept`. By default, the window is the whole
-        sequence. The result `window` is what `accept` needs to add the window to the caches.
+        sequence.
+
+        maps: the maps of the tokens, as `parameters` returns them. window: what `accept` needs to add the window to the
+        caches.
         """
         config, transformer = self.config, self.config.transformer
         batch, window = previous.shape[:2]
@@ -269,12 +287,15 @@ class AutoregressiveBlock(nn.Module):
             rotation = self.rotation(start + config.prefix_length, window)
             h, caches = self.layers(h, caches, start + self.prefix_count(cond), inverse_temperature, rotation)
         out = self.proj_out(self.final_norm(h) if config.final_norm else h).astype(master_dtype(transformer.dtype))
-        shift, log_scale = shift_and_log_scale(soft_clip(out, config.soft_clip), config.scale_parameterisation)
+        raw = soft_clip(out, config.soft_clip)
+        if config.elementwise is None:
+            maps = affine_maps(raw, config.scale_parameterisation)
+        else:
+            maps = Mapped(config.elementwise, raw)
         if mask is not None:
             places = positions(start, window) + self.num_passthrough
-            is_token = (places < mask.sum(axis=1, keepdims=True))[:, :, None]
-            shift, log_scale = jnp.where(is_token, shift, 0), jnp.where(is_token, log_scale, 0)
-        return shift, log_scale, caches
+            maps = maps.where((places < mask.sum(axis=1, keepdims=True))[:, :, None])
+        return maps, caches
 
     def _whole_sequence(
         self,

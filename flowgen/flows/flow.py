@@ -16,7 +16,6 @@ from jaxtyping import Array, Float, Key
 from flowgen.arrays import check_floating
 from flowgen.backend import OnMeshes
 from flowgen.conditioning import AnyCondition
-from flowgen.flows.affine import to_noise
 from flowgen.flows.block import AutoregressiveBlock, BlockConfig, Variables
 from flowgen.flows.density import bits_per_dim
 from flowgen.flows.orders import without_padding
@@ -224,9 +223,8 @@ class AutoregressiveFlow(OnMeshes, nn.Module):
         z = without_padding(config.to_tokens(x).astype(master_dtype(config.dtype)), cond)
         terms = jnp.zeros(z.shape[:2], z.dtype)
         for block in self.blocks:
-            shift, log_scale = block.parameters(z, cond)
-            z, _ = to_noise(z, shift, log_scale)
-            terms = terms - log_scale.sum(axis=2)
+            z, log_derivative = block.parameters(z, cond).to_noise(z)
+            terms = terms + log_derivative.sum(axis=2)
         density = without_padding(gaussian_log_density(z, self.prior_variance()[None]), cond)
         return terms + density.sum(axis=2), z
 

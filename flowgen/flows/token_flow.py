@@ -46,6 +46,7 @@ from flowgen.settings.ranges import (
     Tokens,
     Width,
 )
+from flowgen.transforms import MixtureMap
 
 Permutation = Annotated[tuple[CountOrZero, ...], Entries(1, MAX_TOKENS)]
 
@@ -70,8 +71,10 @@ class TokenFlowConfig:
     ImageContext; None for none.
     scale_parameterisation: "exponential" or "softplus", which means σ = softplus(a + 0.5413) for the raw output a, or
     your own function (shift, raw) -> (shift, log_scale).
-    soft_clip: bound c of the map c · tanh(r / c), which is applied to the raw scale and the shift of each block; 0 for
-    none. Data far outside of ±c need to be standardised.
+    mixture: the map by the CDF of a mixture, which replaces the affine map of each number and models several modes in
+    one block; None for the affine map. Guidance needs the affine map.
+    soft_clip: bound c of the map c · tanh(r / c), which is applied to the raw outputs of each block, such as scale and
+    shift; 0 for none. Data far outside of ±c need to be standardised.
     attention: attention kernel of the layers: a name, or your own kernel.
     attention_implementation: implementation of softmax attention: "auto", "xla", "cudnn" (for GPUs) or "tpu" (for
     TPUs); see docs/attention.md.
@@ -99,6 +102,7 @@ class TokenFlowConfig:
     num_classes: Classes = 0
     context: Context | None = None
     scale_parameterisation: Literal["exponential", "softplus"] | OwnScale = "exponential"
+    mixture: MixtureMap | None = None
     soft_clip: NonNegative = 4.0
     attention: Attention = "softmax"
     attention_implementation: Implementation = "auto"
@@ -119,6 +123,11 @@ class TokenFlowConfig:
             raise ValueError(
                 f"padded is True, which needs sequences whose rows are tokens, but shape is {self.shape} and group is "
                 f"{self.group}; set shape to (rows, channels) and group to 1."
+            )
+        if self.mixture is not None and self.scale_parameterisation != "exponential":
+            raise ValueError(
+                f"mixture is {shown(self.mixture)}, which has scales of its own, but scale_parameterisation is "
+                f"{self.scale_parameterisation!r:.80}; leave it at 'exponential'."
             )
         check_one_context(self.num_classes, self.context, self.attention)
         if isinstance(self.orders, tuple):
@@ -190,6 +199,7 @@ class TokenFlowConfig:
                 final_norm=True,
                 prefix=context_prefix(self.context),
                 slot_positions=True,
+                elementwise=self.mixture,
             )
             for index in range(self.num_blocks)
         )
