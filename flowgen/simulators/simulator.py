@@ -1,4 +1,4 @@
-"""The interface of simulators: a prior over a box, a random map from parameters to observations, and its density."""
+"""The interface of simulators: a uniform prior, a random map from parameters to observations, and its density."""
 
 from __future__ import annotations
 
@@ -11,14 +11,14 @@ from jaxtyping import Array, Float, Key
 
 
 class Simulator(Protocol):
-    """A simulator, whose parameters are inferred from observations. A subclass gives the data and two methods.
+    """A simulator, whose parameters are inferred from observations. Subclasses define the fields and three methods.
 
     name: a short name, such as "two_moons".
     low, high: the bounds of the parameters, one number per parameter. The prior is uniform between them.
     observation_dim: the number of values of an observation.
-    fixed_observations: observations at which methods are compared; number i of all users is the same.
+    fixed_observations: observations at which methods are compared, the same for all users.
 
-    All methods can be compiled with `jax.jit` and computed in float32 or float64.
+    All methods but `reference_samples` can be compiled with `jax.jit`, and compute in float32 or float64.
 
     Example:
         simulator: Simulator = TwoMoons()
@@ -107,3 +107,24 @@ class Simulator(Protocol):
         prior = self.log_prior(parameters)
         likelihood = self.log_likelihood(parameters, observation)
         return jnp.where(jnp.isneginf(prior), prior, prior + likelihood)
+
+    @abstractmethod
+    def reference_samples(self, key: Key[Array, ""], num: int, index: int) -> Float[Array, "num d"]:
+        """Returns independent samples of the exact posterior of fixed observation `index`, in float32.
+
+        Raises ValueError if there is no such observation, or if there are fewer than `num` samples.
+
+        Example:
+            reference = simulator.reference_samples(key, 10_000, 0)
+        """
+        ...
+
+    def check_index(self, index: int) -> None:
+        """Raises ValueError if there is no fixed observation of this index.
+
+        Example:
+            simulator.check_index(0)
+        """
+        count = len(self.fixed_observations)
+        if not 0 <= index < count:
+            raise ValueError(f"index is {index}; {self.name} has the observations 0 to {count - 1}.")

@@ -11,15 +11,18 @@ The signs of θ₃ and θ₄ do not matter, so that the posterior has four modes
 from __future__ import annotations
 
 from dataclasses import dataclass
+from importlib import resources
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jaxtyping import Array, Float, Key
 
 from flowgen.simulators.simulator import Simulator
 
 NUM_POINTS = 4
 RIDGE = 1e-6  # keeps S positive definite
+STORED_LEVELS = 65535  # of the samples in slcp.npz
 
 
 @dataclass(frozen=True)
@@ -61,6 +64,23 @@ class SLCP(Simulator):
         second = (points[:, :, 1] - slope * first) / second_std
         log_volume = jnp.log(2 * jnp.pi * first_std[:, 0] * second_std[:, 0])
         return -0.5 * (first**2 + second**2).sum(axis=1) - NUM_POINTS * log_volume
+
+    def reference_samples(self, key: Key[Array, ""], num: int, index: int) -> Float[Array, "num 5"]:
+        """Returns different samples, in random order, of the 10,000 that are recorded of each fixed observation.
+
+        They come from a long run of the No-U-Turn sampler (benchmarks/reference_posteriors.py), and are rounded to
+        multiples of 9 · 10⁻⁵.
+
+        Raises ValueError if there is no such observation, or if num is above 10,000.
+        """
+        self.check_index(index)
+        with resources.files("flowgen.simulators").joinpath("slcp.npz").open("rb") as file, np.load(file) as arrays:
+            stored = arrays[f"observation_{index}"]
+        if not 1 <= num <= len(stored):
+            raise ValueError(f"num is {num}; it must be from 1 to {len(stored)}, the number of recorded samples.")
+        low, high = np.array(self.low), np.array(self.high)
+        samples = (low + (high - low) * stored / STORED_LEVELS).astype(np.float32)
+        return jnp.asarray(samples)[jax.random.permutation(key, len(samples))[:num]]
 
 
 def _factor(parameters: Float[Array, "n 5"]) -> tuple[Float[Array, " n"], Float[Array, " n"], Float[Array, " n"]]:

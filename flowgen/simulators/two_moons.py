@@ -33,7 +33,7 @@ class TwoMoons(Simulator):
 
     Example:
         simulator = TwoMoons()
-        reference = simulator.sample_posterior(key, 10_000, simulator.observations[0])
+        reference = simulator.reference_samples(key, 10_000, 0)
     """
 
     name: str = "two_moons"
@@ -63,9 +63,7 @@ class TwoMoons(Simulator):
         log_radius = jax.scipy.stats.norm.logpdf(radius, RADIUS, RADIUS_STD)
         return jnp.where(across >= 0, log_radius - jnp.log(jnp.pi * radius), -jnp.inf)
 
-    def sample_posterior(
-        self, key: Key[Array, ""], num: int, observation: Float[Array, " 2"]
-    ) -> Float[Array, "num 2"]:
+    def sample_posterior(self, key: Key[Array, ""], num: int, observation: Float[Array, " 2"]) -> Float[Array, "num 2"]:
         """Returns exact, independent samples of the posterior.
 
         Points p of the crescent are drawn, and (1) is solved for θ. Where that gives a negative |z₁| or leaves the
@@ -76,16 +74,21 @@ class TwoMoons(Simulator):
         """
 
         def unfinished(state):
-            number, _, found = state
-            return (number < MOST_ROUNDS) & ~found.all()
+            rounds, _, found = state
+            return (rounds < MOST_ROUNDS) & ~found.all()
 
         def draw_again(state):
-            number, parameters, found = state
-            proposed, fits = self._proposal(jax.random.fold_in(key, number), num, observation)
-            return number + 1, jnp.where((fits & ~found)[:, None], proposed, parameters), found | fits
+            rounds, parameters, found = state
+            proposed, fits = self._proposal(jax.random.fold_in(key, rounds), num, observation)
+            return rounds + 1, jnp.where((fits & ~found)[:, None], proposed, parameters), found | fits
 
         blank = jnp.full((num, 2), jnp.nan, observation.dtype)
         return jax.lax.while_loop(unfinished, draw_again, (0, blank, jnp.zeros(num, bool)))[1]
+
+    def reference_samples(self, key: Key[Array, ""], num: int, index: int) -> Float[Array, "num 2"]:
+        """Returns exact samples of the posterior of fixed observation `index`; see `sample_posterior`."""
+        self.check_index(index)
+        return self.sample_posterior(key, num, self.observations[index])
 
     def _proposal(
         self, key: Key[Array, ""], num: int, observation: Float[Array, " 2"]
