@@ -10,7 +10,6 @@ The signs of θ₃ and θ₄ do not matter, so that the posterior has four modes
 
 from __future__ import annotations
 
-from dataclasses import dataclass
 from importlib import resources
 
 import jax
@@ -25,7 +24,6 @@ RIDGE = 1e-6  # keeps S positive definite
 STORED_LEVELS = 65535  # of the samples in slcp.npz
 
 
-@dataclass(frozen=True)
 class SLCP(Simulator):
     """The simulator SLCP; see the module's description. The prior is uniform on [-3, 3]⁵.
 
@@ -36,11 +34,10 @@ class SLCP(Simulator):
         parameters, observations = simulator.sample_joint(key, 10_000)
     """
 
-    name: str = "slcp"
-    low: tuple[float, ...] = (-3.0,) * 5
-    high: tuple[float, ...] = (3.0,) * 5
-    observation_dim: int = 2 * NUM_POINTS
-    fixed_observations: tuple[tuple[float, ...], ...] = (
+    name = "slcp"
+    low, high = (-3.0,) * 5, (3.0,) * 5
+    observation_dim = 2 * NUM_POINTS
+    fixed_observations = (
         (-1.779, 5.42, -1.455, 5.128, -1.727, 11.124, -0.972, -3.437),
         (-7.065, -0.513, -1.517, -1.574, 2.221, -1.889, -5.176, -0.374),
         (-2.574, 3.085, -0.778, 3.188, -1.846, 0.135, -3.017, -0.569),

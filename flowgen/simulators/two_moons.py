@@ -12,8 +12,6 @@ solve (1): |z₁| = p₁ - x₁ and z₂ = x₂ - p₂. Both signs of z₁ are e
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-
 import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Key
@@ -25,7 +23,6 @@ RADIUS, RADIUS_STD = 0.1, 0.01
 MOST_ROUNDS = 1000  # of redrawing samples of the posterior outside the prior
 
 
-@dataclass(frozen=True)
 class TwoMoons(Simulator):
     """The simulator of two moons; see the module's description. The prior is uniform on [-1, 1]².
 
@@ -36,16 +33,10 @@ class TwoMoons(Simulator):
         reference = simulator.reference_samples(key, 10_000, 0)
     """
 
-    name: str = "two_moons"
-    low: tuple[float, ...] = (-1.0, -1.0)
-    high: tuple[float, ...] = (1.0, 1.0)
-    observation_dim: int = 2
-    fixed_observations: tuple[tuple[float, ...], ...] = (
-        (0.0, 0.0),
-        (-0.022, -0.628),
-        (-0.69, 0.173),
-        (-0.659, -0.348),
-    )
+    name = "two_moons"
+    low, high = (-1.0, -1.0), (1.0, 1.0)
+    observation_dim = 2
+    fixed_observations = ((0.0, 0.0), (-0.022, -0.628), (-0.69, 0.173), (-0.659, -0.348))
 
     def simulate(self, key: Key[Array, ""], parameters: Float[Array, "n 2"]) -> Float[Array, "n 2"]:
         return _crescent(key, len(parameters)) + _shift(parameters)
