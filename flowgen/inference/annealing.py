@@ -25,8 +25,7 @@ from jaxtyping import Array, Float, Key
 
 from flowgen.arrays import check_count, check_floating, check_key, shown
 from flowgen.inference.densities import LogDensity, density_at, tempered, value_and_score
-from flowgen.inference.importance import resample
-from flowgen.weights import check_share, effective_sample_size, log_mean_exp
+from flowgen.weights import check_share, effective_sample_size, log_mean_exp, systematic_indices
 
 # (key, x `b *event`, log_density) -> (x, share of accepted proposals). The move leaves log_density invariant.
 Move = Callable[[Any, Any, LogDensity], tuple[Any, Any]]
@@ -252,13 +251,13 @@ def _stage(
     log_weight = _weighted(log_weight, end - begin, log_ratio)
     ess = effective_sample_size(log_weight)
 
-    def resampled(key, x, log_weight):
-        return resample(key, x, log_weight), jnp.full_like(log_weight, log_mean_exp(log_weight))
+    offset = jax.random.uniform(resample_key, dtype=ess.dtype)
 
-    def kept(key, x, log_weight):
-        return x, log_weight
+    def resampled(x, log_weight):
+        chosen = systematic_indices(log_weight, len(x), offset)
+        return x[chosen], jnp.full_like(log_weight, log_mean_exp(log_weight))
 
-    x, log_weight = lax.cond(ess < resample_below, resampled, kept, resample_key, x, log_weight)
+    x, log_weight = lax.cond(ess < resample_below, resampled, lambda *unchanged: unchanged, x, log_weight)
     x, acceptance = move(move_key, x, tempered(log_q, log_target, end))
     return (x, log_weight, _log_ratio(x, log_q, log_target)), (ess, jnp.asarray(acceptance, ess.dtype))
 
