@@ -27,6 +27,7 @@ _NAMES = {
     "Experiment": "flowgen.experiments",
     "FlowExperiment": "flowgen.experiments",
     "VideoFlowExperiment": "flowgen.experiments",
+    "TokenFlowExperiment": "flowgen.experiments",
     "MatchingExperiment": "flowgen.experiments",
     "AutoencoderExperiment": "flowgen.experiments",
 }
@@ -59,6 +60,7 @@ if TYPE_CHECKING:
     from flowgen.experiments import Experiment as Experiment
     from flowgen.experiments import FlowExperiment as FlowExperiment
     from flowgen.experiments import MatchingExperiment as MatchingExperiment
+    from flowgen.experiments import TokenFlowExperiment as TokenFlowExperiment
     from flowgen.experiments import VideoFlowExperiment as VideoFlowExperiment
     from flowgen.experiments import fit as fit
     from flowgen.experiments import load_config as load_config

@@ -33,11 +33,13 @@ def fields_help() -> str:
     from flowgen.experiments.drawing import CompareOptions, EvaluateOptions
     from flowgen.experiments.flow import ImageEvaluateOptions
     from flowgen.experiments.solving import VelocityEvaluateOptions
+    from flowgen.experiments.token_flow import TokenEvaluateOptions
 
     every, flows, compared = EvaluateOptions(), FlowEvaluateOptions(), CompareOptions()
     parts = [
         options_help("all models", every),
         options_help("flows", flows, without=(every,)),
+        options_help("flows of numbers", TokenEvaluateOptions(), without=(every,)),
         options_help("velocity networks", VelocityEvaluateOptions(), without=(compared,)),
         options_help("samples of image flows and velocity networks", compared, without=(every,)),
         options_help("image flows", ImageEvaluateOptions(), without=(flows, compared)),

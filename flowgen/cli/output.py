@@ -14,7 +14,7 @@ from flowgen.checkpoint import check_new
 from flowgen.data import atomic_file, check_image_path, check_writable, save_image, to_uint8
 from flowgen.data.media import IMAGE_SUFFIXES, pillow
 from flowgen.data.video import VIDEO_SUFFIXES, check_video_path, write_video
-from flowgen.experiments import MatchingExperiment, Samples, VideoFlowExperiment
+from flowgen.experiments import MatchingExperiment, Samples, TokenFlowExperiment, VideoFlowExperiment
 from flowgen.experiments.drawing import DrawOptions, drawn_classes
 from flowgen.experiments.experiment import Experiment
 from flowgen.experiments.plots import DRAWABLE_CHANNELS, matplotlib, sample_grid, side_by_side, strips
@@ -73,10 +73,10 @@ class Output:
             raise ValueError(
                 f"--fps is {fps:g}, but --out {self.path} is not a video; use .gif or .mp4, or leave out --fps."
             )
-        if experiment.drawn_channels is None:  # points
+        if experiment.drawn_channels is None:  # points and other numbers
             matplotlib()
             if self.single is not None:
-                raise ValueError("--single writes images, but this model draws points; leave out --single.")
+                raise ValueError("--single writes images, but this model draws numbers; leave out --single.")
         elif (not self.is_arrays or self.single) and experiment.drawn_channels not in DRAWABLE_CHANNELS:
             raise ValueError(
                 f"The samples have {experiment.drawn_channels} channels, but images have 1 or 3; use --out samples.npz "
@@ -89,9 +89,13 @@ class Output:
         fps = experiment.fps(options.fps) if isinstance(experiment, VideoFlowExperiment) else 0.0
         if self.is_arrays:
             with atomic_file(self.path) as file:
-                np.savez(file, allow_pickle=False, **{KINDS[arrays.ndim]: arrays}, **samples.conditions)
+                # Numbers are written as a NumbersConfig reads them.
+                name = "x" if isinstance(experiment, TokenFlowExperiment) else KINDS[arrays.ndim]
+                np.savez(file, allow_pickle=False, **{name: arrays}, **samples.conditions)
         elif self.is_video:
             write_video(self.path, side_by_side(arrays), fps=fps)
+        elif isinstance(experiment, TokenFlowExperiment):
+            save_image(self.path, experiment.plot(samples))
         elif arrays.ndim == 5:
             save_image(self.path, strips(arrays))
         elif arrays.ndim == 4:

@@ -43,6 +43,7 @@ def fields_help() -> str:
     from flowgen.experiments.autoregressive import FlowDrawOptions
     from flowgen.experiments.drawing import DrawOptions
     from flowgen.experiments.solving import VelocityDrawOptions
+    from flowgen.experiments.token_flow import TokenDrawOptions, TokenSamplingConfig
     from flowgen.experiments.video_flow import ClipDrawOptions
 
     every, flows = DrawOptions(), FlowDrawOptions()
@@ -50,8 +51,10 @@ def fields_help() -> str:
         options_help("all models", every),
         options_help("flows", flows, without=(every,)),
         options_help("video flows", ClipDrawOptions(), without=(flows,)),
+        options_help("flows of numbers", TokenDrawOptions(), without=(every,)),
         options_help("velocity networks", VelocityDrawOptions(), without=(every,)),
         options_help("sampling of flows (--num is short for --sampling.num)", SamplingConfig(), omit=("prompts",)),
+        options_help("sampling of flows of numbers (--num is short for --sampling.num)", TokenSamplingConfig()),
         options_help("sampling of velocity networks (--num is short for --sampling.num)", SolverConfig()),
     ]
     return "\n\n".join(parts)
@@ -117,7 +120,7 @@ def _with_plan(experiment: Any, model: Any, params: Any, run_dir: str, asked: An
 def _check_guidance(experiment: Any, given: set[str]) -> None:
     """Raises ValueError if the command line sets a guidance that would change nothing."""
     sampling, model = experiment.sampling, experiment.model
-    conditional = getattr(model, "num_classes", 0) or getattr(model, "text_dim", 0)
+    conditional = any(getattr(model, name, 0) for name in ("num_classes", "text_dim", "context"))
     if (
         "sampling.guidance" in given
         and sampling.guidance

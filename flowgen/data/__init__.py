@@ -1,4 +1,4 @@
-"""Datasets of images, clips and points, stateless batches, and reading and writing of media files."""
+"""Datasets of images, clips, points and numbers, stateless batches, and reading and writing of media files."""
 
 from flowgen.batch import Batch, Moments
 from flowgen.data.classes import check_classes
@@ -17,6 +17,7 @@ from flowgen.data.media import (
     save_image,
     to_uint8,
 )
+from flowgen.data.numbers import NumbersConfig, NumbersDataset, SimulatedConfig, load_numbers
 from flowgen.data.points import PointsConfig, blank_batches
 from flowgen.data.registry import load
 
@@ -31,7 +32,10 @@ __all__ = [
     "LatentsConfig",
     "Loader",
     "Moments",
+    "NumbersConfig",
+    "NumbersDataset",
     "PointsConfig",
+    "SimulatedConfig",
     "atomic_file",
     "blank_batches",
     "buckets_of",
@@ -45,6 +49,7 @@ __all__ = [
     "image_grid",
     "load",
     "load_clips",
+    "load_numbers",
     "prefetch",
     "read_latents",
     "save_image",

@@ -1,4 +1,4 @@
-"""Experiments train, sample and evaluate a model: an image flow, a video flow, a velocity network or an autoencoder."""
+"""Experiments train, sample and evaluate a model: a flow of images, clips or numbers, a velocity network, a codec."""
 
 from flowgen.experiments.autoencoder import AutoencoderExperiment, AutoencodingConfig
 from flowgen.experiments.codecs import PretrainedAutoencoder, SpaceToDepth
@@ -10,6 +10,7 @@ from flowgen.experiments.matching import MatchingExperiment
 from flowgen.experiments.options import LikelihoodConfig, SamplingConfig
 from flowgen.experiments.solving import SolverConfig
 from flowgen.experiments.texts import TextConfig
+from flowgen.experiments.token_flow import TokenFlowExperiment, TokenSamplingConfig
 from flowgen.experiments.video_flow import VideoFlowExperiment
 
 __all__ = [
@@ -25,6 +26,8 @@ __all__ = [
     "SolverConfig",
     "SpaceToDepth",
     "TextConfig",
+    "TokenFlowExperiment",
+    "TokenSamplingConfig",
     "VideoFlowExperiment",
     "fit",
     "from_json",

@@ -12,7 +12,7 @@ import jax
 import jax.numpy as jnp
 
 from flowgen.batch import Batch, Moments
-from flowgen.conditioning import Condition, TextCondition
+from flowgen.conditioning import Condition, ContextTokens, Padded, TextCondition
 from flowgen.counting import bytes_of, flop_of, peak_of
 from flowgen.decoding.plan import DecodePlan, RoundedDtype, rounded_dtypes
 from flowgen.decoding.weights import new_rounded_weights, unstacked_weights
@@ -197,7 +197,13 @@ def some_condition(config: Any, rows: int) -> Condition | None:
     if config.text_dim:
         embeddings = jnp.zeros((rows, config.text_length, config.text_dim))
         return TextCondition(embeddings, jnp.zeros(embeddings.shape[:2], bool))
-    return jnp.zeros(rows, jnp.int32) if config.num_classes else None
+    cond = jnp.zeros(rows, jnp.int32) if config.num_classes else None
+    if described := getattr(config, "context", None):
+        tokens = jnp.zeros((rows, described.length, described.dim))
+        cond = ContextTokens(tokens, jnp.ones(tokens.shape[:2], bool))
+    if getattr(config, "padded", False):
+        return Padded(jnp.ones((rows, config.num_tokens), bool), cond)
+    return cond
 
 
 def tokens_of(config: Any, batch: Batch) -> int:

@@ -13,11 +13,18 @@ from flowgen.experiments.autoencoder import AutoencoderExperiment
 from flowgen.experiments.experiment import Experiment
 from flowgen.experiments.flow import FlowExperiment
 from flowgen.experiments.matching import MatchingExperiment
+from flowgen.experiments.token_flow import TokenFlowExperiment
 from flowgen.experiments.video_flow import VideoFlowExperiment
 from flowgen.places import check_local
 from flowgen.runs import DIGEST
 
-KINDS: tuple[type[Experiment], ...] = (FlowExperiment, VideoFlowExperiment, MatchingExperiment, AutoencoderExperiment)
+KINDS: tuple[type[Experiment], ...] = (
+    FlowExperiment,
+    VideoFlowExperiment,
+    TokenFlowExperiment,
+    MatchingExperiment,
+    AutoencoderExperiment,
+)
 # The shipped configs are next to the package in a checkout, and inside the package if flowgen is installed.
 _PLACES = tuple(Path(__file__).parents[up] / "configs" for up in (2, 1))
 

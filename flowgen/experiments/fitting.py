@@ -20,6 +20,7 @@ from flowgen.experiments.experiment import Experiment
 from flowgen.experiments.files import KINDS
 from flowgen.experiments.fine_tuning import started_from
 from flowgen.experiments.own_data import check_protocol
+from flowgen.experiments.token_flow import TokenFlowExperiment
 from flowgen.nn import init
 from flowgen.places import is_same_place
 from flowgen.runs import RunReader, passing_warnings
@@ -40,6 +41,11 @@ def _of_own(experiment: Experiment, dataset: Any, held_out: Any) -> Experiment:
         # The user's images or clips replace the cached latents.
         data = next(field.default for field in dataclasses.fields(experiment) if field.name == "data")
     if not isinstance(data, DataConfig | ClipsConfig):
+        if isinstance(experiment, TokenFlowExperiment):
+            raise ValueError(
+                "dataset is given, but a TokenFlowExperiment reads its numbers from data; save them with np.savez, and "
+                "set data to a NumbersConfig(path)."
+            )
         raise ValueError("dataset is given, but data is a PointsConfig, which draws points; set data to a DataConfig.")
     known, found = data.classes, tuple(dataset.class_names)
     if known and found and known != found and getattr(experiment.model, "num_classes", 0):

@@ -15,7 +15,6 @@ from flowgen.data import (
     Dataset,
     LatentsConfig,
     Loader,
-    PointsConfig,
     check_classes,
     found_classes,
     load,
@@ -54,7 +53,7 @@ def with_class_names(experiment: E) -> E:
         with_class_names(experiment).data.classes  # ("cat", "dog", "fox")
     """
     data = experiment.data
-    if not getattr(experiment.model, "num_classes", 0) or isinstance(data, PointsConfig) or data.classes:
+    if not getattr(experiment.model, "num_classes", 0) or not hasattr(data, "classes") or data.classes:
         return experiment
     of_files = isinstance(data, LatentsConfig) or data.name in (*OF_FILES, "npz", OWN)
     if of_files and not data.path:  # This is the case in experiments for published weights.

@@ -7,7 +7,7 @@ from typing import Any
 import jax
 import numpy as np
 
-from flowgen.data import Dataset, LatentsConfig, PointsConfig, from_uint8
+from flowgen.data import Dataset, LatentsConfig, NumbersConfig, PointsConfig, SimulatedConfig, from_uint8
 from flowgen.data.dataset import OWN
 from flowgen.experiments.experiment import Experiment
 from flowgen.experiments.plots import DRAWABLE_CHANNELS, sample_grid, strips
@@ -51,6 +51,8 @@ def data_section(experiment: Experiment, contents: RunContents, *, opens: bool) 
 def _why_without_pixels(experiment: Experiment) -> str:
     if isinstance(experiment.data, LatentsConfig):
         return "The data are cached latents, which do not include the images."
+    if isinstance(experiment.data, NumbersConfig | SimulatedConfig):
+        return "The data are numbers, which are not shown."
     assert experiment.data.name == OWN
     return "The data were passed to fit in Python, so this command cannot open them."
 

@@ -8,7 +8,7 @@ from typing import Any
 import numpy as np
 from jaxtyping import Int
 
-from flowgen.data import Batch, Dataset, LatentsConfig, PointsConfig
+from flowgen.data import Batch, ClipsConfig, DataConfig, Dataset, LatentsConfig
 from flowgen.data.dataset import OWN, buckets_of, captions_in
 from flowgen.data.latents import kind_of
 from flowgen.experiments.autoregressive import AutoregressiveExperiment
@@ -69,13 +69,13 @@ def evenly(size: int, most: int) -> Int[np.ndarray, " n"]:
 def has_pixels(experiment: Experiment) -> bool:
     """Returns whether an experiment has images or clips that can be opened again.
 
-    They cannot be opened if the data are points, cached latents, or a dataset that was passed to `fit`.
+    They cannot be opened if the data are numbers, cached latents, or a dataset that was passed to `fit`.
 
     Example:
         has_pixels(flowgen.load_config("cfm_moons"))  # False
     """
     data = experiment.data
-    return not isinstance(data, PointsConfig | LatentsConfig) and data.name != OWN
+    return isinstance(data, DataConfig | ClipsConfig) and data.name != OWN
 
 
 def pixels(experiment: Any, *, held_out: bool) -> Dataset:

@@ -17,6 +17,7 @@ from flowgen import __version__
 from flowgen.data import check_writable, told_once
 from flowgen.experiments.experiment import Experiment
 from flowgen.experiments.matching import MatchingExperiment
+from flowgen.experiments.token_flow import TokenFlowExperiment
 from flowgen.report.curves import curves_of, curves_section
 from flowgen.report.data import data_section
 from flowgen.report.examples import inputs, split_of
@@ -24,6 +25,7 @@ from flowgen.report.facts import checkpoints_section, config_section, head, samp
 from flowgen.report.fields import latents_section, solving_section, tilt_section
 from flowgen.report.flows import AnyFlow, blocks_section, decoding_section
 from flowgen.report.markup import Markup, Section, element, joined, note, section
+from flowgen.report.numbers import drawing_section, number_blocks_section
 from flowgen.runs import RunContents, passing_warnings
 
 GENERATOR = "flowgen report"
@@ -104,6 +106,11 @@ def _parts(experiment: Any, contents: RunContents, model: Model | None, samples:
         return [
             _Part("Blocks", "blocks", lambda: blocks_section(*model, few(BLOCK_SAMPLES), split_of(experiment))),
             _Part("Decoding", "decoding", lambda: decoding_section(experiment, contents, *model, few(samples))),
+        ]
+    if isinstance(experiment, TokenFlowExperiment):
+        return [
+            _Part("Blocks", "blocks", lambda: number_blocks_section(experiment, *model, BLOCK_SAMPLES)),
+            _Part("Sampling", "sampling", lambda: drawing_section(experiment, *model)),
         ]
     if isinstance(experiment, MatchingExperiment):
         return [

@@ -1,0 +1,227 @@
+"""Datasets of numbers in memory: vectors, sequences and sets from an .npz file or a simulator, with their contexts."""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+import zipfile
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+import jax
+import numpy as np
+from jaxtyping import Bool, Float, Int
+
+from flowgen.batch import Batch
+from flowgen.conditioning import UNCONDITIONAL, ContextTokens, Padded
+from flowgen.contexts import Context, ImageContext, TokenContext
+from flowgen.data.bucket_files import bucket_file
+from flowgen.data.dataset import Split, hold_out
+from flowgen.data.stored import StoredFile
+from flowgen.documents import ARRAY_DAMAGE
+from flowgen.nn.checks import image_sides
+from flowgen.places import is_remote
+from flowgen.settings import config
+from flowgen.settings.ranges import ProperFraction, Seed, Within
+from flowgen.simulators import SLCP, Simulator, TwoMoons
+
+_ARRAYS = ("x", "context", "context_mask", "labels", "mask")
+_SIMULATORS: dict[str, type[Simulator]] = {"two_moons": TwoMoons, "slcp": SLCP}
+
+
+@config
+class NumbersConfig:
+    """Selects the numbers in an .npz file, which `np.savez(path, x=..., context=...)` writes.
+
+    The file has an array `x` of floats: vectors `num d` or sequences `num n c`. If the model is conditional, it also
+    has `context` (floats: vectors `num k`, tokens `num m k` or images `num height width c`) or `labels` (integers
+    `num`; -1 for none). The boolean array `context_mask` `num m` is True for tokens of the context, and `mask` `num n`
+    is True for the rows of padded samples.
+
+    path: the .npz file, or its URL.
+    eval_fraction: fraction of the samples held out for evaluation; 0 holds out none.
+
+    Example:
+        data = NumbersConfig(path="measurements.npz")
+    """
+
+    path: str = ""
+    eval_fraction: ProperFraction = 0.1
+
+
+@config
+class SimulatedConfig:
+    """Selects a simulator. The samples are parameters drawn from its prior, and their contexts are observations.
+
+    name: the simulator, "two_moons" or "slcp"; see `flowgen.simulators`.
+    simulations: number of simulations, those for evaluation included.
+    seed: seed of the simulations, which are the same in every run with this seed.
+    eval_fraction: fraction of the simulations held out for evaluation; 0 holds out none.
+
+    Example:
+        data = SimulatedConfig("slcp", simulations=30_000)
+    """
+
+    name: Literal["two_moons", "slcp"] = "two_moons"
+    simulations: Annotated[int, Within(2, 1 << 24)] = 10_000
+    seed: Seed = 0
+    eval_fraction: ProperFraction = 0.1
+
+    @property
+    def simulator(self) -> Simulator:
+        """The simulator of this name."""
+        return _SIMULATORS[self.name]()
+
+
+@dataclasses.dataclass(frozen=True)
+class NumbersDataset:
+    """A dataset of vectors `n d` or sequences `n rows c` in memory, with their contexts.
+
+    context: a pytree of arrays with one row per sample, as the model accepts it, or None.
+
+    Example:
+        dataset = NumbersDataset(parameters, observations)
+        batch = dataset[np.arange(16)]  # Batch: x float32 `16 d`, context float32 `16 k`
+    """
+
+    x: Float[np.ndarray, "n *event"]
+    context: Any = None
+    class_names: tuple[str, ...] = ()
+
+    @property
+    def event_shape(self) -> tuple[int, ...]:
+        return self.x.shape[1:]
+
+    def __len__(self) -> int:
+        return len(self.x)
+
+    def __getitem__(self, indices: Int[np.ndarray, " b"]) -> Batch:
+        return Batch(self.x[indices], jax.tree.map(lambda array: array[indices], self.context))
+
+    def select(self, indices: Int[np.ndarray, " m"]) -> NumbersDataset:
+        """Returns a dataset of the samples at these indices, in this order."""
+        batch = self[indices]
+        return dataclasses.replace(self, x=np.asarray(batch.x), context=batch.context)
+
+
+def load_numbers(data: NumbersConfig | SimulatedConfig, model: Any, split: Split) -> NumbersDataset:
+    """Returns the samples and contexts in a split, as a model with this config accepts them.
+
+    model: a `TokenFlowConfig`, or another config with the fields shape, context, num_classes and padded.
+
+    Raises FileNotFoundError if there is no file, and ValueError if the file or the simulator does not fit the model.
+
+    Example:
+        dataset = load_numbers(SimulatedConfig(), TokenFlowConfig(shape=(2,), context=VectorContext(2)), "train")
+    """
+    if isinstance(data, SimulatedConfig):
+        whole = _simulated(data)
+    else:
+        path = _file(data.path)
+        whole = _of_arrays(_read(path), f"data.path '{path}'", model)
+    return whole if split == "all" else whole.select(hold_out(len(whole), data.eval_fraction, split))
+
+
+def numbers_marks(path: str) -> dict[str, int]:
+    """Returns the checksums that an .npz file stores for its arrays of numbers.
+
+    Example:
+        numbers_marks("measurements.npz")  # {"x.npy": 2774512934}
+    """
+    with _file(path).open("rb") as opened, zipfile.ZipFile(opened) as file:
+        return {part.filename: part.CRC for part in file.infolist() if Path(part.filename).stem in _ARRAYS}
+
+
+@functools.lru_cache(maxsize=2)
+def _simulated(data: SimulatedConfig) -> NumbersDataset:
+    simulator = data.simulator
+    parameters, observations = simulator.sample_joint(jax.random.key(data.seed), data.simulations)
+    # The prior has its lower bounds, but the transform to unbounded numbers does not.
+    low, high = (np.array([bounds], np.float32) for bounds in (simulator.low, simulator.high))
+    inside = np.clip(np.asarray(parameters), np.nextafter(low, high), np.nextafter(high, low))
+    return NumbersDataset(inside, np.asarray(observations))
+
+
+def _file(path: str) -> StoredFile:
+    if not path:
+        raise ValueError("data.path is empty; give the path of an .npz file with an array x.")
+    return bucket_file(path) if is_remote(path) else Path(path)
+
+
+def _read(path: StoredFile) -> dict[str, np.ndarray]:
+    fix = "save it with np.savez(path, x=..., context=...)"
+    if isinstance(path, Path) and not path.is_file():
+        raise FileNotFoundError(f"data.path '{path}' is not a file; give the path of an .npz file.")
+    try:
+        # np.load would try to unpickle any file that is not a zip archive, and it leaks files that it opens itself.
+        with path.open("rb") as file, zipfile.ZipFile(file), np.load(file, allow_pickle=False) as arrays:
+            found, names = {name: arrays[name] for name in _ARRAYS if name in arrays.files}, sorted(arrays.files)
+    except (*ARRAY_DAMAGE, OSError) as error:
+        raise ValueError(f"data.path '{path}' is not a readable .npz file of plain arrays ({error}); {fix}.") from error
+    if "x" not in found:
+        raise ValueError(f"data.path '{path}' has the arrays {names}, but no 'x'; {fix}.")
+    return found
+
+
+def _of_arrays(arrays: dict[str, np.ndarray], where: str, model: Any) -> NumbersDataset:
+    """Returns the dataset of a file's arrays. Raises ValueError if an array is missing, wrong or not used."""
+    count = len(arrays["x"]) if arrays["x"].ndim else 0
+    if count < 1:
+        raise ValueError(f"'x' in {where} has shape {arrays['x'].shape}; save at least one sample.")
+    x = _floats("x", arrays.pop("x"), (count, *model.shape), where)
+    context = _context(arrays, model, count, where)
+    if model.padded:
+        mask = _mask("mask", arrays.pop("mask", None), (count, model.shape[0]), where)
+        x, context = np.where(mask[:, :, None], x, 0), Padded(mask, context)
+    if arrays:
+        raise ValueError(
+            f"{where} has the array {next(iter(arrays))!r}, which this model does not use; leave it out, or change "
+            "model.context, model.num_classes or model.padded."
+        )
+    for leaf in jax.tree.leaves((x, context)):
+        if leaf.dtype == np.float32 and not np.isfinite(leaf).all():
+            raise ValueError(f"{where} has numbers that are not finite; remove these samples.")
+    return NumbersDataset(x, context, tuple(map(str, range(model.num_classes))))
+
+
+def _context(arrays: dict[str, np.ndarray], model: Any, count: int, where: str) -> Any:
+    described: Context | None = model.context
+    if described is None:
+        return _labels(arrays.pop("labels", None), model.num_classes, count, where) if model.num_classes else None
+    given = arrays.pop("context", None)
+    if isinstance(described, ImageContext):
+        shape = (count, *image_sides(described.image_size), described.channels)
+        return _floats("context", given, shape, where)
+    if not isinstance(described, TokenContext):
+        return _floats("context", given, (count, described.dim), where)
+    tokens = _floats("context", given, (count, described.length, described.dim), where)
+    mask = arrays.pop("context_mask", np.ones(tokens.shape[:2], bool))
+    return ContextTokens(tokens, _mask("context_mask", mask, tokens.shape[:2], where))
+
+
+def _floats(name: str, array: np.ndarray | None, shape: tuple[int, ...], where: str) -> np.ndarray:
+    if array is None or array.dtype.kind != "f" or array.shape != shape:
+        raise ValueError(f"{name!r} in {where} {_told(array)}; this model needs floats of shape {shape}.")
+    return array.astype(np.float32)
+
+
+def _mask(name: str, array: np.ndarray | None, shape: tuple[int, ...], where: str) -> Bool[np.ndarray, "n m"]:
+    if array is None or array.dtype != bool or array.shape != shape:
+        raise ValueError(f"{name!r} in {where} {_told(array)}; this model needs booleans of shape {shape}.")
+    return array
+
+
+def _labels(array: np.ndarray | None, classes: int, count: int, where: str) -> Int[np.ndarray, " n"]:
+    if array is None or array.dtype.kind not in "iu" or array.shape != (count,):
+        raise ValueError(f"'labels' in {where} {_told(array)}; this model needs integers of shape ({count},).")
+    low, high = int(array.min()), int(array.max())
+    if low < UNCONDITIONAL or high >= classes:
+        raise ValueError(
+            f"'labels' in {where} are from {low} to {high}; this model needs labels from 0 to {classes - 1}, or -1 "
+            "for none."
+        )
+    return array.astype(np.int32)
+
+
+def _told(array: np.ndarray | None) -> str:
+    return "is missing" if array is None else f"is {array.dtype} of shape {array.shape}"

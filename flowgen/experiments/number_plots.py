@@ -1,0 +1,93 @@
+"""Plots of vectors, sequences and sets: scatter plots of pairs of entries, and lines over the rows of sequences."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+from jaxtyping import Bool, Float, UInt8
+
+from flowgen.experiments.plots import matplotlib
+
+MOST_ENTRIES = 8  # rows and columns of a plot of pairs
+MOST_LINES = 64  # sequences
+MOST_POINTS = 2000
+BINS = 40
+_SAMPLE, _DATA = "tab:blue", "tab:orange"
+
+
+def number_plot(
+    samples: Float[np.ndarray, "num *event"],
+    mask: Bool[np.ndarray, "num n"] | None = None,
+    reference: Float[np.ndarray, "m d"] | None = None,
+) -> UInt8[np.ndarray, "height width 3"]:
+    """Returns an image of samples.
+
+    Vectors of two entries, and sequences and sets with two channels, are points in the plane. For longer vectors, there
+    is a plot of each pair of the first eight entries, with histograms on the diagonal. For other sequences, there is a
+    plot of each of the first eight channels, with a line for each sequence.
+
+    mask: which rows of padded samples exist. reference: samples to show below vectors, such as those of the exact
+    posterior.
+
+    Raises ModuleNotFoundError if matplotlib is missing.
+
+    Example:
+        save_image("samples.png", number_plot(samples))
+    """
+    if samples.ndim == 3 and samples.shape[2] == 2:
+        points = samples[mask] if mask is not None else samples.reshape(-1, 2)
+        return _pairs_plot(points, None)
+    if samples.ndim == 3:
+        return _lines_plot(samples if mask is None else np.where(mask[:, :, None], samples, np.nan))
+    return _pairs_plot(samples, reference)
+
+
+def _pairs_plot(samples: np.ndarray, reference: np.ndarray | None) -> np.ndarray:
+    layers = [("exact", reference, _DATA)] if reference is not None else []
+    layers = [*layers, ("sample", samples, _SAMPLE)]
+    count = min(samples.shape[1], MOST_ENTRIES)
+    if count == 2:
+        figure, canvas = _figure(5, 5)
+        _scatter(figure.subplots(), layers, 0, 1)
+        return _drawn(figure, canvas)
+    side = 2 * count if count > 1 else 5
+    figure, canvas = _figure(side, side)
+    panels = figure.subplots(count, count, squeeze=False)
+    for row, column in np.ndindex(count, count):
+        if row == column:
+            for label, values, colour in layers:
+                panels[row, row].hist(values[:, row], BINS, density=True, alpha=0.6, color=colour, label=label)
+        elif column < row:
+            _scatter(panels[row, column], layers, column, row)
+        else:
+            panels[row, column].set_axis_off()
+    return _drawn(figure, canvas)
+
+
+def _scatter(axes: Any, layers: list[tuple[str, np.ndarray, str]], first: int, second: int) -> None:
+    for label, values, colour in layers:
+        shown = values[:MOST_POINTS]
+        axes.scatter(shown[:, first], shown[:, second], s=3, alpha=0.6, color=colour, label=label)
+
+
+def _lines_plot(samples: np.ndarray) -> np.ndarray:
+    count = min(samples.shape[2], MOST_ENTRIES)
+    figure, canvas = _figure(6, 2.5 * count)
+    for channel, axes in enumerate(figure.subplots(count, squeeze=False)[:, 0]):
+        axes.plot(samples[:MOST_LINES, :, channel].T, color=_SAMPLE, alpha=0.4, linewidth=0.8, marker=".", markersize=3)
+    return _drawn(figure, canvas)
+
+
+def _figure(width: float, height: float) -> tuple[Any, Any]:
+    figure_class, canvas_class = matplotlib()
+    figure = figure_class(figsize=(width, height), layout="constrained")
+    return figure, canvas_class(figure)
+
+
+def _drawn(figure: Any, canvas: Any) -> np.ndarray:
+    labelled = [axes for axes in figure.axes if len(axes.get_legend_handles_labels()[1]) > 1]
+    if labelled:
+        labelled[0].legend(loc="upper right", markerscale=3)
+    canvas.draw()
+    return np.ascontiguousarray(np.asarray(canvas.buffer_rgba())[..., :3])

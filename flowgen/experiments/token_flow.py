@@ -1,0 +1,425 @@
+"""Experiments that train flows for vectors, sequences and sets by maximum likelihood, such as posteriors of simulators.
+
+A flow is trained on standardised numbers; see `flowgen.experiments.units`. All samples and densities that these
+experiments return are in the units of the data.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable
+from functools import partial
+from typing import Annotated, Any, Literal
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jaxtyping import Array, Float, Int
+
+from flowgen import backend
+from flowgen.batch import Batch
+from flowgen.conditioning import ContextTokens, Padded
+from flowgen.contexts import ImageContext, VectorContext
+from flowgen.data import Dataset, Inventory, Loader, fixed_batches, prefetch
+from flowgen.data.dataset import Split
+from flowgen.data.numbers import NumbersConfig, NumbersDataset, SimulatedConfig, load_numbers, numbers_marks
+from flowgen.decoding import Jacobi
+from flowgen.evaluation import Evaluation, mean_of
+from flowgen.experiments.debug import SAMPLES, debug_run
+from flowgen.experiments.decoding import decoded_by_all, decoding_line
+from flowgen.experiments.drawing import DrawOptions, EvaluateOptions, asked_labels, draw_in_batches, on_devices
+from flowgen.experiments.estimates import decoding_cost, some_condition, tokens_of
+from flowgen.experiments.experiment import Experiment, Rehearsal, Samples, SamplingCost
+from flowgen.experiments.images import tell_repeats
+from flowgen.experiments.number_plots import number_plot
+from flowgen.experiments.posteriors import evaluate_calibration, evaluate_observations
+from flowgen.experiments.units import blank_units, context_to_flow, measured_units, to_data, to_flow
+from flowgen.flows.batches import condition_of
+from flowgen.flows.objective import nll_objective
+from flowgen.flows.token_flow import TokenFlowConfig
+from flowgen.guidance import Guidance
+from flowgen.nn import init
+from flowgen.nn.checks import image_sides
+from flowgen.settings import config
+from flowgen.settings.ranges import CountOrZero, NonNegative, Within
+from flowgen.settings.ranges import Samples as NumSamples
+from flowgen.training import Job
+from flowgen.training.step import Objective
+from flowgen.transforms import Box
+
+AT_ONCE = 8192  # samples per compiled call by default
+DEBUG_SIMULATIONS = 200
+NumCompared = Annotated[int, Within(0, 1 << 20)]
+
+
+@config
+class TokenSamplingConfig:
+    """Options for drawing samples of a flow for vectors, sequences or sets.
+
+    num: number of samples to draw; at least 1.
+    plan: how tokens are decoded; "auto" is sequential, except on accelerators where parallel decoding is faster.
+    guidance: guidance weight w towards the context or the class; 0 for none.
+    observation: index of the context to sample under, and of the mask if samples are padded: a fixed observation of the
+    simulator, or a held-out sample of an .npz file. Not used if the model has neither.
+    context: the entries of the context itself, such as 0.1,0.2, for a model with a VectorContext; empty to use
+    observation.
+    """
+
+    num: NumSamples = 1000
+    plan: Literal["auto", "sequential", "jacobi"] = "auto"
+    guidance: NonNegative = 0.0
+    observation: CountOrZero = 0
+    context: tuple[float, ...] = ()
+
+
+@config
+class TokenDrawOptions(DrawOptions):
+    """Options for drawing vectors, sequences or sets, in addition to the fields of `sampling`.
+
+    classes: classes to draw in turn, by number (0,1,2); -1 is unconditional, as in --classes=-1,3.
+    """
+
+    classes: str = ""
+
+
+@config
+class TokenEvaluateOptions(EvaluateOptions):
+    """Options for evaluating a flow for vectors, sequences or sets.
+
+    samples: number of samples of each fixed observation of a simulator to compare with the exact posterior by C2ST; 0
+        for none. Published values use 10,000.
+    calibration: number of held-out samples with which the calibration of a flow for vectors is tested; 0 for none.
+    """
+
+    samples: NumCompared = 1000
+    calibration: NumCompared = 500
+
+
+@config(kw_only=True)
+class TokenFlowExperiment(Experiment):
+    """A flow for vectors, sequences or sets, trained by maximum likelihood on standardised numbers.
+
+    model: the flow.
+    data: the simulator or the file to train on.
+    sampling: how samples are drawn.
+
+    Raises ValueError if the parts do not fit together.
+
+    Example:
+        model = TokenFlowConfig(shape=(2,), context=VectorContext(dim=2))
+        experiment = TokenFlowExperiment(name="moons", model=model, data=SimulatedConfig("two_moons"))
+    """
+
+    draw_options = TokenDrawOptions
+    evaluate_options = TokenEvaluateOptions
+
+    model: TokenFlowConfig
+    data: SimulatedConfig | NumbersConfig
+    sampling: TokenSamplingConfig = TokenSamplingConfig()
+
+    def __post_init__(self):
+        if isinstance(self.data, SimulatedConfig):
+            self._check_simulator(self.data)
+        self._check_sampling()
+        self.check_warmups()
+
+    def _check_simulator(self, data: SimulatedConfig) -> None:
+        simulator, model = data.simulator, self.model
+        if model.shape != (simulator.parameter_dim,) or model.context != VectorContext(simulator.observation_dim):
+            raise ValueError(
+                f"model has shape {model.shape} and context {model.context}; for {data.name}, they must be "
+                f"({simulator.parameter_dim},) and {VectorContext(simulator.observation_dim)}."
+            )
+        count = len(simulator.fixed_observations)
+        if self.sampling.observation >= count:
+            raise ValueError(
+                f"sampling.observation is {self.sampling.observation}, but {data.name} has the fixed observations 0 to "
+                f"{count - 1}; choose one of them, or give sampling.context."
+            )
+
+    def _check_sampling(self) -> None:
+        model, sampling = self.model, self.sampling
+        dim = model.context.dim if isinstance(model.context, VectorContext) else 0
+        if sampling.context and len(sampling.context) != dim:
+            needs = f"a vector of {dim} entries" if dim else "no vector"
+            raise ValueError(f"sampling.context is {sampling.context}, but the model's context is {needs}; change it.")
+        if not sampling.guidance:
+            return
+        if model.mixture is not None:
+            raise ValueError("sampling.guidance is set, but guidance needs the affine map; set model.mixture to null.")
+        if not (model.num_classes or model.context) or not self.train.label_dropout:
+            raise ValueError(
+                f"sampling.guidance is {sampling.guidance}, but it needs a condition that is dropped in training; set "
+                "train.label_dropout to 0.1, or sampling.guidance to 0."
+            )
+
+    @property
+    def best_metric(self) -> str:
+        """The evaluation metric that ranks checkpoints; lower is better."""
+        return "nats_per_dim"
+
+    @property
+    def box(self) -> Box | None:
+        """The transform from the prior's bounded parameters to unbounded numbers; None for data of a file."""
+        return _box(self.data)
+
+    def dataset(self, split: Split) -> NumbersDataset:
+        """Returns the samples and contexts in a split, in their own units."""
+        return load_numbers(self.data, self.model, split)
+
+    def job(self, *, dataset: Dataset | None = None, held_out: Dataset | None = None, model: Any = None) -> Job:
+        """Opens or simulates the data, measures their units and returns the training job.
+
+        model: see `fit`. `fit` refuses datasets for this kind of experiment.
+        """
+        flow = self.build() if model is None else model
+        trained_on, evaluated = self.dataset("train"), self.dataset("eval") if self.data.eval_fraction else None
+        units = measured_units(trained_on, self.box)
+        tell_repeats(trained_on, self.train)
+        loader = Loader(
+            trained_on,
+            batch_size=self.train.batch_size,
+            seed=self.train.seed,
+            process_index=jax.process_index(),
+            process_count=jax.process_count(),
+        )
+        return Job(
+            init=lambda key: {**init(flow, key), **jax.tree.map(jnp.asarray, units)},
+            objective=self.objective(flow),
+            batches=lambda start, stop: prefetch(loader, start, stop),
+            evaluate=None if evaluated is None else partial(self._held_out_metrics, flow, evaluated),
+            sample=partial(self._sample_image, flow, evaluated or trained_on),
+            best_metric=self.best_metric,
+            inventory=self._inventory(trained_on, evaluated),
+            tokens=partial(tokens_of, self.model),
+        )
+
+    def objective(self, flow: Any) -> Objective:
+        """Returns the maximum-likelihood objective on raw batches; its nats_per_dim are in the units of the data."""
+        of_flow, data = nll_objective(flow, label_dropout=self.train.label_dropout), self.data
+
+        def objective(variables, batch, key):
+            x, context, logdet = to_flow(variables, batch.x, batch.context, _box(data))
+            loss, metrics = of_flow(variables, batch._replace(x=x, context=context), key)
+            in_data = metrics["nats_per_dim"] - logdet.mean() / flow.config.num_dims
+            return loss, {**metrics, "nats_per_dim": in_data}
+
+        return objective
+
+    def rehearsal(self, model: Any, rows: int) -> Rehearsal:
+        """Returns what is needed to trace a training step on a batch of `rows` samples."""
+
+        def batch() -> Batch:
+            return Batch(jnp.full((rows, *self.model.shape), 0.5), _blank_context(self.model, rows))
+
+        def initial(key: jax.Array) -> Any:
+            return {**init(model, key), **blank_units(self.model)}
+
+        return Rehearsal(initial, self.objective(model), jax.eval_shape(batch))
+
+    def sampling_cost(self, model: Any, variables: Any, num: int) -> SamplingCost:
+        """Returns the cost of drawing `num` samples token by token."""
+        guided = range(self.model.num_blocks) if self.sampling.guidance else ()
+        return decoding_cost(model, variables, num, guided=guided, by_score=self.model.noise_std > 0)
+
+    def log_prob(
+        self, model: Any, variables: Any, x: Float[Array | np.ndarray, "b *event"], context: Any = None
+    ) -> Float[np.ndarray, " b"]:
+        """Returns log p(x | context) in nats, in the units of the data; -inf outside the bounds of a prior.
+
+        x, context: samples and their contexts in the units of the data, as `dataset` returns them.
+
+        Example:
+            experiment.log_prob(flow, params, parameters, observations)
+        """
+        self.model.check_samples(x)
+        return backend.by_rows(_log_prob, variables, x, context, flow=model, data=self.data)
+
+    def draw_batch(
+        self, flow: Any, variables: Any, key: jax.Array, numbers: Int[np.ndarray, " b"], context: Any
+    ) -> tuple[Float[np.ndarray, "b *event"], str]:
+        """Returns samples in the units of the data, and a line about their decoding.
+
+        Sample i depends only on (key, i). context: the context of each sample, in the units of the data, or None.
+        """
+        sampling = self.sampling
+        cond = jax.tree.map(np.asarray, context_to_flow(variables, context))
+        result = decoded_by_all(
+            flow,
+            variables,
+            key,
+            numbers,
+            cond,
+            None,
+            lambda variables: 1.0,
+            plan=Jacobi() if sampling.plan == "jacobi" else sampling.plan,
+            guidance=Guidance(scale=sampling.guidance) if sampling.guidance else None,
+        )
+        return np.asarray(to_data(variables, result.x, context, self.box)), decoding_line(result)
+
+    def draw(
+        self, model: Any, variables: Any, options: TokenDrawOptions, say: Callable[[str], None] = lambda line: None
+    ) -> Samples:
+        """Returns `sampling.num` samples, and calls `say` with a line about the speed of each batch."""
+        num, labels = self.sampling.num, asked_labels(self.model, self.data, self.sampling.num, options.classes)
+        one = self._context_of(lambda: self.dataset("eval" if self.data.eval_fraction else "all"))
+        context = _with_labels(jax.tree.map(lambda array: np.repeat(array[None], num, axis=0), one), labels)
+        variables = on_devices(variables, min(options.batch or AT_ONCE, num))
+        drawn = draw_in_batches(
+            partial(self.draw_batch, model, variables),
+            lambda numbers: jax.tree.map(lambda array: array[numbers], context),
+            num,
+            options,
+            say,
+            batch=AT_ONCE,
+        )
+        return Samples(drawn, _named(context))
+
+    def plot(self, samples: Samples) -> np.ndarray:
+        """Returns an image of samples, over exact samples of the posterior if they are known."""
+        sampling, reference = self.sampling, None
+        if isinstance(self.data, SimulatedConfig) and not sampling.context:
+            num = min(len(samples.arrays), 10_000)
+            key = jax.random.key(self.train.seed)
+            reference = np.asarray(self.data.simulator.reference_samples(key, num, sampling.observation))
+        return number_plot(samples.arrays, samples.conditions.get("mask"), reference)
+
+    def evaluate(self, model: Any, variables: Any, options: TokenEvaluateOptions) -> Evaluation:
+        """Returns a split's likelihood and, for vectors under a context, tests of the distribution.
+
+        The tests are C2ST against the exact posterior for simulators, and simulation-based calibration and expected
+        coverage on samples of the split.
+        """
+        dataset = self.dataset(options.split)
+        nats = self._nats(model, variables, dataset, options.batch)
+        per_sample, per_dim = mean_of(nats), mean_of(nats / self.model.num_dims)
+        lines = (f"{len(dataset)} samples ({options.split})", f"nats {per_sample}", f"nats/dim {per_dim}")
+        evaluation = Evaluation(lines, {"nats": per_sample, "nats_per_dim": per_dim})
+        key, variables = jax.random.key(options.seed), on_devices(variables, AT_ONCE)
+        draw = partial(self._draw_under, model, variables)
+        if options.samples and isinstance(self.data, SimulatedConfig):
+            evaluation += evaluate_observations(self.data.simulator, draw, key, options.samples)
+        if options.calibration and len(self.model.shape) == 1 and dataset.context is not None:
+            log_prob = partial(self.log_prob, model, variables)
+            evaluation += evaluate_calibration(draw, log_prob, dataset, key, options.calibration)
+        return evaluation
+
+    def debug(self) -> TokenFlowExperiment:
+        """Returns the experiment with a tiny flow of the same kind, trained on few simulations or on the same file."""
+        model, data = self.model, self.data
+        small = dataclasses.replace(
+            model,
+            width=min(model.width, 16),
+            num_blocks=min(model.num_blocks, 2),
+            layers_per_block=1,
+            orders=model.orders if isinstance(model.orders, str) else model.orders[:2],
+        )
+        if isinstance(data, SimulatedConfig):
+            data = dataclasses.replace(data, simulations=min(data.simulations, DEBUG_SIMULATIONS))
+        return debug_run(self, model=small, data=data, sampling=dataclasses.replace(self.sampling, num=SAMPLES))
+
+    def _held_out_metrics(self, flow: Any, held_out: NumbersDataset, variables: Any) -> dict[str, float]:
+        nats = self._nats(flow, variables, held_out, self.train.batch_size)
+        return {"nats_per_dim": float(nats.mean()) / self.model.num_dims, "nats": float(nats.mean())}
+
+    def _nats(self, flow: Any, variables: Any, dataset: NumbersDataset, batch_size: int) -> Float[np.ndarray, " n"]:
+        """Returns -log p of each sample of a dataset, in float64."""
+        parts = [
+            -self.log_prob(flow, variables, batch.x, batch.context).astype(np.float64)[mask]
+            for batch, mask in fixed_batches(dataset, min(batch_size, len(dataset)))
+        ]
+        return np.concatenate(parts)
+
+    def _draw_under(self, flow: Any, variables: Any, key: jax.Array, context: Any) -> Float[np.ndarray, "n *event"]:
+        """Returns one sample under each context."""
+        count = len(jax.tree.leaves(context)[0])
+        return draw_in_batches(
+            lambda _, numbers, cond: self.draw_batch(flow, variables, key, numbers, cond),
+            lambda numbers: jax.tree.map(lambda array: array[numbers], context),
+            count,
+            DrawOptions(),
+            lambda line: None,
+            batch=AT_ONCE,
+        )
+
+    def _context_of(self, opened: Callable[[], NumbersDataset]) -> Any:
+        """Returns the context that `sampling` names, without an axis for the batch; None for a model without one.
+
+        opened: a function that returns the data of a file whose contexts are numbered.
+        """
+        model, sampling = self.model, self.sampling
+        if sampling.context:
+            return np.asarray(sampling.context, np.float32)
+        if isinstance(self.data, SimulatedConfig):
+            return np.asarray(self.data.simulator.observations[sampling.observation])
+        if model.context is None and not model.padded:
+            return None
+        dataset = opened()
+        if sampling.observation >= len(dataset):
+            raise ValueError(
+                f"sampling.observation is {sampling.observation}, but there are only {len(dataset)} samples; lower it."
+            )
+        return jax.tree.map(lambda array: array[sampling.observation], dataset.context)
+
+    def _sample_image(self, flow: Any, numbered: NumbersDataset, variables: Any) -> np.ndarray:
+        num = self.sampling.num
+        one = self._context_of(lambda: numbered)
+        labels = asked_labels(self.model, self.data, num, "")
+        context = _with_labels(jax.tree.map(lambda array: np.repeat(array[None], num, axis=0), one), labels)
+        drawn, _ = self.draw_batch(flow, variables, jax.random.key(self.train.seed), np.arange(num), context)
+        return self.plot(Samples(drawn, _named(context)))
+
+    def _inventory(self, dataset: NumbersDataset, held_out: NumbersDataset | None) -> Inventory:
+        held = 0 if held_out is None else len(held_out)
+        simulated = isinstance(self.data, SimulatedConfig)
+        marks = {} if simulated else numbers_marks(self.data.path)
+        what = "simulations" if simulated else "vectors" if len(self.model.shape) == 1 else "sequences"
+        return Inventory(what, len(dataset), held, after=(self.model.shape,), train_files=marks)
+
+
+def _log_prob(variables, x, context, *, flow, data):
+    box = _box(data)
+    u, context, logdet = to_flow(variables, x, context, box)
+    log_prob = flow.apply(variables, u, condition_of(flow, Batch(u, context)), method="log_prob") + logdet
+    if box is None:
+        return log_prob
+    inside = ((x > jnp.asarray([box.low])) & (x < jnp.asarray([box.high]))).all(axis=1)
+    return jnp.where(inside, log_prob, -jnp.inf)
+
+
+def _box(data: SimulatedConfig | NumbersConfig) -> Box | None:
+    if not isinstance(data, SimulatedConfig):
+        return None
+    return Box(np.array(data.simulator.low), np.array(data.simulator.high))
+
+
+def _blank_context(model: TokenFlowConfig, rows: int) -> Any:
+    """Returns a context of the right shapes, in the form in which a dataset returns it."""
+    described, context = model.context, None
+    if isinstance(described, ImageContext):
+        context = jnp.zeros((rows, *image_sides(described.image_size), described.channels))
+    elif isinstance(described, VectorContext):
+        context = jnp.zeros((rows, described.dim))
+    elif described is not None or model.num_classes:
+        context = some_condition(dataclasses.replace(model, padded=False), rows)
+    return Padded(jnp.ones((rows, model.shape[0]), bool), context) if model.padded else context
+
+
+def _with_labels(context: Any, labels: Int[np.ndarray, " b"] | None) -> Any:
+    """Returns the contexts of samples, with the labels that were asked for."""
+    if labels is None:
+        return context
+    return Padded(context.mask, labels) if isinstance(context, Padded) else labels
+
+
+def _named(context: Any) -> dict[str, np.ndarray]:
+    """Returns the arrays of samples' contexts, by their names in a file of numbers."""
+    named, rest = {}, context
+    if isinstance(context, Padded):
+        named, rest = {"mask": np.asarray(context.mask)}, context.cond
+    if isinstance(rest, ContextTokens):
+        return {**named, "context": np.asarray(rest.tokens), "context_mask": np.asarray(rest.mask)}
+    if rest is None:
+        return named
+    rest = np.asarray(rest)
+    return {**named, "labels" if rest.dtype.kind in "iu" else "context": rest}

@@ -1,0 +1,120 @@
+"""Standardisation: the maps between numbers in their own units and the numbers that a flow is trained on.
+
+The mean and the scale of the training data are a collection of the model's variables. It is not trained, and it is
+saved with every checkpoint, so a run can be used without its data. Let s(x) be the transform of a sample. The density
+in the units of the data follows from the flow's density p:
+
+    log p(x | context) = log p(s(x) | standardised context) + log|det ds/dx|
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import jax.numpy as jnp
+import numpy as np
+from jaxtyping import Array, Float
+
+from flowgen.conditioning import ContextTokens, Padded, split_padded
+from flowgen.contexts import ImageContext
+from flowgen.data.numbers import NumbersDataset
+from flowgen.transforms import Box, Chain, Standardise, Transform
+
+UNITS = "units"  # the name of the collection
+
+
+def measured_units(dataset: NumbersDataset, box: Box | None) -> dict[str, Any]:
+    """Returns the collection for a training set: the mean and scale of each channel of its samples and contexts.
+
+    A channel is an entry of a vector, or the last axis of anything else. Padding is left out. The samples are measured
+    after the box has mapped them to unbounded numbers.
+
+    Raises ValueError if a channel of the samples is constant. A constant channel of the context is only shifted.
+
+    Example:
+        variables = {**flowgen.init(flow, key), **measured_units(dataset, box=None)}
+    """
+    mask, context = split_padded(dataset.context)
+    x = dataset.x if box is None else np.asarray(box.forward(dataset.x)[0])
+    units = {"x": _moments(x if mask is None else x[np.asarray(mask)])}
+    if (constant := np.flatnonzero(units["x"]["scale"] == 0)).size:
+        raise ValueError(
+            f"channel {constant[0]} of the training samples has the same value everywhere, so it has no density; leave "
+            "it out."
+        )
+    values = context.tokens[np.asarray(context.mask)] if isinstance(context, ContextTokens) else context
+    if _is_float(values):
+        moments = _moments(values)
+        units["context"] = {**moments, "scale": np.where(moments["scale"] == 0, 1, moments["scale"])}
+    return {UNITS: units}
+
+
+def blank_units(model: Any) -> dict[str, Any]:
+    """Returns a collection of the right shapes, which changes nothing, for the model with this config.
+
+    Example:
+        shapes = jax.eval_shape(lambda: blank_units(flow.config))
+    """
+    described = model.context
+    channels = {"x": model.shape[-1]}
+    if described is not None:
+        channels["context"] = described.channels if isinstance(described, ImageContext) else described.dim
+    return {UNITS: {part: {"mean": jnp.zeros(size), "scale": jnp.ones(size)} for part, size in channels.items()}}
+
+
+def to_flow(
+    variables: Any, x: Float[Array, "b *event"], context: Any, box: Box | None
+) -> tuple[Float[Array, "b *event"], Any, Float[Array, " b"]]:
+    """Returns the samples and contexts that a flow is trained on, and log|det ds/dx| in nats; padding does not count.
+
+    Example:
+        u, cond, logdet = to_flow(variables, x, observations, box=None)
+    """
+    mask, _ = split_padded(context)
+    u, logdet = _transform(variables, box).forward(jnp.asarray(x))
+    if logdet.ndim == 2:  # rows of a sequence
+        logdet = (logdet if mask is None else jnp.where(mask, logdet, 0)).sum(axis=1)
+    return u, context_to_flow(variables, context), logdet
+
+
+def context_to_flow(variables: Any, context: Any) -> Any:
+    """Returns a standardised context; labels and None are returned unchanged.
+
+    Example:
+        cond = context_to_flow(variables, observations)
+    """
+    if isinstance(context, Padded):
+        return context._replace(cond=context_to_flow(variables, context.cond))
+    if isinstance(context, ContextTokens):
+        return context._replace(tokens=_standardise(variables, "context").forward(jnp.asarray(context.tokens))[0])
+    return _standardise(variables, "context").forward(jnp.asarray(context))[0] if _is_float(context) else context
+
+
+def to_data(variables: Any, u: Float[Array, "b *event"], context: Any, box: Box | None) -> Float[Array, "b *event"]:
+    """Returns a flow's samples in the units of the data; padding is 0.
+
+    Example:
+        x = to_data(variables, result.x, observations, box=None)
+    """
+    mask, _ = split_padded(context)
+    x, _ = _transform(variables, box).inverse(jnp.asarray(u))
+    return x if mask is None else jnp.where(mask[:, :, None], x, 0)
+
+
+def _transform(variables: Any, box: Box | None) -> Transform:
+    standardise = _standardise(variables, "x")
+    return standardise if box is None else Chain((box, standardise))
+
+
+def _standardise(variables: Any, part: str) -> Standardise:
+    return Standardise(variables[UNITS][part]["mean"], variables[UNITS][part]["scale"])
+
+
+def _moments(values: np.ndarray) -> dict[str, np.ndarray]:
+    """The mean and standard deviation of each channel, computed in float64."""
+    rows = np.asarray(values, np.float64).reshape(-1, values.shape[-1])
+    return {"mean": rows.mean(axis=0).astype(np.float32), "scale": rows.std(axis=0).astype(np.float32)}
+
+
+def _is_float(values: Any) -> bool:
+    return values is not None and jnp.issubdtype(values.dtype, jnp.floating)
