@@ -49,6 +49,7 @@ _PACKAGES = (
     "simulators",
     "text",
     "training",
+    "transforms",
 )
 
 if TYPE_CHECKING:
