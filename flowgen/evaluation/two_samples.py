@@ -32,8 +32,6 @@ def c2st(
     parts, and `count` is the number of samples in both sets. More samples make a better classifier, so compare only
     equal numbers; published values use 10,000 in each set. Pass reference samples as x.
 
-    The classifier runs on the host: 10,000 samples of two parameters take about a minute on one core.
-
     Raises ValueError if x and y differ in shape, have fewer samples than folds, values that are not finite, or if x is
     constant in a dimension; ModuleNotFoundError if scikit-learn is not installed.
 
