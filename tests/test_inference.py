@@ -99,16 +99,15 @@ def test_standard_errors_are_the_scatter_of_estimates():
         np.testing.assert_allclose(np.std(value), np.mean(error), rtol=0.08)
 
 
-@pytest.mark.parametrize("axis", [0, 1, -1])
-def test_estimates_reduce_the_given_axis(axis):
-    log_weight = jnp.asarray(np.random.default_rng(2).standard_normal((4, 5, 3)), jnp.float32)
-    rows = jnp.moveaxis(log_weight, axis, -1)
-    for estimate in (inference.effective_sample_size, inference.forward_effective_sample_size):
-        expected = jax.vmap(jax.vmap(estimate))(rows)
-        assert_close(estimate(log_weight, axis=axis), expected, FORMULA)
-    expected = jax.vmap(jax.vmap(inference.log_normaliser))(rows)
-    for one, other in zip(inference.log_normaliser(log_weight, axis=axis), expected, strict=True):
-        assert_close(one, other, FORMULA)
+def test_estimates_reduce_the_given_axis():
+    log_weight = jnp.asarray(np.random.default_rng(2).standard_normal((5, 2)), jnp.float32)
+    for estimate in (
+        inference.effective_sample_size,
+        inference.forward_effective_sample_size,
+        lambda x, axis=-1: jnp.stack(inference.log_normaliser(x, axis)),
+    ):
+        expected = jnp.stack([estimate(column) for column in log_weight.T], axis=-1)
+        assert_close(estimate(log_weight, axis=0), expected, FORMULA)
 
 
 GOOD = jnp.array([0.0, -1.0])

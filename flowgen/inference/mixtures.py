@@ -55,7 +55,7 @@ def mixture_log_prob(log_probs: Float[Array, "k *b"], log_weight: Float[Array, "
     return jax.nn.logsumexp(shares + log_probs, axis=0)
 
 
-def stratified_counts(shares: Sequence[float] | np.ndarray, num: int) -> tuple[int, ...]:
+def stratified_counts(shares: Sequence[float | int] | np.ndarray, num: int) -> tuple[int, ...]:
     """Returns how many of `num` samples each component gives: num π_k, rounded so that the total is num.
 
     The components with the largest remainders round up. shares: π, up to a common factor.
@@ -80,7 +80,7 @@ def sample_mixture(
     components: Sequence[Component],
     key: Key[Array, ""],
     num: int,
-    shares: Sequence[float] | None = None,
+    shares: Sequence[float | int] | None = None,
     *,
     plan: Plan | str = "auto",
 ) -> tuple[Float[Array, "b *event"], Float[Array, " b"]]:

@@ -123,7 +123,7 @@ def maximum_likelihood(
     return loss, {"loss": loss}
 
 
-def weighted_sum(outcomes: Mapping[str, tuple[float, Outcome]]) -> Outcome:
+def weighted_sum(outcomes: Mapping[str, tuple[float | int, Outcome]]) -> Outcome:
     """Returns the sum of several objectives, each times its factor, and the metrics of all, as "name/metric".
 
     outcomes: name -> (factor, (loss, metrics)).
