@@ -47,6 +47,7 @@ LEVELS = {
     "flowgen.optimizers": -1,
     "flowgen.transforms": -1,
     "flowgen.rows": 0,
+    "flowgen.contexts": 1,
     "flowgen.text": 1,
     "flowgen.flows": 2,
     "flowgen.codecs": 2,
