@@ -27,6 +27,7 @@ from flowgen.experiments import (
     MatchingExperiment,
     SamplingConfig,
     SolverConfig,
+    TokenFlowExperiment,
     VideoFlowExperiment,
 )
 from flowgen.flows import STARFlowConfig, TARFlowConfig
@@ -51,7 +52,13 @@ def config_classes(annotation):
         yield from config_classes(member)
 
 
-EXPERIMENTS = (FlowExperiment, VideoFlowExperiment, MatchingExperiment, AutoencoderExperiment)
+EXPERIMENTS = (
+    FlowExperiment,
+    VideoFlowExperiment,
+    TokenFlowExperiment,
+    MatchingExperiment,
+    AutoencoderExperiment,
+)
 CLASSES = sorted({cls for kind in EXPERIMENTS for cls in config_classes(kind)}, key=lambda cls: cls.__name__)
 
 
@@ -82,7 +89,7 @@ def test_the_help_of_attention_names_what_the_model_takes(cls, names):
 
 
 # One of each kind whenever anything changes.
-SHOWN = ("autoencoder_digits", "cfm_moons", "starflow_t2i_256", "starflow_v_bouncing", "tarflow_digits")
+SHOWN = ("autoencoder_digits", "cfm_moons", "starflow_t2i_256", "starflow_v_bouncing", "tarflow_digits", "two_moons")
 
 
 @pytest.mark.parametrize(

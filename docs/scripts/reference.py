@@ -21,6 +21,7 @@ PROJECT = Path(__file__).parents[2]
 EXPERIMENTS = (
     flowgen.FlowExperiment,
     flowgen.VideoFlowExperiment,
+    flowgen.TokenFlowExperiment,
     flowgen.MatchingExperiment,
     flowgen.AutoencoderExperiment,
 )
