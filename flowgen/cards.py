@@ -10,7 +10,13 @@ from typing import Any
 
 from flowgen import __version__
 from flowgen.data.inventory import name_list
-from flowgen.experiments import AutoencoderExperiment, Experiment, MatchingExperiment, PretrainedAutoencoder
+from flowgen.experiments import (
+    AutoencoderExperiment,
+    Experiment,
+    MatchingExperiment,
+    PretrainedAutoencoder,
+    TokenFlowExperiment,
+)
 from flowgen.settings import type_name
 
 WIDTH = 120  # characters in a line
@@ -65,6 +71,8 @@ _SAFE = (
 _LOADED = {
     "flow": '`model.apply(params, x, cond, method="log_prob")` returns exact log-densities in nats, and '
     "`flowgen.decoding.sample(model, params, key, num, cond)` draws samples.",
+    "numbers": "`experiment.log_prob(model, params, x, context)` returns exact log-densities in nats, and "
+    "`experiment.draw(model, params, experiment.draw_options())` draws samples, both in the units of the data.",
     "velocity": "`model.apply(params, t, x, cond)` returns velocities, and `flowgen.matching.integrate` draws samples.",
     "autoencoder": "As `codec.path`, the folder makes the latents of a flow.",
 }
@@ -91,7 +99,7 @@ def model_card(
     """
     kind = _kind(experiment)
     return _CARD.format(
-        tag={"flow": "normalizing-flow", "velocity": "flow-matching"}.get(kind, "autoencoder"),
+        tag={"flow": "normalizing-flow", "numbers": "normalizing-flow", "velocity": "flow-matching"}.get(kind, "autoencoder"),
         licence_field=f"license: {_scalar(licence)}" if licence else "# license: the licence of the weights",
         name=_one_line(experiment.name),
         what=textwrap.fill(" ".join(_what(experiment, parameters, about, has_codec)), WIDTH),
@@ -106,6 +114,8 @@ def model_card(
 def _kind(experiment: Experiment) -> str:
     if isinstance(experiment, AutoencoderExperiment):
         return "autoencoder"
+    if isinstance(experiment, TokenFlowExperiment):
+        return "numbers"
     return "velocity" if isinstance(experiment, MatchingExperiment) else "flow"
 
 

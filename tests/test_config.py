@@ -230,8 +230,8 @@ def _leaf(value, name):
         ({"matching": {}}, "matching is not a field of this config."),
         (
             {"type": "Glow"},
-            "type is 'Glow'; it must be one of FlowExperiment, VideoFlowExperiment, TokenFlowExperiment, MatchingExperiment, "
-            "AutoencoderExperiment.",
+            "type is 'Glow'; it must be one of FlowExperiment, VideoFlowExperiment, TokenFlowExperiment, "
+            "MatchingExperiment, AutoencoderExperiment.",
         ),
     ],
 )

@@ -178,7 +178,7 @@ def test_wrong_files_are_refused_in_one_sentence(fields, arrays, words, tmp_path
     [
         ({"model": TokenFlowConfig(shape=(3,), context=VectorContext(dim=2))}, r"shape \(3,\)"),
         ({"sampling": TokenSamplingConfig(observation=9)}, "fixed observations 0 to 3"),
-        ({"sampling": TokenSamplingConfig(context=(0.1,))}, "a vector of 2 entries"),
+        ({"sampling": TokenSamplingConfig(context=(0.1,))}, "give 2 entries"),
         ({"sampling": TokenSamplingConfig(guidance=1.0)}, "train.label_dropout"),
     ],
 )

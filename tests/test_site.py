@@ -90,7 +90,7 @@ def test_pages_of_fields_and_numbers_are_as_the_code_says(monkeypatch):
 # One of each kind of model and loss.
 KINDS = (
     *("tarflow_digits", "starflow_digits", "starflow_v_bouncing", "autoencoder_digits"),
-    *("cfm_moons", "meanflow_digits"),
+    *("two_moons", "cfm_moons", "meanflow_digits"),
 )
 
 

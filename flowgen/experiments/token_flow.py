@@ -49,6 +49,7 @@ from flowgen.transforms import Box
 
 AT_ONCE = 8192  # samples per compiled call by default
 DEBUG_SIMULATIONS = 200
+LEAST_COMPARED = 10
 NumCompared = Annotated[int, Within(0, 1 << 20)]
 
 
@@ -93,6 +94,12 @@ class TokenEvaluateOptions(EvaluateOptions):
 
     samples: NumCompared = 1000
     calibration: NumCompared = 500
+
+    def __post_init__(self):
+        if 0 < self.samples < LEAST_COMPARED:
+            raise ValueError(
+                f"samples is {self.samples}, but C2ST needs at least {LEAST_COMPARED}; raise it, or set it to 0."
+            )
 
 
 @config(kw_only=True)
@@ -139,10 +146,10 @@ class TokenFlowExperiment(Experiment):
 
     def _check_sampling(self) -> None:
         model, sampling = self.model, self.sampling
-        dim = model.context.dim if isinstance(model.context, VectorContext) else 0
+        dim = model.context.dim if isinstance(model.context, VectorContext) and not model.padded else 0
         if sampling.context and len(sampling.context) != dim:
-            needs = f"a vector of {dim} entries" if dim else "no vector"
-            raise ValueError(f"sampling.context is {sampling.context}, but the model's context is {needs}; change it.")
+            needs = f"give {dim} entries" if dim else "use sampling.observation for this model"
+            raise ValueError(f"sampling.context is {sampling.context}, which is not the model's context; {needs}.")
         if not sampling.guidance:
             return
         if model.mixture is not None:
@@ -374,7 +381,7 @@ class TokenFlowExperiment(Experiment):
         simulated = isinstance(self.data, SimulatedConfig)
         marks = {} if simulated else numbers_marks(self.data.path)
         what = "simulations" if simulated else "vectors" if len(self.model.shape) == 1 else "sequences"
-        return Inventory(what, len(dataset), held, after=(self.model.shape,), train_files=marks)
+        return Inventory(what, len(dataset), held, train_files=marks)
 
 
 def _log_prob(variables, x, context, *, flow, data):
