@@ -1,0 +1,57 @@
+"""Dropout and guidance for every condition of a velocity: labels, vectors, tokens with a mask, texts and images."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import jax.numpy as jnp
+from jaxtyping import Array, Bool, Key
+
+from flowgen.arrays import shown
+from flowgen.conditioning import UNCONDITIONAL, ContextTokens, TextCondition, drop_context, drop_labels
+
+
+def as_condition(cond: Any) -> Any:
+    """Returns labels, None and `ContextTokens` unchanged, and other contexts as `ContextTokens` without padding.
+
+    The other contexts are vectors `b e`, tokens `b m e` and texts, so that each sample can be made unconditional. Raises
+    ValueError for anything else, such as images, which only the description of a network's context divides into tokens.
+
+    Example:
+        tokens, mask = as_condition(jnp.zeros((8, 5)))  # 8 1 5 and 8 1
+    """
+    if cond is None or isinstance(cond, ContextTokens):
+        return cond
+    if isinstance(cond, TextCondition):
+        return ContextTokens(*(jnp.asarray(part) for part in cond))
+    dtype, ndim = getattr(cond, "dtype", None), getattr(cond, "ndim", None)
+    if dtype is not None and ndim == 1 and jnp.issubdtype(dtype, jnp.integer):
+        return cond
+    if dtype is None or ndim not in (2, 3) or not jnp.issubdtype(dtype, jnp.floating):
+        raise ValueError(
+            f"cond is {shown(cond)}; to be dropped or guided, it must be integer labels of shape (b,), vectors (b, e), "
+            "tokens (b, m, e) or ContextTokens. Convert an image by config.context.tokens(cond, b)."
+        )
+    tokens = jnp.asarray(cond)[:, None] if ndim == 2 else jnp.asarray(cond)
+    return ContextTokens(tokens, jnp.ones(tokens.shape[:2], bool))
+
+
+def drop_condition(key: Key[Array, ""], cond: Any, rate: float) -> Any:
+    """Returns a condition, of which each sample becomes unconditional with probability `rate`.
+
+    Raises the same errors as `as_condition`.
+
+    Example:
+        cond = drop_condition(key, labels, 0.1)
+    """
+    cond = as_condition(cond)
+    return drop_context(key, cond, rate) if isinstance(cond, ContextTokens) else drop_labels(key, cond, rate)
+
+
+def is_conditional(cond: Any) -> Bool[Array, " b"]:
+    """Returns whether each sample has a condition: a label other than -1, or a token that is not padding.
+
+    Example:
+        is_conditional(jnp.array([3, -1]))  # [True, False]
+    """
+    return cond.mask.any(axis=1) if isinstance(cond, ContextTokens) else cond != UNCONDITIONAL
