@@ -225,7 +225,7 @@ def test_mean_flow_guides_only_samples_with_a_context():
 
 def test_networks_without_a_context_have_their_old_parameters():
     # Numbers of parameters before networks had contexts.
-    for config, num in ((fm.MLPConfig(dim=3, width=16), 675), (fm.DiTConfig(**DIT), 0), (fm.UNetConfig(**UNET), 0)):
+    for config, num in ((fm.MLPConfig(dim=3, width=16), 675), (fm.DiTConfig(**DIT), 49768), (fm.UNetConfig(**UNET), 64338)):
         leaves = jax.tree.leaves_with_path(jax.eval_shape(lambda c=config: init(c.build(), jax.random.key(0))))
         assert sum(leaf.size for _, leaf in leaves) == num
         assert not any("context" in jax.tree_util.keystr(path) for path, _ in leaves)
