@@ -8,7 +8,7 @@ import numpy as np
 from jaxtyping import Array, Float, Int, UInt8
 
 from flowgen.arrays import check_bytes
-from flowgen.conditioning import UNCONDITIONAL, TextCondition
+from flowgen.conditioning import UNCONDITIONAL, ContextTokens, TextCondition
 
 
 class Moments(NamedTuple):
@@ -24,11 +24,16 @@ class Moments(NamedTuple):
     std: Float[Array | np.ndarray, "b *event"]
 
 
+Labels = Int[Array | np.ndarray, " b"]
+Context = Labels | TextCondition | ContextTokens | Float[Array | np.ndarray, "b *features"]
+
+
 class Batch(NamedTuple):
     """A batch of samples, and the context that a model may be conditioned on.
 
     x: images `b height width c` or clips `b frames height width c` as bytes, or the `Moments` of latents.
-    context: None, int32 labels `b` (-1 for no class), or a `TextCondition`.
+    context: None, int32 labels `b` (-1 for no class), a `TextCondition`, or what the `context` of a model describes:
+    vectors `b e`, tokens as `ContextTokens` or `b m e`, or images `b height width c`, all floating-point.
     rows: a `flowgen.rows.Rows` that identifies these samples within the whole batch; added by the training step.
 
     Example:
@@ -36,7 +41,7 @@ class Batch(NamedTuple):
     """
 
     x: UInt8[Array | np.ndarray, "b *event"] | Moments
-    context: Int[Array | np.ndarray, " b"] | TextCondition | None = None
+    context: Context | None = None
     rows: Any = None
 
     @property
@@ -53,8 +58,9 @@ class Batch(NamedTuple):
         return self.x
 
     @property
-    def labels(self) -> Int[Array | np.ndarray, " b"]:
+    def labels(self) -> Labels:
         """The labels; all -1 if the batch has none."""
-        if self.context is None or isinstance(self.context, TextCondition):
+        context = self.context
+        if context is None or isinstance(context, TextCondition | ContextTokens) or context.ndim > 1:
             return np.full(self.size, UNCONDITIONAL, np.int32)
-        return self.context
+        return context

@@ -21,7 +21,15 @@ from flowgen.matching.mean_flow import guided_target
 from flowgen.nn import init
 
 DIT = {"image_size": 4, "channels": 2, "width": 32, "num_layers": 2, "head_dim": 16, "remat": False}
-UNET = {"image_size": 4, "channels": 2, "width": 8, "multipliers": (1, 2), "num_groups": 4, "head_dim": 8, "dropout": 0.0}
+UNET = {
+    "image_size": 4,
+    "channels": 2,
+    "width": 8,
+    "multipliers": (1, 2),
+    "num_groups": 4,
+    "head_dim": 8,
+    "dropout": 0.0,
+}
 VECTOR, TOKENS = VectorContext(dim=5), TokenContext(length=3, dim=5)
 SAME = ImageContext(image_size=4, channels=1, patch_size=2)
 OTHER = ImageContext(image_size=(6, 4), channels=1, patch_size=2)
@@ -126,7 +134,7 @@ def test_neither_the_order_of_tokens_nor_more_padding_has_an_effect(name):
 
 @pytest.mark.parametrize("name", rows(["mlp, vector", "mlp, tokens", "dit, tokens"], ("dit, tokens",)))
 def test_guidance_of_weight_zero_is_the_conditional_field_and_guidance_is_linear(name):
-    network, variables, t, x, given = case(name)
+    _, variables, t, x, given = case(name)
     run = compiled(name)
     velocity = lambda t, x, cond: run(variables, t, x, cond)  # noqa: E731
     conditional = velocity(t, x, given)
@@ -225,7 +233,11 @@ def test_mean_flow_guides_only_samples_with_a_context():
 
 def test_networks_without_a_context_have_their_old_parameters():
     # Numbers of parameters before networks had contexts.
-    for config, num in ((fm.MLPConfig(dim=3, width=16), 675), (fm.DiTConfig(**DIT), 49768), (fm.UNetConfig(**UNET), 64338)):
+    for config, num in (
+        (fm.MLPConfig(dim=3, width=16), 675),
+        (fm.DiTConfig(**DIT), 49768),
+        (fm.UNetConfig(**UNET), 64338),
+    ):
         leaves = jax.tree.leaves_with_path(jax.eval_shape(lambda c=config: init(c.build(), jax.random.key(0))))
         assert sum(leaf.size for _, leaf in leaves) == num
         assert not any("context" in jax.tree_util.keystr(path) for path, _ in leaves)
@@ -240,7 +252,10 @@ REFUSED = {
         "context has image_size (6, 4), but image_size is 4; resize",
     ),
     "vector of another size": (lambda: check_condition(NETWORKS["mlp, vector"], X, 2), "floats of shape (2, 5)"),
-    "labels for a context": (lambda: check_condition(NETWORKS["mlp, vector"], LABELS, 2), "cond is int32 of shape (2,)"),
+    "labels for a context": (
+        lambda: check_condition(NETWORKS["mlp, vector"], LABELS, 2),
+        "cond is int32 of shape (2,)",
+    ),
     "a context for no context": (
         lambda: check_condition(fm.MLPConfig(), ContextTokens(X[:, None], X[:, :1] > 0), 2),
         "cond is ContextTokens",

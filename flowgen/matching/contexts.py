@@ -7,17 +7,24 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Callable
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 from flax import linen as nn
-from jaxtyping import Array, Float
+from jaxtyping import Array, Bool, Float
 
-from flowgen.conditioning import Condition, ContextTokens, check_labels
+from flowgen.conditioning import ContextTokens, check_labels
 from flowgen.contexts import Context, ContextConfig, ImageContext, check_context
 from flowgen.nn.checks import image_sides
 from flowgen.nn.layers import unpatchify
+
+
+class Given(NamedTuple):
+    """A context inside a network: tokens that are 0 where the mask is False."""
+
+    tokens: Float[Array, "b m e"]
+    mask: Bool[Array, "b m"]
 
 
 def check_one_condition(num_classes: int, context: Context | None) -> None:
@@ -28,12 +35,12 @@ def check_one_condition(num_classes: int, context: Context | None) -> None:
     """
     if num_classes and context is not None:
         raise ValueError(
-            f"num_classes is {num_classes} and context is {context}; a network has one condition, so set num_classes to "
-            "0 or context to None. A TokenContext can contain an embedding of the class."
+            f"num_classes is {num_classes} and context is {context}; a network has one condition, so set num_classes "
+            "to 0 or context to None. A TokenContext can contain an embedding of the class."
         )
 
 
-def check_condition(config: Any, cond: Any, batch: int) -> Condition | None:
+def check_condition(config: Any, cond: Any, batch: int) -> Any:
     """Returns a network's condition as int32 labels, `ContextTokens` or None.
 
     config: a network's config; one without a field `context` accepts labels or None. Raises ValueError unless cond fits
@@ -48,7 +55,7 @@ def check_condition(config: Any, cond: Any, batch: int) -> Condition | None:
     return check_labels(cond, num_classes=config.num_classes, batch=batch)
 
 
-def context_of(context: ContextConfig, cond: ContextTokens | None, batch: int, dtype: Any) -> ContextTokens:
+def context_of(context: ContextConfig, cond: ContextTokens | None, batch: int, dtype: Any) -> Given:
     """Returns a context with padding set to 0. None becomes a context of padding alone, so both mean the same.
 
     Example:
@@ -56,8 +63,9 @@ def context_of(context: ContextConfig, cond: ContextTokens | None, batch: int, d
     """
     if cond is None:
         shape = (batch, context.length, context.dim)
-        return ContextTokens(jnp.zeros(shape, dtype), jnp.zeros(shape[:2], bool))
-    return ContextTokens(jnp.where(cond.mask[:, :, None], cond.tokens, 0).astype(dtype), cond.mask)
+        return Given(jnp.zeros(shape, dtype), jnp.zeros(shape[:2], bool))
+    tokens, mask = jnp.asarray(cond.tokens, dtype), jnp.asarray(cond.mask)
+    return Given(jnp.where(mask[:, :, None], tokens, 0), mask)
 
 
 def same_size(context: Context | None, image_hw: tuple[int, int]) -> bool:
@@ -80,7 +88,7 @@ def shrunk_context(context: Context | None, image_hw: tuple[int, int], small_hw:
     return dataclasses.replace(context, image_size=small_hw, patch_size=1)
 
 
-def as_channels(context: ImageContext, given: ContextTokens) -> Float[Array, "b height width c_and_one"]:
+def as_channels(context: ImageContext, given: Given) -> Float[Array, "b height width c_and_one"]:
     """Returns an image context with one more channel: 1 for pixels that are given and 0 for those of masked patches.
 
     Example:
@@ -92,7 +100,7 @@ def as_channels(context: ImageContext, given: ContextTokens) -> Float[Array, "b 
     return jnp.concatenate(parts, axis=-1)
 
 
-def masked_mean(tokens: Float[Array, "b m d"], given: ContextTokens) -> Float[Array, "b d"]:
+def masked_mean(tokens: Float[Array, "b m d"], given: Given) -> Float[Array, "b d"]:
     """Returns the mean of each sample's tokens, which must be finite, without padding; 0 if it has none.
 
     Example:
@@ -121,7 +129,7 @@ class TokenEmbedding(nn.Module):
 
 
 class ContextEmbedding(nn.Module):
-    """Embeds a context as one vector per sample: the mean of its tokens' embeddings, or a learned vector if it has none.
+    """Embeds a context as one vector per sample: the mean of its embedded tokens, or a learned vector if it has none.
 
     The order of the tokens has no effect. dense: see `TokenEmbedding`. none_std: standard deviation of the initial
     learned vector.
@@ -135,7 +143,7 @@ class ContextEmbedding(nn.Module):
     none_std: float
 
     @nn.compact
-    def __call__(self, given: ContextTokens) -> Float[Array, "b d"]:
+    def __call__(self, given: Given) -> Float[Array, "b d"]:
         mean = masked_mean(TokenEmbedding(self.width, self.dense, name="tokens")(given.tokens), given)
         none = self.param("none", nn.initializers.normal(self.none_std), (self.width,), jnp.float32)
         return jnp.where(given.mask.any(axis=1)[:, None], mean, jnp.asarray(none, mean.dtype)[None])

@@ -24,10 +24,10 @@ from jaxtyping import Array, Float
 
 from flowgen.attention import KERNELS, FeatureMap, Kernel, make_attention_fn, softmax_attention
 from flowgen.backend import Implementation, OnMeshes, Shared, keep_heads_apart, keep_rows_apart
-from flowgen.conditioning import ContextTokens
 from flowgen.contexts import Context, ImageContext, TokenContext, VectorContext
 from flowgen.matching.contexts import (
     ContextEmbedding,
+    Given,
     TokenEmbedding,
     as_channels,
     check_condition,
@@ -76,9 +76,9 @@ class DiTConfig:
     dtype: dtype of matrix products and activations; parameters, norms and the modulation stay float32.
     remat: whether to recompute the activations of each layer in the backward pass instead of storing them.
     context: the context that the field is conditioned on, None for none. The embedding of a vector is added to the
-    embedding of the time. Every layer attends to tokens by softmax cross-attention, whatever `attention` is; their order
-    has no effect. An image as large as the network's images is concatenated to them as channels; the patches of any
-    other image are tokens, with embeddings of their positions.
+    embedding of the time. Every layer attends to tokens by softmax cross-attention, whatever `attention` is; their
+    order has no effect. An image as large as the network's images is concatenated to them as channels. The patches of
+    any other image are tokens, with embeddings of their positions.
     """
 
     image_size: Side | tuple[Side, Side]
@@ -208,9 +208,7 @@ class DiT(OnMeshes, nn.Module):
         out = _dense(features, config.dtype, zero=True, name="proj_out")(h).astype(master_dtype(config.dtype))
         return unpatchify(out, config.patch_size, config.image_hw, PATCH_ORDER)
 
-    def _conditioned(
-        self, t: Array, x: Array, cond: Any, interval: Array | None
-    ) -> tuple[Array, Array, ContextTokens | None]:
+    def _conditioned(self, t: Array, x: Array, cond: Any, interval: Array | None) -> tuple[Array, Array, Given | None]:
         """Returns silu(c), the images with the channels of the context, and the tokens that the layers attend to."""
         config, context = self.config, self.config.context
         embed = ConditionEmbedding(
@@ -228,7 +226,7 @@ class DiT(OnMeshes, nn.Module):
         tokens = TokenEmbedding(config.width, normal_dense, name="context")(given.tokens)
         if isinstance(context, ImageContext):
             tokens = tokens + jnp.asarray(grid_positions(context.token_hw, config.width), tokens.dtype)[None]
-        return jax.nn.silu(c), x, ContextTokens(tokens.astype(config.dtype), given.mask)
+        return jax.nn.silu(c), x, Given(tokens.astype(config.dtype), given.mask)
 
 
 class DiTLayer(nn.Module):
@@ -237,7 +235,7 @@ class DiTLayer(nn.Module):
     config: DiTConfig
 
     @nn.compact
-    def __call__(self, h: Float[Array, "b n d"], c: Float[Array, "b d"], context: ContextTokens | None):
+    def __call__(self, h: Float[Array, "b n d"], c: Float[Array, "b d"], context: Given | None):
         config = self.config
         h = keep_rows_apart(h)
         parts = 6 if context is None else 9
@@ -258,7 +256,7 @@ class DiTLayer(nn.Module):
         down = _dense(config.width, config.dtype, shared="inputs", name="down")
         return h + mlp_gate[:, None].astype(h.dtype) * down(ACTIVATIONS["gelu_tanh"](up(y))), None
 
-    def _cross(self, y: Float[Array, "b n d"], context: ContextTokens) -> Float[Array, "b n d"]:
+    def _cross(self, y: Float[Array, "b n d"], context: Given) -> Float[Array, "b n d"]:
         """Returns the attention of y to the context; the bias of the output layer alone for samples without context."""
         config = self.config
         q = _dense(config.width, config.dtype, shared="outputs", name="context_query")(y.astype(config.dtype))

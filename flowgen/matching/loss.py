@@ -61,9 +61,10 @@ def flow_matching_loss(
 
     batch: a dict of "x1", the data; "x0", the noise (standard normal if missing); "cond", the condition or None; and
     "rows", a `flowgen.rows.Rows`. A training step adds "rows", so that the random numbers do not depend on the number
-    of devices. cond: any pytree of arrays with one row per sample, as the velocity accepts it. label_dropout:
-    probability with which each sample becomes unconditional, independently of the others: its label is replaced by -1,
-    or its context is masked. A positive label_dropout requires labels, vectors, tokens or `ContextTokens`. log_mean: the running log-mean of the weights; -inf or None before the first step. The loss returns the updated
+    of devices. The condition is any pytree of arrays with one row per sample, as the velocity accepts it.
+    label_dropout: probability with which each sample becomes unconditional, independently of the others: its label is
+    replaced by -1, or its context is masked. A positive value requires labels, vectors, tokens or `ContextTokens`.
+    log_mean: the running log-mean of the weights; -inf or None before the first step. The loss returns the updated
     value, which only "running" normalisation needs. Raises ValueError if settings or shapes are invalid.
 
     Example:

@@ -230,7 +230,7 @@ def guided(
 
     unconditional: the value of cond that means "no condition", such as -1 for labels; it has the structure of cond,
     with one value for all samples or one for each. None means the label -1 or, for vectors, tokens and texts, a
-    `ContextTokens` without tokens, which our networks accept. scale: the field is v_u + scale (v_c - v_u), so scale 1 gives v_c.
+    `ContextTokens` whose mask is False everywhere. scale: the field is v_u + scale (v_c - v_u), so scale 1 gives v_c.
     weight: the field is (1 + weight) v_c - weight v_u, so weight 0 gives v_c. interval: range of times in which
     guidance acts; outside this range, the field is v_c (Kynkäänniemi et al., arXiv 2404.07724).
 

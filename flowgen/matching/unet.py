@@ -283,7 +283,7 @@ class UNet(OnMeshes, nn.Module):
         return conv(config.channels, widths[0], str(master), zero=True, name="conv_out")(h)
 
     def _conditioned(self, t: Array, x: Array, cond: Any, interval: Array | None) -> tuple[Array, Array]:
-        """Returns the SiLU of the embedding, which every block uses, and the images with the channels of the context."""
+        """Returns the SiLU of the embedding, which every block uses, and the images with those of the context."""
         config = self.config
         dense = partial(linear, dtype=str(master_dtype(config.dtype)))
         embed = ConditionEmbedding(

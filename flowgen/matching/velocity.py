@@ -19,9 +19,8 @@ from jaxtyping import Array, Float
 
 from flowgen.arrays import check_floating, shown
 from flowgen.backend import OnMeshes
-from flowgen.conditioning import ContextTokens
 from flowgen.contexts import Context, ImageContext, VectorContext
-from flowgen.matching.contexts import check_condition, check_one_condition, context_of, masked_mean
+from flowgen.matching.contexts import Given, check_condition, check_one_condition, context_of, masked_mean
 from flowgen.nn.embeddings import class_rows
 from flowgen.nn.layers import linear
 from flowgen.settings import config
@@ -77,8 +76,8 @@ class MLPConfig:
         check_one_condition(self.num_classes, self.context)
         if isinstance(self.context, ImageContext):
             raise ValueError(
-                f"context is {self.context}, but an MLP accepts no images; use a VectorContext for the output of your own "
-                "image network, or a DiTConfig."
+                f"context is {self.context}, but an MLP accepts no images; use a VectorContext for the output of your "
+                "own image network, or a DiTConfig."
             )
 
     def build(self) -> VelocityMLP:
@@ -96,7 +95,7 @@ class MLPConfig:
 
 
 class VelocityMLP(OnMeshes, nn.Module):
-    """A multilayer perceptron with input [x, t, condition], SELU and PyTorch's initialisation, as published for 2-D data.
+    """A multilayer perceptron on [x, t, condition], with SELU and PyTorch's initialisation, as published for 2-D data.
 
     Example:
         v = VelocityMLP(MLPConfig(dim=2)).apply(params, t, x)
@@ -135,7 +134,7 @@ class VelocityMLP(OnMeshes, nn.Module):
             h = jax.nn.selu(linear(config.width, h.shape[1], "float32")(h))
         return linear(config.dim, config.width, "float32")(h)
 
-    def _context_inputs(self, given: ContextTokens) -> list[Float[Array, "b _"]]:
+    def _context_inputs(self, given: Given) -> list[Float[Array, "b _"]]:
         """Returns the context's features, and 1 for each sample that has a context, otherwise 0."""
         width, tokens = self.config.width, given.tokens
         if not isinstance(self.config.context, VectorContext):
