@@ -30,6 +30,7 @@ LEVELS = {
     "flowgen.matching.toy": 0,
     "flowgen.matching.plans": 0,
     "flowgen.matching.couplings": 0,
+    "flowgen.matching.distilled": 0,
     "flowgen.matching.semidiscrete": 0,
     "flowgen.matching.solvers": 0,
     "flowgen.matching.likelihood": 0,

@@ -38,6 +38,7 @@ from flowgen.experiments.conditions import (
 )
 from flowgen.experiments.debug import SAMPLES, debug_images, debug_run
 from flowgen.experiments.distances import SAMPLES_AT_ONCE, sample_metrics, train_features
+from flowgen.experiments.distilled import with_flow
 from flowgen.experiments.drawing import (
     AT_ONCE,
     asked_labels,
@@ -255,7 +256,9 @@ class MatchingExperiment(Experiment):
         return {"x1": from_uint8(batch.pixels), "cond": condition_of(self.model, batch)}
 
     def _points_job(self, network: Any, data: PointsConfig) -> Job:
-        matching = self.matching.fitted(*data.draw(jax.random.key(self.train.seed), REPORT_PAIRS))
+        matching = with_flow(self.matching, self.model).fitted(
+            *data.draw(jax.random.key(self.train.seed), REPORT_PAIRS)
+        )
 
         @jax.jit
         def samples(variables, key):
@@ -280,7 +283,7 @@ class MatchingExperiment(Experiment):
         order = np.random.default_rng(self.train.seed).permutation(len(dataset))
         x1 = from_uint8(dataset[np.sort(order[:REPORT_PAIRS])].pixels)
         x0 = jax.random.normal(jax.random.key(self.train.seed), x1.shape)
-        matching = self.matching.fitted(x0, jnp.asarray(x1))
+        matching = with_flow(self.matching, self.model).fitted(x0, jnp.asarray(x1))
         classes = drawn_classes(self.model, self.data)
 
         def draw_image(variables: Any) -> np.ndarray:
