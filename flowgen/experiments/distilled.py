@@ -18,7 +18,7 @@ FIELD = "matching.coupling.path"
 
 
 def with_flow(matching: MatchingConfig, model: Any) -> MatchingConfig:
-    """Returns the config with the coupling of the flow at `coupling.path`. Returns configs of other couplings unchanged.
+    """Returns the config with the coupling of the flow at `coupling.path`; with other couplings, the config itself.
 
     model: the config of the velocity network. Raises FileNotFoundError or ValueError if the path has no flow, or if the
     flow does not fit the network.
