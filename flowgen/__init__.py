@@ -48,6 +48,7 @@ _PACKAGES = (
     "runs",
     "text",
     "training",
+    "transforms",
 )
 
 if TYPE_CHECKING:

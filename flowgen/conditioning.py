@@ -49,10 +49,14 @@ class Padded(NamedTuple):
     """
 
     mask: Bool[Array | np.ndarray, "b n"]
-    cond: Int[Array, " b"] | TextCondition | ContextTokens | None = None
+    cond: Unpadded | None = None
 
 
-Condition = Int[Array, " b"] | TextCondition | ContextTokens | Padded
+Unpadded = Int[Array, " b"] | TextCondition | ContextTokens
+Condition = Unpadded | Padded
+# What users may pass as a condition; a model's `check_cond` returns it as a `Condition`. Arrays of floating-point
+# numbers are the vectors, tokens or images of a continuous context.
+AnyCondition = Condition | Integer[np.ndarray, " b"] | list[int] | Float[Array | np.ndarray, "b *context"]
 
 
 def masked_text(text: TextCondition) -> Float[Array, "b n e"]:
@@ -91,15 +95,32 @@ def drop_context(key: Key[Array, ""], context: ContextTokens, rate: float) -> Co
     return ContextTokens(context.tokens, context.mask & ~dropped[:, None])
 
 
-def split_padded(cond: Condition | None) -> tuple[Bool[Array, "b n"] | None, Condition | None]:
+def drop_condition(key: Key[Array, ""], cond: Unpadded, null: TextCondition | None, rate: float) -> Unpadded:
+    """Returns the condition, of which each sample becomes unconditional with probability `rate`.
+
+    null: the null text, for texts.
+    """
+    if isinstance(cond, ContextTokens):
+        return drop_context(key, cond, rate)
+    if isinstance(cond, TextCondition):
+        assert null is not None  # text flows require it
+        return drop_texts(key, cond, null, rate)
+    return drop_labels(key, cond, rate)
+
+
+def split_padded(cond: Condition | None) -> tuple[Bool[Array, "b n"] | None, Unpadded | None]:
     """Returns the mask of padded samples, or None, and the rest of the condition."""
-    return (cond.mask, cond.cond) if isinstance(cond, Padded) else (None, cond)
+    return (jnp.asarray(cond.mask), cond.cond) if isinstance(cond, Padded) else (None, cond)
 
 
 def unconditional(cond: Condition, null: TextCondition | None) -> Condition:
     """Returns the condition for the unconditional branch of guidance: label -1, the null text, or no context."""
     if isinstance(cond, Padded):
-        return cond if cond.cond is None else Padded(cond.mask, unconditional(cond.cond, null))
+        return cond if cond.cond is None else Padded(cond.mask, _unconditional(cond.cond, null))
+    return _unconditional(cond, null)
+
+
+def _unconditional(cond: Unpadded, null: TextCondition | None) -> Unpadded:
     if isinstance(cond, ContextTokens):
         return ContextTokens(cond.tokens, jnp.zeros_like(cond.mask))
     if isinstance(cond, TextCondition):

@@ -154,7 +154,7 @@ def check_context(cond: Any, context: ContextConfig, batch: int) -> ContextToken
 
 
 def context_tokens(tokens: Any, mask: Any, *, length: int, dim: int, batch: int) -> ContextTokens:
-    """Returns tokens with their mask; None means no padding. Raises ValueError unless both have these shapes."""
+    """Returns tokens with their mask; a mask of None means no padding. Raises ValueError for other shapes."""
     tokens = _floats(tokens, (batch, length, dim), "the tokens of each sample")
     if mask is None:
         return ContextTokens(tokens, jnp.ones((batch, length), bool))

@@ -156,7 +156,7 @@ def reference_reverse(flow, params, z, cond, weight, parts, anneal, temperature=
         def parameters(u, cond, inverse_temperature, block=block, index=index):
             variables = block_parameters(params, index)
             state = BlockState(inverse_temperature=inverse_temperature)
-            return block.apply(variables, u[:, :-1], cond, state, method="conditioner")[:2]
+            return block.apply(variables, u[:, :-1], cond, state, method="conditioner")[0]
 
         for t in range(1, config.num_tokens):
             cold = jnp.full(len(z), 1 / temperature)

@@ -47,6 +47,7 @@ LEVELS = {
     "flowgen.conditioning": -2,
     "flowgen.batch": -1,
     "flowgen.optimizers": -1,
+    "flowgen.transforms": -1,
     "flowgen.rows": 0,
     "flowgen.contexts": 1,
     "flowgen.text": 1,

@@ -169,7 +169,7 @@ def test_the_cache_is_that_of_the_tokens_that_are_returned(tol):
     conditioner = mixture(n)
     solution = solve_sliding(conditioner, z, SlidingWindow(window=4, tol=tol))
     previous = jnp.concatenate([conditioner.first, solution.x[:, :-1]], axis=1)
-    shift, log_scale, _ = conditioner.window(previous, 0, conditioner.begin_cache(n))
+    (shift, log_scale), _ = conditioner.window(previous, 0, conditioner.begin_cache(n))
     change = jnp.abs(shift + jnp.exp(log_scale) * z - solution.x).max(axis=(1, 2))
     assert_close(solution.residual, change, LAYER, scale=1)
     assert jnp.all(change <= tol + LAYER)
