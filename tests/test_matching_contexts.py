@@ -12,9 +12,9 @@ from laws import drawn
 from tolerances import NETWORK, assert_close
 
 from flowgen import matching as fm
-from flowgen.conditioning import ContextTokens, TextCondition
+from flowgen.conditioning import ContextTokens, TextCondition, drop_condition
 from flowgen.contexts import ImageContext, TokenContext, VectorContext
-from flowgen.matching.conditions import as_condition, drop_condition, is_conditional
+from flowgen.matching.conditions import as_condition, is_conditional
 from flowgen.matching.contexts import check_condition
 from flowgen.matching.loss import rows_of
 from flowgen.matching.mean_flow import guided_target
@@ -99,7 +99,7 @@ def test_none_and_a_dropped_context_are_unconditional(name):
     _, variables, t, x, given = case(name)
     run = compiled(name)
     none = run(variables, t, x, None)
-    dropped = drop_condition(jax.random.key(0), given, 1.0)
+    dropped = drop_condition(jax.random.key(0), given, None, 1.0)
     assert_close(run(variables, t, x, dropped), none, NETWORK)
     assert_close(run(variables, t, x, given)[2], none[2], NETWORK, scale=jnp.abs(none).max())
     assert not is_conditional(dropped).any()

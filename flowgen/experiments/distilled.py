@@ -46,6 +46,7 @@ def open_flow(path: str, model: Any) -> FlowDistilled:
             if plain.get(TYPE) != FlowExperiment.__name__:
                 raise ValueError(f"this is the run of a {plain.get(TYPE)!s:.80}; give the run of a FlowExperiment.")
             experiment = FlowExperiment.from_json(plain)
+            assert isinstance(experiment, FlowExperiment)
             check_fits(experiment, model)
             flow, reader = experiment.build(), run.checkpoints
             step = reader.latest_step()

@@ -1,14 +1,14 @@
-"""Dropout and guidance for every condition of a velocity: labels, vectors, tokens with a mask, texts and images."""
+"""The form of conditions in which the samples of a batch can be made unconditional, for dropout and guidance."""
 
 from __future__ import annotations
 
 from typing import Any
 
 import jax.numpy as jnp
-from jaxtyping import Array, Bool, Key
+from jaxtyping import Array, Bool
 
 from flowgen.arrays import shown
-from flowgen.conditioning import UNCONDITIONAL, ContextTokens, TextCondition, drop_context, drop_labels
+from flowgen.conditioning import UNCONDITIONAL, ContextTokens, TextCondition
 
 
 def as_condition(cond: Any) -> Any:
@@ -34,18 +34,6 @@ def as_condition(cond: Any) -> Any:
         )
     tokens = jnp.asarray(cond)[:, None] if ndim == 2 else jnp.asarray(cond)
     return ContextTokens(tokens, jnp.ones(tokens.shape[:2], bool))
-
-
-def drop_condition(key: Key[Array, ""], cond: Any, rate: float) -> Any:
-    """Returns a condition, of which each sample becomes unconditional with probability `rate`.
-
-    Raises the same errors as `as_condition`.
-
-    Example:
-        cond = drop_condition(key, labels, 0.1)
-    """
-    cond = as_condition(cond)
-    return drop_context(key, cond, rate) if isinstance(cond, ContextTokens) else drop_labels(key, cond, rate)
 
 
 def is_conditional(cond: Any) -> Bool[Array, " b"]:

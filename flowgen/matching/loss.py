@@ -11,8 +11,9 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float, Key
 
 from flowgen.arrays import check_floating, check_key, shown
+from flowgen.conditioning import drop_condition
 from flowgen.matching.checks import check_output, check_pair, check_velocity
-from flowgen.matching.conditions import as_condition, drop_condition
+from flowgen.matching.conditions import as_condition
 from flowgen.matching.conversions import Prediction, check_prediction
 from flowgen.matching.couplings import Coupled, Coupling, GibbsWeights, Independent, log_mean_exp
 from flowgen.matching.diagnostics import effective_sample_size
@@ -158,7 +159,7 @@ def draw_pairs(
     running = isinstance(coupling, GibbsWeights) and coupling.normalize == "running"
     weight = jnp.exp(log_weight - log_mean if running else log_weight)
     if cond is not None and label_dropout:
-        cond = drop_rows.draw(partial(drop_condition, rate=label_dropout), cond)
+        cond = drop_rows.draw(partial(drop_condition, null=None, rate=label_dropout), as_condition(cond))
     return Pairs(x0, x1, cond, weight, effective_sample_size(of_all), log_mean)
 
 
