@@ -3,14 +3,6 @@
 for name in cfm otcfm wcfm; do python train.py --config configs/${name}_digits.py --workdir runs/$name; done
 python benchmarks/matching_images.py --runs runs/cfm runs/otcfm runs/wcfm --figure docs/images/matching_digits.png \\
     --out benchmarks/results/matching_images.json
-
-The coupling of a flow (NFM) beside the other couplings at few evaluations, in three runs of each:
-
-for seed in 0 1 2; do for name in cfm otcfm wcfm nfm; do
-    python train.py --config configs/${name}_digits.py --workdir runs/$name-$seed --train.seed $seed
-done; done
-python benchmarks/matching_images.py --runs runs/{cfm,otcfm,wcfm,nfm}-{0,1,2} --evaluations 4 8 16 \\
-    --figure runs/nfm_digits.png --out benchmarks/results/matching_nfm.json
 """
 
 import argparse
