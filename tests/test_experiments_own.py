@@ -12,6 +12,7 @@ import flowgen
 from flowgen.contexts import ImageContext, VectorContext
 from flowgen.data import Batch, DataConfig
 from flowgen.experiments import FlowExperiment, MatchingExperiment, SolverConfig, SpaceToDepth
+from flowgen.experiments.conditions import conditions_of
 from flowgen.flows import STARFlowConfig, STARFlowVConfig, TARFlowConfig
 from flowgen.matching import DiTConfig
 from flowgen.training import LogConfig, TrainConfig
@@ -229,13 +230,13 @@ def conditioned(context=None, **changes):
 
 @pytest.mark.slow
 def test_contexts_of_ones_own_are_trained_on_guided_and_sampled(tmp_path):
-    experiment = conditioned(sampling=SolverConfig(num=4, num_steps=2, guidance=1.0, frechet_samples=8))
+    experiment = conditioned(sampling=SolverConfig(num=4, num_steps=2, guidance=1.0))
     result = flowgen.fit(experiment, tmp_path, dataset=Noisy(), held_out=Noisy())
     assert np.isfinite(list(result.metrics.values())).all()
     assert result.samples.is_file()
     network, variables, loaded = flowgen.load(tmp_path)
     assert loaded.model == experiment.model
-    cond, key = Noisy()[np.arange(3)].context, jax.random.key(0)
+    cond, key = conditions_of(loaded.model, Noisy())(np.arange(3)), jax.random.key(0)
     x, _ = loaded.draw_batch(network, variables, key, np.arange(3), cond)
     other, _ = loaded.draw_batch(network, variables, key, np.arange(3), cond[::-1].copy())
     np.testing.assert_array_equal(x[1], other[1])
@@ -252,6 +253,7 @@ CONTEXTS_REFUSED = {
         lambda path: flowgen.fit(conditioned(), path, dataset=changed()),
         "cond is int32 of shape (1,)",
     ),
+    "none at all": (lambda path: flowgen.fit(conditioned(), path, dataset=changed(context=None)), "cond is None; give"),
     "flipped images": (lambda path: conditioned(data=DataConfig(flip=True)), "data.flip is true, but the context"),
     "commands": (lambda path: conditioned().draw(None, None, None), "which commands cannot give"),
     "guidance without dropout": (

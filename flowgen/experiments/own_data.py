@@ -63,9 +63,7 @@ class OwnDataset:
         given = jax.tree.map(np.asarray, batch.context)
         try:
             if given is None:
-                raise ValueError(
-                    f"cond is None; this model needs a context for every sample, as a {type_name(context)}."
-                )
+                raise ValueError(f"cond is None; give the context that the model's {type_name(context)} describes.")
             jax.eval_shape(lambda cond: check_context(cond, context, batch.size), given)
         except ValueError as error:
             raise ValueError(f"{self.name} returned a context that does not fit the model: {error}") from None
