@@ -10,7 +10,7 @@ from typing import Literal
 
 import jax.numpy as jnp
 import numpy as np
-from jaxtyping import Array, Bool, Float, Int
+from jaxtyping import Array, Bool, Float, Int, Shaped
 
 from flowgen.conditioning import AnyCondition, Padded
 
@@ -21,17 +21,17 @@ TokenOrder = RasterOrder | tuple[int, ...]
 SampleOrder = TokenOrder | Int[Array, "b n"]
 
 
-def to_order(tokens: Float[Array, "*b n c"], order: SampleOrder) -> Float[Array, "*b n c"]:
+def to_order(tokens: Shaped[Array, "*b n c"], order: SampleOrder) -> Shaped[Array, "*b n c"]:
     """Returns tokens in a block's order, given in raster order."""
     return _permuted(tokens, order, inverse=False)
 
 
-def to_raster(tokens: Float[Array, "*b n c"], order: SampleOrder) -> Float[Array, "*b n c"]:
+def to_raster(tokens: Shaped[Array, "*b n c"], order: SampleOrder) -> Shaped[Array, "*b n c"]:
     """Returns tokens in raster order, given in a block's order; the inverse of `to_order`."""
     return _permuted(tokens, order, inverse=True)
 
 
-def _permuted(tokens: Float[Array, "*b n c"], order: SampleOrder, *, inverse: bool) -> Float[Array, "*b n c"]:
+def _permuted(tokens: Shaped[Array, "*b n c"], order: SampleOrder, *, inverse: bool) -> Shaped[Array, "*b n c"]:
     if isinstance(order, str):
         return tokens if order == "raster" else jnp.flip(tokens, axis=-2)
     if isinstance(order, tuple):
