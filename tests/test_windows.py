@@ -17,6 +17,7 @@ from flowgen.decoding import Guidance, Jacobi, Sequential, SlidingWindow, invert
 from flowgen.decoding.jacobi import Conditioner, PreviousFrame, solve
 from flowgen.decoding.sliding import solve_sliding
 from flowgen.flows import AutoregressiveBlock, STARFlowVConfig
+from flowgen.flows.affine import Affine
 
 NAMES = ("classes", "rectangular", "starflow text", "starflow options", "starflow video")
 CLIP = STARFlowVConfig(
@@ -42,7 +43,7 @@ def mixture(n, channels=2, seed=0):
         rows = jnp.broadcast_to(start, 3)[:, None] + jnp.arange(previous.shape[1])[None]
         cache = cache.at[jnp.arange(3)[:, None], rows].set(jnp.tanh(previous))
         mixed = jnp.einsum("btm,bmc->btc", weights[rows, : cache.shape[1]], cache)
-        return mixed, 0.3 * jnp.tanh(mixed), cache
+        return Affine(mixed, 0.3 * jnp.tanh(mixed)), cache
 
     return Conditioner(
         window,

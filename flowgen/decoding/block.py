@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import dataclass, field, replace
 from functools import partial
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -188,9 +188,7 @@ class GuidedBlock:
         return jnp.where(jnp.arange(2 * batch) < batch, 1.0, 1.0 / self.guidance.temperature).astype(dtype)
 
 
-@jax.tree_util.register_dataclass
-@dataclass(frozen=True)
-class Order:
+class Order(NamedTuple):
     """The order of a block's tokens as arrays: whether it is the reverse of raster order, or the permutations.
 
     The permutations differ between samples with padding; otherwise, there is one for all samples.

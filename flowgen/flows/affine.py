@@ -8,7 +8,7 @@ x = shift + exp(log_scale) · z,      z = (x - shift) · exp(-log_scale),      l
 from __future__ import annotations
 
 from dataclasses import dataclass, field, replace
-from typing import Annotated, Literal, NamedTuple, Protocol, runtime_checkable
+from typing import Annotated, Any, Literal, NamedTuple, Protocol, runtime_checkable
 
 import jax
 import jax.numpy as jnp
@@ -47,14 +47,15 @@ class Affine(NamedTuple):
 @jax.tree_util.register_dataclass
 @dataclass(frozen=True)
 class Mapped:
-    """The parameters of elementwise maps of tokens: the network's raw outputs.
+    """The parameters of elementwise maps of tokens.
 
-    exists: False for padding, which the map leaves unchanged; None if there is none.
+    raw: the network's outputs `b n outputs`. exists: bool `b n 1`, False for padding, which the map leaves unchanged;
+    None if there is none.
     """
 
     map: ElementwiseMap = field(metadata={"static": True})
-    raw: Float[Array, "b n outputs"]
-    exists: Bool[Array, "b n 1"] | None = None
+    raw: Any  # JAX also builds pytrees of placeholders.
+    exists: Any = None
 
     def to_noise(self, x: Float[Array, "b n c"]) -> tuple[Float[Array, "b n c"], Float[Array, "b n c"]]:
         """Returns z and log dz/dx of each value, in nats."""

@@ -53,7 +53,7 @@ def mixture_parameters(
     Raw outputs of 0 give a mixture with mean 0 and the variance of the base, so the map is close to the identity. The
     means are spread by 0.3 standard deviations. If they were equal, the map would be exactly the identity, but then the
     gradients of all components would be equal too, and no step of gradient descent could separate them. With 8 Gaussian
-    components, the spread changes z by at most 0.003 for |x| < 3, and by a factor of at most 1.05 in the tails.
+    components, the spread changes z by less than 0.006 for |x| < 3, and by a factor of less than 1.05 in the tails.
     Log-scales are bounded by ±4 around their initial value.
 
     Raises ValueError unless the number of outputs is a multiple of 3 · components.
@@ -91,8 +91,8 @@ class MixtureMap:
 
     components: number of components per channel. More components model more modes, and need 3 more outputs of the
     network each.
-    kind: "gaussian", with which the conditional density of a block is a mixture of Gaussians if z is standard normal,
-    or "logistic", which is cheaper and has heavier tails.
+    kind: "gaussian", with which elements have a mixture of Gaussians as their conditional density if z is standard
+    normal; or "logistic", which is cheaper to compute.
 
     Example:
         z, log_derivative = MixtureMap(components=8).to_noise(x, raw)

@@ -27,8 +27,8 @@ from jaxtyping import Array, Bool, Float
 from flowgen.arrays import at_least_float32, shown
 from flowgen.transforms.tails import TAILS, Kind
 
-# The bracket and the Newton step alternate at worst, so halving a bracket of 2²⁰ scales takes at most this many
-# iterations per bit of the mantissa and of the bracket.
+# Two iterations at least halve either the bracket or the Newton step, one bit of the mantissa. Further bits are for
+# brackets of up to 2²⁰ scales. Usually, 3 to 8 iterations suffice.
 ITERATIONS_PER_BIT, BRACKET_BITS = 2, 20
 
 
@@ -84,7 +84,7 @@ def mixture_inverse(
 def _checked(values: Array, logits: Array, means: Array, log_scales: Array, kind: Kind) -> list[Array]:
     if kind not in TAILS:
         raise ValueError(f"kind is {shown(kind)}; choose {' or '.join(map(repr, get_args(Kind)))}.")
-    named = {"the elements": values, "logits": logits, "means": means, "log_scales": log_scales}
+    named = {"the array of elements": values, "logits": logits, "means": means, "log_scales": log_scales}
     arrays = [at_least_float32(name, array) for name, array in named.items()]
     first, *parameters = (array.shape for array in arrays)
     if any(shape[:-1] != first or shape != parameters[0] for shape in parameters) or 0 in parameters[0][-1:]:
