@@ -118,10 +118,16 @@ class ImageContext:
             )
 
     @property
+    def token_hw(self) -> tuple[int, int]:
+        """(rows, columns) of patches."""
+        height, width = image_sides(self.image_size)
+        return height // self.patch_size, width // self.patch_size
+
+    @property
     def length(self) -> int:
         """Number of tokens, one per patch."""
-        height, width = image_sides(self.image_size)
-        return (height // self.patch_size) * (width // self.patch_size)
+        rows, columns = self.token_hw
+        return rows * columns
 
     @property
     def dim(self) -> int:

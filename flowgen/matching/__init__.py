@@ -4,6 +4,7 @@ paths          x_t and u_t between noise (t = 0) and data (t = 1)
 conversions    between velocity, x1, noise and score; from one path to another
 plans          transport over a batch: assignment, Sinkhorn
 couplings      independent, Gibbs-weighted (W-CFM), Sinkhorn-corrected, minibatch optimal transport
+distilled      the coupling of a trained autoregressive flow (NFM)
 semidiscrete   optimal transport from noise to a whole dataset
 times          distributions of training times
 loss           weighted regression of the velocity
@@ -30,6 +31,7 @@ from flowgen.matching.conversions import (
 from flowgen.matching.couplings import (
     Coupled,
     Coupling,
+    FromFlow,
     GibbsWeights,
     Independent,
     MinibatchOT,
@@ -49,6 +51,7 @@ from flowgen.matching.diagnostics import (
     wasserstein,
     weight_report,
 )
+from flowgen.matching.distilled import FlowDistilled
 from flowgen.matching.dit import DiT, DiTConfig
 from flowgen.matching.likelihood import divergence, log_prob
 from flowgen.matching.loss import Pairs, draw_pairs, flow_matching_loss
@@ -90,7 +93,9 @@ __all__ = [
     "Coupling",
     "DiT",
     "DiTConfig",
+    "FlowDistilled",
     "FlowMatching",
+    "FromFlow",
     "GibbsWeights",
     "Independent",
     "LinearVariancePreserving",

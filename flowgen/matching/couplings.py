@@ -208,9 +208,33 @@ class GibbsWeights:
         return Coupled(x0, x1, cond, log_weight)
 
 
+@config
+class FromFlow:
+    """Pairs each x1 with the noise that a trained flow maps it to (Normalized Flow Matching, arXiv 2603.09014).
+
+    Training opens the flow once, before the first step, and uses `flowgen.matching.FlowDistilled`, which describes the
+    coupling. In Python, use `FlowDistilled` itself: a call of this config raises ValueError.
+
+    path: run directory of a flow, folder of an exported flow, or name of a flow that ships with flowgen.
+
+    Example:
+        matching = MatchingConfig(coupling=FromFlow(path="digits"))
+    """
+
+    path: str
+    sees: ClassVar[str] = "row"
+
+    def __call__(
+        self, key: Key[Array, ""], x0: Float[Array, "b *event"], x1: Float[Array, "b *event"], cond: Cond = None
+    ) -> Coupled:
+        raise ValueError(
+            f"path is {self.path!r}, and this config contains no flow; use FlowDistilled(flow, variables)."
+        )
+
+
 # The couplings that a config may contain; add new ones here.
 OwnCoupling = Annotated[Coupling, Own("a function (key, x0, x1, cond) -> Coupled")]
-AnyCoupling = Independent | GibbsWeights | MinibatchOT | OwnCoupling
+AnyCoupling = Independent | GibbsWeights | MinibatchOT | FromFlow | OwnCoupling
 
 
 def paired_cost(x0: Float[Array, "b *event"], x1: Float[Array, "b *event"], cost: Cost) -> Float[Array, " b"]:
