@@ -99,7 +99,9 @@ def model_card(
     """
     kind = _kind(experiment)
     return _CARD.format(
-        tag={"flow": "normalizing-flow", "numbers": "normalizing-flow", "velocity": "flow-matching"}.get(kind, "autoencoder"),
+        tag={"flow": "normalizing-flow", "numbers": "normalizing-flow", "velocity": "flow-matching"}.get(
+            kind, "autoencoder"
+        ),
         licence_field=f"license: {_scalar(licence)}" if licence else "# license: the licence of the weights",
         name=_one_line(experiment.name),
         what=textwrap.fill(" ".join(_what(experiment, parameters, about, has_codec)), WIDTH),

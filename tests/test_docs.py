@@ -98,7 +98,15 @@ def commands(page):
 
 COMMANDS = [(page, words) for page in PAGES for words in commands(page)]
 # Of each kind of experiment one, by whose options the words of `sample` and `evaluate` are understood.
-KINDS = ("tarflow_digits", "starflow_t2i_256", "starflow_v_480p", "two_moons", "cfm_moons", "cfm_digits", "autoencoder_digits")
+KINDS = (
+    "tarflow_digits",
+    "starflow_t2i_256",
+    "starflow_v_480p",
+    "two_moons",
+    "cfm_moons",
+    "cfm_digits",
+    "autoencoder_digits",
+)
 
 
 def takes(name, command, words):

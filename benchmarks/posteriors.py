@@ -1,0 +1,155 @@
+"""Measures posteriors of simulators: C2ST and calibration of a flow on tokens and of W-CFM, from the same simulations.
+
+python benchmarks/posteriors.py --out benchmarks/results/posteriors.json
+
+Each method trains on the simulations of the task's config, for as many steps of as many simulations. The flow is the
+config itself, at the checkpoint with the best held-out density. W-CFM is an MLP with the same standardised inputs. Rows
+are saved as soon as they are measured, and `--resume` keeps those of an earlier call.
+"""
+
+import argparse
+import dataclasses
+import json
+import tempfile
+import time
+from pathlib import Path
+
+import measure
+
+TASKS, METHODS = ("two_moons", "slcp"), ("flow", "wcfm")
+HIDDEN, LAYERS = 128, 3
+SOLVER = {"method": "heun", "num_steps": 50}
+
+
+def main() -> None:
+    arguments = parse_arguments()
+    measure.confine(arguments.threads)
+    rows = json.loads(arguments.out.read_text()) if arguments.resume and arguments.out.exists() else []
+    known = {(row["task"], row["method"], row["simulations"], row["seed"]) for row in rows}
+    for task in arguments.tasks:
+        for simulations in arguments.simulations:
+            for seed in range(arguments.seeds):
+                for method in arguments.methods:
+                    if (task, method, simulations, seed) in known:
+                        continue
+                    experiment = experiment_of(task, simulations, seed, arguments.steps)
+                    found = {"flow": of_flow, "wcfm": of_matching}[method](experiment, arguments.samples)
+                    about = {"task": task, "method": method, "simulations": simulations, "seed": seed}
+                    about |= {"steps": experiment.train.steps, "batch": experiment.train.batch_size}
+                    rows.append(about | found | measure.environment(arguments.threads, None))
+                    measure.save(arguments.out, rows)
+                    print(f"{task} {method}, {simulations} simulations, seed {seed}: C2ST {found['c2st']:.3f}")
+
+
+def experiment_of(task: str, simulations: int, seed: int, steps: int | None):
+    """The experiment of a task's config, with the same steps for any number of simulations."""
+    import flowgen
+
+    base = flowgen.load_config(task)
+    return dataclasses.replace(
+        base,
+        data=dataclasses.replace(base.data, simulations=simulations, seed=seed),
+        train=dataclasses.replace(base.train, seed=seed, steps=steps or base.train.steps),
+        log=dataclasses.replace(base.log, sample_every=0, tensorboard=False, progress=False),
+    )
+
+
+def of_flow(experiment, samples: int) -> dict:
+    """Trains and evaluates the experiment."""
+    import flowgen
+    from flowgen.experiments.token_flow import TokenEvaluateOptions
+
+    with tempfile.TemporaryDirectory() as folder:
+        began = time.perf_counter()
+        flowgen.fit(experiment, folder)
+        seconds = time.perf_counter() - began
+        model, variables, _ = flowgen.load(folder, step="best")
+    evaluation = experiment.evaluate(model, variables, TokenEvaluateOptions(samples=samples))
+    return figures(evaluation, seconds, samples)
+
+
+def of_matching(experiment, samples: int) -> dict:
+    """Trains W-CFM on the same standardised parameters and observations, and compares its samples."""
+    import jax
+    import jax.numpy as jnp
+    import optax
+
+    import flowgen
+    from flowgen import matching as fm
+    from flowgen.experiments.posteriors import evaluate_observations
+    from flowgen.experiments.units import context_to_flow, measured_units, to_data, to_flow
+
+    dataset, train, optim = experiment.dataset("train"), experiment.train, experiment.optim
+    units, dim = measured_units(dataset, experiment.box), experiment.model.shape[0]
+    x1, cond, _ = to_flow(units, dataset.x, dataset.context, experiment.box)
+    context = experiment.model.context
+    network = fm.VelocityMLP(fm.MLPConfig(dim=dim, width=HIDDEN, num_layers=LAYERS, context=context))
+    few = min(2048, len(x1))
+    matching = fm.MatchingConfig(coupling=fm.GibbsWeights(ess=0.7, normalize="batch")).fitted(
+        jax.random.normal(jax.random.key(train.seed), (few, dim)), x1[:few]
+    )
+    loss_fn, params = matching.loss_fn(), flowgen.init(network, jax.random.key(train.seed))
+    optimizer = optax.adam(optax.cosine_decay_schedule(optim.lr, train.steps))
+
+    def velocity(params):
+        return lambda t, x, cond: network.apply(params, t, x, cond)
+
+    @jax.jit
+    def trained(params, key):
+        def step(state, key):
+            params, moments = state
+            rows_key, loss_key = jax.random.split(key)
+            rows = jax.random.randint(rows_key, (train.batch_size,), 0, len(x1))
+            batch = {"x1": x1[rows], "cond": cond[rows]}
+            slope = jax.grad(lambda params: loss_fn(velocity(params), batch, loss_key)[0])(params)
+            updates, moments = optimizer.update(slope, moments)
+            return (optax.apply_updates(params, updates), moments), None
+
+        keys = jax.random.split(key, train.steps)
+        return jax.lax.scan(step, (params, optimizer.init(params)), keys)[0][0]
+
+    began = time.perf_counter()
+    params = jax.block_until_ready(trained(params, jax.random.key(train.seed + 1)))
+    seconds = time.perf_counter() - began
+
+    @jax.jit
+    def solved(params, key, cond):
+        return fm.integrate(velocity(params), jax.random.normal(key, (len(cond), dim)), cond, **SOLVER)[0]
+
+    def draw(key, observations):
+        u = solved(params, key, context_to_flow(units, jnp.asarray(observations)))
+        return jax.device_get(to_data(units, u, None, experiment.box))
+
+    simulator = experiment.data.simulator
+    evaluation = evaluate_observations(simulator, draw, jax.random.key(0), samples)
+    return figures(evaluation, seconds, samples)
+
+
+def figures(evaluation, seconds: float, samples: int) -> dict:
+    """The columns of a row."""
+    values = {name: round(one.value, 4) for name, one in evaluation.metrics.items()}
+    each = [value for name, value in values.items() if name.startswith("c2st/")]
+    rest = {name: value for name, value in values.items() if not name.startswith("c2st")}
+    return {"c2st": values["c2st"], "c2st_each": each, "samples": samples, "seconds": round(seconds, 1), **rest}
+
+
+def parse_arguments() -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--out", type=Path, required=True, help="JSON file to write")
+    parser.add_argument("--tasks", nargs="+", choices=TASKS, default=list(TASKS))
+    parser.add_argument("--methods", nargs="+", choices=METHODS, default=list(METHODS))
+    parser.add_argument("--simulations", type=int, nargs="+", default=[10_000, 30_000])
+    parser.add_argument("--seeds", type=int, default=3, help="number of trainings per method, with seeds from 0")
+    parser.add_argument("--samples", type=int, default=10_000, help="samples of each observation for C2ST")
+    parser.add_argument("--steps", type=int, help="training steps (default: those of the config)")
+    parser.add_argument("--threads", type=int, default=1, help="number of cores")
+    parser.add_argument("--resume", action="store_true", help="keep the rows that the file has")
+    arguments = parser.parse_args()
+    measure.check_cores(parser, "--threads", arguments.threads)
+    if not arguments.out.parent.is_dir():
+        parser.error(f"--out is {arguments.out}, but its directory does not exist; create it first.")
+    return arguments
+
+
+if __name__ == "__main__":
+    main()
