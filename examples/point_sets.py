@@ -83,8 +83,9 @@ def train(params: Any, key: jax.Array, *, flow: TokenFlow, steps: int, batch: in
 
     def step(state, key):
         params, moments = state
-        points, mask = draw(key, batch)
-        slope = jax.grad(lambda params: objective(params, Batch(points, Padded(mask)), key)[0])(params)
+        draw_key, noise_key = jax.random.split(key)
+        points, mask = draw(draw_key, batch)
+        slope = jax.grad(lambda params: objective(params, Batch(points, Padded(mask)), noise_key)[0])(params)
         updates, moments = optimizer.update(slope, moments)
         return (optax.apply_updates(params, updates), moments), None
 

@@ -109,8 +109,9 @@ def train(
 
     def step(state, key):
         params, moments = state
-        rows = jax.random.randint(key, (batch,), 0, len(observed))
-        slope = jax.grad(lambda params: objective(params, Batch(actions[rows], observed[rows]), key)[0])(params)
+        rows_key, noise_key = jax.random.split(key)
+        rows = jax.random.randint(rows_key, (batch,), 0, len(observed))
+        slope = jax.grad(lambda params: objective(params, Batch(actions[rows], observed[rows]), noise_key)[0])(params)
         updates, moments = optimizer.update(slope, moments)
         return (optax.apply_updates(params, updates), moments), None
 

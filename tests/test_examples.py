@@ -1,13 +1,18 @@
 """The examples run, learn, and report every attention they trained."""
 
 import importlib
+import itertools
 from pathlib import Path
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 import pytest
+import scipy.special
+import scipy.stats
 from laws import drawn
 from PIL import Image
+from tolerances import NETWORK, assert_close
 
 from flowgen import checkpoint, experiments
 from flowgen.nn import init
@@ -54,3 +59,55 @@ def test_decoding_movie(monkeypatch, tmp_path):
         assert animation.size == (10 * config.image_hw[1], config.image_hw[0])
         assert animation.n_frames <= 2 + config.num_blocks * -(-config.num_tokens // 7)
         assert animation.n_frames > config.num_blocks
+
+
+@pytest.fixture
+def example(monkeypatch):
+    """Imports an example by name."""
+    monkeypatch.syspath_prepend(EXAMPLES)
+    return importlib.import_module
+
+
+@pytest.mark.slow
+def test_many_well(example, capsys):
+    found = example("many_well").main(["--dim=4", "--steps=60", "--batch=32", "--width=8", "--samples=200"])
+    assert found.losses[1] < found.losses[0]
+    assert 0 < found.ess <= 1
+    assert "log Z" in capsys.readouterr().out
+
+
+def test_the_density_of_a_set_of_points_is_that_of_all_places_on_the_ring(example):
+    sets = example("point_sets")
+    points, mask = sets.draw(jax.random.key(0), 8)
+    # Given the places r of its points, a set is jointly Gaussian: its points share the centre.
+    exact = []
+    for row, exists in zip(np.asarray(points, np.float64), np.asarray(mask), strict=True):
+        count = min(3, exists.sum())
+        covariance = np.kron(np.ones((count, count)) + sets.STD**2 * np.eye(count), np.eye(2))
+        places = (sets.RING[list(chosen)].ravel() for chosen in itertools.product(range(4), repeat=count))
+        logs = [scipy.stats.multivariate_normal.logpdf(row[:count].ravel(), place, covariance) for place in places]
+        exact.append(scipy.special.logsumexp(logs) - count * np.log(4))
+    first = mask & (jnp.arange(sets.MOST) < 3)
+    assert_close(sets.exact_log_prob(points, first), exact, NETWORK)
+
+
+@pytest.mark.slow
+def test_point_sets(example, capsys):
+    found = example("point_sets").main(["--steps=4", "--batch=8", "--width=8", "--held-out=20"])
+    assert found.difference.value > 0
+    assert "nats per set" in capsys.readouterr().out
+
+
+def test_the_expert_passes_the_obstacle_on_both_sides(example):
+    policy = example("policy")
+    observed, _, reached = jax.jit(policy.episodes, static_argnums=(0, 2, 3))(policy.expert, jax.random.key(0), 64, 6)
+    assert reached.mean() > 0.95
+    assert 0.2 < (observed[3, :, 1] > 0).mean() < 0.8
+
+
+@pytest.mark.slow
+def test_policy(example, capsys):
+    small = ["--demonstrations=64", "--steps=4", "--batch=16", "--width=8", "--environments=4", "--chunks=2"]
+    found = example("policy").main(small)
+    assert found.steps_per_second > 0
+    assert "steps per second" in capsys.readouterr().out
