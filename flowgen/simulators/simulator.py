@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 from abc import abstractmethod
-from typing import Protocol
+from typing import Protocol, runtime_checkable
 
 import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Key
 
 
+@runtime_checkable
 class Simulator(Protocol):
     """A simulator, whose parameters are inferred from observations. Subclasses define the fields and three methods.
 
