@@ -42,6 +42,10 @@ def saved(path, **arrays):
     return NumbersConfig(path=str(path))
 
 
+def shapes_of(tree):
+    return jax.tree.map(lambda leaf: (leaf.shape, leaf.dtype), tree)
+
+
 def some(*shape, seed=0, shift=3.0, scale=20.0):
     """Numbers far from standardised."""
     return (shift + scale * np.random.default_rng(seed).normal(size=shape)).astype(np.float32)
@@ -102,8 +106,8 @@ def test_files_are_standardised_and_fit_the_model(kind, tmp_path):
     flow, rehearsal = experiment.build(), experiment.rehearsal(experiment.build(), ROWS)
     variables = jax.eval_shape(rehearsal.init, jax.random.key(0))
     shapes = jax.eval_shape(lambda: jax.tree.map(jnp.asarray, dataset[np.arange(ROWS)]))
-    assert jax.tree.map(jnp.shape, shapes) == jax.tree.map(jnp.shape, rehearsal.batch)
-    assert jax.tree.map(np.shape, units["units"]) == jax.tree.map(jnp.shape, variables["units"])
+    assert shapes_of(shapes) == shapes_of(rehearsal.batch)
+    assert shapes_of(units["units"]) == shapes_of(variables["units"])
     loss, _ = jax.eval_shape(experiment.objective(flow), variables, shapes, jax.random.key(0))
     assert loss.shape == ()
 
@@ -117,7 +121,6 @@ def test_densities_of_one_number_integrate_to_one_in_its_units(tmp_path):
     x = np.linspace(-150, 250, 8001, dtype=np.float32)
     density = np.exp(experiment.log_prob(flow, variables, x[:, None]))
     assert abs(np.trapezoid(density, x) - 1) < INTEGRAL
-    assert density.max() < 1  # in standardised units, it would be about 7 times larger
 
 
 def test_densities_of_parameters_integrate_to_one_over_the_prior():

@@ -63,7 +63,7 @@ def blank_units(model: Any) -> dict[str, Any]:
 
 
 def to_flow(
-    variables: Any, x: Float[Array, "b *event"], context: Any, box: Box | None
+    variables: Any, x: Float[Array | np.ndarray, "b *event"], context: Any, box: Box | None
 ) -> tuple[Float[Array, "b *event"], Any, Float[Array, " b"]]:
     """Returns the samples and contexts that a flow is trained on, and log|det ds/dx| in nats; padding does not count.
 
@@ -90,7 +90,9 @@ def context_to_flow(variables: Any, context: Any) -> Any:
     return _standardise(variables, "context").forward(jnp.asarray(context))[0] if _is_float(context) else context
 
 
-def to_data(variables: Any, u: Float[Array, "b *event"], context: Any, box: Box | None) -> Float[Array, "b *event"]:
+def to_data(
+    variables: Any, u: Float[Array | np.ndarray, "b *event"], context: Any, box: Box | None
+) -> Float[Array, "b *event"]:
     """Returns a flow's samples in the units of the data; padding is 0.
 
     Example:
