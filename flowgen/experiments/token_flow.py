@@ -239,7 +239,6 @@ class TokenFlowExperiment(Experiment):
         Example:
             experiment.log_prob(flow, params, parameters, observations)
         """
-        self.model.check_samples(x)
         return backend.by_rows(_log_prob, variables, x, context, flow=model, data=self.data)
 
     def draw_batch(
@@ -385,6 +384,7 @@ class TokenFlowExperiment(Experiment):
 
 
 def _log_prob(variables, x, context, *, flow, data):
+    flow.config.check_samples(x)
     box = _box(data)
     u, context, logdet = to_flow(variables, x, context, box)
     log_prob = flow.apply(variables, u, condition_of(flow, Batch(u, context)), method="log_prob") + logdet
