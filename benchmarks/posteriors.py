@@ -57,7 +57,7 @@ def experiment_of(task: str, simulations: int, seed: int, steps: int | None):
 def of_flow(experiment, samples: int) -> dict:
     """Trains and evaluates the experiment."""
     import flowgen
-    from flowgen.experiments.token_flow import TokenEvaluateOptions
+    from flowgen.experiments.token_options import TokenEvaluateOptions
 
     with tempfile.TemporaryDirectory() as folder:
         began = time.perf_counter()

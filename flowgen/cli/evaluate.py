@@ -33,7 +33,7 @@ def fields_help() -> str:
     from flowgen.experiments.drawing import CompareOptions, EvaluateOptions
     from flowgen.experiments.flow import ImageEvaluateOptions
     from flowgen.experiments.solving import VelocityEvaluateOptions
-    from flowgen.experiments.token_flow import TokenEvaluateOptions
+    from flowgen.experiments.token_options import TokenEvaluateOptions
 
     every, flows, compared = EvaluateOptions(), FlowEvaluateOptions(), CompareOptions()
     parts = [

@@ -43,7 +43,7 @@ def fields_help() -> str:
     from flowgen.experiments.autoregressive import FlowDrawOptions
     from flowgen.experiments.drawing import DrawOptions
     from flowgen.experiments.solving import VelocityDrawOptions
-    from flowgen.experiments.token_flow import TokenDrawOptions, TokenSamplingConfig
+    from flowgen.experiments.token_options import TokenDrawOptions, TokenSamplingConfig
     from flowgen.experiments.video_flow import ClipDrawOptions
 
     every, flows = DrawOptions(), FlowDrawOptions()

@@ -10,7 +10,8 @@ from flowgen.experiments.matching import MatchingExperiment
 from flowgen.experiments.options import LikelihoodConfig, SamplingConfig
 from flowgen.experiments.solving import SolverConfig
 from flowgen.experiments.texts import TextConfig
-from flowgen.experiments.token_flow import TokenFlowExperiment, TokenSamplingConfig
+from flowgen.experiments.token_flow import TokenFlowExperiment
+from flowgen.experiments.token_options import TokenSamplingConfig
 from flowgen.experiments.video_flow import VideoFlowExperiment
 
 __all__ = [

@@ -9,7 +9,7 @@ from __future__ import annotations
 import dataclasses
 from collections.abc import Callable
 from functools import partial
-from typing import Annotated, Any, Literal
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -27,12 +27,13 @@ from flowgen.decoding import Jacobi
 from flowgen.evaluation import Evaluation, mean_of
 from flowgen.experiments.debug import SAMPLES, debug_run
 from flowgen.experiments.decoding import decoded_by_all, decoding_line
-from flowgen.experiments.drawing import DrawOptions, EvaluateOptions, asked_labels, draw_in_batches, on_devices
+from flowgen.experiments.drawing import DrawOptions, asked_labels, draw_in_batches, on_devices
 from flowgen.experiments.estimates import decoding_cost, some_condition, tokens_of
 from flowgen.experiments.experiment import Experiment, Rehearsal, Samples, SamplingCost
 from flowgen.experiments.images import tell_repeats
 from flowgen.experiments.number_plots import number_plot
 from flowgen.experiments.posteriors import evaluate_calibration, evaluate_observations
+from flowgen.experiments.token_options import TokenDrawOptions, TokenEvaluateOptions, TokenSamplingConfig
 from flowgen.experiments.units import blank_units, context_to_flow, measured_units, to_data, to_flow
 from flowgen.flows.batches import condition_of
 from flowgen.flows.objective import nll_objective
@@ -41,65 +42,12 @@ from flowgen.guidance import Guidance
 from flowgen.nn import init
 from flowgen.nn.checks import image_sides
 from flowgen.settings import config
-from flowgen.settings.ranges import CountOrZero, NonNegative, Within
-from flowgen.settings.ranges import Samples as NumSamples
 from flowgen.training import Job
 from flowgen.training.step import Objective
 from flowgen.transforms import Box
 
 AT_ONCE = 8192  # samples per compiled call by default
 DEBUG_SIMULATIONS = 200
-LEAST_COMPARED = 10
-NumCompared = Annotated[int, Within(0, 1 << 20)]
-
-
-@config
-class TokenSamplingConfig:
-    """Options for drawing samples of a flow for vectors, sequences or sets.
-
-    num: number of samples to draw; at least 1.
-    plan: how tokens are decoded; "auto" is sequential, except on accelerators where parallel decoding is faster.
-    guidance: guidance weight w towards the context or the class; 0 for none.
-    observation: index of the context to sample under, and of the mask if samples are padded: a fixed observation of the
-    simulator, or a held-out sample of an .npz file. Not used if the model has neither.
-    context: the entries of the context itself, such as 0.1,0.2, for a model with a VectorContext; empty to use
-    observation.
-    """
-
-    num: NumSamples = 1000
-    plan: Literal["auto", "sequential", "jacobi"] = "auto"
-    guidance: NonNegative = 0.0
-    observation: CountOrZero = 0
-    context: tuple[float, ...] = ()
-
-
-@config
-class TokenDrawOptions(DrawOptions):
-    """Options for drawing vectors, sequences or sets, in addition to the fields of `sampling`.
-
-    classes: classes to draw in turn, by number (0,1,2); -1 is unconditional, as in --classes=-1,3.
-    """
-
-    classes: str = ""
-
-
-@config
-class TokenEvaluateOptions(EvaluateOptions):
-    """Options for evaluating a flow for vectors, sequences or sets.
-
-    samples: number of samples of each fixed observation of a simulator to compare with the exact posterior by C2ST; 0
-        for none. Published values use 10,000.
-    calibration: number of held-out samples with which the calibration of a flow for vectors is tested; 0 for none.
-    """
-
-    samples: NumCompared = 1000
-    calibration: NumCompared = 500
-
-    def __post_init__(self):
-        if 0 < self.samples < LEAST_COMPARED:
-            raise ValueError(
-                f"samples is {self.samples}, but C2ST needs at least {LEAST_COMPARED}; raise it, or set it to 0."
-            )
 
 
 @config(kw_only=True)

@@ -9,7 +9,8 @@ from typing import Any
 import numpy as np
 
 from flowgen.data import Batch
-from flowgen.experiments.token_flow import TokenDrawOptions, TokenFlowExperiment
+from flowgen.experiments.token_flow import TokenFlowExperiment
+from flowgen.experiments.token_options import TokenDrawOptions
 from flowgen.experiments.units import to_flow
 from flowgen.report.examples import evenly
 from flowgen.report.flows import blocks_section

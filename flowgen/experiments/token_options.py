@@ -1,0 +1,61 @@
+"""Options for flows for vectors, sequences and sets: the group `sampling`, and those of drawing and evaluation."""
+
+from __future__ import annotations
+
+from typing import Annotated, Literal
+
+from flowgen.experiments.drawing import DrawOptions, EvaluateOptions
+from flowgen.settings import config
+from flowgen.settings.ranges import CountOrZero, NonNegative, Samples, Within
+
+LEAST_COMPARED = 10
+NumCompared = Annotated[int, Within(0, 1 << 20)]
+
+
+@config
+class TokenSamplingConfig:
+    """Options for drawing samples of a flow for vectors, sequences or sets.
+
+    num: number of samples to draw; at least 1.
+    plan: how tokens are decoded; "auto" is sequential, except on accelerators where parallel decoding is faster.
+    guidance: guidance weight w towards the context or the class; 0 for none.
+    observation: index of the context to sample under, and of the mask if samples are padded: a fixed observation of the
+    simulator, or a held-out sample of an .npz file. Not used if the model has neither.
+    context: the entries of the context itself, such as 0.1,0.2, for a model with a VectorContext; empty to use
+    observation.
+    """
+
+    num: Samples = 1000
+    plan: Literal["auto", "sequential", "jacobi"] = "auto"
+    guidance: NonNegative = 0.0
+    observation: CountOrZero = 0
+    context: tuple[float, ...] = ()
+
+
+@config
+class TokenDrawOptions(DrawOptions):
+    """Options for drawing vectors, sequences or sets, in addition to the fields of `sampling`.
+
+    classes: classes to draw in turn, by number (0,1,2); -1 is unconditional, as in --classes=-1,3.
+    """
+
+    classes: str = ""
+
+
+@config
+class TokenEvaluateOptions(EvaluateOptions):
+    """Options for evaluating a flow for vectors, sequences or sets.
+
+    samples: number of samples of each fixed observation of a simulator to compare with the exact posterior by C2ST; 0
+        for none. Published values use 10,000.
+    calibration: number of held-out samples with which the calibration of a flow for vectors is tested; 0 for none.
+    """
+
+    samples: NumCompared = 1000
+    calibration: NumCompared = 500
+
+    def __post_init__(self):
+        if 0 < self.samples < LEAST_COMPARED:
+            raise ValueError(
+                f"samples is {self.samples}, but C2ST needs at least {LEAST_COMPARED}; raise it, or set it to 0."
+            )
