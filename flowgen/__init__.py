@@ -46,6 +46,7 @@ _PACKAGES = (
     "nn",
     "nnx",
     "runs",
+    "simulators",
     "text",
     "training",
     "transforms",
