@@ -49,6 +49,7 @@ _PACKAGES = (
     "runs",
     "text",
     "training",
+    "transforms",
 )
 
 if TYPE_CHECKING:
