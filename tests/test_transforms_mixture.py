@@ -164,7 +164,7 @@ def test_an_element_is_solved_alone_and_nan_stays_with_it(kind):
     z = jnp.float32(np.random.default_rng(1).normal(size=64))
     x = inverse(z, *parameters, kind=kind)
     together = jax.jit(jax.vmap(partial(mixture_inverse, kind=kind)))(z, *parameters)
-    np.testing.assert_array_equal(together, x)
+    assert_close(together, x, FORMULA)  # another program
     broken = (parameters[0].at[3, 0].set(jnp.nan), *parameters[1:])
     others = jnp.arange(64) != 3
     with_nan = inverse(z, *broken, kind=kind)
