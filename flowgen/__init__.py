@@ -47,6 +47,7 @@ _PACKAGES = (
     "nn",
     "nnx",
     "runs",
+    "simulators",
     "text",
     "training",
     "transforms",

@@ -14,6 +14,7 @@ LEVELS = {
     "flowgen.huge_pages": -3,
     "flowgen.packages": -1,
     "flowgen.places": 0,
+    "flowgen.simulators": 0,
     "flowgen.printable": -1,
     "flowgen.arrays": -2,
     "flowgen.settings": -2,
