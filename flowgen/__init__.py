@@ -42,6 +42,7 @@ _PACKAGES = (
     "evaluation",
     "experiments",
     "flows",
+    "inference",
     "matching",
     "nn",
     "nnx",

@@ -42,7 +42,6 @@ from flowgen.matching.diagnostics import (
     TiltedDistances,
     WeightReport,
     choose_epsilon,
-    effective_sample_size,
     fit_epsilon,
     path_report,
     resample,
@@ -82,6 +81,7 @@ from flowgen.matching.solvers import edm_times, guided, integrate, integrate_sde
 from flowgen.matching.times import LogitNormal, Shifted, Uniform
 from flowgen.matching.unet import UNet, UNetConfig
 from flowgen.matching.velocity import MLPConfig, NetworkConfig, OwnNetwork, VelocityMLP
+from flowgen.weights import effective_sample_size
 
 # The networks that an experiment can train; add new ones here.
 AnyNetwork = MLPConfig | DiTConfig | UNetConfig | OwnNetwork

@@ -26,6 +26,7 @@ from flowgen.matching.checks import check_batch
 from flowgen.matching.plans import assignment, corrected_log_weight, entropic_plan, relative_cost
 from flowgen.settings import config
 from flowgen.settings.ranges import OpenFraction, Own, Positive, Within
+from flowgen.weights import log_mean_exp
 
 SMALLEST_EPSILON = 1e-20
 Epsilon = Annotated[float, Within(SMALLEST_EPSILON)]
@@ -281,11 +282,6 @@ def _cost_matrix(x0: Float[Array, "b *event"], x1: Float[Array, "m *event"], cos
     cross = jnp.matmul(a, b.T, precision=jax.lax.Precision.HIGHEST)
     square = jnp.maximum(jnp.square(a).sum(1)[:, None] + jnp.square(b).sum(1)[None, :] - 2 * cross, 0)
     return square if cost == "sqeuclidean" else jnp.sqrt(square)
-
-
-def log_mean_exp(x: Float[Array, " b"]) -> Float[Array, ""]:
-    """Returns the log of the mean of exp(x)."""
-    return jax.nn.logsumexp(x) - jnp.log(len(x))
 
 
 def to_sphere(x: Float[Array, "b *event"]) -> Float[Array, "b *event"]:

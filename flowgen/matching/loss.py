@@ -15,12 +15,12 @@ from flowgen.conditioning import drop_condition
 from flowgen.matching.checks import check_output, check_pair, check_velocity
 from flowgen.matching.conditions import as_condition
 from flowgen.matching.conversions import Prediction, check_prediction
-from flowgen.matching.couplings import Coupled, Coupling, GibbsWeights, Independent, log_mean_exp
-from flowgen.matching.diagnostics import effective_sample_size
+from flowgen.matching.couplings import Coupled, Coupling, GibbsWeights, Independent
 from flowgen.matching.paths import CondOT, Path, PathSample, over_event
 from flowgen.matching.solvers import Velocity
 from flowgen.matching.times import Uniform
 from flowgen.rows import ROWS, Rows, batch_rows
+from flowgen.weights import effective_sample_size, log_mean_exp
 
 # Update rate of the running log-mean of the Gibbs weights.
 RUNNING_RATE = 0.01
