@@ -11,7 +11,7 @@ from jaxtyping import Array, Float
 
 from flowgen.arrays import at_least_float32, shown
 from flowgen.backend import keep_rows
-from flowgen.conditioning import Condition
+from flowgen.conditioning import AnyCondition
 from flowgen.flows.block import Variables
 from flowgen.flows.density import Flow, check_flow
 
@@ -19,7 +19,7 @@ from flowgen.flows.density import Flow, check_flow
 LogDensity = Callable[[Any], Array]
 
 
-def flow_log_density(flow: Flow, params: Variables, cond: Condition | None = None) -> LogDensity:
+def flow_log_density(flow: Flow, params: Variables, cond: AnyCondition | None = None) -> LogDensity:
     """Returns the function x -> log p(x | cond) of a flow, in nats.
 
     Example:

@@ -14,10 +14,10 @@ from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
-from jaxtyping import Array, Float, Int, Integer, Key, Num, PyTree
+from jaxtyping import Array, Float, Integer, Key, Num, PyTree
 
 from flowgen.arrays import at_least_float32, check_count, check_key, shown
-from flowgen.conditioning import TextCondition
+from flowgen.conditioning import AnyCondition
 from flowgen.decoding.plan import Plan
 from flowgen.decoding.sampler import sample_and_log_prob
 from flowgen.flows.block import Variables
@@ -54,7 +54,7 @@ def importance_sample(
     key: Key[Array, ""],
     num: int | range | Integer[Array, " b"],
     log_target: LogDensity,
-    cond: Int[Array, " b"] | TextCondition | None = None,
+    cond: AnyCondition | None = None,
     *,
     plan: Plan | str = "auto",
 ) -> WeightedSamples:

@@ -13,10 +13,10 @@ from typing import Literal, get_args
 
 import jax
 import jax.numpy as jnp
-from jaxtyping import Array, Float, Int, Key
+from jaxtyping import Array, Float, Key
 
 from flowgen.arrays import check_floating, shown
-from flowgen.conditioning import Condition, TextCondition
+from flowgen.conditioning import AnyCondition
 from flowgen.decoding.plan import Plan
 from flowgen.decoding.sampler import sample, sample_and_log_prob
 from flowgen.flows.block import Variables
@@ -36,7 +36,7 @@ def reverse_kl(
     key: Key[Array, ""],
     num: int,
     log_target: LogDensity,
-    cond: Int[Array, " b"] | TextCondition | None = None,
+    cond: AnyCondition | None = None,
     *,
     plan: Plan | str = "auto",
     gradient: Gradient = "total",
@@ -82,7 +82,7 @@ def forward_kl(
     params: Variables,
     x: Float[Array, "b *event"],
     log_weight: Float[Array, " b"],
-    cond: Condition | None = None,
+    cond: AnyCondition | None = None,
 ) -> Outcome:
     """Returns the weighted mean of -log q(x), which is KL(p | q) up to the entropy of the target, and metrics.
 
@@ -106,7 +106,7 @@ def forward_kl(
 
 
 def maximum_likelihood(
-    flow: Flow, params: Variables, x: Float[Array, "b *event"], cond: Condition | None = None
+    flow: Flow, params: Variables, x: Float[Array, "b *event"], cond: AnyCondition | None = None
 ) -> Outcome:
     """Returns the mean of -log q(x) over samples of the target, in nats, and metrics.
 
