@@ -279,7 +279,7 @@ class TokenFlowExperiment(Experiment):
     def _nats(self, flow: Any, variables: Any, dataset: NumbersDataset, batch_size: int) -> Float[np.ndarray, " n"]:
         """Returns -log p of each sample of a dataset, in float64."""
         parts = [
-            -self.log_prob(flow, variables, batch.x, batch.context).astype(np.float64)[mask]
+            -self.log_prob(flow, variables, np.asarray(batch.x), batch.context).astype(np.float64)[mask]
             for batch, mask in fixed_batches(dataset, min(batch_size, len(dataset)))
         ]
         return np.concatenate(parts)
@@ -350,7 +350,8 @@ def _box(data: SimulatedConfig | NumbersConfig) -> Box | None:
 
 def _blank_context(model: TokenFlowConfig, rows: int) -> Any:
     """Returns a context of the right shapes, in the form in which a dataset returns it."""
-    described, context = model.context, None
+    described = model.context
+    context: Any = None
     if isinstance(described, ImageContext):
         context = jnp.zeros((rows, *image_sides(described.image_size), described.channels))
     elif isinstance(described, VectorContext):
@@ -364,7 +365,7 @@ def _with_labels(context: Any, labels: Int[np.ndarray, " b"] | None) -> Any:
     """Returns the contexts of samples, with the labels that were asked for."""
     if labels is None:
         return context
-    return Padded(context.mask, labels) if isinstance(context, Padded) else labels
+    return context._replace(cond=labels) if isinstance(context, Padded) else labels
 
 
 def _named(context: Any) -> dict[str, np.ndarray]:

@@ -35,7 +35,7 @@ def measured_units(dataset: NumbersDataset, box: Box | None) -> dict[str, Any]:
         variables = {**flowgen.init(flow, key), **measured_units(dataset, box=None)}
     """
     mask, context = _split(dataset.context)
-    x = dataset.x if box is None else np.asarray(box.forward(dataset.x)[0])
+    x = dataset.x if box is None else np.asarray(box.forward(jnp.asarray(dataset.x))[0])
     units = {"x": _moments(x if mask is None else x[np.asarray(mask)])}
     if (constant := np.flatnonzero(units["x"]["scale"] == 0)).size:
         raise ValueError(

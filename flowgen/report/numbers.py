@@ -29,7 +29,7 @@ def number_blocks_section(experiment: TokenFlowExperiment, flow: Any, variables:
     split = "held-out" if experiment.data.eval_fraction else "training"
     dataset = experiment.dataset("eval" if experiment.data.eval_fraction else "train")
     few = dataset[evenly(len(dataset), num)]
-    x, context, _ = to_flow(variables, few.x, few.context, experiment.box)
+    x, context, _ = to_flow(variables, np.asarray(few.x), few.context, experiment.box)
     return blocks_section(flow, variables, Batch(x, context), split)
 
 
