@@ -350,15 +350,15 @@ def _box(data: SimulatedConfig | NumbersConfig) -> Box | None:
 
 def _blank_context(model: TokenFlowConfig, rows: int) -> Any:
     """Returns a context of the right shapes, in the form in which a dataset returns it."""
+    if model.padded:
+        inner = _blank_context(dataclasses.replace(model, padded=False), rows)
+        return Padded(jnp.ones((rows, model.shape[0]), bool), inner)
     described = model.context
-    context: Any = None
     if isinstance(described, ImageContext):
-        context = jnp.zeros((rows, *image_sides(described.image_size), described.channels))
-    elif isinstance(described, VectorContext):
-        context = jnp.zeros((rows, described.dim))
-    elif described is not None or model.num_classes:
-        context = some_condition(dataclasses.replace(model, padded=False), rows)
-    return Padded(jnp.ones((rows, model.shape[0]), bool), context) if model.padded else context
+        return jnp.zeros((rows, *image_sides(described.image_size), described.channels))
+    if isinstance(described, VectorContext):
+        return jnp.zeros((rows, described.dim))
+    return some_condition(model, rows)
 
 
 def _with_labels(context: Any, labels: Int[np.ndarray, " b"] | None) -> Any:
