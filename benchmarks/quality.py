@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 import published
+import quality_collect
 import quality_runs
 
 HERE = Path(__file__).resolve().parent
@@ -30,17 +31,24 @@ PUBLISHED = "published"
 
 
 class Run(NamedTuple):
-    """One training. name: "published", or the name of one of our experiments."""
+    """One training. name: "published" or one of our experiments. share: its budget as a multiple of --minutes."""
 
     name: str
-    seed: int
+    seed: int = 0
+    share: float = 1.0
 
     @property
     def folder(self) -> str:
         return f"{self.name}-{self.seed}"
 
 
-PAIRS = [(Run("tarflow", seed), Run(PUBLISHED, seed)) for seed in range(SEEDS)]
+# Runs that are trained at the same time. The first of a group begins on the first core.
+GROUPS = (
+    *((Run("tarflow", seed), Run(PUBLISHED, seed)) for seed in range(SEEDS)),
+    (Run("icfm"), Run("otcfm")),
+    (Run("wcfm"), Run("corrected")),
+    (Run("starflow"), Run("openmoji", share=3.0)),
+)
 
 
 def train(arguments: argparse.Namespace) -> None:
@@ -50,12 +58,12 @@ def train(arguments: argparse.Namespace) -> None:
     data = arguments.work / "data.npz"
     if not data.exists():
         quality_runs.write_data(data)
-    for pair in PAIRS:
+    for group in GROUPS:
         for is_done, command in (("record.json", training), ("evaluation.json", evaluation)):
             if (arguments.work / "pause").exists():
                 print("Paused; remove the file pause and run the same command to go on.", flush=True)
                 return
-            missing = [run for run in pair if not (arguments.work / run.folder / is_done).exists()]
+            missing = [run for run in group if not (arguments.work / run.folder / is_done).exists()]
             started = [start(command(run, arguments, core), run, arguments) for core, run in enumerate(missing)]
             codes = {run.folder: process.wait() for run, process in zip(missing, started, strict=True)}
             if codes:
@@ -72,7 +80,7 @@ def training(run: Run, arguments: argparse.Namespace, core: int) -> list[str]:
         "--data": arguments.work / "data.npz",
         "--out": arguments.work / run.folder,
         "--core": core,
-        "--seconds": 60 * arguments.minutes,
+        "--seconds": 60 * arguments.minutes * run.share,
         "--seed": run.seed,
     }
     return [str(python), str(HERE / script), *which, *(str(x) for pair in common.items() for x in pair)]
@@ -92,10 +100,16 @@ def start(command: list[str], run: Run, arguments: argparse.Namespace) -> subpro
         "GLIBC_TUNABLES": TUNABLES,
         "OMP_NUM_THREADS": "1",
         "XLA_FLAGS": "--xla_cpu_multi_thread_eigen=false",
-        "PYTHONPATH": str(HERE.parent),
+        "PYTHONPATH": os.pathsep.join([str(HERE.parent), os.environ.get("PYTHONPATH", "")]),
     }
     with (folder / "log.txt").open("a") as log:
         return subprocess.Popen(command, stdout=log, stderr=subprocess.STDOUT, env=environment)
+
+
+def collect(arguments: argparse.Namespace) -> None:
+    """Writes the results of the runs that are evaluated so far."""
+    rows = quality_collect.collect(arguments.work, arguments.out)
+    print(f"{len(rows)} runs: {arguments.out}")
 
 
 def main() -> None:
@@ -107,6 +121,10 @@ def main() -> None:
     of_train.add_argument("--torch-python", type=Path, required=True, help="interpreter with torch")
     of_train.add_argument("--minutes", type=float, default=MINUTES, help="minutes of processor time for each run")
     of_train.set_defaults(run=train)
+    of_collect = commands.add_parser("collect", help="write the results, the tables and the pictures")
+    of_collect.add_argument("--work", type=Path, required=True, help="folder of the runs")
+    of_collect.add_argument("--out", type=Path, required=True, help="JSON file to write")
+    of_collect.set_defaults(run=collect)
     arguments = parser.parse_args()
     arguments.run(arguments)
 

@@ -82,6 +82,7 @@ def spend(budget: Budget, step: Callable[[float], Any], evaluate: Callable[[], f
             print(f"{seconds:7.1f} s  step {budget.steps}: {curve[-1]['value']:.4f}", flush=True)
             due = int(budget.fraction * CURVE_POINTS) + 1
     return {
+        "budget_seconds": budget.seconds,
         "processor_seconds": round(budget.spent, 2),
         "steps": budget.steps,
         "steps_per_second": round(budget.steps / budget.spent, 4),
