@@ -34,8 +34,8 @@ COLUMNS = {
     "precision": "precision",
     "recall": "recall",
     "class_accuracy": "class shown",
-    "seconds_per_256_samples": "s per 256 samples",
 }
+SECONDS = {"seconds_per_256_samples": "s per 256 samples"}  # Not for the pair: flowgen draws the samples of both sides.
 
 
 def collect(work: Path, out: Path) -> list[dict[str, Any]]:
@@ -79,10 +79,11 @@ def pair_table(rows: list[dict[str, Any]]) -> str:
 
 def single_table(rows: list[dict[str, Any]]) -> str:
     """Returns the table of the runs with one seed; empty if there are none."""
-    lines = [["one seed", "likelihood", *(COLUMNS[name] for name in COLUMNS if name != "bits_per_dim")]]
+    columns = {name: title for name, title in COLUMNS.items() if name != "bits_per_dim"} | SECONDS
+    lines = [["one seed", "likelihood", *columns.values()]]
     for row in rows:
         if row["name"] not in PAIR and "frechet" in row:
-            values = [spread([row[name]], name) for name in COLUMNS if name != "bits_per_dim"]
+            values = [spread([row[name]], name) for name in columns]
             lines.append([NAMES[row["name"]], likelihood(row), *values])
     return markdown(lines) if len(lines) > 1 else ""
 
