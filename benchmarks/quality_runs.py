@@ -2,6 +2,7 @@
 
 import argparse
 import itertools
+import shutil
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -154,6 +155,7 @@ def save(folder: Path, experiment: Any, variables: Any) -> None:
     """Writes a run directory that `flowgen sample` and `flowgen evaluate` can read."""
     from flowgen import checkpoint
 
+    shutil.rmtree(folder / "model", ignore_errors=True)  # of a run that was stopped
     checkpoint.write_run(folder / "model", experiment.with_provenance(), variables)
 
 
