@@ -1,4 +1,4 @@
-"""Compares velocity networks trained on the built-in digits at 4, 10 and 50 evaluations, with a figure and distances.
+"""Compares velocity networks trained on the built-in digits at several numbers of evaluations, with a figure.
 
 for name in cfm otcfm wcfm; do python train.py --config configs/${name}_digits.py --workdir runs/$name; done
 python benchmarks/matching_images.py --runs runs/cfm runs/otcfm runs/wcfm --figure docs/images/matching_digits.png \\
@@ -21,7 +21,7 @@ from flowgen.data import Dataset, from_uint8, image_grid, save_image, to_uint8
 from flowgen.evaluation import frechet_distance
 from flowgen.experiments.distances import sample_metrics, train_features
 
-EVALUATIONS = (4, 10, 50)
+EVALUATIONS = [4, 10, 50]
 SAMPLES = 1797  # as many as there are digits
 CLASSES = 10
 
@@ -31,6 +31,7 @@ def main() -> None:
     parser.add_argument("--runs", type=Path, nargs="+", required=True, help="run directories, all on the same dataset")
     parser.add_argument("--out", type=Path, required=True, help="JSON file to write")
     parser.add_argument("--figure", type=Path, required=True, help="PNG to write: three rows for each run")
+    parser.add_argument("--evaluations", type=int, nargs="+", default=EVALUATIONS, help="evaluations of the network")
     arguments = parser.parse_args()
     runs = [checkpoint.load(path) for path in arguments.runs]
     train, data = runs[0][2].dataset("train"), runs[0][2].dataset("all")
@@ -39,7 +40,7 @@ def main() -> None:
     where = measure.environment(len(os.sched_getaffinity(0)), None)
     rows, drawn = [], []
     for path, (network, variables, experiment) in zip(arguments.runs, runs, strict=True):
-        for evaluations in EVALUATIONS:
+        for evaluations in arguments.evaluations:
             one_step = experiment.sampling.method == "mean_flow"
             sampling = dataclasses.replace(
                 experiment.sampling,
@@ -61,6 +62,7 @@ def main() -> None:
                 {
                     "run": path.name,
                     "config": experiment.name,
+                    "seed": experiment.train.seed,
                     "attention": experiment.model.attention,
                     "method": sampling.method,
                     "evaluations": evaluations,

@@ -42,12 +42,15 @@ _PACKAGES = (
     "evaluation",
     "experiments",
     "flows",
+    "inference",
     "matching",
     "nn",
     "nnx",
     "runs",
+    "simulators",
     "text",
     "training",
+    "transforms",
 )
 
 if TYPE_CHECKING:

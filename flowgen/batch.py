@@ -8,7 +8,7 @@ import numpy as np
 from jaxtyping import Array, Float, Int, UInt8
 
 from flowgen.arrays import check_bytes
-from flowgen.conditioning import UNCONDITIONAL, TextCondition
+from flowgen.conditioning import UNCONDITIONAL, Condition
 
 
 class Moments(NamedTuple):
@@ -27,16 +27,18 @@ class Moments(NamedTuple):
 class Batch(NamedTuple):
     """A batch of samples, and the context that a model may be conditioned on.
 
-    x: images `b height width c` or clips `b frames height width c` as bytes, or the `Moments` of latents.
-    context: None, int32 labels `b` (-1 for no class), or a `TextCondition`.
+    x: images `b height width c` or clips `b frames height width c` as bytes, the `Moments` of latents, or numbers
+    `b d` or `b n c` for flows on tokens.
+    context: None, int32 labels `b` (-1 for no class), a `TextCondition`, or the continuous context that the model's
+    config describes. If samples are padded, it is a `Padded`.
     rows: a `flowgen.rows.Rows` that identifies these samples within the whole batch; added by the training step.
 
     Example:
         batch = Batch(images, np.array([3, -1], np.int32))
     """
 
-    x: UInt8[Array | np.ndarray, "b *event"] | Moments
-    context: Int[Array | np.ndarray, " b"] | TextCondition | None = None
+    x: UInt8[Array | np.ndarray, "b *event"] | Moments | Float[Array | np.ndarray, "b *event"]
+    context: Condition | Float[Array | np.ndarray, "b *context"] | Int[np.ndarray, " b"] | None = None
     rows: Any = None
 
     @property
@@ -55,6 +57,7 @@ class Batch(NamedTuple):
     @property
     def labels(self) -> Int[Array | np.ndarray, " b"]:
         """The labels; all -1 if the batch has none."""
-        if self.context is None or isinstance(self.context, TextCondition):
+        labels = self.context
+        if labels is None or isinstance(labels, tuple) or not np.issubdtype(labels.dtype, np.integer):
             return np.full(self.size, UNCONDITIONAL, np.int32)
-        return self.context
+        return labels

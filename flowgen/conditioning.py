@@ -1,4 +1,4 @@
-"""Conditioning on labels and texts: unconditional values, dropout and checks."""
+"""What densities and velocities are conditioned on: labels, texts and continuous contexts, with dropout and checks."""
 
 from __future__ import annotations
 
@@ -24,7 +24,39 @@ class TextCondition(NamedTuple):
     mask: Bool[Array | np.ndarray, "b n"]
 
 
-Condition = Int[Array, " b"] | TextCondition
+class ContextTokens(NamedTuple):
+    """A continuous context as tokens, which a model's `check_cond` makes of vectors, images and token features.
+
+    mask: True for tokens, False for padding. Padding has no effect. A sample without a True is unconditional.
+
+    Example:
+        cond = ContextTokens(network.apply(variables, sets), mask=is_point)
+    """
+
+    tokens: Float[Array | np.ndarray, "b m e"]
+    mask: Bool[Array | np.ndarray, "b m"]
+
+
+class Padded(NamedTuple):
+    """The condition of padded samples: which of their tokens exist, and what else the density is conditioned on.
+
+    The density of a sample is that of its existing tokens, given their number and cond.
+
+    mask: True for the tokens of each sample, False for padding, in any places.
+
+    Example:
+        cond = Padded(mask=jnp.arange(8) < lengths[:, None], cond=labels)
+    """
+
+    mask: Bool[Array | np.ndarray, "b n"]
+    cond: Unpadded | None = None
+
+
+Unpadded = Int[Array, " b"] | TextCondition | ContextTokens
+Condition = Unpadded | Padded
+# What users may pass as a condition; a model's `check_cond` returns it as a `Condition`. Arrays of floating-point
+# numbers are the vectors, tokens or images of a continuous context.
+AnyCondition = Condition | Integer[np.ndarray, " b"] | list[int] | Float[Array | np.ndarray, "b *context"]
 
 
 def masked_text(text: TextCondition) -> Float[Array, "b n e"]:
@@ -57,8 +89,40 @@ def broadcast_text(text: TextCondition, batch: int) -> TextCondition:
     return TextCondition(*(jnp.broadcast_to(part, (batch, *part.shape[1:])) for part in text))
 
 
+def drop_context(key: Key[Array, ""], context: ContextTokens, rate: float) -> ContextTokens:
+    """Returns the context, of which each sample becomes unconditional with probability `rate`."""
+    dropped = jax.random.bernoulli(key, rate, context.mask.shape[:1])
+    return ContextTokens(context.tokens, context.mask & ~dropped[:, None])
+
+
+def drop_condition(key: Key[Array, ""], cond: Unpadded, null: TextCondition | None, rate: float) -> Unpadded:
+    """Returns the condition, of which each sample becomes unconditional with probability `rate`.
+
+    null: the null text, for texts.
+    """
+    if isinstance(cond, ContextTokens):
+        return drop_context(key, cond, rate)
+    if isinstance(cond, TextCondition):
+        assert null is not None  # text flows require it
+        return drop_texts(key, cond, null, rate)
+    return drop_labels(key, cond, rate)
+
+
+def split_padded(cond: Condition | None) -> tuple[Bool[Array, "b n"] | None, Unpadded | None]:
+    """Returns the mask of padded samples, or None, and the rest of the condition."""
+    return (jnp.asarray(cond.mask), cond.cond) if isinstance(cond, Padded) else (None, cond)
+
+
 def unconditional(cond: Condition, null: TextCondition | None) -> Condition:
-    """Returns the condition for the unconditional branch of guidance: label -1, or the null text."""
+    """Returns the condition for the unconditional branch of guidance: label -1, the null text, or no context."""
+    if isinstance(cond, Padded):
+        return cond if cond.cond is None else Padded(cond.mask, _unconditional(cond.cond, null))
+    return _unconditional(cond, null)
+
+
+def _unconditional(cond: Unpadded, null: TextCondition | None) -> Unpadded:
+    if isinstance(cond, ContextTokens):
+        return ContextTokens(cond.tokens, jnp.zeros_like(cond.mask))
     if isinstance(cond, TextCondition):
         assert null is not None  # text flows require it
         return broadcast_text(null, len(cond.mask))
@@ -90,6 +154,8 @@ def check_labels(labels: Any, *, num_classes: int, batch: int) -> Int[Array, " b
     """
     if labels is None:
         return None
+    if isinstance(labels, ContextTokens | Padded | TextCondition):
+        raise ValueError(f"cond is {type(labels).__name__}, which this model does not accept; give labels or None.")
     if not isinstance(labels, jax.Array):
         labels = np.asarray(labels)
     if num_classes == 0:

@@ -103,7 +103,7 @@ def test_guidance_behind_given_frames_is_its_definition(config):
         u = flow.apply(params, x, cond, method="trajectory")[0][-2]
         block, variables = AutoregressiveBlock(config.blocks[-1]), block_parameters(params, 1)
         previous = block.apply(variables, u, method="previous")
-        branches = [block.apply(variables, previous, c, method="conditioner")[:2] for c in (cond, other)]
+        branches = [block.apply(variables, previous, c, method="conditioner")[0] for c in (cond, other)]
         shift, log_scale = product_rule(*branches, 1.5)
         return (u - shift) * jnp.exp(-log_scale)
 

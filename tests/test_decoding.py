@@ -28,6 +28,7 @@ from flowgen.decoding import (
 from flowgen.decoding.jacobi import Conditioner, solve
 from flowgen.decoding.request import decode_request
 from flowgen.flows import AutoregressiveBlock, STARFlowV, block_parameters, density
+from flowgen.flows.affine import Affine
 from flowgen.flows.block import BlockState
 
 NAMES = ("classes", "volume preserving", "rectangular", "starflow text", "starflow options")
@@ -67,7 +68,7 @@ def chain(n, first, channels=2):
     def window(previous, start, cache):
         assert previous.shape[1] == n
         mixed = jnp.einsum("tm,bmc->btc", weights, jnp.tanh(previous))
-        return mixed, 0.3 * jnp.tanh(mixed), cache
+        return Affine(mixed, 0.3 * jnp.tanh(mixed)), cache
 
     return without_cache(window, first)
 
@@ -156,7 +157,7 @@ def reference_reverse(flow, params, z, cond, weight, parts, anneal, temperature=
         def parameters(u, cond, inverse_temperature, block=block, index=index):
             variables = block_parameters(params, index)
             state = BlockState(inverse_temperature=inverse_temperature)
-            return block.apply(variables, u[:, :-1], cond, state, method="conditioner")[:2]
+            return block.apply(variables, u[:, :-1], cond, state, method="conditioner")[0]
 
         for t in range(1, config.num_tokens):
             cold = jnp.full(len(z), 1 / temperature)
@@ -285,7 +286,7 @@ def test_overflow_on_the_way_is_counted_and_does_not_spoil_the_solution():
     def window(previous, start, cache):
         # exp(40 x): astronomically large for the first guess x = 3, harmless at the solution.
         mixed = jnp.cumsum(previous, axis=1)
-        return -3.0 * jnp.exp(jnp.clip(40 * mixed, -80, 300)), 40 * mixed, cache
+        return Affine(-3.0 * jnp.exp(jnp.clip(40 * mixed, -80, 300)), 40 * mixed), cache
 
     solution = solve(without_cache(window, jnp.full((2, 1, 1), -1.0)), z, Jacobi(tol=0.0))
     assert jnp.all(jnp.isfinite(solution.x))

@@ -15,7 +15,7 @@ from tolerances import FORMULA, NETWORK, assert_close
 
 import flowgen
 from flowgen.decoding import DecodePlan, Guidance, Jacobi, LowPrecision, Sequential, SlidingWindow, invert
-from flowgen.decoding.block import guided_block, inverse
+from flowgen.decoding.block import Order, guided_block, inverse
 from flowgen.decoding.request import decode_request
 from flowgen.decoding.weights import decoding_weights, rounded_weights
 from flowgen.experiments import FlowExperiment, SamplingConfig, from_json
@@ -120,7 +120,7 @@ def test_a_program_reads_weights_of_8_bits_in_each_pass():
     request, (config,) = decode_request(flow, params, z, cond, "sequential"), flow.config.blocks
     (rounded,) = rounded_weights(flow.config, params, ("int8",))
     block = guided_block(request, decoding_config(config), 0, rounded)
-    leaves, tree = jax.tree.flatten((block, z, False))  # Shapes alone are no arrays to the type checker.
+    leaves, tree = jax.tree.flatten((block, z, Order()))  # Shapes alone are no arrays to the type checker.
 
     @jax.jit
     def run(leaves):

@@ -9,8 +9,10 @@ from commands import refused, succeed
 from flax import linen as nn
 
 import flowgen
-from flowgen.data import Batch
-from flowgen.experiments import FlowExperiment, MatchingExperiment, SpaceToDepth
+from flowgen.contexts import ImageContext, VectorContext
+from flowgen.data import Batch, DataConfig
+from flowgen.experiments import FlowExperiment, MatchingExperiment, SolverConfig, SpaceToDepth
+from flowgen.experiments.conditions import conditions_of
 from flowgen.flows import STARFlowConfig, STARFlowVConfig, TARFlowConfig
 from flowgen.matching import DiTConfig
 from flowgen.training import LogConfig, TrainConfig
@@ -205,3 +207,65 @@ def test_images_of_ones_own_are_encoded_for_a_flow_of_latents(tmp_path):
     experiment = dataclasses.replace(experiment, optim=dataclasses.replace(experiment.optim, warmup_steps=0))
     result = flowgen.fit(experiment, tmp_path, dataset=Stripes(), held_out=Stripes())
     assert np.isfinite(result.metrics["nats_per_dim"])
+
+
+class Noisy(Stripes):
+    """Stripes, each with a noisy copy as its context."""
+
+    class_names = ()
+
+    def __getitem__(self, indices):
+        x = super().__getitem__(indices).x
+        noise = np.stack([np.random.default_rng(index).standard_normal(x.shape[1:]) for index in indices])
+        return Batch(x, (x / 127.5 - 1 + noise).astype(np.float32))
+
+
+def conditioned(context=None, **changes):
+    """An experiment that is conditioned on images."""
+    context = ImageContext(image_size=8, channels=1, patch_size=4) if context is None else context
+    model = DiTConfig(image_size=8, channels=1, patch_size=4, width=16, head_dim=8, num_layers=1, context=context)
+    settings = {"train": TrainConfig(steps=2, batch_size=8, label_dropout=0.2), "log": QUIET, **changes}
+    return MatchingExperiment(name="own", model=model, **settings)
+
+
+@pytest.mark.slow
+def test_contexts_of_ones_own_are_trained_on_guided_and_sampled(tmp_path):
+    experiment = conditioned(sampling=SolverConfig(num=4, num_steps=2, guidance=1.0))
+    result = flowgen.fit(experiment, tmp_path, dataset=Noisy(), held_out=Noisy())
+    assert np.isfinite(list(result.metrics.values())).all()
+    assert result.samples.is_file()
+    network, variables, loaded = flowgen.load(tmp_path)
+    assert loaded.model == experiment.model
+    cond, key = conditions_of(loaded.model, Noisy())(np.arange(3)), jax.random.key(0)
+    x, _ = loaded.draw_batch(network, variables, key, np.arange(3), cond)
+    other, _ = loaded.draw_batch(network, variables, key, np.arange(3), cond[::-1].copy())
+    np.testing.assert_array_equal(x[1], other[1])
+    assert np.abs(x[0] - other[0]).max() > 0
+
+
+CONTEXTS_REFUSED = {
+    "no contexts in the data": (lambda path: conditioned().dataset("train"), "data.name 'digits' has no contexts"),
+    "other contexts": (
+        lambda path: flowgen.fit(conditioned(VectorContext(dim=3)), path, dataset=Noisy()),
+        "dataset returned a context that does not fit the model: cond is float32 of shape (1, 8, 8, 1)",
+    ),
+    "labels for contexts": (
+        lambda path: flowgen.fit(conditioned(), path, dataset=changed()),
+        "cond is int32 of shape (1,)",
+    ),
+    "none at all": (lambda path: flowgen.fit(conditioned(), path, dataset=changed(context=None)), "cond is None; give"),
+    "flipped images": (lambda path: conditioned(data=DataConfig(flip=True)), "data.flip is true, but the context"),
+    "commands": (lambda path: conditioned().draw(None, None, None), "which commands cannot give"),
+    "guidance without dropout": (
+        lambda path: conditioned(sampling=SolverConfig(guidance=1.0), train=TrainConfig()),
+        "needs an unconditional field",
+    ),
+}
+
+
+@pytest.mark.parametrize("what", CONTEXTS_REFUSED)
+def test_contexts_that_do_not_fit_are_refused(what, tmp_path, untyped):
+    run, part = CONTEXTS_REFUSED[what]
+    with pytest.raises(ValueError) as error:  # noqa: PT011
+        run(tmp_path)
+    assert part in str(error.value)

@@ -87,7 +87,7 @@ def test_a_block_is_strictly_causal_in_its_own_order(case):
 
     def parameters(tokens):
         previous = block.apply(variables, tokens, method="previous")
-        shift, log_scale, _ = block.apply(variables, previous, cond, method="conditioner")
+        (shift, log_scale), _ = block.apply(variables, previous, cond, method="conditioner")
         return shift + log_scale
 
     jacobian = jnp.abs(jax.jit(jax.jacrev(lambda t: parameters(t).sum(axis=(0, 2))))(tokens)).sum(axis=(1, 3))
@@ -206,7 +206,7 @@ def test_parallel_and_cached_forms_agree(case):
     @jax.jit
     def conditioner(window, start, caches):
         state = BlockState(start, caches)
-        shift, log_scale, seen = block.apply(variables, window, cond, state, method="conditioner")
+        (shift, log_scale), seen = block.apply(variables, window, cond, state, method="conditioner")
         return shift, log_scale, None if caches is None else block.accept(caches, seen)
 
     previous = jax.jit(partial(block.apply, variables, method="previous"))(tokens)

@@ -15,7 +15,6 @@ from flowgen.backend import shards
 from flowgen.decoding import Jacobi, invert
 from flowgen.experiments import FlowExperiment, LikelihoodConfig
 from flowgen.flows import AutoregressiveBlock, block_parameters, flow_score_objective
-from flowgen.flows.affine import to_data
 from flowgen.flows.batches import batch_condition, noisy_batch
 from flowgen.flows.jacobi_error import DIVERGED, SOLVED, JacobiPenalty, jacobi_error, jacobi_penalty
 from flowgen.flows.objective import nll, nll_objective
@@ -61,8 +60,8 @@ def test_the_gradient_is_that_of_the_last_sweep_from_a_fixed_iterate(name):
 
     def sweep(params, index, y):
         block = AutoregressiveBlock(flow.config.blocks[index])
-        shift, log_scale = block.apply(block_parameters(params, index), y, cond_of_blocks, method="parameters")
-        return to_data(states[index + 1], shift, log_scale)
+        maps = block.apply(block_parameters(params, index), y, cond_of_blocks, method="parameters")
+        return maps.to_data(states[index + 1])
 
     iterates = list(states[1:])
     for _ in range(SWEEPS - 1):

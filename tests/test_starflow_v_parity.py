@@ -165,7 +165,7 @@ def guided_noise(config, variables, tokens, cond, null):
     @jax.jit
     def branch(text):
         previous = block.apply(params, tokens, method="previous")
-        return block.apply(params, previous, text, method="conditioner")[:2]
+        return block.apply(params, previous, text, method="conditioner")[0]
 
     shift, log_scale = product_rule(branch(cond), branch(null), GUIDANCE.scale)
     return (tokens - shift) * jnp.exp(-log_scale)

@@ -17,6 +17,7 @@ from flowgen.decoding import Guidance, Jacobi, Sequential, SlidingWindow, invert
 from flowgen.decoding.jacobi import Conditioner, PreviousFrame, solve
 from flowgen.decoding.sliding import solve_sliding
 from flowgen.flows import AutoregressiveBlock, STARFlowVConfig
+from flowgen.flows.affine import Affine
 
 NAMES = ("classes", "rectangular", "starflow text", "starflow options", "starflow video")
 CLIP = STARFlowVConfig(
@@ -42,7 +43,7 @@ def mixture(n, channels=2, seed=0):
         rows = jnp.broadcast_to(start, 3)[:, None] + jnp.arange(previous.shape[1])[None]
         cache = cache.at[jnp.arange(3)[:, None], rows].set(jnp.tanh(previous))
         mixed = jnp.einsum("btm,bmc->btc", weights[rows, : cache.shape[1]], cache)
-        return mixed, 0.3 * jnp.tanh(mixed), cache
+        return Affine(mixed, 0.3 * jnp.tanh(mixed)), cache
 
     return Conditioner(
         window,
@@ -169,7 +170,7 @@ def test_the_cache_is_that_of_the_tokens_that_are_returned(tol):
     conditioner = mixture(n)
     solution = solve_sliding(conditioner, z, SlidingWindow(window=4, tol=tol))
     previous = jnp.concatenate([conditioner.first, solution.x[:, :-1]], axis=1)
-    shift, log_scale, _ = conditioner.window(previous, 0, conditioner.begin_cache(n))
+    (shift, log_scale), _ = conditioner.window(previous, 0, conditioner.begin_cache(n))
     change = jnp.abs(shift + jnp.exp(log_scale) * z - solution.x).max(axis=(1, 2))
     assert_close(solution.residual, change, LAYER, scale=1)
     assert jnp.all(change <= tol + LAYER)

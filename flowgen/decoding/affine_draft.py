@@ -17,16 +17,16 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jaxtyping import Array, Float, Integer
+from jaxtyping import Array, Float
 
 from flowgen.arrays import check_floating
-from flowgen.conditioning import Condition, TextCondition
+from flowgen.conditioning import AnyCondition, Condition, Padded
 from flowgen.decoding.block import block_states
 from flowgen.decoding.draft import Draft
 from flowgen.decoding.request import decode_request
-from flowgen.flows.affine import TokenOrder
 from flowgen.flows.block import BlockConfig, Variables
 from flowgen.flows.density import Flow, FlowConfig, check_flow
+from flowgen.flows.orders import permutation
 from flowgen.guidance import Guidance
 from flowgen.nn.embeddings import class_one_hot
 from flowgen.nn.layers import master_dtype
@@ -42,11 +42,11 @@ def fit_affine_draft(
     flow: Flow,
     params: Variables,
     x: Float[Array | np.ndarray, "b *event"],
-    cond: Integer[Array | np.ndarray, " b"] | list[int] | TextCondition | None = None,
+    cond: AnyCondition | None = None,
     *,
     guidance: Guidance | None = None,
 ) -> Draft:
-    """Returns a draft whose tokens are an affine function of a block's noise and of the label, but not of a text.
+    """Returns a draft whose tokens are an affine function of a block's noise and label, but not of any other context.
 
     Nothing is decoded: x is encoded, which gives the noise and the tokens of every block, and each block's function
     follows in closed form. It is one matrix product, which costs less than a network pass in most flows.
@@ -54,8 +54,8 @@ def fit_affine_draft(
     x: thousands of samples of the flow's training data, with the training noise added, or of the flow.
     guidance: the guidance of the decoding that is to begin with the draft.
 
-    Raises ValueError if x, cond or guidance does not fit the flow, or if the tokens that a block maps together have
-    more than 4096 values.
+    Raises ValueError if x, cond or guidance does not fit the flow, if samples have padding, or if the tokens that a
+    block maps together have more than 4096 values.
 
     Example:
         draft = fit_affine_draft(flow, params, x, labels)
@@ -70,6 +70,8 @@ def fit_affine_draft(
     _check_sizes(config)
     params = jax.tree.map(jnp.asarray, params)
     cond = config.check_cond(cond, len(x))
+    if isinstance(cond, Padded):
+        raise ValueError("cond is Padded, but an affine draft needs samples without padding; use another draft.")
     sums: list[Any] = [None] * config.num_blocks
     for begin in range(0, len(x), ROWS):
         rows = slice(begin, begin + ROWS)
@@ -104,7 +106,7 @@ def _features(
 ) -> Float[Array, "b_and_frames features"]:
     """The label as one-hot features, the last of which means "none", and the noise. Frames are separate rows."""
     rows = noise.reshape(-1, dims)
-    cond = None if isinstance(cond, TextCondition) else cond
+    cond = None if isinstance(cond, tuple) else cond
     label = class_one_hot(cond, labels - 1, len(noise), noise.dtype)
     return jnp.concatenate([jnp.repeat(label, len(rows) // len(noise), axis=0), rows], axis=1)
 
@@ -134,7 +136,7 @@ def _weights(
     """The weights for which each token is affine in the noise of the tokens up to it; see the module's docstring."""
     normal, products = sums
     features, dims = products.shape
-    place = _in_order(jnp.repeat(jnp.arange(config.num_tokens), config.token_dim), config.order)
+    place = jnp.repeat(np.argsort(permutation(config.order, config.num_tokens)), config.token_dim)
     place = jnp.concatenate([jnp.full(features - dims, -1), place])
     order = jnp.argsort(place)  # features, first those of the labels and then the noise in the block's order
     normal = normal[order][:, order]
@@ -144,8 +146,3 @@ def _weights(
     visible = place[order][:, None] <= place[features - dims :][None]
     weights = solve(jnp.where(visible, solve(products[order]), 0), trans="T")
     return weights[jnp.argsort(order)]
-
-
-def _in_order(place: Array, order: TokenOrder) -> Array:
-    """The places of tokens in a block's order."""
-    return place if order == "raster" else place.max() - place

@@ -5,16 +5,16 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import dataclass, field, replace
 from functools import partial
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
-from jaxtyping import Array, Bool, Float
+from jaxtyping import Array, Bool, Float, Int
 
 from flowgen.attention import causal_kernel
 from flowgen.attention.slices import Start, positions
 from flowgen.backend import cache_stages
-from flowgen.conditioning import Condition, unconditional
+from flowgen.conditioning import Condition, Padded, unconditional
 from flowgen.decoding.implicit import back_substitution, with_derivatives
 from flowgen.decoding.jacobi import Conditioner, PreviousFrame, Solution, ignore, solve
 from flowgen.decoding.layout import Segments
@@ -31,7 +31,7 @@ from flowgen.decoding.plan import (
 from flowgen.decoding.request import DecodeRequest
 from flowgen.decoding.sliding import solve_sliding
 from flowgen.decoding.weights import rounded_config
-from flowgen.flows.affine import reorder, to_data, to_noise
+from flowgen.flows.affine import Affine, TokenMaps
 from flowgen.flows.block import (
     AutoregressiveBlock,
     BlockConfig,
@@ -41,6 +41,7 @@ from flowgen.flows.block import (
     each_frame,
 )
 from flowgen.flows.density import Flow
+from flowgen.flows.orders import SampleOrder, order_without_padding, permutation, to_order, to_raster
 from flowgen.guidance import AffineParameters, Guidance
 from flowgen.nn.layers import master_dtype
 
@@ -60,7 +61,7 @@ class GuidedBlock:
 
     def forward(self, x: Float[Array, "b n c"]) -> Float[Array, "b n c"]:
         """Returns the noise z to which the block maps tokens x, in one parallel pass; x and z are in raster order."""
-        return to_noise(x, *self._affine(x))[0]
+        return self._maps(x).to_noise(x)[0]
 
     def sweep(
         self, x: Float[Array, "b n c"], z: Float[Array, "b n c"], context: Float[Array, "b m c"] | None = None
@@ -70,10 +71,9 @@ class GuidedBlock:
         context: the tokens before x; see `inverse`.
         """
         if context is None:
-            return to_data(z, *self._affine(x))
-        shift, log_scale = self._affine(jnp.concatenate([context, x], axis=1))
-        before = context.shape[1]
-        return to_data(z, shift[:, before:], log_scale[:, before:])
+            return self._maps(x).to_data(z)
+        maps, before = self._maps(jnp.concatenate([context, x], axis=1)), context.shape[1]
+        return jax.tree.map(lambda part: part[:, before:], maps).to_data(z)
 
     @property
     def can_pull_back(self) -> bool:
@@ -93,17 +93,17 @@ class GuidedBlock:
         known = u[:, :passthrough] if context is None else context
         return back_substitution(self.conditioner(known), passthrough, u, noise, b).reshape(x.shape)
 
-    def _affine(self, x: Float[Array, "b n c"]) -> AffineParameters:
-        """(shift, log_scale) of all tokens in raster order, with guidance applied; 0 for passthrough tokens."""
+    def _maps(self, x: Float[Array, "b n c"]) -> TokenMaps:
+        """The maps of all tokens in raster order, with guidance applied; the identity for passthrough tokens."""
         if self.guidance is None:
             return self.block.apply(self.variables, x, self.cond, method="parameters")
         config, passthrough = self.block.config, self.block.num_passthrough
-        u = reorder(each_frame(x, config.frames), config.order)
+        order = config.order_of(self.cond)
+        u = to_order(each_frame(x, config.frames), order)
         rows = self.block.apply(self.variables, u, method="previous")
-        shift, log_scale, _ = self._with_both_conditions().parameters(rows, 0, None)
+        maps, _ = self._with_both_conditions().parameters(rows, 0, None)
         padding = ((0, 0), (passthrough, 0), (0, 0))
-        shift, log_scale = (reorder(jnp.pad(part, padding), config.order) for part in (shift, log_scale))
-        return shift.reshape(x.shape), log_scale.reshape(x.shape)
+        return jax.tree.map(lambda part: to_raster(jnp.pad(part, padding), order).reshape(x.shape), maps)
 
     def conditioner(
         self,
@@ -127,7 +127,7 @@ class GuidedBlock:
             if not begin:
                 return caches
             rows = block.apply(variables, known, method="previous")
-            return block.accept(caches, both.parameters(rows, 0, caches)[2])
+            return block.accept(caches, both.parameters(rows, 0, caches)[1])
 
         return Conditioner(
             window=both.parameters,
@@ -149,8 +149,8 @@ class GuidedBlock:
 
     def parameters(
         self, previous: Float[Array, "b w c"], start: Start, caches: tuple | None
-    ) -> tuple[Float[Array, "b w c"], Float[Array, "b w c"], tuple | None]:
-        """Returns (shift, log_scale, window) for the tokens that follow `previous`, with guidance applied.
+    ) -> tuple[TokenMaps, tuple | None]:
+        """Returns (maps, window) for the tokens that follow `previous`, with guidance applied.
 
         previous: the network's inputs, beginning with row `start`. Both branches of guidance run as one batch, so
         `self.cond` must contain the conditions of both branches. The result `window` is what the block's `accept` needs
@@ -159,14 +159,15 @@ class GuidedBlock:
         batch, width = previous.shape[:2]
         state = BlockState(self._of_branches(start), caches, self._inverse_temperature(batch))
         rows = self._of_branches(previous)
-        shift, log_scale, window = self.block.apply(self.variables, rows, self.cond, state, method="conditioner")
+        maps, window = self.block.apply(self.variables, rows, self.cond, state, method="conditioner")
         if self.guidance is None:
-            return shift, log_scale, window
+            return maps, window
         tokens = positions(start, width) + self.block.num_passthrough
         progress = tokens / max(self.block.config.num_tokens - 1, 1)
+        shift, log_scale = maps
         conditional: AffineParameters = (shift[:batch], log_scale[:batch])
         unconditional: AffineParameters = (shift[batch:], log_scale[batch:])
-        return *self.guidance.combine(conditional, unconditional, progress[:, :, None]), window
+        return Affine(*self.guidance.combine(conditional, unconditional, progress[:, :, None])), window
 
     def _of_branches(self, x: Any) -> Any:
         """An array with one row per sample, repeated for both branches of guidance; anything else as it is."""
@@ -187,11 +188,34 @@ class GuidedBlock:
         return jnp.where(jnp.arange(2 * batch) < batch, 1.0, 1.0 / self.guidance.temperature).astype(dtype)
 
 
+class Order(NamedTuple):
+    """The order of a block's tokens as arrays: whether it is the reverse of raster order, or the permutations.
+
+    The permutations differ between samples with padding; otherwise, there is one for all samples.
+    """
+
+    is_reversed: Bool[Array, ""] | bool = False
+    permutation: Int[Array, "#b n"] | None = None
+
+    def of(self, tokens: Float[Array, "b n c"]) -> Float[Array, "b n c"]:
+        """Returns tokens in this order, given in raster order."""
+        return self._applied(tokens, to_order)
+
+    def undone(self, tokens: Float[Array, "b n c"]) -> Float[Array, "b n c"]:
+        """Returns tokens in raster order, given in this order."""
+        return self._applied(tokens, to_raster)
+
+    def _applied(self, tokens: Float[Array, "b n c"], change: Callable[[Array, SampleOrder], Array]) -> Array:
+        if self.permutation is None:
+            return jnp.where(self.is_reversed, change(tokens, "reversed"), tokens)
+        return change(tokens, jnp.asarray(self.permutation))
+
+
 @partial(jax.jit, static_argnames=("plan", "layers", "solved"))
 def inverse(
     guided: GuidedBlock,
     z: Float[Array, "b n c"],
-    is_reversed: Bool[Array, ""] | bool,
+    order: Order,
     context: Float[Array, "b m c"] | None = None,
     rounded: Variables | None = None,
     draft: Float[Array, "b n c"] | None = None,
@@ -204,8 +228,8 @@ def inverse(
 
     The tokens have derivatives with respect to guided, z and context; see `flowgen.decoding.implicit`.
 
-    guided: a block with a `decoding_config`.
-    is_reversed: whether the block's order is "reversed"; blocks of both orders share this compiled program.
+    guided: a block with a `decoding_config`, whose condition is in the block's order; see `decoding_block_of`.
+    order: the block's order; blocks of different orders share this compiled program.
     context: the tokens before the first token to decode; only for blocks in raster order without passthrough tokens.
     rounded: the block's rounded variables, for plans of low precision; see `flowgen.decoding.weights`.
     draft: the tokens that a draft proposes, in raster order, for plans that begin with them.
@@ -215,16 +239,13 @@ def inverse(
     block = guided.block
     config, passthrough = block.config, block.num_passthrough
 
-    def reordered(tokens):
-        return jnp.where(is_reversed, reorder(tokens, "reversed"), tokens)
-
-    u = reordered(each_frame(z, config.frames))
+    u = order.of(each_frame(z, config.frames))
     parts = guided, rounded, u, u[:, :passthrough] if context is None else context
     fixed, rounded, tokens, known = jax.lax.stop_gradient(parts)
     noise = tokens[:, passthrough:]
     layers *= len(solver_plans(plan))
     if draft is not None:
-        draft = jax.lax.stop_gradient(reordered(each_frame(draft, config.frames))[:, passthrough:])
+        draft = jax.lax.stop_gradient(order.of(each_frame(draft, config.frames))[:, passthrough:])
     stages = cache_stages(noise.shape[1], layers) if block.has_growing_caches else 1
     conditioner = partial(fixed.conditioner, known, stages)
     if isinstance(plan, LowPrecision):
@@ -236,7 +257,7 @@ def inverse(
     x = jnp.concatenate([tokens[:, :passthrough], solution.x], axis=1).reshape(z.shape)
     x = with_derivatives(guided, x, u.reshape(z.shape), context)
     return Solution(
-        x=reordered(each_frame(x, config.frames)).reshape(z.shape),
+        x=order.undone(each_frame(x, config.frames)).reshape(z.shape),
         sweeps=solution.sweeps,
         residual=solution.residual.reshape(len(z), config.frames).max(axis=1),
         overflows=solution.overflows.reshape(len(z), config.frames).sum(axis=1),
@@ -271,8 +292,23 @@ def _polished(
 def guided_block(request: DecodeRequest, config: BlockConfig, index: int, variables: Variables) -> GuidedBlock:
     """Returns a block with the request's condition and, if guidance changes block `index`, the request's guidance."""
     guided = request.guidance is not None and index in (request.guidance.blocks or ())
-    cond = request.cond if config.is_conditional else None
+    cond = config.condition(request.cond)
     return GuidedBlock(AutoregressiveBlock(config), variables, cond, request.guidance if guided else None)
+
+
+def in_block_order(config: BlockConfig, guided: GuidedBlock) -> tuple[GuidedBlock, Order]:
+    """Returns the block with its condition in the block's order, and this order, as `inverse` expects them.
+
+    config: the config of the block before `decoding_config` replaced its order. guided: the block for decoding.
+    """
+    cond, order = guided.cond, config.order
+    if isinstance(cond, Padded):
+        order = order_without_padding(order, cond.mask)
+        mask = jnp.take_along_axis(jnp.asarray(cond.mask), order, axis=1)
+        return replace(guided, cond=Padded(mask, cond.cond)), Order(permutation=order)
+    if isinstance(order, str):
+        return guided, Order(is_reversed=order == "reversed")
+    return guided, Order(permutation=jnp.asarray(permutation(order, config.num_tokens))[None])
 
 
 def stacked_block(request: DecodeRequest, flow: Flow, index: int) -> GuidedBlock:

@@ -8,10 +8,10 @@ from dataclasses import dataclass, field, replace
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jaxtyping import Array, Float, Integer
+from jaxtyping import Array, Float
 
 from flowgen.arrays import check_count, check_floating, shown
-from flowgen.conditioning import Condition, TextCondition
+from flowgen.conditioning import AnyCondition, Condition
 from flowgen.decoding.layout import ClipLayout
 from flowgen.flows.density import FlowConfig
 from flowgen.flows.starflow_v import STARFlowVConfig
@@ -43,7 +43,7 @@ class Clip:
     frames: int | None = field(default=None, metadata={"static": True})
     given: Float[Array | np.ndarray, "b given height width c"] | None = None
     context: int | None = field(default=None, metadata={"static": True})
-    restart_cond: Integer[Array | np.ndarray, " b"] | list[int] | TextCondition | None = None
+    restart_cond: AnyCondition | None = None
     progress: Callable[[int, int], None] | None = field(default=None, metadata={"static": True})
 
 

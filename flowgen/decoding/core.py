@@ -23,7 +23,8 @@ from jax.sharding import Mesh, PartitionSpec
 from jaxtyping import Array, Float
 
 from flowgen.backend import WHOLE, check_unmapped, copies, keep_rows, on_first_device, on_own_rows, rows_mesh, settled
-from flowgen.decoding.block import guided_block, inverse, last_block
+from flowgen.conditioning import split_padded
+from flowgen.decoding.block import guided_block, in_block_order, inverse, last_block
 from flowgen.decoding.certificate import error, estimated_error
 from flowgen.decoding.denoising import denoised, enter_last_block
 from flowgen.decoding.draft import begins_with_draft
@@ -180,10 +181,14 @@ def _result(
 
 
 def _noise(request: DecodeRequest) -> Float[Array, "b n c"]:
-    """The noise tokens of all frames. When noise is drawn, the first clip and each later frame have separate keys."""
-    keys = request.noise
-    if not isinstance(keys, SampleKeys):
-        return keys
+    """The noise tokens of all frames; 0 for padding."""
+    noise = request.noise if not isinstance(request.noise, SampleKeys) else _drawn(request, request.noise)
+    mask, _ = split_padded(request.cond)
+    return noise if mask is None else jnp.where(mask[:, :, None], noise, 0)
+
+
+def _drawn(request: DecodeRequest, keys: SampleKeys) -> Float[Array, "b n c"]:
+    """Noise with the prior's variance. The first clip and each later frame are drawn with separate keys."""
     flow, layout = request.flow, request.layout
     tokens, channels, per_frame = flow.config.num_tokens, flow.config.token_dim, layout.tokens_per_frame
     master = master_dtype(flow.config.dtype)
@@ -249,7 +254,7 @@ def _invert_block(
 ) -> Solution:
     """The tokens that block `index` of a flow maps to z; see `flowgen.decoding.block.inverse`."""
     config = flow.config.blocks[index]
-    plan, layers, is_reversed = request.plan.blocks[index], blocks.layers[index], config.order == "reversed"
+    plan, layers = request.plan.blocks[index], blocks.layers[index]
     weights, rounded = blocks.weights[index], blocks.rounded[index]
     block = guided_block(request, decoding_config(config), index, weights or {})
     if weights is None:  # No derivatives are taken, so the rounded block can replace the block itself.
@@ -258,7 +263,8 @@ def _invert_block(
         block, plan, rounded = block.rounded(rounded, plan.dtype), plan.plan, None
     draft = request.draft if begins_with_draft(plan) else None
     draft = None if draft is None else draft.of_block(index, z, block.cond)
-    return inverse(block, z, is_reversed, context, rounded, draft, plan=plan, layers=layers, solved=solved)
+    block, order = in_block_order(config, block)
+    return inverse(block, z, order, context, rounded, draft, plan=plan, layers=layers, solved=solved)
 
 
 def _progress(request: DecodeRequest) -> Callable[[Array], None]:

@@ -116,7 +116,7 @@ def pass_cost(block: BlockConfig, rows: int, window: int) -> PassCost:
 
     def inputs(key):
         variables = AutoregressiveBlock(block).init(key, jnp.zeros((1, block.num_tokens, block.token_dim)))
-        variables = decoding_variables(variables, block.order, transformer.num_layers, transformer.dtype)
+        variables = decoding_variables(variables, block.table_order, transformer.num_layers, transformer.dtype)
         previous = jnp.zeros((rows, window, block.token_dim), master_dtype(transformer.dtype))
         return variables, previous, BlockState(jnp.asarray(0), module.init_caches(rows, slots))
 

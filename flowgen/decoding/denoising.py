@@ -13,8 +13,8 @@ from jaxtyping import Array, Float
 
 from flowgen.decoding.layout import scan_segments
 from flowgen.decoding.request import DecodeRequest, TweedieStep
-from flowgen.flows.affine import to_noise
 from flowgen.flows.block import AutoregressiveBlock, block_parameters
+from flowgen.flows.orders import without_padding
 from flowgen.gaussian import gaussian_log_density
 
 
@@ -49,9 +49,8 @@ def _log_prob(request: DecodeRequest, x: Float[Array, "b *event"]) -> Float[Arra
         cond = request.condition_of(part)
 
         def segment(_, tokens, cond=cond):
-            shift, log_scale = block.apply(variables, tokens, cond, method="parameters")
-            z, _ = to_noise(tokens, shift, log_scale)
-            return None, gaussian_log_density(z, variance) - log_scale
+            z, log_derivative = block.apply(variables, tokens, cond, method="parameters").to_noise(tokens)
+            return None, without_padding(gaussian_log_density(z, variance), cond) + log_derivative
 
         density = scan_segments(segment, None, layout.whole_segments(u, part))
         parts.append(layout.in_a_row(density[:, :, part.context * layout.tokens_per_frame :]))

@@ -26,7 +26,6 @@ from jaxtyping import Array, Float
 
 from flowgen.backend import any_derivative
 from flowgen.decoding.jacobi import Conditioner
-from flowgen.flows.affine import to_data
 
 Tokens = Float[Array, "b n c"]
 Linear = Callable[[Array], Array]
@@ -102,7 +101,7 @@ def back_substitution(conditioner: Conditioner, passthrough: int, x: Tokens, z: 
     previous = jnp.concatenate([conditioner.first, solved[:, :-1]], axis=1)
     noise = z[:, passthrough:]
     empty = conditioner.begin_cache(count)
-    cache = conditioner.accept(empty, conditioner.window(previous, jnp.asarray(conditioner.begin), empty)[2])
+    cache = conditioner.accept(empty, conditioner.window(previous, jnp.asarray(conditioner.begin), empty)[1])
 
     def at(tokens, index):
         return jax.lax.dynamic_slice_in_dim(tokens, index, 1, axis=1)
@@ -111,8 +110,8 @@ def back_substitution(conditioner: Conditioner, passthrough: int, x: Tokens, z: 
         v, of_cache = state
 
         def token(previous, cache):
-            shift, log_scale, after = conditioner.window(previous, conditioner.begin + index, cache)
-            return to_data(at(noise, index), shift, log_scale), conditioner.accept(cache, after)
+            maps, after = conditioner.window(previous, conditioner.begin + index, cache)
+            return maps.to_data(at(noise, index)), conditioner.accept(cache, after)
 
         _, pull = jax.vjp(token, at(previous, index), cache)
         of_previous, of_cache = pull((at(v, index + 1), of_cache))

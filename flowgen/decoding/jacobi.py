@@ -21,7 +21,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int
 
 from flowgen.decoding.plan import InitialGuess, Jacobi
-from flowgen.flows.affine import to_data
+from flowgen.flows.affine import TokenMaps
 
 # Values beyond this limit are overflows. The network's input is clipped to the limit, and NaN is replaced by 0, so that
 # unsolved tokens cannot corrupt solved ones. Data lie in [-1, 1].
@@ -68,7 +68,7 @@ def all_accepted(before: Any, window: Any, count: Array | None = None) -> Any:
 class Conditioner(NamedTuple):
     """What a solver needs to know about a block, and where the solver begins.
 
-    window(previous, start, cache) -> (shift, log_scale, window): parameters of the tokens after `previous`.
+    window(previous, start, cache) -> (maps, window): the maps of the tokens after `previous`.
     rewind(before, after) -> cache: a cache from which the same window can run again.
     accept(before, window, count=None) -> cache: the cache `before` with the first `count` inputs of the window added,
         one number per sample; None means all inputs.
@@ -81,7 +81,7 @@ class Conditioner(NamedTuple):
     stages: number of stages in which to decode. The cache grows between stages; if it cannot grow, use one stage.
     """
 
-    window: Callable[[Array, Array, Any], tuple[Array, Array, Any]]
+    window: Callable[[Array, Array, Any], tuple[TokenMaps, Any]]
     rewind: Callable[[Any, Any], Any]
     begin_cache: Callable[[int], Any]
     first: Float[Array, "b 1 c"]
@@ -219,9 +219,9 @@ def _sweep(conditioner: Conditioner, plan: Jacobi, before: _Before, window: _Win
     """One pass over a window, which computes each token from the guesses of the tokens before it."""
     previous = jnp.concatenate([before.last, state.guess[:, :-1]], axis=1)
     cache = conditioner.rewind(before.cache, state.cache)
-    shift, log_scale, after = conditioner.window(bounded(previous), conditioner.begin + window.start, cache)
+    maps, after = conditioner.window(bounded(previous), conditioner.begin + window.start, cache)
     cache = conditioner.accept(cache, after)
-    out = to_data(window.noise, shift, log_scale)
+    out = maps.to_data(window.noise)
     residual = _change(out, state.guess, window.real)
     converged = _has_converged(plan, out, state.guess, window.real, residual)
     # A converged sample keeps its guess, so that its tokens and its cache stay the same, no matter how many more sweeps

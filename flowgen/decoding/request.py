@@ -9,12 +9,12 @@ from typing import Any, NamedTuple
 import jax
 import numpy as np
 from jax.core import Tracer
-from jaxtyping import Array, Bool, Float, Int, Integer, Key
+from jaxtyping import Array, Bool, Float, Int, Key
 
 from flowgen.arrays import shown
 from flowgen.attention import causal_kernel
 from flowgen.backend import rows_on_device
-from flowgen.conditioning import Condition, TextCondition
+from flowgen.conditioning import AnyCondition, Condition, TextCondition
 from flowgen.decoding.clips import Clip, checked_clip, clip_layout
 from flowgen.decoding.draft import Draft, check_draft
 from flowgen.decoding.layout import ClipLayout, Segments
@@ -158,7 +158,7 @@ def decode_request(
     flow: Flow,
     params: Variables,
     noise: Float[Array, "b n c"] | SampleKeys,
-    cond: Integer[Array | np.ndarray, " b"] | list[int] | TextCondition | None,
+    cond: AnyCondition | None,
     plan: Plan | str,
     guidance: Guidance | None = None,
     clip: Clip | None = None,
@@ -222,6 +222,8 @@ def _active(guidance: Guidance | None, cond: Condition | None, config: FlowConfi
         blocks = tuple(index for index in blocks if config.blocks[index].is_conditional)
     if not blocks:
         return None
+    if any(config.blocks[index].elementwise is not None for index in blocks):
+        raise ValueError("guidance is set, but it combines affine maps, and this flow has another map; leave it out.")
     attention = config.blocks[0].transformer.attention
     if not same_temperature and not causal_kernel(attention).has_temperature:
         traced = isinstance(guidance.temperature, Tracer)

@@ -17,7 +17,7 @@ from jaxtyping import Array, Float, Int, Integer, Key
 
 from flowgen.arrays import check_count, check_floating, check_key, shown
 from flowgen.backend import keep_rows
-from flowgen.conditioning import TextCondition
+from flowgen.conditioning import AnyCondition
 from flowgen.decoding.clips import Clip
 from flowgen.decoding.core import run
 from flowgen.decoding.draft import Draft
@@ -43,7 +43,7 @@ def invert(
     flow: Flow,
     params: Variables,
     z: Float[Array | np.ndarray, "b n c"],
-    cond: Integer[Array | np.ndarray, " b"] | list[int] | TextCondition | None = None,
+    cond: AnyCondition | None = None,
     *,
     plan: Plan | str = "sequential",
     guidance: Guidance | None = None,
@@ -84,7 +84,7 @@ def sample(
     params: Variables,
     key: Key[Array, ""],
     num: int | range | Integer[Array | np.ndarray, " b"],
-    cond: Integer[Array | np.ndarray, " b"] | list[int] | TextCondition | None = None,
+    cond: AnyCondition | None = None,
     *,
     plan: Plan | str = "auto",
     guidance: Guidance | None = None,
@@ -129,7 +129,7 @@ def sample_and_log_prob(
     params: Variables,
     key: Key[Array, ""],
     num: int | range | Integer[Array | np.ndarray, " b"],
-    cond: Integer[Array | np.ndarray, " b"] | list[int] | TextCondition | None = None,
+    cond: AnyCondition | None = None,
     *,
     plan: Plan | str = "auto",
     guidance: Guidance | None = None,

@@ -23,7 +23,6 @@ from jaxtyping import Array, Bool, Float, Int
 from flowgen.attention.slices import positions, put, take
 from flowgen.decoding.jacobi import Conditioner, PreviousFrame, Solution, bounded, first_guess, overflown, stage_ends
 from flowgen.decoding.plan import SlidingWindow
-from flowgen.flows.affine import to_data
 
 
 class _Pass(NamedTuple):
@@ -99,8 +98,8 @@ def _pass(conditioner: Conditioner, plan: SlidingWindow, noise: _Noise, end: int
     real = (positions(start, window) < noise.n) & active[:, None]
     tokens = take(state.tokens, start, window + 1)
     previous, guess = tokens[:, :-1], tokens[:, 1:]
-    shift, log_scale, after = conditioner.window(bounded(previous), conditioner.begin + start, state.cache)
-    out = to_data(noise.at(start), shift, log_scale)
+    maps, after = conditioner.window(bounded(previous), conditioner.begin + start, state.cache)
+    out = maps.to_data(noise.at(start))
     bad = overflown(out)
     change = jnp.where(real, jnp.where(bad, jnp.inf, jnp.abs(out - guess)).max(axis=2), 0)
     accepted = jnp.cumprod(change <= plan.tol, axis=1).astype(bool)  # padding and samples that wait do not change

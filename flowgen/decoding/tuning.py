@@ -15,12 +15,12 @@ from typing import NamedTuple
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jaxtyping import Array, Float, Integer
+from jaxtyping import Array, Float
 
 from flowgen.arrays import check_count, check_floating
 from flowgen.attention import causal_kernel
-from flowgen.conditioning import TextCondition
-from flowgen.decoding.block import GuidedBlock, block_states, guided_block, inverse
+from flowgen.conditioning import AnyCondition
+from flowgen.decoding.block import GuidedBlock, block_states, guided_block, in_block_order, inverse
 from flowgen.decoding.draft import Draft, begins_with_draft
 from flowgen.decoding.jacobi import Solution, ignore
 from flowgen.decoding.plan import (
@@ -111,7 +111,7 @@ def tune(
     flow: Flow,
     params: Variables,
     x: Float[Array | np.ndarray, "b *event"],
-    cond: Integer[Array | np.ndarray, " b"] | list[int] | TextCondition | None = None,
+    cond: AnyCondition | None = None,
     *,
     guidance: Guidance | None = None,
     draft: Draft | None = None,
@@ -151,7 +151,7 @@ def measure_plans(
     flow: Flow,
     params: Variables,
     x: Float[Array | np.ndarray, "b *event"],
-    cond: Integer[Array | np.ndarray, " b"] | list[int] | TextCondition | None = None,
+    cond: AnyCondition | None = None,
     *,
     guidance: Guidance | None = None,
     draft: Draft | None = None,
@@ -211,9 +211,9 @@ class _KnownBlock:
 
     def decoded(self, plan: SolverPlan) -> Solution:
         """Returns the decoded noise, after the device has computed it."""
-        is_reversed = self.config.order == "reversed"
+        guided, order = in_block_order(self.config, self.guided)
         draft = self.draft if begins_with_draft(plan) else None
-        own = self.guided, self.noise, is_reversed, None, None, draft
+        own = guided, self.noise, order, None, None, draft
         return jax.block_until_ready(inverse(*own, plan=plan, layers=self.layers, solved=ignore))
 
 

@@ -82,7 +82,7 @@ def rounded_config(config: BlockConfig, dtype: RoundedDtype) -> BlockConfig:
 
 def _form(block: Any) -> tuple[Any, ...]:
     """The properties of a block, besides its parameters, that determine its variables for decoding."""
-    return block.order, block.transformer.num_layers, block.transformer.dtype
+    return block.table_order, block.transformer.num_layers, block.transformer.dtype
 
 
 class _WeakCache:

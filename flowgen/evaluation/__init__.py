@@ -1,6 +1,13 @@
-"""Evaluation of trained models: likelihoods, distances between samples and data, and image features."""
+"""Evaluation of trained models: likelihoods, distances between samples and data, image features, and calibration."""
 
 from flowgen.evaluation.anomaly import SCORES, AnomalyScores, anomaly_scores, auroc
+from flowgen.evaluation.calibration import (
+    ExpectedCoverage,
+    RankUniformity,
+    expected_coverage,
+    rank_uniformity,
+    sbc_ranks,
+)
 from flowgen.evaluation.corruptions import CORRUPTIONS
 from flowgen.evaluation.estimate import Estimate, Evaluation, mean_of
 from flowgen.evaluation.features import Classifier, train_classifier
@@ -19,6 +26,7 @@ from flowgen.evaluation.manifolds import ManifoldMetrics, manifold_metrics, near
 from flowgen.evaluation.metrics import frechet_between, frechet_distance, psnr
 from flowgen.evaluation.points import PointSamples, point_metrics, point_samples
 from flowgen.evaluation.statistics import FeatureStatistics, feature_statistics, read_statistics, save_statistics
+from flowgen.evaluation.two_samples import c2st
 
 __all__ = [
     "CORRUPTIONS",
@@ -27,13 +35,17 @@ __all__ = [
     "Classifier",
     "Estimate",
     "Evaluation",
+    "ExpectedCoverage",
     "FeatureStatistics",
     "KernelDistance",
     "ManifoldMetrics",
     "PointSamples",
+    "RankUniformity",
     "anomaly_scores",
     "auroc",
     "bits_of_nats",
+    "c2st",
+    "expected_coverage",
     "feature_statistics",
     "flow_bits_per_dim",
     "flow_nats",
@@ -49,8 +61,10 @@ __all__ = [
     "point_metrics",
     "point_samples",
     "psnr",
+    "rank_uniformity",
     "read_statistics",
     "save_statistics",
+    "sbc_ranks",
     "train_classifier",
     "velocity_bits",
     "velocity_bits_per_dim",

@@ -14,6 +14,7 @@ import numpy as np
 from jaxtyping import Array
 
 from flowgen import backend
+from flowgen.contexts import ImageContext
 from flowgen.counting import flop_of, peak_of
 from flowgen.data import (
     Batch,
@@ -28,8 +29,16 @@ from flowgen.data import (
 from flowgen.data.dataset import Split
 from flowgen.evaluation import Estimate, Evaluation, point_metrics, point_samples
 from flowgen.experiments.comparison import check_features, compare_samples
+from flowgen.experiments.conditions import (
+    blank_conditions,
+    condition_of,
+    conditions_of,
+    context_of,
+    is_conditional,
+)
 from flowgen.experiments.debug import SAMPLES, debug_images, debug_run
 from flowgen.experiments.distances import SAMPLES_AT_ONCE, sample_metrics, train_features
+from flowgen.experiments.distilled import with_flow
 from flowgen.experiments.drawing import (
     AT_ONCE,
     asked_labels,
@@ -93,6 +102,7 @@ class MatchingExperiment(Experiment):
 
     def _check_data(self) -> None:
         model, kind, points = self.model, type_name(self.model), isinstance(self.data, PointsConfig)
+        context = context_of(model)
         if isinstance(model, ImageTokens):
             raise ValueError(f"model is {model}, which is a flow; use a FlowExperiment.")
         if len(model.event_shape) not in (1, 3):
@@ -102,15 +112,19 @@ class MatchingExperiment(Experiment):
         if points != (len(model.event_shape) == 1):
             wanted = "images; give a DataConfig" if points else "points in the plane; give a PointsConfig"
             raise ValueError(f"data is {self.data}, but this {kind} trains on {wanted}.")
-        if points and (model.event_shape != (2,) or model.num_classes):
+        if points and (model.event_shape != (2,) or model.num_classes or context is not None):
             raise ValueError(
-                f"model has event_shape {model.event_shape} and num_classes {model.num_classes}; for points, "
-                "they must be (2,) and 0."
+                f"model has event_shape {model.event_shape}, num_classes {model.num_classes} and context "
+                f"{context}; for points, they must be (2,), 0 and None."
             )
+        if isinstance(context, ImageContext) and getattr(self.data, "flip", False):
+            raise ValueError("data.flip is true, but the context is an image, which is not flipped; set it to false.")
         if getattr(self.matching.coupling, "class_aware", False) and not model.num_classes:
             raise ValueError("matching.coupling.class_aware is true, but the model has no classes; set it to false.")
         if self.train.label_dropout >= 1:
-            raise ValueError("train.label_dropout is 1.0, which leaves no labels to learn from; set it below 1.")
+            raise ValueError(
+                "train.label_dropout is 1.0, which leaves no labels or contexts to learn from; set it below 1."
+            )
 
     def _check_loss(self) -> None:
         loss, sampling = self.matching.loss, self.sampling
@@ -134,10 +148,11 @@ class MatchingExperiment(Experiment):
             self._check_guidance("matching.loss.guidance_weight", loss.guidance_weight)
 
     def _check_guidance(self, name: str, weight: float) -> None:
-        """Raises ValueError if there are no classes to guide towards, or if no unconditional field is learned."""
-        if weight and not self.model.num_classes:
+        """Raises ValueError if there is nothing to guide towards, or if no unconditional field is learned."""
+        if weight and not is_conditional(self.model):
             raise ValueError(
-                f"{name} is {weight}, but the model has no classes to guide towards (num_classes is 0); set it to 0."
+                f"{name} is {weight}, but the model has no classes to guide towards (num_classes is 0) and no "
+                "context; set it to 0."
             )
         if weight and not self.train.label_dropout:
             raise ValueError(
@@ -178,6 +193,11 @@ class MatchingExperiment(Experiment):
         """
         if isinstance(self.data, PointsConfig):
             raise ValueError("data are points, which have no dataset; draw them with data.draw(key, num).")
+        if context_of(self.model) is not None:
+            raise ValueError(
+                f"model.context is {context_of(self.model)}, and data.name {self.data.name!r} has no contexts; call "
+                "flowgen.fit(experiment, workdir, dataset=...) in Python, with data that return Batch(images, context)."
+            )
         return image_dataset(self.data, self.model, split, labelled=labelled)
 
     def job(self, *, dataset: Dataset | None = None, held_out: Dataset | None = None, model: Any = None) -> Job:
@@ -196,7 +216,9 @@ class MatchingExperiment(Experiment):
             dataset = self.dataset("train")
             held_out = self.dataset("eval") if self.data.eval_fraction > 0 else None
         else:
-            dataset, held_out = own_data(dataset, held_out, self.model.event_shape, self.model.num_classes)
+            dataset, held_out = own_data(
+                dataset, held_out, self.model.event_shape, self.model.num_classes, context_of(self.model)
+            )
         return self._images_job(network, self.data, dataset, held_out)
 
     def rehearsal(self, model: Any, rows: int) -> Rehearsal:
@@ -205,8 +227,7 @@ class MatchingExperiment(Experiment):
         shape = (rows,) if isinstance(self.data, PointsConfig) else (rows, *self.model.event_shape)
 
         def batch() -> Batch:
-            labels = jnp.zeros(rows, jnp.int32) if self.model.num_classes else None
-            return Batch(jnp.zeros(shape, jnp.uint8), labels)
+            return Batch(jnp.zeros(shape, jnp.uint8), blank_conditions(self.model, rows))
 
         objective = matching_objective(model, matching.loss_fn(), self._pairs)
         return Rehearsal(lambda key: init(model, key), objective, jax.eval_shape(batch))
@@ -221,21 +242,23 @@ class MatchingExperiment(Experiment):
             sampling=self.sampling,
         )
         numbers, key = jax.ShapeDtypeStruct((num,), jnp.int32), jax.eval_shape(lambda: jax.random.key(0))
-        labels = numbers if self.model.num_classes else None
-        traced = jax.make_jaxpr(lambda *args: run(*args)[0])((_weights(variables), key), numbers, labels).jaxpr
+        cond = jax.eval_shape(lambda: blank_conditions(self.model, num))
+        traced = jax.make_jaxpr(lambda *args: run(*args)[0])((_weights(variables), key), numbers, cond).jaxpr
         flop = sum(flop_of(traced).values(), start=0.0) / num
         return SamplingCost(None if self.sampling.method == "dopri5" else flop, 0, peak_of(traced))
 
     def _pairs(self, key: Array, batch: Batch) -> dict[str, Any]:
-        """Returns the noise and data of a batch of points, or the data and labels of a batch of images."""
+        """Returns the noise and data of a batch of points, or the data and conditions of a batch of images."""
         if isinstance(self.data, PointsConfig):
             rows = batch_rows(batch, key, batch.size)
             x0, x1 = rows.draw_whole(self.data.draw)
             return {"x0": x0, "x1": x1}
-        return {"x1": from_uint8(batch.pixels), "cond": batch.labels if self.model.num_classes > 0 else None}
+        return {"x1": from_uint8(batch.pixels), "cond": condition_of(self.model, batch)}
 
     def _points_job(self, network: Any, data: PointsConfig) -> Job:
-        matching = self.matching.fitted(*data.draw(jax.random.key(self.train.seed), REPORT_PAIRS))
+        matching = with_flow(self.matching, self.model).fitted(
+            *data.draw(jax.random.key(self.train.seed), REPORT_PAIRS)
+        )
 
         @jax.jit
         def samples(variables, key):
@@ -260,12 +283,16 @@ class MatchingExperiment(Experiment):
         order = np.random.default_rng(self.train.seed).permutation(len(dataset))
         x1 = from_uint8(dataset[np.sort(order[:REPORT_PAIRS])].pixels)
         x0 = jax.random.normal(jax.random.key(self.train.seed), x1.shape)
-        matching = self.matching.fitted(x0, jnp.asarray(x1))
+        matching = with_flow(self.matching, self.model).fitted(x0, jnp.asarray(x1))
         classes = drawn_classes(self.model, self.data)
 
         def draw_image(variables: Any) -> np.ndarray:
-            labels, key = cycled_labels(self.sampling.num, classes), jax.random.key(self.train.seed)
-            images, _ = self.draw_batch(network, variables, key, np.arange(self.sampling.num), labels)
+            numbers, key = np.arange(self.sampling.num), jax.random.key(self.train.seed)
+            cond = cycled_labels(len(numbers), classes)
+            if context_of(self.model) is not None:
+                shown = dataset if held_out is None else held_out
+                cond = shown[numbers % len(shown)].context
+            images, _ = self.draw_batch(network, variables, key, numbers, cond)
             return sample_grid(images, classes)
 
         loss = matching.loss_fn(label_dropout=self.train.label_dropout)
@@ -297,25 +324,25 @@ class MatchingExperiment(Experiment):
             num = self.sampling.frechet_samples
             if num:
                 of_samples = partial(self.draw_batch, network, on_devices(variables, min(num, SAMPLES_AT_ONCE)))
-                conditions = _labels_of(held_out) if self.model.num_classes else None
+                conditions = conditions_of(self.model, held_out)
                 metrics = {**sample_metrics(of_samples, extractor(), held_out, num, conditions=conditions), **metrics}
             return metrics
 
         return evaluated
 
     def draw_batch(
-        self, network: Any, variables: Any, key: jax.Array, numbers: np.ndarray, cond: np.ndarray | None
+        self, network: Any, variables: Any, key: jax.Array, numbers: np.ndarray, cond: Any
     ) -> tuple[np.ndarray, str]:
         """Returns samples `b *event` and a line that says how they were drawn.
 
         Sample i depends only on (key, i). With dopri5, this is true only up to the tolerance, because dopri5 adapts its
         steps to the batch.
 
-        cond: labels, or None.
+        cond: labels, a context with one row per sample, or None.
         """
         sampling = self.sampling
         if sampling.guidance and cond is None:
-            raise ValueError(f"guidance is {sampling.guidance}, but cond is None; give labels, or set guidance to 0.")
+            raise ValueError(f"guidance is {sampling.guidance}, but cond is None; give it, or set guidance to 0.")
         x, evaluations = backend.by_rows(
             draw_by_solver,
             (_weights(variables), key),
@@ -332,6 +359,11 @@ class MatchingExperiment(Experiment):
         self, model: Any, variables: Any, options: VelocityDrawOptions, say: Callable[[str], None] = lambda line: None
     ) -> Samples:
         """Returns `sampling.num` samples, and calls `say` with a line about the speed of each batch."""
+        if context_of(self.model) is not None:
+            raise ValueError(
+                f"model.context is {context_of(self.model)}, which commands cannot give; sample in Python, by "
+                "experiment.draw_batch(model, variables, key, numbers, cond)."
+            )
         num = self.sampling.num
         labels = asked_labels(self.model, self.data, num, options.classes)
 
@@ -383,7 +415,7 @@ class MatchingExperiment(Experiment):
             num,
             options,
             self.data,
-            conditions=_labels_of(dataset) if conditional else None,
+            conditions=conditions_of(self.model, dataset) if conditional else None,
             how=self.sampling.method,
         )
 
@@ -395,11 +427,6 @@ class MatchingExperiment(Experiment):
         model = self.model if shrunk is None else shrunk()
         data = self.data if isinstance(self.data, PointsConfig) else debug_images(self.data)
         return debug_run(self, sampling=sampling, model=model, data=data)
-
-
-def _labels_of(dataset: Dataset) -> Callable[[np.ndarray], np.ndarray]:
-    labels = np.asarray(dataset[np.arange(len(dataset))].labels)
-    return lambda positions: labels[positions]
 
 
 def _weights(variables: Any) -> Any:

@@ -5,15 +5,18 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Any
 
+import jax
 import numpy as np
 from jaxtyping import Int
 
 from flowgen.arrays import shown
 from flowgen.conditioning import UNCONDITIONAL, TextCondition
+from flowgen.contexts import Context, check_context
 from flowgen.data import Batch, Dataset, check_classes
 from flowgen.data.dataset import captions_in
 from flowgen.data.inventory import name_list
 from flowgen.data.loader import checked_batch
+from flowgen.settings import type_name
 
 
 @dataclass(frozen=True)
@@ -33,6 +36,7 @@ class OwnDataset:
     name: str
     event_shape: tuple[int, ...]
     num_classes: int
+    context: Context | None = None
 
     @property
     def class_names(self) -> tuple[str, ...]:
@@ -50,7 +54,20 @@ class OwnDataset:
         expected = (len(indices), *self.event_shape)
         if batch.pixels.shape != expected:
             raise ValueError(f"{self.name} returned x of shape {batch.pixels.shape}; the shape must be {expected}.")
+        if self.context is not None:
+            return self._with_context(batch, self.context)
         return batch if self.num_classes == 0 else batch._replace(context=self._labels(batch, indices))
+
+    def _with_context(self, batch: Batch, context: Context) -> Batch:
+        """Returns the batch. Raises ValueError unless its context has the shape that the model accepts."""
+        given = jax.tree.map(np.asarray, batch.context)
+        try:
+            if given is None:
+                raise ValueError(f"cond is None; give the context that the model's {type_name(context)} describes.")
+            jax.eval_shape(lambda cond: check_context(cond, context, batch.size), given)
+        except ValueError as error:
+            raise ValueError(f"{self.name} returned a context that does not fit the model: {error}") from None
+        return batch._replace(context=given)
 
     def _labels(self, batch: Batch, indices: Int[np.ndarray, " b"]) -> Int[np.ndarray, " b"]:
         texts = isinstance(batch.context, TextCondition)
@@ -87,9 +104,15 @@ def check_protocol(name: str, dataset: Any) -> None:
 
 
 def own_data(
-    dataset: Dataset, held_out: Dataset | None, event_shape: tuple[int, ...], num_classes: int
+    dataset: Dataset,
+    held_out: Dataset | None,
+    event_shape: tuple[int, ...],
+    num_classes: int,
+    context: Context | None = None,
 ) -> tuple[OwnDataset, OwnDataset | None]:
     """Returns a user's datasets, each wrapped in an `OwnDataset`. event_shape: shape of the model's images or clips.
+
+    context: the description of the context that the model accepts; None for none.
 
     Reads the first sample of each dataset. Raises ValueError if the datasets do not fit the model or each other.
 
@@ -112,6 +135,6 @@ def own_data(
                 f"{name_list(dataset.class_names)}; give both the same classes in the same order."
             )
         check_classes(given, num_classes)
-        found.append(OwnDataset(given, name, event_shape, num_classes))
+        found.append(OwnDataset(given, name, event_shape, num_classes, context))
         found[-1][np.arange(1)]
     return found[0], found[1] if len(found) > 1 else None

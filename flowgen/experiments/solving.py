@@ -3,18 +3,18 @@
 from __future__ import annotations
 
 from functools import partial
-from typing import Annotated, Literal
+from typing import Annotated, Any, Literal
 
 import jax
 import jax.numpy as jnp
 from flax import linen as nn
 from jaxtyping import Array, Float, Int, Key, PyTree
 
-from flowgen.conditioning import UNCONDITIONAL
 from flowgen.data import PointsConfig
 from flowgen.data.points import Distribution
 from flowgen.experiments.drawing import CompareOptions, DrawOptions, check_compared
 from flowgen.matching import MatchingConfig, edm_times, guided, integrate, integrate_mean, velocity_field
+from flowgen.matching.contexts import check_condition
 from flowgen.settings import config
 from flowgen.settings.ranges import NonNegative, Positive, Samples, Within
 
@@ -94,7 +94,7 @@ class VelocityEvaluateOptions(CompareOptions):
 def draw_by_solver(
     shared: tuple[PyTree, Key[Array, ""]],
     indices: Int[Array, " b"],
-    labels: Int[Array, " b"] | None,
+    cond: Any,
     *,
     network: nn.Module,
     distribution: Distribution | None,
@@ -106,7 +106,7 @@ def draw_by_solver(
     `flowgen.backend.by_rows` can run this function on several devices.
 
     shared: the network's variables, and the key. Sample i starts from noise that depends only on (key, i).
-    indices: the numbers i of the samples.
+    indices: the numbers i of the samples. cond: the condition of each sample, or None.
     distribution: the distribution of x0, by its name in `PointsConfig`; None means Gaussian noise.
 
     Example:
@@ -115,6 +115,7 @@ def draw_by_solver(
     """
     variables, key = shared
     keys = jax.vmap(partial(jax.random.fold_in, key))(indices)
+    cond = check_condition(network.config, cond, len(indices))  # Guidance needs contexts in this form.
     if distribution is None:
         x0 = jax.vmap(lambda key: jax.random.normal(key, network.config.event_shape))(keys)
     else:
@@ -124,15 +125,15 @@ def draw_by_solver(
         def average(t, x, cond, interval):
             return network.apply(variables, t, x, cond, interval)
 
-        x, evaluations = integrate_mean(average, x0, labels, num_steps=sampling.num_steps)
+        x, evaluations = integrate_mean(average, x0, cond, num_steps=sampling.num_steps)
         return x, jnp.full(len(x), evaluations)
     velocity = velocity_field(network, variables, matching)
     if sampling.guidance:
-        velocity = guided(velocity, UNCONDITIONAL, weight=sampling.guidance, interval=sampling.guidance_interval)
+        velocity = guided(velocity, weight=sampling.guidance, interval=sampling.guidance_interval)
     x, evaluations = integrate(
         velocity,
         x0,
-        labels,
+        cond,
         method=sampling.method,
         num_steps=sampling.num_steps,
         times=edm_times(sampling.num_steps) if sampling.times == "edm" else None,

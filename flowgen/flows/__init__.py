@@ -8,6 +8,7 @@ from flowgen.flows.score_matching import flow_score_objective, score_matching_lo
 from flowgen.flows.starflow import STARFLOW_PRESETS, STARFlow, STARFlowConfig
 from flowgen.flows.starflow_v import STARFLOW_V_480P, STARFlowV, STARFlowVConfig
 from flowgen.flows.tarflow import TARFlow, TARFlowConfig
+from flowgen.flows.token_flow import TokenFlow, TokenFlowConfig
 
 __all__ = [
     "STARFLOW_PRESETS",
@@ -24,6 +25,8 @@ __all__ = [
     "ScaleMap",
     "TARFlow",
     "TARFlowConfig",
+    "TokenFlow",
+    "TokenFlowConfig",
     "block_parameters",
     "decoding_block",
     "denoiser_variables",

@@ -1,40 +1,81 @@
-"""The affine map of tokens, the parameterisations of its scale, and the token orders of autoregressive flows.
+"""The invertible maps of tokens: affine maps with several parameterisations of their scale, or elementwise maps.
+
+An affine map and its log-determinant are
 
 x = shift + exp(log_scale) · z,      z = (x - shift) · exp(-log_scale),      log|det dz/dx| = -Σ log_scale
 """
 
 from __future__ import annotations
 
-from typing import Annotated, Literal, Protocol, runtime_checkable
+from dataclasses import dataclass, field, replace
+from typing import Annotated, Any, Literal, NamedTuple, Protocol, runtime_checkable
 
 import jax
 import jax.numpy as jnp
-from jaxtyping import Array, Float
+from jaxtyping import Array, Bool, Float
 
 from flowgen.settings.ranges import Own
+from flowgen.transforms.elementwise import ElementwiseMap
 
-TokenOrder = Literal["raster", "reversed"]
 SOFTPLUS_OFFSET = 0.541324854612918  # softplus of this is 1
 SOFTPLUS_UNDERFLOW = -40.0  # below this, softplus(x) equals exp(x) to float64's last digit
 
 
-def to_noise(
-    x: Float[Array, "b n c"], shift: Float[Array, "b n c"], log_scale: Float[Array, "b n c"]
-) -> tuple[Float[Array, "b n c"], Float[Array, " b"]]:
-    """Returns z = (x - shift)·exp(-log_scale) and the logdet in nats, -Σ log_scale over tokens and channels."""
-    return (x - shift) * jnp.exp(-log_scale), -log_scale.sum(axis=(1, 2))
+class Affine(NamedTuple):
+    """The parameters of the affine maps of tokens, one shift and log scale per value.
+
+    Example:
+        z, log_derivative = Affine(shift, log_scale).to_noise(x)
+    """
+
+    shift: Float[Array, "b n c"]
+    log_scale: Float[Array, "b n c"]
+
+    def to_noise(self, x: Float[Array, "b n c"]) -> tuple[Float[Array, "b n c"], Float[Array, "b n c"]]:
+        """Returns z = (x - shift)·exp(-log_scale) and log dz/dx = -log_scale of each value, in nats."""
+        return (x - self.shift) * jnp.exp(-self.log_scale), -self.log_scale
+
+    def to_data(self, z: Float[Array, "b n c"]) -> Float[Array, "b n c"]:
+        """Returns x = shift + exp(log_scale)·z, the inverse of `to_noise`."""
+        return self.shift + jnp.exp(self.log_scale) * z
+
+    def where(self, exists: Bool[Array, "b n 1"]) -> Affine:
+        """Returns the maps of the tokens that exist, and the identity for padding."""
+        return Affine(jnp.where(exists, self.shift, 0), jnp.where(exists, self.log_scale, 0))
 
 
-def to_data(
-    z: Float[Array, "b n c"], shift: Float[Array, "b n c"], log_scale: Float[Array, "b n c"]
-) -> Float[Array, "b n c"]:
-    """Returns x = shift + exp(log_scale)·z, the inverse of `to_noise`."""
-    return shift + jnp.exp(log_scale) * z
+@jax.tree_util.register_dataclass
+@dataclass(frozen=True)
+class Mapped:
+    """The parameters of elementwise maps of tokens.
+
+    raw: the network's outputs `b n outputs`. exists: bool `b n 1`, False for padding, which the map leaves unchanged;
+    None if there is none.
+    """
+
+    map: ElementwiseMap = field(metadata={"static": True})
+    raw: Any  # JAX also builds pytrees of placeholders.
+    exists: Any = None
+
+    def to_noise(self, x: Float[Array, "b n c"]) -> tuple[Float[Array, "b n c"], Float[Array, "b n c"]]:
+        """Returns z and log dz/dx of each value, in nats."""
+        z, log_derivative = self.map.to_noise(x, self.raw)
+        if self.exists is None:
+            return z, log_derivative
+        return jnp.where(self.exists, z, x), jnp.where(self.exists, log_derivative, 0)
+
+    def to_data(self, z: Float[Array, "b n c"]) -> Float[Array, "b n c"]:
+        """Returns x, the inverse of `to_noise`."""
+        x = self.map.to_data(z, self.raw)
+        return x if self.exists is None else jnp.where(self.exists, x, z)
+
+    def where(self, exists: Bool[Array, "b n 1"]) -> Mapped:
+        """Returns the maps of the tokens that exist, and the identity for padding."""
+        return replace(self, exists=exists)
 
 
-def reorder(tokens: Float[Array, "*b n c"], order: TokenOrder) -> Float[Array, "*b n c"]:
-    """Converts tokens from raster order to a block's order, or back. Both conversions are the same operation."""
-    return tokens if order == "raster" else jnp.flip(tokens, axis=-2)
+# The parameters of a block's maps of tokens.
+TokenMaps = Affine | Mapped
 
 
 def soft_clip(raw: Float[Array, "*b c"], bound: float) -> Float[Array, "*b c"]:
@@ -77,17 +118,15 @@ def num_outputs(scale: ScaleParameterisation) -> int:
     return 1 if scale == "volume_preserving" else 2
 
 
-def shift_and_log_scale(
-    out: Float[Array, "b n outputs"], scale: ScaleParameterisation
-) -> tuple[Float[Array, "b n c"], Float[Array, "b n c"]]:
-    """Returns (shift, log_scale) for all tokens.
+def affine_maps(out: Float[Array, "b n outputs"], scale: ScaleParameterisation) -> Affine:
+    """Returns the affine maps of all tokens.
 
     out: the network's outputs, in which the raw scale precedes the shift.
 
     Raises ValueError if a custom parameterisation returns arrays of the wrong shape.
     """
     if scale == "volume_preserving":
-        return out, jnp.zeros_like(out)
+        return Affine(out, jnp.zeros_like(out))
     raw, shift = jnp.split(out, 2, axis=-1)
     mapped = (SCALE_MAPS[scale] if isinstance(scale, str) else scale)(shift, raw)
     shapes = tuple(jnp.shape(part) for part in mapped)
@@ -95,4 +134,4 @@ def shift_and_log_scale(
         raise ValueError(
             f"scale_parameterisation returned shapes {shapes}; it must return shift and log_scale of shape {raw.shape}."
         )
-    return mapped
+    return Affine(*mapped)

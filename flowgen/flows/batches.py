@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 import jax
@@ -11,8 +12,10 @@ from jaxtyping import Array, Float, Key, UInt8
 
 from flowgen.arrays import check_bytes, check_key, shown
 from flowgen.batch import Batch, Moments
-from flowgen.conditioning import Condition, TextCondition, drop_labels, drop_texts
+from flowgen.conditioning import Condition, Padded, TextCondition, Unpadded, drop_condition, split_padded
+from flowgen.contexts import check_context
 from flowgen.flows.density import LEVELS, Flow
+from flowgen.flows.orders import without_padding
 from flowgen.rows import Rows, batch_rows
 
 
@@ -23,18 +26,24 @@ def noisy_batch(
 
     condition: the function that `batch_condition` returned.
     """
-    check_batch(batch)
+    check_batch(batch, flow)
     check_key(key)
     noise_rows, label_rows = batch_rows(batch, key, batch.size).split(2)
     x = noise_rows.draw(lambda key, one: batch_input(key, one, flow.config.noise_std), batch.x)
-    return x, condition(label_rows, batch, x.shape[1:-1])
+    cond = condition(label_rows, batch, x.shape[1:-1])
+    return (without_padding(x, cond) if isinstance(cond, Padded) else x), cond
 
 
-def check_batch(batch: Any) -> None:
-    """Raises ValueError unless this is a nonempty `Batch` of bytes or latent moments, with a context that fits it."""
+def check_batch(batch: Any, flow: Flow) -> None:
+    """Raises ValueError unless this is a nonempty `Batch` for this flow, with a context of as many rows.
+
+    x must be bytes or latent moments for flows of images and clips, and numbers for flows on other tokens.
+    """
     if not isinstance(batch, Batch):
         raise ValueError(f"batch is {shown(batch)}; give a flowgen.data.Batch(x, context).")
-    if not isinstance(batch.x, Moments):
+    if not models_images(flow):
+        flow.config.check_samples(batch.x)
+    elif not isinstance(batch.x, Moments):
         check_bytes("batch.x", batch.x)
     if batch.size == 0:
         raise ValueError("the batch is empty; give at least one image, clip or latent.")
@@ -45,13 +54,20 @@ def check_batch(batch: Any) -> None:
         )
 
 
-def batch_input(
-    key: Key[Array, ""], x: UInt8[Array, "b *event"] | Moments, noise_std: float
-) -> Float[Array, "b *event"]:
-    """Returns a flow's training input: noisy images (see `add_noise`) or noisy latents.
+def models_images(flow: Flow) -> bool:
+    """Returns whether a flow's samples are images or clips, and not vectors or sequences."""
+    return len(flow.config.event_shape) > 2
 
-    Noisy latents are a sample from the encoder's posterior plus σ N(0, I).
+
+def batch_input(
+    key: Key[Array, ""], x: UInt8[Array, "b *event"] | Moments | Float[Array, "b *event"], noise_std: float
+) -> Float[Array, "b *event"]:
+    """Returns a flow's training input: noisy images (see `add_noise`), noisy latents or noisy numbers.
+
+    Noisy latents are a sample from the encoder's posterior plus σ N(0, I). Numbers x become x + σ N(0, I).
     """
+    if not isinstance(x, Moments) and jnp.issubdtype(x.dtype, jnp.floating):
+        return x if noise_std == 0 else x + noise_std * jax.random.normal(key, x.shape, x.dtype)
     if not isinstance(x, Moments):
         return add_noise(key, x, noise_std)
     posterior_key, key = jax.random.split(key)
@@ -103,28 +119,38 @@ def batch_condition(
         )
 
     def condition(rows: Rows, batch: Batch, shape: tuple[int, ...]):
-        cond = condition_of(flow, batch)
-        if cond is None or not label_dropout:
-            return cond
-        if isinstance(cond, TextCondition):
-            assert null_text is not None  # checked above
-            null = null_text(shape)
-            return rows.draw(lambda key, texts: drop_texts(key, texts, null, label_dropout), cond)
-        return rows.draw(lambda key, labels: drop_labels(key, labels, label_dropout), cond)
+        padding, cond = split_padded(condition_of(flow, batch))
+        if cond is not None and label_dropout:
+            null = null_text(shape) if isinstance(cond, TextCondition) and null_text is not None else None
+            cond = rows.draw(partial(drop_condition, null=null, rate=label_dropout), cond)
+        return cond if padding is None else Padded(padding, cond)
 
     return condition
 
 
 def condition_of(flow: Flow, batch: Batch) -> Condition | None:
-    """Returns the labels or texts of a batch, without dropout; None if the flow accepts neither."""
-    context = batch.context
+    """Returns the condition of a batch, without dropout; None if the flow accepts none.
+
+    Raises ValueError if the flow requires another kind of context.
+    """
+    if isinstance(batch.context, Padded):
+        return Padded(jnp.asarray(batch.context.mask), _context_of(flow, batch.context.cond))
+    return _context_of(flow, batch.context)
+
+
+def _context_of(flow: Flow, context: Any) -> Unpadded | None:
+    described = getattr(flow.config, "context", None)
+    if described is not None:
+        if context is None:
+            raise ValueError("batch.context is None; this flow requires the context that its config describes.")
+        return check_context(context, described, len(jax.tree.leaves(context)[0]))
     if flow.config.text_dim:
         if not isinstance(context, TextCondition):
             raise ValueError(f"batch.context is {shown(context)}; this flow requires texts, so give a TextCondition.")
         return TextCondition(jnp.asarray(context.embeddings, jnp.float32), jnp.asarray(context.mask))
     if not flow.config.num_classes:
         return None
-    labels = None if context is None or isinstance(context, TextCondition) else jnp.asarray(context)
+    labels = None if context is None or isinstance(context, tuple) else jnp.asarray(context)
     if labels is None or not jnp.issubdtype(labels.dtype, jnp.integer):
         raise ValueError(f"batch.context is {shown(context)}; this flow requires classes, so give integer labels.")
     return labels

@@ -13,6 +13,9 @@ learned start token in data space, and p_t = u_{t-1} for t > 0, so every token i
 Positions are encoded either by a learned table or by rotary angles. The table has one row per position in raster order.
 The angles are assigned to slots, so they do not depend on the block's order. The condition is either a class embedding,
 which is added to every token, or a prefix of tokens, to which all other tokens attend.
+
+Padding is moved to the end of the sequence, where no other token sees it: first comes the prefix without its padding,
+then the tokens, and then the padding of both. Padding tokens pass through unchanged.
 """
 
 from __future__ import annotations
@@ -21,27 +24,29 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any, Literal, NamedTuple
 
+import jax
 import jax.numpy as jnp
 from flax import linen as nn
 from jaxtyping import Array, Float, Int
 
 from flowgen.attention import causal_kernel
 from flowgen.attention.slices import Start, positions
-from flowgen.conditioning import Condition, TextCondition, masked_text
+from flowgen.conditioning import Condition, ContextTokens, Padded, TextCondition, Unpadded, masked_text, split_padded
 from flowgen.flows.affine import (
+    Mapped,
     ScaleParameterisation,
-    TokenOrder,
+    TokenMaps,
+    affine_maps,
     num_outputs,
-    reorder,
-    shift_and_log_scale,
     soft_clip,
-    to_noise,
 )
+from flowgen.flows.orders import SampleOrder, TokenOrder, order_without_padding, to_order, to_raster
 from flowgen.flows.positions import GridPositions
 from flowgen.nn.embeddings import class_embedding, class_one_hot
 from flowgen.nn.layers import RMSNorm, cast_linear, linear, master_dtype
 from flowgen.nn.softmax_shape import SoftmaxShape
 from flowgen.nn.transformer import TransformerConfig, transformer_stack, unstack_layers
+from flowgen.transforms.elementwise import ElementwiseMap
 
 Shift = Literal["output", "input"]
 EMBEDDING_STDDEV = 0.01
@@ -60,9 +65,9 @@ class ClassPrefix:
     def dim(self) -> int:
         return self.num_classes + 1
 
-    def features(self, cond: Condition | None, batch: int, dtype: jnp.dtype) -> Float[Array, "b l e"]:
+    def features(self, cond: Unpadded | None, batch: int, dtype: jnp.dtype) -> Float[Array, "b l e"]:
         """Returns the labels as one-hot features of one token."""
-        assert not isinstance(cond, TextCondition)  # a flow checks its condition
+        assert not isinstance(cond, tuple)  # a flow checks its condition
         return class_one_hot(cond, self.num_classes, batch, dtype)[:, None]
 
 
@@ -76,12 +81,30 @@ class TextPrefix:
     length: int
     dim: int
 
-    def features(self, cond: Condition | None, batch: int, dtype: jnp.dtype) -> Float[Array, "b l e"]:
+    def features(self, cond: Unpadded | None, batch: int, dtype: jnp.dtype) -> Float[Array, "b l e"]:
         """Returns the features of the texts, or zeros if there is no condition."""
         if cond is None:
             return jnp.zeros((batch, self.length, self.dim), dtype)
         assert isinstance(cond, TextCondition)  # a flow checks its condition
         return masked_text(cond).astype(dtype)
+
+
+@dataclass(frozen=True)
+class ContextPrefix:
+    """A prefix of up to `length` tokens with `dim` features each; padding is not seen. No condition means no prefix."""
+
+    length: int
+    dim: int
+
+    def features(self, cond: Unpadded | None, batch: int, dtype: jnp.dtype) -> Float[Array, "b l e"]:
+        """Returns the features of the context, with zeros for padding; all zeros if there is no condition."""
+        if cond is None:
+            return jnp.zeros((batch, self.length, self.dim), dtype)
+        assert isinstance(cond, ContextTokens)  # a flow checks its condition
+        return jnp.where(cond.mask[:, :, None], cond.tokens, 0).astype(dtype)
+
+
+Prefix = ClassPrefix | TextPrefix | ContextPrefix
 
 
 @dataclass(frozen=True)
@@ -91,6 +114,9 @@ class BlockConfig:
     num_classes: number of classes whose embeddings are added to the tokens; 0 for none.
     prefix: tokens that precede the tokens of the image or clip; None for no prefix.
     positions: rotary positions; None means a learned table.
+    slot_positions: whether row i of the learned table belongs to the i-th token in the block's order. By default, it
+    belongs to the i-th token in raster order.
+    elementwise: the map of tokens, which replaces the affine map and needs shift "input"; None for the affine map.
     soft_clip: bound on the raw outputs; 0 for none.
     final_norm: whether an RMSNorm precedes the last linear map.
     frames: number of groups, such as the frames of a video, that the block maps independently; each group has
@@ -107,8 +133,17 @@ class BlockConfig:
     soft_clip: float = 0.0
     final_norm: bool = False
     positions: GridPositions | None = None
-    prefix: ClassPrefix | TextPrefix | None = None
+    prefix: Prefix | None = None
     frames: int = 1
+    slot_positions: bool = False
+    elementwise: ElementwiseMap | None = None
+
+    @property
+    def num_outputs(self) -> int:
+        """Number of the network's outputs per token."""
+        if self.elementwise is not None:
+            return self.elementwise.num_outputs(self.token_dim)
+        return num_outputs(self.scale_parameterisation) * self.token_dim
 
     @property
     def prefix_length(self) -> int:
@@ -125,8 +160,23 @@ class BlockConfig:
 
     @property
     def is_conditional(self) -> bool:
-        """Whether the block's map depends on `cond`."""
+        """Whether the block's map depends on more of `cond` than the mask of padded samples."""
         return self.num_classes > 0 or self.prefix is not None
+
+    @property
+    def table_order(self) -> TokenOrder:
+        """The order into which the learned table of positions must be brought."""
+        return "raster" if self.slot_positions else self.order
+
+    def condition(self, cond: Condition | None) -> Condition | None:
+        """Returns the part of a flow's condition on which the block's map depends."""
+        if self.is_conditional:
+            return cond
+        return Padded(cond.mask) if isinstance(cond, Padded) else None
+
+    def order_of(self, cond: Condition | None) -> SampleOrder:
+        """Returns the order of the tokens, in which each sample's padding comes last."""
+        return order_without_padding(self.order, cond.mask) if isinstance(cond, Padded) else self.order
 
 
 class BlockState(NamedTuple):
@@ -169,7 +219,6 @@ class AutoregressiveBlock(nn.Module):
         width, dtype = transformer.width, transformer.dtype
         embedding = nn.initializers.normal(EMBEDDING_STDDEV)
         master = master_dtype(dtype)
-        outputs = num_outputs(config.scale_parameterisation)
         self.proj_in = linear(width, config.token_dim, dtype)
         if config.shift == "input":
             self.start_token = self.param("start_token", nn.initializers.normal(1.0), (config.token_dim,), master)
@@ -182,56 +231,94 @@ class AutoregressiveBlock(nn.Module):
         self.layers = transformer_stack(transformer)
         if config.final_norm:
             self.final_norm = RMSNorm(dtype)
-        self.proj_out = linear(outputs * config.token_dim, width, dtype, zero_kernel=True)
+        self.proj_out = linear(config.num_outputs, width, dtype, zero_kernel=True)
 
     def __call__(
         self, x: Float[Array, "b n c"], cond: Condition | None = None
     ) -> tuple[Float[Array, "b n c"], Float[Array, " b"]]:
         """Returns z in raster order and the summed logdet `b` in nats."""
-        shift, log_scale = self.parameters(x, cond)
-        return to_noise(x, shift, log_scale)
+        z, log_derivative = self.parameters(x, cond).to_noise(x)
+        return z, log_derivative.sum(axis=(1, 2))
 
-    def parameters(
-        self, x: Float[Array, "b n c"], cond: Condition | None = None
-    ) -> tuple[Float[Array, "b n c"], Float[Array, "b n c"]]:
-        """Returns (shift, log_scale) of all tokens in raster order; both are 0 for passthrough tokens."""
+    def parameters(self, x: Float[Array, "b n c"], cond: Condition | None = None) -> TokenMaps:
+        """Returns the maps of all tokens in raster order; passthrough tokens have the identity.
+
+        Unless the config has an elementwise map, this is an `Affine`, a tuple (shift, log_scale).
+        """
         config = self.config
-        cond = cond if config.is_conditional else None  # Blocks that map single frames ignore the condition.
-        u = reorder(each_frame(x, config.frames), config.order)
-        shift, log_scale, _ = self.conditioner(self.previous(u), cond)
+        cond = config.condition(cond)  # Blocks that map single frames ignore the condition.
+        order = config.order_of(cond)
+        u = to_order(each_frame(x, config.frames), order)
+        maps, _ = self.conditioner(self.previous(u), cond)
         passthrough = ((0, 0), (self.num_passthrough, 0), (0, 0))
-        shift, log_scale = (jnp.pad(part, passthrough) for part in (shift, log_scale))
-        return reorder(shift, config.order).reshape(x.shape), reorder(log_scale, config.order).reshape(x.shape)
+
+        def in_raster(part: Array) -> Array:
+            return to_raster(jnp.pad(part, passthrough), order).reshape(*x.shape[:2], -1)
+
+        return jax.tree.map(in_raster, maps)
 
     def conditioner(
         self, previous: Float[Array, "b w c"], cond: Condition | None, state: BlockState = NOTHING_BEFORE
-    ) -> tuple[Float[Array, "b w c"], Float[Array, "b w c"], tuple | None]:
-        """Returns (shift, log_scale, window) for a window of tokens, given the token before each one.
+    ) -> tuple[TokenMaps, tuple | None]:
+        """Returns (maps, window) for a window of tokens, given the token before each one.
 
         previous: rows start..start+w-1 of `previous(tokens)`. The result is for tokens start+p..start+p+w-1, where p is
         num_passthrough.
         state: the state before the window, with caches from `prefill` or `accept`. By default, the window is the whole
-        sequence. The result `window` is what `accept` needs to add the window to the caches.
+        sequence.
+
+        maps: the maps of the tokens, as `parameters` returns them. window: what `accept` needs to add the window to the
+        caches.
         """
         config, transformer = self.config, self.config.transformer
         batch, window = previous.shape[:2]
         start, caches, inverse_temperature = state
+        mask, cond = split_padded(cond)
         h = self.proj_in(previous)
         if config.positions is None:
             rows = jnp.minimum(positions(start, window), config.num_tokens - 1)
-            h = h + reorder(jnp.asarray(self.pos_embed), config.order)[rows].astype(transformer.dtype)
+            h = h + to_order(jnp.asarray(self.pos_embed), config.table_order)[rows].astype(transformer.dtype)
         if config.num_classes:
-            assert not isinstance(cond, TextCondition)  # a flow checks its condition
+            assert not isinstance(cond, tuple)  # a flow checks its condition
             h = h + class_embedding(self.class_embed, cond, batch)[:, None].astype(h.dtype)
-        slot = start + config.prefix_length
-        if config.prefix is not None and caches is None:
-            h, slot = jnp.concatenate([self.prefix_tokens(config.prefix, cond, batch), h], axis=1), start
-        rotation = self.rotation(slot, h.shape[1])
-        h, caches = self.layers(h, caches, slot, inverse_temperature, rotation)
-        h = h[:, h.shape[1] - window :]
+        if caches is None:
+            h = self._whole_sequence(h, cond, start, inverse_temperature)
+        else:
+            rotation = self.rotation(start + config.prefix_length, window)
+            h, caches = self.layers(h, caches, start + self.prefix_count(cond), inverse_temperature, rotation)
         out = self.proj_out(self.final_norm(h) if config.final_norm else h).astype(master_dtype(transformer.dtype))
-        shift, log_scale = shift_and_log_scale(soft_clip(out, config.soft_clip), config.scale_parameterisation)
-        return shift, log_scale, caches
+        raw = soft_clip(out, config.soft_clip)
+        if config.elementwise is None:
+            maps = affine_maps(raw, config.scale_parameterisation)
+        else:
+            maps = Mapped(config.elementwise, raw)
+        if mask is not None:
+            places = positions(start, window) + self.num_passthrough
+            maps = maps.where((places < mask.sum(axis=1, keepdims=True))[:, :, None])
+        return maps, caches
+
+    def _whole_sequence(
+        self,
+        h: Float[Array, "b w d"],
+        cond: Unpadded | None,
+        start: Start,
+        inverse_temperature: Float[Array, " b"] | None,
+    ) -> Float[Array, "b w d"]:
+        """Returns what the layers make of a sequence without caches, after its prefix."""
+        config, (batch, window) = self.config, h.shape[:2]
+        prefix = self.prefix_tokens(cond, batch)
+        if prefix is None:
+            rotation = self.rotation(start + config.prefix_length, window)
+            return self.layers(h, None, start, inverse_temperature, rotation)[0]
+        h, rotation = jnp.concatenate([prefix, h], axis=1), self.rotation(start, config.prefix_length + window)
+        if not isinstance(cond, ContextTokens):
+            return self.layers(h, None, start, inverse_temperature, rotation)[0][:, config.prefix_length :]
+        # The padding of the prefix comes last, where no token sees it.
+        exists = jnp.pad(cond.mask, ((0, 0), (0, window)), constant_values=True)
+        order = order_without_padding("raster", exists)
+        h = self.layers(to_order(h, order), None, start, inverse_temperature, _in_orders(rotation, order))[0]
+        rows = positions(self.prefix_count(cond), window)
+        return jnp.take_along_axis(h, rows[:, :, None], axis=1)
 
     def previous(self, tokens: Float[Array, "b n c"]) -> Float[Array, "b w c"]:
         """Returns the network's inputs, in the block's order. Row t is the input for token t + num_passthrough."""
@@ -243,11 +330,19 @@ class AutoregressiveBlock(nn.Module):
             return z[:, :1]
         return jnp.broadcast_to(self.start_token[None, None].astype(z.dtype), (len(z), 1, z.shape[2]))
 
-    def prefix_tokens(
-        self, prefix: ClassPrefix | TextPrefix, cond: Condition | None, batch: int
-    ) -> Float[Array, "b l d"]:
-        """Returns the embedded prefix, which depends only on the condition."""
+    def prefix_tokens(self, cond: Unpadded | None, batch: int) -> Float[Array, "b l d"] | None:
+        """Returns the embedded prefix, which depends only on the condition; None if there is no prefix."""
+        prefix = self.config.prefix
+        has_none = cond is None and isinstance(prefix, ContextPrefix) and not self.is_initializing()
+        if prefix is None or has_none:
+            return None
         return self.proj_prefix(prefix.features(cond, batch, jnp.dtype(self.config.transformer.dtype)))
+
+    def prefix_count(self, cond: Unpadded | None) -> Start:
+        """Returns the number of prefix tokens that are no padding, in all samples or in each."""
+        if isinstance(self.config.prefix, ContextPrefix):
+            return jnp.asarray(cond.mask).sum(axis=1) if isinstance(cond, ContextTokens) else 0
+        return self.config.prefix_length
 
     def rotation(self, slot: Start, length: int) -> tuple[Array, Array] | None:
         """Returns (cos, sin) of the rotary angles of `length` slots, prefix included; None for learned positions."""
@@ -263,12 +358,15 @@ class AutoregressiveBlock(nn.Module):
         self, batch: int, length: int, cond: Condition | None, inverse_temperature: Float[Array, " b"] | None = None
     ) -> tuple:
         """Returns caches for decoding `length` tokens of each sample; they already contain the prefix."""
-        caches, prefix = self.init_caches(batch, length), self.config.prefix
-        if prefix is None:
+        _, cond = split_padded(cond)
+        caches, tokens = self.init_caches(batch, length), self.prefix_tokens(cond, batch)
+        if tokens is None:
             return caches
-        tokens = self.prefix_tokens(prefix, cond, batch)
-        window = self.layers(tokens, caches, 0, inverse_temperature, self.rotation(0, prefix.length))[1]
-        return self.accept(caches, window)
+        rotation, count = self.rotation(0, self.config.prefix_length), None
+        if isinstance(cond, ContextTokens):
+            order, count = order_without_padding("raster", cond.mask), jnp.asarray(cond.mask).sum(axis=1)
+            tokens, rotation = to_order(tokens, order), _in_orders(rotation, order)
+        return self.accept(caches, self.layers(tokens, caches, 0, inverse_temperature, rotation)[1], count)
 
     def init_caches(self, batch: int, length: int) -> tuple:
         """Returns empty caches for all layers, with room for the prefix and `length` tokens."""
@@ -304,6 +402,13 @@ class AutoregressiveBlock(nn.Module):
         return caches if grow is None else tuple(grow(cache, self.config.prefix_length + length) for cache in caches)
 
 
+def _in_orders(
+    rotation: tuple[Array, Array] | None, order: Int[Array, "b n"]
+) -> tuple[Float[Array, "b n r"], Float[Array, "b n r"]] | None:
+    """Returns the rotation of each sample's slots in its order, given one row for all samples."""
+    return None if rotation is None else (rotation[0][0][order], rotation[1][0][order])
+
+
 def softmax_shapes(blocks: tuple[BlockConfig, ...]) -> tuple[SoftmaxShape, ...]:
     """Returns the distinct shapes of the blocks' softmax attention, in the order of the blocks."""
     return tuple(dict.fromkeys(shape for block in blocks if (shape := block.softmax_shape) is not None))
@@ -322,7 +427,7 @@ def block_parameters(variables: Variables, index: int) -> Variables:
 def decoding_block(config: BlockConfig, variables: Variables) -> tuple[AutoregressiveBlock, Variables]:
     """Returns a block for decoding and its variables; see `decoding_config` and `decoding_variables`."""
     transformer = config.transformer
-    decoding = decoding_variables(variables, config.order, transformer.num_layers, transformer.dtype)
+    decoding = decoding_variables(variables, config.table_order, transformer.num_layers, transformer.dtype)
     return AutoregressiveBlock(decoding_config(config)), decoding
 
 
@@ -346,11 +451,12 @@ def decoding_variables(
 
     Every layer has separate arrays. The arrays of linear maps have the dtype of the matrix products.
 
-    order: the block's order. cast_layer: the function (parameters, dtype) -> parameters that casts a layer's maps.
+    order: the `table_order` of the block's config. cast_layer: the function (parameters, dtype) -> parameters that
+    casts a layer's maps.
     """
     others = {name: part for name, part in variables["params"].items() if name != "layers"}
     layers = unstack_layers(variables["params"]["layers"], num_layers, dtype, cast_layer)
     params = {**cast_linear(others, dtype), "layers": layers}
     if "pos_embed" in params:
-        params["pos_embed"] = reorder(jnp.asarray(params["pos_embed"]), order)
+        params["pos_embed"] = to_order(jnp.asarray(params["pos_embed"]), order)
     return {"params": params}

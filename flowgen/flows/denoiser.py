@@ -21,7 +21,7 @@ from jaxtyping import Array, Float, Key
 
 from flowgen.attention import FrameWindow
 from flowgen.backend import OnMeshes
-from flowgen.conditioning import Condition, TextCondition
+from flowgen.conditioning import Condition, Padded, TextCondition
 from flowgen.flows.block import Variables
 from flowgen.flows.starflow_v import STARFlowVConfig
 from flowgen.nn.layers import RMSNorm, linear, master_dtype
@@ -78,6 +78,7 @@ class ClipDenoiser(OnMeshes, nn.Module):
         deep, master = clip.blocks[-1], master_dtype(dtype)
         clip.check_samples(x)
         cond = clip.check_cond(cond, len(x))
+        assert not isinstance(cond, Padded)  # clips have no padding
         h = self.proj_in(clip.to_tokens(x))
         if deep.prefix is not None:
             h = jnp.concatenate([self.proj_prefix(deep.prefix.features(cond, len(x), jnp.dtype(dtype))), h], axis=1)

@@ -15,7 +15,7 @@ from jaxtyping import Array, Float
 
 from flowgen.arrays import at_least_float32, shown
 from flowgen.backend import keep_rows
-from flowgen.conditioning import Condition
+from flowgen.conditioning import AnyCondition, Condition
 from flowgen.flows.affine import ScaleParameterisation
 from flowgen.flows.block import BlockConfig, Variables
 
@@ -93,7 +93,7 @@ def bits_per_dim(log_prob: Float[Array, "*b"], num_dims: int) -> Float[Array, "*
 
 
 def score(
-    flow: Flow, variables: Variables, x: Float[Array, "b *event"], cond: Condition | None = None
+    flow: Flow, variables: Variables, x: Float[Array, "b *event"], cond: AnyCondition | None = None
 ) -> Float[Array, "b *event"]:
     """Returns ∇_x log p(x | cond).
 
@@ -113,7 +113,7 @@ def tweedie_step(
     flow: Flow,
     variables: Variables,
     x: Float[Array, "b *event"],
-    cond: Condition | None = None,
+    cond: AnyCondition | None = None,
     *,
     noise_std: float | None = None,
     strength: Float[Array, ""] | float = 1.0,

@@ -1,4 +1,4 @@
-"""The parts that all autoregressive flows share: tokens of images or frames, a stack of blocks, and a density."""
+"""The parts that all autoregressive flows share: a stack of blocks and a density; and the tokens of images."""
 
 from __future__ import annotations
 
@@ -15,10 +15,10 @@ from jaxtyping import Array, Float, Key
 
 from flowgen.arrays import check_floating
 from flowgen.backend import OnMeshes
-from flowgen.conditioning import Condition
-from flowgen.flows.affine import to_noise
+from flowgen.conditioning import AnyCondition
 from flowgen.flows.block import AutoregressiveBlock, BlockConfig, Variables
 from flowgen.flows.density import bits_per_dim
+from flowgen.flows.orders import without_padding
 from flowgen.gaussian import gaussian_log_density
 from flowgen.nn.checks import check_patches, image_sides
 from flowgen.nn.layers import PatchOrder, master_dtype, patchify, unpatchify
@@ -111,9 +111,9 @@ class ImageTokens:
 
 
 class AutoregressiveFlow(OnMeshes, nn.Module):
-    """Exact-likelihood flow between images `b height width c` and noise tokens `b n c`.
+    """Exact-likelihood flow between samples `b *event`, such as images, and noise tokens `b n c`.
 
-    Its config defines the blocks.
+    Its config defines the blocks, and the tokens of a sample.
 
     Example:
         class MyFlow(AutoregressiveFlow):
@@ -129,7 +129,7 @@ class AutoregressiveFlow(OnMeshes, nn.Module):
         return self.forward(x, cond)
 
     def forward(
-        self, x: Float[Array, "b *event"], cond: Condition | None = None
+        self, x: Float[Array, "b *event"], cond: AnyCondition | None = None
     ) -> tuple[Float[Array, "b n token"], Float[Array, " b"]]:
         """Returns the noise tokens z in raster order and the summed logdet, log|det dz/dx|, in nats.
 
@@ -139,14 +139,14 @@ class AutoregressiveFlow(OnMeshes, nn.Module):
         return states[-1], logdet
 
     def trajectory(
-        self, x: Float[Array, "b *event"], cond: Condition | None = None
+        self, x: Float[Array, "b *event"], cond: AnyCondition | None = None
     ) -> tuple[list[Float[Array, "b n token"]], Float[Array, " b"]]:
         """Returns the tokens after each block, ending with z, and the total logdet."""
         states, logdet = self._through(self.blocks, x, cond)
         return states[1:], logdet
 
     def enter_last_block(
-        self, x: Float[Array, "b *event"], cond: Condition | None = None
+        self, x: Float[Array, "b *event"], cond: AnyCondition | None = None
     ) -> tuple[Float[Array, "b n token"], Float[Array, " b"]]:
         """Returns the last block's input tokens and the logdet of the blocks before it."""
         states, logdet = self._through(self.blocks[:-1], x, cond)
@@ -158,7 +158,7 @@ class AutoregressiveFlow(OnMeshes, nn.Module):
         config.check_samples(x)
         cond = config.check_cond(cond, x.shape[0])
         master = master_dtype(config.dtype)
-        states = [config.to_tokens(x).astype(master)]
+        states = [without_padding(config.to_tokens(x).astype(master), cond)]
         logdet = jnp.zeros(x.shape[0], master)
         for block in blocks:
             tokens, block_logdet = block(states[-1], cond)
@@ -198,17 +198,18 @@ class AutoregressiveFlow(OnMeshes, nn.Module):
         shape = (self.config.num_tokens, self.config.token_dim)
         return self.get_variable("prior", "variance", jnp.ones(shape, master_dtype(self.config.dtype)))
 
-    def log_prob(self, x: Float[Array, "b *event"], cond: Condition | None = None) -> Float[Array, " b"]:
+    def log_prob(self, x: Float[Array, "b *event"], cond: AnyCondition | None = None) -> Float[Array, " b"]:
         """Returns the exact log p(x | cond) in nats: log N(z; 0, prior variance) + logdet.
 
         x: images in [-1, 1], or latents. The values are not checked, because this would make the device wait: images in
         0..255 get a meaningless density. Convert them with x / 127.5 - 1.
         """
         z, logdet = self.forward(x, cond)
-        return gaussian_log_density(z, self.prior_variance()[None]).sum(axis=(1, 2)) + logdet
+        density = gaussian_log_density(z, self.prior_variance()[None])
+        return without_padding(density, cond).sum(axis=(1, 2)) + logdet
 
     def token_log_prob(
-        self, x: Float[Array, "b *event"], cond: Condition | None = None
+        self, x: Float[Array, "b *event"], cond: AnyCondition | None = None
     ) -> tuple[Float[Array, "b n"], Float[Array, "b n token"]]:
         """Returns the terms of log p(x | cond) that belong to each token, in nats, and the noise tokens z.
 
@@ -219,15 +220,15 @@ class AutoregressiveFlow(OnMeshes, nn.Module):
         config = self.config
         config.check_samples(x)
         cond = config.check_cond(cond, x.shape[0])
-        z = config.to_tokens(x).astype(master_dtype(config.dtype))
+        z = without_padding(config.to_tokens(x).astype(master_dtype(config.dtype)), cond)
         terms = jnp.zeros(z.shape[:2], z.dtype)
         for block in self.blocks:
-            shift, log_scale = block.parameters(z, cond)
-            z, _ = to_noise(z, shift, log_scale)
-            terms = terms - log_scale.sum(axis=2)
-        return terms + gaussian_log_density(z, self.prior_variance()[None]).sum(axis=2), z
+            z, log_derivative = block.parameters(z, cond).to_noise(z)
+            terms = terms + log_derivative.sum(axis=2)
+        density = without_padding(gaussian_log_density(z, self.prior_variance()[None]), cond)
+        return terms + density.sum(axis=2), z
 
-    def bits_per_dim(self, x: Float[Array, "b *event"], cond: Condition | None = None) -> Float[Array, " b"]:
+    def bits_per_dim(self, x: Float[Array, "b *event"], cond: AnyCondition | None = None) -> Float[Array, " b"]:
         """Returns -log2 p(x | cond) per dimension on the scale of 256 levels over [-1, 1).
 
         This is the model's bits/dim if x is dequantised (`flowgen.flows.batches.dequantise`).

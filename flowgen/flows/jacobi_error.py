@@ -23,7 +23,7 @@ from jaxtyping import Array, Float
 
 from flowgen.backend import keep_rows
 from flowgen.conditioning import Condition
-from flowgen.flows.affine import to_data
+from flowgen.flows.affine import Affine
 from flowgen.flows.block import AutoregressiveBlock, BlockConfig, Variables, block_parameters
 from flowgen.flows.density import Flow
 from flowgen.settings import FieldError, config, in_group
@@ -112,8 +112,10 @@ def jacobi_error(
 
     def of_rows(variables, x, z, cond):
         def sweep(variables, y):
-            shift, log_scale = module.apply(variables, y, cond, method="parameters")
-            return _bounded(to_data(z, shift, jnp.minimum(log_scale, MOST_LOG_SCALE)))
+            maps = module.apply(variables, y, cond, method="parameters")
+            if isinstance(maps, Affine):
+                maps = maps._replace(log_scale=jnp.minimum(maps.log_scale, MOST_LOG_SCALE))
+            return _bounded(maps.to_data(z))
 
         fixed = jax.lax.stop_gradient(variables)
         y, _ = jax.lax.scan(lambda y, _: (sweep(fixed, y), None), z, length=sweeps - 1)

@@ -10,10 +10,11 @@ from jaxtyping import Array, Float
 
 from flowgen.batch import Batch, Moments
 from flowgen.conditioning import Condition, TextCondition
-from flowgen.flows.batches import batch_condition, noisy_batch
+from flowgen.flows.batches import batch_condition, models_images, noisy_batch
 from flowgen.flows.block import Variables
 from flowgen.flows.density import Flow, bits_per_dim
 from flowgen.flows.jacobi_error import JacobiPenalty, jacobi_penalty
+from flowgen.flows.orders import without_padding
 from flowgen.gaussian import gaussian_log_density
 
 PRIOR_VARIANCE_RATE = 0.1
@@ -37,8 +38,9 @@ def nll_objective(
     batch: a `flowgen.data.Batch` of any image size that `flow.with_image_size` accepts. The batch's context contains
     the labels or texts that the flow requires. With probability `label_dropout`, a label is replaced by -1, and a text
     by null_text(([frames,] height, width)), which returns the encoded empty text.
-    metrics: loss, bits_per_dim of the noisy images (nats_per_dim for latents), mean_square_z, logdet_per_dim, and
-    mean_square/<block> of the tokens after each block. With a Jacobi penalty, also jacobi_error/<block>.
+    metrics: loss, bits_per_dim of the noisy images (nats_per_dim for latents and numbers), mean_square_z,
+    logdet_per_dim, and mean_square/<block> of the tokens after each block. With a Jacobi penalty, also
+    jacobi_error/<block>.
     For a volume-preserving flow with prior variance v, the carried state is the tracked variance
     v + 0.1 (mean_b z² - v).
 
@@ -93,18 +95,21 @@ def nll(
         entering = jnp.square(x).mean() + sum(metrics[f"mean_square/{index}"] for index in range(len(states) - 1))
         loss = loss + norm_penalty * entering
     variance = sized.apply(variables, method="prior_variance")
-    log_prob = (gaussian_log_density(z, variance[None]).sum(axis=(1, 2)) + logdet).mean()
+    density = without_padding(gaussian_log_density(z, variance[None]), cond)
+    log_prob = (density.sum(axis=(1, 2)) + logdet).mean()
     return loss, metrics | {"nats_per_dim": -log_prob / num_dims}, states
 
 
 def density_metric(flow: Flow, nats_per_dim: Float[Array, ""], batch: Batch) -> dict[str, Array]:
-    """Returns the density metric, keyed by its name: bits/dim for images, nats/dim for latents."""
-    if isinstance(batch.x, Moments):
+    """Returns the density metric, keyed by its name: bits/dim for images, nats/dim for latents and numbers."""
+    if isinstance(batch.x, Moments) or jnp.issubdtype(batch.x.dtype, jnp.floating):
         return {"nats_per_dim": nats_per_dim}
     return {"bits_per_dim": bits_per_dim(-nats_per_dim, 1)}
 
 
 def on_samples_like(flow: Flow, x: Float[Array, "b *event"]) -> Flow:
     """Returns the flow, with the same parameters, for the image size of x and, for clips, its number of frames."""
+    if not models_images(flow):
+        return flow
     sized = flow.with_image_size(*x.shape[-3:-1])
     return sized.with_num_frames(x.shape[1]) if x.ndim == 5 else sized

@@ -6,11 +6,15 @@ import dataclasses
 import math
 from typing import Annotated, Any, Literal
 
+from flowgen.arrays import shown
 from flowgen.backend import Implementation, Remat
-from flowgen.conditioning import Condition, check_labels, check_text
-from flowgen.flows.affine import OwnScale, TokenOrder
-from flowgen.flows.block import BlockConfig, ClassPrefix, TextPrefix, softmax_shapes
+from flowgen.conditioning import Condition, check_text
+from flowgen.contexts import Context
+from flowgen.flows.affine import OwnScale
+from flowgen.flows.block import BlockConfig, ClassPrefix, Prefix, TextPrefix, softmax_shapes
+from flowgen.flows.contexts import check_labels_or_context, check_one_context, context_prefix
 from flowgen.flows.flow import AutoregressiveFlow, ImageTokens
+from flowgen.flows.orders import RasterOrder
 from flowgen.flows.positions import GridPositions, rotary_pairs
 from flowgen.nn.checks import check_implementation
 from flowgen.nn.layers import Activation, Norm
@@ -37,7 +41,7 @@ from flowgen.settings.ranges import (
 MAX_ROTATIONS = 1 << 25  # limit on the entries of a position table; every trace contains such a table
 
 
-def block_order(first: TokenOrder, index: int) -> TokenOrder:
+def block_order(first: RasterOrder, index: int) -> RasterOrder:
     """Returns the token order of block `index`: `first` if the index is even, and the other order if it is odd."""
     return first if index % 2 == 0 else "reversed" if first == "raster" else "raster"
 
@@ -67,9 +71,11 @@ class STARFlowConfig(ImageTokens):
     num_classes: number of classes that the density is conditioned on; 0 for none.
     class_conditioning: "prefix" makes the label a prefix token, as published; "add" adds the label's embedding to
     every token. Without a label, "add" uses the mean of all class embeddings.
+    context: the continuous context that the density is conditioned on: a VectorContext, a TokenContext or an
+    ImageContext; None for none.
     text_dim: number of features per text token; 0 for a model without texts.
     text_length: number of tokens per text, padding included; 0 for a model without texts.
-    conditioned_blocks: which blocks see the class or the text: "deep" for only the last block, or "all".
+    conditioned_blocks: which blocks see the class, the context or the text: "deep" for only the last block, or "all".
     rope_base_grid: side, in tokens, of the grid to which positions are scaled; None leaves neighbouring tokens 1 apart.
     attention: attention kernel of the layers: a name, or your own kernel.
     attention_implementation: implementation of softmax attention: "auto", "xla", "cudnn" (for GPUs) or "tpu" (for
@@ -86,7 +92,7 @@ class STARFlowConfig(ImageTokens):
     width: Width = 512
     layers_per_block: Annotated[tuple[MaybeLayers, ...], Entries(1, MAX_BLOCKS)] = (2, 2, 2, 2, 2, 24)
     deep_width: Width | None = None
-    order: TokenOrder = "reversed"
+    order: RasterOrder = "reversed"
     head_dim: HeadDim = 64
     num_kv_heads: Heads | None = None
     expansion: Expansion = 4
@@ -99,6 +105,7 @@ class STARFlowConfig(ImageTokens):
     soft_clip: NonNegative = 4.0
     num_classes: Classes = 0
     class_conditioning: Literal["prefix", "add"] = "prefix"
+    context: Context | None = None
     text_dim: TextDim = 0
     text_length: TextLength = 0
     conditioned_blocks: Literal["deep", "all"] = "deep"
@@ -147,6 +154,12 @@ class STARFlowConfig(ImageTokens):
             raise ValueError(
                 f"num_classes is {self.num_classes} and text_dim is {self.text_dim}; set one of them to 0."
             )
+        if self.context is not None and self.text_dim:
+            raise ValueError(
+                f"context is {shown(self.context)} and text_dim is {self.text_dim}; set context to none, or text_dim "
+                "to 0."
+            )
+        check_one_context(self.num_classes, self.context, self.attention)
         rotary_pairs(self.head_dim, third_axis=self._third_axis)
 
     def build(self) -> AutoregressiveFlow:
@@ -168,7 +181,9 @@ class STARFlowConfig(ImageTokens):
         return self.width if self.deep_width is None else self.deep_width
 
     @property
-    def _prefix(self) -> ClassPrefix | TextPrefix | None:
+    def _prefix(self) -> Prefix | None:
+        if self.context is not None:
+            return context_prefix(self.context)
         if self.text_dim:
             return TextPrefix(self.text_length, self.text_dim)
         return ClassPrefix(self.num_classes) if self.num_classes and self.class_conditioning == "prefix" else None
@@ -237,18 +252,18 @@ class STARFlowConfig(ImageTokens):
         return softmax_shapes(self.blocks)
 
     def check_cond(self, cond: Any, batch: int) -> Condition | None:
-        """Returns cond as int32 labels, texts or None. Raises ValueError if it does not fit this model and batch."""
+        """Returns labels, texts or a context as arrays, or None. Raises ValueError if it does not fit the model."""
         if self.text_dim:
             return check_text(cond, length=self.text_length, dim=self.text_dim, batch=batch)
-        return check_labels(cond, num_classes=self.num_classes, batch=batch)
+        return check_labels_or_context(cond, self.num_classes, self.context, batch)
 
 
 class STARFlow(AutoregressiveFlow):
     """Exact-likelihood flow between latents `b height width c` and noise tokens `b n c`.
 
-    In every method, `cond` is a `TextCondition` if the model is conditioned on texts. Otherwise it is None or int32
-    labels `b`. The label -1 means unconditional: it selects the last row of the prefix's class table or, if class
-    embeddings are added to the tokens, the mean of all class embeddings.
+    In every method, `cond` is a `TextCondition` if the model is conditioned on texts. Otherwise it is None, int32
+    labels `b`, or the context that the config describes. The label -1 means unconditional: it selects the last row of
+    the prefix's class table or, if class embeddings are added to the tokens, the mean of all class embeddings.
 
     Example:
         flow = STARFlow(STARFlowConfig(image_size=8, width=128, layers_per_block=(2, 2, 6), num_classes=10))

@@ -38,6 +38,8 @@ class STARFlowVConfig(STARFlowConfig):
         if self.denoiser_layers and self.num_classes and self.class_conditioning == "add":
             raise ValueError("class_conditioning is 'add', which a denoiser does not support; use 'prefix'.")
         super().__post_init__()
+        if self.denoiser_layers and self.context is not None:
+            raise ValueError("context is set, which a denoiser does not support; set denoiser_layers to 0.")
         if self.conditioned_blocks != "deep":
             raise ValueError(
                 f"conditioned_blocks is {self.conditioned_blocks!r}, but blocks that map single frames cannot "

@@ -4,12 +4,12 @@ from __future__ import annotations
 
 from typing import Any, Literal
 
-from jaxtyping import Array, Int
-
 from flowgen.backend import Implementation, Remat
-from flowgen.conditioning import check_labels
+from flowgen.conditioning import Condition
+from flowgen.contexts import Context
 from flowgen.flows.affine import OwnScale
 from flowgen.flows.block import BlockConfig, softmax_shapes
+from flowgen.flows.contexts import check_labels_or_context, check_one_context, context_prefix
 from flowgen.flows.flow import AutoregressiveFlow, ImageTokens
 from flowgen.nn.checks import check_implementation
 from flowgen.nn.layers import Activation
@@ -46,6 +46,8 @@ class TARFlowConfig(ImageTokens):
     head_dim: number of channels per attention head; a block with fewer channels has one head.
     expansion: width of the feed-forward layers, as a multiple of the block's width.
     num_classes: number of classes that the density is conditioned on; 0 for none.
+    context: the continuous context that the density is conditioned on: a VectorContext, a TokenContext or an
+    ImageContext; None for none.
     scale_parameterisation: "exponential" (the paper's nvp), "volume_preserving", which has log-determinant 0 and a
     tracked prior variance, or your own function (shift, raw) -> (shift, log_scale).
     attention: attention kernel of the layers: a name, or your own kernel.
@@ -67,6 +69,7 @@ class TARFlowConfig(ImageTokens):
     head_dim: HeadDim = 64
     expansion: Expansion = 4
     num_classes: Classes = 0
+    context: Context | None = None
     scale_parameterisation: Scale | OwnScale = "exponential"
     attention: Attention = "softmax"
     attention_implementation: Implementation = "auto"
@@ -77,6 +80,7 @@ class TARFlowConfig(ImageTokens):
 
     def __post_init__(self):
         self.check_images()
+        check_one_context(self.num_classes, self.context, self.attention)
         check_implementation(self.attention_implementation, self.attention)
         if self.width > self.head_dim and self.width % self.head_dim:
             raise ValueError(
@@ -119,6 +123,7 @@ class TARFlowConfig(ImageTokens):
                 scale_parameterisation=self.scale_parameterisation,
                 num_classes=self.num_classes,
                 transformer=transformer,
+                prefix=context_prefix(self.context),
             )
             for index in range(self.num_blocks)
         )
@@ -128,16 +133,16 @@ class TARFlowConfig(ImageTokens):
         """The distinct shapes of the blocks' softmax attention."""
         return softmax_shapes(self.blocks)
 
-    def check_cond(self, cond: Any, batch: int) -> Int[Array, " b"] | None:
-        """Returns cond as int32 labels or None. Raises ValueError if it does not fit this model and batch."""
-        return check_labels(cond, num_classes=self.num_classes, batch=batch)
+    def check_cond(self, cond: Any, batch: int) -> Condition | None:
+        """Returns labels or a context as arrays, or None. Raises ValueError if it does not fit the model and batch."""
+        return check_labels_or_context(cond, self.num_classes, self.context, batch)
 
 
 class TARFlow(AutoregressiveFlow):
     """Exact-likelihood flow between images `b height width c` in [-1, 1] and noise tokens `b n c`.
 
-    In every method, `cond` is None or int32 labels `b`. The label -1 means unconditional: the mean of all class
-    embeddings is used.
+    In every method, `cond` is None, int32 labels `b` or the context that the config describes. The label -1 means
+    unconditional: the mean of all class embeddings is used.
 
     Example:
         flow = TARFlow(TARFlowConfig(image_size=8, channels=1, patch_size=2, num_classes=10))

@@ -4,6 +4,7 @@ paths          x_t and u_t between noise (t = 0) and data (t = 1)
 conversions    between velocity, x1, noise and score; from one path to another
 plans          transport over a batch: assignment, Sinkhorn
 couplings      independent, Gibbs-weighted (W-CFM), Sinkhorn-corrected, minibatch optimal transport
+distilled      the coupling of a trained autoregressive flow (NFM)
 semidiscrete   optimal transport from noise to a whole dataset
 times          distributions of training times
 loss           weighted regression of the velocity
@@ -30,6 +31,7 @@ from flowgen.matching.conversions import (
 from flowgen.matching.couplings import (
     Coupled,
     Coupling,
+    FromFlow,
     GibbsWeights,
     Independent,
     MinibatchOT,
@@ -40,7 +42,6 @@ from flowgen.matching.diagnostics import (
     TiltedDistances,
     WeightReport,
     choose_epsilon,
-    effective_sample_size,
     fit_epsilon,
     path_report,
     resample,
@@ -50,6 +51,7 @@ from flowgen.matching.diagnostics import (
     wasserstein,
     weight_report,
 )
+from flowgen.matching.distilled import FlowDistilled
 from flowgen.matching.dit import DiT, DiTConfig
 from flowgen.matching.likelihood import divergence, log_prob
 from flowgen.matching.loss import Pairs, draw_pairs, flow_matching_loss
@@ -79,6 +81,7 @@ from flowgen.matching.solvers import edm_times, guided, integrate, integrate_sde
 from flowgen.matching.times import LogitNormal, Shifted, Uniform
 from flowgen.matching.unet import UNet, UNetConfig
 from flowgen.matching.velocity import MLPConfig, NetworkConfig, OwnNetwork, VelocityMLP
+from flowgen.weights import effective_sample_size
 
 # The networks that an experiment can train; add new ones here.
 AnyNetwork = MLPConfig | DiTConfig | UNetConfig | OwnNetwork
@@ -90,7 +93,9 @@ __all__ = [
     "Coupling",
     "DiT",
     "DiTConfig",
+    "FlowDistilled",
     "FlowMatching",
+    "FromFlow",
     "GibbsWeights",
     "Independent",
     "LinearVariancePreserving",

@@ -18,12 +18,6 @@ def check_positive(name: str, value: float | int) -> None:
         raise ValueError(f"{name} is {value}; it must be positive and finite.")
 
 
-def check_share(ess: float) -> None:
-    """Raises ValueError unless ess, an effective sample size as a share of the pairs, is above 0 and below 1."""
-    if not 0 < ess < 1:
-        raise ValueError(f"ess is {ess}; it must be above 0 and below 1.")
-
-
 def check_batch(x0: Array, x1: Array) -> None:
     """Raises ValueError unless x0 and x1 are floating-point arrays of the same shape with at least one sample."""
     check_floating("x0", x0)

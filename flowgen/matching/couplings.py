@@ -26,6 +26,7 @@ from flowgen.matching.checks import check_batch
 from flowgen.matching.plans import assignment, corrected_log_weight, entropic_plan, relative_cost
 from flowgen.settings import config
 from flowgen.settings.ranges import OpenFraction, Own, Positive, Within
+from flowgen.weights import log_mean_exp
 
 SMALLEST_EPSILON = 1e-20
 Epsilon = Annotated[float, Within(SMALLEST_EPSILON)]
@@ -207,9 +208,33 @@ class GibbsWeights:
         return Coupled(x0, x1, cond, log_weight)
 
 
+@config
+class FromFlow:
+    """Pairs each x1 with the noise that a trained flow maps it to (Normalized Flow Matching, arXiv 2603.09014).
+
+    Training opens the flow once, before the first step, and uses `flowgen.matching.FlowDistilled`, which describes the
+    coupling. In Python, use `FlowDistilled` itself: a call of this config raises ValueError.
+
+    path: run directory of a flow, folder of an exported flow, or name of a flow that ships with flowgen.
+
+    Example:
+        matching = MatchingConfig(coupling=FromFlow(path="digits"))
+    """
+
+    path: str
+    sees: ClassVar[str] = "row"
+
+    def __call__(
+        self, key: Key[Array, ""], x0: Float[Array, "b *event"], x1: Float[Array, "b *event"], cond: Cond = None
+    ) -> Coupled:
+        raise ValueError(
+            f"path is {self.path!r}, and this config contains no flow; use FlowDistilled(flow, variables)."
+        )
+
+
 # The couplings that a config may contain; add new ones here.
 OwnCoupling = Annotated[Coupling, Own("a function (key, x0, x1, cond) -> Coupled")]
-AnyCoupling = Independent | GibbsWeights | MinibatchOT | OwnCoupling
+AnyCoupling = Independent | GibbsWeights | MinibatchOT | FromFlow | OwnCoupling
 
 
 def paired_cost(x0: Float[Array, "b *event"], x1: Float[Array, "b *event"], cost: Cost) -> Float[Array, " b"]:
@@ -257,11 +282,6 @@ def _cost_matrix(x0: Float[Array, "b *event"], x1: Float[Array, "m *event"], cos
     cross = jnp.matmul(a, b.T, precision=jax.lax.Precision.HIGHEST)
     square = jnp.maximum(jnp.square(a).sum(1)[:, None] + jnp.square(b).sum(1)[None, :] - 2 * cross, 0)
     return square if cost == "sqeuclidean" else jnp.sqrt(square)
-
-
-def log_mean_exp(x: Float[Array, " b"]) -> Float[Array, ""]:
-    """Returns the log of the mean of exp(x)."""
-    return jax.nn.logsumexp(x) - jnp.log(len(x))
 
 
 def to_sphere(x: Float[Array, "b *event"]) -> Float[Array, "b *event"]:

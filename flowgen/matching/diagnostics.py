@@ -11,10 +11,11 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float
 
 from flowgen.backend import keep_axes, take_rows
-from flowgen.matching.checks import check_batch, check_positive, check_share
+from flowgen.matching.checks import check_batch, check_positive
 from flowgen.matching.couplings import Cost, GibbsWeights, cost_matrix, paired_cost
 from flowgen.matching.plans import assignment, corrected_log_weight
 from flowgen.matching.solvers import Velocity, time_grid, trajectory
+from flowgen.weights import check_share, effective_sample_size, systematic_indices
 
 # Number of samples of noise and of data that are used when every x0 is compared with every x1.
 BLOCK = 1024
@@ -35,16 +36,6 @@ class WeightReport(NamedTuple):
     interaction_std: Float[Array, ""]
     noise_tilt: Float[Array, ""]
     data_tilt: Float[Array, ""]
-
-
-def effective_sample_size(log_weight: Float[Array, " b"]) -> Float[Array, ""]:
-    """Returns the effective sample size as a share of the batch, (Σw)² / (b Σw²), between 1/b and 1.
-
-    Example:
-        ess = effective_sample_size(log_weight)
-    """
-    w = jnp.exp(log_weight - log_weight.max())
-    return jnp.square(w.sum()) / (len(w) * jnp.square(w).sum())
 
 
 def weight_report(
@@ -143,9 +134,7 @@ def resample(x: Float[Array, "b *event"], log_weight: Float[Array, " b"]) -> Flo
     """
 
     def chosen(log_weight):
-        ends = jnp.cumsum(jax.nn.softmax(log_weight))
-        middles = (jnp.arange(len(x)) + 0.5) / len(x)
-        return jnp.searchsorted(ends / ends[-1], middles)
+        return systematic_indices(log_weight, len(x))
 
     return take_rows(x, keep_axes(chosen, log_weight, named=[(log_weight, "b")], out="b"))
 

@@ -1,28 +1,44 @@
 """DiT: a transformer on image patches, modulated by time and class (Peebles and Xie, arXiv 2212.09748).
 
-Let c be the embedding of (t, interval, class). A layer computes
+Let c be the embedding of (t, interval, condition). A layer computes
 
     (a, b, g, a', b', g') = W silu(c)                     (W is initialised to 0, so every layer starts as the identity)
     h <- h + g · Attention(norm(h) (1 + b) + a),   h <- h + g' · MLP(norm(h) (1 + b') + a')
+
+If the context consists of tokens, W also yields (a", b", g"). Between the two, each layer then attends to the embedded
+tokens e:
+
+    h <- h + g" · CrossAttention(norm(h) (1 + b") + a", e)
 """
 
 from __future__ import annotations
 
 import dataclasses
 import math
-from typing import Annotated, Literal
+from typing import Annotated, Any, Literal
 
 import jax
 import jax.numpy as jnp
 from flax import linen as nn
-from jaxtyping import Array, Float, Int
+from jaxtyping import Array, Float
 
-from flowgen.attention import KERNELS, FeatureMap, Kernel, make_attention_fn
+from flowgen.attention import KERNELS, FeatureMap, Kernel, make_attention_fn, softmax_attention
 from flowgen.backend import Implementation, OnMeshes, Shared, keep_heads_apart, keep_rows_apart
-from flowgen.conditioning import check_labels
+from flowgen.contexts import Context, ImageContext, TokenContext, VectorContext
+from flowgen.matching.contexts import (
+    ContextEmbedding,
+    Given,
+    TokenEmbedding,
+    as_channels,
+    check_condition,
+    check_one_condition,
+    context_of,
+    same_size,
+    shrunk_context,
+)
 from flowgen.matching.velocity import check_inputs
 from flowgen.nn.checks import check_implementation, check_patches, image_sides
-from flowgen.nn.embeddings import TIME_SCALE, ConditionEmbedding, grid_positions
+from flowgen.nn.embeddings import EMBEDDING_STDDEV, TIME_SCALE, ConditionEmbedding, grid_positions, normal_dense
 from flowgen.nn.layers import ACTIVATIONS, FLAT_DOTS, master_dtype, patchify, unpatchify
 from flowgen.nn.softmax_shape import SoftmaxShape
 from flowgen.settings import config
@@ -59,6 +75,10 @@ class DiTConfig:
     1,000. The loss of MeanFlow contains a derivative with respect to t, so MeanFlow needs a small factor, such as 1.0.
     dtype: dtype of matrix products and activations; parameters, norms and the modulation stay float32.
     remat: whether to recompute the activations of each layer in the backward pass instead of storing them.
+    context: the context that the field is conditioned on, None for none. The embedding of a vector is added to the
+    embedding of the time. Every layer attends to tokens by softmax cross-attention, whatever `attention` is; their
+    order has no effect. An image as large as the network's images is concatenated to them as channels. The patches of
+    any other image are tokens, with embeddings of their positions.
     """
 
     image_size: Side | tuple[Side, Side]
@@ -75,9 +95,11 @@ class DiTConfig:
     time_scale: Positive = TIME_SCALE
     dtype: Literal["float32", "bfloat16", "float64"] = "float32"
     remat: bool = True
+    context: Context | None = None
 
     def __post_init__(self):
         check_patches(self.image_size, self.patch_size)
+        check_one_condition(self.num_classes, self.context)
         check_implementation(self.attention_implementation, self.attention)
         if (numbers := math.prod(self.token_hw) * self.width) > MAX_POSITIONS:
             raise ValueError(
@@ -119,6 +141,7 @@ class DiTConfig:
             num_layers=2,
             head_dim=16,
             num_classes=10 if self.num_classes else 0,
+            context=shrunk_context(self.context, self.image_hw, (side, other)),
         )
 
     @property
@@ -126,6 +149,11 @@ class DiTConfig:
         """(rows, columns) of patches."""
         height, width = self.image_hw
         return height // self.patch_size, width // self.patch_size
+
+    @property
+    def attends_context(self) -> bool:
+        """Whether the layers attend to the context: to tokens, or to an image of another size than the network's."""
+        return isinstance(self.context, TokenContext | ImageContext) and not same_size(self.context, self.image_hw)
 
     @property
     def softmax_shapes(self) -> tuple[SoftmaxShape, ...]:
@@ -150,20 +178,19 @@ class DiT(OnMeshes, nn.Module):
         self,
         t: Float[Array, " b"],
         x: Float[Array, "b height width c"],
-        cond: Int[Array, " b"] | None = None,
+        cond: Any = None,
         interval: Float[Array, " b"] | None = None,
         *,
         train: bool = False,
     ) -> Float[Array, "b height width c"]:
-        """Returns the velocity at x and time t, averaged over `interval` if given. train: ignored."""
+        """Returns the velocity at x and time t, averaged over `interval` if given.
+
+        cond: labels, the context that the config describes, or None. train: ignored. Raises ValueError if x, t or cond
+        does not match the config.
+        """
         config = self.config
         check_inputs(config, t, x)
-        cond = check_labels(cond, num_classes=config.num_classes, batch=len(x))
-        embed = ConditionEmbedding(
-            config.width, config.num_classes, config.intervals, time_scale=config.time_scale, name="condition"
-        )
-        c = embed(t, cond, interval)
-        c = jax.nn.silu(c)
+        c, x, context = self._conditioned(t, x, check_condition(config, cond, len(x)), interval)
         tokens = patchify(x, config.patch_size, PATCH_ORDER)
         h = _dense(config.width, config.dtype, name="proj_in")(tokens)
         h = h + jnp.asarray(grid_positions(config.token_hw, config.width), h.dtype)[None]
@@ -174,11 +201,32 @@ class DiT(OnMeshes, nn.Module):
             split_rngs={"params": True},
             in_axes=nn.broadcast,
             length=config.num_layers,
-        )(config, name="layers")(h, c)
+        )(config, name="layers")(h, c, context)
         shift, scale = jnp.split(_modulation(2 * config.width)(c), 2, axis=1)
         h = _modulated(h, shift, scale).astype(config.dtype)
-        out = _dense(tokens.shape[-1], config.dtype, zero=True, name="proj_out")(h).astype(master_dtype(config.dtype))
+        features = config.channels * config.patch_size**2
+        out = _dense(features, config.dtype, zero=True, name="proj_out")(h).astype(master_dtype(config.dtype))
         return unpatchify(out, config.patch_size, config.image_hw, PATCH_ORDER)
+
+    def _conditioned(self, t: Array, x: Array, cond: Any, interval: Array | None) -> tuple[Array, Array, Given | None]:
+        """Returns silu(c), the images with the channels of the context, and the tokens that the layers attend to."""
+        config, context = self.config, self.config.context
+        embed = ConditionEmbedding(
+            config.width, config.num_classes, config.intervals, time_scale=config.time_scale, name="condition"
+        )
+        if context is None:
+            return jax.nn.silu(embed(t, cond, interval)), x, None
+        c, given = embed(t, None, interval), context_of(context, cond, len(x), x.dtype)
+        if isinstance(context, VectorContext):
+            c = c + ContextEmbedding(config.width, normal_dense, EMBEDDING_STDDEV, name="context")(given)
+            return jax.nn.silu(c), x, None
+        if not config.attends_context:
+            assert isinstance(context, ImageContext)
+            return jax.nn.silu(c), jnp.concatenate([x, as_channels(context, given)], axis=-1), None
+        tokens = TokenEmbedding(config.width, normal_dense, name="context")(given.tokens)
+        if isinstance(context, ImageContext):
+            tokens = tokens + jnp.asarray(grid_positions(context.token_hw, config.width), tokens.dtype)[None]
+        return jax.nn.silu(c), x, Given(tokens.astype(config.dtype), given.mask)
 
 
 class DiTLayer(nn.Module):
@@ -187,21 +235,41 @@ class DiTLayer(nn.Module):
     config: DiTConfig
 
     @nn.compact
-    def __call__(self, h: Float[Array, "b n d"], c: Float[Array, "b d"]):
+    def __call__(self, h: Float[Array, "b n d"], c: Float[Array, "b d"], context: Given | None):
         config = self.config
         h = keep_rows_apart(h)
-        shift, scale, gate, mlp_shift, mlp_scale, mlp_gate = jnp.split(_modulation(6 * config.width)(c), 6, axis=1)
+        parts = 6 if context is None else 9
+        shift, scale, gate, mlp_shift, mlp_scale, mlp_gate, *cross = jnp.split(
+            _modulation(parts * config.width)(c), parts, axis=1
+        )
         y = _modulated(h, shift, scale).astype(config.dtype)
         qkv = _dense(3 * config.width, config.dtype, shared="outputs", name="qkv")(y)
-        heads = (z.reshape(*z.shape[:2], -1, config.head_dim) for z in jnp.split(qkv, 3, axis=-1))
-        q, k, v = keep_heads_apart(*heads)
+        q, k, v = keep_heads_apart(*_heads(qkv, 3, config.head_dim))
         attend = make_attention_fn(config.attention, implementation=config.attention_implementation)
         y = attend(q, k, v).reshape(h.shape).astype(config.dtype)
         h = h + gate[:, None].astype(h.dtype) * _dense(config.width, config.dtype, shared="inputs", name="proj")(y)
+        if context is not None:
+            shift, scale, gate = cross
+            h = h + gate[:, None].astype(h.dtype) * self._cross(_modulated(h, shift, scale), context)
         y = _modulated(h, mlp_shift, mlp_scale).astype(config.dtype)
         up = _dense(config.expansion * config.width, config.dtype, shared="outputs", name="up")
         down = _dense(config.width, config.dtype, shared="inputs", name="down")
         return h + mlp_gate[:, None].astype(h.dtype) * down(ACTIVATIONS["gelu_tanh"](up(y))), None
+
+    def _cross(self, y: Float[Array, "b n d"], context: Given) -> Float[Array, "b n d"]:
+        """Returns the attention of y to the context; the bias of the output layer alone for samples without context."""
+        config = self.config
+        q = _dense(config.width, config.dtype, shared="outputs", name="context_query")(y.astype(config.dtype))
+        kv = _dense(2 * config.width, config.dtype, shared="outputs", name="context_key_value")(context.tokens)
+        q, k, v = keep_heads_apart(*_heads(q, 1, config.head_dim), *_heads(kv, 2, config.head_dim))
+        mask = context.mask[:, None, None]
+        out = softmax_attention(q, k, v, mask=mask, implementation=config.attention_implementation)
+        proj = _dense(config.width, config.dtype, shared="inputs", name="context_proj")
+        return proj(out.reshape(y.shape).astype(config.dtype))
+
+
+def _heads(x: Float[Array, "b n d"], parts: int, head_dim: int) -> list[Float[Array, "b n h k"]]:
+    return [z.reshape(*z.shape[:2], -1, head_dim) for z in jnp.split(x, parts, axis=-1)]
 
 
 def _modulated(h: Array, shift: Array, scale: Array) -> Array:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
+from functools import partial
 from typing import Any, NamedTuple
 
 import jax
@@ -10,15 +11,16 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float, Key
 
 from flowgen.arrays import check_floating, check_key, shown
-from flowgen.conditioning import drop_labels
+from flowgen.conditioning import drop_condition
 from flowgen.matching.checks import check_output, check_pair, check_velocity
+from flowgen.matching.conditions import as_condition
 from flowgen.matching.conversions import Prediction, check_prediction
-from flowgen.matching.couplings import Coupled, Coupling, GibbsWeights, Independent, log_mean_exp
-from flowgen.matching.diagnostics import effective_sample_size
+from flowgen.matching.couplings import Coupled, Coupling, GibbsWeights, Independent
 from flowgen.matching.paths import CondOT, Path, PathSample, over_event
 from flowgen.matching.solvers import Velocity
 from flowgen.matching.times import Uniform
 from flowgen.rows import ROWS, Rows, batch_rows
+from flowgen.weights import effective_sample_size, log_mean_exp
 
 # Update rate of the running log-mean of the Gibbs weights.
 RUNNING_RATE = 0.01
@@ -28,7 +30,7 @@ Loss = Callable[..., tuple[Any, ...]]
 
 
 class Pairs(NamedTuple):
-    """The pairs on which a loss is computed, after coupling, weighting and label dropout.
+    """The pairs on which a loss is computed, after coupling, weighting and dropout of conditions.
 
     ess: effective sample size, as a share of the batch. log_mean: the running log-mean of the weights, to pass to
     the next step. Both are computed over the whole batch, even if the batch is split over several devices.
@@ -58,9 +60,11 @@ def flow_matching_loss(
     the coupling is independent, the learned score is ∇ log p_t. The squared error is averaged over dimensions, in at
     least float32.
 
-    batch: a dict of "x1", the data; "x0", the noise (standard normal if missing); "cond", the labels or None; and
+    batch: a dict of "x1", the data; "x0", the noise (standard normal if missing); "cond", the condition or None; and
     "rows", a `flowgen.rows.Rows`. A training step adds "rows", so that the random numbers do not depend on the number
-    of devices. label_dropout: probability with which each label is replaced by -1, independently of the others.
+    of devices. The condition is any pytree of arrays with one row per sample, as the velocity accepts it.
+    label_dropout: probability with which each sample becomes unconditional, independently of the others: its label is
+    replaced by -1, or its context is masked. A positive value requires labels, vectors, tokens or `ContextTokens`.
     log_mean: the running log-mean of the weights; -inf or None before the first step. The loss returns the updated
     value, which only "running" normalisation needs. Raises ValueError if settings or shapes are invalid.
 
@@ -133,8 +137,8 @@ def draw_pairs(
 ) -> Pairs:
     """Returns the pairs of a batch with their weights; every loss starts with this step.
 
-    The function draws noise if the batch contains none, and applies the coupling, which is independent by default. It
-    then replaces each label by -1 with probability label_dropout. The weights are w = exp(log_weight). log_mean is
+    The function draws noise if the batch contains none, and applies the coupling, which is independent by default. With
+    probability label_dropout, a sample then becomes unconditional. The weights are w = exp(log_weight). log_mean is
     updated by log_mean ← log_mean + 0.01 (log mean w - log_mean); if it is -inf or None, it becomes log mean w. If the
     coupling is `GibbsWeights` with normalize="running", the weights are divided by exp of the updated log_mean. The
     mean of w covers all devices that share the batch. No gradient flows through the weights.
@@ -155,7 +159,7 @@ def draw_pairs(
     running = isinstance(coupling, GibbsWeights) and coupling.normalize == "running"
     weight = jnp.exp(log_weight - log_mean if running else log_weight)
     if cond is not None and label_dropout:
-        cond = drop_rows.draw(lambda key, labels: drop_labels(key, labels, label_dropout), cond)
+        cond = drop_rows.draw(partial(drop_condition, null=None, rate=label_dropout), as_condition(cond))
     return Pairs(x0, x1, cond, weight, effective_sample_size(of_all), log_mean)
 
 
@@ -230,7 +234,7 @@ def mean_square(error: Float[Array, "b *event"]) -> Float[Array, " b"]:
 def check_data(x0: Array, x1: Array, cond: Any, label_dropout: float) -> None:
     """Raises ValueError unless noise and data are floating-point arrays and conditions have one row per sample.
 
-    With label dropout, labels must be an integer array of shape `b`.
+    With label dropout, conditions must be labels or contexts that `as_condition` accepts.
 
     Example:
         check_data(x0, x1, labels, 0.1)
@@ -244,11 +248,11 @@ def check_data(x0: Array, x1: Array, cond: Any, label_dropout: float) -> None:
             raise ValueError(f"cond contains {part!r}; give arrays with one row per sample.")
         if part.shape[:1] != x1.shape[:1]:
             raise ValueError(f"cond has shape {part.shape} for {len(x1)} samples; give one row per sample.")
-        if label_dropout and not (part.ndim == 1 and jnp.issubdtype(part.dtype, jnp.integer)):
-            raise ValueError(
-                f"label_dropout is {label_dropout}, but cond is {part.dtype} of shape {part.shape}; give one integer "
-                "label per sample, or set label_dropout to 0."
-            )
+    if label_dropout:
+        try:
+            as_condition(cond)
+        except ValueError as error:
+            raise ValueError(f"label_dropout is {label_dropout}, but {error} Or set label_dropout to 0.") from None
 
 
 def check_parts(path: object, coupling: object, time: object) -> None:
@@ -294,7 +298,7 @@ def check_names(batch: dict[str, Any]) -> None:
 
 
 def check_dropout(label_dropout: float) -> None:
-    """Raises ValueError unless label_dropout, the share of dropped labels, is at least 0 and below 1.
+    """Raises ValueError unless label_dropout, the share of dropped conditions, is at least 0 and below 1.
 
     Example:
         check_dropout(0.1)

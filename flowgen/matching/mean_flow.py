@@ -22,9 +22,10 @@ from jaxtyping import Array, Float, Key
 
 from flowgen.arrays import check_floating
 from flowgen.backend import any_derivative
-from flowgen.conditioning import UNCONDITIONAL, no_labels
+from flowgen.conditioning import unconditional
 from flowgen.guidance import linear_rule
 from flowgen.matching.checks import check_output
+from flowgen.matching.conditions import as_condition, is_conditional
 from flowgen.matching.couplings import Coupling
 from flowgen.matching.loss import (
     Loss,
@@ -71,9 +72,9 @@ def mean_flow_loss(
     the contribution of each pair stays below 1, so monitor "unweighted_loss", which is the square averaged over
     dimensions. In high dimensions, all squares are similar, and so are the weights. In low dimensions, the weights move
     the minimum of the loss towards the most likely target, so use power 0. guidance_weight: w in
-    (1 + w) v - w u(t, x, -1, 0), which replaces v if the label is not -1. One step then draws guided samples. Guidance
-    requires integer labels. It also requires a label_dropout above 0, which trains the field for the label -1. For
-    batch, label_dropout and log_mean, see `flow_matching_loss`. Raises ValueError if settings are invalid.
+    (1 + w) v - w u(t, x, no condition, 0), which replaces v for samples with a condition. One step then draws guided
+    samples. Guidance requires a condition. It also requires a label_dropout above 0, which trains the unconditional
+    field. For batch, label_dropout and log_mean, see `flow_matching_loss`. Raises ValueError if settings are invalid.
 
     Example:
         loss_fn = mean_flow_loss(coupling=MinibatchOT())
@@ -162,18 +163,19 @@ def guided_target(
     v: Float[Array, "b *event"],
     weight: float,
 ) -> Float[Array, "b *event"]:
-    """Returns (1 + weight) v - weight u(t, x_t, -1, 0), or v itself if the label is -1.
+    """Returns (1 + weight) v - weight u(t, x_t, no condition, 0), or v itself for samples without a condition.
 
-    Raises ValueError if cond is not an array of integer labels.
+    Raises ValueError if cond is None, or if `flowgen.matching.conditions.as_condition` does not accept it.
 
     Example:
         v = guided_target(average_velocity, t, x_t, labels, v, weight=1.0)
     """
-    if cond is None or not jnp.issubdtype(cond.dtype, jnp.integer):
-        raise ValueError("guidance_weight needs integer labels as cond; give labels, or set guidance_weight to 0.")
-    free = average_velocity(t, x_t, no_labels(cond.shape), jnp.zeros_like(t))
-    labelled = over_event((cond != UNCONDITIONAL).astype(v.dtype), v)
-    return linear_rule(v, free.astype(v.dtype), weight * labelled)
+    if cond is None:
+        raise ValueError("guidance_weight needs a condition, but cond is None; give one, or set guidance_weight to 0.")
+    cond = as_condition(cond)
+    free = average_velocity(t, x_t, unconditional(cond, None), jnp.zeros_like(t))
+    conditional = over_event(is_conditional(cond).astype(v.dtype), v)
+    return linear_rule(v, free.astype(v.dtype), weight * conditional)
 
 
 def integrate_mean(

@@ -10,6 +10,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float
 
+from flowgen.contexts import check_context
 from flowgen.matching.checks import check_takes
 from flowgen.matching.conversions import (
     NETWORK_SMALLEST,
@@ -163,7 +164,8 @@ def matching_objective(
         pairs = lambda key, batch: {"x1": from_uint8(batch.pixels)}
         objective = matching_objective(network, flow_matching_loss(), pairs)
     """
-    drops = train and getattr(getattr(network, "config", None), "dropout", 0.0) > 0
+    described = getattr(network, "config", None)
+    drops, context = train and getattr(described, "dropout", 0.0) > 0, getattr(described, "context", None)
 
     def objective(variables, batch, key):
         pair_key, _, key = jax.random.split(key, 3)
@@ -180,6 +182,8 @@ def matching_objective(
 
         log_mean = None if carried is None else carried["log_mean"]
         given = with_rows(without_rows(pairs(pair_key, with_rows(without_rows(batch), pair_rows))), loss_rows)
+        if context is not None:  # The loss drops contexts only in this form.
+            given = {**given, "cond": check_context(given.get("cond"), context, len(given["x1"]))}
         loss, metrics, log_mean = loss_fn(field, given, loss_rows.key, log_mean)
         return (loss, metrics) if carried is None else (loss, metrics, {STATE: {"log_mean": log_mean}})
 

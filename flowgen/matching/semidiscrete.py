@@ -36,12 +36,13 @@ AVERAGING = 0.02
 class SemidiscreteOT:
     """Pairs each x0 with the data point whose cell contains it; all weights are 1.
 
-    The data points and their labels replace x1 and cond of the batch. With labels, a class is trained only on the noise
-    in its cells, but sampled from all noise. Therefore, use this coupling for unconditional models, or with guidance
-    that accounts for the difference. A call stores a b x n matrix.
+    The data points and their conditions replace x1 and cond of the batch. With conditions, a class is trained only on
+    the noise in its cells, but sampled from all noise. Therefore, use this coupling for unconditional models, or with
+    guidance that accounts for the difference. A call stores a b x n matrix.
 
     y: the dataset. potentials: potentials from `fit_semidiscrete`, or from any other solver for the squared Euclidean
-    cost. labels: labels of the data, which are returned as cond.
+    cost. labels: labels or other conditions of the data, as any pytree of arrays with one row per data point. The
+    partners' rows are returned as cond.
 
     Raises ValueError if shapes do not match, or if the batch has a condition but the data have no labels.
 
@@ -51,14 +52,19 @@ class SemidiscreteOT:
 
     y: Float[Array, "n *event"]
     potentials: Float[Array, " n"]
-    labels: Int[Array, " n"] | None = None
+    labels: Cond = None
     sees: ClassVar[str] = "row"
 
     def __post_init__(self):
-        for name, array in (("potentials", self.potentials), ("labels", self.labels)):
-            if array is not None and array.shape != self.y.shape[:1]:
+        num = len(self.y)
+        if self.potentials.shape != (num,):
+            raise ValueError(
+                f"potentials have shape {self.potentials.shape}; give shape {(num,)}, one number per data point."
+            )
+        for array in jax.tree.leaves(self.labels):
+            if array.shape[:1] != (num,):
                 raise ValueError(
-                    f"{name} have shape {array.shape}; give shape {self.y.shape[:1]}, one number per data point."
+                    f"labels contain an array of shape {array.shape}; give {num} rows, one per data point."
                 )
 
     def __call__(
@@ -67,7 +73,7 @@ class SemidiscreteOT:
         if cond is not None and self.labels is None:
             raise ValueError("the batch has a condition, but SemidiscreteOT has no labels; give both, or neither.")
         partner = self.partner(x0)
-        cond = None if self.labels is None else take_rows(self.labels, partner)
+        cond = jax.tree.map(lambda rows: take_rows(rows, partner), self.labels)
         return Coupled(x0, take_rows(self.y, partner), cond, jnp.zeros(len(x0), x0.dtype))
 
     def partner(self, x0: Float[Array, "b *event"]) -> Int[Array, " b"]:
@@ -88,7 +94,7 @@ class SemidiscreteFit(NamedTuple):
 def fit_semidiscrete(
     key: Key[Array, ""],
     y: Float[Array, "n *event"],
-    labels: Int[Array, " n"] | None = None,
+    labels: Cond = None,
     *,
     noise: Callable[[Key[Array, ""], tuple[int, ...], Any], Array] = jax.random.normal,
     num_steps: int = 2000,

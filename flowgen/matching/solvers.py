@@ -11,10 +11,12 @@ import numpy as np
 from jax.core import Tracer
 from jaxtyping import Array, Float, Int, Key
 
+from flowgen import conditioning
 from flowgen.arrays import check_floating, check_key
 from flowgen.backend import alike_rows, check_unmapped, keep_rows, nan_if
 from flowgen.guidance import linear_rule
 from flowgen.matching.checks import check_output, check_velocity
+from flowgen.matching.conditions import as_condition
 from flowgen.packages import need
 
 Velocity = Callable[[Array, Array, Any], Array]
@@ -215,7 +217,7 @@ def edm_times(num_steps: int) -> tuple[float, ...]:
 
 def guided(
     velocity: Velocity,
-    unconditional: Any,
+    unconditional: Any = None,
     *,
     scale: float | None = None,
     weight: float | None = None,
@@ -227,7 +229,8 @@ def guided(
     batch. Set the strength of the guidance with scale or with weight; the two agree if scale = 1 + weight.
 
     unconditional: the value of cond that means "no condition", such as -1 for labels; it has the structure of cond,
-    with one value for all samples or one for each. scale: the field is v_u + scale (v_c - v_u), so scale 1 gives v_c.
+    with one value for all samples or one for each. None means the label -1 or, for vectors, tokens and texts, a
+    `ContextTokens` whose mask is False everywhere. scale: the field is v_u + scale (v_c - v_u), so scale 1 gives v_c.
     weight: the field is (1 + weight) v_c - weight v_u, so weight 0 gives v_c. interval: range of times in which
     guidance acts; outside this range, the field is v_c (Kynkäänniemi et al., arXiv 2404.07724).
 
@@ -255,12 +258,14 @@ def guided(
 
     def field(t, x, cond):
         if cond is None:
-            raise ValueError("guidance needs a condition, but cond is None; give labels, or do not use guidance.")
-        both = jax.tree.map(stacked, cond, unconditional)
+            raise ValueError("guidance needs a condition, but cond is None; give one, or do not use guidance.")
+        cond = as_condition(cond) if unconditional is None else cond
+        free = conditioning.unconditional(cond, None) if unconditional is None else unconditional
+        both = jax.tree.map(stacked, cond, free)
         v = velocity(jnp.concatenate([t, t]), jnp.concatenate([x, x]), both)
-        conditional, free = jnp.split(v, 2)
+        v_c, v_u = jnp.split(v, 2)
         inside = ((t >= low) & (t <= high)).reshape((-1,) + (1,) * (x.ndim - 1))
-        return jnp.where(inside, linear_rule(conditional, free, weights[0]), conditional)
+        return jnp.where(inside, linear_rule(v_c, v_u, weights[0]), v_c)
 
     return field
 

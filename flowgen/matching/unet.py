@@ -1,6 +1,6 @@
 """The U-Net of ADM (Dhariwal and Nichol, arXiv 2105.05233), used by the CIFAR-10 recipes.
 
-Let e be the embedding of (t, interval, class). A residual block computes
+Let e be the embedding of (t, interval, condition). A residual block computes
 
     h = conv(silu(norm(x))),    y = skip(x) + conv(dropout(silu(norm(h + W silu(e)))))
 
@@ -15,16 +15,25 @@ from __future__ import annotations
 
 import dataclasses
 from functools import partial
-from typing import Annotated, Literal
+from typing import Annotated, Any, Literal
 
 import jax
 import jax.numpy as jnp
 from einops import reduce, repeat
 from flax import linen as nn
-from jaxtyping import Array, Float, Int
+from jaxtyping import Array, Float
 
 from flowgen.backend import Implementation, OnMeshes
-from flowgen.conditioning import check_labels
+from flowgen.contexts import Context, ImageContext
+from flowgen.matching.contexts import (
+    ContextEmbedding,
+    as_channels,
+    check_condition,
+    check_one_condition,
+    context_of,
+    same_size,
+    shrunk_context,
+)
 from flowgen.matching.velocity import check_inputs
 from flowgen.nn.checks import image_sides
 from flowgen.nn.convolution import Cache, ResidualBlock, SpatialAttention, conv, group_norm
@@ -50,6 +59,7 @@ from flowgen.settings.ranges import (
 TORCH_GROUP_NORM_EPS = 1e-5
 # Width of the time and class embedding, as a multiple of the network's width.
 EMBEDDING_EXPANSION = 4
+TABLE_STD = 1.0
 
 
 @config
@@ -84,6 +94,9 @@ class UNetConfig:
     dtype: dtype of convolutions and activations; parameters, norms, the embedding and the velocity stay float32.
     remat: whether to recompute the activations of each block in the backward pass instead of storing them; this saves
     memory but takes more time.
+    context: the context that the field is conditioned on, None for none. The embedding of a vector, or the mean of the
+    tokens' embeddings, is added to the embedding of the time; the order of tokens has no effect. An image must be as
+    large as the network's images; it is concatenated to them as channels.
     """
 
     image_size: Side | tuple[Side, Side]
@@ -103,10 +116,17 @@ class UNetConfig:
     intervals: bool = False
     dtype: Literal["float32", "bfloat16"] = "float32"
     remat: bool = False
+    context: Context | None = None
 
     def __post_init__(self):
         self._check_sizes()
         self._check_widths()
+        check_one_condition(self.num_classes, self.context)
+        if isinstance(self.context, ImageContext) and not same_size(self.context, self.image_hw):
+            raise ValueError(
+                f"context has image_size {self.context.image_size}, but image_size is {self.image_size}; resize the "
+                "context images to the same size, or use a DiTConfig, which accepts other sizes."
+            )
 
     def build(self) -> UNet:
         """Returns the network that this config describes, without parameters."""
@@ -206,6 +226,7 @@ class UNetConfig:
             head_dim=16,
             num_groups=8,
             num_classes=10 if self.num_classes else 0,
+            context=shrunk_context(self.context, self.image_hw, (height, width)),
         )
 
 
@@ -224,32 +245,21 @@ class UNet(OnMeshes, nn.Module):
         self,
         t: Float[Array, " b"],
         x: Float[Array, "b height width c"],
-        cond: Int[Array, " b"] | None = None,
+        cond: Any = None,
         interval: Float[Array, " b"] | None = None,
         *,
         train: bool = False,
     ) -> Float[Array, "b height width c"]:
         """Returns the velocity at x and time t, averaged over `interval` if given. train: whether to apply dropout.
 
-        cond: labels, where -1 means no label; inside jit, an invalid label gives NaN. Raises ValueError if x, t or cond
-        does not match the config.
+        cond: labels, where -1 means no label, the context that the config describes, or None; inside jit, an invalid
+        label gives NaN. Raises ValueError if x, t or cond does not match the config.
         """
         config = self.config
         check_inputs(config, t, x)
-        cond = check_labels(cond, num_classes=config.num_classes, batch=len(x))
+        cond = check_condition(config, cond, len(x))
         master = master_dtype(config.dtype)
-        embed = ConditionEmbedding(
-            config.embedding_dim,
-            config.num_classes,
-            config.intervals,
-            frequencies=config.width,
-            time_scale=config.time_scale,
-            dense=partial(linear, dtype=str(master)),
-            table_std=1.0,
-            name="embedding",
-        )
-        # Every block uses the SiLU of the embedding.
-        e = jax.nn.silu(embed(t, cond, interval))
+        e, x = self._conditioned(t, x, cond, interval)
         widths, last = config.level_widths, len(config.level_widths) - 1
 
         h = conv(widths[0], x.shape[-1], config.dtype, name="conv_in")(x)
@@ -270,7 +280,28 @@ class UNet(OnMeshes, nn.Module):
             if level:
                 h = _doubled(config, h, name=f"double_{level}")
         h = jax.nn.silu(group_norm(config.num_groups, config.dtype, epsilon=TORCH_GROUP_NORM_EPS, name="norm_out")(h))
-        return conv(x.shape[-1], widths[0], str(master), zero=True, name="conv_out")(h)
+        return conv(config.channels, widths[0], str(master), zero=True, name="conv_out")(h)
+
+    def _conditioned(self, t: Array, x: Array, cond: Any, interval: Array | None) -> tuple[Array, Array]:
+        """Returns the SiLU of the embedding, which every block uses, and the images with those of the context."""
+        config = self.config
+        dense = partial(linear, dtype=str(master_dtype(config.dtype)))
+        embed = ConditionEmbedding(
+            config.embedding_dim,
+            config.num_classes,
+            config.intervals,
+            frequencies=config.width,
+            time_scale=config.time_scale,
+            dense=dense,
+            table_std=TABLE_STD,
+            name="embedding",
+        )
+        if config.context is None:
+            return jax.nn.silu(embed(t, cond, interval)), x
+        e, given = embed(t, None, interval), context_of(config.context, cond, len(x), x.dtype)
+        if isinstance(config.context, ImageContext):
+            return jax.nn.silu(e), jnp.concatenate([x, as_channels(config.context, given)], axis=-1)
+        return jax.nn.silu(e + ContextEmbedding(config.embedding_dim, dense, TABLE_STD, name="context")(given)), x
 
 
 class Block(ResidualBlock):

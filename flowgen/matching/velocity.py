@@ -1,10 +1,10 @@
 """Velocity networks for points, and the interface of all velocity networks.
 
 A velocity network is a Flax module that is called as `network.apply(variables, t, x, cond, interval, train=False)`. The
-times t have shape `b` and run from 0 (noise) to 1 (data). x has shape `b *event`. cond is None or integer labels of
-shape `b`, where -1 means no label. interval has shape `b`; only networks whose config sets `intervals` use it. Such a
-network returns the average velocity from t to t + interval (MeanFlow), or the velocity itself if interval is 0 or None.
-The module's field `config` is a `NetworkConfig`.
+times t have shape `b` and run from 0 (noise) to 1 (data). x has shape `b *event`. cond is None, integer labels of shape
+`b`, where -1 means no label, or the context that the config's field `context` describes. interval has shape `b`; only
+networks whose config sets `intervals` use it. Such a network returns the average velocity from t to t + interval
+(MeanFlow), or the velocity itself if interval is 0 or None. The module's field `config` is a `NetworkConfig`.
 """
 
 from __future__ import annotations
@@ -15,11 +15,12 @@ from typing import Annotated, Any, Protocol, runtime_checkable
 import jax
 import jax.numpy as jnp
 from flax import linen as nn
-from jaxtyping import Array, Float, Int
+from jaxtyping import Array, Float
 
 from flowgen.arrays import check_floating, shown
 from flowgen.backend import OnMeshes
-from flowgen.conditioning import check_labels
+from flowgen.contexts import Context, ImageContext, VectorContext
+from flowgen.matching.contexts import Given, check_condition, check_one_condition, context_of, masked_mean
 from flowgen.nn.embeddings import class_rows
 from flowgen.nn.layers import linear
 from flowgen.settings import config
@@ -28,7 +29,10 @@ from flowgen.settings.ranges import Channels, Classes, Loops, Own, Width
 
 @runtime_checkable
 class NetworkConfig(Protocol):
-    """The interface that experiments require of a velocity network's config, which must be a frozen dataclass."""
+    """The interface that experiments require of a velocity network's config, which must be a frozen dataclass.
+
+    A config may also have a field `context`, which describes the context that the field is conditioned on, or None.
+    """
 
     @property
     def event_shape(self) -> tuple[int, ...]:
@@ -57,6 +61,8 @@ class MLPConfig:
     num_layers: number of hidden layers.
     num_classes: number of classes that the field is conditioned on; 0 for none.
     intervals: whether to also predict average velocities over an interval (MeanFlow).
+    context: the context that the field is conditioned on, None for none. A vector is another input. Tokens pass through
+    a learned layer, whose mean over the tokens is another input; their order has no effect.
     """
 
     dim: Channels = 2
@@ -64,6 +70,15 @@ class MLPConfig:
     num_layers: Loops = 3
     num_classes: Classes = 0
     intervals: bool = False
+    context: Context | None = None
+
+    def __post_init__(self):
+        check_one_condition(self.num_classes, self.context)
+        if isinstance(self.context, ImageContext):
+            raise ValueError(
+                f"context is {self.context}, but an MLP accepts no images; use a VectorContext for the output of your "
+                "own image network, or a DiTConfig."
+            )
 
     def build(self) -> VelocityMLP:
         """Returns the network that this config describes, without parameters."""
@@ -80,7 +95,7 @@ class MLPConfig:
 
 
 class VelocityMLP(OnMeshes, nn.Module):
-    """A multilayer perceptron with input [x, t, label], SELU and PyTorch's initialisation, as published for 2-D data.
+    """A multilayer perceptron on [x, t, condition], with SELU and PyTorch's initialisation, as published for 2-D data.
 
     Example:
         v = VelocityMLP(MLPConfig(dim=2)).apply(params, t, x)
@@ -93,25 +108,38 @@ class VelocityMLP(OnMeshes, nn.Module):
         self,
         t: Float[Array, " b"],
         x: Float[Array, "b c"],
-        cond: Int[Array, " b"] | None = None,
+        cond: Any = None,
         interval: Float[Array, " b"] | None = None,
         *,
         train: bool = False,
     ) -> Float[Array, "b c"]:
-        """Returns the velocity at x and time t, averaged over `interval` if given. train: ignored."""
+        """Returns the velocity at x and time t, averaged over `interval` if given.
+
+        cond: labels, the context that the config describes, or None. train: ignored. Raises ValueError if x, t or cond
+        does not match the config.
+        """
         config = self.config
         check_inputs(config, t, x)
-        cond = check_labels(cond, num_classes=config.num_classes, batch=len(x))
+        cond = check_condition(config, cond, len(x))
         parts = [x, t[:, None].astype(x.dtype)]
         if config.intervals:
             parts.append((jnp.zeros_like(t) if interval is None else interval)[:, None].astype(x.dtype))
         if config.num_classes:
             # A row of zeros means no class.
             parts.append(class_rows(jnp.eye(config.num_classes + 1, config.num_classes, dtype=x.dtype), cond, len(x)))
+        if config.context is not None:
+            parts += self._context_inputs(context_of(config.context, cond, len(x), x.dtype))
         h = jnp.concatenate(parts, axis=1)
         for _ in range(config.num_layers):
             h = jax.nn.selu(linear(config.width, h.shape[1], "float32")(h))
         return linear(config.dim, config.width, "float32")(h)
+
+    def _context_inputs(self, given: Given) -> list[Float[Array, "b _"]]:
+        """Returns the context's features, and 1 for each sample that has a context, otherwise 0."""
+        width, tokens = self.config.width, given.tokens
+        if not isinstance(self.config.context, VectorContext):
+            tokens = jax.nn.selu(linear(width, tokens.shape[-1], "float32", name="context")(tokens))
+        return [masked_mean(tokens, given), given.mask.any(axis=1)[:, None].astype(tokens.dtype)]
 
 
 def check_inputs(config: Any, t: Array, x: Array) -> None:

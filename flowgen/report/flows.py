@@ -57,8 +57,8 @@ def block_statistics(flow: Any, variables: Any, x: Any, cond: Any) -> list[Block
     for index, (before, after) in enumerate(zip(entering, states, strict=True)):
         block = AutoregressiveBlock(flow.config.blocks[index])
         params = {"params": variables["params"][f"blocks_{index}"]}
-        _, log_scale = jax.jit(partial(block.apply, method="parameters"))(params, before, cond)
-        scales = np.asarray(log_scale, np.float64)
+        maps = jax.jit(partial(block.apply, method="parameters"))(params, before, cond)
+        scales = -np.asarray(maps.to_noise(before)[1], np.float64)
         found.append(
             BlockStatistics(
                 log_scale=tuple(np.quantile(scales, QUANTILES).tolist()),

@@ -36,7 +36,7 @@ class Setting(NamedTuple):
 
 
 def settings(config: Any, path: str = "") -> list[Setting]:
-    """Returns all fields with their help; skips the fields of groups that are None.
+    """Returns all fields with their help. A group that is None has one line, whose allowed values name its fields.
 
     Example:
         print("\\n".join(f"--{field.name} {field.value}  # {field.about}" for field in settings(experiment)))
@@ -51,7 +51,10 @@ def settings(config: Any, path: str = "") -> list[Setting]:
             found.append(Setting(name, kind, line, " or ".join(allowed), is_group or not own))
         elif own:
             found.append(Setting(name, name_of(value) or value, line, _allowed(annotation), False))
-        elif not is_group and (value is not None or not configs_of(annotation)):
+        elif value is None and (kinds := configs_of(annotation)):
+            inside = ", ".join(inner for kind in kinds.values() for inner in hints_of(kind))
+            found.append(Setting(name, None, line, f"none, or set its {inside}", True))
+        elif not is_group:
             found.append(Setting(name, value, line, _allowed(annotation), False))
         if is_group:
             found += settings(value, name)

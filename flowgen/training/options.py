@@ -152,7 +152,7 @@ class TrainConfig:
     steps: number of parameter updates; at least 1.
     batch_size: samples per update, over all devices and hosts; a multiple of the number of devices times accumulation.
     seed: seed of initial parameters, data order and noise; a whole number below 2^32.
-    label_dropout: fraction of labels or texts to drop, so that guidance can be used in sampling; at most 1.
+    label_dropout: fraction of labels, texts or contexts to drop, so that guidance can be used in sampling; at most 1.
     accumulation: number of micro-batches into which each device splits its share of a batch, to save memory.
     frozen: patterns of the names of parameters that stay unchanged, such as "blocks_0/*"; see docs/training.md.
     parallel: "data" copies the parameters to every device; "fsdp" divides them over the devices, for large models.

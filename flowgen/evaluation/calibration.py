@@ -1,0 +1,170 @@
+"""Calibration of estimated posteriors, over many pairs of parameters and observations from a simulator.
+
+For each pair, samples of the estimated posterior given the observation are compared with the parameters that produced
+it, the truth. The exact posterior passes both tests. A posterior that passes them may still differ from the exact one:
+the prior passes too.
+
+Simulation-based calibration (Talts et al., arXiv 1804.06788): for each parameter, the rank of the truth among s samples
+is uniform on 0, ..., s. If ranks gather in the middle, the posterior is too wide; if they gather at both ends, it is
+too narrow.
+
+Expected coverage (Hermans et al., arXiv 2110.06581): the region of highest density that contains a fraction c of the
+samples contains a fraction c of the truths. If it contains fewer, the posterior is overconfident; if more, it is
+conservative.
+"""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import numpy as np
+import scipy.stats
+from jaxtyping import Array, Float, Int
+
+from flowgen.evaluation.estimate import Estimate, mean_of
+
+Arrays = Array | np.ndarray
+LEAST_EXPECTED = 5  # truths in a bin, below which the distribution of the statistic is not chi-square
+BAND = 0.99
+
+
+class RankUniformity(NamedTuple):
+    """How far the ranks of each parameter are from uniform.
+
+    counts: the number of ranks in each bin.
+    low, high: bounds between which 99 % of the counts lie if the ranks are uniform.
+    statistic: the chi-square statistic of the counts, with (bins - 1) degrees of freedom.
+    p_value: the probability of a statistic at least as large if the ranks are uniform.
+    """
+
+    counts: Int[np.ndarray, "d bins"]
+    low: Int[np.ndarray, " bins"]
+    high: Int[np.ndarray, " bins"]
+    statistic: Float[np.ndarray, " d"]
+    p_value: Float[np.ndarray, " d"]
+
+
+class ExpectedCoverage(NamedTuple):
+    """How often regions of highest density of the estimated posterior contain the truth.
+
+    levels: the credibility of the regions, the fraction of the posterior that they contain.
+    coverage: the fraction of truths that they contain; equal to `levels` if the posterior is calibrated.
+    standard_error: of each coverage, if the posterior is calibrated.
+    area: the integral of coverage - level over all levels, from -0.5 to 0.5, with its standard error: 0 if calibrated,
+        negative if overconfident, positive if conservative.
+    max_deviation: the largest |coverage - level| over all levels, the Kolmogorov-Smirnov statistic.
+    p_value: the probability of a deviation at least as large if the posterior is calibrated.
+    """
+
+    levels: Float[np.ndarray, " l"]
+    coverage: Float[np.ndarray, " l"]
+    standard_error: Float[np.ndarray, " l"]
+    area: Estimate
+    max_deviation: float
+    p_value: float
+
+
+def sbc_ranks(samples: Float[Arrays, "n s d"], truths: Float[Arrays, "n d"]) -> Int[np.ndarray, "n d"]:
+    """Returns, for each of n observations and each parameter, how many of the s samples are below the truth.
+
+    samples: independent samples of the estimated posterior given each observation. If s + 1 is a multiple of the number
+    of bins, as with 99 samples, all bins of `rank_uniformity` cover equally many ranks.
+
+    Raises ValueError if the shapes do not fit together or values are NaN.
+
+    Example:
+        ranks = sbc_ranks(samples, truths)
+    """
+    samples, truths = np.asarray(samples), np.asarray(truths)
+    if samples.ndim != 3 or truths.shape != (len(samples), samples.shape[2]):
+        raise ValueError(
+            f"samples and truths have shapes {samples.shape} and {truths.shape}; give (n, s, d) and (n, d)."
+        )
+    _check_numbers(samples=samples, truths=truths)
+    return (samples < truths[:, None]).sum(axis=1)
+
+
+def rank_uniformity(ranks: Int[Arrays, "n d"], num_samples: int, *, bins: int = 10) -> RankUniformity:
+    """Returns a chi-square test of the uniformity of ranks, for each parameter.
+
+    num_samples: the number s of samples among which the truths were ranked. If s + 1 is not a multiple of `bins`, some
+    bins cover one rank more than others, and the expected counts take this into account.
+
+    There is one p-value per parameter. To judge all d parameters together, multiply the smallest p-value by d.
+
+    Raises ValueError if a rank is not from 0 to num_samples, if `bins` is not from 2 to num_samples + 1, or if fewer
+    than five ranks are expected in a bin.
+
+    Example:
+        uniformity = rank_uniformity(sbc_ranks(samples, truths), samples.shape[1])
+    """
+    ranks = np.asarray(ranks)
+    if not 2 <= bins <= num_samples + 1:
+        raise ValueError(f"bins is {bins}; it must be from 2 to {num_samples + 1}, the number of possible ranks.")
+    if ranks.size and not 0 <= ranks.min() <= ranks.max() <= num_samples:
+        raise ValueError(f"ranks are from {ranks.min()} to {ranks.max()}; they must be from 0 to {num_samples}.")
+    probability = np.bincount(np.arange(num_samples + 1) * bins // (num_samples + 1)) / (num_samples + 1)
+    expected = len(ranks) * probability
+    if expected.min() < LEAST_EXPECTED:
+        raise ValueError(
+            f"bins is {bins}, which leaves {expected.min():.2g} of {len(ranks)} ranks to a bin; it must be at most "
+            f"{len(ranks) // LEAST_EXPECTED}, or give more ranks."
+        )
+    places = ranks * bins // (num_samples + 1)
+    counts = np.stack([np.bincount(column, minlength=bins) for column in places.T])
+    low, high = scipy.stats.binom.interval(BAND, len(ranks), probability)
+    statistic = ((counts - expected) ** 2 / expected).sum(axis=1)
+    p_value = scipy.stats.chi2.sf(statistic, bins - 1)
+    return RankUniformity(counts, low.astype(np.int64), high.astype(np.int64), statistic, p_value)
+
+
+def expected_coverage(
+    log_probs_of_samples: Float[Arrays, "n s"],
+    log_probs_of_truths: Float[Arrays, " n"],
+    *,
+    levels: Float[Arrays, " l"] | None = None,
+) -> ExpectedCoverage:
+    """Returns the coverage of regions of highest density of the estimated posterior.
+
+    log_probs_of_samples: for each of n observations, the estimated log-density of s independent samples of the
+    estimated posterior. It may lack a constant that depends on the observation alone.
+    log_probs_of_truths: the estimated log-density of the parameters that produced each observation.
+    levels: the credibilities, 0.05, 0.10, ..., 0.95 by default.
+
+    The truth is in the region of credibility c if fewer than c (s + 1) samples have a higher density. If the posterior
+    is calibrated, this has probability c exactly if c (s + 1) is a whole number, which holds for the default levels
+    with 99 or 999 samples. Otherwise the probability is larger by less than 1 / (s + 1). The p-value assumes that s is
+    well above √n.
+
+    Raises ValueError if the shapes do not fit together, values are NaN, there are fewer than two observations, or
+    levels are not from 0 to 1.
+
+    Example:
+        result = expected_coverage(log_probs_of_samples, log_probs_of_truths)
+        print(f"coverage - credibility: {result.area}, p-value {result.p_value:.3f}")
+    """
+    samples, truths = np.asarray(log_probs_of_samples), np.asarray(log_probs_of_truths)
+    if samples.ndim != 2 or truths.shape != samples.shape[:1] or len(truths) < 2 or not samples.shape[1]:
+        raise ValueError(
+            f"log_probs_of_samples and log_probs_of_truths have shapes {samples.shape} and {truths.shape}; give (n, s) "
+            "and (n,), with n at least 2."
+        )
+    _check_numbers(log_probs_of_samples=samples, log_probs_of_truths=truths)
+    levels = np.arange(1, 20) / 20 if levels is None else np.asarray(levels, np.float64)
+    if not ((levels >= 0) & (levels <= 1)).all():
+        raise ValueError(f"levels are from {levels.min()} to {levels.max()}; they must be from 0 to 1.")
+    higher, possible = (samples > truths[:, None]).sum(axis=1), samples.shape[1] + 1
+    # Levels are rounded to 12 digits, so that 0.15 * 100 counts as 15.
+    coverage = (higher[:, None] < np.round(levels * possible, 12)).mean(axis=0)
+    # The credibility of the smallest region that contains the truth.
+    credibility = (higher + 0.5) / possible
+    deviation = scipy.stats.kstest(credibility, "uniform")
+    conservative = mean_of(0.5 - credibility)
+    error = np.sqrt(levels * (1 - levels) / len(truths))
+    return ExpectedCoverage(levels, coverage, error, conservative, float(deviation.statistic), float(deviation.pvalue))
+
+
+def _check_numbers(**arrays: np.ndarray) -> None:
+    for name, array in arrays.items():
+        if np.isnan(array).any():
+            raise ValueError(f"{name} has {np.isnan(array).sum()} values that are NaN; remove these observations.")

@@ -1,0 +1,85 @@
+"""Opens the flow whose coupling an experiment distils; see `flowgen.matching.distilled`."""
+
+from __future__ import annotations
+
+import dataclasses
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+
+from flowgen.experiments.flow import FlowExperiment
+from flowgen.matching import FlowDistilled, FromFlow, MatchingConfig
+from flowgen.nn import init
+from flowgen.runs import DIGEST, RunReader, located
+from flowgen.settings import TYPE
+
+FIELD = "matching.coupling.path"
+
+
+def with_flow(matching: MatchingConfig, model: Any) -> MatchingConfig:
+    """Returns the config with the coupling of the flow at `coupling.path`; with other couplings, the config itself.
+
+    model: the config of the velocity network. Raises FileNotFoundError or ValueError if the path has no flow, or if the
+    flow does not fit the network.
+
+    Example:
+        matching = with_flow(experiment.matching, experiment.model)
+    """
+    if not isinstance(matching.coupling, FromFlow):
+        return matching
+    return dataclasses.replace(matching, coupling=open_flow(matching.coupling.path, model))
+
+
+def open_flow(path: str, model: Any) -> FlowDistilled:
+    """Returns the coupling of the flow in a run directory, an exported folder, or a model that ships with flowgen.
+
+    Raises the same errors as `with_flow`.
+
+    Example:
+        coupling = open_flow("digits", experiment.model)
+    """
+    try:
+        run = RunReader(located(path))
+        with run.named():
+            plain = {name: value for name, value in run.config().items() if name != DIGEST}
+            if plain.get(TYPE) != FlowExperiment.__name__:
+                raise ValueError(f"this is the run of a {plain.get(TYPE)!s:.80}; give the run of a FlowExperiment.")
+            experiment = FlowExperiment.from_json(plain)
+            assert isinstance(experiment, FlowExperiment)
+            check_fits(experiment, model)
+            flow, reader = experiment.build(), run.checkpoints
+            step = reader.latest_step()
+            if step is None:
+                reader.check_not_broken()
+                raise FileNotFoundError(f"{path} has no checkpoint yet; train the flow first, or give another run.")
+            expected = jax.eval_shape(lambda: init(flow, jax.random.key(0)))
+            variables = reader.variables(step, expected["params"])
+    except (FileNotFoundError, ValueError) as error:
+        kind = FileNotFoundError if isinstance(error, FileNotFoundError) else ValueError
+        raise kind(f"{FIELD} '{path}': {error}") from error
+    return FlowDistilled(flow, jax.tree.map(jnp.asarray, variables))
+
+
+def check_fits(experiment: FlowExperiment, model: Any) -> None:
+    """Raises ValueError unless a flow models pixels like those that the velocity network is trained on.
+
+    Example:
+        check_fits(load("digits")[2], DiTConfig(image_size=8, channels=1))
+    """
+    flow = experiment.model
+    if experiment.codec is not None:
+        raise ValueError("this flow models latents of a codec; give a flow of pixels.")
+    if tuple(flow.event_shape) != tuple(model.event_shape):
+        raise ValueError(
+            f"this flow models samples of shape {tuple(flow.event_shape)}, but the velocity network models samples of "
+            f"shape {tuple(model.event_shape)}; give a flow that was trained on the same data."
+        )
+    if flow.text_dim or flow.num_classes not in (0, model.num_classes):
+        has = "texts" if flow.text_dim else f"{flow.num_classes} classes"
+        raise ValueError(
+            f"this flow has {has}, but model.num_classes is {model.num_classes}; give a flow with the same classes, or "
+            "without classes."
+        )
+    if not flow.noise_std:
+        raise ValueError("this flow was trained without noise (noise_std is 0); give one with a positive noise_std.")

@@ -1,0 +1,70 @@
+"""The orders in which blocks process tokens: raster order, its reverse, or any permutation; padding comes last.
+
+Samples with padding have orders of their own: the block's order of their tokens, and then their padding. In causal
+attention, no token then sees padding, so padding needs no mask.
+"""
+
+from __future__ import annotations
+
+from typing import Literal
+
+import jax.numpy as jnp
+import numpy as np
+from jaxtyping import Array, Bool, Float, Int, Shaped
+
+from flowgen.conditioning import AnyCondition, Padded
+
+RasterOrder = Literal["raster", "reversed"]
+# A permutation lists the raster index of the first token in the block's order, of the second one, and so on.
+TokenOrder = RasterOrder | tuple[int, ...]
+# The order of all samples, or the permutation of each.
+SampleOrder = TokenOrder | Int[Array, "b n"]
+
+
+def to_order(tokens: Shaped[Array, "*b n c"], order: SampleOrder) -> Shaped[Array, "*b n c"]:
+    """Returns tokens in a block's order, given in raster order."""
+    return _permuted(tokens, order, inverse=False)
+
+
+def to_raster(tokens: Shaped[Array, "*b n c"], order: SampleOrder) -> Shaped[Array, "*b n c"]:
+    """Returns tokens in raster order, given in a block's order; the inverse of `to_order`."""
+    return _permuted(tokens, order, inverse=True)
+
+
+def _permuted(tokens: Shaped[Array, "*b n c"], order: SampleOrder, *, inverse: bool) -> Shaped[Array, "*b n c"]:
+    if isinstance(order, str):
+        return tokens if order == "raster" else jnp.flip(tokens, axis=-2)
+    if isinstance(order, tuple):
+        places = np.argsort(order) if inverse else np.asarray(order)
+        return tokens[..., places, :]
+    places = jnp.argsort(order, axis=1) if inverse else order
+    return jnp.take_along_axis(tokens, places[:, :, None], axis=1)
+
+
+def permutation(order: TokenOrder, n: int) -> Int[np.ndarray, " n"]:
+    """Returns an order of n tokens as a permutation."""
+    if isinstance(order, str):
+        return np.arange(n) if order == "raster" else np.arange(n)[::-1]
+    return np.asarray(order)
+
+
+def order_without_padding(order: TokenOrder, mask: Bool[Array | np.ndarray, "b n"]) -> Int[Array, "b n"]:
+    """Returns the permutation of each sample, in which its tokens come in a block's order, and then its padding."""
+    places = jnp.asarray(permutation(order, mask.shape[1]))
+    return places[jnp.argsort(~jnp.asarray(mask)[:, places], axis=1, stable=True)]
+
+
+def without_padding(values: Float[Array, "b n c"], cond: AnyCondition | None) -> Float[Array, "b n c"]:
+    """Returns values of tokens, with 0 for padding."""
+    return jnp.where(jnp.asarray(cond.mask)[:, :, None], values, 0) if isinstance(cond, Padded) else values
+
+
+def check_permutation(order: tuple[int, ...], n: int, name: str) -> None:
+    """Raises ValueError unless an order is a permutation of 0..n-1. name: what the message calls the order."""
+    if len(order) != n:
+        raise ValueError(
+            f"{name} has {len(order)} entries, but there are {n} tokens; give a permutation of 0..{n - 1}."
+        )
+    missing = sorted(set(range(n)) - set(order))
+    if missing:
+        raise ValueError(f"{name} is not a permutation of 0..{n - 1}, because it lacks {missing[0]}; list each once.")

@@ -1,0 +1,270 @@
+"""Flows for vectors, sequences and sets: autoregressive transformer blocks on any tokens, under any context.
+
+A vector of d numbers or a sequence of n rows with c channels is divided into tokens of `group` consecutive numbers or
+rows. Every token is transformed, also the first one (shift "input", as in STARFlow, arXiv 2506.06276), so flows of a
+single number work too. Sets are padded sequences: `Padded` says which rows exist, and the density is that of these rows
+given their number. It depends on the order of the rows, as in every autoregressive model; shuffle them in training if
+their order means nothing.
+"""
+
+from __future__ import annotations
+
+import math
+from typing import Annotated, Any, Literal
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jaxtyping import Array, Bool, Float
+
+from flowgen.arrays import check_floating, shown
+from flowgen.backend import Implementation, Remat
+from flowgen.conditioning import Condition, Padded, Unpadded
+from flowgen.contexts import Context
+from flowgen.flows.affine import OwnScale
+from flowgen.flows.block import BlockConfig, softmax_shapes
+from flowgen.flows.contexts import check_labels_or_context, check_one_context, context_prefix
+from flowgen.flows.flow import AutoregressiveFlow
+from flowgen.flows.orders import TokenOrder, check_permutation
+from flowgen.nn.checks import check_implementation
+from flowgen.nn.layers import Activation
+from flowgen.nn.softmax_shape import SoftmaxShape
+from flowgen.nn.transformer import Attention, TransformerConfig
+from flowgen.settings import config
+from flowgen.settings.ranges import (
+    MAX_BLOCKS,
+    MAX_TOKENS,
+    Blocks,
+    Channels,
+    Classes,
+    CountOrZero,
+    Entries,
+    Expansion,
+    HeadDim,
+    Layers,
+    NonNegative,
+    Tokens,
+    Width,
+)
+from flowgen.transforms import MixtureMap
+
+Permutation = Annotated[tuple[CountOrZero, ...], Entries(1, MAX_TOKENS)]
+
+
+@config
+class TokenFlowConfig:
+    """Describes a flow for vectors `(d,)` or sequences `(n, c)`.
+
+    shape: shape of one sample: (d,) for vectors, or (n, c) for n rows with c channels.
+    group: number of consecutive numbers of a vector, or rows of a sequence, that form one token; it must divide d or n.
+    Within a block, the map of a token's numbers depends on the tokens before it, but not on each other.
+    width: number of channels of a token inside a block, a multiple of head_dim.
+    num_blocks: number of autoregressive blocks.
+    layers_per_block: number of transformer layers per block.
+    head_dim: number of channels per attention head; a block with fewer channels has one head.
+    expansion: width of the feed-forward layers, as a multiple of the block's width.
+    orders: order of the tokens in each block: "alternating" begins with raster order and reverses every second block,
+    "raster" uses raster order in all blocks, and a tuple gives one permutation of 0..tokens-1 per block.
+    padded: whether samples are padded; `cond` must then be a `Padded`, which says which rows exist.
+    num_classes: number of classes that the density is conditioned on; 0 for none.
+    context: the continuous context that the density is conditioned on: a VectorContext, a TokenContext or an
+    ImageContext; None for none.
+    scale_parameterisation: "exponential" or "softplus", which means σ = softplus(a + 0.5413) for the raw output a, or
+    your own function (shift, raw) -> (shift, log_scale).
+    mixture: the map by the CDF of a mixture, which replaces the affine map of each number and models several modes in
+    one block; None for the affine map. Guidance needs the affine map.
+    soft_clip: bound c of the map c · tanh(r / c), which is applied to the raw outputs of each block, such as scale and
+    shift; 0 for none. Data far outside of ±c need to be standardised.
+    attention: attention kernel of the layers: a name, or your own kernel.
+    attention_implementation: implementation of softmax attention: "auto", "xla", "cudnn" (for GPUs) or "tpu" (for
+    TPUs); see docs/attention.md.
+    activation: activation of the feed-forward layers.
+    noise_std: σ of the Gaussian training noise; 0 for none.
+    dtype: dtype of matrix products and activations; parameters, affine maps and log-determinants are at least float32.
+    remat: whether to save memory by recomputing activations in the backward pass instead of storing them; "auto" stores
+    them only in blocks with few layers on CPUs with huge pages, where this is faster.
+
+    Example:
+        config = TokenFlowConfig(shape=(5,), width=64, num_blocks=4, context=VectorContext(dim=8))
+    """
+
+    shape: tuple[Tokens] | tuple[Tokens, Channels]
+    group: Tokens = 1
+    width: Width = 64
+    num_blocks: Blocks = 4
+    layers_per_block: Layers = 2
+    head_dim: HeadDim = 64
+    expansion: Expansion = 4
+    orders: Literal["alternating", "raster"] | Annotated[tuple[Permutation, ...], Entries(1, MAX_BLOCKS)] = (
+        "alternating"
+    )
+    padded: bool = False
+    num_classes: Classes = 0
+    context: Context | None = None
+    scale_parameterisation: Literal["exponential", "softplus"] | OwnScale = "exponential"
+    mixture: MixtureMap | None = None
+    soft_clip: NonNegative = 4.0
+    attention: Attention = "softmax"
+    attention_implementation: Implementation = "auto"
+    activation: Activation = "gelu"
+    noise_std: NonNegative = 0.0
+    dtype: Literal["float32", "bfloat16", "float64"] = "float32"
+    remat: Remat = "auto"
+
+    def __post_init__(self):
+        check_implementation(self.attention_implementation, self.attention)
+        if self.width > self.head_dim and self.width % self.head_dim:
+            raise ValueError(
+                f"width is {self.width}, which is not a multiple of head_dim {self.head_dim}; change one of them."
+            )
+        if self.shape[0] % self.group:
+            raise ValueError(f"group is {self.group}, which does not divide shape[0] {self.shape[0]}; use a divisor.")
+        if self.padded and (len(self.shape) == 1 or self.group > 1):
+            raise ValueError(
+                f"padded is True, which needs sequences whose rows are tokens, but shape is {self.shape} and group is "
+                f"{self.group}; set shape to (rows, channels) and group to 1."
+            )
+        if self.mixture is not None and self.scale_parameterisation != "exponential":
+            raise ValueError(
+                f"mixture is {shown(self.mixture)}, which has scales of its own, but scale_parameterisation is "
+                f"{self.scale_parameterisation!r:.80}; leave it at 'exponential'."
+            )
+        check_one_context(self.num_classes, self.context, self.attention)
+        if isinstance(self.orders, tuple):
+            if len(self.orders) != self.num_blocks:
+                raise ValueError(
+                    f"orders has {len(self.orders)} permutations, but num_blocks is {self.num_blocks}; give one per "
+                    "block."
+                )
+            for index, order in enumerate(self.orders):
+                check_permutation(order, self.num_tokens, f"orders[{index}]")
+
+    def build(self) -> TokenFlow:
+        """Returns the flow that this config describes, without parameters."""
+        return TokenFlow(self)
+
+    @property
+    def event_shape(self) -> tuple[int, ...]:
+        """Shape of one sample."""
+        return self.shape
+
+    @property
+    def num_tokens(self) -> int:
+        """Number of tokens in one sample, padding included."""
+        return self.shape[0] // self.group
+
+    @property
+    def tokens_per_image(self) -> int:
+        """Number of tokens that are decoded together: all."""
+        return self.num_tokens
+
+    @property
+    def token_dim(self) -> int:
+        return self.group * math.prod(self.shape[1:])
+
+    @property
+    def num_dims(self) -> int:
+        """Number of values in one sample, padding included, over which nats per dimension are averaged."""
+        return math.prod(self.shape)
+
+    @property
+    def text_dim(self) -> int:
+        """Number of features per text token: 0, because a text is a `TokenContext` here."""
+        return 0
+
+    @property
+    def blocks(self) -> tuple[BlockConfig, ...]:
+        """The blocks from data to noise."""
+        transformer = TransformerConfig(
+            width=self.width,
+            num_layers=self.layers_per_block,
+            num_heads=max(1, self.width // self.head_dim),
+            expansion=self.expansion,
+            activation=self.activation,
+            attention=self.attention,
+            attention_implementation=self.attention_implementation,
+            dtype=self.dtype,
+            remat=self.remat,
+        )
+        return tuple(
+            BlockConfig(
+                num_tokens=self.num_tokens,
+                token_dim=self.token_dim,
+                order=self._order(index),
+                scale_parameterisation=self.scale_parameterisation,
+                num_classes=self.num_classes,
+                transformer=transformer,
+                shift="input",
+                soft_clip=self.soft_clip,
+                final_norm=True,
+                prefix=context_prefix(self.context),
+                slot_positions=True,
+                elementwise=self.mixture,
+            )
+            for index in range(self.num_blocks)
+        )
+
+    def _order(self, index: int) -> TokenOrder:
+        if isinstance(self.orders, tuple):
+            return self.orders[index]
+        return "reversed" if self.orders == "alternating" and index % 2 else "raster"
+
+    @property
+    def softmax_shapes(self) -> tuple[SoftmaxShape, ...]:
+        """The distinct shapes of the blocks' softmax attention."""
+        return softmax_shapes(self.blocks)
+
+    def check_samples(self, x: Array) -> None:
+        """Raises ValueError unless x is a floating-point batch of this model's samples."""
+        check_floating("x", x)
+        if x.shape[1:] != self.shape:
+            shape = ", ".join(map(str, self.shape))
+            raise ValueError(f"x has shape {tuple(x.shape)}; its shape must be (batch, {shape}).")
+
+    def to_tokens(self, x: Float[Array, "b *event"]) -> Float[Array, "b n token"]:
+        """Returns samples as tokens."""
+        return x.reshape(len(x), self.num_tokens, self.token_dim)
+
+    def to_images(self, tokens: Float[Array, "b n token"]) -> Float[Array, "b *event"]:
+        """Returns the samples with these tokens; the inverse of `to_tokens`."""
+        return tokens.reshape(len(tokens), *self.shape)
+
+    def check_cond(self, cond: Any, batch: int) -> Condition | None:
+        """Returns the condition as arrays or None. Raises ValueError if it does not fit this model and batch."""
+        if not self.padded:
+            if isinstance(cond, Padded):
+                raise ValueError(
+                    "cond is Padded, but this model's samples have no padding; set padded, or pass its cond."
+                )
+            return self._check_rest(cond, batch)
+        if not isinstance(cond, Padded):
+            raise ValueError(f"cond is {shown(cond)}; this model's samples are padded, so give Padded(mask, cond).")
+        return Padded(_checked_mask(cond.mask, (batch, self.num_tokens)), self._check_rest(cond.cond, batch))
+
+    def _check_rest(self, cond: Any, batch: int) -> Unpadded | None:
+        return check_labels_or_context(cond, self.num_classes, self.context, batch)
+
+
+class TokenFlow(AutoregressiveFlow):
+    """Exact-likelihood flow between vectors `b d` or sequences `b n c` and noise tokens `b tokens channels`.
+
+    In every method, `cond` is None, int32 labels `b` (-1 means unconditional), or the context that the config
+    describes. If samples are padded, it is a `Padded` with the mask of their rows and one of these. Samples are 0 at
+    padding, and what a caller passes there is ignored.
+
+    Example:
+        flow = TokenFlow(TokenFlowConfig(shape=(5,), context=VectorContext(dim=8)))
+        log_prob = flow.apply(params, theta, observations, method="log_prob")
+    """
+
+    config: TokenFlowConfig
+
+
+def _checked_mask(mask: Any, shape: tuple[int, int]) -> Bool[Array, "b n"]:
+    mask = mask if isinstance(mask, jax.Array) else np.asarray(mask)
+    if mask.shape != shape or mask.dtype != bool:
+        raise ValueError(
+            f"cond.mask must be bool of shape {shape}, True for rows that exist, False for padding; got {mask.dtype} "
+            f"of shape {tuple(mask.shape)}."
+        )
+    return jnp.asarray(mask)

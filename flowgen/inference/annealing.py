@@ -1,0 +1,280 @@
+"""Annealed importance sampling and sequential Monte Carlo, from a flow to a target in small steps.
+
+Samples of q are moved along the geometric path log p_β = (1 - β) log q + β log p̃, from β = 0 to β = 1. Stage t first
+weights the samples for the next density, then perhaps resamples them, then moves them with a kernel that leaves this
+density invariant:
+
+    log w <- log w + (β_t - β_{t-1}) (log p̃(x) - log q(x))
+
+With a fixed schedule, the mean of w at the end is unbiased for Z = ∫ p̃ (Neal 2001; Del Moral, Doucet & Jasra 2006),
+whatever the move and wherever samples were resampled.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax import lax
+from jax.core import Tracer
+from jaxtyping import Array, Float, Key
+
+from flowgen.arrays import check_count, check_floating, check_key, shown
+from flowgen.inference.densities import LogDensity, density_at, tempered, value_and_score
+from flowgen.weights import check_share, effective_sample_size, log_mean_exp, systematic_indices
+
+# (key, x `b *event`, log_density) -> (x, share of accepted proposals). The move leaves log_density invariant.
+Move = Callable[[Any, Any, LogDensity], tuple[Any, Any]]
+# Bisections of [β, 1]; more do not change a float32.
+BISECTIONS = 30
+
+
+class Annealed(NamedTuple):
+    """Samples of the target with their weights, and a report on the stages.
+
+    x, log_weight: weighted samples; log_mean_exp(log_weight) estimates log Z. After resampling, the samples depend on
+    each other, so find the error of an estimate from several runs with different keys.
+    betas: the inverse temperature of each stage. ess: effective sample size in each stage before resampling, as a
+    share. acceptance: share of accepted proposals in each stage. After the last stage of `anneal_adaptively`, these
+    are NaN.
+    """
+
+    x: Float[Array, "b *event"]
+    log_weight: Float[Array, " b"]
+    betas: Float[Array, " stages"]
+    ess: Float[Array, " stages"]
+    acceptance: Float[Array, " stages"]
+
+
+@dataclass(frozen=True)
+class MALA:
+    """The Metropolis-adjusted Langevin algorithm: x' = x + step_size ∇ log p(x) + √(2 step_size) N(0, I).
+
+    Each sample is accepted or rejected by itself (Roberts & Tweedie 1996). Proposals whose density is -inf or NaN are
+    rejected. An acceptance of about 0.6 is good.
+
+    step_size: a number, or an array that broadcasts against x. num_steps: proposals per call.
+
+    Raises ValueError if `num_steps` is not positive, or if a plain `step_size` is not positive.
+
+    Example:
+        x, acceptance = MALA(0.05, num_steps=5)(key, x, log_density)
+    """
+
+    step_size: Any = 0.1
+    num_steps: int = 1
+
+    def __post_init__(self):
+        check_count("num_steps", self.num_steps)
+        if isinstance(self.step_size, int | float) and not 0 < self.step_size < float("inf"):
+            raise ValueError(f"step_size is {self.step_size}; it must be positive and finite.")
+
+    def __call__(
+        self, key: Key[Array, ""], x: Float[Array, "b *event"], log_density: LogDensity
+    ) -> tuple[Float[Array, "b *event"], Float[Array, ""]]:
+        """Returns the moved samples, and the share of accepted proposals."""
+        axes = tuple(range(1, x.ndim))
+        step_size = jnp.asarray(self.step_size, x.dtype)
+
+        def log_transition(to, x, score):
+            """The log-density of the proposal, up to a constant."""
+            return -(jnp.square(to - x - step_size * score) / (4 * step_size)).sum(axis=axes)
+
+        def step(state, key):
+            x, log_p, score = state
+            noise_key, accept_key = jax.random.split(key)
+            new = x + step_size * score + jnp.sqrt(2 * step_size) * jax.random.normal(noise_key, x.shape, x.dtype)
+            new_log_p, new_score = value_and_score(log_density, new)
+            log_ratio = new_log_p + log_transition(x, new, new_score) - log_p - log_transition(new, x, score)
+            accepted = jnp.log(jax.random.uniform(accept_key, log_p.shape, log_p.dtype)) < log_ratio
+
+            def kept(new, old):
+                return jnp.where(accepted.reshape(-1, *[1] * (new.ndim - 1)), new, old)
+
+            state = kept(new, x), kept(new_log_p, log_p), kept(new_score, score)
+            return state, accepted.mean()
+
+        begin = (x, *value_and_score(log_density, x))
+        (x, *_), acceptance = lax.scan(step, begin, jax.random.split(key, self.num_steps))
+        return x, acceptance.mean()
+
+
+def anneal(
+    key: Key[Array, ""],
+    x: Float[Array, "b *event"],
+    log_q: LogDensity,
+    log_target: LogDensity,
+    move: Move,
+    *,
+    betas: Float[Array | np.ndarray, " t"],
+    resample_below: float = 0.5,
+) -> Annealed:
+    """Returns weighted samples of the target, annealed from samples of q over a fixed schedule.
+
+    The mean weight is unbiased for the normalising constant of the target. Stages run in a scan; inside `jax.jit`, all
+    of it is one program.
+
+    x: independent samples of q, such as those of `sample_and_log_prob`. log_q: their normalised log-density, such as
+    `flow_log_density(flow, params)`. log_target: log p̃. move: for example `MALA(step_size)`, or a kernel of another
+    library, as a function (key, x, log_density) -> (x, acceptance). betas: ascending from 0 to 1.
+    resample_below: resample if the effective sample size falls below this share. With 0, this is annealed importance
+    sampling; with 1, samples are resampled in each stage.
+
+    Raises ValueError if betas do not ascend from 0 to 1, or if a density is not one number per sample.
+
+    Example:
+        r = anneal(key, x, log_q, ManyWell(4).log_density, MALA(0.05), betas=jnp.linspace(0, 1, 21))
+    """
+    _check_start(key, x, resample_below)
+    if np.ndim(betas) != 1 or len(betas) < 2:
+        raise ValueError(f"betas is {shown(betas)}; give at least two numbers in one axis, ascending from 0 to 1.")
+    if not isinstance(betas, Tracer):
+        known = np.asarray(betas)
+        if known[0] != 0 or known[-1] != 1 or not (np.diff(known) > 0).all():
+            raise ValueError(f"betas run from {known[0]} to {known[-1]}; they must ascend from 0 to 1.")
+    betas = jnp.asarray(betas, x.dtype)
+
+    def stage(state, parts):
+        begin, end, key = parts
+        return _stage(state, begin, end, key, log_q, log_target, move, resample_below)
+
+    begin = _begin(x, log_q, log_target)
+    (x, log_weight, _), (ess, acceptance) = lax.scan(
+        stage, begin, (betas[:-1], betas[1:], jax.random.split(key, len(betas) - 1))
+    )
+    return Annealed(x, log_weight, betas[1:], ess, acceptance)
+
+
+def anneal_adaptively(
+    key: Key[Array, ""],
+    x: Float[Array, "b *event"],
+    log_q: LogDensity,
+    log_target: LogDensity,
+    move: Move,
+    *,
+    ess: float = 0.9,
+    max_stages: int = 100,
+    resample_below: float = 0.5,
+) -> Annealed:
+    """Returns weighted samples of the target, annealed over a schedule that is chosen on the way.
+
+    Each stage goes as far as `next_beta` allows. If `max_stages` is reached, the last stage goes to 1 in one step. The
+    mean weight is consistent for the normalising constant, but, unlike that of `anneal`, slightly biased, because the
+    schedule depends on the samples. For an unbiased estimate, pass the betas that this function found, with a 0 in
+    front, to `anneal` with another key.
+
+    ess: the effective sample size after each stage, as a share of that before it. Other arguments: as for `anneal`.
+
+    Raises ValueError if ess is not between 0 and 1, or if a density is not one number per sample.
+
+    Example:
+        r = anneal_adaptively(key, x, log_q, ManyWell(4).log_density, MALA(0.05), ess=0.9)
+    """
+    _check_start(key, x, resample_below)
+    check_share(ess)
+    check_count("max_stages", max_stages)
+
+    def unfinished(carry):
+        return carry[1] < 1
+
+    def stage(carry):
+        index, beta, key, state, reports = carry
+        key, own = jax.random.split(key)
+        allowed = next_beta(state[2], state[1], beta, ess)
+        end = jnp.where(index == max_stages - 1, 1, allowed)
+        state, found = _stage(state, beta, end, own, log_q, log_target, move, resample_below)
+        reports = [report.at[index].set(value) for report, value in zip(reports, (end, *found), strict=True)]
+        return index + 1, end, key, state, reports
+
+    state = _begin(x, log_q, log_target)
+    reports = [jnp.full(max_stages, jnp.nan, state[1].dtype)] * 3
+    start = (jnp.asarray(0), jnp.zeros((), state[1].dtype), key, state, reports)
+    *_, (x, log_weight, _), reports = lax.while_loop(unfinished, stage, start)
+    return Annealed(x, log_weight, *reports)
+
+
+def next_beta(
+    log_ratio: Float[Array, " b"], log_weight: Float[Array, " b"], beta: Float[Array, ""] | float, ess: float = 0.9
+) -> Float[Array, ""]:
+    """Returns the largest next β, at most 1, that keeps the share `ess` of the effective sample size, by bisection.
+
+    log_ratio: log p̃(x) - log q(x) of the samples that represent β. log_weight: their log weights.
+
+    Raises ValueError if ess is not between 0 and 1.
+
+    Example:
+        beta = next_beta(log_target(x) - log_q(x), jnp.zeros(len(x)), 0.0, ess=0.9)
+    """
+    check_share(ess)
+    beta = jnp.asarray(beta, log_weight.dtype)
+    least = ess * effective_sample_size(log_weight)
+
+    def kept(end):
+        return effective_sample_size(_weighted(log_weight, end - beta, log_ratio)) >= least
+
+    def halve(_, bounds):
+        low, high = bounds
+        middle = (low + high) / 2
+        enough = kept(middle)
+        return jnp.where(enough, middle, low), jnp.where(enough, high, middle)
+
+    _, high = lax.fori_loop(0, BISECTIONS, halve, (beta, jnp.ones_like(beta)))
+    return jnp.where(kept(jnp.ones_like(beta)), 1, high)
+
+
+State = tuple[Array, Array, Array]
+
+
+def _begin(x: Array, log_q: LogDensity, log_target: LogDensity) -> State:
+    """(x, log_weight, log_ratio) of samples of q."""
+    log_ratio = _log_ratio(x, log_q, log_target)
+    return x, jnp.zeros_like(log_ratio), log_ratio
+
+
+def _stage(
+    state: State,
+    begin: Array,
+    end: Array,
+    key: Array,
+    log_q: LogDensity,
+    log_target: LogDensity,
+    move: Move,
+    resample_below: float,
+) -> tuple[State, tuple[Array, Array]]:
+    """The state after weighting from β = begin to β = end, resampling and moving, with (ess, acceptance)."""
+    x, log_weight, log_ratio = state
+    resample_key, move_key = jax.random.split(key)
+    log_weight = _weighted(log_weight, end - begin, log_ratio)
+    ess = effective_sample_size(log_weight)
+
+    offset = jax.random.uniform(resample_key, dtype=ess.dtype)
+
+    def resampled(x, log_weight):
+        chosen = systematic_indices(log_weight, len(x), offset)
+        return x[chosen], jnp.full_like(log_weight, log_mean_exp(log_weight))
+
+    x, log_weight = lax.cond(ess < resample_below, resampled, lambda *unchanged: unchanged, x, log_weight)
+    x, acceptance = move(move_key, x, tempered(log_q, log_target, end))
+    return (x, log_weight, _log_ratio(x, log_q, log_target)), (ess, jnp.asarray(acceptance, ess.dtype))
+
+
+def _log_ratio(x: Array, log_q: LogDensity, log_target: LogDensity) -> Array:
+    """log p̃(x) - log q(x), and -inf outside the support of p, whatever q is there."""
+    log_p = density_at("log_target", log_target, x)
+    return jnp.where(jnp.isneginf(log_p), -jnp.inf, log_p - density_at("log_q", log_q, x))
+
+
+def _weighted(log_weight: Array, step: Array, log_ratio: Array) -> Array:
+    """The log weights after a step of β. Samples of weight 0 stay there."""
+    return jnp.where(jnp.isneginf(log_weight), -jnp.inf, log_weight + step * log_ratio)
+
+
+def _check_start(key: Any, x: Any, resample_below: float) -> None:
+    check_key(key)
+    check_floating("x", x)
+    if not 0 <= resample_below <= 1:
+        raise ValueError(f"resample_below is {resample_below}; give a share from 0 (never) to 1 (in each stage).")

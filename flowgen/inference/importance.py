@@ -1,0 +1,176 @@
+"""Importance weights: averages under a target density, and its normalising constant, from the samples of a flow.
+
+A flow q gives samples with their exact density. For a target p̃ = Z p, which may lack its normalising constant Z,
+
+    w = p̃(x) / q(x),  x ~ q        Z = E_q[w]        E_p[f] = E_q[w f] / E_q[w]
+
+Everything here takes log w in nats and is computed in log space. A log weight of -inf is a weight of 0: the sample lies
+outside the support of p.
+"""
+
+from __future__ import annotations
+
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, Float, Integer, Key, Num, PyTree
+
+from flowgen.arrays import at_least_float32, check_count, check_key, shown
+from flowgen.conditioning import AnyCondition
+from flowgen.decoding.plan import Plan
+from flowgen.decoding.sampler import sample_and_log_prob
+from flowgen.flows.block import Variables
+from flowgen.flows.density import Flow
+from flowgen.inference.densities import LogDensity, density_at
+from flowgen.weights import check_log_weight, log_mean_exp, systematic_indices
+
+
+class WeightedSamples(NamedTuple):
+    """Samples with the logarithms of their weights, in nats.
+
+    Weighted averages over x are averages under the target; see `self_normalised`.
+    """
+
+    x: Float[Array, "b *event"]
+    log_weight: Float[Array, " b"]
+
+
+class WeightedEstimate(NamedTuple):
+    """An estimate from weighted samples, and its standard error.
+
+    standard_error: the standard deviation that the value would have over independent sets of samples, by the delta
+    method. It is NaN for a single sample. With a small effective sample size, it is too small itself, because the
+    samples with the largest weights are missing.
+    """
+
+    value: Float[Array, "..."]
+    standard_error: Float[Array, "..."]
+
+
+def importance_sample(
+    flow: Flow,
+    params: Variables,
+    key: Key[Array, ""],
+    num: int | range | Integer[Array, " b"],
+    log_target: LogDensity,
+    cond: AnyCondition | None = None,
+    *,
+    plan: Plan | str = "auto",
+) -> WeightedSamples:
+    """Returns samples of the flow, weighted to represent the target: log w = log_target(x) - log q(x | cond).
+
+    log_target: x -> log p(x) `b`, in nats, up to a constant. num, cond, plan: as for `flowgen.decoding.sample`.
+
+    Raises ValueError for densities that are NaN or +inf (outside jit), and as `sample_and_log_prob` does.
+
+    Example:
+        s = importance_sample(flow, params, jax.random.key(0), 1_000, ManyWell(4).log_density)
+    """
+    r, log_prob = sample_and_log_prob(flow, params, key, num, cond, plan=plan)
+    return WeightedSamples(r.x, log_weights(density_at("log_target", log_target, r.x), log_prob))
+
+
+def log_weights(log_target: Float[Array, "*b"], log_prob: Float[Array, "*b"]) -> Float[Array, "*b"]:
+    """Returns log w = log_target - log_prob, in nats.
+
+    log_target: log-density of the target, up to a constant; -inf outside its support. log_prob: log-density of the
+    distribution that the samples come from.
+
+    Raises ValueError if the shapes differ, and, outside jit, if a weight would be NaN or infinite.
+
+    Example:
+        log_weight = log_weights(log_target(x), log_prob)
+    """
+    log_target, log_prob = at_least_float32("log_target", log_target), at_least_float32("log_prob", log_prob)
+    if log_target.shape != log_prob.shape:
+        raise ValueError(
+            f"log_target has shape {log_target.shape}, but log_prob has shape {log_prob.shape}; give one number per "
+            "sample in both."
+        )
+    check_log_weight(log_target, "log_target")
+    check_log_weight(log_prob, "log_prob")
+    log_weight = log_target - log_prob
+    check_log_weight(log_weight, "log_target - log_prob")
+    return log_weight
+
+
+def forward_effective_sample_size(log_weight: Float[Array, "*b"], axis: int = -1) -> Float[Array, "*rest"]:
+    """Returns the effective sample size as a share, from samples of the target: b² / (Σw Σ 1/w).
+
+    log_weight: log p̃(x) - log q(x) at samples x of p, not of q. For many samples, this share and
+    `effective_sample_size` at samples of q agree. This one also sees modes of the target that q misses, which samples
+    of q never reach, and is then near 0 (it is 0 if a weight is +inf).
+
+    Raises ValueError for NaN and -inf, outside jit: samples of the target have a positive density.
+
+    Example:
+        ess = forward_effective_sample_size(log_target(x) - log_q(x))
+    """
+    check_log_weight(-log_weight, "-log_weight")
+    return jnp.exp(-log_mean_exp(log_weight, axis) - log_mean_exp(-log_weight, axis))
+
+
+def log_normaliser(log_weight: Float[Array, "*b"], axis: int = -1) -> WeightedEstimate:
+    """Returns the estimate log Z = log mean w, in nats, and its standard error, std(w) / (mean(w) √b).
+
+    The mean of w is unbiased for Z, so the expected value of its logarithm is below log Z, by about half the square of
+    the standard error.
+
+    Raises ValueError for NaN and +inf, outside jit.
+
+    Example:
+        log_z, standard_error = log_normaliser(log_weight)
+    """
+    check_log_weight(log_weight)
+    value = log_mean_exp(log_weight, axis)
+    relative = jnp.exp(log_weight - jnp.expand_dims(value, axis))  # Its mean is 1.
+    count = log_weight.shape[axis]
+    return WeightedEstimate(value, jnp.sqrt(jnp.square(relative - 1).sum(axis=axis) / (count - 1) / count))
+
+
+def self_normalised(values: Num[Array, "b *shape"], log_weight: Float[Array, " b"]) -> WeightedEstimate:
+    """Returns the weighted mean Σ w f / Σ w, an estimate of E_p[f], and its standard error.
+
+    values: f(x) of each sample, perhaps an array; samples of weight 0 may have any value, even NaN. The standard error
+    is √(b / (b - 1) Σ w² (f - mean)²) / Σ w. The estimate is biased by a term of order 1 / b.
+
+    Raises ValueError if the number of samples differs, and for NaN and +inf in log_weight, outside jit.
+
+    Example:
+        mean, standard_error = self_normalised(s.x, s.log_weight)
+    """
+    check_log_weight(log_weight)
+    if jnp.shape(values)[:1] != log_weight.shape:
+        raise ValueError(
+            f"values is {shown(values)}, and log_weight has shape {log_weight.shape}; give one value per weight, "
+            "along the first axis."
+        )
+    share = jax.nn.softmax(log_weight).reshape(-1, *[1] * (values.ndim - 1))
+    values = jnp.where(share > 0, values, 0)
+    mean = (share * values).sum(axis=0)
+    count = len(values)
+    variance = jnp.square(share * (values - mean[None])).sum(axis=0) * count / (count - 1)
+    return WeightedEstimate(mean, jnp.sqrt(variance))
+
+
+def resample(key: Key[Array, ""], x: PyTree, log_weight: Float[Array, " b"], num: int | None = None) -> Any:
+    """Returns samples of equal weight, by systematic resampling: sample i appears num w_i / Σw times, rounded.
+
+    The rounding is up or down at random, so that the expected number of times is exact. Systematic resampling has a
+    lower variance than independent draws (Douc, Cappé & Moulines 2005, section 2.4).
+
+    x: an array, or a tree of arrays, with one row per weight. num: the number of samples to return; None means as many
+    as there are weights. Copies of the same sample lie side by side.
+
+    Raises ValueError for NaN and +inf in log_weight, outside jit, and if `num` is not positive.
+
+    Example:
+        x = resample(key, s.x, s.log_weight)
+    """
+    check_key(key)
+    check_log_weight(log_weight)
+    num = len(log_weight) if num is None else num
+    check_count("num", num)
+    chosen = systematic_indices(log_weight, num, jax.random.uniform(key, dtype=log_weight.dtype))
+    return jax.tree.map(lambda part: part[chosen], x)

@@ -1,0 +1,120 @@
+"""Mixtures of flows, of parameters, or of classes: their density, and stratified samples.
+
+q(x) = Σ_k π_k q_k(x)
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jaxtyping import Array, Float, Key
+
+from flowgen.arrays import check_count, check_key, shown
+from flowgen.decoding.plan import Plan
+from flowgen.decoding.sampler import sample
+from flowgen.flows.block import Variables
+from flowgen.flows.density import Flow, check_flow
+from flowgen.inference.densities import flow_log_density
+
+
+class Component(NamedTuple):
+    """One component of a mixture: a flow, its parameters and perhaps a class.
+
+    label: the class of all samples; None for a flow without classes.
+    """
+
+    flow: Flow
+    params: Variables
+    label: int | None = None
+
+    def cond(self, num: int) -> Array | None:
+        """The labels of `num` samples."""
+        return None if self.label is None else jnp.full(num, self.label, jnp.int32)
+
+
+def mixture_log_prob(log_probs: Float[Array, "k *b"], log_weight: Float[Array, " k"]) -> Float[Array, "*b"]:
+    """Returns log Σ_k π_k q_k(x), in nats, with π = softmax(log_weight).
+
+    log_probs: log q_k(x) of each component; -inf outside its support.
+
+    Raises ValueError if the number of components differs.
+
+    Example:
+        log_q = mixture_log_prob(jnp.stack([log_q_0, log_q_1]), jnp.log(jnp.array([0.3, 0.7])))
+    """
+    if log_weight.shape != log_probs.shape[:1]:
+        raise ValueError(
+            f"log_probs has shape {log_probs.shape}, and log_weight has shape {log_weight.shape}; give one weight per "
+            "component, along the first axis."
+        )
+    shares = jax.nn.log_softmax(log_weight).reshape(-1, *[1] * (log_probs.ndim - 1))
+    return jax.nn.logsumexp(shares + log_probs, axis=0)
+
+
+def stratified_counts(shares: Sequence[float | int] | np.ndarray, num: int) -> tuple[int, ...]:
+    """Returns how many of `num` samples each component gives: num π_k, rounded so that the total is num.
+
+    The components with the largest remainders round up. shares: π, up to a common factor.
+
+    Raises ValueError if shares are negative, not finite or all 0, or if `num` is not positive.
+
+    Example:
+        stratified_counts([0.5, 0.25, 0.25], 10)  # (5, 3, 2)
+    """
+    check_count("num", num)
+    given = np.asarray(shares, np.float64)
+    if given.ndim != 1 or not (np.isfinite(given).all() and (given >= 0).all() and given.sum() > 0):
+        raise ValueError(f"shares is {given.tolist()}; give one number per component, none negative and not all 0.")
+    exact = num * given / given.sum()
+    counts = np.floor(exact).astype(int)
+    for index in np.argsort(counts - exact, kind="stable")[: num - counts.sum()]:
+        counts[index] += 1
+    return tuple(counts.tolist())
+
+
+def sample_mixture(
+    components: Sequence[Component],
+    key: Key[Array, ""],
+    num: int,
+    shares: Sequence[float | int] | None = None,
+    *,
+    plan: Plan | str = "auto",
+) -> tuple[Float[Array, "b *event"], Float[Array, " b"]]:
+    """Returns stratified samples of a mixture, and the log-density with which they were drawn, in nats.
+
+    Component k gives `stratified_counts(shares, num)[k]` samples, in the order of the components. The density is that
+    of the mixture whose shares are these counts / num. Importance weights with it are exact for any number of samples,
+    and have a lower variance than those of random components (Owen & Zhou 2000, deterministic mixtures).
+
+    components: flows of the same event shape. shares: π, up to a common factor; None means equal shares.
+
+    Raises ValueError if there is no component, or if shares are not one number per component.
+
+    Example:
+        x, log_q = sample_mixture([Component(flow, old), Component(flow, new)], jax.random.key(0), 100)
+    """
+    check_key(key)
+    if not components:
+        raise ValueError("components is empty; give at least one Component(flow, params).")
+    for component in components:
+        if not isinstance(component, Component):
+            raise ValueError(f"components contains {shown(component)}; give Component(flow, params, label).")
+        check_flow(component.flow, component.params)
+    shares = [1.0] * len(components) if shares is None else shares
+    if len(shares) != len(components):
+        raise ValueError(f"shares has {len(shares)} numbers; give one for each of the {len(components)} components.")
+    counts = stratified_counts(shares, num)
+    keys = jax.random.split(key, len(components))
+    x = jnp.concatenate(
+        [
+            sample(part.flow, part.params, key, count, part.cond(count), plan=plan, denoise=False).x
+            for part, key, count in zip(components, keys, counts, strict=True)
+            if count
+        ]
+    )
+    log_probs = [flow_log_density(part.flow, part.params, part.cond(num))(x) for part in components]
+    return x, mixture_log_prob(jnp.stack(log_probs), jnp.log(jnp.asarray(counts, log_probs[0].dtype)))

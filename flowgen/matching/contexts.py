@@ -1,0 +1,149 @@
+"""How velocity networks accept contexts: checks, and layers that embed a context as one vector or as channels.
+
+A sample without a context, and padding inside a context, are masked: their values have no effect, even if they are NaN.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+from flax import linen as nn
+from jaxtyping import Array, Bool, Float
+
+from flowgen.conditioning import ContextTokens, check_labels
+from flowgen.contexts import Context, ContextConfig, ImageContext, check_context
+from flowgen.nn.checks import image_sides
+from flowgen.nn.layers import unpatchify
+
+
+class Given(NamedTuple):
+    """A context inside a network: tokens that are 0 where the mask is False."""
+
+    tokens: Float[Array, "b m e"]
+    mask: Bool[Array, "b m"]
+
+
+def check_one_condition(num_classes: int, context: Context | None) -> None:
+    """Raises ValueError if a network has both classes and a context.
+
+    Example:
+        check_one_condition(10, None)
+    """
+    if num_classes and context is not None:
+        raise ValueError(
+            f"num_classes is {num_classes} and context is {context}; a network has one condition, so set num_classes "
+            "to 0 or context to None. A TokenContext can contain an embedding of the class."
+        )
+
+
+def check_condition(config: Any, cond: Any, batch: int) -> Any:
+    """Returns a network's condition as int32 labels, `ContextTokens` or None.
+
+    config: a network's config; one without a field `context` accepts labels or None. Raises ValueError unless cond fits
+    it.
+
+    Example:
+        cond = check_condition(network.config, observations, len(x))
+    """
+    context = getattr(config, "context", None)
+    if context is not None:
+        return check_context(cond, context, batch)
+    return check_labels(cond, num_classes=config.num_classes, batch=batch)
+
+
+def context_of(context: ContextConfig, cond: ContextTokens | None, batch: int, dtype: Any) -> Given:
+    """Returns a context with padding set to 0. None becomes a context of padding alone, so both mean the same.
+
+    Example:
+        tokens, mask = context_of(config.context, None, batch=8, dtype=jnp.float32)
+    """
+    if cond is None:
+        shape = (batch, context.length, context.dim)
+        return Given(jnp.zeros(shape, dtype), jnp.zeros(shape[:2], bool))
+    tokens, mask = jnp.asarray(cond.tokens, dtype), jnp.asarray(cond.mask)
+    return Given(jnp.where(mask[:, :, None], tokens, 0), mask)
+
+
+def same_size(context: Context | None, image_hw: tuple[int, int]) -> bool:
+    """Returns whether a context is an image as large as the network's images, so that it can be added as channels.
+
+    Example:
+        same_size(ImageContext(image_size=32), (32, 32))  # True
+    """
+    return isinstance(context, ImageContext) and image_sides(context.image_size) == image_hw
+
+
+def shrunk_context(context: Context | None, image_hw: tuple[int, int], small_hw: tuple[int, int]) -> Context | None:
+    """Returns the context of a network whose images shrink to `small_hw`; an image of the same size shrinks with them.
+
+    Example:
+        context = shrunk_context(config.context, (32, 32), (8, 8))
+    """
+    if not (isinstance(context, ImageContext) and same_size(context, image_hw)):
+        return context
+    return dataclasses.replace(context, image_size=small_hw, patch_size=1)
+
+
+def as_channels(context: ImageContext, given: Given) -> Float[Array, "b height width c_and_one"]:
+    """Returns an image context with one more channel: 1 for pixels that are given and 0 for those of masked patches.
+
+    Example:
+        x = jnp.concatenate([x, as_channels(config.context, given)], axis=-1)
+    """
+    known = jnp.repeat(given.mask[:, :, None].astype(given.tokens.dtype), context.patch_size**2, axis=2)
+    image_hw = image_sides(context.image_size)
+    parts = [unpatchify(z, context.patch_size, image_hw, "channel_last") for z in (given.tokens, known)]
+    return jnp.concatenate(parts, axis=-1)
+
+
+def masked_mean(tokens: Float[Array, "b m d"], given: Given) -> Float[Array, "b d"]:
+    """Returns the mean of each sample's tokens, which must be finite, without padding; 0 if it has none.
+
+    Example:
+        e = masked_mean(layer(given.tokens), given)
+    """
+    weight = given.mask[:, :, None].astype(tokens.dtype)
+    return (tokens * weight).sum(axis=1) / jnp.maximum(weight.sum(axis=1), 1)
+
+
+class TokenEmbedding(nn.Module):
+    """down(silu(up(token))) for each token of a context.
+
+    dense: a function of (features, fan_in, name) that returns a layer.
+
+    Example:
+        e = TokenEmbedding(width=256, dense=normal_dense).apply(params, given.tokens)
+    """
+
+    width: int
+    dense: Callable[..., nn.Module]
+
+    @nn.compact
+    def __call__(self, tokens: Float[Array, "b m e"]) -> Float[Array, "b m d"]:
+        up = self.dense(self.width, tokens.shape[-1], name="up")(tokens)
+        return self.dense(self.width, self.width, name="down")(jax.nn.silu(up))
+
+
+class ContextEmbedding(nn.Module):
+    """Embeds a context as one vector per sample: the mean of its embedded tokens, or a learned vector if it has none.
+
+    The order of the tokens has no effect. dense: see `TokenEmbedding`. none_std: standard deviation of the initial
+    learned vector.
+
+    Example:
+        e = ContextEmbedding(width=256, dense=normal_dense, none_std=0.02).apply(params, given)
+    """
+
+    width: int
+    dense: Callable[..., nn.Module]
+    none_std: float
+
+    @nn.compact
+    def __call__(self, given: Given) -> Float[Array, "b d"]:
+        mean = masked_mean(TokenEmbedding(self.width, self.dense, name="tokens")(given.tokens), given)
+        none = self.param("none", nn.initializers.normal(self.none_std), (self.width,), jnp.float32)
+        return jnp.where(given.mask.any(axis=1)[:, None], mean, jnp.asarray(none, mean.dtype)[None])

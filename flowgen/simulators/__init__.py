@@ -1,0 +1,7 @@
+"""Simulators with known likelihoods, at which estimated posteriors are compared with exact ones."""
+
+from flowgen.simulators.simulator import Simulator
+from flowgen.simulators.slcp import SLCP
+from flowgen.simulators.two_moons import TwoMoons
+
+__all__ = ["SLCP", "Simulator", "TwoMoons"]

@@ -1,0 +1,130 @@
+"""The interface of simulators: a uniform prior, a random map from parameters to observations, and its density."""
+
+from __future__ import annotations
+
+from abc import abstractmethod
+from typing import Protocol
+
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, Float, Key
+
+
+class Simulator(Protocol):
+    """A simulator, whose parameters are inferred from observations. Subclasses define the fields and three methods.
+
+    name: a short name, such as "two_moons".
+    low, high: the bounds of the parameters, one number per parameter. The prior is uniform between them.
+    observation_dim: the number of values of an observation.
+    fixed_observations: observations at which methods are compared, the same for all users.
+
+    All methods but `reference_samples` can be compiled with `jax.jit`, and compute in float32 or float64.
+
+    Example:
+        simulator: Simulator = TwoMoons()
+        parameters, observations = simulator.sample_joint(key, 10_000)
+    """
+
+    name: str
+    low: tuple[float, ...]
+    high: tuple[float, ...]
+    observation_dim: int
+    fixed_observations: tuple[tuple[float, ...], ...]
+
+    @property
+    def parameter_dim(self) -> int:
+        """Returns the number of parameters."""
+        return len(self.low)
+
+    @property
+    def observations(self) -> Float[Array, "i k"]:
+        """Returns the fixed observations.
+
+        Example:
+            observation = TwoMoons().observations[0]
+        """
+        return jnp.array(self.fixed_observations)
+
+    def sample_prior(self, key: Key[Array, ""], num: int) -> Float[Array, "num d"]:
+        """Returns parameters that are drawn from the prior.
+
+        Example:
+            parameters = simulator.sample_prior(key, 1000)
+        """
+        low, high = jnp.array([self.low]), jnp.array([self.high])
+        return low + (high - low) * jax.random.uniform(key, (num, self.parameter_dim))
+
+    @abstractmethod
+    def simulate(self, key: Key[Array, ""], parameters: Float[Array, "n d"]) -> Float[Array, "n k"]:
+        """Returns one random observation for each row of parameters.
+
+        Example:
+            observations = simulator.simulate(key, parameters)
+        """
+        ...
+
+    def sample_joint(self, key: Key[Array, ""], num: int) -> tuple[Float[Array, "num d"], Float[Array, "num k"]]:
+        """Returns parameters from the prior and an observation of each: the training data of a posterior flow.
+
+        Example:
+            parameters, observations = simulator.sample_joint(key, 10_000)
+        """
+        prior_key, noise_key = jax.random.split(key)
+        parameters = self.sample_prior(prior_key, num)
+        return parameters, self.simulate(noise_key, parameters)
+
+    @abstractmethod
+    def log_likelihood(
+        self, parameters: Float[Array, "n d"], observation: Float[Array, " k"] | Float[Array, "n k"]
+    ) -> Float[Array, " n"]:
+        """Returns log p(observation | parameters) in nats; its integral over observations is 1.
+
+        observation: one for all rows of parameters, or one for each.
+
+        Example:
+            log_prob = simulator.log_likelihood(parameters, observations)
+        """
+        ...
+
+    def log_prior(self, parameters: Float[Array, "n d"]) -> Float[Array, " n"]:
+        """Returns the log-density of the prior in nats; -inf outside the bounds.
+
+        Example:
+            log_prob = simulator.log_prior(parameters)
+        """
+        low, high = jnp.array([self.low]), jnp.array([self.high])
+        inside = ((parameters >= low) & (parameters <= high)).all(axis=1)
+        return jnp.where(inside, -jnp.log(high - low).sum(), -jnp.inf)
+
+    def log_posterior(
+        self, parameters: Float[Array, "n d"], observation: Float[Array, " k"] | Float[Array, "n k"]
+    ) -> Float[Array, " n"]:
+        """Returns log p(parameters, observation): the log-density of the posterior plus the log-evidence, in nats.
+
+        Example:
+            unnormalised = simulator.log_posterior(parameters, simulator.observations[0])
+        """
+        prior = self.log_prior(parameters)
+        likelihood = self.log_likelihood(parameters, observation)
+        return jnp.where(jnp.isneginf(prior), prior, prior + likelihood)
+
+    @abstractmethod
+    def reference_samples(self, key: Key[Array, ""], num: int, index: int) -> Float[Array, "num d"]:
+        """Returns independent samples of the exact posterior of fixed observation `index`, in float32.
+
+        Raises ValueError if there is no such observation, or if there are fewer than `num` samples.
+
+        Example:
+            reference = simulator.reference_samples(key, 10_000, 0)
+        """
+        ...
+
+    def check_index(self, index: int) -> None:
+        """Raises ValueError if there is no fixed observation of this index.
+
+        Example:
+            simulator.check_index(0)
+        """
+        count = len(self.fixed_observations)
+        if not 0 <= index < count:
+            raise ValueError(f"index is {index}; {self.name} has the observations 0 to {count - 1}.")

@@ -1,0 +1,107 @@
+"""Two moons: two parameters, two observed values, and a posterior of two crescents whose samples are known exactly.
+
+An observation is a random point of a crescent, moved by a map of the parameters (Greenberg et al., arXiv 1905.07488;
+the constants are those of Lueckmann et al., arXiv 2101.04653, T.8):
+
+    (1)  x = p + (-|z₁|, z₂),  z₁ = (θ₁ + θ₂) / √2,  z₂ = (θ₂ - θ₁) / √2
+    (2)  p = (r cos a + 0.25, r sin a),  a ~ U(-π/2, π/2),  r ~ N(0.1, 0.01²)
+
+The map θ -> z is a rotation, so that the prior is uniform in z too, and the posterior of z is the density of the p that
+solve (1): |z₁| = p₁ - x₁ and z₂ = x₂ - p₂. Both signs of z₁ are equally likely.
+"""
+
+from __future__ import annotations
+
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, Bool, Float, Key
+
+from flowgen.simulators.simulator import Simulator
+
+CENTRE = 0.25  # of the crescent, along the first axis
+RADIUS, RADIUS_STD = 0.1, 0.01
+MOST_ROUNDS = 1000  # of redrawing samples of the posterior outside the prior
+
+
+class TwoMoons(Simulator):
+    """The simulator of two moons; see the module's description. The prior is uniform on [-1, 1]².
+
+    Observation 0 is (0, 0), whose posterior is the pair of crescents that papers show. The others were drawn once.
+
+    Example:
+        simulator = TwoMoons()
+        reference = simulator.reference_samples(key, 10_000, 0)
+    """
+
+    name = "two_moons"
+    low, high = (-1.0, -1.0), (1.0, 1.0)
+    observation_dim = 2
+    fixed_observations = ((0.0, 0.0), (-0.022, -0.628), (-0.69, 0.173), (-0.659, -0.348))
+
+    def simulate(self, key: Key[Array, ""], parameters: Float[Array, "n 2"]) -> Float[Array, "n 2"]:
+        return _crescent(key, len(parameters)) + _shift(parameters)
+
+    def log_likelihood(
+        self, parameters: Float[Array, "n 2"], observation: Float[Array, " 2"] | Float[Array, "n 2"]
+    ) -> Float[Array, " n"]:
+        """Returns log p(x | θ) = log N(r; 0.1, 0.01²) - log(π r) in nats, with r and a of (2); -inf if |a| > π/2.
+
+        The density 1 / (π r) belongs to the angle. The likelihood in the code of sbibm omits it.
+        """
+        p = jnp.broadcast_to(observation, parameters.shape) - _shift(parameters)
+        across, along = p[:, 0] - CENTRE, p[:, 1]
+        radius = jnp.sqrt(jnp.maximum(across**2 + along**2, jnp.finfo(p.dtype).tiny))
+        log_radius = jax.scipy.stats.norm.logpdf(radius, RADIUS, RADIUS_STD)
+        return jnp.where(across >= 0, log_radius - jnp.log(jnp.pi * radius), -jnp.inf)
+
+    def sample_posterior(self, key: Key[Array, ""], num: int, observation: Float[Array, " 2"]) -> Float[Array, "num 2"]:
+        """Returns exact, independent samples of the posterior.
+
+        Points p of the crescent are drawn, and (1) is solved for θ. Where that gives a negative |z₁| or leaves the
+        prior, the point is drawn again; after 1,000 rounds, as for an observation that cannot be, the sample is NaN.
+
+        Example:
+            reference = TwoMoons().sample_posterior(key, 10_000, jnp.zeros(2))
+        """
+
+        def unfinished(state):
+            rounds, _, found = state
+            return (rounds < MOST_ROUNDS) & ~found.all()
+
+        def draw_again(state):
+            rounds, parameters, found = state
+            proposed, fits = self._proposal(jax.random.fold_in(key, rounds), num, observation)
+            return rounds + 1, jnp.where((fits & ~found)[:, None], proposed, parameters), found | fits
+
+        blank = jnp.full((num, 2), jnp.nan, observation.dtype)
+        return jax.lax.while_loop(unfinished, draw_again, (0, blank, jnp.zeros(num, bool)))[1]
+
+    def reference_samples(self, key: Key[Array, ""], num: int, index: int) -> Float[Array, "num 2"]:
+        """Returns exact samples of the posterior of fixed observation `index`; see `sample_posterior`."""
+        self.check_index(index)
+        return self.sample_posterior(key, num, self.observations[index])
+
+    def _proposal(
+        self, key: Key[Array, ""], num: int, observation: Float[Array, " 2"]
+    ) -> tuple[Float[Array, "num 2"], Bool[Array, " num"]]:
+        """Returns solutions θ of (1) for random points of the crescent, and whether they are in the posterior."""
+        crescent_key, sign_key = jax.random.split(key)
+        p = _crescent(crescent_key, num)
+        size, second = p[:, 0] - observation[0], observation[1] - p[:, 1]
+        first = size * jax.random.rademacher(sign_key, (num,), size.dtype)
+        parameters = jnp.stack([first - second, first + second], axis=1) / jnp.sqrt(2.0).astype(p.dtype)
+        return parameters, (size >= 0) & jnp.isfinite(self.log_prior(parameters))
+
+
+def _crescent(key: Key[Array, ""], num: int) -> Float[Array, "num 2"]:
+    """Returns points p of (2)."""
+    angle_key, radius_key = jax.random.split(key)
+    angle = jnp.pi * (jax.random.uniform(angle_key, (num,)) - 0.5)
+    radius = RADIUS + RADIUS_STD * jax.random.normal(radius_key, (num,))
+    return jnp.stack([radius * jnp.cos(angle) + CENTRE, radius * jnp.sin(angle)], axis=1)
+
+
+def _shift(parameters: Float[Array, "n 2"]) -> Float[Array, "n 2"]:
+    """Returns (-|z₁|, z₂) of (1)."""
+    first, second = parameters[:, 0], parameters[:, 1]
+    return jnp.stack([-jnp.abs(first + second), second - first], axis=1) / jnp.sqrt(2.0).astype(parameters.dtype)

@@ -1,0 +1,193 @@
+"""Transforms from bounded to unbounded variables: intervals, positive values and shares that sum to 1.
+
+All keep float32's precision close to the borders. There, u is computed from the distance to the closer border, and
+logdet from log-sigmoids of u, which neither overflow nor cancel.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax.core import Tracer
+from jaxtyping import Array, Float
+
+from flowgen.arrays import check_count
+from flowgen.transforms.events import (
+    EVENT_NDIM,
+    Numbers,
+    Pair,
+    as_field,
+    check_values,
+    exp_within_range,
+    of_events,
+    pytree,
+    sum_over_event,
+)
+
+# The largest distance between the sum of shares and 1 that is taken for rounding, and divided out.
+SHARES_TOLERANCE = 1e-3
+
+
+@pytree
+@dataclass(frozen=True, eq=False)
+class Box:
+    """Maps each entry from its interval (low, high) to the real line.
+
+    Both bounds are finite: u = log((x - low) / (high - x)), whose inverse is a scaled sigmoid. One is infinite:
+    u = log(exp(x - low) - 1) or u = -log(exp(high - x) - 1), whose inverse is a softplus. Both are infinite: u = x.
+    Softplus is close to the identity far from the bound, so x is finite for every finite u, and errors of u are not
+    multiplied. It depends on the unit of x: scale x to about 1 first, by `Standardise`, or use `Positive` for values
+    that span several orders of magnitude.
+
+    The interval is open. `inverse` returns values strictly inside of it, even if rounding would reach a bound.
+
+    low, high: bounds, which are broadcast to the shape of an event; -inf and inf for none. event_ndim: number of axes
+    of an event.
+
+    Raises ValueError unless low < high for all entries. `forward` raises ValueError unless x is strictly between the
+    bounds; if x or a bound is traced, u is infinite or NaN instead.
+
+    Example:
+        u, logdet = Box(low=jnp.asarray([0.0, -1.0]), high=jnp.asarray([1.0, jnp.inf])).forward(x)
+    """
+
+    low: Numbers
+    high: Numbers
+    event_ndim: int = EVENT_NDIM
+
+    def __post_init__(self):
+        low, high = (as_field(self, name) for name in ("low", "high"))
+        check_count("event_ndim", self.event_ndim)
+        if isinstance(low, Tracer) or isinstance(high, Tracer):
+            return
+        try:
+            low, high = np.broadcast_arrays(low, high)
+        except ValueError:
+            raise ValueError(f"low has shape {low.shape} and high {high.shape}; give shapes that fit.") from None
+        wrong = ~((low < high) & (low < np.inf) & (high > -np.inf))
+        if wrong.any():
+            raise ValueError(f"low is {low[wrong][0]} and high is {high[wrong][0]}; low must be below high.")
+
+    def forward(self, x: Float[Array, "..."]) -> Pair:
+        """Returns u and log|det du/dx|."""
+        x, low, high = of_events(self.event_ndim, x, low=self.low, high=self.high)
+        check_values("x", x, (x > low) & (x < high), "values must be strictly between low and high")
+        has_low, has_high = jnp.isfinite(low), jnp.isfinite(high)
+        above_low, below_high = jnp.where(has_low, x - low, 1), jnp.where(has_high, high - x, 1)
+        one = jnp.where(has_low, _inverse_softplus(above_low), -_inverse_softplus(below_high))
+        u = jnp.where(has_low & has_high, jnp.log(above_low) - jnp.log(below_high), one)
+        u = jnp.where(has_low | has_high, u, x)
+        return u, sum_over_event(self.event_ndim, _log_slope(u, low, high))
+
+    def inverse(self, u: Float[Array, "..."]) -> Pair:
+        """Returns x and log|det du/dx|."""
+        u, low, high = of_events(self.event_ndim, u, low=self.low, high=self.high)
+        has_low, has_high = jnp.isfinite(low), jnp.isfinite(high)
+        from_low, from_high = jnp.where(has_low, low, 0), jnp.where(has_high, high, 0)
+        width = from_high - from_low
+        both = jnp.where(u < 0, from_low + width * jax.nn.sigmoid(u), from_high - width * jax.nn.sigmoid(-u))
+        one = jnp.where(has_low, from_low + jax.nn.softplus(u), from_high - jax.nn.softplus(-u))
+        x = jnp.where(has_low & has_high, both, jnp.where(has_low | has_high, one, u))
+        return _strictly_within(x, low, high), sum_over_event(self.event_ndim, _log_slope(u, low, high))
+
+
+@pytree
+@dataclass(frozen=True)
+class Positive:
+    """Maps each positive entry to u = log x.
+
+    Use it for values that span several orders of magnitude, such as scales and rates. Another unit of x only shifts u.
+    Use `Box(0.0, jnp.inf)` for values of about the same size, whose errors it does not multiply. x is limited to the
+    normal numbers of its dtype, which float32 reaches at u of about -87 and 88.
+
+    event_ndim: number of axes of an event.
+
+    `forward` raises ValueError unless x is positive and finite; if x is traced, u is infinite or NaN instead.
+
+    Example:
+        u, logdet = Positive().forward(x)
+    """
+
+    event_ndim: int = EVENT_NDIM
+
+    def __post_init__(self):
+        check_count("event_ndim", self.event_ndim)
+
+    def forward(self, x: Float[Array, "..."]) -> Pair:
+        """Returns u and log|det du/dx|."""
+        (x,) = of_events(self.event_ndim, x)
+        check_values("x", x, (x > 0) & (x < jnp.inf), "values must be positive and finite")
+        u = jnp.log(x)
+        return u, sum_over_event(self.event_ndim, -u)
+
+    def inverse(self, u: Float[Array, "..."]) -> Pair:
+        """Returns x and log|det du/dx|."""
+        (u,) = of_events(self.event_ndim, u)
+        return exp_within_range(u), sum_over_event(self.event_ndim, -u)
+
+
+@pytree
+@dataclass(frozen=True)
+class Simplex:
+    """Maps k positive shares that sum to 1, on the last axis, to k - 1 unbounded values, the additive log-ratios.
+
+    u_i = log(x_i / x_k) for i < k, and the inverse is the softmax of (u, 0), so equal shares have u = 0. The first
+    k - 1 shares determine the last one. The density of x is with respect to the Lebesgue measure of the first k - 1:
+
+        log|det du/dx| = -Σ_i log x_i   over all k shares
+
+    Unlike stick-breaking, this treats all shares alike, except that the last one is the denominator.
+
+    event_ndim: number of axes of an event; each of its rows is a simplex.
+
+    `forward` raises ValueError unless all shares are positive and sum to 1 within 0.001. If x is traced, it is only
+    divided by its sum, and u is infinite or NaN if a share is not positive.
+
+    Example:
+        u, logdet = Simplex().forward(jnp.asarray([[0.2, 0.3, 0.5]]))  # u `1 2`
+    """
+
+    event_ndim: int = EVENT_NDIM
+
+    def __post_init__(self):
+        check_count("event_ndim", self.event_ndim)
+
+    def forward(self, x: Float[Array, "..."]) -> Pair:
+        """Returns u, whose last axis is shorter by 1, and log|det du/dx|."""
+        (x,) = of_events(self.event_ndim, x)
+        if x.shape[-1] < 2:
+            raise ValueError(f"x has shape {x.shape}; give at least two shares on the last axis.")
+        total = x.sum(axis=-1, keepdims=True)
+        check_values("x", x, x > 0, "shares must be positive")
+        check_values("the sum of x", total, jnp.abs(total - 1) <= SHARES_TOLERANCE, "shares must sum to 1")
+        log_x = jnp.log(x) - jnp.log(total)
+        return log_x[..., :-1] - log_x[..., -1:], sum_over_event(self.event_ndim, -log_x)
+
+    def inverse(self, u: Float[Array, "..."]) -> Pair:
+        """Returns x, whose last axis is longer by 1, and log|det du/dx|."""
+        (u,) = of_events(self.event_ndim, u)
+        log_x = jax.nn.log_softmax(jnp.pad(u, (*((0, 0),) * (u.ndim - 1), (0, 1))))
+        return exp_within_range(log_x), sum_over_event(self.event_ndim, -log_x)
+
+
+def _inverse_softplus(x: Array) -> Array:
+    """log(exp(x) - 1) for x > 0."""
+    return x + jnp.log(-jnp.expm1(-x))
+
+
+def _log_slope(u: Array, low: Array, high: Array) -> Array:
+    """log du/dx of each entry. The derivative dx/du is the product of a sigmoid per bound, and of the width."""
+    has_low, has_high = jnp.isfinite(low), jnp.isfinite(high)
+    log_width = jnp.log(jnp.where(has_low & has_high, high - low, 1))
+    return -log_width - jnp.where(has_low, jax.nn.log_sigmoid(u), 0) - jnp.where(has_high, jax.nn.log_sigmoid(-u), 0)
+
+
+def _strictly_within(x: Array, low: Array, high: Array) -> Array:
+    """x, moved to the closest normal number inside of (low, high)."""
+    tiny = jnp.finfo(x.dtype).tiny
+    least = jnp.maximum(jnp.nextafter(low, jnp.full_like(low, jnp.inf)), low + tiny)
+    most = jnp.minimum(jnp.nextafter(high, jnp.full_like(high, -jnp.inf)), high - tiny)
+    return jnp.clip(x, jnp.where(jnp.isfinite(low), least, low), jnp.where(jnp.isfinite(high), most, high))

@@ -1,0 +1,92 @@
+"""Effective sample size of weights and systematic resampling, for flow matching and importance sampling.
+
+Weights are given by their logarithms, in nats, so that they neither overflow nor vanish. A log weight of -inf is a
+weight of 0.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax.core import Tracer
+from jaxtyping import Array, Float, Int
+
+from flowgen.arrays import check_floating
+
+
+def check_log_weight(log_weight: Any, name: str = "log_weight") -> None:
+    """Raises ValueError unless log weights are floating-point numbers or -inf.
+
+    The values are checked only outside jit, and only if this host has all of them.
+
+    Example:
+        check_log_weight(log_weight)
+    """
+    check_floating(name, log_weight)
+    if isinstance(log_weight, Tracer) or not getattr(log_weight, "is_fully_addressable", True):
+        return
+    values = np.asarray(log_weight, np.float64)
+    wrong = {"NaN": np.isnan(values).sum(), "+inf": np.isposinf(values).sum()}
+    found = " and ".join(f"{count} × {kind}" for kind, count in wrong.items() if count)
+    if found:
+        raise ValueError(
+            f"{name} contains {found} among {values.size} values; log weights must be numbers or -inf (weight 0), so "
+            "check the two log-densities at these samples."
+        )
+
+
+def check_share(ess: float) -> None:
+    """Raises ValueError unless ess, an effective sample size as a share of the samples, is above 0 and below 1.
+
+    Example:
+        check_share(0.5)
+    """
+    if not 0 < ess < 1:
+        raise ValueError(f"ess is {ess}; it must be above 0 and below 1.")
+
+
+def effective_sample_size(log_weight: Float[Array, "*b"], axis: int = -1) -> Float[Array, "*rest"]:
+    """Returns Kish's effective sample size as a share of the b samples, (Σw)² / (b Σw²), between 1/b and 1.
+
+    Multiply it by b for the number of samples that still count. If all weights are 0, it is 0.
+
+    Raises ValueError for NaN and +inf, outside jit.
+
+    Example:
+        ess = effective_sample_size(log_weight)
+    """
+    check_log_weight(log_weight)
+    top = log_weight.max(axis=axis, keepdims=True)
+    w = jnp.exp(log_weight - jnp.where(jnp.isneginf(top), 0, top))
+    square_of_sum, sum_of_squares = jnp.square(w.sum(axis=axis)), jnp.square(w).sum(axis=axis)
+    return square_of_sum / jnp.where(sum_of_squares == 0, 1, log_weight.shape[axis] * sum_of_squares)
+
+
+def log_mean_exp(x: Float[Array, "*b"], axis: int = -1) -> Float[Array, "*rest"]:
+    """Returns the log of the mean of exp(x).
+
+    Example:
+        log_normaliser = log_mean_exp(log_weight)
+    """
+    return jax.nn.logsumexp(x, axis=axis) - jnp.log(x.shape[axis])
+
+
+def systematic_indices(
+    log_weight: Float[Array, " b"], num: int, offset: Float[Array, ""] | float = 0.5
+) -> Int[Array, " num"]:
+    """Returns `num` indices in ascending order, of which index i appears num w_i / Σw times, rounded up or down.
+
+    The points (k + offset) / num, k = 0 ... num - 1, are looked up in the cumulative weights. If `offset` is uniform in
+    [0, 1), the expected number of times is exact, which is systematic resampling. Weights of 0 are never chosen.
+
+    Example:
+        chosen = x[systematic_indices(log_weight, len(x), jax.random.uniform(key))]
+    """
+    ends = jnp.cumsum(jax.nn.softmax(log_weight))
+    ends = ends / ends[-1]
+    points = (jnp.arange(num) + offset) / num
+    # Rounding may bring the last point to 1, behind all weights.
+    return jnp.minimum(jnp.searchsorted(ends, points, side="right"), jnp.searchsorted(ends, ends[-1]))

@@ -1,0 +1,385 @@
+"""Flows on vectors, sequences and sets, and continuous contexts in all flows: laws over a table, mostly in float64."""
+
+import dataclasses
+from functools import partial
+from math import erf
+
+import jax
+import jax.numpy as jnp
+import laws
+import numpy as np
+import pytest
+from conftest import rows
+from tolerances import NETWORK, assert_close
+
+import flowgen
+from flowgen.conditioning import ContextTokens, Padded, TextCondition
+from flowgen.contexts import ImageContext, TokenContext, VectorContext
+from flowgen.data import Batch
+from flowgen.decoding import Guidance, Jacobi, Sequential, SlidingWindow, invert, sample, sample_and_log_prob
+from flowgen.flows import AutoregressiveBlock, TokenFlowConfig, block_parameters
+from flowgen.flows.batches import batch_condition
+from flowgen.flows.objective import nll_objective
+from flowgen.transforms import MixtureMap
+
+EXACT = 1e-10  # float64: a few hundred operations on numbers of magnitude 1
+SMALL = {"width": 16, "head_dim": 8, "num_blocks": 2, "layers_per_block": 1}
+ORDER = (3, 1, 0, 4, 2)
+MASK = np.array([[1, 1, 1, 1, 1], [1, 1, 0, 0, 0], [0, 1, 0, 1, 1]], bool)
+TOKENS = TokenContext(length=3, dim=2)
+TOKEN_MASK = np.array([[1, 1, 1], [0, 0, 0], [1, 0, 1]], bool)
+
+
+def floats(*shape, seed=5):
+    return np.random.default_rng(seed).standard_normal(shape)
+
+
+def context():
+    return ContextTokens(floats(3, 3, 2), TOKEN_MASK)
+
+
+STAR = {"image_size": (4, 6), "patch_size": 2, "channels": 1, "width": 20, "head_dim": 20, "layers_per_block": (1, 1)}
+CASES = {
+    "vector": (TokenFlowConfig(shape=(6,), group=2, **SMALL), lambda: None),
+    "one number": (TokenFlowConfig(shape=(1,), **SMALL), lambda: None),
+    "permuted": (TokenFlowConfig(shape=(5, 3), orders=(ORDER, ORDER[::-1]), **SMALL), lambda: None),
+    "classes": (TokenFlowConfig(shape=(4, 2), num_classes=3, **SMALL), lambda: np.array([0, -1, 2])),
+    "padded": (TokenFlowConfig(shape=(5, 2), padded=True, **SMALL), lambda: Padded(MASK)),
+    "vector context": (TokenFlowConfig(shape=(4,), context=VectorContext(dim=3), **SMALL), lambda: floats(3, 3)),
+    "padded, permuted, context": (
+        TokenFlowConfig(shape=(5, 2), padded=True, orders=(ORDER, ORDER[::-1]), context=TOKENS, **SMALL),
+        lambda: Padded(MASK, context()),
+    ),
+    "mixture": (TokenFlowConfig(shape=(4,), mixture=MixtureMap(components=3), **SMALL), lambda: None),
+    "padded mixture": (
+        TokenFlowConfig(shape=(5, 2), padded=True, mixture=MixtureMap(components=2, kind="logistic"), **SMALL),
+        lambda: Padded(MASK),
+    ),
+    "padded, context, running state": (
+        TokenFlowConfig(shape=(5, 2), padded=True, attention="retention", context=TOKENS, **SMALL),
+        lambda: Padded(MASK, context()),
+    ),
+    "image from image": (
+        flowgen.TARFlowConfig(image_size=4, channels=1, patch_size=2, context=ImageContext((4, 6), 1, 2), **SMALL),
+        lambda: floats(3, 4, 6, 1),
+    ),
+    "latents from tokens": (
+        flowgen.STARFlowConfig(context=dataclasses.replace(TOKENS, length=3), conditioned_blocks="all", **STAR),
+        context,
+    ),
+}
+# Cases that others cover in part.
+ALIKE = (
+    *("one number", "permuted", "classes", "padded", "padded mixture", "padded, context, running state"),
+    "latents from tokens",
+)
+PLANS = (Sequential(), Jacobi(window=2, tol=0.0), Jacobi(tol=0.0), SlidingWindow(window=2, tol=0.0))
+
+
+def case(name, dtype="float32"):
+    """Returns (flow, perturbed variables, samples without values at padding, condition)."""
+    config, cond = CASES[name]
+    scale = 0.2 if isinstance(config, TokenFlowConfig) else 0.05  # A TARFlow clips no outputs.
+    flow, params = laws.perturbed(dataclasses.replace(config, dtype=dtype), jax.random.key(0), scale=scale)
+    cond = jax.tree.map(lambda part: jnp.asarray(part, dtype if part.dtype == float else None), cond())
+    x = jnp.asarray(floats(3, *config.event_shape, seed=6), dtype)
+    return flow, params, exists(x, cond), cond
+
+
+def exists(x, cond):
+    return jnp.where(cond.mask[:, :, None], x, 0) if isinstance(cond, Padded) else x
+
+
+def row(cond, index):
+    return jax.tree.map(lambda part: part[index : index + 1], cond)
+
+
+def sizes(x, cond, index):
+    """The indices of a sample's values that exist."""
+    of_row = np.ones(x.shape[1:], bool)
+    if isinstance(cond, Padded):
+        of_row &= np.asarray(cond.mask[index])[:, None]
+    return of_row.reshape(-1)
+
+
+@pytest.fixture(params=rows(CASES, ALIKE))
+def name(request):
+    return request.param
+
+
+def test_logdet_is_slogdet_over_what_exists_and_every_plan_inverts(name, x64):
+    flow, params, x, cond = case(name, "float64")
+    z, logdet = laws.apply(flow, params, x, cond)
+
+    @jax.jit
+    def jacobian(x, cond):
+        return jax.jacfwd(lambda x: flow.apply(params, x[None], cond, method="forward")[0][0].reshape(-1))(x)
+
+    for index in range(len(x)):
+        kept = sizes(x, cond, index)
+        matrix = np.asarray(jacobian(x[index], row(cond, index))).reshape(x[index].size, -1)
+        if x.ndim < 4:  # patches have another order of values than images
+            assert np.all(matrix[~kept][:, kept] == 0)
+            assert np.all(matrix[kept][:, ~kept] == 0)
+            matrix = matrix[kept][:, kept]
+        np.testing.assert_allclose(logdet[index], np.linalg.slogdet(matrix)[1], atol=EXACT)
+    for plan in PLANS:
+        r = invert(flow, params, z, cond, plan=plan)
+        np.testing.assert_allclose(r.x, x, atol=EXACT)
+        assert not r.unsolved.any()
+
+
+def test_the_density_sums_the_terms_of_the_tokens_that_exist(name, x64):
+    flow, params, x, cond = case(name, "float64")
+    z, logdet = laws.apply(flow, params, x, cond)
+    of_values = -0.5 * (np.square(np.asarray(z)) + np.log(2 * np.pi)).reshape(len(x), -1)
+    expected = [of_values[i][sizes(x, cond, i)].sum() + logdet[i] for i in range(len(x))]
+    np.testing.assert_allclose(laws.apply(flow, params, x, cond, method="log_prob"), expected, atol=EXACT)
+    terms, _ = laws.apply(flow, params, x, cond, method="token_log_prob")
+    np.testing.assert_allclose(terms.sum(axis=1), expected, atol=EXACT)
+
+
+def test_samples_have_the_density_that_is_returned_with_them(name, key):
+    flow, params, x, cond = case(name)
+    r, log_prob = sample_and_log_prob(flow, params, key, 3, cond)
+    assert r.x.shape == x.shape
+    assert_close(laws.apply(flow, params, r.x, cond, method="log_prob"), log_prob, NETWORK)
+    np.testing.assert_array_equal(r.x, exists(r.x, cond))
+    last = sample(flow, params, key, range(2, 3), row(cond, 2), denoise=False).x
+    assert_close(last[0], r.x[2], NETWORK)
+
+
+def test_without_a_context_a_sample_is_unconditional(name):
+    flow, params, x, cond = case(name)
+    if flow.config.context is None:
+        return
+    mask = cond.mask if isinstance(cond, Padded) else None
+    inner = cond.cond if isinstance(cond, Padded) else cond
+    dropped = ContextTokens(jnp.ones((3, flow.config.context.length, flow.config.context.dim)), jnp.zeros((3, 0)) > 0)
+    dropped = dropped._replace(mask=jnp.zeros(dropped.tokens.shape[:2], bool))
+    none, zero, given = (
+        laws.apply(flow, params, x, part if mask is None else Padded(mask, part), method="log_prob")
+        for part in (None, dropped, inner)
+    )
+    assert_close(zero, none, NETWORK)
+    assert jnp.abs(given - none).max() > 0.01
+
+
+@pytest.mark.parametrize(
+    "name", ["padded, permuted, context", pytest.param("image from image", marks=pytest.mark.slow)]
+)
+def test_guidance_by_a_context_is_the_same_for_every_plan_and_changes_samples(name, key):
+    flow, params, _, cond = case(name)
+    draw = partial(sample, flow, params, key, 3, cond, denoise=False, guidance=Guidance(scale=1.0))
+    one = draw(plan=Sequential(), certify=True)
+    assert_close(draw(plan=Jacobi(tol=0.0)).x, one.x, NETWORK)
+    assert one.error.max() < 1e-4
+    assert jnp.abs(one.x - sample(flow, params, key, 3, cond, denoise=False).x).max() > 0.01
+
+
+def test_guidance_needs_the_affine_map(key):
+    config = TokenFlowConfig(shape=(4,), num_classes=3, mixture=MixtureMap(components=2), **SMALL)
+    flow, params = laws.perturbed(config, key)
+    with pytest.raises(ValueError, match="it combines affine maps, and this flow has another map; leave it out"):
+        sample(flow, params, key, 2, jnp.array([0, 1]), guidance=Guidance(scale=1.0))
+
+
+def test_a_mixture_flow_has_gradients_of_its_samples(x64):
+    flow, params, _, _ = case("mixture", "float64")
+    z, direction = jnp.asarray(floats(2, 4, 1, seed=11)), jnp.asarray(floats(2, 4, 1, seed=12))
+
+    def loss(z):
+        return jnp.square(invert(flow, params, z, plan=Jacobi(tol=0.0)).x).sum()
+
+    slope = (loss(z + 1e-5 * direction) - loss(z - 1e-5 * direction)) / 2e-5
+    np.testing.assert_allclose(jnp.vdot(jax.grad(loss)(z), direction), slope, rtol=1e-6)  # step², third derivative
+
+
+@pytest.mark.parametrize("attention", ["softmax", pytest.param("nala", marks=pytest.mark.slow), "retention"])
+def test_padding_never_changes_a_density(attention, x64):
+    """Neither its values, its places and its amount in a sample, nor those in a context."""
+    config = TokenFlowConfig(
+        shape=(5, 2), padded=True, orders="raster", context=TOKENS, attention=attention, dtype="float64", **SMALL
+    )
+    _, params = laws.perturbed(config, jax.random.key(0), scale=0.2)
+    x, tokens = floats(1, 3, 2), floats(1, 2, 2, seed=7)
+
+    def log_prob(places, length, context_places, context_length, filler):
+        longer = dataclasses.replace(config, shape=(length, 2), context=TokenContext(context_length, 2))
+        padded = jnp.full((1, length, 2), filler).at[:, np.array(places)].set(x)
+        mask = jnp.zeros((1, length), bool).at[:, np.array(places)].set(True)
+        values = jnp.full((1, context_length, 2), filler).at[:, np.array(context_places)].set(tokens)
+        context_mask = jnp.zeros((1, context_length), bool).at[:, np.array(context_places)].set(True)
+        table = {
+            name: {**block, "pos_embed": jnp.resize(block["pos_embed"], (length, 16))}
+            for name, block in params["params"].items()
+        }
+        cond = Padded(mask, ContextTokens(values, context_mask))
+        return longer.build().apply({"params": table}, padded, cond, method="log_prob")[0]
+
+    expected = log_prob((0, 1, 2), 3, (0, 1), 2, 0.0)
+    for arguments in (
+        ((0, 1, 2), 5, (0, 1), 2, 0.0),
+        ((1, 2, 4), 5, (0, 1), 3, 7.0),
+        ((0, 2, 4), 8, (1, 3), 4, -1e3),
+        ((5, 6, 7), 8, (2, 4), 5, np.nan),
+    ):
+        np.testing.assert_allclose(log_prob(*arguments), expected, atol=EXACT)
+
+
+def test_a_block_sees_only_the_tokens_before_it_in_its_order(x64):
+    flow, params, x, cond = case("padded, permuted, context", "float64")
+    block = AutoregressiveBlock(flow.config.blocks[0])
+    jacobian = jax.jacfwd(lambda x: block.apply(block_parameters(params, 0), x, cond, method="parameters")[0])(x)
+    depends = np.abs(np.asarray(jacobian)).sum(axis=(2, 5))  # batch, token, batch, token
+    for index in range(len(x)):
+        order = [place for place in ORDER if MASK[index, place]]
+        expected = np.zeros((5, 5), bool)
+        for number, place in enumerate(order):
+            expected[place, order[:number]] = True
+        np.testing.assert_array_equal(depends[index, :, index] > 0, expected)
+
+
+def test_a_masked_contextual_block_equals_an_independent_formula(x64):
+    flow, params, x, cond = case("padded, permuted, context", "float64")
+    weights = jax.tree.map(np.asarray, params["params"]["blocks_0"])
+    z, logdet = AutoregressiveBlock(flow.config.blocks[0]).apply({"params": weights}, x, cond)
+    for index in range(len(x)):
+        places = [place for place in ORDER if MASK[index, place]]
+        tokens = np.asarray(cond.cond.tokens)[index][TOKEN_MASK[index]]
+        expected, log_det = numpy_block(weights, np.asarray(x)[index][places], tokens)
+        np.testing.assert_allclose(np.asarray(z)[index][places], expected, atol=EXACT)
+        np.testing.assert_allclose(logdet[index], log_det, atol=EXACT)
+
+
+def numpy_block(weights, x, tokens, head_dim=8, clip=4.0):
+    """One block with one layer, token by token: x in the block's order and the context, both without padding."""
+
+    def linear(part, h):
+        return h @ part["kernel"] + part["bias"]
+
+    def layer_norm(part, h):
+        centred = h - h.mean()
+        return centred / np.sqrt(np.square(centred).mean() + 1e-5) * part["scale"] + part["bias"]
+
+    def gelu(h):
+        return np.array([0.5 * v * (1 + erf(v / np.sqrt(2))) for v in h])
+
+    layer = jax.tree.map(lambda leaf: leaf[0], weights["layers"])
+    previous = [weights["start_token"], *x[:-1]]
+    h = [linear(weights["proj_prefix"], token) for token in tokens]
+    h += [linear(weights["proj_in"], p) + weights["pos_embed"][i] for i, p in enumerate(previous)]
+    qkv = [np.split(linear(layer["attention"]["qkv"], layer_norm(layer["attention_norm"], v)), 3) for v in h]
+    after = []
+    for t in range(len(h)):
+        heads = []
+        for head in range(0, len(h[0]), head_dim):
+            part = slice(head, head + head_dim)
+            logits = np.array([qkv[t][0][part] @ qkv[s][1][part] for s in range(t + 1)]) / np.sqrt(head_dim)
+            share = np.exp(logits - logits.max())
+            heads.append(sum(w * qkv[s][2][part] for s, w in enumerate(share / share.sum())))
+        v = h[t] + linear(layer["attention"]["proj"], np.concatenate(heads))
+        after.append(
+            v + linear(layer["mlp"]["down"], gelu(linear(layer["mlp"]["up"], layer_norm(layer["mlp_norm"], v))))
+        )
+    z, log_det = [], 0.0
+    for value, v in zip(x, after[len(tokens) :], strict=True):
+        normed = v / np.sqrt(np.square(v).mean() + 1e-6) * (1 + weights["final_norm"]["weight"])
+        log_scale, shift = np.split(clip * np.tanh(linear(weights["proj_out"], normed) / clip), 2)
+        z.append((value - shift) * np.exp(-log_scale))
+        log_det -= log_scale.sum()
+    return np.array(z), log_det
+
+
+@pytest.mark.parametrize("dim", [1, 2])
+def test_densities_of_few_numbers_integrate_to_1(dim, x64):
+    config = TokenFlowConfig(shape=(dim,), context=VectorContext(dim=2), dtype="float64", **SMALL)
+    flow, params = laws.perturbed(config, jax.random.key(0), scale=0.2)
+    side = np.linspace(-40, 40, 1601)
+    grid = np.stack(np.meshgrid(*[side] * dim, indexing="ij"), axis=-1)
+    cond = np.array([0.3, -1.0])
+    log_prob = jax.jit(jax.vmap(lambda x: flow.apply(params, x[None], jnp.asarray(cond)[None], method="log_prob")[0]))
+    total = np.exp(jax.lax.map(log_prob, grid.reshape(-1, 1601, dim))).sum() * (side[1] - side[0]) ** dim
+    # The trapezoidal rule is exact to rounding for smooth densities that vanish at the ends.
+    np.testing.assert_allclose(total, 1, atol=1e-6)
+
+
+def test_a_network_that_embeds_the_context_is_trained_with_the_flow(x64):
+    flow, params, x, cond = case("padded, permuted, context", "float64")
+    sets = jnp.asarray(floats(3, 3, 4, seed=8))
+
+    def loss(matrix):
+        context = ContextTokens(jnp.tanh(sets @ matrix), cond.cond.mask)
+        return flow.apply(params, x, Padded(cond.mask, context), method="log_prob").sum()
+
+    matrix, direction = jnp.asarray(floats(4, 2, seed=9)), jnp.asarray(floats(4, 2, seed=10))
+    slope = (loss(matrix + 1e-5 * direction) - loss(matrix - 1e-5 * direction)) / 2e-5
+    np.testing.assert_allclose(jnp.vdot(jax.grad(loss)(matrix), direction), slope, rtol=1e-6)  # step², third derivative
+
+
+def test_the_objective_is_the_density_of_batches_of_numbers(name, key):
+    flow, params, x, cond = case(name)
+    if x.ndim == 4:
+        return
+    loss, metrics = jax.jit(nll_objective(flow))(params, Batch(x, cond), key)
+    log_prob = laws.apply(flow, params, x, cond, method="log_prob")
+    assert_close(metrics["nats_per_dim"], -log_prob.mean() / flow.config.num_dims, NETWORK)
+    gradient = jax.jit(jax.grad(lambda p: nll_objective(flow)(p, Batch(x, cond), jax.random.key(1))[0]))(params)
+    assert all(jnp.isfinite(leaf).all() for leaf in jax.tree.leaves(gradient))
+    assert jnp.isfinite(loss)
+
+
+def test_dropout_makes_that_share_of_contexts_unconditional(key):
+    flow = TokenFlowConfig(shape=(2,), context=VectorContext(dim=1), **SMALL).build()
+    batch = Batch(jnp.zeros((4000, 2)), jnp.ones((4000, 1)))
+    condition = batch_condition(flow, 0.25, None)
+    dropped = condition(flowgen.rows.batch_rows(batch, key, 4000), batch, ())
+    share = 1 - dropped.mask.mean()
+    assert abs(share - 0.25) < 5 * np.sqrt(0.25 * 0.75 / 4000)
+
+
+def test_texts_are_contexts_too():
+    flow, params, x, cond = case("padded, permuted, context")
+    text = TextCondition(cond.cond.tokens, cond.cond.mask)
+    of_text = laws.apply(flow, params, x, Padded(cond.mask, text), method="log_prob")
+    np.testing.assert_array_equal(of_text, laws.apply(flow, params, x, cond, method="log_prob"))
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"group": 4}, r"group is 4, which does not divide shape\[0\] 6; use a divisor"),
+        ({"shape": (6, 2), "group": 2, "padded": True}, r"padded is True, which needs sequences"),
+        ({"orders": ((0, 1, 2, 3, 4, 5),)}, r"orders has 1 permutations, but num_blocks is 2"),
+        ({"orders": ((0, 1, 2, 3, 4, 5), (0, 1, 2, 3, 4))}, r"orders\[1\] has 5 entries for 6 tokens"),
+        ({"orders": ((0, 1, 2, 3, 4, 5), (0, 1, 2, 3, 4, 4))}, r"orders\[1\] is not a permutation of 0..5"),
+        ({"num_classes": 3, "context": VectorContext(2)}, r"num_classes is 3 and context is a VectorContext"),
+        ({"mixture": MixtureMap(), "scale_parameterisation": "softplus"}, r"leave it at 'exponential'"),
+        ({"width": 20}, r"width is 20, which is not a multiple of head_dim 8"),
+    ],
+)
+def test_a_config_that_cannot_work_is_refused(change, message):
+    with pytest.raises(ValueError, match=message):
+        TokenFlowConfig(**{"shape": (6,), **SMALL, **change})
+
+
+@pytest.mark.parametrize(
+    ("name", "cond", "message"),
+    [
+        ("padded", None, r"cond is None; this model's samples are padded, so give Padded\(mask, cond\)"),
+        ("padded", Padded(MASK[:, :4]), r"cond.mask must be bool of shape \(3, 5\)"),
+        ("padded", Padded(MASK.astype(np.float32)), r"cond.mask must be bool of shape \(3, 5\)"),
+        ("vector", Padded(MASK), r"cond is Padded, but this model's samples have no padding"),
+        ("vector", np.zeros((3, 2), np.float32), r"num_classes is 0"),
+        ("vector context", np.zeros((3, 2), np.float32), r"needs one vector per sample, as floats of shape \(3, 3\)"),
+        ("vector context", np.array([0, 1, 2]), r"needs one vector per sample"),
+        ("classes", ContextTokens(np.zeros((3, 1, 1)), np.ones((3, 1), bool)), r"does not accept; give labels or None"),
+        ("image from image", np.zeros((3, 4, 4, 1), np.float32), r"needs one image per sample"),
+    ],
+)
+def test_a_condition_that_does_not_fit_is_refused(name, cond, message, untyped):
+    flow, params, x, _ = case(name)
+    with pytest.raises(ValueError, match=message):
+        flow.apply(params, x, cond, method="log_prob")
+    with pytest.raises(ValueError, match=message):
+        sample(flow, params, jax.random.key(0), 3, cond)
