@@ -37,6 +37,18 @@ COLUMNS = {
 }
 SECONDS = {"seconds_per_256_samples": "s per 256 samples"}  # Not for the pair: flowgen draws the samples of both sides.
 
+SINGLE = """## Other models, one seed
+
+These models have the same budget, batches and learning rates, and about 3.3 million parameters. Unlike the TARFlows,
+they average their parameters. Each row is **a single run**, so small differences mean nothing. A DiT works on patches
+of 4 x 4 pixels; its samples take 25 steps of Heun's method. The STARFlow's budget includes its autoencoder, which gets
+a fifth of it, and the encoding of the images.
+
+The likelihoods are comparable neither with one another nor with those above: a DiT's belongs to 100 test images with
+uniform noise, a STARFlow's to its own latents of all test images.
+
+"""
+
 
 def collect(work: Path, out: Path) -> list[dict[str, Any]]:
     """Writes the results of all evaluated runs, and the tables and pictures of the documentation."""
@@ -78,14 +90,14 @@ def pair_table(rows: list[dict[str, Any]]) -> str:
 
 
 def single_table(rows: list[dict[str, Any]]) -> str:
-    """Returns the table of the runs with one seed; empty if there are none."""
+    """Returns the section on the runs with one seed; empty if there are none."""
     columns = {name: title for name, title in COLUMNS.items() if name != "bits_per_dim"} | SECONDS
     lines = [["one seed", "likelihood", *columns.values()]]
     for row in rows:
         if row["name"] not in PAIR and "frechet" in row:
             values = [spread([row[name]], name) for name in columns]
             lines.append([NAMES[row["name"]], likelihood(row), *values])
-    return markdown(lines) if len(lines) > 1 else ""
+    return f"{SINGLE}{markdown(lines)}\n" if len(lines) > 1 else ""
 
 
 def likelihood(row: dict[str, Any]) -> str:
