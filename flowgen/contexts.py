@@ -15,7 +15,7 @@ import numpy as np
 from jaxtyping import Array, Float
 
 from flowgen.arrays import shown
-from flowgen.conditioning import ContextTokens, TextCondition
+from flowgen.conditioning import ContextTokens, TextCondition, check_labels
 from flowgen.nn.checks import check_patches, image_sides
 from flowgen.nn.layers import patchify
 from flowgen.settings import config
@@ -142,6 +142,31 @@ class ImageContext:
 
 
 Context = VectorContext | TokenContext | ImageContext
+
+
+def check_one_condition(num_classes: int, context: Context | None) -> None:
+    """Raises ValueError if a model has both classes and a context."""
+    if num_classes and context is not None:
+        raise ValueError(
+            f"num_classes is {num_classes} and context is {shown(context)}; a model has one condition, so set "
+            "num_classes to 0 or context to none. A TokenContext can contain an embedding of the class."
+        )
+
+
+def check_condition(config: Any, cond: Any, batch: int) -> Any:
+    """Returns a model's condition as int32 labels, `ContextTokens` or None.
+
+    config: the model's config; one without a field `context` accepts labels or None.
+
+    Raises ValueError if cond does not fit the model and batch.
+
+    Example:
+        cond = check_condition(network.config, observations, len(x))
+    """
+    context = getattr(config, "context", None)
+    if context is not None:
+        return check_context(cond, context, batch)
+    return check_labels(cond, num_classes=config.num_classes, batch=batch)
 
 
 def check_context(cond: Any, context: ContextConfig, batch: int) -> ContextTokens | None:

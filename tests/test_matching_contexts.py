@@ -13,9 +13,8 @@ from tolerances import NETWORK, assert_close
 
 from flowgen import matching as fm
 from flowgen.conditioning import ContextTokens, TextCondition, drop_condition
-from flowgen.contexts import ImageContext, TokenContext, VectorContext
+from flowgen.contexts import ImageContext, TokenContext, VectorContext, check_condition
 from flowgen.matching.conditions import as_condition, is_conditional
-from flowgen.matching.contexts import check_condition
 from flowgen.matching.loss import rows_of
 from flowgen.matching.mean_flow import guided_target
 from flowgen.nn import init

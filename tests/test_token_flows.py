@@ -351,7 +351,7 @@ def test_texts_are_contexts_too():
         ({"group": 4}, r"group is 4, which does not divide shape\[0\] 6; use a divisor"),
         ({"shape": (6, 2), "group": 2, "padded": True}, r"padded is True, which needs sequences"),
         ({"orders": ((0, 1, 2, 3, 4, 5),)}, r"orders has 1 permutations, but num_blocks is 2"),
-        ({"orders": ((0, 1, 2, 3, 4, 5), (0, 1, 2, 3, 4))}, r"orders\[1\] has 5 entries for 6 tokens"),
+        ({"orders": ((0, 1, 2, 3, 4, 5), (0, 1, 2, 3, 4))}, r"orders\[1\] has 5 entries, but there are 6 tokens"),
         ({"orders": ((0, 1, 2, 3, 4, 5), (0, 1, 2, 3, 4, 4))}, r"orders\[1\] is not a permutation of 0..5"),
         ({"num_classes": 3, "context": VectorContext(2)}, r"num_classes is 3 and context is a VectorContext"),
         ({"mixture": MixtureMap(), "scale_parameterisation": "softplus"}, r"leave it at 'exponential'"),

@@ -9,8 +9,9 @@ import numpy as np
 from scipy.optimize import linear_sum_assignment
 
 IMAGES = Path(__file__).parent.parent / "images"
-RESULTS = IMAGES.parents[1] / "benchmarks" / "results" / "plans.json"
+RESULTS = IMAGES.parents[1] / "benchmarks" / "results"
 BLUE, ORANGE, GREY, LIGHT, INK = "#3b6fd4", "#e08a1e", "#9aa3ad", "#e8ecf1", "#1f2933"
+QUALITY = {"tarflow": ("flowgen", BLUE), "published": ("published PyTorch code", ORANGE)}
 
 
 def text(x: float, y: float, words: str, size: int = 15, anchor: str = "middle", colour: str = INK) -> str:
@@ -148,7 +149,9 @@ def couplings() -> str:
 
 def passes(flow: str = "MNIST", batch: int = 8) -> str:
     """Passes per token and the largest error of each plan, as benchmarks/plans.py measured them without guidance."""
-    rows = [row for row in json.loads(RESULTS.read_text()) if (row["flow"], row["batch"]) == (flow, batch)]
+    rows = [
+        row for row in json.loads((RESULTS / "plans.json").read_text()) if (row["flow"], row["batch"]) == (flow, batch)
+    ]
     rows = [row for row in rows if not row["guidance"] and row["name"] not in ("tuned on this CPU",)]
     parts = [text(262, 34, "passes per token", 14, "start"), text(690, 34, "token-passes", 14, "end")]
     parts.append(text(790, 34, "error", 14, "end"))
@@ -162,7 +165,43 @@ def passes(flow: str = "MNIST", batch: int = 8) -> str:
     return picture(812, 60 + 30 * len(rows), *parts)
 
 
-FIGURES = {"flow_block": flow_block, "decoding_plans": plans, "couplings": couplings, "passes": passes}
+def quality_curve() -> str:
+    """Held-out bits/dim against processor time, as benchmarks/quality.py measured it: a thin line per seed."""
+    rows = [row for row in json.loads((RESULTS / "quality.json").read_text()) if row["name"] in QUALITY]
+    left, top, width, tall = 80, 24, 560, 300
+    points = [point for row in rows for point in row["curve"]]
+    most = max(row["budget_seconds"] for row in rows)
+    low = min(point["value"] for point in points) // 0.1 * 0.1
+    high = max(point["value"] for point in points) // 0.1 * 0.1 + 0.1
+
+    def place(point: dict[str, float]) -> tuple[float, float]:
+        return left + width * point["seconds"] / most, top + tall * (high - point["value"]) / (high - low)
+
+    parts = []
+    for step in range(round((high - low) / 0.1) + 1):
+        x, y = place({"seconds": 0, "value": low + step * 0.1})
+        parts += [line(x, y, x + width, y, LIGHT), text(x - 10, y + 5, f"{low + step * 0.1:.1f}", 13, "end")]
+    for minutes in range(0, round(most / 60) + 1, 5):
+        parts.append(text(place({"seconds": 60 * minutes, "value": low})[0], top + tall + 22, str(minutes), 13))
+    parts.append(text(left + width / 2, top + tall + 46, "minutes of processor time on one core", 14))
+    parts.append(text(left, 16, "bits/dim of 500 test images", 13, "start"))
+    for row in rows:
+        colour = QUALITY[row["name"]][1]
+        way = " ".join(f"{x:.1f},{y:.1f}" for x, y in map(place, row["curve"]))
+        parts.append(f'<polyline points="{way}" fill="none" stroke="{colour}" stroke-width="1.5"/>')
+    for number, (words, colour) in enumerate(QUALITY.values()):
+        y = top + 24 + 24 * number
+        parts += [line(left + 330, y, left + 360, y, colour, 3), text(left + 370, y + 5, words, 14, "start")]
+    return picture(left + width + 30, top + tall + 60, *parts)
+
+
+FIGURES = {
+    "flow_block": flow_block,
+    "decoding_plans": plans,
+    "couplings": couplings,
+    "passes": passes,
+    "quality_curve": quality_curve,
+}
 
 
 def main() -> None:

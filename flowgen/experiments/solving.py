@@ -10,11 +10,11 @@ import jax.numpy as jnp
 from flax import linen as nn
 from jaxtyping import Array, Float, Int, Key, PyTree
 
+from flowgen.contexts import check_condition
 from flowgen.data import PointsConfig
 from flowgen.data.points import Distribution
 from flowgen.experiments.drawing import CompareOptions, DrawOptions, check_compared
 from flowgen.matching import MatchingConfig, edm_times, guided, integrate, integrate_mean, velocity_field
-from flowgen.matching.contexts import check_condition
 from flowgen.settings import config
 from flowgen.settings.ranges import NonNegative, Positive, Samples, Within
 

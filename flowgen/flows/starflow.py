@@ -9,10 +9,10 @@ from typing import Annotated, Any, Literal
 from flowgen.arrays import shown
 from flowgen.backend import Implementation, Remat
 from flowgen.conditioning import Condition, check_text
-from flowgen.contexts import Context
+from flowgen.contexts import Context, check_condition
 from flowgen.flows.affine import OwnScale
 from flowgen.flows.block import BlockConfig, ClassPrefix, Prefix, TextPrefix, softmax_shapes
-from flowgen.flows.contexts import check_labels_or_context, check_one_context, context_prefix
+from flowgen.flows.contexts import check_one_context, context_prefix
 from flowgen.flows.flow import AutoregressiveFlow, ImageTokens
 from flowgen.flows.orders import RasterOrder
 from flowgen.flows.positions import GridPositions, rotary_pairs
@@ -255,7 +255,7 @@ class STARFlowConfig(ImageTokens):
         """Returns labels, texts or a context as arrays, or None. Raises ValueError if it does not fit the model."""
         if self.text_dim:
             return check_text(cond, length=self.text_length, dim=self.text_dim, batch=batch)
-        return check_labels_or_context(cond, self.num_classes, self.context, batch)
+        return check_condition(self, cond, batch)
 
 
 class STARFlow(AutoregressiveFlow):

@@ -6,10 +6,10 @@ from typing import Any, Literal
 
 from flowgen.backend import Implementation, Remat
 from flowgen.conditioning import Condition
-from flowgen.contexts import Context
+from flowgen.contexts import Context, check_condition
 from flowgen.flows.affine import OwnScale
 from flowgen.flows.block import BlockConfig, softmax_shapes
-from flowgen.flows.contexts import check_labels_or_context, check_one_context, context_prefix
+from flowgen.flows.contexts import check_one_context, context_prefix
 from flowgen.flows.flow import AutoregressiveFlow, ImageTokens
 from flowgen.nn.checks import check_implementation
 from flowgen.nn.layers import Activation
@@ -135,7 +135,7 @@ class TARFlowConfig(ImageTokens):
 
     def check_cond(self, cond: Any, batch: int) -> Condition | None:
         """Returns labels or a context as arrays, or None. Raises ValueError if it does not fit the model and batch."""
-        return check_labels_or_context(cond, self.num_classes, self.context, batch)
+        return check_condition(self, cond, batch)
 
 
 class TARFlow(AutoregressiveFlow):

@@ -20,10 +20,10 @@ from jaxtyping import Array, Bool, Float
 from flowgen.arrays import check_floating, shown
 from flowgen.backend import Implementation, Remat
 from flowgen.conditioning import Condition, Padded, Unpadded
-from flowgen.contexts import Context
+from flowgen.contexts import Context, check_condition
 from flowgen.flows.affine import OwnScale
 from flowgen.flows.block import BlockConfig, softmax_shapes
-from flowgen.flows.contexts import check_labels_or_context, check_one_context, context_prefix
+from flowgen.flows.contexts import check_one_context, context_prefix
 from flowgen.flows.flow import AutoregressiveFlow
 from flowgen.flows.orders import TokenOrder, check_permutation
 from flowgen.nn.checks import check_implementation
@@ -242,7 +242,7 @@ class TokenFlowConfig:
         return Padded(_checked_mask(cond.mask, (batch, self.num_tokens)), self._check_rest(cond.cond, batch))
 
     def _check_rest(self, cond: Any, batch: int) -> Unpadded | None:
-        return check_labels_or_context(cond, self.num_classes, self.context, batch)
+        return check_condition(self, cond, batch)
 
 
 class TokenFlow(AutoregressiveFlow):

@@ -14,8 +14,8 @@ import jax.numpy as jnp
 from flax import linen as nn
 from jaxtyping import Array, Bool, Float
 
-from flowgen.conditioning import ContextTokens, check_labels
-from flowgen.contexts import Context, ContextConfig, ImageContext, check_context
+from flowgen.conditioning import ContextTokens
+from flowgen.contexts import Context, ContextConfig, ImageContext
 from flowgen.nn.checks import image_sides
 from flowgen.nn.layers import unpatchify
 
@@ -25,34 +25,6 @@ class Given(NamedTuple):
 
     tokens: Float[Array, "b m e"]
     mask: Bool[Array, "b m"]
-
-
-def check_one_condition(num_classes: int, context: Context | None) -> None:
-    """Raises ValueError if a network has both classes and a context.
-
-    Example:
-        check_one_condition(10, None)
-    """
-    if num_classes and context is not None:
-        raise ValueError(
-            f"num_classes is {num_classes} and context is {context}; a network has one condition, so set num_classes "
-            "to 0 or context to None. A TokenContext can contain an embedding of the class."
-        )
-
-
-def check_condition(config: Any, cond: Any, batch: int) -> Any:
-    """Returns a network's condition as int32 labels, `ContextTokens` or None.
-
-    config: a network's config; one without a field `context` accepts labels or None. Raises ValueError unless cond fits
-    it.
-
-    Example:
-        cond = check_condition(network.config, observations, len(x))
-    """
-    context = getattr(config, "context", None)
-    if context is not None:
-        return check_context(cond, context, batch)
-    return check_labels(cond, num_classes=config.num_classes, batch=batch)
 
 
 def context_of(context: ContextConfig, cond: ContextTokens | None, batch: int, dtype: Any) -> Given:

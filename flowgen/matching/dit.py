@@ -24,14 +24,12 @@ from jaxtyping import Array, Float
 
 from flowgen.attention import KERNELS, FeatureMap, Kernel, make_attention_fn, softmax_attention
 from flowgen.backend import Implementation, OnMeshes, Shared, keep_heads_apart, keep_rows_apart
-from flowgen.contexts import Context, ImageContext, TokenContext, VectorContext
+from flowgen.contexts import Context, ImageContext, TokenContext, VectorContext, check_condition, check_one_condition
 from flowgen.matching.contexts import (
     ContextEmbedding,
     Given,
     TokenEmbedding,
     as_channels,
-    check_condition,
-    check_one_condition,
     context_of,
     same_size,
     shrunk_context,

@@ -24,12 +24,10 @@ from flax import linen as nn
 from jaxtyping import Array, Float
 
 from flowgen.backend import Implementation, OnMeshes
-from flowgen.contexts import Context, ImageContext
+from flowgen.contexts import Context, ImageContext, check_condition, check_one_condition
 from flowgen.matching.contexts import (
     ContextEmbedding,
     as_channels,
-    check_condition,
-    check_one_condition,
     context_of,
     same_size,
     shrunk_context,

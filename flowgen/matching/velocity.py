@@ -19,8 +19,8 @@ from jaxtyping import Array, Float
 
 from flowgen.arrays import check_floating, shown
 from flowgen.backend import OnMeshes
-from flowgen.contexts import Context, ImageContext, VectorContext
-from flowgen.matching.contexts import Given, check_condition, check_one_condition, context_of, masked_mean
+from flowgen.contexts import Context, ImageContext, VectorContext, check_condition, check_one_condition
+from flowgen.matching.contexts import Given, context_of, masked_mean
 from flowgen.nn.embeddings import class_rows
 from flowgen.nn.layers import linear
 from flowgen.settings import config
