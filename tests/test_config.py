@@ -310,7 +310,7 @@ def test_values_that_depend_on_each_other_are_checked_together(experiment):
         (["--sampling.num_steps=1"], "sampling.num_steps is 1; it must be at least 2 for times 'edm'"),
         (
             ["--model.num_classes", "2"],
-            "model has event_shape (2,) and num_classes 2; for points, they must be (2,) and",
+            "model has event_shape (2,), num_classes 2 and context None; for points, they must be (2,), 0 and None.",
         ),
         (
             ["--model.intervals", "false"],
