@@ -79,7 +79,7 @@ def _lines_plot(samples: np.ndarray) -> np.ndarray:
     return _drawn(figure, canvas)
 
 
-def _figure(width: float, height: float) -> tuple[Any, Any]:
+def _figure(width: int | float, height: int | float) -> tuple[Any, Any]:
     figure_class, canvas_class = matplotlib()
     figure = figure_class(figsize=(width, height), layout="constrained")
     return figure, canvas_class(figure)
