@@ -87,7 +87,7 @@ def test_the_density_of_a_set_of_points_is_that_of_all_places_on_the_ring(exampl
         places = (sets.RING[list(chosen)].ravel() for chosen in itertools.product(range(4), repeat=count))
         logs = [scipy.stats.multivariate_normal.logpdf(row[:count].ravel(), place, covariance) for place in places]
         exact.append(scipy.special.logsumexp(logs) - count * np.log(4))
-    first = mask & (jnp.arange(sets.MOST) < 3)
+    first = mask & (jnp.arange(sets.MOST) < 3)[None]
     assert_close(sets.exact_log_prob(points, first), exact, NETWORK)
 
 
