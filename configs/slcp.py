@@ -5,7 +5,8 @@
     python -m flowgen evaluate --checkpoint runs/slcp --step best
 
 A flow fits 10,000 simulations closely, so the parameters are averaged, and --step best chooses the checkpoint with the
-best held-out density. --data.simulations sets the number of simulations.
+best held-out density. --data.simulations sets the number of simulations. We have not measured the
+C2ST of a full run; benchmarks/posteriors.py does.
 """
 
 from flowgen.contexts import VectorContext

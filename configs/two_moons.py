@@ -5,7 +5,8 @@
     python -m flowgen evaluate --checkpoint runs/two_moons --step best
 
 The samples are parameters, under the observation (0, 0) unless --sampling.observation or --sampling.context names
-another. --data.simulations sets the number of simulations.
+another. --data.simulations sets the number of simulations. We have not measured the C2ST of a full run;
+benchmarks/posteriors.py does.
 """
 
 from flowgen.contexts import VectorContext
