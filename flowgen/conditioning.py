@@ -52,7 +52,7 @@ class Padded(NamedTuple):
     cond: Unpadded | None = None
 
 
-Unpadded = Int[Array, " b"] | TextCondition | ContextTokens
+Unpadded = Integer[Array, " b"] | TextCondition | ContextTokens
 Condition = Unpadded | Padded
 # What users may pass as a condition; a model's `check_cond` returns it as a `Condition`. Arrays of floating-point
 # numbers are the vectors, tokens or images of a continuous context.
