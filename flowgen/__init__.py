@@ -17,6 +17,8 @@ _NAMES = {
     "STARFlowConfig": "flowgen.flows",
     "STARFlowV": "flowgen.flows",
     "STARFlowVConfig": "flowgen.flows",
+    "TokenFlow": "flowgen.flows",
+    "TokenFlowConfig": "flowgen.flows",
     "init": "flowgen.nn",
     "load": "flowgen.checkpoint",
     "export": "flowgen.exports",
@@ -71,6 +73,8 @@ if TYPE_CHECKING:
     from flowgen.flows import STARFlowVConfig as STARFlowVConfig
     from flowgen.flows import TARFlow as TARFlow
     from flowgen.flows import TARFlowConfig as TARFlowConfig
+    from flowgen.flows import TokenFlow as TokenFlow
+    from flowgen.flows import TokenFlowConfig as TokenFlowConfig
     from flowgen.hub import from_pretrained as from_pretrained
     from flowgen.hub import push_to_hub as push_to_hub
     from flowgen.nn import init as init

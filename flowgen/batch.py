@@ -8,7 +8,7 @@ import numpy as np
 from jaxtyping import Array, Float, Int, UInt8
 
 from flowgen.arrays import check_bytes
-from flowgen.conditioning import UNCONDITIONAL, Condition
+from flowgen.conditioning import UNCONDITIONAL, Condition, Padded
 
 
 class Moments(NamedTuple):
@@ -57,7 +57,7 @@ class Batch(NamedTuple):
     @property
     def labels(self) -> Int[Array | np.ndarray, " b"]:
         """The labels; all -1 if the batch has none."""
-        labels = self.context
+        labels = self.context.cond if isinstance(self.context, Padded) else self.context
         if labels is None or isinstance(labels, tuple) or not np.issubdtype(labels.dtype, np.integer):
             return np.full(self.size, UNCONDITIONAL, np.int32)
         return labels

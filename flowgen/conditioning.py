@@ -52,7 +52,7 @@ class Padded(NamedTuple):
     cond: Unpadded | None = None
 
 
-Unpadded = Int[Array, " b"] | TextCondition | ContextTokens
+Unpadded = Integer[Array, " b"] | TextCondition | ContextTokens
 Condition = Unpadded | Padded
 # What users may pass as a condition; a model's `check_cond` returns it as a `Condition`. Arrays of floating-point
 # numbers are the vectors, tokens or images of a continuous context.
@@ -155,11 +155,15 @@ def check_labels(labels: Any, *, num_classes: int, batch: int) -> Int[Array, " b
     if labels is None:
         return None
     if isinstance(labels, ContextTokens | Padded | TextCondition):
-        raise ValueError(f"cond is {type(labels).__name__}, which this model does not accept; give labels or None.")
+        raise ValueError(
+            f"cond is {type(labels).__name__}, which this model does not accept; set its context, or give labels."
+        )
     if not isinstance(labels, jax.Array):
         labels = np.asarray(labels)
     if num_classes == 0:
-        raise ValueError("cond is given, but the model has no classes (num_classes is 0); pass cond=None.")
+        raise ValueError(
+            "cond is given, but the model has no classes (num_classes is 0) and no context; pass cond=None."
+        )
     if labels.shape != (batch,) or not jnp.issubdtype(labels.dtype, jnp.integer):
         raise ValueError(
             f"cond must be an integer array of shape ({batch},), with one label per sample; "

@@ -368,7 +368,7 @@ def test_guidance_of_mean_flow_extrapolates_labelled_rows_only():
     assert_close(v, jnp.stack([3 * X1[0] - 1, X1[1], 3 * X1[2] - 1]), FORMULA)
     np.testing.assert_array_equal(seen[0][0], [-1, -1, -1])
     np.testing.assert_array_equal(seen[0][1], [0, 0, 0])
-    with pytest.raises(ValueError, match="guidance_weight needs integer labels"):
+    with pytest.raises(ValueError, match="guidance_weight needs a condition, but cond is None"):
         guided_target(field, T, X0, None, X1, 2.0)
 
 
@@ -480,8 +480,8 @@ REFUSED = {
         "cond has shape (2,) for 3 samples",
     ),
     "labels to drop": (
-        lambda: loss_of({"x1": X1, "cond": jnp.zeros((3, 4))}, label_dropout=0.1),
-        "give one integer label per sample",
+        lambda: loss_of({"x1": X1, "cond": jnp.zeros(3)}, label_dropout=0.1),
+        "label_dropout is 0.1, but cond is float32 of shape (3,); to be dropped or guided",
     ),
     "x1 of a path with spread": (lambda: fm.flow_matching_loss(path=fm.CondOT(0.1), prediction="x1"), "sigma 0.1"),
     "noise of a bridge": (

@@ -16,9 +16,19 @@ import flowgen
 from flowgen.conditioning import ContextTokens, Padded, TextCondition
 from flowgen.contexts import ImageContext, TokenContext, VectorContext
 from flowgen.data import Batch
-from flowgen.decoding import Guidance, Jacobi, Sequential, SlidingWindow, invert, sample, sample_and_log_prob
+from flowgen.decoding import (
+    Guidance,
+    Jacobi,
+    Sequential,
+    SlidingWindow,
+    invert,
+    measure_plans,
+    sample,
+    sample_and_log_prob,
+)
 from flowgen.flows import AutoregressiveBlock, TokenFlowConfig, block_parameters
 from flowgen.flows.batches import batch_condition
+from flowgen.flows.jacobi_error import JacobiPenalty, jacobi_penalty
 from flowgen.flows.objective import nll_objective
 from flowgen.transforms import MixtureMap
 
@@ -64,7 +74,7 @@ CASES = {
         lambda: floats(3, 4, 6, 1),
     ),
     "latents from tokens": (
-        flowgen.STARFlowConfig(context=dataclasses.replace(TOKENS, length=3), conditioned_blocks="all", **STAR),
+        flowgen.STARFlowConfig(context=TOKENS, conditioned_blocks="all", **STAR),
         context,
     ),
 }
@@ -73,6 +83,7 @@ ALIKE = (
     *("one number", "permuted", "classes", "padded", "padded mixture", "padded, context, running state"),
     "latents from tokens",
 )
+WITH_CONTEXT = [name for name, (config, _) in CASES.items() if config.context is not None]
 PLANS = (Sequential(), Jacobi(window=2, tol=0.0), Jacobi(tol=0.0), SlidingWindow(window=2, tol=0.0))
 
 
@@ -84,6 +95,12 @@ def case(name, dtype="float32"):
     cond = jax.tree.map(lambda part: jnp.asarray(part, dtype if part.dtype == float else None), cond())
     x = jnp.asarray(floats(3, *config.event_shape, seed=6), dtype)
     return flow, params, exists(x, cond), cond
+
+
+def existing_in_order(index):
+    """The places of the rows of a sample that exist, in the order of the first permuted block."""
+    rows = np.flatnonzero(MASK[index])
+    return [rows[number] for number in ORDER if number < len(rows)]
 
 
 def exists(x, cond):
@@ -149,14 +166,13 @@ def test_samples_have_the_density_that_is_returned_with_them(name, key):
     assert_close(last[0], r.x[2], NETWORK)
 
 
+@pytest.mark.parametrize("name", rows(WITH_CONTEXT, ALIKE))
 def test_without_a_context_a_sample_is_unconditional(name):
     flow, params, x, cond = case(name)
-    if flow.config.context is None:
-        return
     mask = cond.mask if isinstance(cond, Padded) else None
     inner = cond.cond if isinstance(cond, Padded) else cond
-    dropped = ContextTokens(jnp.ones((3, flow.config.context.length, flow.config.context.dim)), jnp.zeros((3, 0)) > 0)
-    dropped = dropped._replace(mask=jnp.zeros(dropped.tokens.shape[:2], bool))
+    shape = (3, flow.config.context.length, flow.config.context.dim)
+    dropped = ContextTokens(jnp.ones(shape), jnp.zeros(shape[:2], bool))
     none, zero, given = (
         laws.apply(flow, params, x, part if mask is None else Padded(mask, part), method="log_prob")
         for part in (None, dropped, inner)
@@ -177,6 +193,46 @@ def test_guidance_by_a_context_is_the_same_for_every_plan_and_changes_samples(na
     assert jnp.abs(one.x - sample(flow, params, key, 3, cond, denoise=False).x).max() > 0.01
 
 
+def test_padding_of_a_context_does_not_turn_the_rotary_angles_of_a_starflow():
+    flow, params, x, _ = case("latents from tokens")
+    tokens = jnp.asarray(floats(3, 2, 2), jnp.float32)
+
+    def log_prob(places):
+        mask = jnp.zeros((3, 3), bool).at[:, np.array(places)].set(True)
+        values = jnp.full((3, 3, 2), 9.0).at[:, np.array(places)].set(tokens)
+        return laws.apply(flow, params, x, ContextTokens(values, mask), method="log_prob")
+
+    for places in ((0, 2), (1, 2)):
+        assert_close(log_prob(places), log_prob((0, 1)), NETWORK)
+
+
+def test_annealed_guidance_ends_at_the_last_row_that_exists(key):
+    config = TokenFlowConfig(shape=(2, 2), padded=True, num_classes=3, orders="raster", **SMALL)
+    _, params = laws.perturbed(config, key, scale=0.2)
+    z, labels = jnp.asarray(floats(1, 3, 2), jnp.float32), jnp.array([1])
+
+    def guided(rows):
+        sized = dataclasses.replace(config, shape=(rows, 2)).build()
+        table = jax.tree.map(lambda part: part, params)
+        for block in table["params"].values():
+            block["pos_embed"] = jnp.resize(block["pos_embed"], (rows, 16))
+        cond = Padded(jnp.arange(rows)[None] < 2, labels)
+        return invert(sized, table, z[:, :rows], cond, guidance=Guidance(scale=2.0, anneal=True)).x[:, :2]
+
+    assert_close(guided(3), guided(2), NETWORK)
+
+
+def test_what_stands_at_padding_does_not_enter_the_penalty_or_the_tuning(key):
+    flow, params, x, cond = case("padded")
+    states, _ = laws.apply(flow, params, x, cond, method="trajectory")
+    broken = jnp.where(cond.mask[:, :, None], x, jnp.nan)
+    penalty, _ = jacobi_penalty(flow, params, broken, states, cond, JacobiPenalty(sweeps=1))
+    expected, _ = jacobi_penalty(flow, params, x, states, cond, JacobiPenalty(sweeps=1))
+    assert_close(penalty, expected, NETWORK)
+    found = measure_plans(flow, params, broken, cond, windows=(2,), cost=lambda block, plan: 1.0)
+    assert all(np.isfinite(measured.error) for measured in found.measurements)
+
+
 def test_guidance_needs_the_affine_map(key):
     config = TokenFlowConfig(shape=(4,), num_classes=3, mixture=MixtureMap(components=2), **SMALL)
     flow, params = laws.perturbed(config, key)
@@ -195,17 +251,27 @@ def test_a_mixture_flow_has_gradients_of_its_samples(x64):
     np.testing.assert_allclose(jnp.vdot(jax.grad(loss)(z), direction), slope, rtol=1e-6)  # step², third derivative
 
 
-@pytest.mark.parametrize("attention", ["softmax", pytest.param("nala", marks=pytest.mark.slow), "retention"])
-def test_padding_never_changes_a_density(attention, x64):
+@pytest.mark.parametrize(
+    ("attention", "orders"),
+    [
+        ("softmax", "alternating"),
+        ("retention", "raster"),
+        pytest.param("nala", "alternating", marks=pytest.mark.slow),
+        pytest.param("softmax", ((2, 0, 1), (1, 2, 0)), marks=pytest.mark.slow),
+    ],
+)
+def test_padding_never_changes_a_density(attention, orders, x64):
     """Neither its values, its places and its amount in a sample, nor those in a context."""
     config = TokenFlowConfig(
-        shape=(5, 2), padded=True, orders="raster", context=TOKENS, attention=attention, dtype="float64", **SMALL
+        shape=(3, 2), padded=True, orders=orders, context=TOKENS, attention=attention, dtype="float64", **SMALL
     )
     _, params = laws.perturbed(config, jax.random.key(0), scale=0.2)
     x, tokens = floats(1, 3, 2), floats(1, 2, 2, seed=7)
 
     def log_prob(places, length, context_places, context_length, filler):
-        longer = dataclasses.replace(config, shape=(length, 2), context=TokenContext(context_length, 2))
+        later = tuple(range(3, length))
+        kept = orders if isinstance(orders, str) else tuple((*later, *order) for order in orders)
+        longer = dataclasses.replace(config, shape=(length, 2), orders=kept, context=TokenContext(context_length, 2))
         padded = jnp.full((1, length, 2), filler).at[:, np.array(places)].set(x)
         mask = jnp.zeros((1, length), bool).at[:, np.array(places)].set(True)
         values = jnp.full((1, context_length, 2), filler).at[:, np.array(context_places)].set(tokens)
@@ -233,7 +299,7 @@ def test_a_block_sees_only_the_tokens_before_it_in_its_order(x64):
     jacobian = jax.jacfwd(lambda x: block.apply(block_parameters(params, 0), x, cond, method="parameters")[0])(x)
     depends = np.abs(np.asarray(jacobian)).sum(axis=(2, 5))  # batch, token, batch, token
     for index in range(len(x)):
-        order = [place for place in ORDER if MASK[index, place]]
+        order = existing_in_order(index)
         expected = np.zeros((5, 5), bool)
         for number, place in enumerate(order):
             expected[place, order[:number]] = True
@@ -245,7 +311,7 @@ def test_a_masked_contextual_block_equals_an_independent_formula(x64):
     weights = jax.tree.map(np.asarray, params["params"]["blocks_0"])
     z, logdet = AutoregressiveBlock(flow.config.blocks[0]).apply({"params": weights}, x, cond)
     for index in range(len(x)):
-        places = [place for place in ORDER if MASK[index, place]]
+        places = existing_in_order(index)
         tokens = np.asarray(cond.cond.tokens)[index][TOKEN_MASK[index]]
         expected, log_det = numpy_block(weights, np.asarray(x)[index][places], tokens)
         np.testing.assert_allclose(np.asarray(z)[index][places], expected, atol=EXACT)
@@ -366,6 +432,7 @@ def test_a_config_that_cannot_work_is_refused(change, message):
 @pytest.mark.parametrize(
     ("name", "cond", "message"),
     [
+        ("vector", ContextTokens(floats(3, 1, 2), np.ones((3, 1), bool)), r"set its context, or give labels"),
         ("padded", None, r"cond is None; this model's samples are padded, so give Padded\(mask, cond\)"),
         ("padded", Padded(MASK[:, :4]), r"cond.mask must be bool of shape \(3, 5\)"),
         ("padded", Padded(MASK.astype(np.float32)), r"cond.mask must be bool of shape \(3, 5\)"),
@@ -373,7 +440,7 @@ def test_a_config_that_cannot_work_is_refused(change, message):
         ("vector", np.zeros((3, 2), np.float32), r"num_classes is 0"),
         ("vector context", np.zeros((3, 2), np.float32), r"needs one vector per sample, as floats of shape \(3, 3\)"),
         ("vector context", np.array([0, 1, 2]), r"needs one vector per sample"),
-        ("classes", ContextTokens(np.zeros((3, 1, 1)), np.ones((3, 1), bool)), r"does not accept; give labels or None"),
+        ("classes", ContextTokens(np.zeros((3, 1, 1)), np.ones((3, 1), bool)), r"set its context, or give labels"),
         ("image from image", np.zeros((3, 4, 4, 1), np.float32), r"needs one image per sample"),
     ],
 )

@@ -14,7 +14,7 @@ from jaxtyping import Array, Bool, Float, Int
 from flowgen.attention import causal_kernel
 from flowgen.attention.slices import Start, positions
 from flowgen.backend import cache_stages
-from flowgen.conditioning import Condition, Padded, unconditional
+from flowgen.conditioning import Condition, Padded, split_padded, unconditional
 from flowgen.decoding.implicit import back_substitution, with_derivatives
 from flowgen.decoding.jacobi import Conditioner, PreviousFrame, Solution, ignore, solve
 from flowgen.decoding.layout import Segments
@@ -163,7 +163,9 @@ class GuidedBlock:
         if self.guidance is None:
             return maps, window
         tokens = positions(start, width) + self.block.num_passthrough
-        progress = tokens / max(self.block.config.num_tokens - 1, 1)
+        mask, _ = split_padded(self.cond)
+        count = self.block.config.num_tokens if mask is None else mask[:batch].sum(axis=1)[:, None]
+        progress = tokens / jnp.maximum(count - 1, 1)
         shift, log_scale = maps
         conditional: AffineParameters = (shift[:batch], log_scale[:batch])
         unconditional: AffineParameters = (shift[batch:], log_scale[batch:])
@@ -228,7 +230,7 @@ def inverse(
 
     The tokens have derivatives with respect to guided, z and context; see `flowgen.decoding.implicit`.
 
-    guided: a block with a `decoding_config`, whose condition is in the block's order; see `decoding_block_of`.
+    guided: a block with a `decoding_config`, whose condition is in the block's order; see `in_block_order`.
     order: the block's order; blocks of different orders share this compiled program.
     context: the tokens before the first token to decode; only for blocks in raster order without passthrough tokens.
     rounded: the block's rounded variables, for plans of low precision; see `flowgen.decoding.weights`.

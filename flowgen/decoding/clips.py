@@ -59,7 +59,7 @@ def checked_clip(clip: Clip | None, config: FlowConfig, cond: Condition | None, 
     elif not isinstance(clip, Clip):
         raise ValueError(f"clip is {shown(clip)}; it must be Clip(frames=...) or None.")
     elif not isinstance(config, STARFlowVConfig):
-        raise ValueError("clip is only for a STARFlowV, but this flow generates images; leave clip out.")
+        raise ValueError("clip is only for a STARFlowV, but this flow generates no clips; leave clip out.")
     if clip.restart_cond is not None and cond is None:
         raise ValueError("clip.restart_cond is given, but cond is None; give both or neither.")
     frames = modelled_frames(config) if clip.frames is None else clip.frames

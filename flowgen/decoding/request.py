@@ -14,7 +14,7 @@ from jaxtyping import Array, Bool, Float, Int, Key
 from flowgen.arrays import shown
 from flowgen.attention import causal_kernel
 from flowgen.backend import rows_on_device
-from flowgen.conditioning import AnyCondition, Condition, TextCondition
+from flowgen.conditioning import AnyCondition, Condition, TextCondition, split_padded
 from flowgen.decoding.clips import Clip, checked_clip, clip_layout
 from flowgen.decoding.draft import Draft, check_draft
 from flowgen.decoding.layout import ClipLayout, Segments
@@ -210,7 +210,7 @@ def _active(guidance: Guidance | None, cond: Condition | None, config: FlowConfi
     if guidance is None or _is(guidance.scale, 0):
         return None
     same_temperature = _is(guidance.temperature, 1)
-    if same_temperature and cond is None:
+    if same_temperature and split_padded(cond)[1] is None:
         return None
     blocks = tuple(range(config.num_blocks)) if guidance.blocks is None else guidance.blocks
     outside = [index for index in blocks if not 0 <= index < config.num_blocks]

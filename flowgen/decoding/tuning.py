@@ -36,6 +36,7 @@ from flowgen.decoding.request import DecodeRequest, decode_request
 from flowgen.decoding.weights import decoding_weights
 from flowgen.flows.block import BlockConfig, Variables, decoding_config
 from flowgen.flows.density import Flow, check_flow
+from flowgen.flows.orders import without_padding
 from flowgen.guidance import Guidance
 from flowgen.nn.layers import master_dtype
 
@@ -174,7 +175,8 @@ def measure_plans(
             check_count("windows", window)
     params = jax.tree.map(jnp.asarray, params)
     tokens = flow.config.to_tokens(jnp.asarray(x, master_dtype(flow.config.dtype)))
-    blocks = _known_blocks(decode_request(flow, params, tokens, cond, "sequential", guidance, draft=draft), tokens)
+    request = decode_request(flow, params, tokens, cond, "sequential", guidance, draft=draft)
+    blocks = _known_blocks(request, without_padding(tokens, request.cond))
     grids = [_grid(block.config, block.n, tol, windows) for block in blocks]
     seconds = _measured_cost(blocks, grids) if cost is None else cost
     found = []

@@ -15,7 +15,7 @@ from flowgen import backend
 from flowgen.data.dataset import BucketedDataset, Dataset, buckets_of
 from flowgen.data.loader import fixed_batches
 from flowgen.data.media import from_uint8
-from flowgen.flows.batches import add_noise, batch_input, condition_of
+from flowgen.flows.batches import add_noise, batch_input, condition_of, models_images
 from flowgen.flows.density import LEVELS, bits_per_dim
 
 # Above FULL_COVARIANCE_DIMS dimensions, a full covariance would be too large. With fewer than IMAGES_PER_DIM images per
@@ -94,7 +94,7 @@ def flow_nats(
     sigma = flow.config.noise_std if noise_std is None else noise_std
     parts = []
     for bucket in buckets_of(dataset):
-        sized = flow.with_image_size(*bucket.event_shape[-3:-1])
+        sized = flow.with_image_size(*bucket.event_shape[-3:-1]) if models_images(flow) else flow
         mesh = backend.sharing(min(batch_size, len(bucket)), variables)
         shared = backend.copies(jax.device_put(variables), mesh), key
 

@@ -151,6 +151,11 @@ class AutoregressiveExperiment(Experiment):
             raise ValueError(
                 f"text is {has}, but model.text_dim is {self.model.text_dim}; set both for a text model, or neither."
             )
+        if self.model.context is not None:
+            raise ValueError(
+                "model.context is set, but no images come with contexts; train on Batch(x, context) with your own loop "
+                "and flowgen.flows.objective.nll_objective, or set model.context to none."
+            )
         if not self.model.text_dim and self.sampling.prompts:
             raise ValueError(
                 f"sampling.prompts is {self.sampling.prompts}, but the model accepts no texts; leave it out."

@@ -10,7 +10,7 @@ import numpy as np
 from jaxtyping import Int
 
 from flowgen.arrays import shown
-from flowgen.conditioning import UNCONDITIONAL, TextCondition
+from flowgen.conditioning import UNCONDITIONAL
 from flowgen.contexts import Context, check_context
 from flowgen.data import Batch, Dataset, check_classes
 from flowgen.data.dataset import captions_in
@@ -70,9 +70,9 @@ class OwnDataset:
         return batch._replace(context=given)
 
     def _labels(self, batch: Batch, indices: Int[np.ndarray, " b"]) -> Int[np.ndarray, " b"]:
-        texts = isinstance(batch.context, TextCondition)
-        labels = np.asarray(batch.labels)
-        if batch.context is None or texts or labels.shape != indices.shape or labels.dtype.kind not in "iu":
+        other = batch.context is None or isinstance(batch.context, tuple)  # texts and other contexts are tuples
+        labels = np.asarray(batch.labels if other else batch.context)
+        if other or labels.shape != indices.shape or labels.dtype.kind not in "iu":
             raise ValueError(
                 f"{self.name} returned the context {shown(batch.context)}; give one integer label per sample."
             )

@@ -12,7 +12,7 @@ from jaxtyping import Array, Float, Key, UInt8
 
 from flowgen.arrays import check_bytes, check_key, shown
 from flowgen.batch import Batch, Moments
-from flowgen.conditioning import Condition, Padded, TextCondition, Unpadded, drop_condition, split_padded
+from flowgen.conditioning import Condition, ContextTokens, Padded, TextCondition, Unpadded, drop_condition, split_padded
 from flowgen.contexts import check_context
 from flowgen.flows.density import LEVELS, Flow
 from flowgen.flows.orders import without_padding
@@ -46,12 +46,16 @@ def check_batch(batch: Any, flow: Flow) -> None:
     elif not isinstance(batch.x, Moments):
         check_bytes("batch.x", batch.x)
     if batch.size == 0:
-        raise ValueError("the batch is empty; give at least one image, clip or latent.")
+        raise ValueError("the batch is empty; give at least one sample.")
     counts = {len(part) for part in jax.tree.leaves(batch.context)}
     if counts - {batch.size}:
         raise ValueError(
             f"batch.context has {counts.pop()} rows, and batch.x has {batch.size}; give both the same number."
         )
+
+
+def _is_floating(context: Any) -> bool:
+    return hasattr(context, "dtype") and jnp.issubdtype(context.dtype, jnp.floating)
 
 
 def models_images(flow: Flow) -> bool:
@@ -134,6 +138,8 @@ def condition_of(flow: Flow, batch: Batch) -> Condition | None:
     Raises ValueError if the flow requires another kind of context.
     """
     if isinstance(batch.context, Padded):
+        if not getattr(flow.config, "padded", False):
+            raise ValueError("batch.context is Padded, but this flow's samples have no padding; give its cond.")
         return Padded(jnp.asarray(batch.context.mask), _context_of(flow, batch.context.cond))
     return _context_of(flow, batch.context)
 
@@ -144,6 +150,10 @@ def _context_of(flow: Flow, context: Any) -> Unpadded | None:
         if context is None:
             raise ValueError("batch.context is None; this flow requires the context that its config describes.")
         return check_context(context, described, len(jax.tree.leaves(context)[0]))
+    if isinstance(context, ContextTokens) or _is_floating(context):
+        raise ValueError(
+            f"batch.context is {shown(context)}, but this flow has no context; describe it by the model's `context`."
+        )
     if flow.config.text_dim:
         if not isinstance(context, TextCondition):
             raise ValueError(f"batch.context is {shown(context)}; this flow requires texts, so give a TextCondition.")

@@ -31,7 +31,7 @@ from jaxtyping import Array, Float, Int
 
 from flowgen.attention import causal_kernel
 from flowgen.attention.slices import Start, positions
-from flowgen.conditioning import Condition, ContextTokens, Padded, TextCondition, Unpadded, masked_text, split_padded
+from flowgen.conditioning import Condition, ContextTokens, Padded, Unpadded, split_padded
 from flowgen.flows.affine import (
     Mapped,
     ScaleParameterisation,
@@ -42,7 +42,8 @@ from flowgen.flows.affine import (
 )
 from flowgen.flows.orders import SampleOrder, TokenOrder, order_without_padding, to_order, to_raster
 from flowgen.flows.positions import GridPositions
-from flowgen.nn.embeddings import class_embedding, class_one_hot
+from flowgen.flows.prefixes import ContextPrefix, Prefix
+from flowgen.nn.embeddings import class_embedding
 from flowgen.nn.layers import RMSNorm, cast_linear, linear, master_dtype
 from flowgen.nn.softmax_shape import SoftmaxShape
 from flowgen.nn.transformer import TransformerConfig, transformer_stack, unstack_layers
@@ -52,59 +53,6 @@ Shift = Literal["output", "input"]
 EMBEDDING_STDDEV = 0.01
 # A Flax module's dict of "params" and other collections.
 Variables = Mapping[str, Any]
-
-
-@dataclass(frozen=True)
-class ClassPrefix:
-    """A prefix of one token: the label's row in a table whose last row means "unconditional"."""
-
-    num_classes: int
-    length = 1
-
-    @property
-    def dim(self) -> int:
-        return self.num_classes + 1
-
-    def features(self, cond: Unpadded | None, batch: int, dtype: jnp.dtype) -> Float[Array, "b l e"]:
-        """Returns the labels as one-hot features of one token."""
-        assert not isinstance(cond, tuple)  # a flow checks its condition
-        return class_one_hot(cond, self.num_classes, batch, dtype)[:, None]
-
-
-@dataclass(frozen=True)
-class TextPrefix:
-    """A prefix of `length` tokens with `dim` features each.
-
-    Padding tokens are zero. As in the released code, they are not masked.
-    """
-
-    length: int
-    dim: int
-
-    def features(self, cond: Unpadded | None, batch: int, dtype: jnp.dtype) -> Float[Array, "b l e"]:
-        """Returns the features of the texts, or zeros if there is no condition."""
-        if cond is None:
-            return jnp.zeros((batch, self.length, self.dim), dtype)
-        assert isinstance(cond, TextCondition)  # a flow checks its condition
-        return masked_text(cond).astype(dtype)
-
-
-@dataclass(frozen=True)
-class ContextPrefix:
-    """A prefix of up to `length` tokens with `dim` features each; padding is not seen. No condition means no prefix."""
-
-    length: int
-    dim: int
-
-    def features(self, cond: Unpadded | None, batch: int, dtype: jnp.dtype) -> Float[Array, "b l e"]:
-        """Returns the features of the context, with zeros for padding; all zeros if there is no condition."""
-        if cond is None:
-            return jnp.zeros((batch, self.length, self.dim), dtype)
-        assert isinstance(cond, ContextTokens)  # a flow checks its condition
-        return jnp.where(cond.mask[:, :, None], cond.tokens, 0).astype(dtype)
-
-
-Prefix = ClassPrefix | TextPrefix | ContextPrefix
 
 
 @dataclass(frozen=True)
@@ -253,7 +201,7 @@ class AutoregressiveBlock(nn.Module):
         passthrough = ((0, 0), (self.num_passthrough, 0), (0, 0))
 
         def in_raster(part: Array) -> Array:
-            return to_raster(jnp.pad(part, passthrough), order).reshape(*x.shape[:2], -1)
+            return to_raster(jnp.pad(part, passthrough), order).reshape(*x.shape[:2], part.shape[2])
 
         return jax.tree.map(in_raster, maps)
 
@@ -315,10 +263,10 @@ class AutoregressiveBlock(nn.Module):
             return self.layers(h, None, start, inverse_temperature, rotation)[0][:, config.prefix_length :]
         # The padding of the prefix comes last, where no token sees it.
         exists = jnp.pad(cond.mask, ((0, 0), (0, window)), constant_values=True)
-        order = order_without_padding("raster", exists)
-        h = self.layers(to_order(h, order), None, start, inverse_temperature, _in_orders(rotation, order))[0]
-        rows = positions(self.prefix_count(cond), window)
-        return jnp.take_along_axis(h, rows[:, :, None], axis=1)
+        count, order = self.prefix_count(cond), order_without_padding("raster", exists)
+        rotation = _after_prefix(rotation, count, config.prefix_length)
+        h = self.layers(to_order(h, order), None, start, inverse_temperature, rotation)[0]
+        return jnp.take_along_axis(h, positions(count, window)[:, :, None], axis=1)
 
     def previous(self, tokens: Float[Array, "b n c"]) -> Float[Array, "b w c"]:
         """Returns the network's inputs, in the block's order. Row t is the input for token t + num_passthrough."""
@@ -365,7 +313,7 @@ class AutoregressiveBlock(nn.Module):
         rotation, count = self.rotation(0, self.config.prefix_length), None
         if isinstance(cond, ContextTokens):
             order, count = order_without_padding("raster", cond.mask), jnp.asarray(cond.mask).sum(axis=1)
-            tokens, rotation = to_order(tokens, order), _in_orders(rotation, order)
+            tokens = to_order(tokens, order)
         return self.accept(caches, self.layers(tokens, caches, 0, inverse_temperature, rotation)[1], count)
 
     def init_caches(self, batch: int, length: int) -> tuple:
@@ -380,7 +328,7 @@ class AutoregressiveBlock(nn.Module):
     def accept(self, before: tuple, window: Any, count: Int[Array, " b"] | None = None) -> tuple:
         """Returns the caches `before` with the first `count` rows of each sample's window added; None means all rows.
 
-        window: the third result of `conditioner` for this window.
+        window: the second result of `conditioner` for this window.
         """
         accept = causal_kernel(self.config.transformer.attention).accept
         if accept is None:
@@ -402,11 +350,18 @@ class AutoregressiveBlock(nn.Module):
         return caches if grow is None else tuple(grow(cache, self.config.prefix_length + length) for cache in caches)
 
 
-def _in_orders(
-    rotation: tuple[Array, Array] | None, order: Int[Array, "b n"]
+def _after_prefix(
+    rotation: tuple[Array, Array] | None, count: Start, length: int
 ) -> tuple[Float[Array, "b n r"], Float[Array, "b n r"]] | None:
-    """Returns the rotation of each sample's slots in its order, given one row for all samples."""
-    return None if rotation is None else (rotation[0][0][order], rotation[1][0][order])
+    """Returns the rotation of sequences whose prefix has only `count` of its `length` slots, given that of all slots.
+
+    The prefix keeps its first angles, and all other tokens keep theirs.
+    """
+    if rotation is None:
+        return None
+    slots, count = jnp.arange(rotation[0].shape[1])[None], jnp.reshape(count, (-1, 1))
+    slots = jnp.where(slots < count, slots, jnp.minimum(slots - count + length, slots.shape[1] - 1))
+    return rotation[0][0][slots], rotation[1][0][slots]
 
 
 def softmax_shapes(blocks: tuple[BlockConfig, ...]) -> tuple[SoftmaxShape, ...]:
@@ -416,7 +371,7 @@ def softmax_shapes(blocks: tuple[BlockConfig, ...]) -> tuple[SoftmaxShape, ...]:
 
 def each_frame(x: Float[Array, "b n c"], frames: int) -> Float[Array, "b_and_frames tokens c"]:
     """Returns the tokens of every frame as separate samples."""
-    return x.reshape(len(x) * frames, -1, x.shape[2])
+    return x.reshape(len(x) * frames, x.shape[1] // frames, x.shape[2])
 
 
 def block_parameters(variables: Variables, index: int) -> Variables:

@@ -5,7 +5,7 @@ from __future__ import annotations
 from flowgen.arrays import shown
 from flowgen.attention import causal_kernel
 from flowgen.contexts import Context, check_one_condition
-from flowgen.flows.block import ContextPrefix
+from flowgen.flows.prefixes import ContextPrefix
 from flowgen.nn.transformer import Attention
 
 

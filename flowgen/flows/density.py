@@ -143,7 +143,8 @@ def class_posterior(
 
     log_prior: log p(class) up to a constant; None means uniform.
 
-    Raises ValueError if the flow has no classes, or if `log_prior` does not have one entry per class.
+    Raises ValueError if the flow has no classes, if its samples are padded, or if `log_prior` does not have one entry
+    per class.
 
     Example:
         labels = class_posterior(flow, params, x).argmax(axis=-1)
@@ -152,6 +153,8 @@ def class_posterior(
     num_classes = flow.config.num_classes
     if num_classes == 0:
         raise ValueError("class_posterior needs a flow with classes, but this flow has num_classes=0.")
+    if getattr(flow.config, "padded", False):
+        raise ValueError("class_posterior accepts no padding; compute log_prob for Padded(mask, label) of each class.")
     flow.config.check_samples(x)
     if log_prior is not None and jnp.shape(log_prior) != (num_classes,):
         raise ValueError(f"log_prior is {shown(log_prior)}; give one number per class, of shape ({num_classes},).")

@@ -22,10 +22,11 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float
 
 from flowgen.backend import keep_rows
-from flowgen.conditioning import Condition
+from flowgen.conditioning import Condition, split_padded
 from flowgen.flows.affine import Affine
 from flowgen.flows.block import AutoregressiveBlock, BlockConfig, Variables, block_parameters
 from flowgen.flows.density import Flow
+from flowgen.flows.orders import without_padding
 from flowgen.settings import FieldError, config, in_group
 from flowgen.settings.ranges import MAX_BLOCKS, Count, CountOrZero, Entries, Positive
 
@@ -83,7 +84,8 @@ def jacobi_penalty(
         loss, metrics = jacobi_penalty(flow, params, x, states, cond, JacobiPenalty())
     """
     cond, blocks = flow.config.check_cond(cond, len(x)), flow.config.blocks
-    entering, errors = [flow.config.to_tokens(x).astype(states[0].dtype), *states[:-1]], {}
+    tokens = without_padding(flow.config.to_tokens(x).astype(states[0].dtype), cond)
+    entering, errors = [tokens, *states[:-1]], {}
     with in_group("jacobi"):
         numbers = penalty.numbers(len(blocks))
     for index in numbers:
@@ -119,8 +121,10 @@ def jacobi_error(
 
         fixed = jax.lax.stop_gradient(variables)
         y, _ = jax.lax.scan(lambda y, _: (sweep(fixed, y), None), z, length=sweeps - 1)
-        error = sweep(variables, jax.lax.stop_gradient(y)) - x
-        return jnp.sqrt(jnp.square(error).mean(axis=(1, 2)) + SOLVED**2)
+        error = sweep(variables, jax.lax.stop_gradient(y)) - x  # 0 for padding
+        mask, _ = split_padded(cond)
+        count = x.shape[1] if mask is None else jnp.maximum(mask.sum(axis=1), 1)
+        return jnp.sqrt(jnp.square(error).mean(axis=2).sum(axis=1) / count + SOLVED**2)
 
     return keep_rows(of_rows, variables, *jax.lax.stop_gradient((x, z)), cond)
 

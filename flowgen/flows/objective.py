@@ -36,8 +36,9 @@ def nll_objective(
     TARFlow. The first penalty comes from STARFlow, and the second, which trains for parallel decoding, is
     `flowgen.flows.jacobi_error.jacobi_penalty`; None leaves it out.
     batch: a `flowgen.data.Batch` of any image size that `flow.with_image_size` accepts. The batch's context contains
-    the labels or texts that the flow requires. With probability `label_dropout`, a label is replaced by -1, and a text
-    by null_text(([frames,] height, width)), which returns the encoded empty text.
+    the labels, texts or context that the flow requires. With probability `label_dropout`, a sample becomes
+    unconditional: a label is replaced by -1, a context is hidden, and a text is replaced by
+    null_text(([frames,] height, width)), which returns the encoded empty text.
     metrics: loss, bits_per_dim of the noisy images (nats_per_dim for latents and numbers), mean_square_z,
     logdet_per_dim, and mean_square/<block> of the tokens after each block. With a Jacobi penalty, also
     jacobi_error/<block>.

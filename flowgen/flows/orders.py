@@ -49,9 +49,16 @@ def permutation(order: TokenOrder, n: int) -> Int[np.ndarray, " n"]:
 
 
 def order_without_padding(order: TokenOrder, mask: Bool[Array | np.ndarray, "b n"]) -> Int[Array, "b n"]:
-    """Returns the permutation of each sample, in which its tokens come in a block's order, and then its padding."""
-    places = jnp.asarray(permutation(order, mask.shape[1]))
-    return places[jnp.argsort(~jnp.asarray(mask)[:, places], axis=1, stable=True)]
+    """Returns the permutation of each sample, in which its tokens come in a block's order, and then its padding.
+
+    The order applies to the tokens of a sample as if its padding were removed: a permutation keeps its entries below
+    their number. Hence it does not matter where padding stands.
+    """
+    mask, n = jnp.asarray(mask), mask.shape[1]
+    tokens_first = jnp.argsort(~mask, axis=1, stable=True)
+    places = jnp.asarray(permutation(order, n))
+    beyond = places[None] >= mask.sum(axis=1)[:, None]
+    return jnp.take_along_axis(tokens_first, places[jnp.argsort(beyond, axis=1, stable=True)], axis=1)
 
 
 def without_padding(values: Float[Array, "b n c"], cond: AnyCondition | None) -> Float[Array, "b n c"]:

@@ -11,11 +11,12 @@ from flowgen.backend import Implementation, Remat
 from flowgen.conditioning import Condition, check_text
 from flowgen.contexts import Context, check_condition
 from flowgen.flows.affine import OwnScale
-from flowgen.flows.block import BlockConfig, ClassPrefix, Prefix, TextPrefix, softmax_shapes
+from flowgen.flows.block import BlockConfig, softmax_shapes
 from flowgen.flows.contexts import check_one_context, context_prefix
 from flowgen.flows.flow import AutoregressiveFlow, ImageTokens
 from flowgen.flows.orders import RasterOrder
 from flowgen.flows.positions import GridPositions, rotary_pairs
+from flowgen.flows.prefixes import ClassPrefix, Prefix, TextPrefix
 from flowgen.nn.checks import check_implementation
 from flowgen.nn.layers import Activation, Norm
 from flowgen.nn.softmax_shape import SoftmaxShape

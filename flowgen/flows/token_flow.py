@@ -15,6 +15,7 @@ from typing import Annotated, Any, Literal
 import jax
 import jax.numpy as jnp
 import numpy as np
+from flax import linen as nn
 from jaxtyping import Array, Bool, Float
 
 from flowgen.arrays import check_floating, shown
@@ -258,6 +259,18 @@ class TokenFlow(AutoregressiveFlow):
     """
 
     config: TokenFlowConfig
+
+    @nn.nowrap
+    def with_image_size(self, height: int, width: int) -> TokenFlow:
+        """Raises ValueError, because the samples are no images."""
+        raise ValueError(f"this flow models samples of shape {self.config.shape}, which have no height and width.")
+
+    @nn.nowrap
+    def with_num_frames(self, frames: int) -> TokenFlow:
+        """Returns the flow. Raises ValueError unless `frames` is 1, because the samples are no clips."""
+        if frames != 1:
+            raise ValueError(f"frames is {frames}; this flow models single samples, so frames must be 1.")
+        return self
 
 
 def _checked_mask(mask: Any, shape: tuple[int, int]) -> Bool[Array, "b n"]:

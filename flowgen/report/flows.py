@@ -21,6 +21,7 @@ from flowgen.experiments.video_flow import VideoFlowExperiment
 from flowgen.flows.batches import batch_input, condition_of
 from flowgen.flows.block import AutoregressiveBlock
 from flowgen.flows.objective import on_samples_like
+from flowgen.flows.orders import without_padding
 from flowgen.report.charts import box_plots
 from flowgen.report.markup import Markup, Section, element, note, number, section, table
 from flowgen.report.pictures import grid_picture
@@ -52,6 +53,8 @@ def block_statistics(flow: Any, variables: Any, x: Any, cond: Any) -> list[Block
         rows = block_statistics(flow, params, x, labels)
     """
     flow, found = on_samples_like(flow, x), []
+    cond = flow.config.check_cond(cond, len(x))
+    x = flow.to_images(without_padding(flow.config.to_tokens(x), cond))
     states, _ = jax.jit(partial(flow.apply, method="trajectory"))(variables, x, cond)
     entering = [flow.config.to_tokens(x), *states[:-1]]
     for index, (before, after) in enumerate(zip(entering, states, strict=True)):
