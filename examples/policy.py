@@ -141,7 +141,7 @@ def main(arguments: Sequence[str] | None = None) -> Result:
     parser.add_argument("--chunks", type=int, default=6, help="decisions per episode")
     parser.add_argument("--seed", type=int, default=0)
     asked = parser.parse_args(arguments)
-    data_key, init_key, train_key, act_key, mean_key = jax.random.split(jax.random.key(asked.seed), 5)
+    data_key, init_key, train_key, first_key, act_key, mean_key = jax.random.split(jax.random.key(asked.seed), 6)
     observed, actions, reached = jax.jit(episodes, static_argnums=(0, 2, 3))(
         expert, data_key, asked.demonstrations, asked.chunks
     )
@@ -161,7 +161,7 @@ def main(arguments: Sequence[str] | None = None) -> Result:
         learning_rate=asked.learning_rate,
     )
     run = partial(act, params, flow=flow, num=asked.environments, chunks=asked.chunks)
-    jax.block_until_ready(run(act_key))
+    jax.block_until_ready(run(first_key))  # compiles
     began = time.perf_counter()
     succeeded = jax.block_until_ready(run(act_key))
     rate = asked.environments * asked.chunks * CHUNK / (time.perf_counter() - began)
