@@ -239,7 +239,9 @@ def test_info_lists_what_train_takes(trained):
 def test_info_explains_the_fields_that_it_names():
     out = succeed("info --config", DIGITS, "optim.lr", "--lr", "3e-4", "likelihood", "guidance")
     lines = [line.partition(" ")[0] for line in out.splitlines()]
-    assert lines == ["--optim.lr", "--likelihood.norm_penalty", "--likelihood.noise_weight", "--sampling.guidance"]
+    likelihood = [f"--likelihood.{name}" for name in ("norm_penalty", "jacobi", "noise_weight", "denoiser")]
+    assert lines == ["--optim.lr", *likelihood, "--sampling.guidance"]
+    assert "[none, or set its weight, sweeps, blocks]" in out
     assert out.startswith("--optim.lr 0.0003 ")
 
 

@@ -266,6 +266,6 @@ def test_progress_counts_every_token_of_the_deep_block_once(deep):
 def test_a_flow_of_images_is_refused(untyped):
     plain = STARFlow(STARFlowConfig(image_size=4, width=64, layers_per_block=(1, 1)))
     with pytest.raises(
-        ValueError, match="clip is only for a STARFlowV, but this flow generates images; leave clip out"
+        ValueError, match="clip is only for a STARFlowV, but this flow generates no clips; leave clip out"
     ):
         sample(plain, {"params": {}}, KEY, 2, clip=Clip(frames=1))

@@ -150,15 +150,16 @@ def _context_of(flow: Flow, context: Any) -> Unpadded | None:
         if context is None:
             raise ValueError("batch.context is None; this flow requires the context that its config describes.")
         return check_context(context, described, len(jax.tree.leaves(context)[0]))
-    if isinstance(context, ContextTokens) or _is_floating(context):
-        raise ValueError(
-            f"batch.context is {shown(context)}, but this flow has no context; describe it by the model's `context`."
-        )
     if flow.config.text_dim:
         if not isinstance(context, TextCondition):
             raise ValueError(f"batch.context is {shown(context)}; this flow requires texts, so give a TextCondition.")
         return TextCondition(jnp.asarray(context.embeddings, jnp.float32), jnp.asarray(context.mask))
     if not flow.config.num_classes:
+        if isinstance(context, ContextTokens) or _is_floating(context):
+            raise ValueError(
+                f"batch.context is {shown(context)}, but this flow has no context; describe it by the model's "
+                "`context`."
+            )
         return None
     labels = None if context is None or isinstance(context, tuple) else jnp.asarray(context)
     if labels is None or not jnp.issubdtype(labels.dtype, jnp.integer):
