@@ -404,14 +404,14 @@ def test_dropout_makes_that_share_of_contexts_unconditional(key):
     assert abs(share - 0.25) < 5 * np.sqrt(0.25 * 0.75 / 4000)
 
 
-def test_a_context_or_a_mask_that_the_flow_does_not_know_is_not_dropped_silently(key):
+def test_a_context_or_a_mask_that_the_flow_does_not_know_is_not_dropped_silently():
     flow, params, x, _ = case("vector")
     for context, message in (
         (jnp.ones((3, 2)), "this flow has no context; describe it by the model's `context`"),
         (Padded(jnp.asarray(MASK)), "this flow's samples have no padding; give its cond"),
     ):
         with pytest.raises(ValueError, match=message):
-            nll_objective(flow)(params, Batch(x, context), key)
+            nll_objective(flow)(params, Batch(x, context), jax.random.key(0))
 
 
 def test_texts_are_contexts_too():
