@@ -19,11 +19,12 @@ from PIL import Image
 import flowgen
 from flowgen.data import image_grid, to_uint8
 from flowgen.decoding import Guidance, Sequential
-from flowgen.decoding.block import guided_block, inverse
+from flowgen.decoding.block import guided_block, in_block_order, inverse
 from flowgen.decoding.request import decode_request
 from flowgen.decoding.weights import decoding_weights
 from flowgen.flows import density
 from flowgen.flows.block import decoding_config
+from flowgen.flows.orders import permutation
 
 LEVELS = 10  # of grey, so that the file stays small
 
@@ -36,11 +37,11 @@ def states(flow, params, labels, key, guidance: float, tokens_per_frame: int) ->
     shown = [z]
     for index in reversed(range(config.num_blocks)):
         block = guided_block(request, decoding_config(config.blocks[index]), index, weights[index])
-        is_reversed = config.blocks[index].order == "reversed"
-        x = inverse(block, z, is_reversed, plan=Sequential(), layers=config.blocks[index].transformer.num_layers).x
-        order = np.arange(config.num_tokens)[:: -1 if is_reversed else 1]
+        block, order = in_block_order(config.blocks[index], block)
+        x = inverse(block, z, order, plan=Sequential(), layers=config.blocks[index].transformer.num_layers).x
+        places = permutation(config.blocks[index].order, config.num_tokens)
         for count in range(tokens_per_frame, config.num_tokens + tokens_per_frame, tokens_per_frame):
-            solved = np.isin(np.arange(config.num_tokens), order[:count])
+            solved = np.isin(np.arange(config.num_tokens), places[:count])
             shown.append(jnp.where(solved[None, :, None], x, z))
         z = x
     clean = density.tweedie_step(flow, params, config.to_images(z), labels)

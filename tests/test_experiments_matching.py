@@ -165,7 +165,7 @@ def test_shrunk_configs_train(name, tmp_path):
 MISTAKES = {
     "sample --out a.png --plan jacobi --checkpoint POINTS": "--plan is not an option of this command for a MLP",
     "sample --out a.png --certify --checkpoint POINTS": "--certify is not an option of this command for a MLP",
-    "sample --out a.png --single some --checkpoint POINTS": "--single writes images, but this model draws points",
+    "sample --out a.png --single some --checkpoint POINTS": "--single writes images, but this model draws numbers",
     "sample --out a.png --classes 1 --checkpoint POINTS": "--classes is 1, but this model has no classes",
     "sample --out a.png --guidance 1 --checkpoint POINTS": "but the model has no classes to guide towards (num_",
     "sample --out a.png --method rk5 --checkpoint POINTS": "sampling.method is 'rk5'; it must be 'euler' or 'midpoint'",
