@@ -108,7 +108,7 @@ def drop_condition(key: Key[Array, ""], cond: Unpadded, null: TextCondition | No
     return drop_labels(key, cond, rate)
 
 
-def split_padded(cond: Condition | None) -> tuple[Bool[Array, "b n"] | None, Unpadded | None]:
+def split_padded(cond: AnyCondition | None) -> tuple[Bool[Array, "b n"] | None, Any]:
     """Returns the mask of padded samples, or None, and the rest of the condition."""
     return (jnp.asarray(cond.mask), cond.cond) if isinstance(cond, Padded) else (None, cond)
 

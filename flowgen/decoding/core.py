@@ -23,7 +23,6 @@ from jax.sharding import Mesh, PartitionSpec
 from jaxtyping import Array, Float
 
 from flowgen.backend import WHOLE, check_unmapped, copies, keep_rows, on_first_device, on_own_rows, rows_mesh, settled
-from flowgen.conditioning import split_padded
 from flowgen.decoding.block import guided_block, in_block_order, inverse, last_block
 from flowgen.decoding.certificate import error, estimated_error
 from flowgen.decoding.denoising import denoised, enter_last_block
@@ -41,6 +40,7 @@ from flowgen.decoding.weights import (
 )
 from flowgen.flows.block import Variables, decoding_config
 from flowgen.flows.density import Flow
+from flowgen.flows.orders import without_padding
 from flowgen.nn.layers import master_dtype
 
 
@@ -183,8 +183,7 @@ def _result(
 def _noise(request: DecodeRequest) -> Float[Array, "b n c"]:
     """The noise tokens of all frames; 0 for padding."""
     noise = request.noise if not isinstance(request.noise, SampleKeys) else _drawn(request, request.noise)
-    mask, _ = split_padded(request.cond)
-    return noise if mask is None else jnp.where(mask[:, :, None], noise, 0)
+    return without_padding(noise, request.cond)
 
 
 def _drawn(request: DecodeRequest, keys: SampleKeys) -> Float[Array, "b n c"]:

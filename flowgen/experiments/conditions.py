@@ -5,10 +5,8 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Any
 
-import jax.numpy as jnp
 import numpy as np
 
-from flowgen.conditioning import ContextTokens
 from flowgen.contexts import Context
 from flowgen.data import Batch, Dataset
 
@@ -54,15 +52,3 @@ def conditions_of(model: Any, dataset: Dataset) -> Callable[[np.ndarray], Any] |
         return None
     labels = np.asarray(dataset[np.arange(len(dataset))].labels)
     return lambda positions: labels[positions]
-
-
-def blank_conditions(model: Any, rows: int) -> Any:
-    """Returns conditions of the shapes that a model accepts, for tracing.
-
-    Example:
-        cond = jax.eval_shape(lambda: blank_conditions(experiment.model, 64))
-    """
-    context = context_of(model)
-    if context is None:
-        return jnp.zeros(rows, jnp.int32) if model.num_classes else None
-    return ContextTokens(jnp.zeros((rows, context.length, context.dim)), jnp.ones((rows, context.length), bool))

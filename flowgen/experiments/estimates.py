@@ -189,12 +189,12 @@ def _rounded_bytes(config: Any, variables: Any, dtypes: tuple[RoundedDtype | Non
 
 
 def some_condition(config: Any, rows: int) -> Condition | None:
-    """Returns a placeholder condition for `rows` samples, or None if the flow accepts no conditions.
+    """Returns a placeholder condition for `rows` samples, or None if the flow or network accepts no conditions.
 
     Example:
         cond = jax.eval_shape(lambda: some_condition(flow.config, 4))
     """
-    if config.text_dim:
+    if getattr(config, "text_dim", 0):
         embeddings = jnp.zeros((rows, config.text_length, config.text_dim))
         return TextCondition(embeddings, jnp.zeros(embeddings.shape[:2], bool))
     cond = jnp.zeros(rows, jnp.int32) if config.num_classes else None

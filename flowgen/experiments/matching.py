@@ -30,7 +30,6 @@ from flowgen.data.dataset import Split
 from flowgen.evaluation import Estimate, Evaluation, point_metrics, point_samples
 from flowgen.experiments.comparison import check_features, compare_samples
 from flowgen.experiments.conditions import (
-    blank_conditions,
     condition_of,
     conditions_of,
     context_of,
@@ -47,6 +46,7 @@ from flowgen.experiments.drawing import (
     drawn_classes,
     on_devices,
 )
+from flowgen.experiments.estimates import some_condition
 from flowgen.experiments.experiment import Experiment, Rehearsal, Samples, SamplingCost
 from flowgen.experiments.images import image_batches, image_dataset, tell_unused_classes, with_class_names
 from flowgen.experiments.likelihoods import evaluate_velocity
@@ -227,7 +227,7 @@ class MatchingExperiment(Experiment):
         shape = (rows,) if isinstance(self.data, PointsConfig) else (rows, *self.model.event_shape)
 
         def batch() -> Batch:
-            return Batch(jnp.zeros(shape, jnp.uint8), blank_conditions(self.model, rows))
+            return Batch(jnp.zeros(shape, jnp.uint8), some_condition(self.model, rows))
 
         objective = matching_objective(model, matching.loss_fn(), self._pairs)
         return Rehearsal(lambda key: init(model, key), objective, jax.eval_shape(batch))
@@ -242,7 +242,7 @@ class MatchingExperiment(Experiment):
             sampling=self.sampling,
         )
         numbers, key = jax.ShapeDtypeStruct((num,), jnp.int32), jax.eval_shape(lambda: jax.random.key(0))
-        cond = jax.eval_shape(lambda: blank_conditions(self.model, num))
+        cond = jax.eval_shape(lambda: some_condition(self.model, num))
         traced = jax.make_jaxpr(lambda *args: run(*args)[0])((_weights(variables), key), numbers, cond).jaxpr
         flop = sum(flop_of(traced).values(), start=0.0) / num
         return SamplingCost(None if self.sampling.method == "dopri5" else flop, 0, peak_of(traced))

@@ -15,7 +15,7 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float
 
-from flowgen.conditioning import ContextTokens, Padded
+from flowgen.conditioning import ContextTokens, Padded, split_padded
 from flowgen.contexts import ImageContext
 from flowgen.data.numbers import NumbersDataset
 from flowgen.transforms import Box, Chain, Standardise, Transform
@@ -34,7 +34,7 @@ def measured_units(dataset: NumbersDataset, box: Box | None) -> dict[str, Any]:
     Example:
         variables = {**flowgen.init(flow, key), **measured_units(dataset, box=None)}
     """
-    mask, context = _split(dataset.context)
+    mask, context = split_padded(dataset.context)
     x = dataset.x if box is None else np.asarray(box.forward(jnp.asarray(dataset.x))[0])
     units = {"x": _moments(x if mask is None else x[np.asarray(mask)])}
     if (constant := np.flatnonzero(units["x"]["scale"] == 0)).size:
@@ -70,7 +70,7 @@ def to_flow(
     Example:
         u, cond, logdet = to_flow(variables, x, observations, box=None)
     """
-    mask, _ = _split(context)
+    mask, _ = split_padded(context)
     u, logdet = _transform(variables, box).forward(jnp.asarray(x))
     if logdet.ndim == 2:  # rows of a sequence
         logdet = (logdet if mask is None else jnp.where(mask, logdet, 0)).sum(axis=1)
@@ -98,14 +98,9 @@ def to_data(
     Example:
         x = to_data(variables, result.x, observations, box=None)
     """
-    mask, _ = _split(context)
+    mask, _ = split_padded(context)
     x, _ = _transform(variables, box).inverse(jnp.asarray(u))
     return x if mask is None else jnp.where(mask[:, :, None], x, 0)
-
-
-def _split(context: Any) -> tuple[Any, Any]:
-    """The mask of padded samples, or None, and the rest of the context, as the data have it."""
-    return (context.mask, context.cond) if isinstance(context, Padded) else (None, context)
 
 
 def _transform(variables: Any, box: Box | None) -> Transform:

@@ -42,7 +42,7 @@ from flowgen.flows.affine import (
 )
 from flowgen.flows.orders import SampleOrder, TokenOrder, order_without_padding, to_order, to_raster
 from flowgen.flows.positions import GridPositions
-from flowgen.flows.prefixes import ContextPrefix, Prefix
+from flowgen.flows.prefixes import ContextPrefix, Prefix, rotation_after_prefix
 from flowgen.nn.embeddings import class_embedding
 from flowgen.nn.layers import RMSNorm, cast_linear, linear, master_dtype
 from flowgen.nn.softmax_shape import SoftmaxShape
@@ -264,7 +264,7 @@ class AutoregressiveBlock(nn.Module):
         # The padding of the prefix comes last, where no token sees it.
         exists = jnp.pad(cond.mask, ((0, 0), (0, window)), constant_values=True)
         count, order = self.prefix_count(cond), order_without_padding("raster", exists)
-        rotation = _after_prefix(rotation, count, config.prefix_length)
+        rotation = rotation_after_prefix(rotation, count, config.prefix_length)
         h = self.layers(to_order(h, order), None, start, inverse_temperature, rotation)[0]
         return jnp.take_along_axis(h, positions(count, window)[:, :, None], axis=1)
 
@@ -350,18 +350,22 @@ class AutoregressiveBlock(nn.Module):
         return caches if grow is None else tuple(grow(cache, self.config.prefix_length + length) for cache in caches)
 
 
-def _after_prefix(
-    rotation: tuple[Array, Array] | None, count: Start, length: int
-) -> tuple[Float[Array, "b n r"], Float[Array, "b n r"]] | None:
-    """Returns the rotation of sequences whose prefix has only `count` of its `length` slots, given that of all slots.
+def equal_layers(config: Any) -> TransformerConfig:
+    """Returns the layers of each block of a flow whose blocks differ only in their order.
 
-    The prefix keeps its first angles, and all other tokens keep theirs.
+    config: a `TARFlowConfig` or a `TokenFlowConfig`.
     """
-    if rotation is None:
-        return None
-    slots, count = jnp.arange(rotation[0].shape[1])[None], jnp.reshape(count, (-1, 1))
-    slots = jnp.where(slots < count, slots, jnp.minimum(slots - count + length, slots.shape[1] - 1))
-    return rotation[0][0][slots], rotation[1][0][slots]
+    return TransformerConfig(
+        width=config.width,
+        num_layers=config.layers_per_block,
+        num_heads=max(1, config.width // config.head_dim),
+        expansion=config.expansion,
+        activation=config.activation,
+        attention=config.attention,
+        attention_implementation=config.attention_implementation,
+        dtype=config.dtype,
+        remat=config.remat,
+    )
 
 
 def softmax_shapes(blocks: tuple[BlockConfig, ...]) -> tuple[SoftmaxShape, ...]:

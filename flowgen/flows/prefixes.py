@@ -7,6 +7,7 @@ from dataclasses import dataclass
 import jax.numpy as jnp
 from jaxtyping import Array, Float
 
+from flowgen.attention.slices import Start
 from flowgen.conditioning import ContextTokens, TextCondition, Unpadded, masked_text
 from flowgen.nn.embeddings import class_one_hot
 
@@ -62,3 +63,17 @@ class ContextPrefix:
 
 
 Prefix = ClassPrefix | TextPrefix | ContextPrefix
+
+
+def rotation_after_prefix(
+    rotation: tuple[Array, Array] | None, count: Start, length: int
+) -> tuple[Float[Array, "b n r"], Float[Array, "b n r"]] | None:
+    """Returns the rotation of sequences whose prefix has only `count` of its `length` slots, given that of all slots.
+
+    The prefix keeps its first angles, and all other tokens keep theirs.
+    """
+    if rotation is None:
+        return None
+    slots, count = jnp.arange(rotation[0].shape[1])[None], jnp.reshape(count, (-1, 1))
+    slots = jnp.where(slots < count, slots, jnp.minimum(slots - count + length, slots.shape[1] - 1))
+    return rotation[0][0][slots], rotation[1][0][slots]

@@ -17,7 +17,7 @@ from flowgen.flows.flow import AutoregressiveFlow, ImageTokens
 from flowgen.flows.orders import RasterOrder
 from flowgen.flows.positions import GridPositions, rotary_pairs
 from flowgen.flows.prefixes import ClassPrefix, Prefix, TextPrefix
-from flowgen.nn.checks import check_implementation
+from flowgen.nn.checks import check_heads, check_implementation
 from flowgen.nn.layers import Activation, Norm
 from flowgen.nn.softmax_shape import SoftmaxShape
 from flowgen.nn.transformer import Attention, TransformerConfig
@@ -128,10 +128,7 @@ class STARFlowConfig(ImageTokens):
         if self.layers_per_block[-1] < 1:
             raise ValueError(f"layers_per_block is {self.layers_per_block}; its last entry must be at least 1.")
         for name, width in (("width", self.width), ("deep_width", self._deep_width)):
-            if width % self.head_dim:
-                raise ValueError(
-                    f"{name} is {width}, which is not a multiple of head_dim {self.head_dim}; change one of them."
-                )
+            check_heads(width, self.head_dim, name)
             if self.num_kv_heads is not None and self.num_kv_heads > (heads := width // self.head_dim):
                 raise ValueError(
                     f"num_kv_heads is {self.num_kv_heads}, but {name} {width} gives only {heads} heads; "

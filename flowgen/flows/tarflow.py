@@ -8,13 +8,13 @@ from flowgen.backend import Implementation, Remat
 from flowgen.conditioning import Condition
 from flowgen.contexts import Context, check_condition
 from flowgen.flows.affine import OwnScale
-from flowgen.flows.block import BlockConfig, softmax_shapes
+from flowgen.flows.block import BlockConfig, equal_layers, softmax_shapes
 from flowgen.flows.contexts import check_one_context, context_prefix
 from flowgen.flows.flow import AutoregressiveFlow, ImageTokens
-from flowgen.nn.checks import check_implementation
+from flowgen.nn.checks import check_heads, check_implementation
 from flowgen.nn.layers import Activation
 from flowgen.nn.softmax_shape import SoftmaxShape
-from flowgen.nn.transformer import Attention, TransformerConfig
+from flowgen.nn.transformer import Attention
 from flowgen.settings import config
 from flowgen.settings.ranges import (
     Blocks,
@@ -82,10 +82,8 @@ class TARFlowConfig(ImageTokens):
         self.check_images()
         check_one_context(self.num_classes, self.context, self.attention)
         check_implementation(self.attention_implementation, self.attention)
-        if self.width > self.head_dim and self.width % self.head_dim:
-            raise ValueError(
-                f"width is {self.width}, which is not a multiple of head_dim {self.head_dim}; change one of them."
-            )
+        if self.width > self.head_dim:  # narrower blocks have one head
+            check_heads(self.width, self.head_dim)
 
     def build(self) -> TARFlow:
         """Returns the flow that this config describes, without parameters."""
@@ -104,17 +102,7 @@ class TARFlowConfig(ImageTokens):
     @property
     def blocks(self) -> tuple[BlockConfig, ...]:
         """The blocks from data to noise; their token orders alternate, starting with raster order."""
-        transformer = TransformerConfig(
-            width=self.width,
-            num_layers=self.layers_per_block,
-            num_heads=max(1, self.width // self.head_dim),
-            expansion=self.expansion,
-            activation=self.activation,
-            attention=self.attention,
-            attention_implementation=self.attention_implementation,
-            dtype=self.dtype,
-            remat=self.remat,
-        )
+        transformer = equal_layers(self)
         return tuple(
             BlockConfig(
                 num_tokens=self.num_tokens,

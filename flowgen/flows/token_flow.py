@@ -23,14 +23,14 @@ from flowgen.backend import Implementation, Remat
 from flowgen.conditioning import Condition, Padded, Unpadded
 from flowgen.contexts import Context, check_condition
 from flowgen.flows.affine import OwnScale
-from flowgen.flows.block import BlockConfig, softmax_shapes
+from flowgen.flows.block import BlockConfig, equal_layers, softmax_shapes
 from flowgen.flows.contexts import check_one_context, context_prefix
 from flowgen.flows.flow import AutoregressiveFlow
 from flowgen.flows.orders import TokenOrder, check_permutation
-from flowgen.nn.checks import check_implementation
+from flowgen.nn.checks import check_heads, check_implementation
 from flowgen.nn.layers import Activation
 from flowgen.nn.softmax_shape import SoftmaxShape
-from flowgen.nn.transformer import Attention, TransformerConfig
+from flowgen.nn.transformer import Attention
 from flowgen.settings import config
 from flowgen.settings.ranges import (
     MAX_BLOCKS,
@@ -114,10 +114,8 @@ class TokenFlowConfig:
 
     def __post_init__(self):
         check_implementation(self.attention_implementation, self.attention)
-        if self.width > self.head_dim and self.width % self.head_dim:
-            raise ValueError(
-                f"width is {self.width}, which is not a multiple of head_dim {self.head_dim}; change one of them."
-            )
+        if self.width > self.head_dim:  # narrower blocks have one head
+            check_heads(self.width, self.head_dim)
         if self.shape[0] % self.group:
             raise ValueError(f"group is {self.group}, which does not divide shape[0] {self.shape[0]}; use a divisor.")
         if self.padded and (len(self.shape) == 1 or self.group > 1):
@@ -176,17 +174,7 @@ class TokenFlowConfig:
     @property
     def blocks(self) -> tuple[BlockConfig, ...]:
         """The blocks from data to noise."""
-        transformer = TransformerConfig(
-            width=self.width,
-            num_layers=self.layers_per_block,
-            num_heads=max(1, self.width // self.head_dim),
-            expansion=self.expansion,
-            activation=self.activation,
-            attention=self.attention,
-            attention_implementation=self.attention_implementation,
-            dtype=self.dtype,
-            remat=self.remat,
-        )
+        transformer = equal_layers(self)
         return tuple(
             BlockConfig(
                 num_tokens=self.num_tokens,

@@ -35,7 +35,7 @@ from flowgen.matching.contexts import (
     shrunk_context,
 )
 from flowgen.matching.velocity import check_inputs
-from flowgen.nn.checks import check_implementation, check_patches, image_sides
+from flowgen.nn.checks import check_heads, check_implementation, check_patches, image_sides
 from flowgen.nn.embeddings import EMBEDDING_STDDEV, TIME_SCALE, ConditionEmbedding, grid_positions, normal_dense
 from flowgen.nn.layers import ACTIVATIONS, FLAT_DOTS, master_dtype, patchify, unpatchify
 from flowgen.nn.softmax_shape import SoftmaxShape
@@ -104,10 +104,7 @@ class DiTConfig:
                 f"image_size {self.image_size}, patch_size {self.patch_size} and width {self.width} give a position "
                 f"table of {numbers} numbers, above the limit of {MAX_POSITIONS}; use a larger patch_size."
             )
-        if self.width % self.head_dim:
-            raise ValueError(
-                f"width is {self.width}, which is not a multiple of head_dim {self.head_dim}; change one of them."
-            )
+        check_heads(self.width, self.head_dim)
         if self.width % 4:
             raise ValueError(f"width is {self.width}; it must be a multiple of 4 for the position table.")
 

@@ -42,6 +42,12 @@ def check_patches(image_size: object, patch_size: int) -> None:
         )
 
 
+def check_heads(width: int, head_dim: int, name: str = "width") -> None:
+    """Raises ValueError unless head_dim divides the width. name: what the error message calls the width."""
+    if width % head_dim:
+        raise ValueError(f"{name} is {width}, which is not a multiple of head_dim {head_dim}; change one of them.")
+
+
 def check_implementation(implementation: str, attention: object) -> None:
     """Raises ValueError if an implementation other than "auto" is set for attention other than softmax attention."""
     if implementation != "auto" and not (isinstance(attention, str) and attention == "softmax"):
