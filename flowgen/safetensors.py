@@ -43,10 +43,14 @@ _DTYPES = {
 _NAMES = {dtype: name for name, dtype in _DTYPES.items()}
 
 
-def read_safetensors(path: str | os.PathLike[str]) -> dict[str, np.ndarray]:
+def read_safetensors(
+    path: str | os.PathLike[str], *, fix: str = "download the file again"
+) -> dict[str, np.ndarray]:
     """Returns the tensors of a safetensors file by name, as read-only views of the file.
 
     The tensors must fill the file without gaps, so they never take more memory than the file.
+
+    fix: advice for the end of the error message about a damaged file.
 
     Raises OSError if the file cannot be read, or ValueError if it is truncated, damaged or in another format.
 
@@ -55,13 +59,13 @@ def read_safetensors(path: str | os.PathLike[str]) -> dict[str, np.ndarray]:
     """
     path = Path(path)
     if path.stat().st_size < 8:  # An empty file cannot be mapped.
-        raise ValueError(f"'{path}' is truncated or not a safetensors file: it has fewer than 8 bytes.")
+        raise ValueError(f"'{path}' is truncated or not a safetensors file: it has fewer than 8 bytes; {fix}.")
     content = np.memmap(path, np.uint8, mode="r")
     length = int.from_bytes(content[:8].tobytes(), "little")
     if length > min(_MAX_HEADER, content.size - 8):
         raise ValueError(
             f"'{path}' is truncated or not a safetensors file: its header claims to have {length} bytes, but may have "
-            f"at most {min(_MAX_HEADER, content.size - 8)}."
+            f"at most {min(_MAX_HEADER, content.size - 8)}; {fix}."
         )
     try:
         header = parse_json(content[8 : 8 + length].tobytes())
@@ -89,8 +93,7 @@ def read_safetensors(path: str | os.PathLike[str]) -> dict[str, np.ndarray]:
             position = stop
     except (ValueError, TypeError, KeyError, AttributeError, RecursionError) as error:
         raise ValueError(
-            f"'{path}' is damaged or not a safetensors file ({type(error).__name__}: {str(error)[:200]}); "
-            "download the file again."
+            f"'{path}' is damaged or not a safetensors file ({type(error).__name__}: {str(error)[:200]}); {fix}."
         ) from error
     return {name: tensors[name] for name in header if name in tensors}
 

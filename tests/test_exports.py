@@ -275,11 +275,15 @@ def _edit(*path, value):
         (_truncate, "is damaged or not a safetensors file"),
         (lambda folder: (folder / "model.safetensors").unlink(), "is missing"),
         (lambda folder: (folder / "model.safetensors").write_bytes(b""), "truncated or not a safetensors"),
+        (lambda folder: (folder / "config.json").unlink(), "has no config.json; copy or download"),
+        (lambda folder: (folder / "config.json").write_text('{"format": 1'), "export the run again"),
+        (lambda folder: (folder / "config.json").write_text("[]"), "does not describe a model of flowgen"),
         (_edit("format", value=2), "reads format 1; install the flowgen that wrote it"),
+        (_edit("weights", value=None), "does not describe the weights"),
         (_edit("weights", value={}), "does not describe the weights"),
         (_edit("weights", "step", value=-1), "does not describe the weights"),
         (_edit("metrics", value={"loss": "small"}), "does not describe the weights"),
-        (_edit("experiment", "model", "width", value=16), "does not fit the model"),
+        (_edit("experiment", "model", "width", value=16), "model.safetensors' does not fit the model"),
         (_edit("experiment", "model", "depth", value=16), "depth"),
         (_edit("experiment", "type", value="os:system"), "type is 'os:system'"),
     ],
@@ -291,14 +295,31 @@ def test_damage_is_told_in_one_sentence(copied, damage, told):
     one_sentence(error)
 
 
-@pytest.mark.parametrize("name", ["opt_state/x", "params/blocks_0", "collections/params/x", "x"])
-def test_tensors_that_no_model_has_are_refused(copied, name):
-    path = copied / "model.safetensors"
-    tensors = {**read_safetensors(path), name: np.ones(2, np.float32)}
-    tensors = {key: np.array(tensor) for key, tensor in tensors.items()}
+def _with_tensors(folder, **changed):
+    """Replaces tensors of an exported folder, as another program might."""
+    path = folder / "model.safetensors"
+    tensors = {name: np.array(tensor) for name, tensor in read_safetensors(path).items()} | changed
     path.unlink()
     write_safetensors(path, tensors)
-    _edit("weights", "sha256", value=digest_of_file(path))(copied)
+    _edit("weights", "sha256", value=digest_of_file(path))(folder)
+
+
+@pytest.mark.parametrize("value", [np.nan, np.inf])
+def test_weights_that_are_not_finite_are_refused(copied, tmp_path, value):
+    name = "params/blocks_0/proj_in/bias"
+    bias = read_safetensors(copied / "model.safetensors")[name].copy()
+    bias[-1] = value
+    _with_tensors(copied, **{name: bias})
+    for use in (lambda: flowgen.load(copied), lambda: flowgen.export(copied, tmp_path / "again")):
+        with pytest.raises(ValueError, match=rf"model.safetensors' has values in {name} that are not finite") as error:
+            use()
+        one_sentence(error)
+    assert not (tmp_path / "again").exists()
+
+
+@pytest.mark.parametrize("name", ["opt_state/x", "params/blocks_0", "collections/params/x", "x"])
+def test_tensors_that_no_model_has_are_refused(copied, name):
+    _with_tensors(copied, **{name: np.ones(2, np.float32)})
     with pytest.raises(ValueError, match="which no exported model has") as error:
         flowgen.load(copied)
     one_sentence(error)
@@ -474,7 +495,8 @@ def test_a_folder_goes_before_a_shipped_model_of_the_same_name(exported, tmp_pat
     assert flowgen.load("digits")[2].name == "flow"
     assert "did you mean --checkpoint digits-cfm?" in refused("sample digits-cfm")
     assert "or a shipped model (digits, digits-cfm)" in refused("info --checkpoint digit")
-    (tmp_path / "digits" / "config.json").unlink()
+    for name in ("config.json", "model.safetensors"):
+        (tmp_path / "digits" / name).unlink()
     assert "It hides the shipped model of this name." in refused("info --checkpoint digits")
 
 

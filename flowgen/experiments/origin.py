@@ -12,7 +12,7 @@ from flowgen.experiments.experiment import Experiment
 from flowgen.experiments.files import from_json
 from flowgen.runs import RunReader, located
 
-PARAMS = "params/"
+PARAMS, COLLECTIONS = "params/", "collections/"
 Shape = tuple[int, ...]
 
 
@@ -65,28 +65,19 @@ class Origin:
         return "averaged parameters" if self.is_averaged else "parameters"
 
     @property
-    def _groups(self) -> dict[str, str]:
-        """For each prefix of saved arrays that are used, the prefix of the corresponding variables."""
-        return {"ema/" if self.is_averaged else PARAMS: PARAMS, "collections/": ""}
-
-    @property
     def shapes(self) -> dict[str, Shape]:
         """The shapes of the arrays, by name, such as "params/blocks_0/proj_in/kernel"."""
+        groups = {"ema/" if self.is_averaged else PARAMS: PARAMS, COLLECTIONS: ""}
         return {
             new + name.removeprefix(old): tuple(shape)
             for name, (shape, _) in self.saved.items()
-            for old, new in self._groups.items()
+            for old, new in groups.items()
             if name.startswith(old)
         }
 
     def arrays(self) -> dict[str, np.ndarray]:
-        """Returns the arrays, keyed by the names in `shapes`, after checking their digests."""
+        """Returns the arrays, keyed by the names in `shapes`, after checking their digests and that they are finite."""
         with self.run.named():
-            read = self.run.checkpoints.arrays(self.step, lambda name: name.startswith(tuple(self._groups)))
+            read = self.run.checkpoints.weights(self.step)
         self.run.free()
-        return {
-            new + name.removeprefix(old): array
-            for name, array in read.items()
-            for old, new in self._groups.items()
-            if name.startswith(old)
-        }
+        return {name.removeprefix(COLLECTIONS): array for name, array in read.items()}

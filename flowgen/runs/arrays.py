@@ -33,43 +33,56 @@ def layout(tree: Any) -> dict[str, Any]:
     """Returns {path: [shape, dtype name]} for a tree of arrays or `jax.ShapeDtypeStruct`.
 
     Example:
-        check_layout(step, manifest["arrays"], layout(abstract_state))
+        check_layout("Checkpoint 7", manifest["arrays"], layout(abstract_state))
     """
     return {name: [list(leaf.shape), leaf.dtype.name] for name, leaf in flatten(tree).items()}
 
 
-def check_layout(step: int, given: dict[str, Any], expected: dict[str, Any]) -> None:
-    """Raises ValueError if a checkpoint has unexpected paths, shapes or dtypes; the message lists the first few.
+def check_layout(name: str, given: dict[str, Any], expected: dict[str, Any]) -> None:
+    """Raises ValueError if saved arrays have unexpected paths, shapes or dtypes; the message lists the first few.
+
+    name: what has these arrays, as the message names it.
 
     Example:
-        check_layout(step, manifest["arrays"], layout(abstract_state))
+        check_layout("Checkpoint 7", manifest["arrays"], layout(abstract_state))
     """
-    wrong = [f"{name} is missing" for name in expected if name not in given]
-    wrong += [f"{name} is not expected" for name in given if name not in expected]
+    wrong = [f"{path} is missing" for path in expected if path not in given]
+    wrong += [f"{path} is not expected" for path in given if path not in expected]
     wrong += [
-        f"{name} is {_shown(given[name])} instead of {_shown(expected[name])}"
-        for name in expected
-        if name in given and given[name] != expected[name]
+        f"{path} is {_shown(given[path])} instead of {_shown(expected[path])}"
+        for path in expected
+        if path in given and given[path] != expected[path]
     ]
     if wrong:
         more = f" and {len(wrong) - 3} more" if len(wrong) > 3 else ""
-        raise ValueError(f"Checkpoint {step} does not fit the model: {', '.join(wrong[:3])}{more}.")
+        raise ValueError(f"{name} does not fit the model: {', '.join(wrong[:3])}{more}.")
 
 
 def check_finite(step: int, flat: Flat) -> None:
     """Raises FloatingPointError if an array contains NaN or infinity; the message names the first such array.
 
+    Example:
+        check_finite(step, flatten(state))
+    """
+    if (name := first_not_finite(flat)) is not None:
+        raise FloatingPointError(f"{name} is not finite after step {step}, so no checkpoint was saved.")
+
+
+def first_not_finite(flat: Flat) -> str | None:
+    """Returns the path of the first array that contains NaN or infinity, or None if there is none.
+
     Infinities are allowed in carried state, such as the logarithm of a running mean that is still 0.
 
     Example:
-        check_finite(step, flatten(state))
+        first_not_finite({"params/w": np.array([np.nan])})  # "params/w"
     """
     for name, array in flat.items():
         if not jnp.issubdtype(array.dtype, jnp.floating):
             continue
         bad = np.isnan(array) if name.startswith("collections/") else ~np.isfinite(array)
         if bad.any():
-            raise FloatingPointError(f"{name} is not finite after step {step}, so no checkpoint was saved.")
+            return name
+    return None
 
 
 def group_of(path: str) -> str:

@@ -22,7 +22,7 @@ import numpy as np
 from flax import traverse_util
 
 from flowgen.places import check_local
-from flowgen.runs.arrays import Flat, check_layout, flatten, group_of, layout, read_arrays
+from flowgen.runs.arrays import Flat, check_layout, first_not_finite, flatten, group_of, layout, read_arrays
 from flowgen.runs.files import DIGEST, digest_of_file, is_regular, is_temporary, read_json, verified
 
 META = "meta.json"
@@ -152,7 +152,7 @@ class CheckpointReader:
         Example:
             state = reader.restore(reader.latest_step(), jax.eval_shape(make_state))
         """
-        check_layout(step, self.manifest(step)["arrays"], layout(like))
+        check_layout(self._name_of(step), self.manifest(step)["arrays"], layout(like))
         read = self.arrays(step)
         if "step" in read and read["step"].ndim == 0 and int(read["step"]) != step:
             raise self._damaged(step, f"its arrays belong to step {int(read['step'])}")
@@ -166,7 +166,8 @@ class CheckpointReader:
         params: a tree of (abstract) arrays with the structure of the weights.
 
         Raises:
-            ValueError: the checkpoint is damaged, belongs to another step, or does not fit `params`.
+            ValueError: the checkpoint is damaged, belongs to another step, does not fit `params`, or has weights that
+            are not finite.
 
         Example:
             variables = reader.variables(step, jax.eval_shape(lambda: flowgen.init(flow, key))["params"])
@@ -174,7 +175,7 @@ class CheckpointReader:
         group = self._group(step, ema)
         saved = self.manifest(step)["arrays"]
         given = {path.removeprefix(f"{group}/"): x for path, x in saved.items() if path.startswith(f"{group}/")}
-        check_layout(step, _widened(given), layout(params))
+        check_layout(self._name_of(step), _widened(given), layout(params))
         tree = traverse_util.unflatten_dict(self.weights(step, ema=ema), sep="/")
         return {"params": tree["params"], **tree.get("collections", {})}
 
@@ -182,10 +183,15 @@ class CheckpointReader:
         """Returns the arrays that `variables` returns, as "params/..." and "collections/...", without comparing shapes.
 
         Raises:
-            ValueError: the checkpoint is damaged, or belongs to another step.
+            ValueError: the checkpoint is damaged, belongs to another step, or has weights that are not finite. Training
+            never saves such weights.
         """
         group = self._group(step, ema)
         arrays = self.arrays(step, lambda path: path.startswith((f"{group}/", "collections/")))
+        if (name := first_not_finite(arrays)) is not None:
+            raise ValueError(
+                f"{self._name_of(step)} has values in {name} that are not finite, so it cannot be used; give another."
+            )
         own = f"{group}/"
         return {f"params/{path.removeprefix(own)}" if path.startswith(own) else path: x for path, x in arrays.items()}
 
@@ -196,6 +202,10 @@ class CheckpointReader:
     def _group(self, step: int, ema: bool) -> str:
         """Returns the group of arrays that are the weights."""
         return "ema" if ema and self.is_averaged(step) else "params"
+
+    def _name_of(self, step: int) -> str:
+        """Returns how error messages name the weights of a step."""
+        return f"Checkpoint {step}"
 
     def _entries(self) -> dict[str, str | None]:
         """Returns {name: reason} for the directory's entries. The reason is None for a complete checkpoint."""

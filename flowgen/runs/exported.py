@@ -36,6 +36,7 @@ _ABOUT = {"step": int, "averaged": bool, "trained": bool, DIGEST: str}
 _NAMED_ENCODERS = ("minilm", "words")
 _GROUPS = ("params/", "collections/")
 _STORED = {"float16": "float32"}  # the dtypes that are smaller in files than in use
+_AGAIN = "copy or download the whole folder again, or export the run again"
 
 
 def without_paths(experiment: Mapping[str, Any]) -> dict[str, Any]:
@@ -88,10 +89,11 @@ class ExportedReader(CheckpointReader):
 
         Other paths are left out, so that a file that someone else wrote cannot name files or URLs to read.
 
-        Raises ValueError if config.json is damaged or was written by a newer flowgen.
+        Raises FileNotFoundError if config.json is missing, or ValueError if it is damaged or was written by a newer
+        flowgen.
         """
         experiment = without_paths(self._about()[EXPERIMENT])
-        if (self.directory / CODEC / CONFIG_FILE).is_file() and isinstance(codec := experiment.get("codec"), dict):
+        if (self.directory / CODEC).is_dir() and isinstance(codec := experiment.get("codec"), dict):
             experiment["codec"] = {**codec, "path": str(self.directory / CODEC)}
         return experiment
 
@@ -122,8 +124,7 @@ class ExportedReader(CheckpointReader):
         tensors = self._tensors()
         if digest_of_file(self._path) != self._about()[WEIGHTS][DIGEST]:
             raise ValueError(
-                f"'{self._path}' is not the file that {CONFIG_FILE} describes (its SHA-256 differs); copy or download "
-                "the whole folder again."
+                f"'{self._path}' is not the file that {CONFIG_FILE} describes (its SHA-256 differs); {_AGAIN}."
             )
         chosen = {path: tensor for path, tensor in tensors.items() if choose(path)}
         return {path: np.array(x, _STORED.get(x.dtype.name, x.dtype)) for path, x in chosen.items()}
@@ -140,26 +141,32 @@ class ExportedReader(CheckpointReader):
             )
         return "params"
 
+    def _name_of(self, step: int) -> str:
+        return f"The exported model '{self._path}'"
+
     def _entries(self) -> dict[str, str | None]:
         return {str(step): None for step in self.steps()}
 
     def _tensors(self) -> dict[str, np.ndarray]:
         if not is_regular(self._path):
-            raise FileNotFoundError(f"'{self._path}' is missing; copy or download the whole folder again.")
-        tensors = read_safetensors(self._path)
+            raise FileNotFoundError(f"'{self._path}' is missing; {_AGAIN}.")
+        tensors = read_safetensors(self._path, fix=_AGAIN)
         for name in tensors:
             above = {parent.as_posix() for parent in PurePosixPath(name).parents}
             if not name.startswith(_GROUPS) or name.startswith("collections/params/") or not above.isdisjoint(tensors):
                 raise ValueError(
-                    f"'{self._path}' has the tensor {name[:80]!r}, which no exported model has; copy or download the "
-                    "whole folder again."
+                    f"'{self._path}' has the tensor {name[:80]!r}, which no exported model has; {_AGAIN}."
                 )
         return tensors
 
     def _about(self) -> dict[str, Any]:
         """Returns the content of config.json. Raises ValueError if it is not what `export` writes."""
         path = self.directory / CONFIG_FILE
-        config = documents.read_json(path, fix="copy or download the whole folder again")
+        if not is_regular(path):
+            raise FileNotFoundError(f"The exported model in '{self.directory}' has no {CONFIG_FILE}; {_AGAIN}.")
+        config = documents.read_json(path, fix=_AGAIN)
+        if not isinstance(config, dict) or not isinstance(config.get(EXPERIMENT), dict):
+            raise ValueError(f"{path} does not describe a model of flowgen; {_AGAIN}.")
         if config.get("format") != FORMAT:
             raise ValueError(
                 f"{path} has format {config.get('format')!r:.80}, but this flowgen reads format {FORMAT}; install the "
@@ -168,7 +175,7 @@ class ExportedReader(CheckpointReader):
         weights, metrics = config.get(WEIGHTS), config.setdefault(METRICS, {})
         whole = isinstance(weights, dict) and all(type(weights.get(name)) is kind for name, kind in _ABOUT.items())
         if not whole or weights["step"] < 0 or not isinstance(metrics, dict) or not _are_numbers(metrics.values()):
-            raise ValueError(f"{path} does not describe the weights; copy or download the whole folder again.")
+            raise ValueError(f"{path} does not describe the weights; {_AGAIN}.")
         return config
 
 

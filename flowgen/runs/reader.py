@@ -12,9 +12,10 @@ from flowgen.places import is_remote
 from flowgen.runs.checkpoints import CheckpointReader
 from flowgen.runs.directory import CHECKPOINTS, CONFIG_FILE, check_workdir, read_config
 from flowgen.runs.exported import FILES as EXPORTED_FILES
-from flowgen.runs.exported import ExportedReader, is_exported
+from flowgen.runs.exported import MODEL_FILE, ExportedReader, is_exported
+from flowgen.runs.files import is_regular
 from flowgen.runs.lock import LOCK_FILE
-from flowgen.runs.mirror import Mirror
+from flowgen.runs.mirror import Mirror, is_of_checkpoint
 from flowgen.runs.remote_lock import TAKEOVER_FILE, check_free
 
 
@@ -45,12 +46,18 @@ class RunReader:
         return contextlib.nullcontext() if self.mirror is None else self.mirror.named()
 
     def _reader(self) -> CheckpointReader:
-        if is_exported(self.directory):
+        if is_exported(self.directory) or self._is_damaged_export():
             if self.mirror is not None:
                 self.mirror.fetch(EXPORTED_FILES)
             return ExportedReader(self.directory)
         fetch = {} if self.mirror is None else {"fetch": self.mirror.fetch_checkpoint_files}
         return CheckpointReader(self.directory / CHECKPOINTS, **fetch)
+
+    def _is_damaged_export(self) -> bool:
+        """Returns whether the folder contains exported weights, but no checkpoints and no description of the weights."""
+        if self.mirror is not None:
+            return MODEL_FILE in self.mirror.sizes and not any(map(is_of_checkpoint, self.mirror.sizes))
+        return is_regular(self.directory / MODEL_FILE) and not os.path.lexists(self.directory / CHECKPOINTS)
 
     def config(self) -> dict[str, Any]:
         """Returns the run's config. Raises the errors of `read_config` and `ExportedReader.config`."""
