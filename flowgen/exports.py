@@ -31,7 +31,8 @@ from flowgen.runs.exported import (
     WEIGHTS,
     without_paths,
 )
-from flowgen.runs.files import digest_of_file, write_json
+from flowgen.runs.files import digest_of_file, is_temporary, write_json
+from flowgen.runs.lock import in_use, is_abandoned
 from flowgen.safetensors import write_safetensors
 
 
@@ -46,7 +47,8 @@ def export(
 ) -> Path:
     """Writes the model of a run to a new folder: config.json, model.safetensors and a model card. Returns the folder.
 
-    The folder appears only once it is complete. Paths on this machine are left out of it. An autoencoder that flowgen
+    The folder appears only once it is complete. What exports to the same folder left behind when they were killed is
+    removed. Paths on this machine are left out of it. An autoencoder that flowgen
     trained, on whose latents the model works, is exported to the folder `codec` inside it.
 
     run_dir, step, ema: see `flowgen.load`.
@@ -133,13 +135,22 @@ def _as_stored(weights: Flat, dtype: str | None) -> Flat:
 def _new_folder(folder: Path) -> Generator[Path]:
     """Yields a folder that becomes `folder` on success, and is removed on any error."""
     folder.parent.mkdir(parents=True, exist_ok=True)
-    unfinished = folder.absolute().with_name(f".{folder.name}.{os.getpid()}-{secrets.token_hex(4)}.tmp")
+    _remove_leftovers(folder)
+    unfinished = folder.with_name(f".{folder.name}.{os.getpid()}-{secrets.token_hex(4)}.tmp")
     unfinished.mkdir()
-    try:
-        yield unfinished
-        if folder.is_dir():
-            folder.rmdir()  # an empty one; fails if files have appeared in it
-        os.rename(unfinished, folder)
-    except BaseException:
-        shutil.rmtree(unfinished, ignore_errors=True)
-        raise
+    with in_use(unfinished):
+        try:
+            yield unfinished
+            if folder.is_dir():
+                folder.rmdir()  # an empty one; fails if files have appeared in it
+            os.rename(unfinished, folder)
+        except BaseException:
+            shutil.rmtree(unfinished, ignore_errors=True)
+            raise
+
+
+def _remove_leftovers(folder: Path) -> None:
+    """Removes the unfinished folders of exports to `folder` whose processes were killed."""
+    for path in folder.parent.iterdir():
+        if is_temporary(path.name, folder.name) and is_abandoned(path):
+            shutil.rmtree(path, ignore_errors=True)

@@ -37,6 +37,7 @@ from flowgen.runs import CheckpointStore, RunReader, flatten, located, shipped_m
 from flowgen.runs.exported import without_paths
 from flowgen.runs.files import digest_of_file
 from flowgen.runs.located import SHIPPED
+from flowgen.runs.lock import in_use
 from flowgen.safetensors import read_safetensors, write_safetensors
 from flowgen.training import InitConfig
 
@@ -244,6 +245,24 @@ def test_an_interrupted_export_leaves_nothing(run, tmp_path, monkeypatch):
     with pytest.raises(KeyboardInterrupt):
         flowgen.export(run, tmp_path / "out")
     assert list(tmp_path.iterdir()) == []
+
+
+def test_what_a_killed_export_left_is_removed_by_the_next(run, tmp_path):
+    """An unfinished folder that is still written, those of other folders and files of other names are kept."""
+    left, running, others, foreign = (
+        tmp_path / name
+        for name in (".out.9-0a1b2c3d.tmp", ".out.8-0a1b2c3d.tmp", ".out.b.9-0a1b2c3d.tmp", ".out.old.tmp")
+    )
+    for folder in (left, running, others, foreign):
+        folder.mkdir()
+        (folder / "model.safetensors").write_bytes(b"half")
+    (tmp_path / ".out.7-0a1b2c3d.tmp").symlink_to(foreign)
+    with in_use(running):
+        flowgen.export(run, tmp_path / "out")
+        assert not left.exists()
+        assert all((folder / "model.safetensors").exists() for folder in (running, others, foreign))
+    flowgen.export(run, tmp_path / "out2")
+    assert running.exists()
 
 
 def _flip(folder):

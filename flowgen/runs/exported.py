@@ -154,9 +154,7 @@ class ExportedReader(CheckpointReader):
         for name in tensors:
             above = {parent.as_posix() for parent in PurePosixPath(name).parents}
             if not name.startswith(_GROUPS) or name.startswith("collections/params/") or not above.isdisjoint(tensors):
-                raise ValueError(
-                    f"'{self._path}' has the tensor {name[:80]!r}, which no exported model has; {_AGAIN}."
-                )
+                raise ValueError(f"'{self._path}' has the tensor {name[:80]!r}, which no exported model has; {_AGAIN}.")
         return tensors
 
     def _about(self) -> dict[str, Any]:

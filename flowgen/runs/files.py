@@ -14,7 +14,7 @@ from flowgen.data.media import atomic_file
 from flowgen.documents import parse_json
 
 DIGEST = "sha256"
-_TEMPORARY = re.compile(r"\..+\.[0-9]+-[0-9a-f]{8}\.tmp")  # names of unfinished files of `atomic_file`
+_TEMPORARY = re.compile(r"\.(.+)\.[0-9]+-[0-9a-f]{8}\.tmp")  # names of unfinished files of `atomic_file`
 
 
 def read_json(path: str | Path) -> dict[str, Any]:
@@ -114,13 +114,16 @@ def write_bytes(path: str | Path, content: bytes) -> None:
         file.write(content)
 
 
-def is_temporary(name: str) -> bool:
+def is_temporary(name: str, of: str | None = None) -> bool:
     """Returns whether a file name is one that `atomic_file` gives to an unfinished file.
+
+    of: the name that the finished file would have; None for any name.
 
     Example:
         is_temporary(".config.json.123-0a1b2c3d.tmp")
     """
-    return _TEMPORARY.fullmatch(name) is not None
+    found = _TEMPORARY.fullmatch(name)
+    return found is not None and of in (None, found[1])
 
 
 def remove_temporaries(directory: str | Path) -> None:

@@ -1,12 +1,14 @@
-"""A lock that lets one process at a time train in a run directory; the system releases it when the process ends."""
+"""Locks that the system releases when their process ends: of a run directory, and of a folder while it is written."""
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import socket
 import stat
 import weakref
+from collections.abc import Generator
 from pathlib import Path
 
 try:
@@ -88,6 +90,45 @@ class Place:
     def close(self) -> None:
         """Closes the directory, which is kept open to identify it."""
         os.close(self._descriptor)
+
+
+@contextlib.contextmanager
+def in_use(folder: str | Path) -> Generator[None]:
+    """Returns a context in which `is_abandoned` returns False for a folder, even in other processes.
+
+    Example:
+        with in_use("exported/.digits.tmp"): ...
+    """
+    descriptor = os.open(folder, os.O_RDONLY) if fcntl is not None else None
+    try:
+        if fcntl is not None and descriptor is not None:
+            with contextlib.suppress(OSError):  # some network file systems do not support locks
+                fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        yield
+    finally:
+        if descriptor is not None:
+            os.close(descriptor)
+
+
+def is_abandoned(folder: str | Path) -> bool:
+    """Returns whether the process that had a folder `in_use` has ended. Returns False if the system cannot tell.
+
+    Example:
+        is_abandoned("exported/.digits.tmp")
+    """
+    if fcntl is None:
+        return False
+    try:
+        descriptor = os.open(folder, os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW)
+    except OSError:
+        return False
+    try:
+        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except OSError:  # it is locked, or the file system does not support locks
+        return False
+    finally:
+        os.close(descriptor)
+    return True
 
 
 def check_unlocked(run_dir: str | Path) -> None:

@@ -54,7 +54,7 @@ class RunReader:
         return CheckpointReader(self.directory / CHECKPOINTS, **fetch)
 
     def _is_damaged_export(self) -> bool:
-        """Returns whether the folder contains exported weights, but no checkpoints and no description of the weights."""
+        """Returns whether the folder has exported weights that config.json does not describe, and no checkpoints."""
         if self.mirror is not None:
             return MODEL_FILE in self.mirror.sizes and not any(map(is_of_checkpoint, self.mirror.sizes))
         return is_regular(self.directory / MODEL_FILE) and not os.path.lexists(self.directory / CHECKPOINTS)
