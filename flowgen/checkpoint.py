@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -50,6 +51,46 @@ def load_on_host(
         flow, variables, experiment = load_on_host("runs/digits")
         variables = divided_over_heads(variables)  # flowgen.training.fsdp, for a model that fits on no single device
     """
+    opened = open_run(run_dir, step)
+    return *opened.load(ema=ema, model=model), opened.experiment
+
+
+@dataclass(frozen=True)
+class OpenRun:
+    """A run or an exported model at one step, whose weights have not been read yet.
+
+    run: reads its files. step: the number of the step. experiment: its experiment.
+
+    Example:
+        opened = open_run("runs/digits", "best")
+        flow, variables = opened.load()
+    """
+
+    run: RunReader
+    step: int
+    experiment: Experiment
+
+    def load(self, *, ema: bool = True, model: Any = None) -> tuple[Any, Any]:
+        """Returns the model and its variables as numpy arrays. For the arguments and errors, see `flowgen.load`."""
+        with self.run.named():
+            flow = self.experiment.build() if model is None else model
+            expected = jax.eval_shape(lambda: init(flow, jax.random.key(0)))
+            variables = self.run.checkpoints.variables(self.step, expected["params"], ema=ema)
+        self.run.free()
+        return flow, variables
+
+    def was_trained(self) -> bool:
+        """Returns whether training made the weights; False if they were imported."""
+        with self.run.named():
+            return self.run.checkpoints.was_trained()
+
+
+def open_run(run_dir: str | Path, step: int | str | None = None) -> OpenRun:
+    """Returns what `load` reads before the weights. For the arguments and errors, see `load`.
+
+    Example:
+        step = open_run("runs/digits", "best").step
+    """
     if not isinstance(run_dir, str | os.PathLike):
         raise ValueError(f"run_dir must be the path of a run's directory, not {shown(run_dir)}.")
     run = RunReader(located(run_dir))
@@ -60,21 +101,7 @@ def load_on_host(
             experiment.check_resumable(reader.manifest(step)["config"])
         except ValueError as error:
             raise ValueError(f"Checkpoint {step} of {run_dir} does not fit config.json: {error}") from error
-        flow = experiment.build() if model is None else model
-        expected = jax.eval_shape(lambda: init(flow, jax.random.key(0)))
-        variables = reader.variables(step, expected["params"], ema=ema)
-    return flow, variables, experiment
-
-
-def chosen_step(run_dir: str | Path, step: int | str | None = None) -> int:
-    """Returns the step that `load` would load. For the arguments and errors, see `load`.
-
-    Example:
-        step = chosen_step("runs/digits", "best")
-    """
-    run = RunReader(located(run_dir))
-    with run.named():
-        return choose_step(run.checkpoints, run_dir, step, from_json(run.config()).best_metric)
+    return OpenRun(run, step, experiment)
 
 
 def write_run(run_dir: str | Path, experiment: Experiment, variables: Any) -> None:

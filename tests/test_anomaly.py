@@ -130,6 +130,6 @@ def test_corruptions_keep_shape_and_change_images(name):
 
 
 def test_a_flow_that_needs_texts_scores_no_anomalies():
-    experiment = SimpleNamespace(is_latent=False, model=SimpleNamespace(text_dim=4))
+    experiment = SimpleNamespace(model=SimpleNamespace(text_dim=4))
     with pytest.raises(ValueError, match="this flow needs texts"):
         check_anomaly(experiment, "corrupted")

@@ -10,7 +10,7 @@ import time
 from importlib.metadata import version
 from typing import Any
 
-from flowgen.cli.options import CHECKPOINT, SHARING, load_run, placed, say, step_or_best, warn_of_guidance
+from flowgen.cli.options import CHECKPOINT, SHARING, open_run, placed, say, step_or_best, warn_of_guidance
 
 
 def declare(parser: argparse.ArgumentParser) -> None:
@@ -49,7 +49,6 @@ def fields_help() -> str:
 
 def run(options: argparse.Namespace, rest: list[str]) -> int:
     """Runs the command and returns its exit code."""
-    from flowgen.checkpoint import chosen_step
     from flowgen.cli.grammar import apply_words
     from flowgen.data import told_once
     from flowgen.experiments.autoregressive import AutoregressiveExperiment
@@ -61,8 +60,8 @@ def run(options: argparse.Namespace, rest: list[str]) -> int:
     if options.out:
         check_new_evaluation(options.out)
     named, options.checkpoint = options.checkpoint, str(located(options.checkpoint))
-    step = chosen_step(options.checkpoint, options.step)
-    model, params, trained = load_run(options.checkpoint, step)
+    opened = open_run(options.checkpoint, options.step)
+    trained = opened.experiment
     groups = ("data", "sampling", "codec.path", "text.encoder", "train.parallel")
     _check_data(rest)
     experiment, asked, given = apply_words(rest, trained, trained.evaluate_options(), groups=groups)
@@ -70,8 +69,9 @@ def run(options: argparse.Namespace, rest: list[str]) -> int:
         asked = dataclasses.replace(asked, split="all")
     _check_sampling(given, experiment, asked)
     if getattr(asked, "samples", 0):
-        warn_of_guidance(experiment, options.checkpoint)
+        warn_of_guidance(experiment, opened)
     experiment = _on_other_data(trained, experiment)
+    model, params = opened.load()
     params = placed(params, experiment, options)
     if isinstance(experiment, AutoregressiveExperiment) and experiment.sampling.plan == TUNED:
         experiment = with_tuned_plan(experiment, options.checkpoint, params, min(asked.samples, SAMPLES_AT_ONCE))
@@ -81,8 +81,8 @@ def run(options: argparse.Namespace, rest: list[str]) -> int:
     for line in evaluation.lines:
         say(line)
     if saves:
-        path = options.out or evaluation_path(options.checkpoint, step)
-        about = _about(named, step, experiment, asked, began)
+        path = options.out or evaluation_path(options.checkpoint, opened.step)
+        about = _about(named, opened.step, experiment, asked, began)
         written = save_evaluation(path, {**about, **evaluation.record()}, evaluation.files)
         say(f"Wrote {' and '.join(written)}")
     return 0

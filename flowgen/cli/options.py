@@ -18,6 +18,7 @@ from flowgen.printable import printable
 from flowgen.settings import Setting, check
 
 if TYPE_CHECKING:
+    from flowgen.checkpoint import OpenRun
     from flowgen.experiments.experiment import Experiment
 
 HELP_COLUMN = 36  # column at which the help of a field starts
@@ -123,13 +124,13 @@ def check_memory(parameters: int, *, copies: int) -> None:
     warnings.warn(message, stacklevel=2)
 
 
-def load_run(run_dir: str, step: int | str | None, *, ema: bool = True) -> tuple[Any, Any, Experiment]:
-    """Returns a run's model, its variables as numpy arrays, and its experiment without the mesh used for training."""
-    from flowgen.checkpoint import load_on_host
+def open_run(run_dir: str, step: int | str | None) -> OpenRun:
+    """Opens a run without reading its weights. Its experiment lacks the mesh that was used for training."""
+    from flowgen import checkpoint
 
-    model, variables, experiment = load_on_host(run_dir, step, ema)
-    train = dataclasses.replace(experiment.train, mesh=None)
-    return model, variables, dataclasses.replace(experiment, train=train)
+    opened = checkpoint.open_run(run_dir, step)
+    train = dataclasses.replace(opened.experiment.train, mesh=None)
+    return dataclasses.replace(opened, experiment=dataclasses.replace(opened.experiment, train=train))
 
 
 def placed(variables: Any, experiment: Experiment, options: argparse.Namespace) -> Any:
@@ -159,17 +160,15 @@ def _has_core_devices(options: argparse.Namespace) -> bool:
     return options.makes_devices and backend.platform() == "cpu"
 
 
-def warn_of_guidance(experiment: Experiment, run_dir: str) -> None:
+def warn_of_guidance(experiment: Experiment, opened: OpenRun) -> None:
     """Warns if samples are guided, but the run did not train the unconditional branch.
 
     There is no warning for imported weights, whose unconditional branch may have been trained elsewhere.
     """
     from flowgen.experiments.autoregressive import AutoregressiveExperiment
-    from flowgen.runs import RunReader, located
 
-    # The run is only read if samples are guided, because a run in a bucket is then listed once more.
     is_guided = isinstance(experiment, AutoregressiveExperiment) and experiment.sampling.guidance
-    if is_guided and RunReader(located(run_dir)).checkpoints.was_trained():
+    if is_guided and opened.was_trained():
         experiment.warn_of_guidance()
 
 

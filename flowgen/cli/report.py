@@ -6,7 +6,7 @@ import argparse
 from pathlib import Path
 from typing import Any
 
-from flowgen.cli.options import CHECKPOINT, load_run, num_parameters, placed, say, step_or_best, whole_number
+from flowgen.cli.options import CHECKPOINT, num_parameters, open_run, placed, say, step_or_best, whole_number
 from flowgen.places import Destination, is_remote
 
 NAME = "report.html"
@@ -74,5 +74,5 @@ def _model(options: argparse.Namespace, experiment: Any, steps: tuple[int, ...])
     """Returns a run's model and variables, or None and why there are none."""
     if not steps:
         return None, "The run has no checkpoint yet, so nothing was measured."
-    model, variables, _ = load_run(options.run, options.step)
+    model, variables = open_run(options.run, options.step).load()
     return (model, placed(variables, experiment, options)), ""

@@ -9,7 +9,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from flowgen.cli.options import CHECKPOINT, SHARING, load_run, placed, say, step_or_best, warn_of_guidance
+from flowgen.cli.options import CHECKPOINT, SHARING, open_run, placed, say, step_or_best, warn_of_guidance
 from flowgen.packages import missing
 
 
@@ -76,18 +76,19 @@ def run(options: argparse.Namespace, rest: list[str]) -> int:
     output.check()
     prompts = _prompts(options)
     options.checkpoint = str(located(options.checkpoint))  # a tuned plan is in the same folder
-    model, params, experiment = load_run(options.checkpoint, options.step, ema=not options.no_ema)
-    make_options = experiment.draw_options
+    opened = open_run(options.checkpoint, options.step)
+    make_options = opened.experiment.draw_options
     if make_options is None:
         raise ValueError(
             f"{options.checkpoint} is an autoencoder run, which cannot be sampled; train a flow on its latents."
         )
     groups = ("sampling", "codec.path", "text.encoder", "train.parallel")
-    experiment, asked, given = apply_words(rest, experiment, make_options(), groups=groups)
+    experiment, asked, given = apply_words(rest, opened.experiment, make_options(), groups=groups)
     experiment = _with_prompts(experiment, prompts, given)
     output.check_fits(experiment, asked)
     _check_guidance(experiment, given)
-    warn_of_guidance(experiment, options.checkpoint)
+    warn_of_guidance(experiment, opened)
+    model, params = opened.load(ema=not options.no_ema)
     params = placed(params, experiment, options)
     experiment = _with_plan(experiment, model, params, options.checkpoint, asked, given)
     more: dict[str, Any] = {"progress": _progress_bar()} if getattr(asked, "progress", False) else {}
@@ -102,19 +103,24 @@ def run(options: argparse.Namespace, rest: list[str]) -> int:
 
 
 def _with_plan(experiment: Any, model: Any, params: Any, run_dir: str, asked: Any, given: set[str]) -> Any:
-    """Returns the experiment with the run's tuned plan, if one is asked for; with --tune, measures it first."""
+    """Returns the experiment with the run's tuned plan, if one is asked for; with --tune, measures it and saves it."""
+    from flowgen.experiments import tuning
     from flowgen.experiments.drawing import AT_ONCE
-    from flowgen.experiments.tuning import TUNED, check_saves_plan, save_tuned_plan, with_tuned_plan
 
     sampling, tune = experiment.sampling, getattr(asked, "tune", False)
-    if tune and "sampling.plan" in given and sampling.plan != TUNED:
+    if tune and "sampling.plan" in given and sampling.plan != tuning.TUNED:
         raise ValueError("--tune chooses the plan; leave --plan out.")
-    if not tune and getattr(sampling, "plan", None) != TUNED:
+    if not tune and getattr(sampling, "plan", None) != tuning.TUNED:
         return experiment
-    if tune:
-        check_saves_plan(run_dir)
-        save_tuned_plan(experiment, run_dir, model, params, asked, say)
-    return with_tuned_plan(experiment, run_dir, params, min(asked.batch or AT_ONCE, sampling.num))
+    if not tune:
+        return tuning.with_tuned_plan(experiment, run_dir, params, min(asked.batch or AT_ONCE, sampling.num))
+    why_unsaved = tuning.why_plan_unsaved(run_dir)
+    tuned = tuning.tuned_plan(experiment, model, params, asked, say)
+    if why_unsaved:
+        say(f"The plan is used for these samples but not saved, because {why_unsaved}; to keep a plan, tune a copy.")
+    else:
+        say(f"Saved {tuning.save_tuned_plan(run_dir, tuned)}")
+    return tuning.with_plan(experiment, tuned)
 
 
 def _check_guidance(experiment: Any, given: set[str]) -> None:

@@ -86,6 +86,9 @@ def anomaly_scores(
 ) -> AnomalyScores:
     """Returns what a flow computes for each image of a dataset, without using labels.
 
+    If the flow models latents, the dataset must have latents, and p(x) is the density of noisy latents, one draw for
+    each image. It says nothing about the decoder, so it is not a density of images.
+
     For a class-conditional flow, log p(x) is that of the mixture of all classes with equal weights. The terms of the
     tokens and z are those of the class with the highest likelihood. This takes one forward pass per class.
 
@@ -103,19 +106,17 @@ def anomaly_scores(
     parts = []
     for index, (batch, mask) in enumerate(fixed_batches(dataset, size)):
         positions = index * size + np.arange(size)
-        found = backend.by_rows(
-            _scored, shared, batch.pixels, positions, flow=flow, sigma=sigma, num_classes=num_classes
-        )
+        found = backend.by_rows(_scored, shared, batch.x, positions, flow=flow, sigma=sigma, num_classes=num_classes)
         parts.append([np.asarray(part, np.float64)[mask] for part in found])
     log_prob, tokens, squares, ks = (np.concatenate(column) for column in zip(*parts, strict=True))
     grid = (*config.event_shape[:-3], *config.token_hw)
     return AnomalyScores(-log_prob / config.num_dims, tokens.reshape(-1, *grid), squares, ks, config.num_dims)
 
 
-def _scored(shared, images, positions, *, flow, sigma, num_classes):
+def _scored(shared, rows, positions, *, flow, sigma, num_classes):
     variables, key = shared
     keys = jax.vmap(partial(jax.random.fold_in, key))(positions)
-    x = jax.vmap(lambda key, image: batch_input(key, image[None], sigma)[0])(keys, images)
+    x = jax.vmap(lambda key, row: batch_input(key, jax.tree.map(lambda x: x[None], row), sigma)[0])(keys, rows)
     cond = mixture = None
     if num_classes:
 

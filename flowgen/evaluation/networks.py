@@ -41,10 +41,7 @@ class NetworkFeatures:
 
     def __call__(self, images: Float[np.ndarray, "n height width c"]) -> Float[np.ndarray, "n features"]:
         check_floating("images", images)
-        if images.shape[3] not in (1, 3):
-            raise ValueError(
-                f"images have {images.shape[3]} channels, but this network needs images with 1 or 3; compare pixels."
-            )
+        check_channels(images.shape[3])
         size = min(AT_ONCE, len(images))
         out = np.empty((len(images), self.network.num_features), np.float32)
         for start in range(0, len(images), size):
@@ -53,6 +50,16 @@ class NetworkFeatures:
             full = np.resize(part, (size, *part.shape[1:]))
             out[start : start + len(part)] = np.asarray(_features(self.network, self.variables, full))[: len(part)]
         return out
+
+
+def check_channels(channels: int) -> None:
+    """Raises ValueError unless `NetworkFeatures` accepts images with this number of channels.
+
+    Example:
+        check_channels(images.shape[3])
+    """
+    if channels not in (1, 3):
+        raise ValueError(f"images have {channels} channels, but this network needs images with 1 or 3; compare pixels.")
 
 
 @partial(jax.jit, static_argnums=0)

@@ -7,6 +7,8 @@ most 10,000 epochs, on samples that are shifted and scaled by the mean and stand
 
 from __future__ import annotations
 
+from typing import Any
+
 import jax
 import numpy as np
 from jaxtyping import Array, Float, Key
@@ -38,10 +40,7 @@ def c2st(
     Example:
         accuracy = c2st(key, reference, samples)
     """
-    networks, selection = (
-        need(f"sklearn.{name}", "The classifier two-sample test", "scikit-learn")
-        for name in ("neural_network", "model_selection")
-    )
+    networks, selection = classifier_modules()
     reference, other = np.asarray(x), np.asarray(y)
     _check(reference, other, folds)
     mean, std = reference.mean(axis=0), reference.std(axis=0, ddof=1)
@@ -53,6 +52,18 @@ def c2st(
     parts = selection.KFold(folds, shuffle=True, random_state=seed)
     accuracies = selection.cross_val_score(classifier, data, labels, cv=parts, scoring="accuracy")
     return Estimate(float(accuracies.mean()), float(accuracies.std(ddof=1) / np.sqrt(folds)), len(data))
+
+
+def classifier_modules() -> tuple[Any, Any]:
+    """Returns scikit-learn's modules of networks and of model selection.
+
+    Raises ModuleNotFoundError if scikit-learn is not installed.
+
+    Example:
+        classifier_modules()
+    """
+    what, package = "The classifier two-sample test", "scikit-learn"
+    return need("sklearn.neural_network", what, package), need("sklearn.model_selection", what, package)
 
 
 def _check(x: np.ndarray, y: np.ndarray, folds: int) -> None:

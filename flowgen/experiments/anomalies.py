@@ -3,15 +3,17 @@
 from __future__ import annotations
 
 import dataclasses
+import math
 import os
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import numpy as np
 
 from flowgen.data import ArrayDataset, DataConfig, Dataset, load
-from flowgen.data.dataset import image_set, of_one_shape
-from flowgen.evaluation import CORRUPTIONS, SCORES, AnomalyScores, Evaluation, anomaly_scores, auroc, mean_of
+from flowgen.data.dataset import BucketedDataset, Split, image_set, of_one_shape
+from flowgen.evaluation import CORRUPTIONS, SCORES, AnomalyScores, Estimate, Evaluation, anomaly_scores, auroc, mean_of
+from flowgen.experiments.latents import as_taken
 from flowgen.runs.evaluations import ANOMALY
 
 CORRUPTED = "corrupted"
@@ -20,21 +22,51 @@ MOST_TYPICAL = 1024
 SIGNIFICANCE = 0.05
 
 
-def evaluate_anomalies(experiment: Any, flow: Any, variables: Any, options: Any) -> Evaluation:
-    """Returns the AUROC of each score against each set of anomalies, and tests of z for the data.
+class AnomalySets(NamedTuple):
+    """Images to score, opened before anything is computed.
 
-    The maps of the tokens, all scores and all p-values are among the files.
+    typical: training images, which define typicality. anomalies: the sets of anomalies by name.
+    """
 
-    experiment: a `FlowExperiment` on pixels. options: its options for evaluation, with `anomaly` set.
+    typical: ArrayDataset
+    anomalies: dict[str, ArrayDataset]
 
-    Raises ValueError if the flow does not model pixels, or if there is no such set of anomalies.
+
+def open_anomalies(experiment: Any, options: Any, train: Split) -> AnomalySets:
+    """Returns the images that `evaluate_anomalies` compares with the data.
+
+    experiment: a `FlowExperiment`. options: its options for evaluation, with `anomaly` set. train: the split of the
+    training images.
+
+    Raises ValueError if the flow needs texts, or if there is no such set of at least two images.
 
     Example:
-        evaluation = evaluate_anomalies(experiment, flow, variables, ImageEvaluateOptions(anomaly="corrupted"))
+        sets = open_anomalies(experiment, ImageEvaluateOptions(anomaly="corrupted"), "train")
     """
     check_anomaly(experiment, options.anomaly)
-    data = of_one_shape(experiment.flow_dataset(options.split, labelled=False), "--anomaly")
-    train = experiment.flow_dataset("train" if options.split == "eval" else options.split, labelled=False)
+    data = of_one_shape(experiment.dataset(options.split), "--anomaly")
+    sets = AnomalySets(_some(experiment.dataset(train), MOST_TYPICAL), _anomalies(experiment, options, data))
+    for name, count in {"data": len(data), **{name: len(one) for name, one in sets.anomalies.items()}}.items():
+        if count < 2:
+            raise ValueError(
+                f"--anomaly compares the data with {options.anomaly}, but {name} has only 1 image; add some."
+            )
+    return sets
+
+
+def evaluate_anomalies(
+    experiment: Any, flow: Any, variables: Any, options: Any, data: Dataset, sets: AnomalySets
+) -> Evaluation:
+    """Returns the AUROC of each score against each set of anomalies, and tests of z for the data.
+
+    If the flow models latents, the images are encoded, and the scores are those of the density of their latents. The
+    maps of the tokens, all scores and all p-values are among the files.
+
+    experiment, options, sets: see `open_anomalies`. data: the images or latents that are not anomalous.
+
+    Example:
+        evaluation = evaluate_anomalies(experiment, flow, variables, options, experiment.flow_dataset("eval"), sets)
+    """
     by_class = flow.config.num_classes > 0 and not options.unconditional
 
     def scored(dataset: Dataset) -> AnomalyScores:
@@ -48,22 +80,25 @@ def evaluate_anomalies(experiment: Any, flow: Any, variables: Any, options: Any)
             by_class=by_class,
         )
 
-    typical = float(scored(_some(train, MOST_TYPICAL)).nats.mean())
+    def of_images(images: ArrayDataset) -> AnomalyScores:
+        taken = as_taken(images, experiment.data, experiment.encoding, flip=False)
+        return scored(of_one_shape(taken, "--anomaly"))
+
+    typical = float(of_images(sets.typical).nats.mean())
     normal = scored(data)
-    others = {name: scored(dataset) for name, dataset in _anomalies(experiment, options, data).items()}
-    sets = {"normal": normal, **{f"anomaly_{name}": other for name, other in others.items()}}
-    areas = _areas(normal, others, typical, options.split)
-    return _fit_of_z(normal) + areas + _record(flow, by_class, typical, sets)
+    others = {name: of_images(images) for name, images in sets.anomalies.items()}
+    scores = {"normal": normal, **{f"anomaly_{name}": other for name, other in others.items()}}
+    what = f"{options.split}, density of latents" if experiment.is_latent else options.split
+    areas = _areas(normal, others, typical, what)
+    return _fit_of_z(normal) + areas + _record(flow, by_class, typical, scores, experiment.is_latent)
 
 
 def check_anomaly(experiment: Any, anomaly: str) -> None:
-    """Raises ValueError unless the flow models pixels without texts and `anomaly` names a set of images.
+    """Raises ValueError unless the flow needs no texts and `anomaly` names a set of images.
 
     Example:
         check_anomaly(experiment, "corrupted")
     """
-    if experiment.is_latent:
-        raise ValueError(f"--anomaly is {anomaly}, but this flow models latents, not pixels; leave it out.")
     if experiment.model.text_dim:
         raise ValueError(f"--anomaly is {anomaly}, but this flow needs texts, which anomalies lack; leave it out.")
     if anomaly != CORRUPTED and image_set(anomaly) is None and not os.path.exists(anomaly):
@@ -73,7 +108,7 @@ def check_anomaly(experiment: Any, anomaly: str) -> None:
         )
 
 
-def _anomalies(experiment: Any, options: Any, data: Dataset) -> dict[str, Dataset]:
+def _anomalies(experiment: Any, options: Any, data: Dataset) -> dict[str, ArrayDataset]:
     if options.anomaly == CORRUPTED:
         images, random = _some(data, MOST_ANOMALIES).x, np.random.default_rng(options.seed)
         return {name: _unlabelled(corrupt(images, random)) for name, corrupt in CORRUPTIONS.items()}
@@ -85,12 +120,12 @@ def _anomalies(experiment: Any, options: Any, data: Dataset) -> dict[str, Datase
     else:
         config = DataConfig(name)
     config = dataclasses.replace(config, eval_fraction=0.0)
-    height, width, channels = experiment.model.event_shape
+    height, width, channels = data.event_shape
     found = load(config, image_size=(height, width), channels=channels, split="all")
-    return {name: _some(of_one_shape(found, "--anomaly"), MOST_ANOMALIES)}
+    return {name: _some(found, MOST_ANOMALIES)}
 
 
-def _some(dataset: Any, most: int) -> ArrayDataset:
+def _some(dataset: Dataset | BucketedDataset, most: int) -> ArrayDataset:
     """Returns up to `most` evenly spaced images of a dataset, without labels."""
     dataset = of_one_shape(dataset, "--anomaly")
     positions = np.unique(np.linspace(0, len(dataset) - 1, min(most, len(dataset))).astype(np.int64))
@@ -104,8 +139,9 @@ def _unlabelled(images: np.ndarray) -> ArrayDataset:
 def _fit_of_z(normal: AnomalyScores) -> Evaluation:
     square = mean_of(normal.squares / normal.dims)
     rejected = {
-        "chi_square_rejected": mean_of((normal.chi_square_p() < SIGNIFICANCE).astype(np.float64)),
-        "ks_rejected": mean_of((normal.ks_p() < SIGNIFICANCE).astype(np.float64)),
+        # A p-value is NaN if z is, which is not from the prior either.
+        "chi_square_rejected": mean_of(1.0 - (normal.chi_square_p() >= SIGNIFICANCE)),
+        "ks_rejected": mean_of(1.0 - (normal.ks_p() >= SIGNIFICANCE)),
     }
     chi_square, ks = rejected.values()
     line = (
@@ -115,23 +151,31 @@ def _fit_of_z(normal: AnomalyScores) -> Evaluation:
     return Evaluation((line,), {"z_square": square, **rejected})
 
 
-def _areas(normal: AnomalyScores, others: dict[str, AnomalyScores], typical: float, split: str) -> Evaluation:
+def _areas(normal: AnomalyScores, others: dict[str, AnomalyScores], typical: float, what: str) -> Evaluation:
     lines, metrics, ours = [], {}, normal.scores(typical)
     for name, other in others.items():
-        areas = {score: auroc(ours[score], values) for score, values in other.scores(typical).items()}
+        areas = {score: _area(ours[score], values) for score, values in other.scores(typical).items()}
         metrics |= {f"auroc_{name}_{score}": area for score, area in areas.items()}
         values = ", ".join(f"{score} {area.value:.3f} ± {area.standard_error:.3f}" for score, area in areas.items())
-        lines.append(f"AUROC of {len(other.nats)} {name} against {len(normal.nats)} images ({split}): {values}")
+        lines.append(f"AUROC of {len(other.nats)} {name} against {len(normal.nats)} images ({what}): {values}")
     return Evaluation(tuple(lines), metrics)
 
 
-def _record(flow: Any, by_class: bool, typical: float, sets: dict[str, AnomalyScores]) -> Evaluation:
+def _area(normal: np.ndarray, anomalous: np.ndarray) -> Estimate:
+    """Returns the AUROC, which is NaN if a score is, because the flow's numbers overflow for an image."""
+    if np.isnan(normal).any() or np.isnan(anomalous).any():
+        return Estimate(math.nan, math.nan, len(normal) + len(anomalous))
+    return auroc(normal, anomalous)
+
+
+def _record(flow: Any, by_class: bool, typical: float, sets: dict[str, AnomalyScores], latent: bool) -> Evaluation:
     arrays = {}
     for name, scores in sets.items():
         every = {"tokens": scores.tokens, "chi_square_p": scores.chi_square_p(), "ks_p": scores.ks_p()}
         arrays |= {f"{name}_{what}": values for what, values in {**scores.scores(typical), **every}.items()}
     about = {
         "scores_higher_if_anomalous": dict(SCORES),
+        "density_of": "latents" if latent else "pixels",
         "likelihood": "equal mixture of all classes" if by_class else "unconditional",
         "scale_parameterisation": str(flow.config.scale_parameterisation),
         "mean_nats_of_training_images": typical,

@@ -160,6 +160,9 @@ class AutoregressiveExperiment(Experiment):
             raise ValueError(
                 f"sampling.prompts is {self.sampling.prompts}, but the model accepts no texts; leave it out."
             )
+        blocks, last = self.sampling.blocks or (), self.model.num_blocks - 1
+        if self.sampling.guidance and (outside := [block for block in blocks if not 0 <= block <= last]):
+            raise ValueError(f"sampling.blocks has {outside[0]}, but the model has blocks 0 to {last}; leave it out.")
         plan = self.sampling.plan
         if isinstance(plan, tuple) and len(plan) != self.model.num_blocks:
             raise ValueError(

@@ -6,8 +6,10 @@ import contextlib
 import functools
 import hashlib
 import json
+import math
 import os
 from collections.abc import Callable
+from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
@@ -15,7 +17,7 @@ import numpy as np
 from flowgen.arrays import digest_of
 from flowgen.convert import efficientnet_file, efficientnet_lite0, inception, read_state_dict
 from flowgen.data import DataConfig, Dataset, from_uint8, take_inventory
-from flowgen.data.media import check_writable
+from flowgen.data.media import check_writable, pillow
 from flowgen.evaluation import (
     Estimate,
     Evaluation,
@@ -27,8 +29,9 @@ from flowgen.evaluation import (
     read_statistics,
     save_statistics,
 )
+from flowgen.evaluation.features import FEATURES as CLASSIFIER_FEATURES
 from flowgen.evaluation.manifolds import DENSITY_NEIGHBOURS, PRECISION_NEIGHBOURS
-from flowgen.evaluation.networks import NetworkFeatures
+from flowgen.evaluation.networks import NetworkFeatures, check_channels
 from flowgen.experiments.distances import (
     DrawnFeatures,
     FeatureExtractor,
@@ -50,6 +53,21 @@ IMAGES_IN_DIGEST = 64
 _PLACES = ("path", "workers", "in_memory_bytes", "on_corrupt", "eval_fraction", "flip", "classes")
 
 
+@dataclass(frozen=True)
+class Comparison:
+    """What samples are compared with, opened and checked before any sample is drawn.
+
+    data: the images to compare with. config: their config. train: a function that returns the training images.
+    extractor: computes the features. reference: statistics of other images to compare with instead; None for the data.
+    """
+
+    data: Dataset
+    config: DataConfig
+    train: Callable[[], Dataset]
+    extractor: FeatureExtractor
+    reference: FeatureStatistics | None
+
+
 def check_features(options: CompareOptions) -> None:
     """Raises ValueError or an OSError if `features`, `reference` or `cache` is not usable. Reads no weights.
 
@@ -67,28 +85,58 @@ def check_features(options: CompareOptions) -> None:
             )
         if not os.path.isfile(name):
             raise FileNotFoundError(f"There is no file '{name}' of Inception v3 weights; check --features.")
-    if options.reference:
-        read_statistics(options.reference)
+    if options.reference and not os.path.isfile(options.reference):
+        raise FileNotFoundError(f"There is no file '{options.reference}' of reference statistics; check --reference.")
     if options.cache:
         check_writable(Path(options.cache) / "reference.npz")
+    if options.neighbours:
+        pillow()
 
 
-def open_features(options: CompareOptions, train: Callable[[], Dataset]) -> FeatureExtractor:
-    """Returns the extractor that the options name.
+def open_comparison(
+    options: CompareOptions, data: Dataset, config: DataConfig, train: Callable[[], Dataset]
+) -> Comparison:
+    """Opens what samples will be compared with; trains the classifier last, if there is one to train.
 
-    train: a function that returns the data to train a classifier on, which is called only if needed.
+    data: the data to compare with. config: their config. train: a function that returns the training data.
+
+    Raises ValueError if the data, the features and the reference statistics do not fit together.
 
     Example:
-        extractor = open_features(options, lambda: experiment.dataset("train"))
+        comparison = open_comparison(options, held_out, experiment.data, lambda: experiment.dataset("train"))
+    """
+    train = functools.cache(train)
+    reference = read_statistics(options.reference) if options.reference else None
+    if reference is None and len(data) < 2:
+        raise ValueError(f"--split {options.split} has {len(data)} image, but a distance needs at least 2; give more.")
+
+    def check_length(length: int) -> None:
+        if reference is not None and len(reference.mean) != length:
+            raise ValueError(
+                f"--reference '{options.reference}' has features of length {len(reference.mean)}, but those of "
+                f"--features {options.features} have length {length}; give statistics of the same features."
+            )
+
+    return Comparison(data, config, train, _open_features(options, data, train, check_length), reference)
+
+
+def _open_features(
+    options: CompareOptions, data: Dataset, train: Callable[[], Dataset], check_length: Callable[[int], None]
+) -> FeatureExtractor:
+    """Returns the extractor that the options name.
+
+    train: is called only for a classifier. check_length: is called with the length of the features before training.
     """
     name = options.features
-    if name == "pixels":
+    if name == "classifier" and not train().class_names:
+        raise ValueError("--features is classifier, but the data have no classes to train it on; use pixels.")
+    if name == "pixels" or (name == "auto" and not train().class_names):
+        check_length(math.prod(data.event_shape))
         return pixel_features()
     if name in ("auto", "classifier"):
-        dataset = train()
-        if name == "classifier" and not dataset.class_names:
-            raise ValueError("--features is classifier, but the data have no classes to train it on; use pixels.")
-        return train_features(dataset)
+        check_length(CLASSIFIER_FEATURES)
+        return train_features(train())
+    check_channels(data.event_shape[-1])
     path = efficientnet_file() if name == "efficientnet" else name
     digest = digest_of_file(path)
     if name == "efficientnet":
@@ -98,43 +146,41 @@ def open_features(options: CompareOptions, train: Callable[[], Dataset]) -> Feat
         network, variables = inception(read_state_dict(path))
         fid, kind = network.variant == "fid", f"inception {network.variant}"
         whose = "the FID's Inception v3" if fid else "torchvision's Inception v3, not comparable with FID"
+    check_length(network.num_features)
     features = NetworkFeatures(network, variables)
     return FeatureExtractor(f"{whose}, weights {digest[:8]}", features, digest=f"{kind} {digest}")
 
 
 def compare_samples(
     draw_batch: DrawBatch,
-    data: Dataset,
-    train: Callable[[], Dataset],
+    comparison: Comparison,
     num: int,
     options: CompareOptions,
-    config: DataConfig,
     *,
     conditions: Conditions | None,
     how: str,
 ) -> Evaluation:
     """Draws samples, and returns their distances to the data, precision and recall, and class accuracy.
 
-    data: the data to compare with. train: a function that returns the training data. num: number of samples. config:
-    the config of the data. conditions: see `draw_features`. how: how the samples were drawn, for the output.
+    num: number of samples. conditions: see `draw_features`. how: how the samples were drawn, for the output.
 
     Example:
-        evaluation = compare_samples(draw, held_out, train, 1000, options, experiment.data, conditions=None, how="heun")
+        evaluation = compare_samples(draw, comparison, 1000, options, conditions=None, how="heun")
     """
-    train = functools.cache(train)
-    extractor = open_features(options, train)
+    extractor, data = comparison.extractor, comparison.data
     drawn = draw_features(
         draw_batch, extractor, data, num, seed=options.seed, conditions=conditions, shown=options.neighbours
     )
-    if options.reference:
-        reference, whose = read_statistics(options.reference), os.path.basename(options.reference)
+    if comparison.reference is not None:
+        reference, whose = comparison.reference, os.path.basename(options.reference)
     else:
-        reference, whose = _reference(extractor, data, config, options), f"{len(data)} images ({options.split})"
+        reference = _reference(extractor, data, comparison.config, options)
+        whose = f"{len(data)} images ({options.split})"
     evaluation = _distances(drawn, reference, extractor, num, how, options.seed) + Evaluation(
         about={"samples": num, "extractor": _named(extractor), "reference": {"of": whose, **reference.about}}
     )
     if options.neighbours:
-        evaluation += _neighbours(drawn.shown, extractor, train())
+        evaluation += _neighbours(drawn.shown, extractor, comparison.train())
     return evaluation
 
 

@@ -14,19 +14,19 @@ from jaxtyping import Int
 from flowgen.data import DataConfig, Dataset, LatentsConfig
 from flowgen.data.dataset import BucketedDataset, Split, of_one_shape
 from flowgen.evaluation import Evaluation, flow_bits_per_dim, flow_nats_per_dim, gaussian_bits_per_dim
-from flowgen.experiments.anomalies import check_anomaly, evaluate_anomalies
+from flowgen.experiments.anomalies import evaluate_anomalies, open_anomalies
 from flowgen.experiments.autoregressive import (
     AutoregressiveExperiment,
     FlowDrawOptions,
     FlowEvaluateOptions,
 )
-from flowgen.experiments.comparison import check_features, compare_samples
+from flowgen.experiments.comparison import Comparison, check_features, compare_samples, open_comparison
 from flowgen.experiments.debug import debug_flow, debug_images, debug_run
 from flowgen.experiments.decoding import decoded_by_all, decoding_line
 from flowgen.experiments.distances import SAMPLES_AT_ONCE
 from flowgen.experiments.drawing import AT_ONCE, CompareOptions, check_compared, draw_in_batches, on_devices
 from flowgen.experiments.experiment import Samples
-from flowgen.experiments.likelihoods import evaluate_gaussian, evaluate_likelihood
+from flowgen.experiments.likelihoods import check_likelihood, evaluate_gaussian, evaluate_likelihood
 from flowgen.experiments.plots import sample_grid
 from flowgen.flows import STARFlowConfig, STARFlowVConfig, TARFlowConfig
 from flowgen.flows.objective import nll_objective
@@ -40,8 +40,8 @@ from flowgen.training.step import Objective
 class ImageEvaluateOptions(FlowEvaluateOptions, CompareOptions):
     """Options for evaluating a flow on images.
 
-    anomaly: images to tell from the data by likelihood: "corrupted" copies of the data, a dataset such as mnist, or the
-        path of a folder, .npz or .tar file.
+    anomaly: images to tell from the data by likelihood, which is that of latents if the flow models latents:
+        "corrupted" copies of the data, a dataset such as mnist, or the path of a folder, .npz or .tar file.
     """
 
     anomaly: str = ""
@@ -158,19 +158,20 @@ class FlowExperiment(AutoregressiveExperiment):
     def evaluate(self, model: Any, variables: Any, options: ImageEvaluateOptions) -> Evaluation:
         """Returns a split's likelihood under the flow and under a Gaussian, sample metrics, and scores of anomalies."""
         check_features(options)
-        if options.anomaly:
-            check_anomaly(self, options.anomaly)
-        compared = self._compared(options.split) if options.samples else None
+        check_likelihood(model, options, latent=self.is_latent)
+        split = "train" if options.split == "eval" else options.split
+        comparison = self._comparison(options, split) if options.samples else None
+        anomalies = open_anomalies(self, options, split) if options.anomaly else None
         dataset = self.flow_dataset(options.split, labelled=not options.unconditional)
         evaluation = evaluate_likelihood(model, variables, dataset, options, latent=self.is_latent)
-        split = "train" if options.split == "eval" else options.split
         if not self.is_latent:
             fitted = self.flow_dataset(split, labelled=False)
             evaluation += evaluate_gaussian(model, fitted, dataset, options)
-        if compared is not None:
-            evaluation += self._compare(model, variables, options, *compared)
-        if options.anomaly:
-            evaluation += evaluate_anomalies(self, model, variables, options)
+        if comparison is not None:
+            evaluation += self._compare(model, variables, options, comparison)
+        if anomalies is not None:
+            data = of_one_shape(dataset, "--anomaly")
+            evaluation += evaluate_anomalies(self, model, variables, options, data, anomalies)
         return evaluation
 
     def debug(self) -> FlowExperiment:
@@ -180,24 +181,20 @@ class FlowExperiment(AutoregressiveExperiment):
         """
         return debug_run(self, **debug_flow(self), data=debug_images(self.data))
 
-    def _compared(self, split: Split) -> tuple[Dataset, Dataset]:
-        """Returns the images to compare samples with, and the images to train the feature extractor on."""
-        data = self.dataset(split)
-        train = self.dataset("train" if split == "eval" else split)
-        return of_one_shape(data, "--samples"), of_one_shape(train, "--samples")
-
-    def _compare(
-        self, flow: Any, variables: Any, options: ImageEvaluateOptions, data: Dataset, train: Dataset
-    ) -> Evaluation:
+    def _comparison(self, options: ImageEvaluateOptions, train: Split) -> Comparison:
+        """Opens what samples are compared with. train: the split to train the feature extractor on."""
+        data = of_one_shape(self.dataset(options.split), "--samples")
+        trained_on = of_one_shape(self.dataset(train), "--samples")
         assert isinstance(self.data, DataConfig)  # Cached latents have no images.
+        return open_comparison(options, data, self.data, lambda: trained_on)
+
+    def _compare(self, flow: Any, variables: Any, options: ImageEvaluateOptions, comparison: Comparison) -> Evaluation:
         return compare_samples(
             partial(self.draw_batch, flow, on_devices(variables, min(options.samples, SAMPLES_AT_ONCE))),
-            data,
-            lambda: train,
+            comparison,
             options.samples,
             options,
-            self.data,
-            conditions=self.conditions_of(data, unconditional=options.unconditional),
+            conditions=self.conditions_of(comparison.data, unconditional=options.unconditional),
             how=f"guidance {self.sampling.guidance:g}",
         )
 

@@ -15,6 +15,18 @@ from flowgen.matching import log_prob
 from flowgen.matching.solvers import Velocity
 
 
+def check_likelihood(flow: Any, options: FlowEvaluateOptions, *, latent: bool) -> None:
+    """Raises ValueError if a flow has no likelihood under these options. latent: whether it models latents.
+
+    Example:
+        check_likelihood(flow, FlowEvaluateOptions(noise="uniform"), latent=False)
+    """
+    if latent and options.noise == "uniform":
+        raise ValueError("--noise is uniform, which works only for pixels, but this flow models latents; leave it out.")
+    if flow.config.text_dim and options.unconditional:
+        raise ValueError("--unconditional is set, but this flow needs texts to compute a likelihood; leave it out.")
+
+
 def evaluate_likelihood(
     flow: Any,
     variables: Any,
@@ -25,13 +37,12 @@ def evaluate_likelihood(
 ) -> Evaluation:
     """Returns the likelihood of a dataset under a flow: bits/dim, or nats/dim if the data are latents.
 
-    Raises ValueError if latents are to be dequantised.
+    Raises the errors of `check_likelihood`.
 
     Example:
         evaluation = evaluate_likelihood(flow, variables, dataset, FlowEvaluateOptions(), latent=False)
     """
-    if latent and options.noise == "uniform":
-        raise ValueError("--noise is uniform, which works only for pixels, but this flow models latents; leave it out.")
+    check_likelihood(flow, options, latent=latent)
     sigma = options.noise_std(flow)
     nats = flow_nats(
         flow,

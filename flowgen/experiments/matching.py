@@ -28,7 +28,7 @@ from flowgen.data import (
 )
 from flowgen.data.dataset import Split
 from flowgen.evaluation import Estimate, Evaluation, point_metrics, point_samples
-from flowgen.experiments.comparison import check_features, compare_samples
+from flowgen.experiments.comparison import Comparison, check_features, compare_samples, open_comparison
 from flowgen.experiments.conditions import (
     condition_of,
     conditions_of,
@@ -397,25 +397,29 @@ class MatchingExperiment(Experiment):
         check_features(options)
         dataset = self.dataset(options.split, labelled=not options.unconditional)
         conditional = self.model.num_classes > 0 and not options.unconditional
+        train = "train" if options.split == "eval" else options.split
+        assert isinstance(self.data, DataConfig)
+        comparison = open_comparison(options, dataset, self.data, lambda: self.dataset(train, labelled=False))
         likelihood = evaluate_velocity(field, dataset, options, conditional=conditional)
-        return likelihood + self._compare(model, variables, options, dataset, conditional)
+        return likelihood + self._compare(model, variables, options, comparison, conditional)
 
     def _compare(
-        self, network: Any, variables: Any, options: VelocityEvaluateOptions, dataset: Dataset, conditional: bool
+        self,
+        network: Any,
+        variables: Any,
+        options: VelocityEvaluateOptions,
+        comparison: Comparison,
+        conditional: bool,
     ) -> Evaluation:
-        assert isinstance(self.data, DataConfig)
-        num = options.samples or len(dataset)
-        train = "train" if options.split == "eval" else options.split
+        num = options.samples or len(comparison.data)
         guidance = self.sampling.guidance if conditional else 0.0
         drawn = dataclasses.replace(self, sampling=dataclasses.replace(self.sampling, guidance=guidance))
         return compare_samples(
             partial(drawn.draw_batch, network, on_devices(variables, min(num, SAMPLES_AT_ONCE))),
-            dataset,
-            lambda: self.dataset(train, labelled=False),
+            comparison,
             num,
             options,
-            self.data,
-            conditions=conditions_of(self.model, dataset) if conditional else None,
+            conditions=conditions_of(self.model, comparison.data) if conditional else None,
             how=self.sampling.method,
         )
 

@@ -11,6 +11,7 @@ import numpy as np
 from flowgen.data.dataset import permutation
 from flowgen.data.numbers import NumbersDataset
 from flowgen.evaluation import Estimate, Evaluation, c2st, expected_coverage, mean_of, rank_uniformity, sbc_ranks
+from flowgen.evaluation.two_samples import classifier_modules
 from flowgen.simulators import Simulator
 
 # (key, context with one row per sample) -> one sample under each context, as NumPy arrays.
@@ -20,6 +21,16 @@ RANKED = 99  # samples per observation, so that 100 ranks are possible
 MOST_BINS = 10
 LEAST_TRUTHS = 20  # with fewer, there is not even a histogram of four bins
 CLASSIFIER = "scikit-learn's MLPClassifier, two hidden layers of 10 d units, 5 folds"
+
+
+def check_observations(simulator: Simulator, key: jax.Array, num: int) -> None:
+    """Raises the errors of `evaluate_observations`: scikit-learn is missing, or there are not `num` exact samples.
+
+    Example:
+        check_observations(TwoMoons(), key, 1000)
+    """
+    classifier_modules()
+    simulator.reference_samples(key, num, 0)
 
 
 def evaluate_observations(simulator: Simulator, draw: DrawUnder, key: jax.Array, num: int) -> Evaluation:

@@ -32,7 +32,7 @@ from flowgen.experiments.estimates import decoding_cost, some_condition, tokens_
 from flowgen.experiments.experiment import Experiment, Rehearsal, Samples, SamplingCost
 from flowgen.experiments.images import tell_repeats
 from flowgen.experiments.number_plots import number_plot
-from flowgen.experiments.posteriors import evaluate_calibration, evaluate_observations
+from flowgen.experiments.posteriors import check_observations, evaluate_calibration, evaluate_observations
 from flowgen.experiments.token_options import TokenDrawOptions, TokenEvaluateOptions, TokenSamplingConfig
 from flowgen.experiments.units import blank_units, context_to_flow, measured_units, to_data, to_flow
 from flowgen.flows.batches import condition_of
@@ -244,12 +244,15 @@ class TokenFlowExperiment(Experiment):
         The tests are C2ST against the exact posterior for simulators, and simulation-based calibration and expected
         coverage on samples of the split.
         """
+        key = jax.random.key(options.seed)
+        if options.samples and isinstance(self.data, SimulatedConfig):
+            check_observations(self.data.simulator, key, options.samples)
         dataset = self.dataset(options.split)
         nats = self._nats(model, variables, dataset, options.batch)
         per_sample, per_dim = mean_of(nats), mean_of(nats / self.model.num_dims)
         lines = (f"{len(dataset)} samples ({options.split})", f"nats {per_sample}", f"nats/dim {per_dim}")
         evaluation = Evaluation(lines, {"nats": per_sample, "nats_per_dim": per_dim})
-        key, variables = jax.random.key(options.seed), on_devices(variables, AT_ONCE)
+        variables = on_devices(variables, AT_ONCE)
         draw = partial(self._draw_under, model, variables)
         if options.samples and isinstance(self.data, SimulatedConfig):
             evaluation += evaluate_observations(self.data.simulator, draw, key, options.samples)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import datetime
+import os
 import warnings
 from collections.abc import Callable
 from pathlib import Path
@@ -18,7 +19,7 @@ from flowgen.decoding import measure_plans, sample
 from flowgen.decoding.plan import BlockPlan
 from flowgen.experiments.autoregressive import AutoregressiveExperiment, FlowDrawOptions
 from flowgen.experiments.drawing import AT_ONCE
-from flowgen.places import check_local
+from flowgen.places import check_local, is_remote
 from flowgen.runs import PLAN_FILE, read_plan, write_plan
 from flowgen.runs.located import SHIPPED
 from flowgen.settings import FieldError, config, from_plain, to_plain
@@ -52,33 +53,38 @@ class TunedPlan:
     versions: dict[str, str]
 
 
-def check_saves_plan(run_dir: str | Path) -> None:
-    """Raises OSError if no plan can be saved in a run's directory, and ValueError if it is a URL or a shipped model.
+def why_plan_unsaved(run_dir: str | Path) -> str:
+    """Returns why no plan can be saved with a run, or "" if one can.
+
+    Raises OSError if something other than a plan has its place.
 
     Example:
-        check_saves_plan("runs/digits")
+        why_plan_unsaved("gs://bucket/digits")  # "the run is in a bucket"
     """
+    if is_remote(run_dir):
+        return "the run is in a bucket"
     if Path(run_dir).parent == SHIPPED:
-        raise ValueError(f"The model at {run_dir} ships with flowgen; copy its folder, and tune the copy.")
-    check_local("the run to tune", run_dir)
+        return f"{Path(run_dir).name} ships with flowgen"
+    if not os.access(run_dir, os.W_OK | os.X_OK):
+        return "the run is not writable"
     check_writable(Path(run_dir) / PLAN_FILE)
+    return ""
 
 
-def save_tuned_plan(
+def tuned_plan(
     experiment: AutoregressiveExperiment,
-    run_dir: str | Path,
     flow: Any,
     variables: Any,
     options: FlowDrawOptions,
     say: Callable[[str], None],
-) -> None:
-    """Measures plans for the samples that the options describe, and saves the fastest plan in the run's directory.
+) -> TunedPlan:
+    """Measures plans for the samples that the options describe, and returns the fastest.
 
     The plans are measured on samples that are first decoded sequentially, in batches of the size that one device
     decodes. Clips have the length that the flow models, and no given frames. `say` is called with the lines of a table.
 
     Example:
-        save_tuned_plan(experiment, "runs/digits", flow, params, FlowDrawOptions(), print)
+        tuned = tuned_plan(experiment, flow, params, FlowDrawOptions(), print)
     """
     sampling, flow = experiment.sampling, experiment.sized(flow, options.aspect)
     conditions, _ = experiment.asked(flow, options.classes)
@@ -90,7 +96,7 @@ def save_tuned_plan(
     tuning = measure_plans(flow, variables, known.x, cond, guidance=guidance, tol=sampling.tol)
     for line in tuning.lines():
         say(line)
-    tuned = TunedPlan(
+    return TunedPlan(
         plan=tuning.plan.blocks,
         device=_device_kind(),
         batch=batch,
@@ -99,8 +105,16 @@ def save_tuned_plan(
         time=datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
         versions={"flowgen": __version__, "jax": jax.__version__},
     )
+
+
+def save_tuned_plan(run_dir: str | Path, tuned: TunedPlan) -> Path:
+    """Saves a plan in a run's directory, and returns the path of its file.
+
+    Example:
+        save_tuned_plan("runs/digits", tuned_plan(experiment, flow, params, FlowDrawOptions(), print))
+    """
     write_plan(run_dir, to_plain(tuned))
-    say(f"Saved {Path(run_dir) / PLAN_FILE}")
+    return Path(run_dir) / PLAN_FILE
 
 
 def read_tuned_plan(run_dir: str | Path) -> TunedPlan:
@@ -155,6 +169,15 @@ def with_tuned_plan(
             "sample --tune.",
             stacklevel=2,
         )
+    return with_plan(experiment, tuned)
+
+
+def with_plan(experiment: AutoregressiveExperiment, tuned: TunedPlan) -> AutoregressiveExperiment:
+    """Returns the experiment with a measured plan.
+
+    Example:
+        experiment = with_plan(experiment, tuned_plan(experiment, flow, params, FlowDrawOptions(), print))
+    """
     return dataclasses.replace(experiment, sampling=dataclasses.replace(experiment.sampling, plan=tuned.plan))
 
 

@@ -40,7 +40,7 @@ from flowgen.experiments.decoding import decoded_by_all, decoding_line
 from flowgen.experiments.drawing import AT_ONCE, draw_in_batches, on_devices
 from flowgen.experiments.experiment import Samples
 from flowgen.experiments.latents import flow_dataset, pixel_dataset
-from flowgen.experiments.likelihoods import evaluate_likelihood
+from flowgen.experiments.likelihoods import check_likelihood, evaluate_likelihood
 from flowgen.experiments.plots import strips
 from flowgen.flows import STARFlowVConfig, denoiser_variables, flow_score_objective
 from flowgen.flows.objective import nll_objective
@@ -263,10 +263,12 @@ class VideoFlowExperiment(AutoregressiveExperiment):
         The likelihood and the PSNR are measured on a split. The frame distances of samples and data are
         reported side by side. The PSNR and the frame distances are computed on decoded latents.
         """
+        check_likelihood(model, options, latent=self.is_latent)
         data, labelled = of_whole_clips(self.data), not options.unconditional
+        codec, guidance = self.encoding.open_codec(), self.guidance(model) if options.samples else None
         dataset = clips_alone(flow_dataset(data, self.encoding, options.split, labelled=labelled))
         evaluation = evaluate_likelihood(model, variables, dataset, options, latent=self.is_latent)
-        key, codec = jax.random.key(options.seed), self.encoding.open_codec()
+        key = jax.random.key(options.seed)
         ratios = denoised_psnr(codec, model, variables, dataset, key, most=DENOISED)
         line = "PSNR of noisy clips " + ", ".join(f"{how} {ratio:.2f} dB" for how, ratio in ratios.items())
         metrics = {f"psnr_{how.split()[-1]}": Estimate(ratio) for how, ratio in ratios.items()}
@@ -275,7 +277,7 @@ class VideoFlowExperiment(AutoregressiveExperiment):
             return evaluation
         conditions = self.conditions_of(dataset, unconditional=options.unconditional)
         cond = None if conditions is None else conditions(np.arange(options.samples) % len(dataset))
-        clips, _ = self.draw_batch(model, variables, key, np.arange(options.samples), cond)
+        clips, _ = self.draw_batch(model, variables, key, np.arange(options.samples), cond, guidance=guidance)
         real = codec.decode(of_batch(dataset[np.arange(min(len(dataset), options.samples))]))
         for name, frames in (("samples", clips), ("data", real)):
             near, far = frame_distances(np.clip(frames, -1, 1))
