@@ -11,7 +11,7 @@ import scipy.special
 import scipy.stats
 from tolerances import LAYER, NETWORK, assert_close
 
-from flowgen.data import ArrayDataset
+from flowgen.data import ArrayDataset, Batch, Moments
 from flowgen.evaluation import CORRUPTIONS, SCORES, AnomalyScores, anomaly_scores, auroc, flow_nats
 from flowgen.experiments.anomalies import check_anomaly
 
@@ -65,6 +65,29 @@ def test_a_flow_with_classes_is_a_mixture_of_them():
     assert_close(found.tokens.sum(axis=(1, 2)), np.max(each, axis=0), NETWORK)
 
 
+class Latents:
+    """Latents of one shape; the std of their posterior is 0, so that each draw is the mean."""
+
+    class_names = ()
+
+    def __init__(self, mean):
+        self.mean, self.event_shape = mean, mean.shape[1:]
+
+    def __len__(self):
+        return len(self.mean)
+
+    def __getitem__(self, indices):
+        return Batch(Moments(self.mean[indices], np.zeros_like(self.mean[indices])))
+
+
+def test_latents_are_scored_by_their_own_density():
+    flow, params, _, _ = laws.case("affine")
+    means = np.random.default_rng(0).normal(size=(5, *flow.config.event_shape)).astype(np.float32)
+    found = anomaly_scores(flow, params, Latents(means), jax.random.key(0), noise_std=0.0, batch_size=3)
+    expected = laws.apply(flow, params, jnp.asarray(means), None, method="log_prob")
+    assert_close(-found.nats * found.dims, np.asarray(expected, np.float64), NETWORK)
+
+
 class Standing:
     """A flow that leaves images of one token row unchanged; its prior has variance 4."""
 
@@ -114,8 +137,29 @@ def test_the_area_is_that_of_all_pairs_and_its_error_that_of_repetitions(untyped
     spread = np.std([one.value for one in drawn])
     # A standard deviation of 400 values is known to 4 %.
     assert np.mean([one.standard_error for one in drawn]) == pytest.approx(spread, rel=0.15)
-    with pytest.raises(ValueError, match="give at least 2 each"):
-        auroc(normal[:1], other)
+
+
+MISTAKES = {
+    "one score": ([1.0], [1.0, 2.0], "1 normal and 2 anomalous scores; give at least 2 each"),
+    "no scores": ([], [], "0 normal and 0 anomalous scores"),
+    "NaN among normal ones": ([1.0, np.nan, np.nan], [1.0, 2.0], "normal has 2 values that are NaN"),
+    "NaN among anomalies": ([1.0, 2.0], [1.0, np.nan], "anomalous has 1 values that are NaN"),
+    "a matrix": (np.ones((2, 2)), [1.0, 2.0], r"shapes \(2, 2\) and \(2,\); give two vectors"),
+}
+
+
+@pytest.mark.parametrize("name", MISTAKES)
+def test_scores_that_have_no_area_are_refused(name, untyped):
+    normal, anomalous, message = MISTAKES[name]
+    with pytest.raises(ValueError, match=message):
+        auroc(np.array(normal), np.array(anomalous))
+
+
+def test_ties_and_infinite_scores_are_ordered(untyped):
+    ones, infinite = np.ones(3), np.array([np.inf, np.inf])
+    assert auroc(ones, ones)[:2] == (0.5, 0.0)
+    assert auroc(ones, infinite)[:2] == (1.0, 0.0)
+    assert auroc(infinite, infinite).value == 0.5
 
 
 @pytest.mark.parametrize("name", CORRUPTIONS)

@@ -103,6 +103,7 @@ def test_a_constant_of_each_observation_changes_nothing():
 
 MISTAKES = {
     "shapes of samples": (lambda: sbc_ranks(np.zeros((3, 9, 2)), np.zeros((4, 2))), "samples and truths"),
+    "no samples": (lambda: sbc_ranks(np.zeros((3, 0, 2)), np.zeros((3, 2))), "with s at least 1"),
     "NaN in samples": (lambda: sbc_ranks(np.full((3, 9, 2), np.nan), np.zeros((3, 2))), "samples has 54"),
     "one bin": (lambda: rank_uniformity(np.zeros((100, 1), int), 9, bins=1), "bins is 1"),
     "many bins": (lambda: rank_uniformity(np.zeros((100, 1), int), 99, bins=50), "bins is 50"),

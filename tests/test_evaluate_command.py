@@ -12,9 +12,10 @@ from laws import drawn
 from PIL import Image
 
 from flowgen import checkpoint
-from flowgen.experiments import FlowExperiment, SamplingConfig
-from flowgen.flows import TARFlowConfig
+from flowgen.experiments import FlowExperiment, SamplingConfig, SpaceToDepth
+from flowgen.flows import STARFlowConfig, TARFlowConfig
 from flowgen.nn import init
+from flowgen.runs import CheckpointReader
 
 
 @pytest.fixture(scope="module")
@@ -72,6 +73,69 @@ def test_anomalies_are_scored(flow_run, tmp_path):
     with np.load(tmp_path / "a.anomaly.npz") as arrays:
         assert arrays["normal_tokens"].shape == (180, 2, 2)
         assert arrays["anomaly_blur_ks_p"].shape == (180,)
+
+
+def _statistics(path, length):
+    np.savez(path, mu=np.zeros(length), sigma=np.eye(length))
+    return path
+
+
+BEFORE = {
+    "reference of pixels": "--samples 8 --features pixels --reference {reference}",
+    "reference of a classifier": "--samples 8 --features classifier --reference {reference}",
+    "reference, features chosen by the data": "--samples 8 --reference {reference}",
+    "anomalies that are no images": "--anomaly {reference}",
+}
+
+
+@pytest.mark.parametrize("name", BEFORE)
+def test_what_does_not_fit_is_refused_before_anything_is_computed(flow_run, tmp_path, monkeypatch, name):
+    def computed(*arguments, **options):
+        raise AssertionError("something was computed")
+
+    for place in ("flow.evaluate_likelihood", "flow.compare_samples", "comparison.train_features"):
+        monkeypatch.setattr(f"flowgen.experiments.{place}", computed)
+    reference = _statistics(tmp_path / "fid.npz", 7)
+    told = refused("evaluate --checkpoint", flow_run, *BEFORE[name].format(reference=reference).split())
+    if "reference" in name:
+        assert re.search(r"fid.npz' has features of length 7, but those of --features \w+ have length 64; ", told)
+
+
+def test_a_run_is_opened_once_and_its_weights_are_read_last(flow_run, monkeypatch):
+    opened = []
+
+    class Counted(checkpoint.RunReader):
+        def __init__(self, run_dir):
+            opened.append(run_dir)
+            super().__init__(run_dir)
+
+    def read(*arguments, **options):
+        raise ValueError("the weights are read")
+
+    monkeypatch.setattr(checkpoint, "RunReader", Counted)
+    monkeypatch.setattr(Counted, "free", lambda self: None)
+    monkeypatch.setattr(CheckpointReader, "weights", read)
+    assert "--bach is not an option" in refused("evaluate --bach 3 --checkpoint", flow_run)
+    for command in ("evaluate --samples 8 --guidance 1 --checkpoint", "sample --guidance 1 --out x.npz --checkpoint"):
+        opened.clear()
+        assert "the weights are read" in refused(command, flow_run)
+        assert len(opened) == 1
+
+
+@pytest.mark.slow
+def test_anomalies_are_scored_by_latents(tmp_path):
+    model = STARFlowConfig(image_size=4, channels=4, width=40, head_dim=20, layers_per_block=(1, 1), num_classes=0)
+    experiment = FlowExperiment(name="latents", model=model, codec=SpaceToDepth(2))
+    variables = drawn(init, experiment.build(), jax.random.key(0))
+    checkpoint.write_run(tmp_path / "run", experiment.with_provenance(), variables)
+    out = succeed("evaluate --anomaly corrupted --checkpoint", tmp_path / "run", "--out", tmp_path / "a.json")
+    assert "AUROC of 180 blur against 180 images (eval, density of latents): nats " in out
+    record = _saved(re.sub(r" and .*", "", out))
+    assert record["anomaly"]["density_of"] == "latents"
+    # Space-to-depth keeps all pixels, so large changes are seen even by a flow that was never trained.
+    assert all(0 <= record["metrics"][f"auroc_{name}_nats"]["value"] <= 1 for name in ("noise", "inversion"))
+    with np.load(tmp_path / "a.anomaly.npz") as arrays:
+        assert arrays["normal_tokens"].shape == (180, 4, 4)
 
 
 def test_what_cannot_be_saved_is_refused_first(flow_run, tmp_path):

@@ -19,7 +19,10 @@ from flowgen.evaluation import (
     flow_nats,
     frechet_distance,
     gaussian_bits_per_dim,
+    kernel_distance,
+    manifold_metrics,
     mean_of,
+    nearest_in,
     point_metrics,
     point_samples,
     train_classifier,
@@ -148,3 +151,20 @@ def test_metrics_of_a_translation_are_known(key):
     np.testing.assert_allclose(metrics["path_energy"], 25, rtol=1e-4)
     assert_close(metrics["signed_npe"], 0, LAYER, scale=25)
     assert metrics["w2_floor"] > 0.1
+
+
+SOME, NOT_FINITE = np.arange(16.0).reshape(8, 2) ** 2, np.full((8, 2), np.nan)
+NAN_REFUSED = {
+    "frechet": (lambda: frechet_distance(SOME, NOT_FINITE), "y has 16 values that are not finite"),
+    "kernel": (lambda: kernel_distance(NOT_FINITE, SOME), "x has 16 values"),
+    "manifolds": (lambda: manifold_metrics(SOME, NOT_FINITE), "data has 16 values"),
+    "neighbours": (lambda: nearest_in(SOME, [SOME, NOT_FINITE], 1), "batch has 16 values"),
+    "no values": (lambda: mean_of(np.zeros(0)), "values is empty"),
+}
+
+
+@pytest.mark.parametrize("name", NAN_REFUSED)
+def test_what_gives_no_number_is_refused(name, untyped):
+    call, message = NAN_REFUSED[name]
+    with pytest.raises(ValueError, match=message):
+        call()

@@ -384,6 +384,10 @@ def test_a_decoder_is_trained_on_beside_its_encoder(autoencoder, tmp_path):
         ({"model": TEXT}, "text is missing, but model.text_dim is 16"),
         ({"text": TextConfig("words")}, "text is given, but model.text_dim is 0"),
         ({"model": dataclasses.replace(TINY, noise_std=0.0)}, "model.noise_std is 0, which works only for pixels"),
+        (
+            {"sampling": SamplingConfig(guidance=1.0, blocks=(0, 7))},
+            "sampling.blocks has 7, but the model has blocks 0",
+        ),
         ({"sampling": SamplingConfig(prompts=("a cat",))}, "sampling.prompts is .*, but the model accepts no texts"),
         ({"text": TextConfig("words", digest="other"), "model": TEXT}, "text.encoder 'words' is not the one that"),
         ({"data": LatentsConfig("nowhere")}, "has no complete cache of latents"),

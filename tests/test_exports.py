@@ -517,7 +517,3 @@ def test_a_folder_goes_before_a_shipped_model_of_the_same_name(exported, tmp_pat
     for name in ("config.json", "model.safetensors"):
         (tmp_path / "digits" / name).unlink()
     assert "It hides the shipped model of this name." in refused("info --checkpoint digits")
-
-
-def test_a_shipped_model_is_not_tuned_in_place():
-    assert "copy its folder" in refused("sample --checkpoint digits --tune")

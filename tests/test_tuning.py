@@ -3,6 +3,7 @@
 import dataclasses
 import json
 import re
+from types import SimpleNamespace
 
 import jax
 import jax.numpy as jnp
@@ -24,7 +25,7 @@ from flowgen.decoding import (
     measure_plans,
     tune,
 )
-from flowgen.experiments import FlowExperiment, SamplingConfig
+from flowgen.experiments import FlowExperiment, Samples, SamplingConfig, tuning
 from flowgen.experiments.tuning import TunedPlan, read_tuned_plan, with_tuned_plan
 from flowgen.runs import read_plan, write_plan
 from flowgen.settings import to_plain
@@ -278,10 +279,29 @@ def test_a_run_that_cannot_keep_a_plan_is_refused_before_it_is_measured(run, tmp
     assert "plan.json': it is a folder" in told
 
 
-@pytest.mark.parametrize("words", ["--tune", "--plan tuned"])
-def test_a_run_in_a_bucket_keeps_no_plan(run, words):
-    told = refused(f"sample {words} --checkpoint file://{run}")
+def test_a_run_in_a_bucket_has_no_tuned_plan(run):
+    told = refused(f"sample --plan tuned --checkpoint file://{run}")
     assert "it must be on this machine" in told
+
+
+@pytest.mark.parametrize("where", ["shipped", "bucket"])
+def test_a_plan_that_cannot_be_saved_is_used_once(run, tmp_path, monkeypatch, where):
+    drawn_with = []
+    measured = SimpleNamespace(plan=DecodePlan(PLAN), lines=lambda: ["a table"])
+    monkeypatch.setattr(tuning, "measure_plans", lambda *arguments, **options: measured)
+    monkeypatch.setattr(tuning, "SHIPPED", run.parent if where == "shipped" else tmp_path)
+
+    def draw(experiment, *arguments):
+        drawn_with.append(experiment.sampling.plan)
+        return Samples(np.zeros((4, 8, 8, 1), np.float32), {})
+
+    monkeypatch.setattr(FlowExperiment, "draw", draw)
+    place = run if where == "shipped" else f"file://{run}"
+    out = succeed("sample --num 4 --tune --out", tmp_path / "x.npz", "--checkpoint", place)
+    reason = f"{run.name} ships with flowgen" if where == "shipped" else "the run is in a bucket"
+    assert f"a table\nThe plan is used for these samples but not saved, because {reason}; " in out
+    assert drawn_with == [PLAN]
+    assert not (run / "plan.json").exists()
 
 
 @pytest.mark.slow

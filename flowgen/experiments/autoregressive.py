@@ -22,6 +22,7 @@ from flowgen.data.dataset import BucketedDataset, Split, buckets_of
 from flowgen.data.latent_files import Provenance, read_index
 from flowgen.data.latents import LatentDataset, captions_of
 from flowgen.decoding.plan import DecodePlan, rounded_dtypes
+from flowgen.decoding.request import decode_request
 from flowgen.experiments.codecs import CodecConfig
 from flowgen.experiments.drawing import (
     Conditions,
@@ -62,7 +63,8 @@ class FlowDrawOptions(DrawOptions):
     aspect: aspect ratio, such as 16:9; samples have about the same area as the model's images.
     certify: check the decoding with a forward pass.
     strict: stop with an error if the decoding leaves a window unsolved.
-    tune: first measure decoding plans on this device, and save the fastest with the run for --plan tuned.
+    tune: first measure decoding plans on this device; use the fastest, and save it with the run for --plan tuned. It is
+        not saved with a model that ships with flowgen or a run in a bucket.
     """
 
     classes: str = ""
@@ -339,6 +341,13 @@ class AutoregressiveExperiment(Experiment):
             return guidance
         null = self.encoding.empty_text(flow.config.image_hw) if null is None else null
         return dataclasses.replace(guidance, null=null)
+
+    def check_sampling(self, flow: Any) -> None:
+        """Raises ValueError if the flow cannot be decoded as `sampling` describes. Draws no samples."""
+        cond, guidance = some_condition(self.model, 1), self.sampling.to_guidance()
+        guidance = dataclasses.replace(guidance, null=cond) if self.model.text_dim else guidance
+        noise = jnp.zeros((1, flow.config.num_tokens, flow.config.token_dim))
+        decode_request(flow, {}, noise, cond, self.sampling.to_plan(), guidance)
 
     def warn_of_guidance(self) -> None:
         """Issues a UserWarning if samples are guided, but the unconditional branch is not trained."""

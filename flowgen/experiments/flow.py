@@ -159,6 +159,8 @@ class FlowExperiment(AutoregressiveExperiment):
         """Returns a split's likelihood under the flow and under a Gaussian, sample metrics, and scores of anomalies."""
         check_features(options)
         check_likelihood(model, options, latent=self.is_latent)
+        if options.samples:
+            self.check_sampling(model)
         split = "train" if options.split == "eval" else options.split
         comparison = self._comparison(options, split) if options.samples else None
         anomalies = open_anomalies(self, options, split) if options.anomaly else None

@@ -264,6 +264,8 @@ class VideoFlowExperiment(AutoregressiveExperiment):
         reported side by side. The PSNR and the frame distances are computed on decoded latents.
         """
         check_likelihood(model, options, latent=self.is_latent)
+        if options.samples:
+            self.check_sampling(model)
         data, labelled = of_whole_clips(self.data), not options.unconditional
         codec, guidance = self.encoding.open_codec(), self.guidance(model) if options.samples else None
         dataset = clips_alone(flow_dataset(data, self.encoding, options.split, labelled=labelled))
