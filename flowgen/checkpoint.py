@@ -15,7 +15,8 @@ from flowgen.arrays import shown
 from flowgen.experiments import Experiment, from_json
 from flowgen.nn import init
 from flowgen.places import check_local
-from flowgen.runs import CHECKPOINTS, CheckpointReader, CheckpointStore, RunReader, located, write_config
+from flowgen.runs import CHECKPOINTS, CheckpointReader, CheckpointStore, RunReader, flatten, located, write_config
+from flowgen.runs.arrays import check_finite
 
 
 def load(
@@ -33,7 +34,7 @@ def load(
 
     Raises:
         FileNotFoundError: the directory does not exist or is not a flowgen run, or the run has no such checkpoint.
-        ValueError: the checkpoint is damaged or does not fit the config.
+        ValueError: the checkpoint is damaged, does not fit the config, or has parameters that are not finite.
 
     Example:
         flow, params, experiment = load("digits")
@@ -85,40 +86,44 @@ class OpenRun:
             return self.run.checkpoints.was_trained()
 
 
-def open_run(run_dir: str | Path, step: int | str | None = None) -> OpenRun:
+def open_run(run_dir: str | Path | RunReader, step: int | str | None = None) -> OpenRun:
     """Returns what `load` reads before the weights. For the arguments and errors, see `load`.
+
+    run_dir: may also be the reader of a run that is open already.
 
     Example:
         step = open_run("runs/digits", "best").step
     """
-    if not isinstance(run_dir, str | os.PathLike):
+    if not isinstance(run_dir, str | os.PathLike | RunReader):
         raise ValueError(f"run_dir must be the path of a run's directory, not {shown(run_dir)}.")
-    run = RunReader(located(run_dir))
+    run, name = (run_dir, run_dir.shown) if isinstance(run_dir, RunReader) else (RunReader(located(run_dir)), run_dir)
     with run.named():
         experiment, reader = from_json(run.config()), run.checkpoints
-        step = choose_step(reader, run_dir, step, experiment.best_metric)
+        step = choose_step(reader, name, step, experiment.best_metric)
         try:
             experiment.check_resumable(reader.manifest(step)["config"])
         except ValueError as error:
-            raise ValueError(f"Checkpoint {step} of {run_dir} does not fit config.json: {error}") from error
+            raise ValueError(f"Checkpoint {step} of {name} does not fit config.json: {error}") from error
     return OpenRun(run, step, experiment)
 
 
 def write_run(run_dir: str | Path, experiment: Experiment, variables: Any) -> None:
     """Writes a run directory that has the given weights as step 0, so that `load` and `sample.py` can use them.
 
-    Raises FileExistsError if the directory exists and is not empty. Never overwrites existing files.
+    Raises FileExistsError if the directory exists and is not empty, or FloatingPointError if the weights are not
+    finite. Never overwrites existing files.
 
     Example:
         write_run("runs/imported", experiment, variables)
     """
     check_new(run_dir)
+    params, collections = variables["params"], {k: v for k, v in variables.items() if k != "params"}
+    state = jax.tree.map(np.asarray, {"params": params, "collections": collections})
+    check_finite(0, flatten(state))
     run_dir = Path(run_dir)
     run_dir.mkdir(parents=True, exist_ok=True)
     config = experiment.to_json()
     write_config(run_dir, config)
-    params, collections = variables["params"], {k: v for k, v in variables.items() if k != "params"}
-    state = jax.tree.map(np.asarray, {"params": params, "collections": collections})
     with CheckpointStore(run_dir / CHECKPOINTS) as store:
         store.save(0, state, config=config)
 

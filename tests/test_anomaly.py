@@ -83,7 +83,8 @@ class Latents:
 def test_latents_are_scored_by_their_own_density():
     flow, params, _, _ = laws.case("affine")
     means = np.random.default_rng(0).normal(size=(5, *flow.config.event_shape)).astype(np.float32)
-    found = anomaly_scores(flow, params, Latents(means), jax.random.key(0), noise_std=0.0, batch_size=3)
+    options = {"noise_std": 0.0, "batch_size": 3, "by_class": False}
+    found = anomaly_scores(flow, params, Latents(means), jax.random.key(0), **options)
     expected = laws.apply(flow, params, jnp.asarray(means), None, method="log_prob")
     assert_close(-found.nats * found.dims, np.asarray(expected, np.float64), NETWORK)
 

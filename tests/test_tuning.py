@@ -288,6 +288,7 @@ def test_a_run_in_a_bucket_has_no_tuned_plan(run):
 def test_a_plan_that_cannot_be_saved_is_used_once(run, tmp_path, monkeypatch, where):
     drawn_with = []
     measured = SimpleNamespace(plan=DecodePlan(PLAN), lines=lambda: ["a table"])
+    monkeypatch.setattr(tuning, "sample", lambda *arguments, **options: SimpleNamespace(x=None))
     monkeypatch.setattr(tuning, "measure_plans", lambda *arguments, **options: measured)
     monkeypatch.setattr(tuning, "SHIPPED", run.parent if where == "shipped" else tmp_path)
 

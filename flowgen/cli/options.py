@@ -20,6 +20,7 @@ from flowgen.settings import Setting, check
 if TYPE_CHECKING:
     from flowgen.checkpoint import OpenRun
     from flowgen.experiments.experiment import Experiment
+    from flowgen.runs import RunReader
 
 HELP_COLUMN = 36  # column at which the help of a field starts
 WIDTH = 120  # characters in a line of values
@@ -124,7 +125,7 @@ def check_memory(parameters: int, *, copies: int) -> None:
     warnings.warn(message, stacklevel=2)
 
 
-def open_run(run_dir: str, step: int | str | None) -> OpenRun:
+def open_run(run_dir: str | RunReader, step: int | str | None) -> OpenRun:
     """Opens a run without reading its weights. Its experiment lacks the mesh that was used for training."""
     from flowgen import checkpoint
 

@@ -54,7 +54,7 @@ def run(options: argparse.Namespace, rest: list[str]) -> int:
     experiment, _, _ = apply_words(rest, saved, groups=groups)
     model, missing = None, ""
     if not options.no_model:
-        model, missing = _model(options, experiment, contents.steps)
+        model, missing = _model(options, reader, experiment, contents.steps)
     page = report_page(
         experiment,
         contents,
@@ -70,9 +70,11 @@ def run(options: argparse.Namespace, rest: list[str]) -> int:
     return 0
 
 
-def _model(options: argparse.Namespace, experiment: Any, steps: tuple[int, ...]) -> tuple[tuple[Any, Any] | None, str]:
+def _model(
+    options: argparse.Namespace, reader: Any, experiment: Any, steps: tuple[int, ...]
+) -> tuple[tuple[Any, Any] | None, str]:
     """Returns a run's model and variables, or None and why there are none."""
     if not steps:
         return None, "The run has no checkpoint yet, so nothing was measured."
-    model, variables = open_run(options.run, options.step).load()
+    model, variables = open_run(reader, options.step).load()
     return (model, placed(variables, experiment, options)), ""

@@ -48,9 +48,7 @@ def open_anomalies(experiment: Any, options: Any, train: Split) -> AnomalySets:
     sets = AnomalySets(_some(experiment.dataset(train), MOST_TYPICAL), _anomalies(experiment, options, data))
     for name, count in {"data": len(data), **{name: len(one) for name, one in sets.anomalies.items()}}.items():
         if count < 2:
-            raise ValueError(
-                f"--anomaly compares the data with {options.anomaly}, but {name} has only 1 image; add some."
-            )
+            raise ValueError(f"--anomaly is {options.anomaly}, but {name} has only {count} image; give at least 2.")
     return sets
 
 

@@ -163,6 +163,11 @@ def _read_run(path: str, temporal_scale: float, run: RunReader) -> AutoencoderCo
     saved = reader.variables(step, expected["params"])
     variables = {"params": jax.tree.map(jnp.asarray, saved["params"])}
     mean, variance = (saved[STATISTICS][name] for name in ("mean", "variance"))
+    if not (np.isfinite(mean).all() and np.isfinite(variance).all() and (variance > 0).all()):
+        raise ValueError(
+            f"codec.path '{path}' has a mean of latents that is not finite, or a variance that is not positive and "
+            "finite; give another autoencoder."
+        )
     normalisation = LatentNormalisation(shift=mean, scale=1 / np.sqrt(np.asarray(variance, np.float64)))
     if isinstance(autoencoder, VideoAutoencoder):
         return VideoAutoencoderCodec(autoencoder, variables, normalisation, temporal_scale)
