@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import hashlib
 import math
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable, Mapping
 from typing import Any
 
 import jax
@@ -38,6 +38,30 @@ def check_bytes(name: str, x: Any) -> None:
     """
     if getattr(x, "dtype", None) != jnp.uint8:
         raise ValueError(f"{name} is {shown(x)}; give bytes (uint8). flowgen.data.to_uint8 converts floats in [-1, 1].")
+
+
+def check_finite(**arrays: Any) -> None:
+    """Raises ValueError if an array contains NaN or infinity; the message names it. The arrays must have values.
+
+    Example:
+        check_finite(x=x, y=y)
+    """
+    _check_none(lambda x: ~np.isfinite(x), "not finite", arrays)
+
+
+def check_no_nan(**arrays: Any) -> None:
+    """Raises ValueError if an array contains NaN; the message names it. The arrays must have values.
+
+    Example:
+        check_no_nan(scores=scores)
+    """
+    _check_none(np.isnan, "NaN", arrays)
+
+
+def _check_none(find: Callable[[Any], Any], what: str, arrays: Mapping[str, Any]) -> None:
+    for name, array in arrays.items():
+        if count := int(np.sum(find(np.asarray(array)))):
+            raise ValueError(f"{name} has {count} values that are {what}; remove them.")
 
 
 def check_key(key: Any) -> None:

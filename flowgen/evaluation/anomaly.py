@@ -20,6 +20,7 @@ from jaxtyping import Array, Float, Key
 from scipy import special
 
 from flowgen import backend
+from flowgen.arrays import check_no_nan
 from flowgen.data.dataset import Dataset
 from flowgen.data.loader import fixed_batches
 from flowgen.evaluation.estimate import Estimate
@@ -142,13 +143,16 @@ def auroc(normal: Float[np.ndarray, " n"], anomalous: Float[np.ndarray, " m"]) -
 
     The standard error is DeLong's, from the variances over the normal images and over the anomalies.
 
-    Raises ValueError if there are fewer than two scores on a side.
+    Raises ValueError if there are fewer than two scores on a side, if a score is NaN, or if the arrays are no vectors.
 
     Example:
         area = auroc(scores_of_data, scores_of_others)
     """
+    if np.ndim(normal) != 1 or np.ndim(anomalous) != 1:
+        raise ValueError(f"scores have shapes {np.shape(normal)} and {np.shape(anomalous)}; give two vectors.")
     if min(len(normal), len(anomalous)) < 2:
         raise ValueError(f"there are {len(normal)} normal and {len(anomalous)} anomalous scores; give at least 2 each.")
+    check_no_nan(normal=normal, anomalous=anomalous)
     above = _fraction_below(normal, anomalous)
     below = 1 - _fraction_below(anomalous, normal)
     variance = above.var(ddof=1) / len(anomalous) + below.var(ddof=1) / len(normal)

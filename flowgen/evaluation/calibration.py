@@ -21,6 +21,7 @@ import numpy as np
 import scipy.stats
 from jaxtyping import Array, Float, Int
 
+from flowgen.arrays import check_no_nan
 from flowgen.evaluation.estimate import Estimate, mean_of
 
 Arrays = Array | np.ndarray
@@ -76,11 +77,12 @@ def sbc_ranks(samples: Float[Arrays, "n s d"], truths: Float[Arrays, "n d"]) -> 
         ranks = sbc_ranks(samples, truths)
     """
     samples, truths = np.asarray(samples), np.asarray(truths)
-    if samples.ndim != 3 or truths.shape != (len(samples), samples.shape[2]):
+    if samples.ndim != 3 or not samples.shape[1] or truths.shape != (len(samples), samples.shape[2]):
         raise ValueError(
-            f"samples and truths have shapes {samples.shape} and {truths.shape}; give (n, s, d) and (n, d)."
+            f"samples and truths have shapes {samples.shape} and {truths.shape}; give (n, s, d) and (n, d), with s at "
+            "least 1."
         )
-    _check_numbers(samples=samples, truths=truths)
+    check_no_nan(samples=samples, truths=truths)
     return (samples < truths[:, None]).sum(axis=1)
 
 
@@ -149,7 +151,7 @@ def expected_coverage(
             f"log_probs_of_samples and log_probs_of_truths have shapes {samples.shape} and {truths.shape}; give (n, s) "
             "and (n,), with n at least 2."
         )
-    _check_numbers(log_probs_of_samples=samples, log_probs_of_truths=truths)
+    check_no_nan(log_probs_of_samples=samples, log_probs_of_truths=truths)
     levels = np.arange(1, 20) / 20 if levels is None else np.asarray(levels, np.float64)
     if not ((levels >= 0) & (levels <= 1)).all():
         raise ValueError(f"levels are from {levels.min()} to {levels.max()}; they must be from 0 to 1.")
@@ -162,9 +164,3 @@ def expected_coverage(
     conservative = mean_of(0.5 - credibility)
     error = np.sqrt(levels * (1 - levels) / len(truths))
     return ExpectedCoverage(levels, coverage, error, conservative, float(deviation.statistic), float(deviation.pvalue))
-
-
-def _check_numbers(**arrays: np.ndarray) -> None:
-    for name, array in arrays.items():
-        if np.isnan(array).any():
-            raise ValueError(f"{name} has {np.isnan(array).sum()} values that are NaN; remove these observations.")

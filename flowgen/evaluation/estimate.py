@@ -34,12 +34,16 @@ class Estimate(NamedTuple):
 def mean_of(values: Float[np.ndarray, " n"]) -> Estimate:
     """Returns the mean of independent values and its standard error, their standard deviation divided by √n.
 
-    With a single value, the standard error is unknown.
+    With a single value, the standard error is unknown. The mean of values with a NaN is NaN.
+
+    Raises ValueError if there are no values.
 
     Example:
         estimate = mean_of(np.array([2.9, 3.1]))
     """
     values = np.asarray(values, np.float64)
+    if not len(values):
+        raise ValueError("values is empty, and has no mean; give at least one value.")
     error = float(values.std(ddof=1) / math.sqrt(len(values))) if len(values) > 1 else None
     return Estimate(float(values.mean()), error, len(values))
 

@@ -7,6 +7,8 @@ from typing import NamedTuple
 import numpy as np
 from jaxtyping import Float
 
+from flowgen.arrays import check_finite
+
 SUBSETS = 100
 SUBSET_SIZE = 1000
 
@@ -38,7 +40,7 @@ def kernel_distance(
     so it may be negative. Each subset has `size` features from each side, drawn without replacement, but at most half
     as many as there are, so that the subsets differ. The computation is done in float64.
 
-    Raises ValueError if n or m is below 4, or if x and y have different numbers of features.
+    Raises ValueError if n or m is below 4, if x and y have different numbers of features, or if one is not finite.
 
     Example:
         distance = kernel_distance(features(samples), features(data)).mean
@@ -48,6 +50,7 @@ def kernel_distance(
             f"features have shapes {x.shape} and {y.shape}; give at least four feature vectors in each array, all of "
             "the same length."
         )
+    check_finite(x=x, y=y)
     random, size = np.random.default_rng(seed), min(size, len(x) // 2, len(y) // 2)
     values = [
         mmd(*(np.asarray(side[random.choice(len(side), size, replace=False)], np.float64) for side in (x, y)))

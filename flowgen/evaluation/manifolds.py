@@ -17,6 +17,8 @@ from typing import NamedTuple
 import numpy as np
 from jaxtyping import Float, Int
 
+from flowgen.arrays import check_finite
+
 PRECISION_NEIGHBOURS = 3  # k of the papers
 DENSITY_NEIGHBOURS = 5
 ROWS_AT_ONCE = 512
@@ -46,7 +48,8 @@ def manifold_metrics(
     k: the neighbour that defines the radii for precision and recall. density_k: the same for density and coverage.
     The distances are computed in float64, a block of rows at a time.
 
-    Raises ValueError if n or m is not above k and density_k, or if the numbers of features differ.
+    Raises ValueError if n or m is not above k and density_k, if the numbers of features differ, or if features are not
+    finite.
 
     Example:
         metrics = manifold_metrics(features(samples), features(data))
@@ -57,6 +60,7 @@ def manifold_metrics(
             f"features have shapes {samples.shape} and {data.shape}; give at least {least + 1} feature vectors in each "
             "array, all of the same length."
         )
+    check_finite(samples=samples, data=data)
     radii, density_radii = _radii(data, (k, density_k))
     (sample_radii,) = _radii(samples, (k,))
     inside, balls = 0, 0
@@ -80,14 +84,16 @@ def nearest_in(
 
     batches: the vectors to search, in batches; position 0 is the first vector of the first batch.
 
-    Raises ValueError if there are fewer than `count` vectors.
+    Raises ValueError if there are fewer than `count` vectors, or if values are not finite.
 
     Example:
         positions, distances = nearest_in(features(samples), map(features, batches), 5)
     """
     positions, squares = np.zeros((len(queries), 0), np.int64), np.zeros((len(queries), 0))
     first = 0
+    check_finite(queries=queries)
     for batch in batches:
+        check_finite(batch=batch)
         near = np.concatenate([block for _, block in _blocks(queries, batch)])
         squares = np.concatenate([squares, near], axis=1)
         numbers = np.broadcast_to(np.arange(first, first + len(batch)), near.shape)

@@ -7,6 +7,8 @@ import math
 import numpy as np
 from jaxtyping import Float
 
+from flowgen.arrays import check_finite
+
 PEAK = 2.0  # the largest difference between two values in [-1, 1]
 
 
@@ -26,7 +28,7 @@ def frechet_distance(x: Float[np.ndarray, "n features"], y: Float[np.ndarray, "m
     comparable only if they use the same features and the same n and m, because smaller samples give larger distances.
     The computation is done in float64.
 
-    Raises ValueError if n or m is below 2, or if x and y have different numbers of features.
+    Raises ValueError if n or m is below 2, if x and y have different numbers of features, or if one is not finite.
 
     Example:
         distance = frechet_distance(features(samples), features(data))
@@ -36,6 +38,7 @@ def frechet_distance(x: Float[np.ndarray, "n features"], y: Float[np.ndarray, "m
             f"features have shapes {x.shape} and {y.shape}; give at least two feature vectors in each array, all of "
             "the same length."
         )
+    check_finite(x=x, y=y)
     x, y = np.asarray(x, np.float64), np.asarray(y, np.float64)
     covariances = [np.atleast_2d(np.cov(side, rowvar=False)) for side in (x, y)]
     return frechet_between(x.mean(axis=0), covariances[0], y.mean(axis=0), covariances[1])
@@ -49,7 +52,7 @@ def frechet_between(
 ) -> float:
     """Returns the squared Fréchet distance between two Gaussians, in float64; see `frechet_distance`.
 
-    Raises ValueError if f and g differ.
+    Raises ValueError if f and g differ, or if values are not finite.
 
     Example:
         distance = frechet_between(mu_x, sigma_x, mu_y, sigma_y)
@@ -58,6 +61,7 @@ def frechet_between(
         raise ValueError(
             f"features have lengths {len(mean)} and {len(other_mean)}; compare features of the same extractor."
         )
+    check_finite(mean=mean, covariance=covariance, other_mean=other_mean, other_covariance=other_covariance)
     values, vectors = np.linalg.eigh(np.asarray(covariance, np.float64))
     root = (vectors * np.sqrt(np.maximum(values, 0))) @ vectors.T
     cross = np.linalg.eigvalsh(root @ other_covariance @ root)

@@ -13,6 +13,7 @@ import jax
 import numpy as np
 from jaxtyping import Array, Float, Key
 
+from flowgen.arrays import check_finite
 from flowgen.evaluation.estimate import Estimate
 from flowgen.packages import need
 
@@ -71,9 +72,7 @@ def _check(x: np.ndarray, y: np.ndarray, folds: int) -> None:
         raise ValueError(f"x and y have shapes {x.shape} and {y.shape}; give equal numbers of samples of one length.")
     if not 2 <= folds <= len(x):
         raise ValueError(f"folds is {folds}; it must be from 2 to {len(x)}, the number of samples.")
-    for name, samples in (("x", x), ("y", y)):
-        if not np.isfinite(samples).all():
-            raise ValueError(f"{name} has {np.sum(~np.isfinite(samples))} values that are not finite; remove them.")
+    check_finite(x=x, y=y)
     constant = np.flatnonzero(np.ptp(x, axis=0) == 0)
     if len(constant):
         raise ValueError(f"x is constant in dimension {constant[0]}; leave this dimension out of x and y.")
