@@ -215,7 +215,7 @@ def test_only_reports_are_written_over(run, tmp_path):
     assert [path.name for path in out.parent.iterdir()] == ["page.html"], "no unfinished file"
     other = tmp_path / "mine.html"
     other.write_text("<!DOCTYPE html><p>mine")
-    assert "is no report of flowgen" in refused("report --no-model", run, "--out", other)
+    assert "is not a report of flowgen" in refused("report --no-model", run, "--out", other)
     assert other.read_text() == "<!DOCTYPE html><p>mine"
 
 
@@ -267,7 +267,7 @@ def test_long_lines_keep_their_extremes():
 def test_large_first_values_do_not_flatten_a_chart():
     line = [(float(step), 1000.0 if step == 1 else -step / 100) for step in range(1, 101)]
     chart = line_chart("Loss", "nats", [Series("training", line)])
-    assert "outside of the axis" in chart
+    assert "outside the axis" in chart
     assert "1k" not in re.findall(r">([^<]*)</text>", chart)
 
 

@@ -95,7 +95,7 @@ def device_speed(name: str, dtype: str = "bfloat16") -> DeviceSpeed:
 def pass_cost(block: BlockConfig, rows: int, window: int) -> PassCost:
     """Returns the cost of one pass over a window of a block, counted from shapes; no arrays are computed.
 
-    The pass is counted with a cache of the mean size while all tokens are decoded.
+    The cache is counted at its mean size over the decoding of all tokens.
 
     rows: number of sequences that are decoded together: samples, times the branches of guidance, times the frames that
     the block maps independently. window: number of tokens in the pass, at most the block's number of tokens.

@@ -97,12 +97,12 @@ def line_chart(title: str, unit: str, series: Sequence[Series]) -> Markup:
     ]
     drawing = _drawing(words, *parts, *labels)
     legend = element("ul", *(_entry(line) for line in series), class_="legend")
-    cut = element("p", "The first values are outside of the axis.", class_="note") if is_cut else ""
+    cut = element("p", "The first values are outside the axis.", class_="note") if is_cut else ""
     return element("figure", element("figcaption", title), drawing, legend, cut, class_="chart")
 
 
 def _vertical(series: Sequence[Series], x: Axis) -> tuple[Axis, bool]:
-    """Returns the axis of the values, and whether the first values are outside of it."""
+    """Returns the axis of the values, and whether the first values are outside it."""
     late = x.low + BEGINNING * (x.high - x.low)
     every = [value for line in series for _, value in line.points]
     rest = [value for line in series for step, value in line.points if step >= late or line.kind == "reference"]

@@ -59,7 +59,9 @@ def check_report_path(path: Path) -> None:
     if path.exists():
         with path.open("rb") as file:
             if file.read(len(_BEGINNING)) != _BEGINNING.encode():
-                raise FileExistsError(f"{path} exists, but is no report of flowgen; give another --out, or remove it.")
+                raise FileExistsError(
+                    f"{path} exists, but is not a report of flowgen; remove it, or give another --out."
+                )
 
 
 def report_page(
