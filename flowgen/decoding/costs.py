@@ -4,8 +4,8 @@ A pass takes at least as long as its matrix products at the device's peak, and a
 activations once. This is the roofline. Each kernel launch adds a fixed time. With a few rows, the weights and the
 launches determine the time of a pass, so a pass over a window of tokens takes about as long as one over a single token.
 
-The numbers are calculated, not measured. `tune(..., cost=predicted_cost(...))` chooses a plan for a device that is not
-at hand.
+The numbers are calculated, not measured. `tune(..., cost=predicted_cost(...))` chooses a plan for a device that you do
+not have.
 """
 
 from __future__ import annotations

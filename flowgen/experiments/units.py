@@ -50,7 +50,7 @@ def measured_units(dataset: NumbersDataset, box: Box | None) -> dict[str, Any]:
 
 
 def blank_units(model: Any) -> dict[str, Any]:
-    """Returns a collection of the right shapes, which changes nothing, for the model with this config.
+    """Returns the collection, for the model with this config, that leaves all numbers unchanged.
 
     Example:
         shapes = jax.eval_shape(lambda: blank_units(flow.config))
