@@ -1,4 +1,4 @@
-"""Flows for vectors, sequences and sets: autoregressive transformer blocks on any tokens, under any context.
+"""Flows for vectors, sequences and sets: autoregressive transformer blocks on any tokens, given any context.
 
 A vector of d numbers or a sequence of n rows with c channels is divided into tokens of `group` consecutive numbers or
 rows. Every token is transformed, including the first one (shift "input", as in STARFlow, arXiv 2506.06276), so flows of

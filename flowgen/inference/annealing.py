@@ -160,7 +160,7 @@ def anneal_adaptively(
     max_stages: int = 100,
     resample_below: float = 0.5,
 ) -> Annealed:
-    """Returns weighted samples of the target, annealed over a schedule that is chosen on the way.
+    """Returns weighted samples of the target, annealed over a schedule that is chosen along the way.
 
     Each stage goes as far as `next_beta` allows. If `max_stages` is reached, the last stage goes to 1 in one step. The
     mean weight is consistent for the normalising constant, but, unlike that of `anneal`, slightly biased, because the

@@ -133,7 +133,7 @@ class Decoded(NamedTuple):
 
 
 def decoding_section(experiment: AnyFlow, contents: RunContents, flow: Any, variables: Any, batch: Batch) -> Section:
-    """Returns how the run's plan and Jacobi decoding draw as many samples as the batch has, under its conditions.
+    """Returns how the run's plan and Jacobi decoding draw as many samples as the batch has, given its conditions.
 
     Example:
         part = decoding_section(experiment, contents, flow, params, inputs(experiment, 8))
