@@ -15,10 +15,12 @@ from laws import drawn
 from PIL import Image
 
 from flowgen import checkpoint, experiments
-from flowgen.data import DataConfig
+from flowgen.conditioning import TextCondition
+from flowgen.data import Batch, DataConfig, Moments
 from flowgen.nn import init
 from flowgen.report.charts import MOST_MARKERS, Axis, Series, bars, label, line_chart, scatter, thinned, ticks
 from flowgen.report.curves import MOST_SHOWN, curves_of, curves_section
+from flowgen.report.examples import some_of
 from flowgen.report.facts import REQUIRED, default_values
 from flowgen.report.flows import block_statistics
 from flowgen.report.markup import element, table
@@ -204,6 +206,19 @@ def test_statistics_of_blocks_are_those_of_the_density():
     np.testing.assert_allclose(rows[-1].norm, float(np.sqrt(np.square(z).mean())), rtol=1e-5)
     for row in rows:
         assert list(row.log_scale) == sorted(row.log_scale)
+
+
+def test_parts_of_a_page_share_samples_of_the_data():
+    mask = np.ones((10, 3), bool)
+    batch = Batch(
+        Moments(np.arange(40.0).reshape(10, 2, 2, 1), np.ones((10, 2, 2, 1))),
+        TextCondition(mask[..., None] * 1.0, mask),
+    )
+    few = some_of(batch, 4)
+    assert few.size == 4
+    assert list(few.x.mean[:, 0, 0, 0]) == [0.0, 8.0, 20.0, 28.0], "evenly spaced"
+    assert few.context.mask.shape == (4, 3)
+    assert some_of(Batch(batch.x), 20).size == 10
 
 
 def test_only_reports_are_written_over(run, tmp_path):

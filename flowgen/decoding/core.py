@@ -161,7 +161,7 @@ def _result(
     They are separate programs, because the first one is large, and does not depend on the plan.
     """
     finished = settled(_finished(request, noise, [solution.x for solution in others], last.x))
-    reports = _reports([solution._replace(x=None) for solution in (*others, last)])
+    reports = _reports(*zip(*(solution[1:] for solution in (*others, last)), strict=True))  # without the tokens
     return DecodeResult(**finished, **reports)
 
 
@@ -185,18 +185,20 @@ def _finished(
 
 
 @jax.jit
-def _reports(solutions: list[Any]) -> dict[str, Array]:
-    """The reports of the solvers of all blocks, for solutions without their tokens."""
-    width = max(len(solution.sweeps) for solution in solutions)
+def _reports(
+    sweeps: tuple[Array, ...], residual: tuple[Array, ...], overflows: tuple[Array, ...], unsolved: tuple[Array, ...]
+) -> dict[str, Array]:
+    """The reports of all blocks together, given those of each block; see `Solution`."""
+    width = max(map(len, sweeps))
 
     def by_window(reports):
         return jnp.stack([jnp.pad(report, (0, width - len(report))) for report in reports])
 
     return {
-        "sweeps": by_window([s.sweeps for s in solutions]),
-        "residual": jnp.stack([s.residual for s in solutions]).max(axis=0),
-        "overflows": jnp.stack([s.overflows for s in solutions]).sum(axis=0),
-        "unsolved": by_window([s.unsolved for s in solutions]),
+        "sweeps": by_window(sweeps),
+        "residual": jnp.stack(residual).max(axis=0),
+        "overflows": jnp.stack(overflows).sum(axis=0),
+        "unsolved": by_window(unsolved),
     }
 
 
