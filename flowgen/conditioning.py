@@ -27,7 +27,8 @@ class TextCondition(NamedTuple):
 class ContextTokens(NamedTuple):
     """A continuous context as tokens, which a model's `check_cond` makes of vectors, images and token features.
 
-    mask: True for tokens, False for padding. Padding has no effect. A sample without a True is unconditional.
+    mask: True for tokens, False for padding. Padding has no effect. A sample whose mask is False everywhere is
+    unconditional.
 
     Example:
         cond = ContextTokens(network.apply(variables, sets), mask=is_point)
@@ -42,7 +43,7 @@ class Padded(NamedTuple):
 
     The density of a sample is that of its existing tokens, given their number and cond.
 
-    mask: True for the tokens of each sample, False for padding, in any places.
+    mask: True for the tokens of each sample, False for padding, which may be anywhere.
 
     Example:
         cond = Padded(mask=jnp.arange(8) < lengths[:, None], cond=labels)
@@ -90,13 +91,13 @@ def broadcast_text(text: TextCondition, batch: int) -> TextCondition:
 
 
 def drop_context(key: Key[Array, ""], context: ContextTokens, rate: float) -> ContextTokens:
-    """Returns the context, of which each sample becomes unconditional with probability `rate`."""
+    """Makes each sample of a context unconditional with probability `rate`, and returns the context."""
     dropped = jax.random.bernoulli(key, rate, context.mask.shape[:1])
     return ContextTokens(context.tokens, context.mask & ~dropped[:, None])
 
 
 def drop_condition(key: Key[Array, ""], cond: Unpadded, null: TextCondition | None, rate: float) -> Unpadded:
-    """Returns the condition, of which each sample becomes unconditional with probability `rate`.
+    """Makes each sample of a condition unconditional with probability `rate`, and returns the condition.
 
     null: the null text, for texts.
     """

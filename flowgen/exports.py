@@ -48,8 +48,8 @@ def export(
     """Writes the model of a run to a new folder: config.json, model.safetensors and a model card. Returns the folder.
 
     The folder appears only once it is complete. What exports to the same folder left behind when they were killed is
-    removed. Paths on this machine are left out of it. An autoencoder that flowgen trained, on whose latents the model
-    works, is exported to the folder `codec` inside it.
+    removed. Paths on this machine are left out of it. If the model works on latents of an autoencoder that flowgen
+    trained, the autoencoder is exported to the folder `codec` inside it.
 
     run_dir, step, ema: see `flowgen.load`.
     dtype: None to keep the parameters bit for bit, or "float16" to halve the file. Loading makes them float32 again.

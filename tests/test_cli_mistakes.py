@@ -180,7 +180,7 @@ MISTAKES = {
     "train --workdir new --config value.py": r"config value\.py fails on line 5 \(width is 0; it must be at lea",
     # Data.
     f"{TRAIN} --data.name emoji": r"data\.name is 'emoji'; choose one of digits,",
-    f"{TRAIN} --data.name folder --data.path photos/flat": r"the data has no labels; .* model\.num_classes",
+    f"{TRAIN} --data.name folder --data.path photos/flat": r"the data have no labels; .* model\.num_classes",
     f"{TRAIN} --data.name folder --data.path photos/corrupt --model.num_classes 1": r"1 image .*/b\.png' \(not",
     f"{TRAIN} --data.name npz --data.path photos/float.npz": r"'images' .* is float64; save uint8 levels",
     # Run directories to write.

@@ -194,9 +194,9 @@ def test_classes_are_checked_against_the_model():
     digits = load_all(DataConfig())
     for dataset, num_classes in ((unlabelled, 0), (digits, 0), (digits, 10), (digits, 12)):
         check_classes(dataset, num_classes)
-    with pytest.raises(ValueError, match=r"model\.num_classes is 9, but the data has 10"):
+    with pytest.raises(ValueError, match=r"model\.num_classes is 9, but the data have 10"):
         check_classes(digits, 9)
-    with pytest.raises(ValueError, match="has no labels"):
+    with pytest.raises(ValueError, match="have no labels"):
         check_classes(unlabelled, 10)
 
 

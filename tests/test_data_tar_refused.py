@@ -113,10 +113,10 @@ def pax_of(records):
 
 
 DAMAGE = {
-    "two joined by cat": (lambda c: c + c, "goes on after its end mark"),
+    "two joined by cat": (lambda c: c + c, "continues after its end mark"),
     "an empty block inside": (
         lambda c: c[: header_at(c, "002.png")] + bytes(512) + c[header_at(c, "002.png") :],
-        "goes on after its end mark",
+        "continues after its end mark",
     ),
     "empty": (lambda c: b"", "is not a tar file; pack it again"),
     "no tar": (lambda c: png(1) * 20, "is not a tar file; pack it again"),

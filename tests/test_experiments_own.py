@@ -148,7 +148,7 @@ def test_a_run_of_ones_own_data_passes_for_no_other(tmp_path):
             Stripes(),
             r"dataset has event_shape \(8, 8, 1\); the model requires data of shape \(16, 16, 1\)",
         ),
-        ({"num_classes": 1}, Stripes(), r"model.num_classes is 1, but the data has 2 classes"),
+        ({"num_classes": 1}, Stripes(), r"model.num_classes is 1, but the data have 2 classes"),
         ({}, Stripes, r"dataset is the class Stripes; give an object with"),
         ({}, changed(num=0), r"dataset is empty"),
         ({"num_classes": 2}, changed(class_names=()), r"dataset has no class_names"),

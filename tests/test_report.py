@@ -15,10 +15,12 @@ from laws import drawn
 from PIL import Image
 
 from flowgen import checkpoint, experiments
-from flowgen.data import DataConfig
+from flowgen.conditioning import TextCondition
+from flowgen.data import Batch, DataConfig, Moments
 from flowgen.nn import init
-from flowgen.report.charts import Axis, Series, bars, label, line_chart, scatter, thinned, ticks
-from flowgen.report.curves import curves_of
+from flowgen.report.charts import MOST_MARKERS, Axis, Series, bars, label, line_chart, scatter, thinned, ticks
+from flowgen.report.curves import MOST_SHOWN, curves_of, curves_section
+from flowgen.report.examples import some_of
 from flowgen.report.facts import REQUIRED, default_values
 from flowgen.report.flows import block_statistics
 from flowgen.report.markup import element, table
@@ -206,6 +208,19 @@ def test_statistics_of_blocks_are_those_of_the_density():
         assert list(row.log_scale) == sorted(row.log_scale)
 
 
+def test_parts_of_a_page_share_samples_of_the_data():
+    mask = np.ones((10, 3), bool)
+    batch = Batch(
+        Moments(np.arange(40.0).reshape(10, 2, 2, 1), np.ones((10, 2, 2, 1))),
+        TextCondition(mask[..., None] * 1.0, mask),
+    )
+    few = some_of(batch, 4)
+    assert few.size == 4
+    assert list(few.x.mean[:, 0, 0, 0]) == [0.0, 8.0, 20.0, 28.0], "evenly spaced"
+    assert few.context.mask.shape == (4, 3)
+    assert some_of(Batch(batch.x), 20).size == 10
+
+
 def test_only_reports_are_written_over(run, tmp_path):
     out = tmp_path / "new" / "page.html"
     succeed("report --no-model", run, "--out", out)
@@ -215,7 +230,7 @@ def test_only_reports_are_written_over(run, tmp_path):
     assert [path.name for path in out.parent.iterdir()] == ["page.html"], "no unfinished file"
     other = tmp_path / "mine.html"
     other.write_text("<!DOCTYPE html><p>mine")
-    assert "is no report of flowgen" in refused("report --no-model", run, "--out", other)
+    assert "is not a report of flowgen" in refused("report --no-model", run, "--out", other)
     assert other.read_text() == "<!DOCTYPE html><p>mine"
 
 
@@ -254,20 +269,40 @@ def test_an_axis_maps_its_ends_to_its_pixels():
     assert Axis(2.0, 5.0, 0.0, 1.0, log=True).ticks() == [2.0, 5.0]
 
 
-def test_long_lines_keep_their_extremes():
+def test_long_lines_keep_their_extremes_and_ends():
     points = [(float(step), math.sin(step)) for step in range(10_000)]
     points[5_000] = (5_000.0, 99.0)
-    kept = thinned(points, 400)
-    assert len(kept) <= 400
-    assert (5_000.0, 99.0) in kept
-    assert kept == sorted(kept)
+    points[7_000] = (7_000.0, -99.0)
+    for most in (400, 41, 4):
+        kept = thinned(points, most)
+        assert len(kept) <= most
+        assert {points[0], points[5_000], points[7_000], points[-1]} <= set(kept)
+        assert kept == sorted(kept)
     assert thinned(points[:10]) == points[:10]
+
+
+def test_a_chart_is_small_however_long_its_lines_are():
+    line = [(step, math.sin(step)) for step in range(50_000)]
+    chart = line_chart("Loss", "nats", [Series("training", line), Series("held-out", line, "held", 1)])
+    assert len(chart) < 20_000
+    assert 0 < chart.count("<circle") <= MOST_MARKERS + 1, "and that of the legend"
+
+
+def test_charts_of_many_metrics_are_closed():
+    names = [f"mine_{number}" for number in range(2 * MOST_SHOWN)]
+    curves = {name: [(1, 0.0), (2, 1.0)] for name in [*names, "loss", "bits_per_dim", "steps_per_second"]}
+    content = curves_section(curves, {}, "bits_per_dim").content
+    shown, closed = content.split("<summary>Other metrics</summary>")
+    assert shown.count("<figure") == MOST_SHOWN
+    assert all(title in shown for title in ("bits per dimension", "Loss", "mine_0"))
+    assert closed.split("<summary>Speed and memory")[0].count("<figure") == MOST_SHOWN + 2
+    assert "Other metrics" not in curves_section({"loss": [(1, 0.0)]}, {}, "loss").content
 
 
 def test_large_first_values_do_not_flatten_a_chart():
     line = [(float(step), 1000.0 if step == 1 else -step / 100) for step in range(1, 101)]
     chart = line_chart("Loss", "nats", [Series("training", line)])
-    assert "outside of the axis" in chart
+    assert "outside the axis" in chart
     assert "1k" not in re.findall(r">([^<]*)</text>", chart)
 
 

@@ -115,9 +115,9 @@ def _problem(kernel: Kernel, q: Shaped, k: Shaped, v: Shaped, mask: str, is_caus
     if kernel == "cudnn" and (q.shape[3] % 8 or q.shape[3] > MAX_CUDNN_WIDTH):
         return f"{name} requires head widths in multiples of 8 up to {MAX_CUDNN_WIDTH}, but the width is {q.shape[3]}"
     if mask == "pairs":
-        return f"{name} supports only masks over keys, but the mask differs between queries or heads"
+        return f"{name} supports only key masks, but the mask differs between queries or heads"
     if kernel == "cudnn" and mask == "keys" and is_causal:
-        return f"{name} does not support a mask over keys in causal attention"
+        return f"{name} does not support a key mask in causal attention"
     return ""
 
 

@@ -29,9 +29,9 @@ _NAMES = {
 def inception(state_dict: Mapping[str, np.ndarray]) -> tuple[InceptionV3, dict[str, Any]]:
     """Converts a state dict of Inception v3. Returns the network, and its variables as float32 numpy arrays.
 
-    The names of the tensors are those of torchvision, which the usual FID weights for PyTorch share. The classifier
-    tells the variant: one of 1,008 classes means "fid", and any other "torchvision". The classifiers
-    themselves are not used.
+    The names of the tensors are those of torchvision, which the usual FID weights for PyTorch share. The size of the
+    classifier determines the variant: "fid" if it has 1,008 classes, and otherwise "torchvision". The
+    classifiers themselves are not used.
 
     Raises:
         MappingError (a ValueError): tensors are missing, unexpected or of the wrong shape; `failures` lists them all.

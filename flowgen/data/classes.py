@@ -144,12 +144,12 @@ def check_classes(dataset: HasClasses, num_classes: int) -> None:
     count = len(dataset.class_names)
     if num_classes and not count:
         raise ValueError(
-            f"model.num_classes is {num_classes}, but the data has no labels; sort the images into one folder per "
+            f"model.num_classes is {num_classes}, but the data have no labels; sort the images into one folder per "
             "class, set model.num_classes to 0 to train without classes, or evaluate with --unconditional."
         )
     if 0 < num_classes < count:
         raise ValueError(
-            f"model.num_classes is {num_classes}, but the data has {count} classes; "
+            f"model.num_classes is {num_classes}, but the data have {count} classes; "
             f"set model.num_classes to {count}, or to 0 to train without classes."
         )
     if num_classes > count:
@@ -157,8 +157,8 @@ def check_classes(dataset: HasClasses, num_classes: int) -> None:
         if num_classes > count + 1:
             unused = f"class numbers {count} to {num_classes - 1} are"
         tell(
-            f"model.num_classes is {num_classes}, but the data has {count} classes ({name_list(dataset.class_names)}): "
-            f"{unused} unused; set model.num_classes to {count}."
+            f"model.num_classes is {num_classes}, but the data have {count} classes "
+            f"({name_list(dataset.class_names)}): {unused} unused; set model.num_classes to {count}."
         )
 
 

@@ -213,6 +213,6 @@ def captions_of(dataset: Dataset, indices: Int[np.ndarray, " b"], labels: Int[np
     if dataset.class_names:
         return [dataset.class_names[label] if label >= 0 else "" for label in labels]
     raise ValueError(
-        "the data has neither captions nor class names to use as texts; add a .txt file next to each image, or "
+        "the data have neither captions nor class names to use as texts; add a .txt file next to each image, or "
         "sort the images into one folder per class."
     )

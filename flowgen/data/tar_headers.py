@@ -148,7 +148,7 @@ class _Headers:
             content = self._content[at - self._start :] or self._shard.read_range(at, _REST)
             if any(content):
                 raise ValueError(
-                    f"'{self._shard}' goes on after its end mark, as if several tar files were joined with cat; keep "
+                    f"'{self._shard}' continues after its end mark, as if several tar files were joined with cat; keep "
                     "them apart, or join them with `tar --concatenate`."
                 )
             at += len(content) or self._shard.size

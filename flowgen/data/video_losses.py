@@ -52,7 +52,7 @@ class Losses:
         self._before: Any = None
 
     def before(self, packet: Any) -> bool:
-        """Returns whether data is missing between the previous packet of the video and this one."""
+        """Returns whether data are missing between the previous packet of the video and this one."""
         at = packet.pos
         if at is not None:
             if self._at is not None and at > self._at:
@@ -73,7 +73,7 @@ class Losses:
         return self._kind in _IN_ORDER and passed > _BETWEEN and self._frames_between(before, packet) > _JUMP
 
     def behind(self, end: float) -> bool:
-        """Returns whether data is missing after the last packet. end: end of this packet, in seconds of packet time."""
+        """Returns whether data are missing after the last packet. end: its end, in seconds of packet time."""
         if self._kind not in _IN_ORDER or self._at is None or (self._claimed - end) * self._rate < _JUMP:
             return False
         # A truncated file ends in the middle of the next packet.

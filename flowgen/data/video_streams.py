@@ -53,7 +53,7 @@ class Shown(NamedTuple):
 
 
 class Packet(NamedTuple):
-    """A packet, and whether data is missing between the previous packet and this one."""
+    """A packet, and whether data are missing between the previous packet and this one."""
 
     packet: Any
     follows_loss: bool

@@ -66,7 +66,7 @@ def fit_affine_draft(
     config = flow.config
     config.check_samples(x)
     if not len(x):
-        raise ValueError("x is empty; give some thousands of samples.")
+        raise ValueError("x is empty; give a few thousand samples.")
     _check_sizes(config)
     params = jax.tree.map(jnp.asarray, params)
     cond = config.check_cond(cond, len(x))

@@ -14,6 +14,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import dataclass, field, replace
 from functools import partial
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -27,6 +28,7 @@ from flowgen.decoding.block import guided_block, in_block_order, inverse, last_b
 from flowgen.decoding.certificate import error, estimated_error
 from flowgen.decoding.denoising import denoised, enter_last_block
 from flowgen.decoding.draft import begins_with_draft
+from flowgen.decoding.implicit import Tokens
 from flowgen.decoding.jacobi import Solution, ignore
 from flowgen.decoding.layout import scan_segments
 from flowgen.decoding.plan import LowPrecision, rounded_dtypes
@@ -151,33 +153,53 @@ def _begin(request: DecodeRequest) -> tuple[Float[Array, "b n c"], Float[Array, 
     return noise, noise[:, :0] if given is None else enter_last_block(request, jnp.asarray(given))[0]
 
 
-@jax.jit
 def _result(
     request: DecodeRequest, noise: Float[Array, "b n c"], others: list[Solution], last: Solution
 ) -> DecodeResult:
-    """The denoised result and the solvers' reports; if the request has `certify`, also the error."""
+    """The denoised result and the solvers' reports; if the request has `certify`, also the error.
+
+    They are separate programs, because the first one is large, and does not depend on the plan.
+    """
+    finished = settled(_finished(request, noise, [solution.x for solution in others], last.x))
+    reports = _reports(*zip(*(solution[1:] for solution in (*others, last)), strict=True))  # without the tokens
+    return DecodeResult(**finished, **reports)
+
+
+@jax.jit
+def _finished(
+    request: DecodeRequest, noise: Float[Array, "b n c"], others: list[Float[Array, "b later c"]], last: Tokens
+) -> dict[str, Any]:
+    """The denoised samples, whether they are finite and, if the request has `certify`, their error."""
     layout, given = request.layout, request.clip.given
-    u = layout.frames(last.x, layout.given, layout.total)
+    u = layout.frames(last, layout.given, layout.total)
     later = request.flow.with_num_frames(layout.total - layout.given)
-    x = later.to_images(others[0].x if others else u)
+    x = later.to_images(others[0] if others else u)
     x = x if given is None else jnp.concatenate([given, x], axis=1)
-    tokens = [*(solution.x for solution in others), u]
-    clean, solutions = denoised(request, x), [*others, last]
-    width = max(len(solution.sweeps) for solution in solutions)
+    tokens, clean = [*others, u], denoised(request, x)
+    return {
+        "x": clean,
+        "finite": jnp.isfinite(clean).all(axis=tuple(range(1, clean.ndim))),
+        "error": error(request, x, tokens, last, noise) if request.certify else None,
+        "error_estimate": estimated_error(request, tokens, last, noise) if request.certify else None,
+    }
+
+
+@jax.jit
+def _reports(
+    sweeps: tuple[Array, ...], residual: tuple[Array, ...], overflows: tuple[Array, ...], unsolved: tuple[Array, ...]
+) -> dict[str, Array]:
+    """The reports of all blocks together, given those of each block; see `Solution`."""
+    width = max(map(len, sweeps))
 
     def by_window(reports):
         return jnp.stack([jnp.pad(report, (0, width - len(report))) for report in reports])
 
-    return DecodeResult(
-        x=clean,
-        sweeps=by_window([s.sweeps for s in solutions]),
-        residual=jnp.stack([s.residual for s in solutions]).max(axis=0),
-        overflows=jnp.stack([s.overflows for s in solutions]).sum(axis=0),
-        unsolved=by_window([s.unsolved for s in solutions]),
-        finite=jnp.isfinite(clean).all(axis=tuple(range(1, clean.ndim))),
-        error=error(request, x, tokens, last.x, noise) if request.certify else None,
-        error_estimate=estimated_error(request, tokens, last.x, noise) if request.certify else None,
-    )
+    return {
+        "sweeps": by_window(sweeps),
+        "residual": jnp.stack(residual).max(axis=0),
+        "overflows": jnp.stack(overflows).sum(axis=0),
+        "unsolved": by_window(unsolved),
+    }
 
 
 def _noise(request: DecodeRequest) -> Float[Array, "b n c"]:

@@ -4,8 +4,8 @@ A pass takes at least as long as its matrix products at the device's peak, and a
 activations once. This is the roofline. Each kernel launch adds a fixed time. With a few rows, the weights and the
 launches determine the time of a pass, so a pass over a window of tokens takes about as long as one over a single token.
 
-The numbers are calculated, not measured. `tune(..., cost=predicted_cost(...))` chooses a plan for a device that is not
-at hand.
+The numbers are calculated, not measured. `tune(..., cost=predicted_cost(...))` chooses a plan for a device that you do
+not have.
 """
 
 from __future__ import annotations
@@ -95,7 +95,7 @@ def device_speed(name: str, dtype: str = "bfloat16") -> DeviceSpeed:
 def pass_cost(block: BlockConfig, rows: int, window: int) -> PassCost:
     """Returns the cost of one pass over a window of a block, counted from shapes; no arrays are computed.
 
-    The pass is counted with a cache of the mean size while all tokens are decoded.
+    The cache is counted at its mean size over the decoding of all tokens.
 
     rows: number of sequences that are decoded together: samples, times the branches of guidance, times the frames that
     the block maps independently. window: number of tokens in the pass, at most the block's number of tokens.

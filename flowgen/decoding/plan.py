@@ -86,17 +86,17 @@ SolverPlan = Sequential | Jacobi | SlidingWindow
 
 @config
 class LowPrecision:
-    """Decodes a block with rounded weights, then repairs the tokens with the weights themselves.
+    """Decodes a block with rounded weights, then repairs the tokens with the unrounded weights.
 
     `plan` decodes the block as if the rounded weights were its weights. From these tokens, `polish` then solves for the
-    tokens with the weights themselves, so its tolerance holds as it does for a plan of its own.
+    tokens with the unrounded weights, so its tolerance has the same meaning as without rounding.
 
     dtype: "int8" stores the weights of the linear maps in the layers in 8 bits, with one scale per output and a few
     inputs at full precision (LLM.int8, arXiv 2208.07339; only weights are rounded, and products keep the dtype of the
     flow). "bfloat16" uses bfloat16 for all weights of linear maps, for matrix products and for caches.
     plan: how to decode with the rounded weights.
     polish: how to repair the tokens; None returns them as they are. Reports then describe the rounded block, and only
-    `certify=True` tells the error, because certificates never use rounded weights.
+    `certify=True` measures the error, because certificates never use rounded weights.
 
     Example:
         r = invert(flow, params, z, cond, plan=LowPrecision(dtype="int8"))

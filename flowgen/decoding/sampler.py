@@ -60,7 +60,7 @@ def invert(
     certify: whether to run one forward pass on the result, with the same guidance, and report the reconstruction error,
     and to estimate the error of x from it by a few more passes.
     strict: whether to wait for the result and to raise an error if a window is unsolved. By default, the call does not
-    wait, and the result's `unsolved` tells it. Inside jit, nothing can be raised, so `strict` must be False.
+    wait, and the result's `unsolved` reports it. Inside jit, nothing can be raised, so `strict` must be False.
 
     Raises ValueError if z, cond, plan, guidance or draft does not fit the flow, and FloatingPointError as `strict`
     says.

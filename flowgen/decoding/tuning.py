@@ -1,4 +1,4 @@
-"""`tune`, which measures decoding plans on the device at hand and returns the fastest one for each block.
+"""`tune`, which measures decoding plans on this device and returns the fastest one for each block.
 
 The samples x are encoded, so that every block's noise and tokens are known. Each plan then decodes this noise. The
 number of passes and the largest difference from the known tokens do not depend on the clock. The time of a pass does;
@@ -120,7 +120,7 @@ def tune(
     windows: Sequence[int | None] | None = None,
     cost: Cost | None = None,
 ) -> DecodePlan:
-    """Returns the plan of the fastest measured plan per block, for batches of the size of x on the device at hand.
+    """Returns the plan of the fastest measured plan per block, for batches of the size of x on this device.
 
     A plan is accepted if the largest difference from a block's known tokens is at most 10 · tol, plus twice the
     difference that rounding causes in sequential decoding. A simpler plan is preferred if it is at most 5 % slower than

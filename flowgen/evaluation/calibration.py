@@ -109,8 +109,8 @@ def rank_uniformity(ranks: Int[Arrays, "n d"], num_samples: int, *, bins: int = 
     expected = len(ranks) * probability
     if expected.min() < LEAST_EXPECTED:
         raise ValueError(
-            f"bins is {bins}, which leaves {expected.min():.2g} of {len(ranks)} ranks to a bin; it must be at most "
-            f"{len(ranks) // LEAST_EXPECTED}, or give more ranks."
+            f"bins is {bins}, so only {expected.min():.2g} of {len(ranks)} ranks are expected in a bin; use at most "
+            f"{len(ranks) // LEAST_EXPECTED} bins, or give more ranks."
         )
     places = ranks * bins // (num_samples + 1)
     counts = np.stack([np.bincount(column, minlength=bins) for column in places.T])

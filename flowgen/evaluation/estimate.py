@@ -15,7 +15,7 @@ class Estimate(NamedTuple):
     """The estimated value of a metric.
 
     standard_error: the standard deviation that the value would have over datasets of the same size; None if unknown.
-    count: the number of images or other samples behind the value; None if it does not apply.
+    count: the number of images or other samples that the value comes from; None if it does not apply.
 
     Example:
         estimate = Estimate(2.98, standard_error=0.01, count=10_000)

@@ -49,7 +49,7 @@ def feature_statistics(
 ) -> FeatureStatistics:
     """Returns the statistics of `count` feature vectors, which are given in batches.
 
-    The covariance is accumulated in float64, batch by batch, so the vectors are never in memory together.
+    The covariance is accumulated in float64, batch by batch, so the vectors are never all in memory at once.
 
     Raises ValueError if there are fewer than two vectors, or not `count`, or if a value is not finite.
 

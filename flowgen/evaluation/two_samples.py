@@ -69,7 +69,7 @@ def classifier_modules() -> tuple[Any, Any]:
 
 def _check(x: np.ndarray, y: np.ndarray, folds: int) -> None:
     if x.shape != y.shape:
-        raise ValueError(f"x and y have shapes {x.shape} and {y.shape}; give equal numbers of samples of one length.")
+        raise ValueError(f"x and y have shapes {x.shape} and {y.shape}; give two arrays of the same shape (num, d).")
     if not 2 <= folds <= len(x):
         raise ValueError(f"folds is {folds}; it must be from 2 to {len(x)}, the number of samples.")
     check_finite(x=x, y=y)

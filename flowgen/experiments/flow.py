@@ -138,12 +138,16 @@ class FlowExperiment(AutoregressiveExperiment):
             numbers,
             cond,
             None,
-            lambda variables: self.sampling.denoise,
+            partial(self.denoiser, flow),
             plan=self.sampling.to_plan(),
             guidance=guidance or self.guidance(flow),
             **checks,
         )
         return np.asarray(self.encoding.open_codec().decode(result.x)), decoding_line(result)
+
+    def denoiser(self, flow: Any, variables: Any) -> float:
+        """Returns the strength of the Tweedie step that removes the training noise from samples; 0 for none."""
+        return self.sampling.denoise
 
     def draw(
         self, model: Any, variables: Any, options: FlowDrawOptions, say: Callable[[str], None] = lambda line: None

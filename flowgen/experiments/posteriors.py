@@ -14,7 +14,7 @@ from flowgen.evaluation import Estimate, Evaluation, c2st, expected_coverage, me
 from flowgen.evaluation.two_samples import classifier_modules
 from flowgen.simulators import Simulator
 
-# (key, context with one row per sample) -> one sample under each context, as NumPy arrays.
+# (key, context with one row per sample) -> one sample given each context, as NumPy arrays.
 DrawUnder = Callable[[jax.Array, Any], np.ndarray]
 
 RANKED = 99  # samples per observation, so that 100 ranks are possible

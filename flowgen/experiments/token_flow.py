@@ -239,7 +239,7 @@ class TokenFlowExperiment(Experiment):
         return number_plot(samples.arrays, samples.conditions.get("mask"), reference)
 
     def evaluate(self, model: Any, variables: Any, options: TokenEvaluateOptions) -> Evaluation:
-        """Returns a split's likelihood and, for vectors under a context, tests of the distribution.
+        """Returns a split's likelihood and, for vectors given a context, tests of the distribution.
 
         The tests are C2ST against the exact posterior for simulators, and simulation-based calibration and expected
         coverage on samples of the split.
@@ -288,7 +288,7 @@ class TokenFlowExperiment(Experiment):
         return np.concatenate(parts)
 
     def _draw_under(self, flow: Any, variables: Any, key: jax.Array, context: Any) -> Float[np.ndarray, "n *event"]:
-        """Returns one sample under each context."""
+        """Returns one sample given each context."""
         count = len(jax.tree.leaves(context)[0])
         return draw_in_batches(
             lambda _, numbers, cond: self.draw_batch(flow, variables, key, numbers, cond),

@@ -19,8 +19,8 @@ class TokenSamplingConfig:
     num: number of samples to draw; at least 1.
     plan: how tokens are decoded; "auto" is sequential, except on accelerators where parallel decoding is faster.
     guidance: guidance weight w towards the context or the class; 0 for none.
-    observation: index of the context to sample under, and of the mask if samples are padded: a fixed observation of the
-    simulator, or a held-out sample of an .npz file. Not used if the model has neither.
+    observation: number of the fixed observation of the simulator, or of the held-out sample of an .npz file, that gives
+    the context and, if samples are padded, the mask. Not used if the model has neither.
     context: the entries of the context itself, such as 0.1,0.2, for a model with a VectorContext; empty to use
     observation.
     """

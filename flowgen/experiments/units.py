@@ -1,8 +1,8 @@
 """Standardisation: the maps between numbers in their own units and the numbers that a flow is trained on.
 
-The mean and the scale of the training data are a collection of the model's variables. It is not trained, and it is
-saved with every checkpoint, so a run can be used without its data. Let s(x) be the transform of a sample. The density
-in the units of the data follows from the flow's density p:
+The mean and the scale of the training data form a collection of the model's variables. This collection is not trained,
+but saved with every checkpoint, so a run can be used without its data. Let s(x) be the transform of a sample. The
+density in the units of the data follows from the flow's density p:
 
     log p(x | context) = log p(s(x) | standardised context) + log|det ds/dx|
 """
@@ -50,7 +50,7 @@ def measured_units(dataset: NumbersDataset, box: Box | None) -> dict[str, Any]:
 
 
 def blank_units(model: Any) -> dict[str, Any]:
-    """Returns a collection of the right shapes, which changes nothing, for the model with this config.
+    """Returns the collection, for the model with this config, that leaves all numbers unchanged.
 
     Example:
         shapes = jax.eval_shape(lambda: blank_units(flow.config))

@@ -197,7 +197,7 @@ class VideoFlowExperiment(AutoregressiveExperiment):
             numbers,
             cond,
             dataclasses.replace(clip, given=noisy, restart_cond=restarts),
-            partial(self._denoiser, flow),
+            partial(self.denoiser, flow),
             plan=self.sampling.to_plan(),
             guidance=guidance or self.guidance(flow),
             **checks,
@@ -305,7 +305,7 @@ class VideoFlowExperiment(AutoregressiveExperiment):
             changes["likelihood"] = dataclasses.replace(changes["likelihood"], denoiser=optim)
         return debug_run(self, **changes, data=debug_clips(self.data))
 
-    def _denoiser(self, flow: Any, variables: Any) -> float | Denoiser:
+    def denoiser(self, flow: Any, variables: Any) -> float | Denoiser:
         """Returns the learned denoiser or, without one, the strength of the Tweedie step; 0 if denoising is off."""
         strength = self.sampling.denoise
         if not flow.config.denoiser_layers or strength == 0:

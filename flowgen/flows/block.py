@@ -287,7 +287,7 @@ class AutoregressiveBlock(nn.Module):
         return self.proj_prefix(prefix.features(cond, batch, jnp.dtype(self.config.transformer.dtype)))
 
     def prefix_count(self, cond: Unpadded | None) -> Start:
-        """Returns the number of prefix tokens that are no padding, in all samples or in each."""
+        """Returns the number of prefix tokens that are not padding, in all samples or in each."""
         if isinstance(self.config.prefix, ContextPrefix):
             return jnp.asarray(cond.mask).sum(axis=1) if isinstance(cond, ContextTokens) else 0
         return self.config.prefix_length

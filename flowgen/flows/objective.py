@@ -6,7 +6,8 @@ from collections.abc import Callable
 
 import jax
 import jax.numpy as jnp
-from jaxtyping import Array, Float
+import numpy as np
+from jaxtyping import Array, Float, Shaped
 
 from flowgen.batch import Batch, Moments
 from flowgen.conditioning import Condition, TextCondition
@@ -108,7 +109,7 @@ def density_metric(flow: Flow, nats_per_dim: Float[Array, ""], batch: Batch) -> 
     return {"bits_per_dim": bits_per_dim(-nats_per_dim, 1)}
 
 
-def on_samples_like(flow: Flow, x: Float[Array, "b *event"]) -> Flow:
+def on_samples_like(flow: Flow, x: Shaped[Array | np.ndarray, "b *event"]) -> Flow:
     """Returns the flow, with the same parameters, for the image size of x and, for clips, its number of frames."""
     if not models_images(flow):
         return flow

@@ -51,8 +51,8 @@ def permutation(order: TokenOrder, n: int) -> Int[np.ndarray, " n"]:
 def order_without_padding(order: TokenOrder, mask: Bool[Array | np.ndarray, "b n"]) -> Int[Array, "b n"]:
     """Returns the permutation of each sample, in which its tokens come in a block's order, and then its padding.
 
-    The order applies to the tokens of a sample as if its padding were removed: a permutation keeps its entries below
-    their number. Hence it does not matter where padding stands.
+    The order applies to the tokens of a sample as if its padding were removed: of a permutation, only the entries below
+    the number of tokens are used. Hence the places of padding do not matter.
     """
     mask, n = jnp.asarray(mask), mask.shape[1]
     tokens_first = jnp.argsort(~mask, axis=1, stable=True)

@@ -100,7 +100,7 @@ def flow_score_objective(
         loss, metrics = flow_loss + denoiser_loss, metrics | {"flow_loss": flow_loss}
         if jacobi is None:
             return loss, metrics
-        # The penalty does not change the score, because it is no part of the flow loss.
+        # The penalty does not change the score, because it is not part of the flow loss.
         penalty, errors = jacobi_penalty(sized, {"params": blocks}, x, states, cond, jacobi)
         return loss + penalty, metrics | errors
 

@@ -1,10 +1,10 @@
-"""Flows for vectors, sequences and sets: autoregressive transformer blocks on any tokens, under any context.
+"""Flows for vectors, sequences and sets: autoregressive transformer blocks on any tokens, given any context.
 
 A vector of d numbers or a sequence of n rows with c channels is divided into tokens of `group` consecutive numbers or
-rows. Every token is transformed, also the first one (shift "input", as in STARFlow, arXiv 2506.06276), so flows of a
-single number work too. Sets are padded sequences: `Padded` says which rows exist, and the density is that of these rows
-given their number. It depends on the order of the rows, as in every autoregressive model; shuffle them in training if
-their order means nothing.
+rows. Every token is transformed, including the first one (shift "input", as in STARFlow, arXiv 2506.06276), so flows of
+a single number work too. Sets are padded sequences: `Padded` says which rows exist, and the density is that of these
+rows given their number. It depends on the order of the rows, as in every autoregressive model; if their order means
+nothing, shuffle them in training.
 """
 
 from __future__ import annotations
@@ -75,7 +75,7 @@ class TokenFlowConfig:
     mixture: the map by the CDF of a mixture, which replaces the affine map of each number and models several modes in
     one block; None for the affine map. Guidance needs the affine map.
     soft_clip: bound c of the map c · tanh(r / c), which is applied to the raw outputs of each block, such as scale and
-    shift; 0 for none. Data far outside of ±c need to be standardised.
+    shift; 0 for none. Data far outside ±c need to be standardised.
     attention: attention kernel of the layers: a name, or your own kernel.
     attention_implementation: implementation of softmax attention: "auto", "xla", "cudnn" (for GPUs) or "tpu" (for
     TPUs); see docs/attention.md.
@@ -250,12 +250,12 @@ class TokenFlow(AutoregressiveFlow):
 
     @nn.nowrap
     def with_image_size(self, height: int, width: int) -> TokenFlow:
-        """Raises ValueError, because the samples are no images."""
+        """Raises ValueError, because the samples are not images."""
         raise ValueError(f"this flow models samples of shape {self.config.shape}, which have no height and width.")
 
     @nn.nowrap
     def with_num_frames(self, frames: int) -> TokenFlow:
-        """Returns the flow. Raises ValueError unless `frames` is 1, because the samples are no clips."""
+        """Returns the flow. Raises ValueError unless `frames` is 1, because the samples are not clips."""
         if frames != 1:
             raise ValueError(f"frames is {frames}; this flow models single samples, so frames must be 1.")
         return self

@@ -54,8 +54,8 @@ class Annealed(NamedTuple):
 class MALA:
     """The Metropolis-adjusted Langevin algorithm: x' = x + step_size ∇ log p(x) + √(2 step_size) N(0, I).
 
-    Each sample is accepted or rejected by itself (Roberts & Tweedie 1996). Proposals whose density is -inf or NaN are
-    rejected. An acceptance of about 0.6 is good.
+    Each sample is accepted or rejected independently (Roberts & Tweedie 1996). Proposals whose density is -inf or NaN
+    are rejected. An acceptance rate of about 0.6 is good.
 
     step_size: a number, or an array that broadcasts against x. num_steps: proposals per call.
 
@@ -160,7 +160,7 @@ def anneal_adaptively(
     max_stages: int = 100,
     resample_below: float = 0.5,
 ) -> Annealed:
-    """Returns weighted samples of the target, annealed over a schedule that is chosen on the way.
+    """Returns weighted samples of the target, annealed over a schedule that is chosen along the way.
 
     Each stage goes as far as `next_beta` allows. If `max_stages` is reached, the last stage goes to 1 in one step. The
     mean weight is consistent for the normalising constant, but, unlike that of `anneal`, slightly biased, because the

@@ -40,8 +40,8 @@ class WeightedEstimate(NamedTuple):
     """An estimate from weighted samples, and its standard error.
 
     standard_error: the standard deviation that the value would have over independent sets of samples, by the delta
-    method. It is NaN for a single sample. With a small effective sample size, it is too small itself, because the
-    samples with the largest weights are missing.
+    method. It is NaN for a single sample. If the effective sample size is small, the standard error is too small,
+    because the samples with the largest weights are missing.
     """
 
     value: Float[Array, "..."]

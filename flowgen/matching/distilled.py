@@ -35,7 +35,7 @@ class FlowDistilled:
     flow: a flow whose samples have the shape of x1. variables: its variables. noise_std: σ; None means the value in the
     flow's config. If σ is 0, x1 is passed to the flow unchanged, so it must be dequantised if the flow's data were.
 
-    Raises ValueError if the flow is no flow or, when called, if x1 or the condition does not fit it.
+    Raises ValueError if `flow` is not a flow or, when called, if x1 or the condition does not fit it.
 
     Example:
         flow, params, _ = flowgen.load("digits")

@@ -10,7 +10,8 @@ from flowgen.report.markup import Markup, element
 
 WIDTH, HEIGHT = 400, 240
 LEFT, RIGHT, TOP, BOTTOM = 56, 12, 10, 40
-MOST_POINTS = 400  # of a line; longer lines are thinned
+MOST_POINTS = 300  # of a line, which is about as wide in pixels; longer lines are thinned
+MOST_MARKERS = 40  # of a line
 LOG_RATIO = 100.0  # positive values that span more than this ratio get a logarithmic axis
 # The first values of a run may be much larger than all others. If leaving out this share of the steps shrinks the axis
 # by more than STEEP, the axis covers only the rest.
@@ -97,12 +98,12 @@ def line_chart(title: str, unit: str, series: Sequence[Series]) -> Markup:
     ]
     drawing = _drawing(words, *parts, *labels)
     legend = element("ul", *(_entry(line) for line in series), class_="legend")
-    cut = element("p", "The first values are outside of the axis.", class_="note") if is_cut else ""
+    cut = element("p", "The first values are outside the axis.", class_="note") if is_cut else ""
     return element("figure", element("figcaption", title), drawing, legend, cut, class_="chart")
 
 
 def _vertical(series: Sequence[Series], x: Axis) -> tuple[Axis, bool]:
-    """Returns the axis of the values, and whether the first values are outside of it."""
+    """Returns the axis of the values, and whether the first values are outside it."""
     late = x.low + BEGINNING * (x.high - x.low)
     every = [value for line in series for _, value in line.points]
     rest = [value for line in series for step, value in line.points if step >= late or line.kind == "reference"]
@@ -137,26 +138,25 @@ def _drawn(line: Series, x: Axis, y: Axis) -> Markup:
     path = element("polyline", points=" ".join(f"{a:g},{b:g}" for a, b in points), class_=f"line {line.kind}")
     markers = []
     if line.kind == "held" or len(points) == 1:
-        for (a, b), (step, value) in zip(points, inside, strict=True):
+        for step, value in thinned(inside, MOST_MARKERS):
             told = element("title", f"{line.name}, step {label(step)}: {value:.4g}")
-            markers.append(element("circle", told, cx=a, cy=b, r=3.2, class_="dot"))
+            markers.append(element("circle", told, cx=x.at(step), cy=y.at(value), r=3.2, class_="dot"))
     return element("g", path, *markers, class_=f"c{line.colour % 8}")
 
 
 def thinned(points: Sequence[Point], most: int = MOST_POINTS) -> list[Point]:
-    """Returns at most `most` of the points: the smallest and the largest value of each of equally many neighbours.
+    """Returns at most `most` of the points: the first, the last, and the extremes of equally many neighbours between.
 
     Example:
-        thinned(points, 400)
+        thinned(points, 300)
     """
     if len(points) <= most:
         return list(points)
-    kept, parts = [], most // 2
+    kept, inner, parts = [points[0]], points[1:-1], (most - 2) // 2
     for part in range(parts):
-        near = points[part * len(points) // parts : (part + 1) * len(points) // parts]
-        extremes = {min(near, key=lambda point: point[1]), max(near, key=lambda point: point[1])}
-        kept += sorted(extremes)
-    return kept
+        near = inner[part * len(inner) // parts : (part + 1) * len(inner) // parts]
+        kept += sorted({min(near, key=lambda point: point[1]), max(near, key=lambda point: point[1])})
+    return [*kept, points[-1]]
 
 
 def box_plots(title: str, unit: str, rows: Sequence[tuple[str, Sequence[Number]]]) -> Markup:

@@ -67,6 +67,8 @@ BLOCKS = "mean_square/"
 LARGEST = float(np.finfo(np.float32).max)  # metrics are computed in float32; charts of larger values would overflow
 HELD_OUT_COLOUR = 1
 
+MOST_SHOWN = 24  # charts; the others, of metrics that most runs do not have, can be opened
+
 Curves = dict[str, list[Point]]
 
 
@@ -111,10 +113,22 @@ def curves_section(curves: Curves, reference: Mapping[str, float], best: str) ->
         " or samples, at evaluations. Dotted lines: values to compare with.",
         class_="lead",
     )
-    extra = element("details", element("summary", "Speed and memory"), element("div", *speed, class_="charts"))
     return section(
-        "Metrics", "metrics", about, element("div", *main, class_="charts"), extra if speed else "", _table(curves)
+        "Metrics",
+        "metrics",
+        about,
+        element("div", *main[:MOST_SHOWN], class_="charts"),
+        _closed("Other metrics", main[MOST_SHOWN:]),
+        _closed("Speed and memory", speed),
+        _table(curves),
     )
+
+
+def _closed(title: str, charts: Sequence[Markup]) -> Markup | str:
+    """Returns charts that can be opened by their title; "" if there are none."""
+    if not charts:
+        return ""
+    return element("details", element("summary", title), element("div", *charts, class_="charts"))
 
 
 def _rank(name: str) -> int:

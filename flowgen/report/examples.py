@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 from typing import Any
 
+import jax
 import numpy as np
 from jaxtyping import Int
 
@@ -104,6 +105,17 @@ def inputs(experiment: AutoregressiveExperiment, most: int) -> Batch:
     few = Few(dataset, evenly(len(dataset), most))
     taken = buckets_of(as_taken(few, experiment.data, experiment.encoding, flip=False))[0]
     return taken[np.arange(len(few))]
+
+
+def some_of(batch: Batch, most: int) -> Batch:
+    """Returns at most `most` evenly spaced samples of a batch.
+
+    Example:
+        few = some_of(inputs(experiment, 32), 8)
+    """
+    chosen = evenly(batch.size, most)
+    x, context = jax.tree.map(lambda rows: rows[chosen], (batch.x, batch.context))
+    return Batch(x, context)
 
 
 def split_of(experiment: AutoregressiveExperiment) -> str:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import time
+from collections.abc import Callable
 from functools import partial
 from typing import Any, NamedTuple
 
@@ -30,6 +31,7 @@ from flowgen.runs import RunContents
 AnyFlow = FlowExperiment | VideoFlowExperiment
 QUANTILES = (0.01, 0.25, 0.5, 0.75, 0.99)
 MOST_WINDOWS = 12  # columns of a table of sweeps
+SLOW = 60.0  # seconds; a plan whose first call takes longer is not run again to measure its time without compilation
 
 
 class BlockStatistics(NamedTuple):
@@ -54,23 +56,26 @@ def block_statistics(flow: Any, variables: Any, x: Any, cond: Any) -> list[Block
     """
     flow, found = on_samples_like(flow, x), []
     cond = flow.config.check_cond(cond, len(x))
-    x = flow.to_images(without_padding(flow.config.to_tokens(x), cond))
-    states, _ = jax.jit(partial(flow.apply, method="trajectory"))(variables, x, cond)
-    entering = [flow.config.to_tokens(x), *states[:-1]]
-    for index, (before, after) in enumerate(zip(entering, states, strict=True)):
-        block = AutoregressiveBlock(flow.config.blocks[index])
+    tokens = without_padding(flow.config.to_tokens(x), cond)
+    for index, config in enumerate(flow.config.blocks):
         params = {"params": variables["params"][f"blocks_{index}"]}
-        maps = jax.jit(partial(block.apply, method="parameters"))(params, before, cond)
-        scales = -np.asarray(maps.to_noise(before)[1], np.float64)
+        tokens, log_derivative = _through(AutoregressiveBlock(config), params, tokens, cond)
+        scales = -np.asarray(log_derivative, np.float64)
         found.append(
             BlockStatistics(
                 log_scale=tuple(np.quantile(scales, QUANTILES).tolist()),
                 spread=float(scales.std()),
                 logdet_per_dim=float(-scales.sum(axis=(1, 2)).mean() / flow.config.num_dims),
-                norm=float(np.sqrt(np.square(np.asarray(after, np.float64)).mean())),
+                norm=float(np.sqrt(np.square(np.asarray(tokens, np.float64)).mean())),
             )
         )
     return found
+
+
+@partial(jax.jit, static_argnums=0)
+def _through(block: AutoregressiveBlock, params: Any, tokens: jax.Array, cond: Any) -> tuple[jax.Array, jax.Array]:
+    """Returns the tokens after a block, and the log-derivative of its map at each value."""
+    return block.apply(params, tokens, cond, method="parameters").to_noise(tokens)
 
 
 def blocks_section(flow: Any, variables: Any, batch: Batch, split: str) -> Section:
@@ -112,42 +117,59 @@ def blocks_section(flow: Any, variables: Any, batch: Batch, split: str) -> Secti
 
 
 class Decoded(NamedTuple):
-    """How one plan decoded a batch. seconds: of the second call, which compiles nothing."""
+    """How one plan decoded a batch. seconds: of the first call if it took longer than SLOW, and else of the second."""
 
     name: str
     result: Any
     seconds: float
+    with_compilation: bool
+
+    @property
+    def time(self) -> str:
+        """The time as text."""
+        return f"{self.seconds:.3g} s" + ", with compilation" * self.with_compilation
 
 
 def decoding_section(experiment: AnyFlow, contents: RunContents, flow: Any, variables: Any, batch: Batch) -> Section:
-    """Returns how the run's plan and Jacobi decoding draw as many samples as the batch has, under its conditions.
+    """Returns how the run's plan and Jacobi decoding draw as many samples as the batch has, given its conditions.
 
     Example:
         part = decoding_section(experiment, contents, flow, params, inputs(experiment, 8))
     """
-    x = batch_input(jax.random.key(0), jax.tree.map(jnp.asarray, batch.x), flow.config.noise_std)
-    flow, cond, num = on_samples_like(flow, x), condition_of(flow, batch), batch.size
-    guidance = experiment.guidance(flow, _null(experiment, flow, cond))
-    decoded = []
-    for name, plan in _plans(experiment, contents).items():
-        draw = partial(
-            sample, flow, variables, jax.random.key(0), num, cond, plan=plan, guidance=guidance, certify=True
-        )
-        jax.block_until_ready(draw(denoise=False).x)
-        began = time.perf_counter()
-        result = jax.device_get(draw(denoise=False))
-        decoded.append(Decoded(name, result, time.perf_counter() - began))
+    flow, cond, num = on_samples_like(flow, jax.tree.leaves(batch.x)[0]), condition_of(flow, batch), batch.size
+    draw = partial(
+        sample,
+        *(flow, variables, jax.random.key(0), num, cond),
+        guidance=experiment.guidance(flow, _null(experiment, flow, cond)),
+        denoise=experiment.denoiser(flow, variables),
+        certify=True,
+    )
+    decoded = [_timed(name, partial(draw, plan=plan)) for name, plan in _plans(experiment, contents).items()]
     told = f" with guidance {experiment.sampling.guidance:g}" if experiment.sampling.guidance else ""
     about = element(
         "p",
-        f"{num} samples, drawn{told} from the latest parameters, without the step that removes the training noise. The "
-        "time is measured on this machine, with the certificate and without compilation. The error is the largest "
-        "difference in noise after a forward pass; the estimate is that of the largest error in the data.",
+        f"{num} samples, drawn{told} from the latest parameters. The time is measured on this machine, with the "
+        "certificate and, unless the table says otherwise, without compilation. The error is the largest difference in "
+        "noise after a forward pass; the estimate is that of the largest error in the data. Both are measured before "
+        "the step that removes the training noise.",
         class_="lead",
     )
     parts = [about, _plans_table(decoded, num), *(_sweeps_table(found) for found in decoded)]
-    drawn = _drawn(experiment, flow, variables, cond, guidance, num)
-    return section("Decoding", "decoding", *parts, drawn)
+    return section("Decoding", "decoding", *parts, _drawn(experiment, decoded[0].result.x))
+
+
+def _timed(name: str, draw: Callable[[], Any]) -> Decoded:
+    result, first = _measured(draw)
+    if first > SLOW:
+        return Decoded(name, result, first, with_compilation=True)
+    return Decoded(name, *_measured(draw), with_compilation=False)
+
+
+def _measured(draw: Callable[[], Any]) -> tuple[Any, float]:
+    """Returns the result of a call as host arrays, and the seconds that it took."""
+    began = time.perf_counter()
+    result = jax.device_get(draw())
+    return result, time.perf_counter() - began
 
 
 def _plans(experiment: AnyFlow, contents: RunContents) -> dict[str, Any]:
@@ -176,14 +198,15 @@ def _null(experiment: AnyFlow, flow: Any, cond: Any) -> TextCondition | None:
 
 def _plans_table(decoded: list[Decoded], num: int) -> Markup:
     rows = []
-    for name, result, seconds in decoded:
+    for found in decoded:
+        result = found.result
         estimate = float(result.error_estimate.max())
         rows.append(
             (
-                name,
+                found.name,
                 f"{int(result.sweeps.sum()):,}",
-                f"{seconds:.3g} s",
-                f"{num / seconds:.3g}",
+                found.time,
+                f"{num / found.seconds:.3g}",
                 f"{float(result.residual.max()):.1e}",
                 f"{float(result.error.max()):.1e}",
                 f"{estimate:.1e}" if np.isfinite(estimate) else "not bounded",
@@ -211,11 +234,11 @@ def _sweeps_table(found: Decoded) -> Markup:
     )
 
 
-def _drawn(experiment: AnyFlow, flow: Any, variables: Any, cond: Any, guidance: Any, num: int) -> Any:
-    """Returns a picture of samples as `sample` draws them, under the same conditions as above."""
+def _drawn(experiment: AnyFlow, samples: Any) -> Markup:
+    """Returns a picture of a flow's samples, which the codec decodes if they are latents."""
     codec = experiment.encoding.open_codec()
     if codec.pixel_channels not in DRAWABLE_CHANNELS:
         return note(f"The samples have {codec.pixel_channels} channels, so they are not shown.")
-    images, _ = experiment.draw_batch(flow, variables, jax.random.key(0), np.arange(num), cond, guidance=guidance)
+    images = np.asarray(codec.decode(samples))
     grid = strips(images) if images.ndim == 5 else sample_grid(images, 0)
-    return grid_picture(grid, f"{num} samples drawn from the latest parameters")
+    return grid_picture(grid, f"{len(samples)} samples drawn from the latest parameters")

@@ -6,7 +6,7 @@ import base64
 import datetime
 import hashlib
 from collections.abc import Callable
-from functools import partial
+from functools import cache, partial
 from importlib.resources import files
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -20,7 +20,7 @@ from flowgen.experiments.matching import MatchingExperiment
 from flowgen.experiments.token_flow import TokenFlowExperiment
 from flowgen.report.curves import curves_of, curves_section
 from flowgen.report.data import data_section
-from flowgen.report.examples import inputs, split_of
+from flowgen.report.examples import inputs, some_of, split_of
 from flowgen.report.facts import checkpoints_section, config_section, head, samples_section, warnings_section
 from flowgen.report.fields import latents_section, solving_section, tilt_section
 from flowgen.report.flows import AnyFlow, blocks_section, decoding_section
@@ -59,7 +59,9 @@ def check_report_path(path: Path) -> None:
     if path.exists():
         with path.open("rb") as file:
             if file.read(len(_BEGINNING)) != _BEGINNING.encode():
-                raise FileExistsError(f"{path} exists, but is no report of flowgen; give another --out, or remove it.")
+                raise FileExistsError(
+                    f"{path} exists, but is not a report of flowgen; remove it, or give another --out."
+                )
 
 
 def report_page(
@@ -102,11 +104,15 @@ def _parts(experiment: Any, contents: RunContents, model: Model | None, samples:
     if model is None:
         return []
     if isinstance(experiment, AnyFlow):
-        few = partial(inputs, experiment)
-        return [
-            _Part("Blocks", "blocks", lambda: blocks_section(*model, few(BLOCK_SAMPLES), split_of(experiment))),
-            _Part("Decoding", "decoding", lambda: decoding_section(experiment, contents, *model, few(samples))),
-        ]
+        known = cache(partial(inputs, experiment, max(BLOCK_SAMPLES, samples)))  # encoded once
+
+        def blocks() -> Section:
+            return blocks_section(*model, some_of(known(), BLOCK_SAMPLES), split_of(experiment))
+
+        def decoding() -> Section:
+            return decoding_section(experiment, contents, *model, some_of(known(), samples))
+
+        return [_Part("Blocks", "blocks", blocks), _Part("Decoding", "decoding", decoding)]
     if isinstance(experiment, TokenFlowExperiment):
         return [
             _Part("Blocks", "blocks", lambda: number_blocks_section(experiment, *model, BLOCK_SAMPLES)),

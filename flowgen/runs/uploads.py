@@ -157,7 +157,7 @@ class Uploads:
         self._lock.refresh()
         self._remote.delete(name)
         if not self._remote.upload_new(path, name):
-            raise OSError(f"{self._remote}/{name} is written by another process, too; end one of them.")
+            raise OSError(f"{self._remote}/{name} is also written by another process; end one of the two.")
 
     def _delete(self, names: Iterable[str]) -> None:
         """Deletes files of a checkpoint, its metadata first."""

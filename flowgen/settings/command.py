@@ -157,7 +157,7 @@ def _parse(annotation: Any, text: str, path: str, group: type | None) -> Any:
 
 
 def _misfit(annotation: Any, text: str, literal: Any, path: str) -> str:
-    """Returns the clause that follows a field's name if text is no value of the field."""
+    """Returns the clause that follows a field's name if text is not a value of the field."""
     if entry_of(annotation) is not None:
         name, _, value = text.partition("=")
         entry = f"{name} {shlex.quote(value)}" if name.isidentifier() and value else "NAME VALUE"

@@ -58,7 +58,7 @@ class TwoMoons(Simulator):
         """Returns exact, independent samples of the posterior.
 
         Points p of the crescent are drawn, and (1) is solved for θ. Where that gives a negative |z₁| or leaves the
-        prior, the point is drawn again; after 1,000 rounds, as for an observation that cannot be, the sample is NaN.
+        prior, the point is drawn again; after 1,000 rounds, as for an impossible observation, the sample is NaN.
 
         Example:
             reference = TwoMoons().sample_posterior(key, 10_000, jnp.zeros(2))

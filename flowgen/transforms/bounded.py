@@ -42,7 +42,7 @@ class Box:
     multiplied. It depends on the unit of x: scale x to about 1 first, by `Standardise`, or use `Positive` for values
     that span several orders of magnitude.
 
-    The interval is open. `inverse` returns values strictly inside of it, even if rounding would reach a bound.
+    The interval is open. `inverse` returns values strictly inside it, even if rounding would reach a bound.
 
     low, high: bounds, which are broadcast to the shape of an event; -inf and inf for none. event_ndim: number of axes
     of an event.
@@ -186,7 +186,7 @@ def _log_slope(u: Array, low: Array, high: Array) -> Array:
 
 
 def _strictly_within(x: Array, low: Array, high: Array) -> Array:
-    """x, moved to the closest normal number inside of (low, high)."""
+    """x, moved to the closest normal number inside (low, high)."""
     tiny = jnp.finfo(x.dtype).tiny
     least = jnp.maximum(jnp.nextafter(low, jnp.full_like(low, jnp.inf)), low + tiny)
     most = jnp.minimum(jnp.nextafter(high, jnp.full_like(high, -jnp.inf)), high - tiny)

@@ -47,7 +47,7 @@ def pytree(cls: Class) -> Class:
 def as_field(transform: Any, name: str) -> Any:
     """Returns a field of a frozen transform as an array, and stores it; numbers and lists become float64 arrays.
 
-    Raises ValueError if the field is no array of numbers.
+    Raises ValueError if the field is not an array of numbers.
 
     Example:
         low = as_field(self, "low")
@@ -63,7 +63,7 @@ def as_field(transform: Any, name: str) -> Any:
 
 
 def of_events(event_ndim: int, x: Any, **parameters: Any) -> list[Array]:
-    """Returns x in float32 at least, and parameters in the dtype and shape of x.
+    """Returns x in at least float32, and parameters in the dtype and shape of x.
 
     Raises ValueError if x has too few axes or is not floating-point, or if a parameter does not fit an event.
 
@@ -110,6 +110,6 @@ def exp_within_range(u: Float[Array, "..."]) -> Float[Array, "..."]:
         x = exp_within_range(jnp.asarray(1000.0))  # 3.4e38
     """
     limits = jnp.finfo(u.dtype)
-    # The next number towards 0, because exp of the rounded logarithm may be outside of the range.
+    # The next number towards 0, because exp of the rounded logarithm may be outside the range.
     least, most = (np.nextafter(np.log(limit), limit.dtype.type(0)) for limit in (limits.tiny, limits.max))
     return jnp.exp(jnp.clip(u, least, most))

@@ -41,7 +41,7 @@ def mixture_forward(
 ) -> tuple[Float[Array, "*b"], Float[Array, "*b"]]:
     """Returns z = Φ⁻¹(F(x)) and log dz/dx of each element; the weights of the components are softmax(logits).
 
-    Computes in float32 at least, and is exact to float32's precision for elements 30 scales and more outside of the
+    Computes in at least float32, and is exact to float32's precision for elements 30 scales and more outside the
     mixture.
 
     kind: the shape of the components and of the base, "gaussian" or "logistic".
