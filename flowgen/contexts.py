@@ -15,7 +15,7 @@ import numpy as np
 from jaxtyping import Array, Float
 
 from flowgen.arrays import shown
-from flowgen.conditioning import ContextTokens, TextCondition, check_labels
+from flowgen.conditioning import ContextTokens, TextCondition, check_labels, check_mask
 from flowgen.nn.checks import check_patches, image_sides
 from flowgen.nn.layers import patchify
 from flowgen.settings import config
@@ -183,13 +183,7 @@ def context_tokens(tokens: Any, mask: Any, *, length: int, dim: int, batch: int)
     tokens = _floats(tokens, (batch, length, dim), "the tokens of each sample")
     if mask is None:
         return ContextTokens(tokens, jnp.ones((batch, length), bool))
-    mask = mask if isinstance(mask, jax.Array) else np.asarray(mask)
-    if mask.shape != (batch, length) or mask.dtype != bool:
-        raise ValueError(
-            f"the context's mask must be bool of shape ({batch}, {length}), True for tokens, False for padding; "
-            f"got {mask.dtype} of shape {tuple(mask.shape)}."
-        )
-    return ContextTokens(tokens, jnp.asarray(mask))
+    return ContextTokens(tokens, check_mask("the context's mask", mask, (batch, length)))
 
 
 def _floats(cond: Any, shape: tuple[int, ...], what: str) -> Float[Array, "..."]:

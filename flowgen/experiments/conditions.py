@@ -11,11 +11,11 @@ from flowgen.contexts import Context
 from flowgen.data import Batch, Dataset
 
 
-def context_of(model: Any) -> Context | None:
+def model_context(model: Any) -> Context | None:
     """Returns the description of the context that a model is conditioned on, or None.
 
     Example:
-        context = context_of(experiment.model)
+        context = model_context(experiment.model)
     """
     return getattr(model, "context", None)  # A user's config may lack this field.
 
@@ -26,16 +26,16 @@ def is_conditional(model: Any) -> bool:
     Example:
         is_conditional(DiTConfig(image_size=8))  # False
     """
-    return model.num_classes > 0 or context_of(model) is not None
+    return model.num_classes > 0 or model_context(model) is not None
 
 
-def condition_of(model: Any, batch: Batch) -> Any:
+def network_condition(model: Any, batch: Batch) -> Any:
     """Returns what a model is conditioned on in a batch: its labels, its context, or None.
 
     Example:
-        cond = condition_of(experiment.model, batch)
+        cond = network_condition(experiment.model, batch)
     """
-    if context_of(model) is not None:
+    if model_context(model) is not None:
         return batch.context
     return batch.labels if model.num_classes > 0 else None
 
@@ -46,7 +46,7 @@ def conditions_of(model: Any, dataset: Dataset) -> Callable[[np.ndarray], Any] |
     Example:
         cond = conditions_of(experiment.model, held_out)(np.arange(4))
     """
-    if context_of(model) is not None:
+    if model_context(model) is not None:
         return lambda positions: dataset[positions].context
     if not model.num_classes:
         return None

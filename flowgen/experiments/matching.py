@@ -30,10 +30,10 @@ from flowgen.data.dataset import Split
 from flowgen.evaluation import Estimate, Evaluation, point_metrics, point_samples
 from flowgen.experiments.comparison import check_features, compare_samples
 from flowgen.experiments.conditions import (
-    condition_of,
     conditions_of,
-    context_of,
     is_conditional,
+    model_context,
+    network_condition,
 )
 from flowgen.experiments.debug import SAMPLES, debug_images, debug_run
 from flowgen.experiments.distances import SAMPLES_AT_ONCE, sample_metrics, train_features
@@ -102,7 +102,7 @@ class MatchingExperiment(Experiment):
 
     def _check_data(self) -> None:
         model, kind, points = self.model, type_name(self.model), isinstance(self.data, PointsConfig)
-        context = context_of(model)
+        context = model_context(model)
         if isinstance(model, ImageTokens):
             raise ValueError(f"model is {model}, which is a flow; use a FlowExperiment.")
         if len(model.event_shape) not in (1, 3):
@@ -193,9 +193,9 @@ class MatchingExperiment(Experiment):
         """
         if isinstance(self.data, PointsConfig):
             raise ValueError("data are points, which have no dataset; draw them with data.draw(key, num).")
-        if context_of(self.model) is not None:
+        if model_context(self.model) is not None:
             raise ValueError(
-                f"model.context is {context_of(self.model)}, and data.name {self.data.name!r} has no contexts; call "
+                f"model.context is {model_context(self.model)}, and data.name {self.data.name!r} has no contexts; call "
                 "flowgen.fit(experiment, workdir, dataset=...) in Python, with data that return Batch(images, context)."
             )
         return image_dataset(self.data, self.model, split, labelled=labelled)
@@ -217,7 +217,7 @@ class MatchingExperiment(Experiment):
             held_out = self.dataset("eval") if self.data.eval_fraction > 0 else None
         else:
             dataset, held_out = own_data(
-                dataset, held_out, self.model.event_shape, self.model.num_classes, context_of(self.model)
+                dataset, held_out, self.model.event_shape, self.model.num_classes, model_context(self.model)
             )
         return self._images_job(network, self.data, dataset, held_out)
 
@@ -253,7 +253,7 @@ class MatchingExperiment(Experiment):
             rows = batch_rows(batch, key, batch.size)
             x0, x1 = rows.draw_whole(self.data.draw)
             return {"x0": x0, "x1": x1}
-        return {"x1": from_uint8(batch.pixels), "cond": condition_of(self.model, batch)}
+        return {"x1": from_uint8(batch.pixels), "cond": network_condition(self.model, batch)}
 
     def _points_job(self, network: Any, data: PointsConfig) -> Job:
         matching = with_flow(self.matching, self.model).fitted(
@@ -289,7 +289,7 @@ class MatchingExperiment(Experiment):
         def draw_image(variables: Any) -> np.ndarray:
             numbers, key = np.arange(self.sampling.num), jax.random.key(self.train.seed)
             cond = cycled_labels(len(numbers), classes)
-            if context_of(self.model) is not None:
+            if model_context(self.model) is not None:
                 shown = dataset if held_out is None else held_out
                 cond = shown[numbers % len(shown)].context
             images, _ = self.draw_batch(network, variables, key, numbers, cond)
@@ -359,9 +359,9 @@ class MatchingExperiment(Experiment):
         self, model: Any, variables: Any, options: VelocityDrawOptions, say: Callable[[str], None] = lambda line: None
     ) -> Samples:
         """Returns `sampling.num` samples, and calls `say` with a line about the speed of each batch."""
-        if context_of(self.model) is not None:
+        if model_context(self.model) is not None:
             raise ValueError(
-                f"model.context is {context_of(self.model)}, which commands cannot give; sample in Python, by "
+                f"model.context is {model_context(self.model)}, which commands cannot give; sample in Python, by "
                 "experiment.draw_batch(model, variables, key, numbers, cond)."
             )
         num = self.sampling.num

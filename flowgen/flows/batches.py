@@ -11,7 +11,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float, Key, UInt8
 
 from flowgen.arrays import check_bytes, check_key, shown
-from flowgen.batch import Batch, Moments
+from flowgen.batch import Batch, Moments, check_arrays
 from flowgen.conditioning import Condition, ContextTokens, Padded, TextCondition, Unpadded, drop_condition, split_padded
 from flowgen.contexts import check_context
 from flowgen.flows.density import LEVELS, Flow
@@ -41,6 +41,7 @@ def check_batch(batch: Any, flow: Flow) -> None:
     """
     if not isinstance(batch, Batch):
         raise ValueError(f"batch is {shown(batch)}; give a flowgen.data.Batch(x, context).")
+    check_arrays(batch)
     if not models_images(flow):
         flow.config.check_samples(batch.x)
     elif not isinstance(batch.x, Moments):
@@ -123,7 +124,7 @@ def batch_condition(
         )
 
     def condition(rows: Rows, batch: Batch, shape: tuple[int, ...]):
-        padding, cond = split_padded(condition_of(flow, batch))
+        padding, cond = split_padded(flow_condition(flow, batch))
         if cond is not None and label_dropout:
             null = null_text(shape) if isinstance(cond, TextCondition) and null_text is not None else None
             cond = rows.draw(partial(drop_condition, null=null, rate=label_dropout), cond)
@@ -132,7 +133,7 @@ def batch_condition(
     return condition
 
 
-def condition_of(flow: Flow, batch: Batch) -> Condition | None:
+def flow_condition(flow: Flow, batch: Batch) -> Condition | None:
     """Returns the condition of a batch, without dropout; None if the flow accepts none.
 
     Raises ValueError if the flow requires another kind of context.

@@ -143,7 +143,7 @@ def make_step(
 
     def update(state: TrainState, batch: Any, key: Key[Array, ""]) -> tuple[TrainState, Metrics]:
         shared_key, own_key = jax.random.split(jax.random.fold_in(key, state.step))
-        rows = share_of_batch(shared_key, check_share(batch, accumulation), axis_name)
+        rows = share_of_batch(shared_key, check_share(batch, accumulation), axis_name).measured(batch)
         own_key = jax.random.fold_in(own_key, 0 if axis_name is None else lax.axis_index(axis_name))
         grads, metrics, collections = gradients(state, batch, rows, own_key)
         if axis_name is not None:
