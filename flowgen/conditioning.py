@@ -59,6 +59,11 @@ Condition = Unpadded | Padded
 AnyCondition = Condition | Integer[np.ndarray, " b"] | list[int] | Float[Array | np.ndarray, "b *context"]
 
 
+def is_context(cond: Any) -> bool:
+    """Returns whether a condition is `ContextTokens` or an array of floating-point numbers, and no label or text."""
+    return isinstance(cond, ContextTokens) or jnp.issubdtype(getattr(cond, "dtype", jnp.int32), jnp.floating)
+
+
 def zero_padding(
     values: Float[Array | np.ndarray, "b n c"], mask: Bool[Array | np.ndarray, "b n"]
 ) -> Float[Array, "b n c"]:

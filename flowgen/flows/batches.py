@@ -12,7 +12,7 @@ from jaxtyping import Array, Float, Key, UInt8
 
 from flowgen.arrays import check_bytes, check_key, shown
 from flowgen.batch import Batch, Moments, check_arrays
-from flowgen.conditioning import Condition, ContextTokens, Padded, TextCondition, Unpadded, drop_condition, split_padded
+from flowgen.conditioning import Condition, Padded, TextCondition, Unpadded, drop_condition, is_context, split_padded
 from flowgen.contexts import check_context
 from flowgen.flows.density import LEVELS, Flow
 from flowgen.flows.orders import without_padding
@@ -53,10 +53,6 @@ def check_batch(batch: Any, flow: Flow) -> None:
         raise ValueError(
             f"batch.context has {counts.pop()} rows, and batch.x has {batch.size}; give both the same number."
         )
-
-
-def _is_floating(context: Any) -> bool:
-    return hasattr(context, "dtype") and jnp.issubdtype(context.dtype, jnp.floating)
 
 
 def models_images(flow: Flow) -> bool:
@@ -156,7 +152,7 @@ def _context_of(flow: Flow, context: Any) -> Unpadded | None:
             raise ValueError(f"batch.context is {shown(context)}; this flow requires texts, so give a TextCondition.")
         return TextCondition(jnp.asarray(context.embeddings, jnp.float32), jnp.asarray(context.mask))
     if not flow.config.num_classes:
-        if isinstance(context, ContextTokens) or _is_floating(context):
+        if is_context(context):
             raise ValueError(
                 f"batch.context is {shown(context)}, but this flow has no context; describe it by the model's "
                 "`context`."
