@@ -95,7 +95,9 @@ def open_flow(path: str, model: Any) -> FlowDistilled:
     except (FileNotFoundError, ValueError) as error:
         kind = FileNotFoundError if isinstance(error, FileNotFoundError) else ValueError
         raise kind(f"{FIELD} '{path}': {error}") from error
-    return FlowDistilled(flow, jax.tree.map(jnp.asarray, variables))
+    # A flow without noise was trained on dequantised images.
+    noise = "normal" if flow.config.noise_std else "uniform"
+    return FlowDistilled(flow, jax.tree.map(jnp.asarray, variables), noise=noise)
 
 
 def check_fits(experiment: FlowExperiment, model: Any) -> None:
@@ -118,5 +120,3 @@ def check_fits(experiment: FlowExperiment, model: Any) -> None:
             f"this flow has {has}, but model.num_classes is {model.num_classes}; give a flow with the same classes, or "
             "without classes."
         )
-    if not flow.noise_std:
-        raise ValueError("this flow was trained without noise (noise_std is 0); give one with a positive noise_std.")
