@@ -21,6 +21,7 @@ from flowgen.flows.batches import batch_condition
 from flowgen.flows.jacobi_error import JacobiPenalty
 from flowgen.flows.objective import nll_objective
 from flowgen.training import OptimConfig, make_step
+from flowgen.training.fsdp import FullySharded
 from flowgen.training.parallel import DataParallel
 from flowgen.training.step import init_state
 from flowgen.transforms import MixtureMap
@@ -46,7 +47,7 @@ def test_the_objective_is_the_density_of_batches_of_numbers(name, key):
 
 def longer(length, places, x, params):
     """A flow of `length` rows, with the rows of padded samples x in these places, and its parameters."""
-    config = TokenFlowConfig(shape=(length, 2), padded=True, **SMALL)
+    config = TokenFlowConfig(shape=(length, 2), padded=True, dtype="float64", **SMALL)
     moved = jnp.full((len(x), length, 2), 9.0).at[:, np.array(places)].set(x)
     table = jax.tree.map(lambda part: part, params)
     for block in table["params"].values():
@@ -81,9 +82,29 @@ def test_a_batch_of_padding_alone_has_no_loss():
     assert all((leaf == 0).all() for leaf in jax.tree.leaves(slopes))
 
 
-@pytest.mark.parametrize(("devices", "accumulation"), [(2, 1), (1, 2), (2, 2)])
-def test_samples_of_unequal_lengths_are_weighted_alike_on_any_number_of_devices(devices, accumulation):
-    """The devices and micro-batches have different numbers of rows that exist."""
+LAYOUTS = {
+    "devices": (lambda: DataParallel(jax.devices()[:2]), 1),
+    "micro-batches": (lambda: DataParallel(jax.devices()[:1]), 2),
+    "devices and micro-batches": (lambda: DataParallel(jax.devices()[:2]), 2),
+    "sharded": (lambda: FullySharded(jax.devices()[:2]), 1),
+}
+
+
+@pytest.fixture(scope="module")
+def one_device():
+    return step_of_unequal_lengths(DataParallel(jax.devices()[:1]), 1)
+
+
+@pytest.mark.parametrize("layout", rows(LAYOUTS, rare=("devices and micro-batches",)))
+def test_samples_of_unequal_lengths_are_weighted_alike_in_every_layout(layout, one_device):
+    parallel, accumulation = LAYOUTS[layout]
+    found = step_of_unequal_lengths(parallel(), accumulation)
+    for name in ("loss", "nats_per_dim", "grad_norm"):
+        assert_close(found[name], one_device[name], NETWORK)
+
+
+def step_of_unequal_lengths(parallel, accumulation):
+    """The metrics of a training step whose devices and micro-batches have different numbers of rows that exist."""
     flow, params, _, _ = case("padded, permuted, context")
     ends = jnp.array([5, 1, 4, 0, 5, 2, 1, 1])
     mask, context = jnp.arange(5) < ends[:, None], ContextTokens(floats(8, 3, 2), np.resize(TOKEN_MASK, (8, 3)))
@@ -91,16 +112,10 @@ def test_samples_of_unequal_lengths_are_weighted_alike_on_any_number_of_devices(
     batch = jax.tree.map(lambda part: np.asarray(part, bool if part.dtype == bool else "f4"), (x, mask, context))
     batch = Batch(batch[0], Padded(*batch[1:]))
 
-    def grad_norm(devices, accumulation):
-        parallel, optim = DataParallel(jax.devices()[:devices]), OptimConfig()
-        step = make_step(nll_objective(flow, label_dropout=0.5), optim, steps=2, accumulation=accumulation)
-        state = parallel.place(init_state(params, optim, 2))
-        key = parallel.replicate_key(jax.random.key(1))
-        return parallel.to_host(parallel.compile(step)(state, parallel.shard(batch), key)[1])
-
-    found, expected = grad_norm(devices, accumulation), grad_norm(1, 1)
-    for name in ("loss", "nats_per_dim", "grad_norm"):
-        assert_close(found[name], expected[name], NETWORK)
+    objective, optim = nll_objective(flow, label_dropout=0.5), OptimConfig()
+    step = make_step(objective, optim, steps=2, accumulation=accumulation, axis_name=parallel.axis_name)
+    state, key = parallel.place(init_state(params, optim, 2)), parallel.replicate_key(jax.random.key(1))
+    return parallel.to_host(parallel.compile(step)(state, parallel.shard(batch), key)[1])
 
 
 def test_lists_in_a_batch_are_refused_by_name(untyped):

@@ -1,6 +1,7 @@
 """One update of all devices: sums in another order alone, the average, clipping, AdamW and the schedule as written."""
 
 import dataclasses
+from functools import partial
 
 import jax
 import jax.numpy as jnp
@@ -94,8 +95,10 @@ def test_without_an_average_the_parameters_are_evaluated():
     assert states[-1].averaged["params"] is states[-1].params
 
 
-@pytest.mark.parametrize("parallel", [DataParallel(), FullySharded(None, (2, 2))])
-def test_fixed_collections_are_arguments_and_no_part_of_the_state(parallel):
+@pytest.mark.parametrize("layout", [DataParallel, partial(FullySharded, mesh_shape=(2, 2))])
+def test_fixed_collections_are_arguments_and_no_part_of_the_state(layout):
+    parallel = layout()
+
     def objective(variables, batch, key):
         loss, metrics = jnp.square(variables["params"]["w"]).sum(), {"seen": variables["other"]["w"].sum()}
         return loss, metrics, {"stats": variables["stats"] + 1}
