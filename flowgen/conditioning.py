@@ -122,7 +122,7 @@ def split_padded(cond: AnyCondition | None) -> tuple[Bool[Array, "b n"] | None, 
 
 def mean_tokens(cond: Padded) -> Float[Array, ""]:
     """Returns the mean number of tokens per sample, padding left out."""
-    return jnp.asarray(cond.mask).sum(axis=1).mean()
+    return jnp.asarray(cond.mask).sum(axis=1).mean(dtype=float)
 
 
 def unconditional(cond: Condition, null: TextCondition | None) -> Condition:

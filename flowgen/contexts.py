@@ -15,6 +15,7 @@ import numpy as np
 from jaxtyping import Array, Float
 
 from flowgen.arrays import shown
+from flowgen.backend import keep_rows
 from flowgen.conditioning import ContextTokens, TextCondition, check_labels, check_mask
 from flowgen.nn.checks import check_patches, image_sides
 from flowgen.nn.layers import patchify
@@ -137,7 +138,8 @@ class ImageContext:
     def tokens(self, cond: Any, batch: int) -> ContextTokens:
         """Returns images `b height width channels` as patches, row by row. Raises ValueError for other shapes."""
         shape = (batch, *image_sides(self.image_size), self.channels)
-        patches = patchify(_floats(cond, shape, "one image per sample"), self.patch_size, "channel_last")
+        images = _floats(cond, shape, "one image per sample")
+        patches = keep_rows(lambda _, images: patchify(images, self.patch_size, "channel_last"), None, images)
         return ContextTokens(patches, jnp.ones((batch, self.length), bool))
 
 

@@ -10,6 +10,7 @@ import laws
 import numpy as np
 import pytest
 from conftest import rows
+from jax.sharding import AxisType, NamedSharding, PartitionSpec
 from token_cases import ALIKE, CASES, EXACT, MASK, ORDER, SMALL, TOKEN_MASK, TOKENS, case, exists, floats, sizes
 from tolerances import NETWORK, assert_close
 
@@ -18,6 +19,7 @@ from flowgen.contexts import TokenContext, VectorContext
 from flowgen.decoding import (
     Guidance,
     Jacobi,
+    LowPrecision,
     Sequential,
     SlidingWindow,
     invert,
@@ -155,6 +157,47 @@ def test_what_stands_at_padding_does_not_enter_the_penalty_or_the_tuning(key):
     assert_close(penalty, expected, NETWORK)
     found = measure_plans(flow, params, broken, cond, windows=(2,), cost=lambda block, plan: 1.0)
     assert all(np.isfinite(measured.error) for measured in found.measurements)
+
+
+@pytest.mark.parametrize(
+    ("name", "dtype"),
+    [
+        ("padded, permuted, context", "int8"),
+        pytest.param("padded mixture", "bfloat16", marks=pytest.mark.slow),
+        pytest.param("image from image", "int8", marks=pytest.mark.slow),
+        pytest.param("padded, context, running state", "int8", marks=pytest.mark.slow),
+    ],
+)
+def test_a_polish_repairs_what_rounded_weights_decode(name, dtype):
+    flow, params, x, cond = case(name)
+    z, _ = laws.apply(flow, params, x, cond)
+    rounded = invert(flow, params, z, cond, plan=LowPrecision(dtype, polish=None))
+    assert jnp.abs(rounded.x - x).max() > 1e-4
+    polished = invert(flow, params, z, cond, plan=LowPrecision(dtype, polish=Jacobi(tol=0.0)))
+    assert_close(polished.x, x, NETWORK)
+    np.testing.assert_array_equal(polished.x, exists(polished.x, cond))
+
+
+@pytest.mark.parametrize(
+    ("name", "kind"),
+    [
+        ("padded, permuted, context", "Explicit"),
+        ("image from image", "Explicit"),
+        pytest.param("padded, permuted, context", "Auto", marks=pytest.mark.slow),
+        pytest.param("image from image", "Auto", marks=pytest.mark.slow),
+    ],
+)
+def test_sharded_rows_have_the_densities_and_samples_of_one_device(name, kind, key):
+    flow, params, x, cond = case(name)
+    x, cond = x[:2], jax.tree.map(lambda part: part[:2], cond)
+    mesh = jax.make_mesh((2,), ("data",), axis_types=(AxisType[kind],), devices=jax.devices()[:2])
+    shared = jax.device_put((x, cond), NamedSharding(mesh, PartitionSpec("data")))
+    log_prob = partial(laws.apply, flow, params, method="log_prob")
+    assert_close(log_prob(*shared), log_prob(x, cond), NETWORK)
+    draw = partial(sample, flow, params, key, 2, denoise=False)
+    found = draw(cond=shared[1])
+    assert len(found.x.sharding.device_set) == 2
+    assert_close(found.x, draw(cond=cond).x, NETWORK)
 
 
 def test_guidance_needs_the_affine_map(key):

@@ -119,7 +119,7 @@ def mean_dims(config: FlowConfig, cond: Condition | None, rows: Rows | None = No
     if not isinstance(cond, Padded):
         return config.num_dims
     tokens = mean_tokens(cond) if rows is None or rows.mean_tokens is None else rows.mean_tokens
-    return jnp.maximum(tokens, jnp.finfo(jnp.float32).tiny) * config.token_dim  # Without any token, all sums are 0.
+    return jnp.where(tokens > 0, tokens, 1) * config.token_dim  # Without any token, all sums are 0.
 
 
 def density_metric(flow: Flow, nats_per_dim: Float[Array, ""], batch: Batch) -> dict[str, Array]:
