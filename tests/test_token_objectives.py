@@ -106,8 +106,8 @@ def test_samples_of_unequal_lengths_are_weighted_alike_in_every_layout(layout, o
 def step_of_unequal_lengths(parallel, accumulation):
     """The metrics of a training step whose devices and micro-batches have different numbers of rows that exist."""
     flow, params, _, _ = case("padded, permuted, context")
-    ends = jnp.array([5, 1, 4, 0, 5, 2, 1, 1])
-    mask, context = jnp.arange(5) < ends[:, None], ContextTokens(floats(8, 3, 2), np.resize(TOKEN_MASK, (8, 3)))
+    ends = np.array([5, 1, 4, 0, 5, 2, 1, 1])
+    mask, context = np.arange(5) < ends[:, None], ContextTokens(floats(8, 3, 2), np.resize(TOKEN_MASK, (8, 3)))
     x = floats(8, 5, 2, seed=6)
     batch = jax.tree.map(lambda part: np.asarray(part, bool if part.dtype == bool else "f4"), (x, mask, context))
     batch = Batch(batch[0], Padded(*batch[1:]))
