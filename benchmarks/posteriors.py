@@ -1,22 +1,25 @@
-"""Measures posteriors of simulators: C2ST and calibration of a flow on tokens and of W-CFM, from the same simulations.
+"""Measures posteriors of simulators by C2ST: of a flow on tokens, of W-CFM and of sbi, from the same simulations.
 
-python benchmarks/posteriors.py --out benchmarks/results/posteriors.json
+python benchmarks/posteriors.py --out benchmarks/results/posteriors.json --sbi-python PATH_TO_python
 
-Each method trains on the simulations of the task's config, for as many steps of as many simulations. The flow is the
-config itself, at the checkpoint with the best held-out density. W-CFM is an MLP with the same standardised inputs. Rows
-are saved as soon as they are measured, and `--resume` keeps those of an earlier call.
+The flow is the task's config, at the checkpoint with the best held-out density. W-CFM is an MLP with the same
+standardised inputs, and trains for as many steps of as many simulations. `sbi_maf` and `sbi_nsf` are the density
+estimators of the package sbi with its defaults, which decide when to stop; `--sbi-python` is an interpreter that has
+sbi. Rows are saved as soon as they are measured, and `--resume` keeps those of an earlier call.
 """
 
 import argparse
 import dataclasses
 import json
+import subprocess
 import tempfile
 import time
 from pathlib import Path
 
 import measure
 
-TASKS, METHODS = ("two_moons", "slcp"), ("flow", "wcfm")
+TASKS, OF_SBI = ("two_moons", "slcp"), ("sbi_maf", "sbi_nsf")
+METHODS = ("flow", "wcfm", *OF_SBI)
 HIDDEN, LAYERS = 128, 3
 SOLVER = {"method": "heun", "num_steps": 50}
 
@@ -26,19 +29,27 @@ def main() -> None:
     measure.confine(arguments.threads)
     rows = json.loads(arguments.out.read_text()) if arguments.resume and arguments.out.exists() else []
     known = {(row["task"], row["method"], row["simulations"], row["seed"]) for row in rows}
+    methods = arguments.methods or (METHODS if arguments.sbi_python else ("flow", "wcfm"))
     for task in arguments.tasks:
         for simulations in arguments.simulations:
             for seed in range(arguments.seeds):
-                for method in arguments.methods:
+                for method in methods:
                     if (task, method, simulations, seed) in known:
                         continue
                     experiment = experiment_of(task, simulations, seed, arguments.steps)
-                    found = {"flow": of_flow, "wcfm": of_matching}[method](experiment, arguments.samples)
                     about = {"task": task, "method": method, "simulations": simulations, "seed": seed}
-                    about |= {"steps": experiment.train.steps, "batch": experiment.train.batch_size}
-                    rows.append(about | found | measure.environment(arguments.threads, None))
+                    rows.append(about | measured(method, experiment, arguments))
                     measure.save(arguments.out, rows)
-                    print(f"{task} {method}, {simulations} simulations, seed {seed}: C2ST {found['c2st']:.3f}")
+                    print(f"{task} {method}, {simulations} simulations, seed {seed}: C2ST {rows[-1]['c2st']:.3f}")
+
+
+def measured(method: str, experiment, arguments: argparse.Namespace) -> dict:
+    """Trains a method and returns the other columns of its row."""
+    environment = measure.environment(arguments.threads, None)
+    if method in OF_SBI:
+        return of_sbi(method.removeprefix("sbi_"), experiment, arguments) | environment
+    found = {"flow": of_flow, "wcfm": of_matching}[method](experiment, arguments.samples)
+    return {"steps": experiment.train.steps, "batch": experiment.train.batch_size} | found | environment
 
 
 def experiment_of(task: str, simulations: int, seed: int, steps: int | None):
@@ -60,9 +71,9 @@ def of_flow(experiment, samples: int) -> dict:
     from flowgen.experiments.token_options import TokenEvaluateOptions
 
     with tempfile.TemporaryDirectory() as folder:
-        began = time.perf_counter()
+        began = time.process_time()
         flowgen.fit(experiment, folder)
-        seconds = time.perf_counter() - began
+        seconds = time.process_time() - began
         model, variables, _ = flowgen.load(folder, step="best")
     evaluation = experiment.evaluate(model, variables, TokenEvaluateOptions(samples=samples))
     return figures(evaluation, seconds, samples)
@@ -108,9 +119,9 @@ def of_matching(experiment, samples: int) -> dict:
         keys = jax.random.split(key, train.steps)
         return jax.lax.scan(step, (params, optimizer.init(params)), keys)[0][0]
 
-    began = time.perf_counter()
+    began = time.process_time()
     params = jax.block_until_ready(trained(params, jax.random.key(train.seed + 1)))
-    seconds = time.perf_counter() - began
+    seconds = time.process_time() - began
 
     @jax.jit
     def solved(params, key, cond):
@@ -125,19 +136,55 @@ def of_matching(experiment, samples: int) -> dict:
     return figures(evaluation, seconds, samples)
 
 
+def of_sbi(estimator: str, experiment, arguments: argparse.Namespace) -> dict:
+    """Trains sbi's estimator in its own interpreter on all simulations, and compares its samples."""
+    import jax
+    import numpy as np
+
+    from flowgen.experiments.posteriors import evaluate_observations
+
+    simulator, dataset = experiment.data.simulator, experiment.dataset("all")
+    fixed = np.asarray(simulator.observations)
+    with tempfile.TemporaryDirectory() as folder:
+        data, out = Path(folder) / "data.npz", Path(folder) / "samples.npz"
+        arrays = {"parameters": dataset.x, "observations": dataset.context, "fixed": fixed}
+        np.savez(data, low=simulator.low, high=simulator.high, **arrays)
+        options = {
+            "--data": data,
+            "--out": out,
+            "--estimator": estimator,
+            "--samples": arguments.samples,
+            "--seed": experiment.train.seed,
+            "--threads": arguments.threads,
+        }
+        script = Path(__file__).with_name("posteriors_sbi.py")
+        command = [arguments.sbi_python, script, *(part for pair in options.items() for part in pair)]
+        subprocess.run([str(part) for part in command], check=True)
+        with np.load(out, allow_pickle=False) as found:
+            samples, about = found["samples"], json.loads(str(found["about"]))
+
+    def draw(key, observations):
+        return samples[np.flatnonzero((fixed == observations[0]).all(axis=1))[0]]
+
+    evaluation = evaluate_observations(simulator, draw, jax.random.key(0), arguments.samples)
+    return figures(evaluation, about.pop("processor_seconds"), arguments.samples) | about
+
+
 def figures(evaluation, seconds: float, samples: int) -> dict:
     """The columns of a row."""
     values = {name: round(one.value, 4) for name, one in evaluation.metrics.items()}
     each = [value for name, value in values.items() if name.startswith("c2st/")]
     rest = {name: value for name, value in values.items() if not name.startswith("c2st")}
-    return {"c2st": values["c2st"], "c2st_each": each, "samples": samples, "seconds": round(seconds, 1), **rest}
+    about = {"samples": samples, "processor_seconds": round(seconds, 1)}
+    return {"c2st": values["c2st"], "c2st_each": each} | about | rest
 
 
 def parse_arguments() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--out", type=Path, required=True, help="JSON file to write")
     parser.add_argument("--tasks", nargs="+", choices=TASKS, default=list(TASKS))
-    parser.add_argument("--methods", nargs="+", choices=METHODS, default=list(METHODS))
+    parser.add_argument("--methods", nargs="+", choices=METHODS, help="all that can run by default")
+    parser.add_argument("--sbi-python", type=Path, help="an interpreter that has sbi (default: no rows of sbi)")
     parser.add_argument("--simulations", type=int, nargs="+", default=[10_000, 30_000])
     parser.add_argument("--seeds", type=int, default=3, help="number of trainings per method, with seeds from 0")
     parser.add_argument("--samples", type=int, default=10_000, help="samples of each observation for C2ST")
@@ -146,6 +193,8 @@ def parse_arguments() -> argparse.Namespace:
     parser.add_argument("--resume", action="store_true", help="keep the rows that the file has")
     arguments = parser.parse_args()
     measure.check_cores(parser, "--threads", arguments.threads)
+    if not arguments.sbi_python and set(arguments.methods or ()) & set(OF_SBI):
+        parser.error("the methods of sbi need --sbi-python, an interpreter that has sbi.")
     if not arguments.out.parent.is_dir():
         parser.error(f"--out is {arguments.out}, but its directory does not exist; create it first.")
     return arguments
