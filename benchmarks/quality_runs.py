@@ -129,7 +129,8 @@ def fit_within(
         batches = iter(job.batches(0, steps))
         first = parallel.shard(next(batches))
         step = make_step(job.objective, experiment.optim, steps=steps, axis_name=parallel.axis_name)
-        update = parallel.compile(step).lower(state, first, key).compile()
+        fixed = parallel.place(job.fixed)
+        update = parallel.compile(step).lower(state, first, key, fixed).compile()
         evaluate(parallel.variables(state))
     waiting = itertools.chain([first], map(parallel.shard, batches))
 
@@ -144,7 +145,7 @@ def fit_within(
             state.opt_state,
             is_leaf=lambda part: isinstance(part, optax.ScaleByScheduleState),
         )
-        state, metrics = update(state.replace(opt_state=optimizer), next(waiting), key)
+        state, metrics = update(state.replace(opt_state=optimizer), next(waiting), key, fixed)
         jax.block_until_ready(metrics)
 
     record = shared.spend(budget, one, lambda: evaluate(parallel.variables(state)))

@@ -23,7 +23,7 @@ from flowgen.decoding.block import guided_block, in_block_order, inverse
 from flowgen.decoding.request import decode_request
 from flowgen.decoding.weights import decoding_weights
 from flowgen.flows import density
-from flowgen.flows.block import decoding_config
+from flowgen.flows.decoding_form import decoding_config
 from flowgen.flows.orders import permutation
 
 LEVELS = 10  # of grey, so that the file stays small

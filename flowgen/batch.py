@@ -4,10 +4,11 @@ from __future__ import annotations
 
 from typing import Any, NamedTuple
 
+import jax
 import numpy as np
 from jaxtyping import Array, Float, Int, UInt8
 
-from flowgen.arrays import check_bytes
+from flowgen.arrays import check_bytes, shown
 from flowgen.conditioning import UNCONDITIONAL, Condition, Padded
 
 
@@ -56,8 +57,24 @@ class Batch(NamedTuple):
 
     @property
     def labels(self) -> Int[Array | np.ndarray, " b"]:
-        """The labels; all -1 if the batch has none."""
+        """The labels; all -1 if the batch has none. Raises ValueError if a part of the batch is a list."""
+        check_arrays(self)
         labels = self.context.cond if isinstance(self.context, Padded) else self.context
         if labels is None or isinstance(labels, tuple) or not np.issubdtype(labels.dtype, np.integer):
             return np.full(self.size, UNCONDITIONAL, np.int32)
         return labels
+
+
+def check_arrays(batch: Batch) -> None:
+    """Raises ValueError unless a batch consists of arrays with one row per sample, and not of lists or tuples."""
+    for name, part in (("x", batch.x), ("context", batch.context)):
+        for path, leaf in jax.tree_util.tree_leaves_with_path(part, is_leaf=_is_sequence):
+            if not getattr(leaf, "shape", ()):
+                raise ValueError(
+                    f"batch.{name}{jax.tree_util.keystr(path)} is {shown(leaf)}; give an array with one row per "
+                    "sample. np.asarray converts a list."
+                )
+
+
+def _is_sequence(part: Any) -> bool:
+    return isinstance(part, list) or type(part) is tuple  # Contexts are named tuples.

@@ -60,9 +60,16 @@ Condition = Unpadded | Padded
 AnyCondition = Condition | Integer[np.ndarray, " b"] | list[int] | Float[Array | np.ndarray, "b *context"]
 
 
-def masked_text(text: TextCondition) -> Float[Array, "b n e"]:
-    """Returns the texts' features, with padding set to exactly zero."""
-    return jnp.where(text.mask[:, :, None], text.embeddings, 0)
+def is_context(cond: Any) -> bool:
+    """Returns whether a condition is `ContextTokens` or an array of floating-point numbers, and no label or text."""
+    return isinstance(cond, ContextTokens) or jnp.issubdtype(getattr(cond, "dtype", jnp.int32), jnp.floating)
+
+
+def zero_padding(
+    values: Float[Array | np.ndarray, "b n c"], mask: Bool[Array | np.ndarray, "b n"]
+) -> Float[Array, "b n c"]:
+    """Returns values of tokens, with exactly 0 for padding, where the mask is False; what stands there is not used."""
+    return jnp.where(jnp.asarray(mask)[:, :, None], values, 0)
 
 
 def no_labels(shape: tuple[int, ...]) -> Int[Array, "..."]:
@@ -114,6 +121,11 @@ def split_padded(cond: AnyCondition | None) -> tuple[Bool[Array, "b n"] | None, 
     return (jnp.asarray(cond.mask), cond.cond) if isinstance(cond, Padded) else (None, cond)
 
 
+def mean_tokens(cond: Padded) -> Float[Array, ""]:
+    """Returns the mean number of tokens per sample, padding left out."""
+    return jnp.asarray(cond.mask).sum(axis=1).mean(dtype=float)
+
+
 def unconditional(cond: Condition, null: TextCondition | None) -> Condition:
     """Returns the condition for the unconditional branch of guidance: label -1, the null text, or no context."""
     if isinstance(cond, Padded):
@@ -140,12 +152,18 @@ def check_text(text: Any, *, length: int, dim: int, batch: int) -> TextCondition
             f"the text embeddings must be floating-point numbers of shape ({batch}, {length}, {dim}); "
             f"got {embeddings.dtype} of shape {tuple(embeddings.shape)}."
         )
-    if mask.shape != (batch, length) or mask.dtype != bool:
+    return TextCondition(jnp.asarray(embeddings), check_mask("the text mask", mask, (batch, length)))
+
+
+def check_mask(name: str, mask: Any, shape: tuple[int, int]) -> Bool[Array, "b n"]:
+    """Returns a mask as a JAX array. Raises ValueError unless it is bool and has this shape."""
+    mask = mask if isinstance(mask, jax.Array) else np.asarray(mask)
+    if mask.shape != shape or mask.dtype != bool:
         raise ValueError(
-            f"the text mask must be bool of shape ({batch}, {length}), True for tokens, False for padding; "
-            f"got {mask.dtype} of shape {tuple(mask.shape)}."
+            f"{name} must be bool of shape {shape}, True for tokens, False for padding; got {mask.dtype} of shape "
+            f"{tuple(mask.shape)}."
         )
-    return TextCondition(jnp.asarray(embeddings), jnp.asarray(mask))
+    return jnp.asarray(mask)
 
 
 def check_labels(labels: Any, *, num_classes: int, batch: int) -> Int[Array, " b"] | None:

@@ -15,7 +15,8 @@ import numpy as np
 from jaxtyping import Array, Float
 
 from flowgen.arrays import shown
-from flowgen.conditioning import ContextTokens, TextCondition, check_labels
+from flowgen.backend import keep_rows
+from flowgen.conditioning import ContextTokens, TextCondition, check_labels, check_mask
 from flowgen.nn.checks import check_patches, image_sides
 from flowgen.nn.layers import patchify
 from flowgen.settings import config
@@ -137,7 +138,8 @@ class ImageContext:
     def tokens(self, cond: Any, batch: int) -> ContextTokens:
         """Returns images `b height width channels` as patches, row by row. Raises ValueError for other shapes."""
         shape = (batch, *image_sides(self.image_size), self.channels)
-        patches = patchify(_floats(cond, shape, "one image per sample"), self.patch_size, "channel_last")
+        images = _floats(cond, shape, "one image per sample")
+        patches = keep_rows(lambda _, images: patchify(images, self.patch_size, "channel_last"), None, images)
         return ContextTokens(patches, jnp.ones((batch, self.length), bool))
 
 
@@ -183,13 +185,7 @@ def context_tokens(tokens: Any, mask: Any, *, length: int, dim: int, batch: int)
     tokens = _floats(tokens, (batch, length, dim), "the tokens of each sample")
     if mask is None:
         return ContextTokens(tokens, jnp.ones((batch, length), bool))
-    mask = mask if isinstance(mask, jax.Array) else np.asarray(mask)
-    if mask.shape != (batch, length) or mask.dtype != bool:
-        raise ValueError(
-            f"the context's mask must be bool of shape ({batch}, {length}), True for tokens, False for padding; "
-            f"got {mask.dtype} of shape {tuple(mask.shape)}."
-        )
-    return ContextTokens(tokens, jnp.asarray(mask))
+    return ContextTokens(tokens, check_mask("the context's mask", mask, (batch, length)))
 
 
 def _floats(cond: Any, shape: tuple[int, ...], what: str) -> Float[Array, "..."]:

@@ -19,6 +19,7 @@ from jaxtyping import Array, Key
 
 from flowgen.backend import alike_rows, on_mesh_of
 from flowgen.batch import Batch
+from flowgen.conditioning import Padded, mean_tokens
 
 # The key under which a dict batch stores its rows.
 ROWS = "rows"
@@ -29,7 +30,8 @@ class Rows(struct.PyTreeNode):
 
     key: a key that is the same on every device and for every micro-batch. positions: the positions `b` of these rows in
     the whole batch. part: the index of the micro-batch. size: the size of the whole batch, over all devices and
-    micro-batches. axis_name: the device axis over which the batch is split; None for a single device.
+    micro-batches. mean_tokens: the mean number of tokens per row of the whole batch that are no padding; None if no
+    row is padded. axis_name: the device axis over which the batch is split; None for a single device.
 
     Example:
         rows = batch_rows(batch, key, num=len(x))
@@ -41,7 +43,13 @@ class Rows(struct.PyTreeNode):
     positions: Any
     part: Any = 0
     size: int = struct.field(pytree_node=False, default=0)
+    mean_tokens: Any = None
     axis_name: str | None = struct.field(pytree_node=False, default=None)
+
+    def measured(self, batch: Any) -> Rows:
+        """Returns these rows with the `mean_tokens` of a batch, of which this device has its share."""
+        padded = isinstance(batch, Batch) and isinstance(batch.context, Padded)
+        return self.replace(mean_tokens=self.mean(mean_tokens(batch.context))) if padded else self
 
     def split(self, num: int) -> tuple[Rows, ...]:
         """Returns `num` copies of these rows with different keys, for different purposes."""

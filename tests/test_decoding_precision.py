@@ -21,7 +21,7 @@ from flowgen.decoding.weights import decoding_weights, rounded_weights
 from flowgen.experiments import FlowExperiment, SamplingConfig, from_json
 from flowgen.experiments.estimates import weight_bytes
 from flowgen.flows import AutoregressiveBlock, block_parameters
-from flowgen.flows.block import decoding_config
+from flowgen.flows.decoding_form import decoding_config
 from flowgen.nn.int8 import int8_product, to_int8
 
 SLOW = pytest.mark.slow

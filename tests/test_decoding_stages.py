@@ -19,7 +19,8 @@ from flowgen.decoding import Jacobi, Sequential, SlidingWindow, invert
 from flowgen.decoding.block import GuidedBlock, Order, inverse
 from flowgen.decoding.weights import decoding_weights
 from flowgen.flows import AutoregressiveBlock, block_parameters
-from flowgen.flows.block import BlockState, decoding_block, decoding_config
+from flowgen.flows.block import BlockState
+from flowgen.flows.decoding_form import decoding_block, decoding_config
 from flowgen.nn import unstack_layers
 
 SMALL = {"channels": 1, "width": 16, "head_dim": 8}

@@ -25,6 +25,7 @@ from flowgen.evaluation import (
     nearest_in,
     point_metrics,
     point_samples,
+    ratio_of,
     train_classifier,
     velocity_bits_per_dim,
 )
@@ -63,6 +64,17 @@ def test_gaussian_baseline_of_few_images_is_diagonal_and_sane():
     # 30 images of 64 dimensions: a full covariance would be singular but for the noise.
     bits = gaussian_bits_per_dim(dataset(30, (8, 8, 1)), dataset(20, (8, 8, 1), seed=1), noise_std=0.0)
     assert bits < 10
+
+
+def test_standard_errors_of_ratios_are_those_of_repeated_datasets():
+    random = np.random.default_rng(0)
+    sizes = random.integers(1, 6, (2000, 200)).astype(float)
+    values = 3 * sizes + random.standard_normal(sizes.shape) * sizes
+    found = [ratio_of(*pair) for pair in zip(values, sizes, strict=True)]
+    spread = np.std([estimate.value for estimate in found])
+    # The spread of 2000 values has a relative error of 1 / sqrt(4000), or 1.6%.
+    assert np.mean([estimate.standard_error for estimate in found]) == pytest.approx(spread, rel=0.08)
+    assert ratio_of(values[0], np.full(200, 2.0)) == pytest.approx(mean_of(values[0] / 2))
 
 
 def test_standard_errors_are_those_of_means():

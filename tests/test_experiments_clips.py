@@ -27,8 +27,8 @@ from flowgen.experiments import (
     clips,
     fit,
 )
-from flowgen.experiments.autoregressive import FlowEvaluateOptions
 from flowgen.experiments.codecs import open_autoencoder
+from flowgen.experiments.flow_options import FlowEvaluateOptions
 from flowgen.flows import STARFlowConfig
 from flowgen.nn import init
 from flowgen.training import OptimConfig, TrainConfig

@@ -10,7 +10,7 @@ from toy_clips import LATENTS, experiment_of
 from flowgen.cli import main
 from flowgen.data import ClipsConfig, DataConfig, LatentsConfig
 from flowgen.experiments import SamplingConfig, SpaceToDepth, TextConfig, clips, fit, video_flow
-from flowgen.experiments.autoregressive import FlowEvaluateOptions
+from flowgen.experiments.flow_options import FlowEvaluateOptions
 from flowgen.nn import init
 from flowgen.text import PromptTemplate
 from flowgen.training import TrainConfig

@@ -11,12 +11,14 @@ from flax import linen as nn
 import flowgen
 from flowgen.contexts import ImageContext, VectorContext
 from flowgen.data import Batch, DataConfig
-from flowgen.experiments import FlowExperiment, MatchingExperiment, SolverConfig, SpaceToDepth
+from flowgen.experiments import FlowExperiment, MatchingExperiment, SamplingConfig, SolverConfig, SpaceToDepth
 from flowgen.experiments.conditions import conditions_of
+from flowgen.experiments.flow_options import FlowDrawOptions
 from flowgen.flows import STARFlowConfig, STARFlowVConfig, TARFlowConfig
 from flowgen.matching import DiTConfig
 from flowgen.training import LogConfig, TrainConfig
 
+DRAWN = FlowDrawOptions()
 QUIET = LogConfig(log_every=2, checkpoint_every=0, progress=False, tensorboard=False)
 FLOW = TARFlowConfig(image_size=8, channels=1, patch_size=4, width=16, head_dim=8, num_blocks=2, layers_per_block=1)
 TWO_STEPS = FlowExperiment(
@@ -243,7 +245,81 @@ def test_contexts_of_ones_own_are_trained_on_guided_and_sampled(tmp_path):
     assert np.abs(x[0] - other[0]).max() > 0
 
 
+class Turned(Stripes):
+    """Stripes, each with a vector that tells their direction as its context."""
+
+    class_names = ()
+
+    def __getitem__(self, indices):
+        return Batch(super().__getitem__(indices).x, np.eye(2, dtype=np.float32)[indices % 2])
+
+
+FLOWS_IN_CONTEXT = {
+    "pixels": (dataclasses.replace(FLOW, context=VectorContext(2)), None),
+    "latents": (
+        STARFlowConfig(
+            image_size=4, channels=4, width=40, head_dim=20, layers_per_block=(1, 1), context=VectorContext(2)
+        ),
+        SpaceToDepth(2),
+    ),
+}
+
+
+def flow_in_context(name, **changes):
+    """An experiment that trains a flow on images under contexts."""
+    model, codec = FLOWS_IN_CONTEXT[name]
+    train = TrainConfig(steps=2, batch_size=8, label_dropout=0.2)
+    sampling = SamplingConfig(num=4, guidance=1.0)
+    settings = {"train": train, "sampling": sampling, "log": QUIET, **changes}
+    return FlowExperiment(name="own", model=model, codec=codec, **settings)
+
+
+@pytest.mark.parametrize("name", FLOWS_IN_CONTEXT)
+def test_flows_are_trained_on_contexts_of_ones_own(name):
+    job = flow_in_context(name).job(dataset=Turned())
+    batch = next(iter(job.batches(0, 1)))
+    second = np.asarray(batch.x)[:, 0, 1, 0] if name == "pixels" else np.asarray(batch.x.mean)[:, 0, 0, 1]
+    turned = second <= 0  # the second pixel of the first row
+    np.testing.assert_array_equal(batch.context, np.eye(2)[turned.astype(int)])
+    keys = jax.random.split(jax.random.key(0))
+    loss, *_ = jax.eval_shape(lambda keys: job.objective(job.init(keys[0]), batch, keys[1]), keys)
+    assert loss.shape == ()
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", FLOWS_IN_CONTEXT)
+def test_flows_under_contexts_of_ones_own_are_evaluated_and_sampled(name, tmp_path):
+    experiment = flow_in_context(name)
+    experiment = dataclasses.replace(experiment, optim=dataclasses.replace(experiment.optim, warmup_steps=0, lr=0.1))
+    result = flowgen.fit(experiment, tmp_path, dataset=Turned(), held_out=Turned())
+    assert np.isfinite(list(result.metrics.values())).all()
+    assert result.samples.is_file()
+    flow, variables, loaded = flowgen.load(tmp_path)
+    cond, key = conditions_of(loaded.model, Turned())(np.arange(3)), jax.random.key(0)
+    x, _ = loaded.draw_batch(flow, variables, key, np.arange(3), cond)
+    other, _ = loaded.draw_batch(flow, variables, key, np.arange(3), cond[[1, 1, 1]])
+    np.testing.assert_array_equal(x[1], other[1])
+    assert np.abs(x[0] - other[0]).max() > 0
+
+
 CONTEXTS_REFUSED = {
+    "no contexts in the data of a flow": (
+        lambda path: flow_in_context("pixels").flow_dataset("train"),
+        "data.name 'digits' has no contexts",
+    ),
+    "other contexts of a flow": (
+        lambda path: flowgen.fit(flow_in_context("pixels"), path, dataset=Noisy()),
+        "dataset returned a context that does not fit the model: cond is float32 of shape (1, 8, 8, 1)",
+    ),
+    "flipped images of a flow": (
+        lambda path: dataclasses.replace(
+            flow_in_context("pixels"),
+            model=dataclasses.replace(FLOW, context=ImageContext(8, 1, 4)),
+            data=DataConfig(flip=True),
+        ),
+        "data.flip is true, but the context",
+    ),
+    "commands for a flow": (lambda path: flow_in_context("pixels").draw(None, None, DRAWN), "commands cannot give"),
     "no contexts in the data": (lambda path: conditioned().dataset("train"), "data.name 'digits' has no contexts"),
     "other contexts": (
         lambda path: flowgen.fit(conditioned(VectorContext(dim=3)), path, dataset=Noisy()),

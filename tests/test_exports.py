@@ -4,84 +4,29 @@ import dataclasses
 import json
 import re
 import shutil
-import sys
-from types import ModuleType
-from typing import Any
 
 import jax
 import numpy as np
 import pytest
 import yaml
 from commands import one_sentence, refused, succeed
+from exported_runs import EXPERIMENTS, TINY, assert_same, variables_of, write_trained
 from fsspec.implementations.memory import MemoryFileSystem
-from laws import drawn
 
 import flowgen
 from flowgen import checkpoint, exports
-from flowgen.codecs import AutoencoderConfig
-from flowgen.data import DataConfig, LatentsConfig, PointsConfig
+from flowgen.data import DataConfig, LatentsConfig
 from flowgen.experiments import (
-    AutoencoderExperiment,
-    AutoencodingConfig,
     FlowExperiment,
-    MatchingExperiment,
     PretrainedAutoencoder,
-    SamplingConfig,
     TextConfig,
-    from_json,
 )
-from flowgen.flows import STARFlowConfig, TARFlowConfig, density
-from flowgen.matching import MLPConfig
-from flowgen.nn import init
-from flowgen.runs import CheckpointStore, RunReader, flatten, located, shipped_models, write_config
+from flowgen.flows import STARFlowConfig
 from flowgen.runs.exported import without_paths
 from flowgen.runs.files import digest_of_file
-from flowgen.runs.located import SHIPPED
 from flowgen.runs.lock import in_use
 from flowgen.safetensors import read_safetensors, write_safetensors
 from flowgen.training import InitConfig
-
-TINY = TARFlowConfig(image_size=8, channels=1, patch_size=4, width=8, head_dim=8, num_blocks=2, layers_per_block=1)
-EXPERIMENTS = {
-    "flow": FlowExperiment(name="flow", model=TINY, sampling=SamplingConfig(num=2)),
-    "prior": FlowExperiment(name="prior", model=dataclasses.replace(TINY, scale_parameterisation="volume_preserving")),
-    "points": MatchingExperiment(
-        name="points",
-        model=MLPConfig(dim=2, width=8, num_layers=1),
-        data=PointsConfig(x0="normal", x1="moons"),
-    ),
-    "autoencoder": AutoencoderExperiment(
-        name="autoencoder",
-        model=AutoencoderConfig(channels=1, widths=(4, 4), layers_per_block=1, num_groups=2, attention=False),
-        autoencoding=AutoencodingConfig(image_size=8),
-    ),
-}
-METRICS = {"bits_per_dim": 2.5}
-LATENTS = {"latents": {"mean": np.full(4, 0.5, np.float32), "variance": np.full(4, 2.0, np.float32)}}
-
-
-def variables_of(experiment, seed=0):
-    """Variables far from fresh ones, so that an array in another's place is seen."""
-    made = drawn(init, experiment.build(), jax.random.key(0))
-    made |= LATENTS if isinstance(experiment, AutoencoderExperiment) else {}
-    return jax.tree.map(lambda leaf: (leaf * (1 + seed / 64)).astype(leaf.dtype), made)
-
-
-def write_trained(path, experiment):
-    """A run as training leaves it: the parameters, another average of them, and what sampling does not read."""
-    variables, average = variables_of(experiment), variables_of(experiment, seed=1)
-    path.mkdir()
-    write_config(path, experiment.to_json())
-    with CheckpointStore(path / "checkpoints") as store:
-        state = {
-            "step": np.int32(7),
-            "params": variables["params"],
-            "ema": average["params"],
-            "opt_state": [np.ones(3, np.float32)],
-            "collections": {name: part for name, part in variables.items() if name != "params"},
-        }
-        store.save(7, state, config=experiment.to_json(), metrics=METRICS)
-    return path
 
 
 @pytest.fixture(scope="module", params=EXPERIMENTS)
@@ -103,13 +48,6 @@ def exported(run, tmp_path_factory):
 @pytest.fixture
 def copied(exported, tmp_path):
     return shutil.copytree(exported, tmp_path / "copied")
-
-
-def assert_same(a, b):
-    assert jax.tree.structure(a) == jax.tree.structure(b)
-    for name, leaf in flatten(a).items():
-        assert leaf.dtype == flatten(b)[name].dtype
-        np.testing.assert_array_equal(leaf, flatten(b)[name], err_msg=name)
 
 
 def test_loading_gives_the_model_of_the_run_bitwise(trained, tmp_path):
@@ -394,58 +332,6 @@ def test_a_folder_in_a_bucket_is_loaded(exported, monkeypatch):
     assert_same(flowgen.load("memory://bucket/flow")[1], flowgen.load(exported)[1])
 
 
-# The hub.
-
-
-@pytest.fixture
-def hub(monkeypatch, tmp_path):
-    """A hub in a folder, which records what is asked of it."""
-    root, asked = tmp_path / "hub", []
-
-    def snapshot_download(repo_id, *, revision, allow_patterns):
-        asked.append((repo_id, revision))
-        if not (root / repo_id).is_dir():
-            raise RuntimeError("404 Client Error:\n repository not found")
-        return str(root / repo_id)
-
-    def upload_folder(*, repo_id, folder_path, commit_message):
-        shutil.copytree(folder_path, root / repo_id, dirs_exist_ok=True)
-        return f"https://hub/{repo_id}/commit/1"
-
-    fake: Any = ModuleType("huggingface_hub")
-    fake.snapshot_download, fake.upload_folder = snapshot_download, upload_folder
-    fake.create_repo = lambda name, *, private, exist_ok: asked.append((name, private))
-    monkeypatch.setitem(sys.modules, "huggingface_hub", fake)
-    return asked
-
-
-def test_models_go_to_the_hub_and_come_back(hub, run, exported, tmp_path):
-    assert flowgen.push_to_hub(exported, "org/flow") == "https://hub/org/flow/commit/1"
-    assert_same(flowgen.from_pretrained("org/flow", revision="v1")[1], flowgen.load(exported)[1])
-    assert "checkpoints: 7" in succeed("info --checkpoint hf://org/flow")
-    flowgen.push_to_hub(run, "org/raw", private=False, ema=False)
-    assert_same(flowgen.load("hf://org/raw", ema=False)[1], flowgen.load(run, ema=False)[1])
-    assert hub[:3] == [("org/flow", True), ("org/flow", "v1"), ("org/flow", None)]
-
-
-def test_what_the_hub_lacks_is_told(hub, exported):
-    for name, kind, told in (
-        ("org/absent", OSError, "could not be downloaded (404 Client Error: repository not found)."),
-        ("absent", ValueError, "write hf://org/name"),
-    ):
-        with pytest.raises(kind, match=re.escape(told)) as error:
-            flowgen.from_pretrained(name)
-        one_sentence(error)
-    with pytest.raises(ValueError, match="ema cannot be set for the exported folder"):
-        flowgen.push_to_hub(exported, "org/flow", ema=False)
-
-
-def test_the_hub_needs_a_package(monkeypatch):
-    monkeypatch.setitem(sys.modules, "huggingface_hub", None)
-    with pytest.raises(ModuleNotFoundError, match="pip install huggingface_hub"):
-        flowgen.from_pretrained("org/flow")
-
-
 # The files.
 
 
@@ -468,52 +354,3 @@ def test_safetensors_come_back_bitwise(tmp_path):
         write_safetensors(path, tensors)
     with pytest.raises(ValueError, match="x is complex64"):
         write_safetensors(tmp_path / "other", {"x": np.ones(2, np.complex64)})
-
-
-# The models that ship with flowgen.
-
-
-SHIPPED_FROM = {"digits": "tarflow_digits", "digits-cfm": "cfm_digits"}
-
-
-def test_the_shipped_models_are_small_and_described():
-    assert shipped_models() == tuple(SHIPPED_FROM)
-    sizes = [path.stat().st_size for path in SHIPPED.rglob("*") if path.is_file()]
-    assert sum(sizes) < 2_000_000
-    for name, config in SHIPPED_FROM.items():
-        stored = from_json(RunReader(located(name)).config())  # without the fields that flowgen has gained since
-        trained, given = (
-            json.loads(json.dumps(without_paths(one.to_json()))) for one in (stored, flowgen.load_config(config))
-        )
-        assert trained["data"].pop("classes") == [str(digit) for digit in range(10)]
-        given["data"].pop("classes")
-        assert trained == given
-        card = (SHIPPED / name / "README.md").read_text()
-        assert "license: apache-2.0" in card
-        assert "CC BY 4.0" in card
-
-
-@pytest.mark.slow
-def test_the_shipped_models_know_the_digits():
-    """The flow, which nothing else in the tests has trained, tells held-out digits and the network's samples apart."""
-    flow, params, experiment = flowgen.load("digits")
-    network, weights, matching = flowgen.load("digits-cfm")
-    batch = experiment.dataset("eval")[np.arange(60)]
-    posterior = jax.jit(lambda x: density.class_posterior(flow, params, x))
-    guessed = np.asarray(posterior(batch.x / np.float32(127.5) - 1)).argmax(-1)
-    assert (guessed == batch.labels).mean() > 0.9
-    asked = np.arange(60) % 10
-    drawn_digits, _ = matching.draw_batch(network, weights, jax.random.key(0), np.arange(60), asked)
-    assert (np.asarray(posterior(drawn_digits)).argmax(-1) == asked).mean() > 0.9
-
-
-def test_a_folder_goes_before_a_shipped_model_of_the_same_name(exported, tmp_path, monkeypatch):
-    monkeypatch.chdir(tmp_path)
-    assert located("digits") == SHIPPED / "digits"
-    shutil.copytree(exported, "digits")
-    assert flowgen.load("digits")[2].name == "flow"
-    assert "did you mean --checkpoint digits-cfm?" in refused("sample digits-cfm")
-    assert "or a shipped model (digits, digits-cfm)" in refused("info --checkpoint digit")
-    for name in ("config.json", "model.safetensors"):
-        (tmp_path / "digits" / name).unlink()
-    assert "It hides the shipped model of this name." in refused("info --checkpoint digits")

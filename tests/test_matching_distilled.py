@@ -6,14 +6,18 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+import scipy.stats
 from laws import SMALL, perturbed
 from tolerances import FORMULA, NETWORK, assert_close
 
 import flowgen
+from flowgen import checkpoint
 from flowgen import matching as fm
 from flowgen.data import from_uint8
+from flowgen.experiments import MatchingExperiment
 from flowgen.experiments.distilled import open_flow, with_flow
 from flowgen.matching.loss import rows_of
+from flowgen.training import TrainConfig
 
 CONFIG = flowgen.TARFlowConfig(image_size=4, num_classes=3, noise_std=0.0, **{**SMALL, "layers_per_block": 1})
 DIGITS = fm.DiTConfig(image_size=8, channels=1, num_classes=10)
@@ -85,6 +89,19 @@ def test_noise_is_in_units_of_the_prior():
     assert_close(couple(fm.FlowDistilled(flow, variables), x0, x1).x0, x1 / 2, FORMULA)
 
 
+def test_a_flow_without_noise_gets_dequantised_images(tmp_path):
+    images = np.random.default_rng(0).integers(0, 256, (64, *CONFIG.event_shape), np.uint8)
+    x0, x1 = noise_and_data()[0], jnp.asarray(from_uint8(images))
+    found = (np.asarray(couple(fm.FlowDistilled(*identity_flow(), noise="uniform"), x0, x1).x0, np.float64) + 1) * 128
+    # Near 1, float32 has steps of 2^-24, which are 128 times as large here.
+    np.testing.assert_allclose(found, images + scipy.stats.norm.cdf(np.asarray(x0, np.float64)), atol=1e-4)
+
+    model = dataclasses.replace(CONFIG, channels=1, image_size=8, num_classes=0)
+    experiment = flowgen.FlowExperiment(name="flow", model=model)
+    checkpoint.write_run(tmp_path / "run", experiment, flowgen.init(model.build(), jax.random.key(0)))
+    assert open_flow(str(tmp_path / "run"), DIGITS).noise == "uniform"
+
+
 def test_rows_labels_gradients_and_compilation():
     flow, variables = perturbed(dataclasses.replace(CONFIG, noise_std=0.1), jax.random.key(0))
     x0, x1 = noise_and_data()
@@ -124,9 +141,22 @@ def test_the_shipped_flow_pairs_digits_with_near_normal_noise():
     assert jnp.square(pairs.x0 - x1).mean() < 0.9 * jnp.square(x0 - x1).mean()
 
 
+def test_a_training_step_has_the_flow_as_an_argument(key):
+    network = dataclasses.replace(DIGITS, width=16, head_dim=8, num_layers=1)
+    matching = fm.MatchingConfig(coupling=fm.FromFlow("digits"))
+    experiment = MatchingExperiment(name="nfm", model=network, matching=matching, train=TrainConfig(batch_size=8))
+    job = experiment.job()
+    batch, variables = next(iter(job.batches(0, 1))), job.init(key)
+    traced = jax.make_jaxpr(job.objective)({**variables, **job.fixed}, batch, jax.random.key(1))
+    sizes = [leaf.size for leaf in jax.tree.leaves(job.fixed)]
+    assert sum(map(np.size, traced.consts)) < sum(sizes) / 100
+    assert not set(job.fixed) & set(variables)
+
+
 REFUSED = {
     "no flow": (lambda: fm.FlowDistilled(fm.MLPConfig().build(), {}), "flow is a VelocityMLP"),
     "noise": (lambda: fm.FlowDistilled(CONFIG.build(), {}, noise_std=-1.0), "noise_std is -1.0"),
+    "kind of noise": (lambda: fm.FlowDistilled(CONFIG.build(), {}, noise="none"), "noise is 'none'; it must be"),
     "other samples": (
         lambda: fm.FlowDistilled(CONFIG.build(), {})(None, jnp.zeros((2, 3)), jnp.zeros((2, 3))),
         "x1 has samples of shape (3,), but the flow of the coupling models samples of shape (4, 4, 2)",

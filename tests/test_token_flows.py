@@ -10,15 +10,16 @@ import laws
 import numpy as np
 import pytest
 from conftest import rows
+from jax.sharding import AxisType, NamedSharding, PartitionSpec
+from token_cases import ALIKE, CASES, EXACT, MASK, ORDER, SMALL, TOKEN_MASK, TOKENS, case, exists, floats, sizes
 from tolerances import NETWORK, assert_close
 
-import flowgen
 from flowgen.conditioning import ContextTokens, Padded, TextCondition
-from flowgen.contexts import ImageContext, TokenContext, VectorContext
-from flowgen.data import Batch
+from flowgen.contexts import TokenContext, VectorContext
 from flowgen.decoding import (
     Guidance,
     Jacobi,
+    LowPrecision,
     Sequential,
     SlidingWindow,
     invert,
@@ -27,74 +28,11 @@ from flowgen.decoding import (
     sample_and_log_prob,
 )
 from flowgen.flows import AutoregressiveBlock, TokenFlowConfig, block_parameters
-from flowgen.flows.batches import batch_condition
 from flowgen.flows.jacobi_error import JacobiPenalty, jacobi_penalty
-from flowgen.flows.objective import nll_objective
 from flowgen.transforms import MixtureMap
 
-EXACT = 1e-10  # float64: a few hundred operations on numbers of magnitude 1
-SMALL = {"width": 16, "head_dim": 8, "num_blocks": 2, "layers_per_block": 1}
-ORDER = (3, 1, 0, 4, 2)
-MASK = np.array([[1, 1, 1, 1, 1], [1, 1, 0, 0, 0], [0, 1, 0, 1, 1]], bool)
-TOKENS = TokenContext(length=3, dim=2)
-TOKEN_MASK = np.array([[1, 1, 1], [0, 0, 0], [1, 0, 1]], bool)
-
-
-def floats(*shape, seed=5):
-    return np.random.default_rng(seed).standard_normal(shape)
-
-
-def context():
-    return ContextTokens(floats(3, 3, 2), TOKEN_MASK)
-
-
-STAR = {"image_size": (4, 6), "patch_size": 2, "channels": 1, "width": 20, "head_dim": 20, "layers_per_block": (1, 1)}
-CASES = {
-    "vector": (TokenFlowConfig(shape=(6,), group=2, **SMALL), lambda: None),
-    "one number": (TokenFlowConfig(shape=(1,), **SMALL), lambda: None),
-    "permuted": (TokenFlowConfig(shape=(5, 3), orders=(ORDER, ORDER[::-1]), **SMALL), lambda: None),
-    "classes": (TokenFlowConfig(shape=(4, 2), num_classes=3, **SMALL), lambda: np.array([0, -1, 2])),
-    "padded": (TokenFlowConfig(shape=(5, 2), padded=True, **SMALL), lambda: Padded(MASK)),
-    "vector context": (TokenFlowConfig(shape=(4,), context=VectorContext(dim=3), **SMALL), lambda: floats(3, 3)),
-    "padded, permuted, context": (
-        TokenFlowConfig(shape=(5, 2), padded=True, orders=(ORDER, ORDER[::-1]), context=TOKENS, **SMALL),
-        lambda: Padded(MASK, context()),
-    ),
-    "mixture": (TokenFlowConfig(shape=(4,), mixture=MixtureMap(components=3), **SMALL), lambda: None),
-    "padded mixture": (
-        TokenFlowConfig(shape=(5, 2), padded=True, mixture=MixtureMap(components=2, kind="logistic"), **SMALL),
-        lambda: Padded(MASK),
-    ),
-    "padded, context, running state": (
-        TokenFlowConfig(shape=(5, 2), padded=True, attention="retention", context=TOKENS, **SMALL),
-        lambda: Padded(MASK, context()),
-    ),
-    "image from image": (
-        flowgen.TARFlowConfig(image_size=4, channels=1, patch_size=2, context=ImageContext((4, 6), 1, 2), **SMALL),
-        lambda: floats(3, 4, 6, 1),
-    ),
-    "latents from tokens": (
-        flowgen.STARFlowConfig(context=TOKENS, conditioned_blocks="all", **STAR),
-        context,
-    ),
-}
-# Cases that others cover in part.
-ALIKE = (
-    *("one number", "permuted", "classes", "padded", "padded mixture", "padded, context, running state"),
-    "latents from tokens",
-)
-WITH_CONTEXT = [name for name, (config, _) in CASES.items() if config.context is not None]
 PLANS = (Sequential(), Jacobi(window=2, tol=0.0), Jacobi(tol=0.0), SlidingWindow(window=2, tol=0.0))
-
-
-def case(name, dtype="float32"):
-    """Returns (flow, perturbed variables, samples without values at padding, condition)."""
-    config, cond = CASES[name]
-    scale = 0.2 if isinstance(config, TokenFlowConfig) else 0.05  # A TARFlow clips no outputs.
-    flow, params = laws.perturbed(dataclasses.replace(config, dtype=dtype), jax.random.key(0), scale=scale)
-    cond = jax.tree.map(lambda part: jnp.asarray(part, dtype if part.dtype == float else None), cond())
-    x = jnp.asarray(floats(3, *config.event_shape, seed=6), dtype)
-    return flow, params, exists(x, cond), cond
+WITH_CONTEXT = [name for name, (config, _) in CASES.items() if config.context is not None]
 
 
 def existing_in_order(index):
@@ -103,20 +41,8 @@ def existing_in_order(index):
     return [rows[number] for number in ORDER if number < len(rows)]
 
 
-def exists(x, cond):
-    return jnp.where(cond.mask[:, :, None], x, 0) if isinstance(cond, Padded) else x
-
-
 def row(cond, index):
     return jax.tree.map(lambda part: part[index : index + 1], cond)
-
-
-def sizes(x, cond, index):
-    """The indices of a sample's values that exist."""
-    of_row = np.ones(x.shape[1:], bool)
-    if isinstance(cond, Padded):
-        of_row &= np.asarray(cond.mask[index])[:, None]
-    return of_row.reshape(-1)
 
 
 @pytest.fixture(params=rows(CASES, ALIKE))
@@ -231,6 +157,47 @@ def test_what_stands_at_padding_does_not_enter_the_penalty_or_the_tuning(key):
     assert_close(penalty, expected, NETWORK)
     found = measure_plans(flow, params, broken, cond, windows=(2,), cost=lambda block, plan: 1.0)
     assert all(np.isfinite(measured.error) for measured in found.measurements)
+
+
+@pytest.mark.parametrize(
+    ("name", "dtype"),
+    [
+        ("padded, permuted, context", "int8"),
+        pytest.param("padded mixture", "bfloat16", marks=pytest.mark.slow),
+        pytest.param("image from image", "int8", marks=pytest.mark.slow),
+        pytest.param("padded, context, running state", "int8", marks=pytest.mark.slow),
+    ],
+)
+def test_a_polish_repairs_what_rounded_weights_decode(name, dtype):
+    flow, params, x, cond = case(name)
+    z, _ = laws.apply(flow, params, x, cond)
+    rounded = invert(flow, params, z, cond, plan=LowPrecision(dtype, polish=None))
+    assert jnp.abs(rounded.x - x).max() > 1e-4
+    polished = invert(flow, params, z, cond, plan=LowPrecision(dtype, polish=Jacobi(tol=0.0)))
+    assert_close(polished.x, x, NETWORK)
+    np.testing.assert_array_equal(polished.x, exists(polished.x, cond))
+
+
+@pytest.mark.parametrize(
+    ("name", "kind"),
+    [
+        ("padded, permuted, context", "Explicit"),
+        ("image from image", "Explicit"),
+        pytest.param("padded, permuted, context", "Auto", marks=pytest.mark.slow),
+        pytest.param("image from image", "Auto", marks=pytest.mark.slow),
+    ],
+)
+def test_sharded_rows_have_the_densities_and_samples_of_one_device(name, kind, key):
+    flow, params, x, cond = case(name)
+    x, cond = x[:2], jax.tree.map(lambda part: part[:2], cond)
+    mesh = jax.make_mesh((2,), ("data",), axis_types=(AxisType[kind],), devices=jax.devices()[:2])
+    shared = jax.device_put((x, cond), NamedSharding(mesh, PartitionSpec("data")))
+    log_prob = partial(laws.apply, flow, params, method="log_prob")
+    assert_close(log_prob(*shared), log_prob(x, cond), NETWORK)
+    draw = partial(sample, flow, params, key, 2, denoise=False)
+    found = draw(cond=shared[1])
+    assert len(found.x.sharding.device_set) == 2
+    assert_close(found.x, draw(cond=cond).x, NETWORK)
 
 
 def test_guidance_needs_the_affine_map(key):
@@ -383,80 +350,8 @@ def test_a_network_that_embeds_the_context_is_trained_with_the_flow(x64):
     np.testing.assert_allclose(jnp.vdot(jax.grad(loss)(matrix), direction), slope, rtol=1e-6)  # step², third derivative
 
 
-def test_the_objective_is_the_density_of_batches_of_numbers(name, key):
-    flow, params, x, cond = case(name)
-    if x.ndim == 4:
-        return
-    loss, metrics = jax.jit(nll_objective(flow))(params, Batch(x, cond), key)
-    log_prob = laws.apply(flow, params, x, cond, method="log_prob")
-    assert_close(metrics["nats_per_dim"], -log_prob.mean() / flow.config.num_dims, NETWORK)
-    gradient = jax.jit(jax.grad(lambda p: nll_objective(flow)(p, Batch(x, cond), jax.random.key(1))[0]))(params)
-    assert all(jnp.isfinite(leaf).all() for leaf in jax.tree.leaves(gradient))
-    assert jnp.isfinite(loss)
-
-
-def test_dropout_makes_that_share_of_contexts_unconditional(key):
-    flow = TokenFlowConfig(shape=(2,), context=VectorContext(dim=1), **SMALL).build()
-    batch = Batch(jnp.zeros((4000, 2)), jnp.ones((4000, 1)))
-    condition = batch_condition(flow, 0.25, None)
-    dropped = condition(flowgen.rows.batch_rows(batch, key, 4000), batch, ())
-    share = 1 - dropped.mask.mean()
-    assert abs(share - 0.25) < 5 * np.sqrt(0.25 * 0.75 / 4000)
-
-
-def test_a_context_or_a_mask_that_the_flow_does_not_know_is_not_dropped_silently():
-    flow, params, x, _ = case("vector")
-    for context, message in (
-        (jnp.ones((3, 2)), "this flow has no context; describe it by the model's `context`"),
-        (Padded(jnp.asarray(MASK)), "this flow's samples have no padding; give its cond"),
-    ):
-        with pytest.raises(ValueError, match=message):
-            nll_objective(flow)(params, Batch(x, context), jax.random.key(0))
-
-
 def test_texts_are_contexts_too():
     flow, params, x, cond = case("padded, permuted, context")
     text = TextCondition(cond.cond.tokens, cond.cond.mask)
     of_text = laws.apply(flow, params, x, Padded(cond.mask, text), method="log_prob")
     np.testing.assert_array_equal(of_text, laws.apply(flow, params, x, cond, method="log_prob"))
-
-
-@pytest.mark.parametrize(
-    ("change", "message"),
-    [
-        ({"group": 4}, r"group is 4, which does not divide shape\[0\] 6; use a divisor"),
-        ({"shape": (6, 2), "group": 2, "padded": True}, r"padded is True, which needs sequences"),
-        ({"orders": ((0, 1, 2, 3, 4, 5),)}, r"orders has 1 permutations, but num_blocks is 2"),
-        ({"orders": ((0, 1, 2, 3, 4, 5), (0, 1, 2, 3, 4))}, r"orders\[1\] has 5 entries, but there are 6 tokens"),
-        ({"orders": ((0, 1, 2, 3, 4, 5), (0, 1, 2, 3, 4, 4))}, r"orders\[1\] is not a permutation of 0..5"),
-        ({"num_classes": 3, "context": VectorContext(2)}, r"num_classes is 3 and context is a VectorContext"),
-        ({"mixture": MixtureMap(), "scale_parameterisation": "softplus"}, r"leave it at 'exponential'"),
-        ({"width": 20}, r"width is 20, which is not a multiple of head_dim 8"),
-    ],
-)
-def test_a_config_that_cannot_work_is_refused(change, message):
-    with pytest.raises(ValueError, match=message):
-        TokenFlowConfig(**{"shape": (6,), **SMALL, **change})
-
-
-@pytest.mark.parametrize(
-    ("name", "cond", "message"),
-    [
-        ("vector", ContextTokens(floats(3, 1, 2), np.ones((3, 1), bool)), r"set its context, or give labels"),
-        ("padded", None, r"cond is None; this model's samples are padded, so give Padded\(mask, cond\)"),
-        ("padded", Padded(MASK[:, :4]), r"cond.mask must be bool of shape \(3, 5\)"),
-        ("padded", Padded(MASK.astype(np.float32)), r"cond.mask must be bool of shape \(3, 5\)"),
-        ("vector", Padded(MASK), r"cond is Padded, but this model's samples have no padding"),
-        ("vector", np.zeros((3, 2), np.float32), r"num_classes is 0"),
-        ("vector context", np.zeros((3, 2), np.float32), r"needs one vector per sample, as floats of shape \(3, 3\)"),
-        ("vector context", np.array([0, 1, 2]), r"needs one vector per sample"),
-        ("classes", ContextTokens(np.zeros((3, 1, 1)), np.ones((3, 1), bool)), r"set its context, or give labels"),
-        ("image from image", np.zeros((3, 4, 4, 1), np.float32), r"needs one image per sample"),
-    ],
-)
-def test_a_condition_that_does_not_fit_is_refused(name, cond, message, untyped):
-    flow, params, x, _ = case(name)
-    with pytest.raises(ValueError, match=message):
-        flow.apply(params, x, cond, method="log_prob")
-    with pytest.raises(ValueError, match=message):
-        sample(flow, params, jax.random.key(0), 3, cond)

@@ -1,6 +1,7 @@
 """One update of all devices: sums in another order alone, the average, clipping, AdamW and the schedule as written."""
 
 import dataclasses
+from functools import partial
 
 import jax
 import jax.numpy as jnp
@@ -10,8 +11,10 @@ from scripts import toy
 from tolerances import LAYER, NETWORK, assert_close, assert_trees_close
 
 from flowgen.training import OptimConfig, TrainConfig, make_schedule, make_step
+from flowgen.training.fsdp import FullySharded
 from flowgen.training.parallel import DataParallel
 from flowgen.training.step import init_state
+from flowgen.training.work import CountedStep
 
 
 def train_steps(devices, *, accumulation=1, steps=20, objective=None, config=toy.OPTIM):
@@ -90,6 +93,32 @@ def test_without_an_average_the_parameters_are_evaluated():
     states, _ = train_steps(jax.devices()[:1], config=dataclasses.replace(toy.OPTIM, ema_decay=0.0), steps=4)
     assert states[-1].ema is None
     assert states[-1].averaged["params"] is states[-1].params
+
+
+@pytest.mark.parametrize("layout", [DataParallel, partial(FullySharded, mesh_shape=(2, 2))])
+def test_fixed_collections_are_arguments_and_no_part_of_the_state(layout):
+    parallel = layout()
+
+    def objective(variables, batch, key):
+        loss, metrics = jnp.square(variables["params"]["w"]).sum(), {"seen": variables["other"]["w"].sum()}
+        return loss, metrics, {"stats": variables["stats"] + 1}
+
+    optim, traces = OptimConfig(), []
+    step = CountedStep(make_step(objective, optim, steps=2, axis_name=parallel.axis_name), parallel.program_devices)
+
+    def traced(*arguments):
+        traces.append(None)
+        return step(*arguments)
+
+    update = parallel.compile(traced)
+    state = parallel.place(init_state({"params": {"w": jnp.ones(4)}, "stats": jnp.zeros(())}, optim, 2))
+    batch, key = parallel.shard({"x": np.zeros((4, 1), np.float32)}), parallel.replicate_key(jax.random.key(0))
+    for value in (1.0, 3.0):
+        fixed = parallel.place({"other": {"w": np.full((3, 1), value, np.float32)}})
+        state, metrics = update(state, batch, key, fixed)
+        assert parallel.to_host(metrics)["seen"] == 3 * value
+    assert len(traces) == 1
+    assert parallel.to_host(state).collections == {"stats": 2}
 
 
 def test_the_update_against_numpy():

@@ -29,9 +29,9 @@ def declare(parser: argparse.ArgumentParser) -> None:
 def fields_help() -> str:
     """Returns the help on the fields that each kind of model accepts."""
     from flowgen.cli.grammar import options_help
-    from flowgen.experiments.autoregressive import FlowEvaluateOptions
     from flowgen.experiments.drawing import CompareOptions, EvaluateOptions
     from flowgen.experiments.flow import ImageEvaluateOptions
+    from flowgen.experiments.flow_options import FlowEvaluateOptions
     from flowgen.experiments.solving import VelocityEvaluateOptions
     from flowgen.experiments.token_options import TokenEvaluateOptions
 

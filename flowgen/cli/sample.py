@@ -40,8 +40,8 @@ def fields_help() -> str:
     """Returns the help on the fields that each kind of model accepts."""
     from flowgen.cli.grammar import options_help
     from flowgen.experiments import SamplingConfig, SolverConfig
-    from flowgen.experiments.autoregressive import FlowDrawOptions
     from flowgen.experiments.drawing import DrawOptions
+    from flowgen.experiments.flow_options import FlowDrawOptions
     from flowgen.experiments.solving import VelocityDrawOptions
     from flowgen.experiments.token_options import TokenDrawOptions, TokenSamplingConfig
     from flowgen.experiments.video_flow import ClipDrawOptions

@@ -11,7 +11,7 @@ import numpy as np
 from jaxtyping import Float, Int, Int32
 
 from flowgen.batch import Batch, Moments
-from flowgen.conditioning import TextCondition
+from flowgen.conditioning import TextCondition, is_context
 from flowgen.data.classes import renumbered
 from flowgen.data.dataset import Dataset, captions_in
 from flowgen.data.media import from_uint8
@@ -26,7 +26,7 @@ EncodeTexts = Callable[[Sequence[str]], tuple[Any, Any]]
 
 
 class Shard(NamedTuple):
-    """The latents and labels of some images or clips and, if there are texts, the features of their captions.
+    """The latents and labels of some images or clips, and the features of their captions or their contexts, if any.
 
     Example:
         shard = Shard(Moments(mean, std), labels)
@@ -35,6 +35,7 @@ class Shard(NamedTuple):
     moments: Moments
     labels: Int32[np.ndarray, " n"]
     texts: TextCondition | None = None
+    context: Any = None
 
     @property
     def size(self) -> int:
@@ -116,6 +117,8 @@ class LatentDataset:
         assert whole is not None  # `indices` is not empty
         if whole.texts is not None and self.use_texts:
             return Batch(whole.moments, whole.texts)
+        if whole.context is not None:
+            return Batch(whole.moments, whole.context)
         labels = renumbered(whole.labels, np.array(self.numbers)) if self.numbers else whole.labels
         return Batch(whole.moments, labels)
 
@@ -166,18 +169,19 @@ def encode(
         indices = np.arange(start, min(start + size, len(dataset)))
         batch = dataset[indices]
         pixels, labels, features = batch.pixels, np.asarray(batch.labels, np.int32), None
+        context = batch.context if is_context(batch.context) or isinstance(batch.context, TextCondition) else None
         if texts is not None:
             embeddings, mask = texts(captions_of(dataset, indices, labels))
             features = TextCondition(np.asarray(embeddings, np.float16), np.asarray(mask))
         for x in (pixels, pixels[..., ::-1, :]) if flip else (pixels,):
             mean, std = moments(np.asarray(from_uint8(x)))
-            shard = Shard(Moments(np.asarray(mean, np.float32), np.asarray(std, np.float32)), labels, features)
-            if not all(np.isfinite(array).all() for array in jax.tree.leaves(shard)):
+            latents = Moments(np.asarray(mean, np.float32), np.asarray(std, np.float32))
+            if not all(np.isfinite(array).all() for array in jax.tree.leaves((latents, features))):
                 raise ValueError(
                     f"samples {start} to {indices[-1]} have latents or text features that are not finite (features are "
                     "stored as float16); use another autoencoder or text encoder."
                 )
-            yield shard
+            yield Shard(latents, labels, features, context)
 
 
 def merged(blocks: Iterable[Shard], size: int = SHARD_BYTES) -> Iterator[Shard]:

@@ -14,7 +14,7 @@ import numpy as np
 from jaxtyping import Bool, Int
 
 from flowgen.arrays import shown
-from flowgen.batch import Batch
+from flowgen.batch import Batch, check_arrays
 from flowgen.data.dataset import BucketedDataset, Dataset, buckets_of, permutation
 
 T = TypeVar("T")
@@ -157,13 +157,14 @@ def fixed_batches(dataset: Dataset, batch_size: int) -> Iterator[tuple[Batch, Bo
 
 
 def checked_batch(batch: Any) -> Batch:
-    """Returns a batch from a dataset. Raises ValueError if it is not a `Batch`.
+    """Returns a batch from a dataset. Raises ValueError if it is not a `Batch` of arrays.
 
     Example:
         batch = checked_batch(dataset[np.arange(4)])
     """
     if not isinstance(batch, Batch):
         raise ValueError(f"the dataset returned {shown(batch)}; it must return a flowgen.data.Batch(x, context).")
+    check_arrays(batch)
     return batch
 
 

@@ -32,14 +32,7 @@ from flowgen.decoding.request import DecodeRequest
 from flowgen.decoding.sliding import solve_sliding
 from flowgen.decoding.weights import rounded_config
 from flowgen.flows.affine import Affine, TokenMaps
-from flowgen.flows.block import (
-    AutoregressiveBlock,
-    BlockConfig,
-    BlockState,
-    Variables,
-    block_parameters,
-    each_frame,
-)
+from flowgen.flows.block import AutoregressiveBlock, BlockConfig, BlockState, Variables, block_parameters, each_frame
 from flowgen.flows.density import Flow
 from flowgen.flows.orders import SampleOrder, order_without_padding, permutation, to_order, to_raster
 from flowgen.guidance import AffineParameters, Guidance

@@ -40,7 +40,8 @@ from flowgen.decoding.weights import (
     rounded_weights,
     unstacked_weights,
 )
-from flowgen.flows.block import Variables, decoding_config
+from flowgen.flows.block import Variables
+from flowgen.flows.decoding_form import decoding_config
 from flowgen.flows.density import Flow
 from flowgen.flows.orders import without_padding
 from flowgen.nn.layers import master_dtype

@@ -22,7 +22,8 @@ from flowgen.arrays import check_count
 from flowgen.backend import MACHINES, cache_stages
 from flowgen.counting import flop_of, kernels_of, traffic_of
 from flowgen.decoding.plan import Sequential, SolverPlan
-from flowgen.flows.block import AutoregressiveBlock, BlockConfig, BlockState, decoding_config, decoding_variables
+from flowgen.flows.block import AutoregressiveBlock, BlockConfig, BlockState
+from flowgen.flows.decoding_form import decoding_config, decoding_variables
 from flowgen.flows.density import Flow
 from flowgen.nn.layers import master_dtype
 from flowgen.settings import config

@@ -34,7 +34,8 @@ from flowgen.decoding.plan import (
 )
 from flowgen.decoding.request import DecodeRequest, decode_request
 from flowgen.decoding.weights import decoding_weights
-from flowgen.flows.block import BlockConfig, Variables, decoding_config
+from flowgen.flows.block import BlockConfig, Variables
+from flowgen.flows.decoding_form import decoding_config
 from flowgen.flows.density import Flow, check_flow
 from flowgen.flows.orders import without_padding
 from flowgen.guidance import Guidance

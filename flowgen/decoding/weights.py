@@ -20,7 +20,8 @@ from jax.core import Tracer
 
 from flowgen.backend import with_automatic_axes
 from flowgen.decoding.plan import RoundedDtype
-from flowgen.flows.block import BlockConfig, Variables, block_parameters, decoding_variables
+from flowgen.flows.block import BlockConfig, Variables, block_parameters
+from flowgen.flows.decoding_form import decoding_variables
 from flowgen.flows.density import FlowConfig
 from flowgen.nn.int8 import round_linear
 

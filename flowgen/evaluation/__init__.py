@@ -9,7 +9,7 @@ from flowgen.evaluation.calibration import (
     sbc_ranks,
 )
 from flowgen.evaluation.corruptions import CORRUPTIONS
-from flowgen.evaluation.estimate import Estimate, Evaluation, mean_of
+from flowgen.evaluation.estimate import Estimate, Evaluation, mean_of, ratio_of
 from flowgen.evaluation.features import Classifier, train_classifier
 from flowgen.evaluation.kernel import KernelDistance, kernel_distance
 from flowgen.evaluation.likelihood import (
@@ -62,6 +62,7 @@ __all__ = [
     "point_samples",
     "psnr",
     "rank_uniformity",
+    "ratio_of",
     "read_statistics",
     "save_statistics",
     "sbc_ranks",

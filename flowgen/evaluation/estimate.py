@@ -48,6 +48,19 @@ def mean_of(values: Float[np.ndarray, " n"]) -> Estimate:
     return Estimate(float(values.mean()), error, len(values))
 
 
+def ratio_of(values: Float[np.ndarray, " n"], sizes: Float[np.ndarray, " n"]) -> Estimate:
+    """Returns Σ values / Σ sizes over independent samples, and its standard error by the delta method.
+
+    The error is that of the mean of (value - ratio · size) / mean size. With one sample, the standard error is unknown.
+
+    Example:
+        nats_per_dim = ratio_of(nats, dims)  # of samples of different lengths
+    """
+    values, sizes = np.asarray(values, np.float64), np.asarray(sizes, np.float64)
+    ratio = float(values.sum() / sizes.sum())
+    return mean_of((values - ratio * sizes) / sizes.mean())._replace(value=ratio)
+
+
 @dataclass(frozen=True)
 class Evaluation:
     """The result of an evaluation.

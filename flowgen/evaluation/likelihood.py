@@ -8,14 +8,17 @@ from functools import partial
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float, Key
 
 from flowgen import backend
+from flowgen.conditioning import split_padded
 from flowgen.data.dataset import BucketedDataset, Dataset, buckets_of
+from flowgen.data.latents import LatentDataset
 from flowgen.data.loader import fixed_batches
 from flowgen.data.media import from_uint8
-from flowgen.flows.batches import add_noise, batch_input, condition_of, models_images
+from flowgen.flows.batches import add_noise, batch_input, flow_condition, models_images
 from flowgen.flows.density import LEVELS, bits_per_dim
 
 # Above FULL_COVARIANCE_DIMS dimensions, a full covariance would be too large. With fewer than IMAGES_PER_DIM images per
@@ -41,9 +44,14 @@ def flow_bits_per_dim(
     in published results; None means the noise with which the flow was trained.
     conditional: whether to pass labels to a flow with classes.
 
+    Raises ValueError for latents and numbers, which have no levels; use `flow_nats_per_dim`.
+
     Example:
         bpd = flow_bits_per_dim(flow, params, dataset, jax.random.key(0), noise_std=0.0)
     """
+    if not models_images(flow) or any(isinstance(bucket, LatentDataset) for bucket in buckets_of(dataset)):
+        what = "latents" if models_images(flow) else "numbers"
+        raise ValueError(f"bits/dim needs data with 256 levels, but the data are {what}; use flow_nats_per_dim.")
     nats = flow_nats(flow, variables, dataset, key, noise_std=noise_std, batch_size=batch_size, conditional=conditional)
     return float(bits_of_nats(nats).mean())
 
@@ -57,9 +65,10 @@ def flow_nats_per_dim(
     batch_size: int = 256,
     conditional: bool = True,
 ) -> float:
-    """Returns a flow's mean negative log-likelihood over a dataset of latents, in nats per dimension.
+    """Returns a flow's mean negative log-likelihood over a dataset of latents or numbers, in nats per dimension.
 
     The latents of each image are drawn once from the encoder's posterior, and one noise sample is added to them.
+    If samples are padded, each one's mean covers the values that exist.
 
     conditional: whether to pass labels or texts to a conditional flow; must be True for a flow conditioned on texts.
 
@@ -82,7 +91,8 @@ def flow_nats(
 ) -> Float[np.ndarray, " n"]:
     """Returns the negative log-likelihood of each sample under a flow, in nats per dimension, in float64.
 
-    The order is that of the dataset, bucket by bucket. For the arguments, see `flow_bits_per_dim`.
+    The order is that of the dataset, bucket by bucket. Padding is not counted among the dimensions. For the arguments,
+    see `flow_bits_per_dim`.
 
     Example:
         estimate = mean_of(flow_nats(flow, params, dataset, jax.random.key(0)))
@@ -111,8 +121,10 @@ def _flow_nats(shared, batch, positions, *, flow, sigma, conditional):
     variables, key = shared
     keys = jax.vmap(partial(jax.random.fold_in, key))(positions)
     noised = jax.vmap(lambda key, one: batch_input(key, jax.tree.map(lambda x: x[None], one), sigma)[0])(keys, batch.x)
-    cond = condition_of(flow, batch) if conditional else None
-    return -flow.apply(variables, noised, cond, method="log_prob") / flow.config.num_dims
+    cond = flow_condition(flow, batch) if conditional else None
+    mask, _ = split_padded(cond)
+    dims = flow.config.num_dims if mask is None else flow.config.token_dim * jnp.maximum(mask.sum(axis=1), 1)
+    return -flow.apply(variables, noised, cond, method="log_prob") / dims
 
 
 def velocity_bits_per_dim(

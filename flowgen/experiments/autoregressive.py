@@ -8,12 +8,11 @@ import warnings
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
-from typing import Annotated, Any, Literal
+from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jaxtyping import Int
 
 from flowgen.batch import Batch, Moments
 from flowgen.conditioning import TextCondition
@@ -24,12 +23,18 @@ from flowgen.data.latents import LatentDataset, captions_of
 from flowgen.decoding.plan import DecodePlan, rounded_dtypes
 from flowgen.decoding.request import decode_request
 from flowgen.experiments.codecs import CodecConfig
+from flowgen.experiments.conditions import (
+    captions_condition,
+    check_command_needs_no_context,
+    check_needs_no_context,
+    check_not_flipped,
+    chosen_texts,
+    conditions_of,
+    is_conditional,
+)
 from flowgen.experiments.drawing import (
     Conditions,
-    DrawOptions,
-    EvaluateOptions,
     asked_labels,
-    check_compared,
     cycled_labels,
     drawn_classes,
 )
@@ -45,59 +50,12 @@ from flowgen.experiments.texts import TextConfig, release_text_encoders
 from flowgen.flows import STARFlowConfig, TARFlowConfig
 from flowgen.guidance import Guidance
 from flowgen.nn import init
-from flowgen.settings import config, in_group
-from flowgen.settings.ranges import Within
+from flowgen.settings import in_group
 from flowgen.training import Job, OptimConfig
 from flowgen.training.step import Objective
 
-NumSamples = Annotated[int, Within(0, 1 << 24)]
 # Text flows draw samples for this many held-out captions during training, unless sampling.prompts is set.
 DRAWN_CAPTIONS = 16
-
-
-@config
-class FlowDrawOptions(DrawOptions):
-    """Options for drawing images, in addition to the fields of `sampling`.
-
-    classes: classes to draw in turn, by name (cat,dog) or number (0,1,2); -1 is unconditional, as in --classes=-1,3.
-    aspect: aspect ratio, such as 16:9; samples have about the same area as the model's images.
-    certify: check the decoding with a forward pass.
-    strict: stop with an error if the decoding leaves a window unsolved.
-    tune: first measure decoding plans on this device; use the fastest, and save it with the run for --plan tuned. It is
-        not saved with a model that ships with flowgen or a run in a bucket.
-    """
-
-    classes: str = ""
-    aspect: str = ""
-    certify: bool = False
-    strict: bool = False
-    tune: bool = False
-
-    @property
-    def checks(self) -> dict[str, bool]:
-        """The options of `flowgen.decoding.sample` that check the decoding."""
-        return {"certify": self.certify, "strict": self.strict}
-
-
-@config
-class FlowEvaluateOptions(EvaluateOptions):
-    """Options for evaluating a flow.
-
-    noise: noise to add to the images; "model" is the training noise, and "uniform" is uniform dequantisation.
-    samples: number of samples to draw and compare with the data; 0 for none.
-    unconditional: evaluate a class-conditional model without labels.
-    """
-
-    noise: Literal["model", "uniform"] = "model"
-    samples: NumSamples = 0
-    unconditional: bool = False
-
-    def __post_init__(self):
-        check_compared(self.samples)
-
-    def noise_std(self, flow: Any) -> float:
-        """Returns the standard deviation of the noise added to images; 0 means uniform dequantisation."""
-        return 0.0 if self.noise == "uniform" else flow.config.noise_std
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -153,11 +111,7 @@ class AutoregressiveExperiment(Experiment):
             raise ValueError(
                 f"text is {has}, but model.text_dim is {self.model.text_dim}; set both for a text model, or neither."
             )
-        if self.model.context is not None:
-            raise ValueError(
-                "model.context is set, but no images come with contexts; train on Batch(x, context) with your own loop "
-                "and flowgen.flows.objective.nll_objective, or set model.context to none."
-            )
+        check_not_flipped(self.model, self.data)
         if not self.model.text_dim and self.sampling.prompts:
             raise ValueError(
                 f"sampling.prompts is {self.sampling.prompts}, but the model accepts no texts; leave it out."
@@ -186,6 +140,7 @@ class AutoregressiveExperiment(Experiment):
 
     def dataset(self, split: Split) -> Dataset | BucketedDataset:
         """Returns the images or clips in a split, resized so that their latents have the size the model expects."""
+        check_needs_no_context(self.model, self.data)
         return pixel_dataset(self.data, self.encoding, split)
 
     def flow_dataset(self, split: Split, *, labelled: bool = True) -> Dataset | BucketedDataset:
@@ -193,6 +148,7 @@ class AutoregressiveExperiment(Experiment):
 
         labelled: whether the data must have labels if the model is class-conditional.
         """
+        check_needs_no_context(self.model, self.data)
         return flow_dataset(self.data, self.encoding, split, labelled=labelled)
 
     def with_provenance(self) -> AutoregressiveExperiment:
@@ -215,7 +171,7 @@ class AutoregressiveExperiment(Experiment):
             *whole, height, width, _ = model.event_shape
             frames = [1 + (count - 1) * codec.stride for count in whole]
             expected = (*frames, height * codec.factor, width * codec.factor, codec.pixel_channels)
-            dataset, held_out = own_data(dataset, held_out, expected, model.num_classes)
+            dataset, held_out = own_data(dataset, held_out, expected, model.num_classes, model.context)
             evaluated = None if held_out is None else as_taken(held_out, self.data, self.encoding, flip=False)
             return as_taken(dataset, self.data, self.encoding, flip=self.data.flip), evaluated
         return self.flow_dataset("train"), self.flow_dataset("eval") if self.has_held_out else None
@@ -293,7 +249,7 @@ class AutoregressiveExperiment(Experiment):
     ) -> Callable[[Any], np.ndarray] | None:
         """Returns a function that draws a run's sample images, or None if they cannot be shown in grey or colour.
 
-        The function draws samples for each class in turn, or for texts.
+        The function draws samples for each class in turn, or for the texts or contexts of the dataset.
 
         draw_batch: the experiment's method of this name. show: a function (samples, number of classes) -> one image.
         """
@@ -320,7 +276,10 @@ class AutoregressiveExperiment(Experiment):
 
         def draw_image(variables: Any) -> np.ndarray:
             numbers = np.arange(num)
-            cond = cycled_labels(num, classes) if texts is None else chosen_texts(texts, numbers)
+            if self.model.context is not None:
+                cond = bucket[numbers % len(bucket)].context
+            else:
+                cond = cycled_labels(num, classes) if texts is None else chosen_texts(texts, numbers)
             key = jax.random.key(self.train.seed)
             samples, _ = draw_batch(sized, variables, key, numbers, cond, guidance=guidance)
             return show(samples, classes)
@@ -351,7 +310,7 @@ class AutoregressiveExperiment(Experiment):
 
     def warn_of_guidance(self) -> None:
         """Issues a UserWarning if samples are guided, but the unconditional branch is not trained."""
-        conditional = self.model.num_classes or self.model.text_dim
+        conditional = is_conditional(self.model) or self.model.text_dim
         if self.sampling.guidance and conditional and not self.train.label_dropout:
             warnings.warn(
                 f"sampling.guidance is {self.sampling.guidance:g}, but train.label_dropout is 0, so the unconditional "
@@ -366,6 +325,7 @@ class AutoregressiveExperiment(Experiment):
 
         Raises ValueError if the model does not accept the given conditions.
         """
+        check_command_needs_no_context(self.model)
         num = self.sampling.num
         if not self.model.text_dim:
             labels = asked_labels(self.model, self.data, num, classes)
@@ -380,7 +340,9 @@ class AutoregressiveExperiment(Experiment):
         return partial(chosen_texts, texts), {"prompts": np.resize(np.array(prompts), num)}
 
     def conditions_of(self, data: Dataset, *, unconditional: bool = False) -> Conditions | None:
-        """Returns a function from dataset positions to labels or encoded captions, or None if there are no conditions.
+        """Returns a function from dataset positions to conditions, or None if there are none.
+
+        The conditions are labels, encoded captions or contexts.
 
         unconditional: whether to leave out the labels of a class-conditional model.
         """
@@ -395,26 +357,8 @@ class AutoregressiveExperiment(Experiment):
             captions = captions_of(data, positions, labels(positions))
             return self.encoding.condition(captions, truncate=self.text.truncate)
 
+        if self.model.context is not None:
+            return conditions_of(self.model, data)
         if self.model.text_dim:
             return texts
         return labels if self.model.num_classes and not unconditional else None
-
-
-def chosen_texts(texts: TextCondition, numbers: Int[np.ndarray, " b"]) -> TextCondition:
-    """Returns one encoded text per sample number, cycling through `texts`.
-
-    Example:
-        chosen_texts(texts, np.arange(3))
-    """
-    return TextCondition(*(part[numbers % len(texts.mask)] for part in texts))
-
-
-def captions_condition(dataset: Dataset, positions: Int[np.ndarray, " b"]) -> TextCondition:
-    """Returns the encoded captions of the latents at these positions of a dataset.
-
-    Example:
-        cond = captions_condition(latents, np.arange(4))
-    """
-    texts = dataset[positions].context
-    assert isinstance(texts, TextCondition)  # These latents have texts.
-    return TextCondition(jnp.asarray(texts.embeddings, jnp.float32), jnp.asarray(texts.mask))

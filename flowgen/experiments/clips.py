@@ -27,7 +27,7 @@ from flowgen.data.unreadable import Unreadable
 from flowgen.data.video import READABLE, frame_times, read_clip, video_size
 from flowgen.evaluation import psnr
 from flowgen.flows import ClipDenoiser, DenoiserStep, denoiser_variables
-from flowgen.flows.batches import batch_input, condition_of
+from flowgen.flows.batches import batch_input, flow_condition
 from flowgen.flows.density import tweedie_step
 from flowgen.places import check_local
 
@@ -197,7 +197,7 @@ def denoised_psnr(
     """
     batch = checked_batch(dataset[np.arange(min(most, len(dataset)))])
     noisy = batch_input(key, jax.tree.map(jnp.asarray, batch.x), flow.config.noise_std)
-    cond = condition_of(flow, batch)
+    cond = flow_condition(flow, batch)
     cleaned: dict[str, Any] = {
         "as they are": noisy,
         "by the score": backend.by_rows(_tweedie_step, variables, noisy, cond, flow=flow),

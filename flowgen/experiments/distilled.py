@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Callable
 from typing import Any
 
 import jax
@@ -10,11 +11,15 @@ import jax.numpy as jnp
 
 from flowgen.experiments.flow import FlowExperiment
 from flowgen.matching import FlowDistilled, FromFlow, MatchingConfig
+from flowgen.matching.objective import combined_state
 from flowgen.nn import init
+from flowgen.rows import StatefulObjective
 from flowgen.runs import DIGEST, RunReader, located
 from flowgen.settings import TYPE
+from flowgen.training.step import Objective
 
 FIELD = "matching.coupling.path"
+COLLECTION = "coupling"  # the name of the collection of the flow's variables in a training step
 
 
 def with_flow(matching: MatchingConfig, model: Any) -> MatchingConfig:
@@ -29,6 +34,38 @@ def with_flow(matching: MatchingConfig, model: Any) -> MatchingConfig:
     if not isinstance(matching.coupling, FromFlow):
         return matching
     return dataclasses.replace(matching, coupling=open_flow(matching.coupling.path, model))
+
+
+def fixed_variables(matching: MatchingConfig) -> dict[str, Any]:
+    """Returns the collections that a training step reads, but does not change: the variables of a coupling's flow.
+
+    Example:
+        job = Job(fixed=fixed_variables(matching), objective=distilled_objective(matching, objective), ...)
+    """
+    coupling = matching.coupling
+    return {COLLECTION: coupling.variables} if isinstance(coupling, FlowDistilled) else {}
+
+
+def distilled_objective(matching: MatchingConfig, objective: Callable[[MatchingConfig], Objective]) -> Objective:
+    """Returns the objective of a config, for variables that contain the collections `fixed_variables(matching)`.
+
+    A large flow must not become part of the compiled step, so its variables are taken from the objective's variables.
+
+    objective: a function from a config to its objective.
+
+    Example:
+        objective = distilled_objective(matching, lambda given: matching_objective(network, given.loss_fn(), pairs))
+    """
+    coupling = matching.coupling
+    if not isinstance(coupling, FlowDistilled):
+        return objective(matching)
+
+    def of_variables(variables, batch, key):
+        rest = {name: value for name, value in variables.items() if name != COLLECTION}
+        of_flow = dataclasses.replace(coupling, variables=variables[COLLECTION])
+        return objective(dataclasses.replace(matching, coupling=of_flow))(rest, batch, key)
+
+    return StatefulObjective(of_variables, combined_state)
 
 
 def open_flow(path: str, model: Any) -> FlowDistilled:
@@ -58,7 +95,9 @@ def open_flow(path: str, model: Any) -> FlowDistilled:
     except (FileNotFoundError, ValueError) as error:
         kind = FileNotFoundError if isinstance(error, FileNotFoundError) else ValueError
         raise kind(f"{FIELD} '{path}': {error}") from error
-    return FlowDistilled(flow, jax.tree.map(jnp.asarray, variables))
+    # A flow without noise was trained on dequantised images.
+    noise = "normal" if flow.config.noise_std else "uniform"
+    return FlowDistilled(flow, jax.tree.map(jnp.asarray, variables), noise=noise)
 
 
 def check_fits(experiment: FlowExperiment, model: Any) -> None:
@@ -81,5 +120,3 @@ def check_fits(experiment: FlowExperiment, model: Any) -> None:
             f"this flow has {has}, but model.num_classes is {model.num_classes}; give a flow with the same classes, or "
             "without classes."
         )
-    if not flow.noise_std:
-        raise ValueError("this flow was trained without noise (noise_std is 0); give one with a positive noise_std.")

@@ -15,17 +15,14 @@ from flowgen.data import DataConfig, Dataset, LatentsConfig
 from flowgen.data.dataset import BucketedDataset, Split, of_one_shape
 from flowgen.evaluation import Evaluation, flow_bits_per_dim, flow_nats_per_dim, gaussian_bits_per_dim
 from flowgen.experiments.anomalies import evaluate_anomalies, open_anomalies
-from flowgen.experiments.autoregressive import (
-    AutoregressiveExperiment,
-    FlowDrawOptions,
-    FlowEvaluateOptions,
-)
+from flowgen.experiments.autoregressive import AutoregressiveExperiment
 from flowgen.experiments.comparison import Comparison, check_features, compare_samples, open_comparison
 from flowgen.experiments.debug import debug_flow, debug_images, debug_run
 from flowgen.experiments.decoding import decoded_by_all, decoding_line
 from flowgen.experiments.distances import SAMPLES_AT_ONCE
 from flowgen.experiments.drawing import AT_ONCE, CompareOptions, check_compared, draw_in_batches, on_devices
 from flowgen.experiments.experiment import Samples
+from flowgen.experiments.flow_options import FlowDrawOptions, FlowEvaluateOptions
 from flowgen.experiments.likelihoods import check_likelihood, evaluate_gaussian, evaluate_likelihood
 from flowgen.experiments.plots import sample_grid
 from flowgen.flows import STARFlowConfig, STARFlowVConfig, TARFlowConfig

@@ -9,8 +9,8 @@ import jax
 from flowgen.data import Dataset
 from flowgen.data.dataset import BucketedDataset
 from flowgen.evaluation import Evaluation, bits_of_nats, flow_nats, gaussian_bits, mean_of, velocity_bits
-from flowgen.experiments.autoregressive import FlowEvaluateOptions
 from flowgen.experiments.drawing import EvaluateOptions
+from flowgen.experiments.flow_options import FlowEvaluateOptions
 from flowgen.matching import log_prob
 from flowgen.matching.solvers import Velocity
 

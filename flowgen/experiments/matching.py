@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import functools
 from collections.abc import Callable
 from functools import partial
 from typing import Any
@@ -11,47 +10,41 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jaxtyping import Array
 
 from flowgen import backend
-from flowgen.contexts import ImageContext
 from flowgen.counting import flop_of, peak_of
 from flowgen.data import (
     Batch,
     DataConfig,
     Dataset,
     PointsConfig,
-    blank_batches,
-    fixed_batches,
-    from_uint8,
-    take_inventory,
 )
 from flowgen.data.dataset import Split
 from flowgen.evaluation import Estimate, Evaluation, point_metrics, point_samples
 from flowgen.experiments.comparison import Comparison, check_features, compare_samples, open_comparison
 from flowgen.experiments.conditions import (
-    condition_of,
+    check_command_needs_no_context,
+    check_needs_no_context,
+    check_not_flipped,
     conditions_of,
-    context_of,
     is_conditional,
+    model_context,
 )
 from flowgen.experiments.debug import SAMPLES, debug_images, debug_run
-from flowgen.experiments.distances import SAMPLES_AT_ONCE, sample_metrics, train_features
-from flowgen.experiments.distilled import with_flow
+from flowgen.experiments.distances import SAMPLES_AT_ONCE
 from flowgen.experiments.drawing import (
     AT_ONCE,
     asked_labels,
-    cycled_labels,
     draw_in_batches,
-    drawn_classes,
     on_devices,
 )
 from flowgen.experiments.estimates import some_condition
 from flowgen.experiments.experiment import Experiment, Rehearsal, Samples, SamplingCost
-from flowgen.experiments.images import image_batches, image_dataset, tell_unused_classes, with_class_names
+from flowgen.experiments.images import image_dataset, with_class_names
 from flowgen.experiments.likelihoods import evaluate_velocity
+from flowgen.experiments.matching_jobs import images_job, pairs_of, points_job, weights_of
 from flowgen.experiments.own_data import own_data
-from flowgen.experiments.plots import DRAWABLE_CHANNELS, DRAWN_PATHS, path_plot, sample_grid
+from flowgen.experiments.plots import DRAWN_PATHS, path_plot
 from flowgen.experiments.solving import SolverConfig, VelocityDrawOptions, VelocityEvaluateOptions, draw_by_solver
 from flowgen.flows.flow import ImageTokens
 from flowgen.matching import (
@@ -62,9 +55,7 @@ from flowgen.matching import (
     trajectory,
     velocity_field,
 )
-from flowgen.matching.objective import REPORT_PAIRS
 from flowgen.nn import init
-from flowgen.rows import batch_rows
 from flowgen.settings import config, type_name
 from flowgen.training import Job
 
@@ -102,7 +93,7 @@ class MatchingExperiment(Experiment):
 
     def _check_data(self) -> None:
         model, kind, points = self.model, type_name(self.model), isinstance(self.data, PointsConfig)
-        context = context_of(model)
+        context = model_context(model)
         if isinstance(model, ImageTokens):
             raise ValueError(f"model is {model}, which is a flow; use a FlowExperiment.")
         if len(model.event_shape) not in (1, 3):
@@ -117,8 +108,7 @@ class MatchingExperiment(Experiment):
                 f"model has event_shape {model.event_shape}, num_classes {model.num_classes} and context "
                 f"{context}; for points, they must be (2,), 0 and None."
             )
-        if isinstance(context, ImageContext) and getattr(self.data, "flip", False):
-            raise ValueError("data.flip is true, but the context is an image, which is not flipped; set it to false.")
+        check_not_flipped(model, self.data)
         if getattr(self.matching.coupling, "class_aware", False) and not model.num_classes:
             raise ValueError("matching.coupling.class_aware is true, but the model has no classes; set it to false.")
         if self.train.label_dropout >= 1:
@@ -193,11 +183,7 @@ class MatchingExperiment(Experiment):
         """
         if isinstance(self.data, PointsConfig):
             raise ValueError("data are points, which have no dataset; draw them with data.draw(key, num).")
-        if context_of(self.model) is not None:
-            raise ValueError(
-                f"model.context is {context_of(self.model)}, and data.name {self.data.name!r} has no contexts; call "
-                "flowgen.fit(experiment, workdir, dataset=...) in Python, with data that return Batch(images, context)."
-            )
+        check_needs_no_context(self.model, self.data)
         return image_dataset(self.data, self.model, split, labelled=labelled)
 
     def job(self, *, dataset: Dataset | None = None, held_out: Dataset | None = None, model: Any = None) -> Job:
@@ -211,15 +197,15 @@ class MatchingExperiment(Experiment):
                 raise ValueError(
                     "dataset is given, but data is a PointsConfig, which draws points; set data to a DataConfig."
                 )
-            return self._points_job(network, self.data)
+            return points_job(self, network, self.data)
         if dataset is None:
             dataset = self.dataset("train")
             held_out = self.dataset("eval") if self.data.eval_fraction > 0 else None
         else:
             dataset, held_out = own_data(
-                dataset, held_out, self.model.event_shape, self.model.num_classes, context_of(self.model)
+                dataset, held_out, self.model.event_shape, self.model.num_classes, model_context(self.model)
             )
-        return self._images_job(network, self.data, dataset, held_out)
+        return images_job(self, network, self.data, dataset, held_out)
 
     def rehearsal(self, model: Any, rows: int) -> Rehearsal:
         """Returns what is needed to trace a training step on `rows` samples, with an independent coupling."""
@@ -229,7 +215,7 @@ class MatchingExperiment(Experiment):
         def batch() -> Batch:
             return Batch(jnp.zeros(shape, jnp.uint8), some_condition(self.model, rows))
 
-        objective = matching_objective(model, matching.loss_fn(), self._pairs)
+        objective = matching_objective(model, matching.loss_fn(), partial(pairs_of, self))
         return Rehearsal(lambda key: init(model, key), objective, jax.eval_shape(batch))
 
     def sampling_cost(self, model: Any, variables: Any, num: int) -> SamplingCost:
@@ -243,92 +229,9 @@ class MatchingExperiment(Experiment):
         )
         numbers, key = jax.ShapeDtypeStruct((num,), jnp.int32), jax.eval_shape(lambda: jax.random.key(0))
         cond = jax.eval_shape(lambda: some_condition(self.model, num))
-        traced = jax.make_jaxpr(lambda *args: run(*args)[0])((_weights(variables), key), numbers, cond).jaxpr
+        traced = jax.make_jaxpr(lambda *args: run(*args)[0])((weights_of(variables), key), numbers, cond).jaxpr
         flop = sum(flop_of(traced).values(), start=0.0) / num
         return SamplingCost(None if self.sampling.method == "dopri5" else flop, 0, peak_of(traced))
-
-    def _pairs(self, key: Array, batch: Batch) -> dict[str, Any]:
-        """Returns the noise and data of a batch of points, or the data and conditions of a batch of images."""
-        if isinstance(self.data, PointsConfig):
-            rows = batch_rows(batch, key, batch.size)
-            x0, x1 = rows.draw_whole(self.data.draw)
-            return {"x0": x0, "x1": x1}
-        return {"x1": from_uint8(batch.pixels), "cond": condition_of(self.model, batch)}
-
-    def _points_job(self, network: Any, data: PointsConfig) -> Job:
-        matching = with_flow(self.matching, self.model).fitted(
-            *data.draw(jax.random.key(self.train.seed), REPORT_PAIRS)
-        )
-
-        @jax.jit
-        def samples(variables, key):
-            return point_samples(velocity_field(network, variables, matching), data.draw, key)
-
-        def plot(variables: Any) -> np.ndarray:
-            key = jax.random.key(self.train.seed)
-            points, _ = self.draw_batch(network, variables, key, np.arange(self.sampling.num), None)
-            return self.plot(network, variables, points, key)
-
-        return Job(
-            init=lambda key: {**init(network, key), **matching.state()},
-            objective=matching_objective(network, matching.loss_fn(), self._pairs),
-            batches=partial(blank_batches, self.train.batch_size // jax.process_count()),
-            evaluate=lambda variables: point_metrics(samples(_weights(variables), jax.random.key(1))),
-            sample=plot,
-            best_metric=self.best_metric,
-        )
-
-    def _images_job(self, network: Any, data: DataConfig, dataset: Dataset, held_out: Dataset | None) -> Job:
-        tell_unused_classes(dataset, data, self.model.num_classes)
-        order = np.random.default_rng(self.train.seed).permutation(len(dataset))
-        x1 = from_uint8(dataset[np.sort(order[:REPORT_PAIRS])].pixels)
-        x0 = jax.random.normal(jax.random.key(self.train.seed), x1.shape)
-        matching = with_flow(self.matching, self.model).fitted(x0, jnp.asarray(x1))
-        classes = drawn_classes(self.model, self.data)
-
-        def draw_image(variables: Any) -> np.ndarray:
-            numbers, key = np.arange(self.sampling.num), jax.random.key(self.train.seed)
-            cond = cycled_labels(len(numbers), classes)
-            if context_of(self.model) is not None:
-                shown = dataset if held_out is None else held_out
-                cond = shown[numbers % len(shown)].context
-            images, _ = self.draw_batch(network, variables, key, numbers, cond)
-            return sample_grid(images, classes)
-
-        loss = matching.loss_fn(label_dropout=self.train.label_dropout)
-        return Job(
-            init=lambda key: {**init(network, key), **matching.state()},
-            objective=matching_objective(network, loss, self._pairs),
-            batches=image_batches(dataset, data, self.train),
-            evaluate=None if held_out is None else self._evaluator(matching, network, dataset, held_out),
-            sample=draw_image if self.drawn_channels in DRAWABLE_CHANNELS else None,
-            best_metric=self.best_metric,
-            inventory=take_inventory(data, dataset, held_out),
-        )
-
-    def _evaluator(
-        self, matching: MatchingConfig, network: Any, dataset: Dataset, held_out: Dataset
-    ) -> Callable[[Any], dict[str, float]]:
-        """Returns a function that computes the held-out loss and, if requested, the Fréchet distance of samples."""
-        loss = jax.jit(matching_objective(network, matching.loss_fn(), self._pairs, train=False))
-        extractor = functools.cache(lambda: train_features(dataset))
-
-        def evaluated(variables: Any) -> dict[str, float]:
-            size = min(self.train.batch_size, len(held_out))
-            rows = [
-                loss(variables, batch, jax.random.key(index))[1]
-                for index, (batch, mask) in enumerate(fixed_batches(held_out, size))
-                if mask.all()
-            ]
-            metrics = {name: float(np.mean([row[name] for row in rows])) for name in ("loss", "unweighted_loss")}
-            num = self.sampling.frechet_samples
-            if num:
-                of_samples = partial(self.draw_batch, network, on_devices(variables, min(num, SAMPLES_AT_ONCE)))
-                conditions = conditions_of(self.model, held_out)
-                metrics = {**sample_metrics(of_samples, extractor(), held_out, num, conditions=conditions), **metrics}
-            return metrics
-
-        return evaluated
 
     def draw_batch(
         self, network: Any, variables: Any, key: jax.Array, numbers: np.ndarray, cond: Any
@@ -345,7 +248,7 @@ class MatchingExperiment(Experiment):
             raise ValueError(f"guidance is {sampling.guidance}, but cond is None; give it, or set guidance to 0.")
         x, evaluations = backend.by_rows(
             draw_by_solver,
-            (_weights(variables), key),
+            (weights_of(variables), key),
             numbers,
             cond,
             network=network,
@@ -359,11 +262,7 @@ class MatchingExperiment(Experiment):
         self, model: Any, variables: Any, options: VelocityDrawOptions, say: Callable[[str], None] = lambda line: None
     ) -> Samples:
         """Returns `sampling.num` samples, and calls `say` with a line about the speed of each batch."""
-        if context_of(self.model) is not None:
-            raise ValueError(
-                f"model.context is {context_of(self.model)}, which commands cannot give; sample in Python, by "
-                "experiment.draw_batch(model, variables, key, numbers, cond)."
-            )
+        check_command_needs_no_context(self.model)
         num = self.sampling.num
         labels = asked_labels(self.model, self.data, num, options.classes)
 
@@ -380,13 +279,13 @@ class MatchingExperiment(Experiment):
         """Returns an image of two plots: paths of the field, solved with rk4, and sampled points on top of the data."""
         assert isinstance(self.data, PointsConfig)
         x0, data = self.data.draw(key, max(DRAWN_PATHS, len(points)))
-        velocity = velocity_field(network, _weights(variables), self.matching)
+        velocity = velocity_field(network, weights_of(variables), self.matching)
         paths, _ = trajectory(velocity, x0[:DRAWN_PATHS], method="rk4", num_steps=PLOT_STEPS)
         return path_plot(np.asarray(paths), points, np.asarray(data))
 
     def evaluate(self, model: Any, variables: Any, options: VelocityEvaluateOptions) -> Evaluation:
         """Returns the distance between new samples and the data and, for images, bits/dim."""
-        field = velocity_field(model, _weights(variables), self.matching)
+        field = velocity_field(model, weights_of(variables), self.matching)
         if isinstance(self.data, PointsConfig):
             options.check_points()
             num, draw = options.samples or POINTS, self.data.draw
@@ -431,7 +330,3 @@ class MatchingExperiment(Experiment):
         model = self.model if shrunk is None else shrunk()
         data = self.data if isinstance(self.data, PointsConfig) else debug_images(self.data)
         return debug_run(self, sampling=sampling, model=model, data=data)
-
-
-def _weights(variables: Any) -> Any:
-    return {"params": variables["params"]}

@@ -50,7 +50,10 @@ class OwnDataset:
         return len(self.dataset)
 
     def __getitem__(self, indices: Int[np.ndarray, " b"]) -> Batch:
-        batch = checked_batch(self.dataset[indices])
+        batch = self.dataset[indices]
+        if isinstance(batch, Batch) and isinstance(batch.context, list):
+            batch = batch._replace(context=np.asarray(batch.context))
+        batch = checked_batch(batch)
         expected = (len(indices), *self.event_shape)
         if batch.pixels.shape != expected:
             raise ValueError(f"{self.name} returned x of shape {batch.pixels.shape}; the shape must be {expected}.")

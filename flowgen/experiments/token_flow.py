@@ -18,13 +18,13 @@ from jaxtyping import Array, Float, Int
 
 from flowgen import backend
 from flowgen.batch import Batch
-from flowgen.conditioning import ContextTokens, Padded
+from flowgen.conditioning import ContextTokens, Padded, split_padded
 from flowgen.contexts import ImageContext, VectorContext
 from flowgen.data import Dataset, Inventory, Loader, fixed_batches, prefetch
 from flowgen.data.dataset import Split
 from flowgen.data.numbers import NumbersConfig, NumbersDataset, SimulatedConfig, load_numbers, numbers_marks
 from flowgen.decoding import Jacobi
-from flowgen.evaluation import Evaluation, mean_of
+from flowgen.evaluation import Evaluation, mean_of, ratio_of
 from flowgen.experiments.debug import SAMPLES, debug_run
 from flowgen.experiments.decoding import decoded_by_all, decoding_line
 from flowgen.experiments.drawing import DrawOptions, asked_labels, draw_in_batches, on_devices
@@ -35,8 +35,8 @@ from flowgen.experiments.number_plots import number_plot
 from flowgen.experiments.posteriors import check_observations, evaluate_calibration, evaluate_observations
 from flowgen.experiments.token_options import TokenDrawOptions, TokenEvaluateOptions, TokenSamplingConfig
 from flowgen.experiments.units import blank_units, context_to_flow, measured_units, to_data, to_flow
-from flowgen.flows.batches import condition_of
-from flowgen.flows.objective import nll_objective
+from flowgen.flows.batches import flow_condition
+from flowgen.flows.objective import mean_dims, nll_objective
 from flowgen.flows.token_flow import TokenFlowConfig
 from flowgen.guidance import Guidance
 from flowgen.nn import init
@@ -156,7 +156,7 @@ class TokenFlowExperiment(Experiment):
         def objective(variables, batch, key):
             x, context, logdet = to_flow(variables, batch.x, batch.context, _box(data))
             loss, metrics = of_flow(variables, batch._replace(x=x, context=context), key)
-            in_data = metrics["nats_per_dim"] - logdet.mean() / flow.config.num_dims
+            in_data = metrics["nats_per_dim"] - logdet.mean() / mean_dims(flow.config, context, batch.rows)
             return loss, {**metrics, "nats_per_dim": in_data}
 
         return objective
@@ -249,7 +249,7 @@ class TokenFlowExperiment(Experiment):
             check_observations(self.data.simulator, key, options.samples)
         dataset = self.dataset(options.split)
         nats = self._nats(model, variables, dataset, options.batch)
-        per_sample, per_dim = mean_of(nats), mean_of(nats / self.model.num_dims)
+        per_sample, per_dim = mean_of(nats), ratio_of(nats, self._dims(dataset))
         lines = (f"{len(dataset)} samples ({options.split})", f"nats {per_sample}", f"nats/dim {per_dim}")
         evaluation = Evaluation(lines, {"nats": per_sample, "nats_per_dim": per_dim})
         variables = on_devices(variables, AT_ONCE)
@@ -277,7 +277,13 @@ class TokenFlowExperiment(Experiment):
 
     def _held_out_metrics(self, flow: Any, held_out: NumbersDataset, variables: Any) -> dict[str, float]:
         nats = self._nats(flow, variables, held_out, self.train.batch_size)
-        return {"nats_per_dim": float(nats.mean()) / self.model.num_dims, "nats": float(nats.mean())}
+        return {"nats_per_dim": ratio_of(nats, self._dims(held_out)).value, "nats": float(nats.mean())}
+
+    def _dims(self, dataset: NumbersDataset) -> Float[np.ndarray, " n"]:
+        """Returns the number of values of each sample of a dataset, padding left out."""
+        mask, _ = split_padded(dataset.context)
+        rows = np.full(len(dataset), self.model.num_tokens) if mask is None else np.asarray(mask).sum(axis=1)
+        return rows * float(self.model.token_dim)
 
     def _nats(self, flow: Any, variables: Any, dataset: NumbersDataset, batch_size: int) -> Float[np.ndarray, " n"]:
         """Returns -log p of each sample of a dataset, in float64."""
@@ -338,7 +344,7 @@ def _log_prob(variables, x, context, *, flow, data):
     flow.config.check_samples(x)
     box = _box(data)
     u, context, logdet = to_flow(variables, x, context, box)
-    log_prob = flow.apply(variables, u, condition_of(flow, Batch(u, context)), method="log_prob") + logdet
+    log_prob = flow.apply(variables, u, flow_condition(flow, Batch(u, context)), method="log_prob") + logdet
     if box is None:
         return log_prob
     inside = ((x > jnp.asarray([box.low])) & (x < jnp.asarray([box.high]))).all(axis=1)

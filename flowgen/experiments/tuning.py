@@ -17,8 +17,9 @@ from flowgen import __version__, backend
 from flowgen.data.media import check_writable
 from flowgen.decoding import measure_plans, sample
 from flowgen.decoding.plan import BlockPlan
-from flowgen.experiments.autoregressive import AutoregressiveExperiment, FlowDrawOptions
+from flowgen.experiments.autoregressive import AutoregressiveExperiment
 from flowgen.experiments.drawing import AT_ONCE
+from flowgen.experiments.flow_options import FlowDrawOptions
 from flowgen.places import check_local, is_remote
 from flowgen.runs import PLAN_FILE, read_plan, write_plan
 from flowgen.runs.located import SHIPPED

@@ -15,7 +15,7 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float
 
-from flowgen.conditioning import ContextTokens, Padded, split_padded
+from flowgen.conditioning import ContextTokens, Padded, split_padded, zero_padding
 from flowgen.contexts import ImageContext
 from flowgen.data.numbers import NumbersDataset
 from flowgen.transforms import Box, Chain, Standardise, Transform
@@ -100,7 +100,7 @@ def to_data(
     """
     mask, _ = split_padded(context)
     x, _ = _transform(variables, box).inverse(jnp.asarray(u))
-    return x if mask is None else jnp.where(mask[:, :, None], x, 0)
+    return x if mask is None else zero_padding(x, mask)
 
 
 def _transform(variables: Any, box: Box | None) -> Transform:

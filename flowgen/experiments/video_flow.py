@@ -17,12 +17,7 @@ from flowgen.data.clip_views import CONTINUED
 from flowgen.data.dataset import OF_FILES, Dataset, Split
 from flowgen.decoding import Clip, Denoiser
 from flowgen.evaluation import Estimate, Evaluation, flow_bits_per_dim, flow_nats_per_dim
-from flowgen.experiments.autoregressive import (
-    AutoregressiveExperiment,
-    FlowDrawOptions,
-    FlowEvaluateOptions,
-    chosen_texts,
-)
+from flowgen.experiments.autoregressive import AutoregressiveExperiment
 from flowgen.experiments.clips import (
     check_length,
     clips_alone,
@@ -35,10 +30,12 @@ from flowgen.experiments.clips import (
     read_given,
     with_noise,
 )
+from flowgen.experiments.conditions import chosen_texts
 from flowgen.experiments.debug import debug_clips, debug_flow, debug_run
 from flowgen.experiments.decoding import decoded_by_all, decoding_line
 from flowgen.experiments.drawing import AT_ONCE, draw_in_batches, on_devices
 from flowgen.experiments.experiment import Samples
+from flowgen.experiments.flow_options import FlowDrawOptions, FlowEvaluateOptions
 from flowgen.experiments.latents import flow_dataset, pixel_dataset
 from flowgen.experiments.likelihoods import check_likelihood, evaluate_likelihood
 from flowgen.experiments.plots import strips

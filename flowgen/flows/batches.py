@@ -11,8 +11,8 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float, Key, UInt8
 
 from flowgen.arrays import check_bytes, check_key, shown
-from flowgen.batch import Batch, Moments
-from flowgen.conditioning import Condition, ContextTokens, Padded, TextCondition, Unpadded, drop_condition, split_padded
+from flowgen.batch import Batch, Moments, check_arrays
+from flowgen.conditioning import Condition, Padded, TextCondition, Unpadded, drop_condition, is_context, split_padded
 from flowgen.contexts import check_context
 from flowgen.flows.density import LEVELS, Flow
 from flowgen.flows.orders import without_padding
@@ -41,6 +41,7 @@ def check_batch(batch: Any, flow: Flow) -> None:
     """
     if not isinstance(batch, Batch):
         raise ValueError(f"batch is {shown(batch)}; give a flowgen.data.Batch(x, context).")
+    check_arrays(batch)
     if not models_images(flow):
         flow.config.check_samples(batch.x)
     elif not isinstance(batch.x, Moments):
@@ -52,10 +53,6 @@ def check_batch(batch: Any, flow: Flow) -> None:
         raise ValueError(
             f"batch.context has {counts.pop()} rows, and batch.x has {batch.size}; give both the same number."
         )
-
-
-def _is_floating(context: Any) -> bool:
-    return hasattr(context, "dtype") and jnp.issubdtype(context.dtype, jnp.floating)
 
 
 def models_images(flow: Flow) -> bool:
@@ -123,7 +120,7 @@ def batch_condition(
         )
 
     def condition(rows: Rows, batch: Batch, shape: tuple[int, ...]):
-        padding, cond = split_padded(condition_of(flow, batch))
+        padding, cond = split_padded(flow_condition(flow, batch))
         if cond is not None and label_dropout:
             null = null_text(shape) if isinstance(cond, TextCondition) and null_text is not None else None
             cond = rows.draw(partial(drop_condition, null=null, rate=label_dropout), cond)
@@ -132,7 +129,7 @@ def batch_condition(
     return condition
 
 
-def condition_of(flow: Flow, batch: Batch) -> Condition | None:
+def flow_condition(flow: Flow, batch: Batch) -> Condition | None:
     """Returns the condition of a batch, without dropout; None if the flow accepts none.
 
     Raises ValueError if the flow requires another kind of context.
@@ -155,7 +152,7 @@ def _context_of(flow: Flow, context: Any) -> Unpadded | None:
             raise ValueError(f"batch.context is {shown(context)}; this flow requires texts, so give a TextCondition.")
         return TextCondition(jnp.asarray(context.embeddings, jnp.float32), jnp.asarray(context.mask))
     if not flow.config.num_classes:
-        if isinstance(context, ContextTokens) or _is_floating(context):
+        if is_context(context):
             raise ValueError(
                 f"batch.context is {shown(context)}, but this flow has no context; describe it by the model's "
                 "`context`."

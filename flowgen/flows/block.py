@@ -20,8 +20,8 @@ then the tokens, and then the padding of both. Padding tokens pass through uncha
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
-from dataclasses import dataclass, replace
+from collections.abc import Mapping
+from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Literal, NamedTuple
 
 import jax
@@ -44,9 +44,9 @@ from flowgen.flows.orders import SampleOrder, TokenOrder, order_without_padding,
 from flowgen.flows.positions import GridPositions
 from flowgen.flows.prefixes import ContextPrefix, Prefix, rotation_after_prefix
 from flowgen.nn.embeddings import class_embedding
-from flowgen.nn.layers import RMSNorm, cast_linear, linear, master_dtype
+from flowgen.nn.layers import RMSNorm, linear, master_dtype
 from flowgen.nn.softmax_shape import SoftmaxShape
-from flowgen.nn.transformer import TransformerConfig, transformer_stack, unstack_layers
+from flowgen.nn.transformer import TransformerConfig, transformer_stack
 from flowgen.transforms.elementwise import ElementwiseMap
 
 Shift = Literal["output", "input"]
@@ -381,41 +381,3 @@ def each_frame(x: Float[Array, "b n c"], frames: int) -> Float[Array, "b_and_fra
 def block_parameters(variables: Variables, index: int) -> Variables:
     """Returns the variables of block `index`, for `AutoregressiveBlock(config).apply`."""
     return {"params": variables["params"][f"blocks_{index}"]}
-
-
-def decoding_block(config: BlockConfig, variables: Variables) -> tuple[AutoregressiveBlock, Variables]:
-    """Returns a block for decoding and its variables; see `decoding_config` and `decoding_variables`."""
-    transformer = config.transformer
-    decoding = decoding_variables(variables, config.table_order, transformer.num_layers, transformer.dtype)
-    return AutoregressiveBlock(decoding_config(config)), decoding
-
-
-def decoding_config(config: BlockConfig) -> BlockConfig:
-    """Returns the config of a block for decoding.
-
-    Its layers are unrolled, so that they accept caches. Its input and output are in the block's order instead of raster
-    order, so blocks that differ only in their order can share a compiled program.
-    """
-    return replace(config, order="raster", transformer=replace(config.transformer, scan=False))
-
-
-def decoding_variables(
-    variables: Variables,
-    order: TokenOrder,
-    num_layers: int,
-    dtype: str,
-    cast_layer: Callable[..., Any] = cast_linear,
-) -> Variables:
-    """Returns the variables of a block in the form that its `decoding_config` requires.
-
-    Every layer has separate arrays. The arrays of linear maps have the dtype of the matrix products.
-
-    order: the `table_order` of the block's config. cast_layer: the function (parameters, dtype) -> parameters that
-    casts a layer's maps.
-    """
-    others = {name: part for name, part in variables["params"].items() if name != "layers"}
-    layers = unstack_layers(variables["params"]["layers"], num_layers, dtype, cast_layer)
-    params = {**cast_linear(others, dtype), "layers": layers}
-    if "pos_embed" in params:
-        params["pos_embed"] = to_order(jnp.asarray(params["pos_embed"]), order)
-    return {"params": params}

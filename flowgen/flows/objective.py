@@ -10,13 +10,14 @@ import numpy as np
 from jaxtyping import Array, Float, Shaped
 
 from flowgen.batch import Batch, Moments
-from flowgen.conditioning import Condition, TextCondition
+from flowgen.conditioning import Condition, Padded, TextCondition, mean_tokens
 from flowgen.flows.batches import batch_condition, models_images, noisy_batch
 from flowgen.flows.block import Variables
-from flowgen.flows.density import Flow, bits_per_dim
+from flowgen.flows.density import Flow, FlowConfig, bits_per_dim
 from flowgen.flows.jacobi_error import JacobiPenalty, jacobi_penalty
 from flowgen.flows.orders import without_padding
 from flowgen.gaussian import gaussian_log_density
+from flowgen.rows import Rows
 
 PRIOR_VARIANCE_RATE = 0.1
 
@@ -33,7 +34,9 @@ def nll_objective(
     """Returns the maximum-likelihood objective (variables, batch, key) -> (loss, metrics[, carried state]).
 
     loss = loss_scale (½ mean z² - mean logdet / num_dims) + norm_penalty Σ_k mean x_k² + Jacobi penalty, in nats per
-    dimension, up to constants, where x_k are the tokens that enter block k. Without penalties, this is the loss of
+    dimension, up to constants, where x_k are the tokens that enter block k. Padding does not count: of padded samples,
+    num_dims is the mean over the whole batch, on all devices, of the number of values that exist, and squares are
+    averaged over these values. More padding changes neither loss nor gradient. Without penalties, this is the loss of
     TARFlow. The first penalty comes from STARFlow, and the second, which trains for parallel decoding, is
     `flowgen.flows.jacobi_error.jacobi_penalty`; None leaves it out.
     batch: a `flowgen.data.Batch` of any image size that `flow.with_image_size` accepts. The batch's context contains
@@ -55,7 +58,9 @@ def nll_objective(
 
     def objective(variables, batch, key):
         x, cond = noisy_batch(flow, condition, batch, key)
-        loss, metrics, states = nll(flow, variables, x, cond, norm_penalty=norm_penalty, loss_scale=loss_scale)
+        loss, metrics, states = nll(
+            flow, variables, x, cond, norm_penalty=norm_penalty, loss_scale=loss_scale, rows=batch.rows
+        )
         if jacobi is not None:
             penalty, errors = jacobi_penalty(on_samples_like(flow, x), variables, x, states, cond, jacobi)
             loss, metrics = loss + penalty, metrics | errors
@@ -78,28 +83,44 @@ def nll(
     *,
     norm_penalty: float = 0.0,
     loss_scale: float = 1.0,
+    rows: Rows | None = None,
 ) -> tuple[Float[Array, ""], dict[str, Array], list[Float[Array, "b n token"]]]:
     """Returns the loss and the metrics of `nll_objective` without Jacobi penalty, and the tokens after each block.
 
-    x: noisy samples of any size that the flow accepts.
+    x: noisy samples of any size that the flow accepts, 0 at padding. rows: the rows of the batch, if it has any.
     """
     sized = on_samples_like(flow, x)
-    num_dims = sized.config.num_dims
+    num_dims = mean_dims(sized.config, cond, rows)
+
+    def mean_square(values: Array) -> Array:
+        return jnp.square(values).mean() * (sized.config.num_dims / num_dims)  # Padding is 0.
+
     states, logdet = sized.apply(variables, x, cond, method="trajectory")
     z = states[-1]
-    mean_square_z = jnp.square(z).mean()
+    mean_square_z = mean_square(z)
     logdet_per_dim = logdet.mean() / num_dims
     loss = loss_scale * (0.5 * mean_square_z - logdet_per_dim)
     metrics = {"mean_square_z": mean_square_z, "logdet_per_dim": logdet_per_dim}
     for index, state in enumerate(states):
-        metrics[f"mean_square/{index}"] = jnp.square(state).mean()
+        metrics[f"mean_square/{index}"] = mean_square(state)
     if norm_penalty:
-        entering = jnp.square(x).mean() + sum(metrics[f"mean_square/{index}"] for index in range(len(states) - 1))
+        entering = mean_square(x) + sum(metrics[f"mean_square/{index}"] for index in range(len(states) - 1))
         loss = loss + norm_penalty * entering
     variance = sized.apply(variables, method="prior_variance")
     density = without_padding(gaussian_log_density(z, variance[None]), cond)
     log_prob = (density.sum(axis=(1, 2)) + logdet).mean()
     return loss, metrics | {"nats_per_dim": -log_prob / num_dims}, states
+
+
+def mean_dims(config: FlowConfig, cond: Condition | None, rows: Rows | None = None) -> Float[Array, ""] | int:
+    """Returns the mean number of values per sample, padding left out, over which nats per dimension are averaged.
+
+    rows: the rows of a batch, whose mean covers the whole batch; by default, the mean covers the samples of `cond`.
+    """
+    if not isinstance(cond, Padded):
+        return config.num_dims
+    tokens = mean_tokens(cond) if rows is None or rows.mean_tokens is None else rows.mean_tokens
+    return jnp.where(tokens > 0, tokens, 1) * config.token_dim  # Without any token, all sums are 0.
 
 
 def density_metric(flow: Flow, nats_per_dim: Float[Array, ""], batch: Batch) -> dict[str, Array]:

@@ -8,11 +8,12 @@ from __future__ import annotations
 
 from typing import Literal
 
+import jax
 import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Bool, Float, Int, Shaped
 
-from flowgen.conditioning import AnyCondition, Padded
+from flowgen.conditioning import AnyCondition, Padded, zero_padding
 
 RasterOrder = Literal["raster", "reversed"]
 # A permutation lists the raster index of the first token in the block's order, of the second one, and so on.
@@ -54,16 +55,19 @@ def order_without_padding(order: TokenOrder, mask: Bool[Array | np.ndarray, "b n
     The order applies to the tokens of a sample as if its padding were removed: of a permutation, only the entries below
     the number of tokens are used. Hence the places of padding do not matter.
     """
-    mask, n = jnp.asarray(mask), mask.shape[1]
+    return _without_padding(jnp.asarray(permutation(order, mask.shape[1])), jnp.asarray(mask))
+
+
+@jax.jit  # Blocks share this program, also those that are called outside of any other.
+def _without_padding(places: Int[Array, " n"], mask: Bool[Array, "b n"]) -> Int[Array, "b n"]:
     tokens_first = jnp.argsort(~mask, axis=1, stable=True)
-    places = jnp.asarray(permutation(order, n))
     beyond = places[None] >= mask.sum(axis=1)[:, None]
     return jnp.take_along_axis(tokens_first, places[jnp.argsort(beyond, axis=1, stable=True)], axis=1)
 
 
 def without_padding(values: Float[Array, "b n c"], cond: AnyCondition | None) -> Float[Array, "b n c"]:
     """Returns values of tokens, with 0 for padding."""
-    return jnp.where(jnp.asarray(cond.mask)[:, :, None], values, 0) if isinstance(cond, Padded) else values
+    return zero_padding(values, cond.mask) if isinstance(cond, Padded) else values
 
 
 def check_permutation(order: tuple[int, ...], n: int, name: str) -> None:

@@ -8,7 +8,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float
 
 from flowgen.attention.slices import Start
-from flowgen.conditioning import ContextTokens, TextCondition, Unpadded, masked_text
+from flowgen.conditioning import ContextTokens, TextCondition, Unpadded, zero_padding
 from flowgen.nn.embeddings import class_one_hot
 
 
@@ -44,7 +44,7 @@ class TextPrefix:
         if cond is None:
             return jnp.zeros((batch, self.length, self.dim), dtype)
         assert isinstance(cond, TextCondition)  # a flow checks its condition
-        return masked_text(cond).astype(dtype)
+        return zero_padding(cond.embeddings, cond.mask).astype(dtype)
 
 
 @dataclass(frozen=True)
@@ -59,7 +59,7 @@ class ContextPrefix:
         if cond is None:
             return jnp.zeros((batch, self.length, self.dim), dtype)
         assert isinstance(cond, ContextTokens)  # a flow checks its condition
-        return jnp.where(cond.mask[:, :, None], cond.tokens, 0).astype(dtype)
+        return zero_padding(cond.tokens, cond.mask).astype(dtype)
 
 
 Prefix = ClassPrefix | TextPrefix | ContextPrefix

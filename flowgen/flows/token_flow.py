@@ -12,15 +12,12 @@ from __future__ import annotations
 import math
 from typing import Annotated, Any, Literal
 
-import jax
-import jax.numpy as jnp
-import numpy as np
 from flax import linen as nn
-from jaxtyping import Array, Bool, Float
+from jaxtyping import Array, Float
 
 from flowgen.arrays import check_floating, shown
 from flowgen.backend import Implementation, Remat
-from flowgen.conditioning import Condition, Padded, Unpadded
+from flowgen.conditioning import AnyCondition, Condition, Padded, check_mask
 from flowgen.contexts import Context, check_condition
 from flowgen.flows.affine import OwnScale
 from flowgen.flows.block import BlockConfig, equal_layers, softmax_shapes
@@ -163,7 +160,7 @@ class TokenFlowConfig:
 
     @property
     def num_dims(self) -> int:
-        """Number of values in one sample, padding included, over which nats per dimension are averaged."""
+        """Number of values in one sample, padding included."""
         return math.prod(self.shape)
 
     @property
@@ -225,13 +222,11 @@ class TokenFlowConfig:
                 raise ValueError(
                     "cond is Padded, but this model's samples have no padding; set padded, or pass its cond."
                 )
-            return self._check_rest(cond, batch)
+            return check_condition(self, cond, batch)
         if not isinstance(cond, Padded):
             raise ValueError(f"cond is {shown(cond)}; this model's samples are padded, so give Padded(mask, cond).")
-        return Padded(_checked_mask(cond.mask, (batch, self.num_tokens)), self._check_rest(cond.cond, batch))
-
-    def _check_rest(self, cond: Any, batch: int) -> Unpadded | None:
-        return check_condition(self, cond, batch)
+        mask = check_mask("cond.mask", cond.mask, (batch, self.num_tokens))
+        return Padded(mask, check_condition(self, cond.cond, batch))
 
 
 class TokenFlow(AutoregressiveFlow):
@@ -248,6 +243,13 @@ class TokenFlow(AutoregressiveFlow):
 
     config: TokenFlowConfig
 
+    def bits_per_dim(self, x: Float[Array, "b *event"], cond: AnyCondition | None = None) -> Float[Array, " b"]:
+        """Raises ValueError, because bits/dim are for data with 256 levels, and these samples are any numbers."""
+        raise ValueError(
+            "bits/dim needs data with 256 levels, but this flow models numbers; use nats per dimension, "
+            "-log_prob / config.num_dims."
+        )
+
     @nn.nowrap
     def with_image_size(self, height: int, width: int) -> TokenFlow:
         """Raises ValueError, because the samples are not images."""
@@ -259,13 +261,3 @@ class TokenFlow(AutoregressiveFlow):
         if frames != 1:
             raise ValueError(f"frames is {frames}; this flow models single samples, so frames must be 1.")
         return self
-
-
-def _checked_mask(mask: Any, shape: tuple[int, int]) -> Bool[Array, "b n"]:
-    mask = mask if isinstance(mask, jax.Array) else np.asarray(mask)
-    if mask.shape != shape or mask.dtype != bool:
-        raise ValueError(
-            f"cond.mask must be bool of shape {shape}, True for rows that exist, False for padding; got {mask.dtype} "
-            f"of shape {tuple(mask.shape)}."
-        )
-    return jnp.asarray(mask)

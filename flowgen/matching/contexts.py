@@ -14,7 +14,7 @@ import jax.numpy as jnp
 from flax import linen as nn
 from jaxtyping import Array, Bool, Float
 
-from flowgen.conditioning import ContextTokens
+from flowgen.conditioning import ContextTokens, zero_padding
 from flowgen.contexts import Context, ContextConfig, ImageContext
 from flowgen.nn.checks import image_sides
 from flowgen.nn.layers import unpatchify
@@ -27,17 +27,16 @@ class Given(NamedTuple):
     mask: Bool[Array, "b m"]
 
 
-def context_of(context: ContextConfig, cond: ContextTokens | None, batch: int, dtype: Any) -> Given:
+def given_context(context: ContextConfig, cond: ContextTokens | None, batch: int, dtype: Any) -> Given:
     """Returns a context with padding set to 0. None becomes a context of padding alone, so both mean the same.
 
     Example:
-        tokens, mask = context_of(config.context, None, batch=8, dtype=jnp.float32)
+        tokens, mask = given_context(config.context, None, batch=8, dtype=jnp.float32)
     """
     if cond is None:
         shape = (batch, context.length, context.dim)
         return Given(jnp.zeros(shape, dtype), jnp.zeros(shape[:2], bool))
-    tokens, mask = jnp.asarray(cond.tokens, dtype), jnp.asarray(cond.mask)
-    return Given(jnp.where(mask[:, :, None], tokens, 0), mask)
+    return Given(zero_padding(jnp.asarray(cond.tokens, dtype), cond.mask), jnp.asarray(cond.mask))
 
 
 def same_size(context: Context | None, image_hw: tuple[int, int]) -> bool:

@@ -5,14 +5,15 @@ A flow f maps data to normal noise, one to one. Each x1 is therefore paired with
     x0 = f(x1 + σ ε, cond) / √v,
 
 where σ is the standard deviation of the noise in the flow's training, ε is normal noise, and v is the variance of the
-flow's prior. The velocity network learns to follow nearly straight paths from x0 to the clean x1, in few steps.
+flow's prior. A flow that was trained on dequantised images gets dequantised x1 instead. The velocity network learns to
+follow nearly straight paths from x0 to the clean x1, in few steps.
 """
 
 from __future__ import annotations
 
 from dataclasses import dataclass
 from functools import partial
-from typing import Any, ClassVar
+from typing import Any, ClassVar, Literal
 
 import jax
 import jax.numpy as jnp
@@ -23,7 +24,7 @@ from flowgen.matching.checks import check_batch
 from flowgen.matching.couplings import Cond, Coupled
 
 
-@partial(jax.tree_util.register_dataclass, data_fields=["variables"], meta_fields=["flow", "noise_std"])
+@partial(jax.tree_util.register_dataclass, data_fields=["variables"], meta_fields=["flow", "noise_std", "noise"])
 @dataclass(frozen=True, eq=False)
 class FlowDistilled:
     """Pairs each x1 with the noise that a trained flow maps it to; all weights are 1.
@@ -33,7 +34,8 @@ class FlowDistilled:
     coupling is a pytree of the flow's variables: inside jit, pass it as an argument if the flow is large.
 
     flow: a flow whose samples have the shape of x1. variables: its variables. noise_std: σ; None means the value in the
-    flow's config. If σ is 0, x1 is passed to the flow unchanged, so it must be dequantised if the flow's data were.
+    flow's config. If σ is 0, x1 is passed to the flow unchanged.
+    noise: "normal" adds σ ε to x1; "uniform" dequantises x1, which must be images of 256 levels in [-1, 1].
 
     Raises ValueError if `flow` is not a flow or, when called, if x1 or the condition does not fit it.
 
@@ -47,8 +49,11 @@ class FlowDistilled:
     flow: Any
     variables: Any
     noise_std: float | None = None
+    noise: Literal["normal", "uniform"] = "normal"
 
     def __post_init__(self):
+        if self.noise not in ("normal", "uniform"):
+            raise ValueError(f"noise is {shown(self.noise)}; it must be 'normal' or 'uniform'.")
         if not hasattr(getattr(self.flow, "config", None), "to_images"):
             raise ValueError(
                 f"flow is {shown(self.flow)}; give a flow, such as TARFlow(config), and then its variables."
@@ -67,10 +72,22 @@ class FlowDistilled:
                 f"{config.event_shape}; use a flow that was trained on the same data."
             )
         sigma = config.noise_std if self.noise_std is None else self.noise_std
-        z, _ = self.flow.apply(self.variables, x1 + sigma * x0, cond if accepts_conditions(config) else None)
+        noisy = x1 + sigma * x0 if self.noise == "normal" else dequantised(x1, x0)
+        z, _ = self.flow.apply(self.variables, noisy, cond if accepts_conditions(config) else None)
         scale = jax.lax.rsqrt(self.flow.apply(self.variables, method="prior_variance"))
         noise = jax.lax.stop_gradient(config.to_images(z * scale[None])).astype(x0.dtype)
         return Coupled(noise, x1, cond, jnp.zeros(len(x0), x0.dtype))
+
+
+def dequantised(x1: Float[Array, "b *event"], noise: Float[Array, "b *event"]) -> Float[Array, "b *event"]:
+    """Returns images plus uniform noise one level wide, ((x1 + 1) 127.5 + Φ(noise)) / 128 - 1, in [-1, 1].
+
+    x1: images of 256 levels in [-1, 1], as `flowgen.data.from_uint8` returns them. noise: normal noise.
+
+    Example:
+        x = dequantised(from_uint8(images), jax.random.normal(key, images.shape))
+    """
+    return ((x1 + 1) * 127.5 + jax.scipy.special.ndtr(noise)) / 128 - 1
 
 
 def accepts_conditions(config: Any) -> bool:

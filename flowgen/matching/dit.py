@@ -30,7 +30,7 @@ from flowgen.matching.contexts import (
     Given,
     TokenEmbedding,
     as_channels,
-    context_of,
+    given_context,
     same_size,
     shrunk_context,
 )
@@ -211,7 +211,7 @@ class DiT(OnMeshes, nn.Module):
         )
         if context is None:
             return jax.nn.silu(embed(t, cond, interval)), x, None
-        c, given = embed(t, None, interval), context_of(context, cond, len(x), x.dtype)
+        c, given = embed(t, None, interval), given_context(context, cond, len(x), x.dtype)
         if isinstance(context, VectorContext):
             c = c + ContextEmbedding(config.width, normal_dense, EMBEDDING_STDDEV, name="context")(given)
             return jax.nn.silu(c), x, None

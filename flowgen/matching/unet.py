@@ -28,7 +28,7 @@ from flowgen.contexts import Context, ImageContext, check_condition, check_one_c
 from flowgen.matching.contexts import (
     ContextEmbedding,
     as_channels,
-    context_of,
+    given_context,
     same_size,
     shrunk_context,
 )
@@ -296,7 +296,7 @@ class UNet(OnMeshes, nn.Module):
         )
         if config.context is None:
             return jax.nn.silu(embed(t, cond, interval)), x
-        e, given = embed(t, None, interval), context_of(config.context, cond, len(x), x.dtype)
+        e, given = embed(t, None, interval), given_context(config.context, cond, len(x), x.dtype)
         if isinstance(config.context, ImageContext):
             return jax.nn.silu(e), jnp.concatenate([x, as_channels(config.context, given)], axis=-1)
         return jax.nn.silu(e + ContextEmbedding(config.embedding_dim, dense, TABLE_STD, name="context")(given)), x

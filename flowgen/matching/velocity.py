@@ -20,7 +20,7 @@ from jaxtyping import Array, Float
 from flowgen.arrays import check_floating, shown
 from flowgen.backend import OnMeshes
 from flowgen.contexts import Context, ImageContext, VectorContext, check_condition, check_one_condition
-from flowgen.matching.contexts import Given, context_of, masked_mean
+from flowgen.matching.contexts import Given, given_context, masked_mean
 from flowgen.nn.embeddings import class_rows
 from flowgen.nn.layers import linear
 from flowgen.settings import config
@@ -128,7 +128,7 @@ class VelocityMLP(OnMeshes, nn.Module):
             # A row of zeros means no class.
             parts.append(class_rows(jnp.eye(config.num_classes + 1, config.num_classes, dtype=x.dtype), cond, len(x)))
         if config.context is not None:
-            parts += self._context_inputs(context_of(config.context, cond, len(x), x.dtype))
+            parts += self._context_inputs(given_context(config.context, cond, len(x), x.dtype))
         h = jnp.concatenate(parts, axis=1)
         for _ in range(config.num_layers):
             h = jax.nn.selu(linear(config.width, h.shape[1], "float32")(h))

@@ -19,7 +19,7 @@ from flowgen.experiments.flow import FlowExperiment
 from flowgen.experiments.plots import DRAWABLE_CHANNELS, sample_grid, strips
 from flowgen.experiments.tuning import read_tuned_plan
 from flowgen.experiments.video_flow import VideoFlowExperiment
-from flowgen.flows.batches import batch_input, condition_of
+from flowgen.flows.batches import batch_input, flow_condition
 from flowgen.flows.block import AutoregressiveBlock
 from flowgen.flows.objective import on_samples_like
 from flowgen.flows.orders import without_padding
@@ -85,7 +85,7 @@ def blocks_section(flow: Any, variables: Any, batch: Batch, split: str) -> Secti
         part = blocks_section(flow, params, inputs(experiment, 32), "held-out")
     """
     x = batch_input(jax.random.key(0), jax.tree.map(jnp.asarray, batch.x), flow.config.noise_std)
-    found = block_statistics(flow, variables, x, condition_of(flow, batch))
+    found = block_statistics(flow, variables, x, flow_condition(flow, batch))
     total = sum(row.logdet_per_dim for row in found)
     sizes = [abs(row.logdet_per_dim) for row in found]
     rows = [
@@ -136,7 +136,7 @@ def decoding_section(experiment: AnyFlow, contents: RunContents, flow: Any, vari
     Example:
         part = decoding_section(experiment, contents, flow, params, inputs(experiment, 8))
     """
-    flow, cond, num = on_samples_like(flow, jax.tree.leaves(batch.x)[0]), condition_of(flow, batch), batch.size
+    flow, cond, num = on_samples_like(flow, jax.tree.leaves(batch.x)[0]), flow_condition(flow, batch), batch.size
     draw = partial(
         sample,
         *(flow, variables, jax.random.key(0), num, cond),

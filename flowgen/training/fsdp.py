@@ -115,15 +115,15 @@ class FullySharded:
     def compile(self, step: Step) -> Step:
         """Returns the step, compiled for the whole batch. Each call donates the buffers of its input state."""
 
-        def update(state, batch, key):
-            state, metrics = step(state, batch, key)
+        def update(state, batch, key, fixed):
+            state, metrics = step(state, batch, key, fixed)
             return jax.lax.with_sharding_constraint(state, self.shardings(state)), metrics
 
         compiled = jax.jit(update, donate_argnums=0)
 
-        def run(state, batch, key):
+        def run(state, batch, key, fixed=None):
             with jax.set_mesh(self.mesh):
-                return compiled(state, batch, key)
+                return compiled(state, batch, key, fixed)
 
         return run
 

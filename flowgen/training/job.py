@@ -31,7 +31,8 @@ class Job:
     steps to trace for a profiler; 0 for none. devices: this process's devices to train on; None for all of them. start:
     changes the initial variables of a new run, for example to the weights of another run; a resumed run does not call
     it. The lines that it returns are reported and saved with the run. warnings: sentences about the job that have been
-    shown, to save with the run.
+    shown, to save with the run. fixed: collections that the objective finds among its variables, such as those of a
+    second network; the compiled step gets them as arguments, and training neither changes nor saves them.
     """
 
     init: Callable[[jax.Array], Any]
@@ -47,6 +48,7 @@ class Job:
     devices: Sequence[jax.Device] | None = None
     start: Start | None = None
     warnings: Sequence[str] = ()
+    fixed: Mapping[str, Any] = field(default_factory=dict)
 
 
 class Result(NamedTuple):

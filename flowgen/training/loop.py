@@ -176,13 +176,13 @@ class _Run:
         """Runs the steps, saves the state after the last one, and returns that step's number and the state."""
         self.signals.doing = "Stopping after the current step and saving it"
         self.record.say("Compiling the training step.")
-        update = self.parallel.compile(counted)
+        update, fixed = self.parallel.compile(counted), self.parallel.place(self.job.fixed)
         batches = iter(self.job.batches(self.first, self.steps))
         step = self.first
         while step < self.steps:
             with self.keeping(step, state):
                 batch, tokens = self.next_batch(batches, step)
-            state, metrics = update(state, batch, key)
+            state, metrics = update(state, batch, key, fixed)
             step += 1
             self.pending.append((step, metrics))
             with self.keeping(step, state):

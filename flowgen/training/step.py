@@ -25,7 +25,7 @@ from flowgen.training.options import OptimConfig
 
 Metrics = dict[str, Array]
 Objective = Callable[[Any, Any, Key[Array, ""]], tuple]
-Step = Callable[[Any, Any, Key[Array, ""]], tuple[Any, Metrics]]
+Step = Callable[..., tuple[Any, Metrics]]  # (state, batch, key[, fixed]) -> (state, metrics)
 AXIS = "data"
 
 
@@ -86,13 +86,14 @@ def make_step(
     others: Mapping[str, OptimConfig] | None = None,
     frozen: Sequence[str] = (),
 ) -> Step:
-    """Returns the update (state, batch, key) -> (state, metrics) for one device, to be mapped over `axis_name`.
+    """Returns the update (state, batch, key[, fixed]) -> (state, metrics) for one device, mapped over `axis_name`.
 
     If `axis_name` is None, the update computes the whole batch in one program, which may be divided over devices.
 
     objective: a function (variables, batch, key) -> (loss, metrics) or (loss, metrics, collections).
     batch: this device's share of the rows; shares are consecutive, in the order of the axis.
     key: the same key for all steps and devices.
+    fixed: collections that the objective finds among its variables, and that are no part of the state; see `Job`.
     The objective receives a key that is unique to the device, step and micro-batch. If the batch is a `Batch` or a
     dict, the update adds `rows` to it, a `flowgen.rows.Rows`. Random numbers drawn with `rows` are the same on any
     number of devices and with any accumulation; numbers drawn with the key are not. Micro-batch j contains the rows
@@ -111,16 +112,16 @@ def make_step(
     """
     schedule, tx = make_schedule(config, steps), make_optimizer(config, steps, others)
 
-    def loss_and_rest(moving, params, collections, batch, key):
-        variables = {"params": with_frozen(moving, params), **collections}
+    def loss_and_rest(moving, params, collections, fixed, batch, key):
+        variables = {"params": with_frozen(moving, params), **collections, **(fixed or {})}
         loss, metrics, *carried = check_outcome(objective(variables, batch, key))
         return loss, ({**metrics, "loss": loss}, {**collections, **(carried[0] if carried else {})})
 
     gradient_of = jax.grad(loss_and_rest, has_aux=True)
 
-    def gradients(state, batch, rows, key):
+    def gradients(state, fixed, batch, rows, key):
         """Returns the mean gradients and metrics over micro-batches, and their combined carried state."""
-        differentiate = partial(gradient_of, trained(state.params, frozen), state.params, state.collections)
+        differentiate = partial(gradient_of, trained(state.params, frozen), state.params, state.collections, fixed)
         if accumulation == 1:
             grads, (metrics, collections) = differentiate(with_rows(batch, rows), key)
             return grads, metrics, collections
@@ -141,11 +142,13 @@ def make_step(
             combined |= objective.combine(state.collections, collections)
         return jax.tree.map(lambda x: x / accumulation, total), jax.tree.map(_mean_of_parts, metrics), combined
 
-    def update(state: TrainState, batch: Any, key: Key[Array, ""]) -> tuple[TrainState, Metrics]:
+    def update(
+        state: TrainState, batch: Any, key: Key[Array, ""], fixed: Mapping[str, Any] | None = None
+    ) -> tuple[TrainState, Metrics]:
         shared_key, own_key = jax.random.split(jax.random.fold_in(key, state.step))
-        rows = share_of_batch(shared_key, check_share(batch, accumulation), axis_name)
+        rows = share_of_batch(shared_key, check_share(batch, accumulation), axis_name).measured(batch)
         own_key = jax.random.fold_in(own_key, 0 if axis_name is None else lax.axis_index(axis_name))
-        grads, metrics, collections = gradients(state, batch, rows, own_key)
+        grads, metrics, collections = gradients(state, fixed, batch, rows, own_key)
         if axis_name is not None:
             grads, metrics, collections = jax.tree.map(
                 lambda x: lax.pmean(x, axis_name) if _is_float(x) else x, (grads, metrics, collections)

@@ -33,9 +33,9 @@ class CountedStep:
         self._devices = devices
         self._flop: dict[Shapes, dict[str, float]] = {}
 
-    def __call__(self, state: Any, batch: Any, key: jax.Array) -> tuple[Any, dict[str, jax.Array]]:
-        self._flop[_shapes(batch)] = flop_of(self._step.trace(state, batch, key).jaxpr.jaxpr)
-        return self._step(state, batch, key)
+    def __call__(self, state: Any, batch: Any, key: jax.Array, fixed: Any = None) -> tuple[Any, dict[str, jax.Array]]:
+        self._flop[_shapes(batch)] = flop_of(self._step.trace(state, batch, key, fixed).jaxpr.jaxpr)
+        return self._step(state, batch, key, fixed)
 
     def flop(self, batch: Any) -> dict[str, float]:
         """Returns {dtype: FLOP} of a step on one device; empty if unknown. batch: the batch of the compiled step."""
