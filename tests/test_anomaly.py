@@ -140,6 +140,25 @@ def test_the_area_is_that_of_all_pairs_and_its_error_that_of_repetitions(untyped
     assert np.mean([one.standard_error for one in drawn]) == pytest.approx(spread, rel=0.15)
 
 
+def test_the_error_of_copies_is_that_of_repetitions(untyped):
+    """Copies score as their originals do, plus a shift and noise; a few of the images have no copy, or two."""
+    random = np.random.default_rng(0)
+
+    def draw(origins):
+        normal = random.normal(size=80)
+        copies = normal[origins] + random.normal(0.3, 0.5, len(origins))
+        return auroc(normal, copies, origins=origins), auroc(normal, copies)
+
+    for origins in (np.arange(80), np.arange(0, 80, 3), np.repeat(np.arange(40), 2)):
+        drawn = [draw(origins) for _ in range(400)]
+        spread = np.std([copied.value for copied, _ in drawn])
+        # A standard deviation of 400 values is known to 4 %.
+        assert np.mean([copied.standard_error for copied, _ in drawn]) == pytest.approx(spread, rel=0.15)
+    copied, apart = draw(np.arange(80))
+    assert copied.value == apart.value
+    assert copied.standard_error < 0.6 * apart.standard_error
+
+
 MISTAKES = {
     "one score": ([1.0], [1.0, 2.0], "1 normal and 2 anomalous scores; give at least 2 each"),
     "no scores": ([], [], "0 normal and 0 anomalous scores"),
@@ -147,6 +166,13 @@ MISTAKES = {
     "NaN among anomalies": ([1.0, 2.0], [1.0, np.nan], "anomalous has 1 values that are NaN"),
     "a matrix": (np.ones((2, 2)), [1.0, 2.0], r"shapes \(2, 2\) and \(2,\); give two vectors"),
 }
+ORIGINS = {"too few": [0], "too large": [0, 2], "negative": [-1, 0]}
+
+
+@pytest.mark.parametrize("name", ORIGINS)
+def test_origins_that_are_no_positions_are_refused(name, untyped):
+    with pytest.raises(ValueError, match="give one position from 0 to 1 for each of 2 anomalies"):
+        auroc(np.array([1.0, 2.0]), np.array([0.0, 1.5]), origins=np.array(ORIGINS[name]))
 
 
 @pytest.mark.parametrize("name", MISTAKES)
@@ -158,8 +184,10 @@ def test_scores_that_have_no_area_are_refused(name, untyped):
 
 def test_ties_and_infinite_scores_are_ordered(untyped):
     ones, infinite = np.ones(3), np.array([np.inf, np.inf])
-    assert auroc(ones, ones)[:2] == (0.5, 0.0)
-    assert auroc(ones, infinite)[:2] == (1.0, 0.0)
+    # Their estimated variances are 0, which says nothing about the error.
+    assert auroc(ones, ones)[:2] == (0.5, None)
+    assert auroc(ones, infinite)[:2] == (1.0, None)
+    assert auroc(infinite, ones)[:2] == (0.0, None)
     assert auroc(infinite, infinite).value == 0.5
 
 

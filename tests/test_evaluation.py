@@ -82,7 +82,10 @@ def test_standard_errors_are_those_of_means():
     estimate = mean_of(values)
     assert estimate.count == 400
     np.testing.assert_allclose(estimate[:2], (values.mean(), np.sqrt(values.var(ddof=1) / 400)), rtol=1e-12)
-    assert mean_of(values[:1]).standard_error is None
+    # One value, and outcomes that are all the same, do not tell their spread.
+    for same in (values[:1], np.ones(50), np.zeros(2)):
+        assert mean_of(same) == (same[0], None, len(same))
+    assert f"{estimate:.1f}" == f"{estimate.value:.1f} ± 0.1"
     assert f"{Estimate(2.98, 0.01)} {Estimate(2.98)}" == "2.9800 ± 0.0100 2.9800"
     joined = Evaluation(("a",), {"x": estimate}) + Evaluation(("b",), {"y": Estimate(np.nan)}, {"noise": "none"})
     assert joined.lines == ("a", "b")

@@ -16,7 +16,7 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jaxtyping import Array, Float, Key
+from jaxtyping import Array, Float, Int, Key
 from scipy import special
 
 from flowgen import backend
@@ -138,15 +138,27 @@ def _scored(shared, rows, positions, *, flow, sigma, num_classes):
     return log_prob, tokens, jnp.square(values).sum(axis=1), ks
 
 
-def auroc(normal: Float[np.ndarray, " n"], anomalous: Float[np.ndarray, " m"]) -> Estimate:
+def auroc(
+    normal: Float[np.ndarray, " n"],
+    anomalous: Float[np.ndarray, " m"],
+    *,
+    origins: Int[np.ndarray, " m"] | None = None,
+) -> Estimate:
     """Returns the probability that an anomaly scores higher than a normal image; ties count one half.
 
-    The standard error is DeLong's, from the variances over the normal images and over the anomalies.
+    The standard error is DeLong's, from the variances over the normal images and over the anomalies, which must be
+    independent. If anomalies are changed copies of normal images, give `origins`. The standard error is then that of a
+    sum of one term per normal image, which includes the terms of its copies (Obuchowski, Biometrics 53, 1997). If all
+    scores of each side have the same rank among those of the other, as after perfect separation, the error is unknown.
 
-    Raises ValueError if there are fewer than two scores on a side, if a score is NaN, or if the arrays are no vectors.
+    origins: for each anomaly, the position in `normal` of the image that it is a copy of; None for independent images.
+
+    Raises ValueError if there are fewer than two scores on a side, if a score is NaN, if the arrays are no vectors, or
+    if `origins` are no positions in `normal`.
 
     Example:
         area = auroc(scores_of_data, scores_of_others)
+        area = auroc(scores_of_data, scores_of_blurred_data, origins=np.arange(len(scores_of_data)))
     """
     if np.ndim(normal) != 1 or np.ndim(anomalous) != 1:
         raise ValueError(f"scores have shapes {np.shape(normal)} and {np.shape(anomalous)}; give two vectors.")
@@ -155,8 +167,25 @@ def auroc(normal: Float[np.ndarray, " n"], anomalous: Float[np.ndarray, " m"]) -
     check_no_nan(normal=normal, anomalous=anomalous)
     above = _fraction_below(normal, anomalous)
     below = 1 - _fraction_below(anomalous, normal)
-    variance = above.var(ddof=1) / len(anomalous) + below.var(ddof=1) / len(normal)
-    return Estimate(float(above.mean()), math.sqrt(variance), len(normal) + len(anomalous))
+    area, count = float(above.mean()), len(normal) + len(anomalous)
+    if np.ptp(above) == 0 and np.ptp(below) == 0:
+        return Estimate(area, None, count)
+    if origins is None:
+        variance = above.var(ddof=1) / len(anomalous) + below.var(ddof=1) / len(normal)
+    else:
+        _check_origins(origins, len(anomalous), len(normal))
+        terms = (below - area) / len(normal)
+        np.add.at(terms, origins, (above - area) / len(anomalous))
+        variance = len(normal) * terms.var(ddof=1)
+    return Estimate(area, math.sqrt(variance), count)
+
+
+def _check_origins(origins: np.ndarray, anomalies: int, normal: int) -> None:
+    if origins.shape != (anomalies,) or not 0 <= origins.min() <= origins.max() < normal:
+        raise ValueError(
+            f"origins has shape {origins.shape} and values from {origins.min()} to {origins.max()}; give one position "
+            f"from 0 to {normal - 1} for each of {anomalies} anomalies."
+        )
 
 
 def _fraction_below(x: np.ndarray, at: np.ndarray) -> np.ndarray:

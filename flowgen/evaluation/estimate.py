@@ -20,6 +20,7 @@ class Estimate(NamedTuple):
     Example:
         estimate = Estimate(2.98, standard_error=0.01, count=10_000)
         print(f"bits/dim {estimate}")  # bits/dim 2.9800 ± 0.0100
+        print(f"bits/dim {estimate:.2f}")  # bits/dim 2.98 ± 0.01
     """
 
     value: float
@@ -27,14 +28,19 @@ class Estimate(NamedTuple):
     count: int | None = None
 
     def __str__(self) -> str:
-        error = "" if self.standard_error is None else f" ± {self.standard_error:.4f}"
-        return f"{self.value:.4f}{error}"
+        return format(self, "")
+
+    def __format__(self, form: str) -> str:
+        form = form or ".4f"
+        error = "" if self.standard_error is None else f" ± {self.standard_error:{form}}"
+        return f"{self.value:{form}}{error}"
 
 
 def mean_of(values: Float[np.ndarray, " n"]) -> Estimate:
     """Returns the mean of independent values and its standard error, their standard deviation divided by √n.
 
-    With a single value, the standard error is unknown. The mean of values with a NaN is NaN.
+    If there is a single value, or if all values are equal, such as the outcomes of trials that all succeed, the standard
+    error is unknown. The mean of values with a NaN is NaN.
 
     Raises ValueError if there are no values.
 
@@ -44,14 +50,14 @@ def mean_of(values: Float[np.ndarray, " n"]) -> Estimate:
     values = np.asarray(values, np.float64)
     if not len(values):
         raise ValueError("values is empty, and has no mean; give at least one value.")
-    error = float(values.std(ddof=1) / math.sqrt(len(values))) if len(values) > 1 else None
+    error = None if values.min() == values.max() else float(values.std(ddof=1) / math.sqrt(len(values)))
     return Estimate(float(values.mean()), error, len(values))
 
 
 def ratio_of(values: Float[np.ndarray, " n"], sizes: Float[np.ndarray, " n"]) -> Estimate:
     """Returns Σ values / Σ sizes over independent samples, and its standard error by the delta method.
 
-    The error is that of the mean of (value - ratio · size) / mean size. With one sample, the standard error is unknown.
+    The error is that of the mean of (value - ratio · size) / mean size; see `mean_of`.
 
     Example:
         nats_per_dim = ratio_of(nats, dims)  # of samples of different lengths

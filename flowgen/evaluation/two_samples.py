@@ -14,7 +14,7 @@ import numpy as np
 from jaxtyping import Array, Float, Key
 
 from flowgen.arrays import check_finite
-from flowgen.evaluation.estimate import Estimate
+from flowgen.evaluation.estimate import Estimate, mean_of
 from flowgen.packages import need
 
 UNITS_PER_DIMENSION = 10
@@ -32,7 +32,7 @@ def c2st(
 
     The accuracy is the mean over `folds` parts, each of which is classified after training on the others (Lopez-Paz and
     Oquab, arXiv 1610.06545). By chance it may be slightly below 0.5. Its standard error is that of the mean over the
-    parts, and `count` is the number of samples in both sets. More samples make a better classifier, so compare only
+    parts, None if all are equal, and `count` is the number of samples in both sets. More samples make a better classifier, so compare only
     equal numbers; published values use 10,000 in each set. Pass reference samples as x.
 
     Raises ValueError if x and y differ in shape, have fewer samples than folds, values that are not finite, or if x is
@@ -52,7 +52,7 @@ def c2st(
     classifier = networks.MLPClassifier((units, units), max_iter=MOST_EPOCHS, random_state=seed)
     parts = selection.KFold(folds, shuffle=True, random_state=seed)
     accuracies = selection.cross_val_score(classifier, data, labels, cv=parts, scoring="accuracy")
-    return Estimate(float(accuracies.mean()), float(accuracies.std(ddof=1) / np.sqrt(folds)), len(data))
+    return mean_of(accuracies)._replace(count=len(data))
 
 
 def classifier_modules() -> tuple[Any, Any]:

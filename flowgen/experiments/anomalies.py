@@ -25,11 +25,13 @@ SIGNIFICANCE = 0.05
 class AnomalySets(NamedTuple):
     """Images to score, opened before anything is computed.
 
-    typical: training images, which define typicality. anomalies: the sets of anomalies by name.
+    typical: training images, which define typicality. anomalies: the sets of anomalies by name. origins: the position
+    in the data of the image that each anomaly of a set is a copy of; None if they are other images.
     """
 
     typical: ArrayDataset
     anomalies: dict[str, ArrayDataset]
+    origins: np.ndarray | None
 
 
 def open_anomalies(experiment: Any, options: Any, train: Split) -> AnomalySets:
@@ -45,7 +47,9 @@ def open_anomalies(experiment: Any, options: Any, train: Split) -> AnomalySets:
     """
     check_anomaly(experiment, options.anomaly)
     data = of_one_shape(experiment.dataset(options.split), "--anomaly")
-    sets = AnomalySets(_some(experiment.dataset(train), MOST_TYPICAL), _anomalies(experiment, options, data))
+    origins = _positions(data, MOST_ANOMALIES) if options.anomaly == CORRUPTED else None
+    typical = _some(experiment.dataset(train), MOST_TYPICAL)
+    sets = AnomalySets(typical, _anomalies(experiment, options, data), origins)
     for name, count in {"data": len(data), **{name: len(one) for name, one in sets.anomalies.items()}}.items():
         if count < 2:
             raise ValueError(f"--anomaly is {options.anomaly}, but {name} has only {count} image; give at least 2.")
@@ -87,7 +91,7 @@ def evaluate_anomalies(
     others = {name: of_images(images) for name, images in sets.anomalies.items()}
     scores = {"normal": normal, **{f"anomaly_{name}": other for name, other in others.items()}}
     what = f"{options.split}, density of latents" if experiment.is_latent else options.split
-    areas = _areas(normal, others, typical, what)
+    areas = _areas(normal, others, typical, what, sets.origins)
     return _fit_of_z(normal) + areas + _record(flow, by_class, typical, scores, experiment.is_latent)
 
 
@@ -126,8 +130,11 @@ def _anomalies(experiment: Any, options: Any, data: Dataset) -> dict[str, ArrayD
 def _some(dataset: Dataset | BucketedDataset, most: int) -> ArrayDataset:
     """Returns up to `most` evenly spaced images of a dataset, without labels."""
     dataset = of_one_shape(dataset, "--anomaly")
-    positions = np.unique(np.linspace(0, len(dataset) - 1, min(most, len(dataset))).astype(np.int64))
-    return _unlabelled(np.asarray(dataset[positions].pixels))
+    return _unlabelled(np.asarray(dataset[_positions(dataset, most)].pixels))
+
+
+def _positions(dataset: Dataset, most: int) -> np.ndarray:
+    return np.unique(np.linspace(0, len(dataset) - 1, min(most, len(dataset))).astype(np.int64))
 
 
 def _unlabelled(images: np.ndarray) -> ArrayDataset:
@@ -149,21 +156,27 @@ def _fit_of_z(normal: AnomalyScores) -> Evaluation:
     return Evaluation((line,), {"z_square": square, **rejected})
 
 
-def _areas(normal: AnomalyScores, others: dict[str, AnomalyScores], typical: float, what: str) -> Evaluation:
+def _areas(
+    normal: AnomalyScores,
+    others: dict[str, AnomalyScores],
+    typical: float,
+    what: str,
+    origins: np.ndarray | None,
+) -> Evaluation:
     lines, metrics, ours = [], {}, normal.scores(typical)
     for name, other in others.items():
-        areas = {score: _area(ours[score], values) for score, values in other.scores(typical).items()}
+        areas = {score: _area(ours[score], values, origins) for score, values in other.scores(typical).items()}
         metrics |= {f"auroc_{name}_{score}": area for score, area in areas.items()}
-        values = ", ".join(f"{score} {area.value:.3f} ± {area.standard_error:.3f}" for score, area in areas.items())
+        values = ", ".join(f"{score} {area:.3f}" for score, area in areas.items())
         lines.append(f"AUROC of {len(other.nats)} {name} against {len(normal.nats)} images ({what}): {values}")
     return Evaluation(tuple(lines), metrics)
 
 
-def _area(normal: np.ndarray, anomalous: np.ndarray) -> Estimate:
+def _area(normal: np.ndarray, anomalous: np.ndarray, origins: np.ndarray | None) -> Estimate:
     """Returns the AUROC, which is NaN if a score is, because the flow's numbers overflow for an image."""
     if np.isnan(normal).any() or np.isnan(anomalous).any():
-        return Estimate(math.nan, math.nan, len(normal) + len(anomalous))
-    return auroc(normal, anomalous)
+        return Estimate(math.nan, None, len(normal) + len(anomalous))
+    return auroc(normal, anomalous, origins=origins)
 
 
 def _record(flow: Any, by_class: bool, typical: float, sets: dict[str, AnomalyScores], latent: bool) -> Evaluation:
