@@ -8,10 +8,12 @@ import scipy.spatial
 from flowgen.evaluation import (
     FeatureStatistics,
     feature_statistics,
+    frechet_between,
     frechet_distance,
     kernel_distance,
     manifold_metrics,
     nearest_in,
+    perfect_coverage,
     read_statistics,
     save_statistics,
 )
@@ -57,6 +59,9 @@ def test_the_frechet_distance_of_statistics_is_that_of_scipys_root(untyped):
     expected = np.square(mean_x - mean_y).sum() + np.trace(cov_x + cov_y - 2 * root)
     found = feature_statistics(batches(x, 64), 500).frechet(feature_statistics(batches(y, 64), 400))
     np.testing.assert_allclose([found, frechet_distance(x, y)], expected, rtol=FRECHET)
+    for sides in ((cov_x, -cov_y), (np.triu(cov_x), cov_y)):
+        with pytest.raises(ValueError, match=r"negative variance|not symmetric"):
+            frechet_between(mean_x, sides[0], mean_y, sides[1])
     with pytest.raises(ValueError, match="lengths 24 and 3"):
         feature_statistics([x], 500).frechet(feature_statistics([y[:, :3]], 400))
 
@@ -109,6 +114,22 @@ def test_precision_and_recall_are_those_of_brute_force(untyped):
         manifold_metrics(samples[:5], data)
 
 
+def test_a_perfect_model_has_the_coverage_of_repeated_draws(untyped):
+    """In any number of dimensions: of normal and of uniform features."""
+    random = np.random.default_rng(0)
+    for count, dims in ((10, 1), (30, 16), (90, 3)):
+        drawn = [
+            manifold_metrics(random.normal(size=(count, dims)), random.normal(size=(40, dims))) for _ in range(100)
+        ]
+        # The coverage of one draw varies by less than 0.1, that of 100 by less than 0.01. 4 standard deviations.
+        np.testing.assert_allclose(np.mean([one.coverage for one in drawn]), perfect_coverage(count, 40), atol=0.04)
+        np.testing.assert_allclose(np.mean([one.density for one in drawn]), 1, atol=0.2)
+    # The nearest of 2 samples and 1 other data point is a sample with probability 2/3.
+    assert perfect_coverage(2, 2, k=1) == pytest.approx(2 / 3)
+    with pytest.raises(ValueError, match="num_data 5 and k 5"):
+        perfect_coverage(2, 5)
+
+
 def test_neighbours_are_the_nearest_in_any_batches(untyped):
     data, queries = features(50, 0, dims=3), features(4, 1, dims=3)
     far = scipy.spatial.distance.cdist(queries.astype(np.float64), data.astype(np.float64))
@@ -145,7 +166,13 @@ BROKEN = {
         "features that are not finite",
     ),
     "text": ({"mu": np.array(["a", "b"]), "sigma": np.eye(2)}, "mu of dtype <U1; it must be of real numbers"),
-    "several counts": ({"mu": np.zeros(2), "sigma": np.eye(2), "count": np.zeros(3)}, r"count of shape \(3,\)"),
+    "several counts": ({"mu": np.zeros(2), "sigma": np.eye(2), "count": np.zeros(3)}, r"the count \[0.0, 0.0, 0.0\]"),
+    "no count": ({"mu": np.zeros(2), "sigma": np.eye(2), "count": np.nan}, "the count nan"),
+    "a negative count": ({"mu": np.zeros(2), "sigma": np.eye(2), "count": -1}, "the count -1"),
+    "infinitely many": ({"mu": np.zeros(2), "sigma": np.eye(2), "count": np.inf}, "the count inf"),
+    "negative variances": ({"mu": np.zeros(2), "sigma": -np.eye(2)}, "negative variance -1"),
+    "no symmetry": ({"mu": np.zeros(2), "sigma": np.array([[1.0, 0.5], [0.4, 1.0]])}, "not symmetric"),
+    "correlations above 1": ({"mu": np.zeros(2), "sigma": np.array([[1.0, 2.0], [2.0, 1.0]])}, "above the product"),
     "pickled objects": ({"mu": np.array([{}], object), "sigma": np.eye(1)}, "Object arrays cannot be loaded"),
 }
 

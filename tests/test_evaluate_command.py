@@ -12,10 +12,14 @@ from laws import drawn
 from PIL import Image
 
 from flowgen import checkpoint
+from flowgen.data import DataConfig
+from flowgen.evaluation import Estimate, Evaluation
 from flowgen.experiments import FlowExperiment, SamplingConfig, SpaceToDepth
+from flowgen.experiments.anomalies import open_anomalies
+from flowgen.experiments.images import training_images
 from flowgen.flows import STARFlowConfig, TARFlowConfig
 from flowgen.nn import init
-from flowgen.runs import CheckpointReader
+from flowgen.runs import CheckpointReader, save_evaluation
 
 
 @pytest.fixture(scope="module")
@@ -136,6 +140,48 @@ def test_anomalies_are_scored_by_latents(tmp_path):
     assert all(0 <= record["metrics"][f"auroc_{name}_nats"]["value"] <= 1 for name in ("noise", "inversion"))
     with np.load(tmp_path / "a.anomaly.npz") as arrays:
         assert arrays["normal_tokens"].shape == (180, 4, 4)
+
+
+def test_likelihoods_that_are_not_finite_are_refused(flow_run, tmp_path, monkeypatch):
+    def overflowing(flow, variables, dataset, key, **options):
+        return np.where(np.arange(len(dataset)) < 3, np.nan, 1.0)
+
+    monkeypatch.setattr("flowgen.experiments.likelihoods.flow_nats", overflowing)
+    told = refused("evaluate --anomaly corrupted --checkpoint", flow_run, "--out", tmp_path / "a.json")
+    assert "3 of 180 images have no finite likelihood" in told
+    assert not list(tmp_path.iterdir())
+
+
+def test_evaluations_without_json_leave_no_file(tmp_path):
+    with pytest.raises(ValueError, match="JSON"):
+        save_evaluation(str(tmp_path / "a.json"), {"value": float("nan")}, {"anomaly.npz": {"x": np.zeros(2)}})
+    assert not list(tmp_path.iterdir())
+    save_evaluation(str(tmp_path / "a.json"), {"value": 1}, {"anomaly.npz": {"x": np.zeros(2)}})
+    assert json.loads((tmp_path / "a.json").read_text()) == {"value": 1, "files": ["a.anomaly.npz"]}
+
+
+def test_other_data_are_compared_with_the_runs_training_images(flow_run, tmp_path, monkeypatch):
+    other = tmp_path / b"caf\xe9".decode(errors="surrogateescape")
+    other.mkdir()
+    for index in range(6):
+        Image.new("L", (8, 8), 40 * index).save(other / f"{index}.png")
+    opened = []
+
+    def evaluate(self, model, variables, options, *, trained_on=None):
+        opened.append((trained_on, self.data.name))
+        sets = open_anomalies(self, options, lambda: training_images(self, trained_on, options.split, read))
+        return Evaluation(metrics={f"auroc_{name}_nats": Estimate(0.5) for name in sets.anomalies})
+
+    def read(one, split):
+        return one.dataset(split)
+
+    monkeypatch.setattr(FlowExperiment, "evaluate", evaluate)
+    words = ("--anomaly", other, "--out", tmp_path / "a.json")
+    succeed("evaluate --checkpoint", flow_run, *words)
+    # The name of a folder that is no UTF-8 is escaped.
+    assert list(json.loads((tmp_path / "a.json").read_text())["metrics"]) == ["auroc_caf\\udce9_nats"]
+    succeed("evaluate --data.name folder --anomaly corrupted --checkpoint", flow_run, "--data.path", other)
+    assert opened == [(None, "digits"), (DataConfig("digits"), "folder")]
 
 
 def test_what_cannot_be_saved_is_refused_first(flow_run, tmp_path):

@@ -91,6 +91,8 @@ def test_standard_errors_are_those_of_means():
     assert joined.lines == ("a", "b")
     assert joined.record()["metrics"]["y"] == {"value": None, "standard_error": None, "count": None}
     assert joined.record()["noise"] == "none"
+    about = Evaluation(about={"centre": {"nats": [np.float64("nan"), 1, "a"]}, "of": np.inf}).record()
+    assert about == {"metrics": {}, "centre": {"nats": [None, 1, "a"]}, "of": None, "lines": []}
 
 
 def test_flow_bits_do_not_depend_on_the_batch_and_ignore_padding():

@@ -7,6 +7,7 @@ from tolerances import assert_close
 
 from flowgen.convert import MappingError, efficientnet_lite0, inception
 from flowgen.data import from_uint8
+from flowgen.evaluation.inception import InceptionV3
 from flowgen.evaluation.networks import NetworkFeatures
 
 # Sums of thousands of float32 products in another order, through 20 layers; the features are about 2.
@@ -40,6 +41,12 @@ def test_features_of_efficientnet_are_those_of_the_original_code():
     recorded = inception_weights.recorded(inception_weights.EFFICIENTNET)
     network, variables = efficientnet_lite0(inception_weights.state_dict(recorded["names"], recorded["shapes"]))
     assert_features(network, variables, {size: recorded[size] for size in inception_weights.SIZES})
+
+
+def test_images_that_are_not_finite_have_no_features():
+    features = NetworkFeatures(InceptionV3("fid"), {})
+    with pytest.raises(ValueError, match="images has 1 values that are not finite"):
+        features(np.full((2, 1, 1, 3), [[[[0.0, np.nan, 0.0]]], [[[0.0, 0.0, 0.0]]]], np.float32))
 
 
 def test_weights_without_a_classifier_are_refused():

@@ -53,6 +53,7 @@ def run(options: argparse.Namespace, rest: list[str]) -> int:
     from flowgen.data import told_once
     from flowgen.experiments.autoregressive import AutoregressiveExperiment
     from flowgen.experiments.distances import SAMPLES_AT_ONCE
+    from flowgen.experiments.drawing import CompareOptions
     from flowgen.experiments.tuning import TUNED, with_tuned_plan
     from flowgen.runs import check_new_evaluation, evaluation_path, located, save_evaluation
 
@@ -77,7 +78,9 @@ def run(options: argparse.Namespace, rest: list[str]) -> int:
         experiment = with_tuned_plan(experiment, options.checkpoint, params, min(asked.samples, SAMPLES_AT_ONCE))
     saves = bool(options.out) or _can_save(options.checkpoint, named)
     with told_once():
-        evaluation = experiment.evaluate(model, params, _with_cache(asked, options.checkpoint))
+        compares = isinstance(asked, CompareOptions) and experiment.data != trained.data
+        others = {"trained_on": trained.data} if compares else {}
+        evaluation = experiment.evaluate(model, params, _with_cache(asked, options.checkpoint), **others)
     for line in evaluation.lines:
         say(line)
     if saves:

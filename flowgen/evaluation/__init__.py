@@ -22,7 +22,7 @@ from flowgen.evaluation.likelihood import (
     velocity_bits,
     velocity_bits_per_dim,
 )
-from flowgen.evaluation.manifolds import ManifoldMetrics, manifold_metrics, nearest_in
+from flowgen.evaluation.manifolds import ManifoldMetrics, manifold_metrics, nearest_in, perfect_coverage
 from flowgen.evaluation.metrics import frechet_between, frechet_distance, psnr
 from flowgen.evaluation.points import PointSamples, point_metrics, point_samples
 from flowgen.evaluation.statistics import FeatureStatistics, feature_statistics, read_statistics, save_statistics
@@ -58,6 +58,7 @@ __all__ = [
     "manifold_metrics",
     "mean_of",
     "nearest_in",
+    "perfect_coverage",
     "point_metrics",
     "point_samples",
     "psnr",

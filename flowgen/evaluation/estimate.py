@@ -39,8 +39,8 @@ class Estimate(NamedTuple):
 def mean_of(values: Float[np.ndarray, " n"]) -> Estimate:
     """Returns the mean of independent values and its standard error, their standard deviation divided by √n.
 
-    If there is a single value, or if all values are equal, such as the outcomes of trials that all succeed, the standard
-    error is unknown. The mean of values with a NaN is NaN.
+    If there is a single value, or if all values are equal, as after trials that all succeed, the standard error is
+    unknown. The mean of values with a NaN is NaN.
 
     Raises ValueError if there are no values.
 
@@ -97,14 +97,19 @@ class Evaluation:
         )
 
     def record(self) -> dict[str, Any]:
-        """Returns the metrics and how they were measured as values for JSON; numbers that are not finite are None.
+        """Returns the metrics and how they were measured as values for JSON; floats that are not finite are None.
 
         Example:
             json.dumps(evaluation.record(), allow_nan=False)
         """
-        metrics = {name: {key: _plain(x) for key, x in one._asdict().items()} for name, one in self.metrics.items()}
-        return {"metrics": metrics, **self.about, "lines": list(self.lines)}
+        metrics = {name: one._asdict() for name, one in self.metrics.items()}
+        return _plain({"metrics": metrics, **self.about, "lines": self.lines})
 
 
-def _plain(number: int | float | None) -> int | float | None:
-    return number if number is None or math.isfinite(number) else None
+def _plain(value: Any) -> Any:
+    """Returns values for JSON, with None for floats that are not finite."""
+    if isinstance(value, Mapping):
+        return {name: _plain(one) for name, one in value.items()}
+    if isinstance(value, list | tuple):
+        return [_plain(one) for one in value]
+    return None if isinstance(value, float) and not math.isfinite(value) else value

@@ -77,6 +77,28 @@ def manifold_metrics(
     )
 
 
+def perfect_coverage(num_samples: int, num_data: int, *, k: int = DENSITY_NEIGHBOURS) -> float:
+    """Returns the expected coverage of a perfect model, whose samples have the distribution of the data.
+
+    If the samples and the data other than one are ordered by their distance to this one, all orders are equally likely.
+    The ball of this one contains no sample if the first k are data:
+    1 - Π (m - 1 - i) / (m - 1 - i + n) over i = 0, ..., k - 1, for n samples and m data in any number of dimensions.
+    The expected density of a perfect model is 1 for all n and m.
+
+    Raises ValueError if there is no sample, or if there are not more data than k.
+
+    Example:
+        perfect_coverage(100, 2000)  # 0.217
+    """
+    if num_samples < 1 or not 1 <= k < num_data:
+        raise ValueError(
+            f"num_samples is {num_samples}, num_data {num_data} and k {k}; give at least one sample and k from 1 to "
+            "num_data - 1."
+        )
+    others = num_data - 1 - np.arange(k)
+    return float(1 - np.prod(others / (others + num_samples)))
+
+
 def nearest_in(
     queries: Float[np.ndarray, "n f"], batches: Iterable[Float[np.ndarray, "b f"]], count: int
 ) -> tuple[Int[np.ndarray, "n count"], Float[np.ndarray, "n count"]]:

@@ -9,6 +9,8 @@ from jaxtyping import Float
 
 from flowgen.arrays import check_finite
 
+# A covariance may have been rounded to float32, by this fraction of its largest entry or a little more.
+ROUNDING = 1e-6
 PEAK = 2.0  # the largest difference between two values in [-1, 1]
 
 
@@ -52,7 +54,7 @@ def frechet_between(
 ) -> float:
     """Returns the squared Fréchet distance between two Gaussians, in float64; see `frechet_distance`.
 
-    Raises ValueError if f and g differ, or if values are not finite.
+    Raises ValueError if f and g differ, if values are not finite, or if a matrix cannot be a covariance.
 
     Example:
         distance = frechet_between(mu_x, sigma_x, mu_y, sigma_y)
@@ -62,8 +64,27 @@ def frechet_between(
             f"features have lengths {len(mean)} and {len(other_mean)}; compare features of the same extractor."
         )
     check_finite(mean=mean, covariance=covariance, other_mean=other_mean, other_covariance=other_covariance)
+    check_covariance("covariance", covariance)
+    check_covariance("other_covariance", other_covariance)
     values, vectors = np.linalg.eigh(np.asarray(covariance, np.float64))
     root = (vectors * np.sqrt(np.maximum(values, 0))) @ vectors.T
     cross = np.linalg.eigvalsh(root @ other_covariance @ root)
     spread = np.trace(covariance) + np.trace(other_covariance) - 2 * np.sqrt(np.maximum(cross, 0)).sum()
     return float(np.square(mean - other_mean).sum() + spread)
+
+
+def check_covariance(name: str, matrix: Float[np.ndarray, "f f"]) -> None:
+    """Raises ValueError unless a finite matrix is symmetric, with variances of at least 0 that bound its covariances.
+
+    Example:
+        check_covariance("sigma", sigma)
+    """
+    variances = np.diag(matrix)
+    slack = ROUNDING * np.abs(matrix).max(initial=0)
+    if variances.min(initial=0) < 0:
+        raise ValueError(f"{name} has the negative variance {variances.min():g}; compute it again.")
+    if np.abs(matrix - matrix.T).max(initial=0) > slack:
+        raise ValueError(f"{name} is not symmetric, as covariances are; compute it again.")
+    deviations = np.sqrt(variances)
+    if (np.abs(matrix) - np.outer(deviations, deviations)).max(initial=0) > slack:
+        raise ValueError(f"{name} has a covariance above the product of the standard deviations; compute it again.")

@@ -11,7 +11,7 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float
 
-from flowgen.arrays import check_floating
+from flowgen.arrays import check_finite, check_floating
 from flowgen.data.media import from_uint8, to_uint8
 
 AT_ONCE = 32
@@ -31,6 +31,7 @@ class NetworkFeatures:
     """Computes the features of images in [-1, 1] with a network.
 
     The images are first rounded to the 256 levels of an image file, because published distances compare image files.
+    Calling it raises ValueError if images do not have 1 or 3 channels, or have values that are not finite.
 
     Example:
         features = NetworkFeatures(InceptionV3("fid"), variables)(images)  # float32 `n 2048`
@@ -42,6 +43,7 @@ class NetworkFeatures:
     def __call__(self, images: Float[np.ndarray, "n height width c"]) -> Float[np.ndarray, "n features"]:
         check_floating("images", images)
         check_channels(images.shape[3])
+        check_finite(images=images)  # Rounding would turn NaN into grey.
         size = min(AT_ONCE, len(images))
         out = np.empty((len(images), self.network.num_features), np.float32)
         for start in range(0, len(images), size):

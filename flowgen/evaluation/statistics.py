@@ -11,7 +11,7 @@ from jaxtyping import Float
 
 from flowgen.data.media import atomic_file
 from flowgen.documents import ARRAY_DAMAGE
-from flowgen.evaluation.metrics import frechet_between
+from flowgen.evaluation.metrics import check_covariance, frechet_between
 
 MOST_KEPT = 10_000  # feature vectors that are kept for kernel distances and manifolds
 # The arrays of a file of statistics, besides texts, whose names have a prefix. Other arrays are not read.
@@ -105,7 +105,8 @@ def save_statistics(path: str | os.PathLike[str], statistics: FeatureStatistics)
 def read_statistics(path: str | os.PathLike[str]) -> FeatureStatistics:
     """Returns the statistics in an .npz file from `save_statistics` or another program, with at least mu and sigma.
 
-    Raises ValueError if the file is damaged or has no such arrays, or FileNotFoundError if there is none.
+    Raises ValueError if the file is damaged or has no such arrays, or if sigma is no covariance; FileNotFoundError if
+    there is none.
 
     Example:
         reference = read_statistics("fid_stats_cifar10_train.npz")
@@ -129,9 +130,11 @@ def read_statistics(path: str | os.PathLike[str]) -> FeatureStatistics:
     if not fits or (features is not None and (features.ndim != 2 or features.shape[1:] != mean.shape)):
         shapes = ", ".join(f"{name} {found[name].shape}" for name in ("mu", "sigma", "features") if name in found)
         raise ValueError(f"'{path}' has arrays of shapes {shapes}; mu must be (f,), sigma (f, f), features (n, f).")
-    if found.get("count", np.array(0)).ndim:
-        raise ValueError(f"'{path}' has a count of shape {found['count'].shape}; it must be one number.")
+    count = found.get("count", np.array(0))
+    if count.ndim or not (count >= 0 and count == np.floor(count)):
+        raise ValueError(f"'{path}' has the count {count.tolist()!r:.80}; it must be one whole number from 0.")
     if not all(np.isfinite(part).all() for part in (mean, covariance, *([] if features is None else [features]))):
         raise ValueError(f"'{path}' has values in mu, sigma or features that are not finite; compute them again.")
+    check_covariance(f"sigma in '{path}'", covariance)
     about = {name.removeprefix(_ABOUT): str(text) for name, text in found.items() if name.startswith(_ABOUT)}
-    return FeatureStatistics(mean, covariance, int(found.get("count", 0)), features, about)
+    return FeatureStatistics(mean, covariance, int(count), features, about)

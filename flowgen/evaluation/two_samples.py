@@ -32,8 +32,8 @@ def c2st(
 
     The accuracy is the mean over `folds` parts, each of which is classified after training on the others (Lopez-Paz and
     Oquab, arXiv 1610.06545). By chance it may be slightly below 0.5. Its standard error is that of the mean over the
-    parts, None if all are equal, and `count` is the number of samples in both sets. More samples make a better classifier, so compare only
-    equal numbers; published values use 10,000 in each set. Pass reference samples as x.
+    parts, or None if all are equal, and `count` is the number of samples in both sets. More samples make a better
+    classifier, so compare only equal numbers; published values use 10,000 in each set. Pass reference samples as x.
 
     Raises ValueError if x and y differ in shape, have fewer samples than folds, values that are not finite, or if x is
     constant in a dimension; ModuleNotFoundError if scikit-learn is not installed.

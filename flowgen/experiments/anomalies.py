@@ -5,15 +5,19 @@ from __future__ import annotations
 import dataclasses
 import math
 import os
+from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import jax
 import numpy as np
 
 from flowgen.data import ArrayDataset, DataConfig, Dataset, load
-from flowgen.data.dataset import BucketedDataset, Split, image_set, of_one_shape
+from flowgen.data.dataset import BucketedDataset, image_set, of_one_shape
 from flowgen.evaluation import CORRUPTIONS, SCORES, AnomalyScores, Estimate, Evaluation, anomaly_scores, auroc, mean_of
+from flowgen.experiments.images import TrainingImages
 from flowgen.experiments.latents import as_taken
+from flowgen.experiments.likelihoods import check_computed
+from flowgen.printable import printable
 from flowgen.runs.evaluations import ANOMALY
 
 CORRUPTED = "corrupted"
@@ -25,31 +29,38 @@ SIGNIFICANCE = 0.05
 class AnomalySets(NamedTuple):
     """Images to score, opened before anything is computed.
 
-    typical: training images, which define typicality. anomalies: the sets of anomalies by name. origins: the position
-    in the data of the image that each anomaly of a set is a copy of; None if they are other images.
+    typical: training images, which define typicality. typical_name: what they are. anomalies: the sets of anomalies by
+    name. origins: the position in the data of the image that each anomaly of a set is a copy of; None if they are other
+    images.
     """
 
     typical: ArrayDataset
+    typical_name: str
     anomalies: dict[str, ArrayDataset]
     origins: np.ndarray | None
 
 
-def open_anomalies(experiment: Any, options: Any, train: Split) -> AnomalySets:
+def open_anomalies(experiment: Any, options: Any, train: Callable[[], TrainingImages]) -> AnomalySets:
     """Returns the images that `evaluate_anomalies` compares with the data.
 
-    experiment: a `FlowExperiment`. options: its options for evaluation, with `anomaly` set. train: the split of the
-    training images.
+    experiment: a `FlowExperiment`. options: its options for evaluation, with `anomaly` set. train: a function that
+    returns the training images.
 
     Raises ValueError if the flow needs texts, or if there is no such set of at least two images.
 
     Example:
-        sets = open_anomalies(experiment, ImageEvaluateOptions(anomaly="corrupted"), "train")
+        train = TrainingImages(experiment.dataset("train"), "training images")
+        sets = open_anomalies(experiment, ImageEvaluateOptions(anomaly="corrupted"), lambda: train)
     """
     check_anomaly(experiment, options.anomaly)
     data = of_one_shape(experiment.dataset(options.split), "--anomaly")
-    origins = _positions(data, MOST_ANOMALIES) if options.anomaly == CORRUPTED else None
-    typical = _some(experiment.dataset(train), MOST_TYPICAL)
-    sets = AnomalySets(typical, _anomalies(experiment, options, data), origins)
+    # Mirror images among the latents change the positions.
+    mirrored = experiment.is_latent and experiment.data.flip and options.split == "train"
+    copied = options.anomaly == CORRUPTED and not mirrored
+    origins = _positions(data, MOST_ANOMALIES) if copied else None
+    anomalies = _anomalies(experiment, options, data)
+    images, name = train()
+    sets = AnomalySets(_some(images, MOST_TYPICAL), name, anomalies, origins)
     for name, count in {"data": len(data), **{name: len(one) for name, one in sets.anomalies.items()}}.items():
         if count < 2:
             raise ValueError(f"--anomaly is {options.anomaly}, but {name} has only {count} image; give at least 2.")
@@ -86,13 +97,16 @@ def evaluate_anomalies(
         taken = as_taken(images, experiment.data, experiment.encoding, flip=False)
         return scored(of_one_shape(taken, "--anomaly"))
 
-    typical = float(of_images(sets.typical).nats.mean())
-    normal = scored(data)
+    centre, normal = of_images(sets.typical).nats, scored(data)
+    check_computed(centre, sets.typical_name)
+    check_computed(normal.nats, "images")
+    typical = float(centre.mean())
     others = {name: of_images(images) for name, images in sets.anomalies.items()}
     scores = {"normal": normal, **{f"anomaly_{name}": other for name, other in others.items()}}
     what = f"{options.split}, density of latents" if experiment.is_latent else options.split
     areas = _areas(normal, others, typical, what, sets.origins)
-    return _fit_of_z(normal) + areas + _record(flow, by_class, typical, scores, experiment.is_latent)
+    record = _record(flow, by_class, scores, typical, sets.typical_name, experiment.is_latent)
+    return _fit_of_z(normal) + areas + record
 
 
 def check_anomaly(experiment: Any, anomaly: str) -> None:
@@ -118,7 +132,8 @@ def _anomalies(experiment: Any, options: Any, data: Dataset) -> dict[str, ArrayD
     if image_set(name) is None:
         kind = "npz" if path.endswith(".npz") else "tar" if path.endswith(".tar") else "folder"
         config = DataConfig(kind, path=path)
-        name = os.path.basename(os.path.normpath(path)).removesuffix(".npz")
+        # The name becomes part of the names of metrics and arrays, which must be encodable.
+        name = printable(os.path.basename(os.path.abspath(path)).removesuffix(".npz"))
     else:
         config = DataConfig(name)
     config = dataclasses.replace(config, eval_fraction=0.0)
@@ -179,7 +194,9 @@ def _area(normal: np.ndarray, anomalous: np.ndarray, origins: np.ndarray | None)
     return auroc(normal, anomalous, origins=origins)
 
 
-def _record(flow: Any, by_class: bool, typical: float, sets: dict[str, AnomalyScores], latent: bool) -> Evaluation:
+def _record(
+    flow: Any, by_class: bool, sets: dict[str, AnomalyScores], typical: float, typical_name: str, latent: bool
+) -> Evaluation:
     arrays = {}
     for name, scores in sets.items():
         every = {"tokens": scores.tokens, "chi_square_p": scores.chi_square_p(), "ks_p": scores.ks_p()}
@@ -189,6 +206,6 @@ def _record(flow: Any, by_class: bool, typical: float, sets: dict[str, AnomalySc
         "density_of": "latents" if latent else "pixels",
         "likelihood": "equal mixture of all classes" if by_class else "unconditional",
         "scale_parameterisation": str(flow.config.scale_parameterisation),
-        "mean_nats_of_training_images": typical,
+        "typicality": {"mean_nats": typical, "of": typical_name},
     }
     return Evaluation(about={"anomaly": about}, files={ANOMALY: arrays})

@@ -11,12 +11,13 @@ import os
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 
 from flowgen.arrays import digest_of
 from flowgen.convert import efficientnet_file, efficientnet_lite0, inception, read_state_dict
-from flowgen.data import DataConfig, Dataset, from_uint8, take_inventory
+from flowgen.data import Dataset, fixed_batches, from_uint8
 from flowgen.data.media import check_writable, pillow
 from flowgen.evaluation import (
     Estimate,
@@ -26,6 +27,7 @@ from flowgen.evaluation import (
     kernel_distance,
     manifold_metrics,
     nearest_in,
+    perfect_coverage,
     read_statistics,
     save_statistics,
 )
@@ -33,6 +35,9 @@ from flowgen.evaluation.features import FEATURES as CLASSIFIER_FEATURES
 from flowgen.evaluation.manifolds import DENSITY_NEIGHBOURS, PRECISION_NEIGHBOURS
 from flowgen.evaluation.networks import NetworkFeatures, check_channels
 from flowgen.experiments.distances import (
+    CLASSIFIER,
+    PIXELS,
+    SAMPLES_AT_ONCE,
     DrawnFeatures,
     FeatureExtractor,
     data_features,
@@ -41,29 +46,27 @@ from flowgen.experiments.distances import (
     train_features,
 )
 from flowgen.experiments.drawing import CompareOptions, Conditions, DrawBatch
+from flowgen.experiments.images import TrainingImages
 from flowgen.experiments.plots import sample_grid
+from flowgen.printable import printable
 from flowgen.runs.evaluations import NEIGHBOURS as NEIGHBOURS_FILE
 from flowgen.runs.files import digest_of_file
-from flowgen.settings import to_plain
 
 WEIGHTS = (".pth", ".pt", ".bin", ".safetensors")
 NEIGHBOURS = 7  # training images shown beside each sample
-IMAGES_IN_DIGEST = 64
-# Fields that do not change which images a config stands for.
-_PLACES = ("path", "workers", "in_memory_bytes", "on_corrupt", "eval_fraction", "flip", "classes")
+EXTRACTOR = "extractor"  # the name under which statistics keep the digest of their extractor
 
 
 @dataclass(frozen=True)
 class Comparison:
     """What samples are compared with, opened and checked before any sample is drawn.
 
-    data: the images to compare with. config: their config. train: a function that returns the training images.
-    extractor: computes the features. reference: statistics of other images to compare with instead; None for the data.
+    data: the images to compare with. train: a function that returns the training images. extractor: computes the
+    features. reference: statistics of other images to compare with instead; None for the data.
     """
 
     data: Dataset
-    config: DataConfig
-    train: Callable[[], Dataset]
+    train: Callable[[], TrainingImages]
     extractor: FeatureExtractor
     reference: FeatureStatistics | None
 
@@ -93,49 +96,66 @@ def check_features(options: CompareOptions) -> None:
         pillow()
 
 
-def open_comparison(
-    options: CompareOptions, data: Dataset, config: DataConfig, train: Callable[[], Dataset]
-) -> Comparison:
+def open_comparison(options: CompareOptions, data: Dataset, train: Callable[[], TrainingImages]) -> Comparison:
     """Opens what samples will be compared with; trains the classifier last, if there is one to train.
 
-    data: the data to compare with. config: their config. train: a function that returns the training data.
+    data: the data to compare with. train: a function that returns the training images, which are opened if needed.
 
     Raises ValueError if the data, the features and the reference statistics do not fit together.
 
     Example:
-        comparison = open_comparison(options, held_out, experiment.data, lambda: experiment.dataset("train"))
+        images = TrainingImages(experiment.dataset("train"), "training images")
+        comparison = open_comparison(options, held_out, lambda: images)
     """
     train = functools.cache(train)
     reference = read_statistics(options.reference) if options.reference else None
     if reference is None and len(data) < 2:
         raise ValueError(f"--split {options.split} has {len(data)} image, but a distance needs at least 2; give more.")
 
-    def check_length(length: int) -> None:
-        if reference is not None and len(reference.mean) != length:
-            raise ValueError(
-                f"--reference '{options.reference}' has features of length {len(reference.mean)}, but those of "
-                f"--features {options.features} have length {length}; give statistics of the same features."
-            )
+    def check(digest: str, length: int) -> None:
+        if reference is not None:
+            _check_reference(options, reference, digest, length)
 
-    return Comparison(data, config, train, _open_features(options, data, train, check_length), reference)
+    extractor = _open_features(options, data, train, check)
+    if options.neighbours:
+        train()
+    return Comparison(data, train, extractor, reference)
+
+
+def _check_reference(options: CompareOptions, reference: FeatureStatistics, digest: str, length: int) -> None:
+    """Raises ValueError if statistics are of other features. digest: that of the extractor, or its beginning."""
+    if len(reference.mean) != length:
+        raise ValueError(
+            f"--reference '{options.reference}' has features of length {len(reference.mean)}, but those of "
+            f"--features {options.features} have length {length}; give statistics of the same features."
+        )
+    theirs = reference.about.get(EXTRACTOR, digest)
+    if not f"{theirs} ".startswith(f"{digest} "):
+        raise ValueError(
+            f"--reference '{options.reference}' has features of the extractor '{printable(theirs):.80}', but that of "
+            f"--features {options.features} is '{digest}'; give statistics of the same features."
+        )
 
 
 def _open_features(
-    options: CompareOptions, data: Dataset, train: Callable[[], Dataset], check_length: Callable[[int], None]
+    options: CompareOptions, data: Dataset, train: Callable[[], TrainingImages], check: Callable[[str, int], None]
 ) -> FeatureExtractor:
     """Returns the extractor that the options name.
 
-    train: is called only for a classifier. check_length: is called with the length of the features before training.
+    train: is called only for a classifier. check: is called with the digest and the length of the features; first with
+    the beginning of the digest if the features must be learned.
     """
     name = options.features
-    if name == "classifier" and not train().class_names:
-        raise ValueError("--features is classifier, but the data have no classes to train it on; use pixels.")
-    if name == "pixels" or (name == "auto" and not train().class_names):
-        check_length(math.prod(data.event_shape))
+    if name == "classifier" and not train().dataset.class_names:
+        raise ValueError(f"--features is classifier, but the {train().name} have no classes to learn; use pixels.")
+    if name == "pixels" or (name == "auto" and not train().dataset.class_names):
+        check(PIXELS, math.prod(data.event_shape))
         return pixel_features()
     if name in ("auto", "classifier"):
-        check_length(CLASSIFIER_FEATURES)
-        return train_features(train())
+        check(CLASSIFIER, CLASSIFIER_FEATURES)
+        learned = train_features(*train())
+        check(learned.digest, CLASSIFIER_FEATURES)
+        return learned
     check_channels(data.event_shape[-1])
     path = efficientnet_file() if name == "efficientnet" else name
     digest = digest_of_file(path)
@@ -146,7 +166,7 @@ def _open_features(
         network, variables = inception(read_state_dict(path))
         fid, kind = network.variant == "fid", f"inception {network.variant}"
         whose = "the FID's Inception v3" if fid else "torchvision's Inception v3, not comparable with FID"
-    check_length(network.num_features)
+    check(f"{kind} {digest}", network.num_features)
     features = NetworkFeatures(network, variables)
     return FeatureExtractor(f"{whose}, weights {digest[:8]}", features, digest=f"{kind} {digest}")
 
@@ -174,11 +194,14 @@ def compare_samples(
     if comparison.reference is not None:
         reference, whose = comparison.reference, os.path.basename(options.reference)
     else:
-        reference = _reference(extractor, data, comparison.config, options)
+        reference = _reference(extractor, data, options)
         whose = f"{len(data)} images ({options.split})"
+    about = {EXTRACTOR: "unknown", **reference.about, "of": whose}
     evaluation = _distances(drawn, reference, extractor, num, how, options.seed) + Evaluation(
-        about={"samples": num, "extractor": _named(extractor), "reference": {"of": whose, **reference.about}}
+        about={"samples": num, "extractor": _named(extractor), "reference": about}
     )
+    if EXTRACTOR not in reference.about:
+        evaluation += Evaluation((f"the extractor of the features of {whose} is unknown, and assumed to be the same",))
     if options.neighbours:
         evaluation += _neighbours(drawn.shown, extractor, comparison.train())
     return evaluation
@@ -193,8 +216,14 @@ def _distances(
 ) -> Evaluation:
     statistics, data = drawn.statistics, reference.features
     frechet = statistics.frechet(reference)
-    metrics = {"frechet": Estimate(frechet, count=num)}
+    metrics: dict[str, Estimate] = {"frechet": Estimate(frechet, count=num)}
     lines = [f"Fréchet distance of {num} samples {frechet:.3f} (features of {extractor.name}; {how})"]
+    about: dict[str, Any] = {"singular_covariances": _singular(statistics, reference)}
+    if about["singular_covariances"]:
+        lines.append(
+            f"too few {' and '.join(about['singular_covariances'])} for {len(statistics.mean)} features, so the "
+            "distance is too large"
+        )
     samples = statistics.features
     assert samples is not None  # The statistics were just computed.
     if data is None:
@@ -211,22 +240,30 @@ def _distances(
         counts = {"precision": len(samples), "recall": len(data), "density": len(samples), "coverage": len(data)}
         metrics |= {name: Estimate(value, count=counts[name]) for name, value in manifold._asdict().items()}
         values = ", ".join(f"{name} {value:.3f}" for name, value in manifold._asdict().items())
-        lines.append(f"{values} (k = {PRECISION_NEIGHBOURS} and {DENSITY_NEIGHBOURS}; same features)")
+        perfect = about["coverage_if_perfect"] = perfect_coverage(len(samples), len(data))
+        lines.append(
+            f"{values} (k = {PRECISION_NEIGHBOURS} and {DENSITY_NEIGHBOURS}; same features; a perfect model has "
+            f"density 1 and coverage {perfect:.3f})"
+        )
     if drawn.class_accuracy is not None:
         metrics["class_accuracy"] = drawn.class_accuracy
-        lines.append(f"samples that show their class {drawn.class_accuracy.value:.3f} (by the same classifier)")
-    return Evaluation(tuple(lines), metrics)
+        lines.append(f"samples that show their class {drawn.class_accuracy:.3f} (by the same classifier)")
+    return Evaluation(tuple(lines), metrics, about)
 
 
-def _reference(
-    extractor: FeatureExtractor, data: Dataset, config: DataConfig, options: CompareOptions
-) -> FeatureStatistics:
+def _singular(samples: FeatureStatistics, data: FeatureStatistics) -> list[str]:
+    """Returns which sides have at most as many vectors as features, so that their covariance has no full rank."""
+    counts = {"samples": samples.count, "data": data.count or math.inf}
+    return [side for side, count in counts.items() if count <= len(samples.mean)]
+
+
+def _reference(extractor: FeatureExtractor, data: Dataset, options: CompareOptions) -> FeatureStatistics:
     """Returns the statistics of the data, from a file in the cache if there is one, and otherwise writes this file."""
-    about = {"data": dataset_digest(config, data), "split": options.split, "extractor": extractor.digest}
 
     def computed() -> FeatureStatistics:
         return feature_statistics(data_features(extractor, data), len(data), about=about)
 
+    about = {"data": dataset_digest(data), "split": options.split, EXTRACTOR: extractor.digest}
     if not options.cache:
         return computed()
     name = hashlib.sha256(json.dumps(about, sort_keys=True).encode()).hexdigest()[:16]
@@ -241,27 +278,26 @@ def _reference(
     return statistics
 
 
-def dataset_digest(config: DataConfig, data: Dataset) -> str:
-    """Returns a digest of a dataset: its config without paths, its files, its size, and 64 of its images.
+def dataset_digest(data: Dataset) -> str:
+    """Returns a digest of all pixels of a dataset, which are read in batches. Files may change and keep their size.
 
     Example:
-        digest = dataset_digest(experiment.data, held_out)
+        digest = dataset_digest(held_out)
     """
-    plain = {name: value for name, value in to_plain(config).items() if name not in _PLACES}
-    content = hashlib.sha256(json.dumps(plain, sort_keys=True).encode())
-    content.update(take_inventory(config, data).digest().encode())
-    some = np.unique(np.linspace(0, len(data) - 1, min(IMAGES_IN_DIGEST, len(data))).astype(np.int64))
-    content.update(digest_of([np.array([len(data), *data.event_shape]), data[some].pixels]).encode())
+    content = hashlib.sha256(digest_of([np.array([len(data), *data.event_shape])]).encode())
+    for batch, mask in fixed_batches(data, min(SAMPLES_AT_ONCE, len(data))):
+        content.update(np.ascontiguousarray(batch.pixels[mask]).data)
     return content.hexdigest()
 
 
-def _neighbours(samples: np.ndarray, extractor: FeatureExtractor, train: Dataset) -> Evaluation:
+def _neighbours(samples: np.ndarray, extractor: FeatureExtractor, images: TrainingImages) -> Evaluation:
     """Returns a grid with a sample and its nearest training images in each row."""
+    train, name = images
     count = min(NEIGHBOURS, len(train))
     positions, distances = nearest_in(extractor.features(samples), data_features(extractor, train), count)
-    images = from_uint8(train[positions.reshape(-1)].pixels).reshape(*positions.shape, *samples.shape[1:])
-    rows = np.concatenate([samples[:, None], images], axis=1)
+    near = from_uint8(train[positions.reshape(-1)].pixels).reshape(*positions.shape, *samples.shape[1:])
+    rows = np.concatenate([samples[:, None], near], axis=1)
     grid = sample_grid(rows.reshape(-1, *samples.shape[1:]), 0, columns=count + 1)
-    line = f"nearest training images of {len(samples)} samples, at distances {distances[:, 0].min():.3f} or more"
-    found = {"positions": positions.tolist(), "distances": distances.tolist()}
+    line = f"nearest {name} of {len(samples)} samples, at distances {distances[:, 0].min():.3f} or more"
+    found = {"of": name, "positions": positions.tolist(), "distances": distances.tolist()}
     return Evaluation((line,), about={"neighbours": found}, files={NEIGHBOURS_FILE: grid})

@@ -16,6 +16,8 @@ from flowgen.evaluation import Estimate, FeatureStatistics, feature_statistics, 
 from flowgen.experiments.drawing import Conditions, DrawBatch
 
 SAMPLES_AT_ONCE = 256
+# Digests of extractors begin with what they compute.
+CLASSIFIER, PIXELS = "classifier", "pixels"
 
 Images = Float[np.ndarray, "n height width c"]
 
@@ -34,8 +36,10 @@ class FeatureExtractor:
     digest: str = ""
 
 
-def train_features(dataset: Dataset) -> FeatureExtractor:
+def train_features(dataset: Dataset, name: str = "training images") -> FeatureExtractor:
     """Trains a classifier and returns an extractor of its features. Without labels, the pixels serve as features.
+
+    name: what the images in the dataset are, as a plural noun.
 
     Example:
         extractor = train_features(experiment.dataset("train"))
@@ -45,7 +49,7 @@ def train_features(dataset: Dataset) -> FeatureExtractor:
     classifier = train_classifier(dataset, jax.random.key(0))
     digest = digest_of(jax.tree.leaves(classifier.variables))
     return FeatureExtractor(
-        "a classifier of the training data", classifier.features, classifier.classes, f"classifier {digest}"
+        f"a classifier of the {name}", classifier.features, classifier.classes, f"{CLASSIFIER} {digest}"
     )
 
 
@@ -55,7 +59,7 @@ def pixel_features() -> FeatureExtractor:
     Example:
         extractor = pixel_features()
     """
-    return FeatureExtractor("pixels", lambda images: images.reshape(len(images), -1), digest="pixels")
+    return FeatureExtractor("pixels", lambda images: images.reshape(len(images), -1), digest=PIXELS)
 
 
 class DrawnFeatures(NamedTuple):
@@ -87,6 +91,8 @@ def draw_features(
     conditions: a function from positions in the data to the labels or texts to condition on, which gives the samples
     the class proportions of the data; None for unconditional samples. shown: number of samples to return.
 
+    Raises ValueError if a sample has values that are not finite.
+
     Example:
         drawn = draw_features(partial(experiment.draw_batch, network, variables), extractor, held_out, 1000)
     """
@@ -99,6 +105,7 @@ def draw_features(
             asked = np.resize(positions[first:], size)
             cond = None if conditions is None else conditions(asked)
             drawn, _ = draw_batch(jax.random.key(seed), np.arange(first, first + size), cond)
+            _check_samples(drawn[: num - first], first)
             samples = np.clip(drawn[: num - first], -1, 1)
             if first < shown:
                 kept.append(samples[: shown - first])
@@ -110,6 +117,14 @@ def draw_features(
     statistics = feature_statistics(batches(), num)
     accuracy = mean_of(np.concatenate(correct).astype(np.float64)) if correct and any(map(len, correct)) else None
     return DrawnFeatures(statistics, np.concatenate(kept) if kept else np.empty((0, *data.event_shape)), accuracy)
+
+
+def _check_samples(samples: np.ndarray, first: int) -> None:
+    if bad := np.count_nonzero(~np.isfinite(samples).reshape(len(samples), -1).all(axis=1)):
+        raise ValueError(
+            f"{bad} of samples {first} to {first + len(samples) - 1} have values that are not finite; lower "
+            "--sampling.guidance, draw with --sampling.plan sequential if this is a flow, or evaluate another --step."
+        )
 
 
 def data_features(extractor: FeatureExtractor, data: Dataset) -> Iterator[Float[np.ndarray, "b f"]]:

@@ -23,6 +23,7 @@ from flowgen.experiments.distances import SAMPLES_AT_ONCE
 from flowgen.experiments.drawing import AT_ONCE, CompareOptions, check_compared, draw_in_batches, on_devices
 from flowgen.experiments.experiment import Samples
 from flowgen.experiments.flow_options import FlowDrawOptions, FlowEvaluateOptions
+from flowgen.experiments.images import compared_split, training_images
 from flowgen.experiments.likelihoods import check_likelihood, evaluate_gaussian, evaluate_likelihood
 from flowgen.experiments.plots import sample_grid
 from flowgen.flows import STARFlowConfig, STARFlowVConfig, TARFlowConfig
@@ -156,20 +157,36 @@ class FlowExperiment(AutoregressiveExperiment):
         draw_batch = partial(self.draw_batch, flow, variables, guidance=self.guidance(flow), **options.checks)
         return Samples(draw_in_batches(draw_batch, conditions, self.sampling.num, options, say), about)
 
-    def evaluate(self, model: Any, variables: Any, options: ImageEvaluateOptions) -> Evaluation:
-        """Returns a split's likelihood under the flow and under a Gaussian, sample metrics, and scores of anomalies."""
+    def evaluate(
+        self,
+        model: Any,
+        variables: Any,
+        options: ImageEvaluateOptions,
+        *,
+        trained_on: DataConfig | LatentsConfig | None = None,
+    ) -> Evaluation:
+        """Returns a split's likelihood under the flow and under a Gaussian, sample metrics, and scores of anomalies.
+
+        trained_on: the config of the data that the flow was trained on; None if it is `data`.
+        """
         check_features(options)
         check_likelihood(model, options, latent=self.is_latent)
         if options.samples:
             self.check_sampling(model)
-        split = "train" if options.split == "eval" else options.split
-        comparison = self._comparison(options, split) if options.samples else None
-        anomalies = open_anomalies(self, options, split) if options.anomaly else None
+
+        def read(one: FlowExperiment, split: Split) -> Dataset:
+            return of_one_shape(one.dataset(split), "--samples" if options.samples else "--anomaly")
+
+        train = functools.cache(lambda: training_images(self, trained_on, options.split, read))
+        anomalies = open_anomalies(self, options, train) if options.anomaly else None
+        comparison = open_comparison(options, read(self, options.split), train) if options.samples else None
         dataset = self.flow_dataset(options.split, labelled=not options.unconditional)
         evaluation = evaluate_likelihood(model, variables, dataset, options, latent=self.is_latent)
         if not self.is_latent:
+            split, images = compared_split(options.split)
+            fitted_to = "training images" if options.split == "eval" and trained_on is None else images
             fitted = self.flow_dataset(split, labelled=False)
-            evaluation += evaluate_gaussian(model, fitted, dataset, options)
+            evaluation += evaluate_gaussian(model, fitted, dataset, options, fitted_to=fitted_to)
         if comparison is not None:
             evaluation += self._compare(model, variables, options, comparison)
         if anomalies is not None:
@@ -183,13 +200,6 @@ class FlowExperiment(AutoregressiveExperiment):
         The tiny flow uses pixel blocks as latents, and random features of words as encoded texts.
         """
         return debug_run(self, **debug_flow(self), data=debug_images(self.data))
-
-    def _comparison(self, options: ImageEvaluateOptions, train: Split) -> Comparison:
-        """Opens what samples are compared with. train: the split to train the feature extractor on."""
-        data = of_one_shape(self.dataset(options.split), "--samples")
-        trained_on = of_one_shape(self.dataset(train), "--samples")
-        assert isinstance(self.data, DataConfig)  # Cached latents have no images.
-        return open_comparison(options, data, self.data, lambda: trained_on)
 
     def _compare(self, flow: Any, variables: Any, options: ImageEvaluateOptions, comparison: Comparison) -> Evaluation:
         return compare_samples(

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Callable, Iterator
-from typing import Any, TypeVar
+from typing import Any, NamedTuple, TypeVar
 
 import jax
 
@@ -27,6 +27,45 @@ from flowgen.experiments.experiment import Experiment
 from flowgen.training import TrainConfig
 
 E = TypeVar("E", bound=Experiment)
+
+
+class TrainingImages(NamedTuple):
+    """The images that a model was trained on. name: what they are, or what takes their place, as a plural noun."""
+
+    dataset: Dataset
+    name: str
+
+
+def training_images(
+    experiment: Experiment, trained_on: Any, split: Split, read: Callable[[Any, Split], Dataset]
+) -> TrainingImages:
+    """Returns the images that a model was trained on or, if they cannot be opened, images of the evaluated data.
+
+    experiment: the experiment with the evaluated data. trained_on: the config of the data that the model was trained
+    on; None if they are the experiment's. split: the evaluated split. read: opens a split of an experiment's data.
+
+    Example:
+        training_images(experiment, None, "eval", lambda one, split: one.dataset(split)).name  # "training images"
+    """
+    try:
+        own = experiment if trained_on is None else dataclasses.replace(experiment, data=trained_on)
+        return TrainingImages(read(own, "train"), "training images")
+    except (OSError, ValueError) as error:
+        if trained_on is None:
+            raise
+        reason = error
+    other, name = compared_split(split)
+    tell(f"The run's training images cannot be opened, so the {name} take their place: {reason}")
+    return TrainingImages(read(experiment, other), name)
+
+
+def compared_split(split: Split) -> tuple[Split, str]:
+    """Returns the split of the same data that an evaluated split is compared with, and the name of its images.
+
+    Example:
+        compared_split("eval")  # ("train", "images of the train split")
+    """
+    return ("train", "images of the train split") if split == "eval" else (split, "evaluated images")
 
 
 def image_dataset(data: DataConfig, model: Any, split: Split, *, labelled: bool = True) -> Dataset:

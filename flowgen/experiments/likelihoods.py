@@ -5,6 +5,8 @@ from __future__ import annotations
 from typing import Any
 
 import jax
+import numpy as np
+from jaxtyping import Float
 
 from flowgen.data import Dataset
 from flowgen.data.dataset import BucketedDataset
@@ -13,6 +15,19 @@ from flowgen.experiments.drawing import EvaluateOptions
 from flowgen.experiments.flow_options import FlowEvaluateOptions
 from flowgen.matching import log_prob
 from flowgen.matching.solvers import Velocity
+
+
+def check_computed(nats: Float[np.ndarray, " n"], what: str) -> None:
+    """Raises ValueError unless all likelihoods are finite. what: the samples that they belong to, as a plural noun.
+
+    Example:
+        check_computed(nats, "images")
+    """
+    if bad := np.count_nonzero(~np.isfinite(nats)):
+        raise ValueError(
+            f"{bad} of {len(nats)} {what} have no finite likelihood, because the model's numbers overflow; evaluate "
+            "another checkpoint with --step, or train with a lower --optim.lr."
+        )
 
 
 def check_likelihood(flow: Any, options: FlowEvaluateOptions, *, latent: bool) -> None:
@@ -37,7 +52,7 @@ def evaluate_likelihood(
 ) -> Evaluation:
     """Returns the likelihood of a dataset under a flow: bits/dim, or nats/dim if the data are latents.
 
-    Raises the errors of `check_likelihood`.
+    Raises the errors of `check_likelihood` and `check_computed`.
 
     Example:
         evaluation = evaluate_likelihood(flow, variables, dataset, FlowEvaluateOptions(), latent=False)
@@ -54,31 +69,36 @@ def evaluate_likelihood(
         conditional=not options.unconditional,
     )
     noise = f"Gaussian noise of std {sigma:g}" if sigma else "uniform dequantisation"
+    what = "latents" if latent else "clips" if flow.config.event_shape[:-3] else "images"
+    check_computed(nats, what)
     if latent:
-        what, name, unit, estimate = "latents", "nats_per_dim", "nats/dim", mean_of(nats)
+        name, unit, estimate = "nats_per_dim", "nats/dim", mean_of(nats)
     else:
-        what = "clips" if flow.config.event_shape[:-3] else "images"
         name, unit, estimate = "bits_per_dim", "bits/dim", mean_of(bits_of_nats(nats))
     lines = (f"{len(dataset)} {what} ({options.split}), {noise}", f"{unit} {estimate}")
     return Evaluation(lines, {name: estimate}, {"noise": noise})
 
 
 def evaluate_gaussian(
-    flow: Any, fitted: Dataset | BucketedDataset, dataset: Dataset | BucketedDataset, options: FlowEvaluateOptions
+    flow: Any,
+    fitted: Dataset | BucketedDataset,
+    dataset: Dataset | BucketedDataset,
+    options: FlowEvaluateOptions,
+    *,
+    fitted_to: str,
 ) -> Evaluation:
     """Returns the likelihood under a Gaussian with the same noise; an empty evaluation if image sizes differ.
 
-    fitted: the images that the Gaussian is fitted to.
+    fitted: the images that the Gaussian is fitted to. fitted_to: what they are, as a plural noun.
 
     Example:
-        baseline = evaluate_gaussian(flow, trained_on, held_out, FlowEvaluateOptions())
+        baseline = evaluate_gaussian(flow, train, held_out, FlowEvaluateOptions(), fitted_to="training images")
     """
     if isinstance(dataset, BucketedDataset) or isinstance(fitted, BucketedDataset):
         return Evaluation()
     estimate = mean_of(gaussian_bits(fitted, dataset, noise_std=options.noise_std(flow)))
-    images = "training" if options.split == "eval" else "same"
-    line = f"bits/dim of a Gaussian fitted to the {images} images {estimate}"
-    return Evaluation((line,), {"gaussian_bits_per_dim": estimate}, {"gaussian_fitted_to": f"{images} images"})
+    line = f"bits/dim of a Gaussian fitted to the {fitted_to} {estimate}"
+    return Evaluation((line,), {"gaussian_bits_per_dim": estimate}, {"gaussian_fitted_to": fitted_to})
 
 
 def evaluate_velocity(field: Velocity, dataset: Dataset, options: EvaluateOptions, *, conditional: bool) -> Evaluation:
@@ -94,7 +114,9 @@ def evaluate_velocity(field: Velocity, dataset: Dataset, options: EvaluateOption
         return log_prob(field, x, labels if conditional else None, key=key)
 
     key = jax.random.key(options.seed)
-    bits = mean_of(velocity_bits(log_density, dataset, key, batch_size=options.batch))
+    each = velocity_bits(log_density, dataset, key, batch_size=options.batch)
+    check_computed(each, "images")
+    bits = mean_of(each)
     how = "uniform dequantisation, Hutchinson's estimate, rk4 with 50 steps"
     lines = (f"{len(dataset)} images ({options.split})", f"bits/dim {bits} ({how})")
     return Evaluation(lines, {"bits_per_dim": bits}, {"noise": "uniform dequantisation", "likelihood": how})

@@ -40,7 +40,7 @@ from flowgen.experiments.drawing import (
 )
 from flowgen.experiments.estimates import some_condition
 from flowgen.experiments.experiment import Experiment, Rehearsal, Samples, SamplingCost
-from flowgen.experiments.images import image_dataset, with_class_names
+from flowgen.experiments.images import image_dataset, training_images, with_class_names
 from flowgen.experiments.likelihoods import evaluate_velocity
 from flowgen.experiments.matching_jobs import images_job, pairs_of, points_job, weights_of
 from flowgen.experiments.own_data import own_data
@@ -283,8 +283,18 @@ class MatchingExperiment(Experiment):
         paths, _ = trajectory(velocity, x0[:DRAWN_PATHS], method="rk4", num_steps=PLOT_STEPS)
         return path_plot(np.asarray(paths), points, np.asarray(data))
 
-    def evaluate(self, model: Any, variables: Any, options: VelocityEvaluateOptions) -> Evaluation:
-        """Returns the distance between new samples and the data and, for images, bits/dim."""
+    def evaluate(
+        self,
+        model: Any,
+        variables: Any,
+        options: VelocityEvaluateOptions,
+        *,
+        trained_on: DataConfig | PointsConfig | None = None,
+    ) -> Evaluation:
+        """Returns the distance between new samples and the data and, for images, bits/dim.
+
+        trained_on: the config of the data that the network was trained on; None if it is `data`.
+        """
         field = velocity_field(model, weights_of(variables), self.matching)
         if isinstance(self.data, PointsConfig):
             options.check_points()
@@ -296,9 +306,12 @@ class MatchingExperiment(Experiment):
         check_features(options)
         dataset = self.dataset(options.split, labelled=not options.unconditional)
         conditional = self.model.num_classes > 0 and not options.unconditional
-        train = "train" if options.split == "eval" else options.split
-        assert isinstance(self.data, DataConfig)
-        comparison = open_comparison(options, dataset, self.data, lambda: self.dataset(train, labelled=False))
+
+        def read(one: MatchingExperiment, split: Split) -> Dataset:
+            return one.dataset(split, labelled=False)
+
+        train = partial(training_images, self, trained_on, options.split, read)
+        comparison = open_comparison(options, dataset, train)
         likelihood = evaluate_velocity(field, dataset, options, conditional=conditional)
         return likelihood + self._compare(model, variables, options, comparison, conditional)
 

@@ -31,6 +31,7 @@ from flowgen.experiments.drawing import DrawOptions, asked_labels, draw_in_batch
 from flowgen.experiments.estimates import decoding_cost, some_condition, tokens_of
 from flowgen.experiments.experiment import Experiment, Rehearsal, Samples, SamplingCost
 from flowgen.experiments.images import tell_repeats
+from flowgen.experiments.likelihoods import check_computed
 from flowgen.experiments.number_plots import number_plot
 from flowgen.experiments.posteriors import check_observations, evaluate_calibration, evaluate_observations
 from flowgen.experiments.token_options import TokenDrawOptions, TokenEvaluateOptions, TokenSamplingConfig
@@ -249,6 +250,7 @@ class TokenFlowExperiment(Experiment):
             check_observations(self.data.simulator, key, options.samples)
         dataset = self.dataset(options.split)
         nats = self._nats(model, variables, dataset, options.batch)
+        check_computed(nats, "samples")
         per_sample, per_dim = mean_of(nats), ratio_of(nats, self._dims(dataset))
         lines = (f"{len(dataset)} samples ({options.split})", f"nats {per_sample}", f"nats/dim {per_dim}")
         evaluation = Evaluation(lines, {"nats": per_sample, "nats_per_dim": per_dim})

@@ -60,17 +60,20 @@ def save_evaluation(path: str, record: Mapping[str, Any], files: Mapping[str, An
     "a.json" is "a.neighbours.png". These files are written first, and the JSON lists them, so it is there only if
     they are.
 
-    Raises FileExistsError if a file exists already.
+    Raises FileExistsError if a file exists already, or ValueError if a number in the record is not finite. In the latter
+    case, no file is made.
 
     Example:
         save_evaluation("digits.json", {"metrics": {}}, {"neighbours.png": grid})
     """
     stem = path.removesuffix(".json")
     paths = {f"{stem}.{suffix}": value for suffix, value in files.items()}
-    for other, value in paths.items():
-        _create(other, _npz(value) if isinstance(value, Mapping) else _png(value))
     names = [other.rpartition("/")[2] for other in paths]
-    _create(path, (json.dumps({**record, "files": names}, indent=2, allow_nan=False) + "\n").encode())
+    # All contents are made before any file, because a file without its JSON would prevent another attempt.
+    last = (json.dumps({**record, "files": names}, indent=2, allow_nan=False) + "\n").encode()
+    made = {other: _npz(value) if isinstance(value, Mapping) else _png(value) for other, value in paths.items()}
+    for one, content in {**made, path: last}.items():
+        _create(one, content)
     return [path, *paths]
 
 
