@@ -60,8 +60,8 @@ def save_evaluation(path: str, record: Mapping[str, Any], files: Mapping[str, An
     "a.json" is "a.neighbours.png". These files are written first, and the JSON lists them, so it is there only if
     they are.
 
-    Raises FileExistsError if a file exists already, or ValueError if a number in the record is not finite. In the latter
-    case, no file is made.
+    Raises FileExistsError if a file exists already, or ValueError, with no file made, if a number in the record is not
+    finite.
 
     Example:
         save_evaluation("digits.json", {"metrics": {}}, {"neighbours.png": grid})
