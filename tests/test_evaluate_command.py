@@ -89,6 +89,9 @@ BEFORE = {
     "reference of a classifier": "--samples 8 --features classifier --reference {reference}",
     "reference, features chosen by the data": "--samples 8 --reference {reference}",
     "anomalies that are no images": "--anomaly {reference}",
+    "one anomaly": "--anomaly {one}",
+    "data of one image to score": "--anomaly corrupted --unconditional --data.name folder --data.path {one}",
+    "data of one image to compare": "--samples 8 --unconditional --data.name folder --data.path {one}",
 }
 
 
@@ -99,8 +102,12 @@ def test_what_does_not_fit_is_refused_before_anything_is_computed(flow_run, tmp_
 
     for place in ("flow.evaluate_likelihood", "flow.compare_samples", "comparison.train_features"):
         monkeypatch.setattr(f"flowgen.experiments.{place}", computed)
-    reference = _statistics(tmp_path / "fid.npz", 7)
-    told = refused("evaluate --checkpoint", flow_run, *BEFORE[name].format(reference=reference).split())
+    reference, one = _statistics(tmp_path / "fid.npz", 7), tmp_path / "one"
+    one.mkdir()
+    Image.new("L", (8, 8)).save(one / "a.png")
+    told = refused("evaluate --checkpoint", flow_run, *BEFORE[name].format(reference=reference, one=one).split())
+    if "one" in name:
+        assert "at least 2" in told
     if "reference" in name:
         assert re.search(r"fid.npz' has features of length 7, but those of --features \w+ have length 64; ", told)
 

@@ -36,6 +36,7 @@ from flowgen.experiments.debug import SAMPLES, debug_clips, debug_images, debug_
 from flowgen.experiments.drawing import EvaluateOptions
 from flowgen.experiments.experiment import Experiment, Rehearsal
 from flowgen.experiments.images import image_batches
+from flowgen.experiments.likelihoods import check_computed
 from flowgen.experiments.own_data import own_data
 from flowgen.experiments.plots import DRAWABLE_CHANNELS, sample_grid, strips
 from flowgen.nn import init
@@ -202,10 +203,11 @@ class AutoencoderExperiment(Experiment):
     def evaluate(self, model: Any, variables: Any, options: EvaluateOptions) -> Evaluation:
         """Returns the reconstruction error on a split, and the mean and variance of the latents."""
         dataset = self.dataset(options.split)
-        error = mean_of(_errors(model, variables, dataset))
+        errors, what = _errors(model, variables, dataset), "clips" if self.autoencoding.frames else "images"
+        check_computed(errors, what, "reconstruction error")
+        error = mean_of(errors)
         ratio = psnr(error.value)
         statistics, factor = variables[STATISTICS], self.model.factor
-        what = "clips" if self.autoencoding.frames else "images"
         lines = (
             f"{len(dataset)} {what} ({options.split}), one latent per {factor} x {factor} pixels",
             f"PSNR {ratio:.2f} dB, mean square error {error.value:.5f}",

@@ -13,7 +13,7 @@ from jaxtyping import Float, Int
 from flowgen.arrays import digest_of
 from flowgen.data import Dataset, fixed_batches, from_uint8
 from flowgen.evaluation import Estimate, FeatureStatistics, feature_statistics, mean_of, train_classifier
-from flowgen.experiments.drawing import Conditions, DrawBatch
+from flowgen.experiments.drawing import Conditions, DrawBatch, check_samples
 
 SAMPLES_AT_ONCE = 256
 # Digests of extractors begin with what they compute.
@@ -91,7 +91,7 @@ def draw_features(
     conditions: a function from positions in the data to the labels or texts to condition on, which gives the samples
     the class proportions of the data; None for unconditional samples. shown: number of samples to return.
 
-    Raises ValueError if a sample has values that are not finite.
+    Raises the errors of `check_samples`.
 
     Example:
         drawn = draw_features(partial(experiment.draw_batch, network, variables), extractor, held_out, 1000)
@@ -105,7 +105,7 @@ def draw_features(
             asked = np.resize(positions[first:], size)
             cond = None if conditions is None else conditions(asked)
             drawn, _ = draw_batch(jax.random.key(seed), np.arange(first, first + size), cond)
-            _check_samples(drawn[: num - first], first)
+            check_samples(drawn[: num - first], first)
             samples = np.clip(drawn[: num - first], -1, 1)
             if first < shown:
                 kept.append(samples[: shown - first])
@@ -117,14 +117,6 @@ def draw_features(
     statistics = feature_statistics(batches(), num)
     accuracy = mean_of(np.concatenate(correct).astype(np.float64)) if correct and any(map(len, correct)) else None
     return DrawnFeatures(statistics, np.concatenate(kept) if kept else np.empty((0, *data.event_shape)), accuracy)
-
-
-def _check_samples(samples: np.ndarray, first: int) -> None:
-    if bad := np.count_nonzero(~np.isfinite(samples).reshape(len(samples), -1).all(axis=1)):
-        raise ValueError(
-            f"{bad} of samples {first} to {first + len(samples) - 1} have values that are not finite; lower "
-            "--sampling.guidance, draw with --sampling.plan sequential if this is a flow, or evaluate another --step."
-        )
 
 
 def data_features(extractor: FeatureExtractor, data: Dataset) -> Iterator[Float[np.ndarray, "b f"]]:

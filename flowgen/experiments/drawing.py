@@ -79,6 +79,19 @@ def check_compared(samples: int) -> None:
         raise ValueError("samples is 1, but a distance needs at least 2; raise it, or leave it out.")
 
 
+def check_samples(samples: Float[np.ndarray, "n ..."], first: int = 0) -> None:
+    """Raises ValueError if samples have values that are not finite. first: the number of the first one.
+
+    Example:
+        check_samples(samples)
+    """
+    if bad := np.count_nonzero(~np.isfinite(samples).reshape(len(samples), -1).all(axis=1)):
+        raise ValueError(
+            f"{bad} of samples {first} to {first + len(samples) - 1} have values that are not finite; lower "
+            "--sampling.guidance, draw with --sampling.plan sequential if this is a flow, or evaluate another --step."
+        )
+
+
 def draw_in_batches(
     draw_batch: DrawBatch,
     conditions: Conditions,

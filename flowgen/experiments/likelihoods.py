@@ -17,15 +17,17 @@ from flowgen.matching import log_prob
 from flowgen.matching.solvers import Velocity
 
 
-def check_computed(nats: Float[np.ndarray, " n"], what: str) -> None:
-    """Raises ValueError unless all likelihoods are finite. what: the samples that they belong to, as a plural noun.
+def check_computed(values: Float[np.ndarray, " n"], what: str, quantity: str = "likelihood") -> None:
+    """Raises ValueError unless all values are finite.
+
+    what: the samples that they belong to, as a plural noun. quantity: what the values are, as a noun.
 
     Example:
         check_computed(nats, "images")
     """
-    if bad := np.count_nonzero(~np.isfinite(nats)):
+    if bad := np.count_nonzero(~np.isfinite(values)):
         raise ValueError(
-            f"{bad} of {len(nats)} {what} have no finite likelihood, because the model's numbers overflow; evaluate "
+            f"{bad} of {len(values)} {what} have no finite {quantity}, because the model's numbers overflow; evaluate "
             "another checkpoint with --step, or train with a lower --optim.lr."
         )
 

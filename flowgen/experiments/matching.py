@@ -35,6 +35,7 @@ from flowgen.experiments.distances import SAMPLES_AT_ONCE
 from flowgen.experiments.drawing import (
     AT_ONCE,
     asked_labels,
+    check_samples,
     draw_in_batches,
     on_devices,
 )
@@ -300,6 +301,8 @@ class MatchingExperiment(Experiment):
             options.check_points()
             num, draw = options.samples or POINTS, self.data.draw
             samples = jax.jit(partial(point_samples, field, draw, num=num))(jax.random.key(options.seed))
+            for points in (samples.generated, samples.euler_1, samples.euler_4, samples.euler_10):
+                check_samples(np.asarray(points))
             metrics = {name: Estimate(value, count=num) for name, value in point_metrics(samples).items()}
             lines = [f"{name} {metric.value:.4f}" for name, metric in metrics.items()]
             return Evaluation((f"{num} points", *lines), metrics)

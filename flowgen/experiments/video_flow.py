@@ -33,7 +33,7 @@ from flowgen.experiments.clips import (
 from flowgen.experiments.conditions import chosen_texts
 from flowgen.experiments.debug import debug_clips, debug_flow, debug_run
 from flowgen.experiments.decoding import decoded_by_all, decoding_line
-from flowgen.experiments.drawing import AT_ONCE, draw_in_batches, on_devices
+from flowgen.experiments.drawing import AT_ONCE, check_samples, draw_in_batches, on_devices
 from flowgen.experiments.experiment import Samples
 from flowgen.experiments.flow_options import FlowDrawOptions, FlowEvaluateOptions
 from flowgen.experiments.latents import flow_dataset, pixel_dataset
@@ -277,6 +277,7 @@ class VideoFlowExperiment(AutoregressiveExperiment):
         conditions = self.conditions_of(dataset, unconditional=options.unconditional)
         cond = None if conditions is None else conditions(np.arange(options.samples) % len(dataset))
         clips, _ = self.draw_batch(model, variables, key, np.arange(options.samples), cond, guidance=guidance)
+        check_samples(clips)
         real = codec.decode(of_batch(dataset[np.arange(min(len(dataset), options.samples))]))
         for name, frames in (("samples", clips), ("data", real)):
             near, far = frame_distances(np.clip(frames, -1, 1))
