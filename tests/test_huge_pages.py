@@ -184,9 +184,7 @@ def test_installed_command_resumes_in_another_form(first, tmp_path, monkeypatch)
     monkeypatch.setenv("JAX_PLATFORMS", "cpu")
     monkeypatch.setenv("PYTHONPATH", str(PROJECT))
     command = tmp_path / "flowgen"  # as pip writes it
-    command.write_text(
-        "import sys\nfrom flowgen.cli import program\nif __name__ == '__main__':\n    sys.exit(program())\n"
-    )
+    command.write_text("import sys\nfrom flowgen.cli import program\nsys.exit(program())\n")
     for pages, steps in ((first, 4), ("small" if first == "huge" else "huge", 8)):
         monkeypatch.setenv(VARIABLE, "") if pages == "small" else monkeypatch.delenv(VARIABLE, raising=False)
         words = ["--debug", "--config", "tarflow_digits", "--workdir", str(tmp_path / "run"), "--steps", str(steps)]
