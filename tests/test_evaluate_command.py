@@ -12,7 +12,6 @@ from laws import drawn
 from PIL import Image
 
 from flowgen import checkpoint
-from flowgen.data import DataConfig
 from flowgen.evaluation import Estimate, Evaluation
 from flowgen.experiments import FlowExperiment, SamplingConfig, SpaceToDepth
 from flowgen.experiments.anomalies import open_anomalies
@@ -188,7 +187,9 @@ def test_other_data_are_compared_with_the_runs_training_images(flow_run, tmp_pat
     # The name of a folder that is no UTF-8 is escaped.
     assert list(json.loads((tmp_path / "a.json").read_text())["metrics"]) == ["auroc_caf\\udce9_nats"]
     succeed("evaluate --data.name folder --anomaly corrupted --checkpoint", flow_run, "--data.path", other)
-    assert opened == [(None, "digits"), (DataConfig("digits"), "folder")]
+    (own, evaluated), (known, other_data) = opened
+    assert (own, evaluated) == (None, "digits")
+    assert (known.name, other_data) == ("digits", "folder")
 
 
 def test_what_cannot_be_saved_is_refused_first(flow_run, tmp_path):
