@@ -100,7 +100,7 @@ def test_covariances_of_few_vectors_are_told():
 def test_samples_that_are_not_finite_are_refused_before_their_features_are_computed():
     def broken(key, numbers, cond):
         samples, line = drawn(key, numbers, cond)
-        samples[5:7, 0, 0] = np.nan, np.inf
+        samples[5, 0, 0], samples[6, 1, 1] = np.nan, np.inf
         return samples, line
 
     with pytest.raises(ValueError, match="2 of samples 0 to 9 have values that are not finite"):
