@@ -55,7 +55,7 @@ class EvaluateOptions:
 class CompareOptions(EvaluateOptions):
     """Options for comparing sampled images with data.
 
-    features: features to compare; "auto" trains a classifier on the data, or uses the pixels of data without classes.
+    features: features to compare; "auto" trains a classifier on the training images, or uses pixels without classes.
         The others are "classifier", "pixels", "efficientnet" (ImageNet features from a package), or a file of Inception
         v3 weights (.pth or .safetensors) for the FID.
     reference: .npz file of feature statistics (mu and sigma) to compare with instead of the data.
