@@ -187,7 +187,7 @@ class FlowExperiment(AutoregressiveExperiment):
         evaluation = evaluate_likelihood(model, variables, dataset, options, latent=self.is_latent)
         if not self.is_latent:
             split, images = compared_split(options.split)
-            fitted_to = "training images" if options.split == "eval" and trained_on is None else images
+            fitted_to = "same images" if split == options.split else images if trained_on else "training images"
             fitted = self.flow_dataset(split, labelled=False)
             evaluation += evaluate_gaussian(model, fitted, dataset, options, fitted_to=fitted_to)
         if comparison is not None:
