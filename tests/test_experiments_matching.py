@@ -133,10 +133,11 @@ def test_the_classes_of_images_and_guidance_reach_the_network(digits, tmp_path):
     assert "sampling.guidance is -1" in refused("sample --guidance -1 --checkpoint", path)
     assert_close(three[:2], images("--classes 3 --guidance 0 --batch 2")[:2], NETWORK)
     out = succeed("evaluate --samples 20 --batch 64 --checkpoint", path)
-    first, bits, distance, kernel, overlap, accuracy, _ = out.splitlines()
+    first, bits, distance, few, kernel, overlap, accuracy, _ = out.splitlines()
     assert first == "180 images (eval)"
     assert re.match(r"bits/dim \d+\.\d{4} ± 0\.\d{4} ", bits)
     assert re.match(r"Fréchet distance of 20 samples \d+\.\d{3} \(.*classifier", distance)
+    assert few == "too few samples for 64 features, so the distance is too large"
     assert re.match(r"kernel distance -?\d+\.\d{5}, std \d+\.\d{5} over 100 subsets of 10 ", kernel)
     assert re.match(r"precision \d\.\d{3}, recall \d\.\d{3}, density \d+\.\d{3}, coverage \d\.\d{3} ", overlap)
     assert re.match(r"samples that show their class \d\.\d{3} ", accuracy)
