@@ -131,7 +131,7 @@ def read_statistics(path: str | os.PathLike[str]) -> FeatureStatistics:
         shapes = ", ".join(f"{name} {found[name].shape}" for name in ("mu", "sigma", "features") if name in found)
         raise ValueError(f"'{path}' has arrays of shapes {shapes}; mu must be (f,), sigma (f, f), features (n, f).")
     count = found.get("count", np.array(0))
-    if count.ndim or not (count >= 0 and count == np.floor(count)):
+    if count.ndim or not 0 <= count < np.inf or count != np.floor(count):
         raise ValueError(f"'{path}' has the count {count.tolist()!r:.80}; it must be one whole number from 0.")
     if not all(np.isfinite(part).all() for part in (mean, covariance, *([] if features is None else [features]))):
         raise ValueError(f"'{path}' has values in mu, sigma or features that are not finite; compute them again.")
