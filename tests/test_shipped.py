@@ -32,6 +32,9 @@ def test_the_shipped_models_are_small_and_described():
         assert trained["data"].pop("classes") == [str(digit) for digit in range(10)]
         given["data"].pop("classes")
         assert trained == given
+        reader = RunReader(located(name)).checkpoints
+        measured = reader.evaluation(stored.train.steps)
+        assert all(measured[metric] == pytest.approx(value, rel=1e-3) for metric, value in stored.reference.items())
         card = (SHIPPED / name / "README.md").read_text()
         assert "license: apache-2.0" in card
         assert "CC BY 4.0" in card
