@@ -21,7 +21,9 @@ SPEED = "steps_per_second"
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--runs", nargs="+", required=True, help="finished runs, each trained on this machine")
-    parser.add_argument("--threads", type=int, default=len(os.sched_getaffinity(0)), help="cores that training could use")
+    parser.add_argument(
+        "--threads", type=int, default=len(os.sched_getaffinity(0)), help="cores that training could use"
+    )
     parser.add_argument("--out", type=Path, required=True, help="JSON file to write")
     arguments = parser.parse_args()
     where = measure.environment(arguments.threads, None)
