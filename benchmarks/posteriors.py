@@ -157,9 +157,9 @@ def of_sbi(estimator: str, experiment, arguments: argparse.Namespace) -> dict:
             "--seed": experiment.train.seed,
             "--threads": arguments.threads,
         }
-        script = Path(__file__).with_name("posteriors_sbi.py")
-        command = [arguments.sbi_python, script, *(part for pair in options.items() for part in pair)]
-        subprocess.run([str(part) for part in command], check=True)
+        script = Path(__file__).resolve().with_name("posteriors_sbi.py")
+        command = [arguments.sbi_python.absolute(), script, *(part for pair in options.items() for part in pair)]
+        subprocess.run([str(part) for part in command], check=True, cwd=folder)  # sbi writes logs there
         with np.load(out, allow_pickle=False) as found:
             samples, about = found["samples"], json.loads(str(found["about"]))
 

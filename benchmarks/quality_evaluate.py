@@ -107,17 +107,17 @@ def compared(draw: Any, test: Any, extractor: Any, floor: dict[str, float]) -> d
 
 
 def trained_extractor(folder: Path, train: Any, test: Any) -> tuple[Any, dict[str, float]]:
-    """Returns an extractor whose classifier is trained once per folder, its accuracy, and the distance of real images.
+    """Returns an extractor whose classifier is trained once per folder, its accuracy, and the metrics of real images.
 
-    `frechet_of_training_images` is the distance of as many training images as there are samples, which is the value
-    for a perfect model.
+    The metrics whose names end in `of_training_images` compare as many training images as there are samples. They are
+    the values of a perfect model.
     """
     import jax
     import jax.numpy as jnp
     import numpy as np
     from flax import serialization
 
-    from flowgen.evaluation import Classifier, feature_statistics, train_classifier
+    from flowgen.evaluation import Classifier, feature_statistics, manifold_metrics, train_classifier
     from flowgen.experiments.distances import FeatureExtractor, data_features
 
     file = folder / "classifier.msgpack"
@@ -131,9 +131,10 @@ def trained_extractor(folder: Path, train: Any, test: Any) -> tuple[Any, dict[st
     real = train.select(np.arange(SAMPLES))
     of_real, of_test = (feature_statistics(data_features(extractor, data), len(data)) for data in (real, test))
     right = extractor.classes(test.x / np.float32(127.5) - 1) == test.labels
-    return extractor, {
-        "classifier_accuracy": round(float(right.mean()), 4),
-        "frechet_of_training_images": round(of_real.frechet(of_test), 4),
+    manifolds = manifold_metrics(of_real.features, of_test.features)
+    metrics = {"frechet": of_real.frechet(of_test), **manifolds._asdict()}
+    return extractor, {"classifier_accuracy": round(float(right.mean()), 4)} | {
+        f"{name}_of_training_images": round(value, 4) for name, value in metrics.items()
     }
 
 
