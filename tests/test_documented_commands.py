@@ -11,7 +11,7 @@ from PIL import Image
 
 PROJECT = Path(__file__).parent.parent
 PAGE = sections(PROJECT / "docs" / "commands.md")
-FEWER = {"--num": "2", "--samples": "24", "--steps": "2"}
+FEWER = {"--num": "2", "--samples": "24", "--steps": "4"}
 RUN_OPTIONS = ("--checkpoint", "--init-from")
 
 
