@@ -13,6 +13,12 @@ PROJECT = Path(__file__).parent.parent
 PAGE = sections(PROJECT / "docs" / "commands.md")
 FEWER = {"--num": "2", "--samples": "24", "--steps": "4"}
 RUN_OPTIONS = ("--checkpoint", "--init-from")
+LINES = [
+    pytest.param(words, id=f"{heading}-{words[0]}")
+    for heading in ("Train", "Sample and evaluate", "Flow matching")
+    for words in commands(PAGE[heading])
+    if words[0] != "convert"  # published weights have gigabytes
+]
 
 
 @pytest.fixture(scope="module")
@@ -50,9 +56,8 @@ def run(words):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("heading", ["Train", "Sample and evaluate", "Flow matching"])
-def test_commands_run_in_debug_form(folder, monkeypatch, heading):
+@pytest.mark.filterwarnings("default")  # as in a user's process
+@pytest.mark.parametrize("words", LINES)
+def test_a_command_runs_in_debug_form(folder, monkeypatch, words):
     monkeypatch.chdir(folder)
-    for words in commands(PAGE[heading]):
-        if words[0] != "convert":  # published weights have gigabytes
-            run(words)
+    run(words)
