@@ -10,6 +10,7 @@ OTHERWISE := --xla_cpu_multi_thread_eigen=false $(if $(filter x86_64 amd64,$(she
 
 .PHONY: demo test test-slow test-numeric test-all soak models docs lint types format clean
 
+# sample.py draws the last picture in runs/digits/samples/ once more, to show how it is done.
 demo: $(VENV)/.train ## train a TARFlow on the built-in digits, then draw samples
 	$(BIN)/python train.py --config configs/tarflow_digits.py --workdir runs/digits
 	$(BIN)/python sample.py --checkpoint runs/digits --num 100 --out runs/digits/samples.png

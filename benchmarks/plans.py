@@ -1,8 +1,11 @@
 """Compares decoding plans on trained flows: passes, token-passes, time and error, for several batch sizes.
 
-python benchmarks/plans.py --flow mnist=runs/mnist --flow digits=runs/digits --out benchmarks/results/plans.json
+python benchmarks/plans.py --flow MNIST=runs/mnist \\
+    --flow "MNIST, trained for parallel decoding=runs/mnist_parallel" --flow "bouncing digits=runs/bouncing" \\
+    --flow digits=runs/digits --flow "STARFlow digits=runs/starflow" --threads 1 --rounds 3 \\
+    --out benchmarks/results/plans.json
 
-docs/decoding.md gives the commands that train the flows.
+docs/decoding.md#all-plans-side-by-side gives the commands that train the flows.
 """
 
 import argparse

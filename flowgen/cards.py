@@ -34,7 +34,7 @@ tags: [jax, flax, {tag}]
 ## Use
 
 ```
-pip install "flowgen-jax[train]"
+pip install -e ".[train]"    # in a checkout of flowgen, which is not on PyPI yet
 {command}
 ```
 

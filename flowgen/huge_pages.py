@@ -55,7 +55,9 @@ class Pages(NamedTuple):
         if self.glibc < OLDEST_GLIBC:
             return f"glibc {'.'.join(map(str, self.glibc))} is older than 2.35"
         if TUNABLE not in (self.tunables or "").split(":"):
-            return f"{VARIABLE} did not contain {TUNABLE} when the process started"
+            wanted = ":".join(filter(None, (self.tunables, TUNABLE)))
+            remedy = f"run `export {VARIABLE}={wanted}` first"
+            return f"{VARIABLE} did not contain {TUNABLE} when the process started; {remedy}"
         return ""
 
     def can_switch_on(self) -> bool:
@@ -84,6 +86,8 @@ def restart(words: Sequence[str], environ: Mapping[str, str] = os.environ) -> No
 
     words: the arguments at the end of the command line that started this process.
 
+    The program may be a module, a script, or an installed command such as `flowgen`.
+
     Nothing happens if the program was read from a stream, or if the command line does not end with `words`, for example
     if another program calls a command's main function with different arguments. Nothing happens either if
     GLIBC_TUNABLES is set (even to an empty string), if a debugger or profiler is active, or if JAX may use an
@@ -93,7 +97,7 @@ def restart(words: Sequence[str], environ: Mapping[str, str] = os.environ) -> No
     observed = sys.gettrace() or sys.getprofile() or not {"pydevd", "coverage"}.isdisjoint(sys.modules)
     if VARIABLE in environ or RESTARTED in environ or not started_so or observed or not sys.executable:
         return
-    if not _can_be_read_again(len(words)):
+    if not _can_be_read_again():
         return
     if not (pages().can_switch_on() and _only_cpus(environ)):
         return
@@ -105,10 +109,9 @@ def restart(words: Sequence[str], environ: Mapping[str, str] = os.environ) -> No
         os.execve(sys.executable, command, {**environ, VARIABLE: TUNABLE, RESTARTED: "1"})
 
 
-def _can_be_read_again(num_words: int) -> bool:
-    """Returns whether the program is a module or a regular file, and not a stream, which can be read only once."""
-    program = sys.orig_argv[len(sys.orig_argv) - num_words - 1]
-    return "-m" in sys.orig_argv[:-num_words] or os.path.isfile(program)
+def _can_be_read_again() -> bool:
+    """Returns whether the program is a regular file, and not text or a stream, which can be read only once."""
+    return os.path.isfile(getattr(sys.modules["__main__"], "__file__", None) or "")
 
 
 def _only_cpus(environ: Mapping[str, str]) -> bool:

@@ -9,11 +9,15 @@ import numpy as np
 import pytest
 import scipy.special
 import scipy.stats
+from PIL import Image
 from tolerances import LAYER, NETWORK, assert_close
 
-from flowgen.data import ArrayDataset, Batch, Moments
+from flowgen.data import ArrayDataset, Batch, DataConfig, Moments
 from flowgen.evaluation import CORRUPTIONS, SCORES, AnomalyScores, anomaly_scores, auroc, flow_nats
-from flowgen.experiments.anomalies import check_anomaly
+from flowgen.experiments import FlowExperiment
+from flowgen.experiments.anomalies import check_anomaly, evaluate_anomalies, open_anomalies
+from flowgen.experiments.flow import ImageEvaluateOptions
+from flowgen.flows import TARFlowConfig
 
 
 # Every kind of block; the other rows of the table differ in what is inside them.
@@ -94,6 +98,7 @@ class Standing:
 
     class config:
         num_classes, num_dims, noise_std, event_shape, token_hw = 0, 64, 0.0, (8, 8, 1), (1, 64)
+        scale_parameterisation = "exponential"
 
     def apply(self, variables, *args, method):
         if method == "prior_variance":
@@ -178,3 +183,46 @@ def test_a_flow_that_needs_texts_scores_no_anomalies():
     experiment = SimpleNamespace(model=SimpleNamespace(text_dim=4))
     with pytest.raises(ValueError, match="this flow needs texts"):
         check_anomaly(experiment, "corrupted")
+
+
+@pytest.fixture
+def photos(tmp_path, monkeypatch):
+    """Folders `known` and `new` of photos, each of one shade of grey, in the current folder."""
+    monkeypatch.chdir(tmp_path)
+    for folder, shades in {"known": [99] * 8, "new": [90, 255, 20]}.items():
+        (tmp_path / folder).mkdir()
+        for name, shade in zip("abcdefgh", shades, strict=False):
+            Image.new("L", (8, 8), shade).save(tmp_path / folder / f"{name}.png")
+
+
+def scored_photos(anomaly):
+    """The experiment's options, and its evaluation by a flow that leaves images unchanged."""
+    model = TARFlowConfig(image_size=8, channels=1, num_classes=0)
+    data = DataConfig("folder", path="known", eval_fraction=0.25)
+    experiment = FlowExperiment(name="photos", model=model, data=data)
+    options = ImageEvaluateOptions(anomaly=anomaly)
+    sets = open_anomalies(experiment, options, "train")
+    return evaluate_anomalies(experiment, Standing(), {}, options, experiment.dataset("eval"), sets)
+
+
+@pytest.mark.usefixtures("photos", "untyped")
+def test_the_most_anomalous_files_are_named(caplog):
+    evaluation = scored_photos("new")
+    arrays = evaluation.files["anomaly.npz"]
+    assert arrays["anomaly_new_files"].tolist() == ["a.png", "b.png", "c.png"]
+    assert len(arrays["normal_files"]) == len(arrays["normal_nats"]) == 2
+    worst = arrays["anomaly_new_files"][np.argsort(-arrays["anomaly_new_typicality"])]
+    assert worst.tolist() == ["b.png", "c.png", "a.png"]  # -log p grows with the distance from shade 128
+    (line,) = (line for line in evaluation.lines if line.startswith("Most anomalous of new by typicality: b.png "))
+    assert [line.index(f"{name} ") for name in worst] == sorted(line.index(f"{name} ") for name in worst)
+    assert "only 2 images of data" in caplog.text
+    assert "only 3 images of new" in caplog.text
+    assert "is expected" not in caplog.text
+
+
+@pytest.mark.usefixtures("photos", "untyped")
+def test_anomalies_that_are_the_data_are_told(caplog):
+    assert len(scored_photos("./known/").files["anomaly.npz"]["anomaly_known_files"]) == 8
+    assert "--anomaly is ./known/, which is where the data come from" in caplog.text
+    files = scored_photos("corrupted").files["anomaly.npz"]
+    assert files["anomaly_blur_files"].tolist() == files["normal_files"].tolist()

@@ -297,6 +297,10 @@ EVALUATE_REFUSED = {
     "another count": (["--samples", "4", "--sampling.num", "2"], "--sampling.num has no effect in evaluate"),
     "another group": (["--optim.lr", "1"], "--optim.lr is not an option of this command"),
     "features of nothing": (["--features", "pixels"], "--features is pixels, but there are no samples; add --samples"),
+    "the FID of nothing": (
+        ["--features", "fid.pth"],
+        "--features is fid.pth, but there are no samples and no such file; give the path",
+    ),
     "neighbours of nothing": (["--neighbours", "2"], "--neighbours is 2, but there are no samples; add --samples"),
     "too many neighbours": (["--samples", "4", "--neighbours", "5"], "--neighbours is 5, but samples is 4; lower it"),
     "other features": (

@@ -133,7 +133,8 @@ FROM = "convert --to new --image-size 8 --channels 1 --patch-size 2 --noise-std 
 MISTAKES = {
     # Command lines.
     "": r"arguments are required: COMMAND; see python -m flowgen --help",
-    "trian": r"COMMAND: invalid choice: 'trian' \(choose from '?train",
+    "trian": r"'trian' is not a command; choose one of train, sample, .*, info; did you mean train\?",
+    "zzzz": r"'zzzz' is not a command; choose one of train, sample, .*, info\.$",
     "train tarflow_digits --workdir new": r"'tarflow_digits' is not understood; did you mean --config tarflow_digits\?",
     "train --workdir new --debug tiny.py": r"did you mean --config tiny\.py\?",
     "evaluate --step 8 run": r"'run' is not understood; did you mean --checkpoint run\?",
@@ -158,7 +159,9 @@ MISTAKES = {
     # Overrides.
     f"{TRAIN} --optim.learning_rate 1": r"optim\.learning_rate is not a field of this config",
     f"{TRAIN} --model.lr 1e-3": r"model\.lr is not a field .* did you mean optim\.lr\?",
-    f"{TRAIN} steps 3": r"'steps' is not understood; set a field as in --",
+    f"{TRAIN} steps 3": r"'steps' is not understood; set a field as in --sampling\.num 4\.$",
+    f"{TRAIN} model.width=64": r"'model\.width=64' is not understood; set a field as in --model\.width 64\.$",
+    f"{TRAIN} --set model.width=64": r"--set is not an option .*; set a field as in --model\.width 64\.$",
     f"{TRAIN} --model.image_size 9": r"model\.image_size has height 9 and width 9, which patch_size 2 does not",
     f"{TRAIN} --model.num_classes -1": r"model\.num_classes is -1; it must be 0",
     f"{TRAIN} --train.batch_size 6": r"train\.batch_size is 6; it must be a multiple of 4 devices",
@@ -174,6 +177,7 @@ MISTAKES = {
     f"{TRAIN} --data.path photos/flat/a.png photos/flat/b.png": r"takes one path, .* as in --data\.path photos/flat\.$",
     # Config files.
     "train --workdir new --config none.py": r"config none\.py does not exist",
+    "train --workdir new --config tarflow_digit": r"config tarflow_digit does not exist; did you mean tarflow_digits\?",
     "train --workdir new --config raises.py": r"config raises\.py fails on line 2 \(RuntimeError: no cluster\); corr",
     "train --workdir new --config syntax.py": r"config syntax\.py fails on line 1 \(SyntaxError: invalid syntax",
     "train --workdir new --config argument.py": r"config argument\.py fails on line 5 \(TypeError: .*'widht'\); corr",
@@ -202,6 +206,7 @@ MISTAKES = {
     f"{SAMPLE} run --step last": r"--step: 'last' is neither a number nor best; see",
     f"{SAMPLE} run --step -1": r"--step: '-1' is neither a number nor best; see",
     "evaluate --checkpoint mine": r"checkpoint mine is not a flowgen run",
+    "evaluate --checkpoint digit": r"checkpoint digit is not a directory; .* \(digits, .*\); did you mean digits\?",
     # Sampling.
     f"{SAMPLE} run --classes 10": r"--classes has '10', which is not a class of this model",
     f"{SAMPLE} run --classes=-2,1": r"--classes has '-2', which is not a class of this model",

@@ -5,7 +5,7 @@ import pytest
 from PIL import Image
 
 from flowgen.data import ClipsConfig, DataConfig, load, load_clips
-from flowgen.data.dataset import hold_out_files
+from flowgen.data.dataset import file_names_in, hold_out_files
 from flowgen.data.file_dataset import FileDataset
 from flowgen.data.found import take_inventory
 from flowgen.data.video import write_video
@@ -56,6 +56,17 @@ def test_the_line_of_what_was_found_says_what_is_not_read_yet(photos):
     assert isinstance(datasets[1], FileDataset)
     assert take_inventory(known, datasets[0]).line().startswith("images: 11 train, 0 held out")
     assert take_inventory(later, datasets[1]).line().startswith("images: up to 12 train, 0 held out")
+
+
+def test_images_are_named_unless_others_may_take_their_places(photos):
+    every = tuple(f"{name}/{number}.png" for name in CLASSES for number in range(4))
+    config = {"name": "folder", "path": str(photos), "eval_fraction": 0.0}
+    for options in ({}, {"in_memory_bytes": 0}):
+        assert file_names_in(load(DataConfig(**config, **options), **SHAPE, split="train")) == every
+    (photos / "cat" / "0.png").write_bytes(b"nothing")
+    for options, names in (({}, every[1:]), ({"in_memory_bytes": 0}, ())):
+        dataset = load(DataConfig(**config, **options, on_corrupt="skip"), **SHAPE, split="train")
+        assert file_names_in(dataset) == names
 
 
 @pytest.fixture

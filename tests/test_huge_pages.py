@@ -24,7 +24,11 @@ FOUND = {
     "not asked for": (LINUX, VARIABLE, True),
     "asked for": (LINUX._replace(tunables=TUNABLE), "", False),
     "asked for among others": (LINUX._replace(tunables=f"glibc.malloc.arena_max=1:{TUNABLE}"), "", False),
-    "the user's own": (LINUX._replace(tunables="glibc.malloc.arena_max=1"), VARIABLE, False),
+    "the user's own": (
+        LINUX._replace(tunables="glibc.malloc.arena_max=1"),
+        f"export {VARIABLE}=glibc.malloc.arena_max=1:{TUNABLE}",
+        False,
+    ),
     "switched off by the user": (LINUX._replace(tunables=""), VARIABLE, False),
     "always": (LINUX._replace(kernel="always", glibc=None), "", False),
     "never": (LINUX._replace(kernel="never", tunables=TUNABLE), "is never", False),
@@ -102,13 +106,14 @@ def test_a_run_resumes_in_another_form():
     begun.check_resumable(experiment.to_json())
 
 
-# Prints one line each time it starts; its own words decide what `restart` is told.
+# Prints one line each time it starts; its own words decide what `restart` is told. A first word "train" is a command.
 SCRIPT = """
 import os, sys
 from flowgen import huge_pages
 huge_pages.pages = lambda: huge_pages.Pages("Linux", (2, 36), "madvise", os.environ.get("GLIBC_TUNABLES"))
 print(os.getpid(), os.environ.get("GLIBC_TUNABLES"), sys.flags.utf8_mode, *sys.argv[1:])
-huge_pages.restart([] if sys.argv[1:] == ["--traced"] and sys.settrace(lambda *_: None) is None else sys.argv[1:])
+words = sys.argv[2:] if sys.argv[1:2] == ["train"] else sys.argv[1:]
+huge_pages.restart([] if words == ["--traced"] and sys.settrace(lambda *_: None) is None else words)
 sys.exit(7)
 """
 RESTARTS = {  # environment, words, how often the program starts
@@ -140,6 +145,30 @@ def test_restart(name, tmp_path, monkeypatch):
     assert result.returncode == 7
 
 
+PROGRAMS = {  # how the program is named on the command line, how often it starts
+    "a command": (["mine.py", "train"], 2),
+    "a command of a module": (["-m", "mine", "train"], 2),
+    "a module": (["-m", "mine"], 2),
+    "a stream": (["-", "train"], 1),
+    "text": (["-c", SCRIPT, "train"], 1),
+}
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="only Linux restarts")
+@pytest.mark.parametrize("name", PROGRAMS)
+def test_programs_that_can_be_read_again_restart(name, tmp_path, monkeypatch):
+    program, starts = PROGRAMS[name]
+    for variable in (VARIABLE, huge_pages.RESTARTED):
+        monkeypatch.delenv(variable, raising=False)
+    monkeypatch.setenv("JAX_PLATFORMS", "cpu")
+    monkeypatch.setenv("PYTHONPATH", str(PROJECT))
+    (tmp_path / "mine.py").write_text(SCRIPT)
+    command = [sys.executable, *program, "--lr", "a b"]
+    result = subprocess.run(command, cwd=tmp_path, input=SCRIPT, stdout=subprocess.PIPE, text=True, check=False)
+    assert result.stdout.count(" --lr a b\n") == starts
+    assert result.returncode == 7
+
+
 def test_programs_with_words_of_their_own_do_not_restart(monkeypatch):
     monkeypatch.setattr(huge_pages, "pages", lambda: LINUX)
     monkeypatch.setattr("os.execve", lambda *_: pytest.fail("restarted"))
@@ -148,16 +177,19 @@ def test_programs_with_words_of_their_own_do_not_restart(monkeypatch):
 
 
 @pytest.mark.parametrize("first", rows(["huge", "small"], rare=["huge", "small"]))
-def test_train_script_resumes_in_another_form(first, tmp_path, monkeypatch):
+def test_installed_command_resumes_in_another_form(first, tmp_path, monkeypatch):
     """A run in one process; the first half with huge pages, if this machine has them, and the second without."""
     if not huge_pages.pages()._replace(tunables=None).can_switch_on():
         pytest.skip("this machine has no huge pages to switch on")
     monkeypatch.setenv("JAX_PLATFORMS", "cpu")
+    monkeypatch.setenv("PYTHONPATH", str(PROJECT))
+    command = tmp_path / "flowgen"  # as pip writes it
+    command.write_text("import sys\nfrom flowgen.cli import program\nsys.exit(program())\n")
     for pages, steps in ((first, 4), ("small" if first == "huge" else "huge", 8)):
         monkeypatch.setenv(VARIABLE, "") if pages == "small" else monkeypatch.delenv(VARIABLE, raising=False)
         words = ["--debug", "--config", "tarflow_digits", "--workdir", str(tmp_path / "run"), "--steps", str(steps)]
         result = subprocess.run(
-            [sys.executable, "-m", "flowgen", "train", *words], cwd=PROJECT, capture_output=True, text=True, check=True
+            [sys.executable, str(command), "train", *words], cwd=tmp_path, capture_output=True, text=True, check=True
         )
         assert ("No huge pages" in result.stdout) == (pages == "small")
     assert (tmp_path / "run" / "checkpoints" / "8").is_dir()

@@ -1,4 +1,4 @@
-"""What is told of packages: our own name on the index is flowgen-jax, and what is missing is named itself."""
+"""What is told of packages: flowgen is installed from a checkout, and what is missing is named itself."""
 
 import re
 import sys
@@ -14,15 +14,17 @@ from flowgen.training.options import check_packages
 ROOT = Path(__file__).parent.parent
 PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
 SOURCES = sorted((ROOT / "flowgen").rglob("*.py"))
-TEXTS = [ROOT / "README.md", *(ROOT / "docs").glob("*.md"), *(ROOT / "configs").glob("*.py"), *SOURCES]
+PAGES = [*ROOT.glob("*.md"), *(ROOT / "docs").rglob("*.md"), *(ROOT / "flowgen").rglob("*.md")]
+TEXTS = [*PAGES, *(ROOT / "configs").glob("*.py"), *SOURCES]
 
 
 def test_the_distribution_is_our_own():
     assert PROJECT["name"] == "flowgen-jax"
 
 
-def test_nothing_tells_to_install_the_stranger():
-    stranger = re.compile(r"pip install[^`\n]*?[ \"']flowgen(?![-\w])[^`\n]*")
+def test_nothing_tells_to_install_what_is_not_ours_on_the_index():
+    """There, flowgen is another project, and flowgen-jax has no release yet: anyone could register it."""
+    stranger = re.compile(r"pip install[^`\n#]*?[ \"']flowgen[^`\n]*")
     assert not [(path, found) for path in TEXTS for found in stranger.findall(path.read_text())]
 
 

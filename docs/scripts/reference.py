@@ -143,8 +143,9 @@ def numbers_page() -> str:
     published = [row[:-1] for measured, row in references() if not measured]
     parts = (
         "# Reproducibility",
-        """Every number in these pages has a command. A run is determined by its config, seed and versions. Up to
-rounding, this holds for any number of devices. `config.json` in a run directory records the first two.""",
+        """Every number in the tables on this page has a command. A run is determined by its config, seed and
+versions. Up to rounding, this holds for any number of devices. `config.json` in a run directory records the first
+two.""",
         "## Results of configs",
         """We measured these values on two CPU cores, mostly of a shared AMD EPYC, with jax 0.10.2. Training ends with
 these metrics, or the `evaluate` in the row prints them. The [glossary](glossary.md) explains them. A Fréchet distance
@@ -162,11 +163,20 @@ earlier version and recorded only the values.""",
         "## Benchmarks",
         """Each row of a file in `benchmarks/results` records its own device, threads, load, versions and times, and the
 baseline that was timed in the same run. The README in `benchmarks` explains how they are measured. Inputs and weights
-come from fixed seeds or closed formulas.""",
+come from fixed seeds or closed formulas. `configs.json` records runs instead, as described above. The table in the
+README shows medians of these rows:
+
+* drawing 16 images: `decode.json`, row `sequential` of shape A, next to `published sequential, processes 2`. The
+  weights and the noise come from a closed formula, so there is no seed.
+* a training step: `train_step.json`, row `library step` of shape A, next to `published forward backward adamw,
+  threads 2`, from the same formula
+* flow matching: `matching.json`, row `I-CFM` in the form `jitted step` with one thread (0.866 ms), next to
+  `torchcfm I-CFM` in the form `eager` (3.059 ms). The form `scan` runs many steps in one program (0.419 ms).""",
         table(["results", "command", "device", "what"], *results()),
         "## Other numbers",
-        """Entries in the [log](log.md) and examples state their conditions next to the numbers. The pictures are made
-by scripts: see the [gallery](gallery.md).""",
+        """[Quality at an equal budget](quality.md) says how to repeat its comparison, and [decoding](decoding.md)
+gives the commands that train its flows on MNIST. Entries in the [log](log.md) and other examples state their conditions
+next to the numbers, but not always a command. The pictures are made by scripts: see the [gallery](gallery.md).""",
     )
     return "\n\n".join(parts) + "\n"
 

@@ -22,6 +22,7 @@ from typing import NoReturn, TextIO
 from flowgen import huge_pages
 from flowgen.cli import convert, encode, evaluate, export, info, report, sample, train
 from flowgen.cli.options import as_sentence
+from flowgen.settings.ranges import meant
 
 EXIT_MISTAKE = 2
 EXIT_NOT_FINITE = 3
@@ -125,6 +126,7 @@ def _run(words: list[str], owns_process: bool) -> int:
         for word in words:
             if word.endswith("=--"):  # argparse would read this as a missing value.
                 raise ValueError(f"{word[:-3]} has the value '--'; give another value.")
+        _check_command(words)
         _check_strays(words)
         options, rest = parser.parse_known_args(words)
         if rest and options.command not in TAKES_FIELDS:
@@ -162,6 +164,14 @@ def _run(words: list[str], owns_process: bool) -> int:
         if isinstance(error, RuntimeError) and OUT_OF_MEMORY not in str(error):
             raise
         return _fail(f"Out of memory ({error}); use a smaller model, batch or image size.", 2)
+
+
+def _check_command(words: list[str]) -> None:
+    """Raises ValueError if the first word is neither a command nor an option."""
+    if words and not words[0].startswith("-") and words[0] not in COMMANDS:
+        raise ValueError(
+            f"'{words[0]}' is not a command; choose one of {', '.join(COMMANDS)}{meant(words[0], COMMANDS)}"
+        )
 
 
 def _check_strays(words: list[str]) -> None:

@@ -66,7 +66,7 @@ def apply_words(
         named = groups is not None and target in groups and (target in known or not dot)
         fits = target in (*own, *whole) or named or (dot and (groups is None or group in groups))
         if not fits:
-            raise ValueError(_unknown(word, experiment, own, groups))
+            raise ValueError(_unknown(word, text, experiment, own, groups))
         spelled[target], values[target] = word, _value(target, text, experiment, options, own)
     of_options = [f"--{name}={values[name]}" for name in values if name in own]
     of_experiment = [f"--{name}={value}" for name, value in values.items() if name not in own]
@@ -191,13 +191,19 @@ def _pairs(words: Sequence[str]) -> list[tuple[str, str | None]]:
         if not word.startswith("--") or word == "--":
             if pairs and pairs[-1][1] and os.path.exists(word) and os.path.exists(pairs[-1][1]):
                 raise ValueError(_several_paths(*pairs[-1], word))
-            raise ValueError(f"'{word}' is not understood; set a field as in --sampling.num 4.")
+            raise ValueError(f"'{word}' is not understood; set a field as in {_as_option(word) or '--sampling.num 4'}.")
         name, equals, text = word[2:].partition("=")
         if not equals and rest and not rest[0].startswith("--"):
             pairs.append((name, rest.pop(0)))
         else:
             pairs.append((name, text if equals else None))
     return pairs
+
+
+def _as_option(word: str) -> str:
+    """Returns a word such as "model.width=64" as the option that sets this field, or "" if it is no such word."""
+    name, equals, text = word.partition("=")
+    return f"--{name} {text}" if equals and all(part.isidentifier() for part in name.split(".")) else ""
 
 
 def _several_paths(name: str, first: str, second: str) -> str:
@@ -223,7 +229,9 @@ def _value(name: str, text: str | None, experiment: Experiment, options: Any, ow
     raise ValueError(f"--{name} has no value; write --{name} VALUE.")
 
 
-def _unknown(word: str, experiment: Experiment, own: tuple[str, ...], groups: tuple[str, ...] | None) -> str:
+def _unknown(
+    word: str, text: str | None, experiment: Experiment, own: tuple[str, ...], groups: tuple[str, ...] | None
+) -> str:
     known = [
         name for name in leaf_names(experiment) if groups is None or name in groups or name.partition(".")[0] in groups
     ]
@@ -233,6 +241,8 @@ def _unknown(word: str, experiment: Experiment, own: tuple[str, ...], groups: tu
     meant = same_end(word.replace("-", "_"), known, "--") or "".join(f"--{name}" for name in close)
     kind = type(experiment).__name__.removesuffix("Experiment")
     what = f"--{word} is not an option of this command for a {type_name(experiment.model)} ({kind} experiment)"
+    if text and text.partition("=")[0] in (*known, *short):
+        return f"{what}; set a field as in {_as_option(text)}."
     if meant:
         return f"{what}; did you mean {meant}?"
     options = f"options {', '.join(f'--{name}' for name in names)}" if names else ""

@@ -86,7 +86,8 @@ class Dataset(Protocol):
     event_shape: (height, width, channels) for images, (frames, height, width, channels) for clips.
     class_names: names of the classes in the order of their labels; empty if there are no classes.
 
-    If it also has `captions`, these are empty, or one line of text per image or clip; see `captions_in`.
+    If it also has `captions`, these are empty, or one line of text per image or clip; see `captions_in`. The same holds
+    for `file_names`; see `file_names_in`.
 
     Example:
         dataset = load(DataConfig(), image_size=(8, 8), channels=1, split="train")
@@ -113,9 +114,20 @@ def captions_in(dataset: Dataset) -> tuple[str, ...]:
     return tuple(getattr(dataset, "captions", ()))
 
 
+def file_names_in(dataset: Dataset) -> tuple[str, ...]:
+    """Returns the name of the file of each image, relative to the data's path; empty if these are unknown.
+
+    Example:
+        file_names_in(load(DataConfig("folder", path="photos"), image_size=(32, 32), channels=3, split="eval"))[0]
+    """
+    return tuple(getattr(dataset, "file_names", ()))
+
+
 @dataclasses.dataclass(frozen=True)
 class ArrayDataset:
-    """A dataset of images or clips in memory. `captions` is empty or has one line of text per image or clip.
+    """A dataset of images or clips in memory.
+
+    captions: empty, or one line of text per image or clip. file_names: empty, or the name of the file of each image.
 
     Example:
         dataset = ArrayDataset(images, labels, class_names=("cat", "dog"))
@@ -126,6 +138,7 @@ class ArrayDataset:
     labels: Int32[np.ndarray, " n"]
     class_names: tuple[str, ...] = ()
     captions: tuple[str, ...] = ()
+    file_names: tuple[str, ...] = ()
 
     @property
     def event_shape(self) -> tuple[int, ...]:
@@ -139,8 +152,11 @@ class ArrayDataset:
 
     def select(self, indices: Int[np.ndarray, " m"]) -> ArrayDataset:
         """Returns a dataset of the samples at these indices, in this order."""
-        captions = tuple(self.captions[i] for i in indices) if self.captions else ()
-        return dataclasses.replace(self, x=self.x[indices], labels=self.labels[indices], captions=captions)
+        captions, file_names = (
+            tuple(each[i] for i in indices) if each else () for each in (self.captions, self.file_names)
+        )
+        x, labels = self.x[indices], self.labels[indices]
+        return dataclasses.replace(self, x=x, labels=labels, captions=captions, file_names=file_names)
 
 
 @dataclasses.dataclass(frozen=True)

@@ -21,6 +21,8 @@ class FileDataset:
     warning. If samples have captions, an unreadable file raises an error instead, because its caption would not match
     the replacement.
 
+    captions: empty, or one line of text per sample. file_names: empty, or the name of the file of each sample.
+
     Example:
         reader = FileReader(job, files, "refuse", what=("image", "images"), split="train")
         dataset = FileDataset(reader, labels, event_shape=(64, 64, 3), class_names=("cat", "dog"))
@@ -32,6 +34,7 @@ class FileDataset:
     event_shape: tuple[int, ...]
     class_names: tuple[str, ...] = ()
     captions: tuple[str, ...] = ()
+    file_names: tuple[str, ...] = ()
 
     def __len__(self) -> int:
         return len(self.labels)
@@ -54,6 +57,5 @@ class FileDataset:
         """
         x = np.empty((len(self), *self.event_shape), np.uint8)
         kept = self.reader.read_all(x.__setitem__, may_be_empty=may_be_empty)
-        captions = tuple(self.captions[i] for i in kept) if self.captions else ()
-        x = x if len(kept) == len(x) else x[kept]
-        return ArrayDataset(x, self.labels[kept], class_names=self.class_names, captions=captions)
+        whole = ArrayDataset(x, self.labels, self.class_names, self.captions, self.file_names)
+        return whole if len(kept) == len(x) else whole.select(kept)

@@ -85,7 +85,8 @@ def read_folder(
     workers = workers_of(config.workers, config.path)
 
     def dataset(kept: list[int], size: tuple[int, int]) -> ArrayDataset | FileDataset:
-        files = Files(listing.root, [listing.names[i] for i in kept])
+        names = tuple(listing.names[i] for i in kept)
+        files = Files(listing.root, names)
 
         def job(position: int) -> Job[UInt8[np.ndarray, "height width c"]]:
             return partial(read_image, files[position], size=size, channels=channels, crop=config.crop)
@@ -96,6 +97,7 @@ def read_folder(
             event_shape=(*size, channels),
             class_names=class_names,
             captions=tuple(captions[i] for i in kept) if captions else (),
+            file_names=names if in_memory or config.on_corrupt == "refuse" else (),  # others may take their places
         )
         return found.decoded(may_be_empty=config.aspects) if in_memory else found.checked(may_be_empty=config.aspects)
 

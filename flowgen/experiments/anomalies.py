@@ -5,21 +5,28 @@ from __future__ import annotations
 import dataclasses
 import math
 import os
+from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 import jax
 import numpy as np
 
 from flowgen.data import ArrayDataset, DataConfig, Dataset, load
-from flowgen.data.dataset import BucketedDataset, Split, image_set, of_one_shape
+from flowgen.data.dataset import NO_LABEL, BucketedDataset, Split, file_names_in, image_set, of_one_shape
+from flowgen.data.inventory import tell
 from flowgen.evaluation import CORRUPTIONS, SCORES, AnomalyScores, Estimate, Evaluation, anomaly_scores, auroc, mean_of
 from flowgen.experiments.latents import as_taken
+from flowgen.places import is_same_place
+from flowgen.printable import printable
 from flowgen.runs.evaluations import ANOMALY
 
 CORRUPTED = "corrupted"
 MOST_ANOMALIES = 4096
 MOST_TYPICAL = 1024
 SIGNIFICANCE = 0.05
+# If one side has fewer images, the standard error of an AUROC, which assumes many, is rough.
+FEW = 30
+MOST_NAMED, NAMED_BY = 5, "typicality"
 
 
 class AnomalySets(NamedTuple):
@@ -49,6 +56,9 @@ def open_anomalies(experiment: Any, options: Any, train: Split) -> AnomalySets:
     for name, count in {"data": len(data), **{name: len(one) for name, one in sets.anomalies.items()}}.items():
         if count < 2:
             raise ValueError(f"--anomaly is {options.anomaly}, but {name} has only {count} image; give at least 2.")
+        if count < FEW:
+            more = "; add --split all to compare all of the data" if (name, options.split) == ("data", "eval") else ""
+            tell(f"--anomaly compares only {count} images of {name}, so each AUROC and its error are rough{more}.")
     return sets
 
 
@@ -58,7 +68,8 @@ def evaluate_anomalies(
     """Returns the AUROC of each score against each set of anomalies, and tests of z for the data.
 
     If the flow models latents, the images are encoded, and the scores are those of the density of their latents. The
-    maps of the tokens, all scores and all p-values are among the files.
+    maps of the tokens, all scores, all p-values and the names of the images' files are among the files. Lines name the
+    most anomalous files of the sets of anomalies.
 
     experiment, options, sets: see `open_anomalies`. data: the images or latents that are not anomalous.
 
@@ -87,8 +98,13 @@ def evaluate_anomalies(
     others = {name: of_images(images) for name, images in sets.anomalies.items()}
     scores = {"normal": normal, **{f"anomaly_{name}": other for name, other in others.items()}}
     what = f"{options.split}, density of latents" if experiment.is_latent else options.split
-    areas = _areas(normal, others, typical, what)
-    return _fit_of_z(normal) + areas + _record(flow, by_class, typical, scores, experiment.is_latent)
+    evaluation = _fit_of_z(normal) + _areas(normal, others, typical, what)
+    names = {"normal": file_names_in(data)}
+    for name, images in sets.anomalies.items():
+        names[f"anomaly_{name}"] = images.file_names
+        if images.file_names and options.anomaly != CORRUPTED:
+            evaluation += _most_anomalous(name, images.file_names, others[name], normal, typical)
+    return evaluation + _record(flow, by_class, typical, scores, names, experiment.is_latent)
 
 
 def check_anomaly(experiment: Any, anomaly: str) -> None:
@@ -108,8 +124,8 @@ def check_anomaly(experiment: Any, anomaly: str) -> None:
 
 def _anomalies(experiment: Any, options: Any, data: Dataset) -> dict[str, ArrayDataset]:
     if options.anomaly == CORRUPTED:
-        images, random = _some(data, MOST_ANOMALIES).x, np.random.default_rng(options.seed)
-        return {name: _unlabelled(corrupt(images, random)) for name, corrupt in CORRUPTIONS.items()}
+        whole, random = _some(data, MOST_ANOMALIES), np.random.default_rng(options.seed)
+        return {name: dataclasses.replace(whole, x=corrupt(whole.x, random)) for name, corrupt in CORRUPTIONS.items()}
     path, name = options.anomaly, options.anomaly
     if image_set(name) is None:
         kind = "npz" if path.endswith(".npz") else "tar" if path.endswith(".tar") else "folder"
@@ -117,21 +133,27 @@ def _anomalies(experiment: Any, options: Any, data: Dataset) -> dict[str, ArrayD
         name = os.path.basename(os.path.normpath(path)).removesuffix(".npz")
     else:
         config = DataConfig(name)
+    if _has_the_data(config, experiment.data):
+        tell(f"--anomaly is {path}, which is where the data come from, so an AUROC near 0.5 is expected.")
     config = dataclasses.replace(config, eval_fraction=0.0)
     height, width, channels = data.event_shape
     found = load(config, image_size=(height, width), channels=channels, split="all")
     return {name: _some(found, MOST_ANOMALIES)}
 
 
+def _has_the_data(config: DataConfig, data: DataConfig) -> bool:
+    """Returns whether a config selects the images of which the data are a split."""
+    both = config.path and data.path
+    return is_same_place(config.path, data.path) if both else config.name == data.name
+
+
 def _some(dataset: Dataset | BucketedDataset, most: int) -> ArrayDataset:
     """Returns up to `most` evenly spaced images of a dataset, without labels."""
     dataset = of_one_shape(dataset, "--anomaly")
     positions = np.unique(np.linspace(0, len(dataset) - 1, min(most, len(dataset))).astype(np.int64))
-    return _unlabelled(np.asarray(dataset[positions].pixels))
-
-
-def _unlabelled(images: np.ndarray) -> ArrayDataset:
-    return ArrayDataset(images, np.full(len(images), -1, np.int32))
+    images, names = np.asarray(dataset[positions].pixels), file_names_in(dataset)
+    unlabelled = np.full(len(images), NO_LABEL, np.int32)
+    return ArrayDataset(images, unlabelled, file_names=tuple(names[i] for i in positions) if names else ())
 
 
 def _fit_of_z(normal: AnomalyScores) -> Evaluation:
@@ -166,8 +188,26 @@ def _area(normal: np.ndarray, anomalous: np.ndarray) -> Estimate:
     return auroc(normal, anomalous)
 
 
-def _record(flow: Any, by_class: bool, typical: float, sets: dict[str, AnomalyScores], latent: bool) -> Evaluation:
-    arrays = {}
+def _most_anomalous(
+    name: str, files: Sequence[str], found: AnomalyScores, normal: AnomalyScores, typical: float
+) -> Evaluation:
+    # A score is NaN if the flow's numbers overflow, which no image of the data should cause.
+    scores = np.where(np.isnan(values := found.scores(typical)[NAMED_BY]), np.inf, values)
+    order = np.argsort(-scores, kind="stable")[:MOST_NAMED]
+    named = ", ".join(f"{printable(files[i])} {scores[i]:.3f}" for i in order)
+    largest = normal.scores(typical)[NAMED_BY].max()
+    return Evaluation((f"Most anomalous of {name} by {NAMED_BY}: {named}; the data have at most {largest:.3f}",))
+
+
+def _record(
+    flow: Any,
+    by_class: bool,
+    typical: float,
+    sets: dict[str, AnomalyScores],
+    files: dict[str, tuple[str, ...]],
+    latent: bool,
+) -> Evaluation:
+    arrays = {f"{name}_files": np.array(names) for name, names in files.items() if names}
     for name, scores in sets.items():
         every = {"tokens": scores.tokens, "chi_square_p": scores.chi_square_p(), "ks_p": scores.ks_p()}
         arrays |= {f"{name}_{what}": values for what, values in {**scores.scores(typical), **every}.items()}

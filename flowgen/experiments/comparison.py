@@ -47,6 +47,7 @@ from flowgen.runs.files import digest_of_file
 from flowgen.settings import to_plain
 
 WEIGHTS = (".pth", ".pt", ".bin", ".safetensors")
+SAMPLES_OF_FID = 50_000  # the number with which most papers measure it
 NEIGHBOURS = 7  # training images shown beside each sample
 IMAGES_IN_DIGEST = 64
 # Fields that do not change which images a config stands for.
@@ -91,6 +92,26 @@ def check_features(options: CompareOptions) -> None:
         check_writable(Path(options.cache) / "reference.npz")
     if options.neighbours:
         pillow()
+
+
+def check_sampled(options: CompareOptions, samples: int) -> None:
+    """Raises ValueError if an option needs samples, but none are drawn.
+
+    samples: the number of samples to draw.
+
+    Example:
+        check_sampled(options, options.samples)
+    """
+    changed = {name: getattr(options, name) for name in ("features", "reference", "neighbours")}
+    for name, value in changed.items():
+        if samples or value == getattr(type(options), name):
+            continue
+        lacks, fix = "no samples", "add --samples 1000"
+        if name == "features" and value.endswith(WEIGHTS):
+            fix = f"add --samples {SAMPLES_OF_FID}, as for published FIDs"
+            if not os.path.isfile(value):
+                lacks, fix = "no samples and no such file", f"give the path of the weights, and {fix}"
+        raise ValueError(f"{name} is {value}, but there are {lacks}; {fix}, or leave it out.")
 
 
 def open_comparison(

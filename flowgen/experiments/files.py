@@ -64,7 +64,7 @@ def config_path(path: str | Path) -> Path:
     if str(path) in known:
         return known[str(path)]
     close = difflib.get_close_matches(Path(path).stem, known, n=1)
-    meant = f"; did you mean {known[close[0]]}?" if close else "."
+    meant = f"; did you mean {close[0]}?" if close else "."
     raise FileNotFoundError(f"config {path} does not exist{meant} The shipped configs are {', '.join(known)}.")
 
 

@@ -16,7 +16,13 @@ from flowgen.data.dataset import BucketedDataset, Split, of_one_shape
 from flowgen.evaluation import Evaluation, flow_bits_per_dim, flow_nats_per_dim, gaussian_bits_per_dim
 from flowgen.experiments.anomalies import evaluate_anomalies, open_anomalies
 from flowgen.experiments.autoregressive import AutoregressiveExperiment
-from flowgen.experiments.comparison import Comparison, check_features, compare_samples, open_comparison
+from flowgen.experiments.comparison import (
+    Comparison,
+    check_features,
+    check_sampled,
+    compare_samples,
+    open_comparison,
+)
 from flowgen.experiments.debug import debug_flow, debug_images, debug_run
 from flowgen.experiments.decoding import decoded_by_all, decoding_line
 from flowgen.experiments.distances import SAMPLES_AT_ONCE
@@ -45,10 +51,7 @@ class ImageEvaluateOptions(FlowEvaluateOptions, CompareOptions):
 
     def __post_init__(self):
         check_compared(self.samples)
-        for name in ("features", "reference", "neighbours"):
-            value = getattr(self, name)
-            if value != getattr(type(self), name) and not self.samples:
-                raise ValueError(f"{name} is {value}, but there are no samples; add --samples 1000, or leave it out.")
+        check_sampled(self, self.samples)
         if self.neighbours > self.samples:
             raise ValueError(f"neighbours is {self.neighbours}, but samples is {self.samples}; lower it.")
 

@@ -10,7 +10,7 @@ import numpy as np
 from jaxtyping import Array, Float, Shaped
 
 from flowgen.batch import Batch, Moments
-from flowgen.conditioning import Condition, Padded, TextCondition, mean_tokens
+from flowgen.conditioning import AnyCondition, Condition, Padded, TextCondition, mean_tokens
 from flowgen.flows.batches import batch_condition, models_images, noisy_batch
 from flowgen.flows.block import Variables
 from flowgen.flows.density import Flow, FlowConfig, bits_per_dim
@@ -112,7 +112,7 @@ def nll(
     return loss, metrics | {"nats_per_dim": -log_prob / num_dims}, states
 
 
-def mean_dims(config: FlowConfig, cond: Condition | None, rows: Rows | None = None) -> Float[Array, ""] | int:
+def mean_dims(config: FlowConfig, cond: AnyCondition | None, rows: Rows | None = None) -> Float[Array, ""] | int:
     """Returns the mean number of values per sample, padding left out, over which nats per dimension are averaged.
 
     rows: the rows of a batch, whose mean covers the whole batch; by default, the mean covers the samples of `cond`.

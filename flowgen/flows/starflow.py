@@ -80,7 +80,7 @@ class STARFlowConfig(ImageTokens):
     rope_base_grid: side, in tokens, of the grid to which positions are scaled; None leaves neighbouring tokens 1 apart.
     attention: attention kernel of the layers: a name, or your own kernel.
     attention_implementation: implementation of softmax attention: "auto", "xla", "cudnn" (for GPUs) or "tpu" (for
-    TPUs); see docs/attention.md.
+    TPUs); see docs/attention.md of the source.
     noise_std: σ of the Gaussian training noise; above 0 for latents.
     dtype: dtype of matrix products and activations; parameters, affine maps and log-determinants are at least float32.
     remat: whether to save memory by recomputing activations in the backward pass instead of storing them; "auto" stores

@@ -52,7 +52,7 @@ class TARFlowConfig(ImageTokens):
     tracked prior variance, or your own function (shift, raw) -> (shift, log_scale).
     attention: attention kernel of the layers: a name, or your own kernel.
     attention_implementation: implementation of softmax attention: "auto", "xla", "cudnn" (for GPUs) or "tpu" (for
-    TPUs); see docs/attention.md.
+    TPUs); see docs/attention.md of the source.
     activation: activation of the feed-forward layers.
     noise_std: σ of the Gaussian training noise; 0 means uniform dequantisation.
     dtype: dtype of matrix products and activations; parameters, affine maps and log-determinants are at least float32.

@@ -75,7 +75,7 @@ class TokenFlowConfig:
     shift; 0 for none. Data far outside ±c need to be standardised.
     attention: attention kernel of the layers: a name, or your own kernel.
     attention_implementation: implementation of softmax attention: "auto", "xla", "cudnn" (for GPUs) or "tpu" (for
-    TPUs); see docs/attention.md.
+    TPUs); see docs/attention.md of the source.
     activation: activation of the feed-forward layers.
     noise_std: σ of the Gaussian training noise; 0 for none.
     dtype: dtype of matrix products and activations; parameters, affine maps and log-determinants are at least float32.

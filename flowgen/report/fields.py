@@ -68,14 +68,16 @@ def tilt_section(experiment: MatchingExperiment) -> Section | None:
     fitted = fit_epsilon(coupling, x0, x1)
     assert fitted.epsilon is not None
     report = weight_report(x0, x1, fitted.epsilon, fitted.cost)
+    limit = "should be less than that from the pairing"
+    tilt = "relative variance of the factor that re-weights it, with plain weights; 0 without tilt"
     rows = [
         ("epsilon", number(float(fitted.epsilon)), "divisor of the cost" + " (chosen)" * (coupling.epsilon is None)),
         ("effective sample size", f"{float(report.ess):.1%}", "of all pairs of noise and data, with plain weights"),
-        ("std of log w from the noise", number(float(report.row_std)), "tilts the noise"),
-        ("std of log w from the data", number(float(report.column_std)), "tilts the data"),
+        ("std of log w from the noise", number(float(report.row_std)), f"tilts the noise; {limit}"),
+        ("std of log w from the data", number(float(report.column_std)), f"tilts the data; {limit}"),
         ("std of log w from the pairing", number(float(report.interaction_std)), "couples noise and data"),
-        ("tilt of the noise", number(float(report.noise_tilt)), "relative variance of the factor that re-weights it"),
-        ("tilt of the data", number(float(report.data_tilt)), "relative variance of the factor that re-weights it"),
+        ("tilt of the noise", number(float(report.noise_tilt)), tilt),
+        ("tilt of the data", number(float(report.data_tilt)), tilt),
     ]
     largest = max(float(report.row_std), float(report.column_std))
     tilts = largest > float(report.interaction_std)

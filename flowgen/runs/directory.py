@@ -30,6 +30,7 @@ from flowgen.runs.files import DIGEST, is_regular, is_temporary, read_json, sign
 from flowgen.runs.history import HISTORY_FILE
 from flowgen.runs.located import shipped_models
 from flowgen.runs.lock import LOCK_FILE, check_unlocked
+from flowgen.settings.ranges import meant
 
 DATA_FILE = "data.json"
 START_FILE = "start.txt"
@@ -82,7 +83,7 @@ def read_config(run_dir: str | Path) -> dict[str, Any]:
     if not Path(run_dir).is_dir():
         raise FileNotFoundError(
             f"checkpoint {run_dir} is not a directory; give the --workdir of a training run, an exported "
-            f"folder, or a shipped model ({', '.join(shipped_models())})."
+            f"folder, or a shipped model ({', '.join(shipped_models())}){meant(str(run_dir), shipped_models())}"
         )
     kept = CheckpointReader(Path(run_dir) / CHECKPOINTS).latest_step() is not None
     if not path.exists():

@@ -154,7 +154,8 @@ class TrainConfig:
     seed: seed of initial parameters, data order and noise; a whole number below 2^32.
     label_dropout: fraction of labels, texts or contexts to drop, so that guidance can be used in sampling; at most 1.
     accumulation: number of micro-batches into which each device splits its share of a batch, to save memory.
-    frozen: patterns of the names of parameters that stay unchanged, such as "blocks_0/*"; see docs/training.md.
+    frozen: patterns of the names of parameters that stay unchanged, such as "blocks_0/*"; see docs/training.md of the
+    source.
     parallel: "data" copies the parameters to every device; "fsdp" divides them over the devices, for large models.
     mesh: with "fsdp", the number of devices that share the batch and the parameters, and the number that share heads
     and MLPs; null for all devices on the first axis.
@@ -180,7 +181,7 @@ class InitConfig:
 
     path: directory of a run, or of weights that `convert` has imported; empty to start from new parameters. A resumed
     run does not read it.
-    allow: differences that are allowed: classes, size, text, frames or other; see docs/training.md.
+    allow: differences that are allowed: classes, size, text, frames or other; see docs/training.md of the source.
     """
 
     path: str = ""
