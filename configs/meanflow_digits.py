@@ -1,6 +1,7 @@
 """MeanFlow on the built-in digits. Sampling needs only one network evaluation.
 
 python train.py --config configs/meanflow_digits.py --workdir runs/meanflow
+python -m flowgen evaluate --checkpoint runs/meanflow --samples 500
 """
 
 from flowgen.data import DataConfig

@@ -2,6 +2,7 @@
 each class of a batch.
 
 python train.py --config configs/otcfm_digits.py --workdir runs/otcfm
+python -m flowgen evaluate --checkpoint runs/otcfm --samples 500
 """
 
 from flowgen.data import DataConfig

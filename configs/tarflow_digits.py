@@ -1,6 +1,7 @@
 """TARFlow on the built-in 8x8 digits, the first run in the README. Training takes minutes on a laptop.
 
 python train.py --config configs/tarflow_digits.py --workdir runs/digits
+python -m flowgen evaluate --checkpoint runs/digits
 """
 
 from flowgen.data import DataConfig
@@ -29,4 +30,5 @@ def config() -> FlowExperiment:
         train=TrainConfig(steps=1800, batch_size=64, label_dropout=0.1),
         log=LogConfig(log_every=100, eval_every=300, sample_every=300, checkpoint_every=500),
         sampling=SamplingConfig(num=100, guidance=1.5),
+        reference={"bits_per_dim": 6.756},
     )

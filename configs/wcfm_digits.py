@@ -4,6 +4,7 @@ The Gibbs weights are as published. Training warns that they tilt the data distr
 --matching.coupling.sinkhorn_sweeps 10 removes the tilt.
 
 python train.py --config configs/wcfm_digits.py --workdir runs/wcfm
+python -m flowgen evaluate --checkpoint runs/wcfm --samples 500
 """
 
 from flowgen.data import DataConfig

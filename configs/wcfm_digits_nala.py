@@ -1,6 +1,7 @@
 """W-CFM on the built-in digits with a DiT that uses linear attention with NaLaFormer's kernel.
 
 python train.py --config configs/wcfm_digits_nala.py --workdir runs/nala
+python -m flowgen evaluate --checkpoint runs/nala --samples 500
 """
 
 from flowgen.data import DataConfig

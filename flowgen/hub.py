@@ -4,15 +4,21 @@ from __future__ import annotations
 
 import os
 import tempfile
+import warnings
 from pathlib import Path
 from typing import Any
 
 from flowgen.checkpoint import load
+from flowgen.data.inventory import name_list
 from flowgen.experiments import Experiment
 from flowgen.exports import export
 from flowgen.packages import need
 from flowgen.runs import is_exported, located
+from flowgen.runs.exported import CARD_FILE, CODEC, FILES
 from flowgen.runs.located import HUB
+
+# What is uploaded of a folder; other files, such as notes or credentials, stay there.
+_OF_MODEL = (*FILES, CARD_FILE, f"{CODEC}/{CARD_FILE}")
 
 
 def from_pretrained(name: str, revision: str | None = None) -> tuple[Any, Any, Experiment]:
@@ -34,10 +40,11 @@ def from_pretrained(name: str, revision: str | None = None) -> tuple[Any, Any, E
 def push_to_hub(model: str | os.PathLike[str], name: str, *, private: bool = True, **options: Any) -> str:
     """Uploads a model to the hub, into the repository `name`, and returns the URL of the commit.
 
-    The repository is created if it does not exist.
+    The repository is created if it does not exist. If it contains a model already, the new model replaces it.
 
-    model: an exported folder, whose files are uploaded as they are, so edit its README.md first; or a run, which is
-    exported. private: whether a new repository is private. options: options of `flowgen.export` for a run.
+    model: an exported folder, or a run, which is exported. The folder's model and its card are uploaded as they are, so
+    edit its README.md first; a warning names its other files, which are not uploaded. private: whether a new repository
+    is private. options: options of `flowgen.export` for a run.
 
     Raises ModuleNotFoundError if huggingface_hub is not installed, and the errors of `flowgen.export` and of the hub.
 
@@ -55,5 +62,18 @@ def push_to_hub(model: str | os.PathLike[str], name: str, *, private: bool = Tru
 
 
 def _uploaded(api: Any, folder: str | os.PathLike[str], name: str, private: bool) -> str:
+    files = sorted(path.relative_to(folder).as_posix() for path in Path(folder).rglob("*") if path.is_file())
+    if others := [file for file in files if file not in _OF_MODEL]:
+        warnings.warn(
+            f"'{folder}' has files that are not part of the model, so they are not uploaded: {name_list(others)}.",
+            stacklevel=3,
+        )
     api.create_repo(name, private=private, exist_ok=True)
-    return str(api.upload_folder(repo_id=name, folder_path=os.fspath(folder), commit_message="Upload a flowgen model"))
+    commit = api.upload_folder(
+        repo_id=name,
+        folder_path=os.fspath(folder),
+        commit_message="Upload a flowgen model",
+        allow_patterns=list(_OF_MODEL),
+        delete_patterns=[f"{CODEC}/*"],  # of an earlier model, which the new one would otherwise open
+    )
+    return str(commit)

@@ -11,6 +11,11 @@ from flowgen.experiments import from_json, load_config
 
 CONFIGS = sorted((Path(__file__).parent.parent / "configs").glob("*.py"))
 
+RECORDED = CONFIGS[0].parents[1] / "benchmarks" / "results" / "configs.json"
+ROUNDED = 1e-3  # expected metrics have four digits
+MEANS = {"starflow_digits"}  # expects the mean over several seeds
+SEEDS_APART = 0.05  # its docstring gives the metric of each seed
+
 # Parameters counted by instantiating the published code with the published command lines.
 PUBLISHED_SIZES = {
     "cfm_cifar10": 35_746_307,
@@ -48,6 +53,15 @@ def test_config(path):
     variables = jax.eval_shape(lambda: flowgen.init(small.build(), jax.random.key(0)))
     assert sum(leaf.size for leaf in jax.tree.leaves(variables)) < 200_000
     assert small.job().objective is not None
+
+
+def test_expected_metrics_are_those_of_the_recorded_run():
+    for row in json.loads(RECORDED.read_text()):
+        experiment = load_config(row["config"])
+        assert (experiment.train.seed, experiment.train.steps) == (row["seed"], row["steps"])
+        apart = ROUNDED if row["config"] not in MEANS else SEEDS_APART
+        for name in experiment.reference.keys() & row["metrics"].keys():
+            assert experiment.reference[name] == pytest.approx(row["metrics"][name], rel=apart), row["config"]
 
 
 def test_every_published_size_has_its_config():

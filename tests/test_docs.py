@@ -1,16 +1,14 @@
 """README and docs do what they say: every block of Python runs when pasted alone, every command line is understood."""
 
-import ast
 import re
-import shlex
 import sys
-import textwrap
 from pathlib import Path
 
 import jax
 import pytest
 import video_weights
 from laws import drawn
+from pages import blocks, commands, commands_of_docstring, titled_blocks
 from published_files import publish
 
 from flowgen import checkpoint, cli, experiments
@@ -21,7 +19,6 @@ from flowgen.nn import init
 PROJECT = Path(__file__).parent.parent
 
 PAGES = [PROJECT / "README.md", *sorted((PROJECT / "docs").rglob("*.md")), *sorted((PROJECT / "configs").glob("*.py"))]
-FENCE = re.compile(r"^( *)```(\w*)(?: title=\"(\S+)\")?\n(.*?)^ *```$", re.MULTILINE | re.DOTALL)
 # What blocks find in the folder that they run in: runs of these configs in their debug form, and a small autoencoder
 # where the published one would take minutes and gigabytes.
 RUNS = {"runs/digits": "tarflow_digits", "runs/wcfm": "wcfm_digits"}
@@ -29,22 +26,16 @@ AUTOENCODER = "Wan2.2-TI2V-5B-Diffusers"
 SMALLER = {"(1, 81, 480, 848, 3)": "(1, 5, 32, 32, 3)"}
 
 
-def blocks(page, language):
-    found = FENCE.findall(page.read_text())
-    return [textwrap.dedent(text) for _, name, title, text in found if name == language and not title]
-
-
-PYTHON = [(page, number, text) for page in PAGES for number, text in enumerate(blocks(page, "python"))]
+PYTHON = [(page, number, text) for page in PAGES for number, text in enumerate(blocks(page.read_text(), "python"))]
 
 
 @pytest.fixture
 def modules(tmp_path, monkeypatch):
     """The blocks with a title, as modules that other blocks and commands import."""
     for page in PAGES:
-        for _, _, title, text in FENCE.findall(page.read_text()):
-            if title:
-                (tmp_path / title).write_text(text)
-                monkeypatch.delitem(sys.modules, Path(title).stem, raising=False)
+        for title, text in titled_blocks(page.read_text()).items():
+            (tmp_path / title).write_text(text)
+            monkeypatch.delitem(sys.modules, Path(title).stem, raising=False)
     monkeypatch.syspath_prepend(tmp_path)
 
 
@@ -84,19 +75,11 @@ def test_a_block_of_python_runs_when_pasted_alone(folder, monkeypatch, page, num
         exec(compile(text, f"{page.name}, block {number}", "exec"), {"__name__": "pasted"})
 
 
-def commands(page):
-    """The command lines of a page, comments taken off and continued lines joined."""
-    if page.suffix == ".py":  # indented in the docstring of a config
-        texts, begin = [ast.get_docstring(ast.parse(page.read_text())) or ""], "    python "
-    else:
-        texts, begin = blocks(page, ""), "python "
-    for text in texts:
-        for line in text.replace("\\\n", " ").splitlines():
-            if line.startswith(begin):
-                yield shlex.split(line, comments=True)[1:]
-
-
-COMMANDS = [(page, words) for page in PAGES for words in commands(page)]
+COMMANDS = [
+    (page, words)
+    for page in PAGES
+    for words in (commands_of_docstring(page) if page.suffix == ".py" else commands(page.read_text()))
+]
 # Of each kind of experiment one, by whose options the words of `sample` and `evaluate` are understood.
 KINDS = (
     "tarflow_digits",
@@ -122,8 +105,7 @@ def takes(name, command, words):
 
 def test_pages_have_blocks_and_commands():
     assert len(PYTHON) >= 15
-    assert {words[2] for _, words in COMMANDS if words[0] == "-m"} >= {"info", "evaluate", "encode", "convert"}
-    assert {words[0] for _, words in COMMANDS} >= {"train.py", "sample.py"}
+    assert {words[0] for _, words in COMMANDS} >= {"train", "sample", "info", "evaluate", "encode", "convert"}
 
 
 @pytest.mark.parametrize(
@@ -132,7 +114,6 @@ def test_pages_have_blocks_and_commands():
 @pytest.mark.usefixtures("modules")
 def test_a_command_line_is_understood(monkeypatch, page, words):
     monkeypatch.chdir(PROJECT)
-    words = words[2:] if words[:2] == ["-m", "flowgen"] else [words[0].removesuffix(".py"), *words[1:]]
     options, rest = cli.make_parser().parse_known_args(words)
     if options.command in ("train", "encode", "info") and options.config is not None:
         load_experiment(options, split_names(rest)[1])

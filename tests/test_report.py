@@ -335,8 +335,9 @@ def test_a_metric_of_another_type_does_not_stop_a_report(run):
 
 def test_a_shipped_model_has_a_report_elsewhere(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
-    succeed("report --no-model digits")
-    assert (tmp_path / "report.html").is_file()
+    for name in ("digits", "digits-cfm"):
+        succeed("report --no-model", name)
+    assert {path.name for path in tmp_path.iterdir()} == {"digits.report.html", "digits-cfm.report.html"}
 
 
 def test_defaults_are_those_of_the_type_of_a_group():

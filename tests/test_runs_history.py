@@ -30,7 +30,7 @@ class FakeTracker(types.ModuleType):
     def __init__(self, name, fails=()):
         super().__init__(name)
         self.calls, self.fails = [], fails
-        self.Image = lambda array: ("image", array.shape)
+        self.Image = lambda image: ("image", image.mode, image.size)  # both take images of Pillow
 
     def _note(self, name, *values):
         self.calls.append((name, *values))
@@ -131,8 +131,8 @@ def test_a_tracker_gets_metrics_and_images_and_goes_on_with_its_run(tmp_path, mo
     rows = [(step, values) for step, values in module.named("log") if "samples" not in values]
     assert [{**values, "step": step} for step, values in rows] == read_metrics(tmp_path / "digits")
     assert [call for call in module.named("log") if "samples" in call[1]] == [
-        (4, {"samples": ("image", (4, 4, 3))}),
-        (8, {"samples": ("image", (4, 4, 3))}),
+        (4, {"samples": ("image", "RGB", (4, 4))}),
+        (8, {"samples": ("image", "RGB", (4, 4))}),
     ]
     assert len(module.named("finish")) == 2
     (first,), (second,) = module.named("init")
@@ -143,6 +143,13 @@ def test_a_tracker_gets_metrics_and_images_and_goes_on_with_its_run(tmp_path, mo
     toy.run(job(), tmp_path / "elsewhere" / "digits", steps=4, log=log)
     third = module.named("init")[2][0]
     assert (third["id"] if name == "wandb" else third["name"]) != (first["id"] if name == "wandb" else first["name"])
+
+
+def test_a_tracker_gets_grey_images(tmp_path, tracker):
+    module = tracker("trackio")
+    grey = dataclasses.replace(job(), sample=lambda variables: IMAGE[:3, :, :1])
+    toy.run(grey, tmp_path, steps=4, log=dataclasses.replace(SHORT, tracker="trackio"))
+    assert (4, {"samples": ("image", "L", (4, 3))}) in module.named("log")
 
 
 @pytest.mark.parametrize("fails", ["init", "log", "finish"])

@@ -295,6 +295,7 @@ def test_what_is_not_named_stays_the_same_object():
     ("arguments", "sentence"),
     [
         (["--rates.lrr", "1"], "rates.lrr is not a field of this config; did you mean rates.lr?"),
+        (["--rates.zzzzzzzz", "1"], "rates.zzzzzzzz is not a field of this config; rates has lr, min_lr, steps."),
         (["--lr", "1"], "lr is not a field of this config; did you mean rates.lr?"),
         (["--zzzzzzzz", "1"], "zzzzzzzz is not a field of this config."),
         (["--raets", "Square"], "raets is not a field of this config; did you mean rates?"),

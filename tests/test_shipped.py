@@ -1,6 +1,7 @@
 """The models that ship with flowgen: small, described, and as good as their cards say."""
 
 import json
+import shutil
 
 import jax
 import numpy as np
@@ -31,6 +32,9 @@ def test_the_shipped_models_are_small_and_described():
         assert trained["data"].pop("classes") == [str(digit) for digit in range(10)]
         given["data"].pop("classes")
         assert trained == given
+        reader = RunReader(located(name)).checkpoints
+        measured = reader.evaluation(stored.train.steps)
+        assert all(measured[metric] == pytest.approx(value, rel=1e-3) for metric, value in stored.reference.items())
         card = (SHIPPED / name / "README.md").read_text()
         assert "license: apache-2.0" in card
         assert "CC BY 4.0" in card
@@ -50,13 +54,17 @@ def test_the_shipped_models_know_the_digits():
     assert (np.asarray(posterior(drawn_digits)).argmax(-1) == asked).mean() > 0.9
 
 
-def test_a_folder_goes_before_a_shipped_model_of_the_same_name(tmp_path, monkeypatch):
+def test_a_model_goes_before_a_shipped_model_of_the_same_name(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     assert located("digits") == SHIPPED / "digits"
+    (tmp_path / "digits").mkdir()
+    (tmp_path / "digits" / "0.png").touch()  # as `sample --single digits` writes
+    assert located("digits") == SHIPPED / "digits"
+    shutil.rmtree(tmp_path / "digits")
     exports.export(write_trained(tmp_path / "run", EXPERIMENTS["flow"]), tmp_path / "digits")
     assert flowgen.load("digits")[2].name == "flow"
     assert "did you mean --checkpoint digits-cfm?" in refused("sample digits-cfm")
     assert "or a shipped model (digits, digits-cfm)" in refused("info --checkpoint digit")
-    for name in ("config.json", "model.safetensors"):
-        (tmp_path / "digits" / name).unlink()
+    shutil.rmtree(tmp_path / "digits")
+    (tmp_path / "digits" / "checkpoints").mkdir(parents=True)
     assert "It hides the shipped model of this name." in refused("info --checkpoint digits")

@@ -18,6 +18,7 @@ from flowgen.settings import help_of, type_name
 from flowgen.settings.annotations import configs_of, describe, hints_of
 
 PROJECT = Path(__file__).parents[2]
+RESULTS = PROJECT / "benchmarks" / "results"
 EXPERIMENTS = (
     flowgen.FlowExperiment,
     flowgen.VideoFlowExperiment,
@@ -95,52 +96,75 @@ def commands_of(path: Path) -> str:
     return "<br>".join(f"`{line}`" for line in lines if line.startswith(starts) and "sample.py" not in line)
 
 
-def results() -> Iterator[str]:
-    """Yields a row of a table for each file of results."""
-    for path in sorted((PROJECT / "benchmarks" / "results").glob("*.json")):
+def results() -> Iterator[list[str]]:
+    """Yields the cells of a row for each file of results."""
+    for path in sorted(RESULTS.glob("*.json")):
         rows, script = rows_of(path), PROJECT / "benchmarks" / f"{path.stem}.py"
         devices = sorted({f"{row['device']}, threads {row['threads']}" for row in rows if "threads" in row})
         versions = sorted({row["versions"]["jax"] for row in rows if "versions" in row})
         seeds = sorted({str(row["seed"]) for row in rows if "seed" in row})
         told = f"{len(rows)} rows; jax {', '.join(versions)}" + (f"; seeds {', '.join(seeds)}" if seeds else "")
         command = commands_of(script) if script.exists() else ""
-        yield f"| `{path.stem}.json` | {command} | {'; '.join(devices)} | {told} |"
+        yield [f"`{path.stem}.json`", command, "; ".join(devices), told]
 
 
-def references() -> Iterator[tuple[bool, str]]:
-    """Yields for each config with a reference whether we measured it, and a row of a table."""
+def record_of(config: str, doc: str) -> str:
+    """Returns where the values of a config are recorded, and how long its training steps took on which machine."""
+    for row in rows_of(RESULTS / "configs.json"):
+        if row["config"] == config:
+            minutes = f"{row['step_seconds'] / 60:.1f} minutes"
+            return f"`configs.json`: {minutes}, {row['device']}, threads {row['threads']}"
+    found = re.search(r"benchmarks/(\w+)\.py", doc)
+    return f"`{found[1]}.json`" if found else "–"
+
+
+def references() -> Iterator[tuple[bool, list[str]]]:
+    """Yields for each config with a reference whether we measured it, and the cells of a row."""
     for path in sorted((PROJECT / "configs").glob("*.py")):
         experiment = flowgen.load_config(path)
         doc = " ".join((ast.get_docstring(ast.parse(path.read_text())) or "").split())
         if experiment.reference:
             values = ", ".join(f"{name} {value:g}" for name, value in experiment.reference.items())
             measured = not re.search(r"[Ww]e have not (measured|reproduced)", doc)
-            yield measured, f"| `{path.stem}` | {commands_of(path)} | {experiment.train.seed} | {values} |"
+            seed = "three seeds" if "over three seeds" in doc else str(experiment.train.seed)
+            yield measured, [f"`{path.stem}`", commands_of(path), seed, values, record_of(path.stem, doc)]
+
+
+def table(*rows: list[str]) -> str:
+    """Returns a table in Markdown; the first row is its head."""
+    first, *others = (f"| {' | '.join(row)} |" for row in rows)
+    return "\n".join([first, "|---" * len(rows[0]) + "|", *others])
 
 
 def numbers_page() -> str:
     """Returns the page of recorded numbers."""
-    table = ["| config | command | seed | expected |", "|---|---|---|---|"]
+    head = ["config", "command", "seed", "expected"]
     ours = [row for measured, row in references() if measured]
-    published = [row for measured, row in references() if not measured]
+    published = [row[:-1] for measured, row in references() if not measured]
     parts = (
         "# Reproducibility",
         """Every number in the tables on this page has a command. A run is determined by its config, seed and
 versions. Up to rounding, this holds for any number of devices. `config.json` in a run directory records the first
 two.""",
         "## Results of configs",
-        """We measured these values on two CPU cores, mostly of a shared AMD EPYC, with jax 0.10.2. Training takes from
-one minute to about an hour; `metrics.jsonl` of a run records its speed. Another seed gives other values: the docstrings
-of the configs say how much they vary, if we know. `flowgen evaluate` prints these metrics, and the
-[glossary](glossary.md) explains them.""",
-        "\n".join([*table, *ours]),
+        """We measured these values on two CPU cores, mostly of a shared AMD EPYC, with jax 0.10.2. Training ends with
+these metrics, or the `evaluate` in the row prints them. The [glossary](glossary.md) explains them. A Fréchet distance
+depends on the number of samples, so `evaluate` without `--samples`, which draws as many as there are held-out images,
+prints another value than training, which draws 500. Another seed gives other values, too: the docstrings of the configs
+say how much they vary, if we know.
+
+The last column names the file in `benchmarks/results` that records the metrics, and the time of the training steps,
+without compilation, evaluation and sampling. Other processes also used the cores. A dash means that we measured an
+earlier version and recorded only the values.""",
+        table([*head, "record"], *ours),
         "## Published values",
         "These values are from papers and their reproductions. We have not reproduced them.",
-        "\n".join([*table, *published]),
+        table(head, *published),
         "## Benchmarks",
         """Each row of a file in `benchmarks/results` records its own device, threads, load, versions and times, and the
 baseline that was timed in the same run. The README in `benchmarks` explains how they are measured. Inputs and weights
-come from fixed seeds or closed formulas. The table in the README shows medians of these rows:
+come from fixed seeds or closed formulas. `configs.json` records runs instead, as described above. The table in the
+README shows medians of these rows:
 
 * drawing 16 images: `decode.json`, row `sequential` of shape A, next to `published sequential, processes 2`. The
   weights and the noise come from a closed formula, so there is no seed.
@@ -148,7 +172,7 @@ come from fixed seeds or closed formulas. The table in the README shows medians 
   threads 2`, from the same formula
 * flow matching: `matching.json`, row `I-CFM` in the form `jitted step` with one thread (0.866 ms), next to
   `torchcfm I-CFM` in the form `eager` (3.059 ms). The form `scan` runs many steps in one program (0.419 ms).""",
-        "\n".join(["| results | command | device | what |", "|---|---|---|---|", *results()]),
+        table(["results", "command", "device", "what"], *results()),
         "## Other numbers",
         """[Quality at an equal budget](quality.md) says how to repeat its comparison, and [decoding](decoding.md)
 gives the commands that train its flows on MNIST. Entries in the [log](log.md) and other examples state their conditions

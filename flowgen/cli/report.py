@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import os
 from pathlib import Path
 from typing import Any
 
@@ -17,7 +18,7 @@ def declare(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("run", metavar="RUN", help=f"{CHECKPOINT}; a run may still be training")
     parser.add_argument(
         "--out",
-        help=f"HTML file or URL to write (default: {NAME} in the run; in the current folder for other models)",
+        help=f"HTML file or URL to write (default: {NAME} in the run; for other models MODEL.{NAME}, here)",
     )
     parser.add_argument("--step", type=step_or_best, help="checkpoint to use: a number, or best (default: the latest)")
     parser.add_argument(
@@ -41,9 +42,10 @@ def run(options: argparse.Namespace, rest: list[str]) -> int:
     from flowgen.report import check_report_path, report_page
     from flowgen.runs import RunReader, is_exported, located, read_contents
 
-    options.run = run_dir = str(located(options.run))
+    named, options.run = options.run, str(located(options.run))
+    run_dir = options.run
     elsewhere = is_remote(run_dir) or is_exported(run_dir)  # an exported folder is shared as it is
-    out = options.out or (NAME if elsewhere else str(Path(run_dir) / NAME))
+    out = options.out or (_page_here(named) if elsewhere else str(Path(run_dir) / NAME))
     reader = RunReader(run_dir)
     contents = read_contents(reader)  # before the page is checked, because its default place is in the run
     destination = Destination(out)
@@ -68,6 +70,14 @@ def run(options: argparse.Namespace, rest: list[str]) -> int:
     destination.send()
     say(f"Wrote {out}")
     return 0
+
+
+def _page_here(named: str) -> str:
+    """Returns the name of a model's page in the current folder. named: the model as the user named it."""
+    from flowgen.runs.located import HUB
+
+    place = named.partition("@")[0] if named.startswith(HUB) else named
+    return f"{os.path.basename(os.path.abspath(place))}.{NAME}"
 
 
 def _model(

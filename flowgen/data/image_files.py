@@ -16,7 +16,7 @@ import numpy as np
 from jaxtyping import UInt8
 
 from flowgen.data.depths import Samples, grey_bytes, hide_by_value, samples_of, without_range
-from flowgen.data.media import image_formats, pillow
+from flowgen.data.media import as_pillow, image_formats, pillow
 from flowgen.data.stored import AnyFile, ChangedData, StoredFile, stored
 from flowgen.data.unreadable import Unreadable
 from flowgen.data.upright import Turn, image_turn, without_metadata
@@ -176,9 +176,7 @@ def fit_array(
     """
     if images.shape[1:3] == size:
         return images
-    fitted = [
-        fit(pillow().fromarray(image.squeeze(-1) if image.shape[-1] == 1 else image), size, crop) for image in images
-    ]
+    fitted = [fit(as_pillow(image), size, crop) for image in images]
     return np.stack([np.asarray(image, dtype=np.uint8).reshape(*size, images.shape[-1]) for image in fitted])
 
 

@@ -115,7 +115,7 @@ def save_image(path: str | os.PathLike[str], image: Shaped[np.ndarray, "..."]) -
             f"image is {image.dtype} of shape {image.shape}; save_image needs uint8 of shape (height, width), "
             "(height, width, 1) or (height, width, 3). to_uint8 converts floats."
         )
-    saved = pillow().fromarray(image[..., 0] if image.shape[2:] == (1,) else image)
+    saved = as_pillow(image)
     with atomic_file(path) as file:
         saved.save(file, format=pillow().registered_extensions()[Path(path).suffix.lower()])
 
@@ -195,3 +195,14 @@ def pillow() -> Any:
         image = pillow().open("image.png")
     """
     return need("PIL.Image", "Reading and writing images", "pillow")
+
+
+def as_pillow(image: UInt8[np.ndarray, "height width *c"]) -> Any:
+    """Returns an image of Pillow, whose arrays have no axis for a single channel.
+
+    Raises ModuleNotFoundError if Pillow is missing.
+
+    Example:
+        as_pillow(np.zeros((8, 8, 1), np.uint8)).mode  # "L"
+    """
+    return pillow().fromarray(image[..., 0] if image.shape[2:] == (1,) else image)

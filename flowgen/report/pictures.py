@@ -7,7 +7,7 @@ import io
 import numpy as np
 from jaxtyping import UInt8
 
-from flowgen.data.media import pillow
+from flowgen.data.media import as_pillow
 from flowgen.report.markup import Markup, element, picture
 
 
@@ -18,5 +18,5 @@ def grid_picture(image: UInt8[np.ndarray, "height width c"], caption: str) -> Ma
         figure = grid_picture(sample_grid(images, 10), "Training images")
     """
     file = io.BytesIO()
-    pillow().fromarray(image[..., 0] if image.shape[-1] == 1 else image).save(file, format="PNG", optimize=True)
+    as_pillow(image).save(file, format="PNG", optimize=True)
     return element("figure", picture(file.getvalue(), caption), element("figcaption", caption))

@@ -25,6 +25,7 @@ from flowgen.places import check_local
 from flowgen.runs.arrays import Flat, check_layout, first_not_finite, flatten, group_of, layout, read_arrays
 from flowgen.runs.files import DIGEST, digest_of_file, is_regular, is_temporary, read_json, verified
 
+CHECKPOINTS = "checkpoints"  # the folder of a run that contains them
 META = "meta.json"
 EVALUATION = "evaluation.json"
 _STEP = re.compile(r"0|[1-9][0-9]{0,17}")

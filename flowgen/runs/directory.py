@@ -24,18 +24,17 @@ from typing import Any
 from flowgen import settings
 from flowgen.data.inventory import Inventory
 from flowgen.places import check_local
-from flowgen.runs.checkpoints import CheckpointReader
+from flowgen.runs.checkpoints import CHECKPOINTS, CheckpointReader
+from flowgen.runs.exported import CONFIG_FILE
 from flowgen.runs.files import DIGEST, is_regular, is_temporary, read_json, signed, verified, write_json
 from flowgen.runs.history import HISTORY_FILE
 from flowgen.runs.located import shipped_models
 from flowgen.runs.lock import LOCK_FILE, check_unlocked
 from flowgen.settings.ranges import meant
 
-CONFIG_FILE = "config.json"
 DATA_FILE = "data.json"
 START_FILE = "start.txt"
 PLAN_FILE = "plan.json"
-CHECKPOINTS = "checkpoints"
 SAMPLES = "samples"
 PROFILE = "profile"
 

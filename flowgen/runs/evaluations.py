@@ -12,7 +12,7 @@ from typing import Any
 
 import numpy as np
 
-from flowgen.data.media import check_writable, pillow
+from flowgen.data.media import as_pillow, check_writable
 from flowgen.places import RemoteFolder, is_remote
 
 EVALUATIONS = "evaluations"
@@ -79,7 +79,7 @@ def save_evaluation(path: str, record: Mapping[str, Any], files: Mapping[str, An
 
 def _png(image: np.ndarray) -> bytes:
     content = io.BytesIO()
-    pillow().fromarray(image[..., 0] if image.shape[2] == 1 else image).save(content, format="PNG")
+    as_pillow(image).save(content, format="PNG")
     return content.getvalue()
 
 

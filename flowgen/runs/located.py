@@ -7,11 +7,14 @@ from pathlib import Path
 from typing import Any
 
 from flowgen.packages import need
-from flowgen.runs.exported import CARD_FILE, FILES
+from flowgen.runs.checkpoints import CHECKPOINTS
+from flowgen.runs.exported import CARD_FILE, CONFIG_FILE, FILES, MODEL_FILE
 
 SHIPPED = Path(__file__).parents[1] / "models"
 HUB = "hf://"
 _LONGEST_REASON = 200
+# A folder with any of these is, or was, a run or an exported model.
+_OF_MODELS = (CONFIG_FILE, MODEL_FILE, CHECKPOINTS)
 
 
 def shipped_models() -> tuple[str, ...]:
@@ -26,8 +29,8 @@ def shipped_models() -> tuple[str, ...]:
 def located(place: str | os.PathLike[str]) -> str | os.PathLike[str]:
     """Returns the folder of a shipped model, or of a model on a hub, which is downloaded; other paths are unchanged.
 
-    place: the name of a shipped model, unless a file or folder has this name; hf://org/name, or hf://org/name@revision;
-    or any path or URL.
+    place: the name of a shipped model, unless a run or an exported folder has this name; hf://org/name, or
+    hf://org/name@revision; or any path or URL.
 
     Raises ModuleNotFoundError if huggingface_hub is missing, ValueError if the name on the hub is invalid, or OSError
     if the download fails.
@@ -38,7 +41,7 @@ def located(place: str | os.PathLike[str]) -> str | os.PathLike[str]:
     text = os.fspath(place)
     if text.startswith(HUB):
         return _downloaded(text)
-    if text in shipped_models() and not os.path.lexists(text):
+    if text in shipped_models() and not any(os.path.lexists(os.path.join(text, name)) for name in _OF_MODELS):
         return SHIPPED / text
     return place
 

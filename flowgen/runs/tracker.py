@@ -8,6 +8,9 @@ from collections.abc import Callable
 from typing import Any
 
 import numpy as np
+from jaxtyping import UInt8
+
+from flowgen.data.media import as_pillow
 
 NONE = "none"
 PROJECT = "flowgen"
@@ -46,10 +49,10 @@ class Tracker:
         if (module := self._module) is not None:
             self._attempt(lambda: module.log(dict(metrics), step=step))
 
-    def draw(self, step: int, image: np.ndarray) -> None:
-        """Sends the sample grid of a step, a uint8 image `height width c`."""
+    def draw(self, step: int, image: UInt8[np.ndarray, "height width c"]) -> None:
+        """Sends the sample grid of a step, with 1 or 3 channels."""
         if (module := self._module) is not None:
-            self._attempt(lambda: module.log({"samples": module.Image(image)}, step=step))
+            self._attempt(lambda: module.log({"samples": module.Image(as_pillow(image))}, step=step))
 
     def close(self) -> None:
         """Ends the tracker's run."""

@@ -193,7 +193,8 @@ def _no_such_field(path: str, field: str, group: type | None, types: dict[str, t
     owners = [name for name, cls in types.items() if field in hints_of(cls)]
     place = path.rpartition(".")[0]
     if not owners or (group is not None and group not in types.values()):
-        return _unknown(path, known + [f"{place}.{name}" for name in (hints_of(group) if group else ())])
+        fields = [f"{place}.{name}" for name in (hints_of(group) if group else ())]
+        return _unknown(path, list(dict.fromkeys(known + fields)))
     return (
         f"{path} is not a field of {type_name(group)}, the type of {place}; {' and '.join(owners)} "
         f"{'has' if len(owners) == 1 else 'have'} it, so add --{place} {owners[0]}."
@@ -206,5 +207,6 @@ def _unknown(path: str, known: list[str]) -> str:
     end = f"; did you mean {alike}?" if alike else meant(path, [*known, *sorted(groups)])
     place = path.rpartition(".")[0]
     if end == "." and place in groups:
-        end = f"; {place} has {', '.join(name.removeprefix(f'{place}.') for name in known if name.startswith(place))}."
+        inside = f"{place}."
+        end = f"; {place} has {', '.join(name.removeprefix(inside) for name in known if name.startswith(inside))}."
     return f"{path} is not a field of this config{end}"

@@ -25,7 +25,7 @@ class Job:
 
     init(key): returns the initial variables. objective: see `make_step`. batches(start, stop): returns an iterator over
     this process's batches for steps start to stop - 1. evaluate(variables): returns metrics; the checkpoint with the
-    lowest `best_metric` is kept. sample(variables): returns a uint8 image `height width 3`. optims: separate optimizers
+    lowest `best_metric` is kept. sample(variables): returns a uint8 image `height width c`. optims: separate optimizers
     for parameter groups, keyed by the groups' top-level names. inventory: a summary of the data, which is logged and
     saved with the run. tokens(batch): returns the number of tokens in a batch, for reports on speed. profile: number of
     steps to trace for a profiler; 0 for none. devices: this process's devices to train on; None for all of them. start:
