@@ -144,8 +144,8 @@ def numbers_page() -> str:
     parts = (
         "# Reproducibility",
         """The tables on this page give a command for every number. The config, the seed and the versions of the
-packages determine the result of a run. Up to rounding, it does not depend on the number of devices. `config.json` in a
-run directory records the config and the seed.""",
+packages determine the result of a run, up to rounding on any number of devices. `config.json` in a run directory
+records the config and the seed.""",
         "## Results of configs",
         """We measured these values on two CPU cores, mostly of a shared AMD EPYC, with jax 0.10.2. Training prints
 these metrics at its end, or the `evaluate` command in the row prints them. The [glossary](glossary.md) explains the
@@ -154,8 +154,8 @@ draws one per held-out image, so they print different values. The values also de
 configs say how much, if we know.
 
 The last column names the file in `benchmarks/results` that records the metrics. It also gives the duration of the
-training steps, excluding compilation, evaluation and sampling. Other processes used the cores at the same time. A dash
-means that we measured an earlier version and recorded only the values.""",
+training steps, excluding compilation, evaluation and sampling. Other processes also used the cores. A dash means that
+we measured an earlier version and recorded only the values.""",
         table([*head, "record"], *ours),
         "## Published values",
         "These values are from papers and their reproductions. We have not reproduced them.",
