@@ -174,8 +174,9 @@ README shows medians of these rows:
   `torchcfm I-CFM` in the form `eager` (3.059 ms). The form `scan` runs many steps in one program (0.419 ms).""",
         table(["results", "command", "device", "what"], *results()),
         "## Other numbers",
-        """[Quality at an equal budget](quality.md) and [decoding](decoding.md) give their own commands. Entries in the [log](log.md) and other examples state their conditions next to the numbers, but not always a
-command. Scripts draw the pictures: see the [gallery](gallery.md).""",
+        """[Quality at an equal budget](quality.md) and [decoding](decoding.md) give their own commands. Entries in
+the [log](log.md) and other examples state their conditions next to the numbers, but not always a command. Scripts draw
+the pictures: see the [gallery](gallery.md).""",
     )
     return "\n\n".join(parts) + "\n"
 
