@@ -74,9 +74,9 @@ def fields_page() -> str:
     """Returns the page of all fields."""
     head = """# Fields of configs
 
-This page lists the fields of all configs. An experiment is a config of configs: `--optim.lr 1e-3` on the command line
-sets the field `lr` of the `OptimConfig` in the experiment's field `optim`. `python -m flowgen info --config NAME`
-prints the values of one experiment. If a field accepts several types, give the name of a type without "Config", such as
+This page lists every field of every config. An experiment is a config of configs: `--optim.lr 1e-3` on the command
+line sets the field `lr` of the `OptimConfig` in the experiment's field `optim`. `python -m flowgen info --config NAME`
+prints the values of one experiment. If a field accepts several types, choose one by its name without "Config", as in
 `--data Latents`.
 """
     return "\n\n".join([head.rstrip(), *map(fields_of, configs())]) + "\n"
@@ -143,15 +143,15 @@ def numbers_page() -> str:
     published = [row[:-1] for measured, row in references() if not measured]
     parts = (
         "# Reproducibility",
-        """The tables on this page give a command for every number. Up to rounding, a run depends only on its config,
-its seed and the versions of the packages, not on the number of devices. `config.json` in a run directory records the
-config and the seed.""",
+        """The tables on this page give a command for every number. The config, the seed and the versions of the
+packages determine the result of a run, up to rounding on any number of devices. `config.json` in a run directory
+records the config and the seed.""",
         "## Results of configs",
-        """We measured these values on two CPU cores, mostly of a shared AMD EPYC, with jax 0.10.2. At its end, training
-prints these metrics, or the `evaluate` command in the row prints them. The [glossary](glossary.md) explains
-the metrics. A Fréchet distance depends on the number of samples: training draws 500, whereas `evaluate` without
-`--samples` draws as many as there are held-out images. The values also depend on the seed. If we measured by how much,
-the docstring of the config states it.
+        """We measured these values on two CPU cores, mostly of a shared AMD EPYC, with jax 0.10.2. Training prints
+these metrics at its end, or the `evaluate` command in the row prints them. The [glossary](glossary.md) explains the
+metrics. A Fréchet distance depends on the number of samples. Training draws 500, and `evaluate` without `--samples`
+draws one per held-out image, so they print different values. The values also depend on the seed; the docstrings of the
+configs say how much, if we know.
 
 The last column names the file in `benchmarks/results` that records the metrics. It also gives the duration of the
 training steps, excluding compilation, evaluation and sampling. Other processes also used the cores. A dash means that
@@ -162,21 +162,21 @@ we measured an earlier version and recorded only the values.""",
         table(head, *published),
         "## Benchmarks",
         """Each row of a file in `benchmarks/results` records its own device, threads, load, versions and times, and the
-baseline that was timed in the same run. The README in `benchmarks` explains the measurements. Inputs and weights come
-from fixed seeds or closed formulas. In `configs.json`, each row records a run of a config instead. The table in the
-README shows medians of these rows:
+baseline that was timed in the same run. The README in `benchmarks` explains the measurements. Inputs and parameters
+come from fixed seeds or closed formulas. `configs.json` records the training runs in the first table. The table in the
+main README shows medians of these rows:
 
 * drawing 16 images: `decode.json`, row `sequential` of shape A, next to `published sequential, processes 2`. The
-  weights and the noise come from a closed formula, so there is no seed.
+  parameters and the noise come from a closed formula, so there is no seed.
 * a training step: `train_step.json`, row `library step` of shape A, next to `published forward backward adamw,
   threads 2`, from the same formula
 * flow matching: `matching.json`, row `I-CFM` in the form `jitted step` with one thread (0.866 ms), next to
   `torchcfm I-CFM` in the form `eager` (3.059 ms). The form `scan` runs many steps in one program (0.419 ms).""",
         table(["results", "command", "device", "what"], *results()),
         "## Other numbers",
-        """[Quality at an equal budget](quality.md) and [decoding](decoding.md) give their own commands. Entries in
-the [log](log.md) and other examples state their conditions next to the numbers, but not always a command. Scripts draw
-the pictures: see the [gallery](gallery.md).""",
+        """[Quality at an equal budget](quality.md) says how to repeat its comparison, and [decoding](decoding.md)
+gives the commands that train its flows on MNIST. Entries in the [log](log.md) and other examples state their conditions
+next to the numbers, but not always a command. The pictures are made by scripts; see the [gallery](gallery.md).""",
     )
     return "\n\n".join(parts) + "\n"
 
