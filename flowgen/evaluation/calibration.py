@@ -9,8 +9,8 @@ is uniform on 0, ..., s. If ranks gather in the middle, the posterior is too wid
 too narrow.
 
 Expected coverage (Hermans et al., arXiv 2110.06581): the region of highest density that contains a fraction c of the
-samples contains a fraction c of the truths. If it contains fewer, the posterior is overconfident; if more, it is
-conservative.
+samples contains a fraction c of the truths. If the regions contain a smaller fraction of the truths, the posterior is
+overconfident. If they contain a larger fraction, it is conservative.
 """
 
 from __future__ import annotations

@@ -65,7 +65,7 @@ class Simulator(Protocol):
         ...
 
     def sample_joint(self, key: Key[Array, ""], num: int) -> tuple[Float[Array, "num d"], Float[Array, "num k"]]:
-        """Returns parameters from the prior and an observation of each: the training data of a posterior flow.
+        """Draws `num` parameters from the prior, and simulates one observation for each.
 
         Example:
             parameters, observations = simulator.sample_joint(key, 10_000)

@@ -20,7 +20,7 @@ from flowgen.training.step import AXIS, Step, TrainState
 
 @dataclass(frozen=True)
 class DataParallel:
-    """Data parallelism: each of this process's devices has a copy of the state and gets a share of the batch.
+    """Data parallelism: each device stores a copy of the state and computes the gradients of a share of the batch.
 
     Arrays on devices have a leading device axis, as pmap expects. devices: the local devices to use; None for all of
     them.
@@ -53,7 +53,7 @@ class DataParallel:
 
     @property
     def program_devices(self) -> int | None:
-        """None, because a program is traced for one device: its FLOP are not shared."""
+        """None, because each program is traced for one device, which computes all of its FLOP."""
         return None
 
     def check_batch(self, config: TrainConfig) -> None:
