@@ -52,8 +52,7 @@ class BucketShard:
         return f"{self.folder}/{self.name}"
 
     def read_range(self, offset: int, size: int) -> bytes:
-        """Returns `size` bytes from `offset` on, or fewer at the end. Raises ChangedData if the bytes cannot be
-        read."""
+        """Returns `size` bytes from `offset` on, or fewer at the end. Raises ChangedData if reading fails."""
         end = min(offset + size, self.size)
         if offset >= end:
             return b""

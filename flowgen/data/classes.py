@@ -79,13 +79,12 @@ def with_classes(found: T, classes: tuple[str, ...], where: str) -> T:
 
 
 def numbered_classes(count: int, classes: tuple[str, ...], where: str, told: str) -> tuple[str, ...]:
-    """Returns the class names of a run whose data have labels but no class names; the labels are indices into the
-    names.
+    """Returns the class names of a run on data without class names; the labels are indices into these names.
 
-    Warns unless the names are themselves these numbers.
+    Warns unless the names of the classes in the data are "0", "1" and so on.
 
-    count: number of classes in the data. where: the origin of the labels. told: a statement that the labels are
-    numbers. Both are used in messages.
+    count: number of classes in the data. where: the origin of the labels. told: the start of the
+    warning, which says that the labels are numbers. Both are used in messages.
 
     Raises ValueError if there are fewer names than classes.
 

@@ -1,5 +1,4 @@
-"""Sorts the entries of a folder, bucket or tar file into samples, captions, class files, and entries that are left
-out."""
+"""Sorts the entries of a folder, a bucket or tar files into samples, their captions, and entries to leave out."""
 
 from __future__ import annotations
 
@@ -57,8 +56,7 @@ class Listing:
 
 @dataclass
 class Entries:
-    """The entries found in a folder. `taken` maps each class to the names of its samples; "" stands for the folder
-    itself.
+    """The entries found in a folder. `taken` maps each class to the names of its samples, with "" for no class.
 
     suffixes: suffixes of the samples. kept_beside: suffixes of the files that describe a sample of the same name.
 
@@ -144,8 +142,7 @@ class Entries:
         )
 
     def told(self, what: str, used: Collection[str | None], empty: Sequence[str]) -> Iterator[str]:
-        """Yields descriptions of the entries that were left out, with reasons. used: files that describe samples.
-        empty: classes without files."""
+        """Yields what was left out, with reasons. used: files that describe samples. empty: classes without files."""
         kinds = collections.Counter(suffix_of(name) or "without suffix" for name in self.others)
         kinds.update(suffix_of(name) for found in self.beside.values() for name in _listed(found))
         kinds.subtract(suffix_of(name) for name in {*used} if name)
@@ -181,7 +178,7 @@ def check_each_described(listing: Listing, files: Sequence[str | None], suffix: 
 
 
 def by_parts(name: str) -> tuple[list[str], str]:
-    """Returns the sort key of a name: its parts.
+    """Returns the key by which paths are sorted: the parts between slashes, and then the path itself.
 
     Example:
         sorted(names, key=by_parts)

@@ -248,8 +248,7 @@ def _parsed_index(path: Path, *version: int) -> LatentIndex:
 def read_latents(
     directory: str | os.PathLike[str], split: Split, classes: tuple[str, ...] = ()
 ) -> LatentDataset | BucketedDataset:
-    """Returns a split of cached latents, which are memory-mapped. Several kinds or shapes of latents give one bucket
-    each.
+    """Returns a split of cached latents, which are memory-mapped; several kinds or shapes give one bucket each.
 
     classes: the class names to which labels are mapped by name; if empty, the data's own classes are kept.
 

@@ -97,15 +97,15 @@ def make_step(
     The objective receives a key that is unique to the device, step and micro-batch. If the batch is a `Batch` or a
     dict, the update adds `rows` to it, a `flowgen.rows.Rows`. Random numbers drawn with `rows` are the same on any
     number of devices and with any accumulation. Numbers drawn with the key depend on both. Micro-batch j contains the
-    rows j, j + accumulation, ... of the whole batch. Tracing the update raises ValueError if the batch already has `rows`,
-    if micro-batches cannot share the batch equally, or if the objective's result has neither of the forms above.
+    rows j, j + accumulation, ... of the whole batch. Tracing the update raises ValueError if the batch already has
+    `rows`, if micro-batches cannot share the batch equally, or if the objective's result has another form.
     frozen: patterns of the names of parameters that stay unchanged; see `flowgen.training.frozen.trained`.
     metrics: the objective's metrics, `loss`, `grad_norm` (before clipping) and `lr`, averaged over devices and
     micro-batches. If spikes are skipped, the metrics also contain `skipped`, which is 0 or 1, and `skipped_in_a_row`.
-    others: separate optimizers, as for `make_optimizer`; `lr` and `skipped` describe the main optimizer. Carried state:
-    each micro-batch computes a new state from the state before the update. The carried state after the update is the
-    mean of these states over devices and micro-batches, unless a `flowgen.rows.StatefulObjective` defines how to
-    combine the states of micro-batches. Integers in the state must not depend on the batch.
+    others: separate optimizers, as for `make_optimizer`. Metrics of learning rate and skips are the main optimizer's.
+    Carried state: each micro-batch computes a new state from the state before the update. The carried state after the
+    update is the mean of these states over devices and micro-batches, unless a `flowgen.rows.StatefulObjective` defines
+    how to combine the states of micro-batches. Integers in the state must not depend on the batch.
 
     Example:
         update = jax.pmap(make_step(objective, OptimConfig(), steps=1_000), axis_name="data", donate_argnums=0)
