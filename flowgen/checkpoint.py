@@ -24,9 +24,8 @@ def load(
 ) -> tuple[Any, Any, Experiment]:
     """Returns a model, its variables and its experiment, from a run or an exported model.
 
-    run_dir: the run's directory, or its URL in a bucket, of which only the chosen weights are then fetched; the folder
-    of an exported model; the name of a model that ships with flowgen, such as "digits"; or hf://org/name, a model on
-    the Hugging Face Hub.
+    run_dir: the run's directory; the URL of a run in a bucket; the folder of an exported model; the name of a model
+    that ships with flowgen, such as "digits"; or hf://org/name, a model on the Hugging Face Hub.
     step: a step number, None for the latest step, or "best" for the evaluated step with the lowest bits/dim or sample
     distance.
     ema: whether to use the averaged parameters, if the run has them; an exported model has one kind of parameters.

@@ -83,8 +83,8 @@ def numbered_classes(count: int, classes: tuple[str, ...], where: str, told: str
 
     Warns unless the names of the classes in the data are "0", "1" and so on.
 
-    count: number of classes in the data. where: the origin of the labels. told: the start of the
-    warning, which says that the labels are numbers. Both are used in messages.
+    count: number of classes in the data. where: the origin of the labels. told: the start of the warning, which says
+    that the labels are numbers. Both are used in messages.
 
     Raises ValueError if there are fewer names than classes.
 

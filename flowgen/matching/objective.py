@@ -154,8 +154,8 @@ def matching_objective(
 
     pairs(key, batch): a function that returns the batch for `loss_fn`: a dict of "x1" and, optionally, "x0" and "cond".
     Each device passes a different key, but random numbers from `batch_rows(batch, key, num)` are the same on any number
-    of devices. The carried state is the running log-mean of the weights; it is returned if `variables` contains the
-    collection "matching".
+    of devices. The carried state is the running log-mean of the pair weights. It is returned if `variables` contains
+    the collection "matching".
 
     train: whether to apply dropout. If True, and if the network's config has a positive `dropout`, the network is
     applied to each row separately, with one dropout key per row.
