@@ -164,7 +164,7 @@ def decode_request(
     clip: Clip | None = None,
     draft: Draft | None = None,
 ) -> DecodeRequest:
-    """Returns a checked request to decode noise, with the defaults for `certify` and `denoise`.
+    """Returns a checked request to decode noise. `certify` and `denoise` have their default values.
 
     clip: None means samples of the size that the flow models.
 

@@ -62,8 +62,8 @@ def invert(
     strict: whether to wait for the result and to raise an error if a window is unsolved. By default, the call does not
     wait, and the result's `unsolved` reports it. Inside jit, nothing can be raised, so `strict` must be False.
 
-    Raises ValueError if z, cond, plan, guidance or draft does not fit the flow, and FloatingPointError as `strict`
-    says.
+    Raises ValueError if z, cond, plan, guidance or draft does not fit the flow, and FloatingPointError if
+    `strict` is True and a window is unsolved.
 
     Example:
         r = invert(flow, params, z, cond, plan=Jacobi(window=32))
@@ -111,7 +111,7 @@ def sample(
     draft, strict: as for `invert`. A draft cannot be combined with a clip.
 
     Raises ValueError if cond, plan, guidance, clip or draft does not fit the flow, or if `num` is not positive, and
-    FloatingPointError as `strict` says.
+    FloatingPointError if `strict` is True and a window is unsolved.
 
     Example:
         r = sample(flow, params, jax.random.key(0), 16, labels, guidance=Guidance(scale=1.5))

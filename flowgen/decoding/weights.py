@@ -52,7 +52,7 @@ def unstacked_weights(config: FlowConfig, params: Variables) -> Weights:
 def rounded_weights(config: FlowConfig, params: Variables, dtypes: tuple[RoundedDtype | None, ...]) -> SomeWeights:
     """Returns the rounded variables of the blocks that have a dtype, in the form that `rounded_config` requires.
 
-    They are cached in the same way as those of `decoding_weights`.
+    The result is cached in the same way as that of `decoding_weights`.
     """
     if not any(dtypes):
         return (None,) * len(dtypes)

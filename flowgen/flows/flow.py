@@ -1,4 +1,4 @@
-"""The parts that all autoregressive flows share: a stack of blocks and a density; and the tokens of images."""
+"""The base class of autoregressive flows, which have a stack of blocks and a density, and the tokens of images."""
 
 from __future__ import annotations
 

@@ -33,7 +33,7 @@ class ClassPrefix:
 class TextPrefix:
     """A prefix of `length` tokens with `dim` features each.
 
-    Padding tokens are zero. As in the released code, they are not masked.
+    Padding tokens are zero and, as in the released code, not masked.
     """
 
     length: int

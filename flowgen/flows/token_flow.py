@@ -233,8 +233,8 @@ class TokenFlow(AutoregressiveFlow):
     """Exact-likelihood flow between vectors `b d` or sequences `b n c` and noise tokens `b tokens channels`.
 
     In every method, `cond` is None, int32 labels `b` (-1 means unconditional), or the context that the config
-    describes. If samples are padded, it is a `Padded` with the mask of their rows and one of these. Samples are 0 at
-    padding, and what a caller passes there is ignored.
+    describes. If samples are padded, `cond` is a `Padded`, which contains the mask of the rows and one of these
+    conditions. The flow ignores the values of padding that a caller passes, and returns 0 for padding.
 
     Example:
         flow = TokenFlow(TokenFlowConfig(shape=(5,), context=VectorContext(dim=8)))
