@@ -59,7 +59,7 @@ class GuidedBlock:
     def sweep(
         self, x: Float[Array, "b n c"], z: Float[Array, "b n c"], context: Float[Array, "b m c"] | None = None
     ) -> Float[Array, "b n c"]:
-        """Returns shift(x) + exp(log_scale(x)) · z in one parallel pass; this is x if and only if the block maps x to z.
+        """Returns shift(x) + exp(log_scale(x)) · z in one parallel pass, which is x if and only if forward(x) is z.
 
         context: the tokens before x; see `inverse`.
         """

@@ -16,8 +16,8 @@ class Simulator(Protocol):
 
     name: a short name, such as "two_moons".
     low, high: the bounds of the parameters, one number per parameter. The prior is uniform between them.
-    observation_dim: the number of values of an observation.
-    fixed_observations: observations at which methods are compared, the same for all users.
+    observation_dim: the number of values of an observation. fixed_observations: published observations for which
+    methods are compared.
 
     All methods but `reference_samples` can be compiled with `jax.jit`, and compute in float32 or float64.
 
@@ -80,7 +80,7 @@ class Simulator(Protocol):
     ) -> Float[Array, " n"]:
         """Returns log p(observation | parameters) in nats; its integral over observations is 1.
 
-        observation: one for all rows of parameters, or one for each.
+        observation: one observation for all rows of parameters, or one for each row.
 
         Example:
             log_prob = simulator.log_likelihood(parameters, observations)
