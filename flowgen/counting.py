@@ -108,8 +108,8 @@ def traffic_of(jaxpr: Jaxpr) -> float:
 def kernels_of(jaxpr: Jaxpr) -> int:
     """Estimates how many kernels an accelerator launches for a traced program.
 
-    A compiler fuses operations that act on each element separately into their neighbours. What remains is one kernel
-    for each matrix product, reduction and update of a part of an array. The body of a scan is counted once per
+    A compiler fuses operations that act on each element separately into their neighbours. After this, there is one
+    kernel for each matrix product, reduction and update of a part of an array. The body of a scan is counted once per
     iteration, and other bodies once.
 
     Example:

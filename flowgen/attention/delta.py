@@ -71,8 +71,8 @@ def gated_delta_rule(
     chunks are processed in order. The backward pass stores one state per chunk. n need not be a multiple of chunk_size.
     With `state`, the call continues exactly where an earlier call or step ended.
 
-    mask: True for tokens to keep. A masked token does not affect others, whatever its values: even its decay is
-    ignored. Its output is what its query reads from the state after the tokens before it.
+    mask: True for tokens to keep. A masked token does not affect other tokens, whatever its values; even the decay is
+    ignored. The output of a masked token is what its query reads from the state before the token.
 
     Raises ValueError if shapes do not match, or if chunk_size is below 1.
 

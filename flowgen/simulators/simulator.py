@@ -16,8 +16,8 @@ class Simulator(Protocol):
 
     name: a short name, such as "two_moons".
     low, high: the bounds of the parameters, one number per parameter. The prior is uniform between them.
-    observation_dim: the number of values of an observation. fixed_observations: published observations for which
-    methods are compared.
+    observation_dim: the number of values of an observation.
+    fixed_observations: observations for which methods are compared; they never change.
 
     All methods but `reference_samples` can be compiled with `jax.jit`, and compute in float32 or float64.
 
