@@ -27,7 +27,7 @@ from flowgen.backend import Implementation, keep_axes
 
 
 class KVCache(NamedTuple):
-    """Keys and values of one layer, as arrays `b h m k` with a slot per position; slots after the last token are unused."""
+    """Keys and values of one layer, as arrays `b h m k` with a slot per position. Later slots are unused."""
 
     keys: Float[Array, "b h m k"]
     values: Float[Array, "b h m k"]

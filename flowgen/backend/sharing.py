@@ -1,4 +1,4 @@
-"""Divides batches over the devices of this host: every device computes its own rows and sends nothing to the others.
+"""Divides batches over the devices of this host. Every device computes its own rows, without communication.
 
 The compiler can also divide the rows of a program. Devices then exchange rows whenever a batch is concatenated or
 reordered, and communicate to decide whether a loop is done; in a token loop, they would do so for every token.
