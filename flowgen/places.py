@@ -1,6 +1,6 @@
 """Folders in buckets: URLs such as gs://bucket/folder, read and written through fsspec, which orbax also uses.
 
-Every file system that fsspec knows works: gs:// and s3:// require a package each, and file:// and memory:// require
+Every file system that fsspec knows works: gs:// and s3:// each require a package, and file:// and memory:// require
 none. The package finds the credentials.
 """
 

@@ -3,7 +3,7 @@
 A decoder processes a *window* of tokens, possibly several times with different guesses, and then moves on to the next
 window. A `CausalKernel` has four main functions: `attend` processes whole sequences, `attend_window` processes a window
 after a cached prefix, `rewind` returns a cache from which the same window can be processed again, and `accept` returns
-a cache that also contains the solved tokens of each sample, which come first in the window.
+a cache that also contains the solved tokens of the window, which come first in each sample.
 """
 
 from __future__ import annotations
@@ -48,11 +48,12 @@ class CausalKernel(NamedTuple):
         processed.
     has_temperature: whether a scale of the queries sharpens or flattens the attention weights, as in a softmax.
     accept(before, window, count) -> cache: the cache with the first `count` tokens of the window added, one number per
-    sample; all tokens if `count` is None. `before` is the cache from which the window was processed. If `accept` is
-    None, `window` itself is the cache with all tokens added; decoders can then slide a window only if the cache has
-    slots. grow(cache, length) -> cache: the same cache with room for `length` positions. If a kernel has this function,
-    decoders begin with a short cache, because every pass reads the whole cache. If `grow` is None, the cache must have
-    its full length from the start.
+    sample; all tokens if `count` is None. `before` is the cache from which the window was processed. If `accept`
+        is None, `window` itself is the cache with all tokens added; decoders can then slide a window only if the cache
+        has slots.
+    grow(cache, length) -> cache: the same cache with room for `length` positions. If a kernel has this function,
+        decoders begin with a short cache, because every pass reads the whole cache. If `grow` is None, the cache must
+        have its full length from the start.
     """
 
     attend: Callable[..., Array]

@@ -35,8 +35,8 @@ class AnomalySets(NamedTuple):
     """The images to score, which are opened before any computation.
 
     typical: training images, whose mean score defines typicality. typical_name: a noun phrase for these images.
-    anomalies: the sets of anomalies by name. origins: for each anomaly of a set, the
-    position of its original in the data; None if the anomalies are not copies.
+    anomalies: the sets of anomalies by name. origins: for each anomaly of a set, the position of its
+    original in the data; None if the anomalies are not copies.
     """
 
     typical: ArrayDataset

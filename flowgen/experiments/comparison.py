@@ -301,7 +301,7 @@ def _reference(extractor: FeatureExtractor, data: Dataset, options: CompareOptio
 
 
 def dataset_digest(data: Dataset) -> str:
-    """Returns a digest of all pixels of a dataset, read in batches. File sizes do not reveal every change.
+    """Returns a digest of all pixels of a dataset, read in batches. It detects changes that keep a file's size.
 
     Example:
         digest = dataset_digest(held_out)

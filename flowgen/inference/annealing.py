@@ -1,7 +1,7 @@
 """Annealed importance sampling and sequential Monte Carlo, from a flow to a target in small steps.
 
 Samples of q are moved along the geometric path log p_β = (1 - β) log q + β log p̃, from β = 0 to β = 1. Stage t first
-weights the samples for the next density. The stage may then resample them. At last, it moves the samples with a kernel
+weights the samples for the next density. The stage may then resample them. Finally, it moves the samples with a kernel
 that leaves this density invariant. The weights change by
 
     log w <- log w + (β_t - β_{t-1}) (log p̃(x) - log q(x))

@@ -62,11 +62,11 @@ def flow_matching_loss(
 
     batch: a dict of "x1", the data; "x0", the noise (standard normal if missing); "cond", the condition or None; and
     "rows", a `flowgen.rows.Rows`. A training step adds "rows", so that the random numbers do not depend on the number
-    of devices. The condition is any pytree of arrays with one row per sample that the velocity accepts. label_dropout:
-    probability with which each sample becomes unconditional, independently of the others: its label is replaced by -1,
-    or its context is masked. A positive value requires labels, vectors, tokens or `ContextTokens`. log_mean: the
-    running log-mean of the weights; -inf or None before the first step. The loss returns the updated value, which only
-    "running" normalisation needs. Raises ValueError if settings or shapes are invalid.
+    of devices. The condition is any pytree of arrays with one row per sample that the velocity accepts.
+    label_dropout: probability with which each sample becomes unconditional, independently of the others: its label is
+    replaced by -1, or its context is masked. A positive value requires labels, vectors, tokens or `ContextTokens`.
+    log_mean: the running log-mean of the pair weights; -inf or None before the first step. The loss returns the updated
+    value, which only "running" normalisation needs. Raises ValueError if settings or shapes are invalid.
 
     Example:
         loss_fn = flow_matching_loss(path=CondOT(), coupling=GibbsWeights(epsilon=2.0), time=Uniform())
