@@ -1,7 +1,8 @@
 """Counts the FLOP, the memory traffic and the kernels of a traced program from its jaxpr, and estimates its memory.
 
 XLA's own cost analysis counts the body of a loop only once, and its buffer assignment is specific to one backend. The
-counts here do not involve a compiler. They are therefore the same on every machine, and take no longer than tracing.
+counts here do not involve a compiler. The counts are therefore the same on every machine, and need no more time than
+tracing.
 """
 
 from __future__ import annotations

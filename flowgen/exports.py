@@ -52,9 +52,9 @@ def export(
     trained, the autoencoder is exported to the folder `codec` inside it.
 
     run_dir, step, ema: see `flowgen.load`.
-    dtype: None to keep the parameters bit for bit, or "float16" to halve the file. Loading makes them float32 again.
-    licence: the licence of the weights, for the card, such as "apache-2.0"; if empty, the card says that none
-    is stated.
+    dtype: None to keep the parameters bit for bit, or "float16" to halve the file. Loading converts them to float32.
+    licence: the licence of the weights, for the card, such as "apache-2.0"; if empty, the card says that none is
+    stated.
 
     Raises:
         FileExistsError: the folder exists and is not empty.

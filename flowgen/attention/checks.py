@@ -171,7 +171,7 @@ def check_pallas(block_size: int, segment_ids: Array | None) -> None:
 
 @contextmanager
 def errors_of_kernel(name: str) -> Generator[None]:
-    """Replaces JAX's errors about a kernel with clearer ones. name: what the error messages call the kernel.
+    """Returns a context that replaces JAX's errors about a kernel with clearer ones. name: the kernel's name.
 
     Example:
         with errors_of_kernel("the Pallas kernel"):

@@ -241,7 +241,7 @@ def partitioned(x: Array) -> bool:
 def check_unmapped(what: str, tree: PyTree) -> None:
     """Raises ValueError if any array of a tree varies over an axis of a mapped program.
 
-    what: what the error message calls the computation.
+    what: noun phrase for the computation, used in the error message.
 
     Example:
         check_unmapped("dopri5", x0)

@@ -29,7 +29,7 @@ Shared = Literal["", "inputs", "outputs"]
 def shard_spec(
     shape: tuple[int, ...], axes: Mapping[str, int], *, tensor_axis: int | None = None, whole: Collection[int] = ()
 ) -> PartitionSpec:
-    """Returns how an array of parameters is divided.
+    """Returns the `PartitionSpec` by which an array of parameters is divided.
 
     TENSOR divides the axis `tensor_axis`. FSDP divides the largest remaining axis that it can divide equally. Arrays
     with fewer than MIN_SIZE elements are not divided.

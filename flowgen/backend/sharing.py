@@ -180,7 +180,7 @@ def rows_mesh(x: Any, variables: PyTree = None) -> tuple[Mesh, Any] | None:
 
 
 def rows_on_device(x: Array) -> int:
-    """Returns how many rows of an array each device stores."""
+    """Returns the number of rows of an array that each device stores."""
     divided = rows_mesh(x)
     return len(x) if divided is None else x.sharding.shard_shape(x.shape)[0]
 

@@ -63,7 +63,7 @@ def error(
 def estimated_error(request: DecodeRequest, tokens: list[Later], last: Tokens, noise: Tokens) -> Float[Array, " b"]:
     """Returns the estimated largest error of each sample's decoded tokens, in data units; infinite if unknown.
 
-    The arguments are the same as for `error`.
+    x, tokens, last, noise: as for `error`.
     """
     layout, flow = request.layout, _later_flow(request)
     solves = sum(part.count for part in layout.segments) + len(tokens) - 1

@@ -1,7 +1,7 @@
 """`invert`, `sample` and `sample_and_log_prob`, which turn noise into images or clips.
 
-They are compiled once per call signature. Results can be differentiated in both modes with respect to parameters, noise
-and continuous conditions, whatever the plan; see `flowgen.decoding.implicit`.
+These functions are compiled once per call signature. For every plan, results can be differentiated in both modes with
+respect to parameters, noise and continuous conditions; see `flowgen.decoding.implicit`.
 """
 
 from __future__ import annotations

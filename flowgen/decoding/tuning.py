@@ -127,8 +127,8 @@ def tune(
     difference that rounding causes in sequential decoding. A simpler plan is preferred if it is at most 5 % slower than
     the fastest accepted plan. Sequential decoding is the simplest, then `Jacobi`, then `SlidingWindow`.
 
-    Each plan is compiled once for blocks of the same shape, which takes most of the time. With the default windows,
-    there are up to twelve plans per shape.
+    Each plan is compiled once for blocks of the same shape. Compilation needs most of the time. With the default
+    windows, there are up to twelve plans per shape.
 
     x: images or clips, with the training noise, such as undenoised samples. cond: their condition.
     draft: a draft with which the best parallel plan is also measured. The time of the draft itself is not counted.

@@ -39,7 +39,7 @@ SCORES: Mapping[str, str] = MappingProxyType(
 
 
 class AnomalyScores(NamedTuple):
-    """What a flow computes for each image of a dataset, in float64.
+    """The quantities that a flow computes for each image of a dataset, in float64.
 
     nats: -log p(x) per dimension. tokens: the terms of log p(x) that belong to each token, `n *grid`, in nats. squares:
     |z|², with z divided by the standard deviation of the prior. ks: the largest difference between the distribution of
@@ -85,7 +85,7 @@ def anomaly_scores(
     batch_size: int = 256,
     by_class: bool = True,
 ) -> AnomalyScores:
-    """Returns what a flow computes for each image of a dataset, without using labels.
+    """Returns the quantities from which anomaly scores follow, for each image of a dataset; labels are not used.
 
     If the flow models latents, the dataset must have latents, and p(x) is the density of noisy latents, one draw for
     each image. This density ignores the decoder, so it is not a density of images.

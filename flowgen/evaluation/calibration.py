@@ -69,7 +69,7 @@ def sbc_ranks(samples: Float[Arrays, "n s d"], truths: Float[Arrays, "n d"]) -> 
     """Returns, for each of n observations and each parameter, how many of the s samples are below the truth.
 
     samples: independent samples of the estimated posterior given each observation. If s + 1 is a multiple of the number
-    of bins, as with 99 samples, all bins of `rank_uniformity` cover equally many ranks.
+    of bins (for example with 99 samples), all bins of `rank_uniformity` cover equally many ranks.
 
     Raises ValueError if the shapes do not fit together or values are NaN.
 

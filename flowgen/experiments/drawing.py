@@ -145,7 +145,7 @@ def per_second(rate: float) -> str:
 
 
 def drawn_classes(model: Any, data: Any) -> int:
-    """Returns how many classes a run samples in turn: the named classes or, if there are no names, all classes.
+    """Returns the number of classes that a run samples in turn: the named classes or, without names, all classes.
 
     Example:
         labels = cycled_labels(20, drawn_classes(experiment.model, experiment.data))

@@ -163,7 +163,7 @@ class TokenFlowExperiment(Experiment):
         return objective
 
     def rehearsal(self, model: Any, rows: int) -> Rehearsal:
-        """Returns what is needed to trace a training step on a batch of `rows` samples."""
+        """Returns the `Rehearsal` from which a training step on `rows` samples can be traced."""
 
         def batch() -> Batch:
             return Batch(jnp.full((rows, *self.model.shape), 0.5), _blank_context(self.model, rows))

@@ -201,8 +201,8 @@ class AutoregressiveFlow(OnMeshes, nn.Module):
     def log_prob(self, x: Float[Array, "b *event"], cond: AnyCondition | None = None) -> Float[Array, " b"]:
         """Returns the exact log p(x | cond) in nats: log N(z; 0, prior variance) + logdet.
 
-        x: images in [-1, 1], or latents. The values are not checked, because this would make the device wait: images in
-        0..255 get a meaningless density. Convert them with x / 127.5 - 1.
+        x: images in [-1, 1], or latents. The values are not checked, because a check would make the host wait for the
+        device. Images in 0..255 get a meaningless density; convert them with x / 127.5 - 1.
         """
         z, logdet = self.forward(x, cond)
         density = gaussian_log_density(z, self.prior_variance()[None])

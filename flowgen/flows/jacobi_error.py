@@ -1,8 +1,8 @@
 """A penalty that trains a flow for parallel decoding: its blocks then need fewer Jacobi sweeps.
 
-To decode a block, the sweep F(y) = shift(y) + exp(log_scale(y)) · z is repeated, from y = z until y = x, the tokens
-that the block maps to the noise z. In training, x and z are both known, so the error after any number of sweeps is
-known too. Let y_0 = z and y_k = F(y_{k-1}). The penalty is
+To decode a block, the sweep F(y) = shift(y) + exp(log_scale(y)) · z is repeated. It starts at y = z and ends at y = x,
+the tokens that the block maps to the noise z. In training, x and z are both known, so the error after any number of
+sweeps is known too. Let y_0 = z and y_k = F(y_{k-1}). The penalty is
 
     weight · mean over blocks and samples of log rms(y_K - x),
 

@@ -71,7 +71,7 @@ def without_padding(values: Float[Array, "b n c"], cond: AnyCondition | None) ->
 
 
 def check_permutation(order: tuple[int, ...], n: int, name: str) -> None:
-    """Raises ValueError unless an order is a permutation of 0..n-1. name: what the message calls the order."""
+    """Raises ValueError unless an order is a permutation of 0..n-1. name: the name of the order in the message."""
     if len(order) != n:
         raise ValueError(
             f"{name} has {len(order)} entries, but there are {n} tokens; give a permutation of 0..{n - 1}."

@@ -202,7 +202,7 @@ def combined_state(before: dict[str, Any], parts: dict[str, Any]) -> dict[str, A
 
 
 def velocity_field(network: Any, variables: Any, matching: MatchingConfig) -> Velocity:
-    """Returns the velocity function (t, x, cond) -> v of a trained network, whatever the network predicts.
+    """Returns the velocity function (t, x, cond) -> v of a trained network, for any predicted quantity.
 
     If the network predicts x1, noise or a score, its output is evaluated and converted only at times at which
     alpha/beta is between 0.02 and 50. Closer to the ends of the path, the conversion would amplify the network's error

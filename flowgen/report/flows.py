@@ -79,7 +79,7 @@ def _through(block: AutoregressiveBlock, params: Any, tokens: jax.Array, cond: A
 
 
 def blocks_section(flow: Any, variables: Any, batch: Batch, split: str) -> Section:
-    """Returns the statistics of a flow's blocks for a batch of data. split: "held-out" or "training".
+    """Returns the section with the statistics of a flow's blocks on a batch of data. split: "held-out" or "training".
 
     Example:
         part = blocks_section(flow, params, inputs(experiment, 32), "held-out")
@@ -131,7 +131,7 @@ class Decoded(NamedTuple):
 
 
 def decoding_section(experiment: AnyFlow, contents: RunContents, flow: Any, variables: Any, batch: Batch) -> Section:
-    """Returns a comparison of the run's plan with Jacobi decoding, on new samples with the conditions of a batch.
+    """Returns a section that compares the run's plan with Jacobi decoding, for the conditions of a batch.
 
     Example:
         part = decoding_section(experiment, contents, flow, params, inputs(experiment, 8))

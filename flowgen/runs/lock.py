@@ -111,7 +111,7 @@ def in_use(folder: str | Path) -> Generator[None]:
 
 
 def is_abandoned(folder: str | Path) -> bool:
-    """Returns whether the process that had a folder `in_use` has ended. Returns False if the system cannot tell.
+    """Returns True if the process that had a folder `in_use` has ended; False if it runs, or if this is unknown.
 
     Example:
         is_abandoned("exported/.digits.tmp")

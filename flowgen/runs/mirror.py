@@ -25,11 +25,11 @@ AT_ONCE = 8
 class Mirror:
     """A copy of a run in a bucket, in its state at the time of copying.
 
-    path: the copy. Its checkpoints have all of their files, so that a `CheckpointReader` can tell which checkpoints are
-    complete. Each file is empty until it is fetched. A checkpoint without metadata is left out, because metadata are
-    uploaded last and deleted first. Files that a checkpoint's metadata do not list are left out too: a process that was
-    suspended and lost the lock may have added one to a checkpoint of the next process. Files outside checkpoints are
-    copied only if they are fetched by name.
+    path: the copy. Its checkpoints have all of their files, so that a `CheckpointReader` can determine which
+    checkpoints are complete. Each file is empty until it is fetched. A checkpoint without metadata is left out, because
+    metadata are uploaded last and deleted first. Files that a checkpoint's metadata do not list are left out too: a
+    process that was suspended and lost the lock may have added one to a checkpoint of the next process. Files outside
+    checkpoints are copied only if they are fetched by name.
 
     Unless `keep` is called, the copy is removed with the mirror object, or at the latest when the process ends.
 

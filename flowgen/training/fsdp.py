@@ -102,12 +102,12 @@ class FullySharded:
         return _shardings(self.mesh, tree)
 
     def abstract(self, make: Callable[[], Any]) -> Any:
-        """Returns the shapes of make(); raises any error that occurs when make is traced."""
+        """Returns the shapes of the result of `make`. Raises any error that occurs when JAX traces `make`."""
         with jax.set_mesh(self.mesh):
             return jax.eval_shape(make)
 
     def create(self, make: Callable[..., Any], *given: Any) -> Any:
-        """Returns make(*given), computed in parts, so that no device stores the whole result or a whole argument."""
+        """Returns make(*given), computed in parts, so that no device stores a whole result or argument."""
         with jax.set_mesh(self.mesh):
             shardings = self.shardings(jax.eval_shape(make, *given))
             return jax.jit(make, out_shardings=shardings)(*map(self.place, given))

@@ -65,11 +65,11 @@ class DataParallel:
         return jax.pmap(step, axis_name=AXIS, devices=self.devices, donate_argnums=0)
 
     def abstract(self, make: Callable[[], Any]) -> Any:
-        """Returns the shapes of make()."""
+        """Returns the shapes of the result of `make`."""
         return jax.eval_shape(make)
 
     def create(self, make: Callable[..., Any], *given: Any) -> Any:
-        """Returns make(*given), which is computed on one device."""
+        """Returns make(*given), computed on one device."""
         return make(*given)
 
     def place(self, state: Any) -> Any:
