@@ -47,7 +47,7 @@ GROUPS = (
     *((Run("tarflow", seed), Run(PUBLISHED, seed)) for seed in range(SEEDS)),
     (Run("icfm"), Run("otcfm")),
     (Run("wcfm"), Run("corrected")),
-    (Run("starflow"), Run("openmoji", share=3.0)),
+    (Run("starflow"), Run("openmoji", share=2.0)),
 )
 
 

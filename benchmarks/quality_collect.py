@@ -25,6 +25,7 @@ NAMES = {
     "openmoji": "TARFlow, OpenMoji 32 x 32",
 }
 PAIR = ("tarflow", "published")
+SHOWN = (*PAIR, "starflow", "otcfm")  # whose samples the page shows
 DIGITS = {"steps": 0, "bits_per_dim": 3, "frechet": 2, "precision": 3, "recall": 3, "class_accuracy": 3}
 COLUMNS = {
     "steps": "steps",
@@ -57,7 +58,7 @@ def collect(work: Path, out: Path) -> list[dict[str, Any]]:
     rows.sort(key=lambda row: (order.index(row["name"]), row["seed"]))
     measure.save(out, rows)
     for row in rows:
-        if row["seed"] == 0:
+        if row["seed"] == 0 and row["name"] in SHOWN:
             shutil.copyfile(work / f"{row['name']}-0" / "samples.png", DOCS / "images" / f"quality_{row['name']}.png")
     page = DOCS / "quality.md"
     if page.exists():
