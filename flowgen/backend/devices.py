@@ -239,7 +239,7 @@ def must_wait(devices: Sequence[jax.Device]) -> bool:
 
 
 def settled(tree: Any) -> Any:
-    """Returns the tree, after waiting for its arrays if `must_wait` is True for the devices of any of them.
+    """Returns the tree. If `must_wait` is True for the devices of any array, first waits for the arrays.
 
     Call this function on the results of a program before starting another, because queued programs can deadlock on such
     devices.

@@ -37,8 +37,8 @@ def make_core_devices() -> bool:
     """Creates one CPU device per core that this process may use; returns whether it did.
 
     This function does nothing if the number of CPU devices is already configured, if JAX has already started, or if JAX
-    runs in several processes. Call it only in programs that own their process, because JAX fixes the number of devices
-    when it starts.
+    runs in several processes. Call this function only in programs that own their process, because JAX fixes the number
+    of devices when it starts.
     """
     chosen = _CONFIG.jax_num_cpu_devices >= 0 or "host_platform_device_count" in os.environ.get("XLA_FLAGS", "")
     if chosen or jax.distributed.is_initialized():

@@ -41,7 +41,7 @@ def convolve_clip(
 ) -> tuple[NewFeatures, Float[Array, "b 2 rows columns c"]]:
     """Convolves each frame of x together with the two frames before it; also returns the cache for the next chunk.
 
-    Creates a submodule, so it must be called in a method decorated with `nn.compact`.
+    The convolution becomes a submodule, so call this function in a method decorated with `nn.compact`.
 
     cache: the two frames before x. At the start of a clip it is None, and two frames of zeros are used.
     """

@@ -44,8 +44,8 @@ def read_folder(
     Each first-level sub-folder that contains images, at any depth, is a class (see `list_files` and `config.classes`).
     If there are no classes, all images have label -1. The split depends only on the file names, so an unreadable file
     never moves another file between splits (see `hold_out_files`). All images are decoded once and kept in memory. If
-    they would need more than `config.in_memory_bytes`, each batch is decoded on demand instead. A warning states what
-    was left out, and why.
+    the images would need more than `config.in_memory_bytes`, each batch is decoded on demand instead. A warning states
+    what was left out, and why.
 
     The caption of `cat.png` is read from `cat.png.txt` or, if there is no such file, from `cat.txt` in the same folder.
     Either all images or none must have captions.

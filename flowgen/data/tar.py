@@ -61,8 +61,8 @@ class Shards:
 class TarFolder:
     """Gives access to the files in shards by name, as if all shards were unpacked into one folder.
 
-    If a shard repeats the name of an image or its caption from an earlier shard, it is treated as a separate folder:
-    its names begin with the name of the shard.
+    If a shard repeats the name of an image or its caption from an earlier shard, the shard is treated as a separate
+    folder: the names of its files begin with the name of the shard.
 
     Example:
         content = (folder / "cat/1.png").read_bytes()

@@ -70,7 +70,7 @@ class GuidedBlock:
 
     @property
     def can_pull_back(self) -> bool:
-        """Whether `pull_back` works: the cache has a slot per token and is precise, as cotangents add up in it."""
+        """Whether `pull_back` works. It adds up cotangents in a precise cache with a slot per token."""
         transformer = self.block.config.transformer
         return causal_kernel(transformer.attention).has_slots and transformer.dtype != "bfloat16"
 

@@ -91,7 +91,7 @@ class TweedieStep:
 class Denoiser:
     """A learned denoiser, which replaces the Tweedie step.
 
-    It computes clean = function(variables, noisy, cond) for the whole batch.
+    The denoiser computes clean = function(variables, noisy, cond) for the whole batch.
 
     Example:
         r = sample(flow, params, key, 16, labels, denoise=Denoiser(network.apply, network_variables))

@@ -57,8 +57,8 @@ def invert(
 
     z: noise tokens in raster order, as `forward` returns them.
     draft: proposes the tokens with which plans with init="draft" begin.
-    certify: whether to run one forward pass on the result, with the same guidance, and report the reconstruction error,
-    and to estimate the error of x from it by a few more passes.
+    certify: whether to measure the reconstruction error by a forward pass with the same guidance, and to estimate the
+    error of x by a few more passes.
     strict: whether to wait for the result and to raise an error if a window is unsolved. By default, the call does not
     wait, and the result's `unsolved` reports it. Inside jit, nothing can be raised, so `strict` must be False.
 

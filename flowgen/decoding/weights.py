@@ -3,7 +3,7 @@
 `rounded_weights` does the same for variables of lower precision.
 
 Training stores the layers of a block in one stack, in float32. Decoding needs one array per layer, in the dtype of the
-matrix products. If the sampling program did this conversion, every call would repeat it.
+matrix products. A conversion inside the sampling program would be repeated in every call.
 """
 
 from __future__ import annotations

@@ -37,7 +37,7 @@ class Estimate(NamedTuple):
 
 
 def mean_of(values: Float[np.ndarray, " n"]) -> Estimate:
-    """Returns the mean of independent values and its standard error, their standard deviation divided by √n.
+    """Returns the mean of n independent values, and its standard error: the standard deviation of the values over √n.
 
     The standard error is unknown if there is a single value, or if all values are equal. If a value is NaN, the mean is
     NaN.

@@ -291,7 +291,7 @@ class AutoregressiveExperiment(Experiment):
         return flow.with_image_size(*self.encoding.latent_size(aspect)) if aspect else flow
 
     def guidance(self, flow: Any, null: TextCondition | None = None) -> Guidance:
-        """Returns the guidance for samples. For a text flow, it includes the text of the unconditional branch.
+        """Returns the guidance for samples. The guidance of a text flow includes the text of the unconditional branch.
 
         null: the encoded text of the unconditional branch. By default, this method encodes the empty text if needed.
         """

@@ -108,7 +108,7 @@ class BlockConfig:
 
     @property
     def is_conditional(self) -> bool:
-        """Whether the block's map depends on more of `cond` than the mask of padded samples."""
+        """Whether the block's map depends on any part of `cond` other than the mask of padded samples."""
         return self.num_classes > 0 or self.prefix is not None
 
     @property

@@ -124,7 +124,7 @@ def mean_dims(config: FlowConfig, cond: AnyCondition | None, rows: Rows | None =
 
 
 def density_metric(flow: Flow, nats_per_dim: Float[Array, ""], batch: Batch) -> dict[str, Array]:
-    """Returns the density metric, keyed by its name: bits/dim for images, nats/dim for latents and numbers."""
+    """Returns {name: density metric}: bits/dim for images, and nats/dim for latents and numbers."""
     if isinstance(batch.x, Moments) or jnp.issubdtype(batch.x.dtype, jnp.floating):
         return {"nats_per_dim": nats_per_dim}
     return {"bits_per_dim": bits_per_dim(-nats_per_dim, 1)}

@@ -3,8 +3,8 @@
 A vector of d numbers or a sequence of n rows with c channels is divided into tokens of `group` consecutive numbers or
 rows. Every token is transformed, including the first one (shift "input", as in STARFlow, arXiv 2506.06276), so flows of
 a single number work too. Sets are padded sequences: `Padded` says which rows exist, and the density is that of these
-rows given their number. It depends on the order of the rows, as in every autoregressive model; if their order means
-nothing, shuffle them in training.
+rows given their number. As in every autoregressive model, the density depends on the order of the rows. If the order
+has no meaning, shuffle the rows in training.
 """
 
 from __future__ import annotations

@@ -43,9 +43,9 @@ def reverse_kl(
 ) -> Outcome:
     """Returns the mean of log q(x) - log p̃(x) over samples of the flow, which is KL(q | p) - log Z, and metrics.
 
-    The flow learns from the target's density alone, without data. It tends to cover some modes of the target and to
-    miss others, and its own samples do not reveal the missing ones. The target needs a positive density wherever the
-    flow has samples.
+    The flow learns from the target's density alone, without data. The flow tends to cover some modes of the target and
+    to miss others, which its own samples do not reveal. The target needs a positive density wherever the flow has
+    samples.
 
     log_target: x -> log p̃(x) `b`, in nats; its gradient in x is used. num, cond, plan: as for
     `flowgen.decoding.sample`.

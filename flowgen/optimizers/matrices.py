@@ -15,7 +15,7 @@ MATRIX, OTHER = "matrix", "other"
 
 
 def are_kernels(params: Any) -> Any:
-    """Returns a tree of bools: True for each array called `kernel`, as weights are in Flax, that is not a vector.
+    """Returns a tree of bools: True for each array that is named `kernel`, as in Flax, and is not a vector.
 
     Example:
         tx = optax.adamw(1e-3, mask=are_kernels)

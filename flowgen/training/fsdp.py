@@ -31,7 +31,7 @@ class FullySharded:
     """Sharded training over a mesh of devices, with the same methods as `DataParallel`.
 
     Arrays are global. A batch contains the rows of all devices, divided over the first axis of the mesh. A state has
-    the same shapes as on one device, and `partition_specs` defines how it is divided.
+    the same shapes as on one device. `partition_specs` defines how states are divided.
 
     devices: the local devices to use; None for all of them. mesh_shape: the number of devices that share the
     batch and the parameters, and the number that share heads and MLPs; None for all devices on the first axis.
