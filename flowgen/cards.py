@@ -1,4 +1,4 @@
-"""Writes model cards: Markdown that says what an exported model is, how to use it, and how good it is."""
+"""Writes model cards in Markdown, which describe an exported model, its use and its metrics."""
 
 from __future__ import annotations
 
@@ -91,8 +91,8 @@ def model_card(
 
     parameters: the number of parameters. about: the step of the weights, whether they are averaged and were trained by
     flowgen, and the dtype that they are stored in. metrics: the metrics that the run recorded at this step. licence:
-    the licence of the weights; if empty, the card asks for it. has_codec: whether the model's autoencoder is exported
-    with it.
+    the licence of the weights; if empty, the card says that none is stated. has_codec: whether the model's
+    autoencoder is exported with it.
 
     Example:
         card = model_card(experiment, 412_000, {"step": 300, "averaged": True, "trained": True, "dtype": None}, {})

@@ -24,9 +24,8 @@ def load(
 ) -> tuple[Any, Any, Experiment]:
     """Returns a model, its variables and its experiment, from a run or an exported model.
 
-    run_dir: the run's directory, or its URL in a bucket, of which only the chosen weights are then fetched; the folder
-    of an exported model; the name of a model that ships with flowgen, such as "digits"; or hf://org/name, a model on
-    the Hugging Face Hub.
+    run_dir: the run's directory; the URL of a run in a bucket; the folder of an exported model; the name of a model
+    that ships with flowgen, such as "digits"; or hf://org/name, a model on the Hugging Face Hub.
     step: a step number, None for the latest step, or "best" for the evaluated step with the lowest bits/dim or sample
     distance.
     ema: whether to use the averaged parameters, if the run has them; an exported model has one kind of parameters.
@@ -46,7 +45,7 @@ def load(
 def load_on_host(
     run_dir: str | Path, step: int | str | None = None, ema: bool = True, *, model: Any = None
 ) -> tuple[Any, Any, Experiment]:
-    """Returns the same as `load`, but the variables are numpy arrays, which take no memory on devices.
+    """Returns the same as `load`, but the variables are numpy arrays, which use no memory on devices.
 
     Example:
         flow, variables, experiment = load_on_host("runs/digits")
@@ -60,7 +59,7 @@ def load_on_host(
 class OpenRun:
     """A run or an exported model at one step, whose weights have not been read yet.
 
-    run: reads its files. step: the number of the step. experiment: its experiment.
+    run: reads the files of the run. step: the number of the step. experiment: the experiment of the run.
 
     Example:
         opened = open_run("runs/digits", "best")
@@ -81,15 +80,15 @@ class OpenRun:
         return flow, variables
 
     def was_trained(self) -> bool:
-        """Returns whether training made the weights; False if they were imported."""
+        """Returns True if training wrote the latest checkpoint, and False if the weights were imported."""
         with self.run.named():
             return self.run.checkpoints.was_trained()
 
 
 def open_run(run_dir: str | Path | RunReader, step: int | str | None = None) -> OpenRun:
-    """Returns what `load` reads before the weights. For the arguments and errors, see `load`.
+    """Returns a run at one step, before its weights are read. For the arguments and errors, see `load`.
 
-    run_dir: may also be the reader of a run that is open already.
+    run_dir: can also be the `RunReader` of an open run.
 
     Example:
         step = open_run("runs/digits", "best").step

@@ -1,4 +1,4 @@
-"""What densities and velocities are conditioned on: labels, texts and continuous contexts, with dropout and checks."""
+"""Conditions of densities and velocities: labels, texts and continuous contexts, with dropout and checks."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ class TextCondition(NamedTuple):
 
 
 class ContextTokens(NamedTuple):
-    """A continuous context as tokens, which a model's `check_cond` makes of vectors, images and token features.
+    """A continuous context as tokens. A model's `check_cond` converts vectors, images and token features to this form.
 
     mask: True for tokens, False for padding. Padding has no effect. A sample whose mask is False everywhere is
     unconditional.
@@ -39,9 +39,9 @@ class ContextTokens(NamedTuple):
 
 
 class Padded(NamedTuple):
-    """The condition of padded samples: which of their tokens exist, and what else the density is conditioned on.
+    """The condition of padded samples: the mask of their tokens, and any other condition of the density.
 
-    The density of a sample is that of its existing tokens, given their number and cond.
+    The density of a sample is the density of its existing tokens, given the number of these tokens and cond.
 
     mask: True for the tokens of each sample, False for padding, which may be anywhere.
 
@@ -61,14 +61,14 @@ AnyCondition = Condition | Integer[np.ndarray, " b"] | list[int] | Float[Array |
 
 
 def is_context(cond: Any) -> bool:
-    """Returns whether a condition is `ContextTokens` or an array of floating-point numbers, and no label or text."""
+    """Returns True if a condition is `ContextTokens` or an array of floating-point numbers, and False otherwise."""
     return isinstance(cond, ContextTokens) or jnp.issubdtype(getattr(cond, "dtype", jnp.int32), jnp.floating)
 
 
 def zero_padding(
     values: Float[Array | np.ndarray, "b n c"], mask: Bool[Array | np.ndarray, "b n"]
 ) -> Float[Array, "b n c"]:
-    """Returns values of tokens, with exactly 0 for padding, where the mask is False; what stands there is not used."""
+    """Returns values of tokens with exactly 0 where the mask is False, even if the value there is NaN."""
     return jnp.where(jnp.asarray(mask)[:, :, None], values, 0)
 
 

@@ -1,6 +1,6 @@
 """Continuous contexts that a flow or a velocity network can be conditioned on: a vector, tokens with a mask, an image.
 
-A model's field `context` describes its context. Users pass the context itself as `cond`, with one row per sample. The
+A model's field `context` describes its context. Users pass the context itself as `cond`; it has one row per sample. The
 model converts it to `ContextTokens`, the form that its layers accept. A sample whose mask is False everywhere is
 unconditional; so is `cond=None`.
 """

@@ -1,7 +1,8 @@
 """Counts the FLOP, the memory traffic and the kernels of a traced program from its jaxpr, and estimates its memory.
 
 XLA's own cost analysis counts the body of a loop only once, and its buffer assignment is specific to one backend. The
-counts here do not involve a compiler. They are therefore the same on every machine, and take no longer than tracing.
+counts here do not involve a compiler. The counts are therefore the same on every machine, and need no more time than
+tracing.
 """
 
 from __future__ import annotations
@@ -108,8 +109,8 @@ def traffic_of(jaxpr: Jaxpr) -> float:
 def kernels_of(jaxpr: Jaxpr) -> int:
     """Estimates how many kernels an accelerator launches for a traced program.
 
-    A compiler fuses operations that act on each element separately into their neighbours. What remains is one kernel
-    for each matrix product, reduction and update of a part of an array. The body of a scan is counted once per
+    A compiler fuses operations that act on each element separately into their neighbours. After this, there is one
+    kernel for each matrix product, reduction and update of a part of an array. The body of a scan is counted once per
     iteration, and other bodies once.
 
     Example:

@@ -47,13 +47,14 @@ def export(
 ) -> Path:
     """Writes the model of a run to a new folder: config.json, model.safetensors and a model card. Returns the folder.
 
-    The folder appears only once it is complete. What exports to the same folder left behind when they were killed is
-    removed. Paths on this machine are left out of it. If the model works on latents of an autoencoder that flowgen
+    The folder appears only once it is complete. Unfinished files of killed exports to the same folder are removed. The
+    exported config contains no paths on this machine. If the model works on latents of an autoencoder that flowgen
     trained, the autoencoder is exported to the folder `codec` inside it.
 
     run_dir, step, ema: see `flowgen.load`.
-    dtype: None to keep the parameters bit for bit, or "float16" to halve the file. Loading makes them float32 again.
-    licence: the licence of the weights, for the card, such as "apache-2.0"; if empty, the card asks for it.
+    dtype: None to keep the parameters bit for bit, or "float16" to halve the file. Loading converts them to float32.
+    licence: the licence of the weights, for the card, such as "apache-2.0"; if empty, the card says that none is
+    stated.
 
     Raises:
         FileExistsError: the folder exists and is not empty.

@@ -57,7 +57,7 @@ def product_rule(
 
 @dataclass(frozen=True)
 class Guidance:
-    """The guidance of a flow: what it changes, in which blocks, and how strongly. Scale 0 turns it off at no cost.
+    """The guidance of a flow: its strength, and the parts and blocks that it changes. Scale 0 turns guidance off.
 
     A Guidance is a pytree of scale, temperature and null, so these three can change without recompilation. Inside jit,
     scale and temperature may also be traced scalars, which are not checked. If the attention does not support a
@@ -70,9 +70,9 @@ class Guidance:
     blocks: indices of the guided blocks, from 0 at the data side; None means all.
     anneal: whether w increases along each block's tokens, from 0 at the first token to `scale` at the last.
     temperature: attention temperature of the unconditional branch, by which its logits are divided; must be above 0. A
-    temperature above 1 flattens the attention in this branch, and guidance moves away from the branch's prediction.
-    Without classes, or with labels -1, the two branches differ only in temperature, so a temperature other than 1 also
-    guides an unconditional model.
+    temperature above 1 flattens the attention in this branch, and guidance moves samples away from the prediction of
+    the branch. Without classes, or with labels -1, the two branches differ only in temperature, so a temperature other
+    than 1 also guides an unconditional model.
     null: the text of the unconditional branch, usually the encoded "". May be a single text or one per sample. Required
     for flows that are conditioned on texts.
 

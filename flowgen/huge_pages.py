@@ -1,9 +1,8 @@
 """Detects whether malloc gives this process huge pages, and restarts a command to enable them.
 
 On a CPU, every training step allocates new arrays, and the kernel provides the memory for them page by page. With pages
-of 2 MiB instead of 4 KiB, this takes much less time. If the kernel's setting is "madvise", a program must request huge
-pages. Since version 2.35, glibc requests them if GLIBC_TUNABLES contains `glibc.malloc.hugetlb=1` when the process
-starts.
+of 2 MiB instead of 4 KiB, this is much faster. If the kernel's setting is "madvise", a program must request huge pages.
+Since version 2.35, glibc requests them if GLIBC_TUNABLES contains `glibc.malloc.hugetlb=1` when the process starts.
 
 This module uses only the standard library, so that a command can restart before it imports jax.
 """

@@ -5,7 +5,7 @@
     log_p = twin.log_prob(x, labels)
     r = twin.sample(jax.random.key(0), 10, labels)
 
-The parameters are of type `nnx.Param`, so a twin can be trained with `nnx.grad` and `nnx.Optimizer`, or be a part of
+The parameters have the type `nnx.Param`, so a twin can be trained with `nnx.grad` and `nnx.Optimizer`, or be part of
 another NNX module. To use the trained parameters with the rest of flowgen, pass on `twin.flow` and `twin.params`.
 """
 
@@ -50,11 +50,11 @@ class Twin(bridge.ToNNX):
 
     @property
     def params(self) -> dict[str, Any]:
-        """The twin's variables in the form that linen modules take."""
+        """The twin's variables in the form that linen modules accept."""
         return bridge.variables.nnx_attrs_to_linen_vars(
             {name: value for name, value in vars(self).items() if not name.startswith(_OF_BRIDGE)}
         )
 
     def sample(self, key: jax.Array, num: int, cond: Any = None, **options: Any) -> DecodeResult:
-        """Returns samples of a flow; see `flowgen.decoding.sample`, which takes the same options."""
+        """Returns samples of a flow. The options are those of `flowgen.decoding.sample`."""
         return sample(self.flow, self.params, key, num, cond, **options)

@@ -1,7 +1,7 @@
 """Folders in buckets: URLs such as gs://bucket/folder, read and written through fsspec, which orbax also uses.
 
-Every file system that fsspec knows works: gs:// and s3:// with a package of their own, file:// and memory:// without
-one. Credentials are those that the package finds.
+Every file system that fsspec knows works: gs:// and s3:// each require a package, and file:// and memory:// require
+none. The package finds the credentials.
 """
 
 from __future__ import annotations
@@ -60,7 +60,7 @@ def is_remote(path: str | os.PathLike[str]) -> bool:
 
 
 def check_local(name: str, path: str | os.PathLike[str]) -> None:
-    """Raises ValueError if a path is a URL, for files that must be on this machine. name: what has this path.
+    """Raises ValueError if a path is a URL, for files that must be on this machine. name: the field of the path.
 
     Example:
         check_local("text.encoder", "flan-t5-xl")
@@ -140,8 +140,8 @@ class RemoteFolder:
     def create(self, name: str, content: bytes) -> bool:
         """Writes a file that must not exist yet, and returns whether this succeeded.
 
-        Of several processes that create the same file, at most one succeeds, if the file system supports this, as those
-        of gs:// and s3:// do. Give content that no other process writes.
+        If several processes create the same file, at most one succeeds, provided that the file system supports this, as
+        for gs:// and s3://. The content must differ between processes.
         """
         path = self._path(name)
         try:
@@ -171,8 +171,8 @@ class RemoteFolder:
     def upload_new(self, path: str | os.PathLike[str], name: str) -> bool:
         """Copies a local file to a name that must not exist yet, and returns whether this succeeded.
 
-        An existing file is never changed, if the file system supports this, as those of gs:// and s3:// do. If the
-        answer to an attempt is lost, the file may have been copied although this returns False.
+        An existing file is never changed, provided that the file system supports this, as for gs:// and s3://. If the
+        answer of the server is lost, the file may have been copied although the result is False.
         """
         with self._told("uploaded", name):
             try:
@@ -244,7 +244,7 @@ class Destination:
     def send(self) -> None:
         """Copies the file to the URL, if there is one, and removes it from this machine.
 
-        Raises OSError if this fails; the message says where the file is.
+        Raises OSError if copying fails; the message says where the file is.
         """
         if self._folder is not None:
             try:

@@ -30,8 +30,8 @@ class Rows(struct.PyTreeNode):
 
     key: a key that is the same on every device and for every micro-batch. positions: the positions `b` of these rows in
     the whole batch. part: the index of the micro-batch. size: the size of the whole batch, over all devices and
-    micro-batches. mean_tokens: the mean number of tokens per row of the whole batch that are no padding; None if no
-    row is padded. axis_name: the device axis over which the batch is split; None for a single device.
+    micro-batches. mean_tokens: the mean number of tokens per row of the whole batch, padding left out; None if no row
+    is padded. axis_name: the device axis over which the batch is split; None for a single device.
 
     Example:
         rows = batch_rows(batch, key, num=len(x))
@@ -47,7 +47,7 @@ class Rows(struct.PyTreeNode):
     axis_name: str | None = struct.field(pytree_node=False, default=None)
 
     def measured(self, batch: Any) -> Rows:
-        """Returns these rows with the `mean_tokens` of a batch, of which this device has its share."""
+        """Returns these rows with the `mean_tokens` of the whole batch, given this device's share of the batch."""
         padded = isinstance(batch, Batch) and isinstance(batch.context, Padded)
         return self.replace(mean_tokens=self.mean(mean_tokens(batch.context))) if padded else self
 
@@ -95,12 +95,12 @@ class Rows(struct.PyTreeNode):
         return jax.tree.map(lambda x: lax.dynamic_slice_in_dim(x, start, num), tree)
 
     def mean(self, tree: Any) -> Any:
-        """Averages the devices' means. If their shares are equal, the result is the mean over the whole batch."""
+        """Returns the average of the devices' means: the mean over the whole batch if all shares are equal."""
         return tree if self.axis_name is None else lax.pmean(tree, self.axis_name)
 
 
 def batch_rows(batch: Any, key: Key[Array, ""], num: int) -> Rows:
-    """Returns a batch's rows. If it has none, returns rows with the positions 0 to num - 1 and the given key.
+    """Returns the rows of a batch; if there are none, returns rows with positions 0 to num - 1 and the given key.
 
     Raises ValueError if the batch has rows, but their number is not `num`.
 

@@ -46,7 +46,7 @@ _NAMES = {dtype: name for name, dtype in _DTYPES.items()}
 def read_safetensors(path: str | os.PathLike[str], *, fix: str = "download the file again") -> dict[str, np.ndarray]:
     """Returns the tensors of a safetensors file by name, as read-only views of the file.
 
-    The tensors must fill the file without gaps, so they never take more memory than the file.
+    The tensors must fill the file without gaps, so they never need more memory than the file.
 
     fix: advice for the end of the error message about a damaged file.
 

@@ -51,7 +51,7 @@ def check_share(ess: float) -> None:
 def effective_sample_size(log_weight: Float[Array, "*b"], axis: int = -1) -> Float[Array, "*rest"]:
     """Returns Kish's effective sample size as a share of the b samples, (Σw)² / (b Σw²), between 1/b and 1.
 
-    Multiply it by b for the number of samples that still count. If all weights are 0, it is 0.
+    Times b, this is the effective number of samples. If all weights are 0, the result is 0.
 
     Raises ValueError for NaN and +inf, outside jit.
 
@@ -80,7 +80,7 @@ def systematic_indices(
     """Returns `num` indices in ascending order, of which index i appears num w_i / Σw times, rounded up or down.
 
     The points (k + offset) / num, k = 0 ... num - 1, are looked up in the cumulative weights. If `offset` is uniform in
-    [0, 1), the expected number of times is exact, which is systematic resampling. Weights of 0 are never chosen.
+    [0, 1), this is systematic resampling, and the expected number of times is exact. Weights of 0 are never chosen.
 
     Example:
         chosen = x[systematic_indices(log_weight, len(x), jax.random.uniform(key))]

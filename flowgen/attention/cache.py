@@ -3,7 +3,7 @@
 A decoder processes a *window* of tokens, possibly several times with different guesses, and then moves on to the next
 window. A `CausalKernel` has four main functions: `attend` processes whole sequences, `attend_window` processes a window
 after a cached prefix, `rewind` returns a cache from which the same window can be processed again, and `accept` returns
-a cache that contains the first tokens of the window, of each sample as many as are solved.
+a cache that also contains the solved tokens of the window, which come first in each sample.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ from flowgen.backend import Implementation, keep_axes
 
 
 class KVCache(NamedTuple):
-    """Keys and values of one layer, as arrays `b h m k` indexed by position. Slots after the last token are unused."""
+    """Keys and values of one layer, as arrays `b h m k` with a slot per position. Later slots are unused."""
 
     keys: Float[Array, "b h m k"]
     values: Float[Array, "b h m k"]
@@ -46,9 +46,9 @@ class CausalKernel(NamedTuple):
         if the cache is a running sum.
     has_slots: whether the cache has one slot per token, so that a window may start at any token that has already been
         processed.
-    has_temperature: whether scaling the queries sharpens or flattens the weights, as in a softmax.
+    has_temperature: whether a scale of the queries sharpens or flattens the attention weights, as in a softmax.
     accept(before, window, count) -> cache: the cache with the first `count` tokens of the window added, one number per
-        sample; all tokens if `count` is None. `before` is the cache from which the window was processed. If `accept`
+    sample; all tokens if `count` is None. `before` is the cache from which the window was processed. If `accept`
         is None, `window` itself is the cache with all tokens added; decoders can then slide a window only if the cache
         has slots.
     grow(cache, length) -> cache: the same cache with room for `length` positions. If a kernel has this function,

@@ -97,7 +97,7 @@ def is_key_mask(mask: Array, k: Array) -> bool:
 def hide_keys(
     k: Float[Array, "b m g k"], v: Float[Array, "b m g d"], mask: Bool[Array, "#b #h #n #m"] | None
 ) -> tuple[Float[Array, "b m g k"], Float[Array, "b m g d"]]:
-    """Returns k and v with zeros for keys that no query may see, so that they propagate neither NaN nor gradients."""
+    """Returns k and v with zeros for keys that no query may see, which then spread neither NaN nor gradients."""
     if mask is None:
         return k, v
     seen = mask.any(axis=2)
@@ -110,7 +110,7 @@ def hide_keys(
 def repeat_key_heads(
     q: Float[Array, "b n h k"], k: Float[Array, "b m g k"], v: Float[Array, "b m g d"]
 ) -> tuple[Float[Array, "b m h k"], Float[Array, "b m h d"]]:
-    """Returns k and v with heads repeated to match q; on explicit mesh axes, the heads are sharded as in q."""
+    """Returns k and v with as many heads as q, by repetition; on explicit mesh axes, heads are sharded as in q."""
 
     def repeated(k, v):
         return tuple(jnp.repeat(x, q.shape[2] // x.shape[2], axis=2) for x in (k, v))
@@ -171,7 +171,7 @@ def check_pallas(block_size: int, segment_ids: Array | None) -> None:
 
 @contextmanager
 def errors_of_kernel(name: str) -> Generator[None]:
-    """Replaces JAX's errors about a kernel with clearer ones. name: what the error messages call the kernel.
+    """Returns a context that replaces JAX's errors about a kernel with clearer ones. name: the kernel's name.
 
     Example:
         with errors_of_kernel("the Pallas kernel"):

@@ -36,7 +36,7 @@ def gated_linear_attention(
     This is simple GLA: gated linear attention (arXiv 2312.06635) with one gate per head instead of one per channel. The
     outputs are not normalised; usually, the caller applies a normalisation layer to each head. log_decay: the logarithm
     of the decay factor; it must be at most 0. mask: a key mask, True for keys to keep. A masked token has no effect,
-    whatever its values: even its decay is ignored. segment_ids: see `prefix_product`.
+    whatever its values; even the decay is ignored. segment_ids: see `prefix_product`.
     Raises ValueError if shapes or the mask do not match.
 
     Example:

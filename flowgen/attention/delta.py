@@ -62,17 +62,18 @@ def gated_delta_rule(
     (Yang, Kautz and Hatamizadeh, Gated Delta Networks, arXiv 2412.06464).
 
     use_qk_l2norm: whether to divide q and k by their L2 norms first, so that only their directions matter. This is
-    the default, as in the published layers. If you turn it off, keep the norms of the keys at 1 or below, because the
-    state grows without bound if β |k|² exceeds 2. scale: the factor by which q is multiplied after this normalisation;
-    None means (width of k)^-0.5. beta: β, the write strength, between 0 and 1. log_decay: g ≤ 0, in nats per token;
-    -inf erases everything before the token, and None means no decay. The ranges of beta and log_decay are not checked.
+    the default, as in the published layers. Without this division, keep the norms of the keys at 1 or below, because
+    the state grows without bound if β |k|² exceeds 2. scale: the factor by which q is multiplied after this
+    normalisation; None means (width of k)^-0.5. beta: β, the write strength, between 0 and 1. log_decay: g ≤ 0, in nats
+    per token; -inf erases everything before the token, and None means no decay. The ranges of beta and log_decay are
+    not checked.
 
     Tokens within a chunk of `chunk_size` are processed in parallel (Yang et al., DeltaNet, arXiv 2406.06484), and
     chunks are processed in order. The backward pass stores one state per chunk. n need not be a multiple of chunk_size.
     With `state`, the call continues exactly where an earlier call or step ended.
 
-    mask: True for tokens to keep. A masked token does not affect others, whatever its values: even its decay is
-    ignored. Its output is what its query reads from the state after the tokens before it.
+    mask: True for tokens to keep. A masked token does not affect other tokens, whatever its values; even the decay is
+    ignored. The output of a masked token is what its query reads from the state before the token.
 
     Raises ValueError if shapes do not match, or if chunk_size is below 1.
 

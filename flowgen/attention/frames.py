@@ -1,4 +1,4 @@
-"""Attention of frames to nearby frames: each query sees a shared prefix and a window of frames around its own."""
+"""Attention of frames to nearby frames: each query sees a shared prefix and a window of frames around its own frame."""
 
 from __future__ import annotations
 

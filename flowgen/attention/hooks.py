@@ -40,7 +40,7 @@ def make_attention_fn(
     name: "softmax", "soft", a name in `flowgen.attention.KERNELS`, or your own feature map or kernel.
     is_causal: makes the attention causal even if the module does not request it.
     masks: "keys" declares that every query-key mask keeps the same tokens as queries and as keys. The returned function
-    then reads these tokens from the diagonal of the mask, at linear cost, even inside jit. The outputs of the other
+    then reads these tokens from the diagonal of the mask, at linear cost, even inside jit. The outputs of all other
     tokens are meaningless.
     implementation: the implementation of softmax attention, as in `softmax_attention`; other kernels ignore it.
 

@@ -325,7 +325,7 @@ def _cut_segments(within: _Weights, segment: Int[Array, "b c"], past: Int[Array,
 def decay_weights(
     log_decay: Float[Array, "b h c"],
 ) -> tuple[Float[Array, "b h c c"], Float[Array, "b h c"]]:
-    """Returns how much tokens s and the earlier state have decayed at each token t, as factors; 0 for s > t.
+    """Returns the factors by which tokens s and the earlier state have decayed at each token t; 0 for s > t.
 
     The log-decays between s and t are summed directly, not computed as differences of running sums. Nothing cancels, so
     one strong decay does not reduce the precision of the others, and -inf is allowed. Entries with s > t are exp(0),

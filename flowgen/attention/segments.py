@@ -46,8 +46,8 @@ def spoiled(
 ) -> Spoiled:
     """Returns which results of causal attention with blocks of `block_size` tokens depend on a non-finite token.
 
-    If block_size is None, tokens see their whole segment. If ids recur in a sample, all its outputs and its state count
-    as spoiled, because a running state cannot compute them.
+    If block_size is None, tokens see their whole segment. If ids recur in a sample, all outputs and the state of the
+    sample count as spoiled, because a running state cannot compute them.
     """
     n = segment_ids.shape[1]
     place = jnp.arange(n)[None]

@@ -28,7 +28,7 @@ def attend_heads(
 ) -> Float[Array, "b h n d"]:
     """Returns softmax(q kᵀ / √k) v for arrays with the head axis before the token axis.
 
-    The mask is as in `softmax_attention`.
+    mask: True for keys that a query may attend to; it broadcasts to the shape of the logits.
 
     Example:
         out = attend_heads(q.swapaxes(1, 2), k.swapaxes(1, 2), v.swapaxes(1, 2), None)

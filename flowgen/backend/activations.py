@@ -1,4 +1,4 @@
-"""How a stack of layers is compiled: whether it stores activations for the backward pass, and whether it is a loop."""
+"""The compiled form of a stack of layers: whether activations are stored for the backward pass, and whether to loop."""
 
 from __future__ import annotations
 
@@ -33,7 +33,7 @@ class Host(NamedTuple):
 
 
 class LayerForm(NamedTuple):
-    """How a stack of layers is compiled.
+    """The form in which a stack of layers is compiled.
 
     recompute: whether the backward pass recomputes the activations of each layer. one_by_one: whether the program
     contains every layer separately; otherwise, it contains a loop over a single layer.
@@ -44,7 +44,7 @@ class LayerForm(NamedTuple):
 
 
 def layer_form(remat: Remat, num_layers: int, stored_bytes: int, host: Host | None = None) -> LayerForm:
-    """Returns how to compile a stack of layers whose stored activations would need `stored_bytes`.
+    """Returns the form in which to compile a stack of layers whose stored activations would need `stored_bytes`.
 
     All forms give the same results up to rounding.
 

@@ -1,4 +1,4 @@
-"""Fused kernels for softmax attention, which never write the logits to memory: when each can run, and how to call it.
+"""Fused kernels for softmax attention, which never write the logits to memory: conditions of use, and calls.
 
 cuDNN provides a kernel for NVIDIA GPUs. JAX provides splash attention, a Pallas kernel for TPUs. Neither has been
 timed.
@@ -191,7 +191,7 @@ def cudnn_attention(
 ) -> Float[Array, "b n h k"]:
     """Returns softmax attention, computed by cuDNN.
 
-    lengths: for each sample, how many of the first keys its queries may attend to, at least 1; None means all keys.
+    lengths: for each sample, the number of leading keys that queries may attend to, at least 1; None means all keys.
     """
     return jax.nn.dot_product_attention(
         q, k, v, is_causal=is_causal, key_value_seq_lengths=lengths, implementation="cudnn"

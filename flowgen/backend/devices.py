@@ -170,7 +170,7 @@ def _unit_lower_inverse_by_blocks(lower: Array) -> Array:
 
 
 def queries_at_once(batch: object, heads: object, keys: object, max_logits: int | None) -> int | None:
-    """Returns how many queries to process at once so that all heads of all samples have at most `max_logits` logits.
+    """Returns the number of queries per pass at which all heads of all samples have at most `max_logits` logits.
 
     The result is None, which means all queries, if `max_logits` is None or if a size is symbolic, as in an exported
     program.
@@ -208,7 +208,7 @@ def samples_at_once(pixels: int) -> int:
 def in_parts(
     run: Callable[..., tuple[ArrayLike, ...]], most: int, *inputs: Shaped[np.ndarray, "b ..."]
 ) -> tuple[Shaped[np.ndarray, "b ..."], ...]:
-    """Returns the results of a compiled function, computed on parts of the inputs and joined along the first axis.
+    """Returns the results of a compiled function that is called on parts of the inputs, joined along the first axis.
 
     All parts have the same size, which is a power of two no larger than `most`, so that few sizes are compiled. The
     last part is padded.
@@ -239,7 +239,7 @@ def must_wait(devices: Sequence[jax.Device]) -> bool:
 
 
 def settled(tree: Any) -> Any:
-    """Returns the tree, after waiting for its arrays if `must_wait` is True for the devices of any of them.
+    """Returns the tree. If `must_wait` is True for the devices of any array, first waits for the arrays.
 
     Call this function on the results of a program before starting another, because queued programs can deadlock on such
     devices.

@@ -24,9 +24,9 @@ class Machine:
     """An accelerator.
 
     kinds: the values of JAX's `device_kind` that identify the accelerator. memory: the advertised memory, in GB of 10^9
-    bytes; if a GPU has more, the rest is left to the driver. bfloat16: peak matrix-multiply throughput in TFLOP/s for
-    bfloat16 or float16 inputs and float32 accumulation. float32: the same for float32 inputs at JAX's default
-    precision, which uses TF32 on GPUs and a single bfloat16 product on TPUs. bandwidth: that of the memory, in GB/s.
+    bytes; if a GPU has more memory, the driver uses the rest. bfloat16: peak matrix-multiply throughput in TFLOP/s for
+    bfloat16 or float16 inputs and float32 accumulation. float32: peak throughput for float32 inputs at JAX's default
+    precision, which uses TF32 on GPUs and a single bfloat16 product on TPUs. bandwidth: memory bandwidth in GB/s.
     source: where the numbers are published.
     """
 
@@ -69,7 +69,7 @@ def machine_of(device_kind: str) -> Machine | None:
 
 
 def seconds_at_peak(flop: Mapping[str, float], device_kind: str) -> float | None:
-    """Returns how many seconds a device needs for this work at its peak throughput; None if a peak is not known.
+    """Returns the seconds that a device needs for this work at its peak throughput; None if a peak is not known.
 
     flop: the number of floating-point operations for each dtype.
     """

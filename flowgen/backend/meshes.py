@@ -227,8 +227,8 @@ def divided_axes(x: Array) -> set[int]:
 def partitioned(x: Array) -> bool:
     """Returns whether the compiler may divide the computation of x over several devices.
 
-    The compiler cannot divide it in a program that is mapped over all axes of its mesh, or if there is only one device.
-    Explicit axes do not count, because `map_axes` maps over them.
+    The compiler cannot divide the computation in a program that is mapped over all axes of its mesh, or if there is
+    only one device. Explicit axes do not count, because `map_axes` maps over them.
 
     Example:
         jax.pmap(lambda x: x * partitioned(x))(x)
@@ -241,7 +241,7 @@ def partitioned(x: Array) -> bool:
 def check_unmapped(what: str, tree: PyTree) -> None:
     """Raises ValueError if any array of a tree varies over an axis of a mapped program.
 
-    what: what the error message calls the computation.
+    what: noun phrase for the computation, used in the error message.
 
     Example:
         check_unmapped("dopri5", x0)

@@ -1,9 +1,9 @@
 """The axes of the mesh on which sharded training runs, and how arrays are divided over them.
 
 The shardings of the parameters do not determine how the compiler divides the activations: the compiler may exchange
-activations instead of parameters. The constraints in this file determine it. Between layers, each device has its own
-rows of the batch, with all tokens and channels. Inside attention, it has its own heads, with all tokens and channels.
-For each matrix product, it gathers the parts of one layer's kernel.
+activations instead of parameters. The constraints in this file determine the division. Between layers, each device has
+its own rows of the batch, with all tokens and channels. Inside attention, it has its own heads, with all tokens and
+channels. For each matrix product, it gathers the parts of one layer's kernel.
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ Shared = Literal["", "inputs", "outputs"]
 def shard_spec(
     shape: tuple[int, ...], axes: Mapping[str, int], *, tensor_axis: int | None = None, whole: Collection[int] = ()
 ) -> PartitionSpec:
-    """Returns how an array of parameters is divided.
+    """Returns the `PartitionSpec` by which an array of parameters is divided.
 
     TENSOR divides the axis `tensor_axis`. FSDP divides the largest remaining axis that it can divide equally. Arrays
     with fewer than MIN_SIZE elements are not divided.
@@ -53,8 +53,8 @@ def shard_spec(
 def gather_kernel(kernel: Array, shared: Shared = "") -> Array:
     """Returns the kernel `inputs outputs` of one layer, gathered from the devices that share the batch.
 
-    Its gradient is divided again, so that no device accumulates whole gradients. Outside sharded training, the kernel
-    is returned unchanged.
+    The gradient of the kernel is divided again, so that no device accumulates whole gradients. Outside sharded
+    training, the kernel is returned unchanged.
 
     Example:
         y = x @ gather_kernel(kernel, "outputs")

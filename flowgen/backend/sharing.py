@@ -1,4 +1,4 @@
-"""Divides batches over the devices of this host: every device computes its own rows and sends nothing to the others.
+"""Divides batches over the devices of this host. Every device computes its own rows, without communication.
 
 The compiler can also divide the rows of a program. Devices then exchange rows whenever a batch is concatenated or
 reordered, and communicate to decide whether a loop is done; in a token loop, they would do so for every token.
@@ -37,8 +37,8 @@ def make_core_devices() -> bool:
     """Creates one CPU device per core that this process may use; returns whether it did.
 
     This function does nothing if the number of CPU devices is already configured, if JAX has already started, or if JAX
-    runs in several processes. Call it only in programs that own their process, because JAX fixes the number of devices
-    when it starts.
+    runs in several processes. Call this function only in programs that own their process, because JAX fixes the number
+    of devices when it starts.
     """
     chosen = _CONFIG.jax_num_cpu_devices >= 0 or "host_platform_device_count" in os.environ.get("XLA_FLAGS", "")
     if chosen or jax.distributed.is_initialized():
@@ -180,7 +180,7 @@ def rows_mesh(x: Any, variables: PyTree = None) -> tuple[Mesh, Any] | None:
 
 
 def rows_on_device(x: Array) -> int:
-    """Returns how many rows of an array each device stores."""
+    """Returns the number of rows of an array that each device stores."""
     divided = rows_mesh(x)
     return len(x) if divided is None else x.sharding.shard_shape(x.shape)[0]
 

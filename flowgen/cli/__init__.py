@@ -220,8 +220,8 @@ def _silence() -> None:
 def program(arguments: Sequence[str] | None = None) -> int:
     """Runs a command line as the whole program of this process and returns its exit code.
 
-    Call it last, because the process ignores Ctrl-C afterwards. Unlike `main`, it creates one CPU device per core,
-    unless the environment sets another number; see `flowgen.backend.make_core_devices`.
+    Call this function last, because the process ignores Ctrl-C afterwards. Unlike `main`, this function creates one CPU
+    device per core, unless the environment sets another number; see `flowgen.backend.make_core_devices`.
 
     If the command is `train` and the process was started with the same arguments, the process first restarts itself
     with huge pages if they are available; see `flowgen.huge_pages.restart`.

@@ -99,8 +99,8 @@ def _plan_lines(run_dir: Path) -> list[str]:
 def estimates(experiment: Experiment, *, alone: bool = False) -> list[str]:
     """Returns lines of text about the memory and FLOP that an experiment needs and the machines that it fits on.
 
-    docs/training.md describes how they are estimated. The list is empty if the experiment cannot be traced without
-    data. alone: whether training uses only one device of this machine.
+    docs/training.md describes the method. The list is empty if the experiment cannot be traced without data. alone:
+    whether training uses only one device of this machine.
     """
     import jax
 

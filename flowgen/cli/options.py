@@ -137,7 +137,7 @@ def open_run(run_dir: str | RunReader, step: int | str | None) -> OpenRun:
 def placed(variables: Any, experiment: Experiment, options: argparse.Namespace) -> Any:
     """Returns a run's variables on the devices: divided over them if `train.parallel` is "fsdp", else on the first one.
 
-    The devices that a command makes, one per core of a CPU, share their memory, so nothing is divided over them.
+    Commands create one device per CPU core. These devices share memory, so nothing is divided over them.
     """
     import jax
     import jax.numpy as jnp
@@ -150,7 +150,7 @@ def placed(variables: Any, experiment: Experiment, options: argparse.Namespace) 
 
 
 def trains_alone(experiment: Experiment, options: argparse.Namespace) -> bool:
-    """Returns whether training uses only one of the CPU devices that a command makes, which speed up only sampling."""
+    """Returns whether training uses only one of the CPU devices that a command creates to speed up sampling."""
     return _has_core_devices(options) and experiment.train.parallel == "data"
 
 

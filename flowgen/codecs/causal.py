@@ -1,9 +1,9 @@
 """Layers that are causal in time, for clips `b f rows columns c`.
 
 Because the layers are causal, a clip can be processed whole or in chunks. A layer maps (x, cache) to (y, next cache).
-The cache contains what the layer needs from earlier frames; it is None if x starts the clip. The output of a
-convolution at frame t depends on frames t-2, t-1 and t, and zeros stand for the frames before the clip. The first frame
-is treated as an image, so layers that halve or double the number of frames pass it through unchanged.
+The cache contains the earlier frames that the layer needs; it is None if x starts the clip. The output of a convolution
+at frame t depends on frames t-2, t-1 and t, and zeros stand for the frames before the clip. The first frame is treated
+as an image, so layers that halve or double the number of frames pass it through unchanged.
 """
 
 from __future__ import annotations
@@ -41,7 +41,7 @@ def convolve_clip(
 ) -> tuple[NewFeatures, Float[Array, "b 2 rows columns c"]]:
     """Convolves each frame of x together with the two frames before it; also returns the cache for the next chunk.
 
-    Creates a submodule, so it must be called in a method decorated with `nn.compact`.
+    The convolution becomes a submodule, so call this function in a method decorated with `nn.compact`.
 
     cache: the two frames before x. At the start of a clip it is None, and two frames of zeros are used.
     """

@@ -2,7 +2,7 @@
 
 A `Rule` states which tensors fill which leaf, and how they are transformed. Its source and its target are name
 templates with indices in braces. If an index occurs only in the source, the tensors with the values 0, 1, ... of this
-index are stacked along the leading axis of the leaf. This is how the scanned layers of a block are filled.
+index are stacked along the leading axis of the leaf. Such rules fill the scanned layers of a block.
 
     Rule("blocks.{block}.mlp.{layer}.weight", "params/blocks_{block}/mlp/kernel", transpose)
 
@@ -88,7 +88,7 @@ class Rule:
         return [name for name in _INDEX.findall(self.source) if name not in kept]
 
     def sources(self, leaf: str, shape: tuple[int, ...]) -> list[str] | None:
-        """Returns the names of the tensors that fill a leaf, in order, or None if this rule does not fill it."""
+        """Returns the names of the tensors that fill a leaf, in order, or None if this rule does not fill the leaf."""
         indices = None if self.target is None else match(self.target, leaf)
         if indices is None:
             return None

@@ -19,7 +19,7 @@ _OF_RUN = re.compile(r"(.+)/(config\.json|checkpoints/[0-9]+/meta\.json)")
 def list_bucket(url: str, suffixes: Collection[str], what: str) -> Listing:
     """Lists the files with these suffixes in a folder of a bucket, as `list_files` lists those of a local folder.
 
-    Raises FileNotFoundError if there are no files, or the ValueErrors of `list_files`.
+    Raises FileNotFoundError if there are no such files, and ValueError in the same cases as `list_files`.
 
     Example:
         listing = list_bucket("gs://bucket/photos", (".png", ".jpg"), "images")

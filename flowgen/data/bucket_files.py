@@ -1,4 +1,4 @@
-"""Files in a bucket, each read as a whole or, in a tar file, by ranges."""
+"""Files in a bucket. Single files are read as a whole, and tar files by ranges of bytes."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ class BucketFile:
         return f"{self.folder}/{self.name}"
 
     def read_bytes(self) -> bytes:
-        """Returns the content of the file. Raises ChangedData if it cannot be read or has changed."""
+        """Returns the content of the file. Raises ChangedData if the file cannot be read or has changed."""
         return _whole(self, self.size, lambda: self.folder.read(self.name))
 
     def open(self, mode: Literal["rb"], /) -> io.BytesIO:
@@ -52,7 +52,7 @@ class BucketShard:
         return f"{self.folder}/{self.name}"
 
     def read_range(self, offset: int, size: int) -> bytes:
-        """Returns `size` bytes from `offset` on, or fewer at the end. Raises ChangedData if they cannot be read."""
+        """Returns `size` bytes from `offset` on, or fewer at the end. Raises ChangedData if reading fails."""
         end = min(offset + size, self.size)
         if offset >= end:
             return b""
@@ -60,7 +60,7 @@ class BucketShard:
 
 
 class BucketFolder:
-    """A folder in a bucket, whose files are found by name. sizes: number of bytes of each file.
+    """A folder in a bucket, whose files are found by name. sizes: the number of bytes of each file.
 
     Example:
         file = BucketFolder(RemoteFolder("gs://bucket/photos"), {"cat/1.png": 1000}) / "cat/1.png"

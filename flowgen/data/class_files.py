@@ -19,10 +19,10 @@ _LIKE_A_NUMBER = re.compile(r"[-+]?[0-9]*\.?[0-9]+([eE][-+]?[0-9]+)?")
 
 
 def listed_with_classes(folder: StoredFolder, entries: Entries, what: str) -> Listing:
-    """Returns the listing of entries. If files next to the samples give their classes, folders are not classes.
+    """Returns the listing of entries. If files next to the samples contain their classes, folders are not classes.
 
-    Each of these files contains a number or a name. If all contain numbers, these are the labels; -1 means no label.
-    Otherwise, the classes are ordered by name.
+    Each of these files contains a number or a name. If all of them contain numbers, the numbers are the labels; -1
+    means no label. Otherwise, the contents are names of classes, which are ordered by name.
 
     Raises the same errors as `Entries.listing`, and ValueError if only some samples have such a file, or if a file
     contains no class.

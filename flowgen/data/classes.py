@@ -79,12 +79,12 @@ def with_classes(found: T, classes: tuple[str, ...], where: str) -> T:
 
 
 def numbered_classes(count: int, classes: tuple[str, ...], where: str, told: str) -> tuple[str, ...]:
-    """Returns the class names of a run, which the labels of data without class names index.
+    """Returns the class names of a run on data without class names; the labels are indices into these names.
 
-    Warns unless the names are themselves these numbers.
+    Warns unless the names of the classes in the data are "0", "1" and so on.
 
-    count: number of classes in the data. where: the origin of the labels; told: that they are numbers. Both are used in
-    messages.
+    count: number of classes in the data. where: the origin of the labels. told: the start of the warning, which says
+    that the labels are numbers. Both are used in messages.
 
     Raises ValueError if there are fewer names than classes.
 
@@ -102,7 +102,7 @@ def numbered_classes(count: int, classes: tuple[str, ...], where: str, told: str
 
 
 def renumbered(labels: Int[np.ndarray, " n"], numbers: Int[np.ndarray, " found"]) -> Int32[np.ndarray, " n"]:
-    """Returns numbers[labels], except that labels of -1 are kept.
+    """Returns numbers[labels], except that a label of -1 stays -1.
 
     Example:
         renumbered(np.array([0, -1, 1]), np.array([1, 2]))  # 1, -1, 2

@@ -1,4 +1,4 @@
-"""Datasets that video flows train on in addition to whole clips: images, and clips without their first frame."""
+"""Datasets for video flows in addition to whole clips: images, and clips that lack their first frame."""
 
 from __future__ import annotations
 
@@ -55,7 +55,7 @@ class StillClips(_View):
 
 @dataclasses.dataclass(frozen=True)
 class ContinuedClips(_View):
-    """Clips without their first frame, which teach a model to continue long clips. Their captions begin with a prefix.
+    """Clips that lack their first frame. They teach a model to continue long clips; their captions begin with a prefix.
 
     Codecs encode the first frame differently from later frames. The latents are therefore obtained by encoding the
     whole clips and dropping the first latent frame.

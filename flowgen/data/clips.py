@@ -126,7 +126,7 @@ def load_clips(config: ClipsConfig, *, frames: int, image_size: ImageSize, chann
     for colour. Videos shorter than a clip are skipped with a warning.
 
     Raises:
-        ValueError: the dataset cannot provide this shape, the split is empty, all videos are too short, a class is not
+        ValueError: the dataset has no clips of this shape, the split is empty, all videos are too short, a class is not
             one of `config.classes`, or videos cannot be read. All videos are checked, and the message names the first
             five that cannot be read.
         FileNotFoundError, NotADirectoryError: `path` is missing or not a folder.

@@ -86,8 +86,8 @@ class Dataset(Protocol):
     event_shape: (height, width, channels) for images, (frames, height, width, channels) for clips.
     class_names: names of the classes in the order of their labels; empty if there are no classes.
 
-    If it also has `captions`, these are empty, or one line of text per image or clip; see `captions_in`. The same holds
-    for `file_names`; see `file_names_in`.
+    A dataset may also have `captions`: empty, or one line of text per image or clip. It may have `file_names`: empty,
+    or the name of the file of each image.
 
     Example:
         dataset = load(DataConfig(), image_size=(8, 8), channels=1, split="train")
@@ -115,7 +115,7 @@ def captions_in(dataset: Dataset) -> tuple[str, ...]:
 
 
 def file_names_in(dataset: Dataset) -> tuple[str, ...]:
-    """Returns the name of the file of each image, relative to the data's path; empty if these are unknown.
+    """Returns the name of the file of each image, relative to the data's path; empty if the names are unknown.
 
     Example:
         file_names_in(load(DataConfig("folder", path="photos"), image_size=(32, 32), channels=3, split="eval"))[0]
@@ -177,7 +177,7 @@ class ImageSet:
 
 
 def image_set(name: str) -> ImageSet | None:
-    """Returns the image set with this name, or None if the name stands for data at a path or a dataset passed to `fit`.
+    """Returns the image set with this name; None for names of data at a path, and for `own`, a dataset passed to `fit`.
 
     Example:
         image_set("digits").class_names
@@ -187,7 +187,7 @@ def image_set(name: str) -> ImageSet | None:
 
 @dataclasses.dataclass(frozen=True)
 class BucketedDataset:
-    """A dataset that consists of buckets, which share their classes but differ in shape.
+    """A dataset that consists of buckets: datasets that share their classes but differ in shape.
 
     Each batch comes from one bucket.
 
@@ -230,7 +230,7 @@ def buckets_of(dataset: Dataset | BucketedDataset) -> tuple[Dataset, ...]:
 def of_one_shape(dataset: Dataset | BucketedDataset, user: str) -> Dataset:
     """Returns the dataset. Raises ValueError if its samples differ in shape.
 
-    user: what requires a single shape, as a noun phrase for the error message.
+    user: noun phrase for what requires a single shape, used in the error message.
 
     Example:
         dataset = of_one_shape(load(config, image_size=8, channels=1, split="train"), "an Autoencoder")

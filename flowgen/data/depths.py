@@ -42,7 +42,7 @@ class Samples(NamedTuple):
 
 
 def samples_of(image: Image, path: AnyFile) -> Samples:
-    """Returns how an open image stores its samples.
+    """Returns the bits per sample of an open image, and whether zero means white.
 
     path: the image file, which is read again because Pillow does not expose the whole header.
 
@@ -62,7 +62,7 @@ def samples_of(image: Image, path: AnyFile) -> Samples:
 
 
 def without_range(image: Image) -> str:
-    """Returns why the range of an image's samples is unknown, and a remedy. Returns "" if the range is known.
+    """Returns the reason why the range of an image's samples is unknown, and a remedy; "" if the range is known.
 
     Example:
         without_range(image)  # "has floating-point samples, ...; convert it to unsigned 8 or 16 bits"

@@ -1,4 +1,4 @@
-"""Sorts the entries found in a folder, or in something like it, into samples, their captions, and what is left out."""
+"""Sorts the entries of a folder, a bucket or tar files into samples, their captions, and entries to leave out."""
 
 from __future__ import annotations
 
@@ -56,7 +56,7 @@ class Listing:
 
 @dataclass
 class Entries:
-    """The entries found in a folder. `taken` has the names of the samples by class; "" is the folder itself.
+    """The entries found in a folder. `taken` maps each class to the names of its samples, with "" for no class.
 
     suffixes: suffixes of the samples. kept_beside: suffixes of the files that describe a sample of the same name.
 
@@ -78,7 +78,7 @@ class Entries:
     )
 
     def take(self, name: str, owner: str) -> None:
-        """Sorts in a file. owner: its class."""
+        """Adds a file to the entries. owner: the class of the file."""
         suffix = suffix_of(name)
         if suffix in self.suffixes:
             self.taken.setdefault(owner, []).append(name)
@@ -90,7 +90,7 @@ class Entries:
             self.others.append(name)
 
     def leave(self, name: str, reason: tuple[str, str]) -> None:
-        """Leaves an entry out for a reason, such as `BROKEN`."""
+        """Records that an entry is left out, and the reason, such as `BROKEN`."""
         self.left_out.setdefault(reason, []).append(name)
 
     def described(self, names: Sequence[str], suffix: str) -> Iterator[str | None]:
@@ -110,7 +110,7 @@ class Entries:
 
         what: plural noun for the samples, used in error messages.
 
-        Raises ValueError if there are none, or if there are samples both in classes and next to them.
+        Raises ValueError if there are no samples, or if there are samples both in class folders and next to them.
         """
         flat = self.taken.get("", [])
         filled = sorted(name for name, inside in self.taken.items() if name and inside)
@@ -142,7 +142,7 @@ class Entries:
         )
 
     def told(self, what: str, used: Collection[str | None], empty: Sequence[str]) -> Iterator[str]:
-        """Yields what was left out, and why. used: files that describe samples. empty: classes without files."""
+        """Yields what was left out, with reasons. used: files that describe samples. empty: classes without files."""
         kinds = collections.Counter(suffix_of(name) or "without suffix" for name in self.others)
         kinds.update(suffix_of(name) for found in self.beside.values() for name in _listed(found))
         kinds.subtract(suffix_of(name) for name in {*used} if name)
@@ -162,7 +162,7 @@ class Entries:
 
 
 def check_each_described(listing: Listing, files: Sequence[str | None], suffix: str, what: str) -> None:
-    """Raises ValueError if some samples have no file that describes them. files: this file, for each sample.
+    """Raises ValueError if some samples have no file that describes them. files: the describing file of each sample.
 
     Example:
         check_each_described(listing, listing.captions, ".txt", "captions")
@@ -178,7 +178,7 @@ def check_each_described(listing: Listing, files: Sequence[str | None], suffix: 
 
 
 def by_parts(name: str) -> tuple[list[str], str]:
-    """Returns the key by which names are sorted.
+    """Returns the key by which paths are sorted: the parts between slashes, and then the path itself.
 
     Example:
         sorted(names, key=by_parts)

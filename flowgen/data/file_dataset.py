@@ -17,9 +17,9 @@ class FileDataset:
     """A dataset of images or clips that are decoded from files, on all cores, for every batch.
 
     reader: reads the sample at a position. If the reader may skip files, an unreadable sample is replaced by the next
-    readable one and its label, so the result depends only on the position. Each unreadable file is named in one
-    warning. If samples have captions, an unreadable file raises an error instead, because its caption would not match
-    the replacement.
+    readable one and its label, so the result depends only on the position. A warning names each unreadable file once.
+    If samples have captions, an unreadable file raises an error instead, because the caption would not match the
+    replacement.
 
     captions: empty, or one line of text per sample. file_names: empty, or the name of the file of each sample.
 

@@ -1,4 +1,4 @@
-"""Reads the files of a dataset on all cores; reports all unreadable files in one error, or skips them."""
+"""Reads the files of a dataset on all cores, and reports all unreadable files in one error or skips them."""
 
 from __future__ import annotations
 
@@ -20,12 +20,12 @@ _AT_ONCE = 128
 
 
 class FileReader(Generic[T]):
-    """Reads files by their position in a list, and handles those that cannot be decoded.
+    """Reads files by position in a list. Unreadable files raise an error or are skipped, as `on_corrupt` says.
 
     job: a function that returns, for a position, a function that reads the file and may raise `Unreadable`.
     on_corrupt: "refuse" raises a ValueError that names such files; "skip" leaves them out, with one warning for each.
     what: singular and plural noun for the files, used in messages. split: the split to which the files belong.
-    replaces: whether another file may replace a skipped one. workers: what reads the files; by default, threads.
+    replaces: whether another file may replace a skipped one. workers: the threads or processes that read the files.
 
     Example:
         reader = FileReader(job, files, "skip", what=("image", "images"), split="train")
@@ -58,7 +58,8 @@ class FileReader(Generic[T]):
     def read(self, positions: Sequence[int]) -> list[tuple[int, T]]:
         """Returns the position and content of a file for each position.
 
-        An unreadable file is replaced by the next readable one, after the last by the first, if files may be skipped.
+        If files may be skipped, an unreadable file is replaced by the next readable one; the first file follows the
+        last.
 
         Raises ValueError if an unreadable file may not be skipped, or no file is readable.
         """
@@ -69,7 +70,7 @@ class FileReader(Generic[T]):
         ]
 
     def check_any(self) -> None:
-        """If skipping files is allowed, raises ValueError if no file is readable. Stops at the first readable file."""
+        """Raises ValueError if files may be skipped but none is readable. Stops at the first readable file."""
         if self._on_corrupt == "skip" and self._replaces:
             self.read([0])
 

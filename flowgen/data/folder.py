@@ -42,10 +42,10 @@ def read_folder(
     """Returns one split of the images under `config.path`, resized to `image_size` with 1 or 3 channels.
 
     Each first-level sub-folder that contains images, at any depth, is a class (see `list_files` and `config.classes`).
-    If there are none, all images have label -1. The split depends only on the file names, so an unreadable file never
-    moves another file between splits (see `hold_out_files`). All images are decoded once and kept in memory. If they
-    would need more than `config.in_memory_bytes`, each batch is decoded on demand instead. A warning states what was
-    left out, and why.
+    If there are no classes, all images have label -1. The split depends only on the file names, so an unreadable file
+    never moves another file between splits (see `hold_out_files`). All images are decoded once and kept in memory. If
+    the images would need more than `config.in_memory_bytes`, each batch is decoded on demand instead. A warning states
+    what was left out, and why.
 
     The caption of `cat.png` is read from `cat.png.txt` or, if there is no such file, from `cat.txt` in the same folder.
     Either all images or none must have captions.
@@ -155,7 +155,7 @@ class OfFiles(Protocol):
 
 
 def listed(config: OfFiles, suffixes: tuple[str, ...], what: str) -> Listing:
-    """Lists the files with these suffixes that a config selects, in a folder or in tar files. Its path may be a URL.
+    """Lists the files with these suffixes that a config selects. The path of the config may be a URL.
 
     Example:
         listing = listed(DataConfig("folder", path="photos"), (".png",), "images")
@@ -168,7 +168,7 @@ def listed(config: OfFiles, suffixes: tuple[str, ...], what: str) -> Listing:
 
 
 def opened(config: OfFiles, suffixes: tuple[str, ...], what: str) -> Listing:
-    """Returns `listed`, with labels mapped to `config.classes` by name. Warns about what was left out.
+    """Returns the result of `listed`, with labels mapped to `config.classes` by name. Warns about entries left out.
 
     If `config.classes` is empty, the labels are not mapped.
 

@@ -1,4 +1,4 @@
-"""Finds the classes of data without opening any images, and takes the inventory of opened data."""
+"""Finds the class names of data without opening images, and summarises opened data."""
 
 from __future__ import annotations
 
@@ -71,7 +71,7 @@ def take_inventory(
     train: Dataset | BucketedDataset,
     held_out: Dataset | BucketedDataset | None = None,
 ) -> Inventory:
-    """Returns the inventory of the data that were opened with a config. Latents of mirror images are not counted.
+    """Returns the inventory of the data that a config selects. Latents of mirror images are not counted.
 
     Example:
         print(take_inventory(config, train, held_out).line())

@@ -91,7 +91,7 @@ def read_image_size(path: AnyFile) -> tuple[int, int]:
 
 
 def is_colour(path: AnyFile) -> bool:
-    """Returns whether the image in a file is stored in colour. Only the header is read.
+    """Returns whether the image in a file is stored in colour. Reads only the header.
 
     Raises UnreadableImage if the header alone shows that `read_image` would fail.
 
@@ -169,7 +169,7 @@ def fit(image: Image, size: tuple[int, int], crop: Crop, *, pixel_aspect: float 
 def fit_array(
     images: UInt8[np.ndarray, "b height width c"], size: tuple[int, int], crop: Crop
 ) -> UInt8[np.ndarray, "b new_height new_width c"]:
-    """Returns the images resized to `size`. Pillow is required only if they do not have this size yet.
+    """Returns the images resized to `size`. Pillow is required only if the images have another size.
 
     Example:
         images = fit_array(images, (16, 16), "center")

@@ -26,7 +26,7 @@ _told: ContextVar[set[str] | None] = ContextVar("told", default=None)
 
 @contextlib.contextmanager
 def told_once() -> Generator[None]:
-    """Within this context, `tell` logs each sentence only once, even if several splits of the same data are opened.
+    """Returns a context in which `tell` logs each sentence only once, even if several splits of the data are opened.
 
     Example:
         with told_once():
@@ -54,7 +54,9 @@ def tell(sentence: str) -> None:
 
 
 def tell_converted(images: str, channels: int) -> None:
-    """Warns that images are converted to the model's number of channels, 1 or 3. images: which ones, as a noun.
+    """Warns that images are converted to the model's number of channels, 1 or 3.
+
+    images: a noun phrase that names the images and starts the message, as in the example.
 
     Example:
         tell_converted("The colour images of data.path 'photos'", 1)
@@ -84,7 +86,7 @@ def name_list(names: Sequence[str], most: int = _CLASSES_NAMED) -> str:
 
 @dataclass(frozen=True)
 class Inventory:
-    """Describes the data that a run found.
+    """A summary of the data of a run.
 
     what: noun for the samples, such as "images" or "latents of clips". train, held_out: number of samples in each
     split. before: (height, width) of some of the files, in pixels; empty if files are not resized. after: the sizes to
@@ -156,7 +158,7 @@ class Inventory:
         }
 
     def changes(self, known: Mapping[str, Any]) -> str:
-        """Returns a one-line description of how the files differ from a run's record, or "" if they do not.
+        """Returns a one-line description of how the files differ from a run's record; "" if there is no difference.
 
         Raises ValueError if `known` is not a run's record.
 

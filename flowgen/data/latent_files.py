@@ -69,7 +69,7 @@ class LatentsConfig:
 
 @config
 class TextProvenance:
-    """Records everything that the features of captions depend on.
+    """Records how captions were encoded: everything that their features depend on.
 
     encoder: name of the text encoder. digest: digest of the encoder's weights and tokenizer. length: number of tokens
     per text. dim: number of features per token. noise_level, frames_per_second, aspect: what is added to the captions,
@@ -87,7 +87,9 @@ class TextProvenance:
 
 @config
 class Provenance:
-    """Records how cached latents were made. It is empty if this is unknown, which only flows without a codec accept.
+    """Records how cached latents were made.
+
+    If this is unknown, the record is empty, and only flows without a codec accept the latents.
 
     codec: description of the codec; empty for pixels. codec_digest: digest of everything that the latents depend on.
     text: how the captions were encoded; None if there are no texts. noise_std: noise level of the flow, which may be
@@ -103,7 +105,7 @@ class Provenance:
 
 @config
 class ShardEntry:
-    """The contents of one folder: `count` latents of one kind, shape and split."""
+    """The contents of one folder of the cache: `count` latents of one kind, shape and split."""
 
     folder: str
     split: Literal["train", "eval"]
@@ -137,7 +139,7 @@ class LatentIndex:
 class ShardFile:
     """A shard on disk, memory-mapped on demand; the 64 most recently used shards stay mapped.
 
-    written: modification time in nanoseconds. It ensures that a replaced file is treated as a different shard.
+    written: modification time in nanoseconds. Because of this time, a replaced file counts as a different shard.
 
     Example:
         shard = ShardFile(Path("latents/train-00000"), 4096, (32, 32, 4), has_text=False).opened()
@@ -246,7 +248,7 @@ def _parsed_index(path: Path, *version: int) -> LatentIndex:
 def read_latents(
     directory: str | os.PathLike[str], split: Split, classes: tuple[str, ...] = ()
 ) -> LatentDataset | BucketedDataset:
-    """Returns a split of cached latents, memory-mapped. If there are several kinds or shapes, each becomes a bucket.
+    """Returns a split of cached latents, which are memory-mapped; several kinds or shapes give one bucket each.
 
     classes: the class names to which labels are mapped by name; if empty, the data's own classes are kept.
 

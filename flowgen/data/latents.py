@@ -71,7 +71,7 @@ class ClosedShard(Protocol):
 
 @dataclasses.dataclass(frozen=True)
 class LatentDataset:
-    """A dataset of latents. Each latent is stored as a posterior distribution, from which training draws samples.
+    """A dataset of latents. A latent is stored as the mean and std of a posterior, from which training draws.
 
     kind: what was encoded. null: the encoded empty text; None if there are no texts. numbers: maps the labels in the
     shards to indices into `class_names`; empty if labels need no mapping. use_texts: whether to use texts as contexts,
@@ -156,8 +156,8 @@ def encode(
     """Encodes a dataset. Yields the latents of `size` images or clips at a time.
 
     moments: a function that maps images in [-1, 1] to the (mean, std) of their latents, such as `Codec.moments`. texts:
-    a function that maps captions to (features, mask). flip: whether to encode mirror images too, because latents cannot
-    be mirrored afterwards.
+    a function that maps captions to (features, mask). flip: whether to encode mirror images too; latents cannot be
+    mirrored afterwards.
 
     Raises ValueError if `texts` is given but the dataset has neither captions nor class names, or if latents or
     features are not finite.
@@ -185,7 +185,7 @@ def encode(
 
 
 def merged(blocks: Iterable[Shard], size: int = SHARD_BYTES) -> Iterator[Shard]:
-    """Joins small shards into shards of at least `size` bytes and yields these. The last one may be smaller.
+    """Yields shards of at least `size` bytes, joined from smaller ones. The last shard may be smaller.
 
     Example:
         for shard in merged(encode(dataset, codec.moments)): writer.add("train", shard)

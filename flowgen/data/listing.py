@@ -1,4 +1,4 @@
-"""Lists each file in a user's folder once, with its class and caption, and reports what was left out, and why."""
+"""Lists each file in a user's folder once, with its class and caption, and reports the files that were left out."""
 
 from __future__ import annotations
 
@@ -17,9 +17,9 @@ def list_files(path: str | os.PathLike[str], suffixes: Collection[str], what: st
     """Lists the files with these suffixes under a folder.
 
     The first-level sub-folders that contain such files, at any depth, are the classes, in alphabetical order. If there
-    are none, all files have label -1. Links are followed, but each folder and each file is listed only once. If a file
-    can be reached both directly and through a link, its real path is listed. Hidden files and folders are skipped. The
-    directories of flowgen's runs are also skipped, because they contain generated samples.
+    are no classes, all files have label -1. Links are followed, but each folder and each file is listed only once. If a
+    file can be reached both directly and through a link, its real path is listed. Hidden files and folders are skipped.
+    The directories of flowgen's runs are also skipped, because they contain generated samples.
 
     what: plural noun for the files, used in error messages.
 

@@ -121,7 +121,7 @@ class StatelessLoader(Protocol):
 
 
 def prefetch(loader: StatelessLoader, start: int, stop: int, *, depth: int = 2) -> Iterator[Batch]:
-    """Returns an iterator over batches start to stop - 1. Two threads prepare the next `depth` batches in advance.
+    """Returns an iterator over batches start to stop - 1. Two threads prepare up to `depth` batches in advance.
 
     If preparing a batch fails, the error is raised when that batch is due. When the iterator is closed or
     garbage-collected, the threads end after their current batches.
@@ -139,7 +139,7 @@ def fixed_batches(dataset: Dataset, batch_size: int) -> Iterator[tuple[Batch, Bo
     """Returns an iterator over batches for evaluation: one pass over the dataset, in order, with constant shapes.
 
     Each batch comes with a mask `b`. The last batch is padded with copies of its last sample, for which the mask is
-    False. The next batch is prepared while one is used.
+    False. Each batch is prepared while the previous one is in use.
 
     Example:
         for batch, mask in fixed_batches(dataset, 256):

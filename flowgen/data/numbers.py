@@ -77,7 +77,7 @@ class SimulatedConfig:
 class NumbersDataset:
     """A dataset of vectors `n d` or sequences `n rows c` in memory, with their contexts.
 
-    context: a pytree of arrays with one row per sample, as the model accepts it, or None.
+    context: a pytree of arrays with one row per sample, in the form that the model accepts; None for no context.
 
     Example:
         dataset = NumbersDataset(parameters, observations)
@@ -105,7 +105,7 @@ class NumbersDataset:
 
 
 def load_numbers(data: NumbersConfig | SimulatedConfig, model: Any, split: Split) -> NumbersDataset:
-    """Returns the samples and contexts in a split, as a model with this config accepts them.
+    """Returns the samples and contexts in a split, in the form that a model with this config accepts.
 
     model: a `TokenFlowConfig`, or another config with the fields shape, context, num_classes and padded.
 

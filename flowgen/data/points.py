@@ -38,7 +38,7 @@ class PointsConfig:
 
 
 def blank_batches(share: int, start: int, stop: int) -> Iterator[Batch]:
-    """Returns placeholder batches, of which only the size matters. The device draws the points from each step's key.
+    """Returns placeholder batches of the given size. The device draws the points of a step from the key of the step.
 
     Example:
         for batch in blank_batches(256, 0, 20_000):

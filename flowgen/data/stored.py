@@ -1,4 +1,4 @@
-"""The files and folders that data are read from: local paths, or anything else that opens like them."""
+"""The interfaces of the files and folders from which data are read, such as local paths and members of tar files."""
 
 from __future__ import annotations
 
@@ -34,7 +34,7 @@ class OpenedFile(Protocol):
 
 @runtime_checkable
 class StoredFile(Protocol):
-    """A file that can be read, such as a `pathlib.Path` or a member of a tar file. `str` names it in messages.
+    """A file that can be read, such as a `pathlib.Path` or a member of a tar file. Messages show its `str`.
 
     It is hashable, and may be read from several threads at once.
 
@@ -44,7 +44,7 @@ class StoredFile(Protocol):
     """
 
     def open(self, mode: Literal["rb"], /) -> OpenedFile:
-        """Returns the opened file, which is seekable. Raises OSError if it cannot be opened."""
+        """Returns the opened file, which is seekable. Raises OSError if the file cannot be opened."""
         ...
 
     def read_bytes(self) -> bytes:
@@ -100,7 +100,7 @@ def size_of(file: AnyFile) -> int:
 
 
 def read_limited(file: AnyFile, *, most: int = MAX_BYTES) -> bytes:
-    """Returns the content of a file that has at most `most` bytes. Raises ValueError if it is larger.
+    """Returns the content of a file. Raises ValueError if the file has more than `most` bytes.
 
     Example:
         text = read_limited("cat.txt").decode()
@@ -116,7 +116,7 @@ def read_limited(file: AnyFile, *, most: int = MAX_BYTES) -> bytes:
 
 
 class Files(Sequence[StoredFile]):
-    """The files with given names in a folder. Each is looked up when it is needed, so a long sequence stays small.
+    """The files with given names in a folder. Each file is looked up on access, so a long sequence needs little memory.
 
     Example:
         files = Files(Path("photos"), ("cat/1.png", "dog/1.png"))

@@ -43,8 +43,8 @@ BESIDE = ("folder", "next to the .tar files")
 class Shards:
     """The shards of a dataset, with their names.
 
-    others: names of files in the same folder that are not shards. left_out: names of other entries, and why they are
-    left out. hidden: number of hidden entries.
+    others: names of files in the same folder that are not shards. left_out: names of other entries, and the reasons for
+    leaving them out. hidden: number of hidden entries.
 
     Example:
         shards = local_shards("photos", "images")
@@ -61,8 +61,8 @@ class Shards:
 class TarFolder:
     """Gives access to the files in shards by name, as if all shards were unpacked into one folder.
 
-    If a shard repeats the name of an image or its caption from an earlier shard, it is treated as a separate folder:
-    its names begin with the name of the shard.
+    If a shard repeats the name of an image or its caption from an earlier shard, the shard is treated as a separate
+    folder: the names of its files begin with the name of the shard.
 
     Example:
         content = (folder / "cat/1.png").read_bytes()
@@ -218,7 +218,7 @@ def local_shards(path: str | os.PathLike[str], what: str) -> Shards:
 
 
 def check_uncompressed(path: str, names: Iterable[str]) -> None:
-    """Raises ValueError if some of these names of files at a path are those of compressed tar files.
+    """Raises ValueError if one of these file names has the suffix of a compressed tar file.
 
     Example:
         check_uncompressed("photos", ["a.tar", "b.tar"])

@@ -1,7 +1,7 @@
-"""Reads the headers of an uncompressed tar file: where each member's content lies. Reads no content of members.
+"""Reads the headers of an uncompressed tar file, which give the place of each member's content. Reads no content.
 
 The formats are ustar, pax and GNU (POSIX.1-2017, pax; the GNU tar manual, "Basic Tar Format"). Python's tarfile module
-takes four times as long, and treats a damaged header as the end of the file.
+is four times slower, and treats a damaged header as the end of the file.
 """
 
 from __future__ import annotations
@@ -45,10 +45,10 @@ class Member(NamedTuple):
 
 @runtime_checkable
 class ByteRanges(Protocol):
-    """A file that is read by ranges. `str` names it in messages.
+    """A file that is read by ranges of bytes. Messages show its `str`.
 
     size: number of bytes in the file. ahead: number of bytes to read at once when headers are read in order, at least
-    512: small if a read costs little, and large if each read is a request to another machine.
+    512. It is small for local files, and large if each read is a request to another machine.
 
     Example:
         magic = shard.read_range(257, 8)

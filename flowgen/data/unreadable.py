@@ -1,4 +1,4 @@
-"""Files that cannot be decoded, and classes that lose all their samples with them."""
+"""Files that cannot be decoded, and classes without any readable sample."""
 
 from __future__ import annotations
 

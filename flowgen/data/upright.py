@@ -90,7 +90,7 @@ def exif_turn(exif: bytes) -> Turn:
 def image_turn(image: Image) -> Turn:
     """Returns the turn in the metadata of an open image, from EXIF or, if there is no EXIF, from the same tag in XMP.
 
-    For TIFF files, returns the identity, because Pillow itself turns these.
+    For TIFF files, returns the identity, because Pillow itself turns TIFF images.
 
     Example:
         turn = image_turn(image)

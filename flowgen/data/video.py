@@ -55,7 +55,7 @@ def video_size(path: AnyFile) -> tuple[int, int]:
 def frame_times(path: AnyFile, *, fps: float | int | None = None) -> Float[np.ndarray, " n"]:
     """Returns the times in seconds at which `read_clip` finds frames. The first key frame is at time 0.
 
-    If fps is None, these are the times of the video's own frames, which are found without decoding. Otherwise, they are
+    If fps is None, the times are those of the video's own frames, which are found without decoding. Otherwise, they are
     i / fps, up to the video's duration.
 
     Raises UnreadableVideo if the file is not a video, is damaged at its end, or claims a duration that is impossible

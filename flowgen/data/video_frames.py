@@ -39,9 +39,9 @@ def frame_pixels(frame: Any, least: int | None = None) -> UInt8[np.ndarray, "hei
     least: the smallest side that is needed. To save memory, a frame with more than 4096 x 2048 pixels is shrunk by an
     integer factor, but its sides stay at least twice this long.
 
-    Pixels are converted from YCbCr to RGB with the matrix that the frame specifies. If it specifies none, BT.709 is
-    used for high-definition frames and BT.601 for others, as in video players. A frame is high-definition if its width
-    is at least 1280 or its height is at least 577.
+    Pixels are converted from YCbCr to RGB with the matrix that the frame specifies. If the frame specifies no matrix,
+    BT.709 is used for high-definition frames and BT.601 for others, as in video players. A frame is high-definition if
+    its width is at least 1280 or its height is at least 577.
     """
     high = frame.width >= 1280 or frame.height > 576
     full = frame.color_range == _FULL_RANGE or frame.format.name.startswith("yuvj")

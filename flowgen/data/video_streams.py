@@ -92,7 +92,7 @@ class Video:
     def lasts(self, part: Any) -> float:
         """Returns the display duration of a packet or a frame in seconds, or 1 / rate if the file does not state it.
 
-        Most files state only the duration of the last frame.
+        Most files state a duration for the last frame only.
         """
         known = part.duration is not None and part.duration > 0
         return float(part.duration * (part.time_base or self.stream.time_base)) if known else 1 / self.rate

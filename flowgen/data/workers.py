@@ -1,4 +1,4 @@
-"""Reads files on all cores, in threads of this process or in processes of their own."""
+"""Reads files on all cores, in threads of this process or in separate processes."""
 
 from __future__ import annotations
 
@@ -34,7 +34,7 @@ _STARTING = threading.Lock()
 
 
 class Failure(NamedTuple):
-    """Stands for the content of a file that cannot be decoded. named: the file and the reason."""
+    """The result of reading a file that cannot be decoded. named: the file and the reason."""
 
     named: str
 
@@ -57,7 +57,7 @@ class Workers:
             _import_loky()
 
     def read(self, jobs: Sequence[Job[T]]) -> list[T | Failure]:
-        """Returns the result of each job. A job that raises `Unreadable` gives a `Failure` instead.
+        """Returns the result of each job; a `Failure` if the job raises `Unreadable`.
 
         jobs: functions without arguments; if processes read, they must be picklable.
 
@@ -151,7 +151,7 @@ def _interrupts_blocked() -> Generator[None]:
 
 
 def end_processes() -> None:
-    """Ends all processes that read. Call it before `os._exit`, which skips what Python does at the end of a program.
+    """Ends all processes that read. Call this function before `os._exit`, which skips Python's own clean-up.
 
     Example:
         end_processes()

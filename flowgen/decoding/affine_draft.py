@@ -48,11 +48,11 @@ def fit_affine_draft(
 ) -> Draft:
     """Returns a draft whose tokens are an affine function of a block's noise and label, but not of any other context.
 
-    Nothing is decoded: x is encoded, which gives the noise and the tokens of every block, and each block's function
-    follows in closed form. It is one matrix product, which costs less than a network pass in most flows.
+    Nothing is decoded. Encoding x gives the noise and the tokens of every block, and each block's function follows in
+    closed form. The function is one matrix product, which costs less than a network pass in most flows.
 
     x: thousands of samples of the flow's training data, with the training noise added, or of the flow.
-    guidance: the guidance of the decoding that is to begin with the draft.
+    guidance: the guidance that will be used when decoding begins with the draft.
 
     Raises ValueError if x, cond or guidance does not fit the flow, if samples have padding, or if the tokens that a
     block maps together have more than 4096 values.

@@ -59,7 +59,7 @@ class GuidedBlock:
     def sweep(
         self, x: Float[Array, "b n c"], z: Float[Array, "b n c"], context: Float[Array, "b m c"] | None = None
     ) -> Float[Array, "b n c"]:
-        """Returns shift(x) + exp(log_scale(x)) · z in one parallel pass; x maps to noise z if and only if this is x.
+        """Returns shift(x) + exp(log_scale(x)) · z in one parallel pass, which is x if and only if forward(x) is z.
 
         context: the tokens before x; see `inverse`.
         """
@@ -70,7 +70,7 @@ class GuidedBlock:
 
     @property
     def can_pull_back(self) -> bool:
-        """Whether `pull_back` works: the cache has a slot per token and is precise, as cotangents add up in it."""
+        """Whether `pull_back` works. It adds up cotangents in a precise cache with a slot per token."""
         transformer = self.block.config.transformer
         return causal_kernel(transformer.attention).has_slots and transformer.dtype != "bfloat16"
 
@@ -105,7 +105,7 @@ class GuidedBlock:
         solved: Callable[[Array], None] = ignore,
         draft: Float[Array, "b n c"] | None = None,
     ) -> Conditioner:
-        """Returns what a solver needs to decode the tokens after `known`. All tokens are in the block's order.
+        """Returns the `Conditioner` for the tokens after `known`. All tokens are in the block's order.
 
         draft: proposed tokens after `known`; see `Conditioner`.
         """
@@ -146,8 +146,8 @@ class GuidedBlock:
         """Returns (maps, window) for the tokens that follow `previous`, with guidance applied.
 
         previous: the network's inputs, beginning with row `start`. Both branches of guidance run as one batch, so
-        `self.cond` must contain the conditions of both branches. The result `window` is what the block's `accept` needs
-        to add these rows to the caches of both branches.
+        `self.cond` must contain the conditions of both branches. From the result `window`, the block's `accept` adds
+        these rows to the caches of both branches.
         """
         batch, width = previous.shape[:2]
         state = BlockState(self._of_branches(start), caches, self._inverse_temperature(batch))
@@ -193,11 +193,11 @@ class Order(NamedTuple):
     permutation: Int[Array, "#b n"] | None = None
 
     def of(self, tokens: Float[Array, "b n c"]) -> Float[Array, "b n c"]:
-        """Returns tokens in this order, given in raster order."""
+        """Returns tokens in this order; the given tokens are in raster order."""
         return self._applied(tokens, to_order)
 
     def undone(self, tokens: Float[Array, "b n c"]) -> Float[Array, "b n c"]:
-        """Returns tokens in raster order, given in this order."""
+        """Returns tokens in raster order; the given tokens are in this order."""
         return self._applied(tokens, to_raster)
 
     def _applied(self, tokens: Float[Array, "b n c"], change: Callable[[Array, SampleOrder], Array]) -> Array:
@@ -292,7 +292,7 @@ def guided_block(request: DecodeRequest, config: BlockConfig, index: int, variab
 
 
 def in_block_order(config: BlockConfig, guided: GuidedBlock) -> tuple[GuidedBlock, Order]:
-    """Returns the block with its condition in the block's order, and this order, as `inverse` expects them.
+    """Returns the block with its condition in the block's order, and the order itself, for `inverse`.
 
     config: the config of the block before `decoding_config` replaced its order. guided: the block for decoding.
     """

@@ -1,7 +1,7 @@
-"""How far decoded samples are from the exact solution: the error in noise, measured, and in data, estimated.
+"""The distance of decoded samples from the exact solution: a measured error in noise, and an estimated error in data.
 
 The error is max |forward(x) - z|, which a forward pass measures exactly. A block can turn a small difference in noise
-into a large one in data. For the latter there is a first-order estimate. Let F be one sweep over all tokens of a block,
+into a large one in data. The error in data is estimated to first order. Let F be one sweep over all tokens of a block,
 x* its solution, and r = F(x) - x. With J = ∂F/∂x, to first order in x* - x,
 
     x* - x = r + J r + J² r + ... = (I - J)⁻¹ r
@@ -15,7 +15,7 @@ after n terms, because J is strictly triangular over the n tokens, but its terms
 * All omitted terms together may be at most a third of the result. The estimate is the result plus the omitted terms.
   If the ratios do not rise later, it is between 1 and 2 times the first-order error.
 * r is known only to rounding, so ε |x| is added to its magnitude, where ε is the spacing of numbers at 1.
-* If the terms do not decrease this far, the estimate is infinite. This is so in a long chain x_t = 3 x_{t-1} + z_t,
+* If the terms do not decrease this far, the estimate is infinite. An example is a long chain x_t = 3 x_{t-1} + z_t,
   whose terms triple until they reach the last token.
 """
 
@@ -45,7 +45,7 @@ MAX_OMITTED = 1 / 3  # as a part of the result; (1 + 1/3) / (1 - 1/3) = 2
 def error(
     request: DecodeRequest, x: Float[Array, "b *event"], tokens: list[Later], last: Tokens, noise: Tokens
 ) -> Float[Array, " b"]:
-    """Returns the largest difference per sample between the noise and that of the decoded samples.
+    """Returns the largest difference |forward(x) - z| per sample, where z is the given noise.
 
     With guidance, it is the largest such difference in any single block.
 
@@ -61,9 +61,9 @@ def error(
 
 
 def estimated_error(request: DecodeRequest, tokens: list[Later], last: Tokens, noise: Tokens) -> Float[Array, " b"]:
-    """Returns the estimated largest error per sample of decoded tokens, in data units; infinite if it is not known.
+    """Returns the estimated largest error of each sample's decoded tokens, in data units; infinite if unknown.
 
-    For the arguments, see `error`.
+    x, tokens, last, noise: as for `error`.
     """
     layout, flow = request.layout, _later_flow(request)
     solves = sum(part.count for part in layout.segments) + len(tokens) - 1
@@ -91,8 +91,8 @@ class _Series(NamedTuple):
 def summed(product: Linear, b: Tokens, most: float) -> tuple[Tokens, Float[Array, " b"]]:
     """Returns b + J b + J² b + ... and, for each sample, a bound on the omitted terms as a part of this sum.
 
-    The bound holds if the ratio of successive terms does not rise; it is infinite if it is not at most `most` after
-    MAX_PRODUCTS products.
+    The bound holds if the ratio of successive terms does not rise. If the bound still exceeds `most` after MAX_PRODUCTS
+    products, infinity is returned instead.
 
     product: the map v -> J v.
     """

@@ -81,7 +81,7 @@ def checked_clip(clip: Clip | None, config: FlowConfig, cond: Condition | None, 
 
 
 def clip_layout(clip: Clip, config: FlowConfig) -> ClipLayout:
-    """Returns how a checked clip is split into segments for decoding."""
+    """Returns the `ClipLayout` of a checked clip: its division into segments for decoding."""
     assert clip.frames is not None
     return ClipLayout(
         total=clip.frames,

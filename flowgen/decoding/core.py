@@ -75,7 +75,7 @@ class _Progress:
 
 
 def run(request: DecodeRequest) -> DecodeResult:
-    """Decodes the requested images or clips. The result, with its reports, is sharded in the same way as the noise.
+    """Decodes the requested images or clips. The result and its reports are sharded in the same way as the noise.
 
     If the rows of the noise are sharded over devices, each device decodes its own rows, and its token loop does not
     wait for other devices. Raises ValueError if called inside a `jax.shard_map`, unless its `check_vma` is False.

@@ -1,11 +1,12 @@
 """The time of a network pass, calculated from shapes: FLOP, memory traffic and kernel launches.
 
 A pass takes at least as long as its matrix products at the device's peak, and as reading the weights, the cache and the
-activations once. This is the roofline. Each kernel launch adds a fixed time. With a few rows, the weights and the
-launches determine the time of a pass, so a pass over a window of tokens takes about as long as one over a single token.
+activations once. This is the roofline. Each kernel launch adds a fixed time. With a few rows, the time of a pass
+depends mostly on weights and launches. A pass over a window of tokens then takes about as long as a pass over a single
+token.
 
-The numbers are calculated, not measured. `tune(..., cost=predicted_cost(...))` chooses a plan for a device that you do
-not have.
+The numbers are calculated, not measured. To choose a plan for a device that you do not have, call `tune(...,
+cost=predicted_cost(...))`.
 """
 
 from __future__ import annotations
@@ -36,7 +37,7 @@ LAUNCH_SECONDS = 2e-6
 
 @config
 class DeviceSpeed:
-    """What bounds the time of a pass on a device.
+    """The speeds of a device that bound the time of a pass.
 
     flop_per_second: peak throughput of matrix products in the flow's dtype.
     bytes_per_second: bandwidth of the memory.

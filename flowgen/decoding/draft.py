@@ -26,8 +26,8 @@ from flowgen.flows.density import FlowConfig
 class Draft:
     """Proposes the tokens of each block from its noise: tokens = function(variables, noise, cond).
 
-    The noise and the tokens have the shape `b n c` and are in raster order. The condition is the one of the block, or
-    None for blocks that have none. The proposed tokens may be far off, or even infinite or NaN.
+    The noise and the tokens have the shape `b n c` and are in raster order. `cond` is the condition of the block; None
+    for unconditional blocks. The proposed tokens may be far off, or even infinite or NaN.
 
     variables: one pytree of arrays per block, data side first; None for blocks without a draft.
 
@@ -68,7 +68,7 @@ def begins_with_draft(plan: BlockPlan) -> bool:
 
 
 def check_draft(draft: Draft | None, plan: DecodePlan, config: FlowConfig, clip: Clip | None) -> None:
-    """Raises ValueError if a plan begins with a draft but none is given, or if it does not fit the flow or the clip."""
+    """Raises ValueError if a required draft is missing, or if a draft does not fit the flow or the clip."""
     if draft is None:
         if any(map(begins_with_draft, plan.blocks)):
             raise ValueError('draft is missing, but the plan has init="draft"; give a draft, or another init.')

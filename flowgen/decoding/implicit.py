@@ -93,8 +93,8 @@ def _derivatives(tree: jax.tree_util.PyTreeDef, primals: tuple, tangents: tuple)
 def back_substitution(conditioner: Conditioner, passthrough: int, x: Tokens, z: Tokens, b: Tokens) -> Tokens:
     """Returns the solution v of v - Jᵀ v = b for one sequence of tokens, in the block's order.
 
-    conditioner: what decodes these tokens; its cache must keep a slot per token. passthrough: the number of leading
-    tokens that the block leaves unchanged, 0 or 1.
+    conditioner: the conditioner of these tokens; its cache must have a slot per token. passthrough: the number of
+    leading tokens that the block leaves unchanged, 0 or 1.
     """
     count = z.shape[1] - passthrough
     solved = x[:, passthrough:]

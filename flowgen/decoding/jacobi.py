@@ -5,8 +5,8 @@ tokens, one after another. With w = 1, this is sequential decoding. With w = n, 
 al. 2021 (arXiv 2002.03629), and with other sizes their Gauss-Seidel-Jacobi iteration. After k sweeps, the first k
 tokens of a window are exact.
 
-Every sweep reads the whole cache, including its empty slots. The windows are therefore solved in a few stages. Each
-stage is one loop, and its cache has only as many slots as the stage needs.
+Every sweep reads the whole cache, including empty slots. The windows are therefore solved in a few stages. Each stage
+is one loop, whose cache has only as many slots as the stage needs.
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ OVERFLOW = 1e6
 
 
 class PreviousFrame(NamedTuple):
-    """The last frame's worth of tokens before the next window, and how many are known, in all samples or in each."""
+    """As many tokens before the next window as a frame has, and how many are known, for all samples or each."""
 
     tokens: Float[Array, "b p c"]
     known: Int[Array, ""] | Int[Array, " b"]
@@ -52,7 +52,7 @@ class PreviousFrame(NamedTuple):
 
 
 def ignore(count: Array) -> None:
-    """Does nothing; the default of `Conditioner.solved`."""
+    """Ignores the count; the default of `Conditioner.solved`."""
 
 
 def as_it_is(cache: Any, length: int) -> Any:
@@ -66,7 +66,7 @@ def all_accepted(before: Any, window: Any, count: Array | None = None) -> Any:
 
 
 class Conditioner(NamedTuple):
-    """What a solver needs to know about a block, and where the solver begins.
+    """The functions through which a solver evaluates a block, and the first input of the solver.
 
     window(previous, start, cache) -> (maps, window): the maps of the tokens after `previous`.
     rewind(before, after) -> cache: a cache from which the same window can run again.

@@ -91,7 +91,7 @@ class TweedieStep:
 class Denoiser:
     """A learned denoiser, which replaces the Tweedie step.
 
-    It computes clean = function(variables, noisy, cond) for the whole batch.
+    The denoiser computes clean = function(variables, noisy, cond) for the whole batch.
 
     Example:
         r = sample(flow, params, key, 16, labels, denoise=Denoiser(network.apply, network_variables))
@@ -164,7 +164,7 @@ def decode_request(
     clip: Clip | None = None,
     draft: Draft | None = None,
 ) -> DecodeRequest:
-    """Returns a checked request to decode noise, with the defaults for `certify` and `denoise`.
+    """Returns a checked request to decode noise. `certify` and `denoise` have their default values.
 
     clip: None means samples of the size that the flow models.
 

@@ -1,7 +1,7 @@
 """`invert`, `sample` and `sample_and_log_prob`, which turn noise into images or clips.
 
-They are compiled once per call signature. Results can be differentiated in both modes with respect to parameters, noise
-and continuous conditions, whatever the plan; see `flowgen.decoding.implicit`.
+These functions are compiled once per call signature. For every plan, results can be differentiated in both modes with
+respect to parameters, noise and continuous conditions; see `flowgen.decoding.implicit`.
 """
 
 from __future__ import annotations
@@ -57,13 +57,13 @@ def invert(
 
     z: noise tokens in raster order, as `forward` returns them.
     draft: proposes the tokens with which plans with init="draft" begin.
-    certify: whether to run one forward pass on the result, with the same guidance, and report the reconstruction error,
-    and to estimate the error of x from it by a few more passes.
+    certify: whether to measure the reconstruction error by a forward pass with the same guidance, and to estimate the
+    error of x by a few more passes.
     strict: whether to wait for the result and to raise an error if a window is unsolved. By default, the call does not
     wait, and the result's `unsolved` reports it. Inside jit, nothing can be raised, so `strict` must be False.
 
-    Raises ValueError if z, cond, plan, guidance or draft does not fit the flow, and FloatingPointError as `strict`
-    says.
+    Raises ValueError if z, cond, plan, guidance or draft does not fit the flow, and FloatingPointError if
+    `strict` is True and a window is unsolved.
 
     Example:
         r = invert(flow, params, z, cond, plan=Jacobi(window=32))
@@ -111,7 +111,7 @@ def sample(
     draft, strict: as for `invert`. A draft cannot be combined with a clip.
 
     Raises ValueError if cond, plan, guidance, clip or draft does not fit the flow, or if `num` is not positive, and
-    FloatingPointError as `strict` says.
+    FloatingPointError if `strict` is True and a window is unsolved.
 
     Example:
         r = sample(flow, params, jax.random.key(0), 16, labels, guidance=Guidance(scale=1.5))

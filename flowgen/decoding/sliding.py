@@ -52,7 +52,7 @@ class _Noise(NamedTuple):
 
 
 def solve_sliding(conditioner: Conditioner, z: Float[Array, "b n c"], plan: SlidingWindow) -> Solution:
-    """Returns x, as `flowgen.decoding.jacobi.solve` does; `sweeps` is one number, the total number of passes.
+    """Returns x, as `flowgen.decoding.jacobi.solve` does; `sweeps` is the total number of passes.
 
     There are at most n passes. The conditioner's `accept` must be able to add only some of a window's inputs.
     """

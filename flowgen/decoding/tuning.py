@@ -1,8 +1,8 @@
 """`tune`, which measures decoding plans on this device and returns the fastest one for each block.
 
-The samples x are encoded, so that every block's noise and tokens are known. Each plan then decodes this noise. The
-number of passes and the largest difference from the known tokens do not depend on the clock. The time of a pass does;
-it is measured once for blocks of the same shape. The predicted time is the product of the two numbers.
+The samples x are encoded, so that every block's noise and tokens are known. Each plan then decodes this noise. This
+gives the number of passes and the largest difference from the known tokens. The time of a pass is measured once for
+blocks of the same shape. The predicted time is the number of passes times the time of a pass.
 """
 
 from __future__ import annotations
@@ -121,17 +121,17 @@ def tune(
     windows: Sequence[int | None] | None = None,
     cost: Cost | None = None,
 ) -> DecodePlan:
-    """Returns the plan of the fastest measured plan per block, for batches of the size of x on this device.
+    """Returns a plan with the fastest measured plan of each block, for batches of the size of x on this device.
 
     A plan is accepted if the largest difference from a block's known tokens is at most 10 · tol, plus twice the
     difference that rounding causes in sequential decoding. A simpler plan is preferred if it is at most 5 % slower than
     the fastest accepted plan. Sequential decoding is the simplest, then `Jacobi`, then `SlidingWindow`.
 
-    Each plan is compiled once for blocks of the same shape, which takes most of the time. With the default windows,
-    there are up to twelve plans per shape.
+    Each plan is compiled once for blocks of the same shape. Compilation needs most of the time. With the default
+    windows, there are up to twelve plans per shape.
 
     x: images or clips, with the training noise, such as undenoised samples. cond: their condition.
-    draft: a draft from which the best parallel plan is also tried. Its own time is not counted.
+    draft: a draft with which the best parallel plan is also measured. The time of the draft itself is not counted.
     tol: tolerance of the parallel plans.
     windows: numbers of tokens to solve together; None in the list means all. The default is 8, 32, 128 and 512 and, in
     blocks of at most 1024 tokens, all.

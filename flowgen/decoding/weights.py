@@ -3,7 +3,7 @@
 `rounded_weights` does the same for variables of lower precision.
 
 Training stores the layers of a block in one stack, in float32. Decoding needs one array per layer, in the dtype of the
-matrix products. If the sampling program did this conversion, every call would repeat it.
+matrix products. A conversion inside the sampling program would be repeated in every call.
 """
 
 from __future__ import annotations
@@ -52,7 +52,7 @@ def unstacked_weights(config: FlowConfig, params: Variables) -> Weights:
 def rounded_weights(config: FlowConfig, params: Variables, dtypes: tuple[RoundedDtype | None, ...]) -> SomeWeights:
     """Returns the rounded variables of the blocks that have a dtype, in the form that `rounded_config` requires.
 
-    They are cached in the same way as those of `decoding_weights`.
+    The result is cached in the same way as that of `decoding_weights`.
     """
     if not any(dtypes):
         return (None,) * len(dtypes)

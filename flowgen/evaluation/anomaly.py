@@ -1,8 +1,8 @@
 """Scores by which a flow tells anomalies from its data, tests of z against the prior, and the AUROC of scores.
 
 A high likelihood alone does not mean that an image is normal (arXiv 2006.08545): smooth images often get a higher
-likelihood than the training images. Scores that test z are not affected by the volume terms. A volume-preserving flow
-has none, and is advised for anomaly detection (arXiv 2510.09452).
+likelihood than the training images. Scores that test z do not depend on the log-determinant. In a volume-preserving
+flow, the log-determinant is 0; such flows are advised for anomaly detection (arXiv 2510.09452).
 """
 
 from __future__ import annotations
@@ -39,7 +39,7 @@ SCORES: Mapping[str, str] = MappingProxyType(
 
 
 class AnomalyScores(NamedTuple):
-    """What a flow computes for each image of a dataset, in float64.
+    """The quantities that a flow computes for each image of a dataset, in float64.
 
     nats: -log p(x) per dimension. tokens: the terms of log p(x) that belong to each token, `n *grid`, in nats. squares:
     |z|², with z divided by the standard deviation of the prior. ks: the largest difference between the distribution of
@@ -85,15 +85,16 @@ def anomaly_scores(
     batch_size: int = 256,
     by_class: bool = True,
 ) -> AnomalyScores:
-    """Returns what a flow computes for each image of a dataset, without using labels.
+    """Returns the quantities from which anomaly scores follow, for each image of a dataset; labels are not used.
 
     If the flow models latents, the dataset must have latents, and p(x) is the density of noisy latents, one draw for
-    each image. It says nothing about the decoder, so it is not a density of images.
+    each image. This density ignores the decoder, so it is not a density of images.
 
     For a class-conditional flow, log p(x) is that of the mixture of all classes with equal weights. The terms of the
-    tokens and z are those of the class with the highest likelihood. This takes one forward pass per class.
+    tokens and z are those of the class with the highest likelihood. Each class needs a forward pass.
 
-    noise_std: see `flow_bits_per_dim`. by_class: whether to use the mixture; if not, the flow is unconditional.
+    noise_std: standard deviation of the added noise, as for `flow_bits_per_dim`. by_class: whether to use the mixture
+    of classes; if False, the flow is used without labels.
 
     Example:
         scores = anomaly_scores(flow, params, dataset, jax.random.key(0)).scores(typical=1.5)
@@ -147,14 +148,14 @@ def auroc(
     """Returns the probability that an anomaly scores higher than a normal image; ties count one half.
 
     The standard error is DeLong's, from the variances over the normal images and over the anomalies, which must be
-    independent. If anomalies are changed copies of normal images, give `origins`. The standard error is then that of a
-    sum of one term per normal image, which includes the terms of its copies (Obuchowski, Biometrics 53, 1997). If all
-    scores of each side have the same rank among those of the other, as after perfect separation, the error is unknown.
+    independent. If anomalies are changed copies of normal images, give `origins`. The standard error then counts a
+    normal image and its copies as one independent term (Obuchowski, Biometrics 53, 1997). If all scores of each side
+    have the same rank among the scores of the other side, the error is unknown. Perfect separation is an example.
 
     origins: for each anomaly, the position in `normal` of the image that it is a copy of; None for independent images.
 
-    Raises ValueError if there are fewer than two scores on a side, if a score is NaN, if the arrays are no vectors, or
-    if `origins` are no positions in `normal`.
+    Raises ValueError if there are fewer than two scores on a side, if a score is NaN, if the arrays are not vectors, or
+    if `origins` are not positions in `normal`.
 
     Example:
         area = auroc(scores_of_data, scores_of_others)

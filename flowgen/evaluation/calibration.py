@@ -9,8 +9,8 @@ is uniform on 0, ..., s. If ranks gather in the middle, the posterior is too wid
 too narrow.
 
 Expected coverage (Hermans et al., arXiv 2110.06581): the region of highest density that contains a fraction c of the
-samples contains a fraction c of the truths. If it contains fewer, the posterior is overconfident; if more, it is
-conservative.
+samples contains a fraction c of the truths. If the regions contain a smaller fraction of the truths, the posterior is
+overconfident. If they contain a larger fraction, it is conservative.
 """
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ BAND = 0.99
 
 
 class RankUniformity(NamedTuple):
-    """How far the ranks of each parameter are from uniform.
+    """A chi-square test of the uniformity of the ranks of each parameter.
 
     counts: the number of ranks in each bin.
     low, high: bounds between which 99 % of the counts lie if the ranks are uniform.
@@ -50,7 +50,7 @@ class ExpectedCoverage(NamedTuple):
 
     levels: the credibility of the regions, the fraction of the posterior that they contain.
     coverage: the fraction of truths that they contain; equal to `levels` if the posterior is calibrated.
-    standard_error: of each coverage, if the posterior is calibrated.
+    standard_error: the standard error of each coverage if the posterior is calibrated.
     area: the integral of coverage - level over all levels, from -0.5 to 0.5, with its standard error: 0 if calibrated,
         negative if overconfident, positive if conservative.
     max_deviation: the largest |coverage - level| over all levels, the Kolmogorov-Smirnov statistic.
@@ -69,7 +69,7 @@ def sbc_ranks(samples: Float[Arrays, "n s d"], truths: Float[Arrays, "n d"]) -> 
     """Returns, for each of n observations and each parameter, how many of the s samples are below the truth.
 
     samples: independent samples of the estimated posterior given each observation. If s + 1 is a multiple of the number
-    of bins, as with 99 samples, all bins of `rank_uniformity` cover equally many ranks.
+    of bins (for example with 99 samples), all bins of `rank_uniformity` cover equally many ranks.
 
     Raises ValueError if the shapes do not fit together or values are NaN.
 
@@ -129,7 +129,7 @@ def expected_coverage(
     """Returns the coverage of regions of highest density of the estimated posterior.
 
     log_probs_of_samples: for each of n observations, the estimated log-density of s independent samples of the
-    estimated posterior. It may lack a constant that depends on the observation alone.
+    estimated posterior. It may omit terms that depend on the observation alone.
     log_probs_of_truths: the estimated log-density of the parameters that produced each observation.
     levels: the credibilities, 0.05, 0.10, ..., 0.95 by default.
 

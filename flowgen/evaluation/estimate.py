@@ -37,10 +37,10 @@ class Estimate(NamedTuple):
 
 
 def mean_of(values: Float[np.ndarray, " n"]) -> Estimate:
-    """Returns the mean of independent values and its standard error, their standard deviation divided by √n.
+    """Returns the mean of n independent values, and its standard error: the standard deviation of the values over √n.
 
-    If there is a single value, or if all values are equal, as after trials that all succeed, the standard error is
-    unknown. The mean of values with a NaN is NaN.
+    The standard error is unknown if there is a single value, or if all values are equal. If a value is NaN, the mean is
+    NaN.
 
     Raises ValueError if there are no values.
 
@@ -57,7 +57,7 @@ def mean_of(values: Float[np.ndarray, " n"]) -> Estimate:
 def ratio_of(values: Float[np.ndarray, " n"], sizes: Float[np.ndarray, " n"]) -> Estimate:
     """Returns Σ values / Σ sizes over independent samples, and its standard error by the delta method.
 
-    The error is that of the mean of (value - ratio · size) / mean size; see `mean_of`.
+    The standard error is that of the mean of (value - ratio · size) / mean size.
 
     Example:
         nats_per_dim = ratio_of(nats, dims)  # of samples of different lengths
@@ -73,11 +73,11 @@ class Evaluation:
 
     lines: the lines that `evaluate` prints.
     metrics: the metrics by name.
-    about: plain values that say how the metrics were measured, such as the noise and the feature extractor.
+    about: plain values that describe how the metrics were measured, such as the noise and the feature extractor.
     files: for each suffix such as "neighbours.png", a uint8 image `height width c` or a dict of arrays to save beside
     the metrics.
 
-    Two evaluations are joined by `+`.
+    The operator `+` combines two evaluations.
 
     Example:
         evaluation = Evaluation(("bits/dim 2.9800",), {"bits_per_dim": Estimate(2.98)})

@@ -1,4 +1,4 @@
-"""Image features from a small classifier, which is trained on the dataset itself, so that nothing is downloaded."""
+"""Image features from a small classifier that is trained on the dataset itself, which needs no download."""
 
 from __future__ import annotations
 
@@ -69,7 +69,7 @@ class Classifier:
 def train_classifier(dataset: Dataset, key: Key[Array, ""], *, steps: int = 200) -> Classifier:
     """Trains a classifier to predict the dataset's labels.
 
-    Noise is added to the training images, so that the classifier also works on samples, which may be noisy.
+    The training images get noise, so that the classifier also works on noisy samples.
 
     Raises ValueError if the dataset has no labels.
 

@@ -3,7 +3,7 @@
 There are two variants. "fid" is the network of the original FID code (Heusel et al., arXiv 1706.08500), as it was
 carried over to PyTorch: the average pooling inside a block leaves padding out of the mean, and the last block pools by
 the maximum. "torchvision" is the network of Szegedy et al. (arXiv 1512.00567): averages include padding, and the last
-block pools by the average. Their features are not comparable.
+block pools by the average. The features of the two variants are not comparable.
 """
 
 from __future__ import annotations
@@ -49,8 +49,8 @@ class Convolution(nn.Module):
 class Mixed(nn.Module):
     """Branches of convolutions on the same input, and a pooled branch; the outputs are concatenated.
 
-    branches: the convolutions of each branch. If the name of a convolution ends in "b", it takes the same input as the
-    one before it, and both outputs are kept.
+    branches: the convolutions of each branch. If the name of a convolution ends in "b", its input is that of the
+    convolution before it, and both outputs are kept.
     pooling: "average", "average_with_padding" or "max", followed by a convolution with `pool_features` features; or
     "stride", which is maximum pooling with stride 2 alone.
     """

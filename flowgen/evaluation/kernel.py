@@ -37,10 +37,11 @@ def kernel_distance(
     """Returns the squared maximum mean discrepancy with the kernel (x·y / f + 1)³, averaged over random subsets.
 
     With the features of an Inception network, this is the KID. The estimate is unbiased for every number of features,
-    so it may be negative. Each subset has `size` features from each side, drawn without replacement, but at most half
-    as many as there are, so that the subsets differ. The computation is done in float64.
+    so it may be negative. A subset consists of `size` features from each side, drawn without replacement. To make
+    subsets differ, `size` is limited to half of the vectors of a side. The computation is done in float64.
 
-    Raises ValueError if n or m is below 4, if x and y have different numbers of features, or if one is not finite.
+    Raises ValueError if n or m is below 4, if x and y have different numbers of features, or if a feature is not
+    finite.
 
     Example:
         distance = kernel_distance(features(samples), features(data)).mean

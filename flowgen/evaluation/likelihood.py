@@ -68,7 +68,7 @@ def flow_nats_per_dim(
     """Returns a flow's mean negative log-likelihood over a dataset of latents or numbers, in nats per dimension.
 
     The latents of each image are drawn once from the encoder's posterior, and one noise sample is added to them.
-    If samples are padded, each one's mean covers the values that exist.
+    The mean over a padded sample covers only the values that exist.
 
     conditional: whether to pass labels or texts to a conditional flow; must be True for a flow conditioned on texts.
 
@@ -91,8 +91,8 @@ def flow_nats(
 ) -> Float[np.ndarray, " n"]:
     """Returns the negative log-likelihood of each sample under a flow, in nats per dimension, in float64.
 
-    The order is that of the dataset, bucket by bucket. Padding is not counted among the dimensions. For the arguments,
-    see `flow_bits_per_dim`.
+    Samples are in the order of the dataset, bucket by bucket. Padding is not counted among the dimensions. For the
+    arguments, see `flow_bits_per_dim`.
 
     Example:
         estimate = mean_of(flow_nats(flow, params, dataset, jax.random.key(0)))

@@ -45,8 +45,8 @@ def manifold_metrics(
 ) -> ManifoldMetrics:
     """Returns the precision, recall, density and coverage of samples, given features of samples and of data.
 
-    k: the neighbour that defines the radii for precision and recall. density_k: the same for density and coverage.
-    The distances are computed in float64, a block of rows at a time.
+    k: the number of the neighbour that defines the radii for precision and recall. density_k: the number of the
+    neighbour for density and coverage. The distances are computed in float64, a block of rows at a time.
 
     Raises ValueError if n or m is not above k and density_k, if the numbers of features differ, or if features are not
     finite.
@@ -80,8 +80,8 @@ def manifold_metrics(
 def perfect_coverage(num_samples: int, num_data: int, *, k: int = DENSITY_NEIGHBOURS) -> float:
     """Returns the expected coverage of a perfect model, whose samples have the distribution of the data.
 
-    If the samples and the data other than one are ordered by their distance to this one, all orders are equally likely.
-    The ball of this one contains no sample if the first k are data:
+    Choose one data point, and sort all samples and all other data by distance to this point; all orders are equally
+    likely. The ball around the point contains no sample if the nearest k are data. The expected coverage is therefore
     1 - Π (m - 1 - i) / (m - 1 - i + n) over i = 0, ..., k - 1, for n samples and m data in any number of dimensions.
     The expected density of a perfect model is 1 for all n and m.
 

@@ -30,7 +30,8 @@ def frechet_distance(x: Float[np.ndarray, "n features"], y: Float[np.ndarray, "m
     comparable only if they use the same features and the same n and m, because smaller samples give larger distances.
     The computation is done in float64.
 
-    Raises ValueError if n or m is below 2, if x and y have different numbers of features, or if one is not finite.
+    Raises ValueError if n or m is below 2, if x and y have different numbers of features, or if a feature is not
+    finite.
 
     Example:
         distance = frechet_distance(features(samples), features(data))

@@ -31,7 +31,7 @@ class NetworkFeatures:
     """Computes the features of images in [-1, 1] with a network.
 
     The images are first rounded to the 256 levels of an image file, because published distances compare image files.
-    Calling it raises ValueError if images do not have 1 or 3 channels, or have values that are not finite.
+    A call raises ValueError if images do not have 1 or 3 channels, or if values are not finite.
 
     Example:
         features = NetworkFeatures(InceptionV3("fid"), variables)(images)  # float32 `n 2048`
@@ -72,7 +72,7 @@ def _features(network, variables, images):
 def resized(images: Float[Array, "b height width c"], side: int) -> Float[Array, "b side side 3"]:
     """Returns square images with 3 channels, interpolated bilinearly without antialiasing.
 
-    This is what PyTorch's `interpolate` does by default, and what the usual FID code for PyTorch applies.
+    The result is that of PyTorch's `interpolate` with default settings, which the usual FID code for PyTorch applies.
 
     Example:
         x = resized(images, 299)

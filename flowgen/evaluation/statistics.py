@@ -1,4 +1,4 @@
-"""The mean, the covariance and a subset of many feature vectors, computed in one pass, and the files that keep them."""
+"""The mean, the covariance and a subset of feature vectors, computed in one pass; reads and writes files of these."""
 
 from __future__ import annotations
 
@@ -51,7 +51,7 @@ def feature_statistics(
 
     The covariance is accumulated in float64, batch by batch, so the vectors are never all in memory at once.
 
-    Raises ValueError if there are fewer than two vectors, or not `count`, or if a value is not finite.
+    Raises ValueError if there are fewer than two vectors, if their number is not `count`, or if a value is not finite.
 
     Example:
         statistics = feature_statistics((extractor.features(batch) for batch in batches), 50_000)
@@ -105,8 +105,8 @@ def save_statistics(path: str | os.PathLike[str], statistics: FeatureStatistics)
 def read_statistics(path: str | os.PathLike[str]) -> FeatureStatistics:
     """Returns the statistics in an .npz file from `save_statistics` or another program, with at least mu and sigma.
 
-    Raises ValueError if the file is damaged or has no such arrays, or if sigma is no covariance; FileNotFoundError if
-    there is none.
+    Raises ValueError if the file is damaged, if mu or sigma is missing, or if sigma is not a covariance matrix. Raises
+    FileNotFoundError if there is no such file.
 
     Example:
         reference = read_statistics("fid_stats_cifar10_train.npz")

@@ -1,8 +1,8 @@
 """The classifier two-sample test: how well a classifier tells two sets of samples apart.
 
-The classifier and its settings are those of the benchmark of Lueckmann et al. (arXiv 2101.04653, sbibm), so that the
-numbers compare with the literature: scikit-learn's MLPClassifier with two hidden layers of 10 d units, ReLU, Adam, at
-most 10,000 epochs, on samples that are shifted and scaled by the mean and standard deviation of the first set.
+The classifier and its settings are those of the benchmark of Lueckmann et al. (arXiv 2101.04653, sbibm), so that
+results are comparable with the literature: scikit-learn's MLPClassifier with two hidden layers of 10 d units, ReLU,
+Adam, at most 10,000 epochs, on samples that are shifted and scaled by the mean and standard deviation of the first set.
 """
 
 from __future__ import annotations
@@ -31,12 +31,13 @@ def c2st(
     """Returns the accuracy of a classifier on held-out samples: 0.5 if x and y cannot be told apart, 1 if they differ.
 
     The accuracy is the mean over `folds` parts, each of which is classified after training on the others (Lopez-Paz and
-    Oquab, arXiv 1610.06545). By chance it may be slightly below 0.5. Its standard error is that of the mean over the
-    parts, or None if all are equal, and `count` is the number of samples in both sets. More samples make a better
-    classifier, so compare only equal numbers; published values use 10,000 in each set. Pass reference samples as x.
+    Oquab, arXiv 1610.06545). By chance it may be slightly below 0.5. The standard error is that of the mean over the
+    parts, or None if all parts have the same accuracy. `count` is the number of samples in both sets. More samples
+    train a better classifier, so compare only results for equal numbers; published values use 10,000 in each set. Pass
+    reference samples as x.
 
-    Raises ValueError if x and y differ in shape, have fewer samples than folds, values that are not finite, or if x is
-    constant in a dimension; ModuleNotFoundError if scikit-learn is not installed.
+    Raises ValueError if x and y differ in shape, if there are fewer samples than folds, if values are not finite, or if
+    x is constant in a dimension. Raises ModuleNotFoundError if scikit-learn is not installed.
 
     Example:
         accuracy = c2st(key, reference, samples)

@@ -32,11 +32,11 @@ MOST_NAMED, NAMED_BY = 5, "typicality"
 
 
 class AnomalySets(NamedTuple):
-    """Images to score, opened before anything is computed.
+    """The images to score, which are opened before any computation.
 
-    typical: training images, which define typicality. typical_name: what they are. anomalies: the sets of anomalies by
-    name. origins: the position in the data of the image that each anomaly of a set is a copy of; None if they are other
-    images.
+    typical: training images, whose mean score defines typicality. typical_name: a noun phrase for these images.
+    anomalies: the sets of anomalies by name. origins: for each anomaly of a set, the position of its
+    original in the data; None if the anomalies are not copies.
     """
 
     typical: ArrayDataset
@@ -51,7 +51,7 @@ def open_anomalies(experiment: Any, options: Any, train: Callable[[], TrainingIm
     experiment: a `FlowExperiment`. options: its options for evaluation, with `anomaly` set. train: a function that
     returns the training images.
 
-    Raises ValueError if the flow needs texts, or if there is no such set of at least two images.
+    Raises ValueError if the flow needs texts, or if `anomaly` does not select at least two images.
 
     Example:
         train = TrainingImages(experiment.dataset("train"), "training images")

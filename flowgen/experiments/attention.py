@@ -13,7 +13,7 @@ from flowgen.nn.softmax_shape import SoftmaxShape
 
 
 def attention_lines(model: Any) -> list[str]:
-    """Returns lines that say which attention implementation a model uses on this machine, on GPUs and on TPUs, and why.
+    """Returns lines with the attention implementation of a model on this machine, on GPUs and on TPUs, and the reasons.
 
     The list is empty for models without softmax attention.
     """

@@ -191,7 +191,7 @@ class AutoencoderExperiment(Experiment):
         )
 
     def rehearsal(self, model: Any, rows: int) -> Rehearsal:
-        """Returns what is needed to trace a training step on `rows` images or clips."""
+        """Returns the `Rehearsal` from which a training step on `rows` images or clips can be traced."""
         frames = (self.autoencoding.frames,) if self.autoencoding.frames else ()
         shape = (rows, *frames, *self.autoencoding.image_hw, self.model.channels)
         return Rehearsal(
@@ -216,7 +216,7 @@ class AutoencoderExperiment(Experiment):
         return Evaluation(lines, {"psnr": Estimate(ratio, count=len(dataset)), "mean_square_error": error})
 
     def debug(self) -> AutoencoderExperiment:
-        """Returns the experiment with a tiny autoencoder, which has the same factor and trains on digits."""
+        """Returns the experiment with a tiny autoencoder of the same factor, trained on digits."""
         model, few = self.model, {"shown": SAMPLES}
         widths = (8,) * len(model.widths)
         if not isinstance(model, VideoAutoencoderConfig):

@@ -186,7 +186,7 @@ class AutoregressiveExperiment(Experiment):
         sample: Callable[[Any], np.ndarray] | None,
         optims: dict[str, OptimConfig] | None = None,
     ) -> Job:
-        """Returns the training job for datasets that `opened` has returned, and releases the text encoder.
+        """Returns the training job for the datasets that `opened` returned, and frees the text encoder.
 
         held_out: the held-out data, if any. For the other arguments, see `Job`.
         """
@@ -221,7 +221,7 @@ class AutoregressiveExperiment(Experiment):
         """
 
     def rehearsal(self, model: Any, rows: int) -> Rehearsal:
-        """Returns what is needed to trace a training step on a batch of `rows` samples."""
+        """Returns the `Rehearsal` from which a training step on `rows` samples can be traced."""
         shape = (rows, *self.model.event_shape)
 
         def batch() -> Batch:
@@ -247,7 +247,7 @@ class AutoregressiveExperiment(Experiment):
         draw_batch: Callable[..., tuple[np.ndarray, str]],
         show: Callable[[np.ndarray, int], np.ndarray],
     ) -> Callable[[Any], np.ndarray] | None:
-        """Returns a function that draws a run's sample images, or None if they cannot be shown in grey or colour.
+        """Returns a function that draws a run's sample grid, or None if samples cannot be shown in grey or colour.
 
         The function draws samples for each class in turn, or for the texts or contexts of the dataset.
 
@@ -291,7 +291,7 @@ class AutoregressiveExperiment(Experiment):
         return flow.with_image_size(*self.encoding.latent_size(aspect)) if aspect else flow
 
     def guidance(self, flow: Any, null: TextCondition | None = None) -> Guidance:
-        """Returns the guidance for samples. For a text flow, it includes the text of the unconditional branch.
+        """Returns the guidance for samples. The guidance of a text flow includes the text of the unconditional branch.
 
         null: the encoded text of the unconditional branch. By default, this method encodes the empty text if needed.
         """
@@ -319,7 +319,7 @@ class AutoregressiveExperiment(Experiment):
             )
 
     def asked(self, flow: Any, classes: str) -> tuple[Conditions, dict[str, Any]]:
-        """Returns a function from sample numbers to conditions, and the labels or prompts to save in an .npz file.
+        """Returns a function from sample numbers to conditions, and the labels or prompts to save with samples.
 
         classes: the value of --classes (see `parse_classes`). If it is empty, all classes are drawn in turn.
 

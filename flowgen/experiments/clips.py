@@ -1,4 +1,4 @@
-"""Helpers for the clips of video flows: their lengths, their given frames, and metrics."""
+"""Lengths, given frames and metrics of the clips of video flows."""
 
 from __future__ import annotations
 
@@ -74,7 +74,7 @@ def read_given(
     An image yields one frame. A video is read at `fps`, and yields as many of its frames as the codec can encode.
 
     frames: length of the clips. A video is cut so that at least one frame is left to generate. If None, the whole video
-    is used. It must then be shorter than the training clips.
+    is used, which must be shorter than the training clips.
 
     Raises FileNotFoundError or ValueError if the file cannot be read, if its shape differs too much from the shape of
     the flow's clips, or if it leaves no frame to generate.
@@ -142,7 +142,7 @@ def with_noise(
 
 
 def of_whole_clips(data: ClipsConfig | LatentsConfig) -> ClipsConfig | LatentsConfig:
-    """Returns the config restricted to whole clips. Training also uses images and clips that lack their first frame.
+    """Returns the config restricted to whole clips, leaving out images and clips that lack their first frame.
 
     Example:
         clips = flow_dataset(of_whole_clips(data), encoding, "eval")
@@ -152,7 +152,7 @@ def of_whole_clips(data: ClipsConfig | LatentsConfig) -> ClipsConfig | LatentsCo
 
 
 def clips_alone(dataset: Dataset | BucketedDataset) -> Dataset:
-    """Returns only the whole clips of a dataset. Leaves out images and clips that lack their first frame.
+    """Returns the whole clips of a dataset, leaving out images and clips that lack their first frame.
 
     Raises ValueError if there are no whole clips, or if the whole clips have several shapes.
 

@@ -67,7 +67,7 @@ CodecConfig = SpaceToDepth | PretrainedAutoencoder
 def open_codec(config: CodecConfig | None, channels: int) -> Codec:
     """Returns the codec of a config. If the config is None, the codec leaves pixels unchanged.
 
-    Each codec is opened only once.
+    Repeated calls return the same open codec.
 
     channels: number of latent channels that the model expects.
 

@@ -60,10 +60,10 @@ EXTRACTOR = "extractor"  # the name under which statistics keep the digest of th
 
 @dataclass(frozen=True)
 class Comparison:
-    """What samples are compared with, opened and checked before any sample is drawn.
+    """The images or statistics with which samples are compared, opened and checked before any sample is drawn.
 
     data: the images to compare with. train: a function that returns the training images. extractor: computes the
-    features. reference: statistics of other images to compare with instead; None for the data.
+    features. reference: statistics of other images, to use instead of the data; None to use the data.
     """
 
     data: Dataset
@@ -118,7 +118,7 @@ def check_sampled(options: CompareOptions, samples: int) -> None:
 
 
 def open_comparison(options: CompareOptions, data: Dataset, train: Callable[[], TrainingImages]) -> Comparison:
-    """Opens what samples will be compared with; trains the classifier last, if there is one to train.
+    """Opens the images or statistics with which samples will be compared; if a classifier is needed, trains it last.
 
     data: the data to compare with. train: a function that returns the training images, which are opened if needed.
 
@@ -203,7 +203,8 @@ def compare_samples(
 ) -> Evaluation:
     """Draws samples, and returns their distances to the data, precision and recall, and class accuracy.
 
-    num: number of samples. conditions: see `draw_features`. how: how the samples were drawn, for the output.
+    num: number of samples. conditions: see `draw_features`. how: a description of how samples are drawn, for the
+    output.
 
     Example:
         evaluation = compare_samples(draw, comparison, 1000, options, conditions=None, how="heun")
@@ -300,7 +301,7 @@ def _reference(extractor: FeatureExtractor, data: Dataset, options: CompareOptio
 
 
 def dataset_digest(data: Dataset) -> str:
-    """Returns a digest of all pixels of a dataset, which are read in batches. Files may change and keep their size.
+    """Returns a digest of all pixels of a dataset, read in batches. It detects changes that keep a file's size.
 
     Example:
         digest = dataset_digest(held_out)

@@ -1,4 +1,4 @@
-"""What models are conditioned on in experiments: labels, encoded texts, or contexts from the user's own data."""
+"""The conditions of models in experiments: labels, encoded texts, or contexts from the user's own data."""
 
 from __future__ import annotations
 
@@ -33,7 +33,7 @@ def is_conditional(model: Any) -> bool:
 
 
 def network_condition(model: Any, batch: Batch) -> Any:
-    """Returns what a model is conditioned on in a batch: its labels, its context, or None.
+    """Returns the condition that a batch contains for a model: labels, a context, or None.
 
     Example:
         cond = network_condition(experiment.model, batch)
@@ -44,7 +44,7 @@ def network_condition(model: Any, batch: Batch) -> Any:
 
 
 def conditions_of(model: Any, dataset: Dataset) -> Callable[[np.ndarray], Any] | None:
-    """Returns a function from positions in a dataset to the conditions of these samples, or None if there are none.
+    """Returns a function from positions in a dataset to conditions; None for an unconditional model.
 
     Example:
         cond = conditions_of(experiment.model, held_out)(np.arange(4))
@@ -58,7 +58,7 @@ def conditions_of(model: Any, dataset: Dataset) -> Callable[[np.ndarray], Any] |
 
 
 def check_not_flipped(model: Any, data: Any) -> None:
-    """Raises ValueError if images are flipped in training, but not the images that a model is conditioned on.
+    """Raises ValueError if a model is conditioned on images and its data are flipped; contexts are never flipped.
 
     Example:
         check_not_flipped(experiment.model, experiment.data)
@@ -68,7 +68,7 @@ def check_not_flipped(model: Any, data: Any) -> None:
 
 
 def check_needs_no_context(model: Any, data: Any) -> None:
-    """Raises ValueError if a model needs contexts, because the data of a config have none.
+    """Raises ValueError if a model needs contexts. The data that a config selects have no contexts.
 
     Example:
         check_needs_no_context(experiment.model, experiment.data)
@@ -82,7 +82,7 @@ def check_needs_no_context(model: Any, data: Any) -> None:
 
 
 def check_command_needs_no_context(model: Any) -> None:
-    """Raises ValueError if a model needs contexts, because commands cannot give them.
+    """Raises ValueError if a model needs contexts. Commands cannot provide contexts.
 
     Example:
         check_command_needs_no_context(experiment.model)

@@ -1,4 +1,4 @@
-"""Debug versions of experiments use a tiny model of the same kind, few steps, and data that ship with flowgen."""
+"""Debug versions of experiments: a tiny model of the same kind, few steps, and data that ship with flowgen."""
 
 from __future__ import annotations
 

@@ -28,7 +28,7 @@ def decoded_by_all(
 ) -> DecodeResult:
     """Returns the result of `sample` as host arrays. The samples are divided among all devices of this host.
 
-    Issues a UserWarning if a window is unsolved. This costs nothing here, because the host waits for the result anyway.
+    Issues a UserWarning if a window is unsolved. The check adds no wait, because the host waits for the result anyway.
 
     denoise: a function from variables to the step that removes the training noise. options: other options of `sample`.
 

@@ -26,8 +26,8 @@ Images = Float[np.ndarray, "n height width c"]
 class FeatureExtractor:
     """Computes features of images in [-1, 1]. Also predicts classes, unless `classes` is None.
 
-    name: what the features are, as a noun phrase. digest: identifies the function, so that statistics of its features
-    can be kept.
+    name: noun phrase for the features. digest: identifies the function, so that stored statistics of features can be
+    matched to it.
     """
 
     name: str
@@ -39,7 +39,7 @@ class FeatureExtractor:
 def train_features(dataset: Dataset, name: str = "training images") -> FeatureExtractor:
     """Trains a classifier and returns an extractor of its features. Without labels, the pixels serve as features.
 
-    name: what the images in the dataset are, as a plural noun.
+    name: plural noun for the images in the dataset.
 
     Example:
         extractor = train_features(experiment.dataset("train"))
@@ -65,8 +65,8 @@ def pixel_features() -> FeatureExtractor:
 class DrawnFeatures(NamedTuple):
     """Features of samples.
 
-    statistics: their statistics. shown: the first samples, for neighbours. class_accuracy: the fraction of samples
-    whose class is correct; None if they have no classes or the extractor predicts none.
+    statistics: statistics of the features. shown: the first samples, for the search of neighbours. class_accuracy: the
+    fraction of samples whose class is correct; None if samples have no classes or the extractor predicts none.
     """
 
     statistics: FeatureStatistics
@@ -88,8 +88,8 @@ def draw_features(
 
     A sample's class is correct if the extractor predicts the label that the sample is conditioned on.
 
-    conditions: a function from positions in the data to the labels or texts to condition on, which gives the samples
-    the class proportions of the data; None for unconditional samples. shown: number of samples to return.
+    conditions: a function from positions in the data to labels or texts, so that samples have the class proportions of
+    the data; None for unconditional samples. shown: number of samples to return.
 
     Raises the errors of `check_samples`.
 
@@ -140,7 +140,7 @@ def sample_metrics(
 ) -> dict[str, float]:
     """Returns the Fréchet distance between `num` samples and the data, and the fraction of correct classes.
 
-    The fraction is omitted if it is unknown; see `draw_features`, which also describes the arguments.
+    The fraction is omitted if it is unknown. The arguments are those of `draw_features`.
 
     Example:
         metrics = sample_metrics(partial(experiment.draw_batch, network, variables), extractor, held_out, 1000)

@@ -1,4 +1,4 @@
-"""Opens the flow whose coupling an experiment distils; see `flowgen.matching.distilled`."""
+"""Opens the flow from which an experiment distils a coupling of noise and data; see `flowgen.matching.distilled`."""
 
 from __future__ import annotations
 
@@ -69,7 +69,7 @@ def distilled_objective(matching: MatchingConfig, objective: Callable[[MatchingC
 
 
 def open_flow(path: str, model: Any) -> FlowDistilled:
-    """Returns the coupling of the flow in a run directory, an exported folder, or a model that ships with flowgen.
+    """Returns the coupling of the flow in a run directory or an exported folder, or of a flow that ships with flowgen.
 
     Raises the same errors as `with_flow`.
 

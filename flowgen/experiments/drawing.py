@@ -103,9 +103,9 @@ def draw_in_batches(
 ) -> Float[np.ndarray, "num ..."]:
     """Returns samples 0..num-1, and calls `say` with a line about the speed of each batch.
 
-    draw_batch: draws one batch. It is called only with full batches, so that it is compiled only once. Surplus samples
-    in the last batch are dropped. conditions: a function from sample numbers to conditions. batch: the batch size if
-    `options.batch` is None.
+    draw_batch: draws one batch. This function is called only with full batches, so that it is compiled only once.
+    Surplus samples in the last batch are dropped. conditions: a function from sample numbers to conditions. batch: the
+    batch size if `options.batch` is None.
 
     Example:
         samples = draw_in_batches(draw_batch, lambda numbers: labels[numbers], 100, DrawOptions(), print)
@@ -125,7 +125,7 @@ def draw_in_batches(
 
 
 def on_devices(variables: Any, rows: int) -> Any:
-    """Returns a model's variables, copied to all devices that share a batch of `rows` rows.
+    """Returns copies of a model's variables on all devices that share a batch of `rows` rows.
 
     The copies can be used for several batches.
 
@@ -145,7 +145,7 @@ def per_second(rate: float) -> str:
 
 
 def drawn_classes(model: Any, data: Any) -> int:
-    """Returns how many classes a run samples in turn: the named classes or, if there are no names, all classes.
+    """Returns the number of classes that a run samples in turn: the named classes or, without names, all classes.
 
     Example:
         labels = cycled_labels(20, drawn_classes(experiment.model, experiment.data))

@@ -52,7 +52,7 @@ class Encoding:
         truncate: bool = False,
         still: bool = False,
     ) -> TextCondition:
-        """Returns the encoded prompts as a condition. They are first wrapped in the same template as training captions.
+        """Returns the encoded prompts as a condition. Prompts are wrapped in the same template as training captions.
 
         grid: the (height, width) of the samples, whose aspect ratio the template may state; by default, the model's.
         truncate: whether to cut prompts that are too long. still: whether the prompts describe single images for a
@@ -63,9 +63,9 @@ class Encoding:
         return TextCondition(*map(jnp.asarray, encoder(wrapped, truncate=truncate)))
 
     def empty_text(self, grid: tuple[int, int] | None = None, *, still: bool = False) -> TextCondition:
-        """Returns the empty text, wrapped like a prompt and encoded. It is encoded only once.
+        """Returns the empty text, wrapped like a prompt and encoded. Later calls return the same result.
 
-        Guidance and label dropout use it as the unconditional text.
+        Guidance and label dropout use the empty text as the unconditional one.
 
         grid, still: see `condition`.
         """
@@ -89,8 +89,9 @@ class Encoding:
     def with_digests(self, cached: Provenance | None = None) -> Encoding:
         """Returns the encoding with the digests of its autoencoder and text encoder, as saved with a run.
 
-        cached: provenance of cached latents. If it names the same text encoder, the encoder's digest is copied from it,
-        and the encoder is not opened. If it names no text encoder, the text encoder gets no digest.
+        cached: provenance of cached latents. If the provenance names the same text encoder, the digest of the encoder
+        is copied from there, and the encoder is not opened. If the provenance names no text encoder, the text encoder
+        gets no digest.
 
         A network without a path gets no digest.
         """

@@ -31,8 +31,8 @@ class TrainingCost(NamedTuple):
     the parameter average. With accumulation, a sum of gradients is stored in addition to the gradient of a part.
     carried: bytes of the rest of the training state.
     stored: bytes of the activations if the backward pass recomputes none of them.
-    recomputed: bytes of the activations if the backward pass recomputes each layer; None if the model cannot do so.
-    Both include the kernels that a device gathers, if the parameters are divided.
+    recomputed: bytes of the activations if the backward pass recomputes each layer; None if the model cannot recompute.
+    If parameters are divided, `stored` and `recomputed` include the kernels that a device gathers.
     recomputes: whether the model is configured to recompute its layers.
     flop: FLOP per sample, without recomputation.
     """
@@ -64,11 +64,11 @@ def training_cost(experiment: Experiment, rows: int, axes: Mapping[str, int] | N
     Returns None if the experiment's `rehearsal` returns None.
 
     axes: the sizes of the axes "fsdp" and "tensor" of the mesh over which the parameters are divided; None if every
-    device has a copy of them.
+    device stores a copy of the parameters.
 
     The bytes of the training state are exact. The bytes of the activations are an estimate: the peak memory of the
-    forward and backward pass, without the gradient; see `peak_of`. They are counted as if every device computed all
-    heads. The step is traced, but nothing is computed.
+    forward and backward pass, without the gradient (see `peak_of`), as if every device computed all heads. The step is
+    traced, but nothing is computed.
 
     Example:
         cost = training_cost(load_config("tarflow_digits"), rows=64, axes={"fsdp": 4, "tensor": 1})
@@ -174,7 +174,7 @@ def decoding_cost(
 
 
 def weight_bytes(config: Any, variables: Any) -> dict[str, int]:
-    """Returns the bytes of a flow's weights for decoding, by their dtype: its own, and those of `LowPrecision`.
+    """Returns the bytes of a flow's weights for decoding by dtype, including the rounded weights of `LowPrecision`.
 
     Example:
         weight_bytes(flow.config, params)  # {"float32": ..., "int8": ..., "bfloat16": ...}

@@ -74,7 +74,7 @@ class Rehearsal(NamedTuple):
 
 
 class SamplingCost(NamedTuple):
-    """The FLOP and memory that sampling needs, counted from shapes; the parameters are not included.
+    """The FLOP and memory of sampling, counted from shapes; the parameters are not included.
 
     flop: FLOP of one sample; None if the number depends on the data. cache: bytes of one sample's decoding cache, or 0.
     memory: peak bytes for all samples together. weights: bytes of the copy of the parameters that decoding uses, or 0.
@@ -135,14 +135,14 @@ class Experiment(abc.ABC):
 
     @abc.abstractmethod
     def job(self, *, dataset: Dataset | None = None, held_out: Dataset | None = None, model: Any = None) -> Job:
-        """Opens the data, unless datasets are given, and returns the training job.
+        """Returns the training job on the given datasets or, by default, on the data of the experiment.
 
         dataset, held_out: the data to train and evaluate on instead of `data`. model: the model to train instead of
         `build()`.
         """
 
     def rehearsal(self, model: Any, rows: int) -> Rehearsal | None:
-        """Returns what is needed to trace a training step on `rows` samples, or None if tracing is not supported.
+        """Returns the `Rehearsal` of a training step on `rows` samples, or None if tracing is not supported.
 
         Does not open data or frozen networks.
         """
@@ -174,11 +174,11 @@ class Experiment(abc.ABC):
         """
 
     def with_provenance(self) -> Experiment:
-        """Returns the experiment as a run saves it: with its class names and the digests of its frozen networks."""
+        """Returns the experiment with its class names and the digests of its frozen networks, as saved with a run."""
         return self
 
     def to_json(self) -> dict[str, Any]:
-        """Returns plain values for JSON, from which `flowgen.experiments.from_json` restores the same experiment."""
+        """Returns plain values for JSON; `flowgen.experiments.from_json` restores the experiment from these values."""
         return {settings.TYPE: type(self).__name__, **settings.to_plain(self)}
 
     @classmethod

@@ -69,7 +69,7 @@ def config_path(path: str | Path) -> Path:
 
 
 def override(experiment: E, arguments: Sequence[str]) -> E:
-    """Returns the experiment with `--group.field value` arguments applied; raises ValueError if one is invalid.
+    """Returns the experiment changed by `--group.field value` arguments. Raises ValueError if an argument is invalid.
 
     Example:
         experiment = override(experiment, ["--optim.lr", "3e-4"])

@@ -1,8 +1,8 @@
 """Starts a run from the parameters of another run, whose model may have other classes, sizes, texts or frames.
 
 First, the models are compared: their kinds, their fields, and the shapes of their parameters. A difference between
-fields is an error unless `InitConfig.allow` lists its kind, or it does not change what the parameters mean. Each array
-of parameters is then taken unchanged from the other run, mapped by a function in `flowgen.experiments.remapping`, or
+fields that changes what the parameters mean is an error, unless `InitConfig.allow` lists its kind. Each array of
+parameters is then taken unchanged from the other run, mapped by a function in `flowgen.experiments.remapping`, or
 initialised as usual.
 """
 
@@ -167,7 +167,7 @@ def _num_classes(experiment: Experiment) -> int:
 
 
 class Rule(NamedTuple):
-    """How an old array becomes a new one: a description, the shape of the result, and the function."""
+    """A rule that maps an old array to a new one: a description, the shape of the result, and the function."""
 
     about: str
     shape: Shape
@@ -236,7 +236,7 @@ def _role(name: str) -> str | None:
 def transfers(
     origin: Origin, experiment: Experiment, variables: Any
 ) -> tuple[dict[str, Transfer], list[str], list[str]]:
-    """Returns where each array of the variables comes from, the old arrays that are left out, and any problems.
+    """Returns the origin of each array of the variables, the old arrays that are left out, and any problems.
 
     Carried collections that do not fit are initialised again. Parameters that do not fit are problems.
 

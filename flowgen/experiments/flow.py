@@ -1,4 +1,4 @@
-"""Image flows: TARFlows and STARFlows, trained by maximum likelihood on pixels or latents and sampled by decoding."""
+"""Experiments on image flows (TARFlow, STARFlow): maximum-likelihood training on pixels or latents, and sampling."""
 
 from __future__ import annotations
 

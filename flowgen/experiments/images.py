@@ -30,7 +30,7 @@ E = TypeVar("E", bound=Experiment)
 
 
 class TrainingImages(NamedTuple):
-    """The images that a model was trained on. name: what they are, or what takes their place, as a plural noun."""
+    """The images that a model was trained on, or images in their place. name: plural noun for these images."""
 
     dataset: Dataset
     name: str
@@ -42,7 +42,7 @@ def training_images(
     """Returns the images that a model was trained on or, if they cannot be opened, images of the evaluated data.
 
     experiment: the experiment with the evaluated data. trained_on: the config of the data that the model was trained
-    on; None if they are the experiment's. split: the evaluated split. read: opens a split of an experiment's data.
+    on; None for the data of the experiment. split: the evaluated split. read: opens a split of an experiment's data.
 
     Example:
         training_images(experiment, None, "eval", lambda one, split: one.dataset(split)).name  # "training images"
@@ -60,7 +60,7 @@ def training_images(
 
 
 def compared_split(split: Split) -> tuple[Split, str]:
-    """Returns the split of the same data that an evaluated split is compared with, and the name of its images.
+    """Returns the split that replaces the training images if `split` is evaluated, and a name of its images.
 
     Example:
         compared_split("eval")  # ("train", "images of the train split")
@@ -103,7 +103,7 @@ def with_class_names(experiment: E) -> E:
 def tell_unused_classes(
     dataset: Dataset | BucketedDataset, data: DataConfig | ClipsConfig | LatentsConfig, num_classes: int
 ) -> None:
-    """Warns if the user's own data have classes but the model does not use them.
+    """Warns if the user's own data have classes but the model is not conditioned on classes.
 
     Example:
         tell_unused_classes(dataset, experiment.data, experiment.model.num_classes)

@@ -63,7 +63,7 @@ def flow_dataset(
 def as_taken(
     dataset: Dataset | BucketedDataset, data: DataConfig | ClipsConfig, encoding: Encoding, *, flip: bool
 ) -> Dataset | BucketedDataset:
-    """Returns images or clips in the form that a flow is trained on: unchanged, or encoded into memory.
+    """Returns images or clips as the data that a flow is trained on: unchanged, or encoded in memory.
 
     flip: whether to encode flipped copies too.
 

@@ -20,7 +20,7 @@ from flowgen.matching.solvers import Velocity
 def check_computed(values: Float[np.ndarray, " n"], what: str, quantity: str = "likelihood") -> None:
     """Raises ValueError unless all values are finite.
 
-    what: the samples that they belong to, as a plural noun. quantity: what the values are, as a noun.
+    what: plural noun for the samples of the values. quantity: noun for the values.
 
     Example:
         check_computed(nats, "images")
@@ -33,7 +33,7 @@ def check_computed(values: Float[np.ndarray, " n"], what: str, quantity: str = "
 
 
 def check_likelihood(flow: Any, options: FlowEvaluateOptions, *, latent: bool) -> None:
-    """Raises ValueError if a flow has no likelihood under these options. latent: whether it models latents.
+    """Raises ValueError if a flow has no likelihood under these options. latent: whether the flow models latents.
 
     Example:
         check_likelihood(flow, FlowEvaluateOptions(noise="uniform"), latent=False)
@@ -91,7 +91,7 @@ def evaluate_gaussian(
 ) -> Evaluation:
     """Returns the likelihood under a Gaussian with the same noise; an empty evaluation if image sizes differ.
 
-    fitted: the images that the Gaussian is fitted to. fitted_to: what they are, as a plural noun.
+    fitted: the images to which the Gaussian is fitted. fitted_to: plural noun for these images.
 
     Example:
         baseline = evaluate_gaussian(flow, train, held_out, FlowEvaluateOptions(), fitted_to="training images")

@@ -209,7 +209,7 @@ class MatchingExperiment(Experiment):
         return images_job(self, network, self.data, dataset, held_out)
 
     def rehearsal(self, model: Any, rows: int) -> Rehearsal:
-        """Returns what is needed to trace a training step on `rows` samples, with an independent coupling."""
+        """Returns the `Rehearsal` of a training step on `rows` samples, with an independent coupling."""
         matching = dataclasses.replace(self.matching, coupling=MatchingConfig().coupling)
         shape = (rows,) if isinstance(self.data, PointsConfig) else (rows, *self.model.event_shape)
 
@@ -237,10 +237,10 @@ class MatchingExperiment(Experiment):
     def draw_batch(
         self, network: Any, variables: Any, key: jax.Array, numbers: np.ndarray, cond: Any
     ) -> tuple[np.ndarray, str]:
-        """Returns samples `b *event` and a line that says how they were drawn.
+        """Returns samples `b *event`, and a line that describes how they were drawn.
 
-        Sample i depends only on (key, i). With dopri5, this is true only up to the tolerance, because dopri5 adapts its
-        steps to the batch.
+        Sample i depends only on (key, i). With dopri5, sample i also depends on the batch, within the tolerance,
+        because dopri5 adapts its steps to the batch.
 
         cond: labels, a context with one row per sample, or None.
         """

@@ -82,7 +82,7 @@ def points_job(experiment: Any, network: Any, data: PointsConfig) -> Job:
 
 
 def images_job(experiment: Any, network: Any, data: DataConfig, dataset: Dataset, held_out: Dataset | None) -> Job:
-    """Returns the job of training a network of a `MatchingExperiment` on images, which fit the network.
+    """Returns the job of training a network of a `MatchingExperiment` on images of the size that the network expects.
 
     Example:
         job = images_job(experiment, experiment.build(), DataConfig(), experiment.dataset("train"), held_out=None)

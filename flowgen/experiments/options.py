@@ -103,7 +103,7 @@ class SamplingConfig:
         )
 
     def to_plan(self) -> Plan | str:
-        """Returns the plan that these fields describe. Raises ValueError for "tuned", which only commands replace."""
+        """Returns the plan that these fields describe. Raises ValueError for "tuned", which only commands can use."""
         if self.plan == "tuned":
             raise ValueError(
                 "sampling.plan is 'tuned', which only sample and evaluate accept; set it to 'auto' or to a plan."

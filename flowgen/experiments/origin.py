@@ -1,4 +1,4 @@
-"""The run whose parameters another run starts from, and the arrays that it saved."""
+"""The run from whose parameters another run starts, and the saved arrays of this run."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ Shape = tuple[int, ...]
 
 @dataclass(frozen=True)
 class Origin:
-    """The run that provides the parameters: its experiment, its latest step, and the arrays that this step saved."""
+    """The run that provides the parameters: its experiment, its latest step, and the arrays saved at this step."""
 
     path: str
     experiment: Experiment

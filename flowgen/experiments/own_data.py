@@ -1,4 +1,4 @@
-"""Checks that users' datasets provide what training needs, and checks each batch that they return."""
+"""Checks users' datasets before training, and each batch from them during training."""
 
 from __future__ import annotations
 

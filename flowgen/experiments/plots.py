@@ -23,7 +23,7 @@ def sample_grid(
     """Returns a grid of images with values in [-1, 1]; small images are enlarged.
 
     If the images cycle through up to 20 classes, each column shows one class. If there are few classes, each gets
-    several columns, so that the grid is roughly square. columns: number of columns, whatever the classes.
+    several columns, so that the grid is roughly square. columns: number of columns, instead of the automatic number.
 
     Example:
         save_image("samples.png", sample_grid(images, classes=10))

@@ -24,7 +24,7 @@ CLASSIFIER = "scikit-learn's MLPClassifier, two hidden layers of 10 d units, 5 f
 
 
 def check_observations(simulator: Simulator, key: jax.Array, num: int) -> None:
-    """Raises the errors of `evaluate_observations`: scikit-learn is missing, or there are not `num` exact samples.
+    """Raises an error if `evaluate_observations` would: scikit-learn is missing, or there are not `num` exact samples.
 
     Example:
         check_observations(TwoMoons(), key, 1000)
@@ -36,7 +36,7 @@ def check_observations(simulator: Simulator, key: jax.Array, num: int) -> None:
 def evaluate_observations(simulator: Simulator, draw: DrawUnder, key: jax.Array, num: int) -> Evaluation:
     """Returns the C2ST between `num` samples and `num` exact samples of each fixed observation, and their mean.
 
-    The standard error of the mean is that over the observations.
+    The standard error of the mean comes from the differences between the observations.
 
     Raises the errors of `c2st` and of the simulator's `reference_samples`.
 

@@ -16,8 +16,8 @@ def matched_classes(
 ) -> Int[np.ndarray, " new"]:
     """Returns, for each class of the new model, the number of the same class in the old model, or -1 if there is none.
 
-    Classes are matched by name if both models have names, and otherwise by number. If classes are matched by name, a
-    class without a name is new.
+    Classes are matched by name if both models have class names, and otherwise by number. In matching by name, a class
+    without a name is new.
 
     Example:
         matched_classes(3, 2, ("cat", "dog", "fox"), ("fox", "owl"))  # 2, -1
@@ -36,7 +36,7 @@ def remapped_classes(
     """Returns a class table with the rows of the matched classes; a new class gets the mean of all old classes.
 
     If the table has one more row than there are old classes, this row stands for no class and stays the last row.
-    Otherwise, the mean of all rows stands for no class. This mean stays the same unless an old class is dropped.
+    Otherwise, the mean of all rows stands for no class, and stays the same unless an old class is dropped.
 
     Example:
         remapped_classes(table, 3, np.array([2, -1]))  # two rows, and the row for no class

@@ -105,7 +105,7 @@ def draw_by_solver(
 
     `flowgen.backend.by_rows` can run this function on several devices.
 
-    shared: the network's variables, and the key. Sample i starts from noise that depends only on (key, i).
+    shared: the pair of the network's variables and the key. Sample i starts from noise that depends only on (key, i).
     indices: the numbers i of the samples. cond: the condition of each sample, or None.
     distribution: the distribution of x0, by its name in `PointsConfig`; None means Gaussian noise.
 

@@ -109,7 +109,7 @@ def text_digest(encoder: TextEncoder) -> str:
 def open_text_encoder(config: TextConfig | None, *, length: int, dim: int) -> TextEncoder:
     """Returns a config's text encoder, for a model that expects `length` tokens with `dim` features.
 
-    Each encoder is opened only once.
+    Repeated calls return the same open encoder.
 
     Raises ValueError if the encoder does not match the model or the config's digest, or FileNotFoundError if the
     encoder is missing.
@@ -145,7 +145,7 @@ def _open_encoder(path: str, length: int, place: str, version: int) -> TextEncod
 
 
 def release_text_encoders() -> None:
-    """Frees the open text encoders. They are large, and are no longer needed once the training texts are encoded.
+    """Frees the open text encoders, which are large and are not needed after the training texts are encoded.
 
     Example:
         release_text_encoders()
@@ -155,7 +155,7 @@ def release_text_encoders() -> None:
 
 @weakly_cached
 def encoded_text(encoder: TextEncoder, text: str) -> TextCondition:
-    """Returns a text, encoded as a condition. The text is cut if it is too long, and is encoded only once.
+    """Returns a text, cut if it is too long, and encoded as a condition. Later calls return the same result.
 
     Example:
         null = encoded_text(encoder, "")

@@ -124,9 +124,9 @@ class TokenFlowExperiment(Experiment):
         return load_numbers(self.data, self.model, split)
 
     def job(self, *, dataset: Dataset | None = None, held_out: Dataset | None = None, model: Any = None) -> Job:
-        """Opens or simulates the data, measures their units and returns the training job.
+        """Opens or simulates the data, measures the mean and scale of each channel, and returns the training job.
 
-        model: see `fit`. `fit` refuses datasets for this kind of experiment.
+        model: see `fit`. For this kind of experiment, `fit` accepts no datasets.
         """
         flow = self.build() if model is None else model
         trained_on, evaluated = self.dataset("train"), self.dataset("eval") if self.data.eval_fraction else None
@@ -163,7 +163,7 @@ class TokenFlowExperiment(Experiment):
         return objective
 
     def rehearsal(self, model: Any, rows: int) -> Rehearsal:
-        """Returns what is needed to trace a training step on a batch of `rows` samples."""
+        """Returns the `Rehearsal` from which a training step on `rows` samples can be traced."""
 
         def batch() -> Batch:
             return Batch(jnp.full((rows, *self.model.shape), 0.5), _blank_context(self.model, rows))
@@ -240,7 +240,7 @@ class TokenFlowExperiment(Experiment):
         return number_plot(samples.arrays, samples.conditions.get("mask"), reference)
 
     def evaluate(self, model: Any, variables: Any, options: TokenEvaluateOptions) -> Evaluation:
-        """Returns a split's likelihood and, for vectors given a context, tests of the distribution.
+        """Returns the likelihood of a split and, if the flow models vectors given a context, tests of the distribution.
 
         The tests are C2ST against the exact posterior for simulators, and simulation-based calibration and expected
         coverage on samples of the split.

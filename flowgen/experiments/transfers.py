@@ -1,4 +1,4 @@
-"""The arrays that a run takes from another run, and the table that reports them."""
+"""The arrays that a new run copies or maps from another run, and the table that reports them."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ SHOWN = 8  # the most groups of arrays that a row lists
 
 
 class Transfer(NamedTuple):
-    """How an array is made: "taken" unchanged, "mapped" by `function`, which `about` describes, or "new"."""
+    """The origin of an array: "taken" unchanged, "mapped" by `function`, which `about` describes, or "new"."""
 
     kind: Literal["taken", "mapped", "new"]
     about: str = ""
@@ -20,10 +20,10 @@ class Transfer(NamedTuple):
 
 
 def table_of(found: Mapping[str, Transfer], sizes: Mapping[str, int], left_out: Mapping[str, int]) -> list[str]:
-    """Returns one table row for each way of making arrays: the numbers of values and arrays, and the arrays' names.
+    """Returns one table row for each kind of origin: the numbers of values and arrays, and the names of the arrays.
 
-    found: how each array is made. sizes: number of values of each array. left_out: number of values of each array that
-    is left out.
+    found: the origin of each array. sizes: number of values of each array. left_out: number of values of each array
+    that is left out.
 
     Example:
         table_of({"params/w": Transfer("new")}, {"params/w": 3}, {})  # ["  new    3 values in 1 array: w"]

@@ -31,7 +31,7 @@ TUNED = "tuned"
 
 @config
 class TunedPlan:
-    """A measured plan, and what it was measured for.
+    """A measured plan, and the conditions of the measurement.
 
     plan: the plan of each block, data side first.
     device: the kind of the device.
@@ -55,9 +55,9 @@ class TunedPlan:
 
 
 def why_plan_unsaved(run_dir: str | Path) -> str:
-    """Returns why no plan can be saved with a run, or "" if one can.
+    """Returns the reason why no plan can be saved with a run, or "" if a plan can be saved.
 
-    Raises OSError if something other than a plan has its place.
+    Raises OSError if the plan's path is taken by anything other than a plan.
 
     Example:
         why_plan_unsaved("gs://bucket/digits")  # "the run is in a bucket"
@@ -82,7 +82,8 @@ def tuned_plan(
     """Measures plans for the samples that the options describe, and returns the fastest.
 
     The plans are measured on samples that are first decoded sequentially, in batches of the size that one device
-    decodes. Clips have the length that the flow models, and no given frames. `say` is called with the lines of a table.
+    decodes. Clips have the length that the flow models, and no given frames. say: a function that receives the lines of
+    a table.
 
     Example:
         tuned = tuned_plan(experiment, flow, params, FlowDrawOptions(), print)

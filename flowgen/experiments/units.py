@@ -1,7 +1,7 @@
 """Standardisation: the maps between numbers in their own units and the numbers that a flow is trained on.
 
-The mean and the scale of the training data form a collection of the model's variables. This collection is not trained,
-but saved with every checkpoint, so a run can be used without its data. Let s(x) be the transform of a sample. The
+The mean and the scale of the training data form a collection of the model's variables. This collection is not trained.
+It is saved with every checkpoint, so a run can be used without its data. Let s(x) be the transform of a sample. The
 density in the units of the data follows from the flow's density p:
 
     log p(x | context) = log p(s(x) | standardised context) + log|det ds/dx|

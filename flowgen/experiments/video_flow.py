@@ -157,7 +157,7 @@ class VideoFlowExperiment(AutoregressiveExperiment):
         )
 
     def objective(self, flow: Any, **options: Any) -> Objective:
-        """Returns the joint objective of a flow and its denoiser, or `nll_objective` without one."""
+        """Returns the joint objective of a flow and its denoiser; `nll_objective` if there is no denoiser."""
         likelihood = self.likelihood
         if self.model.denoiser_layers:
             return flow_score_objective(flow, jacobi=likelihood.jacobi, **options)
@@ -304,7 +304,7 @@ class VideoFlowExperiment(AutoregressiveExperiment):
         return debug_run(self, **changes, data=debug_clips(self.data))
 
     def denoiser(self, flow: Any, variables: Any) -> float | Denoiser:
-        """Returns the learned denoiser or, without one, the strength of the Tweedie step; 0 if denoising is off."""
+        """Returns the learned denoiser; if there is none, the strength of the Tweedie step; 0 if denoising is off."""
         strength = self.sampling.denoise
         if not flow.config.denoiser_layers or strength == 0:
             return strength

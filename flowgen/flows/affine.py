@@ -40,7 +40,7 @@ class Affine(NamedTuple):
         return self.shift + jnp.exp(self.log_scale) * z
 
     def where(self, exists: Bool[Array, "b n 1"]) -> Affine:
-        """Returns the maps of the tokens that exist, and the identity for padding."""
+        """Returns the maps with the maps of padding replaced by the identity."""
         return Affine(jnp.where(exists, self.shift, 0), jnp.where(exists, self.log_scale, 0))
 
 
@@ -70,7 +70,7 @@ class Mapped:
         return x if self.exists is None else jnp.where(self.exists, x, z)
 
     def where(self, exists: Bool[Array, "b n 1"]) -> Mapped:
-        """Returns the maps of the tokens that exist, and the identity for padding."""
+        """Returns the maps with the maps of padding replaced by the identity."""
         return replace(self, exists=exists)
 
 

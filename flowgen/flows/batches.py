@@ -35,7 +35,7 @@ def noisy_batch(
 
 
 def check_batch(batch: Any, flow: Flow) -> None:
-    """Raises ValueError unless this is a nonempty `Batch` for this flow, with a context of as many rows.
+    """Raises ValueError unless this is a nonempty `Batch` for this flow, with one row of context per sample.
 
     x must be bytes or latent moments for flows of images and clips, and numbers for flows on other tokens.
     """
@@ -56,7 +56,7 @@ def check_batch(batch: Any, flow: Flow) -> None:
 
 
 def models_images(flow: Flow) -> bool:
-    """Returns whether a flow's samples are images or clips, and not vectors or sequences."""
+    """Returns True if a flow's samples are images or clips, and False if they are vectors or sequences."""
     return len(flow.config.event_shape) > 2
 
 
@@ -130,7 +130,7 @@ def batch_condition(
 
 
 def flow_condition(flow: Flow, batch: Batch) -> Condition | None:
-    """Returns the condition of a batch, without dropout; None if the flow accepts none.
+    """Returns the condition of a batch, without dropout; None if the flow accepts no conditions.
 
     Raises ValueError if the flow requires another kind of context.
     """

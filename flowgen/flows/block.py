@@ -108,7 +108,7 @@ class BlockConfig:
 
     @property
     def is_conditional(self) -> bool:
-        """Whether the block's map depends on more of `cond` than the mask of padded samples."""
+        """Whether the block's map depends on any part of `cond` other than the mask of padded samples."""
         return self.num_classes > 0 or self.prefix is not None
 
     @property
@@ -208,15 +208,15 @@ class AutoregressiveBlock(nn.Module):
     def conditioner(
         self, previous: Float[Array, "b w c"], cond: Condition | None, state: BlockState = NOTHING_BEFORE
     ) -> tuple[TokenMaps, tuple | None]:
-        """Returns (maps, window) for a window of tokens, given the token before each one.
+        """Returns (maps, window) for a window of tokens, given the previous token of each.
 
         previous: rows start..start+w-1 of `previous(tokens)`. The result is for tokens start+p..start+p+w-1, where p is
         num_passthrough.
         state: the state before the window, with caches from `prefill` or `accept`. By default, the window is the whole
         sequence.
 
-        maps: the maps of the tokens, as `parameters` returns them. window: what `accept` needs to add the window to the
-        caches.
+        maps: the maps of the tokens, as `parameters` returns them. window: the input from which `accept` adds the
+        window to the caches.
         """
         config, transformer = self.config, self.config.transformer
         batch, window = previous.shape[:2]
@@ -287,7 +287,7 @@ class AutoregressiveBlock(nn.Module):
         return self.proj_prefix(prefix.features(cond, batch, jnp.dtype(self.config.transformer.dtype)))
 
     def prefix_count(self, cond: Unpadded | None) -> Start:
-        """Returns the number of prefix tokens that are not padding, in all samples or in each."""
+        """Returns the number of prefix tokens that are not padding: one number for all samples, or one for each."""
         if isinstance(self.config.prefix, ContextPrefix):
             return jnp.asarray(cond.mask).sum(axis=1) if isinstance(cond, ContextTokens) else 0
         return self.config.prefix_length
@@ -326,7 +326,7 @@ class AutoregressiveBlock(nn.Module):
         )
 
     def accept(self, before: tuple, window: Any, count: Int[Array, " b"] | None = None) -> tuple:
-        """Returns the caches `before` with the first `count` rows of each sample's window added; None means all rows.
+        """Returns the caches `before` plus the first `count` rows of each sample's window; None means all rows.
 
         window: the second result of `conditioner` for this window.
         """
@@ -341,11 +341,11 @@ class AutoregressiveBlock(nn.Module):
 
     @property
     def has_growing_caches(self) -> bool:
-        """Whether caches can grow. If not, they must have room for all tokens from the start."""
+        """Returns whether caches can grow. Other caches need room for all tokens from the start."""
         return causal_kernel(self.config.transformer.attention).grow is not None
 
     def grow_caches(self, caches: tuple, length: int) -> tuple:
-        """Returns the caches with room for the prefix and `length` tokens, or unchanged caches if they cannot grow."""
+        """Returns the caches with room for the prefix and `length` tokens; caches that cannot grow are unchanged."""
         grow = causal_kernel(self.config.transformer.attention).grow
         return caches if grow is None else tuple(grow(cache, self.config.prefix_length + length) for cache in caches)
 

@@ -1,4 +1,4 @@
-"""How flows use a continuous context: as a prefix, and a check of the fields that concern it."""
+"""Continuous contexts of flows: the prefix that contains a context, and a check of the config's fields."""
 
 from __future__ import annotations
 

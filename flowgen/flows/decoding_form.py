@@ -24,7 +24,7 @@ def decoding_block(config: BlockConfig, variables: Variables) -> tuple[Autoregre
 def decoding_config(config: BlockConfig) -> BlockConfig:
     """Returns the config of a block for decoding.
 
-    Its layers are unrolled, so that they accept caches. Its input and output are in the block's order instead of raster
+    The layers are unrolled, so that they accept caches. Inputs and outputs are in the block's order instead of raster
     order, so blocks that differ only in their order can share a compiled program.
     """
     return replace(config, order="raster", transformer=replace(config.transformer, scan=False))
@@ -42,7 +42,7 @@ def decoding_variables(
     Every layer has separate arrays. The arrays of linear maps have the dtype of the matrix products.
 
     order: the `table_order` of the block's config. cast_layer: the function (parameters, dtype) -> parameters that
-    casts a layer's maps.
+    casts the linear maps of a layer.
     """
     others = {name: part for name, part in variables["params"].items() if name != "layers"}
     layers = unstack_layers(variables["params"]["layers"], num_layers, dtype, cast_layer)

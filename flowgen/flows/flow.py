@@ -1,4 +1,4 @@
-"""The parts that all autoregressive flows share: a stack of blocks and a density; and the tokens of images."""
+"""The base class of autoregressive flows, which have a stack of blocks and a density, and the tokens of images."""
 
 from __future__ import annotations
 
@@ -194,15 +194,15 @@ class AutoregressiveFlow(OnMeshes, nn.Module):
         return type(self)(self.config.with_num_frames(frames), parent=None)
 
     def prior_variance(self) -> Float[Array, "n token"]:
-        """Returns the variance of the Gaussian prior, which is 1 unless it was tracked in training or imported."""
+        """Returns the variance of the Gaussian prior, which is 1 unless the variables contain another value."""
         shape = (self.config.num_tokens, self.config.token_dim)
         return self.get_variable("prior", "variance", jnp.ones(shape, master_dtype(self.config.dtype)))
 
     def log_prob(self, x: Float[Array, "b *event"], cond: AnyCondition | None = None) -> Float[Array, " b"]:
         """Returns the exact log p(x | cond) in nats: log N(z; 0, prior variance) + logdet.
 
-        x: images in [-1, 1], or latents. The values are not checked, because this would make the device wait: images in
-        0..255 get a meaningless density. Convert them with x / 127.5 - 1.
+        x: images in [-1, 1], or latents. The values are not checked, because a check would make the host wait for the
+        device. Images in 0..255 get a meaningless density; convert them with x / 127.5 - 1.
         """
         z, logdet = self.forward(x, cond)
         density = gaussian_log_density(z, self.prior_variance()[None])

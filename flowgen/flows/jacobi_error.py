@@ -1,12 +1,12 @@
 """A penalty that trains a flow for parallel decoding: its blocks then need fewer Jacobi sweeps.
 
-To decode a block, the sweep F(y) = shift(y) + exp(log_scale(y)) · z is repeated, from y = z until y = x, the tokens
-that the block maps to the noise z. In training, x and z are both known, so the error after any number of sweeps is
-known too. Let y_0 = z and y_k = F(y_{k-1}). The penalty is
+To decode a block, the sweep F(y) = shift(y) + exp(log_scale(y)) · z is repeated. It starts at y = z and ends at y = x,
+the tokens that the block maps to the noise z. In training, x and z are both known, so the error after any number of
+sweeps is known too. Let y_0 = z and y_k = F(y_{k-1}). The penalty is
 
     weight · mean over blocks and samples of log rms(y_K - x),
 
-where rms is the root mean square over the tokens of a sample, and K is the number of sweeps. As in Jacobi Forcing
+where K is the number of sweeps, and rms is the root mean square over the tokens of a sample. As in Jacobi Forcing
 (arXiv 2512.14681), which trains language models on their own iterates, the gradient flows only through the last sweep,
 and neither into y_{K-1} nor into x and z. Because of the logarithm, halving the error lowers the penalty by the same
 amount, whether the error is large or small.

@@ -34,11 +34,11 @@ def nll_objective(
     """Returns the maximum-likelihood objective (variables, batch, key) -> (loss, metrics[, carried state]).
 
     loss = loss_scale (½ mean z² - mean logdet / num_dims) + norm_penalty Σ_k mean x_k² + Jacobi penalty, in nats per
-    dimension, up to constants, where x_k are the tokens that enter block k. Padding does not count: of padded samples,
-    num_dims is the mean over the whole batch, on all devices, of the number of values that exist, and squares are
-    averaged over these values. More padding changes neither loss nor gradient. Without penalties, this is the loss of
-    TARFlow. The first penalty comes from STARFlow, and the second, which trains for parallel decoding, is
-    `flowgen.flows.jacobi_error.jacobi_penalty`; None leaves it out.
+    dimension, up to constants, where x_k are the tokens that enter block k. For padded samples, num_dims is the mean
+    number of values per sample, padding left out. This mean is over the batch of all devices. Squares are averaged over
+    the same values, so more padding changes neither loss nor gradient. Without penalties, this is the loss of TARFlow.
+    The norm penalty comes from STARFlow. The Jacobi penalty trains for parallel decoding (see
+    `flowgen.flows.jacobi_error.jacobi_penalty`); None leaves it out.
     batch: a `flowgen.data.Batch` of any image size that `flow.with_image_size` accepts. The batch's context contains
     the labels, texts or context that the flow requires. With probability `label_dropout`, a sample becomes
     unconditional: a label is replaced by -1, a context is hidden, and a text is replaced by
@@ -124,7 +124,7 @@ def mean_dims(config: FlowConfig, cond: AnyCondition | None, rows: Rows | None =
 
 
 def density_metric(flow: Flow, nats_per_dim: Float[Array, ""], batch: Batch) -> dict[str, Array]:
-    """Returns the density metric, keyed by its name: bits/dim for images, nats/dim for latents and numbers."""
+    """Returns {name: density metric}: bits/dim for images, and nats/dim for latents and numbers."""
     if isinstance(batch.x, Moments) or jnp.issubdtype(batch.x.dtype, jnp.floating):
         return {"nats_per_dim": nats_per_dim}
     return {"bits_per_dim": bits_per_dim(-nats_per_dim, 1)}

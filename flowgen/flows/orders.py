@@ -1,7 +1,7 @@
 """The orders in which blocks process tokens: raster order, its reverse, or any permutation; padding comes last.
 
-Samples with padding have orders of their own: the block's order of their tokens, and then their padding. In causal
-attention, no token then sees padding, so padding needs no mask.
+The order of a padded sample is the block's order of its tokens, followed by its padding. In causal attention, no token
+then sees padding, so padding needs no mask.
 """
 
 from __future__ import annotations
@@ -23,12 +23,12 @@ SampleOrder = TokenOrder | Int[Array, "b n"]
 
 
 def to_order(tokens: Shaped[Array, "*b n c"], order: SampleOrder) -> Shaped[Array, "*b n c"]:
-    """Returns tokens in a block's order, given in raster order."""
+    """Returns tokens in a block's order; the given tokens are in raster order."""
     return _permuted(tokens, order, inverse=False)
 
 
 def to_raster(tokens: Shaped[Array, "*b n c"], order: SampleOrder) -> Shaped[Array, "*b n c"]:
-    """Returns tokens in raster order, given in a block's order; the inverse of `to_order`."""
+    """Returns tokens in raster order; the given tokens are in a block's order. This is the inverse of `to_order`."""
     return _permuted(tokens, order, inverse=True)
 
 
@@ -52,8 +52,8 @@ def permutation(order: TokenOrder, n: int) -> Int[np.ndarray, " n"]:
 def order_without_padding(order: TokenOrder, mask: Bool[Array | np.ndarray, "b n"]) -> Int[Array, "b n"]:
     """Returns the permutation of each sample, in which its tokens come in a block's order, and then its padding.
 
-    The order applies to the tokens of a sample as if its padding were removed: of a permutation, only the entries below
-    the number of tokens are used. Hence the places of padding do not matter.
+    The block's order applies to a sample of m tokens as if its padding were removed: only the entries below m of a
+    permutation are used. The places of padding therefore do not matter.
     """
     return _without_padding(jnp.asarray(permutation(order, mask.shape[1])), jnp.asarray(mask))
 
@@ -71,7 +71,7 @@ def without_padding(values: Float[Array, "b n c"], cond: AnyCondition | None) ->
 
 
 def check_permutation(order: tuple[int, ...], n: int, name: str) -> None:
-    """Raises ValueError unless an order is a permutation of 0..n-1. name: what the message calls the order."""
+    """Raises ValueError unless an order is a permutation of 0..n-1. name: the name of the order in the message."""
     if len(order) != n:
         raise ValueError(
             f"{name} has {len(order)} entries, but there are {n} tokens; give a permutation of 0..{n - 1}."

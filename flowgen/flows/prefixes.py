@@ -33,7 +33,7 @@ class ClassPrefix:
 class TextPrefix:
     """A prefix of `length` tokens with `dim` features each.
 
-    Padding tokens are zero. As in the released code, they are not masked.
+    Padding tokens are zero and, as in the released code, not masked.
     """
 
     length: int
@@ -70,7 +70,7 @@ def rotation_after_prefix(
 ) -> tuple[Float[Array, "b n r"], Float[Array, "b n r"]] | None:
     """Returns the rotation of sequences whose prefix has only `count` of its `length` slots, given that of all slots.
 
-    The prefix keeps its first angles, and all other tokens keep theirs.
+    The `count` tokens of the prefix have the first angles, and the angles of all other tokens stay the same.
     """
     if rotation is None:
         return None

@@ -208,7 +208,7 @@ class STARFlowConfig(ImageTokens):
 
     @property
     def blocks(self) -> tuple[BlockConfig, ...]:
-        """The blocks from data to noise, without blocks of 0 layers, which still count when token orders alternate."""
+        """The blocks from data to noise; blocks of 0 layers are left out, but count in the alternation of orders."""
         last = len(self.layers_per_block) - 1
         return tuple(self._block(index, index == last) for index, count in enumerate(self.layers_per_block) if count)
 

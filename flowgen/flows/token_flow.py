@@ -3,8 +3,8 @@
 A vector of d numbers or a sequence of n rows with c channels is divided into tokens of `group` consecutive numbers or
 rows. Every token is transformed, including the first one (shift "input", as in STARFlow, arXiv 2506.06276), so flows of
 a single number work too. Sets are padded sequences: `Padded` says which rows exist, and the density is that of these
-rows given their number. It depends on the order of the rows, as in every autoregressive model; if their order means
-nothing, shuffle them in training.
+rows given their number. As in every autoregressive model, the density depends on the order of the rows. If the order
+has no meaning, shuffle the rows in training.
 """
 
 from __future__ import annotations
@@ -233,8 +233,8 @@ class TokenFlow(AutoregressiveFlow):
     """Exact-likelihood flow between vectors `b d` or sequences `b n c` and noise tokens `b tokens channels`.
 
     In every method, `cond` is None, int32 labels `b` (-1 means unconditional), or the context that the config
-    describes. If samples are padded, it is a `Padded` with the mask of their rows and one of these. Samples are 0 at
-    padding, and what a caller passes there is ignored.
+    describes. If samples are padded, `cond` is a `Padded`, which contains the mask of the rows and one of these
+    conditions. The flow ignores the values of padding that a caller passes, and returns 0 for padding.
 
     Example:
         flow = TokenFlow(TokenFlowConfig(shape=(5,), context=VectorContext(dim=8)))

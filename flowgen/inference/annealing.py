@@ -1,13 +1,13 @@
 """Annealed importance sampling and sequential Monte Carlo, from a flow to a target in small steps.
 
 Samples of q are moved along the geometric path log p_β = (1 - β) log q + β log p̃, from β = 0 to β = 1. Stage t first
-weights the samples for the next density, then perhaps resamples them, then moves them with a kernel that leaves this
-density invariant:
+weights the samples for the next density. The stage may then resample them. Finally, it moves the samples with a kernel
+that leaves this density invariant. The weights change by
 
     log w <- log w + (β_t - β_{t-1}) (log p̃(x) - log q(x))
 
 With a fixed schedule, the mean of w at the end is unbiased for Z = ∫ p̃ (Neal 2001; Del Moral, Doucet & Jasra 2006),
-whatever the move and wherever samples were resampled.
+for any move and any choice of stages with resampling.
 """
 
 from __future__ import annotations
@@ -37,7 +37,7 @@ class Annealed(NamedTuple):
     """Samples of the target with their weights, and a report on the stages.
 
     x, log_weight: weighted samples; log_mean_exp(log_weight) estimates log Z. After resampling, the samples depend on
-    each other, so find the error of an estimate from several runs with different keys.
+    each other. To find the error of an estimate, compare several runs with different keys.
     betas: the inverse temperature of each stage. ess: effective sample size in each stage before resampling, as a
     share. acceptance: share of accepted proposals in each stage. After the last stage of `anneal_adaptively`, these
     are NaN.
@@ -115,8 +115,7 @@ def anneal(
 ) -> Annealed:
     """Returns weighted samples of the target, annealed from samples of q over a fixed schedule.
 
-    The mean weight is unbiased for the normalising constant of the target. Stages run in a scan; inside `jax.jit`, all
-    of it is one program.
+    The mean weight is unbiased for the normalising constant of the target. The stages run in one `lax.scan`.
 
     x: independent samples of q, such as those of `sample_and_log_prob`. log_q: their normalised log-density, such as
     `flow_log_density(flow, params)`. log_target: log p̃. move: for example `MALA(step_size)`, or a kernel of another
@@ -164,10 +163,11 @@ def anneal_adaptively(
 
     Each stage goes as far as `next_beta` allows. If `max_stages` is reached, the last stage goes to 1 in one step. The
     mean weight is consistent for the normalising constant, but, unlike that of `anneal`, slightly biased, because the
-    schedule depends on the samples. For an unbiased estimate, pass the betas that this function found, with a 0 in
-    front, to `anneal` with another key.
+    schedule depends on the samples. For an unbiased estimate, call `anneal` with another key and with the betas of the
+    result, preceded by 0.
 
-    ess: the effective sample size after each stage, as a share of that before it. Other arguments: as for `anneal`.
+    ess: the effective sample size after a stage as a share of the size before the stage. Other arguments: as for
+    `anneal`.
 
     Raises ValueError if ess is not between 0 and 1, or if a density is not one number per sample.
 

@@ -1,4 +1,4 @@
-"""Log-densities as functions x -> log p(x): that of a flow, checked ones, and geometric paths between two."""
+"""Log-densities as functions x -> log p(x): the density of a flow, and geometric paths between two densities."""
 
 from __future__ import annotations
 
@@ -34,9 +34,9 @@ def flow_log_density(flow: Flow, params: Variables, cond: AnyCondition | None = 
 
 
 def density_at(name: str, log_density: LogDensity, x: Float[Array, "b *event"]) -> Float[Array, " b"]:
-    """Returns log_density(x). Raises ValueError unless it is one floating-point number per sample.
+    """Returns log_density(x). Raises ValueError unless the result is one floating-point number per sample.
 
-    name: the argument that the message names.
+    name: the name of the argument, for the message.
 
     Example:
         log_p = density_at("log_target", log_target, x)
@@ -55,8 +55,8 @@ def density_at(name: str, log_density: LogDensity, x: Float[Array, "b *event"]) 
 def tempered(log_q: LogDensity, log_target: LogDensity, beta: Float[Array, ""] | float) -> LogDensity:
     """Returns the geometric path between two densities, x -> (1 - beta) log q(x) + beta log p(x).
 
-    It is not normalised, except at the ends. beta: from 0 (q) to 1 (the target). Samples outside the support of either
-    have -inf in between, and at an end, only the density at this end counts.
+    Densities on the path are not normalised, except at the ends. beta: from 0 (q) to 1 (the target). Between the ends,
+    samples outside the support of either density have -inf. At an end, only the density at this end counts.
 
     Example:
         log_half = tempered(log_q, log_target, 0.5)

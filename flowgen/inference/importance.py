@@ -1,10 +1,10 @@
 """Importance weights: averages under a target density, and its normalising constant, from the samples of a flow.
 
-A flow q gives samples with their exact density. For a target p̃ = Z p, which may lack its normalising constant Z,
+A flow q gives samples with their exact density. For a target p̃ = Z p with an unknown normalising constant Z,
 
     w = p̃(x) / q(x),  x ~ q        Z = E_q[w]        E_p[f] = E_q[w f] / E_q[w]
 
-Everything here takes log w in nats and is computed in log space. A log weight of -inf is a weight of 0: the sample lies
+The functions accept log w in nats, and compute in log space. A log weight of -inf is a weight of 0: the sample lies
 outside the support of p.
 """
 
@@ -29,7 +29,7 @@ from flowgen.weights import check_log_weight, log_mean_exp, systematic_indices
 class WeightedSamples(NamedTuple):
     """Samples with the logarithms of their weights, in nats.
 
-    Weighted averages over x are averages under the target; see `self_normalised`.
+    Weighted averages over x estimate averages under the target; see `self_normalised`.
     """
 
     x: Float[Array, "b *event"]
@@ -62,7 +62,7 @@ def importance_sample(
 
     log_target: x -> log p(x) `b`, in nats, up to a constant. num, cond, plan: as for `flowgen.decoding.sample`.
 
-    Raises ValueError for densities that are NaN or +inf (outside jit), and as `sample_and_log_prob` does.
+    Raises ValueError for densities that are NaN or +inf (outside jit), and in the same cases as `sample_and_log_prob`.
 
     Example:
         s = importance_sample(flow, params, jax.random.key(0), 1_000, ManyWell(4).log_density)
@@ -99,8 +99,8 @@ def forward_effective_sample_size(log_weight: Float[Array, "*b"], axis: int = -1
     """Returns the effective sample size as a share, from samples of the target: b² / (Σw Σ 1/w).
 
     log_weight: log p̃(x) - log q(x) at samples x of p, not of q. For many samples, this share and
-    `effective_sample_size` at samples of q agree. This one also sees modes of the target that q misses, which samples
-    of q never reach, and is then near 0 (it is 0 if a weight is +inf).
+    `effective_sample_size` at samples of q agree. If q misses modes of the target, samples of q do not show this, but
+    the share from samples of the target is then near 0 (exactly 0 if a weight is +inf).
 
     Raises ValueError for NaN and -inf, outside jit: samples of the target have a positive density.
 
@@ -132,8 +132,8 @@ def log_normaliser(log_weight: Float[Array, "*b"], axis: int = -1) -> WeightedEs
 def self_normalised(values: Num[Array, "b *shape"], log_weight: Float[Array, " b"]) -> WeightedEstimate:
     """Returns the weighted mean Σ w f / Σ w, an estimate of E_p[f], and its standard error.
 
-    values: f(x) of each sample, perhaps an array; samples of weight 0 may have any value, even NaN. The standard error
-    is √(b / (b - 1) Σ w² (f - mean)²) / Σ w. The estimate is biased by a term of order 1 / b.
+    values: f(x) of each sample, a number or an array; samples of weight 0 may have any value, even NaN. The standard
+    error is √(b / (b - 1) Σ w² (f - mean)²) / Σ w. The estimate is biased by a term of order 1 / b.
 
     Raises ValueError if the number of samples differs, and for NaN and +inf in log_weight, outside jit.
 

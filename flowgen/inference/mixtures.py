@@ -22,7 +22,7 @@ from flowgen.inference.densities import flow_log_density
 
 
 class Component(NamedTuple):
-    """One component of a mixture: a flow, its parameters and perhaps a class.
+    """One component of a mixture: a flow, its parameters and, optionally, a class.
 
     label: the class of all samples; None for a flow without classes.
     """
@@ -56,7 +56,7 @@ def mixture_log_prob(log_probs: Float[Array, "k *b"], log_weight: Float[Array, "
 
 
 def stratified_counts(shares: Sequence[float | int] | np.ndarray, num: int) -> tuple[int, ...]:
-    """Returns how many of `num` samples each component gives: num π_k, rounded so that the total is num.
+    """Returns the number of samples from each component: num π_k, rounded so that the total is `num`.
 
     The components with the largest remainders round up. shares: π, up to a common factor.
 
@@ -87,8 +87,8 @@ def sample_mixture(
     """Returns stratified samples of a mixture, and the log-density with which they were drawn, in nats.
 
     Component k gives `stratified_counts(shares, num)[k]` samples, in the order of the components. The density is that
-    of the mixture whose shares are these counts / num. Importance weights with it are exact for any number of samples,
-    and have a lower variance than those of random components (Owen & Zhou 2000, deterministic mixtures).
+    of the mixture whose shares are these counts / num. Importance weights with this density are exact for any number of
+    samples, and have a lower variance than with random components (Owen & Zhou 2000, deterministic mixtures).
 
     components: flows of the same event shape. shares: π, up to a common factor; None means equal shares.
 

@@ -1,9 +1,9 @@
 """Objectives that fit a flow to a target density, to samples, or to both.
 
 Reverse KL, forward KL and maximum likelihood, as functions of a flow's parameters that return (loss, metrics). Losses
-are in nats, summed over dimensions and averaged over samples, so that those of one flow can be added. All of them can
-be compiled and differentiated; `objective = lambda params, batch, key: reverse_kl(flow, params, key, 256, log_target)`
-has the signature that `flowgen.training` expects.
+are in nats, summed over dimensions and averaged over samples, so that losses of one flow can be added. All objectives
+can be compiled and differentiated; `objective = lambda params, batch, key: reverse_kl(flow, params, key, 256,
+log_target)` has the signature that `flowgen.training` expects.
 """
 
 from __future__ import annotations
@@ -43,18 +43,19 @@ def reverse_kl(
 ) -> Outcome:
     """Returns the mean of log q(x) - log p̃(x) over samples of the flow, which is KL(q | p) - log Z, and metrics.
 
-    The flow learns from the target's density alone, without data. It tends to cover some modes of the target and to
-    miss others, and its own samples do not reveal the missing ones. The target needs a positive density wherever the
-    flow has samples.
+    The flow learns from the target's density alone, without data. The flow tends to cover some modes of the target and
+    to miss others, which its own samples do not reveal. The target needs a positive density wherever the flow has
+    samples.
 
     log_target: x -> log p̃(x) `b`, in nats; its gradient in x is used. num, cond, plan: as for
     `flowgen.decoding.sample`.
     gradient: "total" differentiates the loss; "path" leaves out the term ∇_θ log q_θ(x) at fixed x, whose mean is 0
-    (Roeder et al., arXiv 1703.09194). Both estimate the same gradient. That of "path" vanishes sample by sample as the
-    flow approaches the target, so its variance is lower near the end of training, but not always before.
+    (Roeder et al., arXiv 1703.09194). Both estimate the same gradient. With "path", the gradient of each sample
+    vanishes as the flow approaches the target. The variance is therefore lower near the end of training, but not always
+    before.
     metrics: loss, elbo (-loss, a lower bound on log Z), log_normaliser (log mean w, an estimate of log Z) and ess.
 
-    Raises ValueError if `gradient` is unknown, and as `sample_and_log_prob` does.
+    Raises ValueError if `gradient` is unknown, and in the same cases as `sample_and_log_prob`.
 
     Example:
         loss, metrics = reverse_kl(flow, params, jax.random.key(0), 256, ManyWell(4).log_density)
@@ -87,9 +88,9 @@ def forward_kl(
 ) -> Outcome:
     """Returns the weighted mean of -log q(x), which is KL(p | q) up to the entropy of the target, and metrics.
 
-    The weights are normalised over the batch, so they may have any constant factor, and no gradient flows through
-    samples or weights. The flow covers all modes that the samples cover. Samples may come from anywhere, if the weights
-    fit: from the flow itself (`importance_sample`), from an earlier flow, or from `anneal`.
+    The weights are normalised over the batch, so a constant factor has no effect. No gradient flows through samples or
+    weights. The flow covers all modes that the samples cover. Samples may come from the flow itself
+    (`importance_sample`), from an earlier flow, or from `anneal`, each with the weights of this source.
 
     metrics: loss, and ess of the weights.
 
@@ -111,8 +112,8 @@ def maximum_likelihood(
 ) -> Outcome:
     """Returns the mean of -log q(x) over samples of the target, in nats, and metrics.
 
-    It is `forward_kl` with equal weights. Unlike `flowgen.flows.objective.nll_objective`, it is summed over dimensions,
-    contains all constants, and takes x as it is, without added noise.
+    This is `forward_kl` with equal weights. Unlike `flowgen.flows.objective.nll_objective`, the loss is summed over
+    dimensions and contains all constants, and x gets no noise.
 
     metrics: loss.
 
@@ -129,7 +130,7 @@ def weighted_sum(outcomes: Mapping[str, tuple[float | int, Outcome]]) -> Outcome
 
     outcomes: name -> (factor, (loss, metrics)).
 
-    Raises ValueError if there is none, or if a factor is negative or not finite.
+    Raises ValueError if there is no objective, or if a factor is negative or not finite.
 
     Example:
         likelihood, energy = maximum_likelihood(flow, params, x), reverse_kl(flow, params, key, 64, log_target)

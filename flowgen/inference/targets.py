@@ -22,7 +22,7 @@ class ManyWell:
 
     log p̃(x) = Σ over pairs of -(x₁⁴ - 6 x₁² - ½ x₁ + ½ x₂²)
 
-    The pairs are consecutive coordinates of x, whatever its shape. In each pair, x₁ has modes near -1.7 and 1.7, the
+    The pairs are consecutive coordinates of x, which is flattened. In each pair, x₁ has modes near -1.7 and 1.7, the
     second of which has 84 % of the mass, and x₂ is standard normal.
 
     dim: number of coordinates, even.

@@ -48,7 +48,7 @@ def check_times(t: Array, x0: Array) -> None:
 
 
 def check_takes(name: str, function: Callable[..., object], *arguments: str) -> None:
-    """Raises ValueError if a function cannot be called with positional arguments of these names."""
+    """Raises ValueError if a function cannot be called with positional arguments, one per item of `arguments`."""
     try:
         inspect.signature(function).bind(*arguments)
     except TypeError as error:

@@ -14,8 +14,9 @@ from flowgen.conditioning import UNCONDITIONAL, ContextTokens, TextCondition
 def as_condition(cond: Any) -> Any:
     """Returns labels, None and `ContextTokens` unchanged, and other contexts as `ContextTokens` without padding.
 
-    The other contexts are vectors `b e`, tokens `b m e` and texts. As `ContextTokens`, any of their samples can be made
-    unconditional. Raises ValueError for anything else, such as images, which need a patch size to become tokens.
+    The other contexts are vectors `b e`, tokens `b m e` and texts. In the form of `ContextTokens`, any sample of a
+    context can be made unconditional. Raises ValueError for anything else, such as images, which need a patch size to
+    become tokens.
 
     Example:
         tokens, mask = as_condition(jnp.zeros((8, 5)))  # 8 1 5 and 8 1

@@ -1,4 +1,4 @@
-"""How velocity networks accept contexts: checks, and layers that embed a context as one vector or as channels.
+"""Contexts of velocity networks: checks, and layers that embed a context as one vector or as channels.
 
 A sample without a context, and padding inside a context, are masked: their values have no effect, even if they are NaN.
 """
@@ -28,7 +28,7 @@ class Given(NamedTuple):
 
 
 def given_context(context: ContextConfig, cond: ContextTokens | None, batch: int, dtype: Any) -> Given:
-    """Returns a context with padding set to 0. None becomes a context of padding alone, so both mean the same.
+    """Returns a context with padding set to 0. None becomes a context of padding alone, which has the same effect.
 
     Example:
         tokens, mask = given_context(config.context, None, batch=8, dtype=jnp.float32)
@@ -60,7 +60,7 @@ def shrunk_context(context: Context | None, image_hw: tuple[int, int], small_hw:
 
 
 def as_channels(context: ImageContext, given: Given) -> Float[Array, "b height width c_and_one"]:
-    """Returns an image context with one more channel: 1 for pixels that are given and 0 for those of masked patches.
+    """Returns an image context with one more channel: 1 for given pixels and 0 for pixels of masked patches.
 
     Example:
         x = jnp.concatenate([x, as_channels(config.context, given)], axis=-1)
@@ -72,7 +72,7 @@ def as_channels(context: ImageContext, given: Given) -> Float[Array, "b height w
 
 
 def masked_mean(tokens: Float[Array, "b m d"], given: Given) -> Float[Array, "b d"]:
-    """Returns the mean of each sample's tokens, which must be finite, without padding; 0 if it has none.
+    """Returns the mean of each sample's tokens, not counting padding; 0 if there are none. Tokens must be finite.
 
     Example:
         e = masked_mean(layer(given.tokens), given)
@@ -100,7 +100,7 @@ class TokenEmbedding(nn.Module):
 
 
 class ContextEmbedding(nn.Module):
-    """Embeds a context as one vector per sample: the mean of its embedded tokens, or a learned vector if it has none.
+    """Embeds a context as one vector per sample: the mean of the embedded tokens; a learned vector if there are none.
 
     The order of the tokens has no effect. dense: see `TokenEmbedding`. none_std: standard deviation of the initial
     learned vector.

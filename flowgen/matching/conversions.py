@@ -1,4 +1,4 @@
-"""Conversions between velocities and other predictions on a path, and of velocities from one path to another."""
+"""Converts predictions on a path into velocities and back, and velocities from one path to another."""
 
 from __future__ import annotations
 

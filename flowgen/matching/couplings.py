@@ -4,8 +4,8 @@ By default, a coupling receives the whole batch: `flowgen.matching.loss.couple` 
 coupling whose attribute `sees` is "row" treats each pair separately. A coupling whose attribute `sees` is "device" uses
 only the rows of one device, so the number of devices changes what the network learns.
 
-Weights w turn the loss for independent pairs into E[w |v - u|²], which is the loss for the coupling
-q ∝ w · p(x0) p(x1) (W-CFM, arXiv 2507.22270). A transport plan reorders the noise x0 within the batch instead.
+Pair weights w turn the loss for independent pairs into E[w |v - u|²], which is the loss for the coupling q ∝ w · p(x0)
+p(x1) (W-CFM, arXiv 2507.22270). A transport plan reorders the noise x0 within the batch instead.
 """
 
 from __future__ import annotations
@@ -303,7 +303,7 @@ def to_sphere(x: Float[Array, "b *event"]) -> Float[Array, "b *event"]:
 
 
 def check_cost(cost: Float[Array, "..."]) -> Float[Array, "..."]:
-    """Returns the costs unchanged; outside jit, raises ValueError if one of them is NaN."""
+    """Returns the costs unchanged. Outside jit, raises ValueError if a cost is NaN."""
     if not isinstance(cost, Tracer):
         bad = int(np.isnan(np.asarray(cost)).sum())
         if bad:

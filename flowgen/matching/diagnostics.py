@@ -1,4 +1,4 @@
-"""Diagnostics for weights and learned fields: effective sample size, tilt, path energy and distances."""
+"""Diagnostics for pair weights and learned fields: effective sample size, tilt, path energy and distances."""
 
 from __future__ import annotations
 
@@ -104,11 +104,11 @@ def tilted_wasserstein(
 ) -> TiltedDistances:
     """Returns W2 between noise and tilted noise, and between data and tilted data.
 
-    Let mu and nu be the distributions of noise and data. A flow trained with plain weights learns the tilted marginals
-    f(x) mu(dx) and g(y) nu(dy), where f(x) = E_data[w(x, .)] / E[w] and g(y) = E_noise[w(., y)] / E[w]. This function
-    estimates f and g by means over the samples. Systematic resampling turns each tilted sample into one with equal
-    weights, and an exact assignment matches that sample to the original. The assignment takes O(b³) time on the host,
-    which is seconds for 1,000 samples.
+    Let mu and nu be the distributions of noise and data. A flow trained with plain pair weights learns the tilted
+    marginals f(x) mu(dx) and g(y) nu(dy), where f(x) = E_data[w(x, .)] / E[w] and g(y) = E_noise[w(., y)] / E[w]. This
+    function estimates f and g by means over the samples. Systematic resampling turns each tilted sample into one with
+    equal weights, and an exact assignment matches that sample to the original. The assignment takes O(b³) time on the
+    host, which is seconds for 1,000 samples.
 
     Example:
         distances = tilted_wasserstein(x0, x1, epsilon=2.0)
@@ -250,8 +250,8 @@ def path_report(
 def signed_path_energy(energy: Float[Array, ""] | float, squared_distance: Float[Array, ""] | float) -> Any:
     """Returns the signed path energy, (path energy - W2²) / W2².
 
-    A negative value means that the paths are too short to transport one marginal to the other. The usual normalised
-    path energy is the absolute value, which hides this case.
+    If the value is negative, the paths are too short to transport one marginal to the other. The usual normalised path
+    energy is the absolute value, which hides this case.
 
     Example:
         npe = signed_path_energy(path_report(velocity, x0).energy, wasserstein(x0, x1) ** 2)
@@ -262,8 +262,8 @@ def signed_path_energy(energy: Float[Array, ""] | float, squared_distance: Float
 def wasserstein(x: Float[Array, "b *event"], y: Float[Array, "b *event"]) -> Float[Array, ""]:
     """Returns the exact 2-Wasserstein distance between two samples of equal size.
 
-    Even two samples from the same distribution are a positive distance apart, so use that distance as a baseline.
-    Raises ValueError if the samples differ in shape.
+    Even two samples from the same distribution have a positive distance. Use this distance as a baseline. Raises
+    ValueError if the samples differ in shape.
 
     Example:
         distance, floor = wasserstein(generated, data), wasserstein(data, more_data)

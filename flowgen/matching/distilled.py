@@ -29,9 +29,9 @@ from flowgen.matching.couplings import Cond, Coupled
 class FlowDistilled:
     """Pairs each x1 with the noise that a trained flow maps it to; all weights are 1.
 
-    The given x0 is the noise ε that is added to x1, so it must be normal; a loss draws such noise. The condition of the
-    batch, such as labels, is also that of the flow, before any of it is dropped. No gradient reaches the flow. A
-    coupling is a pytree of the flow's variables: inside jit, pass it as an argument if the flow is large.
+    The given x0 is the noise ε that is added to x1, so it must be normal; a loss draws such noise. The flow receives
+    the condition of the batch, such as labels, before label dropout. No gradient reaches the flow. A coupling is a
+    pytree of the flow's variables: inside jit, pass it as an argument if the flow is large.
 
     flow: a flow whose samples have the shape of x1. variables: its variables. noise_std: σ; None means the value in the
     flow's config. If σ is 0, x1 is passed to the flow unchanged.

@@ -62,10 +62,10 @@ def flow_matching_loss(
 
     batch: a dict of "x1", the data; "x0", the noise (standard normal if missing); "cond", the condition or None; and
     "rows", a `flowgen.rows.Rows`. A training step adds "rows", so that the random numbers do not depend on the number
-    of devices. The condition is any pytree of arrays with one row per sample, as the velocity accepts it.
+    of devices. The condition is any pytree of arrays with one row per sample that the velocity accepts.
     label_dropout: probability with which each sample becomes unconditional, independently of the others: its label is
     replaced by -1, or its context is masked. A positive value requires labels, vectors, tokens or `ContextTokens`.
-    log_mean: the running log-mean of the weights; -inf or None before the first step. The loss returns the updated
+    log_mean: the running log-mean of the pair weights; -inf or None before the first step. The loss returns the updated
     value, which only "running" normalisation needs. Raises ValueError if settings or shapes are invalid.
 
     Example:
@@ -256,7 +256,7 @@ def check_data(x0: Array, x1: Array, cond: Any, label_dropout: float) -> None:
 
 
 def check_parts(path: object, coupling: object, time: object) -> None:
-    """Raises ValueError unless path, coupling and time are objects that a loss can use, not names or classes.
+    """Raises ValueError if path, coupling or time is a name or a class instead of an object that a loss can use.
 
     Example:
         check_parts(CondOT(), MinibatchOT(), Uniform())

@@ -139,8 +139,8 @@ def average_and_target(
     """Returns u(t, x_t, cond, interval) and its target, the right-hand side of the identity: v + interval · du/dt.
 
     No gradient flows through the target. If u is the average velocity of the field v, then u equals the target. If v
-    contains the velocities of single pairs instead, u equals the target in expectation, because the target is affine in
-    v.
+    contains the velocities of single pairs instead, u equals the expectation of the target, because the target is
+    affine in v.
 
     Example:
         u, target = average_and_target(average_velocity, t, x_t, None, interval, v)

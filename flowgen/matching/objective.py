@@ -154,8 +154,8 @@ def matching_objective(
 
     pairs(key, batch): a function that returns the batch for `loss_fn`: a dict of "x1" and, optionally, "x0" and "cond".
     Each device passes a different key, but random numbers from `batch_rows(batch, key, num)` are the same on any number
-    of devices. The carried state is the running log-mean of the weights; it is returned if `variables` contains the
-    collection "matching".
+    of devices. The carried state is the running log-mean of the pair weights. It is returned if `variables` contains
+    the collection "matching".
 
     train: whether to apply dropout. If True, and if the network's config has a positive `dropout`, the network is
     applied to each row separately, with one dropout key per row.
@@ -202,7 +202,7 @@ def combined_state(before: dict[str, Any], parts: dict[str, Any]) -> dict[str, A
 
 
 def velocity_field(network: Any, variables: Any, matching: MatchingConfig) -> Velocity:
-    """Returns the velocity function (t, x, cond) -> v of a trained network, whatever the network predicts.
+    """Returns the velocity function (t, x, cond) -> v of a trained network, for any predicted quantity.
 
     If the network predicts x1, noise or a score, its output is evaluated and converted only at times at which
     alpha/beta is between 0.02 and 50. Closer to the ends of the path, the conversion would amplify the network's error

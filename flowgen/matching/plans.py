@@ -44,8 +44,8 @@ def entropic_plan(
     epsilon is in units of the mean cost. The method is Sinkhorn's iteration in the log domain, in stages with
     decreasing epsilon. After each stage, the potentials are added to the matrix, so that the potentials of the next
     stage are small and the marginals are accurate to float32. The last stage ends when the row and column sums are
-    within `tolerance`, or after max_sweeps sweeps, so check `error`. The diagonal must be allowed. If all costs are 0,
-    the plan is uniform.
+    within `tolerance`, or after max_sweeps sweeps. Check `error` if the plan must be accurate. The diagonal must be
+    allowed. If all costs are 0, the plan is uniform.
     """
     solve = partial(_entropic_plan, epsilon=epsilon, tolerance=tolerance, max_sweeps=max_sweeps)
     return EntropicPlan(*keep_axes(solve, cost, allowed, named=[(cost, "b m")], out=("b m", "", "")))

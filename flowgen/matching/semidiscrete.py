@@ -37,12 +37,12 @@ class SemidiscreteOT:
     """Pairs each x0 with the data point whose cell contains it; all weights are 1.
 
     The data points and their conditions replace x1 and cond of the batch. With conditions, a class is trained only on
-    the noise in its cells, but sampled from all noise. Therefore, use this coupling for unconditional models, or with
-    guidance that accounts for the difference. A call stores a b x n matrix.
+    the noise in its cells, but is sampled from all noise. Use this coupling for unconditional models, or with guidance
+    that accounts for the difference. A call stores a b x n matrix.
 
     y: the dataset. potentials: potentials from `fit_semidiscrete`, or from any other solver for the squared Euclidean
-    cost. labels: labels or other conditions of the data, as any pytree of arrays with one row per data point. The
-    partners' rows are returned as cond.
+    cost. labels: labels or other conditions of the data, as any pytree of arrays with one row per data point. The rows
+    of the paired data points are returned as cond.
 
     Raises ValueError if shapes do not match, or if the batch has a condition but the data have no labels.
 

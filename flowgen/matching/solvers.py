@@ -58,8 +58,8 @@ def integrate(
     The method "dopri5" adapts its step sizes, which are the same for the whole batch. It keeps the root mean square of
     error / (atol + rtol |x|), taken over the batch, below 1. It ignores num_steps, raises ValueError if times are
     given, and returns the number of evaluations as an int32 array. It supports only reverse-mode differentiation. If it
-    needs more than max_steps steps, it raises RuntimeError outside jit, and returns NaN inside jit. It raises
-    ModuleNotFoundError if diffrax is not installed.
+    needs more than max_steps steps, it raises RuntimeError outside jit, and returns NaN inside jit. The method requires
+    diffrax; without it, the call raises ModuleNotFoundError.
 
     Raises ValueError for an unknown method, fewer than one step, a grid that does not increase within [0, 1], an
     integer x0, or a velocity whose shape differs from the shape of x.

@@ -13,8 +13,8 @@ ImageSize = SupportsIndex | Sequence[SupportsIndex]
 def image_sides(image_size: object, name: str = "image_size") -> tuple[int, int]:
     """Returns (height, width) for an image size, which is one side of a square or a pair of sides.
 
-    The sides may be integers of any type. name: what the error message calls the field. Raises ValueError unless both
-    sides are at least 1.
+    The sides may be integers of any type. name: the name of the field in the error message. Raises ValueError unless
+    both sides are at least 1.
     """
     sides = image_size if isinstance(image_size, tuple | list) else (image_size, image_size)
     whole = [_whole(side) for side in sides]
@@ -43,7 +43,7 @@ def check_patches(image_size: object, patch_size: int) -> None:
 
 
 def check_heads(width: int, head_dim: int, name: str = "width") -> None:
-    """Raises ValueError unless head_dim divides the width. name: what the error message calls the width."""
+    """Raises ValueError unless head_dim divides the width. name: the name of the width in the error message."""
     if width % head_dim:
         raise ValueError(f"{name} is {width}, which is not a multiple of head_dim {head_dim}; change one of them.")
 

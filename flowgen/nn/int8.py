@@ -1,11 +1,11 @@
-"""Matrix products with weights of 8 bits: a scale per output, and a few inputs at full precision (arXiv 2208.07339).
+"""Matrix products with 8-bit weights, one scale per output, and a few inputs at full precision (arXiv 2208.07339).
 
 Let W be a kernel `inputs outputs` and O the set of its outliers, which are a few inputs with unusually large weights:
 
     x W ≈ (x Q) · s + x_O W_O,      Q_ij = round(W_ij / s_j), and 0 for i in O,      s_j = max_{i∉O} |W_ij| / 127
 
-A large weight makes the scale of its output large, and with it the rounding errors of all other weights. The outliers
-are therefore chosen by their size in units of the root mean square weight of each output.
+A large weight increases the scale of its output, and thereby the rounding errors of all other weights. The outliers are
+therefore chosen by their size in units of the root mean square weight of each output.
 """
 
 from __future__ import annotations

@@ -38,7 +38,7 @@ FLAT_DOTS: dict[Shared, Callable[..., Array]] = {
 
 
 def master_dtype(dtype: str) -> jnp.dtype:
-    """Returns the dtype of parameters, affine maps and log-determinants for a given compute dtype: at least float32.
+    """Returns the dtype of parameters, affine maps and log-determinants for a given compute dtype; at least float32.
 
     Example:
         master_dtype("bfloat16")  # float32

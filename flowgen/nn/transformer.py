@@ -190,7 +190,8 @@ def transformer_stack(config: TransformerConfig) -> nn.Module:
     """Returns a module that applies all layers: (h, caches, start, inverse_temperature, rotation) -> (h, caches).
 
     caches: None for a whole sequence from position 0; otherwise, one kernel cache per layer, which requires
-    `scan=False`. In this case, the result contains what the kernel's `accept` needs to add these tokens to the caches.
+    `scan=False`. In this case, the returned caches are the windows from which the kernel's `accept` adds these tokens
+    to the caches.
     start: the cache slot of h[:, 0], one for the whole batch or one per sample. inverse_temperature: None, or an array
     `b` of factors for the attention logits. rotation: None, or (cos, sin), each `n r` or `b n r`, of the angles by
     which the queries and keys of these tokens are rotated. Keys are cached after the rotation.

@@ -1,4 +1,4 @@
-"""AdamP: Adam without the part of an update that only lengthens scale-invariant weights.
+"""AdamP: Adam, leaving out the part of an update that only increases the norm of scale-invariant weights.
 
 Heo et al., 2021, 2006.08217. Adam's update p = m̂ / (√v̂ + ε) is projected if the weight w is almost orthogonal to its
 gradient g:

@@ -1,4 +1,4 @@
-"""AuON: SGD with momentum, whose steps are divided by the root mean square of a hyperbolic cosine.
+"""AuON: SGD with momentum, with steps divided by the root mean square of a hyperbolic cosine.
 
 Maity, 2025, 2509.24320, as implemented in the authors' code. With momentum m and Nesterov's step G = (1 - β) g + β m,
     w <- (1 - lr λ) w - lr G / √(mean cosh²(γ G / |G|)).

@@ -1,8 +1,8 @@
 """Applies an optimizer to each layer of a stack separately.
 
 The networks scan over equal layers, so every array below a module called `layers` has a leading axis that indexes the
-layers. An optimizer that uses shapes or norms would treat such an array as one large tensor: Muon would orthogonalise
-the wrong matrix, and LAMB would use one trust ratio for all layers.
+layers. An optimizer that uses shapes or norms would treat such an array as one large tensor. For example, Muon would
+orthogonalise the wrong matrix, and LAMB would use one trust ratio for all layers.
 """
 
 from __future__ import annotations

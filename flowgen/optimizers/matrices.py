@@ -15,7 +15,7 @@ MATRIX, OTHER = "matrix", "other"
 
 
 def are_kernels(params: Any) -> Any:
-    """Returns a tree of bools: True for each array called `kernel`, as weights are in Flax, that is not a vector.
+    """Returns a tree of bools: True for each array that is named `kernel`, as in Flax, and is not a vector.
 
     Example:
         tx = optax.adamw(1e-3, mask=are_kernels)
@@ -72,8 +72,8 @@ def beside_adamw(
 ) -> optax.GradientTransformation:
     """Returns an optimizer that updates weight matrices along `direction`, and all other parameters with AdamW.
 
-    Weight decay is decoupled for both. direction: transforms the gradients of weight matrices, without the learning
-    rate. b1, b2, eps: AdamW's. adam_learning_rate: AdamW's learning rate; None to use `learning_rate`.
+    Weight decay is decoupled for all parameters. direction: transforms the gradients of weight matrices, without the
+    learning rate. b1, b2, eps: AdamW's. adam_learning_rate: AdamW's learning rate; None to use `learning_rate`.
 
     Example:
         tx = beside_adamw(optax.scale_by_sign(), 1e-4, 1e-3, weight_decay=0.1, mask=None, b1=0.9, b2=0.95, eps=1e-8)

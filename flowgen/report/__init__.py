@@ -1,4 +1,4 @@
-"""Writes a report about a run: one HTML page that needs no other file and no network."""
+"""Writes a report about a run, as one HTML page that needs neither other files nor a network."""
 
 from flowgen.report.page import check_report_path, report_page
 

@@ -1,4 +1,4 @@
-"""The part of a report about data: how many, of which classes, and what they look like."""
+"""The part of a report about data: the number of samples, the classes, and examples."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ MOST_CLASSES = 24  # bars
 def data_section(experiment: Experiment, contents: RunContents, *, opens: bool) -> Section:
     """Returns the summary of a run's data; if the data cannot be opened, a sentence says so.
 
-    opens: whether to open the data, to count labels and to show images.
+    opens: whether to open the data, which is needed for counts of labels and for examples.
 
     Example:
         part = data_section(experiment, contents, opens=True)

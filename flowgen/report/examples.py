@@ -1,4 +1,4 @@
-"""A few samples of a run's data: what a flow is trained on, and the images or clips to show."""
+"""A few samples of a run's data: the inputs of a flow, and images or clips to show."""
 
 from __future__ import annotations
 
@@ -80,7 +80,7 @@ def has_pixels(experiment: Experiment) -> bool:
 
 
 def pixels(experiment: Any, *, held_out: bool) -> Dataset:
-    """Returns the training images or clips, or the held-out ones; of several shapes, only those of the first shape.
+    """Returns the training or held-out images or clips. If these have several shapes, returns those of the first shape.
 
     Example:
         dataset = pixels(experiment, held_out=False)
@@ -119,7 +119,7 @@ def some_of(batch: Batch, most: int) -> Batch:
 
 
 def split_of(experiment: AutoregressiveExperiment) -> str:
-    """Returns which samples `inputs` reads: "held-out" or "training" samples.
+    """Returns the kind of samples that `inputs` reads: "held-out" or "training".
 
     Example:
         split_of(experiment)

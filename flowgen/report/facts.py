@@ -1,4 +1,4 @@
-"""The parts of a report that need only the files of a run: its head, its warnings, samples, checkpoints and config."""
+"""The parts of a report that need only the files of a run: head, warnings, samples, checkpoints and config."""
 
 from __future__ import annotations
 
@@ -106,9 +106,9 @@ def _duration(seconds: float) -> str:
 
 
 def warnings_section(contents: RunContents, experiment: Experiment, bad: Mapping[str, int], more: list[str]) -> Section:
-    """Returns the warnings of the run, and what its files show to be unusual.
+    """Returns the warnings of the run, and notes on anything unusual in its files.
 
-    bad: number of values that are not finite, by metric. more: sentences of the report itself.
+    bad: number of values that are not finite, by metric. more: further warnings, from the report.
 
     Example:
         part = warnings_section(contents, experiment, bad={}, more=[])
@@ -217,7 +217,7 @@ REQUIRED = object()  # in place of the default of a field that has none
 def default_values(config: Any, path: str = "") -> dict[str, Any]:
     """Returns the default of each field by its dotted name; `REQUIRED` for fields without a default.
 
-    The defaults of a group are those of the type that the group has.
+    A group has the defaults of its current type.
 
     Example:
         default_values(experiment)["optim.lr"]  # 0.0001

@@ -25,7 +25,7 @@ POINTS = 400
 
 
 def solving_section(experiment: MatchingExperiment, network: Any, variables: Any, num: int) -> Section:
-    """Returns how the run's solver draws samples, with a picture of them.
+    """Returns a section that describes how the run's solver draws samples, with a picture.
 
     Example:
         part = solving_section(experiment, network, variables, num=8)
@@ -54,7 +54,7 @@ def solving_section(experiment: MatchingExperiment, network: Any, variables: Any
 
 
 def tilt_section(experiment: MatchingExperiment) -> Section | None:
-    """Returns what Gibbs weights do to noise and data; None if the run does not use them.
+    """Returns a section on the effect of Gibbs weights on noise and data; None if the run does not use Gibbs weights.
 
     Raises OSError or ValueError if the data cannot be opened.
 

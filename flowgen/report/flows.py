@@ -35,11 +35,11 @@ SLOW = 60.0  # seconds; a plan whose first call takes longer is not run again to
 
 
 class BlockStatistics(NamedTuple):
-    """What one block does to a batch of samples.
+    """Statistics of one block on a batch of samples.
 
-    log_scale: the quantiles `QUANTILES` of log_scale over samples, tokens and channels, in nats. spread: its standard
-    deviation. logdet_per_dim: mean log-determinant in nats per dimension. norm: root mean square of the tokens after
-    the block; after the last block, these are the noise.
+    log_scale: the quantiles `QUANTILES` of log_scale over samples, tokens and channels, in nats. spread: the standard
+    deviation of log_scale. logdet_per_dim: mean log-determinant in nats per dimension. norm: root mean square of the
+    tokens after the block; after the last block, these are the noise.
     """
 
     log_scale: tuple[float, ...]
@@ -79,7 +79,7 @@ def _through(block: AutoregressiveBlock, params: Any, tokens: jax.Array, cond: A
 
 
 def blocks_section(flow: Any, variables: Any, batch: Batch, split: str) -> Section:
-    """Returns the statistics of a flow's blocks for a batch of data. split: "held-out" or "training".
+    """Returns the section with the statistics of a flow's blocks on a batch of data. split: "held-out" or "training".
 
     Example:
         part = blocks_section(flow, params, inputs(experiment, 32), "held-out")
@@ -117,7 +117,7 @@ def blocks_section(flow: Any, variables: Any, batch: Batch, split: str) -> Secti
 
 
 class Decoded(NamedTuple):
-    """How one plan decoded a batch. seconds: of the first call if it took longer than SLOW, and else of the second."""
+    """The decoding of a batch by one plan. seconds: time of the second call, or of the first if it exceeds SLOW."""
 
     name: str
     result: Any
@@ -131,7 +131,7 @@ class Decoded(NamedTuple):
 
 
 def decoding_section(experiment: AnyFlow, contents: RunContents, flow: Any, variables: Any, batch: Batch) -> Section:
-    """Returns how the run's plan and Jacobi decoding draw as many samples as the batch has, given its conditions.
+    """Returns a section that compares the run's plan with Jacobi decoding, for the conditions of a batch.
 
     Example:
         part = decoding_section(experiment, contents, flow, params, inputs(experiment, 8))

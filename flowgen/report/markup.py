@@ -1,4 +1,4 @@
-"""Builds HTML. Text is escaped, and only what these functions return counts as markup."""
+"""Builds HTML. Text is escaped; only results of these functions count as markup."""
 
 from __future__ import annotations
 
@@ -72,7 +72,7 @@ def table(caption: str, columns: Sequence[str], rows: Iterable[Sequence[object]]
 
 
 def picture(png: bytes, alt: str, *, kind: str = "png") -> Markup:
-    """Returns an image whose content is part of the page. alt: what it shows, for those who cannot see it.
+    """Returns an image whose content is part of the page. alt: a description of the image in words.
 
     Example:
         picture(Path("samples/0000300.png").read_bytes(), "Samples at step 300")

@@ -34,7 +34,7 @@ def number_blocks_section(experiment: TokenFlowExperiment, flow: Any, variables:
 
 
 def drawing_section(experiment: TokenFlowExperiment, flow: Any, variables: Any) -> Section:
-    """Returns how samples are drawn, with a picture of them.
+    """Returns a section that describes how samples are drawn, with a picture.
 
     Example:
         part = drawing_section(experiment, flow, variables)

@@ -1,4 +1,4 @@
-"""Puts a report together: one HTML page about a run."""
+"""Assembles a report: one HTML page about a run."""
 
 from __future__ import annotations
 
@@ -50,7 +50,7 @@ class _Part(NamedTuple):
 def check_report_path(path: Path) -> None:
     """Raises OSError if a report cannot be written at `path`, and FileExistsError if another file is there.
 
-    A report that was written before may be replaced.
+    An earlier report may be replaced.
 
     Example:
         check_report_path(Path("report.html"))
@@ -75,9 +75,9 @@ def report_page(
 ) -> str:
     """Returns the page about a run.
 
-    parameters: the number of parameters of the model. model: the model and its variables; None to measure nothing and
-    to leave the data closed. samples: the number of samples to draw and decode. missing: why there is no model, if one
-    was asked for.
+    parameters: the number of parameters of the model. model: the model and its variables; if None, nothing is measured
+    and the data are not opened. samples: the number of samples to draw and decode. missing: the reason why a requested
+    model is missing.
 
     Example:
         page = report_page(experiment, read_contents(run), parameters=417_000, model=(flow, params), samples=8)

@@ -1,6 +1,6 @@
-"""Reads and writes run directories: config, checkpoints, metrics, samples and lock. No other code accesses them.
+"""Reads and writes run directories: config, checkpoints, metrics, samples and lock. No other package accesses them.
 
-Also reads exported models, and finds those that ship with flowgen.
+This package also reads exported models, and finds the models that ship with flowgen.
 """
 
 from flowgen.runs.arrays import check_layout, flatten, layout

@@ -41,7 +41,7 @@ def layout(tree: Any) -> dict[str, Any]:
 def check_layout(name: str, given: dict[str, Any], expected: dict[str, Any]) -> None:
     """Raises ValueError if saved arrays have unexpected paths, shapes or dtypes; the message lists the first few.
 
-    name: what has these arrays, as the message names it.
+    name: a noun phrase for the owner of the arrays, used in the message.
 
     Example:
         check_layout("Checkpoint 7", manifest["arrays"], layout(abstract_state))
@@ -96,7 +96,7 @@ def group_of(path: str) -> str:
 
 
 def write_arrays(directory: Path, flat: Flat) -> None:
-    """Writes each group of arrays to a new folder of its own. Raises ValueError or OSError if writing fails.
+    """Writes each group of arrays to a new folder. Raises ValueError or OSError if writing fails.
 
     Example:
         write_arrays(Path("300.saving"), flatten(state))

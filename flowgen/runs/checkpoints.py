@@ -39,10 +39,10 @@ _LEFTOVER = re.compile(rf"[0-9]+\.({SAVING}|{DELETED})(-[0-9]+)?")
 class CheckpointReader:
     """Reads the complete checkpoints of a directory.
 
-    Writes nothing, so it can be used while a run is training in the directory.
+    A reader writes nothing, so it can be used while a run is training in the directory.
 
-    fetch(names): is called before files are read, such as "300/params/_METADATA". It fills files that a `Mirror` has
-    left empty.
+    fetch(names): a function that is called before files such as "300/params/_METADATA" are read; it downloads files
+    that a `Mirror` has left empty.
 
     Example:
         reader = CheckpointReader("runs/digits/checkpoints")
@@ -69,7 +69,7 @@ class CheckpointReader:
         return {name: why for name, why in self._entries().items() if why is not None}
 
     def check_not_broken(self) -> None:
-        """Raises ValueError if the directory contains checkpoints but each of them has lost files.
+        """Raises ValueError if the directory contains checkpoints but each one lacks files.
 
         Example:
             CheckpointReader("runs/digits/checkpoints").check_not_broken()
@@ -106,7 +106,7 @@ class CheckpointReader:
         return meta
 
     def was_trained(self) -> bool:
-        """Returns whether training wrote the latest checkpoint; False if it was made from given weights."""
+        """Returns True if training wrote the latest checkpoint, and False if the weights were imported."""
         step = self.latest_step()
         return step is not None and "step" in self.manifest(step)["arrays"]
 
@@ -162,7 +162,8 @@ class CheckpointReader:
     def variables(self, step: int, params: Any, *, ema: bool = True) -> dict[str, Any]:
         """Returns a step's weights and carried collections.
 
-        If `ema` is true and averaged weights were saved, these are returned. The optimizer's state is not read.
+        If `ema` is true and averaged weights were saved, the averaged weights are returned. The optimizer's state is
+        not read.
 
         params: a tree of (abstract) arrays with the structure of the weights.
 

@@ -1,4 +1,4 @@
-"""Reads what a run has written besides its arrays, for reports. Can be called while the run is training."""
+"""Reads the files of a run other than its arrays, for reports. This works while the run is training."""
 
 from __future__ import annotations
 
@@ -23,9 +23,9 @@ class RunContents:
 
     shown: the run's directory or URL, as the user gave it. config: plain values. steps: the complete checkpoints.
     evaluations: the metrics of the checkpoints that have been evaluated. ignored: the entries of the folder of
-    checkpoints that are not complete checkpoints, and why. metrics, history: rows in the order in which they were
-    written. data: the record of the data; None if there is none. start: which parameters the run took from another run.
-    samples: the path of each step's sample grid, in ascending order.
+    checkpoints that are not complete checkpoints, with reasons. metrics, history: rows in the order in which they were
+    written. data: the record of the data; None if there is none. start: a description of the parameters that come from
+    another run. samples: the path of each step's sample grid, in ascending order.
     """
 
     shown: str

@@ -1,16 +1,16 @@
-"""The layout of a run directory, and functions that read it, which can be called while the run is training.
+"""The layout of a run directory, and functions that read it, even while the run is training.
 
 <run>/config.json      the experiment, with the digest of its values
 <run>/data.json        a summary of the data, and the list of its files
 <run>/plan.json        the decoding plan that `sample --tune` measured, with a digest
-<run>/start.txt        which parameters the run took from another run, if it started from one
+<run>/start.txt        which parameters came from another run, if the run started from one
 <run>/checkpoints/     see `flowgen.runs.checkpoints`
 <run>/metrics.jsonl    training metrics, averaged since the last report, and evaluation metrics
 <run>/history.jsonl    when and where the run was trained, and its warnings
 <run>/events.*         the same metrics, and the sample images, for TensorBoard
 <run>/samples/         an image for each step at which samples were drawn
 <run>/profile/         traces of training steps for a profiler, if requested
-<run>/report.html      the page that `report` wrote, if it was asked for
+<run>/report.html      the page that the command `report` wrote, if any
 <run>/lock             locked by the process that is training here
 """
 
@@ -146,7 +146,7 @@ def write_plan(run_dir: str | Path, plan: dict[str, Any]) -> None:
 
 
 def data_changes(run_dir: str | Path, inventory: Inventory) -> str:
-    """Returns a line that describes how the data have changed since the run was last started, or "" if they have not.
+    """Returns a line that describes how the data have changed since the last start of the run; "" if nothing changed.
 
     Example:
         data_changes("runs/photos", inventory)

@@ -57,11 +57,11 @@ def save_evaluation(path: str, record: Mapping[str, Any], files: Mapping[str, An
     """Writes an evaluation to a new JSON file, and returns the paths of all files written.
 
     files: for each suffix, a uint8 image `height width c` or a dict of arrays. The file for suffix "neighbours.png" of
-    "a.json" is "a.neighbours.png". These files are written first, and the JSON lists them, so it is there only if
-    they are.
+    "a.json" is "a.neighbours.png". These files are written first, and the JSON file lists them, so a JSON file exists
+    only if all listed files do.
 
-    Raises FileExistsError if a file exists already, or ValueError, with no file made, if a number in the record is not
-    finite.
+    Raises FileExistsError if a file exists already. Raises ValueError, and writes nothing, if a number in the record is
+    not finite.
 
     Example:
         save_evaluation("digits.json", {"metrics": {}}, {"neighbours.png": grid})

@@ -73,7 +73,7 @@ def is_exported(folder: str | os.PathLike[str]) -> bool:
 
 
 class ExportedReader(CheckpointReader):
-    """Reads an exported model as a run with one checkpoint, whose arrays are float32 if the file has float16.
+    """Reads an exported model as a run with one checkpoint. Arrays that are stored as float16 become float32.
 
     Example:
         reader = ExportedReader("exported/digits")
@@ -87,7 +87,7 @@ class ExportedReader(CheckpointReader):
     def config(self) -> dict[str, Any]:
         """Returns the experiment as plain JSON values. An autoencoder in the folder is the experiment's codec.
 
-        Other paths are left out, so that a file that someone else wrote cannot name files or URLs to read.
+        The config contains no other paths, so a file from an untrusted source cannot make flowgen read files or URLs.
 
         Raises FileNotFoundError if config.json is missing, or ValueError if it is damaged or was written by a newer
         flowgen.
@@ -109,7 +109,7 @@ class ExportedReader(CheckpointReader):
         return {"step": step, "config": self.config(), "arrays": arrays, "files": files}
 
     def was_trained(self) -> bool:
-        """Returns whether training made the weights; False if they were imported."""
+        """Returns True if training produced the weights, and False if they were imported."""
         return self._about()[WEIGHTS]["trained"]
 
     def evaluation(self, step: int) -> dict[str, float]:

@@ -115,7 +115,7 @@ def write_bytes(path: str | Path, content: bytes) -> None:
 
 
 def is_temporary(name: str, of: str | None = None) -> bool:
-    """Returns whether a file name is one that `atomic_file` gives to an unfinished file.
+    """Returns whether a file name is that of an unfinished file of `atomic_file`.
 
     of: the name that the finished file would have; None for any name.
 

@@ -1,4 +1,4 @@
-"""Records when and where a run was trained, and the warnings of the run, as rows of `history.jsonl`."""
+"""Records the times and machines of a run's training, and its warnings, as rows of `history.jsonl`."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ MAX_WARNINGS = 200  # rows of one process; a run may give the same warning at ev
 class History:
     """Adds rows to the history of a run. Every row has an "event" and a "time" in UTC.
 
-    identity: a text that stays the same if the run is resumed, and changes if it starts over at step 0.
+    identity: a text that stays the same if the run is resumed, and changes if the run starts over at step 0.
 
     Example:
         history = History("runs/digits", first_step=None)
@@ -57,7 +57,7 @@ class History:
             self._add(WARNING, step=step, text=sentence)
 
     def end(self, *, step: int, error: str) -> None:
-        """Adds the end of training. error: why it ended early; empty if it did not. Ignores an unwritable file."""
+        """Adds the end of training. error: why training ended early, or "". Ignores an unwritable file."""
         if self._path.exists():  # and the run has not been removed
             with contextlib.suppress(OSError):
                 self._add(END, step=step, error=error)
@@ -85,7 +85,7 @@ def read_history(run_dir: str | Path) -> list[dict[str, Any]]:
 
 @contextlib.contextmanager
 def passing_warnings(record: Callable[[str], None]) -> Generator[None]:
-    """Within this context, the warnings of Python and of flowgen's logger are shown as usual and passed to `record`.
+    """Returns a context in which warnings of Python and of flowgen's logger are shown as usual and passed to `record`.
 
     Example:
         with passing_warnings(lines.append):

@@ -27,7 +27,7 @@ def shipped_models() -> tuple[str, ...]:
 
 
 def located(place: str | os.PathLike[str]) -> str | os.PathLike[str]:
-    """Returns the folder of a shipped model, or of a model on a hub, which is downloaded; other paths are unchanged.
+    """Returns the folder of a shipped model or of a model that is downloaded from a hub; other paths are unchanged.
 
     place: the name of a shipped model, unless a run or an exported folder has this name; hf://org/name, or
     hf://org/name@revision; or any path or URL.

@@ -1,4 +1,4 @@
-"""Locks that the system releases when their process ends: of a run directory, and of a folder while it is written."""
+"""Locks on run directories and on folders in use; the system releases a lock when its process ends."""
 
 from __future__ import annotations
 
@@ -94,7 +94,7 @@ class Place:
 
 @contextlib.contextmanager
 def in_use(folder: str | Path) -> Generator[None]:
-    """Returns a context in which `is_abandoned` returns False for a folder, even in other processes.
+    """Returns a context in which `is_abandoned` returns False for a folder, in this and in other processes.
 
     Example:
         with in_use("exported/.digits.tmp"): ...
@@ -111,7 +111,7 @@ def in_use(folder: str | Path) -> Generator[None]:
 
 
 def is_abandoned(folder: str | Path) -> bool:
-    """Returns whether the process that had a folder `in_use` has ended. Returns False if the system cannot tell.
+    """Returns True if the process that had a folder `in_use` has ended; False if it runs, or if this is unknown.
 
     Example:
         is_abandoned("exported/.digits.tmp")

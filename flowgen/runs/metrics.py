@@ -30,10 +30,10 @@ SPEED = (
 
 
 class MetricsLog:
-    """Writes the metrics of a run. If the run is resumed, drops the rows after `first_step`, from which it resumes.
+    """Writes the metrics of a run. If the run is resumed at `first_step`, the rows after this step are dropped.
 
-    evaluated: whether the evaluation of `first_step` is complete. An incomplete evaluation will be repeated, so its row
-    is dropped too.
+    evaluated: whether the evaluation of `first_step` is complete. If it is incomplete, training repeats the evaluation,
+    so its row is dropped too.
 
     Example:
         log = MetricsLog("runs/digits", first_step=0, tensorboard=False)

@@ -23,15 +23,15 @@ AT_ONCE = 8
 
 
 class Mirror:
-    """A copy of a run in a bucket, as it is when the mirror is made.
+    """A copy of a run in a bucket, in its state at the time of copying.
 
-    path: the copy. Its checkpoints have all of their files, so that a `CheckpointReader` can tell which checkpoints are
-    complete. Each file is empty until it is fetched. A checkpoint without metadata is left out, because metadata are
-    uploaded last and deleted first. Files that a checkpoint's metadata do not list are left out too: a process that was
-    suspended and lost the lock may have added one to a checkpoint of the next process. Files outside checkpoints are
-    copied only if they are fetched by name.
+    path: the copy. Its checkpoints have all of their files, so that a `CheckpointReader` can determine which
+    checkpoints are complete. Each file is empty until it is fetched. A checkpoint without metadata is left out, because
+    metadata are uploaded last and deleted first. Files that a checkpoint's metadata do not list are left out too: a
+    process that was suspended and lost the lock may have added one to a checkpoint of the next process. Files outside
+    checkpoints are copied only if they are fetched by name.
 
-    Unless `keep` is called, the copy is removed when the mirror is, or at the latest when the process ends.
+    Unless `keep` is called, the copy is removed with the mirror object, or at the latest when the process ends.
 
     Example:
         mirror = Mirror("gs://bucket/run")
@@ -63,7 +63,7 @@ class Mirror:
 
     @property
     def unfinished(self) -> list[str]:
-        """The files of checkpoints that were not uploaded or not deleted completely."""
+        """The files of checkpoints whose upload or deletion was interrupted."""
         rest = [name for name in self.sizes if is_of_checkpoint(name) and _folder_of(name) not in self._whole]
         return [name for name in rest if name.split("/")[1].isdecimal()]
 
@@ -81,11 +81,11 @@ class Mirror:
         for_each(self._download, wanted)
 
     def fetch_checkpoint_files(self, names: Iterable[str]) -> None:
-        """Copies files that are named by their paths in the folder of checkpoints, such as "300/params/_METADATA"."""
+        """Copies files, given their paths in the folder of checkpoints, such as "300/params/_METADATA"."""
         self.fetch(f"{CHECKPOINTS}/{name}" for name in names)
 
     def make_empty(self, names: Iterable[str]) -> None:
-        """Frees the space of files that are in the bucket, too. They are fetched again if they are needed."""
+        """Empties copies of files that are also in the bucket. The files are fetched again if they are needed."""
         for name in names:
             with self._changing:
                 os.truncate(local_name(self.path, name), 0)
@@ -113,7 +113,7 @@ class Mirror:
             raise
 
     def keep(self) -> None:
-        """Keeps the copy when the process ends."""
+        """Prevents the removal of the copy when the process ends."""
         self._remove.detach()
 
     def close(self) -> None:
@@ -146,7 +146,7 @@ class Mirror:
 
 
 def for_each(work: Callable[[str], None], names: Iterable[str]) -> None:
-    """Calls a function with each name, several at a time. After an error, does not begin with further names.
+    """Calls a function with each name, in several threads. After an error, no further calls begin.
 
     Example:
         for_each(folder.delete, ["a", "b"])

@@ -112,7 +112,7 @@ def _whole(number: float) -> str:
 
 
 def with_prefix(number: float) -> str:
-    """Returns a number with three significant digits and a unit prefix that may be empty, such as "1.25 T" or "40 ".
+    """Returns a number with three significant digits and a metric prefix, such as "1.25 T", or "40 " without a prefix.
 
     Example:
         with_prefix(1.25e12) + "FLOP/s" == "1.25 TFLOP/s"

@@ -20,12 +20,13 @@ from flowgen.runs.remote_lock import TAKEOVER_FILE, check_free
 
 
 class RunReader:
-    """Reads a run. If the run is in a bucket, only those files are fetched that are read, into a temporary directory.
+    """Reads a run. If the run is in a bucket, each file is fetched into a temporary directory when it is read.
 
-    An exported model is read as a run with one checkpoint; see `flowgen.runs.exported`.
+    An exported model is read as a run with one checkpoint.
 
     run_dir: the run's directory, or its URL. directory: the run's directory on this machine. mirror: the copy of a run
-    in a bucket; None otherwise. checkpoints: reads the checkpoints, as they are when a run in a bucket is opened.
+    in a bucket; None otherwise. checkpoints: the reader of the checkpoints. For a run in a bucket, these are the
+    checkpoints at the time of opening.
 
     Example:
         run = RunReader("gs://bucket/digits")
@@ -68,7 +69,7 @@ class RunReader:
         return read_config(self.directory)
 
     def free(self) -> None:
-        """Frees the space of the arrays that were fetched. They are fetched again if they are needed."""
+        """Frees the space of fetched arrays. The arrays are fetched again if they are needed."""
         if self.mirror is not None:
             self.mirror.free()
 

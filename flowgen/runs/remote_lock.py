@@ -1,8 +1,8 @@
 """A lock that lets one process at a time train in a folder of a bucket, where the system releases no locks.
 
-The lock is a file that only one process can create. Its holder writes the time into it again and again. If the time is
-old, the holder has died, and another process may take the lock over. For this, it first creates a second file, which
-only one process can create either. Of several that notice the old lock, therefore one gets it.
+The lock is a file that only one process can create. Its holder regularly writes the time into the file. If this time is
+old, the holder counts as dead, and another process may take the lock over. To do so, the process must first create a
+second file. Only one process can create this file, so only one of several waiting processes gets the lock.
 """
 
 from __future__ import annotations
@@ -29,8 +29,8 @@ _TRIES, _PAUSE = 5, 0.1
 class RemoteLock:
     """Locks a folder until `release` is called. The holder must call `refresh` every `BEAT` seconds.
 
-    A process that was suspended, or could not reach the bucket, may lose the lock without noticing. Therefore call
-    `check` before each change of the folder.
+    A process that was suspended, or could not reach the bucket, may lose the lock without noticing. Call `check` before
+    each change of the folder, to detect this.
 
     told: a line about a lock that was taken over from a dead process, or "".
 
@@ -54,7 +54,7 @@ class RemoteLock:
     def refresh(self) -> None:
         """Writes the time into the lock. Raises BlockingIOError if another process has taken the lock over.
 
-        Once it has raised this error, it always does.
+        After the lock is lost, every later call raises this error too.
         """
         with self._changing:
             if not self._lost:
@@ -73,7 +73,7 @@ class RemoteLock:
                 )
 
     def check(self) -> None:
-        """Raises BlockingIOError if the lock is lost. Reads the bucket only if the last refresh is too long ago."""
+        """Raises BlockingIOError if the lock is lost. Reads the bucket only if the last refresh is long ago."""
         if self._lost or _uptime() - self._refreshed > EXPIRES / 2:
             self.refresh()
 
@@ -146,7 +146,7 @@ class Holder:
 
 
 def check_free(folder: RemoteFolder) -> Holder | None:
-    """Raises BlockingIOError if a process is training in a folder. Returns who held an expired lock, or None.
+    """Returns the holder of an expired lock, or None. Raises BlockingIOError if a process is training in the folder.
 
     Writes nothing.
 

@@ -32,8 +32,8 @@ class CheckpointStore(CheckpointReader):
 
     Opening a store removes unfinished files that a killed process left behind. `close` waits for the current save.
 
-    say: a function that is called with a line of text about anything that is ignored or renamed. uploads: copies
-    checkpoints and then their evaluations to a bucket, also in the background. The next save waits until this is done.
+    say: a function that is called with a line of text about each entry that is ignored or renamed. uploads: copies each
+    checkpoint and then its evaluation to a bucket, also in the background. The next save waits for the upload.
 
     Example:
         with CheckpointStore("runs/digits/checkpoints", keep=3) as store:
@@ -72,7 +72,7 @@ class CheckpointStore(CheckpointReader):
         self.close()
 
     def save(self, step: int, state: Any, *, config: Any, metrics: dict[str, float] | None = None) -> None:
-        """Waits for the previous save, and then starts saving a tree of numpy arrays.
+        """Starts saving a tree of numpy arrays, after the previous save has ended.
 
         The arrays must not change until `wait` returns.
 
@@ -92,7 +92,8 @@ class CheckpointStore(CheckpointReader):
     def score(self, step: int, metrics: dict[str, float]) -> None:
         """Adds evaluation metrics to a saved step, which may then become the best one.
 
-        If the step is still being saved, waits until it is on this machine. Non-finite metrics are left out.
+        If the step is still being saved, this call waits until the checkpoint is on this machine. Non-finite metrics
+        are left out.
         """
         self.wait_for_disk()
         _write_evaluation(self.directory / str(step), step, self._read_meta(step)[DIGEST], metrics)
@@ -107,7 +108,7 @@ class CheckpointStore(CheckpointReader):
         return (-min(scored)[1], min(scored)[0]) if scored else None
 
     def wait(self) -> None:
-        """Waits until all work is done. Raises OSError with the reason if a save or an upload failed."""
+        """Waits for all saves and uploads. Raises OSError with the reason if one of them failed."""
         if self._thread is not None:
             self._thread.join()
             self._thread = None

@@ -17,11 +17,11 @@ PROJECT = "flowgen"
 
 
 class Tracker:
-    """A run of a tracker. Training never depends on it: after the first failure, nothing more is sent.
+    """A run in an experiment tracker. Failures do not stop training: after the first one, nothing more is sent.
 
     tracker: the name of the module, "wandb" or "trackio", or "none". Both modules have the functions `init`, `log` and
     `finish`, and a class `Image`. identity: a text that stays the same if a run is resumed, so that the resumed run
-    continues the same run of the tracker. warn: a function that is called with a sentence about the first failure.
+    continues its run in the tracker. warn: a function that is called with a sentence about the first failure.
 
     The project is "flowgen", unless the environment sets WANDB_PROJECT or TRACKIO_PROJECT.
 

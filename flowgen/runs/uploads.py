@@ -1,4 +1,4 @@
-"""Copies what a training process writes into its mirror to the bucket, and holds the bucket's lock."""
+"""Uploads the files that a training process writes into its mirror, and holds the lock in the bucket."""
 
 from __future__ import annotations
 
@@ -22,15 +22,15 @@ CONTINUED = (CONFIG_FILE, DATA_FILE, START_FILE, METRICS_FILE, HISTORY_FILE)
 
 
 class Uploads:
-    """Locks a run in a bucket for one training process, and uploads what the process writes into its mirror.
+    """Locks a run in a bucket for one training process, and uploads the files that the process writes into its mirror.
 
     The metadata of a checkpoint are uploaded after all of its other files and deleted before them, so that an
     interrupted upload or deletion leaves no checkpoint. Checkpoints are uploaded by the thread that saves them. Once a
     minute, one thread refreshes the lock, and another one uploads other files, such as metrics.
 
-    The lock is checked before each change. A process that is suspended after such a check may lose the lock and go on
-    with this one change. Files of checkpoints are therefore created and never written over, so the change cannot damage
-    a checkpoint of the next holder.
+    The lock is checked before each change. A process that is suspended after such a check may lose the lock and still
+    complete this one change. Uploads therefore never overwrite files of checkpoints, so the change cannot damage a
+    checkpoint of the next holder.
 
     Raises:
         BlockingIOError: another process is training in the bucket, or has trained there since the mirror was made.
@@ -83,8 +83,8 @@ class Uploads:
     def save(self, step: int) -> None:
         """Uploads a complete checkpoint, after the metrics up to its step, and then frees its space on this machine.
 
-        Its evaluation, which may be written during this, is left to `score`. Raises OSError if this fails; the local
-        files then stay.
+        The evaluation of the checkpoint is uploaded by `score`. Raises OSError if the upload fails; the local files
+        then stay.
         """
         self.failed = True
         self._lock.refresh()
@@ -114,14 +114,14 @@ class Uploads:
         self._upload(f"{CHECKPOINTS}/{step}/{EVALUATION}")
 
     def delete(self, step: int) -> None:
-        """Deletes a checkpoint, or reports that this failed. The next process then deletes it."""
+        """Deletes a checkpoint. If this fails, reports the failure, and leaves the deletion to the next process."""
         try:
             self._delete(self._remote.sizes(f"{CHECKPOINTS}/{step}"))
         except OSError as error:
             self._say(f"Checkpoint {step} could not be deleted: {error}")
 
     def close(self) -> None:
-        """Uploads what is left, and releases the lock. Then removes the mirror, but keeps it if an upload has failed.
+        """Uploads the remaining files and releases the lock. Then removes the mirror, unless an upload has failed.
 
         Raises OSError if the upload fails.
         """

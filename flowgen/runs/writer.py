@@ -36,12 +36,12 @@ from flowgen.runs.uploads import Uploads
 class RunWriter:
     """Locks a run directory for one training process, and writes its config, checkpoints, metrics and samples.
 
-    latest: the latest step when the directory was read; None if it had no checkpoint. mirror: the copy of a run in a
+    latest: the latest step when the directory was read; None if there was no checkpoint. mirror: the copy of a run in a
     bucket whose path is `workdir`; everything that is written there is uploaded.
 
     Opening a writer creates the directory, acquires its lock and removes unfinished files that a killed process left
-    behind. `begin` writes the config and opens the metrics. If the directory is removed, the next save recreates it and
-    reports this.
+    behind. `begin` writes the config and opens the metrics. If the directory is removed, the next save creates it again
+    and reports the loss.
 
     Raises:
         BlockingIOError: another process is training here, or has trained here since `latest` was read.
@@ -188,7 +188,7 @@ class RunWriter:
         return lines
 
     def describe_data(self, inventory: Inventory, *, resumed: bool) -> None:
-        """Reports what data were found and, if the run is resumed, what has changed. Writes `data.json`."""
+        """Reports a summary of the data and, if the run is resumed, how the data have changed. Writes `data.json`."""
         self.say(inventory.line())
         if resumed and (changes := data_changes(self.workdir, inventory)):
             self.say(changes)
@@ -197,14 +197,14 @@ class RunWriter:
             write_json(self.workdir / DATA_FILE, self._data)
 
     def describe_start(self, lines: Sequence[str]) -> None:
-        """Reports which parameters a new run starts from, and writes `start.txt`."""
+        """Reports the origin of a new run's initial parameters, and writes `start.txt`."""
         for line in lines:
             self.say(line)
         with _named(self._shown):
             write_bytes(self.workdir / START_FILE, "".join(f"{line}\n" for line in lines).encode())
 
     def say(self, line: str) -> None:
-        """Shows one line. If `begin` has not been called yet, keeps the line until then."""
+        """Shows one line. A line that arrives before `begin` is shown when `begin` is called."""
         self._say(line if self._mirror is None else self._mirror.told(line))
 
     def _say(self, line: str) -> None:
@@ -281,7 +281,7 @@ class RunWriter:
     def score(self, step: int, metrics: dict[str, float]) -> None:
         """Adds evaluation metrics to the checkpoint of a step, if this checkpoint still exists.
 
-        Waits until the checkpoint is on this machine, but not until it is uploaded.
+        Waits until the checkpoint is on this machine, but not for its upload.
         """
         self._wait(self.store.wait_for_disk)
         if self.holds(step):

@@ -36,7 +36,7 @@ class Setting(NamedTuple):
 
 
 def settings(config: Any, path: str = "") -> list[Setting]:
-    """Returns all fields with their help. A group that is None has one line, whose allowed values name its fields.
+    """Returns all fields with their help. A group that is None has one entry, whose allowed values list its fields.
 
     Example:
         print("\\n".join(f"--{field.name} {field.value}  # {field.about}" for field in settings(experiment)))

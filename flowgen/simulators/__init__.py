@@ -1,4 +1,4 @@
-"""Simulators with known likelihoods, at which estimated posteriors are compared with exact ones."""
+"""Simulators with known likelihoods, on which estimated posteriors are compared with exact ones."""
 
 from flowgen.simulators.simulator import Simulator
 from flowgen.simulators.slcp import SLCP

@@ -17,7 +17,7 @@ class Simulator(Protocol):
     name: a short name, such as "two_moons".
     low, high: the bounds of the parameters, one number per parameter. The prior is uniform between them.
     observation_dim: the number of values of an observation.
-    fixed_observations: observations at which methods are compared, the same for all users.
+    fixed_observations: observations for which methods are compared; they never change.
 
     All methods but `reference_samples` can be compiled with `jax.jit`, and compute in float32 or float64.
 
@@ -65,7 +65,7 @@ class Simulator(Protocol):
         ...
 
     def sample_joint(self, key: Key[Array, ""], num: int) -> tuple[Float[Array, "num d"], Float[Array, "num k"]]:
-        """Returns parameters from the prior and an observation of each: the training data of a posterior flow.
+        """Draws `num` parameters from the prior, and simulates one observation for each.
 
         Example:
             parameters, observations = simulator.sample_joint(key, 10_000)
@@ -80,7 +80,7 @@ class Simulator(Protocol):
     ) -> Float[Array, " n"]:
         """Returns log p(observation | parameters) in nats; its integral over observations is 1.
 
-        observation: one for all rows of parameters, or one for each.
+        observation: one observation for all rows of parameters, or one for each row.
 
         Example:
             log_prob = simulator.log_likelihood(parameters, observations)

@@ -5,7 +5,7 @@ Papamakarios et al., arXiv 1805.07226; the constants are those of Lueckmann et a
     (1)  xᵢ ~ N((θ₁, θ₂), S), i = 1..4,  S = [[s₁², ρ s₁ s₂], [ρ s₁ s₂, s₂²]] + 10⁻⁶ I
     (2)  s₁ = θ₃²,  s₂ = θ₄²,  ρ = tanh θ₅
 
-The signs of θ₃ and θ₄ do not matter, so that the posterior has four modes of the same shape and weight.
+The signs of θ₃ and θ₄ do not matter, so the posterior has four modes of the same shape and probability.
 """
 
 from __future__ import annotations

@@ -26,7 +26,8 @@ MOST_ROUNDS = 1000  # of redrawing samples of the posterior outside the prior
 class TwoMoons(Simulator):
     """The simulator of two moons; see the module's description. The prior is uniform on [-1, 1]².
 
-    Observation 0 is (0, 0), whose posterior is the pair of crescents that papers show. The others were drawn once.
+    Observation 0 is (0, 0), whose posterior is the pair of crescents in the literature. The others were drawn at random
+    once.
 
     Example:
         simulator = TwoMoons()
@@ -57,8 +58,8 @@ class TwoMoons(Simulator):
     def sample_posterior(self, key: Key[Array, ""], num: int, observation: Float[Array, " 2"]) -> Float[Array, "num 2"]:
         """Returns exact, independent samples of the posterior.
 
-        Points p of the crescent are drawn, and (1) is solved for θ. Where that gives a negative |z₁| or leaves the
-        prior, the point is drawn again; after 1,000 rounds, as for an impossible observation, the sample is NaN.
+        Points p of the crescent are drawn, and (1) is solved for θ. If the solution has a negative |z₁| or lies outside
+        the prior, the point is drawn again. After 1,000 rounds, as for an impossible observation, the sample is NaN.
 
         Example:
             reference = TwoMoons().sample_posterior(key, 10_000, jnp.zeros(2))

@@ -47,7 +47,7 @@ def aspect_size(aspect: str, side: int, multiple: int = 1) -> tuple[int, int]:
 def nearest_aspect(height: int, width: int) -> str:
     """Returns the name of the aspect ratio that is closest to width / height, on a logarithmic scale.
 
-    The logarithm ensures that an image and its transpose get matching results, such as "16:9" and "9:16".
+    Because of the logarithm, an image and its transpose get matching results, such as "16:9" and "9:16".
 
     Example:
         nearest_aspect(1080, 1920)  # "16:9"

@@ -1,4 +1,4 @@
-"""Frozen parameters, which training leaves unchanged; patterns of their names select them.
+"""Frozen parameters, which training leaves unchanged. Patterns of parameter names select them.
 
 Frozen parameters are left out of the tree that is differentiated and updated. They therefore have no gradient, no
 moments and no weight decay, and gradient norms do not include them.
@@ -59,7 +59,7 @@ def matches(name: str, patterns: Sequence[str]) -> bool:
 
 
 def trained(params: Any, patterns: Sequence[str]) -> Any:
-    """Returns the tree with `optax.MaskedNode()`, which has no leaves, in place of each frozen parameter.
+    """Returns the tree with each frozen parameter replaced by `optax.MaskedNode()`, which has no leaves.
 
     patterns: a parameter is frozen if its name, such as "blocks_0/proj_in/kernel", matches one of them by the rules of
     `fnmatch.fnmatchcase`, in which * also matches /.

@@ -1,4 +1,4 @@
-"""Sharded training: the parameters, their moments and their average are divided over devices and processes.
+"""Sharded training: parameters, moments and averaged parameters are divided over devices and processes.
 
 The program is the same as on one device, and computes the whole batch. The compiler divides the program over the
 devices, according to the shardings of its arguments.
@@ -28,10 +28,10 @@ WHOLE, ROWS = PartitionSpec(), PartitionSpec(backend.FSDP)
 
 @dataclass(frozen=True)
 class FullySharded:
-    """Sharded training over a mesh of devices. It has the same methods as `DataParallel`.
+    """Sharded training over a mesh of devices, with the same methods as `DataParallel`.
 
     Arrays are global. A batch contains the rows of all devices, divided over the first axis of the mesh. A state has
-    the same shapes as on one device, and `partition_specs` defines how it is divided.
+    the same shapes as on one device. `partition_specs` defines how states are divided.
 
     devices: the local devices to use; None for all of them. mesh_shape: the number of devices that share the
     batch and the parameters, and the number that share heads and MLPs; None for all devices on the first axis.
@@ -102,12 +102,12 @@ class FullySharded:
         return _shardings(self.mesh, tree)
 
     def abstract(self, make: Callable[[], Any]) -> Any:
-        """Returns the shapes of make(); raises any error that occurs when make is traced."""
+        """Returns the shapes of the result of `make`. Raises any error that occurs when JAX traces `make`."""
         with jax.set_mesh(self.mesh):
             return jax.eval_shape(make)
 
     def create(self, make: Callable[..., Any], *given: Any) -> Any:
-        """Returns make(*given), computed in parts, so that no device stores the whole result or a whole argument."""
+        """Returns make(*given), computed in parts, so that no device stores a whole result or argument."""
         with jax.set_mesh(self.mesh):
             shardings = self.shardings(jax.eval_shape(make, *given))
             return jax.jit(make, out_shardings=shardings)(*map(self.place, given))
@@ -165,7 +165,7 @@ class FullySharded:
 
 
 def parallel_for(config: TrainConfig, devices: Sequence[jax.Device] | None = None) -> DataParallel | FullySharded:
-    """Returns the parallelism that a config asks for, after checking that the devices can share its batch.
+    """Returns the parallelism that a config selects, after checking that the devices can share its batch.
 
     devices: this process's devices to train on; None for all of them.
 
@@ -183,8 +183,8 @@ def parallel_for(config: TrainConfig, devices: Sequence[jax.Device] | None = Non
 def divided_over_heads(variables: Any) -> Any:
     """Returns variables for sampling and evaluation, divided over all devices of this host along the tensor axis.
 
-    In each layer, the devices then exchange activations for each token, but no weights. Arrays that are not divided are
-    copied to every device (see `partition_spec`).
+    In each layer, the devices then exchange the activations of each token, but no weights. Arrays that are not divided
+    are copied to every device (see `partition_spec`).
 
     variables: numpy arrays, so that no device stores all of them.
 

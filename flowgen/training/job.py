@@ -26,13 +26,14 @@ class Job:
     init(key): returns the initial variables. objective: see `make_step`. batches(start, stop): returns an iterator over
     this process's batches for steps start to stop - 1. evaluate(variables): returns metrics; the checkpoint with the
     lowest `best_metric` is kept. sample(variables): returns a uint8 image `height width c`. optims: separate optimizers
-    for parameter groups, keyed by the groups' top-level names. inventory: a summary of the data, which is logged and
-    saved with the run. tokens(batch): returns the number of tokens in a batch, for reports on speed. profile: number of
-    steps to trace for a profiler; 0 for none. devices: this process's devices to train on; None for all of them. start:
-    changes the initial variables of a new run, for example to the weights of another run; a resumed run does not call
-    it. The lines that it returns are reported and saved with the run. warnings: sentences about the job that have been
-    shown, to save with the run. fixed: collections that the objective finds among its variables, such as those of a
-    second network; the compiled step gets them as arguments, and training neither changes nor saves them.
+    for groups of parameters, keyed by the top-level name of each group. inventory: a summary of the data, which is
+    logged and saved with the run. tokens(batch): returns the number of tokens in a batch, for reports on speed.
+    profile: number of steps to trace for a profiler; 0 for none. devices: this process's devices to train on; None for
+    all of them. start: a function that changes the initial variables of a new run, for example to the weights of
+    another run; a resumed run does not call it. Training reports the lines that the function returns, and saves them
+    with the run. warnings: warnings that have already been shown, to save with the run. fixed: collections that are
+    passed to the objective with its variables, such as those of a second network; training neither changes nor saves
+    them.
     """
 
     init: Callable[[jax.Array], Any]

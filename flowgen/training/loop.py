@@ -45,9 +45,9 @@ def train(
     If a run is stopped by a signal, even by SIGKILL, and then resumed on the same number of devices, it ends in the
     same state as an uninterrupted run, bit for bit.
 
-    config: plain values to save with the run as JSON. check_config(saved): raises ValueError if a run with the saved
-    config cannot be resumed with the current config. signals: a `Signals` context that has already been entered; None
-    to create one.
+    config: plain values that are saved with the run as JSON. check_config(saved): raises ValueError if a run with the
+    saved config cannot be resumed with the current config. signals: a `Signals` context that has already been entered;
+    None to create one.
 
     Raises:
         ValueError: the devices cannot share the batch equally, the config does not fit the run, or a checkpoint is

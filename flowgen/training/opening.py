@@ -11,7 +11,7 @@ from flowgen.training.parallel import is_primary, largest
 
 
 def open_writer(run: RunReader, latest: int | None, log: LogConfig, best_metric: str) -> RunWriter | NullWriter:
-    """Returns the run's writer, which writes only in the first process.
+    """Returns the run's writer. Processes other than the first get a writer that writes nothing.
 
     If the first process cannot write, all processes raise OSError.
 
@@ -57,7 +57,7 @@ def resumed_from(reader: CheckpointReader, steps: int, check_config: Callable[[d
 
 
 def evaluation_of(reader: CheckpointReader, step: int) -> dict[str, float] | None:
-    """Returns the metrics of a step, or None if they are missing or damaged; the run's writer reports damage.
+    """Returns the metrics of a step, or None if they are missing or damaged. The run's writer reports damaged metrics.
 
     Example:
         metrics = evaluation_of(CheckpointReader("runs/digits/checkpoints"), 500)

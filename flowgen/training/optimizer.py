@@ -104,8 +104,8 @@ def decay_mask(config: OptimConfig) -> Callable[[Any], Any] | None:
 class SkipState(NamedTuple):
     """The state of `skip_spikes`.
 
-    asked: number of updates requested. skipped: number of updates skipped. in_a_row: number of updates skipped since
-    the last update that was applied. inner: the state of the inner transformation.
+    asked: number of updates, applied or skipped. skipped: number of skipped updates. in_a_row: number of updates
+    skipped since the last applied update. inner: the state of the inner transformation.
     """
 
     asked: Int[Array, "*device"]

@@ -130,7 +130,7 @@ class OptimConfig:
 def check_unused(optim: OptimConfig) -> None:
     """Raises ValueError if a field that the optimizer does not use differs from its default.
 
-    Runs that were saved with such a field can still be loaded.
+    A saved run with such a field can still be loaded.
 
     Example:
         check_unused(OptimConfig(name="sgd"))

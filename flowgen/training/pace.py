@@ -11,9 +11,9 @@ from typing import NamedTuple
 class Work(NamedTuple):
     """The work of one step, summed over all devices.
 
-    samples: the size of the batch. tokens: the number of tokens in it, or 0 if the model has none. flop: see
-    `flowgen.counting`. seconds_at_peak: the time that the devices would need for these FLOP at their peak
-    throughput, or None if the peak is unknown.
+    samples: the size of the batch. tokens: the number of tokens in it, or 0 if samples are not divided into tokens.
+    flop: the number of FLOP, as counted by `flowgen.counting.flop_of`; 0 if unknown. seconds_at_peak: the time that the
+    devices would need for this number of FLOP at their peak throughput; None if the peak is unknown.
     """
 
     samples: int = 0
@@ -89,7 +89,7 @@ class Pace:
         return speed
 
     def seconds_for(self, steps: int) -> float | None:
-        """Returns the seconds that this many steps take at the average speed, or None if the speed is not known yet."""
+        """Returns the time of `steps` steps at the average speed, in seconds, or None if the speed is not known yet."""
         return steps * self._seconds / self._steps if self._steps else None
 
     def _restart(self) -> None:

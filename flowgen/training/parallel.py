@@ -20,7 +20,7 @@ from flowgen.training.step import AXIS, Step, TrainState
 
 @dataclass(frozen=True)
 class DataParallel:
-    """Data parallelism: each of this process's devices has a copy of the state and gets a share of the batch.
+    """Data parallelism: each device stores a copy of the state and computes the gradients of a share of the batch.
 
     Arrays on devices have a leading device axis, as pmap expects. devices: the local devices to use; None for all of
     them.
@@ -53,7 +53,7 @@ class DataParallel:
 
     @property
     def program_devices(self) -> int | None:
-        """None, because a program is traced for one device: its FLOP are not shared."""
+        """None, because each program is traced for one device, which computes all of its FLOP."""
         return None
 
     def check_batch(self, config: TrainConfig) -> None:
@@ -65,11 +65,11 @@ class DataParallel:
         return jax.pmap(step, axis_name=AXIS, devices=self.devices, donate_argnums=0)
 
     def abstract(self, make: Callable[[], Any]) -> Any:
-        """Returns the shapes of make()."""
+        """Returns the shapes of the result of `make`."""
         return jax.eval_shape(make)
 
     def create(self, make: Callable[..., Any], *given: Any) -> Any:
-        """Returns make(*given), which is computed on one device."""
+        """Returns make(*given), computed on one device."""
         return make(*given)
 
     def place(self, state: Any) -> Any:

@@ -12,7 +12,7 @@ from flowgen.training.pace import Pace
 
 
 class Profile:
-    """Traces the `steps` steps after the first one, and writes the trace to a directory.
+    """Traces a number of steps, `steps`, from the second step on, and writes the trace to a directory.
 
     If the directory is None, nothing is traced. The time needed to start and to end the trace is excluded from `pace`.
     If the run ends early, fewer steps are traced.

@@ -1,4 +1,4 @@
-"""Rules for dividing the arrays of a training state over a mesh: a pure function of shapes and paths.
+"""Rules that divide the arrays of a training state over a mesh; they depend only on the shapes and paths of the arrays.
 
 The mesh has two axes: devices along "fsdp" share the batch and the parameters, and devices along "tensor" share the
 heads of attention and the hidden layer of MLPs.
@@ -55,7 +55,7 @@ def partition_spec(path: tuple[str, ...], shape: tuple[int, ...], axes: Mapping[
 
 
 def bytes_per_device(tree: Any, axes: Mapping[str, int]) -> int:
-    """Returns how many bytes of a tree each device stores under these rules.
+    """Returns the number of bytes of a tree that each device stores under these rules.
 
     Example:
         bytes_per_device(jax.eval_shape(initial), {"fsdp": 8, "tensor": 1})
@@ -68,7 +68,7 @@ def bytes_per_device(tree: Any, axes: Mapping[str, int]) -> int:
 
 
 def gathered_bytes(params: Any, axes: Mapping[str, int]) -> tuple[int, int]:
-    """Returns how many bytes of gathered kernels each device stores at once: those of the largest layer, and of all.
+    """Returns the bytes of gathered kernels that a device stores at once: for the largest layer, and for all layers.
 
     A device gathers the parts of a layer's kernels for its matrix products (see `flowgen.backend.gather_kernel`). The
     backward pass needs the kernels of all layers, unless it recomputes the layers.

@@ -1,4 +1,4 @@
-"""Handles Ctrl-C and SIGTERM in training: acknowledges a signal at once, and stops as soon as nothing would be lost."""
+"""Handles Ctrl-C and SIGTERM in training: reports a signal at once, and stops once no work would be lost."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ class Interrupted(KeyboardInterrupt):
 
 
 class Signals:
-    """Records the first SIGINT or SIGTERM in `number` and reports at once what will happen.
+    """Records the first SIGINT or SIGTERM in `number`, and prints at once what training will do.
 
     A separate thread prints the report, because the main thread may be compiling, which Python cannot interrupt.
     `doing` is the text of the report. A second signal ends the program without saving: the thread calls

@@ -32,9 +32,9 @@ AXIS = "data"
 class TrainState(struct.PyTreeNode):
     """Everything that a run keeps between steps.
 
-    step: number of steps done. params: trained parameters. collections: all other collections of the Flax variables,
-    which contain the objective's state. opt_state: the optimizer's state. ema: the average of params, or None if no
-    average is kept. The fields have no types, because the same structure holds the arrays' shardings.
+    step: number of steps done. params: trained parameters. collections: all other collections of the Flax variables;
+    they contain the objective's state. opt_state: the optimizer's state. ema: the average of params, or None if no
+    average is kept. The fields have no types, because the same class also stores the shardings of the arrays.
     """
 
     step: Any
@@ -58,7 +58,7 @@ def init_state(
 ) -> TrainState:
     """Returns the state at step 0. The average starts at the initial parameters.
 
-    others: see `make_optimizer`. frozen: see `flowgen.training.frozen.trained`.
+    others: separate optimizers, as for `make_optimizer`. frozen: patterns of the names of frozen parameters.
 
     Raises ValueError if a pattern of `frozen` or `config.not_decayed` matches no parameter.
 
@@ -93,19 +93,19 @@ def make_step(
     objective: a function (variables, batch, key) -> (loss, metrics) or (loss, metrics, collections).
     batch: this device's share of the rows; shares are consecutive, in the order of the axis.
     key: the same key for all steps and devices.
-    fixed: collections that the objective finds among its variables, and that are no part of the state; see `Job`.
+    fixed: collections that are passed to the objective with its variables, but are not part of the state; see `Job`.
     The objective receives a key that is unique to the device, step and micro-batch. If the batch is a `Batch` or a
     dict, the update adds `rows` to it, a `flowgen.rows.Rows`. Random numbers drawn with `rows` are the same on any
-    number of devices and with any accumulation; numbers drawn with the key are not. Micro-batch j contains the rows
-    j, j + accumulation, ... of the whole batch. Tracing the update raises ValueError if the batch already has `rows`,
-    if micro-batches cannot share the batch equally, or if the objective's result has neither of the forms above.
+    number of devices and with any accumulation. Numbers drawn with the key depend on both. Micro-batch j contains the
+    rows j, j + accumulation, ... of the whole batch. Tracing the update raises ValueError if the batch already has
+    `rows`, if micro-batches cannot share the batch equally, or if the objective's result has another form.
     frozen: patterns of the names of parameters that stay unchanged; see `flowgen.training.frozen.trained`.
     metrics: the objective's metrics, `loss`, `grad_norm` (before clipping) and `lr`, averaged over devices and
     micro-batches. If spikes are skipped, the metrics also contain `skipped`, which is 0 or 1, and `skipped_in_a_row`.
-    others: see `make_optimizer`. The metrics report the learning rate and the skipped updates of the main optimizer.
-    Carried state: each micro-batch computes a new state from the state before the update. The result is the mean of
-    these states over devices and micro-batches, unless a `flowgen.rows.StatefulObjective` defines how to combine
-    the states of micro-batches. Integers in the state must not depend on the batch.
+    others: separate optimizers, as for `make_optimizer`. Metrics of learning rate and skips are the main optimizer's.
+    Carried state: each micro-batch computes a new state from the state before the update. The carried state after the
+    update is the mean of these states over devices and micro-batches, unless a `flowgen.rows.StatefulObjective` defines
+    how to combine the states of micro-batches. Integers in the state must not depend on the batch.
 
     Example:
         update = jax.pmap(make_step(objective, OptimConfig(), steps=1_000), axis_name="data", donate_argnums=0)

@@ -16,7 +16,7 @@ Shapes = tuple[tuple[int, ...], ...]
 
 
 class CountedStep:
-    """A training step that counts its FLOP when it is traced, so that no second trace is needed.
+    """A training step that counts its FLOP when JAX traces it, which saves a second trace.
 
     devices: the number of devices that share the step's program, whose batch has no device axis; None if the step is
     traced for one device.

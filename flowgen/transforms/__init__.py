@@ -1,7 +1,7 @@
 """Invertible transforms: of bounded to unbounded variables, and of elements by the CDF of a mixture.
 
-They are pure functions and pytrees of JAX, usable in any model, and they import no other package of flowgen but
-settings.
+The transforms are pure functions and JAX pytrees, usable in any model. This package imports no other package of flowgen
+than settings.
 """
 
 from flowgen.transforms.bounded import Box, Positive, Simplex

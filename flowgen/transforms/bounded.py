@@ -1,7 +1,7 @@
 """Transforms from bounded to unbounded variables: intervals, positive values and shares that sum to 1.
 
-All keep float32's precision close to the borders. There, u is computed from the distance to the closer border, and
-logdet from log-sigmoids of u, which neither overflow nor cancel.
+All transforms keep float32's precision close to the borders. There, u is computed from the distance to the closer
+border, and logdet from log-sigmoids of u, which neither overflow nor cancel.
 """
 
 from __future__ import annotations
@@ -39,8 +39,8 @@ class Box:
     Both bounds are finite: u = log((x - low) / (high - x)), whose inverse is a scaled sigmoid. One is infinite:
     u = log(exp(x - low) - 1) or u = -log(exp(high - x) - 1), whose inverse is a softplus. Both are infinite: u = x.
     Softplus is close to the identity far from the bound, so x is finite for every finite u, and errors of u are not
-    multiplied. It depends on the unit of x: scale x to about 1 first, by `Standardise`, or use `Positive` for values
-    that span several orders of magnitude.
+    multiplied. The softplus depends on the unit of x. Scale x to about 1 first, with `Standardise`, or use `Positive`
+    for values that span several orders of magnitude.
 
     The interval is open. `inverse` returns values strictly inside it, even if rounding would reach a bound.
 
@@ -99,9 +99,9 @@ class Box:
 class Positive:
     """Maps each positive entry to u = log x.
 
-    Use it for values that span several orders of magnitude, such as scales and rates. Another unit of x only shifts u.
-    Use `Box(0.0, jnp.inf)` for values of about the same size, whose errors it does not multiply. x is limited to the
-    normal numbers of its dtype, which float32 reaches at u of about -87 and 88.
+    Use this transform for values that span several orders of magnitude, such as scales and rates. Another unit of x
+    only shifts u. For values of about the same size, use `Box(0.0, jnp.inf)`, which does not multiply errors. x is
+    limited to the normal numbers of its dtype, which float32 reaches at u of about -87 and 88.
 
     event_ndim: number of axes of an event.
 
@@ -139,7 +139,7 @@ class Simplex:
 
         log|det du/dx| = -Σ_i log x_i   over all k shares
 
-    Unlike stick-breaking, this treats all shares alike, except that the last one is the denominator.
+    Unlike stick-breaking, this transform treats all shares alike, except that the last one is the denominator.
 
     event_ndim: number of axes of an event; each of its rows is a simplex.
 

@@ -1,4 +1,4 @@
-"""Invertible elementwise maps of tokens, whose parameters a network computes from the tokens before.
+"""Invertible elementwise maps of tokens. A network computes the parameters of a map from the tokens before.
 
 The network's raw outputs are close to 0 before training. A map must then be close to the identity.
 """
@@ -89,8 +89,8 @@ def _initial(components: int) -> tuple[np.ndarray, float]:
 class MixtureMap:
     """Maps each element by the CDF of a mixture; see `flowgen.transforms.mixture`.
 
-    components: number of components per channel. More components model more modes, and need 3 more outputs of the
-    network each.
+    components: number of components per channel. With more components, the density can have more modes. Each component
+    needs 3 more outputs of the network.
     kind: "gaussian", with which elements have a mixture of Gaussians as their conditional density if z is standard
     normal; or "logistic", which is cheaper to compute.
 

@@ -1,4 +1,4 @@
-"""What transforms share: their form as pytrees, and the arrays of events."""
+"""Functions that transforms share: registration as pytrees, and checks of the arrays of events."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ EVENT_NDIM: Any = field(default=1, metadata={"static": True})
 
 
 def pytree(cls: Class) -> Class:
-    """Registers a frozen dataclass as a pytree. JAX also builds pytrees of placeholders, which skip its checks.
+    """Registers a frozen dataclass as a pytree. Pytrees of placeholders, which JAX may build, skip the checks.
 
     Example:
         Box = pytree(dataclass(frozen=True)(Box))

@@ -1,11 +1,11 @@
 """The interface of invertible transforms, transforms in a chain, and the density of transformed variables.
 
-A flow models unbounded variables u, because its density has no borders. The density of x then follows:
+A flow models unbounded variables u, because the density of a flow has no borders. The density of x then follows:
 
     log p(x) = log p(u) + log|det du/dx|
 
-`logdet` is log|det du/dx| in both directions: summed over the axes of an event, in nats, of shape `*b`. Whoever draws u
-and maps it to x therefore adds the same logdet to log p(u). It is finite for every finite u, even if x is rounded to a
+`logdet` is log|det du/dx| in both directions: summed over the axes of an event, in nats, of shape `*b`. After drawing u
+and mapping it to x, add the same logdet to log p(u). The logdet is finite for every finite u, even if x is rounded to a
 border.
 
 Transforms are pytrees of their bounds and other arrays, which may be traced, differentiated and mapped. The number of
