@@ -42,11 +42,11 @@ SINGLE = """## Other models, one seed
 
 These models have the same budget, batches and learning rates, and about 3.3 million parameters. Unlike the TARFlows,
 they average their parameters. Each row is **a single run**, so small differences mean nothing. A DiT works on patches
-of 4 x 4 pixels; its samples take 25 steps of Heun's method. The STARFlow's budget includes its autoencoder, which gets
-a fifth of it, and the encoding of the images.
+of 4 x 4 pixels; its samples take 25 steps of Heun's method. The STARFlow's budget also pays for encoding the images and
+for training its autoencoder. This training takes a fifth of the budget.
 
-The likelihoods are comparable neither with one another nor with those above: a DiT's belongs to 100 test images with
-uniform noise, a STARFlow's to its own latents of all test images.
+Do not compare these likelihoods with one another, or with those above. The likelihood of a DiT is measured on 100 test
+images with uniform noise. The likelihood of a STARFlow is measured on all test images, encoded into its own latents.
 
 """
 

@@ -97,7 +97,7 @@ def is_key_mask(mask: Array, k: Array) -> bool:
 def hide_keys(
     k: Float[Array, "b m g k"], v: Float[Array, "b m g d"], mask: Bool[Array, "#b #h #n #m"] | None
 ) -> tuple[Float[Array, "b m g k"], Float[Array, "b m g d"]]:
-    """Returns k and v with zeros for keys that no query may see, which then spread neither NaN nor gradients."""
+    """Returns k and v, with zeros at keys that no query may see. There, NaN has no effect, and gradients are zero."""
     if mask is None:
         return k, v
     seen = mask.any(axis=2)

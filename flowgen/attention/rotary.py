@@ -20,7 +20,7 @@ class Rotary(NamedTuple):
 
 
 def rotary_line(num_positions: int, dim: int, base: float = 10_000.0) -> Rotary:
-    """Returns the table for a sequence, with angle position · base^(-2i/dim) for pair i < dim/2 (RoFormer, 2104.09864).
+    """Returns cosines and sines for a sequence, with angle position · base^(-2i/dim) for pair i < dim/2 (RoFormer, 2104.09864).
 
     Raises ValueError unless dim is even.
 
@@ -34,7 +34,7 @@ def rotary_line(num_positions: int, dim: int, base: float = 10_000.0) -> Rotary:
 
 
 def rotary_grid(height: int, width: int, dim: int, base: float = 10_000.0) -> Rotary:
-    """Returns the table for a row-major grid.
+    """Returns the cosines and sines of rotary position embeddings for a grid of tokens in row-major order.
 
     The first half of the channels rotates with the row, and the second half with the column. In each half, the
     frequencies of the dim/4 pairs are base^(-t), with t evenly spaced from 0 to 1 inclusive, as in the released
@@ -54,7 +54,7 @@ def rotary_grid(height: int, width: int, dim: int, base: float = 10_000.0) -> Ro
 
 
 def rotary_axes(positions: Float[np.ndarray, "n a"], pairs: tuple[int, ...], base: float = 10_000.0) -> Rotary:
-    """Returns the table for points with several coordinates.
+    """Returns the cosines and sines of rotary position embeddings for points with several coordinates.
 
     pairs[i] adjacent pairs of channels rotate with coordinate i. If a coordinate x has p pairs, the angle of pair k is
     x · base^(-k/p). Raises ValueError unless `pairs` has one entry per coordinate.

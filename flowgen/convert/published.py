@@ -105,7 +105,7 @@ def tarflow(
 
 
 def check_state_dict(state_dict: Any) -> None:
-    """Raises ValueError if the argument is not a mapping from names to tensors, for example if it is a path.
+    """Raises ValueError if `state_dict` is not a mapping, for example if it is a path.
 
     Example:
         check_state_dict({"weight": weight})

@@ -143,7 +143,7 @@ class GuidedBlock:
     def parameters(
         self, previous: Float[Array, "b w c"], start: Start, caches: tuple | None
     ) -> tuple[TokenMaps, tuple | None]:
-        """Returns (maps, window) for the tokens that follow `previous`, with guidance applied.
+        """Returns the maps of the tokens that follow `previous`, with guidance applied, and the window.
 
         previous: the network's inputs, beginning with row `start`. Both branches of guidance run as one batch, so
         `self.cond` must contain the conditions of both branches. From the result `window`, the block's `accept` adds

@@ -97,7 +97,7 @@ class Evaluation:
         )
 
     def record(self) -> dict[str, Any]:
-        """Returns the metrics and how they were measured as values for JSON; floats that are not finite are None.
+        """Returns a dict for JSON with `metrics`, the entries of `about`, and `lines`; floats that are not finite become None.
 
         Example:
             json.dumps(evaluation.record(), allow_nan=False)

@@ -12,7 +12,7 @@ from flowgen.backend import Implementation
 
 
 class SoftmaxShape(NamedTuple):
-    """The shape of full-sequence softmax attention that a group of layers in a model shares."""
+    """The shape of softmax attention over a full sequence. All layers of a group in a model have this shape."""
 
     num_tokens: int
     num_heads: int
