@@ -20,7 +20,9 @@ class Rotary(NamedTuple):
 
 
 def rotary_line(num_positions: int, dim: int, base: float = 10_000.0) -> Rotary:
-    """Returns cosines and sines for a sequence, with angle position · base^(-2i/dim) for pair i < dim/2 (RoFormer, 2104.09864).
+    """Returns the cosines and sines of rotary position embeddings for a sequence (RoFormer, 2104.09864).
+
+    The angle of pair i < dim/2 is position · base^(-2i/dim).
 
     Raises ValueError unless dim is even.
 

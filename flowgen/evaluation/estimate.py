@@ -97,7 +97,9 @@ class Evaluation:
         )
 
     def record(self) -> dict[str, Any]:
-        """Returns a dict for JSON with `metrics`, the entries of `about`, and `lines`; floats that are not finite become None.
+        """Returns a dict for JSON with `metrics`, the entries of `about`, and `lines`.
+
+        Floats that are not finite become None.
 
         Example:
             json.dumps(evaluation.record(), allow_nan=False)
