@@ -170,9 +170,9 @@ def test_any_plan_gives_the_same_clip_and_one_program_serves_all_keys_and_scales
     plan = DecodePlan((Jacobi(tol=0.0), SlidingWindow(window=3, tol=0.0, init="previous_frame")))
     sliding = clip(plan)
     assert_close(sliding.x, clip("sequential").x, NETWORK)
-    assert len(traces) == 2
+    assert len(traces) == 1  # The denoiser's program does not depend on the plan.
     clip(plan, jax.random.key(6), scale=2.0)
-    assert len(traces) == 2
+    assert len(traces) == 1
 
 
 @pytest.mark.slow
