@@ -99,8 +99,7 @@ class TarFolder:
 
 @dataclass
 class _Contents:
-    """The contents of a shard. positions: each file's index into `offsets` and `sizes`. folders: first-level folders.
-    """
+    """The contents of a shard. positions: each file's index into `offsets` and `sizes`. folders: top-level folders."""
 
     positions: dict[str, int] = field(default_factory=dict)
     offsets: array[int] = field(default_factory=lambda: array("q"))
