@@ -13,7 +13,7 @@ from flowgen.places import RemoteFolder
 
 @dataclass(frozen=True)
 class BucketFile:
-    """A file in a bucket, which is read whole. size: number of bytes when the file was listed.
+    """A file in a bucket. Reading always fetches the whole file. size: number of bytes when the file was listed.
 
     Example:
         image = read_image(BucketFile(RemoteFolder("gs://bucket"), "cat.png", 1000), size=(64, 64), ...)
@@ -37,7 +37,7 @@ class BucketFile:
 
 @dataclass(frozen=True)
 class BucketShard:
-    """A tar file in a bucket, which is read in ranges of bytes. size: number of bytes when the file was listed.
+    """A tar file in a bucket. Reading fetches only ranges of bytes. size: number of bytes when the file was listed.
 
     Example:
         content = shard.read_range(512, 1000)

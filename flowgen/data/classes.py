@@ -79,7 +79,7 @@ def with_classes(found: T, classes: tuple[str, ...], where: str) -> T:
 
 
 def numbered_classes(count: int, classes: tuple[str, ...], where: str, told: str) -> tuple[str, ...]:
-    """Returns `classes`, after checking that the labels of data without class names can be indices into it.
+    """Returns `classes`, after checking that they cover the labels of data without class names.
 
     Warns unless the first `count` names are "0", "1" and so on.
 

@@ -61,8 +61,8 @@ class ClipsConfig:
     hop: number of frames between the starts of consecutive clips of a video; 0 means the length of a clip, so that
     clips do not overlap.
     flip: mirror each training clip left to right with probability one half.
-    drop_first: fraction of the batches of clips that are trained without their first latent frame, so that the model
-    learns to continue long clips. The captions of these clips begin with "(extend) ". STARFlow-V uses 0.25.
+    drop_first: fraction of the batches of clips from which the first latent frame is dropped, so that the model learns
+    to continue long clips. The captions of these clips begin with "(extend) ". STARFlow-V uses 0.25.
     crop: "center" scales frames to cover the model's size and crops the centre; "none" stretches them to that size.
     on_corrupt: "refuse" stops the run if a video is unreadable; "skip" leaves the video out with a warning.
     eval_fraction: fraction held out for evaluation. This is a fraction of the digits and of the clips for `bouncing`,

@@ -50,8 +50,9 @@ class DataConfig:
     0, none are held out.
     in_memory_bytes: if the resized images of `folder` or `tar` need more bytes than this, each batch is decoded on
     demand.
-    workers: number of processes that decode images; 0 uses threads of this process. "auto" uses threads on a machine
-    with up to eight cores; with more cores, it uses one process per core, at most 32, if loky is installed.
+    workers: number of processes that decode images; 0 uses threads of this process. "auto" uses threads for data in a
+    bucket and on machines with up to eight cores; otherwise, it uses one process per core, at most 32, if loky is
+    installed.
     classes: the class names in the order of their numbers. If empty, a run stores the class names of its training data
     here when it begins. The labels of data opened later are matched by class name. A class without images causes a
     warning, and an unknown class causes an error. The labels of an .npz file without class names are indices into

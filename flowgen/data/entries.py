@@ -163,7 +163,9 @@ class Entries:
 
 
 def check_each_described(listing: Listing, files: Sequence[str | None], suffix: str, what: str) -> None:
-    """Raises ValueError if a sample has no caption or class file. files: this file for each sample, or None.
+    """Raises ValueError if some samples have no caption or class file.
+
+    files: the caption or class file of each sample, or None.
 
     Example:
         check_each_described(listing, listing.captions, ".txt", "captions")

@@ -1,4 +1,4 @@
-"""Summarises a run's data, and records their files to detect later changes.
+"""Summarises a run's data, and records the data files to detect later changes.
 
 This module does not import the code that loads data, so the training loop can import it.
 """

@@ -46,8 +46,8 @@ class LatentsConfig:
 
     path: the directory of the latents.
     fps: frames per second of the clips; 0 if they have the frame rate of the original videos.
-    drop_first: fraction of the batches of clips that are trained without their first latent frame, as in `ClipsConfig`;
-    the cache must contain latents of such clips.
+    drop_first: fraction of the batches of clips from which the first latent frame is dropped, as in `ClipsConfig`; the
+    cache must contain latents of such clips.
     images_fraction: fraction of the training batches that consist of images, for a model of clips; 0 uses every clip
     and image equally often.
     classes: the class names in the order of their numbers, as in `DataConfig`.
@@ -157,7 +157,7 @@ class ShardFile:
 
 
 class LatentWriter:
-    """Writes the shards of a dataset to a new directory. After `finish`, `read_latents` can read it.
+    """Writes the shards of a dataset to a new directory. After `finish`, `read_latents` can read the directory.
 
     Example:
         writer = LatentWriter("data/latents")

@@ -71,7 +71,7 @@ class ClosedShard(Protocol):
 
 @dataclasses.dataclass(frozen=True)
 class LatentDataset:
-    """A dataset of latents, each stored as the mean and std of a posterior. Training samples from the posterior.
+    """A dataset of latents, each stored as the mean and std of a posterior from which training draws a sample.
 
     kind: what was encoded. null: the encoded empty text; None if there are no texts. numbers: maps the labels in the
     shards to indices into `class_names`; empty if labels need no mapping. use_texts: whether to prefer texts to labels

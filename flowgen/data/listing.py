@@ -110,7 +110,7 @@ class _Walk:
         return trained
 
     def _enters(self, folder: str) -> bool:
-        """Records a folder. Returns whether the folder was not yet recorded."""
+        """Records a folder. Returns whether it is new."""
         about = _about(folder)
         place = about.st_dev, about.st_ino
         fresh = place not in self.folders

@@ -27,10 +27,10 @@ class Loader:
     """Computes the training batch of any step, in an order that the seed determines.
 
     The epochs form one endless sequence of samples. Every sample occurs once per epoch, and each epoch has a new random
-    order. Let B be `batch_size`, the number of samples over all processes. Batch `step` consists of the samples from
-    position `step` · B to (`step` + 1) · B - 1 of the sequence. The batch is divided into equal consecutive shares, and
-    process i gets the i-th share. A batch may span several epochs, and it may be larger than the dataset. The sequence
-    depends neither on the number of processes nor on the batch size.
+    order. Let B be `batch_size`, the number of samples over all processes. Batch `step` consists of the samples at
+    positions `step` · B to (`step` + 1) · B - 1 of the sequence. The batch is divided into equal consecutive shares,
+    and process i gets the i-th share. A batch may span several epochs, and it may be larger than the dataset. The
+    sequence depends neither on the number of processes nor on the batch size.
 
     In a `BucketedDataset`, each bucket has a separate sequence. In every pass over the data, a bucket provides as many
     whole batches as fit into its number of samples per pass. The batches of all buckets come in random order. Samples
@@ -136,7 +136,7 @@ def prefetch(loader: StatelessLoader, start: int, stop: int, *, depth: int = 2) 
 
 
 def fixed_batches(dataset: Dataset, batch_size: int) -> Iterator[tuple[Batch, Bool[np.ndarray, " b"]]]:
-    """Returns an iterator over evaluation batches of constant shape, for one pass over the dataset in order.
+    """Iterates over the dataset once, in order, in evaluation batches of constant shape.
 
     The last batch is padded with copies of its last sample. Each batch comes with a mask `b` that is False for these
     copies. Each batch is prepared while the previous one is in use.

@@ -39,7 +39,7 @@ class NumbersConfig:
     samples are padded, the boolean array `mask` `num n` is False for padding rows of `x`.
 
     path: the .npz file, or its URL.
-    eval_fraction: fraction of the samples held out for evaluation; 0 holds out none.
+    eval_fraction: fraction of the samples held out for evaluation; with 0, none are held out.
 
     Example:
         data = NumbersConfig(path="measurements.npz")
@@ -56,7 +56,7 @@ class SimulatedConfig:
     name: the simulator, "two_moons" or "slcp"; see `flowgen.simulators`.
     simulations: number of simulations, including those for evaluation.
     seed: random seed of the simulations.
-    eval_fraction: fraction of the simulations held out for evaluation; 0 holds out none.
+    eval_fraction: fraction of the simulations held out for evaluation; with 0, none are held out.
 
     Example:
         data = SimulatedConfig("slcp", simulations=30_000)

@@ -1,4 +1,4 @@
-"""Renders the colour drawings of an installed OpenMoji package, with their names and groups."""
+"""Loads the OpenMoji colour drawings from an installed package, with their names and groups."""
 
 from __future__ import annotations
 

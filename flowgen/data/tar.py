@@ -239,7 +239,7 @@ def _local(path: Path) -> LocalShard:
 
 @functools.lru_cache(maxsize=2)
 def list_shards(shards: Shards, suffixes: tuple[str, ...], what: str) -> Listing:
-    """Lists the files with these suffixes in shards. Keeps the two latest results, which the splits of a dataset share.
+    """Lists the files with these suffixes in shards. Caches the two latest results for the other splits of a dataset.
 
     Raises the same errors as `list_tar`.
 
