@@ -1,4 +1,4 @@
-"""Lists the images or videos in a bucket, which may be single files or members of tar files."""
+"""Lists the images or videos in a bucket, stored as single files or in tar files."""
 
 from __future__ import annotations
 

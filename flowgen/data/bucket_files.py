@@ -60,7 +60,7 @@ class BucketShard:
 
 
 class BucketFolder:
-    """A folder in a bucket, in which `folder / name` returns a file. sizes: number of bytes of each file, by name.
+    """A folder in a bucket. `folder / name` returns one of its files. sizes: number of bytes of each file, by name.
 
     Example:
         file = BucketFolder(RemoteFolder("gs://bucket/photos"), {"cat/1.png": 1000}) / "cat/1.png"

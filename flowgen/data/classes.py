@@ -18,7 +18,7 @@ T = TypeVar("T")
 
 @runtime_checkable
 class HasClasses(Protocol):
-    """Data with labels that index `class_names`."""
+    """Data whose labels are indices into `class_names`."""
 
     @property
     def class_names(self) -> tuple[str, ...]: ...

@@ -55,7 +55,7 @@ class StillClips(_View):
 
 @dataclasses.dataclass(frozen=True)
 class ContinuedClips(_View):
-    """Clips without their first frame, which train a model to continue long clips.
+    """Clips without their first frame, for training a model to continue long clips.
 
     Their captions begin with "(extend) ". Codecs encode the first frame differently from later frames, so the latents
     are obtained by encoding the whole clips and dropping the first latent frame.

@@ -65,9 +65,9 @@ class ClipsConfig:
     to continue long clips. The captions of these clips begin with "(extend) ". STARFlow-V uses 0.25.
     crop: "center" scales frames to cover the model's size and crops the centre; "none" stretches them to that size.
     on_corrupt: "refuse" stops the run if a video is unreadable; "skip" leaves the video out with a warning.
-    eval_fraction: fraction held out for evaluation. This is a fraction of the digits and of the clips for `bouncing`,
-    of the clips for `crafter`, of the videos for `folder` and `tar`, and of each video's clips for `real`, the last of
-    which are held out. The split is the same on every machine; with 0, nothing is held out.
+    eval_fraction: fraction of the data held out for evaluation: of the digits and of the clips for `bouncing`, of the
+    clips for `crafter`, of the videos for `folder` and `tar`, and of the clips of each video for `real`, for which the
+    last clips are held out. The split is the same on every machine; with 0, nothing is held out.
     in_memory_bytes: if the clips cut from videos need more bytes than this, each batch is decoded on demand.
     workers: number of processes that decode videos, as in `DataConfig`.
     images: images to train on in addition to the clips. They become clips of one frame and form separate batches.

@@ -26,12 +26,12 @@ SPECIAL = ("entry", "other than a file or a folder")
 
 @dataclass(frozen=True)
 class Listing:
-    """A list of the files under a folder.
+    """A list of the samples under a folder, with their classes and captions.
 
     names: paths relative to `root`, separated by / and ordered by class and name. labels: indices into `class_names`;
-    -1 for files directly in the folder. captions: for each file, the name of its caption file, or None. class_files:
-    for each file, the name of the file that contains its class, or None; empty if there are no such files. numbered:
-    whether the classes are numbers, not names. left_out: descriptions of what was left out, such as "3 .xcf".
+    -1 for files without a class. captions: for each file, the name of its caption file, or None. class_files: for each
+    file, the name of the file that contains its class, or None; empty if there are no such files. numbered: whether the
+    classes are numbers, not names. left_out: descriptions of what was left out, such as "3 .xcf".
 
     Example:
         listing = list_files("photos", (".png", ".jpg"), "images")

@@ -50,7 +50,7 @@ def read_folder(
     Either all images or none must have captions.
 
     If `config.aspects` is set, each image goes to the bucket with the nearest aspect ratio. All images of a bucket are
-    resized to one shape, whose sides are multiples of `multiple` and whose area is about that of `image_size`.
+    resized to one shape, which has about as many pixels as `image_size` and whose sides are multiples of `multiple`.
 
     Raises:
         FileNotFoundError, NotADirectoryError: `config.path` is not a folder.
@@ -187,7 +187,7 @@ def opened(config: OfFiles, suffixes: tuple[str, ...], what: str) -> Listing:
 def read_captions(listing: Listing) -> tuple[str, ...]:
     """Returns the captions of the listed files, each as one line. Returns an empty tuple if no file has a caption.
 
-    Raises ValueError if only some files have captions, or a caption is not UTF-8.
+    Raises ValueError if only some files have captions, or if a caption is not UTF-8.
 
     Example:
         captions = read_captions(list_files("photos", (".png",), "images"))

@@ -1,4 +1,4 @@
-"""Reads image files of any size, mode and orientation into uint8 arrays of a requested shape."""
+"""Reads image files of any colour mode and orientation into uint8 arrays of a requested shape."""
 
 from __future__ import annotations
 

@@ -139,7 +139,7 @@ class LatentIndex:
 class ShardFile:
     """A shard on disk, memory-mapped on demand; the 64 most recently used shards stay mapped.
 
-    written: modification time in nanoseconds, so that a replaced shard differs from the old one.
+    written: modification time in nanoseconds, which distinguishes a replaced shard from the old one.
 
     Example:
         shard = ShardFile(Path("latents/train-00000"), 4096, (32, 32, 4), has_text=False).opened()
@@ -152,7 +152,7 @@ class ShardFile:
     written: int = 0
 
     def opened(self) -> Shard:
-        """Returns the shard with its arrays. Raises FileNotFoundError or ValueError if a file is missing or damaged."""
+        """Opens the shard's arrays. Raises FileNotFoundError or ValueError if a file is missing or damaged."""
         return _open_shard(self)
 
 

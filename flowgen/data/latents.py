@@ -65,7 +65,7 @@ class ClosedShard(Protocol):
     def event_shape(self) -> tuple[int, ...]: ...
 
     def opened(self) -> Shard:
-        """Returns the shard with its arrays."""
+        """Opens the shard's arrays."""
         ...
 
 

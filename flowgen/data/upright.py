@@ -1,4 +1,4 @@
-"""The orientation of images: right-angle turns and mirroring, read from EXIF even if other metadata are malformed."""
+"""Reads the orientation of images (right-angle turns and mirroring) from EXIF, even if other metadata are malformed."""
 
 from __future__ import annotations
 

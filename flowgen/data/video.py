@@ -42,7 +42,7 @@ def video_length(path: AnyFile) -> tuple[float, float]:
 
 
 def video_size(path: AnyFile) -> tuple[int, int]:
-    """Returns a video's displayed (height, width). Raises UnreadableVideo if the file is not a video.
+    """Returns the (height, width) at which a video is displayed. Raises UnreadableVideo if the file is not a video.
 
     Example:
         height, width = video_size("clip.mp4")
