@@ -1,4 +1,4 @@
-"""Files in a bucket. Single files are read whole, and tar files in ranges of bytes."""
+"""Reads files in a bucket."""
 
 from __future__ import annotations
 

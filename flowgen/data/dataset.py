@@ -130,7 +130,7 @@ def file_names_in(dataset: Dataset) -> tuple[str, ...]:
 class ArrayDataset:
     """A dataset of images or clips in memory.
 
-    captions: empty, or one line of text per image or clip. file_names: empty, or the file name of each image.
+    captions, file_names: as in `Dataset`.
 
     Example:
         dataset = ArrayDataset(images, labels, class_names=("cat", "dog"))

@@ -17,11 +17,11 @@ class FileDataset:
     """A dataset of images or clips that decodes files on all cores for every batch.
 
     reader: reads the sample at a position. If the reader may skip files, an unreadable sample and its label are
-    replaced by those at the next readable position, so the result depends only on the position. There is one warning
-    for each unreadable file. If samples have captions, an unreadable file raises an error instead, because the caption
-    would not match the replacement.
+    replaced by those at the next readable position, so the result depends only on the position. Each unreadable file
+    causes one warning. If samples have captions, it causes an error instead, because the caption would not match the
+    replacement.
 
-    captions: empty, or one line of text per sample. file_names: empty, or the file name of each sample.
+    captions, file_names: as in `Dataset`.
 
     Example:
         reader = FileReader(job, files, "refuse", what=("image", "images"), split="train")

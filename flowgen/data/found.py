@@ -171,6 +171,6 @@ def _marks_of(files: Iterable[F], names: Sequence[str], mark: Callable[[F], int]
 
 
 def _mark(file: Path) -> int:
-    """Returns a checksum of a file's size and first 64 KiB. The checksum changes if the data are encoded again."""
+    """Returns a checksum of a file's size and first 64 KiB."""
     with file.open("rb") as opened:
         return zlib.crc32(opened.read(_MARKED_BYTES), file.stat().st_size)

@@ -252,8 +252,7 @@ def read_latents(
 
     If there are latents of several kinds or shapes, each kind and shape becomes a bucket.
 
-    classes: class names in the order of the returned labels; if empty, the labels and class names of the cache are
-    kept.
+    classes: class names in the order of the returned labels; if empty, those of the cache.
 
     Raises FileNotFoundError or ValueError if a file is missing, is truncated or does not have the shape in the index,
     if a label is not a valid class number, or if a class is not in `classes`.

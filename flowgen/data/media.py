@@ -179,7 +179,7 @@ def atomic_file(path: str | os.PathLike[str]) -> Generator[IO[bytes]]:
 
 
 def image_formats() -> tuple[str, ...]:
-    """Returns Pillow's names of the image formats that can be read. A file's suffix need not match its format.
+    """Returns Pillow's names of the image formats that can be read. Suffixes are not considered.
 
     Example:
         image = pillow().open("image.png", formats=image_formats())

@@ -162,7 +162,7 @@ class _Contents:
 def list_tar(path: str | os.PathLike[str], suffixes: Iterable[str], what: str) -> Listing:
     """Lists the files with these suffixes in a tar file, or in all tar files of a folder.
 
-    The result is the same as that of `list_files` if all shards were unpacked into one folder (see `TarFolder`), but
+    The shards are listed by the rules of `list_files`, as if they were unpacked into one folder (see `TarFolder`), but
     links are not followed. If there are class files such as `1.cls`, these define the classes instead of the folders.
 
     what: plural noun for the files, used in error messages.
