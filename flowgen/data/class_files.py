@@ -73,7 +73,7 @@ def _class_in(folder: StoredFolder, name: str) -> str:
 
 
 def _numbers(texts: list[str], folder: StoredFolder) -> tuple[str, ...]:
-    """Returns the class names "0", "1" and so on, up to the largest number in the texts."""
+    """Returns the class names "0", "1" and so on, up to the largest number."""
     largest = max(map(int, texts), default=NO_LABEL)
     if largest >= max(MOST_SPARSE, len(texts)):
         raise ValueError(

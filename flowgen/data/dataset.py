@@ -40,9 +40,8 @@ class DataConfig:
     `fit`.
     path: the folder, .tar file, folder of .tar files, or .npz file; empty for other names.
     flip: mirror each training image left to right with probability one half.
-    aspects: resize each image of `folder` or `tar` to the nearest of nine aspect ratios, instead of resizing all images
-    to one shape. All nine shapes have about as many pixels as the model's shape, and all images in a batch have the
-    same shape.
+    aspects: resize each image of `folder` or `tar` to the nearest of nine aspect ratios, with about as many pixels as
+    in the model's image size. All images in a batch have the same shape.
     crop: "center" scales images to cover the model's size and crops the centre; "none" stretches them to that size.
     Ignored for `npz`.
     on_corrupt: "refuse" stops the run if a file is unreadable; "skip" leaves the file out with a warning.

@@ -125,7 +125,7 @@ def _at_most(dataset: Dataset | BucketedDataset) -> bool:
 
 
 def _sizes(config: DataConfig | ClipsConfig, listing: Listing) -> tuple[tuple[int, int], ...]:
-    """Returns (height, width) of up to 32 images or 4 videos, evenly spaced in the listing, except unreadable ones."""
+    """Returns the (height, width) of up to 32 images or 4 videos, without the unreadable ones."""
     is_video = isinstance(config, ClipsConfig)
     most = min(_VIDEOS_SIZED if is_video else _IMAGES_SIZED, len(listing))
     files = [listing.files[i] for i in np.linspace(0, len(listing) - 1, most).astype(int)]

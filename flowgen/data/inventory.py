@@ -190,7 +190,7 @@ def _in_one_form(files: Mapping[str, Any]) -> dict[str, Any]:
 def _differences(
     train: Mapping[str, Any], held: Mapping[str, Any], train_now: Mapping[str, Any], held_now: Mapping[str, Any]
 ) -> str:
-    """Returns a description of the differences between the earlier files of both splits and the current ones."""
+    """Returns a description of how the files of the two splits have changed."""
     before, now = {**train, **held}, {**train_now, **held_now}
     cases = {
         "added": [name for name in now if name not in before],

@@ -80,7 +80,7 @@ class Loader:
         return batch._replace(x=np.where(flipped, x[..., ::-1, :], x))
 
     def place(self, step: int) -> tuple[int, int]:
-        """Returns the bucket from which a step's batch comes, and the number of earlier batches from that bucket."""
+        """Returns the bucket of a step's batch, and the number of earlier batches from that bucket."""
         if len(self._buckets) == 1:
             return 0, step
         passed = _pass_of(step, self._shares, self.batch_size)

@@ -197,7 +197,7 @@ def pillow() -> Any:
 
 
 def as_pillow(image: UInt8[np.ndarray, "height width *c"]) -> Any:
-    """Converts an array to a Pillow image. Removes the channel axis first if there is a single channel.
+    """Converts an array to a Pillow image, after removing the axis of a single channel.
 
     Raises ModuleNotFoundError if Pillow is missing.
 

@@ -227,7 +227,7 @@ def _packets(container: Any, stream: Any, losses: Losses) -> Iterator[Packet]:
 
 
 def _leans(packet: Packet) -> bool:
-    """Returns whether a packet is not a key frame and so depends on earlier packets."""
+    """Returns whether a packet is not a key frame."""
     return not packet.packet.is_keyframe
 
 

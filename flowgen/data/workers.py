@@ -43,7 +43,7 @@ class Workers:
     """Reads files on all cores.
 
     processes: number of processes that read; 0 reads in threads of this process. remote: whether the files are in a
-    bucket; if so, more threads are used, because most of them wait.
+    bucket, which requires more threads.
 
     Raises ModuleNotFoundError if processes are requested but loky is not installed.
 
