@@ -69,7 +69,7 @@ class LatentsConfig:
 
 @config
 class TextProvenance:
-    """Records everything that determines the features of captions.
+    """Records how captions were encoded.
 
     encoder: name of the text encoder. digest: digest of the encoder's weights and tokenizer. length: number of tokens
     per text. dim: number of features per token. noise_level, frames_per_second, aspect: what is added to the captions,

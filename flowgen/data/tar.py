@@ -61,8 +61,8 @@ class Shards:
 class TarFolder:
     """A folder of the files in several shards, as if all shards were unpacked into one folder.
 
-    If an image, caption or class file in a shard has the same name as one in an earlier shard, the names of all files
-    in the later shard begin with the name of that shard.
+    If two shards contain an image, caption or class file of the same name, all names from the later shard are prefixed
+    with the name of the shard.
 
     Example:
         content = (folder / "cat/1.png").read_bytes()

@@ -53,7 +53,7 @@ def video_size(path: AnyFile) -> tuple[int, int]:
 
 
 def frame_times(path: AnyFile, *, fps: float | int | None = None) -> Float[np.ndarray, " n"]:
-    """Returns the times in seconds at which `read_clip` can read frames. The first key frame is at time 0.
+    """Returns the times in seconds of the frames that `read_clip` can return. The first key frame is at time 0.
 
     If fps is None, the times are those of the video's own frames, which are found without decoding. Otherwise, they are
     i / fps, up to the video's duration.
