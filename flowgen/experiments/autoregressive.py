@@ -287,8 +287,7 @@ class AutoregressiveExperiment(Experiment):
         return draw_image
 
     def sized(self, flow: Any, aspect: str) -> Any:
-        """Returns the flow for images with an aspect ratio such as 16:9. If `aspect` is empty, returns the flow
-        unchanged."""
+        """Returns the flow for images with an aspect ratio such as 16:9, or the same flow if `aspect` is empty."""
         return flow.with_image_size(*self.encoding.latent_size(aspect)) if aspect else flow
 
     def guidance(self, flow: Any, null: TextCondition | None = None) -> Guidance:

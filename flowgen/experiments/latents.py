@@ -63,7 +63,7 @@ def flow_dataset(
 def as_taken(
     dataset: Dataset | BucketedDataset, data: DataConfig | ClipsConfig, encoding: Encoding, *, flip: bool
 ) -> Dataset | BucketedDataset:
-    """Returns images or clips as the data that a flow is trained on: unchanged, or encoded in memory.
+    """Returns images or clips in the form that a flow is trained on: unchanged, or encoded in memory.
 
     flip: whether to encode flipped copies too.
 
@@ -140,7 +140,7 @@ def _as_often(buckets: Sequence[Dataset], data: ClipsConfig | LatentsConfig) -> 
 
 
 def encoded_shards(encoding: Encoding, dataset: Dataset, *, flip: bool) -> Iterator[Shard]:
-    """Yields the latents of a dataset, and the features of its captions if the model accepts texts.
+    """Yields the latents of a dataset, with its encoded captions if the model accepts texts.
 
     Example:
         for shard in encoded_shards(encoding, dataset, flip=False): ...
@@ -250,7 +250,7 @@ def provenance(data: DataConfig | ClipsConfig, encoding: Encoding) -> Provenance
 
 
 def _words(codec: CodecConfig | None) -> str:
-    """Returns a description of a codec, which is empty for None."""
+    """Returns a description of a codec, or "" for None."""
     if isinstance(codec, PretrainedAutoencoder):
         return f"the autoencoder at '{codec.path}'"
     return "" if codec is None else f"blocks of {codec.factor} x {codec.factor} pixels"
@@ -329,7 +329,7 @@ def _check_texts(made: Provenance, path: str, encoding: Encoding) -> None:
 
 
 def _check_shape(model: TARFlowConfig | STARFlowConfig, path: str, bucket: LatentDataset) -> None:
-    """Raises ValueError if a model cannot process latents of this kind and shape, even at another size."""
+    """Raises ValueError if a model cannot process latents of this kind and shape, even with another image size."""
     *frames, height, width, channels = bucket.event_shape
     whole = list(model.event_shape[:-3])
     expected = {"image": [], "clip": whole, "continued": [count - 1 for count in whole], "still": [1]}[bucket.kind]

@@ -23,7 +23,7 @@ Solver = Literal["euler", "midpoint", "heun", "rk4", "dopri5", "mean_flow"]
 
 @config
 class SolverConfig:
-    """Options for drawing samples. Training uses them, and `sample.py` uses them by default.
+    """Options for drawing samples. They apply to the sample grids that training draws and, by default, to `sample.py`.
 
     num: number of samples to draw; at least 1.
     method: a solver of `flowgen.matching.integrate`, or "mean_flow" for networks that learn average velocities.
@@ -72,7 +72,7 @@ class VelocityDrawOptions(DrawOptions):
 class VelocityEvaluateOptions(CompareOptions):
     """Options for evaluating a velocity network.
 
-    samples: number of samples to draw and compare with the data; 0 for one per image, or for 1,000 points.
+    samples: number of samples to draw and compare with the data; 0 means one per image of the data, or 1,000 points.
     unconditional: evaluate a class-conditional model without labels.
     """
 

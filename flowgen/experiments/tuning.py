@@ -81,8 +81,8 @@ def tuned_plan(
 ) -> TunedPlan:
     """Measures plans for the samples that the options describe, and returns the fastest.
 
-    The plans are measured on samples that are first decoded sequentially, in batches of the size that one device
-    decodes. Clips have the length that the flow models, and no given frames. say: a function that receives the lines of
+    A batch of the size that one device decodes is first decoded sequentially. The plans are measured on the resulting
+    samples. Clips have the length that the flow models, and no given frames. say: a function that receives the lines of
     a table.
 
     Example:
