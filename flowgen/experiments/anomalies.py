@@ -48,11 +48,11 @@ class AnomalySets(NamedTuple):
 def open_anomalies(experiment: Any, options: Any, train: Callable[[], TrainingImages]) -> AnomalySets:
     """Returns the images that `evaluate_anomalies` compares with the data.
 
-    experiment: a `FlowExperiment`. options: its options for evaluation, with `anomaly` set. train: a function that
-    returns the training images.
+    experiment: a `FlowExperiment`. options: options for evaluation with `anomaly` set. train: a function that returns
+    the training images.
 
-    Raises ValueError if the flow needs texts, if `anomaly` is invalid, or if the data or the anomalies are fewer than
-    two images.
+    Raises ValueError if the flow needs texts, if `anomaly` is invalid, or if the data or a set of anomalies has fewer
+    than two images.
 
     Example:
         train = TrainingImages(experiment.dataset("train"), "training images")

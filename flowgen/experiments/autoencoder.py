@@ -59,8 +59,8 @@ class AutoencodingConfig:
     kl_weight: weight of KL(posterior || N(0, 1)), averaged over latents and measured in nats; 0 or more.
     noise: std of the noise that is added to normalised latents before decoding; 0 for none. With noise, the decoder
     learns to decode the noisy latents of a flow.
-    decoder_of: run directory or published folder of an autoencoder whose decoder is fine-tuned while its encoder stays
-    frozen. If empty, a new autoencoder is trained.
+    decoder_of: path of a trained or published autoencoder whose decoder is fine-tuned while its encoder stays frozen.
+    If empty, a new autoencoder is trained.
     shown: number of images shown next to their reconstructions in the run's sample grid; at least 1.
     """
 

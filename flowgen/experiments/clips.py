@@ -72,14 +72,14 @@ def read_given(
 ) -> Float[np.ndarray, "given height width c"]:
     """Returns the frames with which generated clips begin, read from an image or video, with values in [-1, 1].
 
-    One frame is read from an image, and the largest number that the codec can encode from a video. fps: frames per
-    second to read from a video; by default, its own frame rate.
+    The result has one frame for an image and, for a video, the largest number of frames that the codec can encode. fps:
+    frames per second to read from a video; by default, its own frame rate.
 
     frames: number of frames in the clips. A video is cut so that at least one frame is left to generate. If `frames` is
     None, the video is not cut, and it must be shorter than the training clips.
 
     Raises FileNotFoundError or ValueError if the file cannot be read, if its shape differs too much from the shape of
-    the flow's clips, or if it leaves no frame to generate.
+    the flow's clips, or if no frame is left to generate.
 
     Example:
         given = read_given(codec, flow, "first.png", frames=17)

@@ -102,7 +102,7 @@ def open_codec(config: CodecConfig | None, channels: int) -> Codec:
 
 
 def open_autoencoder(path: str, temporal_scale: float = 1.0) -> AutoencoderCodec | VideoAutoencoderCodec:
-    """Returns the autoencoder in a run directory or a published folder, as a codec that normalises latents.
+    """Returns a trained or published autoencoder as a codec that normalises latents.
 
     temporal_scale: used only for video autoencoders; see `VideoAutoencoderCodec`.
 

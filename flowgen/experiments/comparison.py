@@ -118,7 +118,7 @@ def check_sampled(options: CompareOptions, samples: int) -> None:
 
 
 def open_comparison(options: CompareOptions, data: Dataset, train: Callable[[], TrainingImages]) -> Comparison:
-    """Returns what samples will be compared with. Trains a classifier if its features are needed.
+    """Opens the feature extractor and the reference of a comparison. Trains a classifier if its features are needed.
 
     data: the data to compare with. train: a function that opens the training images; it is called only if they are
     needed.

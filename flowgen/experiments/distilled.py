@@ -51,7 +51,7 @@ def distilled_objective(matching: MatchingConfig, objective: Callable[[MatchingC
 
     The flow's variables are arguments of the compiled step, because as constants they would be copied into it.
 
-    objective: a function from a config to its objective.
+    objective: a function that returns the objective of a config.
 
     Example:
         objective = distilled_objective(matching, lambda given: matching_objective(network, given.loss_fn(), pairs))

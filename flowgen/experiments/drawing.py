@@ -62,7 +62,7 @@ class CompareOptions(EvaluateOptions):
     package. For the FID, give a file of Inception v3 weights (.pth, .pt, .bin or .safetensors).
     reference: .npz file of feature statistics (mu and sigma) to compare with instead of the data.
     cache: folder that keeps feature statistics of the data for later evaluations; by default, RUN/evaluations.
-    neighbours: number of samples in a saved image that shows samples beside their nearest training images.
+    neighbours: number of samples to show, in a saved image, beside their nearest training images.
     """
 
     features: str = "auto"

@@ -56,7 +56,7 @@ class Encoding:
 
         grid: the (height, width) of the samples in latents, from which a template computes the aspect ratio; by
         default, `image_hw` of the model. truncate: whether to cut prompts that are too long. still: whether the prompts
-        describe single images for a video flow. If so, the template states no frame rate.
+        describe single images for a video flow. If so, the template begins with "An image" instead of the frame rate.
         """
         encoder = self.open_text_encoder()
         wrapped = [self._wrapped(prompt, grid, still) for prompt in prompts]
@@ -92,7 +92,7 @@ class Encoding:
         cached: provenance of cached latents. If it contains a text encoder of the same name, that encoder's digest is
         used without opening the encoder. If it contains no text encoder, the digest stays None.
 
-        A network without a path gets no digest.
+        The digest of a network without a path stays None.
         """
         codec, text = self.codec, self.text
         if isinstance(codec, PretrainedAutoencoder) and codec.digest is None and codec.path:

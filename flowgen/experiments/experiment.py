@@ -184,7 +184,7 @@ class Experiment(abc.ABC):
 
     @classmethod
     def from_json(cls, plain: Mapping[str, Any]) -> Experiment:
-        """Returns the experiment from the result of `to_json`. Raises ValueError if a field is unknown or invalid."""
+        """Restores an experiment from the result of `to_json`. Raises ValueError if a field is unknown or invalid."""
         kind = plain.get(settings.TYPE)
         if kind != cls.__name__:
             raise ValueError(f"type is {kind!r:.80}; it must be {cls.__name__}.")

@@ -78,7 +78,7 @@ def override(experiment: E, arguments: Sequence[str]) -> E:
 
 
 def from_json(plain: Mapping[str, Any]) -> Experiment:
-    """Returns the experiment from the result of `Experiment.to_json`.
+    """Restores an experiment from the result of `Experiment.to_json`.
 
     Raises ValueError if a field is unknown or a value is invalid; the message contains the field's name.
 

@@ -45,7 +45,7 @@ INTERVALS = ("log_every", "eval_every", "sample_every", "checkpoint_every")
 
 
 def started_from(experiment: Experiment, variables: Any) -> Start:
-    """Returns a function that replaces initial variables by the parameters of the run at `experiment.init.path`.
+    """Returns a function that replaces initial variables with the parameters of the run at `experiment.init.path`.
 
     If the run keeps an average of its parameters, the average is used. All checks are made and all files are read in
     this call, not in the returned function.
@@ -82,7 +82,7 @@ def started_from(experiment: Experiment, variables: Any) -> Start:
 
 
 def check_differences(origin: Origin, experiment: Experiment, variables: Any) -> None:
-    """Raises ValueError, with the differences, if an experiment may not start from the parameters of a run.
+    """Raises ValueError, with the differences, if an experiment cannot start from the parameters of a run.
 
     Example:
         check_differences(origin, experiment, jax.eval_shape(lambda: flowgen.init(flow, key)))

@@ -131,7 +131,7 @@ def fit(
 ) -> Result:
     """Trains an experiment in `workdir` and returns the result; resumes the run if the directory has a checkpoint.
 
-    A new run starts from the parameters of the run `experiment.init.path`, if it is set.
+    If `experiment.init.path` is set, a new run starts from the parameters of the run at this path.
 
     dataset: the data to train on instead of `experiment.data`; see `flowgen.data.Dataset`.
     held_out: the data to evaluate on if `dataset` is given. A run on `dataset` without `held_out` is not evaluated.
@@ -139,7 +139,8 @@ def fit(
     `flowgen.load`.
     signals: an active `Signals` that watches this process's signals. By default, `fit` creates one.
     profile: the number of steps to profile, starting after the first. The trace is in the run's folder `profile`.
-    devices: list of local devices to train on; by default, all of them. Samples and evaluations always use all devices.
+    devices: list of local devices to train on; by default, all of them. Sampling and evaluation always use all local
+    devices.
 
     All options are checked before any computation. Raises the errors of `flowgen.training.train`, and those of opening
     the experiment's data and networks.

@@ -50,7 +50,7 @@ class LikelihoodConfig:
 
 @config
 class SamplingConfig:
-    """Options for drawing samples. They apply to the sample grids that training draws and, by default, to `sample.py`.
+    """Options for drawing samples, in training and, unless overridden, in the commands sample and evaluate.
 
     num: number of samples to draw; at least 1.
     plan: how tokens are decoded; "auto" is sequential, except on accelerators where parallel decoding is faster.

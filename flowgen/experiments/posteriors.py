@@ -65,7 +65,7 @@ def evaluate_calibration(
     key: jax.Array,
     num: int,
 ) -> Evaluation:
-    """Returns tests of calibration and of coverage on at most `num` samples of a dataset of vectors.
+    """Tests calibration and coverage on at most `num` samples of a dataset of vectors.
 
     log_prob: the function (x, context) -> log p(x | context) in nats.
 

@@ -1,4 +1,4 @@
-"""Sampling of velocity networks: the config group `sampling`, command-line options, and the function that draws."""
+"""Options for sampling velocity networks, and the function that draws the samples."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ Solver = Literal["euler", "midpoint", "heun", "rk4", "dopri5", "mean_flow"]
 
 @config
 class SolverConfig:
-    """Options for drawing samples. They apply to the sample grids that training draws and, by default, to `sample.py`.
+    """Options for drawing samples, in training and, unless overridden, in the commands sample and evaluate.
 
     num: number of samples to draw; at least 1.
     method: a solver of `flowgen.matching.integrate`, or "mean_flow" for networks that learn average velocities.
@@ -33,7 +33,8 @@ class SolverConfig:
     atol: absolute error tolerance of "dopri5"; positive.
     guidance: weight w in the guided velocity (1 + w) v_c - w v_u; 0 for no guidance.
     guidance_interval: two times in [0, 1] between which guidance is applied.
-    frechet_samples: number of images that each evaluation draws and compares with held-out images; 0 for none.
+    frechet_samples: number of images that each evaluation in training draws and compares with held-out images; 0 for
+    none.
     """
 
     num: Samples = 64

@@ -120,7 +120,7 @@ class TokenFlowExperiment(Experiment):
         return _box(self.data)
 
     def dataset(self, split: Split) -> NumbersDataset:
-        """Returns the samples and contexts in a split, in their own units."""
+        """Returns the samples and contexts in a split, in the units of the data."""
         return load_numbers(self.data, self.model, split)
 
     def job(self, *, dataset: Dataset | None = None, held_out: Dataset | None = None, model: Any = None) -> Job:

@@ -124,7 +124,7 @@ def read_tuned_plan(run_dir: str | Path) -> TunedPlan:
 
     Raises:
         FileNotFoundError: no plan was saved.
-        ValueError: the file is damaged, or the run is in a bucket.
+        ValueError: the file is damaged, or the run is in a cloud bucket.
 
     Example:
         print(read_tuned_plan("runs/digits").plan)

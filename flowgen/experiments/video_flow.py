@@ -257,10 +257,10 @@ class VideoFlowExperiment(AutoregressiveExperiment):
         return fps if LEAST_FPS <= fps <= MOST_FPS else DEFAULT_FPS
 
     def evaluate(self, model: Any, variables: Any, options: FlowEvaluateOptions) -> Evaluation:
-        """Returns the likelihood of the flow, the PSNR of denoised clips, and frame distances.
+        """Returns the likelihood of the flow, the PSNR of denoised clips, and distances between frames.
 
-        The likelihood and the PSNR are measured on a split. The frame distances of samples and data are
-        reported side by side. The PSNR and the frame distances are computed on decoded latents.
+        The likelihood and the PSNR are measured on a split. If samples are drawn, distances between frames are reported
+        for samples and data; see `frame_distances`. Latents are decoded before the PSNR and the distances are computed.
         """
         check_likelihood(model, options, latent=self.is_latent)
         if options.samples:
