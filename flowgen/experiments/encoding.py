@@ -63,7 +63,8 @@ class Encoding:
         return TextCondition(*map(jnp.asarray, encoder(wrapped, truncate=truncate)))
 
     def empty_text(self, grid: tuple[int, int] | None = None, *, still: bool = False) -> TextCondition:
-        """Returns the empty text, wrapped like a prompt and encoded. Later calls return the same result.
+        """Returns the encoded empty text. Like a prompt, it is first wrapped in the template. Later calls return the
+        same result.
 
         The empty text is the condition of the unconditional branch in guidance and label dropout.
 

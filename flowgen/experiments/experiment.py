@@ -53,8 +53,7 @@ RESUMABLE = (
 class Samples(NamedTuple):
     """Samples drawn by an experiment.
 
-    arrays: images `num height width c` or clips `num frames height width c` in [-1, 1], or points `num 2`, or vectors,
-    sequences or sets `num *event`.
+    arrays: images `num height width c` or clips `num frames height width c` in [-1, 1], or other samples `num *event`.
     conditions: arrays with an entry for each sample, such as "labels", "prompts" or "context"; empty for points.
     """
 

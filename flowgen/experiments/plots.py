@@ -23,8 +23,7 @@ def sample_grid(
     """Returns a grid of images with values in [-1, 1]; small images are enlarged.
 
     If the images cycle through up to 20 classes, each column shows one class. If there are few classes, each has
-    several columns, which keeps the grid roughly square. columns: number of columns; by default, it is chosen as
-    described.
+    several columns, which keeps the grid roughly square. columns: number of columns; by default, as described.
 
     Example:
         save_image("samples.png", sample_grid(images, classes=10))
