@@ -143,8 +143,9 @@ def numbers_page() -> str:
     published = [row[:-1] for measured, row in references() if not measured]
     parts = (
         "# Reproducibility",
-        """The tables on this page show the command for every number. The config, the seed and the versions of the packages determine the result of a run. The number of devices changes the result only by rounding.
-`config.json` in a run directory records the config and the seed.""",
+        """The tables on this page show the command for every number. The config, the seed and the versions of the
+packages determine the result of a run. The number of devices changes the result only by rounding. `config.json` in
+a run directory records the config and the seed.""",
         "## Results of configs",
         """We measured these values on two CPU cores, mostly of a shared AMD EPYC, with jax 0.10.2. Training
 prints each value at its end, or the `evaluate` command in the row prints it. The [glossary](glossary.md) explains the
