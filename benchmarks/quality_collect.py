@@ -42,9 +42,9 @@ SINGLE = """## Other models, one seed
 
 The models in this section have about 3.3 million parameters, and the same budget, batches and learning rates as the
 TARFlows above. Unlike the TARFlows, they are evaluated with averaged parameters. Each row is **a single run**, so small
-differences are not significant. The DiTs use patches of 4 x 4 pixels, and 25 steps of Heun's method to sample. The
-budget of the STARFlow includes the encoding of the images and the training of its autoencoder. The autoencoder takes a
-fifth of the budget.
+differences are not significant. The DiTs use patches of 4 x 4 pixels. Their samples are drawn in 25 steps of Heun's
+method. The budget of the STARFlow includes encoding the images and training the autoencoder, which takes a fifth of the
+budget.
 
 Do not compare these likelihoods with one another, or with those above. The likelihood of a DiT is measured on 100 test
 images with uniform noise. The likelihood of a STARFlow is measured on all test images, encoded into its own latents.
