@@ -147,8 +147,8 @@ def numbers_page() -> str:
 packages determine the result of a run. The number of devices changes the result only by rounding. `config.json` in
 a run directory records the config and the seed.""",
         "## Results of configs",
-        """We measured these values on two CPU cores, mostly of a shared AMD EPYC, with jax 0.10.2. Training
-prints each value at its end, or the `evaluate` command in the row prints it. The [glossary](glossary.md) explains the
+        """We measured these values on two CPU cores, mostly of a shared AMD EPYC, with jax 0.10.2. Each
+value is printed at the end of training or by the `evaluate` command in its row. The [glossary](glossary.md) explains the
 metrics. A Fréchet distance depends on the number of samples. Training draws 500 samples, whereas `evaluate` without
 `--samples` draws one per held-out image, so they print different values. The values also depend on the seed; the
 docstring of a config says how much, if we know.
@@ -169,7 +169,7 @@ table in the main README shows medians from these rows:
 * sampling 16 images: `decode.json`, row `sequential` of shape A, next to `published sequential, processes 2`. The
   parameters and the noise come from a closed formula, so there is no seed.
 * a training step: `train_step.json`, row `library step` of shape A, next to `published forward backward adamw,
-  threads 2`, from the same formula
+  threads 2`. The inputs come from the same formula.
 * flow matching: `matching.json`, row `I-CFM` in the form `jitted step` with one thread (0.866 ms), next to
   `torchcfm I-CFM` in the form `eager` (3.059 ms). The form `scan` runs many steps in one program (0.419 ms).""",
         table(["results", "command", "device", "what"], *results()),
