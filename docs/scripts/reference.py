@@ -147,11 +147,11 @@ def numbers_page() -> str:
 packages determine the result of a run. The number of devices changes the result only by rounding. `config.json` in
 a run directory records the config and the seed.""",
         "## Results of configs",
-        """We measured these values on two CPU cores, mostly of a shared AMD EPYC, with jax 0.10.2. Each
-value is printed at the end of training or by the `evaluate` command in its row. The [glossary](glossary.md) explains the
-metrics. A Fréchet distance depends on the number of samples. Training draws 500 samples, whereas `evaluate` without
-`--samples` draws one per held-out image, so they print different values. The values also depend on the seed; the
-docstring of a config says how much, if we know.
+        """We measured these values on two CPU cores, mostly of a shared AMD EPYC, with jax 0.10.2. Each value is
+printed at the end of training or by the `evaluate` command in its row. The [glossary](glossary.md) explains
+the metrics. A Fréchet distance depends on the number of samples. Training draws 500 samples, whereas
+`evaluate` without `--samples` draws one per held-out image, so they print different values. The values also
+depend on the seed; the docstring of a config says how much, if we know.
 
 The last column contains the file in `benchmarks/results` that records the metrics, and the duration of the training
 steps without compilation, evaluation and sampling. Other processes used the same cores. A dash means that we measured
