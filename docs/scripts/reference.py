@@ -166,17 +166,16 @@ and the baseline that was timed in the same run. The README in `benchmarks` expl
 parameters come from fixed seeds or closed formulas. `configs.json` records the training runs in the first table. The
 table in the main README shows medians from these rows:
 
-* sampling 16 images: `decode.json`, row `sequential` of shape A, next to `published sequential, processes 2`. The
-  parameters and the noise come from a closed formula, so there is no seed.
+* sampling 16 images: `decode.json`, row `sequential` of shape A, next to `published sequential, processes 2`
 * a training step: `train_step.json`, row `library step` of shape A, next to `published forward backward adamw,
-  threads 2`. The inputs come from the same formula.
+  threads 2`
 * flow matching: `matching.json`, row `I-CFM` in the form `jitted step` with one thread (0.866 ms), next to
   `torchcfm I-CFM` in the form `eager` (3.059 ms). The form `scan` runs many steps in one program (0.419 ms).""",
         table(["results", "command", "device", "what"], *results()),
         "## Other numbers",
         """[Quality at an equal budget](quality.md) explains how to repeat its comparison, and
 [Decoding](decoding.md) shows the commands that train its flows on MNIST. The [log](log.md) and other examples state the
-conditions of their numbers, but not always a command. Scripts make the pictures; see the [gallery](gallery.md).""",
+conditions of their numbers, but not always a command.""",
     )
     return "\n\n".join(parts) + "\n"
 
