@@ -3,7 +3,8 @@
 python benchmarks/posteriors.py --out benchmarks/results/posteriors.json --sbi-python PATH_TO_python
 
 The flow is the task's config, at the checkpoint with the best held-out density. W-CFM is an MLP with the same
-standardised inputs, and trains for as many steps of as many simulations. `sbi_maf` and `sbi_nsf` are the density
+standardised inputs, and trains for as many steps of as many simulations. As its steps are cheap, a second call with
+`--methods wcfm --steps 40000 --resume` adds rows of longer trainings. `sbi_maf` and `sbi_nsf` are the density
 estimators of the package sbi with its defaults, which decide when to stop; `--sbi-python` is an interpreter that has
 sbi. Rows are saved as soon as they are measured, and `--resume` keeps those of an earlier call.
 """
@@ -28,15 +29,16 @@ def main() -> None:
     arguments = parse_arguments()
     measure.confine(arguments.threads)
     rows = json.loads(arguments.out.read_text()) if arguments.resume and arguments.out.exists() else []
-    known = {(row["task"], row["method"], row["simulations"], row["seed"]) for row in rows}
+    known = {(row["task"], row["method"], row["simulations"], row["seed"], row.get("steps")) for row in rows}
     methods = arguments.methods or (METHODS if arguments.sbi_python else ("flow", "wcfm"))
     for task in arguments.tasks:
         for simulations in arguments.simulations:
             for seed in range(arguments.seeds):
+                experiment = experiment_of(task, simulations, seed, arguments.steps)
                 for method in methods:
-                    if (task, method, simulations, seed) in known:
+                    steps = None if method in OF_SBI else experiment.train.steps
+                    if (task, method, simulations, seed, steps) in known:
                         continue
-                    experiment = experiment_of(task, simulations, seed, arguments.steps)
                     about = {"task": task, "method": method, "simulations": simulations, "seed": seed}
                     rows.append(about | measured(method, experiment, arguments))
                     measure.save(arguments.out, rows)

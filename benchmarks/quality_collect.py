@@ -26,12 +26,13 @@ NAMES = {
 }
 PAIR = ("tarflow", "published")
 SHOWN = (*PAIR, "starflow", "otcfm")  # whose samples the page shows
-DIGITS = {"steps": 0, "bits_per_dim": 3, "frechet": 2, "precision": 3, "recall": 3, "class_accuracy": 3}
+DIGITS = {"steps": 0, "bits_per_dim": 3, "frechet": 2, "kernel": 3, "precision": 3, "recall": 3, "class_accuracy": 3}
 COLUMNS = {
     "steps": "steps",
     "steps_per_second": "steps/s",
     "bits_per_dim": "bits/dim",
     "frechet": "Fréchet",
+    "kernel": "kernel",
     "precision": "precision",
     "recall": "recall",
     "class_accuracy": "class shown",

@@ -89,21 +89,28 @@ def likelihood(model: Any, variables: Any, experiment: Any, test: Any) -> dict[s
 
 def compared(draw: Any, test: Any, extractor: Any, floor: dict[str, float]) -> dict[str, Any]:
     """Returns distances of samples to the test images, by features of a classifier of the training images."""
-    from flowgen.evaluation import feature_statistics, manifold_metrics
+    from flowgen.evaluation import feature_statistics
     from flowgen.experiments.distances import data_features, draw_features
 
     labels = test.labels
     drawn = draw_features(draw, extractor, test, SAMPLES, conditions=lambda positions: labels[positions])
     reference = feature_statistics(data_features(extractor, test), len(test))
-    manifolds = manifold_metrics(drawn.statistics.features, reference.features)
-    metrics = {"frechet": drawn.statistics.frechet(reference), **manifolds._asdict()}
-    metrics["class_accuracy"] = drawn.class_accuracy.value
-    return {name: round(value, 4) for name, value in metrics.items()} | {
+    metrics = distances(drawn.statistics, reference) | {"class_accuracy": round(drawn.class_accuracy.value, 4)}
+    return metrics | {
         "samples": SAMPLES,
         "compared_with": f"{len(test)} test images",
         "features": f"{extractor.name}, {CLASSIFIER_STEPS} steps",
         **floor,
     }
+
+
+def distances(statistics: Any, reference: Any) -> dict[str, float]:
+    """Returns the distances, precision and recall of features with respect to reference features."""
+    from flowgen.evaluation import kernel_distance, manifold_metrics
+
+    frechet, kernel = statistics.frechet(reference), kernel_distance(statistics.features, reference.features).mean
+    manifolds = manifold_metrics(statistics.features, reference.features)._asdict()
+    return {name: round(value, 4) for name, value in {"frechet": frechet, "kernel": kernel, **manifolds}.items()}
 
 
 def trained_extractor(folder: Path, train: Any, test: Any) -> tuple[Any, dict[str, float]]:
@@ -117,7 +124,7 @@ def trained_extractor(folder: Path, train: Any, test: Any) -> tuple[Any, dict[st
     import numpy as np
     from flax import serialization
 
-    from flowgen.evaluation import Classifier, feature_statistics, manifold_metrics, train_classifier
+    from flowgen.evaluation import Classifier, feature_statistics, train_classifier
     from flowgen.experiments.distances import FeatureExtractor, data_features
 
     file = folder / "classifier.msgpack"
@@ -131,10 +138,8 @@ def trained_extractor(folder: Path, train: Any, test: Any) -> tuple[Any, dict[st
     real = train.select(np.arange(SAMPLES))
     of_real, of_test = (feature_statistics(data_features(extractor, data), len(data)) for data in (real, test))
     right = extractor.classes(test.x / np.float32(127.5) - 1) == test.labels
-    manifolds = manifold_metrics(of_real.features, of_test.features)
-    metrics = {"frechet": of_real.frechet(of_test), **manifolds._asdict()}
     return extractor, {"classifier_accuracy": round(float(right.mean()), 4)} | {
-        f"{name}_of_training_images": round(value, 4) for name, value in metrics.items()
+        f"{name}_of_training_images": value for name, value in distances(of_real, of_test).items()
     }
 
 

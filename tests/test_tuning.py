@@ -320,6 +320,13 @@ def test_training_takes_no_tuned_plan(tmp_path):
     assert "sampling.plan is 'tuned', which only sample and evaluate accept" in told
 
 
+def test_training_refuses_sampling_that_the_flow_cannot_do(tmp_path):
+    words = "--model.attention elu_plus_one --sampling.guidance 1 --sampling.temperature 2"
+    told = refused(f"train --debug --config tarflow_digits {words} --workdir", tmp_path / "run")
+    assert "guidance.temperature must be 1, not 2.0" in told
+    assert not (tmp_path / "run").exists()
+
+
 @pytest.mark.slow
 def test_a_run_is_tuned_and_sampled_with_its_plan(run, tmp_path):
     def draw(words):

@@ -191,7 +191,6 @@ class AutoregressiveExperiment(Experiment):
         held_out: the held-out data, if any. For the other arguments, see `Job`.
         """
         self.warn_of_guidance()
-        self.sampling.to_plan()
         if self.text is None:  # The names of classes are the captions of images that have none.
             tell_unused_classes(dataset, self.data, self.model.num_classes)
         made = Job(

@@ -100,6 +100,7 @@ class FlowExperiment(AutoregressiveExperiment):
         dataset, held_out, model: see `fit`.
         """
         flow = self.build() if model is None else model
+        self.check_sampling(flow)
         trained_on, evaluated = self.opened(dataset, held_out)
         return self.flow_job(
             flow,

@@ -142,6 +142,7 @@ class VideoFlowExperiment(AutoregressiveExperiment):
         dataset, held_out, model: see `fit`.
         """
         flow = self.build() if model is None else model
+        self.check_sampling(flow)
         trained_on, evaluated = self.opened(dataset, held_out)
         evaluated = None if evaluated is None else clips_alone(evaluated)
         likelihood, has_denoiser = self.likelihood, self.model.denoiser_layers > 0
