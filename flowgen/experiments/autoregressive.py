@@ -302,7 +302,7 @@ class AutoregressiveExperiment(Experiment):
         return dataclasses.replace(guidance, null=null)
 
     def check_sampling(self, flow: Any) -> None:
-        """Raises ValueError if the flow cannot be decoded as `sampling` describes. Draws no samples."""
+        """Raises ValueError if the flow cannot be decoded as `sampling` describes. No samples are drawn."""
         cond, guidance = some_condition(self.model, 1), self.sampling.to_guidance()
         guidance = dataclasses.replace(guidance, null=cond) if self.model.text_dim else guidance
         noise = jnp.zeros((1, flow.config.num_tokens, flow.config.token_dim))

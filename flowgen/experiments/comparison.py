@@ -73,7 +73,7 @@ class Comparison:
 
 
 def check_features(options: CompareOptions) -> None:
-    """Raises ValueError or an OSError if `features`, `reference` or `cache` is not usable. Reads no weights.
+    """Raises ValueError or an OSError if `features`, `reference` or `cache` is not usable. The weights are not read.
 
     Example:
         check_features(options)

@@ -63,8 +63,7 @@ class Encoding:
         return TextCondition(*map(jnp.asarray, encoder(wrapped, truncate=truncate)))
 
     def empty_text(self, grid: tuple[int, int] | None = None, *, still: bool = False) -> TextCondition:
-        """Returns the encoded empty text. Like a prompt, it is first wrapped in the template. Later calls return the
-        same result.
+        """Returns the encoded empty text, in the same template as prompts. Later calls return the same result.
 
         The empty text is the condition of the unconditional branch in guidance and label dropout.
 

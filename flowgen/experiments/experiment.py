@@ -144,7 +144,7 @@ class Experiment(abc.ABC):
     def rehearsal(self, model: Any, rows: int) -> Rehearsal | None:
         """Returns what is needed to trace a training step on `rows` samples, or None if tracing is not supported.
 
-        Does not open data or frozen networks.
+        No data or frozen networks are opened.
         """
         return None
 
