@@ -240,8 +240,7 @@ def autoencoding_objective(autoencoder: Any, config: AutoencodingConfig) -> Call
     The carried state is the collection "latents". It contains running averages of the mean and variance of each latent
     channel, in which each new batch has weight 0.02; with `decoder_of`, they stay constant. Flows use these statistics
     to normalise latents. The statistics are computed over the whole batch, even if the batch is split into
-    micro-batches or among devices. In each micro-batch, the statistics are updated before they scale the noise on the
-    latents.
+    micro-batches or among devices.
 
     Example:
         loss, metrics, state = autoencoding_objective(autoencoder, AutoencodingConfig())(variables, batch, key)

@@ -164,8 +164,8 @@ def _open_features(
 ) -> FeatureExtractor:
     """Returns the extractor for `options.features`.
 
-    train: called only for "auto" and "classifier". check: called with the digest and the number of features. If a
-    classifier must be trained, it is first called with the part of the digest that is known before training.
+    train: called only for "auto" and "classifier". check: called with the digest and the number of features. Before a
+    classifier is trained, only the first word of its digest is known.
     """
     name = options.features
     if name == "classifier" and not train().dataset.class_names:

@@ -42,8 +42,7 @@ class DrawOptions:
 class EvaluateOptions:
     """Options for evaluating any kind of model.
 
-    split: split of the data to evaluate on. The evaluate command defaults to "all" if it is given other data than the
-    run was trained on.
+    split: split of the data to evaluate on. The command evaluate defaults to "all" for data other than the run's own.
     batch: number of samples per compiled call.
     seed: random seed for noise and samples.
     """

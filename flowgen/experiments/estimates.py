@@ -67,8 +67,7 @@ def training_cost(experiment: Experiment, rows: int, axes: Mapping[str, int] | N
     device stores a copy of the parameters.
 
     The bytes of the training state are exact. The bytes of the activations are an estimate, the peak memory of the
-    forward and backward pass without the gradient (see `peak_of`). It assumes that every device computes all heads. The
-    step is traced, but nothing is computed.
+    forward and backward pass without the gradient (see `peak_of`). It assumes that every device computes all heads.
 
     Example:
         cost = training_cost(load_config("tarflow_digits"), rows=64, axes={"fsdp": 4, "tensor": 1})
@@ -135,9 +134,9 @@ def decoding_cost(
     by_score: whether the score of the flow is used to remove the training noise. plan: the plan of each block, used to
     count the rounded weights of low-precision plans; None if no plan has any.
 
-    The flow is traced, but nothing is computed. Decoding token by token computes the matrix products of one forward
-    pass; parallel decoding computes them again in each pass. Only one block is decoded at a time, so only its cache is
-    in use. The score needs the activations of all blocks.
+    Decoding token by token computes the matrix products of one forward pass; parallel decoding computes them again in
+    each pass. Only one block is decoded at a time, so only its cache is in use. The score needs the activations of all
+    blocks.
 
     Example:
         cost = decoding_cost(flow, jax.eval_shape(lambda: flowgen.init(flow, key)), 16, guided=(), by_score=True)

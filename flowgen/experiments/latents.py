@@ -40,8 +40,7 @@ def flow_dataset(
 ) -> Dataset | BucketedDataset:
     """Returns the data that a flow is trained on: images or clips, or the outputs of its codec and text encoder.
 
-    If the flow needs encoded inputs and they are not cached, this function encodes them and keeps the results in
-    memory.
+    Inputs that are not cached are encoded in memory.
 
     labelled: whether the data must have labels if the model is class-conditional.
 
