@@ -1,4 +1,4 @@
-"""Maps arrays of parameters to a model with other classes or another image size. """
+"""Maps arrays of parameters to a model with other classes or another image size."""
 
 from __future__ import annotations
 

@@ -92,7 +92,7 @@ def version_of(path: str) -> tuple[str, int]:
 def text_digest(encoder: TextEncoder) -> str:
     """Returns a digest of everything that affects an encoder's text features. The path is not included.
 
-    It covers the network's shape, the tokenizer, and 1,024 evenly spaced values of every tensor.
+    The digest covers the network's shape, the tokenizer, and 1,024 evenly spaced values of every tensor.
 
     Example:
         same = text_digest(encoder) == experiment.text.digest
