@@ -34,7 +34,7 @@ def sample_grid(
 
 
 def strips(clips: Float[np.ndarray, "n frames height width c"]) -> UInt8[np.ndarray, "rows columns c"]:
-    """Returns an image with one clip per row, whose frames run from left to right. Small frames are enlarged.
+    """Returns an image in which each row shows the frames of one clip from left to right. Small frames are enlarged.
 
     clips: values in [-1, 1].
 

@@ -57,7 +57,7 @@ class TunedPlan:
 def why_plan_unsaved(run_dir: str | Path) -> str:
     """Returns the reason why no plan can be saved with a run, or "" if a plan can be saved.
 
-    Raises OSError if the plan's path is taken by anything other than a plan.
+    Raises OSError if something other than a plan exists at the plan's path.
 
     Example:
         why_plan_unsaved("gs://bucket/digits")  # "the run is in a bucket"
