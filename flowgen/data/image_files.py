@@ -181,10 +181,7 @@ def fit_array(
 
 
 def _box(image_size: tuple[int, int], size: tuple[int, int], crop: Crop, turn: Turn, pixel_aspect: float = 1.0) -> Box:
-    """Returns left, top, right and bottom of the part that `fit` keeps, in pixels of the image before the turn.
-
-    Only this part is resampled, which saves time for extreme aspect ratios.
-    """
+    """Returns left, top, right and bottom of the part that `fit` keeps, in pixels of the image before the turn."""
     (columns, rows), (height, width) = image_size, size
     if crop == "none":
         return 0.0, 0.0, float(columns), float(rows)
