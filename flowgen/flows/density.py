@@ -139,7 +139,7 @@ def class_posterior(
     x: Float[Array, "b *event"],
     log_prior: Float[Array, " classes"] | None = None,
 ) -> Float[Array, "b classes"]:
-    """Returns p(class | x) by Bayes' rule: it is proportional to p(x | class) p(class).
+    """Returns p(class | x) by Bayes' rule, in proportion to p(x | class) p(class).
 
     log_prior: log p(class) up to a constant; None means uniform.
 
