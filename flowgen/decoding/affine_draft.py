@@ -5,8 +5,8 @@ bias per label:
 
     u_t = b_t(label) + Σ_{s≤t} W_ts z_s
 
-Let each row of F contain the features [label, z] of one sample, each row of U its tokens, A = Fᵀ F + λ I and B = Fᵀ U.
-A regression on the first m features needs only the leading m × m block of A. With the Cholesky factor L of A, the
+Let each row of F contain one sample's features [label, z], and each row of U its tokens. Let A = Fᵀ F + λ I and B = Fᵀ
+U. A regression on the first m features needs only the leading m × m block of A. With the Cholesky factor L of A, the
 weights of all tokens are therefore W = L⁻ᵀ M(L⁻¹ B), where M sets the rows s > t in the columns of token t to 0.
 """
 
@@ -50,7 +50,8 @@ def fit_affine_draft(
     """Returns a draft that computes each block's tokens as an affine function of its noise and label.
 
     The draft ignores any other context. Encoding x yields every block's noise and tokens, to which the function is
-    fitted in closed form. Evaluating it takes one matrix product, which is cheaper than a network pass in most flows.
+    fitted in closed form. Evaluating the function takes one matrix product, which is cheaper than a network pass in
+    most flows.
 
     x: a few thousand samples, drawn from the flow or from its training data with the training noise added.
     guidance: the guidance with which the draft will be used.
@@ -87,7 +88,7 @@ def fit_affine_draft(
 def affine_tokens(
     weights: Float[Array, "features dims"], noise: Float[Array, "b n c"], cond: Condition | None
 ) -> Float[Array, "b n c"]:
-    """Returns the proposed tokens; `fit_affine_draft` uses it as the function of its draft."""
+    """Returns the proposed tokens; the function of the draft that `fit_affine_draft` returns."""
     features, dims = weights.shape
     return (_features(noise, cond, features - dims, dims) @ weights).reshape(noise.shape)
 

@@ -327,7 +327,7 @@ def _forward(guided: GuidedBlock, tokens: Float[Array, "b n c"]) -> Float[Array,
 
 
 def last_block(request: DecodeRequest, part: Segments) -> tuple[DecodeRequest, Flow, int]:
-    """Returns the request with these segments' condition, the flow that decodes them, and its last block's index."""
+    """Returns the request with these segments' condition, the flow that decodes them, and the last block's index."""
     flow = request.flow.with_num_frames(request.layout.clip)
     return replace(request, cond=request.condition_of(part)), flow, flow.config.num_blocks - 1
 

@@ -32,10 +32,10 @@ class Clip:
     context: number of these latest frames; None means 3/4 of F, rounded.
     restart_cond: the condition for restarts, such as the text that training used for continued clips; None means the
     clip's condition.
-    progress: a function that is called on the host as progress(solved, total) whenever the deep block solves tokens;
-    `solved` is the number of tokens just solved, and `total` is the number of tokens to solve per clip. With a sliding
-    window, `solved` counts the tokens of the slowest clip, and may be 0. The program does not wait for this call.
-    Passing a different function causes recompilation.
+    progress: a function that decoding calls on the host as progress(solved, total) whenever the last block solves
+    tokens; `solved` is the number of tokens just solved, and `total` is the number of tokens to solve per clip. With a
+    sliding window, `solved` counts the tokens of the slowest clip, and may be 0. The program does not wait for this
+    call. Passing a different function causes recompilation.
 
     Example:
         r = sample(flow, params, jax.random.key(0), 2, texts, clip=Clip(frames=41, given=noisy_first_frames))

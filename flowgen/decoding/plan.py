@@ -62,7 +62,7 @@ class Jacobi:
 
 @config
 class SlidingWindow:
-    """Decodes by sweeps over a window in each sample; a sweep advances the window past the solved tokens, at least one.
+    """Decodes by sweeps over a window in each sample; each sweep advances the window past one or more solved tokens.
 
     In each sample, a sweep accepts the window's leading tokens that changed by at most `tol`, plus the next token (Song
     et al. 2021, arXiv 2002.03629). With `tol=0`, the solution is exact. Otherwise, each returned token is within `tol`

@@ -54,7 +54,7 @@ def invert(
 ) -> DecodeResult:
     """Returns the images or clips that `forward` maps to z, decoded by `plan` with `guidance`.
 
-    The scale, temperature and null text of guidance can change without recompiling.
+    The scale, temperature and null text of guidance can change without recompilation.
 
     z: noise tokens in raster order, as `forward` returns them.
     draft: proposes the initial guesses of plans with init="draft".

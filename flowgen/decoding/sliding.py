@@ -83,7 +83,7 @@ def solve_sliding(conditioner: Conditioner, z: Float[Array, "b n c"], plan: Slid
 
 
 def _room(n: int, window: int, end: int) -> int:
-    """The number of cache slots for a stage, including those to which samples that wait for others write."""
+    """The number of cache slots for a stage, with room for the tokens that waiting samples write."""
     return min(end + 2 * window - 1, n + window)
 
 

@@ -64,7 +64,7 @@ class BlockConfig:
     positions: rotary positions; None means a learned table.
     slot_positions: whether row i of the learned table belongs to the i-th token in the block's order. By default, row i
     belongs to the i-th token in raster order.
-    elementwise: the map of tokens, which replaces the affine map and needs shift "input"; None for the affine map.
+    elementwise: a map of each value that replaces the affine map and needs shift "input"; None for the affine map.
     soft_clip: bound on the raw outputs; 0 for none.
     final_norm: whether an RMSNorm precedes the last linear map.
     frames: number of groups, such as the frames of a video, that the block maps independently; each group has

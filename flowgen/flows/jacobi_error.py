@@ -72,7 +72,7 @@ def jacobi_penalty(
     cond: Condition | None,
     penalty: JacobiPenalty,
 ) -> tuple[Float[Array, ""], dict[str, Array]]:
-    """Returns the weighted penalty, and the metrics jacobi_error/<block>, the mean over samples of rms(y_K - x).
+    """Returns the weighted penalty, and the metrics jacobi_error/<block>: rms(y_K - x), averaged over samples.
 
     states: the tokens after each block, for samples x.
 
@@ -102,7 +102,7 @@ def jacobi_error(
     cond: Condition | None,
     sweeps: int,
 ) -> Float[Array, " b"]:
-    """Returns rms(y_K - x) of each sample, at least SOLVED, for a block that maps tokens x to noise z.
+    """Returns rms(y_K - x) of each sample, at least 0.001; y_K are the tokens after K sweeps from y_0 = z.
 
     variables: the block's variables. sweeps: K.
 

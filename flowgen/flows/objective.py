@@ -114,7 +114,7 @@ def nll(
 def mean_dims(config: FlowConfig, cond: AnyCondition | None, rows: Rows | None = None) -> Float[Array, ""] | int:
     """Returns the mean number of values per sample, without padding, for nats per dimension.
 
-    rows: the rows of a batch, whose mean covers the whole batch; by default, the mean covers the samples of `cond`.
+    rows: the batch's rows, for the mean over the whole batch; by default, the mean is over the samples of `cond`.
     """
     if not isinstance(cond, Padded):
         return config.num_dims

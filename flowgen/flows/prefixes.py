@@ -1,4 +1,4 @@
-"""Prefixes: the tokens before the tokens of a sample, which contain its condition."""
+"""Prefixes: tokens that precede the tokens of a sample and contain its condition."""
 
 from __future__ import annotations
 

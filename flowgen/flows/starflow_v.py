@@ -17,7 +17,7 @@ from flowgen.settings.ranges import Frames, MaybeLayers, OtherFrames
 
 @config
 class STARFlowVConfig(STARFlowConfig):
-    """Describes a STARFlow over clips `frames height width c`; see `STARFlowConfig` for the other fields.
+    """Describes a STARFlow for clips `frames height width c`; see `STARFlowConfig` for the other fields.
 
     The shallow blocks map each frame independently. The deep block is causal over the tokens of all frames, in raster
     order. Only the deep block depends on the condition. On the third axis of the rotary positions, the position of an
