@@ -5,8 +5,8 @@ bias per label:
 
     u_t = b_t(label) + Σ_{s≤t} W_ts z_s
 
-Let each row of F contain one sample's features [label, z], and each row of U its tokens. Let A = Fᵀ F + λ I and B = Fᵀ
-U. A regression on the first m features needs only the leading m × m block of A. With the Cholesky factor L of A, the
+Let each row of F contain one sample's features [label, z], and each row of U its tokens. Let A = FᵀF + λI and B = FᵀU.
+A regression on the first m features needs only the leading m × m block of A. With the Cholesky factor L of A, the
 weights of all tokens are therefore W = L⁻ᵀ M(L⁻¹ B), where M sets the rows s > t in the columns of token t to 0.
 """
 
@@ -121,7 +121,7 @@ def _added(
     noise: Float[Array, "b n c"],
     cond: Condition | None,
 ) -> tuple[Float[Array, "features features"], Float[Array, "features dims"]]:
-    """The sums Fᵀ F and Fᵀ U of the module's docstring, with these samples added."""
+    """The sums FᵀF and FᵀU of the module's docstring, with these samples added."""
     dims = config.num_tokens * config.token_dim
     classes = config.num_classes or getattr(config.prefix, "num_classes", 0)
     features = _features(noise, cond if config.is_conditional else None, classes + 1, dims)

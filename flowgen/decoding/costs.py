@@ -1,7 +1,7 @@
 """The time of a network pass, calculated from its FLOP, memory traffic and kernel launches.
 
 A pass takes at least as long as the device needs for the matrix products at peak throughput, or for reading the
-weights, the cache and the activations once, whichever is longer. Each kernel launch adds a fixed time to this roofline.
+weights, the cache and the activations once, whichever is longer (the roofline). Each kernel launch adds a fixed time.
 For few rows, most of the time is spent on reading the weights and launching kernels. A pass over a window of tokens
 then takes about as long as a pass over a single token.
 

@@ -65,8 +65,7 @@ def batch_input(
 ) -> Float[Array, "b *event"]:
     """Returns a flow's training input: noisy images (see `add_noise`), latents or floating-point samples.
 
-    Noisy latents are a sample from the encoder's posterior plus σ N(0, I). Floating-point samples x become x + σ N(0,
-    I).
+    Noisy latents are a sample from the encoder's posterior plus σ N(0, I). Floating-point x becomes x + σ N(0, I).
     """
     if not isinstance(x, Moments) and jnp.issubdtype(x.dtype, jnp.floating):
         return x if noise_std == 0 else x + noise_std * jax.random.normal(key, x.shape, x.dtype)

@@ -11,8 +11,8 @@ passes through unchanged, and the last token is never fed to the network. With s
 learned start token in data space, and p_t = u_{t-1} for t > 0, so every token is transformed.
 
 Positions are encoded either by a learned table or by rotary angles. The table has one row per position in raster order.
-The angles belong to places in the sequence, whichever order the block uses. The condition is either a class embedding,
-which is added to every token, or a prefix of tokens, to which all other tokens attend.
+The angles depend only on the place in the sequence, so they are the same for every order. The condition is either a
+class embedding, which is added to every token, or a prefix of tokens, to which all other tokens attend.
 
 Padding is moved to the end of the sequence, so that no other token attends to it. The sequence then begins with the
 prefix and the tokens, both without padding, and ends with the padding of both. Padding tokens pass through unchanged.
