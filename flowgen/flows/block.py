@@ -57,7 +57,7 @@ Variables = Mapping[str, Any]
 
 @dataclass(frozen=True)
 class BlockConfig:
-    """The description of one block: tokens, token order, scale parameterisation, conditions and transformer.
+    """Describes one block: its tokens, their order, the scale parameterisation, the conditions and the transformer.
 
     num_classes: number of classes whose embeddings are added to the tokens; 0 for none.
     prefix: tokens that precede the tokens of the image or clip; None for no prefix.

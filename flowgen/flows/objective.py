@@ -37,7 +37,7 @@ def nll_objective(
     the tokens that enter block k. The loss is in nats per dimension, up to constants. For padded samples, num_dims is
     the mean number of values per sample without padding, over the batch on all devices. Means of squares exclude
     padding too, so more padding changes neither loss nor gradient. Without penalties, this is the loss of TARFlow. The
-    norm penalty comes from STARFlow. The Jacobi penalty trains for parallel decoding (see
+    norm penalty comes from STARFlow. The Jacobi penalty lets decoding converge in fewer sweeps (see
     `flowgen.flows.jacobi_error.jacobi_penalty`); jacobi=None leaves it out.
     batch: a `flowgen.data.Batch` of any image size that `flow.with_image_size` accepts. The batch's context contains
     the labels, texts or context that the flow requires. With probability `label_dropout`, a sample becomes
