@@ -1,4 +1,4 @@
-"""Attention on arrays `b n h k` (batch, tokens, heads, width).
+"""Attention functions for arrays with axes `b n h k` (batch, tokens, heads, width).
 
 The only part of flowgen that this package imports is `flowgen.backend`.
 
