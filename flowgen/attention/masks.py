@@ -30,9 +30,11 @@ def split_pairs(
 ) -> tuple[Bool[Array, "#b #h n 1"], Bool[Array, "#b #h 1 m"]] | None:
     """Returns the query mask and the key mask whose product is the given query-key mask.
 
-    Returns None if no such masks exist, or if the mask is traced. groups: number of key heads; the mask may differ
-    between them. block_size: the block size of causal attention, whose causal order is a third factor of the product;
-    None if attention is not causal.
+    Returns None if no such masks exist, or if the mask is traced.
+
+    groups: number of key heads; the mask may differ between them.
+    block_size: the block size of causal attention, or None if attention is not causal. In causal attention, the causal
+    mask is a third factor of the product.
     """
     seen = concrete(mask)
     if seen is None or seen.shape[1] not in (1, groups):
