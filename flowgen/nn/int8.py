@@ -4,9 +4,9 @@ Let W be a kernel `inputs outputs` and O the set of its outliers, which are a fe
 
     x W ≈ (x Q) · s + x_O W_O,      Q_ij = round(W_ij / s_j), and 0 for i in O,      s_j = max_{i∉O} |W_ij| / 127
 
-A large weight increases the scale of its output, and thereby the rounding errors of all other weights. Therefore,
-each weight is compared with the root mean square weight of its output, and the inputs with the largest ratios are the
-outliers.
+A large weight increases the scale of its output, and thereby the rounding errors of all other weights of that output.
+Therefore, each weight is compared with the root mean square weight of its output, and the inputs with the largest
+ratios are the outliers.
 """
 
 from __future__ import annotations

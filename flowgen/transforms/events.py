@@ -23,7 +23,9 @@ EVENT_NDIM: Any = field(default=1, metadata={"static": True})
 
 
 def pytree(cls: Class) -> Class:
-    """Registers a frozen dataclass as a pytree. Pytrees of placeholders, which JAX may build, skip the checks.
+    """Registers a frozen dataclass as a pytree.
+
+    Unflattening skips the checks of `__post_init__`, because JAX may use placeholders as leaves.
 
     Example:
         Box = pytree(dataclass(frozen=True)(Box))
