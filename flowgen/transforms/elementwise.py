@@ -77,8 +77,7 @@ def mixture_parameters(
 
 
 def _initial(components: int) -> tuple[np.ndarray, float]:
-    """Returns initial means that are spread like normal quantiles, and the log-scale that makes the variance 1.
-    """
+    """Returns initial means that are spread like normal quantiles, and the log-scale that makes the variance 1."""
     levels = (np.arange(components) + 0.5) / components
     quantiles = np.array([NormalDist().inv_cdf(level) for level in levels])
     if components == 1:
