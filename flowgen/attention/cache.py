@@ -27,7 +27,7 @@ from flowgen.backend import Implementation, keep_axes
 
 
 class KVCache(NamedTuple):
-    """The key-value cache of one layer, with one slot per position. Slots after the current token are ignored."""
+    """The key-value cache of one layer, with one slot per position. A query ignores the slots after its position."""
 
     keys: Float[Array, "b h m k"]
     values: Float[Array, "b h m k"]
@@ -40,7 +40,7 @@ class CausalKernel(NamedTuple):
     - `init_cache(batch, length, num_heads, head_dim, dtype) -> cache`: an empty cache for one layer and `length`
       positions.
     - `attend_window(q, k, v, cache, start) -> (out, window)`: exact causal attention of the tokens at positions
-      start..start+n-1 to the cached prefix and to each other, and what `accept` needs to add these tokens to the cache.
+      start..start+n-1 to the cached prefix and to each other. `accept` needs `window` to add these tokens to the cache.
       `start` is one number for the whole batch, or one per sample.
     - `rewind(before, after) -> cache`: a cache from which a window can be processed again, given the caches before and
       after the window was first processed. The result is `after` if windows overwrite their slots, and `before` if the
@@ -50,9 +50,8 @@ class CausalKernel(NamedTuple):
     - `has_temperature`: whether scaling the queries sharpens or flattens the attention weights, as it does in a
       softmax.
     - `accept(before, window, count) -> cache`: the cache `before`, from which the window was processed, with the first
-      `count` tokens of the window added. `count` is one number per sample; None adds all tokens. A kernel may omit
-      `accept` if `window` is the cache with all tokens added; decoders can then use a sliding window only if the cache
-      has slots.
+      `count` tokens of the window added. `count` is one number per sample; None adds all tokens. `accept` may be None
+      if `window` is already the cache with all tokens added. Sliding windows then require a cache with slots.
     - `grow(cache, length) -> cache`: the same cache with room for `length` positions. With this function, decoders
       start with a short cache and extend it, because every pass reads the whole cache. If `grow` is None, the cache
       must have its full length from the start.

@@ -38,7 +38,7 @@ def gated_linear_attention(
     afterwards.
 
     log_decay: the logarithm of the decay factor; it must be at most 0.
-    mask: a key mask, True for keys to keep. Neither the key and value nor the decay of a masked token has an effect.
+    mask: a key mask, True for keys to keep. The key, value and decay of a masked token are ignored.
     segment_ids: see `prefix_product`.
 
     Raises ValueError if shapes or the mask do not match.
@@ -73,7 +73,7 @@ def retention(
     segment_ids: Int[Array, "b n"] | None = None,
     chunk_size: int = CHUNK_SIZE,
 ) -> tuple[Float[Array, "b n h d"], LinearState]:
-    """Returns retention (RetNet, arXiv 2307.08621) with decay 1 - 2^(-5-i) in key head i, and the final state.
+    """Returns retention (RetNet, arXiv 2307.08621) with decay factor 1 - 2^(-5-i) in key head i, and the final state.
 
     RetNet's layer also rotates q and k and applies a group norm; this function does neither. Masked tokens cause no
     decay.

@@ -1,8 +1,9 @@
 """The delta rule and its gated form: linear attention that overwrites values instead of accumulating them.
 
 Arrays have axes `b n h k` (batch, tokens, heads, width). The state S maps keys to values. Writing (k, v) replaces the
-value that S returns for k with a mix of that value and v. Repeated keys therefore do not add up, so no normaliser is
-needed. The chunked parallel form and the token-by-token step give the same outputs and states up to rounding.
+value that S returns for k with a mix of that value and v. The values of a repeated key therefore do not add up, and no
+normaliser is needed. The chunked parallel form and the token-by-token step give the same outputs and states up to
+rounding.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""Published linear attention methods on arrays `b n h k`: NaLaFormer, FLatten, cosFormer, PolaFormer and InLine."""
+"""Published linear attention methods for arrays `b n h k`: NaLaFormer, FLatten, cosFormer, PolaFormer and InLine."""
 
 from __future__ import annotations
 

@@ -52,8 +52,8 @@ def make_attention_fn(
       masks, which make the cost quadratic inside jit, unless masks="keys". Outside jit, the cost remains linear if the
       query-key mask is the product of a query mask and a key mask (and, in causal attention, of the causal mask).
     - bias: a bias over keys alone (query axis of length 1) multiplies the keys' features by exp(bias). Only feature
-      maps support it. In causal attention, keep it below 80, so that exp does not overflow. Otherwise, only the
-      differences between biases matter.
+      maps support it. In causal attention, keep it below 80, so that exp does not overflow. In non-causal attention,
+      only the differences between biases matter.
     - dtype: the dtype to which query, key and value are converted.
     - precision: the lowest precision at which matrix products may be computed.
 

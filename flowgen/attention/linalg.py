@@ -105,7 +105,7 @@ def newton_inverse(
 def released_softpp_inverse(
     a: Float[Array, "*heads l l"], iterations: int = NEWTON_ITERATIONS
 ) -> Float[Array, "*heads l l"]:
-    """Returns the inverse that the published SOFT++ code computes; it depends on the other samples of the batch.
+    """Returns the inverses that the published SOFT++ code computes; each depends on all samples of the batch.
 
     The *whole batch and all heads* share one alpha = 2 / (largest row sum)². This alpha is halved, at most 10 times,
     while the largest column sum of |I - alpha A²| in the batch exceeds 1.01. Use this function only to reproduce

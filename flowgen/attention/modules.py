@@ -45,7 +45,7 @@ class LinearAttention(nn.Module):
 
     width: width of the output, divisible by num_heads.
     num_kv_heads: number of key heads, each shared by several query heads; None means num_heads.
-    is_causal: True or a `Causal` for causal attention. Only causal attention can decode.
+    is_causal: True or a `Causal` for causal attention. Decoding requires causal attention.
 
     Example:
         y = LinearAttention(width=256, num_heads=8, kernel="focused", is_causal=True).apply(params, x)

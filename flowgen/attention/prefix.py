@@ -10,7 +10,7 @@ is 1 without decay, and 0 if s and t are in different segments. A chunk of C tok
 state Σ_s k_s v_sᵀ sums over the tokens before the chunk.
 
 Reverse-mode differentiation stores one state per chunk and recomputes the rest, because the body of the scan is
-checkpointed. Forward-mode differentiation works too.
+checkpointed. Forward-mode differentiation is also supported.
 """
 
 from __future__ import annotations
@@ -118,8 +118,8 @@ def prefix_product(
 
     state: the state after earlier tokens, which count as part of the first token's segment.
     log_decay: the logarithm of the decay factor of each token and key head, at most 0.
-    mask: True for keys to keep. Masked keys and their decay have no effect. Those after the last kept key do not count
-    towards the state's length.
+    mask: True for keys to keep. Masked keys and their decay have no effect. Masked keys after the last kept key do not
+    count towards the state's length.
     segment_ids: tokens attend to each other only if their ids are equal. Equal ids must be contiguous; if an id recurs,
     the function raises ValueError or, if the ids are traced, returns NaN for that sample. A non-finite number affects
     only its own segment.

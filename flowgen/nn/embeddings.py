@@ -85,7 +85,7 @@ class ConditionEmbedding(nn.Module):
     Times are multiplied by time_scale and mapped to `frequencies` sinusoidal features, which pass through two Dense
     layers with a SiLU between them. Classes are looked up in a table whose last row stands for no class.
 
-    intervals: whether the network also has an interval as input.
+    intervals: whether the network also has an interval as an input.
     dense: a function of (features, fan_in, name) that returns a layer.
     table_std: standard deviation of the initial table.
 

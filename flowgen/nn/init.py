@@ -16,7 +16,7 @@ from flowgen.nn.layers import master_dtype
 def init(network: nn.Module, key: Key[Array, ""]) -> PyTree:
     """Returns freshly initialised variables of a model; the variables of a flow include its denoiser's.
 
-    The initialisation is compiled. If the model has a method `initial_variables(key)`, this method returns the
+    The initialisation is compiled. If the model has a method `initial_variables(key)`, that method computes the
     variables; flows define it so that their blocks share compiled programs. Otherwise, the model's arguments have the
     shapes and dtypes in the config's `inputs`. If the config has no `inputs`, the arguments are those of a velocity
     network: times, and samples of the config's `event_shape`.

@@ -195,8 +195,8 @@ def transformer_stack(config: TransformerConfig) -> nn.Module:
     cache.
     start: the cache slot of h[:, 0], one for the whole batch or one per sample.
     inverse_temperature: None, or an array `b` of factors for the attention logits.
-    rotation: None, or the (cos, sin), each `n r` or `b n r`, of the angles by which the queries and keys of these
-    tokens are rotated. Keys are cached after the rotation.
+    rotation: None, or (cos, sin), each `n r` or `b n r`, of the angles by which the queries and keys of these tokens
+    are rotated. Keys are cached after the rotation.
 
     Example:
         h, caches = stack(h, None, 0, None, None)

@@ -1,7 +1,7 @@
 """Transforms from bounded to unbounded variables: intervals, positive values and shares that sum to 1.
 
-All transforms are accurate to float32's precision even close to the bounds: u is computed from the distance to the
-closer bound, and logdet from log-sigmoids of u, which neither overflow nor cancel.
+All transforms are accurate to float32's precision even close to the bounds. For example, `Box` computes u from the
+distances to the bounds, and logdet from log-sigmoids of u, which neither overflow nor cancel.
 """
 
 from __future__ import annotations
@@ -39,8 +39,8 @@ class Box:
     If both bounds are finite, u is log((x - low) / (high - x)), and the inverse is a scaled sigmoid. If one bound is
     finite, u is log(exp(x - low) - 1) or -log(exp(high - x) - 1), and the inverse is a softplus. If neither is finite,
     u is x. Far from the bound, the softplus is close to the identity, so x is finite for every finite u, and errors of
-    u are not amplified. Since the softplus depends on the unit of x, scale x to about 1 first. For values that span
-    several orders of magnitude, use `Positive`.
+    u are not amplified. Since the softplus depends on the unit of x, scale x to values of about 1 first. For values
+    that span several orders of magnitude, use `Positive`.
 
     `inverse` returns values strictly between the bounds, even if rounding would reach a bound.
 
@@ -140,7 +140,7 @@ class Simplex:
 
         log|det du/dx| = -Σ_i log x_i   over all k shares
 
-    Unlike in stick-breaking, the order of the shares does not matter, except for the last one, the denominator.
+    Unlike in stick-breaking, the order of the shares does not matter, except that the last one is the denominator.
 
     event_ndim: number of axes of an event; the last of them contains the shares.
 

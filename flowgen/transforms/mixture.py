@@ -46,7 +46,7 @@ def mixture_forward(
 
     kind: the family of the components and of the base, "gaussian" or "logistic".
 
-    Raises ValueError if the shapes do not fit or if the kind is unknown.
+    Raises ValueError if the shapes do not match or if the kind is unknown.
 
     Example:
         z, log_derivative = mixture_forward(x, logits, means, log_scales)
@@ -66,14 +66,14 @@ def mixture_inverse(
 
     The components' quantiles at the level Φ(z), q_k = μ_k + s_k z, bracket the root: at the smallest of them, no
     component's CDF exceeds Φ(z), so neither does their weighted mean F; at the largest, no component's CDF is below
-    Φ(z). Newton steps narrow the bracket; a step that would leave it or is not short enough is replaced by bisection.
-    One compiled loop runs until all elements are solved to the precision of their dtype. The result of an element does
-    not depend on other elements.
+    Φ(z). Newton steps narrow the bracket; bisection replaces a step that would leave it or is longer than half the step
+    before. One compiled loop runs until all elements are solved to the precision of their dtype. The result of an
+    element does not depend on other elements.
 
     Forward- and reverse-mode derivatives of any order with respect to z and all parameters θ are computed by the
     implicit function theorem, dx = (dz - ∂z/∂θ dθ) / (dz/dx). The loop itself is not differentiated.
 
-    Raises ValueError if the shapes do not fit or if the kind is unknown.
+    Raises ValueError if the shapes do not match or if the kind is unknown.
 
     Example:
         x = mixture_inverse(z, logits, means, log_scales)

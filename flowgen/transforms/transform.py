@@ -1,7 +1,7 @@
 """The interface of invertible transforms, chains of transforms, and the density of transformed variables.
 
 The density of a flow has unbounded support, so a flow models unbounded variables u. The density of bounded variables x
-follows from it:
+follows:
 
     log p(x) = log p(u) + log|det du/dx|
 
@@ -34,7 +34,7 @@ class Transform(Protocol):
 
     @property
     def event_ndim(self) -> int:
-        """Number of axes of an event, the last axes of x and u."""
+        """Number of axes of an event; these are the last axes of x and u."""
         ...
 
     def forward(self, x: Float[Array, "..."]) -> Pair:
@@ -92,7 +92,7 @@ class Chain:
         return self.transforms[0].event_ndim
 
     def forward(self, x: Float[Array, "..."]) -> Pair:
-        """Returns u and log|det du/dx|, the sum of all logdets."""
+        """Returns u and log|det du/dx|, summed over the transforms."""
         first, *others = self.transforms
         u, total = first.forward(x)
         for transform in others:
@@ -101,7 +101,7 @@ class Chain:
         return u, total
 
     def inverse(self, u: Float[Array, "..."]) -> Pair:
-        """Returns x and log|det du/dx|, the sum of all logdets."""
+        """Returns x and log|det du/dx|, summed over the transforms."""
         *others, last = self.transforms
         x, total = last.inverse(u)
         for transform in reversed(others):
