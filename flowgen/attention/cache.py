@@ -42,9 +42,8 @@ class CausalKernel(NamedTuple):
     - `attend_window(q, k, v, cache, start) -> (out, window)`: exact causal attention of the tokens at positions
       start..start+n-1 to the cached prefix and to each other. `accept` needs `window` to add these tokens to the cache.
       `start` is one number for the whole batch, or one per sample.
-    - `rewind(before, after) -> cache`: a cache from which a window can be processed again, given the caches before and
-      after the window was first processed. The result is `after` if windows overwrite their slots, and `before` if the
-      cache is a running sum.
+    - `rewind(before, after) -> cache`: a cache for processing a window again, given the caches before and after the
+      previous pass. This is `after` if windows overwrite their slots, and `before` if the cache is a running sum.
     - `has_slots`: whether the cache has one slot per token, so that a window may start at any token that has already
       been processed.
     - `has_temperature`: whether scaling the queries sharpens or flattens the attention weights, as it does in a
@@ -106,7 +105,7 @@ def attend_kv_window(
 
     Query i attends to slots 0..start+i. Later slots have no effect, as long as they contain finite numbers. The new
     keys and values overwrite the slots of these tokens, so a window can be processed again without resetting the cache.
-    There may be fewer key heads than query heads; h/g query heads then share each key head.
+    h/g query heads share each key head.
 
     Example:
         out, cache = attend_kv_window(q, k, v, cache, start=12)
@@ -213,8 +212,9 @@ def causal_kernel(
 ) -> CausalKernel:
     """Returns the causal kernel for a name, a `Kernel` or a feature map; returns a `CausalKernel` unchanged.
 
-    implementation: the implementation of softmax attention over whole sequences; other kernels ignore it. Raises
-    ValueError for an unknown name; the message lists the known names.
+    implementation: as in `softmax_attention`, for whole sequences; other kernels ignore it.
+
+    Raises ValueError for an unknown name.
 
     Example:
         kernel = causal_kernel("softmax")

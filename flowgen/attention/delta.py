@@ -66,13 +66,14 @@ def gated_delta_rule(
     default, as in the published layers. Without this division, keep the norms of the keys at 1 or below, because the
     state can grow without bound if β |k|² exceeds 2.
     scale: the factor by which q is multiplied after this division; None means (width of k)^-0.5.
-    beta: β, the write strength, between 0 and 1; the range is not checked.
-    log_decay: g, the logarithm of the decay factor per token, at most 0; this is not checked. With -inf, the token
-    erases the state before it; None means no decay.
+    beta: β, the write strength, between 0 and 1.
+    log_decay: g, the logarithm of the decay factor per token, at most 0; None means no decay. With -inf, the token
+    erases the state before it. The ranges of beta and log_decay are not checked.
 
     Tokens within a chunk of `chunk_size` are processed in parallel (Yang et al., DeltaNet, arXiv 2406.06484), and
     chunks are processed in order. The backward pass stores one state per chunk. n need not be a multiple of chunk_size.
-    With `state`, the call continues exactly where an earlier call or step ended.
+
+    state: the state after earlier tokens; None means no earlier tokens.
 
     mask: True for tokens to keep. A masked token does not change the state: its key, value and decay are ignored. Its
     output is Sᵀq with the state before the token.

@@ -34,9 +34,8 @@ class FeatureMap(ByFields):
     Features must be nonnegative, so that the normaliser is positive. A map that depends on positions must set `rotary`
     or `max_length`. Two maps are equal if their fields are equal. A map can be pickled if its functions can.
 
-    query_scale: a function of q that returns factors `b n h`. The map multiplies the features of queries by these
-    factors to prevent underflow, and linear attention multiplies eps by them, so they cancel. None means that there are
-    no factors.
+    query_scale: a function of q that returns the factors `b n h` by which the map multiplies the features of queries to
+    prevent underflow; None means no factors. Linear attention multiplies eps by the same factors, so they cancel.
     rotary: a table of the angles by which features are rotated in the numerator, but not in the normaliser.
     max_length: the number of positions; None means no limit. Tokens beyond the limit cause a ValueError or, if
     positions are traced, NaN features.
@@ -322,7 +321,7 @@ FEATURE_MAPS: dict[str, FeatureMap] = {
 def feature_map(features: FeatureMap | str) -> FeatureMap:
     """Returns the feature map with this name; returns a `FeatureMap` unchanged.
 
-    Raises ValueError for an unknown name; the message lists the known names.
+    Raises ValueError for an unknown name.
 
     Example:
         phi = feature_map("nala")

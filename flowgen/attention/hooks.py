@@ -42,7 +42,7 @@ def make_attention_fn(
     masks: "keys" declares that every query-key mask keeps the same tokens as queries and as keys. The returned function
     then reads these tokens from the diagonal of the mask, at linear cost, even inside jit. The outputs of all other
     tokens are meaningless.
-    implementation: the implementation of softmax attention, as in `softmax_attention`; other kernels ignore it.
+    implementation: as in `softmax_attention`; other kernels ignore it.
 
     The returned function accepts query `... t h k`, key and value `... s g k`, and the arguments that Flax's modules
     pass:

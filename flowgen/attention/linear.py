@@ -94,9 +94,9 @@ def linear_attention(
     """Returns linear attention with a feature map, given by name or as a `FeatureMap`.
 
     mask: True for keys to keep; its shape must broadcast to `b h n m`. With a key mask (query axis of length 1), the
-    cost is linear in the number of tokens. Outside jit, it is also linear if the mask is the product of a query mask
-    and a key mask (and, if is_causal, of the causal mask). Inside jit, first convert such a mask to a key mask with
-    `own_keys`. With other masks, the cost is quadratic, and at most 4096 x 4096 weights are allowed.
+    cost is linear in the number of tokens. Outside jit, this also holds for the product of a query mask and a key mask
+    (and, if is_causal, the causal mask). Inside jit, first convert such a product with `own_keys`. With other masks,
+    the cost is quadratic, and at most 4096 x 4096 weights are allowed.
     is_causal: whether query i attends only to keys 0..i; a `Causal` can make attention block-causal.
     segment_ids: tokens attend to each other only if their ids are equal; equal ids must be contiguous.
     eps: added to the normaliser.

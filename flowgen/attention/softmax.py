@@ -69,7 +69,7 @@ def attend_in_parts(
     Each chunk has at most `backend.MAX_LOGITS` logits, which the backward pass recomputes.
 
     first: for causal attention, the position of the first query among the keys, one for the whole batch or one per
-    sample. Query i then attends to the keys among 0..first+i that `mask` allows, without a mask of all pairs.
+    sample. Query i then attends to the keys among 0..first+i that `mask` allows.
     """
     return _attend_in_parts(q, k, v, mask, first, backend.MAX_LOGITS)
 

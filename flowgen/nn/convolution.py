@@ -38,7 +38,7 @@ def conv(
     """Returns a side × side convolution with `channels` input channels and `features` output channels.
 
     padding: as in Flax; None means side // 2, which preserves the image size if the stride is 1 and the side is odd.
-    zero: whether the parameters are initialised to zero; otherwise, they are initialised as in PyTorch.
+    zero: whether to initialise the parameters to zero; by default, they are initialised as in PyTorch.
     """
     padding = side // 2 if padding is None else padding
     return _conv(features, (side, side), (stride, stride), padding, channels, dtype, zero, name)
@@ -58,7 +58,7 @@ def clip_conv(
 
     Height and width are padded, but frames are not: n frames yield n - 2 frames, of which every `stride`-th is kept.
 
-    zero: whether the parameters are initialised to zero; otherwise, they are initialised as in PyTorch.
+    zero: whether to initialise the parameters to zero; by default, they are initialised as in PyTorch.
     """
     around = (side // 2, side // 2)
     return _conv(features, (3, side, side), (stride, 1, 1), ((0, 0), around, around), channels, dtype, zero, name)

@@ -14,7 +14,7 @@ from flowgen.nn.layers import master_dtype
 
 
 def init(network: nn.Module, key: Key[Array, ""]) -> PyTree:
-    """Returns freshly initialised variables of a model; the variables of a flow include its denoiser's.
+    """Returns freshly initialised variables of a model; for a flow, they include the variables of its denoiser.
 
     The initialisation is compiled. If the model has a method `initial_variables(key)`, that method computes the
     variables; flows define it so that their blocks share compiled programs. Otherwise, the model's arguments have the

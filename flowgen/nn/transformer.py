@@ -41,10 +41,10 @@ class TransformerConfig:
     post_norm: whether to apply an RMSNorm to the outputs of attention and MLP.
     use_bias: whether the linear maps have biases.
     remat: whether the backward pass recomputes the activations of each layer; see `flowgen.backend.layer_form` for
-    "auto". The setting affects results only through rounding, and does not affect the parameters.
+    "auto". It affects results only through rounding, and does not affect the parameters.
     scan: whether the parameters of all layers are stacked along a leading axis, as in training. For decoding, set it to
-    False, so that each layer has its own parameters and cache: inside a loop over tokens, a scan over layers would copy
-    every layer's weights and cache out of the stack for each token.
+    False: inside a loop over tokens, a scan over layers would copy every layer's weights and cache out of the stack for
+    each token.
     window: the pattern of attention to nearby frames that replaces causal attention; caches are then not supported.
     attention_implementation: the implementation of softmax attention over whole sequences; see `softmax_attention`.
     """

@@ -38,9 +38,9 @@ class Box:
 
     If both bounds are finite, u is log((x - low) / (high - x)), and the inverse is a scaled sigmoid. If one bound is
     finite, u is log(exp(x - low) - 1) or -log(exp(high - x) - 1), and the inverse is a softplus. If neither is finite,
-    u is x. Far from the bound, the softplus is close to the identity, so x is finite for every finite u, and errors of
-    u are not amplified. Since the softplus depends on the unit of x, scale x to values of about 1 first. For values
-    that span several orders of magnitude, use `Positive`.
+    u is x. Far from the bound, the softplus is close to the identity, so errors of u are not amplified. Since the
+    softplus depends on the unit of x, scale x to values of about 1 first. For values that span several orders of
+    magnitude, use `Positive`.
 
     `inverse` returns values strictly between the bounds, even if rounding would reach a bound.
 

@@ -51,10 +51,10 @@ def mixture_parameters(
     raw: for each token and channel, k logits, then k means, then k log-scales.
 
     For raw outputs of 0, the mixture has the mean and variance of its base distribution, so the map is close to the
-    identity. The means of the components then have a standard deviation of 0.3 times the base's. If they were equal,
-    the map would be exactly the identity, but all components would have the same gradients, so that training could not
-    separate them. With 8 Gaussian components, this spread changes z by less than 0.006 for |x| < 3, and by a factor of
-    less than 1.05 in the tails. Log-scales differ from their initial value by at most 4.
+    identity. The means of the components then have a standard deviation of 0.3 times the base's. With equal means, the
+    map would be exactly the identity, but the components would have equal gradients, and training could not separate
+    them. With 8 Gaussian components, this spread changes z by less than 0.006 for |x| < 3, and by a factor of less than
+    1.05 in the tails. Log-scales differ from their initial value by at most 4.
 
     Raises ValueError unless the number of outputs is a multiple of 3 · components.
 
