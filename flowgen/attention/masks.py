@@ -51,7 +51,7 @@ def split_pairs(
 
 
 def hide_queries(tree: PyTree, mask: Bool[Array, "#b #g n 1"]) -> PyTree:
-    """Returns a tree of arrays `b n h ...` with 0 for the queries that the mask hides.
+    """Returns a tree of arrays `b n h ...` with 0 for masked queries.
 
     mask: one mask for all heads, or one for each key head.
     """
