@@ -74,7 +74,6 @@ def gated_delta_rule(
     chunks are processed in order. The backward pass stores one state per chunk. n need not be a multiple of chunk_size.
 
     state: the state after earlier tokens; None means no earlier tokens.
-
     mask: True for tokens to keep. A masked token does not change the state: its key, value and decay are ignored. Its
     output is Sᵀq with the state before the token.
 
