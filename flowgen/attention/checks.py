@@ -171,7 +171,7 @@ def check_pallas(block_size: int, segment_ids: Array | None) -> None:
 
 @contextmanager
 def errors_of_kernel(name: str) -> Generator[None]:
-    """Returns a context manager that replaces JAX's errors about a kernel with clearer ones, which begin with `name`.
+    """Returns a context manager that replaces JAX's errors about a kernel with clearer ones that contain `name`.
 
     Example:
         with errors_of_kernel("the Pallas kernel"):

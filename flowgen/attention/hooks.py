@@ -35,7 +35,7 @@ def make_attention_fn(
     masks: Literal["pairs", "keys"] = "pairs",
     implementation: Implementation = "auto",
 ) -> Callable[..., Array]:
-    """Returns an `attention_fn` for Flax's multi-head attention modules that uses the named kernel.
+    """Returns an `attention_fn` that uses the named kernel, for Flax's multi-head attention modules.
 
     name: "softmax", "soft", a name in `flowgen.attention.KERNELS`, or your own feature map or kernel.
     is_causal: makes the attention causal even if the module does not request it.
