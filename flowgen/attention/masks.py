@@ -14,7 +14,7 @@ def own_keys(mask: Bool[Array, "#b #h n n"]) -> Bool[Array, "#b #h 1 n"]:
     """Returns the key mask equivalent to a query-key mask that keeps the same tokens as queries and as keys.
 
     An example of such a mask is Flax's `make_attention_mask(valid, valid)`. Masks that keep all queries also work. Both
-    kinds may be combined with `make_causal_mask` if you also set `is_causal`. The function reads only the diagonal.
+    kinds may be combined with `make_causal_mask` if you also set `is_causal`.
     Raises ValueError unless there are as many queries as keys.
 
     Example:

@@ -39,7 +39,6 @@ class TransformerConfig:
     norm: the norm before attention and before the MLP.
     qk_norm: whether to apply an RMSNorm over the channels of each query and key head, before the rotary rotation.
     post_norm: whether to apply an RMSNorm to the outputs of attention and MLP.
-    use_bias: whether the linear maps have biases.
     remat: whether the backward pass recomputes the activations of each layer; see `flowgen.backend.layer_form` for
     "auto". It affects results only through rounding, and does not affect the parameters.
     scan: whether the parameters of all layers are stacked along a leading axis, as in training. For decoding, set it to
