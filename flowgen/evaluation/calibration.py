@@ -50,10 +50,11 @@ class ExpectedCoverage(NamedTuple):
 
     levels: the credibilities of the regions: the probability of each region under the posterior.
     coverage: the fraction of observations whose region contains the truth; the expected value is `levels` if the
-    posterior is calibrated. standard_error: the standard error of each coverage if the posterior is calibrated.
+        posterior is calibrated.
+    standard_error: the standard error of each coverage if the posterior is calibrated.
     area: the integral of coverage - level over levels from 0 to 1; near 0 if the posterior is calibrated, negative if
-    it is overconfident, positive if it is conservative. max_deviation: the largest |coverage - level| over all levels,
-    the Kolmogorov-Smirnov statistic.
+        it is overconfident, positive if it is conservative.
+    max_deviation: the largest |coverage - level| over all levels, the Kolmogorov-Smirnov statistic.
     p_value: the probability of a deviation at least as large if the posterior is calibrated.
     """
 

@@ -71,10 +71,11 @@ def ratio_of(values: Float[np.ndarray, " n"], sizes: Float[np.ndarray, " n"]) ->
 class Evaluation:
     """Metrics, the lines to print, and files to save.
 
-    lines: the lines that `evaluate` prints. metrics: the metrics by name.
+    lines: the lines that `evaluate` prints.
+    metrics: the metrics by name.
     about: plain values that describe how the metrics were measured, such as the noise and the feature extractor.
-    files: what is saved beside the metrics: maps file suffixes such as "neighbours.png" to uint8 images `height width
-    c` or dicts of arrays.
+    files: maps the suffix of a file saved beside the metrics, such as "neighbours.png", to its contents: a uint8 image
+        `height width c` or a dict of arrays.
 
     The operator `+` combines two evaluations.
 
@@ -108,7 +109,7 @@ class Evaluation:
 
 
 def _plain(value: Any) -> Any:
-    """Returns a copy of nested containers with None in place of floats that are not finite, which JSON lacks."""
+    """Returns a copy with None in place of floats that JSON cannot represent: NaN and infinity."""
     if isinstance(value, Mapping):
         return {name: _plain(one) for name, one in value.items()}
     if isinstance(value, list | tuple):

@@ -1,4 +1,4 @@
-"""Precision, recall, density and coverage: how far two sets of features overlap, measured by nearest neighbours.
+"""Precision, recall, density and coverage: how much two sets of features overlap, measured by nearest neighbours.
 
 The manifold of a set is the union of balls around its features. The radius of each ball is the distance from its centre
 to the k-th nearest other feature of the set.
@@ -46,8 +46,8 @@ def manifold_metrics(
 ) -> ManifoldMetrics:
     """Returns the precision, recall, density and coverage of the samples relative to the data.
 
-    k: the radius of a ball is the distance to the k-th nearest neighbour, for precision and recall. density_k: the same
-    for density and coverage. The distances are computed in float64, a block of rows at a time.
+    k: which nearest neighbour defines the radii for precision and recall. density_k: the same for density and coverage.
+    The distances are computed in float64, a block of rows at a time.
 
     Raises ValueError unless n and m are both greater than k and density_k, if the numbers of features differ, or if
     features are not finite.
@@ -140,9 +140,7 @@ def _radii(x: np.ndarray, neighbours: tuple[int, ...]) -> list[np.ndarray]:
 
 
 def _blocks(x: np.ndarray, y: np.ndarray) -> Iterator[tuple[int, np.ndarray]]:
-    """Yields, for each block of rows of x, the index of its first row and the squared distances to all y, in
-    float64.
-    """
+    """Yields the index of the first row of each block of x, and the squared distances to all y, in float64."""
     centre = y.mean(axis=0, dtype=np.float64)  # reduces cancellation
     y = y - centre
     squares = np.square(y).sum(axis=1)

@@ -28,8 +28,7 @@ def c2st(
     *,
     folds: int = 5,
 ) -> Estimate:
-    """Returns the accuracy of a classifier on held-out samples: 0.5 if x and y cannot be told apart, 1 if they never
-    overlap.
+    """Returns the accuracy of a classifier on held-out samples: 0.5 if x and y are indistinguishable, 1 if separable.
 
     The accuracy is the mean of a cross-validation with `folds` folds (Lopez-Paz and Oquab, arXiv 1610.06545). By chance
     it may be slightly below 0.5. The standard error is that of the mean over the folds, or None if all folds have the
