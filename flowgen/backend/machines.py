@@ -64,7 +64,7 @@ MACHINES = (
 
 
 def machine_of(device_kind: str) -> Machine | None:
-    """Returns the accelerator with this JAX `device_kind`, or None if it is unknown, as for CPUs."""
+    """Returns the accelerator with this JAX `device_kind`, or None if it is not listed, for example a CPU."""
     return next((machine for machine in MACHINES if device_kind in machine.kinds), None)
 
 

@@ -1,9 +1,9 @@
 """The axes of the mesh on which sharded training runs, and how arrays are divided over them.
 
 The shardings of the parameters do not determine how the compiler divides the activations: the compiler may exchange
-activations instead of parameters. The constraints in this file determine the division. Between layers, each device has
-its own rows of the batch, with all tokens and channels. Inside attention, it has its own heads, with all tokens and
-channels. For each matrix product, it gathers the parts of one layer's kernel.
+activations instead of parameters. The functions in this file therefore constrain the activations. Between layers, each
+device has its own rows of the batch, with all tokens and channels. Inside attention, it has its own heads, with all
+tokens and channels. For each matrix product, it gathers the parts of one layer's kernel.
 """
 
 from __future__ import annotations
@@ -29,10 +29,10 @@ Shared = Literal["", "inputs", "outputs"]
 def shard_spec(
     shape: tuple[int, ...], axes: Mapping[str, int], *, tensor_axis: int | None = None, whole: Collection[int] = ()
 ) -> PartitionSpec:
-    """Returns the `PartitionSpec` by which an array of parameters is divided.
+    """Returns the `PartitionSpec` of an array of parameters.
 
-    TENSOR divides the axis `tensor_axis`. FSDP divides the largest remaining axis that it can divide equally. Arrays
-    with fewer than MIN_SIZE elements are not divided.
+    The mesh axis TENSOR divides the array's axis `tensor_axis`. The mesh axis FSDP divides the largest remaining axis.
+    An axis that cannot be divided into equal parts stays whole, and so do arrays with fewer than MIN_SIZE elements.
 
     axes: the sizes of FSDP and TENSOR. whole: axes of the array that are never divided.
 
@@ -68,7 +68,7 @@ def gather_kernel(kernel: Array, shared: Shared = "") -> Array:
 
 
 def keep_rows_apart(h: Array) -> Array:
-    """Returns an array with its rows divided over the devices that share the batch, and all other axes whole.
+    """Returns an array whose rows, but no other axes, are divided over the devices that share the batch.
 
     If the devices cannot share the rows equally, the compiler decides where to place the rows. Outside sharded
     training, h is returned unchanged.
