@@ -44,7 +44,7 @@ class AutoencoderConfig:
     layers_per_block: number of residual blocks in each level of the encoder; the decoder has one more in each level.
     num_groups: number of groups in group norm.
     attention: whether there is single-head attention between the two residual blocks at the lowest resolution.
-    dtype: dtype of the convolutions; norms, moments and images stay float32.
+    dtype: dtype of the convolutions; norms, means, log variances and images stay float32.
     remat: whether to recompute blocks in the backward pass.
     """
 
@@ -76,7 +76,7 @@ class AutoencoderConfig:
 
     @property
     def inputs(self) -> tuple[jax.ShapeDtypeStruct, ...]:
-        """The shape and dtype of a batch with a single image, of the smallest size that every layer accepts."""
+        """The shape and dtype of a batch of one image of the smallest size that every layer accepts."""
         return (jax.ShapeDtypeStruct((1, self.factor, self.factor, self.channels), jnp.float32),)
 
 
