@@ -64,7 +64,7 @@ class Rule:
     source: template for the names of the tensors.
     target: template for the path of the leaf; None drops the tensors.
     transform: a function that is applied to each tensor.
-    requirement: a condition that each tensor must satisfy, if any.
+    requirement: a condition that each tensor must satisfy.
 
     Example:
         Rule("blocks.{block}.attn_mask", None, requirement=Requirement("causal", is_causal))
@@ -156,7 +156,7 @@ def fill(target: Any, state_dict: Mapping[str, np.ndarray], rules: Iterable[Rule
             return _nothing(leaf)
         ((rule, sources),) = found
         numbers = sum(state_dict[source].size for source in sources if source in state_dict)
-        # A malicious config could describe arrays far larger than the file. A leaf is therefore not allocated if the #
+        # A malicious config could describe arrays far larger than the file. A leaf is therefore not allocated if the
         # tensors have too few elements to fill it.
         out = np.empty(leaf.shape, leaf.dtype) if numbers >= math.prod(leaf.shape) else _nothing(leaf)
         for index, source in enumerate(sources):

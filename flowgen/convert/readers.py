@@ -15,7 +15,7 @@ from flowgen.convert.torch_pickle import StoredTensor
 from flowgen.documents import check_regular
 from flowgen.safetensors import read_safetensors
 
-# The tensors of a file may be this many times as large as the file. The limit is above 1 because tied weights share #
+# The tensors of a file may be this many times as large as the file. The limit is above 1 because tied weights share
 # bytes.
 _MAX_VIEWS = 4
 _MAX_LOOKED_AT = 100_000  # dictionary visits, including repeated ones, in the search for a state dict
@@ -132,7 +132,7 @@ def _state_dicts(saved: Any, path: Path) -> dict[str, dict[str, StoredTensor]]:
 
 
 def _dictionaries(value: dict[Any, Any]) -> list[tuple[str, Any]] | None:
-    """Returns those (name, value) pairs of a dictionary in which the value is also a dictionary.
+    """Returns the (name, value) pairs of a dictionary whose values are also dictionaries.
 
     Returns None if all values are tensors, and [] if the dictionary is empty or has a name that is not a string.
     """
@@ -144,7 +144,7 @@ def _dictionaries(value: dict[Any, Any]) -> list[tuple[str, Any]] | None:
 
 
 def _check_size(path: Path, tensors: Mapping[str, np.ndarray]) -> None:
-    """Raises ValueError if the tensors have far more bytes than the file.
+    """Raises ValueError if the tensors have more than four times as many bytes as the file.
 
     This is possible because tensors may share storages or have strides of 0.
     """
