@@ -103,7 +103,7 @@ def check_options(optimizer: Optimizer, options: Mapping[str, Any]) -> None:
 
 
 def _instead(name: str, known: Mapping[str, Any]) -> str:
-    """Returns the end of a sentence that says which option could be meant."""
+    """Returns the end of an error message, which suggests an option."""
     if close := difflib.get_close_matches(name.replace("-", "_"), known, n=1):
         return f"did you mean {close[0]}?"
     return f"choose from {', '.join(known)}." if known else "it has none."
