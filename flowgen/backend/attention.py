@@ -1,7 +1,7 @@
 """Fused kernels for softmax attention: when they can be used, and functions that call them.
 
 These kernels never write the logits to memory. cuDNN provides a kernel for NVIDIA GPUs. JAX provides splash attention,
-a Pallas kernel for TPUs. Neither has been timed.
+a Pallas kernel for TPUs. Neither kernel has been timed.
 """
 
 from __future__ import annotations
@@ -206,7 +206,7 @@ def tpu_attention(
     is_causal: bool,
     interpret: bool,
 ) -> Float[Array, "b n h k"]:
-    """Returns softmax attention, computed by JAX's splash attention. Numbers of tokens must be multiples of 128.
+    """Returns softmax attention, computed by JAX's splash attention. n and m must be multiples of 128.
 
     keys: True for keys that queries may attend to; None means all keys. The output is finite but arbitrary for a query
     that may attend to no key.

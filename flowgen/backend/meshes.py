@@ -227,8 +227,8 @@ def divided_axes(x: Array) -> set[int]:
 def partitioned(x: Array) -> bool:
     """Returns whether the compiler may divide the computation of x over several devices.
 
-    The compiler cannot divide the computation in a program that is mapped over all axes of its mesh, or if there is
-    only one device. Explicit axes do not count, because `map_axes` maps over them.
+    The compiler cannot do so if there is only one device, or in a program that is mapped over all axes of its mesh.
+    Explicit axes do not count, because `map_axes` maps over them.
 
     Example:
         jax.pmap(lambda x: x * partitioned(x))(x)

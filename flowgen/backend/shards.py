@@ -32,7 +32,7 @@ def shard_spec(
     """Returns the `PartitionSpec` of an array of parameters.
 
     The mesh axis TENSOR divides the array's axis `tensor_axis`. The mesh axis FSDP divides the largest remaining axis.
-    An axis that cannot be divided into equal parts stays whole, and so do arrays with fewer than MIN_SIZE elements.
+    Both divide only axes whose parts have equal sizes. Arrays with fewer than MIN_SIZE elements are not divided.
 
     axes: the sizes of FSDP and TENSOR. whole: axes of the array that are never divided.
 
@@ -70,8 +70,8 @@ def gather_kernel(kernel: Array, shared: Shared = "") -> Array:
 def keep_rows_apart(h: Array) -> Array:
     """Returns an array whose rows, but no other axes, are divided over the devices that share the batch.
 
-    If the devices cannot share the rows equally, the compiler decides where to place the rows. Outside sharded
-    training, h is returned unchanged.
+    If the rows cannot be divided equally, the compiler decides where to place them. Outside sharded training, h is
+    returned unchanged.
 
     Example:
         h = keep_rows_apart(h)  # b n d
@@ -86,10 +86,10 @@ def keep_rows_apart(h: Array) -> Array:
 def keep_heads_apart(*arrays: Array) -> tuple[Array, ...]:
     """Returns queries, keys and values `b n h k` with their heads divided over the devices that share heads.
 
-    If the devices cannot share the keys and values equally, every device has all of them. Outside sharded training, the
-    arrays are returned unchanged.
+    If the heads of the keys and values cannot be divided equally, every device has all of them. Outside sharded
+    training, the arrays are returned unchanged.
 
-    Raises ValueError if the devices cannot share the heads of the first array equally.
+    Raises ValueError if the heads of the first array cannot be divided equally.
 
     Example:
         q, k, v = keep_heads_apart(q, k, v)
@@ -118,7 +118,7 @@ def _training_axes() -> dict[str, int]:
 
 
 def _divided(axis: str, size: int, axes: dict[str, int]) -> Any:
-    """Returns the axis if its devices can share the size equally; if not, UNCONSTRAINED for rows and None for heads."""
+    """Returns the mesh axis if it divides `size` equally; otherwise, UNCONSTRAINED for rows and None for heads."""
     if size % axes[axis] == 0:
         return axis
     return PartitionSpec.UNCONSTRAINED if axis == FSDP else None

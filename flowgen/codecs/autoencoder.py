@@ -1,7 +1,7 @@
 """AutoencoderKL: maps images to a Gaussian over latents, and latents back to images (Rombach et al., arXiv 2112.10752).
 
 The encoder begins with a convolution, followed by several levels. Each level consists of residual blocks; every level
-but the last then halves the height and width. After the levels come a residual block, attention, another residual
+but the last then halves the height and width. The levels are followed by a residual block, attention, another residual
 block, and a convolution that returns the mean and log variance. A residual block computes
 
     r(x) = skip(x) + conv(silu(norm(conv(silu(norm(x)))))).

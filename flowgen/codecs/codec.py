@@ -1,4 +1,4 @@
-"""Codecs, which map images or clips to the latents on which flows are trained, and latents to images or clips.
+"""Codecs map images or clips to the latents on which flows are trained, and back.
 
 A codec is frozen while a flow is trained on its latents.
 """
@@ -33,7 +33,7 @@ class Codec(Protocol):
     An image is encoded like the first frame of a clip.
 
     factor: number of pixels per latent along the height or width.
-    stride: number of frames per latent frame, after the first one; 1 + k · stride frames become 1 + k latent frames.
+    stride: number of frames per latent frame, except for the first; 1 + k · stride frames become 1 + k latent frames.
     channels: number of channels of the latents.
     pixel_channels: number of channels of the images or clips.
 

@@ -83,7 +83,7 @@ def efficientnet_file() -> Path:
 
 
 def _numbered(name: str) -> str:
-    """Converts a published name to the names of our modules: _blocks.3._bn1.weight becomes _blocks_3._bn1.weight."""
+    """Converts a published tensor name to flowgen's: _blocks.3._bn1.weight becomes _blocks_3._bn1.weight."""
     return name.replace("_blocks.", "_blocks_", 1)
 
 

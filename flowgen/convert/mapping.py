@@ -1,8 +1,8 @@
-"""Copies the tensors of a weight file to the leaves of a parameter tree, and checks that none is missing or left over.
+"""Copies the tensors of a weight file to the leaves of a parameter tree, and checks that none is missing or unused.
 
 A `Rule` states which tensors fill which leaf, and how they are transformed. Its source and its target are name
-templates with indices in braces. If an index occurs only in the source, the tensors with the values 0, 1, ... of this
-index are stacked along the leading axis of the leaf. Such rules fill the scanned layers of a block.
+templates with indices in braces. If an index occurs only in the source, the tensors for its values 0, 1, ... are
+stacked along the leading axis of the leaf. Such rules fill the scanned layers of a block.
 
     Rule("blocks.{block}.mlp.{layer}.weight", "params/blocks_{block}/mlp/kernel", transpose)
 

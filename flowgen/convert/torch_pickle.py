@@ -281,7 +281,7 @@ def _natural(value: Any) -> int:
 def _shown(value: Any) -> str:
     """Returns a description of a value from an untrusted file, for an error message.
 
-    For a container, which may contain anything, only the type is stated.
+    A container is described only by its type, because it may contain anything.
     """
     if value is not None and type(value) not in (str, int, float, bool):
         return f"a {type(value).__name__}"

@@ -87,11 +87,11 @@ def anomaly_scores(
 ) -> AnomalyScores:
     """Returns the quantities from which the anomaly scores of each image are computed, without using labels.
 
-    If the flow models latents, the dataset must contain latents, and p(x) is the density of one draw of noisy latents
-    per image. This is not the density of the image itself, because it ignores the decoder.
+    If the flow models latents, the dataset must contain latents. In this case, p(x) is the density of one noisy sample
+    of an image's latents, not of the image itself.
 
-    For a class-conditional flow, log p(x) is that of the mixture of all classes with equal weights. The token terms and
-    z are computed for the class with the highest likelihood. Each class needs a forward pass.
+    For a class-conditional flow, p(x) is the mixture of all classes with equal weights. The token terms and z are
+    computed for the class with the highest likelihood. Each class needs a forward pass.
 
     noise_std: standard deviation of the added noise, as for `flow_bits_per_dim`. by_class: whether to use the mixture
     of classes; if False, the flow is evaluated without labels.
@@ -149,8 +149,8 @@ def auroc(
 
     The standard error is DeLong's, which assumes that all images are independent. If the anomalies are altered copies
     of normal images, pass `origins`: the standard error then treats a normal image and its copies as one cluster
-    (Obuchowski, Biometrics 53, 1997). It is None if the scores do not allow an estimate, for example if all anomalies
-    score higher than all normal images.
+    (Obuchowski, Biometrics 53, 1997). The standard error is None if the scores do not allow an estimate, for example if
+    all anomalies score higher than all normal images.
 
     origins: for each anomaly, the position in `normal` of the image that it is a copy of; None for independent images.
 

@@ -4,13 +4,13 @@ For each observation, samples from the estimated posterior are compared with the
 observation, called the truth. The exact posterior passes both tests. A posterior that passes them is not necessarily
 exact: the prior passes too.
 
-Simulation-based calibration (Talts et al., arXiv 1804.06788): for each parameter, the rank of the truth among s samples
-is uniform on 0, ..., s. If the ranks cluster in the middle, the posterior is too wide; if they cluster at both ends, it
-is too narrow.
+Simulation-based calibration (Talts et al., arXiv 1804.06788): if the posterior is exact, the rank of each true
+parameter among s samples is uniform on 0, ..., s. If the ranks cluster in the middle, the posterior is too wide; if
+they cluster at both ends, it is too narrow.
 
-Expected coverage (Hermans et al., arXiv 2110.06581): for every c, the highest-density region of posterior probability c
-contains the truth for a fraction c of the observations. If the fraction is smaller, the posterior is overconfident; if
-it is larger, the posterior is conservative.
+Expected coverage (Hermans et al., arXiv 2110.06581): if the posterior is exact, its highest-density region of
+probability c contains the truth for a fraction c of the observations. If the fraction is smaller, the posterior is
+overconfident; if it is larger, the posterior is conservative.
 """
 
 from __future__ import annotations
@@ -48,7 +48,7 @@ class RankUniformity(NamedTuple):
 class ExpectedCoverage(NamedTuple):
     """How often the highest-density regions of the estimated posterior contain the truth.
 
-    levels: the credibilities of the regions: the probability of each region under the posterior.
+    levels: the credibility of each region, which is its probability under the estimated posterior.
     coverage: the fraction of observations whose region contains the truth; the expected value is `levels` if the
         posterior is calibrated.
     standard_error: the standard error of each coverage if the posterior is calibrated.

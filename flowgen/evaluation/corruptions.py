@@ -1,4 +1,4 @@
-"""Corruptions that turn images into anomalies, which test whether a density model detects them."""
+"""Corruptions that turn images into anomalies, for tests of anomaly detection."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Estimated metrics with their standard errors, and the result of an evaluation."""
+"""The results of evaluations: metrics with their standard errors, printed lines and files."""
 
 from __future__ import annotations
 
@@ -12,10 +12,10 @@ from jaxtyping import Float
 
 
 class Estimate(NamedTuple):
-    """The estimated value of a metric.
+    """An estimate of a metric, with its standard error.
 
     standard_error: the standard deviation that the value would have over datasets of the same size; None if unknown.
-    count: the number of samples from which the value was computed; None if there are no samples.
+    count: the number of samples from which the value was computed; None if this number does not apply.
 
     Example:
         estimate = Estimate(2.98, standard_error=0.01, count=10_000)
@@ -69,7 +69,7 @@ def ratio_of(values: Float[np.ndarray, " n"], sizes: Float[np.ndarray, " n"]) ->
 
 @dataclass(frozen=True)
 class Evaluation:
-    """Metrics, the lines to print, and files to save.
+    """The metrics of an evaluation, the lines to print, and the files to save.
 
     lines: the lines that `evaluate` prints.
     metrics: the metrics by name.

@@ -176,7 +176,7 @@ def velocity_bits(
 
 
 def per_sample(dataset: Dataset, batch_size: int, measure: Callable[..., Any]) -> Float[np.ndarray, "n ..."]:
-    """Returns measure(batch, positions) for the samples of a dataset, in float64.
+    """Returns the values that measure(batch, positions) returns for the batches of a dataset, joined, in float64.
 
     positions: the positions of the batch's samples in the dataset.
 

@@ -49,7 +49,7 @@ def manifold_metrics(
     k: which nearest neighbour defines the radii for precision and recall. density_k: the same for density and coverage.
     The distances are computed in float64, a block of rows at a time.
 
-    Raises ValueError unless n and m are both greater than k and density_k, if the numbers of features differ, or if
+    Raises ValueError if n or m is not greater than both k and density_k, if the numbers of features differ, or if
     features are not finite.
 
     Example:
@@ -83,8 +83,8 @@ def perfect_coverage(num_samples: int, num_data: int, *, k: int = DENSITY_NEIGHB
 
     Choose one data point, and sort all samples and all other data by distance to this point; all orders are equally
     likely. The ball around the point contains no sample if its k nearest points are all data. For n samples and m data
-    in any number of dimensions, the expected coverage is therefore 1 - Π (m - 1 - i) / (m - 1 - i + n) over i = 0, ...,
-    k - 1. The expected density of a perfect model is 1 for all n and m.
+    points in any number of dimensions, the expected coverage is therefore 1 - Π (m - 1 - i) / (m - 1 - i + n) over i =
+    0, ..., k - 1. The expected density of a perfect model is 1 for all n and m.
 
     Raises ValueError if there are no samples, or if k is not from 1 to num_data - 1.
 

@@ -81,7 +81,7 @@ def feature_statistics(
 
 
 def save_statistics(path: str | os.PathLike[str], statistics: FeatureStatistics) -> None:
-    """Writes statistics atomically to an .npz file, as arrays mu, sigma, count, features and those of `about`.
+    """Writes statistics atomically to an .npz file, with arrays mu, sigma, count and features, and `about`.
 
     Other programs that use FID statistics can read this file, because they need only mu and sigma.
 

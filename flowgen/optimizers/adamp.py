@@ -42,7 +42,7 @@ def adamp(
     """Returns AdamP with decoupled weight decay; see the module for the formula.
 
     Only arrays with two or more axes are projected. The last axis of an array called `kernel` indexes the outputs. In
-    any other array, such as a table of embeddings, the first axis does.
+    any other array, such as a table of embeddings, the first axis indexes them.
     delta: the factor δ of the threshold for the cosine. wd_ratio: factor for the weight decay of projected arrays.
     mask: selects the parameters that decay, as in `optax.adamw`.
 

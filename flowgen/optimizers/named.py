@@ -67,7 +67,7 @@ def options_of(optimizer: Optimizer) -> dict[str, inspect.Parameter] | None:
 
 
 def check_options(optimizer: Optimizer, options: Mapping[str, Any]) -> None:
-    """Raises ValueError if an optimizer does not accept the options, or cannot update a small tree of parameters.
+    """Raises ValueError if an optimizer does not accept the options or fails to update a small tree of parameters.
 
     Example:
         check_options(OPTIMIZERS["sgd"], {"momentum": 0.9})
