@@ -83,6 +83,6 @@ def seconds_at_peak(flop: Mapping[str, float], device_kind: str) -> float | None
 
 
 def peak_memory(devices: Iterable[Any]) -> int | None:
-    """Returns the peak number of bytes in use so far, as the maximum over the devices; None if no device reports it."""
+    """Returns the peak memory use so far in bytes, maximised over the devices; None if no device reports it."""
     known = [(device.memory_stats() or {}).get("peak_bytes_in_use") for device in devices]
     return max((size for size in known if size), default=None)

@@ -167,8 +167,8 @@ def on_own_rows(fn: Callable[..., PyTree], mesh: Mesh, specs: Any, axis: Any = A
 def rows_mesh(x: Any, variables: PyTree = None) -> tuple[Mesh, Any] | None:
     """Returns the mesh over which this host's devices share the rows of an array, and the axes that shard the rows.
 
-    The result is None inside jit, if the axes of the mesh are not automatic, if the array is sharded in any other way,
-    or if the variables are sharded too.
+    The result is None inside jit, if the axes of the mesh are not automatic, if anything but the rows is sharded, or if
+    the variables are sharded too.
     """
     sharding = None if isinstance(x, Tracer) else getattr(x, "sharding", None)
     if not isinstance(sharding, NamedSharding) or not x.is_fully_addressable:

@@ -143,9 +143,9 @@ def starflow(
     `state_dict` comes from `read_state_dict`, its tensors are views of the file, so only the result occupies memory.
 
     arguments: the arguments in the published YAML file, by name. `img_size` is in pixels if `vae` is set, and in
-    latents otherwise. If `text` ends in ".vocab", the model is conditioned on classes, which it receives as texts of a
-    single one-hot token. If `vid_size` is set, the model is a STARFlowV; the value '81:16', for example, means 81
-    frames at 16 frames per second. The model has a denoiser if `learnable_self_denoiser` is set.
+    latents otherwise. If `text` ends in ".vocab", the model is conditioned on classes, and a class is passed as a text
+    with a single one-hot token. If `vid_size` is set, the model is a STARFlowV; the value '81:16', for example, means
+    81 frames at 16 frames per second. The model has a denoiser if `learnable_self_denoiser` is set.
 
     Raises:
         MappingError (a ValueError): tensors are missing, unexpected or of the wrong shape; `failures` lists them all.

@@ -204,8 +204,8 @@ def gaussian_bits(train: Dataset, dataset: Dataset, *, noise_std: float) -> Floa
 
     The flow's noise is added to both datasets: Gaussian noise if `noise_std` is positive, and uniform dequantisation if
     it is 0. The result is the expectation over this noise, computed in closed form. The covariance is full if there are
-    at most 4096 dimensions and `train` has at least 5 images per dimension. Otherwise, it is diagonal. Both datasets
-    are read in batches.
+    at most 4096 dimensions and `train` has at least 5 images per dimension. Otherwise, it is diagonal. Neither dataset
+    has to fit into memory.
 
     Example:
         baseline = mean_of(gaussian_bits(trained_on, held_out, noise_std=0.1))

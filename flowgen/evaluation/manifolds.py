@@ -140,7 +140,7 @@ def _radii(x: np.ndarray, neighbours: tuple[int, ...]) -> list[np.ndarray]:
 
 
 def _blocks(x: np.ndarray, y: np.ndarray) -> Iterator[tuple[int, np.ndarray]]:
-    """Yields the index of the first row of each block of x, and the squared distances to all y, in float64."""
+    """Yields, for each block of rows of x, its first index and its squared distances to all rows of y, in float64."""
     centre = y.mean(axis=0, dtype=np.float64)  # reduces cancellation
     y = y - centre
     squares = np.square(y).sum(axis=1)
