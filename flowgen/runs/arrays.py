@@ -96,8 +96,7 @@ def group_of(path: str) -> str:
 
 
 def write_arrays(directory: Path, flat: Flat) -> None:
-    """Writes each array to the new folder in `directory` that `group_of` names. Raises ValueError or OSError on
-    failure.
+    """Writes each array to a new folder, `group_of(path)`. Raises ValueError or OSError if writing fails.
 
     Example:
         write_arrays(Path("300.saving"), flatten(state))

@@ -1,4 +1,6 @@
-"""Reads and writes a run's files. Writes are atomic. Reads refuse pipes and other files that are not regular."""
+"""Reads and writes a run's files. Writes are atomic. Reading a pipe, or another file that is not regular, raises
+ValueError.
+"""
 
 from __future__ import annotations
 
@@ -39,7 +41,7 @@ def read_json(path: str | Path) -> dict[str, Any]:
 
 
 def read_bytes(path: str | Path) -> bytes:
-    """Returns the bytes of a regular file. Raises ValueError for anything else, such as a pipe, which would block.
+    """Returns the bytes of a regular file. Raises ValueError for other files; reading a pipe, for example, could block.
 
     Example:
         content = read_bytes("runs/digits/metrics.jsonl")
@@ -115,7 +117,7 @@ def write_bytes(path: str | Path, content: bytes) -> None:
 
 
 def is_temporary(name: str, of: str | None = None) -> bool:
-    """Returns whether a file name is that of an unfinished file of `atomic_file`.
+    """Returns whether `atomic_file` gives files such a name while it writes them.
 
     of: the name that the finished file would have; None for any name.
 
