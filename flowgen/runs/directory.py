@@ -40,7 +40,7 @@ PROFILE = "profile"
 
 
 def is_run(run_dir: str | Path) -> bool:
-    """Returns whether a directory has the config.json of a run, which contains a digest, unlike that of other models.
+    """Returns whether a directory has a config.json with a digest, as every run writes it.
 
     Raises ValueError if config.json is not JSON.
 
@@ -163,7 +163,8 @@ def data_changes(run_dir: str | Path, inventory: Inventory) -> str:
 def check_workdir(workdir: Path, check_config: Callable[[dict[str, Any]], None], *, locks: bool = True) -> None:
     """Raises ValueError or OSError unless training can start or resume in a directory. Writes nothing.
 
-    check_config: raises ValueError if the run in the directory has another config. locks: whether to also raise BlockingIOError if another process is training there.
+    check_config: raises ValueError if the run in the directory has another config. locks: whether to also raise
+    BlockingIOError if another process is training there.
 
     Example:
         check_workdir(Path("runs/digits"), experiment.check_resumable)
@@ -183,7 +184,7 @@ def check_workdir(workdir: Path, check_config: Callable[[dict[str, Any]], None],
 
 
 def _check_kinds(workdir: Path) -> None:
-    """Raises OSError if there is something other than a folder or regular file in the place of one of a run."""
+    """Raises OSError if a path at which a run stores a folder or a regular file is of another kind."""
     for name in (CHECKPOINTS, SAMPLES, PROFILE):
         if os.path.lexists(workdir / name) and not (workdir / name).is_dir():
             raise NotADirectoryError(f"{workdir / name} is not a folder; remove it.")
@@ -202,7 +203,7 @@ def _is_foreign(path: Path) -> bool:
 
 
 def _changed(run_dir: Path, config: dict[str, Any]) -> str:
-    """Returns a list, for an error message, of the values that differ from the latest checkpoint's config."""
+    """Returns the part of an error message that lists the values which differ from the latest checkpoint's config."""
     try:
         reader = CheckpointReader(run_dir / CHECKPOINTS)
         step = reader.latest_step()

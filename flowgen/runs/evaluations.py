@@ -34,8 +34,7 @@ def evaluation_path(run_dir: str | os.PathLike[str], step: int) -> str:
 
 
 def check_new_evaluation(path: str) -> None:
-    """Raises ValueError if a path does not end in .json, or OSError if an evaluation's files exist or cannot be
-    written.
+    """Raises ValueError if a path does not end in .json, or OSError if an evaluation cannot be written to new files.
 
     Example:
         check_new_evaluation("results/digits.json")

@@ -3,7 +3,7 @@
 <folder>/config.json         the version of flowgen, the experiment, where the weights come from, and their metrics
 <folder>/model.safetensors   the variables by path, such as "params/blocks_0/proj_in/kernel"
 <folder>/README.md           a model card
-<folder>/codec/              the exported autoencoder, if the model is a flow on latents of an autoencoder trained with flowgen
+<folder>/codec/              the autoencoder of a latent flow, if this autoencoder was trained with flowgen
 """
 
 from __future__ import annotations
@@ -87,8 +87,8 @@ class ExportedReader(CheckpointReader):
     def config(self) -> dict[str, Any]:
         """Returns the experiment as plain JSON values. If the folder contains an autoencoder, it becomes the codec.
 
-        All other paths in the config become "", so a file from an untrusted source cannot make flowgen read files or
-        URLs.
+        All other paths in the config become "", so a file from an untrusted source cannot make flowgen read other
+        files.
 
         Raises FileNotFoundError if config.json is missing, or ValueError if it is damaged or has an unsupported format.
         """

@@ -1,6 +1,4 @@
-"""Reads and writes a run's files. Writes are atomic. Reading a pipe, or another file that is not regular, raises
-ValueError.
-"""
+"""Reads and writes a run's files. Writes are atomic. Reading anything but a regular file raises ValueError."""
 
 from __future__ import annotations
 
@@ -41,7 +39,7 @@ def read_json(path: str | Path) -> dict[str, Any]:
 
 
 def read_bytes(path: str | Path) -> bytes:
-    """Returns the bytes of a regular file. Raises ValueError for other files; reading a pipe, for example, could block.
+    """Returns the bytes of a regular file. Raises ValueError for other files, such as pipes, which could block.
 
     Example:
         content = read_bytes("runs/digits/metrics.jsonl")
@@ -117,7 +115,7 @@ def write_bytes(path: str | Path, content: bytes) -> None:
 
 
 def is_temporary(name: str, of: str | None = None) -> bool:
-    """Returns whether `atomic_file` gives files such a name while it writes them.
+    """Returns whether a name is one that `atomic_file` gives to unfinished files.
 
     of: the name that the finished file would have; None for any name.
 

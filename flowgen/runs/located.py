@@ -27,8 +27,7 @@ def shipped_models() -> tuple[str, ...]:
 
 
 def located(place: str | os.PathLike[str]) -> str | os.PathLike[str]:
-    """Returns the folder of a shipped model or, after downloading it, of a model on a hub. Returns other paths
-    unchanged.
+    """Returns the folder of a model, which is downloaded if it is on a hub. Returns other paths unchanged.
 
     place: the name of a shipped model, hf://org/name, hf://org/name@revision, or any path or URL. If a run or an
     exported model in the current directory has the name of a shipped model, its path is returned.

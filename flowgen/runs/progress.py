@@ -1,4 +1,4 @@
-"""Shows the progress of training, as a bar on a terminal or otherwise as one line per report."""
+"""Shows the progress of training: on a terminal as a bar, otherwise as one line per report."""
 
 from __future__ import annotations
 
@@ -83,7 +83,7 @@ class Progress:
 
 
 def _unseen() -> contextlib.suppress:
-    """Returns a context that ignores failures of output, for example to a closed pipe, so that training continues."""
+    """Returns a context that ignores errors of output, such as a closed pipe, because they must not end training."""
     return contextlib.suppress(OSError, ValueError)
 
 
