@@ -36,8 +36,9 @@ class Setting(NamedTuple):
 
 
 def settings(config: Any, path: str = "") -> list[Setting]:
-    """Returns all fields of a config and its groups. A group that is None has one entry, whose allowed values list its
-    fields.
+    """Returns all fields of a config and its groups.
+
+    A group that is None has one entry, whose allowed values list its fields.
 
     Example:
         print("\\n".join(f"--{field.name} {field.value}  # {field.about}" for field in settings(experiment)))

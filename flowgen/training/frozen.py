@@ -80,7 +80,7 @@ def trained(params: Any, patterns: Sequence[str]) -> Any:
 
 
 def with_frozen(moving: Any, params: Any) -> Any:
-    """Returns `moving`, a result of `trained`, completed with the frozen parameters of `params`.
+    """Returns all parameters: the trained ones from `moving`, a result of `trained`, and the frozen ones from `params`.
 
     Example:
         params = with_frozen(optax.apply_updates(trained(params, patterns), updates), params)

@@ -1,7 +1,7 @@
 """Sharded training: parameters, moments and averaged parameters are divided over devices and processes.
 
-The program is the same as on one device, and computes the whole batch. The compiler divides the program over the
-devices, according to the shardings of its arguments.
+The training step is written as for one device, and processes the whole batch. The compiler divides it over the devices,
+according to the shardings of the arguments.
 """
 
 from __future__ import annotations
@@ -33,8 +33,9 @@ class FullySharded:
     Arrays are global. A batch contains the rows of all devices, divided over the first axis of the mesh. A state has
     the same shapes as on one device. `partition_specs` defines how states are divided.
 
-    devices: the local devices to use; None for all of them. mesh_shape: the number of devices that share the
-    batch and the parameters, and the number that share heads and MLPs; None for all devices on the first axis.
+    devices: the local devices to use; None for all of them. mesh_shape: the sizes of the two axes: the number of
+    devices that share the batch and the parameters, and the number that share heads and MLPs; None for (number of
+    devices, 1).
 
     Raises ValueError if the mesh does not fit the devices.
 
@@ -70,7 +71,7 @@ class FullySharded:
 
     @cached_property
     def mesh(self) -> Mesh:
-        """The mesh of all processes' devices; the rows of each process are on its own devices."""
+        """The mesh of the devices of all processes. Each process stores its rows of the batch on its own devices."""
         devices = self.local_devices
         if jax.process_count() > 1:
             if self.devices is not None:
@@ -98,11 +99,11 @@ class FullySharded:
         check_batch(config, self.mesh.shape[backend.FSDP])
 
     def shardings(self, tree: Any) -> Any:
-        """Returns the sharding of every leaf of a state or of variables, which may be abstract arrays."""
+        """Returns the sharding of every leaf of a state or of variables. The leaves may be abstract arrays."""
         return _shardings(self.mesh, tree)
 
     def abstract(self, make: Callable[[], Any]) -> Any:
-        """Returns the shapes of the result of `make`. Raises any error that occurs when JAX traces `make`."""
+        """Returns the result of `make` as abstract arrays. Raises any error that occurs when JAX traces `make`."""
         with jax.set_mesh(self.mesh):
             return jax.eval_shape(make)
 
@@ -137,7 +138,7 @@ class FullySharded:
         return jax.random.wrap_key_data(_placed(data, NamedSharding(self.mesh, WHOLE)))
 
     def shard(self, batch: Any, rows: int | None = None) -> Any:
-        """Returns the whole batch, to which this process contributes its rows; does not wait for the transfer.
+        """Returns the global batch, of which `batch` contains this process's rows. Does not wait for the transfer.
 
         rows: the required number of rows, which is this process's share of train.batch_size; None allows any number
         that the devices can share equally. Raises ValueError unless all leaves are arrays of numbers with this many
@@ -181,10 +182,10 @@ def parallel_for(config: TrainConfig, devices: Sequence[jax.Device] | None = Non
 
 
 def divided_over_heads(variables: Any) -> Any:
-    """Returns variables for sampling and evaluation, divided over all devices of this host along the tensor axis.
+    """Returns variables whose heads and hidden MLP channels are divided over all devices of this host.
 
-    In each layer, the devices then exchange the activations of each token, but no weights. Arrays that are not divided
-    are copied to every device (see `partition_spec`).
+    In each layer, sampling and evaluation then exchange activations between devices, but no weights. Arrays that are
+    not divided are copied to every device (see `partition_spec`).
 
     variables: numpy arrays, so that no device stores all of them.
 

@@ -1,4 +1,4 @@
-"""Measures the speed of training: steps, samples and FLOP per second, the fraction of the peak, and the time left."""
+"""Measures the speed of training, for example in steps and FLOP per second, and estimates the remaining time."""
 
 from __future__ import annotations
 

@@ -65,7 +65,7 @@ class DataParallel:
         return jax.pmap(step, axis_name=AXIS, devices=self.devices, donate_argnums=0)
 
     def abstract(self, make: Callable[[], Any]) -> Any:
-        """Returns the shapes of the result of `make`."""
+        """Returns the result of `make` as abstract arrays."""
         return jax.eval_shape(make)
 
     def create(self, make: Callable[..., Any], *given: Any) -> Any:
@@ -167,14 +167,14 @@ def barrier(name: str) -> None:
 
 
 def largest(value: int) -> int:
-    """Returns, in every process, the largest value among all processes; waits for their current steps."""
+    """Returns, in every process, the largest of the processes' values. Waits until all processes have called it."""
     if jax.process_count() == 1:
         return value
     return int(np.max(multihost_utils.process_allgather(np.array(value))))
 
 
 def from_primary(value: float) -> float:
-    """Returns, in every process, the first process's value."""
+    """Returns, in every process, the value of the first process."""
     if jax.process_count() == 1:
         return value
     return float(multihost_utils.broadcast_one_to_all(np.array(value, np.float32)))
