@@ -1,7 +1,7 @@
 """Frozen parameters, which training leaves unchanged. Patterns of parameter names select them.
 
-Frozen parameters are left out of the tree that is differentiated and updated. They therefore have no gradient, no
-moments and no weight decay, and gradient norms do not include them.
+Training does not differentiate or update frozen parameters. They therefore have no gradient, no moments and no weight
+decay, and gradient norms do not include them.
 """
 
 from __future__ import annotations

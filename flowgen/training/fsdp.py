@@ -71,7 +71,7 @@ class FullySharded:
 
     @cached_property
     def mesh(self) -> Mesh:
-        """The mesh of the devices of all processes. Each process stores its rows of the batch on its own devices."""
+        """The mesh of all devices. Each process stores its rows of the batch on its own devices."""
         devices = self.local_devices
         if jax.process_count() > 1:
             if self.devices is not None:
@@ -91,7 +91,7 @@ class FullySharded:
 
     @property
     def program_devices(self) -> int:
-        """The number of devices that share one program's FLOP."""
+        """The number of devices that execute one program together."""
         return self.mesh.size
 
     def check_batch(self, config: TrainConfig) -> None:
@@ -103,7 +103,7 @@ class FullySharded:
         return _shardings(self.mesh, tree)
 
     def abstract(self, make: Callable[[], Any]) -> Any:
-        """Returns the result of `make` as abstract arrays. Raises any error that occurs when JAX traces `make`."""
+        """Returns the result of `make` as abstract arrays."""
         with jax.set_mesh(self.mesh):
             return jax.eval_shape(make)
 
@@ -149,7 +149,7 @@ class FullySharded:
         return jax.tree.map(lambda x: jax.make_array_from_process_local_data(sharding, np.asarray(x)), batch)
 
     def to_host(self, tree: Any) -> Any:
-        """Returns a tree as whole numpy arrays that own their memory, in every process; waits for the devices."""
+        """Returns, in every process, a tree as whole numpy arrays with their own memory. Waits for the devices."""
         return jax.tree.map(_whole, tree)
 
     def variables(self, state: TrainState) -> Any:
@@ -166,7 +166,7 @@ class FullySharded:
 
 
 def parallel_for(config: TrainConfig, devices: Sequence[jax.Device] | None = None) -> DataParallel | FullySharded:
-    """Returns the parallelism that a config selects, after checking that the devices can share its batch.
+    """Returns the parallelism that `config.parallel` selects.
 
     devices: this process's devices to train on; None for all of them.
 
@@ -184,8 +184,8 @@ def parallel_for(config: TrainConfig, devices: Sequence[jax.Device] | None = Non
 def divided_over_heads(variables: Any) -> Any:
     """Returns variables whose heads and hidden MLP channels are divided over all devices of this host.
 
-    In each layer, sampling and evaluation then exchange activations between devices, but no weights. Arrays that are
-    not divided are copied to every device (see `partition_spec`).
+    In each layer, the devices then exchange activations, but no weights. Arrays that are not divided are copied to
+    every device (see `partition_spec`).
 
     variables: numpy arrays, so that no device stores all of them.
 

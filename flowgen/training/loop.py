@@ -116,7 +116,7 @@ def train(
 
 
 class _Run:
-    """Runs the training loop, and stores its state, except for the training state."""
+    """Runs the training loop, and stores its progress."""
 
     def __init__(
         self,

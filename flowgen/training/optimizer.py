@@ -1,4 +1,4 @@
-"""Creates a run's optimizer from its config: learning-rate schedule, clipping, update rule, and skipping of spikes."""
+"""Creates a run's optimizer from its config: learning-rate schedule, clipping, update rule, and skipping of updates."""
 
 from __future__ import annotations
 
@@ -48,7 +48,7 @@ def make_schedule(config: OptimConfig, steps: int) -> optax.Schedule:
 def make_optimizer(
     config: OptimConfig, steps: int, others: Mapping[str, OptimConfig] | None = None
 ) -> optax.GradientTransformation:
-    """Returns the optimizer that a config describes, including the clipping of gradients and the skipping of spikes.
+    """Returns the optimizer that a config describes, including gradient clipping and `skip_spikes`.
 
     others: separate optimizers for parameter groups, keyed by the groups' top-level names. Each group has its own
     gradient norm.

@@ -60,7 +60,7 @@ class OptimConfig:
         the run.
     weight_decay: decoupled weight decay; 0 for no decay.
     decayed: whether weight decay applies to "all" parameters or to weight "matrices" only.
-    not_decayed: patterns of parameter names that do not decay, such as "*/proj_out/*".
+    not_decayed: patterns of the names of parameters that do not decay, such as "*/proj_out/*".
     keep_norms: scale each weight matrix back to its initial norm after every update.
     b1: decay rate of the running mean of gradients, for "adamw", "adamp", "muon", "auon" and "conda"; at least 0 and
         below 1. For other optimizers, set their decay rates in options.
@@ -147,7 +147,7 @@ def check_unused(optim: OptimConfig) -> None:
 
 @config
 class TrainConfig:
-    """Length, batch size and seed of a run.
+    """The length, batch size, seed and parallelism of a run.
 
     steps: number of parameter updates; at least 1.
     batch_size: samples per update, over all devices and hosts; a multiple of the number of devices times accumulation.
@@ -181,7 +181,7 @@ class InitConfig:
 
     path: directory of a run, or of weights that `convert` has imported; empty to start from new parameters. A resumed
     run does not read it.
-    allow: differences that are allowed: classes, size, text, frames or other; see docs/training.md of the source.
+    allow: kinds of differences to allow: classes, size, text, frames or other; see docs/training.md of the source.
     """
 
     path: str = ""

@@ -53,7 +53,7 @@ class DataParallel:
 
     @property
     def program_devices(self) -> int | None:
-        """None, because each program is traced for one device, which computes all of its FLOP."""
+        """None, because each device executes its own program."""
         return None
 
     def check_batch(self, config: TrainConfig) -> None:
@@ -105,7 +105,7 @@ class DataParallel:
         )
 
     def to_host(self, tree: Any) -> Any:
-        """Returns a replicated tree as numpy arrays that own their memory; waits for the device."""
+        """Returns a replicated tree as numpy arrays with their own memory. Waits for the devices."""
         # np.asarray of a CPU array is a view, whose memory the next step overwrites.
         shards = jax.device_get(jax.tree.map(lambda x: x.addressable_shards[0].data, tree))
         return jax.tree.map(lambda x: np.array(x[0]), shards)

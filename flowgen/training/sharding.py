@@ -1,7 +1,7 @@
-"""Rules that divide the arrays of a training state over a mesh; they depend only on the shapes and paths of the arrays.
+"""Divides the arrays of a training state over a mesh, by rules that depend only on their shapes and paths.
 
 The mesh has two axes: devices along "fsdp" share the batch and the parameters, and devices along "tensor" share the
-heads of attention and the hidden layer of MLPs.
+attention heads and the hidden channels of MLPs.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ ONE_LAYER = "layer_"
 def partition_specs(tree: Any, axes: Mapping[str, int]) -> Any:
     """Returns the `PartitionSpec` of every leaf of a state or of variables, in a tree of the same structure.
 
-    Moments and averages are divided like their parameters, because their paths end with the parameters' paths.
+    The paths of moments and averages end with the path of their parameter, so they are divided like the parameter.
 
     tree: (abstract) arrays. axes: the sizes of the axes "fsdp" and "tensor".
 

@@ -58,7 +58,7 @@ def init_state(
     others: Mapping[str, OptimConfig] | None = None,
     frozen: Sequence[str] = (),
 ) -> TrainState:
-    """Returns the state at step 0. The average starts at the initial parameters.
+    """Returns the state at step 0. The average of the parameters starts at their initial values.
 
     others: separate optimizers, as for `make_optimizer`. frozen: patterns of the names of frozen parameters.
 
@@ -90,7 +90,7 @@ def make_step(
 ) -> Step:
     """Returns the update (state, batch, key[, fixed]) -> (state, metrics) of one device, to be mapped over `axis_name`.
 
-    If `axis_name` is None, the update processes the whole batch. The compiler may divide it over devices.
+    If `axis_name` is None, the update processes the whole batch, and the compiler may divide the work over devices.
 
     objective: a function (variables, batch, key) -> (loss, metrics) or (loss, metrics, collections).
     frozen: patterns of the names of parameters that stay unchanged; see `flowgen.training.frozen.trained`.
@@ -130,7 +130,7 @@ def make_step(
     gradient_of = jax.grad(loss_and_rest, has_aux=True)
 
     def gradients(state, fixed, batch, rows, key):
-        """Returns the mean gradients and metrics over micro-batches, and their combined carried state."""
+        """Returns the mean gradients and metrics of the micro-batches, and the combination of their states."""
         differentiate = partial(gradient_of, trained(state.params, frozen), state.params, state.collections, fixed)
         if accumulation == 1:
             grads, (metrics, collections) = differentiate(with_rows(batch, rows), key)
