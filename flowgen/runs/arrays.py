@@ -96,7 +96,7 @@ def group_of(path: str) -> str:
 
 
 def write_arrays(directory: Path, flat: Flat) -> None:
-    """Writes each array to a new folder, `group_of(path)`. Raises ValueError or OSError if writing fails.
+    """Writes each group of arrays to a new folder; see `group_of`. Raises ValueError or OSError if writing fails.
 
     Example:
         write_arrays(Path("300.saving"), flatten(state))

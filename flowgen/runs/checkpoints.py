@@ -41,8 +41,8 @@ class CheckpointReader:
 
     A reader writes nothing, so it can be used while a run is training in the directory.
 
-    fetch: called with names such as "300/params/_METADATA" before these files are read; it downloads the files of a run
-    in a bucket.
+    fetch: a function that downloads files if the run is in a bucket. It is called with names such as
+    "300/params/_METADATA" before these files are read.
 
     Example:
         reader = CheckpointReader("runs/digits/checkpoints")
@@ -69,7 +69,7 @@ class CheckpointReader:
         return {name: why for name, why in self._entries().items() if why is not None}
 
     def check_not_broken(self) -> None:
-        """Raises ValueError if the directory contains checkpoints but each one lacks files.
+        """Raises ValueError if the directory contains checkpoints but all of them lack files.
 
         Example:
             CheckpointReader("runs/digits/checkpoints").check_not_broken()
@@ -84,10 +84,11 @@ class CheckpointReader:
             )
 
     def meta(self, step: int) -> dict[str, Any]:
-        """Returns the `manifest` of a step plus `metrics`, which is empty if the step has not been evaluated.
+        """Returns the `manifest` of a step with its `metrics`, which are {} if it has not been evaluated.
 
         Raises:
-            ValueError: the checkpoint is missing, or it or its evaluation is damaged or belongs to another step.
+            ValueError: the checkpoint is missing, or the checkpoint or its evaluation is damaged or belongs to another
+            step.
         """
         return {**self.manifest(step), "metrics": self.evaluation(step) or {}}
 
@@ -182,7 +183,7 @@ class CheckpointReader:
         return {"params": tree["params"], **tree.get("collections", {})}
 
     def weights(self, step: int, *, ema: bool = True) -> Flat:
-        """Returns the arrays of `variables` by path, "params/..." or "collections/...". Does not compare their shapes.
+        """Returns the arrays of `variables` by path, "params/..." or "collections/...". Accepts any shapes.
 
         Raises:
             ValueError: the checkpoint is damaged, belongs to another step, or has weights that are not finite.
@@ -299,7 +300,7 @@ def _widened(arrays: dict[str, Any]) -> dict[str, Any]:
 
 
 def _is_of_the_system(name: str) -> bool:
-    """Returns whether a name is that of a file which desktop systems add to folders, such as .DS_Store."""
+    """Returns whether desktop systems add files with this name to folders; one is .DS_Store."""
     return PurePosixPath(name).name.startswith(".") or PurePosixPath(name).name in ("Thumbs.db", "desktop.ini")
 
 

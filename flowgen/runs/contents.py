@@ -41,7 +41,7 @@ class RunContents:
 
 
 def read_contents(run: RunReader) -> RunContents:
-    """Returns the contents of a run. Damaged files other than the config are left out.
+    """Returns the contents of a run, leaving out damaged files.
 
     Raises the errors of `RunReader.config`.
 

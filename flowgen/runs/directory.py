@@ -40,7 +40,7 @@ PROFILE = "profile"
 
 
 def is_run(run_dir: str | Path) -> bool:
-    """Returns whether a directory has a config.json with a digest, as every run writes it.
+    """Returns whether a directory has a config.json with a digest, which every run writes.
 
     Raises ValueError if config.json is not JSON.
 
@@ -184,7 +184,7 @@ def check_workdir(workdir: Path, check_config: Callable[[dict[str, Any]], None],
 
 
 def _check_kinds(workdir: Path) -> None:
-    """Raises OSError if a path at which a run stores a folder or a regular file is of another kind."""
+    """Raises OSError if a path that must be a folder or a regular file is something else."""
     for name in (CHECKPOINTS, SAMPLES, PROFILE):
         if os.path.lexists(workdir / name) and not (workdir / name).is_dir():
             raise NotADirectoryError(f"{workdir / name} is not a folder; remove it.")

@@ -1,4 +1,4 @@
-"""Records the times and machines of a run's training, and its warnings, as rows of `history.jsonl`."""
+"""Records when and where a run was trained, and its warnings, as rows of `history.jsonl`."""
 
 from __future__ import annotations
 

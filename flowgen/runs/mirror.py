@@ -23,7 +23,7 @@ AT_ONCE = 8
 
 
 class Mirror:
-    """A local copy of a run in a bucket. Later changes to the run do not reach the copy.
+    """A local copy of a run in a bucket. Later changes to the run are not copied.
 
     path: the directory of the copy. It contains all files of the checkpoints, so that a `CheckpointReader` can
     determine which checkpoints are complete, but each file is empty until it is fetched. Checkpoints without metadata
@@ -75,13 +75,13 @@ class Mirror:
         }
 
     def fetch(self, names: Iterable[str]) -> None:
-        """Copies the files that exist in the bucket and have not been copied yet."""
+        """Downloads those files that exist in the bucket and have not been downloaded yet."""
         with self._changing:
             wanted = [name for name in names if name in self._empty or (name in self.sizes and not self._has(name))]
         for_each(self._download, wanted)
 
     def fetch_checkpoint_files(self, names: Iterable[str]) -> None:
-        """Copies files, given their paths in the folder of checkpoints, such as "300/params/_METADATA"."""
+        """Downloads files, given their paths in the folder of checkpoints, such as "300/params/_METADATA"."""
         self.fetch(f"{CHECKPOINTS}/{name}" for name in names)
 
     def make_empty(self, names: Iterable[str]) -> None:

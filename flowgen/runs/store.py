@@ -190,7 +190,7 @@ class CheckpointStore(CheckpointReader):
         self._count(step, metrics)
 
     def _count(self, step: int, metrics: dict[str, float] | None) -> None:
-        """Records the metric of a step, and deletes the checkpoints that need not be kept."""
+        """Records the `best_metric` of a step, and deletes old checkpoints."""
         self._scores[step] = finite(metrics).get(self._best_metric)
         self._retire(step)
 

@@ -81,7 +81,7 @@ class Uploads:
                     self._sent[name] = mark
 
     def save(self, step: int) -> None:
-        """Uploads changed files, such as metrics, and then a checkpoint, whose local files it then empties.
+        """Uploads changed files, such as metrics, and then a checkpoint. Empties the local files of the checkpoint.
 
         Does not upload the checkpoint's evaluation; see `score`. Raises OSError, and keeps the local files, if the
         upload fails.
@@ -149,7 +149,9 @@ class Uploads:
         self._delete(names)
 
     def _upload(self, name: str) -> None:
-        """Uploads a file of a checkpoint. If it is already in the bucket, checks the lock and deletes it first."""
+        """Uploads a file of a checkpoint. If the bucket already has the file, first checks the lock and deletes the
+        file.
+        """
         path = local_name(self.mirror.path, name)
         self._lock.check()
         if self._remote.upload_new(path, name):
@@ -175,7 +177,7 @@ class Uploads:
 class _Regularly:
     """Calls a function in a thread, every `BEAT` seconds, until `end` is called.
 
-    Ignores its OSErrors, because the next save reports a lost lock or an unreachable bucket.
+    Ignores the function's OSErrors, because the next save reports a lost lock or an unreachable bucket.
     """
 
     def __init__(self, work: Callable[[], None], name: str):
