@@ -149,9 +149,7 @@ class Uploads:
         self._delete(names)
 
     def _upload(self, name: str) -> None:
-        """Uploads a file of a checkpoint. If the bucket already has the file, first checks the lock and deletes the
-        file.
-        """
+        """Uploads a file of a checkpoint. If the bucket has the file, first checks the lock and deletes the file."""
         path = local_name(self.mirror.path, name)
         self._lock.check()
         if self._remote.upload_new(path, name):

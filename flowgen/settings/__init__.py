@@ -2,8 +2,8 @@
 
 A config is a class decorated with `config`. Its annotations declare the allowed values, for example with the ranges in
 `flowgen.settings.ranges`. Its docstring has an entry for each field. Its `__post_init__` may check relations between
-fields. A field whose value is a config is a group. The error messages of a config begin with the name of a field, and a
-config that contains it prepends the name of the group. A field may accept user-defined objects, which are written as
+fields. A field whose value is a config is a group. Error messages begin with the name of a field. A config that
+contains a group prepends the group's name to them. A field may accept user-defined objects, which are written as
 "package.module:object" in commands and JSON (see `flowgen.settings.named`). This package imports no other part of
 flowgen.
 """

@@ -42,7 +42,7 @@ def unannotated(annotation: Any) -> Any:
 
 
 def configs_of(annotation: Any) -> dict[str, type]:
-    """Returns the config types that an annotation allows, by `type_name`."""
+    """Returns the config types that an annotation allows, keyed by `type_name`."""
     return {type_name(member): member for member in members(annotation) if is_dataclass(member)}
 
 

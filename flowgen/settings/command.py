@@ -42,7 +42,7 @@ def override(config: T, arguments: Sequence[str]) -> T:
     entries of a dict, are set in the same way as the fields of a group.
 
     Raises:
-        ValueError: a field is unknown or is a group, or a value is missing or does not fit. If a field is unknown, the
+        ValueError: a field is unknown, or a value is missing or does not fit. If a field is unknown, the
             message suggests the closest known field.
 
     Example:
@@ -189,7 +189,7 @@ def _no_value(path: str, group: type | None, types: list[str], text: str) -> str
 
 
 def _no_such_field(path: str, field: str, group: type | None, types: dict[str, type], known: list[str]) -> str:
-    """Returns the error message for an unknown field of a group. It lists types of the group that have the field."""
+    """Returns the error message for an unknown field of a group. The message lists types of the group that have it."""
     owners = [name for name, cls in types.items() if field in hints_of(cls)]
     place = path.rpartition(".")[0]
     if not owners or (group is not None and group not in types.values()):

@@ -1,7 +1,7 @@
 """Finds user-defined objects by name. Names in commands and saved JSON have the form "package.module:object".
 
-A module is imported only for a name in a command. A name in a file must belong to a module that is already imported, so
-reading a file runs no code. Callers prepend the name of a field to the error messages.
+Only a name in a command causes its module to be imported. A name in a file must belong to a module that is already
+imported, so reading a file runs no code. Callers prepend the name of a field to the error messages.
 """
 
 from __future__ import annotations
@@ -21,12 +21,12 @@ _NOTHING = object()
 
 
 def is_name(value: Any) -> bool:
-    """Returns whether a value is text that names an object."""
+    """Returns whether a value is text in the form of an object's name."""
     return isinstance(value, str) and ":" in value
 
 
 def import_module(module: str) -> None:
-    """Imports a module, whose name must come from a trusted source. Raises ValueError if the import fails.
+    """Imports a module, which must be trusted. Raises ValueError if the import fails.
 
     Example:
         import_module("my_couplings")
@@ -77,7 +77,7 @@ def resolve(name: str) -> Any:
 
 
 def import_object(name: str) -> Any:
-    """Imports a module and returns its object with this name, "package.module:object". The name must be trusted.
+    """Imports the module of an object "package.module:object", and returns the object. The name must be trusted.
 
     Raises the same errors as `import_module` and `resolve`.
 
@@ -128,7 +128,7 @@ def name_of(value: Any) -> str | None:
 
 
 def fields_of_program(plain: Any, path: str = "") -> list[str]:
-    """Returns the dotted names of fields whose plain values name objects of the running program.
+    """Returns the dotted names of fields whose plain values are names of objects in the running program.
 
     Example:
         fields_of_program({"matching": {"coupling": "__main__:SlicedOT"}})  # ["matching.coupling"]
@@ -150,7 +150,7 @@ def _is_private(module: str) -> bool:
 
 
 def _is_there(module: Any, path: Any, value: Any) -> bool:
-    """Returns whether `module` and `path` lead to this object."""
+    """Returns whether `module` and `path` lead to `value`."""
     if not (isinstance(module, str) and isinstance(path, str)):
         return False
     found: Any = None if module == _COPY or _is_python(module) else sys.modules.get(module)

@@ -3,8 +3,8 @@
 The annotation of a field may be bool, int, float, str, None, Literal, Callable, tuple, dict with str keys, a config, a
 union of these, or `Annotated` with bounds such as those in `flowgen.settings.ranges`. If a field accepts several
 configs, the plain value has an entry "type": the class name without "Config". A user-defined object is stored as its
-name, "package.module:object". An instance of a frozen dataclass that has no name is stored as its fields, with the name
-of its class as "type".
+name, "package.module:object". If it has no name but is an instance of a frozen dataclass, its fields are stored, with
+the name of the class as "type".
 """
 
 from __future__ import annotations
@@ -122,7 +122,7 @@ def _config(cls: type[T], *, kw_only: bool) -> type[T]:
 def to_plain(value: Any, annotation: Any = None) -> Any:
     """Returns a value for JSON: configs and mappings become dicts, and tuples become lists.
 
-    annotation: the field's annotation. If it allows several configs, the dict contains the name of the config's type.
+    annotation: the field's annotation. If it allows several configs, the dict contains "type".
 
     Raises FieldError if neither a user-defined object nor its dataclass has a name, because neither was defined at the
     top level of an imported module.
