@@ -1,4 +1,4 @@
-"""Reads and writes the numpy arrays of a training state with orbax. Processes do not wait for each other."""
+"""Reads and writes the numpy arrays of a training state with orbax. A process does not wait for others."""
 
 from __future__ import annotations
 
@@ -39,7 +39,7 @@ def layout(tree: Any) -> dict[str, Any]:
 
 
 def check_layout(name: str, given: dict[str, Any], expected: dict[str, Any]) -> None:
-    """Raises ValueError if the layout of saved arrays is not as expected; the message lists up to three differences.
+    """Raises ValueError if saved arrays do not have the expected layout; the message lists up to three differences.
 
     name: the subject of the message, such as "Checkpoint 7".
 

@@ -64,7 +64,7 @@ class CheckpointReader:
     def passed_over(self) -> dict[str, str]:
         """Returns {name: reason} for entries that are not complete checkpoints.
 
-        Unfinished saves and deletions are left out.
+        Leaves out unfinished saves and deletions.
         """
         return {name: why for name, why in self._entries().items() if why is not None}
 
@@ -163,8 +163,8 @@ class CheckpointReader:
     def variables(self, step: int, params: Any, *, ema: bool = True) -> dict[str, Any]:
         """Returns a step's weights as "params", and its other Flax collections under their names.
 
-        If `ema` is true and averaged weights were saved, the averaged weights are returned. The optimizer's state is
-        not read.
+        If `ema` is true and averaged weights were saved, the averaged weights are returned. Does not read the
+        optimizer's state.
 
         params: the expected weights, as a tree of (abstract) arrays.
 
@@ -183,7 +183,7 @@ class CheckpointReader:
         return {"params": tree["params"], **tree.get("collections", {})}
 
     def weights(self, step: int, *, ema: bool = True) -> Flat:
-        """Returns the arrays of `variables` by path, "params/..." or "collections/...". Accepts any shapes.
+        """Returns the arrays of `variables` by path, "params/..." or "collections/...". Does not check their shapes.
 
         Raises:
             ValueError: the checkpoint is damaged, belongs to another step, or has weights that are not finite.
@@ -300,7 +300,7 @@ def _widened(arrays: dict[str, Any]) -> dict[str, Any]:
 
 
 def _is_of_the_system(name: str) -> bool:
-    """Returns whether desktop systems add files with this name to folders; one is .DS_Store."""
+    """Returns whether a name is that of a file added by desktop systems, such as .DS_Store."""
     return PurePosixPath(name).name.startswith(".") or PurePosixPath(name).name in ("Thumbs.db", "desktop.ini")
 
 

@@ -95,7 +95,7 @@ def _remote(path: str) -> tuple[RemoteFolder, str]:
 
 
 def _create(path: str, content: bytes) -> None:
-    """Writes a new file. Raises FileExistsError if there is one already."""
+    """Writes a new file. Raises FileExistsError if the file already exists."""
     if is_remote(path):
         folder, name = _remote(path)
         if not folder.create(name, content):

@@ -85,7 +85,7 @@ class ExportedReader(CheckpointReader):
         self._path = self.directory / MODEL_FILE
 
     def config(self) -> dict[str, Any]:
-        """Returns the experiment as plain JSON values. If the folder contains an autoencoder, it becomes the codec.
+        """Returns the experiment as plain JSON values. An autoencoder in the folder becomes the codec.
 
         All other paths in the config become "", so a file from an untrusted source cannot make flowgen read other
         files.

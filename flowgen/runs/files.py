@@ -22,7 +22,8 @@ def read_json(path: str | Path) -> dict[str, Any]:
 
     Raises:
         OSError: the file is missing or cannot be read.
-        ValueError: it is not a regular file, not JSON, too deeply nested, or not an object; the message names the file.
+        ValueError: the file is not regular, is not JSON, is too deeply nested, or does not contain an object; the
+        message names the file.
 
     Example:
         config = read_json("runs/digits/config.json")

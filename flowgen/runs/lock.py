@@ -1,4 +1,4 @@
-"""Locks run directories and folders in use. The operating system releases the locks of a process when it ends."""
+"""Locks for run directories and folders in use. The operating system releases the locks of a process when it ends."""
 
 from __future__ import annotations
 
@@ -112,7 +112,7 @@ def in_use(folder: str | Path) -> Generator[None]:
 
 
 def is_abandoned(folder: str | Path) -> bool:
-    """Returns whether a folder is not `in_use` by any process; False if the system does not support locks.
+    """Returns whether no process has a folder `in_use`; False if the system does not support locks.
 
     Example:
         is_abandoned("exported/.digits.tmp")

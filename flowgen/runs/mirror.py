@@ -105,7 +105,7 @@ class Mirror:
 
     @contextlib.contextmanager
     def named(self) -> Generator[None]:
-        """Returns a context in which errors name the URL of the run instead of the path of the copy."""
+        """Returns a context in which error messages contain the URL of the run instead of the path of the copy."""
         try:
             yield
         except (OSError, ValueError) as error:

@@ -74,7 +74,7 @@ class RunReader:
             self.mirror.free()
 
     def check(self, check_config: Callable[[dict[str, Any]], None], *, locks: bool = True) -> None:
-        """Raises an error if no process can train in this directory; see `check_workdir`. Writes nothing."""
+        """Raises an error if training cannot start or resume in the directory; see `check_workdir`. Writes nothing."""
         if isinstance(self.checkpoints, ExportedReader):
             raise FileExistsError(
                 f"workdir {self.shown} contains an exported model, which cannot be resumed; train in a new --workdir "

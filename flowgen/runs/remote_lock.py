@@ -146,9 +146,9 @@ class Holder:
 
 
 def check_free(folder: RemoteFolder) -> Holder | None:
-    """Returns the holder of an expired lock, or None. Raises BlockingIOError if a process is training in the folder.
+    """Returns the holder of an expired lock, or None if there is no lock. Writes nothing.
 
-    Writes nothing.
+    Raises BlockingIOError if a process is training in the folder.
 
     Example:
         check_free(RemoteFolder("gs://bucket/run"))

@@ -1,6 +1,6 @@
 """Writes the checkpoints of a run in the background.
 
-A folder is named after its step only when all of its files are on disk, and is renamed before it is deleted.
+A folder gets the name of its step only when all of its files are on disk. It is renamed before it is deleted.
 """
 
 from __future__ import annotations
@@ -92,8 +92,8 @@ class CheckpointStore(CheckpointReader):
     def score(self, step: int, metrics: dict[str, float]) -> None:
         """Adds evaluation metrics to a saved step, which may then become the best one.
 
-        If the step is still being saved, this call waits until the checkpoint is on this machine. Non-finite metrics
-        are left out.
+        If the step is still being saved, this call waits until the checkpoint is on this machine. Leaves out non-finite
+        metrics.
         """
         self.wait_for_disk()
         _write_evaluation(self.directory / str(step), step, self._read_meta(step)[DIGEST], metrics)
@@ -264,7 +264,7 @@ def _free(path: Path) -> Path:
 
 
 def _remove(path: Path) -> None:
-    """Removes a folder, link or file. Ignores files in a folder that cannot be removed."""
+    """Removes a folder, link or file. Leaves files that cannot be removed from a folder."""
     if path.is_dir() and not path.is_symlink():
         shutil.rmtree(path, ignore_errors=True)
     else:

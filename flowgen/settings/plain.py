@@ -122,7 +122,7 @@ def _config(cls: type[T], *, kw_only: bool) -> type[T]:
 def to_plain(value: Any, annotation: Any = None) -> Any:
     """Returns a value for JSON: configs and mappings become dicts, and tuples become lists.
 
-    annotation: the field's annotation. If it allows several configs, the dict contains "type".
+    annotation: the field's annotation. If it allows several configs, the dict has an entry "type".
 
     Raises FieldError if neither a user-defined object nor its dataclass has a name, because neither was defined at the
     top level of an imported module.
@@ -271,7 +271,7 @@ class _Mismatch(Exception):
 
 
 class _Refusal(Exception):
-    """The value has the right type but is refused; the message follows the field's name."""
+    """The value has the right type but is not allowed; the message follows the field's name."""
 
 
 def _convert(annotation: Any, value: Any) -> Any:
@@ -349,7 +349,7 @@ def _chosen(kinds: dict[str, type], data: Mapping[str, Any], *, own: bool) -> An
 
 
 def _found(value: Any) -> Any:
-    """Returns the object with this name, or an object of the class that a mapping has as "type"; else `value`."""
+    """Returns the object named `value`, or an object of the class that a mapping has as "type"; else `value`."""
     named = value.get(TYPE) if isinstance(value, Mapping) else value
     opened = isinstance(value, Mapping) and isinstance(named, type)
     if not is_name(named) and not opened:

@@ -101,7 +101,7 @@ class Own:
 
 
 def meant(word: str, known: Iterable[str]) -> str:
-    """Returns the end of an error message about an unknown word. It suggests the closest known word, if any."""
+    """Returns the end of an error message about an unknown word. It suggests a similar known word, if there is one."""
     spelled = {name.lower(): name for name in known}
     close = difflib.get_close_matches(str(word).lower(), list(spelled), n=1, cutoff=0.75)
     return f"; did you mean {spelled[close[0]]}?" if close else "."

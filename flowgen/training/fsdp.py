@@ -33,9 +33,8 @@ class FullySharded:
     Arrays are global. A batch contains the rows of all devices, divided over the first axis of the mesh. A state has
     the same shapes as on one device. `partition_specs` defines how states are divided.
 
-    devices: the local devices to use; None for all of them. mesh_shape: the sizes of the two axes: the number of
-    devices that share the batch and the parameters, and the number that share heads and MLPs; None for (number of
-    devices, 1).
+    devices: the local devices to use; None for all of them. mesh_shape: the number of devices that share the batch and
+    the parameters, and the number that share heads and MLPs; None for (number of devices, 1).
 
     Raises ValueError if the mesh does not fit the devices.
 
@@ -86,7 +85,7 @@ class FullySharded:
 
     @property
     def reads_alone(self) -> bool:
-        """Whether a process can read a whole state without the other processes."""
+        """Whether a process can read a whole state without the help of others."""
         return jax.process_count() == 1
 
     @property

@@ -53,7 +53,8 @@ def train(
         ValueError: the devices cannot share the batch equally, the config does not fit the run, or a checkpoint is
             damaged.
         FileExistsError, OSError: the workdir contains other files, is in use, or cannot be written to.
-        FloatingPointError: the loss or a gradient is not finite; the message names the step. Checkpoints stay intact.
+        FloatingPointError: the loss or a gradient is not finite, or too many updates in a row were skipped; the message
+            names the step. Checkpoints stay intact.
         Interrupted: a signal arrived before the first step.
 
     Example:
@@ -161,7 +162,7 @@ class _Run:
         return Result(self.parallel.to_host(state), self.metrics, self.samples, self.signal)
 
     def resume(self, state: TrainState, scores: dict[str, float] | None) -> None:
-        """Reports the step from which the run resumes, and repeats the evaluation of this step if it did not finish."""
+        """Reports the step from which the run resumes, and repeats an evaluation of this step that did not finish."""
         finished = self.first == self.steps
         if scores is not None:
             self.metrics, self.evaluated = scores, self.first
@@ -224,7 +225,7 @@ class _Run:
     def keeping(self, step: int, state: TrainState) -> Generator[None]:
         """Returns a context that saves the state if an error ends the run, unless the error is a FloatingPointError.
 
-        Nothing is saved if saving would require the other processes to contribute their parts of the state.
+        Saves nothing if other processes would have to contribute their parts of the state.
         """
         try:
             yield

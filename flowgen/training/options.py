@@ -49,7 +49,7 @@ class OptimConfig:
 
     name: the optimizer, or a function (learning_rate, **options) that returns an optax optimizer.
         With "muon", "auon" and "conda", AdamW updates all parameters that are not weight matrices.
-    options: options of the optimizer by name, such as --optim.options.momentum 0.9; all others keep their defaults.
+    options: further options of the optimizer, set as in --optim.options.momentum 0.9; the rest keep their defaults.
     lr: learning rate after the warm-up; positive.
     min_lr: learning rate at the start of the warm-up and at the end of the decay; at most lr.
     adam_lr: learning rate for parameters that are not weight matrices, with "muon", "auon" or "conda"; 0 to use lr.
@@ -60,7 +60,7 @@ class OptimConfig:
         the run.
     weight_decay: decoupled weight decay; 0 for no decay.
     decayed: whether weight decay applies to "all" parameters or to weight "matrices" only.
-    not_decayed: patterns of the names of parameters that do not decay, such as "*/proj_out/*".
+    not_decayed: patterns of the names of parameters without weight decay, such as "*/proj_out/*".
     keep_norms: scale each weight matrix back to its initial norm after every update.
     b1: decay rate of the running mean of gradients, for "adamw", "adamp", "muon", "auon" and "conda"; at least 0 and
         below 1. For other optimizers, set their decay rates in options.
@@ -68,7 +68,7 @@ class OptimConfig:
     eps: constant added to the denominator of the updates, for the optimizers that use b1.
     clip_norm: clip the global gradient norm to this value; 0 for no clipping.
     skip_norm: skip updates if the gradient norm before clipping exceeds this value or is not finite; 0 for no skipping.
-    skip_after: number of initial updates that are never skipped.
+    skip_after: number of initial updates that are skipped only if the gradient norm is not finite.
     max_skips: number of consecutive updates that may be skipped before the run stops; at least 1.
     ema_decay: decay rate of the parameter average used for sampling; below 1, or 0 for no average.
     ema_warmup: raise the decay rate gradually, as min(ema_decay, (1 + step) / (10 + step)).

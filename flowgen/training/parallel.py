@@ -1,4 +1,4 @@
-"""Data parallelism over devices and processes. No other file uses pmap."""
+"""Data parallelism over devices and processes with pmap."""
 
 from __future__ import annotations
 
@@ -48,7 +48,7 @@ class DataParallel:
 
     @property
     def reads_alone(self) -> bool:
-        """Whether a process can read a whole state without the other processes."""
+        """Whether a process can read a whole state without the help of others."""
         return True
 
     @property

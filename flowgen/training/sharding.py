@@ -43,9 +43,9 @@ def partition_specs(tree: Any, axes: Mapping[str, int]) -> Any:
 def partition_spec(path: tuple[str, ...], shape: tuple[int, ...], axes: Mapping[str, int]) -> PartitionSpec:
     """Returns the `PartitionSpec` of an array with this path and shape.
 
-    The array's axis of stacked layers is never divided. The outputs of "qkv", "up" and "gate", and the inputs of "proj"
-    and "down", are divided over the mesh axis "tensor". The largest of the array's other axes that can be divided
-    equally is divided over the mesh axis "fsdp". Arrays with fewer than 16,384 elements are not divided.
+    The array's axis of stacked layers is never divided. The outputs of the layers "qkv", "up" and "gate", and the
+    inputs of "proj" and "down", are divided over the mesh axis "tensor". The largest of the array's other axes that can
+    be divided equally is divided over the mesh axis "fsdp". Arrays with fewer than 16,384 elements are not divided.
 
     Example:
         partition_spec(("layers", "mlp", "up", "kernel"), (4, 256, 1024), {"fsdp": 2, "tensor": 2})
@@ -68,7 +68,7 @@ def bytes_per_device(tree: Any, axes: Mapping[str, int]) -> int:
 
 
 def gathered_bytes(params: Any, axes: Mapping[str, int]) -> tuple[int, int]:
-    """Returns the sizes in bytes, on one device, of the gathered kernels of the largest layer and of all layers.
+    """Returns the bytes that the gathered kernels of the largest layer, and of all layers, occupy on a device.
 
     Before a matrix product, a device gathers the parts of the kernel (see `flowgen.backend.gather_kernel`). The
     backward pass needs the kernels of all layers, unless it recomputes the layers.

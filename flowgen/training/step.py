@@ -100,9 +100,9 @@ def make_step(
     batch: this device's share of the rows; shares are consecutive, in the order of the axis.
     key: the same key for all steps and devices.
     fixed: collections that are passed to the objective with its variables, but are not part of the state; see `Job`.
-    metrics: the objective's metrics, `loss`, `grad_norm` (before clipping) and `lr`, averaged over devices and
-    micro-batches. If config.skip_norm is set, also `skipped`, which is 0 or 1, and `skipped_in_a_row`. `lr` and these
-    two describe the main optimizer.
+    metrics: the means of `loss` and of the objective's metrics over devices and micro-batches; `grad_norm`, the norm of
+    the mean gradient before clipping; and `lr`. If config.skip_norm is set, they include `skipped`, which is 0 or 1,
+    and `skipped_in_a_row`. `lr` and these two describe the main optimizer.
 
     The objective receives a key that is unique to the device, step and micro-batch. If the batch is a `Batch` or a
     dict, the update adds `rows` to it, a `flowgen.rows.Rows`. Random numbers drawn with `rows` are the same for any
