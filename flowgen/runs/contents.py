@@ -24,8 +24,8 @@ class RunContents:
     shown: the run's directory or URL, as the user gave it. config: the experiment as plain JSON values. steps: those of
     the complete checkpoints. evaluations: the metrics of each evaluated step. ignored: for each other entry of the
     folder of checkpoints, why it is not a complete checkpoint. metrics, history: rows in the order in which they were
-    written. data: a summary of the data and the list of its files; None if there is none. start: which parameters come
-    from another run; "" if none do. samples: the path of each step's sample grid, by ascending step.
+    written. data: a summary of the data; None if there is none. start: which parameters come from another run; "" if
+    none do. samples: the path of each step's sample grid, by ascending step.
     """
 
     shown: str

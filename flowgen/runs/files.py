@@ -1,4 +1,4 @@
-"""Reads and writes a run's files. Writes are atomic. Reading anything but a regular file raises ValueError."""
+"""Reads and writes a run's files. Writes are atomic."""
 
 from __future__ import annotations
 

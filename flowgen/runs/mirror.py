@@ -85,7 +85,7 @@ class Mirror:
         self.fetch(f"{CHECKPOINTS}/{name}" for name in names)
 
     def make_empty(self, names: Iterable[str]) -> None:
-        """Empties copies of files that are also in the bucket. The files are fetched again if they are needed."""
+        """Empties copies of files that are also in the bucket."""
         for name in names:
             with self._changing:
                 os.truncate(local_name(self.path, name), 0)

@@ -10,7 +10,7 @@ from flowgen.data.inventory import Inventory
 
 
 class NullWriter:
-    """Takes the place of a `RunWriter`, but writes nothing. Only the first process of a run writes files."""
+    """Takes the place of a `RunWriter`, but writes nothing."""
 
     def __init__(self, workdir: str | Path):
         self.workdir = Path(workdir)

@@ -25,7 +25,7 @@ SPEEDS = {
 class Progress:
     """Shows the loss, the speed and the remaining time on standard error.
 
-    bar: whether to show a progress bar if standard error is a terminal. Without a bar, each report is a line.
+    bar: whether to show a progress bar if standard error is a terminal.
 
     Example:
         progress = Progress(first_step=0, last_step=1000, bar=True)

@@ -30,7 +30,7 @@ _SETTLING, _PAUSE = 40, 0.05
 class CheckpointStore(CheckpointReader):
     """Saves checkpoints in the background. Keeps the latest `keep` steps and the step with the lowest `best_metric`.
 
-    Opening a store removes unfinished files that a killed process left behind. `close` waits for the current save.
+    Opening a store removes unfinished files that a killed process left behind.
 
     say: called with a line of text about each entry that is damaged, is renamed or cannot be deleted. uploads: uploads
     each checkpoint, and then its evaluation, to a bucket in the background. The next save waits for the upload.

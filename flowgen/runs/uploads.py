@@ -83,8 +83,7 @@ class Uploads:
     def save(self, step: int) -> None:
         """Uploads changed files, such as metrics, and then a checkpoint. Empties the local files of the checkpoint.
 
-        Does not upload the checkpoint's evaluation; see `score`. Raises OSError, and keeps the local files, if the
-        upload fails.
+        Raises OSError, and keeps the local files, if the upload fails.
         """
         self.failed = True
         self._lock.refresh()

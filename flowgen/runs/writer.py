@@ -40,8 +40,7 @@ class RunWriter:
     its local copy, whose path is `workdir`; all files that are written there are uploaded.
 
     Opening a writer creates the directory, acquires its lock and removes unfinished files that a killed process left
-    behind. `begin` then writes the config and opens the metrics file. If the directory is removed, the next save
-    creates it again and reports the loss.
+    behind. If the directory is removed, the next save creates it again and reports the loss.
 
     Raises:
         BlockingIOError: another process is training in the directory, or has trained there since `latest` was read.
