@@ -1,4 +1,4 @@
-"""Reads and writes the numpy arrays of a training state with orbax. A process does not wait for others."""
+"""Reads and writes the numpy arrays of a training state with orbax. Each process does so independently."""
 
 from __future__ import annotations
 

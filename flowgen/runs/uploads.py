@@ -33,7 +33,7 @@ class Uploads:
     overwrite files of checkpoints.
 
     Raises:
-        BlockingIOError: another process is training in the bucket, or has trained there since the mirror was made.
+        BlockingIOError: another process is training the run, or has trained it since the mirror was made.
         OSError: writing to the bucket failed.
 
     Example:

@@ -18,8 +18,8 @@ Shapes = tuple[tuple[int, ...], ...]
 class CountedStep:
     """A training step that counts its FLOP when JAX traces it for compilation.
 
-    devices: the number of devices over which the compiler divides the step; None if the step is traced for one device,
-    and batches have a device axis.
+    devices: the number of devices over which the compiler divides the step; None if the step is traced for one device.
+    In this case, batches have a device axis.
 
     Example:
         counted = CountedStep(make_step(objective, OptimConfig(), steps=1_000))
