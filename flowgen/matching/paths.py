@@ -1,7 +1,8 @@
 """Probability paths from noise x0 (t = 0) to data x1 (t = 1).
 
 An affine path is x_t = m_t + spread_t · noise, with mean m_t = alpha_t x1 + beta_t x0. Its target velocity is u_t =
-m'_t + spread'_t/spread_t (x_t - m_t), or m'_t if the spread is 0. Papers with Gaussian x0 often call beta_t sigma_t.
+m'_t + spread'_t/spread_t (x_t - m_t), or m'_t if the spread is constant. Papers with Gaussian x0 often call beta_t
+sigma_t.
 """
 
 from __future__ import annotations
@@ -57,8 +58,7 @@ class Path(Protocol):
 
 
 class AffinePath:
-    """Base class of paths that are defined by a schedule, with optional Gaussian noise of constant standard deviation.
-    """
+    """Base class of paths defined by a schedule, with optional Gaussian noise of constant standard deviation."""
 
     @property
     def spread(self) -> float:
