@@ -10,8 +10,8 @@ times          distributions of training times
 loss           weighted regression of the velocity
 bridge         regression of the velocity and the score ([SF]²M)
 mean_flow      average velocities, for sampling in one step
-objective      configs and objectives for training
-solvers        integration of ODEs in both directions and of SDEs, guidance
+objective      the training config and objective
+solvers        integration of ODEs in both directions, integration of SDEs, guidance
 likelihood     log-density and divergence
 diagnostics    effective sample size, tilt, choice of epsilon, path energy, distances
 velocity       a network for points, and the interface for your own networks

@@ -64,7 +64,7 @@ def shrunk_context(context: Context | None, image_hw: tuple[int, int], small_hw:
 
 
 def as_channels(context: ImageContext, given: Given) -> Float[Array, "b height width c_and_one"]:
-    """Returns an image context as channels, and one more channel that is 1 at known pixels and 0 in masked patches.
+    """Returns the channels of an image context, and one more channel that is 1 at known pixels and 0 in masked patches.
 
     Example:
         x = jnp.concatenate([x, as_channels(config.context, given)], axis=-1)
@@ -76,9 +76,9 @@ def as_channels(context: ImageContext, given: Given) -> Float[Array, "b height w
 
 
 def masked_mean(tokens: Float[Array, "b m d"], given: Given) -> Float[Array, "b d"]:
-    """Returns the mean of each sample's tokens without padding, or 0 for a sample that is all padding.
+    """Returns the mean over each sample's tokens, padding excluded, or 0 for a sample that is all padding.
 
-    Padding must be finite too.
+    All tokens must be finite, padding included.
 
     Example:
         e = masked_mean(layer(given.tokens), given)

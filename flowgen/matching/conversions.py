@@ -38,8 +38,8 @@ def prediction_to_velocity(
     unchanged.
 
     The conversion is singular where x_t is pure noise or pure data. It therefore uses alpha and beta at the time
-    `clip_times(path, t, smallest)`; evaluate the prediction at that time too. alpha' and beta' are evaluated at t, but
-    limited in magnitude to their values at the clipped time.
+    `clip_times(path, t, smallest)`; evaluate the network at that time too. The derivatives alpha' and beta' are those
+    at t, limited in magnitude to their values at the clipped time.
 
     Raises ValueError for any other kind, for a path with sigma above 0, and for times outside [0, 1].
 
@@ -120,9 +120,9 @@ def change_path(
 ) -> Callable[[Array, Array, Any], Array]:
     """Returns the velocity field along new_path that corresponds to a velocity trained along path.
 
-    Let t be the time at which path has the ratio alpha/beta of new_path at time r; bisection finds t. Let s² = (alpha²
-    + beta²)_new(r) / (alpha² + beta²)(t) be the squared scale between the two paths. Then v_new(r, x) = (s'/s) x + s t'
-    v(t, x/s), where t' = D_new / (D s²) and D = alpha' beta - beta' alpha (Pokle et al., arXiv 2310.04432).
+    Let t be the time at which path has the ratio alpha/beta that new_path has at time r; bisection finds t. Let s² =
+    (alpha² + beta²)_new(r) / (alpha² + beta²)(t) be the squared scale between the two paths. Then v_new(r, x) = (s'/s)
+    x + s t' v(t, x/s), where t' = D_new / (D s²) and D = alpha' beta - beta' alpha (Pokle et al., arXiv 2310.04432).
     Trajectories of the two fields agree up to the factor s, which is 1 if alpha² + beta² = 1 on both paths.
 
     The time r is clipped to [1e-5, 1 - 1e-5], because D is 0 or infinite at the ends of some paths. If path does not

@@ -1,12 +1,14 @@
 """Couplings, which pair noise with data and give each pair a log-weight.
 
-The attribute `sees` of a coupling is "global" (the default) if it pairs all rows of the batch, which
-`flowgen.matching.loss.couple` then gathers from all devices. It is "row" if the coupling treats each pair separately.
-It is "device" if the coupling uses only the rows of one device; the number of devices then changes what the network
-learns.
+The attribute `sees` of a coupling defines the rows that one call pairs:
+
+    "row"      each pair by itself
+    "device"   the rows of one device, so the number of devices changes what the network learns
+    "global"   the rows of all devices, which `flowgen.matching.loss.couple` gathers; this is the default
 
 With pair weights w, the loss of independent pairs is E[w |v - u|²]. Up to a factor, this is the loss of the coupling q
-∝ w · p(x0) p(x1) (W-CFM, arXiv 2507.22270). A transport plan reorders the noise x0 within the batch instead.
+∝ w · p(x0) p(x1) (W-CFM, arXiv 2507.22270). Transport plans reorder the noise x0 within the batch instead of weighting
+the pairs.
 """
 
 from __future__ import annotations
@@ -88,8 +90,8 @@ class MinibatchOT:
     class_aware: whether to move noise only within a class; an x0 has the class of the x1 with which it was originally
     paired. If False, the noise of a class has different distributions in training and in sampling (C2OT, ICCV 2025).
     True requires integer labels of shape `b` as cond.
-    scope: "global" computes one plan over the rows of all devices, which each device solves in full; "device" computes
-    a separate plan over the rows of each device.
+    scope: "global" computes one plan over the rows of all devices, in full on each device; "device" computes a separate
+    plan over the rows of each device.
 
     Example:
         x0, x1, cond, log_weight = MinibatchOT(method="exact")(key, x0, x1)
@@ -159,18 +161,17 @@ class GibbsWeights:
     A call raises ValueError if epsilon is None or, outside jit, if a cost is NaN. Inside jit, a NaN cost makes the
     weight and the loss NaN.
 
-    epsilon: divisor of the cost, the same in every step; positive. None chooses it from data before the first step of
-    training, with `tilt` as the target if given, otherwise `ess`. Outside training, call
-    `flowgen.matching.fit_epsilon`.
+    epsilon: divisor of the cost, the same in every step; positive. If None, training chooses it from data before the
+    first step; its target is `tilt` if given, otherwise `ess`. Outside training, call `flowgen.matching.fit_epsilon`.
     cost: "euclidean" (as published), "sqeuclidean", or a function of two batches that returns one cost per pair.
     normalize: "running" divides w by its running mean, which the loss updates in each step; "batch" divides w by its
     mean over the batch; "none" leaves w unchanged, which is often too small for optimizers if the data are images.
     sinkhorn_sweeps: number of Sinkhorn sweeps; 0 for none. If it is positive, the log-weights are -cost_ii/epsilon +
-    f_i + g_i, where f and g are the Sinkhorn potentials of the batch. This reduces the tilt of plain weights, which
-    change the distributions of noise and of data.
-    ess: target for the choice of epsilon: effective sample size as a share of the pairs, between 0 and 1.
-    tilt: target for the choice of epsilon that replaces `ess`: largest relative variance of the factors by which w
-    re-weights noise and data; None to use `ess`.
+    f_i + g_i, where f and g are the Sinkhorn potentials of the batch. Plain weights change (tilt) the distributions of
+    noise and of data; the sweeps reduce the tilt.
+    ess: effective sample size for which epsilon is chosen, as a share of the pairs, between 0 and 1.
+    tilt: largest relative variance of the factors by which w re-weights noise and data. If given, it replaces `ess` in
+    the choice of epsilon.
     scope: "global" computes the sweeps and the "batch" mean over the rows of all devices; "device" computes them over
     the rows of each device separately.
 

@@ -44,9 +44,9 @@ def weight_report(
 ) -> WeightReport:
     """Returns a report on the weights exp(-cost/epsilon) of all pairs of x0 and x1.
 
-    If row_std or column_std exceeds interaction_std, the weights tilt noise or data more than they couple the two, and
-    `warn_if_tilted` warns. All three standard deviations are inversely proportional to epsilon, so their ratios depend
-    only on the samples and the cost. The report does not describe the corrected weights of
+    If row_std or column_std exceeds interaction_std, the weights change noise or data more than they couple the two,
+    and `warn_if_tilted` warns. All three standard deviations are inversely proportional to epsilon, so their ratios
+    depend only on the samples and the cost. The report does not describe the corrected weights of
     `GibbsWeights(sinkhorn_sweeps=...)`, which have almost no tilt. The computation stores a b x m matrix.
 
     Example:
@@ -91,8 +91,8 @@ class TiltedDistances(NamedTuple):
 
     noise, data: W2 between the sample and its tilted version.
     noise_floor, data_floor: W2 between two halves of the sample. A comparison of independent samples of this size
-    cannot reveal smaller differences, but `noise` and `data` can, because they compare a sample with a tilted version
-    of itself.
+    cannot reveal smaller differences. `noise` and `data` can, because they compare a sample with a tilted version of
+    itself.
     """
 
     noise: Float[Array, ""]
@@ -157,7 +157,8 @@ def choose_epsilon(
     tilt: upper bound on the relative variance of the factors that re-weight noise and data; set ess to None to use it.
     sinkhorn_sweeps: number of Sinkhorn sweeps that correct the weights before their ess is computed.
 
-    Raises ValueError unless exactly one target is given, if it is out of range, or if the mean cost is 0 or not finite.
+    Raises ValueError if both targets or none are given, if the target is out of range, or if the mean cost is 0 or not
+    finite.
 
     Example:
         epsilon = choose_epsilon(x0, x1, ess=0.5)
@@ -249,8 +250,7 @@ def path_report(
 
 
 def signed_path_energy(energy: Float[Array, ""] | float, squared_distance: Float[Array, ""] | float) -> Any:
-    """Returns (energy - squared_distance) / squared_distance, the relative excess of path energy over the optimal
-    transport.
+    """Returns the signed path energy, (energy - squared_distance) / squared_distance.
 
     energy: path energy from `path_report`.
     squared_distance: squared 2-Wasserstein distance between noise and data.

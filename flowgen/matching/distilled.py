@@ -4,9 +4,10 @@ A flow f maps data to normal noise, one to one. Each x1 is therefore paired with
 
     x0 = f(x1 + σ ε, cond) / √v,
 
-where σ is the standard deviation of the noise in the flow's training, ε is normal noise, and v is the variance of the
-flow's prior. For a flow trained on dequantised images, x1 is dequantised instead of adding σ ε. From these pairs, the
-velocity network learns nearly straight trajectories from x0 to the clean x1, which need few solver steps.
+where σ is the standard deviation of the noise that the flow's training adds to data, ε is normal noise, and v is the
+variance of the flow's prior. For a flow trained on dequantised images, x1 is dequantised instead of adding σ ε. From
+these pairs, the velocity network learns nearly straight trajectories from x0 to the clean x1, which need few solver
+steps.
 """
 
 from __future__ import annotations
@@ -30,8 +31,9 @@ class FlowDistilled:
     """Pairs each x1 with the noise to which a trained flow maps it; all weights are 1.
 
     The given x0 must be standard normal, as drawn by the losses: it is the noise ε that is added to x1. The flow
-    receives the condition of the batch before label dropout. No gradient reaches the flow. The coupling is a pytree of
-    the flow's variables. If the flow is large, pass the coupling to a jitted function as an argument.
+    receives the batch's condition as it is before label dropout. No gradient reaches the flow. The coupling is a pytree
+    of the flow's variables: pass it to jitted functions as an argument, so that large variables do not become
+    constants.
 
     flow: a flow whose samples have the shape of x1.
     variables: the flow's variables.

@@ -6,8 +6,8 @@ the tokens h:
     (a, b, g, a', b', g') = W silu(c)                     (W is initialised to 0, so every layer starts as the identity)
     h <- h + g · Attention(norm(h) (1 + b) + a),   h <- h + g' · MLP(norm(h) (1 + b') + a')
 
-If the context consists of tokens e, a layer also computes (a", b", g") from c. Between attention and MLP, it attends to
-the embedded tokens:
+If the context consists of tokens, a layer also computes (a", b", g") from c. Between attention and MLP, it attends to
+the embedded tokens e:
 
     h <- h + g" · CrossAttention(norm(h) (1 + b") + a", e)
 """
@@ -148,8 +148,8 @@ class DiTConfig:
 
     @property
     def attends_context(self) -> bool:
-        """Whether the layers attend to the context, which is then tokens, or an image of another size than the
-        network's images.
+        """Whether the layers attend to the context. They attend to tokens, and to an image of another size than the
+        network's.
         """
         return isinstance(self.context, TokenContext | ImageContext) and not same_size(self.context, self.image_hw)
 

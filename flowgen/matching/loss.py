@@ -141,8 +141,8 @@ def draw_pairs(
 ) -> Pairs:
     """Returns the pairs of a batch with their weights.
 
-    Noise is drawn if the batch contains none, the coupling (independent by default) is applied, and each sample then
-    becomes unconditional with probability label_dropout. The weights are w = exp(log_weight). log_mean is updated by
+    The function draws noise if the batch contains none, applies the coupling (independent by default), and makes each
+    sample unconditional with probability label_dropout. The weights are w = exp(log_weight). log_mean is updated by
     log_mean ← log_mean + 0.01 (log mean w - log_mean); if it is -inf or None, it becomes log mean w. If the coupling is
     `GibbsWeights` with normalize="running", the weights are divided by exp of the updated log_mean. The mean of w is
     over all devices that share the batch. No gradient flows through the weights.
@@ -172,7 +172,7 @@ def couple(
 ) -> Coupled:
     """Returns the coupled pairs for these rows; first gathers the rows of all devices if the coupling needs them.
 
-    The coupling's attribute `sees` decides this; see `flowgen.matching.couplings`.
+    This depends on the coupling's attribute `sees`; see `flowgen.matching.couplings`.
 
     Example:
         x0, x1, cond, log_weight = couple(rows, MinibatchOT(), x0, x1, labels)

@@ -69,9 +69,9 @@ def mean_flow_loss(
 
     instantaneous: share of the pairs whose interval is set to 0.
     power: exponent of the adaptive weight. With power 1, each pair contributes less than 1 to the loss, so monitor
-    "unweighted_loss", which is the square averaged over dimensions. In high dimensions, all squares are similar, and so
-    are the weights. In low dimensions, the weights move the minimum of the loss towards the most likely target, so use
-    power 0.
+    "unweighted_loss", which is the square averaged over dimensions. In high dimensions, the squares of all pairs are
+    similar, and so are their weights. In low dimensions, the weights move the minimum of the loss towards the most
+    likely target, so use power 0.
     guidance_weight: weight of classifier-free guidance. For samples with a condition, (1 + weight) v - weight u(t, x,
     no condition, 0) replaces v, so the network learns to draw guided samples in one step. A positive weight requires a
     condition, and a label_dropout above 0 to train the unconditional field.
@@ -139,7 +139,8 @@ def average_and_target(
     interval: Float[Array, " b"],
     v: Float[Array, "b *event"],
 ) -> tuple[Float[Array, "b *event"], Float[Array, "b *event"]]:
-    """Returns u(t, x_t, cond, interval) and its target, the right-hand side of the identity: v + interval · du/dt.
+    """Returns u(t, x_t, cond, interval) and its target v + interval · du/dt (see the identity in the module's
+    docstring).
 
     No gradient flows through the target. If u is the average velocity of the field v, then u equals the target. If v
     contains the velocities of single pairs instead, u equals the expectation of the target, because the target is

@@ -156,8 +156,8 @@ def matching_objective(
     running log-mean of the pair weights.
 
     pairs(key, batch): a function that returns the batch for `loss_fn`: a dict of "x1" and, optionally, "x0" and "cond".
-    Its key differs between devices. Draw random numbers from `batch_rows(batch, key, num)` if they must be the same on
-    any number of devices.
+    The key that it receives differs between devices. Draw random numbers from `batch_rows(batch, key, num)` if they
+    must be the same on any number of devices.
     train: whether to apply dropout. If True, and if the network's config has a positive `dropout`, the network is
     applied to each row separately, with one dropout key per row.
 

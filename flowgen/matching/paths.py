@@ -1,8 +1,8 @@
 """Probability paths from noise x0 (t = 0) to data x1 (t = 1).
 
 An affine path is x_t = m_t + spread_t · noise, with mean m_t = alpha_t x1 + beta_t x0. Its target velocity is u_t =
-m'_t + spread'_t/spread_t (x_t - m_t), or m'_t if the spread is constant. Papers with Gaussian x0 often call beta_t
-sigma_t.
+m'_t + spread'_t/spread_t (x_t - m_t), or m'_t if the spread is constant. If x0 is Gaussian, papers often write sigma_t
+for beta_t.
 """
 
 from __future__ import annotations
@@ -40,7 +40,7 @@ class PathSample(NamedTuple):
 
 @runtime_checkable
 class Path(Protocol):
-    """The interface through which losses and samplers use a path."""
+    """The interface that losses and samplers require of a path."""
 
     def schedule(self, t: Float[Array, "*t"]) -> Schedule:
         """Returns alpha, beta and their derivatives."""
@@ -178,8 +178,8 @@ class VariancePreserving(AffinePath):
 class LinearVariancePreserving(AffinePath):
     """The variance-preserving path with linear alpha: x_t = t x1 + √(1 - t²) x0.
 
-    The derivative beta' = -t/beta is infinite at t = 1. Its divisor is therefore at least √1e-5, the value of beta at t
-    = 1 - 5e-6.
+    The derivative beta' = -t/beta is infinite at t = 1. Its divisor is therefore kept at or above √1e-5, the value of
+    beta at t = 1 - 5e-6.
 
     Example:
         point = LinearVariancePreserving().sample(key, t, x0, x1)

@@ -39,7 +39,7 @@ class EntropicPlan(NamedTuple):
 def entropic_plan(
     cost: Float[Array, "b b"], allowed: Bool[Array, "b b"], epsilon: float, *, tolerance: float, max_sweeps: int
 ) -> EntropicPlan:
-    """Returns the plan over the `allowed` pairs that minimises cost minus epsilon times entropy.
+    """Returns the plan that minimises cost minus epsilon times entropy over the `allowed` pairs.
 
     The method is Sinkhorn's iteration in the log domain, in stages with decreasing epsilon. After each stage, the
     potentials are added to the matrix. This keeps the potentials of the next stage small and the marginals accurate to
@@ -126,8 +126,8 @@ def _potentials(
 def sinkhorn_potentials(logits: Float[Array, "b b"], num_sweeps: int) -> tuple[Float[Array, " b"], Float[Array, " b"]]:
     """Returns f and g such that the rows and columns of exp(logits_ij + f_i + g_j) have mean 1.
 
-    After each sweep, the columns are exact and the rows approximate. The sweeps are in the log domain, so finite logits
-    give finite potentials.
+    After each sweep, the means of the columns are exact, and those of the rows are approximate. The sweeps are in the
+    log domain, so finite logits give finite potentials.
 
     Example:
         f, g = sinkhorn_potentials(-cost / epsilon, 50)
@@ -157,8 +157,8 @@ def corrected_log_weight(logits: Float[Array, "b b"], num_sweeps: int) -> Float[
 
 
 def assignment(cost: Float[Array, "b b"]) -> Int[Array, " b"]:
-    """Returns the column assigned to each row in the assignment with the smallest total cost. Scipy computes it on the
-    host.
+    """Returns the column of each row in the assignment with the smallest total cost. Scipy computes the assignment on
+    the host.
 
     First, Sinkhorn potentials are subtracted from the costs: one constant from each row and one from each column. This
     speeds up scipy without changing the optimal assignment. Costs that are not finite count as 0.

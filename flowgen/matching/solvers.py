@@ -201,7 +201,7 @@ def time_grid(num_steps: int, times: Sequence[float] | np.ndarray | None) -> Flo
 
 
 def edm_times(num_steps: int) -> tuple[float, ...]:
-    """Returns EDM's grid of num_steps + 1 times for `integrate(times=...)`, which is finer near the data.
+    """Returns EDM's grid of num_steps + 1 times, which is finer near the data, for `integrate(times=...)`.
 
     The times are t = 1 / (1 + sigma), where sigma_i = (80^(1/7) + i/(num_steps - 1) (0.002^(1/7) - 80^(1/7)))^7, and
     sigma = 0 at the end (Karras et al., arXiv 2206.00364). Integration starts at t = 1/81, with x0 in place of x_t.

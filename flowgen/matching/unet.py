@@ -171,7 +171,7 @@ class UNetConfig:
 
     @property
     def image_shape(self) -> tuple[int, int, int]:
-        """(height, width, channels)."""
+        """Shape of one image: (height, width, channels)."""
         return (*self.image_hw, self.channels)
 
     @property

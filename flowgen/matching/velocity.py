@@ -5,8 +5,8 @@ A velocity network is a Flax module that is called as `network.apply(variables, 
 t: times `b` from 0 (noise) to 1 (data).
 x: points `b *event`.
 cond: integer labels `b` (-1 for none), the context that the config's field `context` describes, or None.
-interval: lengths of time `b`, or None; used only by networks whose config sets `intervals`. These return the average
-velocity from t to t + interval (MeanFlow), or the velocity itself if interval is 0 or None.
+interval: lengths of time `b`, or None; used only by networks whose config sets `intervals`. These networks return the
+average velocity from t to t + interval (MeanFlow), or the velocity itself if interval is 0 or None.
 
 The module's field `config` is a `NetworkConfig`.
 """
@@ -35,8 +35,8 @@ from flowgen.settings.ranges import Channels, Classes, Loops, Own, Width
 class NetworkConfig(Protocol):
     """The interface that experiments require of a velocity network's config, which must be a frozen dataclass.
 
-    A config may also have a field `context`, which describes the context that the velocity is conditioned on or is
-    None.
+    A config may also have a field `context`, which is None or describes the context that the velocity is conditioned
+    on.
     """
 
     @property
