@@ -1,4 +1,4 @@
-"""Annealed importance sampling and sequential Monte Carlo, from a flow to a target density.
+"""Annealed importance sampling and sequential Monte Carlo, which turn samples of a flow into those of a target.
 
 Let q be the density of the flow, and p̃ that of the target, which need not be normalised. Samples of q move along the
 geometric path log p_β = (1 - β) log q + β log p̃, from β = 0 to β = 1. Stage t first reweights the samples from
@@ -174,7 +174,7 @@ def anneal_adaptively(
     because the schedule depends on the samples. For an unbiased estimate, call `anneal` with new samples, another key,
     and the betas of this result, without NaN and preceded by 0.
 
-    ess: effective sample size after reweighting, as a share of that before it.
+    ess: share of the effective sample size that a stage's reweighting keeps.
     Other arguments: as for `anneal`.
 
     Raises ValueError if ess is not between 0 and 1, or if a density is not one number per sample.

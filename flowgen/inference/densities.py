@@ -56,8 +56,8 @@ def tempered(log_q: LogDensity, log_target: LogDensity, beta: Float[Array, ""] |
     """Returns the log-density x -> (1 - beta) log q(x) + beta log p(x), which lies on the geometric path from q to the
     target.
 
-    For beta between 0 and 1, it is not normalised, and is -inf outside the support of either density. At 0 and 1, it is
-    log q and log p.
+    For beta between 0 and 1, it is not normalised, and is -inf outside the support of either density. At 0, it is log
+    q; at 1, log p.
 
     Example:
         log_half = tempered(log_q, log_target, 0.5)

@@ -89,8 +89,8 @@ def sample_mixture(
     """Returns stratified samples of a mixture, and their log-density under it, in nats.
 
     The samples come in the order of the components, `stratified_counts(shares, num)[k]` from component k. The density
-    is that of the mixture with π_k = count_k / num. Importance weights with this density give unbiased averages for any
-    `num`, whose variance is at most that with randomly chosen components (Owen & Zhou 2000, deterministic mixtures).
+    is that of the mixture with π_k = count_k / num. With this density, importance-weighted means are unbiased for any
+    `num`, and their variance is at most that with randomly chosen components (Owen & Zhou 2000).
 
     components: flows of the same event shape.
     shares: π, up to a common factor; None means equal shares.

@@ -108,8 +108,6 @@ class TokenEmbedding(nn.Module):
 class ContextEmbedding(nn.Module):
     """Embeds a context as one vector per sample: the mean of its embedded tokens, or a learned vector if it has none.
 
-    The order of the tokens has no effect.
-
     dense: see `TokenEmbedding`.
     none_std: standard deviation of the learned vector at initialisation.
 

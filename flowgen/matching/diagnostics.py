@@ -47,7 +47,7 @@ def weight_report(
     If row_std or column_std exceeds interaction_std, the weights change noise or data more than they couple the two,
     and `warn_if_tilted` warns. All three standard deviations are inversely proportional to epsilon, so their ratios
     depend only on the samples and the cost. The report does not describe the corrected weights of
-    `GibbsWeights(sinkhorn_sweeps=...)`, which have almost no tilt. The computation stores a b x m matrix.
+    `GibbsWeights(sinkhorn_sweeps=...)`, which have almost no tilt. The computation stores a matrix of shape `b m`.
 
     Example:
         report = weight_report(x0, x1, epsilon=2.0)
@@ -151,7 +151,7 @@ def choose_epsilon(
 ) -> float:
     """Returns the smallest epsilon at which independent pairs reach a target effective sample size or tilt.
 
-    With a tilt or sweeps, the computation stores a b x b matrix.
+    With a tilt or sweeps, the computation stores a matrix of shape `b b`.
 
     ess: smallest effective sample size, as a share of the pairs (x0_i, x1_i).
     tilt: upper bound on the relative variance of the factors that re-weight noise and data; set ess to None to use it.

@@ -85,7 +85,7 @@ class FlowDistilled:
 def dequantised(x1: Float[Array, "b *event"], noise: Float[Array, "b *event"]) -> Float[Array, "b *event"]:
     """Returns images with uniform noise one level wide, ((x1 + 1) 127.5 + Φ(noise)) / 128 - 1, in [-1, 1].
 
-    Φ is the cumulative distribution function of the standard normal distribution.
+    Φ is the standard normal distribution function.
 
     x1: images of 256 levels in [-1, 1], as `flowgen.data.from_uint8` returns them.
     noise: standard normal noise.

@@ -35,7 +35,7 @@ class Pairs(NamedTuple):
     ess: effective sample size, as a share of the batch.
     log_mean: running log-mean of the weights (see `draw_pairs`), to pass to the next step.
 
-    ess and log_mean refer to the whole batch, even if it is split over several devices.
+    ess and log_mean refer to the whole batch, even if it is split over devices.
     """
 
     x0: Float[Array, "b *event"]

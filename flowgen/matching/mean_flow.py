@@ -73,8 +73,8 @@ def mean_flow_loss(
     similar, and so are their weights. In low dimensions, the weights move the minimum of the loss towards the most
     likely target, so use power 0.
     guidance_weight: weight of classifier-free guidance. For samples with a condition, (1 + weight) v - weight u(t, x,
-    no condition, 0) replaces v, so the network learns to draw guided samples in one step. A positive weight requires a
-    condition, and a label_dropout above 0 to train the unconditional field.
+    no condition, 0) replaces v, so that one step draws a guided sample. A positive weight requires a condition, and a
+    label_dropout above 0 to train the unconditional field.
     batch, label_dropout, log_mean: as for `flow_matching_loss`.
 
     Raises ValueError if settings are invalid.

@@ -42,8 +42,7 @@ class SemidiscreteOT:
 
     y: the dataset.
     potentials: potentials from `fit_semidiscrete`, or from any other solver for the squared Euclidean cost.
-    labels: labels or other conditions of the data, as any pytree of arrays with one row per data point; None for
-    unconditional data.
+    labels: labels or other conditions of the data, as any pytree of arrays with one row per data point.
 
     Raises ValueError if shapes do not match, or if the batch has a condition but the data have no labels.
 
@@ -108,7 +107,7 @@ def fit_semidiscrete(
     steps, each data point should be paired with dozens of noise samples.
 
     noise: a function (key, shape, dtype) -> x0.
-    num_steps: number of Adam steps, each with a new batch of `batch_size` noise samples.
+    num_steps, batch_size: number and size of the batches of noise.
 
     Raises ModuleNotFoundError if OTT-JAX is not installed, and ValueError if settings are invalid.
 

@@ -91,8 +91,7 @@ class UNetConfig:
     1,000.
     intervals: whether to also predict average velocities over an interval (MeanFlow).
     dtype: dtype of convolutions and activations; parameters, norms, the embedding and the velocity stay float32.
-    remat: whether to recompute the activations of each block in the backward pass instead of storing them; this saves
-    memory but takes more time.
+    remat: whether to recompute the activations of each block in the backward pass instead of storing them.
     context: the context that the velocity is conditioned on; None for none. The embedding of a vector, or the mean of
     the tokens' embeddings, is added to the embedding of the time; the order of the tokens has no effect. An image must
     have the same size as the network's images, and is concatenated to them as channels.
