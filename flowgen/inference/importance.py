@@ -1,4 +1,4 @@
-"""Importance weights, which estimate averages under a target and its normalising constant from samples of a flow.
+"""Importance weights of samples of a flow, which estimate a target's averages and normalising constant.
 
 Let q be the density of the flow, and p̃ = Z p the density of the target up to an unknown normalising constant Z. Then
 

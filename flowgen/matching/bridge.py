@@ -32,10 +32,10 @@ def score_and_flow_matching_loss(
 ) -> Loss:
     """Returns loss_fn(network, batch, key, log_mean=None) -> (loss, metrics, log_mean).
 
-    The loss is E[w (|v - u_t|² + |λs + noise|²)], with (v, s) = network(t, x_t, cond) and the velocity u_t of the
-    bridge (Tong et al., arXiv 2307.03672). As in torchcfm, λ = 2 √(t(1-t)) / sigma. Both squares are averaged over
-    dimensions. The optimal s is the *scaled* score sigma²/2 · ∇ log p_t. For the pair weights w, batch, label_dropout
-    and log_mean, see `flow_matching_loss`.
+    The loss is E[w (|v - u_t|² + |λs + noise|²)], with (v, s) = network(t, x_t, cond), and the velocity u_t and the
+    noise of the bridge (Tong et al., arXiv 2307.03672). As in torchcfm, λ = 2 √(t(1-t)) / sigma. Both squares are
+    averaged over dimensions. The optimal s is the *scaled* score sigma²/2 · ∇ log p_t. For the pair weights w, batch,
+    label_dropout and log_mean, see `flow_matching_loss`.
 
     The Schroedinger bridge between noise and data requires the entropic plan with epsilon = 2 sigma² at squared
     Euclidean cost. Use the coupling `GibbsWeights(epsilon=2 * sigma**2, cost="sqeuclidean", sinkhorn_sweeps=20)`.

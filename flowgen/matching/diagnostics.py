@@ -68,7 +68,7 @@ def weight_report(
 
 
 def warn_if_tilted(report: WeightReport) -> None:
-    """Warns (UserWarning) if Gibbs weights tilt noise or data more than they couple the two.
+    """Warns (UserWarning) if Gibbs weights change noise or data (tilt) more than they couple the two.
 
     Example:
         warn_if_tilted(weight_report(x0, x1, epsilon=2.0))

@@ -107,7 +107,7 @@ class MatchingConfig:
     def fitted(self, x0: Float[Array, "b *event"], x1: Float[Array, "b *event"]) -> MatchingConfig:
         """Returns this config, with an epsilon chosen from samples of noise and data if the coupling's epsilon is None.
 
-        Warns (UserWarning) if plain Gibbs weights tilt noise or data more than they couple the two.
+        Warns (UserWarning) as `warn_if_tilted` does, unless the coupling has Sinkhorn sweeps.
         """
         coupling = self.coupling
         if not isinstance(coupling, GibbsWeights):

@@ -3,7 +3,7 @@
 A velocity network is a Flax module that is called as `network.apply(variables, t, x, cond, interval, train=False)`:
 
 t: times `b` from 0 (noise) to 1 (data).
-x: points `b *event`.
+x: samples `b *event`.
 cond: integer labels `b` (-1 for none), the context that the config's field `context` describes, or None.
 interval: lengths of time `b`, or None; used only by networks whose config sets `intervals`. These networks return the
 average velocity from t to t + interval (MeanFlow), or the velocity itself if interval is 0 or None.
