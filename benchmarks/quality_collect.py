@@ -41,10 +41,11 @@ SECONDS = {"seconds_per_256_samples": "s per 256 samples"}  # Not for the pair: 
 
 SINGLE = """## Other models, one seed
 
-These models have the same budget, batches and learning rates, and about 3.3 million parameters. Unlike the TARFlows,
-they average their parameters. Each row is **a single run**, so small differences mean nothing. A DiT works on patches
-of 4 x 4 pixels; its samples take 25 steps of Heun's method. The STARFlow's budget also pays for encoding the images and
-for training its autoencoder. This training takes a fifth of the budget.
+The models in this section have about 3.3 million parameters, and the same budget, batches and learning rates as the
+TARFlows above. Unlike the TARFlows, they are evaluated with averaged parameters. Each row is **a single run**, so small
+differences are not significant. The DiTs use patches of 4 x 4 pixels. Their samples are drawn in 25 steps of Heun's
+method. The budget of the STARFlow includes encoding the images and training the autoencoder, which takes a fifth of the
+budget.
 
 Do not compare these likelihoods with one another, or with those above. The likelihood of a DiT is measured on 100 test
 images with uniform noise. The likelihood of a STARFlow is measured on all test images, encoded into its own latents.

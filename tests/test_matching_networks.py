@@ -131,6 +131,7 @@ REFUSED = {
     "patch": ({"image_size": 5}, "image_size has height 5 and width 5, which patch_size 2 does not divide"),
     "heads": ({"head_dim": 24}, "width is 32, which is not a multiple of head_dim 24"),
     "attention": ({"attention": "flash"}, "attention is 'flash'; choose one of softmax, soft"),
+    "causal attention": ({"attention": "retention"}, "attention is 'retention'; choose one of softmax, soft"),
     "layers": ({"num_layers": 0}, "num_layers is 0; it must be at least 1"),
     "classes": ({"num_classes": -1}, "num_classes is -1"),
     "size": ({"image_size": (4, 4, 4)}, "image_size is (4, 4, 4)"),

@@ -143,40 +143,39 @@ def numbers_page() -> str:
     published = [row[:-1] for measured, row in references() if not measured]
     parts = (
         "# Reproducibility",
-        """The tables on this page give a command for every number. The config, the seed and the versions of the
-packages determine the result of a run, up to rounding on any number of devices. `config.json` in a run directory
-records the config and the seed.""",
+        """The tables on this page show the command for every number. The config, the seed and the versions of the
+packages determine the result of a run. The number of devices changes the result only by rounding. `config.json` in
+a run directory records the config and the seed.""",
         "## Results of configs",
-        """We measured these values on two CPU cores, mostly of a shared AMD EPYC, with jax 0.10.2. Training prints
-these metrics at its end, or the `evaluate` command in the row prints them. The [glossary](glossary.md) explains the
-metrics. A Fréchet distance depends on the number of samples. Training draws 500, and `evaluate` without `--samples`
-draws one per held-out image, so they print different values. The values also depend on the seed; the docstrings of the
-configs say how much, if we know.
+        """We measured these values on two CPU cores, mostly of a shared AMD EPYC, with jax 0.10.2. Each value is
+printed at the end of training or by the `evaluate` command in its row. The [glossary](glossary.md) explains
+the metrics. A Fréchet distance depends on the number of samples. Training draws 500 samples, whereas
+`evaluate` without `--samples` draws one per held-out image, so they print different values. The values also
+depend on the seed; the docstring of a config says how much, if we know.
 
-The last column names the file in `benchmarks/results` that records the metrics. It also gives the duration of the
-training steps, excluding compilation, evaluation and sampling. Other processes also used the cores. A dash means that
-we measured an earlier version and recorded only the values.""",
+The last column contains the file in `benchmarks/results` that records the metrics, and the duration of the training
+steps without compilation, evaluation and sampling. Other processes used the same cores. A dash means that we measured
+an earlier version and recorded only the values.""",
         table([*head, "record"], *ours),
         "## Published values",
-        "These values are from papers and their reproductions. We have not reproduced them.",
+        "These values are from papers and from reproductions by others. We have not reproduced them.",
         table(head, *published),
         "## Benchmarks",
-        """Each row of a file in `benchmarks/results` records its own device, threads, load, versions and times, and the
-baseline that was timed in the same run. The README in `benchmarks` explains the measurements. Inputs and parameters
-come from fixed seeds or closed formulas. `configs.json` records the training runs in the first table. The table in the
-main README shows medians of these rows:
+        """Each row of a file in `benchmarks/results` records one measurement, its device, threads, load and versions,
+and the baseline that was timed in the same run. The README in `benchmarks` explains the measurements. Inputs and
+parameters come from fixed seeds or closed formulas. `configs.json` records the training runs in the first table. The
+table in the main README shows medians from these rows:
 
-* drawing 16 images: `decode.json`, row `sequential` of shape A, next to `published sequential, processes 2`. The
-  parameters and the noise come from a closed formula, so there is no seed.
+* sampling 16 images: `decode.json`, row `sequential` of shape A, next to `published sequential, processes 2`
 * a training step: `train_step.json`, row `library step` of shape A, next to `published forward backward adamw,
-  threads 2`, from the same formula
+  threads 2`
 * flow matching: `matching.json`, row `I-CFM` in the form `jitted step` with one thread (0.866 ms), next to
   `torchcfm I-CFM` in the form `eager` (3.059 ms). The form `scan` runs many steps in one program (0.419 ms).""",
         table(["results", "command", "device", "what"], *results()),
         "## Other numbers",
-        """[Quality at an equal budget](quality.md) says how to repeat its comparison, and [decoding](decoding.md)
-gives the commands that train its flows on MNIST. Entries in the [log](log.md) and other examples state their conditions
-next to the numbers, but not always a command. The pictures are made by scripts; see the [gallery](gallery.md).""",
+        """[Quality at an equal budget](quality.md) explains how to repeat its comparison, and
+[Decoding](decoding.md) shows the commands that train its flows on MNIST. The [log](log.md) and other examples state the
+conditions of their numbers, but not always a command.""",
     )
     return "\n\n".join(parts) + "\n"
 

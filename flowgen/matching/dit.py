@@ -43,7 +43,7 @@ from flowgen.nn.softmax_shape import SoftmaxShape
 from flowgen.settings import config
 from flowgen.settings.ranges import Channels, Classes, Expansion, HeadDim, Layers, OneOf, Own, Positive, Side, Width
 
-ATTENTIONS = ("softmax", "soft", *KERNELS)
+ATTENTIONS = ("softmax", "soft", *(name for name in KERNELS if name != "retention"))  # retention is always causal
 OwnAttention = Annotated[Kernel | FeatureMap, Own("a FeatureMap or a Kernel")]
 PATCH_ORDER = "channel_last"
 DIT_LAYER_NORM_EPS = 1e-6
