@@ -91,8 +91,8 @@ class TiltedDistances(NamedTuple):
 
     noise, data: W2 between the sample and its tilted version.
     noise_floor, data_floor: W2 between two halves of the sample. A comparison of independent samples of this size
-    cannot reveal smaller differences. `noise` and `data` can, because they compare a sample with a tilted version of
-    itself.
+    cannot reveal smaller differences. `noise` and `data` do reveal them, because they compare a sample with a tilted
+    version of itself.
     """
 
     noise: Float[Array, ""]
