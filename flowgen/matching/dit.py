@@ -68,7 +68,7 @@ class DiTConfig:
     num_classes: number of classes that the velocity is conditioned on; 0 for none.
     attention: attention kernel of the layers: a name, or your own kernel or feature map.
     attention_implementation: implementation of softmax attention: "auto", "xla", "cudnn" on GPUs or "tpu" on TPUs; see
-    docs/attention.md of the source.
+    docs/attention.md in the repository.
     intervals: whether to also predict average velocities over an interval (MeanFlow).
     time_scale: factor by which times are multiplied before the sinusoidal embedding, which expects values from 0 to
     1,000. The loss of MeanFlow contains a derivative with respect to t, so MeanFlow needs a small factor, such as 1.0.

@@ -81,7 +81,7 @@ class UNetConfig:
     has attention.
     head_dim: number of channels per attention head; a level with fewer channels has one head.
     attention_implementation: implementation of softmax attention: "auto", "xla", "cudnn" on GPUs or "tpu" on TPUs; see
-    docs/attention.md of the source.
+    docs/attention.md in the repository.
     num_groups: number of groups in group norm.
     dropout: probability with which an activation is set to 0 in training; at least 0 and below 1.
     num_classes: number of classes that the velocity is conditioned on; 0 for none.
