@@ -1,21 +1,21 @@
-"""Attention on arrays `b n h k` (batch, tokens, heads, width).
+"""Attention functions for arrays with axes `b n h k` (batch, tokens, heads, width).
 
-The only part of flowgen that this package imports is `flowgen.backend`.
+Of the rest of flowgen, this package imports only `flowgen.backend`.
 
 softmax        softmax_attention
 fused          the fused kernels that compute softmax attention on GPUs and TPUs
 frames         attention of video frames to nearby frames
 linear         linear_attention and its running state: init_state, prefill, step
 features       the feature maps of linear attention
-rotary         tables of rotary position embeddings, which linear attention can apply in its numerator
-kernels        every kernel by name, for whole sequences and with a running state
+rotary         rotary position embeddings for sequences and grids
+kernels        all kernels by name, for whole sequences and with a running state
 functions      nala, focused, cosformer, pola and inline attention as functions
 decay          retention and gated linear attention (simple GLA)
 delta          the delta rule and its gated form
 soft           SOFT and SOFT++
 landmarks      a variant of SOFT that has fixed landmarks and can be causal
 modules        Flax modules; flowgen.attention.nnx has their NNX versions
-slices         slices of tokens that begin at one position per sample
+slices         slices of tokens that may begin at a different position in each sample
 masks          conversion of query-key masks, such as Flax's, to key masks
 hooks          make_attention_fn, for Flax's attention modules
 cache          causal kernels for the decoders of flows

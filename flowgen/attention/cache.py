@@ -2,8 +2,8 @@
 
 A decoder processes a *window* of tokens, possibly several times with different guesses, and then moves on to the next
 window. A `CausalKernel` has four main functions: `attend` processes whole sequences, `attend_window` processes a window
-after a cached prefix, `rewind` returns a cache from which the same window can be processed again, and `accept` returns
-a cache that also contains the solved tokens of the window, which come first in each sample.
+after a cached prefix, `rewind` prepares the cache for another pass over the same window, and `accept` adds the solved
+tokens at the beginning of the window to the cache.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ from flowgen.backend import Implementation, keep_axes
 
 
 class KVCache(NamedTuple):
-    """Keys and values of one layer, as arrays `b h m k` with a slot per position. Later slots are unused."""
+    """The key-value cache of one layer, with one slot per position. A query ignores the slots after its position."""
 
     keys: Float[Array, "b h m k"]
     values: Float[Array, "b h m k"]
@@ -36,24 +36,24 @@ class KVCache(NamedTuple):
 class CausalKernel(NamedTuple):
     """The interface through which blocks and decoders use an attention kernel.
 
-    attend(q, k, v) -> out: causal attention over whole sequences, with arrays `b n h k`.
-    init_cache(batch, length, num_heads, head_dim, dtype) -> cache: an empty cache for one layer and `length` positions.
-    attend_window(q, k, v, cache, start) -> (out, window): exact causal attention of the tokens at positions
-        start..start+n-1 to the cached prefix and to each other, and what `accept` needs to add these tokens to the
-        cache. `start` is one number, or one per sample.
-    rewind(before, after) -> cache: a cache from which a window can be processed again, given the caches before and
-        after the window was first processed. The result is `after` if a window overwrites its own slots, and `before`
-        if the cache is a running sum.
-    has_slots: whether the cache has one slot per token, so that a window may start at any token that has already been
-        processed.
-    has_temperature: whether a scale of the queries sharpens or flattens the attention weights, as in a softmax.
-    accept(before, window, count) -> cache: the cache with the first `count` tokens of the window added, one number per
-    sample; all tokens if `count` is None. `before` is the cache from which the window was processed. If `accept`
-        is None, `window` itself is the cache with all tokens added; decoders can then slide a window only if the cache
-        has slots.
-    grow(cache, length) -> cache: the same cache with room for `length` positions. If a kernel has this function,
-        decoders begin with a short cache, because every pass reads the whole cache. If `grow` is None, the cache must
-        have its full length from the start.
+    - `attend(q, k, v) -> out`: causal attention over whole sequences; the arrays have axes `b n h k`.
+    - `init_cache(batch, length, num_heads, head_dim, dtype) -> cache`: an empty cache for one layer and `length`
+      positions.
+    - `attend_window(q, k, v, cache, start) -> (out, window)`: exact causal attention of the tokens at positions
+      start..start+n-1 to the cached prefix and to each other. `accept` needs `window` to add these tokens to the cache.
+      `start` is one number for the whole batch, or one per sample.
+    - `rewind(before, after) -> cache`: a cache for processing a window again, given the caches before and after the
+      previous pass. This is `after` if windows overwrite their slots, and `before` if the cache is a running sum.
+    - `has_slots`: whether the cache has one slot per token, so that a window may start at any token that has already
+      been processed.
+    - `has_temperature`: whether scaling the queries sharpens or flattens the attention weights, as it does in a
+      softmax.
+    - `accept(before, window, count) -> cache`: the cache `before`, from which the window was processed, with the first
+      `count` tokens of the window added. `count` is one number per sample; None adds all tokens. `accept` may be None
+      if `window` is already the cache with all tokens added. Sliding windows then require a cache with slots.
+    - `grow(cache, length) -> cache`: the same cache with room for `length` positions. With this function, decoders
+      start with a short cache and extend it, because every pass reads the whole cache. If `grow` is None, the cache
+      must have its full length from the start.
     """
 
     attend: Callable[..., Array]
@@ -67,7 +67,7 @@ class CausalKernel(NamedTuple):
 
     @property
     def can_slide(self) -> bool:
-        """Whether decoders can slide a window."""
+        """Whether decoders can use a sliding window."""
         return self.has_slots or self.accept is not None
 
 
@@ -82,7 +82,7 @@ def init_kv_cache(batch: int, length: int, num_heads: int, head_dim: int, dtype:
 
 
 def grow_kv_cache(cache: KVCache, length: int) -> KVCache:
-    """Returns the cache extended to `length` positions, which must not be fewer than before.
+    """Returns the cache extended to `length` positions; `length` must not be below the current number of positions.
 
     Example:
         cache = grow_kv_cache(cache, length=128)
@@ -102,9 +102,10 @@ def attend_kv_window(
     """Returns the softmax attention of tokens start..start+n-1 to the cache and to each other, and the new cache.
 
     start: the position of the first token, one for the whole batch or one per sample.
-    There may be fewer key heads than query heads; h/g query heads then share each key head. The new keys and values
-    overwrite the slots of these tokens, so a window can be run again without resetting the cache. Query i sees slots
-    0..start+i. Later slots have no effect, as long as they contain finite numbers.
+
+    Query i attends to slots 0..start+i. Later slots have no effect, as long as they contain finite numbers. The new
+    keys and values overwrite the slots of these tokens, so a window can be processed again without resetting the cache.
+    h/g query heads share each key head.
 
     Example:
         out, cache = attend_kv_window(q, k, v, cache, start=12)
@@ -138,7 +139,7 @@ def _recurrent(kernel: Kernel) -> CausalKernel:
 
 
 class _Window(NamedTuple):
-    """The state after a window, and the window's keys and values, from which `accept` adds some tokens."""
+    """The state after a window, and the keys and values that `accept` needs to add only some of the window's tokens."""
 
     after: State
     keys: Float[Array, "b n g k"]
@@ -211,8 +212,9 @@ def causal_kernel(
 ) -> CausalKernel:
     """Returns the causal kernel for a name, a `Kernel` or a feature map; returns a `CausalKernel` unchanged.
 
-    implementation: the implementation of softmax attention over whole sequences; other kernels ignore it. Raises
-    ValueError for an unknown name; the message lists the known names.
+    implementation: as in `softmax_attention`, for whole sequences; other kernels ignore it.
+
+    Raises ValueError for an unknown name.
 
     Example:
         kernel = causal_kernel("softmax")

@@ -42,7 +42,7 @@ def check_heads(q: Array, k: Array, v: Array) -> None:
 
 
 def check_floats(**arrays: Array | None) -> None:
-    """Raises ValueError unless every array has a real floating-point dtype; None is allowed."""
+    """Raises ValueError unless every array that is not None has a real floating-point dtype."""
     for name, array in arrays.items():
         if array is not None and not jnp.issubdtype(jnp.result_type(array), jnp.floating):
             raise ValueError(
@@ -97,7 +97,7 @@ def is_key_mask(mask: Array, k: Array) -> bool:
 def hide_keys(
     k: Float[Array, "b m g k"], v: Float[Array, "b m g d"], mask: Bool[Array, "#b #h #n #m"] | None
 ) -> tuple[Float[Array, "b m g k"], Float[Array, "b m g d"]]:
-    """Returns k and v, with zeros at keys that no query may see. There, NaN has no effect, and gradients are zero."""
+    """Returns k and v with zeros at keys that are masked for all queries, so that NaN there has no effect."""
     if mask is None:
         return k, v
     seen = mask.any(axis=2)
@@ -110,7 +110,7 @@ def hide_keys(
 def repeat_key_heads(
     q: Float[Array, "b n h k"], k: Float[Array, "b m g k"], v: Float[Array, "b m g d"]
 ) -> tuple[Float[Array, "b m h k"], Float[Array, "b m h d"]]:
-    """Returns k and v with as many heads as q, by repetition; on explicit mesh axes, heads are sharded as in q."""
+    """Returns k and v with their heads repeated to match q; on explicit mesh axes, heads are sharded as in q."""
 
     def repeated(k, v):
         return tuple(jnp.repeat(x, q.shape[2] // x.shape[2], axis=2) for x in (k, v))
@@ -152,7 +152,7 @@ def check_segments(segment_ids: Array | None, q: Array, k: Array) -> None:
 
 
 def check_quadratic(q: Array, k: Array) -> None:
-    """Raises ValueError if a query-key mask would require too many weights. Symbolic lengths are not checked."""
+    """Raises ValueError if there are more than 4096 x 4096 query-key pairs. Symbolic lengths are not checked."""
     n, m = q.shape[1], k.shape[1]
     if isinstance(n * m, int) and n * m > QUADRATIC_LIMIT:
         raise ValueError(
@@ -171,7 +171,7 @@ def check_pallas(block_size: int, segment_ids: Array | None) -> None:
 
 @contextmanager
 def errors_of_kernel(name: str) -> Generator[None]:
-    """Returns a context that replaces JAX's errors about a kernel with clearer ones. name: the kernel's name.
+    """Returns a context manager that replaces JAX's errors about a kernel with clearer ones that contain `name`.
 
     Example:
         with errors_of_kernel("the Pallas kernel"):

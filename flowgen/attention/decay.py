@@ -31,12 +31,16 @@ def gated_linear_attention(
     segment_ids: Int[Array, "b n"] | None = None,
     chunk_size: int = CHUNK_SIZE,
 ) -> tuple[Float[Array, "b n h d"], LinearState]:
-    """Returns out_t = k^-0.5 S_tᵀ q_t with S_t = exp(log_decay_t) S_(t-1) + k_t v_tᵀ, and the final state.
+    """Returns out_t = scale S_tᵀ q_t with S_t = exp(log_decay_t) S_(t-1) + k_t v_tᵀ, and the final state.
 
-    This is simple GLA: gated linear attention (arXiv 2312.06635) with one gate per head instead of one per channel. The
-    outputs are not normalised; usually, the caller applies a normalisation layer to each head. log_decay: the logarithm
-    of the decay factor; it must be at most 0. mask: a key mask, True for keys to keep. A masked token has no effect,
-    whatever its values; even the decay is ignored. segment_ids: see `prefix_product`.
+    This is simple GLA: gated linear attention (arXiv 2312.06635) with one gate per head instead of one per channel.
+    scale is (width of k)^-0.5. The outputs are not normalised; models usually apply a normalisation layer to each head
+    afterwards.
+
+    log_decay: the logarithm of the decay factor; it must be at most 0.
+    mask: a key mask, True for keys to keep. The key, value and decay of a masked token are ignored.
+    segment_ids: see `prefix_product`.
+
     Raises ValueError if shapes or the mask do not match.
 
     Example:
@@ -69,10 +73,10 @@ def retention(
     segment_ids: Int[Array, "b n"] | None = None,
     chunk_size: int = CHUNK_SIZE,
 ) -> tuple[Float[Array, "b n h d"], LinearState]:
-    """Returns retention (RetNet, arXiv 2307.08621) with decay 1 - 2^(-5-i) in key head i, and the final state.
+    """Returns retention (RetNet, arXiv 2307.08621) with decay factor 1 - 2^(-5-i) in key head i, and the final state.
 
-    RetNet's layer also rotates q and k and applies a group norm; this function does neither. Masked tokens do not count
-    as time steps.
+    RetNet's layer also rotates q and k and applies a group norm; this function does neither. Masked tokens cause no
+    decay.
 
     Example:
         out, state = retention(q, k, v)
@@ -93,8 +97,8 @@ def retention_of_pairs(
 ) -> Float[Array, "b n h d"]:
     """Returns causal retention under a query-key mask, computed from all n x n weights.
 
-    A key that no query sees does not count as a time step. Raises ValueError if shapes do not match, or if there are
-    more than 4096 x 4096 weights.
+    A key that is masked for all queries causes no decay. Raises ValueError if shapes do not match, or if there are more
+    than 4096 x 4096 weights.
     """
     check_heads(q, k, v)
     check_causal(q, k)

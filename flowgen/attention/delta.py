@@ -1,8 +1,9 @@
 """The delta rule and its gated form: linear attention that overwrites values instead of accumulating them.
 
-Arrays are `b n h k`. The state S maps keys to values. Writing (k, v) replaces the value that S returns for k with a mix
-of that value and v. A repeated key therefore does not count twice, and no normaliser is needed. The chunked parallel
-form and the token-by-token step give the same outputs and states up to rounding.
+Arrays have axes `b n h k` (batch, tokens, heads, width). The state S maps keys to values. Writing (k, v) replaces the
+value that S returns for k with a mix of that value and v. The values of a repeated key therefore do not add up, and no
+normaliser is needed. The chunked parallel form and the token-by-token step give the same outputs and states up to
+rounding.
 """
 
 from __future__ import annotations
@@ -24,7 +25,7 @@ NORM_EPS = 1e-6
 
 
 class DeltaState(NamedTuple):
-    """The state S of every head, `b h k d`, in float32, or in float64 if the inputs are float64."""
+    """The state S of every head, in float32, or in float64 if the inputs are float64."""
 
     kv: Float[Array, "b h k d"]
 
@@ -61,19 +62,20 @@ def gated_delta_rule(
 
     (Yang, Kautz and Hatamizadeh, Gated Delta Networks, arXiv 2412.06464).
 
-    use_qk_l2norm: whether to divide q and k by their L2 norms first, so that only their directions matter. This is
-    the default, as in the published layers. Without this division, keep the norms of the keys at 1 or below, because
-    the state grows without bound if β |k|² exceeds 2. scale: the factor by which q is multiplied after this
-    normalisation; None means (width of k)^-0.5. beta: β, the write strength, between 0 and 1. log_decay: g ≤ 0, in nats
-    per token; -inf erases everything before the token, and None means no decay. The ranges of beta and log_decay are
-    not checked.
+    use_qk_l2norm: whether to divide q and k by their L2 norms first, so that only their directions matter. This is the
+    default, as in the published layers. Without this division, keep the norms of the keys at 1 or below, because the
+    state can grow without bound if β |k|² exceeds 2.
+    scale: the factor by which q is multiplied after this division; None means (width of k)^-0.5.
+    beta: β, the write strength, between 0 and 1.
+    log_decay: g, the logarithm of the decay factor per token, at most 0; None means no decay. With -inf, the token
+    erases the state before it. The ranges of beta and log_decay are not checked.
 
     Tokens within a chunk of `chunk_size` are processed in parallel (Yang et al., DeltaNet, arXiv 2406.06484), and
     chunks are processed in order. The backward pass stores one state per chunk. n need not be a multiple of chunk_size.
-    With `state`, the call continues exactly where an earlier call or step ended.
 
-    mask: True for tokens to keep. A masked token does not affect other tokens, whatever its values; even the decay is
-    ignored. The output of a masked token is what its query reads from the state before the token.
+    state: the state after earlier tokens; None means no earlier tokens.
+    mask: True for tokens to keep. A masked token does not change the state: its key, value and decay are ignored. Its
+    output is Sᵀq with the state before the token.
 
     Raises ValueError if shapes do not match, or if chunk_size is below 1.
 
@@ -226,8 +228,8 @@ def _advance(
     """Returns the state after one chunk, and the chunk's outputs.
 
     Token t writes u_t = β_t (v_t − exp(b_t) S₀ᵀk_t − Σ_{s<t} exp(b_t − b_s) (k_t·k_s) u_s), where S₀ is the state
-    before the chunk and b is the running sum of g. These equations form a unit lower triangular system. One solve
-    gives all u_t, which are the rows of the paper's U − W S₀.
+    before the chunk and b is the running sum of g. These equations form a unit lower triangular system, whose solutions
+    u_t are the rows of the paper's U − W S₀.
     """
     q, k, v, beta, log_decay = chunk
     if log_decay is None:

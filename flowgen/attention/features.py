@@ -32,15 +32,13 @@ class FeatureMap(ByFields):
     Each function accepts two arrays, x `b n h k` and positions `n`, and returns features.
 
     Features must be nonnegative, so that the normaliser is positive. A map that depends on positions must set `rotary`
-    or `max_length`. Two maps are equal if their functions are equal, and a map can be pickled if its functions can.
+    or `max_length`. Two maps are equal if their fields are equal. A map can be pickled if its functions can.
 
-    query: the function for queries.
-    key: the function for keys.
-    query_scale: a function that returns the factors `b n h` by which the map scales the features of queries to keep
-    precision; None if it does not scale them. eps is multiplied by the same factors, so that they cancel.
+    query_scale: a function of q that returns the factors `b n h` by which the map multiplies the features of queries to
+    prevent underflow; None means no factors. Linear attention multiplies eps by the same factors, so they cancel.
     rotary: a table of the angles by which features are rotated in the numerator, but not in the normaliser.
-    max_length: the number of positions; None means no limit. A token beyond the limit raises ValueError or, if
-    positions are traced, gets NaN features.
+    max_length: the number of positions; None means no limit. Tokens beyond the limit cause a ValueError or, if
+    positions are traced, NaN features.
     """
 
     query: Map
@@ -121,10 +119,10 @@ def relu_features(power: int = 1) -> FeatureMap:
 
 
 def focused_features(power: float = 3.0, scale: float | Array = 1.0, *, joint_heads: bool = False) -> FeatureMap:
-    """Returns the focused map (FLatten, arXiv 2308.00442): y = (relu(x) + 1e-6) / scale, then |y| y^p / |y^p|.
+    """Returns φ(x) = |y| y^power / |y^power| with y = (relu(x) + 1e-6) / scale (FLatten, arXiv 2308.00442).
 
-    scale: a positive number, or an array of positive numbers that broadcasts to `b n h k`. joint_heads: whether to
-    compute both norms over all heads together, as in the released code, instead of per head.
+    scale: a positive number, or an array of positive numbers that broadcasts to `b n h k`.
+    joint_heads: whether to compute both norms over all heads together, as in the released code, instead of per head.
 
     Example:
         out = linear_attention(q, k, v, focused_features(power=3.0))
@@ -140,14 +138,16 @@ def nala_features(
     temperature: float = 1.0,
     rotary: Rotary | None = None,
 ) -> FeatureMap:
-    """Returns the norm-aware feature map of NaLaFormer (arXiv 2506.21137), which has 2k features.
+    """Returns the norm-aware feature map of NaLaFormer (arXiv 2506.21137), with 2k features for k channels.
 
         φ(q) = |d(q)|^(power·(offset + tanh|q|)) · D(d(q)),    φ(k) = |k|^power · D(d(k)),    d(x) = x / |x|
 
     direction_map: with "split", as in the released code, D(d) is [d > 0; d < 0]. With "cosine", as in the paper, D(d)
-    is [cos a; sin a] with the angle a = π/4 · tanh(temperature · d); this approaches "split" as the temperature grows.
-    Any other value raises ValueError. power, offset: one number, or one per head; both may be learned. The features of
-    a query are computed in log space and divided by the largest of them.
+    is [cos a; sin a] with a = π/4 · tanh(temperature · d). As the temperature grows, the products φ(q)·φ(k) approach
+    those of "split". Any other value raises ValueError.
+    power, offset: one number, or one per head; both may be learned.
+
+    To prevent underflow, the features of each query are multiplied by a factor that cancels in linear attention.
 
     Example:
         out = linear_attention(q, k, v, nala_features(rotary=rotary_grid(14, 14, 64)))
@@ -159,10 +159,10 @@ def nala_features(
 
 
 def cosformer_features(max_length: int) -> FeatureMap:
-    """Returns φ(x)_i = [relu(x) cos(π i / 2M); relu(x) sin(π i / 2M)] with M = max_length (cosFormer, 2202.08791).
+    """Returns cosFormer's φ(x) = [relu(x) cos(π i / 2M); relu(x) sin(π i / 2M)] at position i, with M = max_length.
 
-    M does not depend on the sequence, so decoding gives the same results as the parallel form. The products φ(q)·φ(k)
-    are nonnegative at positions below M.
+    Unlike in cosFormer (arXiv 2202.08791), M is not the length of the sequence, so decoding and the parallel form
+    agree. The products φ(q)·φ(k) are nonnegative at positions below M.
 
     Example:
         out = linear_attention(q, k, v, cosformer_features(max_length=1024), is_causal=True)
@@ -321,7 +321,7 @@ FEATURE_MAPS: dict[str, FeatureMap] = {
 def feature_map(features: FeatureMap | str) -> FeatureMap:
     """Returns the feature map with this name; returns a `FeatureMap` unchanged.
 
-    Raises ValueError for an unknown name; the message lists the known names.
+    Raises ValueError for an unknown name.
 
     Example:
         phi = feature_map("nala")

@@ -1,4 +1,4 @@
-"""Attention of frames to nearby frames: each query sees a shared prefix and a window of frames around its own frame."""
+"""Attention of frames to nearby frames: a query attends to a prefix and to a window of frames around its own frame."""
 
 from __future__ import annotations
 
@@ -17,10 +17,11 @@ from flowgen.backend import keep_axes
 
 @dataclass(frozen=True)
 class FrameWindow:
-    """Determines which keys a query sees in a sequence of `prefix` tokens followed by frames of `tokens` tokens each.
+    """The attention pattern of a sequence that consists of `prefix` tokens and then frames of `tokens` tokens each.
 
-    A token of frame f sees the prefix and frames f - past_frames .. f + lookahead_frames. A token of the prefix sees
-    the prefix and frames 0 .. lookahead_frames. The denoiser of STARFlow-V (arXiv 2511.20462) uses this pattern.
+    A token of frame f attends to the prefix and to frames f - past_frames .. f + lookahead_frames. A token of the
+    prefix attends to the prefix and to frames 0 .. lookahead_frames. The denoiser of STARFlow-V (arXiv 2511.20462) uses
+    this pattern.
 
     Example:
         out = FrameWindow(prefix=256, tokens=1590, past_frames=9, lookahead_frames=1).attend(q, k, v)
@@ -39,7 +40,7 @@ class FrameWindow:
     def attend(
         self, q: Float[Array, "b n h k"], k: Float[Array, "b n g k"], v: Float[Array, "b n g d"]
     ) -> Float[Array, "b n h d"]:
-        """Returns softmax attention in which each query sees only the prefix and the frames in its window.
+        """Returns softmax attention in which each query attends only to the prefix and the frames in its window.
 
         The attention is computed frame by frame, without an n x n mask.
 

@@ -1,4 +1,4 @@
-"""Published linear attention methods on arrays `b n h k`: NaLaFormer, FLatten, cosFormer, PolaFormer and InLine."""
+"""Published linear attention methods for arrays `b n h k`: NaLaFormer, FLatten, cosFormer, PolaFormer and InLine."""
 
 from __future__ import annotations
 
@@ -22,11 +22,13 @@ def nala_attention(
     *,
     eps: float = EPS,
 ) -> Float[Array, "b n h d"]:
-    """Returns norm-aware linear attention (NaLaFormer, arXiv 2506.21137); see `nala_features` for its parameters.
+    """Returns norm-aware linear attention (NaLaFormer, arXiv 2506.21137); see `nala_features` for the other options.
 
-    eps: added to the sum of the weights. The released layer adds 1e-6 to the mean weight over m keys, which
-    corresponds to eps = m * 1e-6. For rotary features, a temperature for the cosine map, or packed segments, use
-    `linear_attention(q, k, v, nala_features(...), ...)`. Raises ValueError if shapes or the mask do not match.
+    eps: added to the sum of the weights. The released layer adds 1e-6 to the mean weight over m keys, which corresponds
+    to eps = m * 1e-6.
+
+    For rotary features, a temperature for the cosine map, or packed segments, use `linear_attention(q, k, v,
+    nala_features(...), ...)`. Raises ValueError if shapes or the mask do not match.
 
     Example:
         out = nala_attention(q, k, v, is_causal=True)
@@ -46,10 +48,10 @@ def focused_attention(
     joint_heads: bool = False,
     eps: float = EPS,
 ) -> Float[Array, "b n h d"]:
-    """Returns focused linear attention (FLatten, arXiv 2308.00442); see `focused_features`.
+    """Returns focused linear attention (FLatten, arXiv 2308.00442); see `focused_features` for `power`.
 
-    joint_heads: whether to compute the norms over all heads together, as in the released layer. By default, they are
-    computed per head, which gives noticeably different results. eps: added to the sum of the weights.
+    joint_heads: whether to compute the norms over all heads together, as in the released layer, instead of per head.
+    eps: added to the sum of the weights.
 
     Example:
         out = focused_attention(q, k, v, power=3.0)
@@ -95,11 +97,15 @@ def pola_attention(
 ) -> Float[Array, "b n h d"]:
     """Returns polarity-aware attention (PolaFormer, arXiv 2501.15061), without its gate.
 
-    With q± = relu(±q)^power and k± = relu(±k)^power, the same-sign weights [q+; q-]·[k+; k-] average the first half of
-    each value, and the opposite-sign weights [q-; q+]·[k+; k-] average the second half. Each half has its own
-    normaliser. power: a positive number, or an array of positive numbers with the shape `h` or `h k`. eps: added to the
-    sum of the weights. The released layer adds 1e-6 to the mean weight over m keys, which corresponds to
-    eps = m * 1e-6. Raises ValueError if the width of v is odd.
+    With q± = relu(±q)^power and k± = relu(±k)^power, the first half of each value is averaged with the same-sign
+    weights [q+; q-]·[k+; k-], and the second half with the opposite-sign weights [q-; q+]·[k+; k-]. Each half has its
+    own normaliser.
+
+    power: a positive number, or an array of positive numbers with the shape `h` or `h k`.
+    eps: added to the sum of the weights. The released layer adds 1e-6 to the mean weight over m keys, which corresponds
+    to eps = m * 1e-6.
+
+    Raises ValueError if the width of v is odd.
 
     Example:
         out = pola_attention(q, k, v)
@@ -117,8 +123,10 @@ def inline_attention(
 ) -> Float[Array, "b n h d"]:
     """Returns injective linear attention (InLine, arXiv 2412.06590), without its convolution.
 
-    With N keys and s = scale (k^-0.5 by default), the weights are s q·k_j / N - mean_j(s q·k_j / N) + 1/N. They sum to
-    one and may be negative. In causal attention, N and the means cover only the keys that the query sees.
+    With N keys, the weights are scale q·k_j / N - mean_j(scale q·k_j / N) + 1/N. They sum to one and may be negative.
+    In causal attention, N and the means include only the keys up to the query's position.
+
+    scale: None means (width of k)^-0.5.
 
     Example:
         out = inline_attention(q, k, v)

@@ -1,4 +1,4 @@
-"""Softmax attention with fused kernels, including padding to whole blocks, key masks and arrays on meshes."""
+"""Softmax attention with fused kernels: pads arrays to whole blocks, and supports key masks and sharded arrays."""
 
 from __future__ import annotations
 
@@ -91,5 +91,5 @@ def _tpu(is_causal: bool, interpret: bool, q, k, v, keys):
 
 
 def _whole_blocks(x: Array, block: int) -> Array:
-    """Returns x `b n ...` padded at the end with zeros, so that n becomes a multiple of the block."""
+    """Returns x `b n ...` padded at the end with zeros, so that n is a multiple of `block`."""
     return jnp.pad(x, ((0, 0), (0, -x.shape[1] % block), *((0, 0),) * (x.ndim - 2)))

@@ -35,35 +35,35 @@ def make_attention_fn(
     masks: Literal["pairs", "keys"] = "pairs",
     implementation: Implementation = "auto",
 ) -> Callable[..., Array]:
-    """Returns an `attention_fn` that computes the named kernel in Flax's multi-head attention modules.
+    """Returns an `attention_fn` that uses the named kernel, for Flax's multi-head attention modules.
 
     name: "softmax", "soft", a name in `flowgen.attention.KERNELS`, or your own feature map or kernel.
     is_causal: makes the attention causal even if the module does not request it.
     masks: "keys" declares that every query-key mask keeps the same tokens as queries and as keys. The returned function
     then reads these tokens from the diagonal of the mask, at linear cost, even inside jit. The outputs of all other
     tokens are meaningless.
-    implementation: the implementation of softmax attention, as in `softmax_attention`; other kernels ignore it.
+    implementation: as in `softmax_attention`; other kernels ignore it.
 
     The returned function accepts query `... t h k`, key and value `... s g k`, and the arguments that Flax's modules
     pass:
 
-    - mask `... h t s`: nonzero for keys to keep. A key mask (query axis of length 1) has linear cost. Flax's
-      `make_causal_mask` and `make_attention_mask` return query-key masks. Outside jit, where the values of a mask are
-      known, a query-key mask also has linear cost if it is the product of a query mask and a key mask (and of causal
-      order, if the attention is causal). Inside jit, it needs the quadratic form, unless masks="keys".
+    - mask `... h t s`: nonzero for keys to keep. With a key mask (query axis of length 1), the cost of linear attention
+      remains linear in the number of tokens. Flax's `make_causal_mask` and `make_attention_mask` return query-key
+      masks, which make the cost quadratic inside jit, unless masks="keys". Outside jit, the cost remains linear if the
+      query-key mask is the product of a query mask and a key mask (and, in causal attention, of the causal mask).
     - bias: a bias over keys alone (query axis of length 1) multiplies the keys' features by exp(bias). Only feature
-      maps support it. In causal attention, keep it below 80, so that exp does not overflow. Without causal order, only
-      the differences between biases matter.
+      maps support it. In causal attention, keep it below 80, so that exp does not overflow. In non-causal attention,
+      only the differences between biases matter.
     - dtype: the dtype to which query, key and value are converted.
     - precision: the lowest precision at which matrix products may be computed.
 
     If a single query has a mask over several keys, as in decoding from Flax's cache, attention is not causal: the mask
-    alone determines what the query sees. Retention and feature maps with positions then raise ValueError, because the
-    query's position is unknown.
+    alone determines the keys to which the query attends. Retention and feature maps with positions then raise
+    ValueError, because the query's position is unknown.
 
-    Equal arguments give equal functions, and the functions can be pickled. Raises ValueError for an unknown name. The
-    returned function raises ValueError for options that linear attention does not support: dropout on the weights,
-    other biases, and sowing the weights.
+    Functions made with equal arguments are equal and can be pickled. Raises ValueError for an unknown name. The
+    returned function raises ValueError for options that it does not support: dropout on the weights, other biases, and
+    sowing the weights.
 
     Example:
         nn.MultiHeadDotProductAttention(num_heads=8, attention_fn=make_attention_fn("nala"))

@@ -314,7 +314,7 @@ KERNELS: dict[str, Kernel] = {
 def kernel(chosen: str | Kernel | FeatureMap) -> Kernel:
     """Returns the kernel for a name or a feature map; returns a `Kernel` unchanged.
 
-    Raises ValueError for an unknown name; the message lists the known names.
+    Raises ValueError for an unknown name.
 
     Example:
         out = kernel("nala").attend(q, k, v, is_causal=True)

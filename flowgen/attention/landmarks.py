@@ -52,7 +52,7 @@ def gaussian_landmark_attention(
     token is far from every landmark (|x - l| above 13 k^¼), its features underflow to 0, and its output is 0.
 
     If whiten is True, the function uses the Nyström kernel K(q, L) (K(L, L) + ridge)⁻¹ K(L, k). This kernel may be
-    negative, so the outputs are not normalised; usually, the caller applies a normalisation layer to each head.
+    negative, so the outputs are not normalised; models usually apply a normalisation layer to each head afterwards.
 
     Raises ValueError if shapes or the mask do not match.
 

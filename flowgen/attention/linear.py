@@ -2,9 +2,9 @@
 
     out_i = Σ_j φ(q_i)·φ(k_j) v_j / (Σ_j φ'(q_i)·φ'(k_j) + eps)        (Katharopoulos et al. 2020, arXiv 2006.16236)
 
-φ' equals φ unless the feature map rotates only the numerator. Features, sums and states have at least float32
-precision; the output has the dtype of v. If all keys of a query are masked, its output is 0. There may be fewer key
-heads than query heads (GQA).
+φ' is φ without the map's rotary embedding; it equals φ for maps that have none. Features, sums and states have at least
+float32 precision; the output has the dtype of v. If all keys of a query are masked, its output is 0. There may be fewer
+key heads than query heads (GQA).
 """
 
 from __future__ import annotations
@@ -55,9 +55,10 @@ EPS = 1e-6
 class Causal:
     """Options of causal attention.
 
-    block_size: number of tokens in a block; tokens see their whole block and every earlier block. chunk_size: number of
-    tokens computed together, which affects speed and memory but not the result. implementation: "xla", or "pallas" for
-    the kernel in `flowgen.attention.pallas`, which runs on TPUs and supports neither blocks nor segments.
+    block_size: number of tokens in a block; tokens attend to their whole block and to every earlier block.
+    chunk_size: number of tokens that are processed in parallel; it affects speed and memory but not the result.
+    implementation: "xla", or "pallas" for the kernel in `flowgen.attention.pallas`, which runs on TPUs and supports
+    neither blocks nor segments.
     """
 
     block_size: int = 1
@@ -92,13 +93,15 @@ def linear_attention(
 ) -> Float[Array, "b n h d"]:
     """Returns linear attention with a feature map, given by name or as a `FeatureMap`.
 
-    mask: True for keys to keep; its shape must broadcast to `b h n m`. A key mask (query axis of length 1) is exact and
-    has linear cost. Outside jit, a mask that is the product of a query mask and a key mask (and of causal order, if
-    is_causal) also has linear cost. Inside jit, first convert such a mask to a key mask (see `own_keys`). Other masks
-    use the quadratic form, which is limited to 4096 x 4096 weights. is_causal: query i sees keys 0..i; a `Causal` can
-    make attention block-causal. segment_ids: tokens see each other only if their ids are equal; equal ids must be
-    contiguous (see `prefix_product`). eps: added to the normaliser. Raises ValueError if shapes, dtypes, the mask or
-    the name are invalid.
+    mask: True for keys to keep; its shape must broadcast to `b h n m`. With a key mask (query axis of length 1), the
+    cost is linear in the number of tokens. Outside jit, this also holds for the product of a query mask and a key mask
+    (and, if is_causal, the causal mask). Inside jit, first convert such a product with `own_keys`. With other masks,
+    the cost is quadratic, and at most 4096 x 4096 weights are allowed.
+    is_causal: whether query i attends only to keys 0..i; a `Causal` can make attention block-causal.
+    segment_ids: tokens attend to each other only if their ids are equal; equal ids must be contiguous.
+    eps: added to the normaliser.
+
+    Raises ValueError if shapes, dtypes, the mask or the name are invalid.
 
     Example:
         out = linear_attention(q, k, v, "focused", is_causal=True)
@@ -345,7 +348,7 @@ def _pallas(features: Features, v: Array, causal: Causal) -> tuple[Array, Array]
 
 
 def _full(features: Features, v: Array) -> tuple[Array, Array]:
-    """Returns products for queries that see every key; these need one state for all keys and one product per query."""
+    """Returns products for queries that attend to every key, from one state for all keys and one product per query."""
 
     def run(features, v):
         dtype = jnp.promote_types(jnp.result_type(features.k, v), jnp.float32)
@@ -364,7 +367,7 @@ def _full(features: Features, v: Array) -> tuple[Array, Array]:
 
 
 def _packed(features: Features, v: Array, segment_ids: Array) -> tuple[Array, Array]:
-    """Returns products for tokens that see their whole segment.
+    """Returns products for tokens that attend to their whole segment.
 
     Each result is the sum up to the token, plus the sum from the token on, minus the token's own term.
     """

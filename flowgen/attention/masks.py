@@ -14,8 +14,8 @@ def own_keys(mask: Bool[Array, "#b #h n n"]) -> Bool[Array, "#b #h 1 n"]:
     """Returns the key mask equivalent to a query-key mask that keeps the same tokens as queries and as keys.
 
     An example of such a mask is Flax's `make_attention_mask(valid, valid)`. Masks that keep all queries also work. Both
-    kinds may be combined with `make_causal_mask` if you also set `is_causal`. The function reads only the diagonal,
-    which shows which tokens are kept. Raises ValueError unless there are as many queries as keys.
+    kinds may be combined with `make_causal_mask` if you also set `is_causal`.
+    Raises ValueError unless there are as many queries as keys.
 
     Example:
         y = nala_attention(q, k, v, own_keys(mask != 0), is_causal=True)
@@ -30,9 +30,11 @@ def split_pairs(
 ) -> tuple[Bool[Array, "#b #h n 1"], Bool[Array, "#b #h 1 m"]] | None:
     """Returns the query mask and the key mask whose product is the given query-key mask.
 
-    Returns None if no such masks exist, or if the mask is traced. groups: number of key heads; the mask may differ
-    between them. block_size: the block size of causal attention, whose causal order is a third factor of the product;
-    None if attention is not causal.
+    Returns None if no such masks exist, or if the mask is traced.
+
+    groups: number of key heads; the mask may differ between them.
+    block_size: the block size of causal attention, or None if attention is not causal. In causal attention, the causal
+    mask is a third factor of the product.
     """
     seen = concrete(mask)
     if seen is None or seen.shape[1] not in (1, groups):
@@ -49,7 +51,7 @@ def split_pairs(
 
 
 def hide_queries(tree: PyTree, mask: Bool[Array, "#b #g n 1"]) -> PyTree:
-    """Returns a tree of arrays `b n h ...` with 0 for the queries that the mask hides.
+    """Returns a tree of arrays `b n h ...` with 0 for masked queries.
 
     mask: one mask for all heads, or one for each key head.
     """

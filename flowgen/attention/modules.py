@@ -43,8 +43,9 @@ TORCH_LAYER_NORM_EPS = 1e-5
 class LinearAttention(nn.Module):
     """Multi-head attention with a kernel from `flowgen.attention.KERNELS`, your own kernel or a feature map.
 
-    width: width of the output, divisible by num_heads. num_kv_heads: number of key heads, each shared by several
-    query heads; num_heads if None. is_causal: True or a `Causal` for causal attention; decoding requires it.
+    width: width of the output, divisible by num_heads.
+    num_kv_heads: number of key heads, each shared by several query heads; None means num_heads.
+    is_causal: True or a `Causal` for causal attention. Decoding requires causal attention.
 
     Example:
         y = LinearAttention(width=256, num_heads=8, kernel="focused", is_causal=True).apply(params, x)
@@ -115,11 +116,14 @@ class NaLaState(NamedTuple):
 class NaLaAttention(nn.Module):
     """The attention layer of NaLaFormer (arXiv 2506.21137): proj(silu(g) · LayerNorm(NaLa(q, k, v) + conv(v))).
 
-    One projection computes q, k, v and the gate g. conv: whether to apply a depthwise convolution to the values, 5 x 5
-    on a grid or, if causal, over the last 5 tokens. rotary: whether to rotate the features in the numerator by their
-    position on the grid or, if causal, in the sequence, which may then have at most `max_length` tokens. learnable:
-    whether to make power and offset trainable, with one of each per head. eps: added to the sum of the weights; the
-    released code adds n · 1e-6 for n keys.
+    One projection computes q, k, v and the gate g.
+
+    conv: whether to apply a depthwise convolution to the values. Its kernel covers 5 x 5 tokens of a grid or, if
+    causal, the last 5 tokens.
+    rotary: whether to apply rotary position embeddings to the features in the numerator. If causal, a sequence may then
+    have at most `max_length` tokens.
+    learnable: whether to train `power` and `offset`, separately for each head.
+    eps: added to the sum of the weights; the released code adds n · 1e-6 for n keys.
 
     Example:
         y = NaLaAttention(width=256, num_heads=4).apply(params, x, grid=(14, 14))
@@ -233,13 +237,15 @@ class NaLaAttention(nn.Module):
 
 
 class SOFTAttention(nn.Module):
-    """The attention layer of SOFT (arXiv 2110.11945): proj(SOFT(q, q, v) + conv(v)). It cannot be causal.
+    """The attention layer of SOFT (arXiv 2110.11945): proj(SOFT(q, q, v) + conv(v)). This layer cannot be causal.
 
-    tied: whether to use the queries as keys, as in the paper. landmarks: "pool" averages the keys over segments or,
-    with a grid, over cells. "conv" applies a convolution whose kernel size and stride are both `stride`; all heads
-    share its weights. "conv_norm_gelu" also applies LayerNorm and GELU, as in the released code. value_conv: the kernel
-    size of the depthwise convolution of values, which has one filter per head; 0 means no convolution. The stages of
-    the released backbones use 9, 5 and 3. ridge, solver, normalize: see `soft_attention`.
+    tied: whether to use the queries as keys, as in the paper.
+    landmarks: "pool" averages the keys over runs of tokens or, with a grid, over cells of the grid. "conv" applies a
+    convolution whose kernel size and stride are both `stride`; all heads share its weights. "conv_norm_gelu" also
+    applies LayerNorm and GELU, as in the released code.
+    value_conv: the kernel size of the depthwise convolution of values, which has one filter per head; 0 means no
+    convolution. The stages of the released backbones use 9, 5 and 3.
+    ridge, solver, normalize: see `soft_attention`.
 
     Example:
         y = SOFTAttention(width=64, num_heads=2, value_conv=9).apply(params, x, grid=(56, 56))

@@ -1,8 +1,7 @@
-"""Causal linear attention as a Pallas kernel for TPUs, which keeps the state on the chip and streams chunks of tokens.
+"""Causal linear attention as a Pallas kernel for TPUs.
 
-The grid visits the chunks of each head in order, and the kernel keeps the state in scratch memory. On other platforms,
-`prefix_product` scans over the chunks in XLA. The gradients are always computed by `prefix_product`. Tests run the
-kernel in interpret mode on CPUs. The kernel has not been timed on a TPU yet, so it runs only on request:
+The kernel processes the chunks of each head in order and keeps the state in the chip's scratch memory. The gradients
+are always computed by `prefix_product`. The kernel has not been timed on a TPU yet, so it runs only on request:
 `Causal(implementation="pallas")`.
 """
 

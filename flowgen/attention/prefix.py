@@ -5,12 +5,12 @@ For queries q_t, keys k_s, values v_s and the weights w_ts defined below,
     out_t = Σ_s w_ts (q_t·k_s) v_s,      total_t = Σ_s w_ts (q'_t·k'_s),      s ≤ t (or block(s) ≤ block(t)),
 
 where q', k' are the normaliser's features. They equal q, k unless they are given separately, for example by feature
-maps that rotate only the numerator. w_ts = exp(b_t - b_s), where b is the running sum of the log-decay; w_ts is 1
-without decay and 0 across segments. A chunk of C tokens requires one C x C product; the state Σ_s k_s v_sᵀ sums over
-the tokens before the chunk.
+maps that rotate only the numerator. The weight w_ts is exp(b_t - b_s), where b is the running sum of the log-decay; it
+is 1 without decay, and 0 if s and t are in different segments. A chunk of C tokens requires one C x C product; the
+state Σ_s k_s v_sᵀ sums over the tokens before the chunk.
 
 Reverse-mode differentiation stores one state per chunk and recomputes the rest, because the body of the scan is
-checkpointed. Forward-mode differentiation works too.
+checkpointed. Forward-mode differentiation is also supported.
 """
 
 from __future__ import annotations
@@ -33,8 +33,10 @@ CHUNK_SIZE = 64
 class LinearState(NamedTuple):
     """The state of linear attention for the tokens so far; its size does not depend on their number.
 
-    kv: Σ_s k_s v_sᵀ. norm: Σ_s k'_s. length: the position of each sample's next token, directly after its last kept
-    token. Masked tokens before the last kept token count towards the length; masked tokens after it do not.
+    kv: Σ_s k_s v_sᵀ.
+    norm: Σ_s k'_s.
+    length: the position of each sample's next token, directly after its last kept token. Masked tokens before the last
+    kept token count towards the length; masked tokens after it do not.
     """
 
     kv: Float[Array, "b g p d"]
@@ -114,13 +116,16 @@ def prefix_product(
 ) -> tuple[Float[Array, "b n h d"], Float[Array, "b n h"], LinearState]:
     """Returns out and total (see the module docstring) and the state after the last token, all in at least float32.
 
-    state: the state after earlier tokens, which are in the same segment as the first token. log_decay: one number per
-    token and key head, at most 0. mask: True for keys to keep. Masked keys have no effect: even their decay is ignored,
-    and those after the last kept key do not count towards the state's length. segment_ids: equal for tokens that see
-    each other. Equal ids must be contiguous; if an id recurs, the function raises ValueError or, if the ids are traced,
-    returns NaN for that sample. A non-finite number affects only its own segment. block_size: the number of tokens in a
-    block; tokens see their whole block. Do not combine blocks with decay, or with a state that ends within a block.
-    chunk_size: the number of tokens in a chunk, which is rounded up to whole blocks.
+    state: the state after earlier tokens, which count as part of the first token's segment.
+    log_decay: the logarithm of the decay factor of each token and key head, at most 0.
+    mask: True for keys to keep. Masked keys and their decay have no effect. Masked keys after the last kept key do not
+    count towards the state's length.
+    segment_ids: tokens attend to each other only if their ids are equal. Equal ids must be contiguous; if an id recurs,
+    the function raises ValueError or, if the ids are traced, returns NaN for that sample. A non-finite number affects
+    only its own segment.
+    block_size: the number of tokens in a block; tokens attend to their whole block. Do not combine blocks with decay,
+    or with a state that ends within a block.
+    chunk_size: the number of tokens in a chunk, rounded up to whole blocks.
 
     Example:
         out, total, state = prefix_product(Features(q, k), v)
@@ -327,9 +332,9 @@ def decay_weights(
 ) -> tuple[Float[Array, "b h c c"], Float[Array, "b h c"]]:
     """Returns the factors by which tokens s and the earlier state have decayed at each token t; 0 for s > t.
 
-    The log-decays between s and t are summed directly, not computed as differences of running sums. Nothing cancels, so
-    one strong decay does not reduce the precision of the others, and -inf is allowed. Entries with s > t are exp(0),
-    hence finite, before they are masked.
+    The log-decays between s and t are summed directly, not computed as differences of running sums. This avoids
+    cancellation after a strong decay, and allows -inf. Entries with s > t are exp(0) before they are masked, so their
+    gradients are finite.
     """
     size = log_decay.shape[-1]
     causal = jnp.tril(jnp.ones((size, size), bool))[None, None]

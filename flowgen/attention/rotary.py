@@ -20,7 +20,7 @@ class Rotary(NamedTuple):
 
 
 def rotary_line(num_positions: int, dim: int, base: float = 10_000.0) -> Rotary:
-    """Returns the cosines and sines of rotary position embeddings for a sequence (RoFormer, 2104.09864).
+    """Returns the cosines and sines of rotary position embeddings for a sequence (RoFormer, arXiv 2104.09864).
 
     The angle of pair i < dim/2 is position · base^(-2i/dim).
 
@@ -58,7 +58,7 @@ def rotary_grid(height: int, width: int, dim: int, base: float = 10_000.0) -> Ro
 def rotary_axes(positions: Float[np.ndarray, "n a"], pairs: tuple[int, ...], base: float = 10_000.0) -> Rotary:
     """Returns the cosines and sines of rotary position embeddings for points with several coordinates.
 
-    pairs[i] adjacent pairs of channels rotate with coordinate i. If a coordinate x has p pairs, the angle of pair k is
+    Coordinate i rotates pairs[i] adjacent pairs of channels. If a coordinate x rotates p pairs, the angle of pair k is
     x · base^(-k/p). Raises ValueError unless `pairs` has one entry per coordinate.
     """
     if positions.shape[1] != len(pairs):
@@ -75,7 +75,7 @@ def rotate(
 ) -> Float[Array, "b n h p"]:
     """Returns x with adjacent channels (x0, x1) rotated to (x0 cos - x1 sin, x1 cos + x0 sin) at these positions.
 
-    If the width of x is a multiple of the table's width, each part as wide as the table is rotated in the same way. Any
+    x may be several times as wide as the table; each part of the table's width is then rotated in the same way. Any
     other width raises ValueError.
 
     Example:

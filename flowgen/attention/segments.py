@@ -1,4 +1,4 @@
-"""Packed segments: runs of tokens that have equal ids and see only each other. NaN affects only its own segment."""
+"""Packed segments: runs of tokens with equal ids that attend only to each other. NaN affects only its own segment."""
 
 from __future__ import annotations
 
@@ -46,8 +46,8 @@ def spoiled(
 ) -> Spoiled:
     """Returns which results of causal attention with blocks of `block_size` tokens depend on a non-finite token.
 
-    If block_size is None, tokens see their whole segment. If ids recur in a sample, all outputs and the state of the
-    sample count as spoiled, because a running state cannot compute them.
+    If block_size is None, tokens attend to their whole segment. If ids recur in a sample, all outputs and the state of
+    the sample count as spoiled, because a running state cannot compute them.
     """
     n = segment_ids.shape[1]
     place = jnp.arange(n)[None]

@@ -1,4 +1,4 @@
-"""Slices of consecutive tokens, which begin at one position in all samples or at a separate position in each sample."""
+"""Slices of consecutive tokens, which begin at the same position in all samples or at a separate position in each."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ def take(x: Array, start: Start, length: int, axis: int = 1) -> Array:
 
 
 def put(x: Array, part: Array, start: Start, axis: int = 1) -> Array:
-    """Returns x with `part` in place of the slice that `take` returns."""
+    """Returns x with `part` in place of the slice that `take` would return."""
     if jnp.ndim(start):
         return jax.vmap(partial(put, axis=axis - 1))(x, part, start)
     return jax.lax.dynamic_update_slice_in_dim(x, part, start, axis)

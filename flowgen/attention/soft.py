@@ -1,12 +1,13 @@
-"""SOFT: softmax-free attention with a Gaussian kernel in Nyström form (Lu et al. 2021, 2024), on arrays `b n h k`.
+"""SOFT: softmax-free attention with a Gaussian kernel in Nyström form (Lu et al. 2021, 2024), for arrays `b n h k`.
 
-Let K(x, y) = exp(-|x - y|²/2), on tokens divided by k^¼. With A = K(L, L) for l landmarks L, P_q = K(q, L) and
-P_k = K(k, L), the output is
+Let K(x, y) = exp(-|x - y|²/2) for tokens x and y that have been divided by (head width)^¼. With A = K(L, L) for l
+landmarks L, P_q = K(q, L) and P_k = K(k, L), the output is
 
     Ŝ v = P_q (A + ridge I)⁻¹ P_kᵀ v                                                     (SOFT)
     Ŝ v = P_q D^-½ (A + ridge I)⁻¹ D^-½ P_kᵀ v,   D = diag(row sums of A)                (SOFT++, "symmetric")
 
-The cost is O(n l (k + d) + l³). No reduction mixes samples or heads, except in `released_softpp_inverse`.
+The cost per head is O(n l (k + d) + l³). Samples and heads do not affect each other, except in
+`released_softpp_inverse`.
 """
 
 from __future__ import annotations
@@ -50,7 +51,7 @@ def to_kernel_space(x: Float[Array, "*tokens k"]) -> Float[Array, "*tokens k"]:
 
 
 def gaussian_kernel(x: Float[Array, "b n h k"], y: Float[Array, "b m h k"]) -> Float[Array, "b h n m"]:
-    """Returns exp(-|x - y|²/2) per head for x and y in kernel space. The values are in [0, 1], in at least float32."""
+    """Returns exp(-|x - y|²/2) per head for x and y in kernel space. The dtype is at least float32."""
     master = jnp.promote_types(jnp.promote_types(x.dtype, y.dtype), jnp.float32)
     x, y = (rearrange(tokens.astype(master), "b n h k -> b h n k") for tokens in (x, y))
     cross = jnp.einsum("bhnk,bhmk->bhnm", x, y, precision=HIGHEST)
@@ -64,7 +65,7 @@ def gaussian_kernel(x: Float[Array, "b n h k"], y: Float[Array, "b m h k"]) -> F
 def _segment_means(
     x: Float[Array, "b n h k"], segment: Int[Array, "#b n"], num: int, mask: Bool[Array, "b n"] | None
 ) -> Landmarks:
-    """Returns the means of the unmasked tokens in `num` segments; an empty segment gives 0 and is not live."""
+    """Returns the means of the unmasked tokens in `num` segments; empty segments have the mean 0 and are not live."""
     every = mask is None and isinstance(x.shape[1], int)  # if the number of tokens is symbolic, segments may be empty
 
     def run(x, segment, mask):
@@ -86,8 +87,8 @@ def _segment_means(
 def pool_landmarks(x: Float[Array, "b n h k"], num_landmarks: int, mask: Bool[Array, "b n"] | None = None) -> Landmarks:
     """Returns the means of min(num_landmarks, n) contiguous segments of the unmasked tokens.
 
-    Segment sizes differ by at most one token, for any n. Segments divide the tokens that `mask` keeps, not the
-    positions, so padding does not change a sample's landmarks. Landmarks without tokens are not live.
+    Segment sizes differ by at most one token. Masked tokens do not count, so padding does not change a sample's
+    landmarks. `live` is False for landmarks without tokens.
     """
     n = x.shape[1]
     num = min(num_landmarks, n) if isinstance(n, int) else num_landmarks
@@ -104,8 +105,9 @@ def pool_landmarks(x: Float[Array, "b n h k"], num_landmarks: int, mask: Bool[Ar
 def landmark_cells(grid: Pair, num_landmarks: int | Pair) -> Pair:
     """Returns the number of rows and columns of landmark cells on a (height, width) grid of tokens.
 
-    num_landmarks: an int m gives at most m cells, which are as square as possible: rows = round(√(m height / width))
-    and columns = m // rows, both capped at the grid's sides. A pair (rows, columns) is capped in the same way.
+    num_landmarks: a pair (rows, columns), or the maximum number m of cells. For m, the cells are as square as possible:
+    rows = round(√(m height / width)) and columns = m // rows. Rows and columns are capped at the grid's height and
+    width.
     """
     height, width = grid
     if isinstance(num_landmarks, tuple):
@@ -121,9 +123,9 @@ def pool_landmarks_2d(
 ) -> Landmarks:
     """Returns the means over the cells of a (height, width) grid of tokens; tokens and cells are in row-major order.
 
-    cells: (rows, columns), or an int that `landmark_cells` converts to them. Cells tile the grid. If the grid does not
-    divide evenly, the heights (and the widths) of cells differ by at most one token. A cell is live
-    if at least one of its tokens is unmasked.
+    cells: (rows, columns), or an int that `landmark_cells` converts to them. Cells tile the grid. If the grid cannot be
+    divided evenly, the heights and the widths of cells differ by at most one token. `live` is True for a cell if at
+    least one of its tokens is unmasked.
     """
     height, width = grid
     rows, columns = landmark_cells(grid, cells)
@@ -164,8 +166,8 @@ def nystrom_attention(
 ) -> Float[Array, "b n h d"]:
     """Returns Ŝ v (see the module docstring) for q, k and landmarks that are already in kernel space.
 
-    mask: True for visible keys. Landmarks whose `live` is False have no effect. The other options are as in
-    `soft_attention`. The kernel and the solve use at least float32; the result has the dtype of v.
+    mask: True for keys to keep. The other options are as in `soft_attention`. Landmarks whose `live` is False have no
+    effect. The kernel matrices and the linear solve use at least float32; the result has the dtype of v.
     """
     _check_options(ridge, solver, normalize)
     if 0 in (*q.shape[:3], k.shape[1]):
@@ -317,16 +319,17 @@ def soft_attention(
 ) -> Float[Array, "b n h d"]:
     """Returns SOFT attention Ŝ v (see the module docstring). In the paper, keys equal queries: soft_attention(q, q, v).
 
-    num_landmarks: the number of landmarks, at most m; each is the mean of a contiguous segment of the keys. grid:
-    (height, width) of the keys in row-major order. With a grid, landmarks are the means over about num_landmarks cells
-    or, if num_landmarks is a pair, over that many rows and columns of cells (see `landmark_cells`). landmarks: points
-    in the space of k, used instead of pooled landmarks. mask: True for keys to keep, `b m` or `b 1 1 m`; other keys
-    have no effect, whatever their values. ridge: added to the diagonal of the landmark kernel.
-
-    solver: "newton" is the paper's spectral filter with its closed-form derivative (`newton_inverse`). "cholesky" is
-    exact. "newton_released" is the solver of the published SOFT++, which couples samples. normalize: None means no
-    normalisation, as in SOFT, so a row of Ŝ may sum to as much as m. "symmetric" is SOFT++'s normalisation. "row" makes
-    every row sum to 1.
+    num_landmarks: the number of landmarks, capped at m. Each landmark is the mean of a contiguous segment of the keys.
+    grid: (height, width) of the keys in row-major order. If it is given, each landmark is the mean of a cell of the
+    grid; `landmark_cells` computes the cells from num_landmarks.
+    landmarks: points in the space of k, used instead of pooled landmarks.
+    mask: True for keys to keep, `b m` or `b 1 1 m`; other keys have no effect.
+    ridge: added to the diagonal of A.
+    solver: "newton" is the paper's Newton-Raphson iteration, with a closed-form derivative (see `newton_inverse`).
+    "cholesky" is exact. "newton_released" is the solver of the published SOFT++, with which the samples of a batch
+    affect each other.
+    normalize: None means no normalisation, as in SOFT, so a row of Ŝ may sum to as much as m. "symmetric" is SOFT++'s
+    normalisation. "row" makes every row sum to 1.
 
     Raises ValueError if is_causal is True, if the mask differs between queries, or if shapes or options are invalid.
 

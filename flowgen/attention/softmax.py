@@ -1,4 +1,4 @@
-"""Softmax attention on arrays `b n h k`, with the softmax in float32."""
+"""Softmax attention for arrays `b n h k`; the softmax is computed in at least float32."""
 
 from __future__ import annotations
 
@@ -66,9 +66,10 @@ def attend_in_parts(
 ) -> Float[Array, "b h n d"]:
     """Returns the result of `attend_heads`, computed in chunks of queries to limit memory.
 
-    Each chunk has at most `backend.MAX_LOGITS` logits, which the backward pass recomputes. first: for causal attention,
-    the position of the first query among the keys, for all samples or for each. Query i then attends to the keys among
-    0..first+i that `mask` allows, and no mask of all pairs is built.
+    Each chunk has at most `backend.MAX_LOGITS` logits, which the backward pass recomputes.
+
+    first: for causal attention, the position of the first query among the keys, one for the whole batch or one per
+    sample. Query i then attends to the keys among 0..first+i that `mask` allows.
     """
     return _attend_in_parts(q, k, v, mask, first, backend.MAX_LOGITS)
 
@@ -128,16 +129,15 @@ def softmax_attention(
     is_causal: bool = False,
     implementation: Implementation = "auto",
 ) -> Float[Array, "b n h d"]:
-    """Returns softmax(q kᵀ / √k) v per head; there may be fewer key heads than query heads.
+    """Returns softmax(q kᵀ / √k) v per head; h/g query heads share each key head.
 
-    With g key heads, h/g query heads share each key head. mask: True if a query may attend to a key. is_causal: query i
-    attends to the keys among 0..i that `mask` allows; n and m must then be equal. A query that may attend to no key has
-    output 0.
-
+    mask: True if a query may attend to a key. If a query may not attend to any key, its output is 0.
+    is_causal: whether query i attends only to the keys among 0..i that `mask` allows; n and m must then be equal.
     implementation: "xla" computes the logits in chunks of queries. "cudnn" and "tpu" are fused kernels for GPUs and
     TPUs; they support only first derivatives, in reverse mode. "auto" follows `attention_plan`: it uses a fused kernel
-    for half-precision inputs if the platform has one that supports them, and "xla" otherwise. Raises ValueError if
-    shapes do not match, or if the implementation cannot run.
+    for half-precision inputs if the platform has one that supports them, and "xla" otherwise.
+
+    Raises ValueError if shapes do not match, or if the implementation cannot run.
 
     Example:
         out = softmax_attention(q, k, v, is_causal=True)

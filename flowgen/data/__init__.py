@@ -1,4 +1,4 @@
-"""Datasets of images, clips, points and numbers, stateless batches, and reading and writing of media files."""
+"""Loads datasets of images, clips, points and numbers, computes training batches, and reads and writes media files."""
 
 from flowgen.batch import Batch, Moments
 from flowgen.data.classes import check_classes

@@ -1,4 +1,4 @@
-"""Clips of the built-in digits bouncing off the borders. They are generated, so no download is needed."""
+"""Generates clips of the built-in digits, which bounce off the borders of the frame."""
 
 from __future__ import annotations
 
@@ -14,11 +14,11 @@ from flowgen.data.named import read_digits
 
 @dataclasses.dataclass(frozen=True)
 class BouncingDigits:
-    """Clips that each show one moving digit, generated on demand. Clip i shows digit i mod n, for n digits.
+    """A dataset of clips that each show one moving digit. Indexing generates the clips.
 
-    The digit moves in a straight line and bounces off the borders. Along each axis, its speed per frame is between 0.6
-    and 1.4 sixteenths of the clip's shorter side. Bilinear interpolation renders digits at fractional positions. The
-    clips are the same in every NumPy version.
+    With n digits, clip i shows digit i mod n. The digit moves in a straight line and bounces off the borders. Along
+    each axis, it moves by 3.75 % to 8.75 % of the clip's shorter side per frame. Digits at fractional pixel positions
+    are drawn with bilinear interpolation. The clips are the same in every NumPy version.
 
     Example:
         dataset = BouncingDigits(digits, labels, num=1000, event_shape=(8, 16, 16, 1), seed=0)
@@ -47,7 +47,7 @@ class BouncingDigits:
         return Batch(clips, self.labels[indices % len(self.digits)])
 
     def _courses(self, indices: Int[np.ndarray, " b"]) -> tuple[Float[np.ndarray, "b f"], Float[np.ndarray, "b f"]]:
-        """Returns the row and the column of each digit's top left corner in every frame, in pixels."""
+        """Returns the row and the column of the digit's top left corner in every frame of each clip, in pixels."""
         raw = [
             np.random.Philox(np.random.SeedSequence(self.seed), counter=[index, 0, 0, 0]).random_raw(8)
             for index in indices.tolist()
@@ -65,7 +65,7 @@ class BouncingDigits:
 
 
 def _weights(at: Float[np.ndarray, "b f"], length: int, side: int) -> Float[np.ndarray, "b f length side"]:
-    """Returns the bilinear weights that place `side` pixels, from position `at` on, on a line of `length` pixels."""
+    """Returns the bilinear weights that draw `side` pixels from position `at` into a line of `length` pixels."""
     centres = at[:, :, None, None] + np.arange(side)
     return np.maximum(0, 1 - np.abs(np.arange(length)[:, None] - centres)).astype(np.float32)
 
@@ -73,10 +73,10 @@ def _weights(at: Float[np.ndarray, "b f"], length: int, side: int) -> Float[np.n
 def bouncing_digits(
     num: int, eval_fraction: float, *, frames: int, image_size: tuple[int, int], channels: int, split: Split
 ) -> BouncingDigits:
-    """Returns the clips of a split. Digits are half as large as the clip's shorter side, but at least 8 x 8 pixels.
+    """Returns the clips of a split. The side of a digit is half the clip's shorter side, but at least 8 pixels.
 
-    num: number of clips in both splits combined. eval_fraction: fraction of the digits, and also of the clips, that is
-    held out.
+    num: number of clips in both splits combined. eval_fraction: fraction of the digits, and also of the clips, to hold
+    out.
 
     Example:
         dataset = bouncing_digits(1000, 0.1, frames=8, image_size=(16, 16), channels=1, split="train")

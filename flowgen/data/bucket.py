@@ -1,4 +1,4 @@
-"""Lists the images or videos in a bucket: single files, or files in tar files."""
+"""Lists the images or videos in a bucket, stored as single files or in tar files."""
 
 from __future__ import annotations
 
@@ -17,9 +17,9 @@ _OF_RUN = re.compile(r"(.+)/(config\.json|checkpoints/[0-9]+/meta\.json)")
 
 
 def list_bucket(url: str, suffixes: Collection[str], what: str) -> Listing:
-    """Lists the files with these suffixes in a folder of a bucket, as `list_files` lists those of a local folder.
+    """Lists the files with these suffixes in a folder of a bucket, by the same rules as `list_files`.
 
-    Raises FileNotFoundError if there are no such files, and ValueError in the same cases as `list_files`.
+    Raises FileNotFoundError if the folder does not exist or is empty, and ValueError in the same cases as `list_files`.
 
     Example:
         listing = list_bucket("gs://bucket/photos", (".png", ".jpg"), "images")
@@ -52,9 +52,9 @@ def list_bucket(url: str, suffixes: Collection[str], what: str) -> Listing:
 
 
 def bucket_shards(url: str, what: str) -> Shards:
-    """Returns the tar file with this URL, or all tar files in this folder of a bucket, ordered by name.
+    """Returns the tar file at this URL or, if the URL is a folder, all tar files in the folder, ordered by name.
 
-    Raises FileNotFoundError if there are none, or ValueError if a tar file is compressed.
+    Raises FileNotFoundError if there are none, and ValueError if one of them is compressed.
 
     Example:
         shards = bucket_shards("gs://bucket/photos", "images")
@@ -86,7 +86,7 @@ def bucket_shards(url: str, what: str) -> Shards:
 
 
 def _runs(folder: RemoteFolder, sizes: Mapping[str, int]) -> set[str]:
-    """Returns the outermost folders that are runs of flowgen; see `was_trained_in`."""
+    """Returns the outermost folders that flowgen runs have written; see `was_trained_in`."""
     runs = set()
     for found in filter(None, map(_OF_RUN.fullmatch, sorted(sizes))):
         if found[2] != "config.json" or b'"sha256"' in folder.read(found[0]):

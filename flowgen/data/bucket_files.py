@@ -1,4 +1,4 @@
-"""Files in a bucket. Single files are read as a whole, and tar files by ranges of bytes."""
+"""Reads files in a bucket."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from flowgen.places import RemoteFolder
 
 @dataclass(frozen=True)
 class BucketFile:
-    """A file in a bucket. It is read as a whole. size: number of bytes when it was listed.
+    """A file in a bucket. Reading always fetches the whole file. size: number of bytes when the file was listed.
 
     Example:
         image = read_image(BucketFile(RemoteFolder("gs://bucket"), "cat.png", 1000), size=(64, 64), ...)
@@ -31,13 +31,13 @@ class BucketFile:
         return _whole(self, self.size, lambda: self.folder.read(self.name))
 
     def open(self, mode: Literal["rb"], /) -> io.BytesIO:
-        """Returns the opened file."""
+        """Reads the file, and returns its content as a stream."""
         return io.BytesIO(self.read_bytes())
 
 
 @dataclass(frozen=True)
 class BucketShard:
-    """A tar file in a bucket, read by ranges. size: number of bytes when it was listed.
+    """A tar file in a bucket. Reading fetches only ranges of bytes. size: number of bytes when the file was listed.
 
     Example:
         content = shard.read_range(512, 1000)
@@ -52,7 +52,7 @@ class BucketShard:
         return f"{self.folder}/{self.name}"
 
     def read_range(self, offset: int, size: int) -> bytes:
-        """Returns `size` bytes from `offset` on, or fewer at the end. Raises ChangedData if reading fails."""
+        """Returns `size` bytes from `offset`, or fewer at the end. Raises ChangedData if they cannot all be read."""
         end = min(offset + size, self.size)
         if offset >= end:
             return b""
@@ -60,7 +60,7 @@ class BucketShard:
 
 
 class BucketFolder:
-    """A folder in a bucket, whose files are found by name. sizes: the number of bytes of each file.
+    """A folder in a bucket. `folder / name` returns one of its files. sizes: number of bytes of each file, by name.
 
     Example:
         file = BucketFolder(RemoteFolder("gs://bucket/photos"), {"cat/1.png": 1000}) / "cat/1.png"
@@ -77,7 +77,7 @@ class BucketFolder:
 
 
 def bucket_file(url: str) -> BucketFile:
-    """Returns the file with this URL. Raises FileNotFoundError if it does not exist.
+    """Returns the file at this URL. Raises FileNotFoundError if it does not exist.
 
     Example:
         file = bucket_file("gs://bucket/shapes.npz")

@@ -1,4 +1,4 @@
-"""Classes in files next to the samples, as in the WebDataset layout: `1.cls` has the class of `1.jpg`."""
+"""Reads classes from files next to the samples, as in the WebDataset layout: `1.cls` contains the class of `1.jpg`."""
 
 from __future__ import annotations
 
@@ -19,13 +19,13 @@ _LIKE_A_NUMBER = re.compile(r"[-+]?[0-9]*\.?[0-9]+([eE][-+]?[0-9]+)?")
 
 
 def listed_with_classes(folder: StoredFolder, entries: Entries, what: str) -> Listing:
-    """Returns the listing of entries. If files next to the samples contain their classes, folders are not classes.
+    """Returns a listing of the entries. If samples have .cls files, these define the classes instead of the folders.
 
-    Each of these files contains a number or a name. If all of them contain numbers, the numbers are the labels; -1
-    means no label. Otherwise, the contents are names of classes, which are ordered by name.
+    A .cls file contains a number or a name. If all of them contain numbers, the numbers are the labels; -1 means no
+    label. Otherwise, all of them must contain class names, and the classes are sorted by name.
 
-    Raises the same errors as `Entries.listing`, and ValueError if only some samples have such a file, or if a file
-    contains no class.
+    Raises ValueError in the same cases as `Entries.listing`, if only some samples have a .cls file, or if such a file
+    does not contain exactly one class.
 
     Example:
         listing = listed_with_classes(folder, entries, "images")
@@ -47,7 +47,7 @@ def listed_with_classes(folder: StoredFolder, entries: Entries, what: str) -> Li
 
 
 def _check_names(texts: list[str], listing: Listing) -> None:
-    """Raises ValueError if names of classes are mixed with numbers, or with what may be a damaged number."""
+    """Raises ValueError if only some of the texts look like numbers, or if a number is malformed."""
     like = [bool(_LIKE_A_NUMBER.fullmatch(text)) for text in texts]
     if not any(like):
         return
@@ -73,7 +73,7 @@ def _class_in(folder: StoredFolder, name: str) -> str:
 
 
 def _numbers(texts: list[str], folder: StoredFolder) -> tuple[str, ...]:
-    """Returns the names of classes that are numbered from 0."""
+    """Returns the class names "0", "1" and so on, up to the largest number."""
     largest = max(map(int, texts), default=NO_LABEL)
     if largest >= max(MOST_SPARSE, len(texts)):
         raise ValueError(
@@ -84,7 +84,7 @@ def _numbers(texts: list[str], folder: StoredFolder) -> tuple[str, ...]:
 
 
 def _by_class(listing: Listing) -> Listing:
-    """Returns the listing with its samples ordered by class, and within a class as before."""
+    """Returns the listing with its samples sorted by class. Within each class, they keep their order."""
     order: list[int] = np.argsort(listing.labels, kind="stable").tolist()
     names, captions, files = (
         tuple(column[i] for i in order) for column in (listing.names, listing.captions, listing.class_files)

@@ -18,7 +18,7 @@ T = TypeVar("T")
 
 @runtime_checkable
 class HasClasses(Protocol):
-    """Data with labels that index `class_names`."""
+    """Data whose labels are indices into `class_names`."""
 
     @property
     def class_names(self) -> tuple[str, ...]: ...
@@ -27,7 +27,7 @@ class HasClasses(Protocol):
 def checked_names(classes: object, field: str = "classes") -> tuple[str, ...]:
     """Returns the class names in composed Unicode form (see `composed`).
 
-    Raises ValueError unless they are a tuple of distinct names. The message names the field.
+    Raises ValueError, with `field` in the message, unless `classes` is a tuple of distinct names.
 
     Example:
         checked_names(("cat", "dog"))  # ("cat", "dog")
@@ -46,7 +46,7 @@ def tell_held_out(
 ) -> None:
     """Warns about classes whose samples are all held out.
 
-    kept: positions of the samples in the training split. what: plural noun for the samples in the warning.
+    kept: positions of the samples in the training split. what: plural noun for the samples, used in the warning.
 
     Example:
         tell_held_out(np.array([0, 1, 1]), np.array([1, 2]), ("cat", "dog"), "images")  # warns about cat
@@ -59,9 +59,9 @@ def tell_held_out(
 
 
 def with_classes(found: T, classes: tuple[str, ...], where: str) -> T:
-    """Returns the data with new labels, which are the indices of the class names in `classes`.
+    """Returns the data with each label replaced by the index of its class name in `classes`.
 
-    A warning lists the classes without examples.
+    Warns about classes without examples.
 
     found: a dataclass with `labels` and `class_names`. It is returned unchanged if it has no class names or if
     `classes` is empty. where: the origin of the data, used in messages.
@@ -79,12 +79,12 @@ def with_classes(found: T, classes: tuple[str, ...], where: str) -> T:
 
 
 def numbered_classes(count: int, classes: tuple[str, ...], where: str, told: str) -> tuple[str, ...]:
-    """Returns the class names of a run on data without class names; the labels are indices into these names.
+    """Returns `classes`, after checking that they cover the labels of data without class names.
 
-    Warns unless the names of the classes in the data are "0", "1" and so on.
+    Warns unless the first `count` names are "0", "1" and so on.
 
-    count: number of classes in the data. where: the origin of the labels. told: the start of the warning, which says
-    that the labels are numbers. Both are used in messages.
+    count: number of classes in the data. where: the origin of the labels, used in the error message. told: the start of
+    the warning, such as "The labels are".
 
     Raises ValueError if there are fewer names than classes.
 
@@ -113,7 +113,7 @@ def renumbered(labels: Int[np.ndarray, " n"], numbers: Int[np.ndarray, " found"]
 def class_numbers(found: tuple[str, ...], classes: tuple[str, ...], where: str) -> Int32[np.ndarray, " found"] | None:
     """Returns the index in `classes` of each name in `found`, or None if labels need no mapping.
 
-    Gives the same warnings and raises the same errors as `with_classes`.
+    Warns and raises errors in the same cases as `with_classes`.
 
     Example:
         class_numbers(("dog", "fox"), ("cat", "dog", "fox"), "data.path 'photos'")  # 1, 2
@@ -163,13 +163,13 @@ def check_classes(dataset: HasClasses, num_classes: int) -> None:
 
 
 def parse_classes(text: str, names: tuple[str, ...], num_classes: int) -> list[int]:
-    """Returns the numbers of the classes selected with `--classes`.
+    """Returns the class numbers that the option `--classes` selects.
 
     text: names or numbers separated by commas; a name that contains a comma must be double-quoted. An entry is read as
-    a number only if no class has that name. If any class name is itself a number, such as "10", the only number
-    accepted is -1 (unconditional).
+    a number only if no class has that name. If any class name is itself a number, such as "10", entries cannot be class
+    numbers, except -1 (unconditional).
 
-    Raises ValueError if the model does not have such a class. The message lists the known names.
+    Raises ValueError if an entry is not a class of the model. The message lists the class names.
 
     Example:
         parse_classes("dog,0", ("cat", "dog"), 2)  # [1, 0]

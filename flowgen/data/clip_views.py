@@ -1,4 +1,4 @@
-"""Datasets for video flows in addition to whole clips: images, and clips that lack their first frame."""
+"""Datasets on which video flows train in addition to whole clips: images, and clips without their first frame."""
 
 from __future__ import annotations
 
@@ -36,7 +36,7 @@ class _View:
 
 @dataclasses.dataclass(frozen=True)
 class StillClips(_View):
-    """Presents images as clips of one frame.
+    """A dataset that returns images as clips of one frame.
 
     Example:
         dataset = StillClips(load(DataConfig(), image_size=(16, 16), channels=1, split="train"))
@@ -55,10 +55,10 @@ class StillClips(_View):
 
 @dataclasses.dataclass(frozen=True)
 class ContinuedClips(_View):
-    """Clips that lack their first frame. They teach a model to continue long clips; their captions begin with a prefix.
+    """Clips without their first frame, for training a model to continue long clips.
 
-    Codecs encode the first frame differently from later frames. The latents are therefore obtained by encoding the
-    whole clips and dropping the first latent frame.
+    Their captions begin with "(extend) ". Codecs encode the first frame differently from later frames, so the latents
+    are obtained by encoding the whole clips and dropping the first latent frame.
 
     Example:
         dataset = ContinuedClips(load_clips(config, frames=8, image_size=(16, 16), channels=1, split="train"))

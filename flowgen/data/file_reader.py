@@ -20,10 +20,11 @@ _AT_ONCE = 128
 
 
 class FileReader(Generic[T]):
-    """Reads files by position in a list. Unreadable files raise an error or are skipped, as `on_corrupt` says.
+    """Reads files by position in a list. `on_corrupt` decides whether unreadable files cause an error or are skipped.
 
-    job: a function that returns, for a position, a function that reads the file and may raise `Unreadable`.
-    on_corrupt: "refuse" raises a ValueError that names such files; "skip" leaves them out, with one warning for each.
+    job: a function that maps a position to a function without arguments, which reads the file there or raises
+    `Unreadable`.
+    on_corrupt: "refuse" raises a ValueError that lists such files; "skip" leaves them out, with one warning for each.
     what: singular and plural noun for the files, used in messages. split: the split to which the files belong.
     replaces: whether another file may replace a skipped one. workers: the threads or processes that read the files.
 
@@ -56,10 +57,10 @@ class FileReader(Generic[T]):
         return self._on_corrupt == "skip"
 
     def read(self, positions: Sequence[int]) -> list[tuple[int, T]]:
-        """Returns the position and content of a file for each position.
+        """Returns a pair (position, content) for the file at each position.
 
-        If files may be skipped, an unreadable file is replaced by the next readable one; the first file follows the
-        last.
+        If files may be skipped, an unreadable file is replaced by the next readable one; the search wraps around at the
+        end.
 
         Raises ValueError if an unreadable file may not be skipped, or no file is readable.
         """
@@ -75,7 +76,7 @@ class FileReader(Generic[T]):
             self.read([0])
 
     def read_all(self, keep: Callable[[int, T], None], *, may_be_empty: bool = False) -> Int[np.ndarray, " kept"]:
-        """Calls `keep` with each readable position and its content, and returns these positions.
+        """Calls `keep` with the position and content of each readable file, and returns these positions.
 
         may_be_empty: whether to return no positions, instead of raising an error, if no file is left.
         """

@@ -43,22 +43,21 @@ def read_folder(
 
     Each first-level sub-folder that contains images, at any depth, is a class (see `list_files` and `config.classes`).
     If there are no classes, all images have label -1. The split depends only on the file names, so an unreadable file
-    never moves another file between splits (see `hold_out_files`). All images are decoded once and kept in memory. If
-    the images would need more than `config.in_memory_bytes`, each batch is decoded on demand instead. A warning states
-    what was left out, and why.
+    never moves another file between splits (see `hold_out_files`). Images are decoded once and kept in memory, or, if
+    they need more than `config.in_memory_bytes`, decoded for every batch. A warning states what was left out, and why.
 
     The caption of `cat.png` is read from `cat.png.txt` or, if there is no such file, from `cat.txt` in the same folder.
     Either all images or none must have captions.
 
     If `config.aspects` is set, each image goes to the bucket with the nearest aspect ratio. All images of a bucket are
-    resized to one shape, which has sides that are multiples of `multiple` and about as many pixels as `image_size`.
+    resized to one shape, which has about as many pixels as `image_size` and whose sides are multiples of `multiple`.
 
     Raises:
         FileNotFoundError, NotADirectoryError: `config.path` is not a folder.
         PermissionError: a folder below `config.path` cannot be read.
-        ValueError: there are no images, images lie next to class folders, a class is not one of `config.classes`,
-        `channels` is not 1 or 3, only some images have captions, or files are unreadable and `config.on_corrupt` is
-        "refuse". All files are checked, and the message names the first five unreadable ones.
+        ValueError: there are no images, some images are in class folders and others at the top level, a class is not
+        one of `config.classes`, `channels` is not 1 or 3, only some images have captions, or files are unreadable and
+        `config.on_corrupt` is "refuse". All files are checked, and the message lists the first five unreadable ones.
 
     Example:
         config = DataConfig("folder", path="photos")
@@ -125,7 +124,7 @@ def read_folder(
 
 
 def _tell_converted(config: DataConfig, files: Sequence[StoredFile], channels: int) -> None:
-    """Warns if some images lose their colour, or if none has any but the model does. Looks at some files."""
+    """Warns if colour images become grey, or if all images are grey but the model is not. Checks up to 32 images."""
     some = [files[i] for i in np.linspace(0, len(files) - 1, min(_LOOKED_AT, len(files))).astype(int)]
 
     def colour(file: StoredFile) -> bool | None:
@@ -155,7 +154,7 @@ class OfFiles(Protocol):
 
 
 def listed(config: OfFiles, suffixes: tuple[str, ...], what: str) -> Listing:
-    """Lists the files with these suffixes that a config selects. The path of the config may be a URL.
+    """Lists the files with these suffixes that a config selects. `config.path` may be a URL.
 
     Example:
         listing = listed(DataConfig("folder", path="photos"), (".png",), "images")
@@ -188,7 +187,7 @@ def opened(config: OfFiles, suffixes: tuple[str, ...], what: str) -> Listing:
 def read_captions(listing: Listing) -> tuple[str, ...]:
     """Returns the captions of the listed files, each as one line. Returns an empty tuple if no file has a caption.
 
-    Raises ValueError if only some files have captions, or a caption is not UTF-8.
+    Raises ValueError if only some files have captions, or if a caption is not UTF-8.
 
     Example:
         captions = read_captions(list_files("photos", (".png",), "images"))
@@ -207,7 +206,7 @@ def _caption(path: StoredFile) -> str:
 
 
 def _aspects(files: Sequence[StoredFile], on_corrupt: OnCorrupt, split: Split) -> list[str | None]:
-    """Returns the nearest aspect of each image, read from its header, or None if the image is skipped."""
+    """Returns the nearest aspect ratio of each image according to its header, or None if the image is skipped."""
     found: list[str | None] = [None] * len(files)
     reader = FileReader(
         lambda i: lambda: nearest_aspect(*read_image_size(files[i])), files, on_corrupt, what=_WHAT, split=split

@@ -48,7 +48,7 @@ F = TypeVar("F")
 
 
 def found_classes(config: DataConfig | ClipsConfig | LatentsConfig) -> tuple[str, ...]:
-    """Returns the class names of the data that a config describes, ordered by label. Opens no images.
+    """Returns the class names of the data that a config selects, ordered by label. Opens no images.
 
     If the data cannot be read, raises the same errors as `load` and `load_clips`.
 
@@ -113,19 +113,19 @@ def _listed(config: DataConfig | ClipsConfig) -> Listing:
 
 
 def _apart(dataset: Dataset | BucketedDataset) -> tuple[list[Dataset], list[Dataset]]:
-    """Returns the buckets of images or whole clips, and the buckets of images that accompany clips."""
+    """Returns the buckets of images or whole clips, and those of images that are trained on in addition to clips."""
     buckets = buckets_of(dataset)
     whole = [bucket for bucket in buckets if kind_of(bucket) in ("image", "clip")]
     return whole, [bucket for bucket in buckets if kind_of(bucket) == "still"]
 
 
 def _at_most(dataset: Dataset | BucketedDataset) -> bool:
-    """Returns whether the counts may include unreadable files, which are detected only when they are read."""
+    """Returns whether the number of samples may include unreadable files, which are detected only when read."""
     return any(isinstance(b, FileDataset) and b.reader.skips for b in buckets_of(dataset))
 
 
 def _sizes(config: DataConfig | ClipsConfig, listing: Listing) -> tuple[tuple[int, int], ...]:
-    """Returns (height, width) for some evenly spaced files, except unreadable ones."""
+    """Returns the (height, width) of up to 32 images or 4 videos, without the unreadable ones."""
     is_video = isinstance(config, ClipsConfig)
     most = min(_VIDEOS_SIZED if is_video else _IMAGES_SIZED, len(listing))
     files = [listing.files[i] for i in np.linspace(0, len(listing) - 1, most).astype(int)]
@@ -141,7 +141,7 @@ def _sizes(config: DataConfig | ClipsConfig, listing: Listing) -> tuple[tuple[in
 
 
 def _marks(config: DataConfig | ClipsConfig | LatentsConfig, listing: Listing | None) -> tuple[Marks, Marks]:
-    """Returns the digests of each split's files, by name. Files with data for both splits count as training."""
+    """Returns each split's file sizes or checksums, by name. Files used by both splits count as training files."""
     if isinstance(config, LatentsConfig):
         folder = Path(config.path)
         files = [folder / INDEX_FILE, *sorted(folder.glob("*/*.npy"))]
@@ -165,12 +165,12 @@ def _marks(config: DataConfig | ClipsConfig | LatentsConfig, listing: Listing | 
 
 
 def _marks_of(files: Iterable[F], names: Sequence[str], mark: Callable[[F], int]) -> dict[str, int]:
-    """Returns each file's digest by name. Files are read in parallel, because network file systems are slow."""
+    """Returns `mark` of each file, by name. Files are read in parallel, because network file systems are slow."""
     with ThreadPoolExecutor(max_workers=32) as pool:
         return dict(zip(names, pool.map(mark, files), strict=True))
 
 
 def _mark(file: Path) -> int:
-    """Returns a checksum of a file's size and first bytes, which changes if the data are encoded again."""
+    """Returns a checksum of a file's size and first 64 KiB."""
     with file.open("rb") as opened:
         return zlib.crc32(opened.read(_MARKED_BYTES), file.stat().st_size)

@@ -1,4 +1,4 @@
-"""Reads image files of any size, mode and orientation into uint8 arrays of a requested shape."""
+"""Reads image files of any colour mode and orientation into uint8 arrays of a requested shape."""
 
 from __future__ import annotations
 
@@ -43,7 +43,7 @@ _BAND = 1 << 22
 
 
 class UnreadableImage(Unreadable):
-    """Raised if a file cannot be decoded; the message names the file and the reason."""
+    """Raised if a file cannot be decoded. The message contains the file and the reason."""
 
 
 def read_image(
@@ -52,8 +52,8 @@ def read_image(
     """Returns the image in a file, turned upright, as a uint8 array of shape (*size, channels).
 
     Transparent images are composited on white. Samples of more than 8 bits are reduced to their highest 8 bits. Only
-    the first frame of an animation is read. Unreadable metadata are ignored. For a damaged TIFF, libtiff may print a
-    message.
+    the first frame of an animation is read. Unreadable metadata are ignored. While reading a damaged TIFF file, libtiff
+    may print a message.
 
     Raises:
         UnreadableImage: the pixels are damaged or truncated; the image has more than 178 million pixels (44 million for
@@ -102,7 +102,7 @@ def is_colour(path: AnyFile) -> bool:
 
 
 def _with_image(path: AnyFile, use: Callable[[Image, Turn], T]) -> T:
-    """Returns the result of `use` for an open image and its turn. If this fails, retries without metadata."""
+    """Applies `use` to an open image and its turn. If the image is unreadable, retries without metadata."""
     file = stored(path)
     if isinstance(file, Path) and file.exists() and not file.is_file():
         raise UnreadableImage(f"'{file}' (not a file)")
@@ -154,8 +154,8 @@ def _opened(path: StoredFile, content: bytes | None = None) -> Generator[Image]:
 def fit(image: Image, size: tuple[int, int], crop: Crop, *, pixel_aspect: float = 1.0) -> Image:
     """Returns the image resized to `size` (height, width) with antialiased bilinear resampling.
 
-    With crop "center", the image is scaled so that it just covers `size`, and then its centre is cropped, as for the
-    published models. With "none", nothing is cropped, and each side is stretched independently.
+    With crop "center", the image is scaled so that it just covers `size`, and then cropped to its central part. With
+    "none", nothing is cropped, and each side is scaled independently.
 
     pixel_aspect: ratio of a pixel's displayed width to its height.
 
@@ -181,10 +181,7 @@ def fit_array(
 
 
 def _box(image_size: tuple[int, int], size: tuple[int, int], crop: Crop, turn: Turn, pixel_aspect: float = 1.0) -> Box:
-    """Returns left, top, right and bottom of the part that `fit` keeps, in pixels of the image before the turn.
-
-    Only this part is resampled, so the cost is bounded for every aspect ratio.
-    """
+    """Returns left, top, right and bottom of the part that `fit` keeps, in pixels of the image before the turn."""
     (columns, rows), (height, width) = image_size, size
     if crop == "none":
         return 0.0, 0.0, float(columns), float(rows)
@@ -207,7 +204,7 @@ def _box(image_size: tuple[int, int], size: tuple[int, int], crop: Crop, turn: T
 
 
 def _resized(image: Image, size: tuple[int, int], box: Box, flat: Callable[[Image], Image]) -> UInt8[np.ndarray, "..."]:
-    """Returns the part of an image inside a box, composited on white and resized. Processes large images in bands."""
+    """Returns the part of an image in a box, composited on white and resized. Processes large images band by band."""
     left, top, right, bottom = box
     step = (bottom - top) / size[0]
     # The resampling filter extends to each side by one output pixel or, if the image is enlarged, by one input pixel.
@@ -244,7 +241,7 @@ def _in_mode(image: Image, mode: str) -> Image:
 
 
 def on_white(image: Image) -> Image:
-    """Returns an image with its transparency composited on white.
+    """Returns an image composited on white.
 
     Example:
         image = on_white(image)
@@ -254,5 +251,5 @@ def on_white(image: Image) -> Image:
 
 
 def _eight_bit(clear: int, depth: int) -> int:
-    """Returns a PNG's transparent grey level, scaled to 8 bits, because Pillow scales only the pixels."""
+    """Returns the transparent grey level of a PNG file, scaled to 8 bits as Pillow scales the pixels."""
     return clear * 255 // ((1 << depth) - 1)

@@ -1,6 +1,6 @@
-"""The inventory of a run's data: a readable line, and a record that is stored with the run to detect later changes.
+"""Summarises a run's data, and records the data files to detect later changes.
 
-This module does not depend on how data are loaded, so the training loop can use it.
+This module does not import the code that loads data, so the training loop can import it.
 """
 
 from __future__ import annotations
@@ -56,7 +56,7 @@ def tell(sentence: str) -> None:
 def tell_converted(images: str, channels: int) -> None:
     """Warns that images are converted to the model's number of channels, 1 or 3.
 
-    images: a noun phrase that names the images and starts the message, as in the example.
+    images: noun phrase for the images, with which the message begins.
 
     Example:
         tell_converted("The colour images of data.path 'photos'", 1)
@@ -66,7 +66,7 @@ def tell_converted(images: str, channels: int) -> None:
 
 
 def quoted(name: str) -> str:
-    """Returns a name in quotes, escaped so that it is safe to show in a terminal.
+    """Returns a name in quotes, escaped so that it is safe to print to a terminal.
 
     Example:
         quoted("cat")  # "'cat'"
@@ -86,14 +86,14 @@ def name_list(names: Sequence[str], most: int = _CLASSES_NAMED) -> str:
 
 @dataclass(frozen=True)
 class Inventory:
-    """A summary of the data of a run.
+    """A summary of a run's data.
 
     what: noun for the samples, such as "images" or "latents of clips". train, held_out: number of samples in each
-    split. before: (height, width) of some of the files, in pixels; empty if files are not resized. after: the sizes to
-    which samples are resized, or the shapes of latents. train_files, held_out_files: map each file name to a
-    fingerprint of the file, such as its size; empty for data that come with a package. left_out: descriptions of what
-    was left out. stills: number of images to train on in addition to clips. at_most: for each split, whether the number
-    of samples is an upper bound, because some files may turn out to be unreadable.
+    split. before: (height, width) of some of the files, in pixels; empty if files are not resized. after: sizes to
+    which samples are resized, or shapes of latents. train_files, held_out_files: the size or a checksum of each file,
+    by name; empty for data that come with a package. left_out: descriptions of what was left out. stills: number of
+    images to train on in addition to clips. at_most: for each split, whether the number of samples may be too high,
+    because it includes unreadable files.
 
     Example:
         inventory = Inventory("images", 1080, 120, ((48, 48),), ((32, 32),), ("cat", "dog", "fox"))
@@ -134,14 +134,14 @@ class Inventory:
         return f"{_shown(ordered[0])} to {_shown(ordered[-1])}{some} -> {after}"
 
     def digest(self) -> str:
-        """Returns a digest of the names and fingerprints of the files in each split."""
+        """Returns a digest of the names of each split's files and of their sizes or checksums."""
         content = hashlib.sha256()
         for files in (self.train_files, self.held_out_files):
             content.update(json.dumps(sorted(files.items())).encode())
         return content.hexdigest()
 
     def record(self) -> dict[str, Any]:
-        """Returns the JSON record to store with a run. It includes the list of files, unless this is very long.
+        """Returns the JSON record to store with a run. It lists the files unless there are more than 100,000.
 
         Example:
             json.dumps(inventory.record())
@@ -158,7 +158,7 @@ class Inventory:
         }
 
     def changes(self, known: Mapping[str, Any]) -> str:
-        """Returns a one-line description of how the files differ from a run's record; "" if there is no difference.
+        """Returns a one-line description of how the files differ from a run's record; "" if they do not differ.
 
         Raises ValueError if `known` is not a run's record.
 
@@ -182,7 +182,7 @@ class Inventory:
 
 
 def _in_one_form(files: Mapping[str, Any]) -> dict[str, Any]:
-    """Returns the fingerprints by composed file name. Names that differ only in their form are left unchanged."""
+    """Returns the mapping with names in composed Unicode form, except for names that would then be equal."""
     forms = Counter(map(composed, files))
     return {composed(name) if forms[composed(name)] == 1 else name: mark for name, mark in files.items()}
 
@@ -190,7 +190,7 @@ def _in_one_form(files: Mapping[str, Any]) -> dict[str, Any]:
 def _differences(
     train: Mapping[str, Any], held: Mapping[str, Any], train_now: Mapping[str, Any], held_now: Mapping[str, Any]
 ) -> str:
-    """Returns a description of the differences between two lists of files."""
+    """Returns a description of how the files of the two splits have changed."""
     before, now = {**train, **held}, {**train_now, **held_now}
     cases = {
         "added": [name for name in now if name not in before],

@@ -1,4 +1,4 @@
-"""Cached latents in files, which are memory-mapped during training.
+"""Reads and writes files of cached latents, which are memory-mapped during training.
 
 <directory>/<split>-<index>/   mean.npy std.npy label.npy; text.npy mask.npy and null.npz if captions were encoded
 <directory>/dataset.json       what the folders contain and how they were made; written last, once the cache is complete
@@ -42,12 +42,12 @@ Count = Annotated[int, Within(1, 1 << 40)]
 
 @config
 class LatentsConfig:
-    """Selects cached latents of images or clips, which `python -m flowgen encode` has written.
+    """Selects latents of images or clips that `python -m flowgen encode` has cached.
 
     path: the directory of the latents.
     fps: frames per second of the clips; 0 if they have the frame rate of the original videos.
-    drop_first: fraction of the clip batches in which clips lack their first latent frame, as in `ClipsConfig`; the
-    latents must include such clips.
+    drop_first: fraction of the batches of clips from which the first latent frame is dropped, as in `ClipsConfig`; the
+    cache must contain latents of such clips.
     images_fraction: fraction of the training batches that consist of images, for a model of clips; 0 uses every clip
     and image equally often.
     classes: the class names in the order of their numbers, as in `DataConfig`.
@@ -69,7 +69,7 @@ class LatentsConfig:
 
 @config
 class TextProvenance:
-    """Records how captions were encoded: everything that their features depend on.
+    """Records how captions were encoded.
 
     encoder: name of the text encoder. digest: digest of the encoder's weights and tokenizer. length: number of tokens
     per text. dim: number of features per token. noise_level, frames_per_second, aspect: what is added to the captions,
@@ -87,13 +87,13 @@ class TextProvenance:
 
 @config
 class Provenance:
-    """Records how cached latents were made.
+    """Records how cached latents were made. If this is unknown, the record is empty.
 
-    If this is unknown, the record is empty, and only flows without a codec accept the latents.
+    Only flows without a codec accept latents with an empty record.
 
-    codec: description of the codec; empty for pixels. codec_digest: digest of everything that the latents depend on.
-    text: how the captions were encoded; None if there are no texts. noise_std: noise level of the flow, which may be
-    part of the texts. data: config of the images or clips, as JSON.
+    codec: description of the codec; empty for pixels. codec_digest: digest of everything that determines the latents.
+    text: how the captions were encoded; None if there are no texts. noise_std: noise level of the flow, which the texts
+    may include. data: config of the images or clips, as JSON.
     """
 
     codec: str = ""
@@ -122,7 +122,7 @@ class ShardEntry:
 
 @config
 class LatentIndex:
-    """The index of cached latents: their class names, provenance and shards."""
+    """The index of a cache of latents."""
 
     format: Literal["flowgen latents 3"]
     class_names: tuple[str, ...]
@@ -139,7 +139,7 @@ class LatentIndex:
 class ShardFile:
     """A shard on disk, memory-mapped on demand; the 64 most recently used shards stay mapped.
 
-    written: modification time in nanoseconds. Because of this time, a replaced file counts as a different shard.
+    written: modification time in nanoseconds, which distinguishes a replaced shard from the old one.
 
     Example:
         shard = ShardFile(Path("latents/train-00000"), 4096, (32, 32, 4), has_text=False).opened()
@@ -152,12 +152,12 @@ class ShardFile:
     written: int = 0
 
     def opened(self) -> Shard:
-        """Returns the shard with its arrays. Raises FileNotFoundError or ValueError if a file is missing or damaged."""
+        """Opens the shard's arrays. Raises FileNotFoundError or ValueError if a file is missing or damaged."""
         return _open_shard(self)
 
 
 class LatentWriter:
-    """Writes the shards of a dataset to a new directory, which `read_latents` can read once `finish` has been called.
+    """Writes the shards of a dataset to a new directory. After `finish`, `read_latents` can read the directory.
 
     Example:
         writer = LatentWriter("data/latents")
@@ -205,7 +205,7 @@ class LatentWriter:
 
 
 def _arrays(shard: Shard) -> dict[str, np.ndarray]:
-    """Returns the arrays of a shard, by file name without the suffix."""
+    """Returns the arrays of a shard, keyed by file name without suffix."""
     arrays = {"mean": shard.moments.mean, "std": shard.moments.std, "label": shard.labels}
     if shard.texts is not None:
         arrays |= {"text": shard.texts.embeddings, "mask": shard.texts.mask}
@@ -248,9 +248,11 @@ def _parsed_index(path: Path, *version: int) -> LatentIndex:
 def read_latents(
     directory: str | os.PathLike[str], split: Split, classes: tuple[str, ...] = ()
 ) -> LatentDataset | BucketedDataset:
-    """Returns a split of cached latents, which are memory-mapped; several kinds or shapes give one bucket each.
+    """Returns a split of the cached latents, which are memory-mapped.
 
-    classes: the class names to which labels are mapped by name; if empty, the data's own classes are kept.
+    If there are latents of several kinds or shapes, each kind and shape becomes a bucket.
+
+    classes: class names in the order of the returned labels; if empty, those of the cache.
 
     Raises FileNotFoundError or ValueError if a file is missing, is truncated or does not have the shape in the index,
     if a label is not a valid class number, or if a class is not in `classes`.
@@ -308,7 +310,7 @@ def _read_null(folder: Path) -> TextCondition:
 
 
 def _checked(directory: Path, entry: ShardEntry, class_names: Sequence[str]) -> ShardFile:
-    """Returns the shard of an index entry, after checking and closing its files."""
+    """Checks the files of an index entry, and returns the shard without keeping them open."""
     folder = directory / entry.folder
     shard = ShardFile(folder, entry.count, entry.shape, entry.has_text)
     label = _open_shard.__wrapped__(shard).labels
@@ -324,7 +326,7 @@ def _checked(directory: Path, entry: ShardEntry, class_names: Sequence[str]) -> 
 
 
 def _open_array(path: Path) -> np.ndarray:
-    """Returns a memory-mapped array of numbers."""
+    """Returns the array of numbers in a file, memory-mapped."""
     try:
         check_regular(path)
         array = np.load(path, mmap_mode="r", allow_pickle=False)

@@ -26,7 +26,7 @@ EncodeTexts = Callable[[Sequence[str]], tuple[Any, Any]]
 
 
 class Shard(NamedTuple):
-    """The latents and labels of some images or clips, and the features of their captions or their contexts, if any.
+    """The latents and labels of some images or clips, with their encoded captions and other contexts, if any.
 
     Example:
         shard = Shard(Moments(mean, std), labels)
@@ -65,19 +65,19 @@ class ClosedShard(Protocol):
     def event_shape(self) -> tuple[int, ...]: ...
 
     def opened(self) -> Shard:
-        """Returns the shard with its arrays."""
+        """Opens the shard's arrays."""
         ...
 
 
 @dataclasses.dataclass(frozen=True)
 class LatentDataset:
-    """A dataset of latents. A latent is stored as the mean and std of a posterior, from which training draws.
+    """A dataset of latents, each stored as the mean and std of a posterior from which training draws a sample.
 
     kind: what was encoded. null: the encoded empty text; None if there are no texts. numbers: maps the labels in the
-    shards to indices into `class_names`; empty if labels need no mapping. use_texts: whether to use texts as contexts,
-    if there are any, instead of labels.
+    shards to indices into `class_names`; empty if labels need no mapping. use_texts: whether to prefer texts to labels
+    as contexts.
 
-    Indexing raises ValueError if latents or texts are not finite, or a std is negative; the message names the shard.
+    Indexing raises ValueError if latents or texts are not finite, or if a std is negative.
 
     Example:
         dataset = LatentDataset((shard,), class_names=("cat", "dog"))
@@ -124,7 +124,7 @@ class LatentDataset:
 
 
 def kind_of(dataset: Dataset) -> Kind:
-    """Returns the kind of samples in a dataset, or of the samples that were encoded as its latents.
+    """Returns the kind of a dataset's samples or, for latents, of the samples that were encoded.
 
     Example:
         kind_of(StillClips(images))  # "still"
@@ -153,11 +153,11 @@ def encode(
     flip: bool = False,
     size: int = READ_AT_ONCE,
 ) -> Iterator[Shard]:
-    """Encodes a dataset. Yields the latents of `size` images or clips at a time.
+    """Encodes a dataset. Yields the latents of up to `size` images or clips at a time.
 
     moments: a function that maps images in [-1, 1] to the (mean, std) of their latents, such as `Codec.moments`. texts:
-    a function that maps captions to (features, mask). flip: whether to encode mirror images too; latents cannot be
-    mirrored afterwards.
+    a function that maps captions to (features, mask). flip: whether to encode mirror images too, because latents cannot
+    be mirrored.
 
     Raises ValueError if `texts` is given but the dataset has neither captions nor class names, or if latents or
     features are not finite.
@@ -185,7 +185,7 @@ def encode(
 
 
 def merged(blocks: Iterable[Shard], size: int = SHARD_BYTES) -> Iterator[Shard]:
-    """Yields shards of at least `size` bytes, joined from smaller ones. The last shard may be smaller.
+    """Joins shards into shards of at least `size` bytes. The last shard may be smaller.
 
     Example:
         for shard in merged(encode(dataset, codec.moments)): writer.add("train", shard)

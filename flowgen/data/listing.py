@@ -17,16 +17,16 @@ def list_files(path: str | os.PathLike[str], suffixes: Collection[str], what: st
     """Lists the files with these suffixes under a folder.
 
     The first-level sub-folders that contain such files, at any depth, are the classes, in alphabetical order. If there
-    are no classes, all files have label -1. Links are followed, but each folder and each file is listed only once. If a
-    file can be reached both directly and through a link, its real path is listed. Hidden files and folders are skipped.
-    The directories of flowgen's runs are also skipped, because they contain generated samples.
+    are no classes, all files have label -1. Links are followed, but each folder and each file is listed only once. A
+    file that can be reached both directly and through a link is listed under its real path. Hidden files and folders
+    are skipped. Folders that a flowgen run has written are also skipped, because they contain generated samples.
 
     what: plural noun for the files, used in error messages.
 
     Raises:
         FileNotFoundError, NotADirectoryError: `path` is not a folder.
         PermissionError, OSError: a folder or a link below `path` cannot be read.
-        ValueError: no files have these suffixes, or there are such files both in class folders and next to them.
+        ValueError: no files have these suffixes, or there are such files both in class folders and at the top level.
 
     Example:
         listing = list_files("photos", (".png", ".jpg"), "images")
@@ -46,7 +46,7 @@ def list_files(path: str | os.PathLike[str], suffixes: Collection[str], what: st
 
 @dataclass
 class _Walk:
-    """Finds the entries in a folder. Links are followed once all real entries are known."""
+    """Finds the entries in a folder. Follows links only after all real entries are known."""
 
     root: str
     entries: Entries
@@ -110,7 +110,7 @@ class _Walk:
         return trained
 
     def _enters(self, folder: str) -> bool:
-        """Records a folder. Returns whether it is seen for the first time."""
+        """Records a folder. Returns whether it is new."""
         about = _about(folder)
         place = about.st_dev, about.st_ino
         fresh = place not in self.folders

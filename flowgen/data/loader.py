@@ -24,18 +24,18 @@ _ORDER, _FLIP, _SCHEDULE = 0, 1, 2
 
 @dataclasses.dataclass(frozen=True)
 class Loader:
-    """Provides stateless training batches, in an order determined by the seed.
+    """Computes the training batch of any step, in an order that the seed determines.
 
     The epochs form one endless sequence of samples. Every sample occurs once per epoch, and each epoch has a new random
-    order. Let B be `batch_size`, the number of samples over all processes. Batch `step` consists of the positions from
-    step B to (step + 1) B - 1 of the sequence. The batch is divided into equal consecutive shares, and process i
-    gets the i-th share. A batch may extend across epochs, and it may be larger than the dataset. The sequence depends
-    neither on the number of processes nor on the batch size.
+    order. Let B be `batch_size`, the number of samples over all processes. Batch `step` consists of the samples at
+    positions `step` · B to (`step` + 1) · B - 1 of the sequence. The batch is divided into equal consecutive shares,
+    and process i gets the i-th share. A batch may span several epochs, and it may be larger than the dataset. The
+    sequence depends neither on the number of processes nor on the batch size.
 
-    Each bucket has a separate sequence. In every pass over the data, a bucket provides as many whole batches as fit
-    into its share, and the batches of all buckets come in random order. The remainder of the share carries over to the
-    next pass, so that in the long run every sample of a bucket is used equally often. At each step, all processes use
-    the same bucket.
+    In a `BucketedDataset`, each bucket has a separate sequence. In every pass over the data, a bucket provides as many
+    whole batches as fit into its number of samples per pass. The batches of all buckets come in random order. Samples
+    left over from a pass are used in the next one, so that in the long run all samples of a bucket are used equally
+    often. At each step, all processes use the same bucket.
 
     flip: mirror each image or clip left to right with probability one half.
 
@@ -68,7 +68,7 @@ class Loader:
             raise ValueError(f"process_index is {self.process_index}; it must be from 0 to {self.process_count - 1}.")
 
     def batch(self, step: int) -> Batch:
-        """Returns this process's share of batch `step`, which consists of batch_size // process_count samples."""
+        """Returns the batch_size // process_count samples of batch `step` that belong to this process."""
         bucket, index = self.place(step)
         share = self.batch_size // self.process_count
         start = index * self.batch_size + self.process_index * share
@@ -80,7 +80,7 @@ class Loader:
         return batch._replace(x=np.where(flipped, x[..., ::-1, :], x))
 
     def place(self, step: int) -> tuple[int, int]:
-        """Returns the bucket that a step uses, and the number of earlier batches from that bucket."""
+        """Returns the bucket of a step's batch, and the number of earlier batches from that bucket."""
         if len(self._buckets) == 1:
             return 0, step
         passed = _pass_of(step, self._shares, self.batch_size)
@@ -121,9 +121,9 @@ class StatelessLoader(Protocol):
 
 
 def prefetch(loader: StatelessLoader, start: int, stop: int, *, depth: int = 2) -> Iterator[Batch]:
-    """Returns an iterator over batches start to stop - 1. Two threads prepare up to `depth` batches in advance.
+    """Returns an iterator over the batches `start` to `stop` - 1. Two threads prepare up to `depth` batches in advance.
 
-    If preparing a batch fails, the error is raised when that batch is due. When the iterator is closed or
+    If preparing a batch fails, the error is raised when the iterator reaches that batch. When the iterator is closed or
     garbage-collected, the threads end after their current batches.
 
     Example:
@@ -136,10 +136,10 @@ def prefetch(loader: StatelessLoader, start: int, stop: int, *, depth: int = 2) 
 
 
 def fixed_batches(dataset: Dataset, batch_size: int) -> Iterator[tuple[Batch, Bool[np.ndarray, " b"]]]:
-    """Returns an iterator over batches for evaluation: one pass over the dataset, in order, with constant shapes.
+    """Iterates over the dataset once, in order, in evaluation batches of constant shape.
 
-    Each batch comes with a mask `b`. The last batch is padded with copies of its last sample, for which the mask is
-    False. Each batch is prepared while the previous one is in use.
+    The last batch is padded with copies of its last sample. Each batch comes with a mask `b` that is False for these
+    copies. Each batch is prepared while the previous one is in use.
 
     Example:
         for batch, mask in fixed_batches(dataset, 256):
@@ -206,7 +206,7 @@ def _before(passed: int, sizes: Sequence[int], batch_size: int) -> list[int]:
 
 
 def _pass_of(step: int, sizes: Sequence[int], batch_size: int) -> int:
-    """Returns the pass over the data that a step belongs to, found by bisection."""
+    """Finds by bisection the pass over the data to which a step belongs."""
     low, high = 0, 1
     while sum(_before(high, sizes, batch_size)) <= step:
         low, high = high, 2 * high

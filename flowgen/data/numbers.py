@@ -31,15 +31,15 @@ _SIMULATORS: dict[str, type[Simulator]] = {"two_moons": TwoMoons, "slcp": SLCP}
 
 @config
 class NumbersConfig:
-    """Selects the numbers in an .npz file, which `np.savez(path, x=..., context=...)` writes.
+    """Selects numbers in an .npz file, as written by `np.savez(path, x=..., context=...)`.
 
-    The file has an array `x` of floats: vectors `num d` or sequences `num n c`. If the model is conditional, it also
-    has `context` (floats: vectors `num k`, tokens `num m k` or images `num height width c`) or `labels` (integers
-    `num`; -1 for none). The boolean array `context_mask` `num m` is True for tokens of the context, and `mask` `num n`
-    is True for the rows of padded samples.
+    The file contains an array `x` of floats: vectors `num d` or sequences `num n c`. For a conditional model, it also
+    contains `context` (floats: vectors `num k`, tokens `num m k` or images `num height width c`) or `labels` (integers
+    `num`; -1 for none). If context tokens are padded, the boolean array `context_mask` `num m` is False for padding. If
+    samples are padded, the boolean array `mask` `num n` is False for padding rows of `x`.
 
     path: the .npz file, or its URL.
-    eval_fraction: fraction of the samples held out for evaluation; 0 holds out none.
+    eval_fraction: fraction of the samples held out for evaluation; with 0, none are held out.
 
     Example:
         data = NumbersConfig(path="measurements.npz")
@@ -51,12 +51,12 @@ class NumbersConfig:
 
 @config
 class SimulatedConfig:
-    """Selects a simulator. The samples are parameters drawn from its prior, and their contexts are observations.
+    """Selects a simulator. The samples are parameters from its prior, and their contexts are simulated observations.
 
     name: the simulator, "two_moons" or "slcp"; see `flowgen.simulators`.
-    simulations: number of simulations, those for evaluation included.
-    seed: seed of the simulations, which are the same in every run with this seed.
-    eval_fraction: fraction of the simulations held out for evaluation; 0 holds out none.
+    simulations: number of simulations, including those for evaluation.
+    seed: random seed of the simulations.
+    eval_fraction: fraction of the simulations held out for evaluation; with 0, none are held out.
 
     Example:
         data = SimulatedConfig("slcp", simulations=30_000)
@@ -69,7 +69,7 @@ class SimulatedConfig:
 
     @property
     def simulator(self) -> Simulator:
-        """The simulator of this name."""
+        """The simulator that `name` selects."""
         return _SIMULATORS[self.name]()
 
 
@@ -105,11 +105,12 @@ class NumbersDataset:
 
 
 def load_numbers(data: NumbersConfig | SimulatedConfig, model: Any, split: Split) -> NumbersDataset:
-    """Returns the samples and contexts in a split, in the form that a model with this config accepts.
+    """Returns the samples and contexts of a split, in the form that a model with this config accepts.
 
     model: a `TokenFlowConfig`, or another config with the fields shape, context, num_classes and padded.
 
-    Raises FileNotFoundError if there is no file, and ValueError if the file or the simulator does not fit the model.
+    Raises FileNotFoundError if the file does not exist, and ValueError if the file or the simulator does not fit the
+    model.
 
     Example:
         dataset = load_numbers(SimulatedConfig(), TokenFlowConfig(shape=(2,), context=VectorContext(2)), "train")
@@ -164,7 +165,7 @@ def _read(path: StoredFile) -> dict[str, np.ndarray]:
 
 
 def _of_arrays(arrays: dict[str, np.ndarray], where: str, model: Any) -> NumbersDataset:
-    """Returns the dataset of a file's arrays. Raises ValueError if an array is missing, wrong or not used."""
+    """Builds the dataset from the arrays of a file. Raises ValueError if an array is missing, invalid or unused."""
     count = len(arrays["x"]) if arrays["x"].ndim else 0
     if count < 1:
         raise ValueError(f"'x' in {where} has shape {arrays['x'].shape}; save at least one sample.")

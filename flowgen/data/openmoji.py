@@ -1,4 +1,4 @@
-"""OpenMoji: thousands of colour drawings with names and groups, rendered from the files of an installed package."""
+"""Loads the OpenMoji colour drawings from an installed package, with their names and groups."""
 
 from __future__ import annotations
 
@@ -46,8 +46,8 @@ def read_openmoji(config: DataConfig, size: tuple[int, int]) -> ArrayDataset:
     """Returns the distinct OpenMoji drawings on white, with emoji groups as labels and emoji names as captions.
 
     The drawings are licensed under CC BY-SA 4.0 (openmoji.org). The groups and names come from Unicode. Drawings that
-    Unicode does not list have an empty caption; see `describe` for their group. The square drawings are padded with
-    white if `size` is not square. The rendered arrays, which occupy tens of megabytes, are cached in the folder
+    Unicode does not list have an empty caption; see `describe` for their groups. The square drawings are padded with
+    white if `size` is not square. The rendered images are cached in a file of tens of megabytes in the folder
     $FLOWGEN_CACHE, by default ~/.cache/flowgen.
 
     Raises:
@@ -83,9 +83,9 @@ OPENMOJI = ImageSet(read_openmoji, GROUPS)
 def describe(codes: list[str]) -> tuple[Int[np.ndarray, " n"], tuple[str, ...]]:
     """Returns the groups, as indices into `GROUPS`, and the Unicode names of emojis.
 
-    Emojis are written as in OpenMoji's file names, such as "1F436" or "1F469-200D-1F680". An emoji that Unicode does
-    not list has an empty name. It belongs to the group of its first code point or, if Unicode does not list this code
-    point either, to "Extras".
+    codes: emojis as in OpenMoji's file names, such as "1F436" or "1F469-200D-1F680". An emoji that Unicode does not
+    list has an empty name and the group of its first code point. If Unicode does not list this code point either, the
+    group is "Extras".
 
     Example:
         labels, captions = describe(["1F436"])    # Animals & Nature, "dog face"

@@ -18,7 +18,7 @@ Distribution = Literal["normal", "eight_gaussians", "five_gaussians", "moons"]
 
 @config
 class PointsConfig:
-    """Names the two distributions between which points are transported (see `flowgen.matching.toy`).
+    """Selects the two distributions between which a model transports points (see `flowgen.matching.toy`).
 
     x0: distribution at t = 0.
     x1: distribution of the data, at t = 1.
@@ -38,7 +38,7 @@ class PointsConfig:
 
 
 def blank_batches(share: int, start: int, stop: int) -> Iterator[Batch]:
-    """Returns placeholder batches of the given size. The device draws the points of a step from the key of the step.
+    """Yields placeholder batches of length `share`. The training step itself draws its points, from the step's key.
 
     Example:
         for batch in blank_batches(256, 0, 20_000):

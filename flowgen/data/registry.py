@@ -32,10 +32,10 @@ _WITH_PATH = (*OF_FILES, "npz")
 def load(
     config: DataConfig, *, image_size: ImageSize, channels: int, split: Split, multiple: int = 1
 ) -> Dataset | BucketedDataset:
-    """Returns the images of one split, in the shape that the model needs.
+    """Returns the images of one split, in the requested shape.
 
-    image_size: side, or (height, width). channels: number of channels. Grey images are repeated to get 3 channels.
-    Colour images are converted to 1 channel if they come from a folder; otherwise, an error is raised. multiple: if
+    image_size: side, or (height, width). channels: number of channels. If it is 3, grey images get 3 equal channels. If
+    it is 1, colour images of `folder` or `tar` are converted to grey; for other data, an error is raised. multiple: if
     `config.aspects` is set, the sides of the images in every bucket are multiples of this number.
 
     Labels are indices into `class_names`; -1 marks an image without a label. The class names are `config.classes`,

@@ -14,7 +14,7 @@ from flowgen.places import check_local
 
 @runtime_checkable
 class OpenedFile(Protocol):
-    """A binary file that is open for reading, such as what `pathlib.Path.open` returns, or an `io.BytesIO`.
+    """A binary file that is open for reading, such as the result of `pathlib.Path.open` or an `io.BytesIO`.
 
     Example:
         with file.open("rb") as opened:
@@ -34,7 +34,7 @@ class OpenedFile(Protocol):
 
 @runtime_checkable
 class StoredFile(Protocol):
-    """A file that can be read, such as a `pathlib.Path` or a member of a tar file. Messages show its `str`.
+    """A file that can be read, such as a `pathlib.Path` or a member of a tar file. Its `str` is shown in messages.
 
     It is hashable, and may be read from several threads at once.
 
@@ -44,7 +44,7 @@ class StoredFile(Protocol):
     """
 
     def open(self, mode: Literal["rb"], /) -> OpenedFile:
-        """Returns the opened file, which is seekable. Raises OSError if the file cannot be opened."""
+        """Opens the file as a seekable stream. Raises OSError if the file cannot be opened."""
         ...
 
     def read_bytes(self) -> bytes:
@@ -54,7 +54,7 @@ class StoredFile(Protocol):
 
 @runtime_checkable
 class StoredFolder(Protocol):
-    """A place whose files are found by name, such as a `pathlib.Path` or a set of tar files.
+    """A folder that returns its files by name, such as a `pathlib.Path` or a set of tar files.
 
     Example:
         file = folder / "cat/1.png"
@@ -66,14 +66,14 @@ class StoredFolder(Protocol):
 
 
 class ChangedData(ValueError):
-    """Raised if a file has changed since it was listed. Such files are never skipped."""
+    """Raised if a file has changed since it was listed, even if unreadable files are to be skipped."""
 
 
 AnyFile: TypeAlias = str | os.PathLike[str] | StoredFile
 
 
 def stored(file: AnyFile) -> StoredFile:
-    """Returns a file that can be opened. A string or an `os.PathLike` is the path of a local file.
+    """Returns the file as a `StoredFile`. A string or an `os.PathLike` is taken as the path of a local file.
 
     Example:
         content = stored("cat.png").read_bytes()

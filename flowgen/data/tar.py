@@ -1,7 +1,7 @@
 """Lists the images or videos in uncompressed tar files (shards), without unpacking them.
 
-The headers of all shards are read once. Afterwards, each file is read by its position, in any order and from several
-threads, so a dataset of shards is used like a dataset of a folder.
+The headers of all shards are read once. Afterwards, files can be read in any order and from several threads, as from a
+folder.
 """
 
 from __future__ import annotations
@@ -44,7 +44,7 @@ class Shards:
     """The shards of a dataset, with their names.
 
     others: names of files in the same folder that are not shards. left_out: names of other entries, and the reasons for
-    leaving them out. hidden: number of hidden entries.
+    leaving them out. hidden: number of hidden entries in the folder.
 
     Example:
         shards = local_shards("photos", "images")
@@ -59,10 +59,10 @@ class Shards:
 
 
 class TarFolder:
-    """Gives access to the files in shards by name, as if all shards were unpacked into one folder.
+    """A folder of the files in several shards, as if all shards were unpacked into one folder.
 
-    If a shard repeats the name of an image or its caption from an earlier shard, the shard is treated as a separate
-    folder: the names of its files begin with the name of the shard.
+    If two shards contain an image, caption or class file of the same name, all names from the later shard are prefixed
+    with the name of the shard.
 
     Example:
         content = (folder / "cat/1.png").read_bytes()
@@ -88,7 +88,7 @@ class TarFolder:
         return TarFile(shard, name[len(prefix) :], self._offsets[position], self._sizes[position])
 
     def add(self, shard: ByteRanges, prefix: str, contents: _Contents) -> None:
-        """Adds the files of a shard. A file with a known name replaces the earlier one."""
+        """Adds the files of a shard. A file replaces any earlier file of the same name."""
         first = len(self._offsets)
         self._positions.update((prefix + name, first + position) for name, position in contents.positions.items())
         self._offsets.extend(contents.offsets)
@@ -99,7 +99,7 @@ class TarFolder:
 
 @dataclass
 class _Contents:
-    """What one shard contains. positions: the position of each file by name. folders: first-level folders."""
+    """The contents of a shard. positions: each file's index into `offsets` and `sizes`. folders: top-level folders."""
 
     positions: dict[str, int] = field(default_factory=dict)
     offsets: array[int] = field(default_factory=lambda: array("q"))
@@ -135,15 +135,15 @@ class _Contents:
 
     @property
     def mark(self) -> int:
-        """A number that is the same for shards with the same names and sizes."""
+        """A hash of the names and sizes of all files."""
         return hash((*self.positions, *self.sizes))
 
     def first_of(self, shard: ByteRanges) -> bytes:
-        """Returns the beginning of the first file of a shard with these contents."""
+        """Returns the first 64 KiB of the first file in a shard that has these contents."""
         return shard.read_range(self.offsets[0], min(self.sizes[0], _COMPARED))
 
     def claimed(self, suffixes: tuple[str, ...]) -> set[str]:
-        """Returns the names of the samples, and of the captions and classes beside them."""
+        """Returns the names of the samples and of their caption and class files."""
         claimed: set[str] = set()
         bases: set[str] = set()
         beside: list[tuple[str, str]] = []
@@ -162,14 +162,14 @@ class _Contents:
 def list_tar(path: str | os.PathLike[str], suffixes: Iterable[str], what: str) -> Listing:
     """Lists the files with these suffixes in a tar file, or in all tar files of a folder.
 
-    The files are listed as `list_files` would list them if all shards were unpacked into one folder (see `TarFolder`),
-    except that links are not followed. If files such as `1.cls` give the classes, folders are not classes.
+    The shards are listed by the rules of `list_files`, as if they were unpacked into one folder (see `TarFolder`), but
+    links are not followed. If there are class files such as `1.cls`, these define the classes instead of the folders.
 
     what: plural noun for the files, used in error messages.
 
     Raises:
-        FileNotFoundError: `path` does not exist, or there are no tar files in it.
-        ValueError: a shard is compressed, truncated or damaged, or it has none of these files.
+        FileNotFoundError: `path` does not exist or contains no tar files.
+        ValueError: a shard is compressed, truncated or damaged, or there are no files with these suffixes.
 
     Example:
         listing = list_tar("photos", (".png", ".jpg"), "images")
@@ -178,7 +178,7 @@ def list_tar(path: str | os.PathLike[str], suffixes: Iterable[str], what: str) -
 
 
 def local_shards(path: str | os.PathLike[str], what: str) -> Shards:
-    """Returns the tar file at a path, or all tar files in the folder at this path, ordered by name.
+    """Returns the tar file at a path or, if the path is a folder, all tar files in the folder, ordered by name.
 
     Raises the same errors as `list_tar`.
 
@@ -239,7 +239,7 @@ def _local(path: Path) -> LocalShard:
 
 @functools.lru_cache(maxsize=2)
 def list_shards(shards: Shards, suffixes: tuple[str, ...], what: str) -> Listing:
-    """Lists the files with these suffixes in shards. Several splits of the same data share the result.
+    """Lists the files with these suffixes in shards. Caches the two latest results for the other splits of a dataset.
 
     Raises the same errors as `list_tar`.
 

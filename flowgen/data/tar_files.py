@@ -1,4 +1,4 @@
-"""Files inside uncompressed tar files (shards), each read by its position."""
+"""Reads single files inside uncompressed tar files (shards)."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ _OPEN_SHARDS = 256
 
 @dataclass(frozen=True)
 class LocalShard:
-    """A local tar file, read by ranges. written: modification time in nanoseconds.
+    """A local tar file, which is read in ranges of bytes. written: modification time in nanoseconds.
 
     Example:
         content = shard.read_range(512, 1000)
@@ -36,7 +36,7 @@ class LocalShard:
         return str(self.path)
 
     def read_range(self, offset: int, size: int) -> bytes:
-        """Returns `size` bytes from `offset` on, or fewer at the end of the file.
+        """Returns `size` bytes from `offset`, or fewer at the end of the file.
 
         Raises ChangedData if the file has changed since it was listed.
         """
@@ -52,7 +52,7 @@ class LocalShard:
 
 
 class _Descriptor:
-    """An open file. It is closed when nothing refers to it any longer."""
+    """An open file, which is closed when the last reference to this object is deleted."""
 
     def __init__(self, path: Path) -> None:
         self.number = os.open(path, os.O_RDONLY | getattr(os, "O_BINARY", 0))
@@ -69,7 +69,7 @@ def _descriptor(shard: LocalShard) -> _Descriptor:
 
 @dataclass(frozen=True)
 class TarFile:
-    """A file in a shard. offset, size: where its content lies in the shard.
+    """A file in a shard. offset, size: position and length of its content in the shard, in bytes.
 
     Example:
         image = read_image(shards / "cat/1.png", size=(64, 64), channels=3, crop="center")
@@ -88,12 +88,12 @@ class TarFile:
         return self.shard.read_range(self.offset, self.size)
 
     def open(self, mode: Literal["rb"], /) -> io.BytesIO | io.BufferedReader:
-        """Returns the opened file."""
+        """Opens the file as a seekable stream."""
         return io.BytesIO(self.read_bytes()) if self.size <= _AT_ONCE else io.BufferedReader(_Window(self), _BUFFER)
 
 
 class _Window(io.RawIOBase):
-    """A file in a shard as a stream."""
+    """A stream of the content of a file in a shard."""
 
     def __init__(self, file: TarFile) -> None:
         self._file, self._at = file, 0

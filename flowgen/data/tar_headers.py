@@ -1,7 +1,7 @@
-"""Reads the headers of an uncompressed tar file, which give the place of each member's content. Reads no content.
+"""Reads the headers of an uncompressed tar file to find the position of each member's content.
 
-The formats are ustar, pax and GNU (POSIX.1-2017, pax; the GNU tar manual, "Basic Tar Format"). Python's tarfile module
-is four times slower, and treats a damaged header as the end of the file.
+Supports the formats ustar, pax and GNU (POSIX.1-2017, pax; the GNU tar manual, "Basic Tar Format"). Python's tarfile
+module takes four times as long, and treats a damaged header as the end of the file.
 """
 
 from __future__ import annotations
@@ -35,7 +35,7 @@ FILE, FOLDER, LINK, SPARSE, OTHER = "file", "folder", "link", "sparse file", "ot
 
 
 class Member(NamedTuple):
-    """A member of a tar file. kind: FILE, FOLDER, LINK, SPARSE or OTHER. offset, size: where its content lies."""
+    """A member of a tar file. kind: FILE, FOLDER, LINK, SPARSE or OTHER. offset, size: range of its content."""
 
     name: str
     kind: str
@@ -45,7 +45,7 @@ class Member(NamedTuple):
 
 @runtime_checkable
 class ByteRanges(Protocol):
-    """A file that is read by ranges of bytes. Messages show its `str`.
+    """A file that is read in ranges of bytes. Its `str` is shown in messages.
 
     size: number of bytes in the file. ahead: number of bytes to read at once when headers are read in order, at least
     512. It is small for local files, and large if each read is a request to another machine.
@@ -61,7 +61,7 @@ class ByteRanges(Protocol):
     def ahead(self) -> int: ...
 
     def read_range(self, offset: int, size: int) -> bytes:
-        """Returns `size` bytes from `offset` on, or fewer at the end of the file."""
+        """Returns `size` bytes from `offset`, or fewer at the end of the file."""
         ...
 
 
@@ -69,7 +69,7 @@ def members(shard: ByteRanges) -> Iterator[Member]:
     """Yields the members of a tar file, in order.
 
     Raises ValueError if the file is compressed or not a tar file, if it is truncated, or if a header is damaged. The
-    message names the file, the last member before the damage, and a remedy.
+    message contains the file, the last member before the damage, and a remedy.
 
     Example:
         for name, kind, offset, size in members(shard): ...
@@ -133,7 +133,7 @@ class _Headers:
         self.last = ""
 
     def block(self, at: int) -> bytes:
-        """Returns the 512 bytes at `at`."""
+        """Returns the block of 512 bytes at position `at`."""
         inside = at - self._start
         if not 0 <= inside <= len(self._content) - BLOCK:
             self._start, self._content, inside = at, self._shard.read_range(at, max(BLOCK, self._shard.ahead)), 0
@@ -166,7 +166,7 @@ class _Headers:
         return block[156:157], self.number(block[124:136], at)
 
     def extra(self, start: int, size: int) -> bytes:
-        """Returns the content of a header that holds a long name or pax records."""
+        """Returns the content of a header for a long name or pax records."""
         if size > _MOST_EXTRA:
             raise self.damage("is damaged", f"a header at byte {start - BLOCK} has {size:,} bytes")
         inside = start - self._start
@@ -190,7 +190,7 @@ class _Headers:
         return found
 
     def number(self, field: bytes, at: int, *, base: int = 8) -> int:
-        """Returns a size: digits or, if the first byte is 128, a big-endian number."""
+        """Parses a size, which is stored as digits or, if the first byte is 128, as a big-endian number."""
         try:
             number = (
                 int.from_bytes(field[1:], "big") if field[:1] == b"\x80" else int(field.strip(b" \0") or b"0", base)

@@ -1,4 +1,4 @@
-"""Files that cannot be decoded, and classes without any readable sample."""
+"""Reports files that cannot be decoded, and classes without any readable sample."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ class Unreadable(ValueError):
 def tell_lost_classes(
     before: Int32[np.ndarray, " n"], after: Int32[np.ndarray, " m"], class_names: Sequence[str], sentence: str
 ) -> None:
-    """Warns about classes that have no samples left. sentence: the warning, with {} where the class names go.
+    """Warns about classes that have no samples left. sentence: the warning, with {} in place of the class names.
 
     Example:
         tell_lost_classes(labels, labels[kept], names, "No image of {} is left.")

@@ -1,4 +1,4 @@
-"""The orientation of images: right-angle turns and mirroring, read from EXIF even if other metadata are malformed."""
+"""Reads the orientation of images (right-angle turns and mirroring) from EXIF, even if other metadata are malformed."""
 
 from __future__ import annotations
 
@@ -65,7 +65,7 @@ _TURNS = {
 
 
 def exif_turn(exif: bytes) -> Turn:
-    """Returns the turn that an EXIF block's orientation tag (0x112) requests; without a valid tag, the identity.
+    """Returns the turn that the orientation tag (0x112) of an EXIF block specifies, or the identity if there is none.
 
     Example:
         turn = exif_turn(image.info.get("exif", b""))
@@ -112,9 +112,9 @@ def image_turn(image: Image) -> Turn:
 
 
 def without_metadata(content: bytes) -> tuple[bytes, Turn] | None:
-    """Strips metadata that do not affect the pixels from a JPEG, PNG or TIFF file. Returns the file and its EXIF turn.
+    """Removes the metadata that do not affect the pixels from a JPEG, PNG or TIFF file.
 
-    Returns None for other files.
+    Returns the file's new content and its EXIF turn, or None for other formats.
 
     Example:
         plain, turn = without_metadata(Path("cat.jpg").read_bytes())
@@ -162,7 +162,7 @@ def _plain_png(content: bytes) -> tuple[bytes, bytes]:
 
 
 def _plain_tiff(content: bytes, order: str) -> bytes:
-    """Returns the file with only its first directory, and only the tags that affect its pixels."""
+    """Returns the file with only those tags of its first directory that affect the pixels."""
     if len(content) < 8 or (at := struct.unpack_from(f"{order}I", content, 4)[0]) + 2 > len(content):
         return content
     (count,) = struct.unpack_from(f"{order}H", content, at)

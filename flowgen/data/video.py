@@ -32,7 +32,7 @@ _TIMES = 1 << 16
 def video_length(path: AnyFile) -> tuple[float, float]:
     """Returns a video's duration in seconds and its frame rate. Raises UnreadableVideo if the file is not a video.
 
-    A video begins with its first key frame and ends with its last complete frame, whatever the file's header states.
+    The duration is that from the first key frame to the end of the last complete frame; the header may state another.
 
     Example:
         seconds, fps = video_length("clip.mp4")
@@ -42,7 +42,7 @@ def video_length(path: AnyFile) -> tuple[float, float]:
 
 
 def video_size(path: AnyFile) -> tuple[int, int]:
-    """Returns a video's displayed (height, width). Raises UnreadableVideo if the file is not a video.
+    """Returns the (height, width) at which a video is displayed. Raises UnreadableVideo if the file is not a video.
 
     Example:
         height, width = video_size("clip.mp4")
@@ -53,7 +53,7 @@ def video_size(path: AnyFile) -> tuple[int, int]:
 
 
 def frame_times(path: AnyFile, *, fps: float | int | None = None) -> Float[np.ndarray, " n"]:
-    """Returns the times in seconds at which `read_clip` finds frames. The first key frame is at time 0.
+    """Returns the times in seconds of the frames that `read_clip` can return. The first key frame is at time 0.
 
     If fps is None, the times are those of the video's own frames, which are found without decoding. Otherwise, they are
     i / fps, up to the video's duration.
@@ -86,9 +86,9 @@ def read_clip(
     start: float | int = 0.0,
     crop: Crop = "center",
 ) -> UInt8[np.ndarray, "frames height width c"]:
-    """Returns the frames that a video shows at the times start + i / fps in seconds, resized and cropped.
+    """Returns the frames that a video shows at `start` + i / `fps` seconds, resized and cropped to `image_size`.
 
-    fps: frames per second; None returns consecutive frames from `start` on, however long each is shown.
+    fps: frames per second; None returns the video's consecutive frames from `start` on.
 
     Frames are turned and mirrored as the file specifies, and resampled to square pixels.
 
@@ -124,7 +124,7 @@ def write_video(
     """Writes frames atomically, as H.264 in an mp4 file or as a looping GIF, depending on the suffix.
 
     The sides of an mp4 must be even, so the last row or column is repeated if a side is odd. The colours of an mp4 are
-    tagged as BT.709. A GIF stores times in hundredths of a second.
+    tagged as BT.709. In a GIF, times are rounded to hundredths of a second.
 
     Raises:
         ValueError: the suffix is unknown, there are no frames, or the frame rate is not positive.
@@ -162,7 +162,7 @@ def write_video(
 
 
 def check_video_path(path: str | os.PathLike[str]) -> None:
-    """Raises the error that `write_video` would raise for this path, so that it is reported early.
+    """Raises any error that `write_video` would raise for this path, before there is a video to write.
 
     Example:
         check_video_path(arguments.out)

@@ -1,4 +1,4 @@
-"""Handles the pixels of decoded frames: orientation, colour space, and conversion back to YCbCr for writing."""
+"""Converts decoded frames to RGB pixels and back, and determines the orientation of frames."""
 
 from __future__ import annotations
 
@@ -36,8 +36,8 @@ def frame_turn(frame: Any) -> Turn:
 def frame_pixels(frame: Any, least: int | None = None) -> UInt8[np.ndarray, "height width 3"]:
     """Returns the RGB pixels of a frame, composited on white. Does not turn the frame.
 
-    least: the smallest side that is needed. To save memory, a frame with more than 4096 x 2048 pixels is shrunk by an
-    integer factor, but its sides stay at least twice this long.
+    least: if not None, a frame with more than 4096 x 2048 pixels is shrunk by an integer factor to save memory, but its
+    sides remain at least twice this long.
 
     Pixels are converted from YCbCr to RGB with the matrix that the frame specifies. If the frame specifies no matrix,
     BT.709 is used for high-definition frames and BT.601 for others, as in video players. A frame is high-definition if
@@ -61,7 +61,7 @@ def frame_pixels(frame: Any, least: int | None = None) -> UInt8[np.ndarray, "hei
 
 
 def to_bt709(pixels: UInt8[np.ndarray, "height width 3"]) -> Any:
-    """Returns a YCbCr frame with the given RGB pixels, in BT.709 with limited range."""
+    """Converts RGB pixels to a YCbCr frame in BT.709 with limited range."""
     frame = (
         av()
         .VideoFrame.from_ndarray(pixels, format="rgb24")

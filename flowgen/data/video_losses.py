@@ -1,4 +1,4 @@
-"""Detects missing bytes in a video, which containers and decoders do not report."""
+"""Detects bytes that are missing from a video, because containers and decoders do not report them."""
 
 from __future__ import annotations
 
@@ -25,11 +25,11 @@ _TS_MOST = 10  # Largest number of bytes from the start of a packet to the end o
 
 
 class Losses:
-    """Detects losses between the packets of a video while a file is read in order.
+    """Detects losses between the packets of a video while they are read in order.
 
-    The signs of a loss depend on the container. In Matroska and FLV, there are bytes that belong to no packet, and
-    there is a gap in the time stamps. In MPEG-TS, a transport packet has a wrong number or sync byte. In MPEG-PS, there
-    is a gap in the time stamps.
+    The signs of a loss depend on the container. In Matroska and FLV, a loss causes a gap in the time stamps and leaves
+    bytes that belong to no packet. In MPEG-TS, it causes a wrong continuity counter or sync byte in a transport packet.
+    In MPEG-PS, it causes a gap in the time stamps.
 
     Example:
         losses = Losses(file, container, stream, rate)
@@ -73,7 +73,7 @@ class Losses:
         return self._kind in _IN_ORDER and passed > _BETWEEN and self._frames_between(before, packet) > _JUMP
 
     def behind(self, end: float) -> bool:
-        """Returns whether data are missing after the last packet. end: the packet's end, in seconds of packet time."""
+        """Returns whether data are missing after the last packet. end: time at which this packet ends, in seconds."""
         if self._kind not in _IN_ORDER or self._at is None or (self._claimed - end) * self._rate < _JUMP:
             return False
         # A truncated file ends in the middle of the next packet.

@@ -1,4 +1,4 @@
-"""Opens video files safely, and reads their complete packets and frames, with display times."""
+"""Opens video files, and reads their complete packets and frames with display times."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ _NO_FRAMES = ("has no frames that can be decoded", "give another video")
 
 
 class UnreadableVideo(Unreadable):
-    """Raised if a video cannot be decoded; the message gives the path, the reason and a remedy.
+    """Raised if a video cannot be decoded. The message contains the path, the reason and a remedy.
 
     Example:
         raise UnreadableVideo("clip.mp4", "is damaged", "convert it again or remove it")
@@ -64,8 +64,8 @@ class Video:
     """An open video file. The video begins at its first key frame, because earlier frames cannot be decoded.
 
     start: start of the stream, in seconds. rate: frames per second. counts_packets: whether the container numbers
-    packets instead of storing time stamps. ahead: packets that were already read when the file was opened. losses:
-    detects losses between packets.
+    packets instead of storing time stamps. ahead: packets that were read when the file was opened. losses: detects
+    losses between packets.
 
     Example:
         with opened("clip.mp4") as video: ...
@@ -82,7 +82,7 @@ class Video:
 
     @property
     def pixel_aspect(self) -> float:
-        """The ratio of a stored pixel's displayed width to its displayed height."""
+        """The ratio of a pixel's displayed width to its displayed height."""
         return float(self.stream.sample_aspect_ratio or 1)
 
     def time_of(self, part: Any) -> float:
@@ -107,7 +107,7 @@ class Video:
         yield from _packets(self.container, self.stream, self.losses)
 
     def whole_packets(self) -> list[tuple[float, float]]:
-        """Returns the display intervals of all frames with complete packets, from the current position on.
+        """Returns the display intervals of all frames that have complete packets after the current position.
 
         If damage is not followed by a key frame, the frames after it are left out, because they cannot be decoded.
         """
@@ -128,8 +128,8 @@ class Video:
     def seek(self, second: float) -> bool:
         """Seeks to a key frame before the given second, and returns whether this succeeded.
 
-        Seeking fails if the file is not seekable. It also fails if frames are reordered and have no time stamps,
-        because such frames can only be counted from the beginning.
+        Fails if the file is not seekable, or if frames are reordered and have no time stamps, because such frames can
+        only be counted from the beginning.
         """
         if self.counts_packets and self.stream.codec_context.has_b_frames:
             return False
@@ -227,7 +227,7 @@ def _packets(container: Any, stream: Any, losses: Losses) -> Iterator[Packet]:
 
 
 def _leans(packet: Packet) -> bool:
-    """Returns whether a packet depends on an earlier one."""
+    """Returns whether a packet is not a key frame."""
     return not packet.packet.is_keyframe
 
 
@@ -260,7 +260,7 @@ def last_end(path: AnyFile) -> float:
 def shown_frames(path: AnyFile, start: float | int = 0.0) -> Iterator[tuple[Shown, Video]]:
     """Yields the frames of a video, beginning with the one that is shown at `start` seconds.
 
-    Raises UnreadableVideo if there are no frames from `start` on, or one of them is damaged.
+    Raises UnreadableVideo if there are no frames from `start` on, or if one of them is damaged.
 
     Example:
         for (frame, at, until), video in shown_frames("clip.mp4"): ...

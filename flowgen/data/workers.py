@@ -43,7 +43,7 @@ class Workers:
     """Reads files on all cores.
 
     processes: number of processes that read; 0 reads in threads of this process. remote: whether the files are in a
-    bucket, so that most threads wait.
+    bucket, which requires more threads.
 
     Raises ModuleNotFoundError if processes are requested but loky is not installed.
 
@@ -57,11 +57,11 @@ class Workers:
             _import_loky()
 
     def read(self, jobs: Sequence[Job[T]]) -> list[T | Failure]:
-        """Returns the result of each job; a `Failure` if the job raises `Unreadable`.
+        """Returns the result of each job, or a `Failure` if the job raises `Unreadable`.
 
-        jobs: functions without arguments; if processes read, they must be picklable.
+        jobs: functions without arguments, which must be picklable if processes run them.
 
-        Raises RuntimeError if a process was killed.
+        Raises RuntimeError if a process failed or was killed.
         """
         if not self.processes:
             return list(_threads(available_cores() + self._waiting).map(_read_one, jobs))
@@ -84,8 +84,8 @@ class Workers:
 def workers_of(count: int | Literal["auto"], path: str) -> Workers:
     """Returns the workers for a value of `data.workers` and the path of the data.
 
-    "auto" reads in threads on up to eight cores, and from buckets. On more cores, it reads in one process per core, up
-    to 32, if loky is installed.
+    "auto" reads in threads if there are up to eight cores or the data are in a bucket. Otherwise, it reads in one
+    process per core, at most 32, if loky is installed.
 
     Example:
         workers_of("auto", "photos").processes
@@ -139,7 +139,7 @@ def _processes(count: int) -> Any:
 
 @contextlib.contextmanager
 def _interrupts_blocked() -> Generator[None]:
-    """Returns a context in which new processes do not receive Ctrl-C, even before they can ignore it."""
+    """Returns a context in which new processes start with Ctrl-C blocked, because they cannot ignore it immediately."""
     if not hasattr(signal, "pthread_sigmask"):  # Windows
         yield
         return
@@ -151,7 +151,7 @@ def _interrupts_blocked() -> Generator[None]:
 
 
 def end_processes() -> None:
-    """Ends all processes that read. Call this function before `os._exit`, which skips Python's own clean-up.
+    """Ends all processes that read files. Call this function before `os._exit`, which skips Python's own clean-up.
 
     Example:
         end_processes()
@@ -162,7 +162,7 @@ def end_processes() -> None:
 
 
 def _begin(parent: int) -> None:
-    """Prepares a process that reads. It ignores Ctrl-C, which its parent handles, and ends if its parent is killed."""
+    """Makes a process that reads files ignore Ctrl-C, which its parent handles, and end if its parent is killed."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)
 
     def watch() -> None:

@@ -1,12 +1,13 @@
-"""`fit_affine_draft`, which fits a draft whose tokens are affine in the noise, by ridge regression on encoded samples.
+"""Fits a draft, a cheap guess of a block's tokens, as an affine map of the noise by ridge regression.
 
-In a block's order, token t depends only on the noise of the tokens 0..t. The draft is therefore
+In a block's order, token t depends only on the noise of the tokens 0..t. The draft has the same dependencies, and a
+bias per label:
 
     u_t = b_t(label) + Σ_{s≤t} W_ts z_s
 
-Let A be the normal matrix of the features [label; z], with the ridge on its diagonal, and B the features' products with
-the tokens. A regression on the first m features only needs the leading m × m part of A. With A = L Lᵀ, all these
-regressions are solved together by W = L⁻ᵀ M(L⁻¹ B), where M keeps the rows s ≤ t of each token t.
+Let each row of F contain one sample's features [label, z], and each row of U its tokens. Let A = FᵀF + λI and B = FᵀU.
+A regression on the first m features needs only the leading m × m block of A. With the Cholesky factor L of A, the
+weights of all tokens are therefore W = L⁻ᵀ M(L⁻¹ B), where M sets the rows s > t in the columns of token t to 0.
 """
 
 from __future__ import annotations
@@ -46,16 +47,17 @@ def fit_affine_draft(
     *,
     guidance: Guidance | None = None,
 ) -> Draft:
-    """Returns a draft whose tokens are an affine function of a block's noise and label, but not of any other context.
+    """Returns a draft that computes each block's tokens as an affine function of its noise and label.
 
-    Nothing is decoded. Encoding x gives the noise and the tokens of every block, and each block's function follows in
-    closed form. The function is one matrix product, which costs less than a network pass in most flows.
+    The draft ignores any other context. Encoding x yields every block's noise and tokens, to which the function is
+    fitted in closed form. Evaluating the function takes one matrix product, which is cheaper than a network pass in
+    most flows.
 
-    x: thousands of samples of the flow's training data, with the training noise added, or of the flow.
-    guidance: the guidance that will be used when decoding begins with the draft.
+    x: a few thousand samples, drawn from the flow or from its training data with the training noise added.
+    guidance: the guidance with which the draft will be used.
 
-    Raises ValueError if x, cond or guidance does not fit the flow, if samples have padding, or if the tokens that a
-    block maps together have more than 4096 values.
+    Raises ValueError if x, cond or guidance does not fit the flow, if samples have padding, or if a block maps more
+    than 4096 values together.
 
     Example:
         draft = fit_affine_draft(flow, params, x, labels)
@@ -86,7 +88,7 @@ def fit_affine_draft(
 def affine_tokens(
     weights: Float[Array, "features dims"], noise: Float[Array, "b n c"], cond: Condition | None
 ) -> Float[Array, "b n c"]:
-    """Returns the tokens that are affine in the noise; the function of the draft that `fit_affine_draft` returns."""
+    """Returns the proposed tokens; the function of the draft that `fit_affine_draft` returns."""
     features, dims = weights.shape
     return (_features(noise, cond, features - dims, dims) @ weights).reshape(noise.shape)
 
@@ -104,7 +106,7 @@ def _check_sizes(config: FlowConfig) -> None:
 def _features(
     noise: Float[Array, "b n c"], cond: Condition | None, labels: int, dims: int
 ) -> Float[Array, "b_and_frames features"]:
-    """The label as one-hot features, the last of which means "none", and the noise. Frames are separate rows."""
+    """The one-hot label, whose last feature means "none", followed by the noise; one row per frame."""
     rows = noise.reshape(-1, dims)
     cond = None if isinstance(cond, tuple) else cond
     label = class_one_hot(cond, labels - 1, len(noise), noise.dtype)
@@ -119,7 +121,7 @@ def _added(
     noise: Float[Array, "b n c"],
     cond: Condition | None,
 ) -> tuple[Float[Array, "features features"], Float[Array, "features dims"]]:
-    """The sums of products of features, and of features and tokens, with these samples added."""
+    """The sums FᵀF and FᵀU of the module's docstring, with these samples added."""
     dims = config.num_tokens * config.token_dim
     classes = config.num_classes or getattr(config.prefix, "num_classes", 0)
     features = _features(noise, cond if config.is_conditional else None, classes + 1, dims)
@@ -133,7 +135,7 @@ def _added(
 def _weights(
     config: BlockConfig, sums: tuple[Float[Array, "features features"], Float[Array, "features dims"]]
 ) -> Float[Array, "features dims"]:
-    """The weights for which each token is affine in the noise of the tokens up to it; see the module's docstring."""
+    """The weights W of the module's docstring."""
     normal, products = sums
     features, dims = products.shape
     place = jnp.repeat(np.argsort(permutation(config.order, config.num_tokens)), config.token_dim)

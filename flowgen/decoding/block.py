@@ -59,7 +59,7 @@ class GuidedBlock:
     def sweep(
         self, x: Float[Array, "b n c"], z: Float[Array, "b n c"], context: Float[Array, "b m c"] | None = None
     ) -> Float[Array, "b n c"]:
-        """Returns shift(x) + exp(log_scale(x)) · z in one parallel pass, which is x if and only if forward(x) is z.
+        """Returns shift(x) + exp(log_scale(x)) · z in one parallel pass; this equals x if and only if forward(x) = z.
 
         context: the tokens before x; see `inverse`.
         """
@@ -70,16 +70,16 @@ class GuidedBlock:
 
     @property
     def can_pull_back(self) -> bool:
-        """Whether `pull_back` works. It adds up cotangents in a precise cache with a slot per token."""
+        """Whether `pull_back` works: its cache needs one slot per token and a dtype other than bfloat16."""
         transformer = self.block.config.transformer
         return causal_kernel(transformer.attention).has_slots and transformer.dtype != "bfloat16"
 
     def pull_back(
         self, x: Float[Array, "b n c"], z: Float[Array, "b n c"], context: Float[Array, "b m c"] | None, change: Array
     ) -> Float[Array, "b n c"]:
-        """Returns v = change + Jᵀ v, where J is the Jacobian of `sweep` at x; see `flowgen.decoding.implicit`.
+        """Returns the solution v of v = change + Jᵀ v, as `flowgen.decoding.implicit` describes; J is ∂`sweep`/∂x.
 
-        The block must have a `decoding_config`.
+        The block's config must be from `decoding_config`.
         """
         frames, passthrough = self.block.config.frames, self.block.num_passthrough
         u, noise, b = (each_frame(part, frames) for part in (x, z, change))
@@ -143,11 +143,11 @@ class GuidedBlock:
     def parameters(
         self, previous: Float[Array, "b w c"], start: Start, caches: tuple | None
     ) -> tuple[TokenMaps, tuple | None]:
-        """Returns the maps of the tokens that follow `previous`, with guidance applied, and the window.
+        """Returns the maps of the tokens that follow `previous`, with guidance applied, and the window for `accept`.
 
         previous: the network's inputs, beginning with row `start`. Both branches of guidance run as one batch, so
-        `self.cond` must contain the conditions of both branches. From the result `window`, the block's `accept` adds
-        these rows to the caches of both branches.
+        `self.cond` must contain the conditions of both branches. The block's `accept` adds the window's rows to the
+        caches of both branches.
         """
         batch, width = previous.shape[:2]
         state = BlockState(self._of_branches(start), caches, self._inverse_temperature(batch))
@@ -165,18 +165,18 @@ class GuidedBlock:
         return Affine(*self.guidance.combine(conditional, unconditional, progress[:, :, None])), window
 
     def _of_branches(self, x: Any) -> Any:
-        """An array with one row per sample, repeated for both branches of guidance; anything else as it is."""
+        """Repeats an array with one row per sample for both branches of guidance; returns anything else unchanged."""
         return x if self.guidance is None or x is None or not jnp.ndim(x) else jnp.concatenate([x, x])
 
     def _with_both_conditions(self) -> GuidedBlock:
-        """This block; with guidance, `cond` is replaced by the conditions of both branches, conditional first."""
+        """The block with the conditions of both guidance branches, conditional first; unchanged without guidance."""
         if self.guidance is None or self.cond is None:
             return self
         null = unconditional(self.cond, self.guidance.null)
         return replace(self, cond=jax.tree.map(lambda *parts: jnp.concatenate(parts), self.cond, null))
 
     def _inverse_temperature(self, batch: int) -> Float[Array, " branches"] | None:
-        """One factor per sample and branch, by which the attention logits are multiplied; None without guidance."""
+        """The factor of the attention logits for each sample and branch; None without guidance."""
         if self.guidance is None:
             return None
         dtype = master_dtype(self.block.config.transformer.dtype)
@@ -184,9 +184,9 @@ class GuidedBlock:
 
 
 class Order(NamedTuple):
-    """The order of a block's tokens as arrays: whether it is the reverse of raster order, or the permutations.
+    """A block's token order as arrays: a flag for reversed raster order, or permutations.
 
-    The permutations differ between samples with padding; otherwise, there is one for all samples.
+    With padding, each sample has its own permutation; otherwise, all samples share one.
     """
 
     is_reversed: Bool[Array, ""] | bool = False
@@ -221,13 +221,14 @@ def inverse(
 ) -> Solution:
     """Returns the tokens that the block maps to z, with the solver's reports. Tokens and noise are in raster order.
 
-    The tokens have derivatives with respect to guided, z and context; see `flowgen.decoding.implicit`.
+    The tokens can be differentiated with respect to guided, z and context; see `flowgen.decoding.implicit`.
 
-    guided: a block with a `decoding_config`, whose condition is in the block's order; see `in_block_order`.
+    guided: a block whose config is from `decoding_config` and whose condition is in the block's order; see
+    `in_block_order`.
     order: the block's order; blocks of different orders share this compiled program.
     context: the tokens before the first token to decode; only for blocks in raster order without passthrough tokens.
-    rounded: the block's rounded variables, for plans of low precision; see `flowgen.decoding.weights`.
-    draft: the tokens that a draft proposes, in raster order, for plans that begin with them.
+    rounded: the block's rounded variables, for `LowPrecision`; see `flowgen.decoding.weights`.
+    draft: the tokens that a draft proposes, in raster order, for plans with init="draft".
     layers: total number of layers in the compiled program; with more layers, the cache grows in fewer stages.
     solved: a function that is called on the device after each window, with the number of tokens solved in that window.
     """
@@ -269,9 +270,9 @@ def _solution(plan: SolverPlan, conditioner: Conditioner, noise: Float[Array, "b
 def _polished(
     plan: LowPrecision, cheap: Conditioner, exact: Callable[[Array], Conditioner], noise: Float[Array, "b n c"]
 ) -> Solution:
-    """The tokens decoded by a cheap conditioner and then, unless `plan.polish` is None, repaired by the exact one.
+    """Decodes with the cheap conditioner and, unless `plan.polish` is None, repairs the tokens with the exact one.
 
-    exact: returns the conditioner that begins with the given tokens.
+    exact: returns the exact conditioner, with the given tokens as its draft.
     """
     first = _solution(plan.plan, cheap, noise)
     if plan.polish is None:
@@ -294,7 +295,8 @@ def guided_block(request: DecodeRequest, config: BlockConfig, index: int, variab
 def in_block_order(config: BlockConfig, guided: GuidedBlock) -> tuple[GuidedBlock, Order]:
     """Returns the block with its condition in the block's order, and the order itself, for `inverse`.
 
-    config: the config of the block before `decoding_config` replaced its order. guided: the block for decoding.
+    config: the config of the block before `decoding_config` replaced its order. guided: the block with its
+    `decoding_config`.
     """
     cond, order = guided.cond, config.order
     if isinstance(cond, Padded):
@@ -325,7 +327,7 @@ def _forward(guided: GuidedBlock, tokens: Float[Array, "b n c"]) -> Float[Array,
 
 
 def last_block(request: DecodeRequest, part: Segments) -> tuple[DecodeRequest, Flow, int]:
-    """Returns the request with the condition for these segments, the flow that decodes them, and its last block."""
+    """Returns the request with these segments' condition, the flow that decodes them, and the last block's index."""
     flow = request.flow.with_num_frames(request.layout.clip)
     return replace(request, cond=request.condition_of(part)), flow, flow.config.num_blocks - 1
 

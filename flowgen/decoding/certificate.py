@@ -1,22 +1,23 @@
 """The distance of decoded samples from the exact solution: a measured error in noise, and an estimated error in data.
 
-The error is max |forward(x) - z|, which a forward pass measures exactly. A block can turn a small difference in noise
-into a large one in data. The error in data is estimated to first order. Let F be one sweep over all tokens of a block,
-x* its solution, and r = F(x) - x. With J = ∂F/∂x, to first order in x* - x,
+The error in noise is max |forward(x) - z|, which a forward pass measures exactly. A block can turn a small difference
+in noise into a large one in data, so the error in data is estimated as well, to first order. Let F be one sweep over
+all tokens of a block, x* its solution, and r = F(x) - x. With J = ∂F/∂x, to first order in x* - x,
 
     x* - x = r + J r + J² r + ... = (I - J)⁻¹ r
 
-to which the error of the block's noise, which the block before it has decoded, adds (I - J)⁻¹ ∂F/∂z dz. The series ends
-after n terms, because J is strictly triangular over the n tokens, but its terms can grow before that. Therefore:
+An error dz in the block's noise, which was itself decoded, adds (I - J)⁻¹ ∂F/∂z dz. The series has at most n terms,
+because J is strictly triangular over the n tokens, but the terms can grow at first. Therefore:
 
 * At most MAX_PRODUCTS terms are computed. Let q be the larger of the last two ratios of successive terms, in the max
-  norm. The omitted terms are taken to be a geometric series with this ratio: at most |last term| · q / (1 - q). Two
-  ratios are needed, because the largest part of r may belong to the last token, from where it affects no other token.
-* All omitted terms together may be at most a third of the result. The estimate is the result plus the omitted terms.
-  If the ratios do not rise later, it is between 1 and 2 times the first-order error.
-* r is known only to rounding, so ε |x| is added to its magnitude, where ε is the spacing of numbers at 1.
-* If the terms do not decrease this far, the estimate is infinite. An example is a long chain x_t = 3 x_{t-1} + z_t,
-  whose terms triple until they reach the last token.
+  norm. The omitted terms are estimated by a geometric series with ratio q, whose sum is |last term| · q / (1 - q). One
+  ratio is not enough: it is too small if the largest part of r belongs to the last token, which affects no other token.
+* Relative to the computed sums, the omitted terms of all blocks may add up to at most a third. They are included in the
+  estimate.
+  If later ratios are not larger than q, the estimate is between 1 and 2 times the first-order error.
+* r has rounding errors, so ε |x| is added to its magnitude, where ε is the machine epsilon.
+* If the omitted terms are still too large after MAX_PRODUCTS terms, the estimate is infinite. An example is a long
+  chain x_t = 3 x_{t-1} + z_t, whose terms triple until they reach the last token.
 """
 
 from __future__ import annotations
@@ -63,7 +64,7 @@ def error(
 def estimated_error(request: DecodeRequest, tokens: list[Later], last: Tokens, noise: Tokens) -> Float[Array, " b"]:
     """Returns the estimated largest error of each sample's decoded tokens, in data units; infinite if unknown.
 
-    x, tokens, last, noise: as for `error`.
+    tokens, last, noise: as for `error`.
     """
     layout, flow = request.layout, _later_flow(request)
     solves = sum(part.count for part in layout.segments) + len(tokens) - 1
@@ -78,7 +79,7 @@ def estimated_error(request: DecodeRequest, tokens: list[Later], last: Tokens, n
 
 
 class _Series(NamedTuple):
-    """The sum of the terms so far, and for each sample the last ratio and the omitted terms as a part of the sum."""
+    """The latest term, the sum so far and, per sample, the last ratio and the omitted terms relative to the sum."""
 
     term: Tokens
     total: Tokens
@@ -89,7 +90,7 @@ class _Series(NamedTuple):
 
 
 def summed(product: Linear, b: Tokens, most: float) -> tuple[Tokens, Float[Array, " b"]]:
-    """Returns b + J b + J² b + ... and, for each sample, a bound on the omitted terms as a part of this sum.
+    """Returns b + J b + J² b + ... and, per sample, a bound on the omitted terms relative to this sum.
 
     The bound holds if the ratio of successive terms does not rise. If the bound still exceeds `most` after MAX_PRODUCTS
     products, infinity is returned instead.
@@ -125,7 +126,7 @@ def _change(
     context: Context | None,
     most: float,
 ) -> tuple[Tokens, Float[Array, " b"]]:
-    """x* - x to first order, and the omitted part. changes: those of z and of the context; None means none."""
+    """x* - x to first order, and the bound of `summed`. changes: the errors of z and the context; None means 0."""
     with any_derivative():
         swept, product = jax.linearize(lambda x: block.sweep(x, z, context), x)
         r = swept - x
@@ -142,7 +143,7 @@ def _change(
 def _last_block_change(
     request: DecodeRequest, u: Tokens, noise: Tokens, most: float
 ) -> tuple[Tokens, Float[Array, " b"]]:
-    """u* - u to first order for all frames, and the sum of the omitted parts over all segments."""
+    """u* - u to first order for all frames, and the sum of the bounds of `summed` over all segments."""
     layout = request.layout
     change, omitted = jnp.zeros_like(layout.frames(u, 0, layout.given)), jnp.zeros(len(u), u.dtype)
     for part in layout.segments:
@@ -166,7 +167,7 @@ def _last_block_change(
 def _last_block_error(
     request: DecodeRequest, x: Float[Array, "b *event"], u: Tokens, noise: Tokens
 ) -> Float[Array, " b"]:
-    """The largest difference for each sample between `noise` and the noise of the last block's tokens.
+    """The largest difference, per sample, between `noise` and the noise to which the last block maps its tokens.
 
     With guidance, these tokens are u. Without guidance, they are computed from the samples x.
     """

@@ -26,15 +26,16 @@ CONTEXT = 0.75  # default context, as a fraction of the frames that the flow mod
 class Clip:
     """The length and the first frames of clips to draw from a `STARFlowV` that models F frames together.
 
-    frames: number of frames per clip; None means F. Frames after the first F frames are decoded in restarts.
-    given: the first frames, to which the training noise has been added; only the denoising step changes them.
-    context: number of already decoded frames with which each restart begins; None means 3/4 of F, rounded.
-    restart_cond: the condition for restarts, such as the texts used in training for clips without their first frame;
-    None means the clip's condition.
-    progress: a function that is called on the host as progress(solved, total) whenever the deep block solves tokens;
-    `solved` is the number of tokens just solved, and `total` is the number of tokens to solve per clip. With a sliding
-    window, `solved` counts the tokens of the slowest clip, and may be 0. The program does not wait for this call.
-    Passing a different function causes recompilation.
+    frames: number of frames per clip; None means F. Longer clips are continued by restarts, each of which begins with
+    the latest frames and decodes more.
+    given: the clip's first frames, with the training noise added; only the denoising step changes them.
+    context: number of these latest frames; None means 3/4 of F, rounded.
+    restart_cond: the condition for restarts, such as the text that training used for continued clips; None means the
+    clip's condition.
+    progress: a function that decoding calls on the host as progress(solved, total) whenever the last block solves
+    tokens; `solved` is the number of tokens just solved, and `total` is the number of tokens to solve per clip. With a
+    sliding window, `solved` counts the tokens of the slowest clip, and may be 0. The program does not wait for this
+    call. Passing a different function causes recompilation.
 
     Example:
         r = sample(flow, params, jax.random.key(0), 2, texts, clip=Clip(frames=41, given=noisy_first_frames))
@@ -115,7 +116,7 @@ def _check_given(clip: Clip, frames: int, config: FlowConfig, batch: int) -> Non
 
 
 def _checked_context(context: int | None, frames: int, most: int) -> int:
-    """Number of context frames per restart; 0 without restarts, so that all values of `context` share a program."""
+    """Number of context frames per restart; 0 without restarts, so that `context` does not cause recompilation."""
     if frames > most == 1:
         raise ValueError(
             f"clip.frames is {frames}, but a flow that models single frames cannot continue a clip; set clip.frames "

@@ -1,12 +1,12 @@
 """`run`, which executes the compiled programs behind `invert` and `sample`.
 
-Decoding first inverts the last block, segment by segment. This turns noise into tokens u. Inverting the other blocks
-then turns u into images or, frame by frame, into clips. If frames are given, a forward pass of the other blocks first
-maps the given frames to their tokens u. A pass over these tokens fills the caches of the last block, and decoding
-continues from there.
+Decoding first inverts the last block, in the segments of `flowgen.decoding.layout`, and so maps noise to tokens u. It
+then inverts the other blocks to map u to images or, frame by frame, to clips. If frames are given, a forward pass of
+the other blocks first maps them to their tokens u. The last block adds these tokens to its caches before it decodes the
+next ones.
 
-Most of the compile time is spent on loops over tokens, so blocks with the same shape and plan share a program. Inside
-the caller's `jit`, all of this becomes part of the caller's program.
+XLA spends most of the compile time on the loops over tokens, so blocks with the same shape and plan share a program.
+Inside the caller's `jit`, decoding becomes part of the caller's program.
 """
 
 from __future__ import annotations
@@ -52,7 +52,7 @@ from flowgen.nn.layers import master_dtype
 class _Blocks:
     """The blocks' variables for decoding and, for each block, the number of layers in the program that inverts it.
 
-    rounded: the rounded variables of the blocks whose plans need them. A block that needs no others has weights None.
+    weights: None for blocks that need only rounded variables. rounded: None for blocks that need no rounded variables.
     """
 
     weights: SomeWeights
@@ -78,7 +78,7 @@ def run(request: DecodeRequest) -> DecodeResult:
     """Decodes the requested images or clips. The result and its reports are sharded in the same way as the noise.
 
     If the rows of the noise are sharded over devices, each device decodes its own rows, and its token loop does not
-    wait for other devices. Raises ValueError if called inside a `jax.shard_map`, unless its `check_vma` is False.
+    wait for other devices. Raises ValueError inside a `jax.shard_map` with check_vma=True.
     """
     check_unmapped("decoding", request)
     params = jax.tree.map(lambda x: x if isinstance(x, jax.Array) else jnp.asarray(x), request.params)
@@ -102,7 +102,7 @@ _AllVariables = tuple[Variables, tuple[SomeWeights, SomeWeights] | None]
 
 
 def _weights(request: DecodeRequest, params: Variables) -> tuple[SomeWeights, SomeWeights]:
-    """The cached weights that the plan of each block reads, and the rounded ones."""
+    """The cached unrounded and rounded weights of each block; None where its plan does not need them."""
     config, plan = request.flow.config, request.plan
     needed = [not isinstance(block, LowPrecision) or block.polish is not None for block in plan.blocks]
     weights = decoding_weights(config, params) if any(needed) else (None,) * len(needed)
@@ -159,7 +159,8 @@ def _result(
 ) -> DecodeResult:
     """The denoised result and the solvers' reports; if the request has `certify`, also the error.
 
-    They are separate programs, because the first one is large, and does not depend on the plan.
+    Result and reports are computed by separate programs, so that a new plan does not recompile the result, which is
+    larger.
     """
     finished = settled(_finished(request, noise, [solution.x for solution in others], last.x))
     reports = _reports(*zip(*(solution[1:] for solution in (*others, last)), strict=True))  # without the tokens
@@ -189,7 +190,7 @@ def _finished(
 def _reports(
     sweeps: tuple[Array, ...], residual: tuple[Array, ...], overflows: tuple[Array, ...], unsolved: tuple[Array, ...]
 ) -> dict[str, Array]:
-    """The reports of all blocks together, given those of each block; see `Solution`."""
+    """Combines the reports of the blocks; see `Solution`."""
     width = max(map(len, sweeps))
 
     def by_window(reports):
@@ -233,7 +234,7 @@ def _drawn(request: DecodeRequest, keys: SampleKeys) -> Float[Array, "b n c"]:
 def _invert_last_block(
     request: DecodeRequest, blocks: _Blocks, noise: Float[Array, "b n c"], given: Float[Array, "b m c"]
 ) -> Solution:
-    """The tokens u of all frames, including the given ones, with the report over all segments."""
+    """The tokens u of all frames, including given ones, and the solver's reports for all segments."""
     layout = request.layout
     if not layout.is_one_segment:
         return _invert_segments(request, blocks, noise, given)

@@ -1,12 +1,11 @@
-"""The time of a network pass, calculated from shapes: FLOP, memory traffic and kernel launches.
+"""The time of a network pass, calculated from its FLOP, memory traffic and kernel launches.
 
-A pass takes at least as long as its matrix products at the device's peak, and as reading the weights, the cache and the
-activations once. This is the roofline. Each kernel launch adds a fixed time. With a few rows, the time of a pass
-depends mostly on weights and launches. A pass over a window of tokens then takes about as long as a pass over a single
-token.
+A pass takes at least as long as the device needs for the matrix products at peak throughput, or for reading the
+weights, the cache and the activations once, whichever is longer (the roofline). Each kernel launch adds a fixed time.
+For few rows, most of the time is spent on reading the weights and launching kernels. A pass over a window of tokens
+then takes about as long as a pass over a single token.
 
-The numbers are calculated, not measured. To choose a plan for a device that you do not have, call `tune(...,
-cost=predicted_cost(...))`.
+To choose a plan for a device that you do not have, call `tune(..., cost=predicted_cost(...))`.
 """
 
 from __future__ import annotations
@@ -37,11 +36,11 @@ LAUNCH_SECONDS = 2e-6
 
 @config
 class DeviceSpeed:
-    """The speeds of a device that bound the time of a pass.
+    """The hardware limits of a device that determine the calculated time of a pass.
 
     flop_per_second: peak throughput of matrix products in the flow's dtype.
     bytes_per_second: bandwidth of the memory.
-    launch_seconds: time per kernel in addition to its work.
+    launch_seconds: fixed overhead per kernel.
 
     Example:
         speed = DeviceSpeed(flop_per_second=989e12, bytes_per_second=3.35e12)
@@ -67,7 +66,7 @@ class PassCost(NamedTuple):
     kernels: int
 
     def roofline(self, speed: DeviceSpeed) -> float:
-        """Returns the least time of the pass in seconds, without kernel launches."""
+        """Returns the minimum time of the pass in seconds, without kernel launches."""
         return max(self.flop / speed.flop_per_second, self.traffic / speed.bytes_per_second)
 
     def seconds(self, speed: DeviceSpeed) -> float:
@@ -76,7 +75,7 @@ class PassCost(NamedTuple):
 
 
 def device_speed(name: str, dtype: str = "bfloat16") -> DeviceSpeed:
-    """Returns the speed of an accelerator by its name, such as "H100 80 GB" or "TPU v5p 95 GB".
+    """Returns the peak speed of the accelerator with this name, such as "H100 80 GB" or "TPU v5p 95 GB".
 
     Raises ValueError if the name or the dtype is not known.
 
@@ -97,10 +96,10 @@ def device_speed(name: str, dtype: str = "bfloat16") -> DeviceSpeed:
 def pass_cost(block: BlockConfig, rows: int, window: int) -> PassCost:
     """Returns the cost of one pass over a window of a block, counted from shapes; no arrays are computed.
 
-    The cache is counted at its mean size over the decoding of all tokens.
+    The cost assumes the mean size of the cache during decoding.
 
-    rows: number of sequences that are decoded together: samples, times the branches of guidance, times the frames that
-    the block maps independently. window: number of tokens in the pass, at most the block's number of tokens.
+    rows: number of sequences that are decoded together: samples × branches of guidance × frames that the block maps
+    independently. window: number of tokens in the pass, at most the block's number of tokens.
 
     Raises ValueError if rows or window is not positive.
 
@@ -133,9 +132,9 @@ def pass_cost(block: BlockConfig, rows: int, window: int) -> PassCost:
 def predicted_cost(
     flow: Flow, batch: int, speed: DeviceSpeed, *, guided_blocks: tuple[int, ...] = ()
 ) -> Callable[[int, SolverPlan], float]:
-    """Returns a function from a block's number and its plan to the calculated time of a pass, for `tune(cost=...)`.
+    """Returns the function (block number, plan) -> calculated seconds per pass, for `tune(cost=...)`.
 
-    batch: number of samples. guided_blocks: the numbers of the blocks that compute two branches.
+    batch: number of samples. guided_blocks: the numbers of the blocks with guidance, in which a pass has two branches.
 
     Example:
         cost = predicted_cost(flow, 8, device_speed("H100 80 GB", flow.config.dtype))

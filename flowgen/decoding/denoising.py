@@ -1,6 +1,7 @@
 """Denoising of decoded samples, with the score of the flow's density or with a learned denoiser.
 
-Let u be the last block's tokens, and let each segment r consist of context and new frames. The density is
+Let u be the last block's tokens. They are decoded in segments r, each of context frames followed by new frames. The
+density is
 
     p(u) = Π_r p(the new frames of r | their context),     log p(x) = log p(u) + log|det du/dx|
 """

@@ -1,7 +1,7 @@
 """`Draft`, which proposes the tokens of blocks from their noise.
 
-A plan with init="draft" begins its sweeps with these tokens. Sweeps repair them, so a draft changes how many sweeps are
-needed, but not what is solved: with tolerance 0, the result is exact for any draft.
+A plan with init="draft" begins its sweeps with these tokens. The draft affects the number of sweeps, but not the
+solution: with tolerance 0, the result is exact for any draft.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ class Draft:
     """Proposes the tokens of each block from its noise: tokens = function(variables, noise, cond).
 
     The noise and the tokens have the shape `b n c` and are in raster order. `cond` is the condition of the block; None
-    for unconditional blocks. The proposed tokens may be far off, or even infinite or NaN.
+    for unconditional blocks. The proposed tokens may be inaccurate, and even infinite or NaN.
 
     variables: one pytree of arrays per block, data side first; None for blocks without a draft.
 

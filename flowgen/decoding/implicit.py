@@ -1,4 +1,4 @@
-"""Derivatives of decoded tokens by the implicit function theorem, and the triangular systems that they solve.
+"""Derivatives of decoded tokens by the implicit function theorem, and solvers for the triangular systems that arise.
 
 Let F(x; θ) = shift(x) + exp(log_scale(x)) · z be one sweep over all n tokens of a block, where θ stands for the
 parameters, the condition, the guidance, the noise and the context. Decoded tokens satisfy x = F(x; θ), so
@@ -6,11 +6,11 @@ parameters, the condition, the guidance, the noise and the context. Decoded toke
     (I - J) dx = ∂F/∂θ dθ,      J = ∂F/∂x
 
 J is strictly triangular in the block's order, and therefore nilpotent: Jⁿ = 0. The iteration v <- b + J v solves the
-system (I - J) v = b exactly after at most n - 1 products. Reverse mode needs the solution of the transposed system, for
-which back substitution from the last token to the first is faster on CPUs. It is decoding run backwards: each step
-propagates the change of one token to the token before it and, through the cache, to all earlier tokens. It requires a
-cache that holds every token; otherwise, the iteration solves the transposed system too. The derivatives do not depend
-on how x was decoded.
+system (I - J) v = b exactly after at most n - 1 products. Reverse mode solves the transposed system by back
+substitution, from the last token to the first, which on CPUs is faster than the iteration. Each step propagates the
+cotangent of one token to the token before it and, through the cache, to all earlier tokens. Back substitution requires
+a cache with one slot per token, not in bfloat16. For other caches, the iteration solves the transposed system too. The
+derivatives do not depend on how x was decoded.
 """
 
 from __future__ import annotations
@@ -91,7 +91,7 @@ def _derivatives(tree: jax.tree_util.PyTreeDef, primals: tuple, tangents: tuple)
 
 
 def back_substitution(conditioner: Conditioner, passthrough: int, x: Tokens, z: Tokens, b: Tokens) -> Tokens:
-    """Returns the solution v of v - Jᵀ v = b for one sequence of tokens, in the block's order.
+    """Returns the solution v of v - Jᵀ v = b; all tokens are in the block's order.
 
     conditioner: the conditioner of these tokens; its cache must have a slot per token. passthrough: the number of
     leading tokens that the block leaves unchanged, 0 or 1.
@@ -124,7 +124,7 @@ def back_substitution(conditioner: Conditioner, passthrough: int, x: Tokens, z: 
 
 
 def _nilpotent_solution(product: Linear, b: Tokens) -> Tokens:
-    """The solution of v = b + J v. The loop ends when v no longer changes, which takes at most n products."""
+    """Iterates v <- b + J v until v no longer changes, for at most n products."""
 
     def unsolved(state):
         count, _, changed = state

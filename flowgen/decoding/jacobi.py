@@ -2,8 +2,8 @@
 
 The tokens of a block satisfy x_t = shift_t(x_<t) + exp(log_scale_t(x_<t)) · z_t. The solver processes windows of w
 tokens, one after another. With w = 1, this is sequential decoding. With w = n, it is the Jacobi iteration of Song et
-al. 2021 (arXiv 2002.03629), and with other sizes their Gauss-Seidel-Jacobi iteration. After k sweeps, the first k
-tokens of a window are exact.
+al. 2021 (arXiv 2002.03629); otherwise, it is their Gauss-Seidel-Jacobi iteration. After k sweeps, the first k tokens of
+a window are exact.
 
 Every sweep reads the whole cache, including empty slots. The windows are therefore solved in a few stages. Each stage
 is one loop, whose cache has only as many slots as the stage needs.
@@ -29,7 +29,7 @@ OVERFLOW = 1e6
 
 
 class PreviousFrame(NamedTuple):
-    """As many tokens before the next window as a frame has, and how many are known, for all samples or each."""
+    """The last frame's worth of tokens before the next window, and the number of them that are known."""
 
     tokens: Float[Array, "b p c"]
     known: Int[Array, ""] | Int[Array, " b"]
@@ -37,7 +37,8 @@ class PreviousFrame(NamedTuple):
     def guess(self, noise: Float[Array, "b w c"]) -> Float[Array, "b w c"]:
         """Returns a guess for each token of the next window.
 
-        The guess is the latest known token at the same place in a frame. If none is known, it is the token's noise.
+        The guess is the latest known token at the same place in a frame. If none is known, the guess is the token's
+        noise.
         """
         period = self.tokens.shape[1]
         place = jnp.arange(noise.shape[1]) % period
@@ -66,17 +67,18 @@ def all_accepted(before: Any, window: Any, count: Array | None = None) -> Any:
 
 
 class Conditioner(NamedTuple):
-    """The functions through which a solver evaluates a block, and the first input of the solver.
+    """The interface through which a solver evaluates a block.
 
-    window(previous, start, cache) -> (maps, window): the maps of the tokens after `previous`.
+    window(previous, start, cache) -> (maps, window): the maps of the tokens after `previous`, and the window for
+        `rewind` and `accept`.
     rewind(before, after) -> cache: a cache from which the same window can run again.
-    accept(before, window, count=None) -> cache: the cache `before` with the first `count` inputs of the window added,
-        one number per sample; None means all inputs.
+    accept(before, window, count=None) -> cache: the cache `before` with the first inputs of the window added; `count`
+        is their number per sample, and None means all.
     begin_cache(length) -> cache: a cache that contains the prefix and the known tokens, with room for `length` more.
     grow(cache, length) -> cache: the same cache with room for `length` tokens after the known ones.
-    first: the network's input for the first token to be solved. begin: the row of that input.
-    previous_frame: the frame before that token, for plans that use it as the initial guess; None for images. draft: the
-    tokens that a draft proposes, for plans that begin with them; None without a draft.
+    first: the network's input for the first token to be solved. begin: the index of that input.
+    previous_frame: the frame before that token, for plans with init="previous_frame"; None for images. draft: the
+    tokens that a draft proposes, for plans with init="draft"; None without a draft.
     solved(count): called after each window with the number of newly solved tokens.
     stages: number of stages in which to decode. The cache grows between stages; if it cannot grow, use one stage.
     """
@@ -183,7 +185,7 @@ def _solve_window(
 ) -> tuple[_Before, Solution]:
     """Solves one window; returns the state for the next window, and the solution.
 
-    n: total number of tokens. guess: the initial guess, unless it is the previous frame.
+    n: total number of tokens. guess: the initial guess; ignored if the plan uses the previous frame.
     """
     size = noise.shape[1]
     window = _Window(noise, start, (start + jnp.arange(size) < n)[None, :, None])

@@ -1,8 +1,8 @@
 """`ClipLayout`: how decoding splits the frames of a clip into segments. All frame counts are static.
 
-The last block of a video flow sees F frames together. A longer clip is decoded by restarts. In a restart, the last C
-frames become the first frames of a new clip of F frames, whose positions start at 0 again, and F - C more frames are
-decoded after them. Restarts repeat until there are enough frames. An image is a clip of one frame.
+The last block of a video flow maps F frames together. A longer clip is continued by restarts. A restart treats the last
+C frames as the first frames of a new clip of F frames, with positions from 0, and decodes the other F - C frames.
+Restarts repeat until there are enough frames. An image is a clip of one frame.
 """
 
 from __future__ import annotations
@@ -32,7 +32,7 @@ class Segments(NamedTuple):
 
 
 class ClipLayout(NamedTuple):
-    """How to decode a clip of `total` frames with a flow whose last block sees `clip` frames together.
+    """How to decode a clip of `total` frames with a flow whose last block maps `clip` frames together.
 
     given: number of frames known from the start.
     context: number of decoded frames with which each restart begins; 0 if there are no restarts.
@@ -63,7 +63,7 @@ class ClipLayout(NamedTuple):
 
     @property
     def is_one_segment(self) -> bool:
-        """Whether the whole clip is decoded at once, from its beginning."""
+        """Whether one segment without context makes up the whole clip."""
         return len(self.segments) == 1 and self.segments[0].count == 1 and not self.segments[0].context
 
     @property

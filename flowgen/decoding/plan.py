@@ -34,19 +34,20 @@ class Sequential:
 class Jacobi:
     """Decodes windows of tokens in order, each by fixed-point sweeps, with a cache for the earlier windows.
 
-    Each window repeats the sweep x <- shift(x) + exp(log_scale(x)) · z. By default, a sample is frozen once none of its
-    tokens changes by more than `tol` (max norm, data units). After k sweeps, the first k tokens of a window are exact.
+    In each window, decoding repeats the sweep x <- shift(x) + exp(log_scale(x)) · z. By default, a sample is frozen
+    once none of its tokens changes by more than `tol` (max norm, data units). After k sweeps, the first k tokens of a
+    window are exact.
 
     window: number of tokens solved together; None means one window over all tokens, and 1 means sequential decoding.
     tol: largest change in a sweep at which a sample counts as solved; 0 is exact.
     max_sweeps: largest number of sweeps per window; None allows one per token of the window, which is always enough.
     init: initial guess for a window. "noise" is the noise itself, "zeros" is all zeros, "previous_frame" is the tokens
     of the previous frame, and "draft" is the tokens that a `Draft` proposes. If there is no previous frame, or no draft
-    for a block, "previous_frame" and "draft" mean the noise.
+    for a block, "previous_frame" and "draft" fall back to the noise.
     stop: the rule that decides when a window is solved. "max_change" is the rule above. "relative_mse" is the rule of
     STARFlow and STARFlow-V (arXiv 2511.20462): all samples stop together once mean((new - old)²) / mean(new²) over the
-    batch and the window is at most `tol`. It is available for comparison. It can stop far from the solution, because a
-    mean hides a few tokens that still change. It also makes each sample depend on its batch.
+    batch and the window is at most `tol`. It is meant for comparison with these papers. It can stop far from the
+    solution, because a mean hides a few tokens that still change. It also makes each sample depend on its batch.
 
     Example:
         r = invert(flow, params, z, cond, plan=Jacobi(window=32, tol=1e-4))
@@ -61,12 +62,12 @@ class Jacobi:
 
 @config
 class SlidingWindow:
-    """Decodes by sweeps over a window per sample, which advances past the solved tokens (at least one) in each sweep.
+    """Decodes by sweeps over a window in each sample; each sweep advances the window past one or more solved tokens.
 
-    In each sample, a sweep accepts the longest prefix of the window that changed by at most `tol`, plus the next token
-    (Song et al. 2021, arXiv 2002.03629). With `tol=0`, the solution is exact. Otherwise, each returned token is within
-    `tol` of the value implied by the tokens before it. There are never more sweeps than tokens. A sample does not
-    depend on the other samples in its batch.
+    In each sample, a sweep accepts the window's leading tokens that changed by at most `tol`, plus the next token (Song
+    et al. 2021, arXiv 2002.03629). With `tol=0`, the solution is exact. Otherwise, each returned token is within `tol`
+    of the value implied by the tokens before it. There are never more sweeps than tokens. A sample does not depend on
+    the other samples in its batch.
 
     window: number of tokens in the window; None means all tokens.
     tol: largest change in a sweep at which a token counts as solved; 0 is exact.
@@ -88,15 +89,15 @@ SolverPlan = Sequential | Jacobi | SlidingWindow
 class LowPrecision:
     """Decodes a block with rounded weights, then repairs the tokens with the unrounded weights.
 
-    `plan` decodes the block as if the rounded weights were its weights. From these tokens, `polish` then solves for the
-    tokens with the unrounded weights, so its tolerance has the same meaning as without rounding.
+    `plan` decodes the block as if the rounded weights were its weights. `polish` then starts from its result and solves
+    with the unrounded weights, so its tolerance means the same as without rounding.
 
-    dtype: "int8" stores the weights of the linear maps in the layers in 8 bits, with one scale per output and a few
-    inputs at full precision (LLM.int8, arXiv 2208.07339; only weights are rounded, and products keep the dtype of the
-    flow). "bfloat16" uses bfloat16 for all weights of linear maps, for matrix products and for caches.
+    dtype: "int8" stores the weights of the layers' linear maps in 8 bits, with one scale per output and a few inputs at
+    full precision (LLM.int8, arXiv 2208.07339). Products keep the flow's dtype. "bfloat16" uses bfloat16 for all
+    weights of linear maps, for matrix products and for caches.
     plan: how to decode with the rounded weights.
-    polish: how to repair the tokens; None returns them as they are. Reports then describe the rounded block, and only
-    `certify=True` measures the error, because certificates never use rounded weights.
+    polish: how to repair the tokens; None returns them as they are. The solver's reports then describe the rounded
+    block; `certify=True` measures the true error, with the unrounded weights.
 
     Example:
         r = invert(flow, params, z, cond, plan=LowPrecision(dtype="int8"))
@@ -134,10 +135,10 @@ def resolve_plan(plan: Plan | str, *, rows: Sequence[int]) -> DecodePlan:
     """Returns one plan per block.
 
     plan: a plan, or "sequential", "jacobi", "sliding" or "auto". On a CPU, where the cost of a pass grows with the
-    number of rows, "auto" is sequential. On accelerators, it is Jacobi with a window of FREE_ROWS / rows tokens. This
-    is the largest window for which a pass takes about as long as a pass over one token. If this window is shorter than
-    MIN_PARALLEL_WINDOW, "auto" is sequential on accelerators too. Because the window depends on the batch size, so do
-    the images, but only within the tolerance. An explicit plan does not depend on the batch size.
+    number of rows, "auto" is sequential. On accelerators, it is Jacobi with a window of 256 / rows tokens, for which a
+    pass still takes about as long as a pass over one token. If this window is shorter than 8 tokens, "auto" is
+    sequential on accelerators too. Because the window depends on the batch size, so do the images, but only within the
+    tolerance. An explicit plan does not depend on the batch size.
 
     rows: number of rows per token in each block, data side first: the batch size, times 2 if the block is guided, times
     the number of frames that the block maps independently.
@@ -163,14 +164,14 @@ def resolve_plan(plan: Plan | str, *, rows: Sequence[int]) -> DecodePlan:
 
 
 def solver_plans(plan: BlockPlan) -> tuple[SolverPlan, ...]:
-    """Returns the plans by which a block is solved, one after the other."""
+    """Returns the plans that solve a block, in the order in which they run."""
     if not isinstance(plan, LowPrecision):
         return (plan,)
     return (plan.plan,) if plan.polish is None else (plan.plan, plan.polish)
 
 
 def rounded_dtypes(plan: DecodePlan) -> tuple[RoundedDtype | None, ...]:
-    """Returns the dtype of each block's rounded weights; None for blocks that need none."""
+    """Returns the dtype of each block's rounded weights; None for blocks without rounded weights."""
     return tuple(block.dtype if isinstance(block, LowPrecision) else None for block in plan.blocks)
 
 

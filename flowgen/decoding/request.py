@@ -28,20 +28,20 @@ class DecodeResult(NamedTuple):
     """Decoded images or clips, and reports on the decoding.
 
     x: images `b height width c` or clips `b frames height width c`, not clipped.
-    sweeps: number of network passes for each block, data side first, and window, until the slowest sample was solved; 0
-    for windows that a block lacks. With a sliding window, a block has one number for all its passes. With
-    `LowPrecision`, the windows of the polish follow those of its plan.
+    sweeps: number of network passes until the slowest sample was solved, for each block (data side first) and window; 0
+    for windows that a block does not have. With a sliding window, a block has one number for all its passes. With
+    `LowPrecision`, the windows of `polish` follow those of `plan`.
     residual: largest change (max norm) in the last sweep of any block and window; 0 if there were enough sweeps to make
     x exact.
-    overflows: number of iterates that were not finite or exceeded 1e6.
-    unsolved: whether a window ended without a solution in any sample, because `max_sweeps` was reached or its tokens
-    overflowed; blocks and windows as in `sweeps`.
+    overflows: number of values in all sweeps that were not finite or exceeded 1e6 in magnitude.
+    unsolved: whether any sample was left without a solution, because `max_sweeps` was reached or its tokens overflowed;
+    blocks and windows as in `sweeps`.
     finite: whether x is finite.
     error: with `certify`, the largest |forward(x) - z| over tokens, before denoising; otherwise None. A guided flow has
     no forward pass, so its error is the largest such difference in any single block.
     error_estimate: with `certify`, a first-order estimate of the largest difference, in data units, between x before
-    denoising and the exact solution; infinite if no estimate was found, as in blocks that amplify errors from token to
-    token. Otherwise None. See `flowgen.decoding.certificate`.
+    denoising and the exact solution; otherwise None. It is infinite if a block amplifies errors too much from token to
+    token; see `flowgen.decoding.certificate`.
     """
 
     x: Float[Array, "b *event"]
@@ -55,7 +55,7 @@ class DecodeResult(NamedTuple):
 
 
 def unsolved_problem(result: DecodeResult) -> str:
-    """Returns a sentence that names the first unsolved block and window of a result; empty if all are solved."""
+    """Returns a sentence about the first unsolved window of a result; empty if all windows are solved."""
     unsolved = np.asarray(result.unsolved)
     if not unsolved.any():
         return ""
@@ -113,7 +113,7 @@ class DecodeRequest:
     guidance: None if guidance changes no block; otherwise, its `blocks` lists the blocks that it changes.
     certify: whether to measure and estimate the error.
     denoise: the step that removes the training noise from the result.
-    draft: the proposed tokens of blocks whose plan begins with them.
+    draft: proposes the tokens of blocks whose plan has init="draft".
     """
 
     flow: Flow = field(metadata={"static": True})
@@ -237,7 +237,7 @@ def _active(guidance: Guidance | None, cond: Condition | None, config: FlowConfi
 
 
 def _is(value: float | Array, number: int) -> bool:
-    """Whether a value is known and equal to a number. A traced value, inside jit, is not known."""
+    """Whether a value equals a number; False for a value that is traced inside jit."""
     return not isinstance(value, Tracer) and bool(value == number)
 
 

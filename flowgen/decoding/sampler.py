@@ -1,7 +1,8 @@
 """`invert`, `sample` and `sample_and_log_prob`, which turn noise into images or clips.
 
-These functions are compiled once per call signature. For every plan, results can be differentiated in both modes with
-respect to parameters, noise and continuous conditions; see `flowgen.decoding.implicit`.
+These functions are compiled once per combination of shapes and static options. For every plan, results can be
+differentiated in forward and reverse mode with respect to parameters, noise and continuous conditions; see
+`flowgen.decoding.implicit`.
 """
 
 from __future__ import annotations
@@ -53,14 +54,15 @@ def invert(
 ) -> DecodeResult:
     """Returns the images or clips that `forward` maps to z, decoded by `plan` with `guidance`.
 
-    The scale, temperature and null text of guidance can change without recompiling.
+    The scale, temperature and null text of guidance can change without recompilation.
 
     z: noise tokens in raster order, as `forward` returns them.
-    draft: proposes the tokens with which plans with init="draft" begin.
-    certify: whether to measure the reconstruction error by a forward pass with the same guidance, and to estimate the
-    error of x by a few more passes.
+    draft: proposes the initial guesses of plans with init="draft".
+    certify: whether to compute the result's `error`, by a forward pass with the same guidance, and its
+    `error_estimate`, by a few more passes.
     strict: whether to wait for the result and to raise an error if a window is unsolved. By default, the call does not
-    wait, and the result's `unsolved` reports it. Inside jit, nothing can be raised, so `strict` must be False.
+    wait, and the result's `unsolved` reports unsolved windows. Inside jit, nothing can be raised, so `strict` must be
+    False.
 
     Raises ValueError if z, cond, plan, guidance or draft does not fit the flow, and FloatingPointError if
     `strict` is True and a window is unsolved.
@@ -101,13 +103,14 @@ def sample(
     devices, each device draws the samples of its own shard, and x and the per-sample reports are sharded in the same
     way.
     denoise: whether to apply one Tweedie step x + strength · σ² ∇ log p(x | cond), with σ from the flow's config. A
-    number sets the strength, and True means strength 1. Here p is the density of samples drawn without guidance or
-    given frames. A learned `Denoiser` replaces this step; it receives all frames of a clip while they are still noisy.
+    number sets the strength, and True means strength 1. Here p is the flow's own density, without guidance and without
+    given frames. A learned `Denoiser` replaces this step; it receives all frames of a clip, given ones included, before
+    denoising.
     certify: as for `invert`; for a clip, the error covers only the generated frames.
     clip: description of clips that begin with given frames, or that have more or fewer frames than the flow models. A
     token's noise depends only on the key, the sample's number and the token's position. Before denoising, a longer clip
     therefore begins with the same frames as a shorter one; the denoised frames can differ, because denoising uses later
-    frames. The deep block's sweeps are reported segment by segment.
+    frames. In `sweeps`, the deep block has the windows of all segments, one segment after another.
     draft, strict: as for `invert`. A draft cannot be combined with a clip.
 
     Raises ValueError if cond, plan, guidance, clip or draft does not fit the flow, or if `num` is not positive, and
@@ -138,10 +141,11 @@ def sample_and_log_prob(
 ) -> tuple[DecodeResult, Float[Array, " b"]]:
     """Returns the samples of `sample(..., denoise=False)` and log p(x | cond) of each, in nats.
 
-    One forward pass computes the density of the samples that are returned. It is therefore exact for every plan, even
-    if the plan solves for the tokens only within a tolerance. Samples and densities can be differentiated.
+    A forward pass computes the density of the returned samples. The density is therefore exact, even if the plan solves
+    for the tokens only within a tolerance. Samples and densities can be differentiated.
 
-    guidance, denoise: must be off, because the density is that of the flow itself. num, plan, draft: as for `sample`.
+    guidance, denoise: must be off, because the density of guided or denoised samples is unknown. num, plan, draft: as
+    for `sample`.
 
     Raises ValueError if cond, plan or draft does not fit the flow, if `num` is not positive, or if samples would be
     guided or denoised.

@@ -1,14 +1,14 @@
 """Decoding with a window that advances past the tokens it has solved (Song et al. 2021, arXiv 2002.03629).
 
-Each sample has its own window. A pass over the tokens t .. t+w-1 of a sample maps a guess to an output. Let k be the
-number of leading tokens that changed by at most `tol`. These tokens keep their guesses, because the cached keys of
-later tokens were computed from these guesses. All inputs of token t+k are then accepted tokens, so its new value is
-exact and is accepted too. The sample's window therefore advances by k+1 tokens. For the window's remaining tokens, the
-new values are the next guesses. Every pass accepts at least one token of each sample that still has unsolved tokens.
+Each sample has its own window. A pass over the tokens t .. t+w-1 of a sample computes new values from guesses. Let k be
+the number of leading tokens that changed by at most `tol`. These tokens keep their guesses, because the cached keys of
+later tokens were computed from them. All inputs of token t+k are then accepted tokens, so its new value is exact and is
+accepted too. The sample's window therefore advances by k+1 tokens. For the window's remaining tokens, the new values
+are the next guesses. Every pass accepts at least one token of each sample that still has unsolved tokens.
 
 A sample that is solved no longer changes while the passes for the other samples continue. Its tokens therefore do not
-depend on the other samples in its batch. Samples that have finished a stage wait until the others have finished it,
-because the cache grows between stages.
+depend on the other samples in its batch. Decoding has stages, between which the cache grows; a sample that has finished
+a stage waits for the others.
 """
 
 from __future__ import annotations
@@ -52,7 +52,7 @@ class _Noise(NamedTuple):
 
 
 def solve_sliding(conditioner: Conditioner, z: Float[Array, "b n c"], plan: SlidingWindow) -> Solution:
-    """Returns x, as `flowgen.decoding.jacobi.solve` does; `sweeps` is the total number of passes.
+    """Solves the same equations as `flowgen.decoding.jacobi.solve`; `sweeps` is the total number of passes.
 
     There are at most n passes. The conditioner's `accept` must be able to add only some of a window's inputs.
     """
@@ -83,7 +83,7 @@ def solve_sliding(conditioner: Conditioner, z: Float[Array, "b n c"], plan: Slid
 
 
 def _room(n: int, window: int, end: int) -> int:
-    """The number of cache slots for a stage: a sample that waits writes to the slots after its accepted tokens."""
+    """The number of cache slots for a stage, with room for the tokens that waiting samples write."""
     return min(end + 2 * window - 1, n + window)
 
 
@@ -125,7 +125,7 @@ def _with_guesses(
     tokens: Float[Array, "b slots c"],
     end: Int[Array, " b"],
 ) -> Float[Array, "b slots c"]:
-    """The tokens, with guesses from the previous frame written from `end` on, of which the next window uses some."""
+    """The tokens, with guesses from the previous frame written from `end` on for the next window."""
     frame = conditioner.previous_frame
     if plan.init != "previous_frame" or frame is None:
         return tokens

@@ -1,8 +1,8 @@
 """`tune`, which measures decoding plans on this device and returns the fastest one for each block.
 
-The samples x are encoded, so that every block's noise and tokens are known. Each plan then decodes this noise. This
-gives the number of passes and the largest difference from the known tokens. The time of a pass is measured once for
-blocks of the same shape. The predicted time is the number of passes times the time of a pass.
+The samples x are encoded, so that every block's noise and tokens are known. Each plan then decodes this noise, and
+`tune` counts its passes and measures its largest difference from the known tokens. The time of a pass is measured once
+for all blocks of the same shape. The predicted time is the number of passes times the time of a pass.
 """
 
 from __future__ import annotations
@@ -59,11 +59,11 @@ Cost = Callable[[int, SolverPlan], float]
 
 
 class Measurement(NamedTuple):
-    """One block, decoded by one plan.
+    """The results of decoding one block by one plan.
 
     block: the block's number, counted from the data side.
     passes: number of network passes that the plan needed.
-    error: largest difference between decoded and known tokens; for a block that overflowed, infinity.
+    error: largest difference between decoded and known tokens; infinite if the block overflowed.
     seconds: predicted time, which is `passes` times the measured time of a pass.
     """
 
@@ -75,7 +75,7 @@ class Measurement(NamedTuple):
 
 
 class Tuning(NamedTuple):
-    """The fastest plan, and the measurements of all plans, from which it was chosen.
+    """The fastest plan of each block, and the measurements of all plans.
 
     Example:
         print("\\n".join(measure_plans(flow, params, x).lines()))
@@ -97,7 +97,7 @@ class Tuning(NamedTuple):
         ]
 
     def lines(self) -> list[str]:
-        """Returns the lines of a table of the chosen plan, compared with sequential decoding."""
+        """Returns the lines of a table that compares the chosen plan with sequential decoding."""
         sequential = [self.of_block(block)[0].seconds for block in range(len(self.plan.blocks))]
         lines = [f"{'block':>5}  {'plan':<28} {'passes':>6} {'ms':>9} {'sequential ms':>13}  error"]
         for found, reference in zip(self.chosen, sequential, strict=True):
@@ -121,22 +121,22 @@ def tune(
     windows: Sequence[int | None] | None = None,
     cost: Cost | None = None,
 ) -> DecodePlan:
-    """Returns a plan with the fastest measured plan of each block, for batches of the size of x on this device.
+    """Returns the fastest measured plan of each block, for batches of the size of x on this device.
 
-    A plan is accepted if the largest difference from a block's known tokens is at most 10 · tol, plus twice the
-    difference that rounding causes in sequential decoding. A simpler plan is preferred if it is at most 5 % slower than
-    the fastest accepted plan. Sequential decoding is the simplest, then `Jacobi`, then `SlidingWindow`.
+    A plan is accepted if the largest difference from a block's known tokens is at most 10 · tol plus twice the rounding
+    error of sequential decoding. A simpler plan is preferred if it is at most 5 % slower than the fastest accepted
+    plan. Sequential decoding is the simplest, then `Jacobi`, then `SlidingWindow`.
 
-    Each plan is compiled once for blocks of the same shape. Compilation needs most of the time. With the default
-    windows, there are up to twelve plans per shape.
+    Most of the time is spent on compilation, once per plan and block shape. The default windows make up to twelve plans
+    per shape, or thirteen with a draft.
 
     x: images or clips, with the training noise, such as undenoised samples. cond: their condition.
     draft: a draft with which the best parallel plan is also measured. The time of the draft itself is not counted.
     tol: tolerance of the parallel plans.
     windows: numbers of tokens to solve together; None in the list means all. The default is 8, 32, 128 and 512 and, in
     blocks of at most 1024 tokens, all.
-    cost: a function from a block's number and its plan to the time of a pass, such as a model of another device. None
-    means that the time is measured.
+    cost: a function (block number, plan) -> seconds per pass, such as `predicted_cost` for another device. None means
+    that the time is measured.
 
     Raises ValueError if x, cond, guidance or draft does not fit the flow.
 
@@ -209,11 +209,11 @@ class _KnownBlock:
 
     @property
     def shape(self) -> tuple[BlockConfig, bool]:
-        """What blocks have in common if they share compiled programs."""
+        """A key that is equal for blocks that share compiled programs."""
         return self.guided.block.config, self.guided.guidance is not None
 
     def decoded(self, plan: SolverPlan) -> Solution:
-        """Returns the decoded noise, after the device has computed it."""
+        """Returns the solution for the block's noise, once the device has computed it."""
         guided, order = in_block_order(self.config, self.guided)
         draft = self.draft if begins_with_draft(plan) else None
         own = guided, self.noise, order, None, None, draft
@@ -221,7 +221,7 @@ class _KnownBlock:
 
 
 def _known_blocks(request: DecodeRequest, tokens: Float[Array, "b n c"]) -> list[_KnownBlock]:
-    """Returns the flow's blocks, data side first, with their noise for samples of these tokens."""
+    """Returns the flow's blocks, data side first, with the tokens and noise that encoding these tokens yields."""
     config, blocks = request.flow.config, []
     weights = decoding_weights(config, request.params)
     states = block_states(request, tokens)
@@ -244,9 +244,9 @@ def _grid(config: BlockConfig, n: int, tol: float, windows: Sequence[int | None]
 
 
 def _measured_cost(blocks: Sequence[_KnownBlock], grids: Sequence[Sequence[SolverPlan]]) -> Cost:
-    """Returns a function from a block's number and its plan to the measured time of a pass, in seconds.
+    """Returns the function (block number, plan) -> measured seconds per pass.
 
-    Plans take turns, and the shortest time counts: other work on the machine only makes a run longer.
+    The plans run in turn, and each plan's shortest time is used, because other work on the machine can only slow a run.
     """
     shortest: dict[tuple, float] = {}
     for block, grid in zip(blocks, grids, strict=True):
@@ -276,7 +276,7 @@ def _measured(block: _KnownBlock, plan: SolverPlan, seconds: float) -> Measureme
 def _other_guesses(measured: Sequence[Measurement], block: _KnownBlock, tol: float) -> list[Jacobi | SlidingWindow]:
     """The best parallel plans with other initial guesses, unless sequential decoding is much faster.
 
-    The previous frame is tried only in windows, because no frame is known before the first token.
+    The previous frame is not tried for one window over all tokens, which has no previous frame.
     """
     most = SAVED_BY_GUESS * measured[0].seconds
     fast = sorted((found for found in _accepted(measured, tol) if found.seconds <= most), key=lambda one: one.seconds)

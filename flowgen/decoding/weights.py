@@ -33,7 +33,7 @@ def decoding_weights(config: FlowConfig, params: Variables) -> Weights:
     """Returns the variables of every block, data side first, in the form that its `decoding_config` requires.
 
     The result is computed once and kept as long as all arrays in params["params"] exist. It is not kept if any of these
-    arrays is traced or is mutable, as NumPy arrays are. If the parameters are sharded over explicit mesh axes, the
+    arrays is traced or mutable, such as a NumPy array. If the parameters are sharded over explicit mesh axes, the
     result is sharded over automatic axes.
     """
     own = {"params": params["params"]}
@@ -75,7 +75,7 @@ def new_rounded_weights(config: FlowConfig, params: Variables, dtypes: tuple[Rou
 
 
 def rounded_config(config: BlockConfig, dtype: RoundedDtype) -> BlockConfig:
-    """Returns the config of a block with rounded weights, which differs only in its compute dtype."""
+    """Returns the config of a block with rounded weights; only the compute dtype may change."""
     if dtype == "int8":
         return config
     return replace(config, transformer=replace(config.transformer, dtype=dtype))

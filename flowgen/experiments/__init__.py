@@ -1,4 +1,4 @@
-"""Experiments train, sample and evaluate a model: a flow of images, clips or numbers, a velocity network, a codec."""
+"""Experiments: a flow, velocity network or autoencoder, its data, and the options of its training and sampling."""
 
 from flowgen.experiments.autoencoder import AutoencoderExperiment, AutoencodingConfig
 from flowgen.experiments.codecs import PretrainedAutoencoder, SpaceToDepth

@@ -1,4 +1,4 @@
-"""Evaluates how well a flow tells anomalies from its data."""
+"""Evaluates how well a flow distinguishes anomalous images from the images that it models."""
 
 from __future__ import annotations
 
@@ -32,11 +32,11 @@ MOST_NAMED, NAMED_BY = 5, "typicality"
 
 
 class AnomalySets(NamedTuple):
-    """The images to score, which are opened before any computation.
+    """The images that `evaluate_anomalies` scores in addition to the data.
 
-    typical: training images, whose mean score defines typicality. typical_name: a noun phrase for these images.
-    anomalies: the sets of anomalies by name. origins: for each anomaly of a set, the position of its
-    original in the data; None if the anomalies are not copies.
+    typical: training images; their mean nats are the centre of the typicality score. typical_name: what to call these
+    images in messages. anomalies: the sets of anomalies by name. origins: the position in the data of the image that
+    each anomaly of a set was made from; None if the anomalies were not made from the data.
     """
 
     typical: ArrayDataset
@@ -48,10 +48,11 @@ class AnomalySets(NamedTuple):
 def open_anomalies(experiment: Any, options: Any, train: Callable[[], TrainingImages]) -> AnomalySets:
     """Returns the images that `evaluate_anomalies` compares with the data.
 
-    experiment: a `FlowExperiment`. options: its options for evaluation, with `anomaly` set. train: a function that
-    returns the training images.
+    experiment: a `FlowExperiment`. options: options for evaluation with `anomaly` set. train: a function that returns
+    the training images.
 
-    Raises ValueError if the flow needs texts, or if `anomaly` does not select at least two images.
+    Raises ValueError if the flow needs texts, if `anomaly` is invalid, or if the data or a set of anomalies has fewer
+    than two images.
 
     Example:
         train = TrainingImages(experiment.dataset("train"), "training images")
@@ -78,11 +79,11 @@ def open_anomalies(experiment: Any, options: Any, train: Callable[[], TrainingIm
 def evaluate_anomalies(
     experiment: Any, flow: Any, variables: Any, options: Any, data: Dataset, sets: AnomalySets
 ) -> Evaluation:
-    """Returns the AUROC of each score against each set of anomalies, and tests of z for the data.
+    """Returns each score's AUROC for each set of anomalies, and how often tests reject z ~ N(0, 1) for the data.
 
-    If the flow models latents, the images are encoded, and the scores are those of the density of their latents. The
-    maps of the tokens, all scores, all p-values and the names of the images' files are among the files. Lines name the
-    most anomalous files of the sets of anomalies.
+    If the flow models latents, the images are encoded, and the scores measure the density of their latents. The
+    evaluation's `files` contain the scores, the scores per token, the p-values and the file name of each image. If the
+    anomalies were read from files, the evaluation's `lines` list the most anomalous ones.
 
     experiment, options, sets: see `open_anomalies`. data: the images or latents that are not anomalous.
 
@@ -130,7 +131,7 @@ def evaluate_anomalies(
 
 
 def check_anomaly(experiment: Any, anomaly: str) -> None:
-    """Raises ValueError unless the flow needs no texts and `anomaly` names a set of images.
+    """Raises ValueError if the flow needs texts, or if `anomaly` is not "corrupted", a dataset or an existing path.
 
     Example:
         check_anomaly(experiment, "corrupted")
@@ -165,7 +166,7 @@ def _anomalies(experiment: Any, options: Any, data: Dataset) -> dict[str, ArrayD
 
 
 def _has_the_data(config: DataConfig, data: DataConfig) -> bool:
-    """Returns whether a config selects the images of which the data are a split."""
+    """Returns whether two configs select the same dataset."""
     both = config.path and data.path
     return is_same_place(config.path, data.path) if both else config.name == data.name
 
@@ -215,7 +216,7 @@ def _areas(
 
 
 def _area(normal: np.ndarray, anomalous: np.ndarray, origins: np.ndarray | None) -> Estimate:
-    """Returns the AUROC, which is NaN if a score is, because the flow's numbers overflow for an image."""
+    """Returns the AUROC, or NaN if the flow overflows for an image, so that its score is NaN."""
     if np.isnan(normal).any() or np.isnan(anomalous).any():
         return Estimate(math.nan, None, len(normal) + len(anomalous))
     return auroc(normal, anomalous, origins=origins)

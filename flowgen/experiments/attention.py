@@ -1,4 +1,4 @@
-"""Reports which softmax attention implementation a model uses, for `info` and for a warning before training."""
+"""Reports which implementation of softmax attention a model uses, and warns if its dtype rules out a faster one."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from flowgen.nn.softmax_shape import SoftmaxShape
 
 
 def attention_lines(model: Any) -> list[str]:
-    """Returns lines with the attention implementation of a model on this machine, on GPUs and on TPUs, and the reasons.
+    """Returns lines that state and explain a model's attention implementation on this machine, GPUs and TPUs.
 
     The list is empty for models without softmax attention.
     """
@@ -30,7 +30,7 @@ def attention_lines(model: Any) -> list[str]:
 
 
 def on_any_device(experiment: Experiment) -> Experiment:
-    """Returns the experiment with an attention implementation that runs on any device. Array shapes do not change."""
+    """Returns the experiment with `attention_implementation` "auto", which runs on any device."""
     if getattr(experiment.model, "attention_implementation", "auto") == "auto":
         return experiment
     return dataclasses.replace(experiment, model=dataclasses.replace(experiment.model, attention_implementation="auto"))
@@ -45,7 +45,7 @@ def _told(shape: SoftmaxShape, asked: Any, platform: str) -> str:
 
 
 def warn_of_dtype(model: Any, platform: str | None = None) -> None:
-    """Issues a UserWarning if the dtype of the model config is the only reason why a GPU cannot use its fused kernel.
+    """Issues a UserWarning if only the model's dtype prevents attention from using the GPU's fused kernel.
 
     platform: see `attention_plan`.
     """

@@ -54,13 +54,13 @@ STATISTICS_RATE = 0.02
 class AutoencodingConfig:
     """Training options of an autoencoder.
 
-    image_size: side of the images, or (height, width); each length must be a multiple of the model's factor.
+    image_size: side of the images, or (height, width); each length must be a multiple of `model.factor`.
     frames: frames per clip; 0 for images.
     kl_weight: weight of KL(posterior || N(0, 1)), averaged over latents and measured in nats; 0 or more.
     noise: std of the noise that is added to normalised latents before decoding; 0 for none. With noise, the decoder
     learns to decode the noisy latents of a flow.
-    decoder_of: run directory or published folder of an autoencoder whose decoder is fine-tuned while its encoder stays
-    frozen. If empty, a new autoencoder is trained.
+    decoder_of: path of a trained or published autoencoder whose decoder is fine-tuned while its encoder stays frozen.
+    If empty, a new autoencoder is trained.
     shown: number of images shown next to their reconstructions in the run's sample grid; at least 1.
     """
 
@@ -85,7 +85,7 @@ class AutoencoderExperiment(Experiment):
     data: the images or clips to train on.
     autoencoding: training options.
 
-    Raises ValueError if the parts do not fit together.
+    Raises ValueError if the model, the data and the training options do not fit together.
 
     Example:
         experiment = AutoencoderExperiment(name="digits", model=AutoencoderConfig())
@@ -191,7 +191,7 @@ class AutoencoderExperiment(Experiment):
         )
 
     def rehearsal(self, model: Any, rows: int) -> Rehearsal:
-        """Returns the `Rehearsal` from which a training step on `rows` images or clips can be traced."""
+        """Returns what is needed to trace a training step on `rows` images or clips."""
         frames = (self.autoencoding.frames,) if self.autoencoding.frames else ()
         shape = (rows, *frames, *self.autoencoding.image_hw, self.model.channels)
         return Rehearsal(
@@ -216,7 +216,7 @@ class AutoencoderExperiment(Experiment):
         return Evaluation(lines, {"psnr": Estimate(ratio, count=len(dataset)), "mean_square_error": error})
 
     def debug(self) -> AutoencoderExperiment:
-        """Returns the experiment with a tiny autoencoder of the same factor, trained on digits."""
+        """Returns the experiment with a tiny autoencoder that has the same downsampling factor, trained on digits."""
         model, few = self.model, {"shown": SAMPLES}
         widths = (8,) * len(model.widths)
         if not isinstance(model, VideoAutoencoderConfig):
@@ -237,10 +237,10 @@ def autoencoding_objective(autoencoder: Any, config: AutoencodingConfig) -> Call
 
     batch: a `flowgen.data.Batch` of images or clips.
 
-    The carried state is the collection "latents". It contains the running mean and variance of each latent channel,
-    which are updated at a rate of 0.02. Flows use these statistics to normalise latents. The statistics are computed
-    over the whole batch, even if the batch is split into micro-batches or among devices. Each micro-batch first updates
-    the statistics, and then uses them to scale its noise.
+    The carried state is the collection "latents". It contains running averages of the mean and variance of each latent
+    channel, in which each new batch has weight 0.02; with `decoder_of`, they stay constant. Flows use these statistics
+    to normalise latents. The statistics are computed over the whole batch, even if the batch is split into
+    micro-batches or among devices.
 
     Example:
         loss, metrics, state = autoencoding_objective(autoencoder, AutoencodingConfig())(variables, batch, key)

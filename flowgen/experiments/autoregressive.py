@@ -105,7 +105,7 @@ class AutoregressiveExperiment(Experiment):
         return self.data.eval_fraction > 0
 
     def check_parts(self) -> None:
-        """Raises ValueError if the parts do not fit together."""
+        """Raises ValueError if the fields do not fit together."""
         if bool(self.model.text_dim) != (self.text is not None):
             has = "missing" if self.text is None else "given"
             raise ValueError(
@@ -152,7 +152,7 @@ class AutoregressiveExperiment(Experiment):
         return flow_dataset(self.data, self.encoding, split, labelled=labelled)
 
     def with_provenance(self) -> AutoregressiveExperiment:
-        """Returns the experiment with its class names and the digests of its frozen networks."""
+        """Returns the experiment with its class names and the digests of its frozen networks filled in."""
         cached = None
         if isinstance(self.data, LatentsConfig):
             needs = self.text is not None and self.text.digest is None and self.text.encoder
@@ -220,7 +220,7 @@ class AutoregressiveExperiment(Experiment):
         """
 
     def rehearsal(self, model: Any, rows: int) -> Rehearsal:
-        """Returns the `Rehearsal` from which a training step on `rows` samples can be traced."""
+        """Returns what is needed to trace a training step on `rows` samples."""
         shape = (rows, *self.model.event_shape)
 
         def batch() -> Batch:
@@ -248,7 +248,8 @@ class AutoregressiveExperiment(Experiment):
     ) -> Callable[[Any], np.ndarray] | None:
         """Returns a function that draws a run's sample grid, or None if samples cannot be shown in grey or colour.
 
-        The function draws samples for each class in turn, or for the texts or contexts of the dataset.
+        The samples cycle through the classes, through `sampling.prompts`, or through the captions or contexts of the
+        dataset.
 
         draw_batch: the experiment's method of this name. show: a function (samples, number of classes) -> one image.
         """
@@ -286,13 +287,13 @@ class AutoregressiveExperiment(Experiment):
         return draw_image
 
     def sized(self, flow: Any, aspect: str) -> Any:
-        """Returns the flow for an aspect ratio such as 16:9. If `aspect` is empty, returns the flow unchanged."""
+        """Returns the flow for images with an aspect ratio such as 16:9, or the same flow if `aspect` is empty."""
         return flow.with_image_size(*self.encoding.latent_size(aspect)) if aspect else flow
 
     def guidance(self, flow: Any, null: TextCondition | None = None) -> Guidance:
         """Returns the guidance for samples. The guidance of a text flow includes the text of the unconditional branch.
 
-        null: the encoded text of the unconditional branch. By default, this method encodes the empty text if needed.
+        null: the encoded text of the unconditional branch. By default, it is the encoded empty text.
         """
         guidance = self.sampling.to_guidance()
         if not (self.model.text_dim and guidance.scale):
@@ -301,7 +302,7 @@ class AutoregressiveExperiment(Experiment):
         return dataclasses.replace(guidance, null=null)
 
     def check_sampling(self, flow: Any) -> None:
-        """Raises ValueError if the flow cannot be decoded as `sampling` describes. Draws no samples."""
+        """Raises ValueError if the flow cannot be decoded as `sampling` describes. No samples are drawn."""
         cond, guidance = some_condition(self.model, 1), self.sampling.to_guidance()
         guidance = dataclasses.replace(guidance, null=cond) if self.model.text_dim else guidance
         noise = jnp.zeros((1, flow.config.num_tokens, flow.config.token_dim))
@@ -339,7 +340,7 @@ class AutoregressiveExperiment(Experiment):
         return partial(chosen_texts, texts), {"prompts": np.resize(np.array(prompts), num)}
 
     def conditions_of(self, data: Dataset, *, unconditional: bool = False) -> Conditions | None:
-        """Returns a function from dataset positions to conditions, or None if there are none.
+        """Returns a function from dataset positions to conditions, or None for an unconditional flow.
 
         The conditions are labels, encoded captions or contexts.
 

@@ -1,4 +1,4 @@
-"""Lengths, given frames and metrics of the clips of video flows."""
+"""Checks the lengths of a video flow's clips, reads the frames that clips begin with, and computes metrics."""
 
 from __future__ import annotations
 
@@ -54,7 +54,8 @@ def latent_frames(codec: Codec, frames: int) -> int:
 def check_length(codec: Codec, most: int, frames: int | None, context: int | None) -> None:
     """Raises ValueError if the codec cannot encode clips of this length, or if the clips are too short for `context`.
 
-    most: the largest number of latent frames that the flow decodes at once. Only longer clips use `context`.
+    most: the largest number of latent frames that the flow decodes at once. context: number of decoded latent frames
+    with which each restart of a longer clip begins.
 
     Example:
         check_length(codec, 21, frames=81, context=None)
@@ -69,15 +70,16 @@ def check_length(codec: Codec, most: int, frames: int | None, context: int | Non
 def read_given(
     codec: Codec, flow: Any, path: str, *, frames: int | None = None, fps: float | None = None
 ) -> Float[np.ndarray, "given height width c"]:
-    """Returns the frames of an image or video file in [-1, 1], as the first frames of clips to generate.
+    """Returns the frames with which generated clips begin, read from an image or video, with values in [-1, 1].
 
-    An image yields one frame. A video is read at `fps`, and yields as many of its frames as the codec can encode.
+    The result has one frame for an image and, for a video, the largest number of frames that the codec can encode. fps:
+    frames per second to read from a video; by default, its own frame rate.
 
-    frames: length of the clips. A video is cut so that at least one frame is left to generate. If None, the whole video
-    is used, which must be shorter than the training clips.
+    frames: number of frames in the clips. A video is cut so that at least one frame is left to generate. If `frames` is
+    None, the video is not cut, and it must be shorter than the training clips.
 
     Raises FileNotFoundError or ValueError if the file cannot be read, if its shape differs too much from the shape of
-    the flow's clips, or if it leaves no frame to generate.
+    the flow's clips, or if no frame is left to generate.
 
     Example:
         given = read_given(codec, flow, "first.png", frames=17)
@@ -118,7 +120,7 @@ def read_given(
 
 @contextlib.contextmanager
 def _naming_given() -> Generator[None]:
-    """Replaces the error for an unreadable file by one that names the option."""
+    """Raises an error that names the option --given if the file cannot be read."""
     try:
         yield
     except Unreadable as error:
@@ -187,10 +189,10 @@ def frame_distances(clips: Float[np.ndarray, "n frames height width c"]) -> tupl
 def denoised_psnr(
     codec: Codec, flow: Any, variables: Any, dataset: Dataset, key: jax.Array, *, most: int
 ) -> dict[str, float]:
-    """Returns the PSNR in dB of up to `most` clips, before and after removing the training noise.
+    """Returns the PSNR in dB of up to `most` clips with training noise, before and after the noise is removed.
 
-    A Tweedie step removes the noise. If the flow has a denoiser, the denoiser also removes the noise from another copy
-    of the clips. Latents are decoded before the comparison.
+    A Tweedie step removes the noise. If the flow has a denoiser, the PSNR of clips that the denoiser cleans is
+    returned, too. Latents are decoded before the comparison.
 
     Example:
         denoised_psnr(codec, flow, params, dataset, key, most=64)  # {"as they are": 14.1, "by the score": 20.3, ...}
@@ -231,7 +233,7 @@ def _denoised(variables, noisy, cond, *, step):
 
 
 def denoising_step(flow: Any) -> DenoiserStep:
-    """Returns the flow's denoiser step. It processes clips in chunks that have the length of the training clips.
+    """Returns the flow's denoiser step. The step processes clips in chunks that have the length of the training clips.
 
     Example:
         denoise = Denoiser(denoising_step(flow), denoiser_variables(params))

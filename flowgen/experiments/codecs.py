@@ -51,8 +51,8 @@ class PretrainedAutoencoder:
 
     path: run directory or exported folder of an autoencoder trained with flowgen, or folder of a published
     AutoencoderKL (images) or AutoencoderKLWan (video).
-    digest: digest of everything that affects the latents. Training a flow sets this field, so that a different
-    autoencoder is detected later.
+    digest: digest of everything that affects the latents. Training a flow sets this field. Opening an autoencoder with
+    another digest raises an error.
     temporal_scale: factor that multiplies all latent frames except the first; 0.6 as published, 1 for no change.
     """
 
@@ -67,7 +67,7 @@ CodecConfig = SpaceToDepth | PretrainedAutoencoder
 def open_codec(config: CodecConfig | None, channels: int) -> Codec:
     """Returns the codec of a config. If the config is None, the codec leaves pixels unchanged.
 
-    Repeated calls return the same open codec.
+    The two autoencoders opened last stay in memory for later calls.
 
     channels: number of latent channels that the model expects.
 
@@ -102,7 +102,7 @@ def open_codec(config: CodecConfig | None, channels: int) -> Codec:
 
 
 def open_autoencoder(path: str, temporal_scale: float = 1.0) -> AutoencoderCodec | VideoAutoencoderCodec:
-    """Returns the autoencoder in a run directory or a published folder, as a codec that normalises latents.
+    """Returns a trained or published autoencoder as a codec that normalises latents.
 
     temporal_scale: used only for video autoencoders; see `VideoAutoencoderCodec`.
 

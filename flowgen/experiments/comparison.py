@@ -1,4 +1,4 @@
-"""Evaluates samples against data: distances of features, precision and recall, and nearest training images."""
+"""Compares samples with data by feature distances, precision and recall, and finds the nearest training images."""
 
 from __future__ import annotations
 
@@ -60,10 +60,10 @@ EXTRACTOR = "extractor"  # the name under which statistics keep the digest of th
 
 @dataclass(frozen=True)
 class Comparison:
-    """The images or statistics with which samples are compared, opened and checked before any sample is drawn.
+    """The data or statistics that samples are compared with.
 
     data: the images to compare with. train: a function that returns the training images. extractor: computes the
-    features. reference: statistics of other images, to use instead of the data; None to use the data.
+    features. reference: feature statistics to compare with instead of the data; None to use the data.
     """
 
     data: Dataset
@@ -73,7 +73,7 @@ class Comparison:
 
 
 def check_features(options: CompareOptions) -> None:
-    """Raises ValueError or an OSError if `features`, `reference` or `cache` is not usable. Reads no weights.
+    """Raises ValueError or an OSError if `features`, `reference` or `cache` is not usable. The weights are not read.
 
     Example:
         check_features(options)
@@ -118,9 +118,10 @@ def check_sampled(options: CompareOptions, samples: int) -> None:
 
 
 def open_comparison(options: CompareOptions, data: Dataset, train: Callable[[], TrainingImages]) -> Comparison:
-    """Opens the images or statistics with which samples will be compared; if a classifier is needed, trains it last.
+    """Opens the feature extractor and the reference of a comparison. Trains a classifier if its features are needed.
 
-    data: the data to compare with. train: a function that returns the training images, which are opened if needed.
+    data: the data to compare with. train: a function that opens the training images; it is called only if they are
+    needed.
 
     Raises ValueError if the data, the features and the reference statistics do not fit together.
 
@@ -144,7 +145,7 @@ def open_comparison(options: CompareOptions, data: Dataset, train: Callable[[], 
 
 
 def _check_reference(options: CompareOptions, reference: FeatureStatistics, digest: str, length: int) -> None:
-    """Raises ValueError if statistics are of other features. digest: that of the extractor, or its beginning."""
+    """Raises ValueError if the reference has features of another length, or of an extractor with another digest."""
     if len(reference.mean) != length:
         raise ValueError(
             f"--reference '{options.reference}' has features of length {len(reference.mean)}, but those of "
@@ -161,10 +162,10 @@ def _check_reference(options: CompareOptions, reference: FeatureStatistics, dige
 def _open_features(
     options: CompareOptions, data: Dataset, train: Callable[[], TrainingImages], check: Callable[[str, int], None]
 ) -> FeatureExtractor:
-    """Returns the extractor that the options name.
+    """Returns the extractor for `options.features`.
 
-    train: is called only for a classifier. check: is called with the digest and the length of the features; first with
-    the beginning of the digest if the features must be learned.
+    train: called only for "auto" and "classifier". check: called with the digest and the number of features. Before a
+    classifier is trained, only the first word of its digest is known.
     """
     name = options.features
     if name == "classifier" and not train().dataset.class_names:
@@ -274,13 +275,13 @@ def _distances(
 
 
 def _singular(samples: FeatureStatistics, data: FeatureStatistics) -> list[str]:
-    """Returns which sides have at most as many vectors as features, so that their covariance has no full rank."""
+    """Returns which of samples and data have no more vectors than features, and therefore a singular covariance."""
     counts = {"samples": samples.count, "data": data.count or math.inf}
     return [side for side, count in counts.items() if count <= len(samples.mean)]
 
 
 def _reference(extractor: FeatureExtractor, data: Dataset, options: CompareOptions) -> FeatureStatistics:
-    """Returns the statistics of the data, from a file in the cache if there is one, and otherwise writes this file."""
+    """Returns the statistics of the data. They are read from the cache or, if they are missing there, saved to it."""
 
     def computed() -> FeatureStatistics:
         return feature_statistics(data_features(extractor, data), len(data), about=about)
@@ -301,7 +302,7 @@ def _reference(extractor: FeatureExtractor, data: Dataset, options: CompareOptio
 
 
 def dataset_digest(data: Dataset) -> str:
-    """Returns a digest of all pixels of a dataset, read in batches. It detects changes that keep a file's size.
+    """Returns a digest of all pixels of a dataset, read in batches.
 
     Example:
         digest = dataset_digest(held_out)
@@ -313,7 +314,7 @@ def dataset_digest(data: Dataset) -> str:
 
 
 def _neighbours(samples: np.ndarray, extractor: FeatureExtractor, images: TrainingImages) -> Evaluation:
-    """Returns a grid with a sample and its nearest training images in each row."""
+    """Returns the distances of samples to their nearest training images, and a grid with one sample per row."""
     train, name = images
     count = min(NEIGHBOURS, len(train))
     positions, distances = nearest_in(extractor.features(samples), data_features(extractor, train), count)

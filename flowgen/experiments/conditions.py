@@ -58,7 +58,7 @@ def conditions_of(model: Any, dataset: Dataset) -> Callable[[np.ndarray], Any] |
 
 
 def check_not_flipped(model: Any, data: Any) -> None:
-    """Raises ValueError if a model is conditioned on images and its data are flipped; contexts are never flipped.
+    """Raises ValueError if data are flipped for a model with image contexts, because contexts are not flipped.
 
     Example:
         check_not_flipped(experiment.model, experiment.data)
@@ -68,7 +68,7 @@ def check_not_flipped(model: Any, data: Any) -> None:
 
 
 def check_needs_no_context(model: Any, data: Any) -> None:
-    """Raises ValueError if a model needs contexts. The data that a config selects have no contexts.
+    """Raises ValueError if a model needs contexts, because the data that a config selects have none.
 
     Example:
         check_needs_no_context(experiment.model, experiment.data)
@@ -82,7 +82,7 @@ def check_needs_no_context(model: Any, data: Any) -> None:
 
 
 def check_command_needs_no_context(model: Any) -> None:
-    """Raises ValueError if a model needs contexts. Commands cannot provide contexts.
+    """Raises ValueError if a model needs contexts, because commands cannot provide them.
 
     Example:
         check_command_needs_no_context(experiment.model)

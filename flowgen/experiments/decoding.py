@@ -1,4 +1,4 @@
-"""Decodes a batch of samples on all devices of this host, and describes how they were decoded."""
+"""Decodes a batch of samples on all devices of this host, and describes the result in a line."""
 
 from __future__ import annotations
 
@@ -26,11 +26,11 @@ def decoded_by_all(
     denoise: Callable[[Any], float | Denoiser],
     **options: Any,
 ) -> DecodeResult:
-    """Returns the result of `sample` as host arrays. The samples are divided among all devices of this host.
+    """Returns the result of `flowgen.decoding.sample`, computed on all devices of this host, as NumPy arrays.
 
-    Issues a UserWarning if a window is unsolved. The check adds no wait, because the host waits for the result anyway.
+    Issues a UserWarning if a window is unsolved.
 
-    denoise: a function from variables to the step that removes the training noise. options: other options of `sample`.
+    denoise: a function from the variables to the argument `denoise` of `sample`. options: other arguments of `sample`.
 
     Example:
         decoded_by_all(flow, params, key, np.arange(16), labels, None, lambda variables: 1.0, plan="auto")
@@ -45,7 +45,7 @@ def decoded_by_all(
 
 
 def decoding_line(result: DecodeResult) -> str:
-    """Returns a line that describes how samples were decoded.
+    """Returns a line with the passes of each block, the residual and, if decoding was certified, the error.
 
     Example:
         print(decoding_line(sample(flow, params, key, 4)))

@@ -26,8 +26,8 @@ Images = Float[np.ndarray, "n height width c"]
 class FeatureExtractor:
     """Computes features of images in [-1, 1]. Also predicts classes, unless `classes` is None.
 
-    name: noun phrase for the features. digest: identifies the function, so that stored statistics of features can be
-    matched to it.
+    name: what to call the features in the output, such as "pixels". digest: identifies the extractor; only statistics
+    of the same extractor are compared.
     """
 
     name: str
@@ -37,7 +37,7 @@ class FeatureExtractor:
 
 
 def train_features(dataset: Dataset, name: str = "training images") -> FeatureExtractor:
-    """Trains a classifier and returns an extractor of its features. Without labels, the pixels serve as features.
+    """Trains a classifier and returns an extractor of its features. Without classes, the features are the pixels.
 
     name: plural noun for the images in the dataset.
 
@@ -65,8 +65,9 @@ def pixel_features() -> FeatureExtractor:
 class DrawnFeatures(NamedTuple):
     """Features of samples.
 
-    statistics: statistics of the features. shown: the first samples, for the search of neighbours. class_accuracy: the
-    fraction of samples whose class is correct; None if samples have no classes or the extractor predicts none.
+    statistics: statistics of the features. shown: the first samples, whose nearest training images will be shown.
+    class_accuracy: the fraction of samples whose class is correct; None if samples have no classes or the extractor
+    predicts none.
     """
 
     statistics: FeatureStatistics
@@ -88,8 +89,9 @@ def draw_features(
 
     A sample's class is correct if the extractor predicts the label that the sample is conditioned on.
 
-    conditions: a function from positions in the data to labels or texts, so that samples have the class proportions of
-    the data; None for unconditional samples. shown: number of samples to return.
+    conditions: a function from positions in the data to labels, texts or contexts; None for unconditional samples. The
+    positions cover the data evenly, so samples have the class proportions of the data. shown: number of samples to
+    return.
 
     Raises the errors of `check_samples`.
 
@@ -138,7 +140,7 @@ def sample_metrics(
     seed: int = 0,
     conditions: Conditions | None = None,
 ) -> dict[str, float]:
-    """Returns the Fréchet distance between `num` samples and the data, and the fraction of correct classes.
+    """Returns the Fréchet distance between samples and the data, and the fraction of samples with the correct class.
 
     The fraction is omitted if it is unknown. The arguments are those of `draw_features`.
 

@@ -23,7 +23,7 @@ COLLECTION = "coupling"  # the name of the collection of the flow's variables in
 
 
 def with_flow(matching: MatchingConfig, model: Any) -> MatchingConfig:
-    """Returns the config with the coupling of the flow at `coupling.path`; with other couplings, the config itself.
+    """Returns the config with the flow at `coupling.path` opened; a config with another coupling is returned unchanged.
 
     model: the config of the velocity network. Raises FileNotFoundError or ValueError if the path has no flow, or if the
     flow does not fit the network.
@@ -47,11 +47,11 @@ def fixed_variables(matching: MatchingConfig) -> dict[str, Any]:
 
 
 def distilled_objective(matching: MatchingConfig, objective: Callable[[MatchingConfig], Objective]) -> Objective:
-    """Returns the objective of a config, for variables that contain the collections `fixed_variables(matching)`.
+    """Returns the training objective. Its variables must include the collections `fixed_variables(matching)`.
 
-    A large flow must not become part of the compiled step, so its variables are taken from the objective's variables.
+    The flow's variables are arguments of the compiled step, because as constants they would be copied into it.
 
-    objective: a function from a config to its objective.
+    objective: a function that returns the objective of a config.
 
     Example:
         objective = distilled_objective(matching, lambda given: matching_objective(network, given.loss_fn(), pairs))
@@ -69,7 +69,7 @@ def distilled_objective(matching: MatchingConfig, objective: Callable[[MatchingC
 
 
 def open_flow(path: str, model: Any) -> FlowDistilled:
-    """Returns the coupling of the flow in a run directory or an exported folder, or of a flow that ships with flowgen.
+    """Returns the coupling of a flow. path: run directory, exported folder, or name of a flow that ships with flowgen.
 
     Raises the same errors as `with_flow`.
 
@@ -101,7 +101,7 @@ def open_flow(path: str, model: Any) -> FlowDistilled:
 
 
 def check_fits(experiment: FlowExperiment, model: Any) -> None:
-    """Raises ValueError unless a flow models pixels like those that the velocity network is trained on.
+    """Raises ValueError if a flow models latents, or if its shape, classes or texts do not match the velocity network.
 
     Example:
         check_fits(load("digits")[2], DiTConfig(image_size=8, channels=1))

@@ -1,4 +1,4 @@
-"""Options for drawing and evaluation, and a function that draws samples in batches with one compiled program."""
+"""Options for drawing samples and for evaluation, and functions that draw samples in batches."""
 
 from __future__ import annotations
 
@@ -30,7 +30,8 @@ class DrawOptions:
     """Options for drawing samples, in addition to the fields of `sampling`.
 
     seed: random seed; sample i depends only on the seed and i.
-    batch: number of samples per compiled call; None draws 64 images or clips at a time, or all points at once.
+    batch: number of samples to draw at a time; by default, 64 images or clips, 8192 vectors or sequences, or all
+    points.
     """
 
     seed: Seed = 0
@@ -41,7 +42,7 @@ class DrawOptions:
 class EvaluateOptions:
     """Options for evaluating any kind of model.
 
-    split: split of the data to evaluate on. The default is "all" for data other than the run's.
+    split: split of the data to evaluate on. The command evaluate defaults to "all" for data other than the run's own.
     batch: number of samples per compiled call.
     seed: random seed for noise and samples.
     """
@@ -55,12 +56,12 @@ class EvaluateOptions:
 class CompareOptions(EvaluateOptions):
     """Options for comparing sampled images with data.
 
-    features: features to compare; "auto" trains a classifier on the training images, or uses pixels without classes.
-        The others are "classifier", "pixels", "efficientnet" (ImageNet features from a package), or a file of Inception
-        v3 weights (.pth or .safetensors) for the FID.
+    features: features to compare; "auto" means "classifier" if the training images have classes, and otherwise
+    "pixels". "classifier" trains a classifier on the training images. "efficientnet" uses ImageNet features from a
+    package. For the FID, give a file of Inception v3 weights (.pth, .pt, .bin or .safetensors).
     reference: .npz file of feature statistics (mu and sigma) to compare with instead of the data.
     cache: folder that keeps feature statistics of the data for later evaluations; by default, RUN/evaluations.
-    neighbours: number of samples to save beside their nearest training images.
+    neighbours: number of samples to show, in a saved image, beside their nearest training images.
     """
 
     features: str = "auto"
@@ -70,7 +71,7 @@ class CompareOptions(EvaluateOptions):
 
 
 def check_compared(samples: int) -> None:
-    """Raises ValueError if there are too few samples to compare with data.
+    """Raises ValueError if `samples` is 1, because a distance needs at least 2; 0 means no comparison.
 
     Example:
         check_compared(options.samples)
@@ -80,7 +81,7 @@ def check_compared(samples: int) -> None:
 
 
 def check_samples(samples: Float[np.ndarray, "n ..."], first: int = 0) -> None:
-    """Raises ValueError if samples have values that are not finite. first: the number of the first one.
+    """Raises ValueError if samples have values that are not finite. first: the number of the first sample.
 
     Example:
         check_samples(samples)
@@ -103,9 +104,8 @@ def draw_in_batches(
 ) -> Float[np.ndarray, "num ..."]:
     """Returns samples 0..num-1, and calls `say` with a line about the speed of each batch.
 
-    draw_batch: draws one batch. This function is called only with full batches, so that it is compiled only once.
-    Surplus samples in the last batch are dropped. conditions: a function from sample numbers to conditions. batch: the
-    batch size if `options.batch` is None.
+    draw_batch: called only with full batches, so that it is compiled only once. Surplus samples in the last batch are
+    dropped. conditions: a function from sample numbers to conditions. batch: the batch size if `options.batch` is None.
 
     Example:
         samples = draw_in_batches(draw_batch, lambda numbers: labels[numbers], 100, DrawOptions(), print)

@@ -54,18 +54,18 @@ class Encoding:
     ) -> TextCondition:
         """Returns the encoded prompts as a condition. Prompts are wrapped in the same template as training captions.
 
-        grid: the (height, width) of the samples, whose aspect ratio the template may state; by default, the model's.
-        truncate: whether to cut prompts that are too long. still: whether the prompts describe single images for a
-        video flow. Such prompts state no frame rate.
+        grid: the (height, width) of the samples in latents, from which a template computes the aspect ratio; by
+        default, `image_hw` of the model. truncate: whether to cut prompts that are too long. still: whether the prompts
+        describe single images for a video flow. If so, the template begins with "An image" instead of the frame rate.
         """
         encoder = self.open_text_encoder()
         wrapped = [self._wrapped(prompt, grid, still) for prompt in prompts]
         return TextCondition(*map(jnp.asarray, encoder(wrapped, truncate=truncate)))
 
     def empty_text(self, grid: tuple[int, int] | None = None, *, still: bool = False) -> TextCondition:
-        """Returns the empty text, wrapped like a prompt and encoded. Later calls return the same result.
+        """Returns the encoded empty text, in the same template as prompts. Later calls return the same result.
 
-        Guidance and label dropout use the empty text as the unconditional one.
+        The empty text is the condition of the unconditional branch in guidance and label dropout.
 
         grid, still: see `condition`.
         """
@@ -87,13 +87,12 @@ class Encoding:
         return height // factor, width // factor
 
     def with_digests(self, cached: Provenance | None = None) -> Encoding:
-        """Returns the encoding with the digests of its autoencoder and text encoder, as saved with a run.
+        """Returns the encoding with the digests of its autoencoder and text encoder filled in.
 
-        cached: provenance of cached latents. If the provenance names the same text encoder, the digest of the encoder
-        is copied from there, and the encoder is not opened. If the provenance names no text encoder, the text encoder
-        gets no digest.
+        cached: provenance of cached latents. If it contains a text encoder of the same name, that encoder's digest is
+        used without opening the encoder. If it contains no text encoder, the digest stays None.
 
-        A network without a path gets no digest.
+        The digest of a network without a path stays None.
         """
         codec, text = self.codec, self.text
         if isinstance(codec, PretrainedAutoencoder) and codec.digest is None and codec.path:

@@ -1,4 +1,4 @@
-"""Estimates the memory and FLOP that training and sampling need, from shapes alone: no arrays are computed."""
+"""Estimates the memory and FLOP of training and sampling from shapes, without computing any arrays."""
 
 from __future__ import annotations
 
@@ -28,11 +28,11 @@ class TrainingCost(NamedTuple):
     """The memory and FLOP that training needs on one device, counted from shapes.
 
     parameters, gradient, moments, average: bytes of the parameters, the gradient, the optimizer's moments and
-    the parameter average. With accumulation, a sum of gradients is stored in addition to the gradient of a part.
+    the parameter average. With gradient accumulation, `gradient` includes the sum over micro-batches.
     carried: bytes of the rest of the training state.
     stored: bytes of the activations if the backward pass recomputes none of them.
     recomputed: bytes of the activations if the backward pass recomputes each layer; None if the model cannot recompute.
-    If parameters are divided, `stored` and `recomputed` include the kernels that a device gathers.
+    If the parameters are divided among devices, `stored` and `recomputed` include gathered copies of the kernels.
     recomputes: whether the model is configured to recompute its layers.
     flop: FLOP per sample, without recomputation.
     """
@@ -66,9 +66,8 @@ def training_cost(experiment: Experiment, rows: int, axes: Mapping[str, int] | N
     axes: the sizes of the axes "fsdp" and "tensor" of the mesh over which the parameters are divided; None if every
     device stores a copy of the parameters.
 
-    The bytes of the training state are exact. The bytes of the activations are an estimate: the peak memory of the
-    forward and backward pass, without the gradient (see `peak_of`), as if every device computed all heads. The step is
-    traced, but nothing is computed.
+    The bytes of the training state are exact. The bytes of the activations are an estimate, the peak memory of the
+    forward and backward pass without the gradient (see `peak_of`). It assumes that every device computes all heads.
 
     Example:
         cost = training_cost(load_config("tarflow_digits"), rows=64, axes={"fsdp": 4, "tensor": 1})
@@ -132,12 +131,12 @@ def decoding_cost(
     """Returns the cost of decoding `num` samples at a time, token by token.
 
     variables: the shapes and dtypes of the variables. guided: numbers of the guided blocks, which compute two branches.
-    by_score: whether the score of the flow is used to remove the training noise. plan: the plan of each block, which
-    may need rounded weights; None means that no block needs them.
+    by_score: whether the score of the flow is used to remove the training noise. plan: the plan of each block, used to
+    count the rounded weights of low-precision plans; None if no plan has any.
 
-    The flow is traced, but nothing is computed. Decoding token by token computes the matrix products of one forward
-    pass; parallel decoding computes them again in each pass. Only one block is decoded at a time, so only its cache is
-    in use. The score needs the activations of all blocks.
+    Decoding token by token computes the matrix products of one forward pass; parallel decoding computes them again in
+    each pass. Only one block is decoded at a time, so only its cache is in use. The score needs the activations of all
+    blocks.
 
     Example:
         cost = decoding_cost(flow, jax.eval_shape(lambda: flowgen.init(flow, key)), 16, guided=(), by_score=True)
@@ -174,7 +173,7 @@ def decoding_cost(
 
 
 def weight_bytes(config: Any, variables: Any) -> dict[str, int]:
-    """Returns the bytes of a flow's weights for decoding by dtype, including the rounded weights of `LowPrecision`.
+    """Returns the bytes of a flow's weights in decoding, and of their rounded copies for `LowPrecision`, by dtype.
 
     Example:
         weight_bytes(flow.config, params)  # {"float32": ..., "int8": ..., "bfloat16": ...}

@@ -53,8 +53,8 @@ RESUMABLE = (
 class Samples(NamedTuple):
     """Samples drawn by an experiment.
 
-    arrays: images `num height width c` or clips `num frames height width c` in [-1, 1], or points `num 2`.
-    conditions: a dict with one array, "labels" or "prompts", which has an entry for each sample; empty for points.
+    arrays: images `num height width c` or clips `num frames height width c` in [-1, 1], or other samples `num *event`.
+    conditions: arrays with an entry for each sample, such as "labels", "prompts" or "context"; empty for points.
     """
 
     arrays: np.ndarray
@@ -130,7 +130,7 @@ class Experiment(abc.ABC):
 
     @property
     def drawn_channels(self) -> int | None:
-        """The number of channels of sampled images or clips; None for points."""
+        """The number of channels of sampled images or clips; None for other samples."""
         return None
 
     @abc.abstractmethod
@@ -142,9 +142,9 @@ class Experiment(abc.ABC):
         """
 
     def rehearsal(self, model: Any, rows: int) -> Rehearsal | None:
-        """Returns the `Rehearsal` of a training step on `rows` samples, or None if tracing is not supported.
+        """Returns what is needed to trace a training step on `rows` samples, or None if tracing is not supported.
 
-        Does not open data or frozen networks.
+        No data or frozen networks are opened.
         """
         return None
 
@@ -174,7 +174,7 @@ class Experiment(abc.ABC):
         """
 
     def with_provenance(self) -> Experiment:
-        """Returns the experiment with its class names and the digests of its frozen networks, as saved with a run."""
+        """Returns the experiment with its class names and the digests of its frozen networks filled in."""
         return self
 
     def to_json(self) -> dict[str, Any]:
@@ -183,7 +183,7 @@ class Experiment(abc.ABC):
 
     @classmethod
     def from_json(cls, plain: Mapping[str, Any]) -> Experiment:
-        """Returns the experiment that `to_json` wrote. Raises ValueError if a field is unknown or a value is wrong."""
+        """Restores an experiment from the result of `to_json`. Raises ValueError if a field is unknown or invalid."""
         kind = plain.get(settings.TYPE)
         if kind != cls.__name__:
             raise ValueError(f"type is {kind!r:.80}; it must be {cls.__name__}.")
@@ -206,7 +206,7 @@ class Experiment(abc.ABC):
             )
 
     def _changes(self, begun: Experiment) -> list[str]:
-        """Describes the differences from the experiment of a run that a resumed run may not have."""
+        """Describes the changes since a run began that prevent it from being resumed."""
         lines = settings.differences(begun.to_json(), self.from_json(self.to_json()).to_json())
         # A run that started without a frozen network's digest cannot tell whether the network has changed.
         changed = [line for line in lines if not line.startswith(RESUMABLE) and ".digest: None -> " not in line]

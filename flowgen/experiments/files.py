@@ -78,9 +78,9 @@ def override(experiment: E, arguments: Sequence[str]) -> E:
 
 
 def from_json(plain: Mapping[str, Any]) -> Experiment:
-    """Returns the experiment that `Experiment.to_json` wrote.
+    """Restores an experiment from the result of `Experiment.to_json`.
 
-    Raises ValueError if a field is unknown or a value is wrong; the message names the field.
+    Raises ValueError if a field is unknown or a value is invalid; the message contains the field's name.
 
     Example:
         experiment = from_json(json.loads(text))

@@ -1,9 +1,9 @@
-"""Starts a run from the parameters of another run, whose model may have other classes, sizes, texts or frames.
+"""Starts a run from the parameters of another run.
 
-First, the models are compared: their kinds, their fields, and the shapes of their parameters. A difference between
-fields that changes what the parameters mean is an error, unless `InitConfig.allow` lists its kind. Each array of
-parameters is then taken unchanged from the other run, mapped by a function in `flowgen.experiments.remapping`, or
-initialised as usual.
+The two models may differ in their classes, image size, text encoder or number of frames. First, the models are
+compared: their kinds, their fields, and the shapes of their parameters. A difference between fields that changes what
+the parameters mean is an error, unless `InitConfig.allow` lists its kind. Each array of parameters is then taken
+unchanged from the other run, mapped by a function in `flowgen.experiments.remapping`, or initialised as usual.
 """
 
 from __future__ import annotations
@@ -45,10 +45,10 @@ INTERVALS = ("log_every", "eval_every", "sample_every", "checkpoint_every")
 
 
 def started_from(experiment: Experiment, variables: Any) -> Start:
-    """Returns a function that puts the parameters of the run `experiment.init.path` into the initial variables.
+    """Returns a function that replaces initial variables with the parameters of the run at `experiment.init.path`.
 
-    If the run keeps an average of its parameters, the average is used. All checks and all reading happen in this call,
-    not in the returned function.
+    If the run keeps an average of its parameters, the average is used. All checks are made and all files are read in
+    this call, not in the returned function.
 
     variables: the shapes and dtypes of the model's variables.
 
@@ -82,7 +82,7 @@ def started_from(experiment: Experiment, variables: Any) -> Start:
 
 
 def check_differences(origin: Origin, experiment: Experiment, variables: Any) -> None:
-    """Raises ValueError, listing the differences, unless an experiment's model may start from a run's parameters.
+    """Raises ValueError, with the differences, if an experiment cannot start from the parameters of a run.
 
     Example:
         check_differences(origin, experiment, jax.eval_shape(lambda: flowgen.init(flow, key)))
@@ -117,7 +117,7 @@ def check_differences(origin: Origin, experiment: Experiment, variables: Any) ->
 
 
 def _is_debug(experiment: Experiment) -> bool:
-    """Returns whether an experiment has an interval of debug runs; its model may have been changed afterwards."""
+    """Returns whether an experiment logs as often as debug runs do, which shows that it was made with --debug."""
     small = experiment.debug().log
     return any(getattr(experiment.log, name) == getattr(small, name) for name in INTERVALS)
 
@@ -176,13 +176,13 @@ class Rule(NamedTuple):
 
 @dataclass(frozen=True)
 class Rules:
-    """The rules by which arrays are mapped from the model of one experiment to that of another."""
+    """The rules that map arrays of one experiment's model to arrays of another experiment's model."""
 
     old: Experiment
     new: Experiment
 
     def has_new_text(self) -> bool:
-        """Whether the projection of texts is initialised again, because the features of texts have changed."""
+        """Whether the text features have changed, so that their projection must be initialised again."""
         dims = [getattr(one.model, "text_dim", 0) for one in (self.old, self.new)]
         return dims[0] != dims[1] or _encoder_differs(self.old, self.new)
 
@@ -190,7 +190,7 @@ class Rules:
         return _num_classes(self.old) != _num_classes(self.new) or _class_names_differ(self.old, self.new)
 
     def is_optional(self, name: str) -> bool:
-        """Whether an array may be missing in one of the two models, because only the other has classes or texts."""
+        """Whether only one of the models may have an array, because the array belongs to classes or texts."""
         return (self.has_new_classes() or self.has_new_text()) and _role(name) in ("classes", "prefix")
 
     def starts_anew(self, name: str) -> bool:
@@ -226,7 +226,7 @@ class Rules:
 
 
 def _role(name: str) -> str | None:
-    """Returns what a parameter depends on: "classes", "size", or "prefix", which is a class or a text; else None."""
+    """Returns what the shape of a parameter depends on: "classes", "size", "prefix" (a class or a text) or None."""
     module, leaf = ["", *name.split("/")][-2:]
     if module == "proj_prefix":
         return "prefix"
@@ -236,7 +236,7 @@ def _role(name: str) -> str | None:
 def transfers(
     origin: Origin, experiment: Experiment, variables: Any
 ) -> tuple[dict[str, Transfer], list[str], list[str]]:
-    """Returns the origin of each array of the variables, the old arrays that are left out, and any problems.
+    """Returns how each array of the variables is obtained, which old arrays are left out, and any problems.
 
     Carried collections that do not fit are initialised again. Parameters that do not fit are problems.
 

@@ -107,7 +107,7 @@ def _check_origin(experiment: Experiment, workdir: str | Path) -> None:
 
 
 def _begun_with(config: dict[str, Any], saved: dict[str, Any], workdir: str | Path) -> dict[str, Any]:
-    """Returns a resumed run's config with the origin that the run began with; warns if another origin is given."""
+    """Returns a resumed run's config with the `init` that the run began with; warns if `init.path` has changed."""
     given, begun = config["init"], saved.get("init", {})
     if given["path"] and given["path"] != begun.get("path"):
         warnings.warn(
@@ -129,9 +129,9 @@ def fit(
     profile: int = 0,
     devices: Sequence[jax.Device] | None = None,
 ) -> Result:
-    """Trains an experiment in `workdir` and returns the result; resumes if the directory contains a checkpoint.
+    """Trains an experiment in `workdir` and returns the result; resumes the run if the directory has a checkpoint.
 
-    A new run starts from the parameters of the run `experiment.init.path`, if it is set.
+    If `experiment.init.path` is set, a new run starts from the parameters of the run at this path.
 
     dataset: the data to train on instead of `experiment.data`; see `flowgen.data.Dataset`.
     held_out: the data to evaluate on if `dataset` is given. A run on `dataset` without `held_out` is not evaluated.
@@ -139,9 +139,11 @@ def fit(
     `flowgen.load`.
     signals: an active `Signals` that watches this process's signals. By default, `fit` creates one.
     profile: the number of steps to profile, starting after the first. The trace is in the run's folder `profile`.
-    devices: list of local devices to train on; by default, all of them. Samples and evaluations always use all devices.
+    devices: list of local devices to train on; by default, all of them. Sampling and evaluation always use all local
+    devices.
 
-    All options are checked before any computation. Raises the same errors as `train` and the experiment's parts.
+    All options are checked before any computation. Raises the errors of `flowgen.training.train`, and those of opening
+    the experiment's data and networks.
 
     Example:
         result = fit(flowgen.load_config("tarflow_digits"), "runs/digits")

@@ -1,4 +1,4 @@
-"""Experiments on image flows (TARFlow, STARFlow): maximum-likelihood training on pixels or latents, and sampling."""
+"""Experiments that train image flows (TARFlow, STARFlow) on pixels or latents, and sample images."""
 
 from __future__ import annotations
 
@@ -44,8 +44,9 @@ from flowgen.training.step import Objective
 class ImageEvaluateOptions(FlowEvaluateOptions, CompareOptions):
     """Options for evaluating a flow on images.
 
-    anomaly: images to tell from the data by likelihood, which is that of latents if the flow models latents:
-        "corrupted" copies of the data, a dataset such as mnist, or the path of a folder, .npz or .tar file.
+    anomaly: images to distinguish from the data by their likelihood: "corrupted" for corrupted copies of the data, a
+    dataset such as mnist, or the path of a folder, .npz or .tar file. If the flow models latents, the likelihood is
+    that of latents.
     """
 
     anomaly: str = ""
@@ -64,7 +65,7 @@ class FlowExperiment(AutoregressiveExperiment):
     model: the flow.
     data: the images to train on.
 
-    Raises ValueError if the parts do not fit together.
+    Raises ValueError if the fields do not fit together.
 
     Example:
         experiment = FlowExperiment(name="digits", model=TARFlowConfig(image_size=8))
@@ -126,9 +127,9 @@ class FlowExperiment(AutoregressiveExperiment):
         guidance: Guidance | None = None,
         **checks: bool,
     ) -> tuple[np.ndarray, str]:
-        """Returns images `b height width c` and a line about their decoding; image i depends only on (key, i).
+        """Returns images `b height width c` and a line about their decoding.
 
-        If the flow models latents, the codec decodes them to images.
+        Each image depends only on the key and its number. If the flow models latents, the codec decodes them to images.
 
         cond: labels, a `TextCondition`, or None. guidance: by default, the guidance that `sampling` describes.
         checks: `certify` and `strict` of `flowgen.decoding.sample`.
@@ -169,7 +170,7 @@ class FlowExperiment(AutoregressiveExperiment):
         *,
         trained_on: DataConfig | LatentsConfig | None = None,
     ) -> Evaluation:
-        """Returns a split's likelihood under the flow and under a Gaussian, sample metrics, and scores of anomalies.
+        """Returns a split's likelihood under the flow and a Gaussian, and optional metrics of samples and anomalies.
 
         trained_on: the config of the data that the flow was trained on; None if it is `data`.
         """
@@ -201,7 +202,7 @@ class FlowExperiment(AutoregressiveExperiment):
     def debug(self) -> FlowExperiment:
         """Returns the experiment with a tiny flow of the same kind, trained on the built-in digits.
 
-        The tiny flow uses pixel blocks as latents, and random features of words as encoded texts.
+        Any codec is replaced by blocks of pixels, and any text encoder by random features of words.
         """
         return debug_run(self, **debug_flow(self), data=debug_images(self.data))
 

@@ -19,8 +19,8 @@ class FlowDrawOptions(DrawOptions):
     aspect: aspect ratio, such as 16:9; samples have about the same area as the model's images.
     certify: check the decoding with a forward pass.
     strict: stop with an error if the decoding leaves a window unsolved.
-    tune: first measure decoding plans on this device; use the fastest, and save it with the run for --plan tuned. It is
-        not saved with a model that ships with flowgen or a run in a bucket.
+    tune: first measure decoding plans on this device, use the fastest, and save it with the run for --plan tuned. The
+    plan is not saved if the model ships with flowgen or the run is in a cloud bucket.
     """
 
     classes: str = ""

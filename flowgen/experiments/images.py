@@ -30,7 +30,7 @@ E = TypeVar("E", bound=Experiment)
 
 
 class TrainingImages(NamedTuple):
-    """The images that a model was trained on, or images in their place. name: plural noun for these images."""
+    """The images that a model was trained on, or images that replace them. name: plural noun for these images."""
 
     dataset: Dataset
     name: str
@@ -60,7 +60,7 @@ def training_images(
 
 
 def compared_split(split: Split) -> tuple[Split, str]:
-    """Returns the split that replaces the training images if `split` is evaluated, and a name of its images.
+    """Returns the split that replaces the training images if `split` is evaluated, and a name for its images.
 
     Example:
         compared_split("eval")  # ("train", "images of the train split")
@@ -71,7 +71,7 @@ def compared_split(split: Split) -> tuple[Split, str]:
 def image_dataset(data: DataConfig, model: Any, split: Split, *, labelled: bool = True) -> Dataset:
     """Returns the images in a split, at the size the model expects. Raises ValueError if they do not fit the model.
 
-    labelled: whether the images must have labels.
+    labelled: whether the images must have labels if the model is class-conditional.
 
     Example:
         dataset = image_dataset(experiment.data, experiment.model, "train")
@@ -84,7 +84,7 @@ def image_dataset(data: DataConfig, model: Any, split: Split, *, labelled: bool 
 
 
 def with_class_names(experiment: E) -> E:
-    """Returns the experiment with the class names of its data, as saved with a run.
+    """Returns the experiment with `data.classes` set to the class names that are found in the data.
 
     Returns the experiment unchanged if it already has class names, or if its model does not use classes.
 
@@ -134,7 +134,7 @@ def image_batches(
 ) -> Callable[[int, int], Iterator[Batch]]:
     """Returns a function for `Job`: (start, stop) -> an iterator over this process's batches for steps start..stop-1.
 
-    Latents are not flipped here, because flipped copies are encoded in advance if requested.
+    Latents are not flipped; with `data.flip`, flipped copies of the images are encoded instead.
 
     Example:
         batches = image_batches(dataset, experiment.data, experiment.train)(0, 1000)

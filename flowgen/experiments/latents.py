@@ -40,8 +40,7 @@ def flow_dataset(
 ) -> Dataset | BucketedDataset:
     """Returns the data that a flow is trained on: images or clips, or the outputs of its codec and text encoder.
 
-    If the flow needs encoded inputs and they are not cached, this function encodes them and keeps the results in
-    memory.
+    Inputs that are not cached are encoded in memory.
 
     labelled: whether the data must have labels if the model is class-conditional.
 
@@ -63,7 +62,7 @@ def flow_dataset(
 def as_taken(
     dataset: Dataset | BucketedDataset, data: DataConfig | ClipsConfig, encoding: Encoding, *, flip: bool
 ) -> Dataset | BucketedDataset:
-    """Returns images or clips as the data that a flow is trained on: unchanged, or encoded in memory.
+    """Returns images or clips in the form that a flow is trained on: unchanged, or encoded in memory.
 
     flip: whether to encode flipped copies too.
 
@@ -140,7 +139,7 @@ def _as_often(buckets: Sequence[Dataset], data: ClipsConfig | LatentsConfig) -> 
 
 
 def encoded_shards(encoding: Encoding, dataset: Dataset, *, flip: bool) -> Iterator[Shard]:
-    """Yields the latents of a dataset, and the features of its captions if the model accepts texts.
+    """Yields the latents of a dataset, with its encoded captions if the model accepts texts.
 
     Example:
         for shard in encoded_shards(encoding, dataset, flip=False): ...
@@ -250,7 +249,7 @@ def provenance(data: DataConfig | ClipsConfig, encoding: Encoding) -> Provenance
 
 
 def _words(codec: CodecConfig | None) -> str:
-    """Returns a description of a codec, which is empty for None."""
+    """Returns a description of a codec, or "" for None."""
     if isinstance(codec, PretrainedAutoencoder):
         return f"the autoencoder at '{codec.path}'"
     return "" if codec is None else f"blocks of {codec.factor} x {codec.factor} pixels"
@@ -329,7 +328,7 @@ def _check_texts(made: Provenance, path: str, encoding: Encoding) -> None:
 
 
 def _check_shape(model: TARFlowConfig | STARFlowConfig, path: str, bucket: LatentDataset) -> None:
-    """Raises ValueError if a model cannot process latents of this kind and shape, even at another size."""
+    """Raises ValueError if a model cannot process latents of this kind and shape, even with another image size."""
     *frames, height, width, channels = bucket.event_shape
     whole = list(model.event_shape[:-3])
     expected = {"image": [], "clip": whole, "continued": [count - 1 for count in whole], "still": [1]}[bucket.kind]

@@ -20,7 +20,7 @@ from flowgen.matching.solvers import Velocity
 def check_computed(values: Float[np.ndarray, " n"], what: str, quantity: str = "likelihood") -> None:
     """Raises ValueError unless all values are finite.
 
-    what: plural noun for the samples of the values. quantity: noun for the values.
+    what: what the values were computed for, such as "images". quantity: name of the values in the error message.
 
     Example:
         check_computed(nats, "images")
@@ -33,7 +33,9 @@ def check_computed(values: Float[np.ndarray, " n"], what: str, quantity: str = "
 
 
 def check_likelihood(flow: Any, options: FlowEvaluateOptions, *, latent: bool) -> None:
-    """Raises ValueError if a flow has no likelihood under these options. latent: whether the flow models latents.
+    """Raises ValueError if the likelihood cannot be computed with these options.
+
+    latent: whether the flow models latents.
 
     Example:
         check_likelihood(flow, FlowEvaluateOptions(noise="uniform"), latent=False)
@@ -89,9 +91,10 @@ def evaluate_gaussian(
     *,
     fitted_to: str,
 ) -> Evaluation:
-    """Returns the likelihood under a Gaussian with the same noise; an empty evaluation if image sizes differ.
+    """Returns the bits/dim of a dataset under a Gaussian, or an empty evaluation if image sizes differ.
 
-    fitted: the images to which the Gaussian is fitted. fitted_to: plural noun for these images.
+    The data have the same noise as in `evaluate_likelihood`. fitted: the images to which the Gaussian is fitted.
+    fitted_to: what to call these images in the output.
 
     Example:
         baseline = evaluate_gaussian(flow, train, held_out, FlowEvaluateOptions(), fitted_to="training images")

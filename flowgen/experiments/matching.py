@@ -73,7 +73,7 @@ class MatchingExperiment(Experiment):
     matching: the path, the coupling, the loss and other training options.
     sampling: how samples are drawn.
 
-    Raises ValueError if the parts do not fit together.
+    Raises ValueError if the fields do not fit together.
 
     Example:
         experiment = MatchingExperiment(name="moons", model=MLPConfig(dim=2), data=PointsConfig())
@@ -174,7 +174,7 @@ class MatchingExperiment(Experiment):
         return network
 
     def with_provenance(self) -> MatchingExperiment:
-        """Returns the experiment with its class names."""
+        """Returns the experiment with its class names filled in."""
         return with_class_names(self)
 
     def dataset(self, split: Split, *, labelled: bool = True) -> Dataset:
@@ -188,7 +188,7 @@ class MatchingExperiment(Experiment):
         return image_dataset(self.data, self.model, split, labelled=labelled)
 
     def job(self, *, dataset: Dataset | None = None, held_out: Dataset | None = None, model: Any = None) -> Job:
-        """Opens the data, chooses epsilon if it is unset, and returns the training job.
+        """Opens the data, chooses `matching.coupling.epsilon` if it is None, and returns the training job.
 
         dataset, held_out, model: see `fit`.
         """
@@ -209,7 +209,7 @@ class MatchingExperiment(Experiment):
         return images_job(self, network, self.data, dataset, held_out)
 
     def rehearsal(self, model: Any, rows: int) -> Rehearsal:
-        """Returns the `Rehearsal` of a training step on `rows` samples, with an independent coupling."""
+        """Returns what is needed to trace a training step on `rows` samples with an independent coupling."""
         matching = dataclasses.replace(self.matching, coupling=MatchingConfig().coupling)
         shape = (rows,) if isinstance(self.data, PointsConfig) else (rows, *self.model.event_shape)
 
@@ -239,8 +239,8 @@ class MatchingExperiment(Experiment):
     ) -> tuple[np.ndarray, str]:
         """Returns samples `b *event`, and a line that describes how they were drawn.
 
-        Sample i depends only on (key, i). With dopri5, sample i also depends on the batch, within the tolerance,
-        because dopri5 adapts its steps to the batch.
+        Each sample depends only on the key and its number, except with dopri5. The steps of dopri5 are adapted to the
+        batch, so a sample varies with the batch within the tolerance.
 
         cond: labels, a context with one row per sample, or None.
         """
@@ -292,7 +292,7 @@ class MatchingExperiment(Experiment):
         *,
         trained_on: DataConfig | PointsConfig | None = None,
     ) -> Evaluation:
-        """Returns the distance between new samples and the data and, for images, bits/dim.
+        """Returns distances between new samples and the data and, for images, bits/dim.
 
         trained_on: the config of the data that the network was trained on; None if it is `data`.
         """

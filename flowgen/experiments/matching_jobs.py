@@ -53,7 +53,7 @@ def pairs_of(experiment: Any, key: Array, batch: Batch) -> dict[str, Any]:
 
 
 def points_job(experiment: Any, network: Any, data: PointsConfig) -> Job:
-    """Returns the job of training a network of a `MatchingExperiment` on points.
+    """Returns the job that trains the network of a `MatchingExperiment` on points.
 
     Example:
         job = points_job(experiment, experiment.build(), PointsConfig())
@@ -82,7 +82,7 @@ def points_job(experiment: Any, network: Any, data: PointsConfig) -> Job:
 
 
 def images_job(experiment: Any, network: Any, data: DataConfig, dataset: Dataset, held_out: Dataset | None) -> Job:
-    """Returns the job of training a network of a `MatchingExperiment` on images of the size that the network expects.
+    """Returns the job that trains the network of a `MatchingExperiment` on images of the size that the network expects.
 
     Example:
         job = images_job(experiment, experiment.build(), DataConfig(), experiment.dataset("train"), held_out=None)

@@ -1,4 +1,4 @@
-"""Plots of vectors, sequences and sets: scatter plots of pairs of entries, and lines over the rows of sequences."""
+"""Plots samples of vectors, sequences and sets."""
 
 from __future__ import annotations
 
@@ -21,14 +21,14 @@ def number_plot(
     mask: Bool[np.ndarray, "num n"] | None = None,
     reference: Float[np.ndarray, "m d"] | None = None,
 ) -> UInt8[np.ndarray, "height width 3"]:
-    """Returns an image of samples.
+    """Returns an image that shows samples as points or lines.
 
-    Vectors of two entries, and sequences and sets with two channels, are points in the plane. For longer vectors, there
-    is a plot of each pair of the first eight entries, with histograms on the diagonal. For other sequences, there is a
-    plot of each of the first eight channels, with a line for each sequence.
+    Vectors of two entries, and sequences and sets with two channels, are drawn as points in the plane. Longer vectors
+    are drawn as scatter plots of all pairs of the first eight entries, with histograms on the diagonal. Other sequences
+    are drawn as lines, with one plot for each of the first eight channels.
 
-    mask: which rows of padded samples exist. reference: samples to show below vectors, such as those of the exact
-    posterior.
+    mask: which rows of padded samples are not padding. reference: other vectors to draw behind the samples, such as
+    samples of the exact posterior.
 
     Raises ModuleNotFoundError if matplotlib is missing.
 

@@ -24,7 +24,7 @@ class LikelihoodConfig:
     """Options of the maximum-likelihood training of a flow.
 
     norm_penalty: weight of the penalty on the mean square of each block's input; 1e-4 as published, 0 for none.
-    jacobi: penalty that trains for parallel decoding, such as a short fine-tuning with --init-from; None for none.
+    jacobi: penalty that speeds up parallel decoding, usually in a short fine-tuning with --init-from; None for none.
     noise_weight: multiply the loss by σ / 0.3, where σ is the training noise level. The published training does this if
     prompts state σ.
     denoiser: optimizer options for a video flow's denoiser; None uses the same values as `optim`. ema_decay,
@@ -50,12 +50,12 @@ class LikelihoodConfig:
 
 @config
 class SamplingConfig:
-    """Options for drawing samples. Training uses them, and `sample.py` uses them by default.
+    """Options for drawing samples, in training and, unless overridden, in the commands sample and evaluate.
 
     num: number of samples to draw; at least 1.
-    plan: how tokens are decoded; "auto" is sequential, except on accelerators where parallel decoding is faster, and
-    "tuned", in sample and evaluate, is the plan that sample --tune saved. A tuple has one plan per block, data side
-    first.
+    plan: how tokens are decoded; "auto" is sequential, except on accelerators where parallel decoding is faster.
+    "tuned", which only sample and evaluate accept, is the plan that sample --tune saved. A tuple has one plan per
+    block, data side first.
     window: number of tokens that "jacobi" and "sliding" solve at once, at least 1; None for all.
     tol: largest change in a sweep at which "jacobi" and "sliding" accept a token as solved; 0 is exact.
     init: initial guess for the sweeps of "jacobi" and "sliding": the noise, zeros, or the previous frame.

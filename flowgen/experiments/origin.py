@@ -1,4 +1,4 @@
-"""The run from whose parameters another run starts, and the saved arrays of this run."""
+"""Reads the parameters from which another run starts."""
 
 from __future__ import annotations
 
@@ -76,7 +76,7 @@ class Origin:
         }
 
     def arrays(self) -> dict[str, np.ndarray]:
-        """Returns the arrays, keyed by the names in `shapes`, after checking their digests and that they are finite."""
+        """Returns the arrays by their names in `shapes`, and checks that they match their digests and are finite."""
         with self.run.named():
             read = self.run.checkpoints.weights(self.step)
         self.run.free()

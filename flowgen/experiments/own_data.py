@@ -26,7 +26,8 @@ class OwnDataset:
     name: the name of the argument, for error messages. event_shape: the shape of the images or clips. num_classes: the
     number of the model's classes; 0 if the model accepts no labels.
 
-    Indexing raises ValueError unless the batch is a `Batch` of bytes in this shape, with labels that the model accepts.
+    Indexing raises ValueError unless the batch is a `Batch` of bytes in this shape, with labels or contexts that the
+    model accepts.
 
     Example:
         dataset = OwnDataset(mine, "dataset", (32, 32, 3), num_classes=10)
@@ -115,7 +116,7 @@ def own_data(
 ) -> tuple[OwnDataset, OwnDataset | None]:
     """Returns a user's datasets, each wrapped in an `OwnDataset`. event_shape: shape of the model's images or clips.
 
-    context: the description of the context that the model accepts; None for none.
+    context: the description of the context that the model accepts; None if it accepts none.
 
     Reads the first sample of each dataset. Raises ValueError if the datasets do not fit the model or each other.
 

@@ -22,8 +22,8 @@ def sample_grid(
 ) -> UInt8[np.ndarray, "rows columns c"]:
     """Returns a grid of images with values in [-1, 1]; small images are enlarged.
 
-    If the images cycle through up to 20 classes, each column shows one class. If there are few classes, each gets
-    several columns, so that the grid is roughly square. columns: number of columns, instead of the automatic number.
+    If the images cycle through up to 20 classes, each column shows one class. If there are few classes, each has
+    several columns, which keeps the grid roughly square. columns: number of columns; by default, as described.
 
     Example:
         save_image("samples.png", sample_grid(images, classes=10))
@@ -34,7 +34,7 @@ def sample_grid(
 
 
 def strips(clips: Float[np.ndarray, "n frames height width c"]) -> UInt8[np.ndarray, "rows columns c"]:
-    """Returns an image with one clip per row, whose frames run from left to right. Small frames are enlarged.
+    """Returns an image in which each row shows the frames of one clip from left to right. Small frames are enlarged.
 
     clips: values in [-1, 1].
 

@@ -1,4 +1,4 @@
-"""Tests of a conditional density: C2ST against exact posteriors, simulation-based calibration, expected coverage."""
+"""Tests a conditional density by classifier two-sample tests (C2ST), simulation-based calibration, and coverage."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ CLASSIFIER = "scikit-learn's MLPClassifier, two hidden layers of 10 d units, 5 f
 
 
 def check_observations(simulator: Simulator, key: jax.Array, num: int) -> None:
-    """Raises an error if `evaluate_observations` would: scikit-learn is missing, or there are not `num` exact samples.
+    """Raises an error if scikit-learn is missing, or if the simulator has fewer than `num` exact samples.
 
     Example:
         check_observations(TwoMoons(), key, 1000)
@@ -34,7 +34,7 @@ def check_observations(simulator: Simulator, key: jax.Array, num: int) -> None:
 
 
 def evaluate_observations(simulator: Simulator, draw: DrawUnder, key: jax.Array, num: int) -> Evaluation:
-    """Returns the C2ST between `num` samples and `num` exact samples of each fixed observation, and their mean.
+    """Returns the C2ST of `num` samples against `num` exact ones for each fixed observation, and the mean of all C2STs.
 
     The standard error of the mean comes from the differences between the observations.
 
@@ -65,7 +65,7 @@ def evaluate_calibration(
     key: jax.Array,
     num: int,
 ) -> Evaluation:
-    """Returns simulation-based calibration and expected coverage on at most `num` samples of a dataset of vectors.
+    """Tests calibration and coverage on at most `num` samples of a dataset of vectors.
 
     log_prob: the function (x, context) -> log p(x | context) in nats.
 

@@ -1,4 +1,4 @@
-"""Maps arrays of parameters to a model with other classes or another image size. The functions are pure."""
+"""Maps arrays of parameters to a model with other classes or another image size."""
 
 from __future__ import annotations
 
@@ -16,8 +16,8 @@ def matched_classes(
 ) -> Int[np.ndarray, " new"]:
     """Returns, for each class of the new model, the number of the same class in the old model, or -1 if there is none.
 
-    Classes are matched by name if both models have class names, and otherwise by number. In matching by name, a class
-    without a name is new.
+    Classes are matched by name if both models have class names, and otherwise by number. If they are matched by name, a
+    class without a name is new.
 
     Example:
         matched_classes(3, 2, ("cat", "dog", "fox"), ("fox", "owl"))  # 2, -1
@@ -35,8 +35,8 @@ def remapped_classes(
 ) -> Float[np.ndarray, "new_and_rest d"]:
     """Returns a class table with the rows of the matched classes; a new class gets the mean of all old classes.
 
-    If the table has one more row than there are old classes, this row stands for no class and stays the last row.
-    Otherwise, the mean of all rows stands for no class, and stays the same unless an old class is dropped.
+    If the table has one more row than there are old classes, its last row is the embedding for no class, and stays
+    last. Otherwise, the mean of all rows is the embedding for no class, which changes only if an old class is dropped.
 
     Example:
         remapped_classes(table, 3, np.array([2, -1]))  # two rows, and the row for no class
@@ -49,10 +49,10 @@ def remapped_classes(
 def resampled(
     table: Float[np.ndarray, "old d"], old_hw: tuple[int, int], new_hw: tuple[int, int]
 ) -> Float[np.ndarray, "new d"]:
-    """Returns a table with one row per token of a grid, resampled bilinearly to another grid of tokens.
+    """Returns a table with one row per token, resampled bilinearly from one grid of tokens to another.
 
     Both grids are in raster order and cover the same image, so the centre of token i of n is at (i + 1/2) / n. Beyond
-    the centres of the outer tokens, their rows are repeated. If the new grid is smaller, each of its tokens gets an
+    the centres of the outermost tokens, values are constant. If the new grid is smaller, each of its tokens gets an
     average of the rows that it covers.
 
     Example:

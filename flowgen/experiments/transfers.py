@@ -12,7 +12,7 @@ SHOWN = 8  # the most groups of arrays that a row lists
 
 
 class Transfer(NamedTuple):
-    """The origin of an array: "taken" unchanged, "mapped" by `function`, which `about` describes, or "new"."""
+    """How an array is obtained: "taken" unchanged, "mapped" by `function`, or "new". about: describes `function`."""
 
     kind: Literal["taken", "mapped", "new"]
     about: str = ""
@@ -20,10 +20,10 @@ class Transfer(NamedTuple):
 
 
 def table_of(found: Mapping[str, Transfer], sizes: Mapping[str, int], left_out: Mapping[str, int]) -> list[str]:
-    """Returns one table row for each kind of origin: the numbers of values and arrays, and the names of the arrays.
+    """Returns the rows of a table that shows how many values and arrays are taken, mapped, new or left out.
 
-    found: the origin of each array. sizes: number of values of each array. left_out: number of values of each array
-    that is left out.
+    found: how each array is obtained. sizes: number of values in each array. left_out: number of values in each array
+    of the old run that is not used.
 
     Example:
         table_of({"params/w": Transfer("new")}, {"params/w": 3}, {})  # ["  new    3 values in 1 array: w"]

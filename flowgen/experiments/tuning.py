@@ -57,7 +57,7 @@ class TunedPlan:
 def why_plan_unsaved(run_dir: str | Path) -> str:
     """Returns the reason why no plan can be saved with a run, or "" if a plan can be saved.
 
-    Raises OSError if the plan's path is taken by anything other than a plan.
+    Raises OSError if something other than a plan exists at the plan's path.
 
     Example:
         why_plan_unsaved("gs://bucket/digits")  # "the run is in a bucket"
@@ -81,8 +81,8 @@ def tuned_plan(
 ) -> TunedPlan:
     """Measures plans for the samples that the options describe, and returns the fastest.
 
-    The plans are measured on samples that are first decoded sequentially, in batches of the size that one device
-    decodes. Clips have the length that the flow models, and no given frames. say: a function that receives the lines of
+    A batch of the size that one device decodes is first decoded sequentially. The plans are measured on the resulting
+    samples. Clips have the length that the flow models, and no given frames. say: a function that receives the lines of
     a table.
 
     Example:
@@ -124,7 +124,7 @@ def read_tuned_plan(run_dir: str | Path) -> TunedPlan:
 
     Raises:
         FileNotFoundError: no plan was saved.
-        ValueError: the file is damaged, or the run is in a bucket.
+        ValueError: the file is damaged, or the run is in a cloud bucket.
 
     Example:
         print(read_tuned_plan("runs/digits").plan)

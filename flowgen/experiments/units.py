@@ -2,9 +2,9 @@
 
 The mean and the scale of the training data form a collection of the model's variables. This collection is not trained.
 It is saved with every checkpoint, so a run can be used without its data. Let s(x) be the transform of a sample. The
-density in the units of the data follows from the flow's density p:
+density p in the units of the data follows from the flow's density p_flow:
 
-    log p(x | context) = log p(s(x) | standardised context) + log|det ds/dx|
+    log p(x | context) = log p_flow(s(x) | standardised context) + log|det ds/dx|
 """
 
 from __future__ import annotations
@@ -26,8 +26,8 @@ UNITS = "units"  # the name of the collection
 def measured_units(dataset: NumbersDataset, box: Box | None) -> dict[str, Any]:
     """Returns the collection for a training set: the mean and scale of each channel of its samples and contexts.
 
-    A channel is an entry of a vector, or the last axis of anything else. Padding is left out. The samples are measured
-    after the box has mapped them to unbounded numbers.
+    A channel is an entry of a vector or, in other arrays, an index of the last axis. Padding is left out. The samples
+    are measured after the box has mapped them to unbounded numbers.
 
     Raises ValueError if a channel of the samples is constant. A constant channel of the context is only shifted.
 
@@ -50,7 +50,7 @@ def measured_units(dataset: NumbersDataset, box: Box | None) -> dict[str, Any]:
 
 
 def blank_units(model: Any) -> dict[str, Any]:
-    """Returns the collection, for the model with this config, that leaves all numbers unchanged.
+    """Returns a collection with means 0 and scales 1, which leaves numbers unchanged. model: the config of a flow.
 
     Example:
         shapes = jax.eval_shape(lambda: blank_units(flow.config))

@@ -80,7 +80,7 @@ class VideoFlowExperiment(AutoregressiveExperiment):
     model: the flow, and its denoiser if it has one.
     data: the clips to train on.
 
-    Raises ValueError if the parts do not fit together.
+    Raises ValueError if the fields do not fit together.
 
     Example:
         experiment = VideoFlowExperiment(name="digits", model=STARFlowVConfig(image_size=16, frames=6))
@@ -176,9 +176,9 @@ class VideoFlowExperiment(AutoregressiveExperiment):
         clip: Clip = WHOLE,
         **checks: bool,
     ) -> tuple[np.ndarray, str]:
-        """Returns clips `b frames height width c` and a line about their decoding; clip i depends only on (key, i).
+        """Returns clips `b frames height width c` and a line about their decoding.
 
-        If the flow models latents, the codec decodes them to clips.
+        Each clip depends only on the key and its number. If the flow models latents, the codec decodes them to clips.
 
         cond: labels, a `TextCondition`, or None. guidance: by default, the guidance that `sampling` describes. clip:
         the length and the given frames of all clips, in latent frames. The given frames have the shape `1 given height
@@ -215,7 +215,8 @@ class VideoFlowExperiment(AutoregressiveExperiment):
     ) -> Samples:
         """Returns `sampling.num` clips, and calls `say` with a line about each batch. progress: see `Clip`.
 
-        Raises ValueError if the codec cannot encode clips of this length, or if the file `options.given` does not fit.
+        Raises ValueError if the codec cannot encode clips of this length, or if the file `options.given` cannot be
+        used.
         """
         flow = self.sized(model, options.aspect)
         clip = self._clip(flow, options)
@@ -241,7 +242,7 @@ class VideoFlowExperiment(AutoregressiveExperiment):
         )
 
     def _restart_texts(self, flow: Any) -> TextCondition | None:
-        """Returns the prompts for restarts, with the prefix from training; None if restarts use the clips' prompts."""
+        """Returns the encoded prompts for restarts, with the prefix from training; None to use the clips' prompts."""
         if not (self.model.text_dim and self.data.drop_first):
             return None
         return self.encoding.condition([CONTINUED + prompt for prompt in self.sampling.prompts], flow.config.image_hw)
@@ -256,10 +257,10 @@ class VideoFlowExperiment(AutoregressiveExperiment):
         return fps if LEAST_FPS <= fps <= MOST_FPS else DEFAULT_FPS
 
     def evaluate(self, model: Any, variables: Any, options: FlowEvaluateOptions) -> Evaluation:
-        """Returns the likelihood of the flow, the PSNR of denoised clips, and frame distances.
+        """Returns the likelihood of the flow, the PSNR of denoised clips, and distances between frames.
 
-        The likelihood and the PSNR are measured on a split. The frame distances of samples and data are
-        reported side by side. The PSNR and the frame distances are computed on decoded latents.
+        The likelihood and the PSNR are measured on a split. If samples are drawn, distances between frames are reported
+        for samples and data; see `frame_distances`. Latents are decoded before the PSNR and the distances are computed.
         """
         check_likelihood(model, options, latent=self.is_latent)
         if options.samples:
@@ -305,7 +306,7 @@ class VideoFlowExperiment(AutoregressiveExperiment):
         return debug_run(self, **changes, data=debug_clips(self.data))
 
     def denoiser(self, flow: Any, variables: Any) -> float | Denoiser:
-        """Returns the learned denoiser; if there is none, the strength of the Tweedie step; 0 if denoising is off."""
+        """Returns the learned denoiser or, without one, the strength of the Tweedie step; 0 if denoising is off."""
         strength = self.sampling.denoise
         if not flow.config.denoiser_layers or strength == 0:
             return strength

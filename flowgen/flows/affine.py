@@ -1,4 +1,4 @@
-"""The invertible maps of tokens: affine maps with several parameterisations of their scale, or elementwise maps.
+"""Invertible maps of tokens: affine maps, with a choice of scale parameterisations, and elementwise maps.
 
 An affine map and its log-determinant are
 
@@ -40,7 +40,7 @@ class Affine(NamedTuple):
         return self.shift + jnp.exp(self.log_scale) * z
 
     def where(self, exists: Bool[Array, "b n 1"]) -> Affine:
-        """Returns the maps with the maps of padding replaced by the identity."""
+        """Returns the maps, with the identity for padding."""
         return Affine(jnp.where(exists, self.shift, 0), jnp.where(exists, self.log_scale, 0))
 
 
@@ -50,7 +50,7 @@ class Mapped:
     """The parameters of elementwise maps of tokens.
 
     raw: the network's outputs `b n outputs`. exists: bool `b n 1`, False for padding, which the map leaves unchanged;
-    None if there is none.
+    None without padding.
     """
 
     map: ElementwiseMap = field(metadata={"static": True})
@@ -70,7 +70,7 @@ class Mapped:
         return x if self.exists is None else jnp.where(self.exists, x, z)
 
     def where(self, exists: Bool[Array, "b n 1"]) -> Mapped:
-        """Returns the maps with the maps of padding replaced by the identity."""
+        """Returns the maps, with the identity for padding."""
         return replace(self, exists=exists)
 
 
@@ -79,12 +79,12 @@ TokenMaps = Affine | Mapped
 
 
 def soft_clip(raw: Float[Array, "*b c"], bound: float) -> Float[Array, "*b c"]:
-    """Returns bound · tanh(raw / bound), which lies within ±bound and is close to raw near 0; bound 0 returns raw."""
+    """Returns bound · tanh(raw / bound), which is within ±bound and close to raw near 0; for bound 0, returns raw."""
     return bound * jnp.tanh(raw / bound) if bound else raw
 
 
 def log_softplus(x: Float[Array, "*b"]) -> Float[Array, "*b"]:
-    """Returns log(log(1 + exp(x))), computed such that the result is finite for every finite x."""
+    """Returns log(log(1 + exp(x))), computed without overflow or underflow."""
     small = x < SOFTPLUS_UNDERFLOW
     return jnp.where(small, x, jnp.log(jax.nn.softplus(jnp.where(small, 0, x))))
 

@@ -37,7 +37,7 @@ def noisy_batch(
 def check_batch(batch: Any, flow: Flow) -> None:
     """Raises ValueError unless this is a nonempty `Batch` for this flow, with one row of context per sample.
 
-    x must be bytes or latent moments for flows of images and clips, and numbers for flows on other tokens.
+    For flows of images and clips, x must be uint8 or latent moments; for other flows, floating-point samples.
     """
     if not isinstance(batch, Batch):
         raise ValueError(f"batch is {shown(batch)}; give a flowgen.data.Batch(x, context).")
@@ -63,9 +63,9 @@ def models_images(flow: Flow) -> bool:
 def batch_input(
     key: Key[Array, ""], x: UInt8[Array, "b *event"] | Moments | Float[Array, "b *event"], noise_std: float
 ) -> Float[Array, "b *event"]:
-    """Returns a flow's training input: noisy images (see `add_noise`), noisy latents or noisy numbers.
+    """Returns a flow's training input: noisy images (see `add_noise`), latents or floating-point samples.
 
-    Noisy latents are a sample from the encoder's posterior plus σ N(0, I). Numbers x become x + σ N(0, I).
+    Noisy latents are a sample from the encoder's posterior plus σ N(0, I). Floating-point x becomes x + σ N(0, I).
     """
     if not isinstance(x, Moments) and jnp.issubdtype(x.dtype, jnp.floating):
         return x if noise_std == 0 else x + noise_std * jax.random.normal(key, x.shape, x.dtype)
@@ -80,7 +80,8 @@ def batch_input(
 def add_noise(key: Key[Array, ""], images: UInt8[Array, "b *event"], noise_std: float) -> Float[Array, "b *event"]:
     """Returns the training input for these images.
 
-    With σ = `noise_std` > 0, this is x + σ N(0, I) for x in [-1, 1]. With σ = 0, it is the dequantised images.
+    With σ = `noise_std` > 0, these are the images scaled to [-1, 1] plus σ N(0, I). With σ = 0, the images are
+    dequantised.
 
     Example:
         x = add_noise(key, batch.x, flow.config.noise_std)

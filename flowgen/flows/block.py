@@ -11,11 +11,11 @@ passes through unchanged, and the last token is never fed to the network. With s
 learned start token in data space, and p_t = u_{t-1} for t > 0, so every token is transformed.
 
 Positions are encoded either by a learned table or by rotary angles. The table has one row per position in raster order.
-The angles are assigned to slots, so they do not depend on the block's order. The condition is either a class embedding,
-which is added to every token, or a prefix of tokens, to which all other tokens attend.
+The angles depend only on the place in the sequence, so they are the same for every order. The condition is either a
+class embedding, which is added to every token, or a prefix of tokens, to which all other tokens attend.
 
-Padding is moved to the end of the sequence, where no other token sees it: first comes the prefix without its padding,
-then the tokens, and then the padding of both. Padding tokens pass through unchanged.
+Padding is moved to the end of the sequence, so that no other token attends to it. The sequence then begins with the
+prefix and the tokens, both without padding, and ends with the padding of both. Padding tokens pass through unchanged.
 """
 
 from __future__ import annotations
@@ -57,14 +57,14 @@ Variables = Mapping[str, Any]
 
 @dataclass(frozen=True)
 class BlockConfig:
-    """The description of one block: tokens, token order, scale parameterisation, conditions and transformer.
+    """Describes one block: its tokens, their order, the scale parameterisation, the conditions and the transformer.
 
     num_classes: number of classes whose embeddings are added to the tokens; 0 for none.
     prefix: tokens that precede the tokens of the image or clip; None for no prefix.
     positions: rotary positions; None means a learned table.
-    slot_positions: whether row i of the learned table belongs to the i-th token in the block's order. By default, it
+    slot_positions: whether row i of the learned table belongs to the i-th token in the block's order. By default, row i
     belongs to the i-th token in raster order.
-    elementwise: the map of tokens, which replaces the affine map and needs shift "input"; None for the affine map.
+    elementwise: a map of each value that replaces the affine map and needs shift "input"; None for the affine map.
     soft_clip: bound on the raw outputs; 0 for none.
     final_norm: whether an RMSNorm precedes the last linear map.
     frames: number of groups, such as the frames of a video, that the block maps independently; each group has
@@ -113,7 +113,7 @@ class BlockConfig:
 
     @property
     def table_order(self) -> TokenOrder:
-        """The order into which the learned table of positions must be brought."""
+        """The order that arranges the learned table of positions like the block's tokens."""
         return "raster" if self.slot_positions else self.order
 
     def condition(self, cond: Condition | None) -> Condition | None:
@@ -123,17 +123,17 @@ class BlockConfig:
         return Padded(cond.mask) if isinstance(cond, Padded) else None
 
     def order_of(self, cond: Condition | None) -> SampleOrder:
-        """Returns the order of the tokens, in which each sample's padding comes last."""
+        """Returns the token order, with each sample's padding last."""
         return order_without_padding(self.order, cond.mask) if isinstance(cond, Padded) else self.order
 
 
 class BlockState(NamedTuple):
     """The state of a block before a window of tokens.
 
-    start: number of rows before the window, for all samples or for each.
+    start: number of rows before the window, one number for all samples or one for each.
     caches: the caches of all layers, which contain the prefix and the earlier rows; None if the window is a whole
     sequence.
-    inverse_temperature: factor by which each sample's attention logits are multiplied; None means 1.
+    inverse_temperature: factor of each sample's attention logits; None means 1.
     """
 
     start: Start = 0
@@ -189,7 +189,7 @@ class AutoregressiveBlock(nn.Module):
         return z, log_derivative.sum(axis=(1, 2))
 
     def parameters(self, x: Float[Array, "b n c"], cond: Condition | None = None) -> TokenMaps:
-        """Returns the maps of all tokens in raster order; passthrough tokens have the identity.
+        """Returns the maps of all tokens in raster order; the identity for passthrough tokens.
 
         Unless the config has an elementwise map, this is an `Affine`, a tuple (shift, log_scale).
         """
@@ -215,7 +215,7 @@ class AutoregressiveBlock(nn.Module):
         state: the state before the window, with caches from `prefill` or `accept`. By default, the window is the whole
         sequence.
 
-        maps: the maps of the tokens, as `parameters` returns them. window: the input from which `accept` adds the
+        maps: the maps of the tokens, as `parameters` returns them. window: the argument with which `accept` adds this
         window to the caches.
         """
         config, transformer = self.config, self.config.transformer
@@ -252,7 +252,7 @@ class AutoregressiveBlock(nn.Module):
         start: Start,
         inverse_temperature: Float[Array, " b"] | None,
     ) -> Float[Array, "b w d"]:
-        """Returns what the layers make of a sequence without caches, after its prefix."""
+        """Returns the layers' outputs for a sequence without caches, excluding its prefix."""
         config, (batch, window) = self.config, h.shape[:2]
         prefix = self.prefix_tokens(cond, batch)
         if prefix is None:
@@ -351,7 +351,7 @@ class AutoregressiveBlock(nn.Module):
 
 
 def equal_layers(config: Any) -> TransformerConfig:
-    """Returns the layers of each block of a flow whose blocks differ only in their order.
+    """Returns the config of a block's layers, for flows whose blocks differ only in their token order.
 
     config: a `TARFlowConfig` or a `TokenFlowConfig`.
     """

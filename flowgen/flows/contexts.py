@@ -15,7 +15,7 @@ def context_prefix(context: Context | None) -> ContextPrefix | None:
 
 
 def check_one_context(num_classes: int, context: Context | None, attention: Attention) -> None:
-    """Raises ValueError if a model has classes and another context, or if its attention cannot skip padding."""
+    """Raises ValueError if a model has both classes and a context, or if its attention cannot skip padding."""
     check_one_condition(num_classes, context)
     if context is not None and not causal_kernel(attention).can_slide:
         raise ValueError(

@@ -1,4 +1,4 @@
-"""The form of a block for decoding: layers in a list, tokens in the block's order, weights in the dtype of products."""
+"""The form of a block for decoding: unrolled layers, tokens in the block's order, weights in the compute dtype."""
 
 from __future__ import annotations
 

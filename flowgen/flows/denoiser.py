@@ -1,10 +1,10 @@
 """The causal denoiser for clips, which learns the score of a flow (flow-score matching; STARFlow-V, arXiv 2511.20462).
 
-A flow of noisy clips x̃ = x + σ ε has the score ∇ log p(x̃), and one step x̃ + σ² ∇ log p(x̃) removes the noise. This
-score is not smooth, and the score of a frame depends on all later frames. Therefore, a network s(x̃) learns to predict
-t = -σ ∇ log p(x̃), whose values are of order one, and the denoising step becomes x̃ - σ s(x̃). The network sees only a
-window of frames. In each layer, a frame attends to itself, to the `denoiser_past_frames` frames before it and to the
-`denoiser_lookahead_frames` frames after it. Without later frames, the network could not infer the direction of time.
+A flow trained on noisy clips x̃ = x + σ ε has the score ∇ log p(x̃), and one step x̃ + σ² ∇ log p(x̃) removes the
+noise. This score is not smooth, and the score of a frame depends on all later frames. Therefore, a network s(x̃) learns
+to predict t = -σ ∇ log p(x̃), which has values of order one. The denoising step becomes x̃ - σ s(x̃). In each layer, a
+frame attends only to itself, to the `denoiser_past_frames` frames before it and to the `denoiser_lookahead_frames`
+frames after it.
 """
 
 from __future__ import annotations
@@ -90,7 +90,7 @@ class ClipDenoiser(OnMeshes, nn.Module):
 
 
 def init_denoiser(denoiser: ClipDenoiser, key: Key[Array, ""]) -> Variables:
-    """Returns freshly initialised variables for a denoiser, with the shapes that its config determines.
+    """Returns freshly initialised variables for a denoiser.
 
     Example:
         variables = init_denoiser(ClipDenoiser(flow.config), jax.random.key(0))
@@ -117,10 +117,10 @@ class DenoiserStep:
     """The step x - σ s(x, cond) for clips of any length, for use as the function of a `flowgen.decoding.Denoiser`.
 
     noise_std: σ.
-    chunk: number of frames that the network sees at once; None means all. Each chunk after the first begins with the
-    `denoiser_past_frames` frames before its outputs. These frames are noisy, as in training. A chunk does not output
-    its last `denoiser_lookahead_frames` frames, unless it is the last chunk. The next chunk outputs them instead,
-    because it also sees the frames that follow. If chunks are shorter than the window of frames that a layer sees, each
+    chunk: number of frames that the network processes at once; None means all. Each chunk after the first begins with
+    the `denoiser_past_frames` frames before its outputs. These frames are noisy, as in training. A chunk does not
+    output its last `denoiser_lookahead_frames` frames, unless it is the last chunk. The next chunk outputs them
+    instead, because it also contains the frames after them. If chunks are shorter than a layer's window of frames, each
     chunk after the first outputs one frame.
 
     Raises ValueError if chunk is below 1.

@@ -118,7 +118,7 @@ def tweedie_step(
     noise_std: float | None = None,
     strength: Float[Array, ""] | float = 1.0,
 ) -> Float[Array, "b *event"]:
-    """Returns E[clean | x] by Tweedie's formula, x + strength · σ² ∇_x log p(x | cond), without clipping.
+    """Returns x + strength · σ² ∇_x log p(x | cond), without clipping. With strength 1, this is Tweedie's E[clean | x].
 
     noise_std: σ; None means the value in the flow's config. If σ is 0, x is returned unchanged.
 
@@ -139,7 +139,7 @@ def class_posterior(
     x: Float[Array, "b *event"],
     log_prior: Float[Array, " classes"] | None = None,
 ) -> Float[Array, "b classes"]:
-    """Returns p(class | x) by Bayes' rule: it is proportional to p(x | class) p(class).
+    """Returns p(class | x) ∝ p(x | class) p(class), by Bayes' rule.
 
     log_prior: log p(class) up to a constant; None means uniform.
 

@@ -1,4 +1,4 @@
-"""The base class of autoregressive flows, which have a stack of blocks and a density, and the tokens of images."""
+"""The base class of autoregressive flows, and the division of images into tokens."""
 
 from __future__ import annotations
 
@@ -63,7 +63,7 @@ class ImageTokens:
 
     @property
     def event_shape(self) -> tuple[int, ...]:
-        """Shape of one sample, which is one image unless the flow models several images jointly."""
+        """Shape of one sample: an image, or a clip if the flow models clips."""
         return self.image_shape
 
     @property
@@ -113,7 +113,7 @@ class ImageTokens:
 class AutoregressiveFlow(OnMeshes, nn.Module):
     """Exact-likelihood flow between samples `b *event`, such as images, and noise tokens `b n c`.
 
-    Its config defines the blocks, and the tokens of a sample.
+    The config defines the blocks and divides samples into tokens.
 
     Example:
         class MyFlow(AutoregressiveFlow):
@@ -211,7 +211,7 @@ class AutoregressiveFlow(OnMeshes, nn.Module):
     def token_log_prob(
         self, x: Float[Array, "b *event"], cond: AnyCondition | None = None
     ) -> tuple[Float[Array, "b n"], Float[Array, "b n token"]]:
-        """Returns the terms of log p(x | cond) that belong to each token, in nats, and the noise tokens z.
+        """Returns each token's term of log p(x | cond), in nats, and the noise tokens z.
 
         Both are in raster order. The term of token i is log N(z_i; 0, prior variance) plus the logdet of token i in all
         blocks. The terms sum to `log_prob`. They are not densities of single tokens, because z_i depends on many

@@ -1,15 +1,14 @@
-"""A penalty that trains a flow for parallel decoding: its blocks then need fewer Jacobi sweeps.
+"""A penalty that trains the blocks of a flow to need fewer Jacobi sweeps in parallel decoding.
 
-To decode a block, the sweep F(y) = shift(y) + exp(log_scale(y)) · z is repeated. It starts at y = z and ends at y = x,
-the tokens that the block maps to the noise z. In training, x and z are both known, so the error after any number of
-sweeps is known too. Let y_0 = z and y_k = F(y_{k-1}). The penalty is
+Decoding a block repeats the sweep F(y) = shift(y) + exp(log_scale(y)) · z, from y = z until it reaches y = x, the
+tokens that the block maps to the noise z. In training, x and z are both known, so the error after any number of sweeps
+is known too. Let y_0 = z and y_k = F(y_{k-1}). The penalty is
 
     weight · mean over blocks and samples of log rms(y_K - x),
 
-where K is the number of sweeps, and rms is the root mean square over the tokens of a sample. As in Jacobi Forcing
-(arXiv 2512.14681), which trains language models on their own iterates, the gradient flows only through the last sweep,
-and neither into y_{K-1} nor into x and z. Because of the logarithm, halving the error lowers the penalty by the same
-amount, whether the error is large or small.
+where K is the number of sweeps, and rms is the root mean square over the tokens of a sample. The gradient flows only
+through the last sweep, not into y_{K-1}, x or z, as in Jacobi Forcing (arXiv 2512.14681) for language models. Because
+of the logarithm, halving the error lowers the penalty by the same amount, whether the error is large or small.
 """
 
 from __future__ import annotations
@@ -42,7 +41,7 @@ MOST_LOG_SCALE = 40.0
 class JacobiPenalty:
     """A penalty on the error that remains after a few Jacobi sweeps; see `flowgen.flows.jacobi_error`.
 
-    weight: weight of the penalty; positive. The loss is in nats per dimension.
+    weight: weight of the penalty, which is added to the loss in nats per dimension; positive.
     sweeps: number of sweeps after which the error is measured; each takes a forward pass of the penalised blocks.
     blocks: numbers of the penalised blocks, counted from the data side; None for all.
 
@@ -73,7 +72,7 @@ def jacobi_penalty(
     cond: Condition | None,
     penalty: JacobiPenalty,
 ) -> tuple[Float[Array, ""], dict[str, Array]]:
-    """Returns the weighted penalty, and the metrics jacobi_error/<block>, the mean over samples of rms(y_K - x).
+    """Returns the weighted penalty, and the metrics jacobi_error/<block>: rms(y_K - x), averaged over samples.
 
     states: the tokens after each block, for samples x.
 
@@ -103,7 +102,7 @@ def jacobi_error(
     cond: Condition | None,
     sweeps: int,
 ) -> Float[Array, " b"]:
-    """Returns rms(y_K - x) of each sample, at least SOLVED, for a block that maps tokens x to noise z.
+    """Returns rms(y_K - x) of each sample, at least 0.001; y_K are the tokens after K sweeps from y_0 = z.
 
     variables: the block's variables. sweeps: K.
 

@@ -33,19 +33,18 @@ def nll_objective(
 ) -> Callable[..., tuple]:
     """Returns the maximum-likelihood objective (variables, batch, key) -> (loss, metrics[, carried state]).
 
-    loss = loss_scale (½ mean z² - mean logdet / num_dims) + norm_penalty Σ_k mean x_k² + Jacobi penalty, in nats per
-    dimension, up to constants, where x_k are the tokens that enter block k. For padded samples, num_dims is the mean
-    number of values per sample, padding left out. This mean is over the batch of all devices. Squares are averaged over
-    the same values, so more padding changes neither loss nor gradient. Without penalties, this is the loss of TARFlow.
-    The norm penalty comes from STARFlow. The Jacobi penalty trains for parallel decoding (see
-    `flowgen.flows.jacobi_error.jacobi_penalty`); None leaves it out.
+    loss = loss_scale (½ mean z² - mean logdet / num_dims) + norm_penalty Σ_k mean x_k² + Jacobi penalty, where x_k are
+    the tokens that enter block k. The loss is in nats per dimension, up to constants. For padded samples, num_dims is
+    the mean number of values per sample without padding, over the batch on all devices. Means of squares exclude
+    padding too, so more padding changes neither loss nor gradient. Without penalties, this is the loss of TARFlow. The
+    norm penalty comes from STARFlow. The Jacobi penalty lets decoding converge in fewer sweeps (see
+    `flowgen.flows.jacobi_error.jacobi_penalty`); jacobi=None leaves it out.
     batch: a `flowgen.data.Batch` of any image size that `flow.with_image_size` accepts. The batch's context contains
     the labels, texts or context that the flow requires. With probability `label_dropout`, a sample becomes
-    unconditional: a label is replaced by -1, a context is hidden, and a text is replaced by
+    unconditional: a label is replaced by -1, a context is masked out, and a text is replaced by
     null_text(([frames,] height, width)), which returns the encoded empty text.
-    metrics: loss, bits_per_dim of the noisy images (nats_per_dim for latents and numbers), mean_square_z,
-    logdet_per_dim, and mean_square/<block> of the tokens after each block. With a Jacobi penalty, also
-    jacobi_error/<block>.
+    metrics: loss, bits_per_dim of the noisy images (nats_per_dim for other samples), mean_square_z, logdet_per_dim, and
+    mean_square/<block> of the tokens after each block. A Jacobi penalty adds jacobi_error/<block>.
     For a volume-preserving flow with prior variance v, the carried state is the tracked variance
     v + 0.1 (mean_b z² - v).
 
@@ -85,7 +84,7 @@ def nll(
     loss_scale: float = 1.0,
     rows: Rows | None = None,
 ) -> tuple[Float[Array, ""], dict[str, Array], list[Float[Array, "b n token"]]]:
-    """Returns the loss and the metrics of `nll_objective` without Jacobi penalty, and the tokens after each block.
+    """Returns the loss and the metrics of `nll_objective` without the Jacobi penalty, and the tokens after each block.
 
     x: noisy samples of any size that the flow accepts, 0 at padding. rows: the rows of the batch, if it has any.
     """
@@ -113,9 +112,9 @@ def nll(
 
 
 def mean_dims(config: FlowConfig, cond: AnyCondition | None, rows: Rows | None = None) -> Float[Array, ""] | int:
-    """Returns the mean number of values per sample, padding left out, over which nats per dimension are averaged.
+    """Returns the mean number of values per sample, without padding, for nats per dimension.
 
-    rows: the rows of a batch, whose mean covers the whole batch; by default, the mean covers the samples of `cond`.
+    rows: the batch's rows, for the mean over the whole batch; by default, the mean is over the samples of `cond`.
     """
     if not isinstance(cond, Padded):
         return config.num_dims
@@ -124,7 +123,7 @@ def mean_dims(config: FlowConfig, cond: AnyCondition | None, rows: Rows | None =
 
 
 def density_metric(flow: Flow, nats_per_dim: Float[Array, ""], batch: Batch) -> dict[str, Array]:
-    """Returns {name: density metric}: bits/dim for images, and nats/dim for latents and numbers."""
+    """Returns {name: density metric}: bits/dim for 8-bit images, and nats/dim for other samples."""
     if isinstance(batch.x, Moments) or jnp.issubdtype(batch.x.dtype, jnp.floating):
         return {"nats_per_dim": nats_per_dim}
     return {"bits_per_dim": bits_per_dim(-nats_per_dim, 1)}

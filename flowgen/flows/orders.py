@@ -1,7 +1,7 @@
 """The orders in which blocks process tokens: raster order, its reverse, or any permutation; padding comes last.
 
 The order of a padded sample is the block's order of its tokens, followed by its padding. In causal attention, no token
-then sees padding, so padding needs no mask.
+then attends to padding, so padding needs no mask.
 """
 
 from __future__ import annotations
@@ -50,10 +50,10 @@ def permutation(order: TokenOrder, n: int) -> Int[np.ndarray, " n"]:
 
 
 def order_without_padding(order: TokenOrder, mask: Bool[Array | np.ndarray, "b n"]) -> Int[Array, "b n"]:
-    """Returns the permutation of each sample, in which its tokens come in a block's order, and then its padding.
+    """Returns each sample's permutation, which puts its tokens in a block's order and its padding last.
 
     The block's order applies to a sample of m tokens as if its padding were removed: only the entries below m of a
-    permutation are used. The places of padding therefore do not matter.
+    permutation are used. The result therefore does not depend on where the padding was.
     """
     return _without_padding(jnp.asarray(permutation(order, mask.shape[1])), jnp.asarray(mask))
 

@@ -1,4 +1,4 @@
-"""Rotary angles of a block's slots: first a text prefix, which has a separate axis, and then a grid of tokens.
+"""Rotary angles of a block's sequence: a text prefix, whose positions have a separate axis, and then a grid of tokens.
 
 Token (i, j) of an h x w grid has position (i, j) · P / √(h w) in any token order. P is the side of the grid on which
 the model was trained, so a larger grid covers the same range. On the third axis, text token k of n has position k/n · P
@@ -19,9 +19,10 @@ THIRD_AXIS_PAIRS = 8
 
 @dataclass(frozen=True)
 class GridPositions:
-    """A grid of tokens, its reference side P, the channel pairs that encode each axis, and the number of frames.
+    """The positions of a grid of tokens in one or more frames.
 
-    pairs: number of channel pairs for the row axis, the column axis and, if there is one, the third axis.
+    rope_base_grid: the side P. pairs: number of channel pairs for the row axis, the column axis and, if there is one,
+    the third axis.
     """
 
     rows: int
@@ -31,7 +32,7 @@ class GridPositions:
     frames: int = 1
 
     def rotary(self, prefix_length: int) -> Rotary:
-        """Returns the angles of `prefix_length` text slots, then of the grid tokens, frame by frame and row by row."""
+        """Returns the angles of the prefix tokens, then of the grid tokens, frame by frame and row by row."""
         grid = np.stack(np.divmod(np.arange(self.rows * self.columns), self.columns), axis=1)
         grid = grid / math.sqrt(self.rows * self.columns) * self.rope_base_grid
         positions = np.zeros((prefix_length + self.frames * len(grid), len(self.pairs)))

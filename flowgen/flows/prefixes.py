@@ -1,4 +1,4 @@
-"""Prefixes: the tokens before the tokens of a sample, which contain its condition."""
+"""Prefixes: tokens that precede the tokens of a sample and contain its condition."""
 
 from __future__ import annotations
 
@@ -49,7 +49,7 @@ class TextPrefix:
 
 @dataclass(frozen=True)
 class ContextPrefix:
-    """A prefix of up to `length` tokens with `dim` features each; padding is not seen. No condition means no prefix."""
+    """A prefix of up to `length` tokens; no token attends to its padding. Without a condition, there is no prefix."""
 
     length: int
     dim: int
@@ -68,9 +68,9 @@ Prefix = ClassPrefix | TextPrefix | ContextPrefix
 def rotation_after_prefix(
     rotation: tuple[Array, Array] | None, count: Start, length: int
 ) -> tuple[Float[Array, "b n r"], Float[Array, "b n r"]] | None:
-    """Returns the rotation of sequences whose prefix has only `count` of its `length` slots, given that of all slots.
+    """Returns the rotation of sequences whose prefix has only `count` of `length` tokens, from that of whole prefixes.
 
-    The `count` tokens of the prefix have the first angles, and the angles of all other tokens stay the same.
+    The prefix has the first `count` angles, and the angles of all other tokens stay the same.
     """
     if rotation is None:
         return None

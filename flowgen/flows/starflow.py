@@ -1,4 +1,4 @@
-"""STARFlow: shallow autoregressive blocks and one deep block on latents, with classes or texts (arXiv 2506.06276)."""
+"""STARFlow: a flow of latents with shallow autoregressive blocks and one deep block (arXiv 2506.06276)."""
 
 from __future__ import annotations
 
@@ -76,15 +76,16 @@ class STARFlowConfig(ImageTokens):
     ImageContext; None for none.
     text_dim: number of features per text token; 0 for a model without texts.
     text_length: number of tokens per text, padding included; 0 for a model without texts.
-    conditioned_blocks: which blocks see the class, the context or the text: "deep" for only the last block, or "all".
+    conditioned_blocks: blocks that depend on the class, the context or the text: "deep" for only the last block, or
+    "all".
     rope_base_grid: side, in tokens, of the grid to which positions are scaled; None leaves neighbouring tokens 1 apart.
     attention: attention kernel of the layers: a name, or your own kernel.
     attention_implementation: implementation of softmax attention: "auto", "xla", "cudnn" (for GPUs) or "tpu" (for
-    TPUs); see docs/attention.md of the source.
+    TPUs); see docs/attention.md in the repository.
     noise_std: σ of the Gaussian training noise; above 0 for latents.
     dtype: dtype of matrix products and activations; parameters, affine maps and log-determinants are at least float32.
     remat: whether to save memory by recomputing activations in the backward pass instead of storing them; "auto" stores
-    them only in blocks with few layers on CPUs with huge pages, where this is faster.
+    them only where this is faster, which is in blocks with few layers on CPUs with huge pages.
     """
 
     image_size: Side | tuple[Side, Side]
@@ -187,7 +188,7 @@ class STARFlowConfig(ImageTokens):
         return ClassPrefix(self.num_classes) if self.num_classes and self.class_conditioning == "prefix" else None
 
     def with_image_size(self, height: int, width: int) -> STARFlowConfig:
-        """Returns the config for another image size, with the same reference grid. The same parameters fit it."""
+        """Returns the config for another image size, with the same reference grid. The same parameters fit both."""
         return dataclasses.replace(self, image_size=(height, width), rope_base_grid=self._side)
 
     @property
@@ -208,7 +209,7 @@ class STARFlowConfig(ImageTokens):
 
     @property
     def blocks(self) -> tuple[BlockConfig, ...]:
-        """The blocks from data to noise; blocks of 0 layers are left out, but count in the alternation of orders."""
+        """The blocks from data to noise; blocks of 0 layers are left out, but they count when the orders alternate."""
         last = len(self.layers_per_block) - 1
         return tuple(self._block(index, index == last) for index, count in enumerate(self.layers_per_block) if count)
 
@@ -250,7 +251,7 @@ class STARFlowConfig(ImageTokens):
         return softmax_shapes(self.blocks)
 
     def check_cond(self, cond: Any, batch: int) -> Condition | None:
-        """Returns labels, texts or a context as arrays, or None. Raises ValueError if it does not fit the model."""
+        """Returns labels, texts or a context as arrays, or None. Raises ValueError if cond does not fit the model."""
         if self.text_dim:
             return check_text(cond, length=self.text_length, dim=self.text_dim, batch=batch)
         return check_condition(self, cond, batch)

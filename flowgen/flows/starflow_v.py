@@ -17,16 +17,16 @@ from flowgen.settings.ranges import Frames, MaybeLayers, OtherFrames
 
 @config
 class STARFlowVConfig(STARFlowConfig):
-    """Describes a STARFlow over clips `frames height width c`; see `STARFlowConfig` for the other fields.
+    """Describes a STARFlow for clips `frames height width c`; see `STARFlowConfig` for the other fields.
 
     The shallow blocks map each frame independently. The deep block is causal over the tokens of all frames, in raster
-    order. It is the only block that sees the condition. On the third axis of the rotary positions, the position of an
+    order. Only the deep block depends on the condition. On the third axis of the rotary positions, the position of an
     image token is the index of its frame, and the position of a text token depends on its place in the text.
 
     frames: number of latent frames per clip.
     denoiser_layers: number of layers of the causal denoiser, which learns the flow's score; 0 for no denoiser.
-    denoiser_past_frames: number of earlier frames that a token sees in each layer of the denoiser.
-    denoiser_lookahead_frames: number of later frames that a token sees in each layer of the denoiser.
+    denoiser_past_frames: number of earlier frames to which a token attends in each layer of the denoiser.
+    denoiser_lookahead_frames: number of later frames to which a token attends in each layer of the denoiser.
     """
 
     frames: Frames = 21
@@ -61,7 +61,7 @@ class STARFlowVConfig(STARFlowConfig):
         return (self.frames, *self.image_shape)
 
     def with_num_frames(self, frames: int) -> STARFlowVConfig:
-        """Returns the config for another clip length. The same parameters fit it."""
+        """Returns the config for another clip length. The same parameters fit both."""
         return dataclasses.replace(self, frames=frames)
 
     @property

@@ -52,12 +52,12 @@ class TARFlowConfig(ImageTokens):
     tracked prior variance, or your own function (shift, raw) -> (shift, log_scale).
     attention: attention kernel of the layers: a name, or your own kernel.
     attention_implementation: implementation of softmax attention: "auto", "xla", "cudnn" (for GPUs) or "tpu" (for
-    TPUs); see docs/attention.md of the source.
+    TPUs); see docs/attention.md in the repository.
     activation: activation of the feed-forward layers.
     noise_std: σ of the Gaussian training noise; 0 means uniform dequantisation.
     dtype: dtype of matrix products and activations; parameters, affine maps and log-determinants are at least float32.
     remat: whether to save memory by recomputing activations in the backward pass instead of storing them; "auto" stores
-    them only in blocks with few layers on CPUs with huge pages, where this is faster.
+    them only where this is faster, which is in blocks with few layers on CPUs with huge pages.
     """
 
     image_size: Side | tuple[Side, Side]
@@ -122,7 +122,7 @@ class TARFlowConfig(ImageTokens):
         return softmax_shapes(self.blocks)
 
     def check_cond(self, cond: Any, batch: int) -> Condition | None:
-        """Returns labels or a context as arrays, or None. Raises ValueError if it does not fit the model and batch."""
+        """Returns labels or a context as arrays, or None. Raises ValueError if cond does not fit the model."""
         return check_condition(self, cond, batch)
 
 

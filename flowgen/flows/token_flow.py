@@ -1,8 +1,8 @@
-"""Flows for vectors, sequences and sets: autoregressive transformer blocks on any tokens, given any context.
+"""Autoregressive transformer flows of vectors, sequences and sets, with or without a context.
 
 A vector of d numbers or a sequence of n rows with c channels is divided into tokens of `group` consecutive numbers or
 rows. Every token is transformed, including the first one (shift "input", as in STARFlow, arXiv 2506.06276), so flows of
-a single number work too. Sets are padded sequences: `Padded` says which rows exist, and the density is that of these
+a single number work too. Sets are padded sequences: `Padded` marks the rows that exist. The density is that of these
 rows given their number. As in every autoregressive model, the density depends on the order of the rows. If the order
 has no meaning, shuffle the rows in training.
 """
@@ -55,7 +55,7 @@ class TokenFlowConfig:
 
     shape: shape of one sample: (d,) for vectors, or (n, c) for n rows with c channels.
     group: number of consecutive numbers of a vector, or rows of a sequence, that form one token; it must divide d or n.
-    Within a block, the map of a token's numbers depends on the tokens before it, but not on each other.
+    Given the earlier tokens, a block maps the numbers of a token independently of each other.
     width: number of channels of a token inside a block, a multiple of head_dim.
     num_blocks: number of autoregressive blocks.
     layers_per_block: number of transformer layers per block.
@@ -63,24 +63,24 @@ class TokenFlowConfig:
     expansion: width of the feed-forward layers, as a multiple of the block's width.
     orders: order of the tokens in each block: "alternating" begins with raster order and reverses every second block,
     "raster" uses raster order in all blocks, and a tuple gives one permutation of 0..tokens-1 per block.
-    padded: whether samples are padded; `cond` must then be a `Padded`, which says which rows exist.
+    padded: whether samples are padded; `cond` must then be a `Padded`, which marks the rows that exist.
     num_classes: number of classes that the density is conditioned on; 0 for none.
     context: the continuous context that the density is conditioned on: a VectorContext, a TokenContext or an
     ImageContext; None for none.
     scale_parameterisation: "exponential" or "softplus", which means σ = softplus(a + 0.5413) for the raw output a, or
     your own function (shift, raw) -> (shift, log_scale).
-    mixture: the map by the CDF of a mixture, which replaces the affine map of each number and models several modes in
-    one block; None for the affine map. Guidance needs the affine map.
+    mixture: a map of each number by the CDF of a mixture, with which one block can model several modes; None for the
+    affine map. Guidance needs the affine map.
     soft_clip: bound c of the map c · tanh(r / c), which is applied to the raw outputs of each block, such as scale and
-    shift; 0 for none. Data far outside ±c need to be standardised.
+    shift; 0 for none. Standardise data that extend far beyond ±c.
     attention: attention kernel of the layers: a name, or your own kernel.
     attention_implementation: implementation of softmax attention: "auto", "xla", "cudnn" (for GPUs) or "tpu" (for
-    TPUs); see docs/attention.md of the source.
+    TPUs); see docs/attention.md in the repository.
     activation: activation of the feed-forward layers.
     noise_std: σ of the Gaussian training noise; 0 for none.
     dtype: dtype of matrix products and activations; parameters, affine maps and log-determinants are at least float32.
     remat: whether to save memory by recomputing activations in the backward pass instead of storing them; "auto" stores
-    them only in blocks with few layers on CPUs with huge pages, where this is faster.
+    them only where this is faster, which is in blocks with few layers on CPUs with huge pages.
 
     Example:
         config = TokenFlowConfig(shape=(5,), width=64, num_blocks=4, context=VectorContext(dim=8))
@@ -216,7 +216,7 @@ class TokenFlowConfig:
         return tokens.reshape(len(tokens), *self.shape)
 
     def check_cond(self, cond: Any, batch: int) -> Condition | None:
-        """Returns the condition as arrays or None. Raises ValueError if it does not fit this model and batch."""
+        """Returns the condition as arrays or None. Raises ValueError if cond does not fit the model."""
         if not self.padded:
             if isinstance(cond, Padded):
                 raise ValueError(
@@ -234,7 +234,7 @@ class TokenFlow(AutoregressiveFlow):
 
     In every method, `cond` is None, int32 labels `b` (-1 means unconditional), or the context that the config
     describes. If samples are padded, `cond` is a `Padded`, which contains the mask of the rows and one of these
-    conditions. The flow ignores the values of padding that a caller passes, and returns 0 for padding.
+    conditions. The flow ignores the values at padding, and returns 0 there.
 
     Example:
         flow = TokenFlow(TokenFlowConfig(shape=(5,), context=VectorContext(dim=8)))
@@ -244,7 +244,7 @@ class TokenFlow(AutoregressiveFlow):
     config: TokenFlowConfig
 
     def bits_per_dim(self, x: Float[Array, "b *event"], cond: AnyCondition | None = None) -> Float[Array, " b"]:
-        """Raises ValueError, because bits/dim are for data with 256 levels, and these samples are any numbers."""
+        """Raises ValueError, because bits/dim is defined only for data with 256 levels."""
         raise ValueError(
             "bits/dim needs data with 256 levels, but this flow models numbers; use nats per dimension, "
             "-log_prob / config.num_dims."

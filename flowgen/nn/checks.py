@@ -1,4 +1,4 @@
-"""Checks that the configs of several models share. Each error message names the field, its value and a fix."""
+"""Validation of fields that the configs of several models share. Each error states the field, its value and a fix."""
 
 from __future__ import annotations
 
@@ -13,8 +13,9 @@ ImageSize = SupportsIndex | Sequence[SupportsIndex]
 def image_sides(image_size: object, name: str = "image_size") -> tuple[int, int]:
     """Returns (height, width) for an image size, which is one side of a square or a pair of sides.
 
-    The sides may be integers of any type. name: the name of the field in the error message. Raises ValueError unless
-    both sides are at least 1.
+    The sides may be integers of any type. Raises ValueError unless both are at least 1.
+
+    name: the name of the field in the error message.
     """
     sides = image_size if isinstance(image_size, tuple | list) else (image_size, image_size)
     whole = [_whole(side) for side in sides]
@@ -49,7 +50,7 @@ def check_heads(width: int, head_dim: int, name: str = "width") -> None:
 
 
 def check_implementation(implementation: str, attention: object) -> None:
-    """Raises ValueError if an implementation other than "auto" is set for attention other than softmax attention."""
+    """Raises ValueError unless `implementation` is "auto" or `attention` is "softmax"."""
     if implementation != "auto" and not (isinstance(attention, str) and attention == "softmax"):
         raise ValueError(
             f"attention_implementation is {implementation!r}, which applies only to softmax attention, but attention "

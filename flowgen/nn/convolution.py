@@ -37,8 +37,8 @@ def conv(
 ) -> nn.Conv:
     """Returns a side × side convolution with `channels` input channels and `features` output channels.
 
-    padding: as in Flax; None means side // 2, which keeps the size at stride 1 for odd sides. zero: whether the
-    parameters are initialised to zero; otherwise, they are initialised as in PyTorch.
+    padding: as in Flax; None means side // 2, which preserves the image size if the stride is 1 and the side is odd.
+    zero: whether to initialise the parameters to zero; by default, they are initialised as in PyTorch.
     """
     padding = side // 2 if padding is None else padding
     return _conv(features, (side, side), (stride, stride), padding, channels, dtype, zero, name)
@@ -57,7 +57,8 @@ def clip_conv(
     """Returns a convolution of clips over 3 frames and side × side positions.
 
     Height and width are padded, but frames are not: n frames yield n - 2 frames, of which every `stride`-th is kept.
-    zero: whether the parameters are initialised to zero; otherwise, they are initialised as in PyTorch.
+
+    zero: whether to initialise the parameters to zero; by default, they are initialised as in PyTorch.
     """
     around = (side // 2, side // 2)
     return _conv(features, (3, side, side), (stride, 1, 1), ((0, 0), around, around), channels, dtype, zero, name)
@@ -111,11 +112,12 @@ def convolve_image(
 class ResidualBlock(nn.Module):
     """skip(x) + conv(dropout(silu(norm(conv(silu(norm(x))))))).
 
-    skip is the identity or, if the width changes, a linear map. With an embedding e, the second norm(h) is replaced by
-    norm(h + W e). If `scale_shift`, it is replaced by norm(h) (1 + a) + b instead, with (a, b) = W e.
+    skip is the identity or, if the width changes, a linear map. With an embedding e, the outer norm(h) becomes
+    norm(h + W e) or, with `scale_shift`, norm(h) (1 + a) + b with (a, b) = W e.
 
-    norm: a function that returns a norm layer, given its `name`. convolve: `convolve_image`, or `convolve_clip` for
-    clips. zero: whether the last convolution is initialised to zero.
+    norm: a function that returns a norm layer, given its `name`.
+    convolve: `convolve_image`, or `convolve_clip` for clips.
+    zero: whether the last convolution is initialised to zero.
 
     Example:
         block = ResidualBlock(64, "float32", functools.partial(group_norm, 32, "float32", epsilon=1e-6))
@@ -165,8 +167,11 @@ class ResidualBlock(nn.Module):
 class SpatialAttention(nn.Module):
     """x + W attention(norm(x)), where each position attends to its whole image or, in a clip, to its own frame.
 
-    The cache is returned unchanged. norm: a function that returns a norm layer, given its `name`. zero: whether W is
-    initialised to zero, so that the layer is initially the identity. implementation: see `softmax_attention`.
+    The cache is returned unchanged.
+
+    norm: a function that returns a norm layer, given its `name`.
+    zero: whether W is initialised to zero, so that the layer is initially the identity.
+    implementation: see `softmax_attention`.
 
     Example:
         attention = SpatialAttention("float32", functools.partial(group_norm, 32, "float32", epsilon=1e-6))

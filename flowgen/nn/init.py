@@ -14,12 +14,12 @@ from flowgen.nn.layers import master_dtype
 
 
 def init(network: nn.Module, key: Key[Array, ""]) -> PyTree:
-    """Returns freshly initialised variables of a model. For a flow, they include those of its denoiser.
+    """Returns freshly initialised variables of a model; for a flow, they include the variables of its denoiser.
 
-    The initialisation is compiled. If the model has a method `initial_variables(key)`, the result comes from this
-    method; flows define it so that their blocks share compiled programs. Otherwise, the config's `inputs` gives the
-    shapes and dtypes of the model's arguments. A config without `inputs` belongs to a velocity network, whose arguments
-    are times and samples of the config's `event_shape`.
+    The initialisation is compiled. If the model has a method `initial_variables(key)`, that method computes the
+    variables; flows define it so that their blocks share compiled programs. Otherwise, the model's arguments have the
+    shapes and dtypes in the config's `inputs`. If the config has no `inputs`, the arguments are those of a velocity
+    network: times, and samples of the config's `event_shape`.
 
     Raises ValueError if the network has no config or the key is invalid.
 

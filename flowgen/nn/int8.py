@@ -1,11 +1,12 @@
-"""Matrix products with 8-bit weights, one scale per output, and a few inputs at full precision (arXiv 2208.07339).
+"""Matrix products with 8-bit weights, one scale per output and unrounded weights for a few inputs (arXiv 2208.07339).
 
 Let W be a kernel `inputs outputs` and O the set of its outliers, which are a few inputs with unusually large weights:
 
     x W ≈ (x Q) · s + x_O W_O,      Q_ij = round(W_ij / s_j), and 0 for i in O,      s_j = max_{i∉O} |W_ij| / 127
 
-A large weight increases the scale of its output, and thereby the rounding errors of all other weights. The outliers are
-therefore chosen by their size in units of the root mean square weight of each output.
+A large weight increases the scale of its output, and thereby the rounding errors of all other weights of that output.
+Therefore, each weight is compared with the root mean square weight of its output, and the inputs with the largest
+ratios are the outliers.
 """
 
 from __future__ import annotations
@@ -24,7 +25,13 @@ INPUTS_PER_OUTLIER = 64  # The outliers take 4 / 64 of the bytes of the other we
 
 
 class Int8Kernel(NamedTuple):
-    """A rounded kernel; see above. values: Q. scale: s. outliers: the numbers of the inputs in O. exact: W_O."""
+    """A rounded kernel, in the notation of the module docstring.
+
+    values: Q.
+    scale: s.
+    outliers: the indices of the inputs in O.
+    exact: W_O.
+    """
 
     values: Int8[Array, "i o"]
     scale: Float[Array, " o"]
@@ -35,7 +42,8 @@ class Int8Kernel(NamedTuple):
 def to_int8(kernel: Float[Array, "i o"], dtype: str, num_outliers: int | None = None) -> Int8Kernel:
     """Returns the kernel with weights of 8 bits, each within half a scale step of the original.
 
-    dtype: dtype of the weights of the outliers. num_outliers: the number of outliers; None means one per 64 inputs.
+    dtype: dtype of the weights of the outliers.
+    num_outliers: the number of outliers; None means one per 64 inputs.
 
     Example:
         small = to_int8(kernel, "float32")
@@ -55,7 +63,9 @@ def to_int8(kernel: Float[Array, "i o"], dtype: str, num_outliers: int | None = 
 def int8_product(
     x: Float[Array, "*b i"], kernel: Int8Kernel, product: Callable[..., Array] = jax.lax.dot_general
 ) -> Float[Array, "*b o"]:
-    """Returns x times the rounded kernel, in the dtype of x. product: a `dot_general`.
+    """Returns x times the rounded kernel, in the dtype of x.
+
+    product: a function with the signature of `jax.lax.dot_general`.
 
     Example:
         y = int8_product(x, to_int8(kernel, "float32"))

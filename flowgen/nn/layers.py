@@ -100,9 +100,10 @@ def linear(
 ) -> Dense:
     """Returns a Dense layer initialised like PyTorch's Linear: kernel and bias from U(-1/√fan_in, 1/√fan_in).
 
-    zero_kernel, zero_bias: whether the kernel or the bias is initialised to zero instead. The published output layers
-    initialise only the kernel to zero.
-    shared: the axis of the kernel that the devices along the tensor axis of a training mesh share.
+    zero_kernel, zero_bias: whether the kernel or the bias is initialised to zero instead. The output layers of the
+    published models initialise only the kernel to zero.
+    shared: the axis of the kernel that is divided over the devices on the tensor axis of a training mesh; "" means
+    none.
 
     Example:
         proj = linear(256, fan_in=128, dtype="float32")

@@ -1,4 +1,4 @@
-"""The shapes of a model's softmax attention, from which its implementation can be planned without running the model."""
+"""The shapes of a model's softmax attention, used to plan its implementation without running the model."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from flowgen.backend import Implementation
 
 
 class SoftmaxShape(NamedTuple):
-    """The shape of softmax attention over a full sequence. All layers of a group in a model have this shape."""
+    """The shape of softmax attention over a full sequence, in one or more layers of a model."""
 
     num_tokens: int
     num_heads: int

@@ -181,7 +181,7 @@ class InitConfig:
 
     path: directory of a run, or of weights that `convert` has imported; empty to start from new parameters. A resumed
     run does not read it.
-    allow: kinds of differences to allow: classes, size, text, frames or other; see docs/training.md of the source.
+    allow: kinds of differences to allow: classes, size, text, frames or other; see docs/training.md in the repository.
     """
 
     path: str = ""

@@ -1,7 +1,7 @@
-"""Invertible transforms: of bounded to unbounded variables, and of elements by the CDF of a mixture.
+"""Invertible transforms from bounded to unbounded variables, and elementwise maps by the CDF of a mixture.
 
-The transforms are pure functions and JAX pytrees, usable in any model. This package imports no other package of flowgen
-than settings.
+Transforms are JAX pytrees with pure functions, so any model can use them. Of flowgen's other packages, this one imports
+only `flowgen.settings`.
 """
 
 from flowgen.transforms.bounded import Box, Positive, Simplex

@@ -1,7 +1,7 @@
 """Transforms from bounded to unbounded variables: intervals, positive values and shares that sum to 1.
 
-All transforms keep float32's precision close to the borders. There, u is computed from the distance to the closer
-border, and logdet from log-sigmoids of u, which neither overflow nor cancel.
+All transforms are accurate to float32's precision even close to the bounds. For example, `Box` computes u from the
+distances to the bounds, and logdet from log-sigmoids of u, which neither overflow nor cancel.
 """
 
 from __future__ import annotations
@@ -36,16 +36,16 @@ SHARES_TOLERANCE = 1e-3
 class Box:
     """Maps each entry from its interval (low, high) to the real line.
 
-    Both bounds are finite: u = log((x - low) / (high - x)), whose inverse is a scaled sigmoid. One is infinite:
-    u = log(exp(x - low) - 1) or u = -log(exp(high - x) - 1), whose inverse is a softplus. Both are infinite: u = x.
-    Softplus is close to the identity far from the bound, so x is finite for every finite u, and errors of u are not
-    multiplied. The softplus depends on the unit of x. Scale x to about 1 first, with `Standardise`, or use `Positive`
-    for values that span several orders of magnitude.
+    If both bounds are finite, u is log((x - low) / (high - x)), and the inverse is a scaled sigmoid. If one bound is
+    finite, u is log(exp(x - low) - 1) or -log(exp(high - x) - 1), and the inverse is a softplus. If neither is finite,
+    u is x. Far from the bound, the softplus is close to the identity, so errors of u are not amplified. Since the
+    softplus depends on the unit of x, scale x to values of about 1 first. For values that span several orders of
+    magnitude, use `Positive`.
 
-    The interval is open. `inverse` returns values strictly inside it, even if rounding would reach a bound.
+    `inverse` returns values strictly between the bounds, even if rounding would reach a bound.
 
-    low, high: bounds, which are broadcast to the shape of an event; -inf and inf for none. event_ndim: number of axes
-    of an event.
+    low, high: bounds, which are broadcast to the shape of an event; -inf and inf mean no bound.
+    event_ndim: number of axes of an event.
 
     Raises ValueError unless low < high for all entries. `forward` raises ValueError unless x is strictly between the
     bounds; if x or a bound is traced, u is infinite or NaN instead.
@@ -99,9 +99,10 @@ class Box:
 class Positive:
     """Maps each positive entry to u = log x.
 
-    Use this transform for values that span several orders of magnitude, such as scales and rates. Another unit of x
-    only shifts u. For values of about the same size, use `Box(0.0, jnp.inf)`, which does not multiply errors. x is
-    limited to the normal numbers of its dtype, which float32 reaches at u of about -87 and 88.
+    Use this transform for values that span several orders of magnitude, such as scales and rates. Changing the unit of
+    x only shifts u. For values of about the same size, use `Box(0.0, jnp.inf)`, which does not amplify errors of u.
+    `inverse` limits x to the normal numbers of its dtype; in float32, this affects u below about -87 and above about
+    88.
 
     event_ndim: number of axes of an event.
 
@@ -132,19 +133,19 @@ class Positive:
 @pytree
 @dataclass(frozen=True)
 class Simplex:
-    """Maps k positive shares that sum to 1, on the last axis, to k - 1 unbounded values, the additive log-ratios.
+    """Maps k positive shares that sum to 1 to their k - 1 additive log-ratios, along the last axis.
 
-    u_i = log(x_i / x_k) for i < k, and the inverse is the softmax of (u, 0), so equal shares have u = 0. The first
-    k - 1 shares determine the last one. The density of x is with respect to the Lebesgue measure of the first k - 1:
+    For i < k, u_i = log(x_i / x_k). The inverse is the softmax of (u, 0). The first k - 1 shares determine the last
+    one, so the density of x is defined with respect to the Lebesgue measure of these k - 1 shares:
 
         log|det du/dx| = -Σ_i log x_i   over all k shares
 
-    Unlike stick-breaking, this transform treats all shares alike, except that the last one is the denominator.
+    Unlike in stick-breaking, the order of the shares does not matter, except that the last one is the denominator.
 
-    event_ndim: number of axes of an event; each of its rows is a simplex.
+    event_ndim: number of axes of an event; the last of them contains the shares.
 
-    `forward` raises ValueError unless all shares are positive and sum to 1 within 0.001. If x is traced, it is only
-    divided by its sum, and u is infinite or NaN if a share is not positive.
+    `forward` raises ValueError unless all shares are positive and their sum is within 0.001 of 1; it then divides them
+    by their sum. If x is traced, these checks are skipped, and u is infinite or NaN if a share is not positive.
 
     Example:
         u, logdet = Simplex().forward(jnp.asarray([[0.2, 0.3, 0.5]]))  # u `1 2`
@@ -174,19 +175,19 @@ class Simplex:
 
 
 def _inverse_softplus(x: Array) -> Array:
-    """log(exp(x) - 1) for x > 0."""
+    """Returns log(exp(x) - 1) for x > 0."""
     return x + jnp.log(-jnp.expm1(-x))
 
 
 def _log_slope(u: Array, low: Array, high: Array) -> Array:
-    """log du/dx of each entry. The derivative dx/du is the product of a sigmoid per bound, and of the width."""
+    """Returns log du/dx; dx/du is the product of one sigmoid per finite bound and, if both are finite, of the width."""
     has_low, has_high = jnp.isfinite(low), jnp.isfinite(high)
     log_width = jnp.log(jnp.where(has_low & has_high, high - low, 1))
     return -log_width - jnp.where(has_low, jax.nn.log_sigmoid(u), 0) - jnp.where(has_high, jax.nn.log_sigmoid(-u), 0)
 
 
 def _strictly_within(x: Array, low: Array, high: Array) -> Array:
-    """x, moved to the closest normal number inside (low, high)."""
+    """Returns x, clipped to the least and the largest number inside (low, high)."""
     tiny = jnp.finfo(x.dtype).tiny
     least = jnp.maximum(jnp.nextafter(low, jnp.full_like(low, jnp.inf)), low + tiny)
     most = jnp.minimum(jnp.nextafter(high, jnp.full_like(high, -jnp.inf)), high - tiny)

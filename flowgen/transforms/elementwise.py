@@ -1,6 +1,6 @@
-"""Invertible elementwise maps of tokens. A network computes the parameters of a map from the tokens before.
+"""Invertible elementwise maps of tokens. A network computes the parameters of a map from the preceding tokens.
 
-The network's raw outputs are close to 0 before training. A map must then be close to the identity.
+Before training, the network's raw outputs are close to 0. For such outputs, a map must be close to the identity.
 """
 
 from __future__ import annotations
@@ -35,7 +35,7 @@ class ElementwiseMap(Protocol):
     def to_noise(
         self, x: Float[Array, "b n c"], raw: Float[Array, "b n outputs"]
     ) -> tuple[Float[Array, "b n c"], Float[Array, "b n c"]]:
-        """Returns z and log dz/dx of each element, in nats. At raw outputs of 0, z is close to x."""
+        """Returns z and log dz/dx of each element, in nats. For raw outputs of 0, z is close to x."""
         ...
 
     def to_data(self, z: Float[Array, "b n c"], raw: Float[Array, "b n outputs"]) -> Float[Array, "b n c"]:
@@ -48,13 +48,13 @@ def mixture_parameters(
 ) -> tuple[Float[Array, "*b c k"], Float[Array, "*b c k"], Float[Array, "*b c k"]]:
     """Returns (logits, means, log_scales) of a mixture of k components for each of c channels.
 
-    raw: c · 3 · k network outputs per token: for each channel, k logits, k means and k log-scales.
+    raw: for each token and channel, k logits, then k means, then k log-scales.
 
-    Raw outputs of 0 give a mixture with mean 0 and the variance of the base, so the map is close to the identity. The
-    means are spread by 0.3 standard deviations. If they were equal, the map would be exactly the identity, but then the
-    gradients of all components would be equal too, and no step of gradient descent could separate them. With 8 Gaussian
-    components, the spread changes z by less than 0.006 for |x| < 3, and by a factor of less than 1.05 in the tails.
-    Log-scales are bounded by ±4 around their initial value.
+    For raw outputs of 0, the mixture has the mean and variance of its base distribution, so the map is close to the
+    identity. The means of the components then have a standard deviation of 0.3 times the base's. With equal means, the
+    map would be exactly the identity, but the components would have equal gradients, and training could not separate
+    them. With 8 Gaussian components, this spread changes z by less than 0.006 for |x| < 3, and by a factor of less than
+    1.05 in the tails. Log-scales differ from their initial value by at most 4.
 
     Raises ValueError unless the number of outputs is a multiple of 3 · components.
 
@@ -77,7 +77,7 @@ def mixture_parameters(
 
 
 def _initial(components: int) -> tuple[np.ndarray, float]:
-    """The initial means at the normal distribution's quantiles, and the log-scale that makes the variance 1."""
+    """Returns initial means that are spread like normal quantiles, and the log-scale that makes the variance 1."""
     levels = (np.arange(components) + 0.5) / components
     quantiles = np.array([NormalDist().inv_cdf(level) for level in levels])
     if components == 1:
@@ -90,9 +90,9 @@ class MixtureMap:
     """Maps each element by the CDF of a mixture; see `flowgen.transforms.mixture`.
 
     components: number of components per channel. With more components, the density can have more modes. Each component
-    needs 3 more outputs of the network.
-    kind: "gaussian", with which elements have a mixture of Gaussians as their conditional density if z is standard
-    normal; or "logistic", which is cheaper to compute.
+    requires 3 network outputs per channel.
+    kind: with "gaussian", the conditional density of each element is a mixture of Gaussians if z is standard normal;
+    "logistic" is cheaper to compute.
 
     Example:
         z, log_derivative = MixtureMap(components=8).to_noise(x, raw)

@@ -23,7 +23,9 @@ EVENT_NDIM: Any = field(default=1, metadata={"static": True})
 
 
 def pytree(cls: Class) -> Class:
-    """Registers a frozen dataclass as a pytree. Pytrees of placeholders, which JAX may build, skip the checks.
+    """Registers a frozen dataclass as a pytree.
+
+    Unflattening skips the checks of `__post_init__`, because JAX may use placeholders as leaves.
 
     Example:
         Box = pytree(dataclass(frozen=True)(Box))
@@ -65,7 +67,8 @@ def as_field(transform: Any, name: str) -> Any:
 def of_events(event_ndim: int, x: Any, **parameters: Any) -> list[Array]:
     """Returns x in at least float32, and parameters in the dtype and shape of x.
 
-    Raises ValueError if x has too few axes or is not floating-point, or if a parameter does not fit an event.
+    Raises ValueError if x has too few axes or is not floating-point, or if a parameter does not broadcast to the shape
+    of an event.
 
     Example:
         x, low, high = of_events(1, x, low=low, high=high)
@@ -92,7 +95,7 @@ def sum_over_event(event_ndim: int, x: Float[Array, "..."]) -> Float[Array, "*b"
 
 
 def check_values(name: str, x: Float[Array, "..."], valid: Bool[Array, "..."], fix: str) -> None:
-    """Raises ValueError that names the first entry that is not valid; traced values are not checked.
+    """Raises a ValueError that states the first invalid entry; traced values are not checked.
 
     Example:
         check_values("x", x, x > 0, "values must be positive")

@@ -1,18 +1,18 @@
 """An elementwise monotone map from a mixture of distributions to their base distribution, and its inverse.
 
-Let Φ be the CDF of the standard normal ("gaussian") or the standard logistic distribution ("logistic"). Each element x
-has a mixture of k components, with weights π, means μ and scales s:
+Let Φ be the CDF of the standard normal ("gaussian") or the standard logistic distribution ("logistic"). For each
+element x, there is a mixture of k components with weights π, means μ and scales s:
 
     F(x) = Σ_k π_k Φ((x - μ_k) / s_k),      z = Φ⁻¹(F(x)),      dz/dx = F'(x) / φ(z)
 
-If x has the density F', then z has the density φ. With Gaussian components and noise z from N(0, 1), a block's
-conditional density is therefore a mixture of Gaussians (TarFlowLM, arXiv 2507.00425). Logistic components give the map
-of Flow++ (arXiv 1902.00275, Eq. 6), without its affine part. Components and base have the same shape. Hence one
-component is an affine map, the tails are affine, and a mixture of standard components is the identity, for both kinds
-and for any noise distribution.
+If x has the density F', then z has the density φ. With Gaussian components and noise z from N(0, 1), the density of x
+is therefore a mixture of Gaussians (TarFlowLM, arXiv 2507.00425). With logistic components, the map is that of Flow++
+(arXiv 1902.00275, Eq. 6) without its affine part. Components and base belong to the same family of distributions. Hence
+the map is affine if there is one component, close to affine in the tails, and the identity if all components are
+standard.
 
-Both tails are computed from log F and log(1 - F) of the smaller tail, so float32 keeps its relative precision far
-outside the mixture. The upper tail is the lower tail of the mirrored mixture.
+z is computed from the logarithm of the smaller of F and 1 - F, so it keeps float32's relative precision far outside the
+mixture. The upper tail is computed as the lower tail of the mirrored mixture.
 """
 
 from __future__ import annotations
@@ -41,12 +41,12 @@ def mixture_forward(
 ) -> tuple[Float[Array, "*b"], Float[Array, "*b"]]:
     """Returns z = Φ⁻¹(F(x)) and log dz/dx of each element; the weights of the components are softmax(logits).
 
-    Computes in at least float32, and is exact to float32's precision for elements 30 scales and more outside the
-    mixture.
+    The computation uses at least float32. It is accurate to float32's precision even for elements that are 30 scales or
+    more outside the mixture.
 
-    kind: the shape of the components and of the base, "gaussian" or "logistic".
+    kind: the family of the components and of the base, "gaussian" or "logistic".
 
-    Raises ValueError if the shapes do not fit or if the kind is unknown.
+    Raises ValueError if the shapes do not match or if the kind is unknown.
 
     Example:
         z, log_derivative = mixture_forward(x, logits, means, log_scales)
@@ -62,17 +62,18 @@ def mixture_inverse(
     log_scales: Float[Array, "*b k"],
     kind: Kind = "gaussian",
 ) -> Float[Array, "*b"]:
-    """Returns the x with Φ⁻¹(F(x)) = z of each element: the inverse of `mixture_forward`.
+    """Returns, for each element, the x with Φ⁻¹(F(x)) = z: the inverse of `mixture_forward`.
 
-    The root is bracketed by q_k = μ_k + s_k z, the components' quantiles of the same level Φ(z): at the smallest q_k,
-    no component's CDF exceeds Φ(z), so neither does their mean F; at the largest, no component's CDF is below Φ(z).
-    Newton steps narrow the bracket, and bisection replaces the steps that leave it or do not shrink. One compiled loop
-    ends when all elements are solved to the precision of their dtype; each element's result depends only on itself.
+    The components' quantiles at the level Φ(z), q_k = μ_k + s_k z, bracket the root: at the smallest of them, no
+    component's CDF exceeds Φ(z), so neither does their weighted mean F; at the largest, no component's CDF is below
+    Φ(z). Newton steps narrow the bracket; bisection replaces a step that would leave it or is longer than half the step
+    before. One compiled loop runs until all elements are solved to the precision of their dtype. The result of an
+    element does not depend on other elements.
 
-    Derivatives of any order with respect to z and all parameters follow from the implicit function theorem,
-    dx = (dz - ∂z/∂θ dθ) / (dz/dx), in both modes; they do not pass through the loop.
+    Forward- and reverse-mode derivatives of any order with respect to z and all parameters θ are computed by the
+    implicit function theorem, dx = (dz - ∂z/∂θ dθ) / (dz/dx). The loop itself is not differentiated.
 
-    Raises ValueError if the shapes do not fit or if the kind is unknown.
+    Raises ValueError if the shapes do not match or if the kind is unknown.
 
     Example:
         x = mixture_inverse(z, logits, means, log_scales)
@@ -109,7 +110,10 @@ def _forward(kind: Kind, x: Array, logits: Array, means: Array, log_scales: Arra
 
 
 def _lower_tail(kind: Kind, x: Array, log_weights: Array, means: Array, log_scales: Array) -> tuple[Array, Array]:
-    """log F(x), and log of d log F(x) / dx: the mean of the components' hazards, weighted by their shares of F(x)."""
+    """Returns log F(x) and log(d log F(x) / dx).
+
+    The derivative is the mean of the components' hazards, weighted by the components' shares of F(x).
+    """
     tail = TAILS[kind]
     t = (x[..., None] - means) * jnp.exp(-log_scales)
     log_parts = log_weights + tail.log_cdf(t)
@@ -136,7 +140,7 @@ def _inverse_jvp(kind: Kind, primals: tuple[Array, ...], tangents: tuple[Array, 
 
 
 def _solve(kind: Kind, z: Array, log_weights: Array, means: Array, log_scales: Array) -> Array:
-    """The x with F(x) = Φ(z) for z ≤ 0, by Newton's steps for log F(x) within a bracket."""
+    """Returns the x with F(x) = Φ(z) for z ≤ 0, by Newton steps for log F(x) within a bracket."""
     quantiles = means + jnp.exp(log_scales) * z[..., None]
     target = TAILS[kind].log_cdf(z)
     eps = jnp.finfo(z.dtype).eps

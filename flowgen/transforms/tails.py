@@ -9,7 +9,7 @@ The normal tail is computed from Mills' ratio M(a) = (1 - Φ(a)) / φ(a), which 
 
     Φ(-a) = φ(a) M(a),      φ(-a) / Φ(-a) = 1 / M(a)
 
-(1 + a) M(a) is smooth and between 1 and 1.26 for all a ≥ 0. It is replaced by a Chebyshev series in (a - 4) / (a + 4).
+For all a ≥ 0, (1 + a) M(a) is smooth and between 1 and 1.26. A Chebyshev series in (a - 4) / (a + 4) approximates it.
 """
 
 from __future__ import annotations
@@ -34,7 +34,7 @@ NEWTON_STEPS = 3
 
 
 def _scaled_mills(y: np.ndarray) -> np.ndarray:
-    """(1 + a) M(a) with y = (a - 4) / (a + 4); SciPy's erfcx(a / √2) is √(2/π) M(a)."""
+    """Returns (1 + a) M(a) with y = (a - 4) / (a + 4); SciPy's erfcx(a / √2) is √(2/π) M(a)."""
     a = MIDPOINT * (1 + y) / (1 - y)
     return (1 + a) * math.sqrt(math.pi / 2) * special.erfcx(a / math.sqrt(2))
 
@@ -86,10 +86,9 @@ def normal_log_hazard(t: Float[Array, "..."]) -> Float[Array, "..."]:
 
 @jax.custom_jvp
 def normal_quantile(log_p: Float[Array, "..."]) -> Float[Array, "..."]:
-    """Returns the t with log Φ(t) = log_p of the standard normal distribution, for log_p of at most about log ½.
+    """Returns the quantile t of the standard normal distribution with log Φ(t) = log_p, for log_p up to about log ½.
 
-    The initial guess is formula 26.2.22 of Abramowitz and Stegun (1964), whose error is below 0.003. Newton's steps
-    refine it.
+    Newton steps refine the initial guess, formula 26.2.22 of Abramowitz and Stegun (1964), whose error is below 0.003.
 
     Example:
         normal_quantile(jnp.asarray(-454.3))  # -30.0
@@ -120,7 +119,7 @@ def logistic_log_hazard(t: Float[Array, "..."]) -> Float[Array, "..."]:
 
 
 def logistic_quantile(log_p: Float[Array, "..."]) -> Float[Array, "..."]:
-    """Returns log(p / (1 - p)), the quantile of the standard logistic distribution at the level p.
+    """Returns log(p / (1 - p)), the quantile of the standard logistic distribution at the level p = exp(log_p).
 
     Example:
         logistic_quantile(jnp.asarray(-30.0))  # -30.0

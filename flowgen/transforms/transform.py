@@ -1,12 +1,13 @@
-"""The interface of invertible transforms, transforms in a chain, and the density of transformed variables.
+"""The interface of invertible transforms, chains of transforms, and the density of transformed variables.
 
-A flow models unbounded variables u, because the density of a flow has no borders. The density of x then follows:
+The density of a flow has unbounded support, so a flow models unbounded variables u. The density of bounded variables x
+follows:
 
     log p(x) = log p(u) + log|det du/dx|
 
-`logdet` is log|det du/dx| in both directions: summed over the axes of an event, in nats, of shape `*b`. After drawing u
-and mapping it to x, add the same logdet to log p(u). The logdet is finite for every finite u, even if x is rounded to a
-border.
+`forward` and `inverse` both return log|det du/dx| as `logdet`: in nats, summed over the axes of an event, of shape
+`*b`. For a sample x that `inverse` returns, log p(x) is therefore log p(u) + logdet, too. The logdet is finite for
+every finite u, even if x is rounded to a bound.
 
 Transforms are pytrees of their bounds and other arrays, which may be traced, differentiated and mapped. The number of
 axes of an event, `event_ndim`, is static: 1 for vectors `b d`, 2 for sequences `b n c`.
@@ -33,7 +34,7 @@ class Transform(Protocol):
 
     @property
     def event_ndim(self) -> int:
-        """Number of axes of an event, the last axes of x and u."""
+        """Number of axes of an event; these are the last axes of x and u."""
         ...
 
     def forward(self, x: Float[Array, "..."]) -> Pair:
@@ -66,7 +67,7 @@ def transformed_log_prob(
 @pytree
 @dataclass(frozen=True)
 class Chain:
-    """Applies transforms one after another, the first one to x.
+    """Applies transforms one after another: the first to x, and each of the others to the result of the previous one.
 
     Raises ValueError unless `transforms` is a tuple of at least one transform, all with the same `event_ndim`.
 
@@ -91,7 +92,7 @@ class Chain:
         return self.transforms[0].event_ndim
 
     def forward(self, x: Float[Array, "..."]) -> Pair:
-        """Returns u and log|det du/dx|, the sum of all logdets."""
+        """Returns u and log|det du/dx|, summed over the transforms."""
         first, *others = self.transforms
         u, total = first.forward(x)
         for transform in others:
@@ -100,7 +101,7 @@ class Chain:
         return u, total
 
     def inverse(self, u: Float[Array, "..."]) -> Pair:
-        """Returns x and log|det du/dx|, the sum of all logdets."""
+        """Returns x and log|det du/dx|, summed over the transforms."""
         *others, last = self.transforms
         x, total = last.inverse(u)
         for transform in reversed(others):
@@ -114,10 +115,10 @@ class Chain:
 class Standardise:
     """Maps each entry to u = (x - mean) / scale.
 
-    mean, scale: arrays that are broadcast to the shape of an event; scale is positive. event_ndim: number of axes of
-    an event.
+    mean, scale: arrays that are broadcast to the shape of an event.
+    event_ndim: number of axes of an event.
 
-    Raises ValueError unless the mean is finite, and the scale positive and finite.
+    Raises ValueError unless the mean is finite and the scale is positive and finite.
 
     Example:
         u, logdet = Standardise.from_data(x).forward(x)
@@ -138,9 +139,10 @@ class Standardise:
 
     @classmethod
     def from_data(cls, x: Float[Array | np.ndarray, "..."], event_ndim: int = 1) -> Standardise:
-        """Returns the transform that gives each entry the mean 0 and the standard deviation 1 over events `*b *event`.
+        """Returns the transform after which each entry has mean 0 and standard deviation 1 over the events `*b *event`.
 
-        Computes in float64 on the host. Raises ValueError if an entry is the same in all events, or not finite.
+        The statistics are computed in float64 on the host. Raises ValueError if an entry is not finite, or is the same
+        in all events.
 
         Example:
             standardise = Standardise.from_data(x)
