@@ -154,8 +154,8 @@ class TrainConfig:
     seed: seed of initial parameters, data order and noise; a whole number below 2^32.
     label_dropout: fraction of labels, texts or contexts to drop, so that guidance can be used in sampling; at most 1.
     accumulation: number of micro-batches into which each device splits its share of a batch, to save memory.
-    frozen: patterns of the names of parameters that stay unchanged, such as "blocks_0/*"; see docs/training.md of the
-    source.
+    frozen: patterns of the names of parameters that stay unchanged, such as "blocks_0/*"; see docs/training.md in the
+    repository.
     parallel: "data" copies the parameters to every device; "fsdp" divides them over the devices, for large models.
     mesh: with "fsdp", the number of devices that share the batch and the parameters, and the number that share heads
     and MLPs; null to let all devices share the batch and the parameters.
