@@ -69,7 +69,7 @@ def machine_of(device_kind: str) -> Machine | None:
 
 
 def seconds_at_peak(flop: Mapping[str, float], device_kind: str) -> float | None:
-    """Returns the seconds that a device needs for this work at its peak throughput; None if a peak is not known.
+    """Returns the seconds that a device needs for the operations at its peak throughput; None if a peak is not known.
 
     flop: the number of floating-point operations for each dtype.
     """

@@ -75,7 +75,7 @@ def frechet_between(
 
 
 def check_covariance(name: str, matrix: Float[np.ndarray, "f f"]) -> None:
-    """Raises ValueError if a finite matrix is not symmetric, has a negative variance or too large a covariance.
+    """Raises ValueError if a finite matrix is asymmetric, or if it has a negative variance or too large a covariance.
 
     Example:
         check_covariance("sigma", sigma)
