@@ -14,7 +14,7 @@ import numpy as np
 from jax.core import Tracer
 from jaxtyping import Array, Float, Int
 
-from flowgen.arrays import check_floating
+from flowgen.arrays import at_least_float32, check_floating, shown
 
 
 def check_log_weight(log_weight: Any, name: str = "log_weight") -> None:
@@ -38,6 +38,36 @@ def check_log_weight(log_weight: Any, name: str = "log_weight") -> None:
         )
 
 
+def weights_along(log_weight: Any, axis: int = -1, name: str = "log_weight") -> Array:
+    """Returns log weights in at least float32, after checks.
+
+    Raises ValueError if there is no log weight along `axis`, or in the same cases as `check_log_weight`.
+
+    Example:
+        log_weight = weights_along(log_weight)
+    """
+    log_weight = at_least_float32(name, log_weight)
+    if not log_weight.ndim or log_weight.shape[axis] == 0:
+        raise ValueError(f"{name} is {shown(log_weight)}; give at least one log weight.")
+    check_log_weight(log_weight, name)
+    return log_weight
+
+
+def check_any_weight(log_weight: Array, name: str = "log_weight") -> None:
+    """Raises ValueError if all weights are 0; only outside jit, and only if this host has all of them.
+
+    Example:
+        check_any_weight(log_weight)
+    """
+    if isinstance(log_weight, Tracer) or not log_weight.is_fully_addressable:
+        return
+    if np.isneginf(np.asarray(log_weight)).all():
+        raise ValueError(
+            f"{name} is -inf for all {log_weight.size} samples, so all weights are 0; no sample lies in the support, "
+            "so draw more samples, or samples closer to the target."
+        )
+
+
 def check_share(ess: float) -> None:
     """Raises ValueError unless ess, an effective sample size as a share of the samples, is above 0 and below 1.
 
@@ -51,14 +81,15 @@ def check_share(ess: float) -> None:
 def effective_sample_size(log_weight: Float[Array, "*b"], axis: int = -1) -> Float[Array, "*rest"]:
     """Returns Kish's effective sample size as a share of the b samples, (Σw)² / (b Σw²), between 1/b and 1.
 
-    Times b, this is the effective number of samples. If all weights are 0, the result is 0.
+    Times b, this is the effective number of samples. If all weights are 0, the result is 0. The computation uses at
+    least float32.
 
-    Raises ValueError for NaN and +inf, outside jit.
+    Raises ValueError if there is no log weight, or if a log weight is NaN or +inf (outside jit).
 
     Example:
         ess = effective_sample_size(log_weight)
     """
-    check_log_weight(log_weight)
+    log_weight = weights_along(log_weight, axis)
     top = log_weight.max(axis=axis, keepdims=True)
     w = jnp.exp(log_weight - jnp.where(jnp.isneginf(top), 0, top))
     square_of_sum, sum_of_squares = jnp.square(w.sum(axis=axis)), jnp.square(w).sum(axis=axis)
@@ -66,11 +97,12 @@ def effective_sample_size(log_weight: Float[Array, "*b"], axis: int = -1) -> Flo
 
 
 def log_mean_exp(x: Float[Array, "*b"], axis: int = -1) -> Float[Array, "*rest"]:
-    """Returns the log of the mean of exp(x).
+    """Returns the log of the mean of exp(x), computed in at least float32.
 
     Example:
         log_normaliser = log_mean_exp(log_weight)
     """
+    x = at_least_float32("x", x)
     return jax.nn.logsumexp(x, axis=axis) - jnp.log(x.shape[axis])
 
 
@@ -80,13 +112,15 @@ def systematic_indices(
     """Returns `num` indices in ascending order, of which index i appears num w_i / Σw times, rounded up or down.
 
     The points (k + offset) / num, k = 0 ... num - 1, are looked up in the cumulative weights. If `offset` is uniform in
-    [0, 1), this is systematic resampling, and the expected number of times is exact. Weights of 0 are never chosen.
+    [0, 1), this is systematic resampling, and the expected number of times is exact. Weights of 0 are never chosen. The
+    computation uses at least float32, so draw `offset` in float32 too.
 
     Example:
         chosen = x[systematic_indices(log_weight, len(x), jax.random.uniform(key))]
     """
+    log_weight = at_least_float32("log_weight", log_weight)
     ends = jnp.cumsum(jax.nn.softmax(log_weight))
     ends = ends / ends[-1]
-    points = (jnp.arange(num) + offset) / num
+    points = (jnp.arange(num) + jnp.asarray(offset, ends.dtype)) / num
     # Rounding may bring the last point to 1, behind all weights.
     return jnp.minimum(jnp.searchsorted(ends, points, side="right"), jnp.searchsorted(ends, ends[-1]))

@@ -8,7 +8,6 @@ differentiated in forward and reverse mode with respect to parameters, noise and
 from __future__ import annotations
 
 from dataclasses import replace
-from functools import partial
 
 import jax
 import jax.numpy as jnp
@@ -17,7 +16,6 @@ from jax.core import Tracer
 from jaxtyping import Array, Float, Int, Integer, Key
 
 from flowgen.arrays import check_count, check_floating, check_key, shown
-from flowgen.backend import keep_rows
 from flowgen.conditioning import AnyCondition
 from flowgen.decoding.clips import Clip
 from flowgen.decoding.core import run
@@ -33,7 +31,7 @@ from flowgen.decoding.request import (
     unsolved_problem,
 )
 from flowgen.flows.block import Variables
-from flowgen.flows.density import Flow, check_flow
+from flowgen.flows.density import Flow, check_flow, log_prob
 from flowgen.guidance import Guidance
 from flowgen.nn.layers import master_dtype
 
@@ -162,12 +160,7 @@ def sample_and_log_prob(
             f"{what} is set, but {word} samples have no density that is known exactly; leave it out, or use `sample`."
         )
     result = run(request)
-    return result, keep_rows(_log_prob, params, result.x, request.cond, flow=flow)
-
-
-@partial(jax.jit, static_argnames="flow")
-def _log_prob(params: Variables, x: Float[Array, "b *event"], cond, *, flow: Flow) -> Float[Array, " b"]:
-    return flow.apply(params, x, cond, method="log_prob")
+    return result, log_prob(flow, params, result.x, request.cond)
 
 
 def _run(request: DecodeRequest, strict: bool) -> DecodeResult:

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping
+from functools import partial
 from typing import Any, Protocol, runtime_checkable
 
 import jax
@@ -92,21 +93,50 @@ def bits_per_dim(log_prob: Float[Array, "*b"], num_dims: int) -> Float[Array, "*
     return (-log_prob / num_dims + math.log(LEVELS / 2)) / math.log(2)
 
 
+def log_prob(
+    flow: Flow, variables: Variables, x: Float[Array, "b *event"], cond: AnyCondition | None = None
+) -> Float[Array, " b"]:
+    """Returns log p(x | cond) in nats, like `flow.apply(variables, x, cond, method="log_prob")`.
+
+    This function is compiled once per flow and shapes. Outside jit, `flow.apply` compiles parts of the flow in each
+    call.
+
+    Raises ValueError if x or cond does not fit the flow.
+
+    Example:
+        log_p = log_prob(flow, params, x, cond)
+    """
+    check_flow(flow, variables)
+    flow.config.check_samples(x)
+    return keep_rows(_log_prob, variables, x, flow.config.check_cond(cond, len(x)), flow=flow)
+
+
+@partial(jax.jit, static_argnames="flow")
+def _log_prob(variables: Variables, x: Float[Array, "b *event"], cond: Any, *, flow: Flow) -> Float[Array, " b"]:
+    return flow.apply(variables, x, cond, method="log_prob")
+
+
 def score(
     flow: Flow, variables: Variables, x: Float[Array, "b *event"], cond: AnyCondition | None = None
 ) -> Float[Array, "b *event"]:
     """Returns ∇_x log p(x | cond).
+
+    This function is compiled once per flow and shapes.
+
+    Raises ValueError if x or cond does not fit the flow.
 
     Example:
         s = score(flow, params, x, cond)
     """
     check_flow(flow, variables)
     x = at_least_float32("x", x)
+    flow.config.check_samples(x)
+    return keep_rows(_score, variables, x, flow.config.check_cond(cond, len(x)), flow=flow)
 
-    def slope(variables, x, cond):
-        return jax.grad(lambda x: flow.apply(variables, x, cond, method="log_prob").sum())(x)
 
-    return keep_rows(slope, variables, x, cond)
+@partial(jax.jit, static_argnames="flow")
+def _score(variables: Variables, x: Float[Array, "b *event"], cond: Any, *, flow: Flow) -> Float[Array, "b *event"]:
+    return jax.grad(lambda x: flow.apply(variables, x, cond, method="log_prob").sum())(x)
 
 
 def tweedie_step(
@@ -158,12 +188,18 @@ def class_posterior(
     flow.config.check_samples(x)
     if log_prior is not None and jnp.shape(log_prior) != (num_classes,):
         raise ValueError(f"log_prior is {shown(log_prior)}; give one number per class, of shape ({num_classes},).")
+    logits = _log_likelihoods(variables, x, flow=flow)
+    if log_prior is not None:
+        logits = logits + jnp.asarray(log_prior)[None]
+    return jax.nn.softmax(logits, axis=-1)
+
+
+@partial(jax.jit, static_argnames="flow")
+def _log_likelihoods(variables: Variables, x: Float[Array, "b *event"], *, flow: Flow) -> Float[Array, "b classes"]:
+    """Returns log p(x | class) of each class."""
 
     def log_likelihood(label):
         cond = jnp.full(x.shape[0], label, jnp.int32)
         return flow.apply(variables, x, cond, method="log_prob")
 
-    logits = jax.lax.map(log_likelihood, jnp.arange(num_classes)).T
-    if log_prior is not None:
-        logits = logits + jnp.asarray(log_prior)[None]
-    return jax.nn.softmax(logits, axis=-1)
+    return jax.lax.map(log_likelihood, jnp.arange(flow.config.num_classes)).T

@@ -15,6 +15,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 from typing import Any, NamedTuple
 
 import jax
@@ -24,9 +25,18 @@ from jax import lax
 from jax.core import Tracer
 from jaxtyping import Array, Float, Key
 
-from flowgen.arrays import check_count, check_floating, check_key, shown
-from flowgen.inference.densities import LogDensity, density_at, tempered, value_and_score
-from flowgen.weights import check_share, effective_sample_size, log_mean_exp, systematic_indices
+from flowgen.arrays import at_least_float32, check_count, check_floating, check_key, shown
+from flowgen.backend import nan_if
+from flowgen.inference.densities import LogDensity, density_at, flow_log_densities, tempered, value_and_score
+from flowgen.inference.programs import call_program
+from flowgen.weights import (
+    check_any_weight,
+    check_share,
+    effective_sample_size,
+    log_mean_exp,
+    systematic_indices,
+    weights_along,
+)
 
 # (key, x `b *event`, log_density) -> (x, share of accepted proposals). The move leaves log_density invariant.
 Move = Callable[[Any, Any, LogDensity], tuple[Any, Any]]
@@ -37,9 +47,8 @@ BISECTIONS = 30
 class Annealed(NamedTuple):
     """Weighted samples of the target, with diagnostics of each stage.
 
-    x, log_weight: the samples and their log weights. log_mean_exp(log_weight) estimates the log of the target's
-    normalising constant. After resampling, the samples depend on each other. To find the error of an estimate, compare
-    several runs with different keys.
+    x, log_weight: the samples and their log weights. After resampling, the samples depend on each other, and those of
+    the last stage may have equal weights. To find the error of an estimate, compare several runs with different keys.
     betas: β at the end of each stage.
     ess: effective sample size in each stage before resampling, as a share of b.
     acceptance: share of accepted proposals in each stage.
@@ -53,7 +62,30 @@ class Annealed(NamedTuple):
     ess: Float[Array, " stages"]
     acceptance: Float[Array, " stages"]
 
+    @property
+    def log_normaliser(self) -> Float[Array, ""]:
+        """The log of the mean weight, an estimate of log Z in nats.
 
+        It has no standard error, because weights after resampling do not show the error: their scatter is that of the
+        stages since then.
+        """
+        return log_mean_exp(self.log_weight)
+
+    @property
+    def schedule(self) -> Float[np.ndarray, " t"]:
+        """The argument `betas` with which `anneal` repeats the stages: 0, and then betas without NaN.
+
+        Raises ValueError inside jit, where the number of stages is unknown, or if the result is that of several runs.
+        """
+        if isinstance(self.betas, Tracer):
+            raise ValueError("betas is traced; read the schedule outside jit, where the number of stages is known.")
+        if self.betas.ndim != 1:
+            raise ValueError(f"betas is {shown(self.betas)}; read the schedule of each run separately.")
+        betas = np.asarray(self.betas)
+        return np.concatenate([np.zeros(1, betas.dtype), betas[~np.isnan(betas)]])
+
+
+@partial(jax.tree_util.register_dataclass, data_fields=["step_size"], meta_fields=["num_steps"])
 @dataclass(frozen=True)
 class MALA:
     """The Metropolis-adjusted Langevin algorithm, with proposals x' = x + step_size ∇ log p(x) + √(2 step_size) N(0,
@@ -83,30 +115,35 @@ class MALA:
         self, key: Key[Array, ""], x: Float[Array, "b *event"], log_density: LogDensity
     ) -> tuple[Float[Array, "b *event"], Float[Array, ""]]:
         """Returns the moved samples and the share of accepted proposals."""
-        axes = tuple(range(1, x.ndim))
-        step_size = jnp.asarray(self.step_size, x.dtype)
+        return call_program(_langevin, (log_density,), key, x, self.step_size, num_steps=self.num_steps)
 
-        def log_transition(to, x, score):
-            """Returns the log-density of the proposal `to` from x, up to a constant."""
-            return -(jnp.square(to - x - step_size * score) / (4 * step_size)).sum(axis=axes)
 
-        def step(state, key):
-            x, log_p, score = state
-            noise_key, accept_key = jax.random.split(key)
-            new = x + step_size * score + jnp.sqrt(2 * step_size) * jax.random.normal(noise_key, x.shape, x.dtype)
-            new_log_p, new_score = value_and_score(log_density, new)
-            log_ratio = new_log_p + log_transition(x, new, new_score) - log_p - log_transition(new, x, score)
-            accepted = jnp.log(jax.random.uniform(accept_key, log_p.shape, log_p.dtype)) < log_ratio
+def _langevin(functions: tuple[LogDensity], key: Array, x: Array, step_size: Any, *, num_steps: int) -> tuple:
+    (log_density,) = functions
+    axes = tuple(range(1, x.ndim))
+    step_size = jnp.asarray(step_size, x.dtype)
 
-            def kept(new, old):
-                return jnp.where(accepted.reshape(-1, *[1] * (new.ndim - 1)), new, old)
+    def log_transition(to, x, score):
+        """Returns the log-density of the proposal `to` from x, up to a constant."""
+        return -(jnp.square(to - x - step_size * score) / (4 * step_size)).sum(axis=axes)
 
-            state = kept(new, x), kept(new_log_p, log_p), kept(new_score, score)
-            return state, accepted.mean()
+    def step(state, key):
+        x, log_p, score = state
+        noise_key, accept_key = jax.random.split(key)
+        new = x + step_size * score + jnp.sqrt(2 * step_size) * jax.random.normal(noise_key, x.shape, x.dtype)
+        new_log_p, new_score = value_and_score(log_density, new)
+        log_ratio = new_log_p + log_transition(x, new, new_score) - log_p - log_transition(new, x, score)
+        accepted = jnp.log(jax.random.uniform(accept_key, log_p.shape, log_p.dtype)) < log_ratio
 
-        begin = (x, *value_and_score(log_density, x))
-        (x, *_), acceptance = lax.scan(step, begin, jax.random.split(key, self.num_steps))
-        return x, acceptance.mean()
+        def kept(new, old):
+            return jnp.where(accepted.reshape(-1, *[1] * (new.ndim - 1)), new, old)
+
+        state = kept(new, x), kept(new_log_p, log_p), kept(new_score, score)
+        return state, accepted.mean()
+
+    begin = (x, *value_and_score(log_density, x))
+    (x, *_), acceptance = lax.scan(step, begin, jax.random.split(key, num_steps))
+    return x, acceptance.mean()
 
 
 def anneal(
@@ -123,6 +160,15 @@ def anneal(
 
     The mean weight is an unbiased estimate of the target's normalising constant.
 
+    All samples must have the same condition, because resampling moves samples to other rows: a condition or label of a
+    row then belongs to another sample. For several conditions, use `jax.vmap` over them. With resample_below=0, rows
+    stay in place, so their conditions may differ.
+
+    Outside jit, programs are compiled once per shapes if log_q, log_target and move are pytrees, frozen dataclasses or
+    methods of these, such as `flow_log_density(flow, params)`, `ManyWell(4).log_density` and `MALA(0.05)`. With plain
+    functions, each call compiles anew, because their values may have changed: call this function inside `jax.jit`, or
+    give `jax.tree_util.Partial(function, params)`.
+
     x: independent samples of q, such as those of `sample_and_log_prob`.
     log_q: their normalised log-density, such as `flow_log_density(flow, params)`.
     log_target: log-density of the target, up to a constant.
@@ -131,25 +177,33 @@ def anneal(
     resample_below: stages resample if the effective sample size, as a share of b, is below this. 0 never resamples,
     which is annealed importance sampling; 1 resamples in each stage.
 
-    Raises ValueError if betas do not ascend from 0 to 1, or if a density is not one number per sample.
+    Raises ValueError if betas do not ascend from 0 to 1, if a density is not one number per sample, or if all weights
+    are 0 at the end (outside jit). If the rows of a condition in `flow_log_density` differ, the function raises
+    ValueError; if the condition is traced, log weights are NaN instead.
 
     Example:
         r = anneal(key, x, log_q, ManyWell(4).log_density, MALA(0.05), betas=jnp.linspace(0, 1, 21))
     """
-    _check_start(key, x, resample_below)
+    _check_start(key, x, log_q, log_target, resample_below)
     if np.ndim(betas) != 1 or len(betas) < 2:
         raise ValueError(f"betas is {shown(betas)}; give at least two numbers in one axis, ascending from 0 to 1.")
     if not isinstance(betas, Tracer):
         known = np.asarray(betas)
         if known[0] != 0 or known[-1] != 1 or not (np.diff(known) > 0).all():
             raise ValueError(f"betas run from {known[0]} to {known[-1]}; they must ascend from 0 to 1.")
-    betas = jnp.asarray(betas, x.dtype)
+    result = call_program(_anneal, (log_q, log_target, move), key, x, betas, resample_below)
+    check_any_weight(result.log_weight)
+    return result
+
+
+def _anneal(functions: Functions, key: Array, x: Array, betas: Array, resample_below: Array | float) -> Annealed:
+    begin = _begin(x, functions, resample_below)
+    betas = jnp.asarray(betas, begin[1].dtype)
 
     def stage(state, parts):
         begin, end, key = parts
-        return _stage(state, begin, end, key, log_q, log_target, move, resample_below)
+        return _stage(state, begin, end, key, functions, resample_below)
 
-    begin = _begin(x, log_q, log_target)
     (x, log_weight, _), (ess, acceptance) = lax.scan(
         stage, begin, (betas[:-1], betas[1:], jax.random.split(key, len(betas) - 1))
     )
@@ -172,33 +226,48 @@ def anneal_adaptively(
     Each stage ends at the β that `next_beta` returns, except that stage `max_stages` always ends at 1. The mean weight
     is a consistent estimate of the target's normalising constant. Unlike that of `anneal`, it is slightly biased,
     because the schedule depends on the samples. For an unbiased estimate, call `anneal` with new samples, another key,
-    and the betas of this result, without NaN and preceded by 0.
+    and betas=result.schedule.
 
     ess: share of the effective sample size that a stage's reweighting keeps.
     Other arguments: as for `anneal`.
 
-    Raises ValueError if ess is not between 0 and 1, or if a density is not one number per sample.
+    Raises ValueError if ess is not between 0 and 1, and in the same cases as `anneal`.
 
     Example:
         r = anneal_adaptively(key, x, log_q, ManyWell(4).log_density, MALA(0.05), ess=0.9)
     """
-    _check_start(key, x, resample_below)
+    _check_start(key, x, log_q, log_target, resample_below)
     check_share(ess)
     check_count("max_stages", max_stages)
+    result = call_program(
+        _anneal_adaptively, (log_q, log_target, move), key, x, ess, resample_below, max_stages=max_stages
+    )
+    check_any_weight(result.log_weight)
+    return result
 
+
+def _anneal_adaptively(
+    functions: Functions,
+    key: Array,
+    x: Array,
+    ess: Array | float,
+    resample_below: Array | float,
+    *,
+    max_stages: int,
+) -> Annealed:
     def unfinished(carry):
         return carry[1] < 1
 
     def stage(carry):
         index, beta, key, state, reports = carry
         key, own = jax.random.split(key)
-        allowed = next_beta(state[2], state[1], beta, ess)
+        allowed = _next_beta(state[2], state[1], beta, ess)
         end = jnp.where(index == max_stages - 1, 1, allowed)
-        state, found = _stage(state, beta, end, own, log_q, log_target, move, resample_below)
+        state, found = _stage(state, beta, end, own, functions, resample_below)
         reports = [report.at[index].set(value) for report, value in zip(reports, (end, *found), strict=True)]
         return index + 1, end, key, state, reports
 
-    state = _begin(x, log_q, log_target)
+    state = _begin(x, functions, resample_below)
     reports = [jnp.full(max_stages, jnp.nan, state[1].dtype)] * 3
     start = (jnp.asarray(0), jnp.zeros((), state[1].dtype), key, state, reports)
     *_, (x, log_weight, _), reports = lax.while_loop(unfinished, stage, start)
@@ -220,6 +289,12 @@ def next_beta(
         beta = next_beta(log_target(x) - log_q(x), jnp.zeros(len(x)), 0.0, ess=0.9)
     """
     check_share(ess)
+    log_ratio, log_weight = at_least_float32("log_ratio", log_ratio), weights_along(log_weight)
+    return _next_beta(log_ratio, log_weight, beta, ess)
+
+
+@jax.jit
+def _next_beta(log_ratio: Array, log_weight: Array, beta: Array | float, ess: Array | float) -> Array:
     beta = jnp.asarray(beta, log_weight.dtype)
     least = ess * effective_sample_size(log_weight)
 
@@ -236,26 +311,28 @@ def next_beta(
     return jnp.where(kept(jnp.ones_like(beta)), 1, high)
 
 
+Functions = tuple[LogDensity, LogDensity, Move]
 State = tuple[Array, Array, Array]
 
 
-def _begin(x: Array, log_q: LogDensity, log_target: LogDensity) -> State:
-    """Returns the initial state of samples of q: (x, log_weight, log_ratio)."""
+def _begin(x: Array, functions: Functions, resample_below: Array | float) -> State:
+    """Returns the initial state of samples of q: (x, log_weight, log_ratio).
+
+    log_ratio is NaN if samples with different conditions would be resampled.
+    """
+    log_q, log_target, _ = functions
     log_ratio = _log_ratio(x, log_q, log_target)
+    for density in flow_log_densities(log_q, log_target):
+        mixed = ~density.has_one_condition() & (resample_below > 0)
+        log_ratio = log_ratio + nan_if(mixed, log_ratio.dtype)
     return x, jnp.zeros_like(log_ratio), log_ratio
 
 
 def _stage(
-    state: State,
-    begin: Array,
-    end: Array,
-    key: Array,
-    log_q: LogDensity,
-    log_target: LogDensity,
-    move: Move,
-    resample_below: float,
+    state: State, begin: Array, end: Array, key: Array, functions: Functions, resample_below: Array | float
 ) -> tuple[State, tuple[Array, Array]]:
     """Returns the state after a stage from β = begin to β = end, and (ess, acceptance)."""
+    log_q, log_target, move = functions
     x, log_weight, log_ratio = state
     resample_key, move_key = jax.random.split(key)
     log_weight = _weighted(log_weight, end - begin, log_ratio)
@@ -267,7 +344,8 @@ def _stage(
         chosen = systematic_indices(log_weight, len(x), offset)
         return x[chosen], jnp.full_like(log_weight, log_mean_exp(log_weight))
 
-    x, log_weight = lax.cond(ess < resample_below, resampled, lambda *unchanged: unchanged, x, log_weight)
+    unequal = (ess < resample_below) & (ess > 0)  # The ess is 0 if all weights are.
+    x, log_weight = lax.cond(unequal, resampled, lambda *unchanged: unchanged, x, log_weight)
     x, acceptance = move(move_key, x, tempered(log_q, log_target, end))
     return (x, log_weight, _log_ratio(x, log_q, log_target)), (ess, jnp.asarray(acceptance, ess.dtype))
 
@@ -283,8 +361,16 @@ def _weighted(log_weight: Array, step: Array, log_ratio: Array) -> Array:
     return jnp.where(jnp.isneginf(log_weight), -jnp.inf, log_weight + step * log_ratio)
 
 
-def _check_start(key: Any, x: Any, resample_below: float) -> None:
+def _check_start(key: Any, x: Any, log_q: Any, log_target: Any, resample_below: float) -> None:
     check_key(key)
     check_floating("x", x)
     if not 0 <= resample_below <= 1:
         raise ValueError(f"resample_below is {resample_below}; give a share from 0 (never) to 1 (in each stage).")
+    for density in flow_log_densities(log_q, log_target):
+        density.flow.config.check_cond(density.cond, len(x))
+        one = density.has_one_condition()
+        if resample_below > 0 and isinstance(one, np.ndarray | np.bool_) and not one:
+            raise ValueError(
+                "the rows of cond in flow_log_density differ, but resampling moves samples to other rows; give all "
+                "samples one condition, with jax.vmap over conditions, or set resample_below=0."
+            )

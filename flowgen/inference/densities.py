@@ -3,34 +3,78 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import jax
 import jax.numpy as jnp
-from jaxtyping import Array, Float
+import numpy as np
+from jax.core import Tracer
+from jaxtyping import Array, Bool, Float
 
 from flowgen.arrays import at_least_float32, shown
-from flowgen.backend import keep_rows
 from flowgen.conditioning import AnyCondition
 from flowgen.flows.block import Variables
-from flowgen.flows.density import Flow, check_flow
+from flowgen.flows.density import Flow, check_flow, log_prob
 
 # x `b *event` -> log p(x) `b`, in nats, perhaps up to a constant; -inf outside the support.
 LogDensity = Callable[[Any], Array]
 
 
-def flow_log_density(flow: Flow, params: Variables, cond: AnyCondition | None = None) -> LogDensity:
+@partial(jax.tree_util.register_dataclass, data_fields=["params", "cond"], meta_fields=["flow"])
+@dataclass(frozen=True, eq=False)
+class FlowLogDensity:
+    """The function x -> log p(x | cond) of a flow, in nats, with params and cond as leaves of a pytree.
+
+    Example:
+        log_p = FlowLogDensity(flow, params, cond)(x)
+    """
+
+    flow: Any
+    params: Any
+    cond: Any = None
+
+    def __call__(self, x: Float[Array, "b *event"]) -> Float[Array, " b"]:
+        return log_prob(self.flow, self.params, x, self.cond)
+
+    def has_one_condition(self) -> Bool[Array | np.ndarray, ""]:
+        """Returns whether all rows of cond are equal; a NumPy value unless cond is traced or on other hosts."""
+        rows = jax.tree.leaves(self.cond)
+        far = any(isinstance(x, Tracer) or not getattr(x, "is_fully_addressable", True) for x in rows)
+        xp: Any = jnp if far else np
+        rows = [xp.asarray(x) for x in rows]
+        return xp.asarray([(x == x[:1]).all() for x in rows]).all()
+
+
+def flow_log_density(flow: Flow, params: Variables, cond: AnyCondition | None = None) -> FlowLogDensity:
     """Returns the function x -> log p(x | cond) of a flow, in nats.
+
+    The function is a pytree of params and cond, so it can be an argument of a jitted function. It is compiled once per
+    flow and shapes.
+
+    Raises ValueError if `flow` or `params` is something else. The function raises ValueError if x or cond does not fit
+    the flow.
 
     Example:
         log_q = flow_log_density(flow, params)
     """
     check_flow(flow, params)
+    return FlowLogDensity(flow, params, jax.tree.map(_label_array, cond, is_leaf=lambda x: isinstance(x, list)))
 
-    def log_prob(params, x, cond):
-        return flow.apply(params, x, cond, method="log_prob")
 
-    return lambda x: keep_rows(log_prob, params, x, cond)
+def _label_array(labels: Any) -> Any:
+    return np.asarray(labels) if isinstance(labels, list) else labels
+
+
+def flow_log_densities(*log_densities: LogDensity) -> list[FlowLogDensity]:
+    """Returns the densities of flows among the given functions, and in tempered ones.
+
+    Example:
+        found = flow_log_densities(log_q, log_target)
+    """
+    parts = jax.tree.leaves(log_densities, is_leaf=lambda x: isinstance(x, FlowLogDensity))
+    return [part for part in parts if isinstance(part, FlowLogDensity)]
 
 
 def density_at(name: str, log_density: LogDensity, x: Float[Array, "b *event"]) -> Float[Array, " b"]:
@@ -52,21 +96,36 @@ def density_at(name: str, log_density: LogDensity, x: Float[Array, "b *event"]) 
     return value
 
 
-def tempered(log_q: LogDensity, log_target: LogDensity, beta: Float[Array, ""] | float) -> LogDensity:
+@partial(jax.tree_util.register_dataclass, data_fields=["log_q", "log_target", "beta"], meta_fields=[])
+@dataclass(frozen=True, eq=False)
+class Tempered:
+    """The log-density x -> (1 - beta) log q(x) + beta log p(x); see `tempered`.
+
+    Example:
+        log_half = Tempered(log_q, log_target, 0.5)(x)
+    """
+
+    log_q: Any
+    log_target: Any
+    beta: Any
+
+    def __call__(self, x: Float[Array, "b *event"]) -> Float[Array, " b"]:
+        return between(density_at("log_q", self.log_q, x), density_at("log_target", self.log_target, x), self.beta)
+
+
+def tempered(log_q: LogDensity, log_target: LogDensity, beta: Float[Array, ""] | float) -> Tempered:
     """Returns the log-density x -> (1 - beta) log q(x) + beta log p(x), which lies on the geometric path from q to the
     target.
 
     For beta between 0 and 1, it is not normalised, and is -inf outside the support of either density. At 0, it is log
     q; at 1, log p.
 
+    The function raises ValueError if a density is not one number per sample.
+
     Example:
         log_half = tempered(log_q, log_target, 0.5)
     """
-
-    def log_density(x):
-        return between(density_at("log_q", log_q, x), density_at("log_target", log_target, x), beta)
-
-    return log_density
+    return Tempered(log_q, log_target, beta)
 
 
 def between(log_q: Float[Array, " b"], log_p: Float[Array, " b"], beta: Float[Array, ""] | float) -> Float[Array, " b"]:

@@ -4,8 +4,9 @@ Let q be the density of the flow, and p̃ = Z p the density of the target up to 
 
     w = p̃(x) / q(x),  x ~ q        Z = E_q[w]        E_p[f] = E_q[w f] / E_q[w]
 
-The functions of this module expect log w in nats. A log weight of -inf is a weight of 0: the sample lies outside the
-support of p.
+The functions of this module expect log w in nats, and compute in at least float32. A log weight of -inf is a weight of
+0: the sample lies outside the support of p. The samples of an estimate must have one condition; for several conditions,
+use `jax.vmap` over them.
 """
 
 from __future__ import annotations
@@ -16,14 +17,15 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Integer, Key, Num, PyTree
 
-from flowgen.arrays import at_least_float32, check_count, check_key, shown
+from flowgen.arrays import at_least_float32, check_count, check_floating, check_key, shown
+from flowgen.backend import nan_if
 from flowgen.conditioning import AnyCondition
 from flowgen.decoding.plan import Plan
 from flowgen.decoding.sampler import sample_and_log_prob
 from flowgen.flows.block import Variables
 from flowgen.flows.density import Flow
 from flowgen.inference.densities import LogDensity, density_at
-from flowgen.weights import check_log_weight, log_mean_exp, systematic_indices
+from flowgen.weights import check_any_weight, check_log_weight, log_mean_exp, systematic_indices, weights_along
 
 
 class WeightedSamples(NamedTuple):
@@ -61,7 +63,8 @@ def importance_sample(
     """Returns samples of the flow with log weights log_target(x) - log q(x | cond).
 
     log_target: x -> log-density `b` of the target, in nats, up to a constant.
-    num, cond, plan: as for `flowgen.decoding.sample`.
+    num, cond, plan: as for `flowgen.decoding.sample`. If conditions differ, estimates from the weights of all samples
+    mix the conditions; compute them from the samples of each condition.
 
     Raises ValueError if a log-density is NaN or +inf (outside jit), and in the same cases as `sample_and_log_prob`.
 
@@ -105,13 +108,14 @@ def forward_effective_sample_size(log_weight: Float[Array, "*b"], axis: int = -1
 
     log_weight: log p̃(x) - log q(x) at samples x of p, not of q.
 
-    Raises ValueError if a log weight is NaN or -inf (outside jit): the density of the target is positive at its own
-    samples.
+    Raises ValueError if there is no log weight, or if a log weight is NaN or -inf (outside jit): the density of the
+    target is positive at its own samples.
 
     Example:
         ess = forward_effective_sample_size(log_target(x) - log_q(x))
     """
-    check_log_weight(-log_weight, "-log_weight")
+    check_floating("log_weight", log_weight)
+    log_weight = -weights_along(-log_weight, axis, "-log_weight")
     return jnp.exp(-log_mean_exp(log_weight, axis) - log_mean_exp(-log_weight, axis))
 
 
@@ -120,16 +124,22 @@ def log_normaliser(log_weight: Float[Array, "*b"], axis: int = -1) -> WeightedEs
 
     On average, the estimate is below log Z by about half its squared standard error (Jensen's inequality).
 
-    Raises ValueError if a log weight is NaN or +inf (outside jit).
+    The error presupposes independent samples. If all weights are equal, they do not show the error, so it is NaN. After
+    resampling, weights are equal or depend on each other: for the result of `anneal`, use `Annealed.log_normaliser`. If
+    all weights are 0, the estimate is -inf, and its error is NaN.
+
+    Raises ValueError if there is no log weight, or if a log weight is NaN or +inf (outside jit).
 
     Example:
         log_z, standard_error = log_normaliser(log_weight)
     """
-    check_log_weight(log_weight)
+    log_weight = weights_along(log_weight, axis)
     value = log_mean_exp(log_weight, axis)
     relative = jnp.exp(log_weight - jnp.expand_dims(value, axis))  # Its mean is 1.
     count = log_weight.shape[axis]
-    return WeightedEstimate(value, jnp.sqrt(jnp.square(relative - 1).sum(axis=axis) / (count - 1) / count))
+    error = jnp.sqrt(jnp.square(relative - 1).sum(axis=axis) / (count - 1) / count)
+    alike = log_weight.max(axis=axis) == log_weight.min(axis=axis)
+    return WeightedEstimate(value, error + nan_if(alike, error.dtype))
 
 
 def self_normalised(values: Num[Array, "b *shape"], log_weight: Float[Array, " b"]) -> WeightedEstimate:
@@ -139,18 +149,21 @@ def self_normalised(values: Num[Array, "b *shape"], log_weight: Float[Array, " b
 
     values: f(x) of each sample, a number or an array; samples of weight 0 may have any value, even NaN.
 
-    Raises ValueError if values and log_weight differ in their number of samples, or if a log weight is NaN or +inf
-    (outside jit).
+    If all weights are 0, the result is NaN inside jit.
+
+    Raises ValueError if values and log_weight differ in their number of samples, or (outside jit) if a log weight is
+    NaN or +inf, or all weights are 0.
 
     Example:
         mean, standard_error = self_normalised(s.x, s.log_weight)
     """
-    check_log_weight(log_weight)
-    if jnp.shape(values)[:1] != log_weight.shape:
+    log_weight = weights_along(log_weight)
+    if getattr(values, "shape", ())[:1] != log_weight.shape:
         raise ValueError(
             f"values is {shown(values)}, and log_weight has shape {log_weight.shape}; give one value per weight, "
-            "along the first axis."
+            "along the first axis of an array."
         )
+    check_any_weight(log_weight)
     share = jax.nn.softmax(log_weight).reshape(-1, *[1] * (values.ndim - 1))
     values = jnp.where(share > 0, values, 0)
     mean = (share * values).sum(axis=0)
@@ -169,14 +182,30 @@ def resample(key: Key[Array, ""], x: PyTree, log_weight: Float[Array, " b"], num
     x: an array, or a tree of arrays, with one row per weight.
     num: number of samples to return; None means as many as there are weights.
 
-    Raises ValueError if `num` is not positive, or if a log weight is NaN or +inf (outside jit).
+    If all weights are 0 inside jit, floating-point numbers in the result are NaN.
+
+    Raises ValueError if `num` is not positive, if a part of x does not have one row per weight, or (outside jit) if a
+    log weight is NaN or +inf, or all weights are 0.
 
     Example:
         x = resample(key, s.x, s.log_weight)
     """
     check_key(key)
-    check_log_weight(log_weight)
+    log_weight = weights_along(log_weight)
     num = len(log_weight) if num is None else num
     check_count("num", num)
+    for part in jax.tree.leaves(x):
+        if getattr(part, "shape", ())[:1] != log_weight.shape:
+            raise ValueError(
+                f"x contains {shown(part)}, and log_weight has shape {log_weight.shape}; give arrays with one row per "
+                "weight."
+            )
+    check_any_weight(log_weight)
     chosen = systematic_indices(log_weight, num, jax.random.uniform(key, dtype=log_weight.dtype))
-    return jax.tree.map(lambda part: part[chosen], x)
+    none = jnp.isneginf(log_weight).all()
+
+    def taken(part):
+        rows = part[chosen]
+        return rows + nan_if(none, rows.dtype) if jnp.issubdtype(rows.dtype, jnp.floating) else rows
+
+    return jax.tree.map(taken, x)

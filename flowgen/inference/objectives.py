@@ -22,7 +22,7 @@ from flowgen.flows.block import Variables
 from flowgen.flows.density import Flow
 from flowgen.inference.densities import LogDensity, density_at, flow_log_density
 from flowgen.inference.importance import log_weights, self_normalised
-from flowgen.weights import effective_sample_size, log_mean_exp
+from flowgen.weights import check_any_weight, effective_sample_size, log_mean_exp, weights_along
 
 # How the gradient of the reverse KL is estimated.
 Gradient = Literal["total", "path"]
@@ -53,7 +53,8 @@ def reverse_kl(
     but not always earlier.
 
     metrics: loss, elbo (-loss, a lower bound on log Z), log_normaliser (log mean w, an estimate of log Z) and ess
-    (effective sample size as a share).
+    (effective sample size as a share). If the samples have different conditions, loss and elbo are averages over the
+    conditions, but log_normaliser and ess have no meaning; for those, use `jax.vmap` over conditions.
 
     Raises ValueError if `gradient` is unknown, and in the same cases as `sample_and_log_prob`.
 
@@ -90,19 +91,28 @@ def forward_kl(
 
     The weights are normalised over the batch, so a constant factor has no effect. x and log_weight receive no gradient.
     Training on this loss makes the flow cover all modes among the samples. x and log_weight may come from
-    `importance_sample` with this flow or an earlier one, or from `anneal`.
+    `importance_sample` with this flow or an earlier one, or from `anneal`. Samples of weight 0 may have any value, even
+    NaN. If all weights are 0 inside jit, the loss is NaN.
+
+    cond: one condition for all samples. If conditions differ, the weights must be those of a joint density of x and
+    cond; otherwise, use `jax.vmap` over conditions.
 
     metrics: loss, and ess (effective sample size of the weights, as a share).
 
-    Raises ValueError if x and log_weight differ in their number of samples, or if a log weight is NaN or +inf (outside
-    jit).
+    Raises ValueError if x and log_weight differ in their number of samples, or (outside jit) if a log weight is NaN or
+    +inf, or all weights are 0.
 
     Example:
         s = importance_sample(flow, params, jax.random.key(0), 256, ManyWell(4).log_density)
         loss, metrics = forward_kl(flow, params, s.x, s.log_weight)
     """
     check_floating("x", x)
-    x, log_weight = jax.lax.stop_gradient((x, log_weight))
+    x, log_weight = jax.lax.stop_gradient((jnp.asarray(x), weights_along(log_weight)))
+    if len(x) != len(log_weight):
+        raise ValueError(f"x has {len(x)} samples, but log_weight has {len(log_weight)}; give one weight per sample.")
+    check_any_weight(log_weight)
+    # The gradient of NaN is NaN, even with a weight of 0.
+    x = jnp.where(jax.nn.softmax(log_weight).reshape(-1, *[1] * (x.ndim - 1)) > 0, x, 0)
     loss = -self_normalised(flow_log_density(flow, params, cond)(x), log_weight).value
     return loss, {"loss": loss, "ess": effective_sample_size(log_weight)}
 

@@ -76,10 +76,17 @@ class FlowDistilled:
             )
         sigma = config.noise_std if self.noise_std is None else self.noise_std
         noisy = x1 + sigma * x0 if self.noise == "normal" else dequantised(x1, x0)
-        z, _ = self.flow.apply(self.variables, noisy, cond if accepts_conditions(config) else None)
-        scale = jax.lax.rsqrt(self.flow.apply(self.variables, method="prior_variance"))
-        noise = jax.lax.stop_gradient(config.to_images(z * scale[None])).astype(x0.dtype)
+        given = config.check_cond(cond, len(x1)) if accepts_conditions(config) else None
+        noise = jax.lax.stop_gradient(_noise(self.variables, noisy, given, flow=self.flow)).astype(x0.dtype)
         return Coupled(noise, x1, cond, jnp.zeros(len(x0), x0.dtype))
+
+
+@partial(jax.jit, static_argnames="flow")
+def _noise(variables: Any, x: Float[Array, "b *event"], cond: Any, *, flow: Any) -> Float[Array, "b *event"]:
+    """Returns the noise to which the flow maps x, scaled to variance 1, in the shape of x."""
+    z, _ = flow.apply(variables, x, cond)
+    scale = jax.lax.rsqrt(flow.apply(variables, method="prior_variance"))
+    return flow.config.to_images(z * scale[None])
 
 
 def dequantised(x1: Float[Array, "b *event"], noise: Float[Array, "b *event"]) -> Float[Array, "b *event"]:

@@ -139,6 +139,7 @@ def _inverse_jvp(kind: Kind, primals: tuple[Array, ...], tangents: tuple[Array, 
     return x, (change - moved) * jnp.exp(-log_slope)
 
 
+@partial(jax.jit, static_argnums=0)
 def _solve(kind: Kind, z: Array, log_weights: Array, means: Array, log_scales: Array) -> Array:
     """Returns the x with F(x) = Φ(z) for z ≤ 0, by Newton steps for log F(x) within a bracket."""
     quantiles = means + jnp.exp(log_scales) * z[..., None]
