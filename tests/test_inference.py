@@ -12,7 +12,10 @@ from tolerances import EPS, FORMULA, LAYER, NETWORK, assert_close
 
 import flowgen
 from flowgen import inference
+from flowgen.conditioning import Padded
+from flowgen.contexts import VectorContext
 from flowgen.evaluation import mean_of
+from flowgen.flows import TokenFlowConfig
 from flowgen.inference import Component, ManyWell
 
 INF, NAN = math.inf, math.nan
@@ -76,7 +79,9 @@ def test_equal_weights_give_the_plain_mean_and_its_error():
     plain = [mean_of(column) for column in values.T]
     assert_close(found.value, [one.value for one in plain], FORMULA, scale=1)
     assert_close(found.standard_error, [one.standard_error for one in plain], FORMULA)
-    assert float(inference.log_normaliser(jnp.full(50, -700.0)).standard_error) < FORMULA
+    value, error = inference.log_normaliser(jnp.full(50, -700.0))
+    assert float(value) == -700
+    assert math.isnan(error)  # Equal weights, such as those after resampling, do not show the error.
 
 
 def test_samples_of_weight_0_do_not_count_whatever_their_value():
@@ -108,6 +113,35 @@ def test_estimates_reduce_the_given_axis():
     ):
         expected = jnp.stack([estimate(column) for column in log_weight.T], axis=-1)
         assert_close(estimate(log_weight, axis=0), expected, FORMULA)
+
+
+@pytest.mark.parametrize("dtype", [jnp.float16, jnp.bfloat16])
+def test_16_bit_weights_are_summed_in_float32(dtype):
+    """In 16 bits, 100,000 overflows, and cumulative weights do not reach the last samples."""
+    log_weight, x = jnp.zeros(100_000, dtype), jnp.arange(100_000)
+    assert_close(inference.effective_sample_size(log_weight), 1, LAYER)
+    assert_close(inference.log_normaliser(log_weight).value, 0, LAYER, scale=1)
+    assert_close(inference.forward_effective_sample_size(log_weight), 1, LAYER)
+    assert_close(inference.self_normalised(x / 100_000, log_weight).value, 0.5, 1e-3)
+    assert_close(inference.mixture_log_prob(jnp.zeros((100_000, 1), dtype), log_weight), jnp.zeros(1), FORMULA, scale=1)
+    found = np.unique(inference.resample(jax.random.key(0), x, log_weight))
+    assert len(found) > 97_000  # float32 rounds the cumulative weights of so many samples.
+
+
+NOTHING = jnp.full(4, -INF)
+ALL_ZERO = {
+    "self_normalised": lambda w: inference.self_normalised(jnp.ones(4), w).value,
+    "resample": lambda w: inference.resample(jax.random.key(0), jnp.ones(4), w),
+    "mixture_log_prob": lambda w: inference.mixture_log_prob(jnp.zeros((4, 2)), w),
+    "forward_kl": lambda w: inference.forward_kl(*laws.case("affine")[:3], w)[0],
+}
+
+
+@pytest.mark.parametrize("name", ALL_ZERO)
+def test_weights_that_are_all_0_are_refused_and_are_nan_inside_jit(name):
+    with pytest.raises(ValueError, match="all weights are 0; no sample lies in the support"):
+        ALL_ZERO[name](NOTHING)
+    assert jnp.isnan(jax.jit(ALL_ZERO[name])(NOTHING)).all()
 
 
 GOOD = jnp.array([0.0, -1.0])
@@ -218,11 +252,61 @@ def test_a_mixture_of_classes_gives_samples_with_their_density():
     assert_close(log_prob, expected, NETWORK)
 
 
+TOKENS = {"shape": (3, 1), "width": 8, "head_dim": 8, "num_blocks": 2, "layers_per_block": 1}
+
+
+def test_a_mixture_of_contexts_gives_samples_with_their_density():
+    config = TokenFlowConfig(context=VectorContext(2), **TOKENS)
+    flow, params = laws.perturbed(config, jax.random.key(0), scale=0.3)
+    contexts = [jnp.array([[3.0, -1.0]]), jnp.array([[-2.0, 4.0]])]
+    components = [Component(flow, params, context) for context in contexts]
+    x, log_prob = inference.sample_mixture(components, jax.random.key(1), 6)
+    of_context = [
+        laws.apply(flow, params, x, jnp.broadcast_to(context, (6, 2)), method="log_prob") for context in contexts
+    ]
+    assert np.abs(of_context[0] - of_context[1]).max() > 0.1
+    assert_close(log_prob, special.logsumexp(np.stack(of_context), axis=0) - math.log(2), NETWORK)
+    with pytest.raises(ValueError, match=r"cond is float32 of shape \(6, 2\)"):
+        inference.sample_mixture([Component(flow, params, jnp.zeros((6, 2)))], jax.random.key(1), 6)
+
+
+def test_a_mixture_of_padded_samples_has_one_mask():
+    config = TokenFlowConfig(padded=True, num_classes=2, **TOKENS)
+    flow, params = laws.perturbed(config, jax.random.key(0), scale=0.3)
+    mask = jnp.array([[True, False, True]])
+    components = [Component(flow, params, Padded(mask, jnp.array([label]))) for label in (0, 1)]
+    x, log_prob = inference.sample_mixture(components, jax.random.key(1), 4)
+    assert (x[:, 1] == 0).all()
+    of_class = [
+        laws.apply(flow, params, x, Padded(jnp.repeat(mask, 4, axis=0), jnp.full(4, label)), method="log_prob")
+        for label in (0, 1)
+    ]
+    assert_close(log_prob, special.logsumexp(np.stack(of_class), axis=0) - math.log(2), NETWORK)
+    other = Component(flow, params, Padded(~mask, jnp.array([1])))
+    with pytest.raises(ValueError, match=r"components\[1\] and components\[0\] have different masks"):
+        inference.sample_mixture([components[0], other], jax.random.key(1), 4)
+    with pytest.raises(ValueError, match="this model's samples are padded"):
+        inference.sample_mixture([Component(flow, params)], jax.random.key(1), 4)
+
+
 REFUSED = {
     "weights of a mixture": (lambda: inference.mixture_log_prob(jnp.zeros((3, 5)), jnp.zeros(2)), "log_weight has"),
     "negative shares": (lambda: inference.stratified_counts([1, -1], 3), "shares is"),
     "no component": (lambda: inference.sample_mixture([], jax.random.key(0), 3), "components is empty"),
     "a flow alone": (lambda: inference.sample_mixture([laws.case("affine")[:2]], jax.random.key(0), 3), "Component"),
+    "flows of different shapes": (
+        lambda: inference.sample_mixture(
+            [Component(*laws.case(name)[:2]) for name in ("affine", "rectangular")], jax.random.key(0), 3
+        ),
+        r"components\[1\] has samples of shape",
+    ),
+    "lists of values": (lambda: inference.self_normalised([1.0, 2.0], GOOD), "values is a list"),
+    "lists of weights": (lambda: inference.self_normalised(GOOD, [0.0, 0.0]), "log_weight is a list"),
+    "weights of a mixture in a list": (lambda: inference.mixture_log_prob(GOOD, [0.0, 0.0]), "log_weight is a list"),
+    "no weight": (lambda: inference.effective_sample_size(jnp.zeros(0)), "give at least one log weight"),
+    "no weight in an axis": (lambda: inference.log_normaliser(jnp.zeros((3, 0))), "give at least one log weight"),
+    "one number": (lambda: inference.effective_sample_size(jnp.zeros(())), "give at least one log weight"),
+    "rows to resample": (lambda: inference.resample(jax.random.key(0), jnp.zeros(3), GOOD), "x contains float32"),
     "values and weights": (lambda: inference.self_normalised(jnp.zeros(3), jnp.zeros(2)), "values is"),
     "target and samples": (lambda: inference.log_weights(jnp.zeros(3), jnp.zeros(2)), "log_target has shape"),
     "none to draw": (lambda: inference.resample(jax.random.key(0), GOOD, GOOD, 0), "num is 0"),

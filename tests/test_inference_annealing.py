@@ -101,6 +101,46 @@ def test_samples_outside_the_target_lose_their_weight(key, resample_below):
     assert not jnp.isnan(r.log_weight).any()
 
 
+@pytest.mark.parametrize("resample_below", [0.0, 1.0])
+def test_without_a_sample_in_the_support_annealing_is_refused(key, resample_below):
+    """Inside jit, samples stay, and their weights are 0."""
+    x = -jnp.abs(draws(key, 8))
+
+    def run(key, x):
+        options = {"betas": jnp.linspace(0, 1, 3), "resample_below": resample_below}
+        return inference.anneal(key, x, log_q, half, stay, **options)
+
+    with pytest.raises(ValueError, match="all weights are 0; no sample lies in the support"):
+        run(jax.random.key(1), x)
+    r = jax.jit(run)(jax.random.key(1), x)
+    np.testing.assert_array_equal(r.x, x)
+    assert jnp.isneginf(r.log_weight).all()
+    assert float(r.log_normaliser) == -math.inf
+
+
+def test_the_schedule_of_an_adaptive_run_repeats_its_stages(key):
+    """The documented recipe for an unbiased estimate."""
+    r = inference.anneal_adaptively(key, draws(jax.random.key(1), 500), log_q, log_target, MALA(0.1), max_stages=20)
+    assert jnp.isnan(r.betas).any()
+    again = inference.anneal(
+        jax.random.key(2), draws(jax.random.key(3), 500), log_q, log_target, MALA(0.1), betas=r.schedule
+    )
+    np.testing.assert_array_equal(again.betas, r.betas[~jnp.isnan(r.betas)])
+    np.testing.assert_array_equal(again.schedule, r.schedule)
+    assert_close(again.log_normaliser, LOG_Z, 0.3, scale=1)
+    with pytest.raises(ValueError, match="betas is traced"):
+        jax.jit(lambda r: r.schedule)(r)
+
+
+def test_weights_and_stages_of_16_bit_samples_are_float32(key):
+    x = draws(key, 100).astype(jnp.bfloat16)
+    betas = jnp.array([0.0, 0.9985, 1.0])  # In bfloat16, the last two are equal.
+    r = inference.anneal(jax.random.key(1), x, log_q, log_target, stay, betas=betas, resample_below=0.0)
+    np.testing.assert_array_equal(r.betas, betas[1:])
+    assert r.x.dtype == jnp.bfloat16
+    assert r.log_weight.dtype == r.ess.dtype == jnp.float32
+
+
 def test_the_next_beta_keeps_the_share_exactly(key):
     x = draws(key, 1_000)
     log_ratio, log_weight = log_target(x) - log_q(x), jnp.zeros(1_000)

@@ -114,6 +114,9 @@ def test_weights_in_the_forward_divergence_count_like_copies():
         return weighted, jax.value_and_grad(lambda p: inference.maximum_likelihood(flow, p, copies)[0])(params)
 
     assert_trees_close(*both(params), NETWORK)
+    with_nan = x.at[1].set(jnp.nan)
+    slopes = jax.grad(lambda p: inference.forward_kl(flow, p, with_nan, log_weight)[0])(params)
+    assert_trees_close(slopes, both(params)[0][1], NETWORK)  # a sample of weight 0, whatever its value
     to_data = jax.grad(lambda parts: inference.forward_kl(flow, params, *parts)[0])((x, log_weight))
     assert all((part == 0).all() for part in to_data)
 

@@ -191,7 +191,7 @@ def anneal(
         known = np.asarray(betas)
         if known[0] != 0 or known[-1] != 1 or not (np.diff(known) > 0).all():
             raise ValueError(f"betas run from {known[0]} to {known[-1]}; they must ascend from 0 to 1.")
-    result = call_program(_anneal, (log_q, log_target, move), key, x, betas, resample_below)
+    result = call_program(_anneal, (log_q, log_target, move), key, jnp.asarray(x), jnp.asarray(betas), resample_below)
     check_any_weight(result.log_weight)
     return result
 
@@ -240,7 +240,7 @@ def anneal_adaptively(
     check_share(ess)
     check_count("max_stages", max_stages)
     result = call_program(
-        _anneal_adaptively, (log_q, log_target, move), key, x, ess, resample_below, max_stages=max_stages
+        _anneal_adaptively, (log_q, log_target, move), key, jnp.asarray(x), ess, resample_below, max_stages=max_stages
     )
     check_any_weight(result.log_weight)
     return result
@@ -324,7 +324,7 @@ def _begin(x: Array, functions: Functions, resample_below: Array | float) -> Sta
     log_ratio = _log_ratio(x, log_q, log_target)
     for density in flow_log_densities(log_q, log_target):
         mixed = ~density.has_one_condition() & (resample_below > 0)
-        log_ratio = log_ratio + nan_if(mixed, log_ratio.dtype)
+        log_ratio = log_ratio + nan_if(jnp.asarray(mixed), log_ratio.dtype)
     return x, jnp.zeros_like(log_ratio), log_ratio
 
 

@@ -38,7 +38,7 @@ class FlowLogDensity:
     def __call__(self, x: Float[Array, "b *event"]) -> Float[Array, " b"]:
         return log_prob(self.flow, self.params, x, self.cond)
 
-    def has_one_condition(self) -> Bool[Array | np.ndarray, ""]:
+    def has_one_condition(self) -> Bool[Array, ""] | np.bool_:
         """Returns whether all rows of cond are equal; a NumPy value unless cond is traced or on other hosts."""
         rows = jax.tree.leaves(self.cond)
         far = any(isinstance(x, Tracer) or not getattr(x, "is_fully_addressable", True) for x in rows)

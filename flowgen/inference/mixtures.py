@@ -1,6 +1,6 @@
 """Densities and stratified samples of mixtures q(x) = Σ_k π_k q_k(x).
 
-The components may be different flows, one flow with different parameters, or different classes of one flow.
+The components may be different flows, one flow with different parameters, or different conditions of one flow.
 """
 
 from __future__ import annotations
@@ -11,29 +11,39 @@ from typing import NamedTuple
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.core import Tracer
 from jaxtyping import Array, Float, Key
 
-from flowgen.arrays import check_count, check_key, shown
+from flowgen.arrays import at_least_float32, check_count, check_key, shown
+from flowgen.conditioning import AnyCondition, Condition, split_padded
 from flowgen.decoding.plan import Plan
 from flowgen.decoding.sampler import sample
 from flowgen.flows.block import Variables
 from flowgen.flows.density import Flow, check_flow
 from flowgen.inference.densities import flow_log_density
+from flowgen.weights import check_any_weight, weights_along
 
 
 class Component(NamedTuple):
-    """One component of a mixture: a flow, its parameters and, optionally, a class.
+    """One component of a mixture: a flow, its parameters and, optionally, a condition.
 
-    label: class of all samples from the component; None for a flow without classes.
+    cond: the condition of all samples from the component, a class label or one row of any condition that `sample`
+    accepts, such as a context `1 d`; None for an unconditional flow. For padded samples, `Padded` with a mask of one
+    row.
     """
 
     flow: Flow
     params: Variables
-    label: int | None = None
+    cond: AnyCondition | int | None = None
 
-    def cond(self, num: int) -> Array | None:
-        """Returns the label, repeated for `num` samples."""
-        return None if self.label is None else jnp.full(num, self.label, jnp.int32)
+    def cond_of(self, num: int) -> Condition | None:
+        """Returns the condition, repeated for `num` samples.
+
+        Raises ValueError unless cond is a label or one row that fits the flow.
+        """
+        is_label = isinstance(self.cond, int | np.integer) and not isinstance(self.cond, bool)
+        one = self.flow.config.check_cond(np.full(1, self.cond) if is_label else self.cond, 1)
+        return jax.tree.map(lambda row: jnp.broadcast_to(row, (num, *row.shape[1:])), one)
 
 
 def mixture_log_prob(log_probs: Float[Array, "k *b"], log_weight: Float[Array, " k"]) -> Float[Array, "*b"]:
@@ -41,16 +51,21 @@ def mixture_log_prob(log_probs: Float[Array, "k *b"], log_weight: Float[Array, "
 
     log_probs: log q_k(x) of each component; -inf outside its support.
 
-    Raises ValueError if log_probs and log_weight differ in their number of components.
+    If all weights are 0, the result is NaN inside jit.
+
+    Raises ValueError if log_probs and log_weight differ in their number of components, or (outside jit) if a log weight
+    is NaN or +inf, or all weights are 0.
 
     Example:
         log_q = mixture_log_prob(jnp.stack([log_q_0, log_q_1]), jnp.log(jnp.array([0.3, 0.7])))
     """
+    log_probs, log_weight = at_least_float32("log_probs", log_probs), weights_along(log_weight)
     if log_weight.shape != log_probs.shape[:1]:
         raise ValueError(
             f"log_probs has shape {log_probs.shape}, and log_weight has shape {log_weight.shape}; give one weight per "
             "component, along the first axis."
         )
+    check_any_weight(log_weight)
     shares = jax.nn.log_softmax(log_weight).reshape(-1, *[1] * (log_probs.ndim - 1))
     return jax.nn.logsumexp(shares + log_probs, axis=0)
 
@@ -92,21 +107,17 @@ def sample_mixture(
     is that of the mixture with π_k = count_k / num. With this density, importance-weighted means are unbiased for any
     `num`, and their variance is at most that with randomly chosen components (Owen & Zhou 2000).
 
-    components: flows of the same event shape.
+    components: flows of the same event shape. If samples are padded, all components have the same mask.
     shares: π, up to a common factor; None means equal shares.
 
-    Raises ValueError if there is no component, or if shares are not one number per component.
+    Raises ValueError if there is no component, if a condition does not fit its flow, if event shapes or masks differ,
+    or if shares are not one number per component.
 
     Example:
         x, log_q = sample_mixture([Component(flow, old), Component(flow, new)], jax.random.key(0), 100)
     """
     check_key(key)
-    if not components:
-        raise ValueError("components is empty; give at least one Component(flow, params).")
-    for component in components:
-        if not isinstance(component, Component):
-            raise ValueError(f"components contains {shown(component)}; give Component(flow, params, label).")
-        check_flow(component.flow, component.params)
+    _check_components(components)
     shares = [1.0] * len(components) if shares is None else shares
     if len(shares) != len(components):
         raise ValueError(f"shares has {len(shares)} numbers; give one for each of the {len(components)} components.")
@@ -114,10 +125,40 @@ def sample_mixture(
     keys = jax.random.split(key, len(components))
     x = jnp.concatenate(
         [
-            sample(part.flow, part.params, key, count, part.cond(count), plan=plan, denoise=False).x
+            sample(part.flow, part.params, key, count, part.cond_of(count), plan=plan, denoise=False).x
             for part, key, count in zip(components, keys, counts, strict=True)
             if count
         ]
     )
-    log_probs = [flow_log_density(part.flow, part.params, part.cond(num))(x) for part in components]
+    log_probs = [flow_log_density(part.flow, part.params, part.cond_of(num))(x) for part in components]
     return x, mixture_log_prob(jnp.stack(log_probs), jnp.log(jnp.asarray(counts, log_probs[0].dtype)))
+
+
+def _check_components(components: Sequence[Component]) -> None:
+    if not components:
+        raise ValueError("components is empty; give at least one Component(flow, params).")
+    for component in components:
+        if not isinstance(component, Component):
+            raise ValueError(f"components contains {shown(component)}; give Component(flow, params, cond).")
+        check_flow(component.flow, component.params)
+    shapes = [part.flow.config.event_shape for part in components]
+    masks = [_mask(part) for part in components]
+    for index, (shape, mask) in enumerate(zip(shapes, masks, strict=True)):
+        if shape != shapes[0]:
+            raise ValueError(
+                f"components[{index}] has samples of shape {shape}, but components[0] has samples of shape "
+                f"{shapes[0]}; give flows of one event shape."
+            )
+        if not np.array_equal(mask, masks[0]):
+            raise ValueError(
+                f"components[{index}] and components[0] have different masks, so their samples have different numbers "
+                "of dimensions; give all components one mask."
+            )
+
+
+def _mask(component: Component) -> np.ndarray:
+    """Returns the tokens of the component's samples that are not padding; all if the mask is traced."""
+    mask, _ = split_padded(component.cond_of(1))
+    if mask is None or isinstance(mask, Tracer):
+        return np.ones((1, component.flow.config.num_tokens), bool)
+    return np.asarray(mask)

@@ -26,7 +26,7 @@ def call_program(program: Callable[..., Any], functions: tuple[Any, ...], *args:
     Example:
         x, acceptance = call_program(_langevin, (log_density,), key, x, num_steps=2)
     """
-    leaves, tree = jax.tree.flatten(tuple(map(_with_owner, functions)))
+    leaves, tree = jax.tree.flatten(jax.tree.map(_with_owner, functions))
     fixed = tuple(None if _is_array(leaf) else leaf for leaf in leaves)
     if not all(leaf is None or _is_value(leaf) for leaf in fixed):
         return program(functions, *args, **options)
@@ -42,7 +42,7 @@ def _run(arrays: list[Any], args: tuple[Any, ...], *, program: Any, tree: Any, f
 
 
 def _with_owner(function: Any) -> Any:
-    """Returns a callable; methods of pytrees and of frozen dataclasses as pytrees that contain their object."""
+    """Returns a callable; methods of pytrees and of frozen dataclasses as pytrees that contain the object."""
     if ismethod(function) and (_is_value(function.__self__) or not jax.tree_util.all_leaves([function.__self__])):
         return jax.tree_util.Partial(function.__func__, function.__self__)
     return function

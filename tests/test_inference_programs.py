@@ -1,0 +1,157 @@
+"""Repeated calls outside jit compile nothing, and annealing does not mix conditions."""
+
+import dataclasses
+import math
+from functools import cache
+
+import jax
+import jax.numpy as jnp
+import laws
+import numpy as np
+import pytest
+from tolerances import FORMULA, NETWORK, assert_close
+
+import flowgen.matching as fm
+from flowgen import inference
+from flowgen.flows import TARFlowConfig, density
+from flowgen.inference import MALA, Component, ManyWell
+from flowgen.transforms import MixtureMap
+
+COMPILED = []
+jax.monitoring.register_event_duration_secs_listener(
+    lambda event, seconds, **_: COMPILED.append(event) if "backend_compile" in event else None
+)
+
+CONFIG = TARFlowConfig(
+    image_size=2, patch_size=1, channels=1, width=8, head_dim=8, num_blocks=2, layers_per_block=1, num_classes=2
+)
+LABELS = np.zeros(4, np.int32)
+BETAS = np.linspace(0, 1, 3)
+WELL = ManyWell(4)
+
+
+@cache
+def arguments():
+    """(flow, params, samples) of a small flow."""
+    return *laws.perturbed(CONFIG, jax.random.key(0)), laws.images(CONFIG, jax.random.key(1))
+
+
+def log_q():
+    flow, params, _ = arguments()
+    return inference.flow_log_density(flow, params, LABELS)
+
+
+def annealed(**options):
+    given = {"log_q": log_q(), "log_target": ManyWell(4).log_density, "move": MALA(0.05), "betas": BETAS} | options
+    return inference.anneal(jax.random.key(0), arguments()[2], **given)
+
+
+def adaptive():
+    x = arguments()[2]
+    return inference.anneal_adaptively(jax.random.key(0), x, log_q(), WELL.log_density, MALA(0.05), max_stages=3)
+
+
+def coupled():
+    flow, params, x = arguments()
+    return fm.FlowDistilled(flow, params)(jax.random.key(0), x, x, LABELS)
+
+
+def mixed():
+    flow, params, _ = arguments()
+    return inference.sample_mixture([Component(flow, params, label) for label in range(2)], jax.random.key(0), 4)
+
+
+CALLS = {
+    "log_prob": lambda: density.log_prob(*arguments(), [0, 1, 0, 1]),
+    "flow_log_density": lambda: log_q()(arguments()[2]),
+    "score": lambda: density.score(*arguments(), LABELS),
+    "class_posterior": lambda: density.class_posterior(*arguments()),
+    "forward_kl": lambda: inference.forward_kl(*arguments(), jnp.zeros(4), LABELS),
+    "FlowDistilled": coupled,
+    "sample_mixture": mixed,
+    "MixtureMap.to_data": lambda: MixtureMap(2).to_data(jnp.ones((1, 2, 1)), jnp.ones((1, 2, 6))),
+    "next_beta": lambda: inference.next_beta(jnp.arange(4.0), jnp.zeros(4), 0.0),
+    "MALA": lambda: MALA(0.05)(jax.random.key(0), arguments()[2], inference.tempered(log_q(), WELL.log_density, 0.5)),
+    "anneal": annealed,
+    "anneal_adaptively": adaptive,
+}
+
+
+@pytest.mark.parametrize("name", CALLS)
+def test_calling_again_compiles_nothing(name):
+    jax.block_until_ready(CALLS[name]())
+    COMPILED.clear()
+    jax.block_until_ready(CALLS[name]())
+    assert not COMPILED
+
+
+def test_a_plain_function_may_read_values_that_change():
+    """Its program is not kept, unlike that of a `Partial`, whose values are arguments."""
+    shift = [jnp.zeros(())]
+
+    def target(x):
+        return WELL.log_density(x) + shift[0]
+
+    def partial(value):
+        return jax.tree_util.Partial(shifted, value)
+
+    first = annealed(log_target=target).log_normaliser
+    shift[0] = jnp.ones(())
+    assert_close(annealed(log_target=target).log_normaliser, first + 1, FORMULA)
+    assert_close(annealed(log_target=partial(jnp.zeros(()))).log_normaliser, first, FORMULA)
+    COMPILED.clear()
+    assert_close(annealed(log_target=partial(jnp.ones(()))).log_normaliser, first + 1, FORMULA)
+    assert not COMPILED
+
+
+def shifted(shift, x):
+    return WELL.log_density(x) + shift
+
+
+def test_new_parameters_count_in_a_kept_program():
+    flow, params, x = arguments()
+    zeros = jax.tree.map(jnp.zeros_like, params)
+    annealed()
+    r = annealed(log_q=inference.flow_log_density(flow, zeros, LABELS), move=stay, resample_below=0.0)
+    normal = -0.5 * (np.square(x).sum(axis=(1, 2, 3)) + 4 * math.log(2 * math.pi))
+    assert_close(r.log_weight, WELL.log_density(x) - normal, NETWORK)
+
+
+def stay(key, x, log_density):
+    return x, 1.0
+
+
+def test_samples_of_different_conditions_are_not_resampled():
+    flow, params, x = arguments()
+    labels = np.array([0, 0, 1, 1])
+    mixed = inference.flow_log_density(flow, params, labels)
+    with pytest.raises(ValueError, match="the rows of cond in flow_log_density differ"):
+        annealed(log_q=mixed)
+    with pytest.raises(ValueError, match="the rows of cond in flow_log_density differ"):
+        annealed(log_q=inference.flow_log_density(flow, params, labels.tolist()))
+    with pytest.raises(ValueError, match="the rows of cond in flow_log_density differ"):
+        annealed(log_target=inference.tempered(mixed, WELL.log_density, 0.5))
+    with pytest.raises(ValueError, match="label 2 is out of range"):
+        annealed(log_q=inference.flow_log_density(flow, params, LABELS + 2))
+
+    @jax.jit
+    def traced(labels):
+        return annealed(log_q=inference.flow_log_density(flow, params, labels)).log_weight
+
+    assert jnp.isnan(traced(labels)).all()
+    assert jnp.isfinite(traced(LABELS)).all()
+    # Without resampling, each row has its own condition.
+    r = annealed(log_q=mixed, move=stay, resample_below=0.0)
+    expected = WELL.log_density(x) - laws.apply(flow, params, x, jnp.asarray(labels), method="log_prob")
+    assert_close(r.log_weight, expected, NETWORK)
+
+
+def test_a_move_with_an_array_of_steps_is_kept():
+    x = jnp.zeros((3, 4))
+    steps = [jnp.full(4, value).reshape(1, 4) for value in (0.1, 0.2)]
+    moved, _ = MALA(steps[0])(jax.random.key(0), x, WELL.log_density)
+    COMPILED.clear()
+    other, _ = MALA(steps[1])(jax.random.key(0), x, WELL.log_density)
+    assert not COMPILED
+    assert (moved != other).any()
+    assert dataclasses.replace(MALA(0.1), num_steps=2) == MALA(0.1, 2)
