@@ -106,7 +106,8 @@ class TokenEmbedding(nn.Module):
 
 
 class ContextEmbedding(nn.Module):
-    """Embeds a context as one vector per sample: the mean of its embedded tokens, or a learned vector if it has none.
+    """Embeds a context as one vector per sample: the mean of the sample's embedded tokens, or a learned vector if the
+    sample has no tokens.
 
     dense: see `TokenEmbedding`.
     none_std: standard deviation of the learned vector at initialisation.

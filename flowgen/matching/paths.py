@@ -102,8 +102,8 @@ class CondOT(AffinePath):
 
 @config
 class Target(AffinePath):
-    """The path of Lipman et al. to a narrow Gaussian around x1: x_t = t x1 + (1 - (1 - sigma_min) t) x0, with normal
-    x0.
+    """The path of Lipman et al. to a narrow Gaussian around x1: x_t = t x1 + (1 - (1 - sigma_min) t) x0, with standard
+    normal x0.
 
     The target velocity x1 - (1 - sigma_min) x0 equals the published one (arXiv 2210.02747). The published form, written
     in terms of x_t, is 0/0 at t = 1 if sigma_min is 0.

@@ -27,7 +27,7 @@ OVER_RELAXATION = 1.8
 class EntropicPlan(NamedTuple):
     """A transport plan over a batch. Row sums are exact; `error` is the mean relative error of the column sums.
 
-    log_plan: logarithm of b² times the plan; the mean of each row and column of this product is 1.
+    log_plan: logarithm of b² times the plan; each row of this product has mean 1, and each column approximately.
     sweeps: number of sweeps in the last stage.
     """
 
