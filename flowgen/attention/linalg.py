@@ -109,7 +109,7 @@ def released_softpp_inverse(
 
     The *whole batch and all heads* share one alpha = 2 / (largest row sum)². This alpha is halved, at most 10 times,
     while the largest column sum of |I - alpha A²| in the batch exceeds 1.01. Use this function only to reproduce
-    published checkpoints. Its derivative is computed by automatic differentiation.
+    published checkpoints. The derivative is computed by automatic differentiation.
     """
     square = jnp.matmul(a, a, precision=HIGHEST)
     eye = jnp.broadcast_to(jnp.eye(a.shape[-1], dtype=a.dtype), a.shape)

@@ -39,9 +39,9 @@ class WeightedSamples(NamedTuple):
 class WeightedEstimate(NamedTuple):
     """An estimate from weighted samples, and its standard error.
 
-    standard_error: estimated standard deviation of `value` over independent sets of samples (delta method). It is NaN
-    for a single sample. If the effective sample size is small, it is often too small, because the rare samples with the
-    largest weights are missing.
+    standard_error: estimated standard deviation of `value` over independent sets of samples (delta method); NaN for
+    a single sample. If the effective sample size is small, the standard error is often too small, because the rare
+    samples with the largest weights are missing.
     """
 
     value: Float[Array, "..."]

@@ -1,6 +1,6 @@
 """Contexts inside velocity networks, and layers that embed a context as one vector or as channels.
 
-Masked tokens are padding, or belong to a sample without a context. They have no effect, even if their values are NaN.
+Masked tokens, which are padding or belong to a sample without a context, have no effect, even if their values are NaN.
 """
 
 from __future__ import annotations

@@ -37,7 +37,7 @@ def prediction_to_velocity(
     x0, and vice versa; a predicted score determines x0 = -beta · score. A prediction of "velocity" is returned
     unchanged.
 
-    The conversion is singular where x_t is pure noise or pure data. It therefore uses alpha and beta at the time
+    The conversion is singular where x_t is pure noise or pure data. Therefore, alpha and beta are taken at the time
     `clip_times(path, t, smallest)`; evaluate the network at that time too. The derivatives alpha' and beta' are those
     at t, limited in magnitude to their values at the clipped time.
 

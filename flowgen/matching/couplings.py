@@ -85,9 +85,9 @@ class MinibatchOT:
     x0 for each x1 from the entropic plan on the device, so an x0 may be used several times or never.
     epsilon: regularisation of the entropic plan, in units of the mean cost; positive.
     tolerance: largest mean relative error of the entropic plan's marginal of x0; positive.
-    num_sweeps: largest number of Sinkhorn sweeps with this epsilon, after fewer sweeps with larger ones; at least 1. If
-    the error still exceeds the tolerance, the coupling raises ValueError outside jit; inside jit, the weights and the
-    loss become NaN.
+    num_sweeps: largest number of Sinkhorn sweeps with this epsilon, after up to 50 sweeps with each of several larger
+    ones; at least 1. If the error still exceeds the tolerance, the coupling raises ValueError outside jit; inside jit,
+    the weights and the loss become NaN.
     class_aware: whether to move noise only within a class; an x0 has the class of the x1 with which it was originally
     paired. If False, the noise of a class has different distributions in training and in sampling (C2OT, ICCV 2025).
     True requires integer labels of shape `b` as cond.

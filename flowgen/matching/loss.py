@@ -173,7 +173,7 @@ def couple(
 ) -> Coupled:
     """Returns the coupled pairs for these rows; first gathers the rows of all devices if the coupling needs them.
 
-    This depends on the coupling's attribute `sees`; see `flowgen.matching.couplings`.
+    Whether rows are gathered depends on the coupling's attribute `sees`; see `flowgen.matching.couplings`.
 
     Example:
         x0, x1, cond, log_weight = couple(rows, MinibatchOT(), x0, x1, labels)
