@@ -7,8 +7,8 @@ The attribute `sees` of a coupling defines the rows on which a pair and its weig
     "global"   the rows of all devices, which `flowgen.matching.loss.couple` gathers; this is the default
 
 With pair weights w, the loss of independent pairs is E[w |v - u|²]. Up to a factor, this is the loss of the coupling q
-∝ w · p(x0) p(x1) (W-CFM, arXiv 2507.22270). `MinibatchOT` draws the noise x0 of each x1 from a transport plan of the
-batch instead.
+∝ w · p(x0) p(x1) (W-CFM, arXiv 2507.22270). `MinibatchOT` instead reorders the noise x0 by a transport plan of the
+batch.
 """
 
 from __future__ import annotations

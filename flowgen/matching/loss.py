@@ -66,8 +66,8 @@ def flow_matching_loss(
     "rows", a `flowgen.rows.Rows`. A training step adds "rows", so that the random numbers do not depend on the number
     of devices. "cond" may be any pytree that the velocity accepts whose arrays have one row per sample.
     label_dropout: probability with which each sample becomes unconditional, independently of the others: its label is
-    replaced by -1, or its context is masked. A positive value requires labels, vectors, tokens, texts or
-    `ContextTokens`.
+    replaced by -1, or its context is masked. With a positive value, a condition must be labels, vectors, tokens, texts
+    or `ContextTokens`.
     log_mean: the running log-mean of the pair weights; -inf or None before the first step. loss_fn returns the updated
     value, which only `GibbsWeights` with normalize="running" needs.
 
