@@ -210,7 +210,7 @@ def _outside(module: str) -> str:
 
 
 def _silence() -> None:
-    """Discards unwritten output, so that Python does not complain about the broken pipe at exit."""
+    """Discards unwritten output, so that Python does not report the broken pipe at exit."""
     nowhere = os.open(os.devnull, os.O_WRONLY)
     for stream in (sys.stdout, sys.stderr):
         with contextlib.suppress(OSError, ValueError):  # Not a file, or already closed.
@@ -218,7 +218,7 @@ def _silence() -> None:
 
 
 def program(arguments: Sequence[str] | None = None) -> int:
-    """Runs a command line as the whole program of this process and returns its exit code.
+    """Runs a command line as the main program of this process and returns its exit code.
 
     Call this function last, because the process ignores Ctrl-C afterwards. Unlike `main`, this function creates one CPU
     device per core, unless the environment sets another number; see `flowgen.backend.make_core_devices`.
@@ -244,7 +244,7 @@ def program(arguments: Sequence[str] | None = None) -> int:
 
 @contextlib.contextmanager
 def _ending_at_once() -> Generator[None]:
-    """Returns a context for imports in which Ctrl-C ends the process at once.
+    """Returns a context manager for imports. Inside it, Ctrl-C ends the process at once.
 
     Otherwise, an imported package could lose the KeyboardInterrupt in a callback."""
 

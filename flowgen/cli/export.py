@@ -1,4 +1,4 @@
-"""The command `export`, which writes the model of a run to a folder of open formats."""
+"""The command `export`, which exports the model of a run to a folder."""
 
 from __future__ import annotations
 

@@ -125,7 +125,7 @@ def curves_section(curves: Curves, reference: Mapping[str, float], best: str) ->
 
 
 def _closed(title: str, charts: Sequence[Markup]) -> Markup | str:
-    """Returns charts that can be opened by their title; "" if there are none."""
+    """Returns the charts in a box that is closed at first; "" if there are no charts."""
     if not charts:
         return ""
     return element("details", element("summary", title), element("div", *charts, class_="charts"))
@@ -136,7 +136,7 @@ def _rank(name: str) -> int:
 
 
 def _grouped(curves: Curves) -> dict[str, dict[str, list[Point]]]:
-    """Returns the curves of each chart. The noise has one curve per block, so its total needs none."""
+    """Returns the curves of each chart. The mean square of the noise is left out if each block has a curve."""
     groups: dict[str, dict[str, list[Point]]] = {}
     for name, points in curves.items():
         bare = name.removeprefix(EVAL)

@@ -1,4 +1,4 @@
-"""The interface of simulators: a uniform prior, a random map from parameters to observations, and its density."""
+"""The interface of simulators: a uniform prior, random observations given parameters, and their likelihood."""
 
 from __future__ import annotations
 
@@ -121,7 +121,7 @@ class Simulator(Protocol):
         ...
 
     def check_index(self, index: int) -> None:
-        """Raises ValueError if there is no fixed observation of this index.
+        """Raises ValueError if there is no fixed observation with this index.
 
         Example:
             simulator.check_index(0)
