@@ -19,7 +19,9 @@ LENGTHS = (1023, 255, 2048, 4096, 8192, 16384, 256)
 
 @dataclasses.dataclass(frozen=True)
 class Sizes:
-    """The sizes to measure: sequence lengths, heads and batch of attention, rows of a step, samples, and the dtype."""
+    """The sizes to measure: sequence lengths, heads and batch of attention, rows per training step, number of samples,
+    and the dtype.
+    """
 
     lengths: tuple[int, ...] = LENGTHS
     heads: int = 12
@@ -125,7 +127,7 @@ def decoding(config: str, plan: str, sizes: Sizes) -> Row:
 
 
 def deep_block(sizes: Sizes) -> Row:
-    """Returns the time per layer of the video model's deep block, with gradient, for two layers and a whole clip."""
+    """Returns the time per layer of the video model's deep block and its gradient, from two layers on a whole clip."""
     import jax
     import jax.numpy as jnp
 
@@ -187,7 +189,7 @@ def timed(
 
 
 class Reference:
-    """Runs the published code in a separate process for each row, so that its memory is free for the next row."""
+    """Runs the published code in a separate process for each row, which frees the memory for the next row."""
 
     def __init__(self, path: Path, python: Path | None):
         self.path, self.python = path, python or Path(sys.executable)

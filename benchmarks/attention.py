@@ -1,10 +1,10 @@
-"""Times the attention kernels against softmax attention as the sequence grows, forward and with all gradients.
+"""Times attention kernels and softmax attention at growing sequence lengths, with and without gradients.
 
 python benchmarks/attention.py --out benchmarks/results/attention.json
 
 A kernel, full or causal, is compared with the faster of `jax.nn.dot_product_attention` and flowgen's own
-`softmax_attention` with the same mask. A call that would exceed --max-seconds or --max-bytes is skipped; its row says
-why.
+`softmax_attention` with the same mask. A call that would exceed --max-seconds or --max-bytes is skipped; its row states
+the reason.
 """
 
 import argparse

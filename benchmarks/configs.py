@@ -1,4 +1,4 @@
-"""Records what runs of shipped configs measured at their end, and how long their steps took.
+"""Records the final metrics and the step times of runs of shipped configs.
 
 python benchmarks/configs.py --runs runs/digits runs/cfm runs/autoencoder_digits runs/starflow \\
     --out benchmarks/results/configs.json

@@ -66,7 +66,9 @@ def serve() -> None:
 
 
 def train(name: str, batch: int, learning_rate: float) -> Training:
-    """Returns a training from 8 Gaussians to moons: eager, in float32, with fresh points at each step."""
+    """Returns a network that is trained from 8 Gaussians to moons, eagerly in float32, with fresh points at each
+    step.
+    """
     import torch
     from torchcfm import conditional_flow_matching as cfm
     from torchcfm import utils

@@ -1,4 +1,4 @@
-"""How the benchmarks measure: two shapes, one thread budget, runs that take turns, and one JSON row per run."""
+"""Measures runs for the benchmarks: two shapes, one thread budget, runs that take turns, and one JSON row per run."""
 
 import argparse
 import dataclasses
@@ -89,7 +89,7 @@ def check_reference(parser: argparse.ArgumentParser, arguments: argparse.Namespa
 
 
 def check_cores(parser: argparse.ArgumentParser, option: str, count: int) -> None:
-    """Ends the program with an error message unless it may use that many cores."""
+    """Ends the program with an error message unless this process may use `count` cores."""
     cores = len(os.sched_getaffinity(0))
     if not 1 <= count <= cores:
         parser.error(f"{option} is {count}; it must be from 1 to {cores}, the cores available to this process.")

@@ -95,7 +95,7 @@ class Published:
         return cost(partial(self._finished, name))
 
     def result(self, name: str) -> np.ndarray:
-        """Returns what method `name` computes."""
+        """Returns the result of method `name`."""
         return self._finished(name).float().cpu().numpy()
 
     def peak_memory(self) -> int | None:

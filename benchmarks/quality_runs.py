@@ -40,7 +40,7 @@ def main() -> None:
 
 
 def autoencoder_first(arguments: argparse.Namespace, budget: shared.Budget) -> dict[str, Any]:
-    """Trains the autoencoder with its share of the budget, and returns its record. Its time counts in `budget`."""
+    """Trains the autoencoder with its share of the budget, and returns its record. Its time counts towards `budget`."""
     experiment = models.autoencoder(arguments.seed)
     train, held_out = images_of(experiment)
     of_codec = shared.Budget(models.AUTOENCODER_SHARE * arguments.seconds)
@@ -73,7 +73,9 @@ def mnist() -> tuple[Any, Any]:
 
 
 def write_data(path: Path) -> None:
-    """Writes the training images, and the first test images with noise, which the curves of both sides use."""
+    """Writes the training images, and the first test images with added noise; the curves of both sides use the
+    latter.
+    """
     import numpy as np
 
     train, test = mnist()
