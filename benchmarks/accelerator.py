@@ -22,7 +22,7 @@ from accelerator_rows import TOY, Reference, Row, Sizes, attention, decoding, de
 
 
 class Measurement(NamedTuple):
-    """A row to measure. baseline: the name of the earlier row with which the time is compared."""
+    """A row to measure. baseline: the name of the earlier row to compare with."""
 
     name: str
     run: Callable[[], Row]

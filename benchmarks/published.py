@@ -21,7 +21,8 @@ from measure import Cost, cost, rw
 
 
 class Published:
-    """The published model in this process, with our weights and inputs. It uses eager float32, as its CPU scripts do.
+    """The published model in this process, with our weights and inputs. It runs eagerly in float32, as in the published
+    scripts for CPUs.
 
     mixed: whether the model runs as in its training script: on a GPU if torch has one, and in bfloat16 by autocast. The
     weights are then the model's own random ones, because the formula for our weights is slow for large shapes.

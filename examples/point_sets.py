@@ -52,7 +52,7 @@ class Result(NamedTuple):
 
 
 def draw(key: Key[Array, ""], num: int) -> tuple[Float[Array, "num n 2"], Bool[Array, "num n"]]:
-    """Returns sets of points, with zeros at padding, and the mask of their rows."""
+    """Returns sets of points, padded with zeros, and the mask that is True for points."""
     size_key, centre_key, ring_key, noise_key = jax.random.split(key, 4)
     mask = jnp.arange(MOST)[None] < jax.random.randint(size_key, (num, 1), LEAST, MOST + 1)
     centre = jax.random.normal(centre_key, (num, 1, 2))

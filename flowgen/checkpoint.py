@@ -107,7 +107,7 @@ def open_run(run_dir: str | Path | RunReader, step: int | str | None = None) -> 
 
 
 def write_run(run_dir: str | Path, experiment: Experiment, variables: Any) -> None:
-    """Writes a run directory that has the given weights as step 0, so that `load` and `sample.py` can use them.
+    """Writes a run directory that contains the given weights as step 0, so that `load` and `sample.py` can use them.
 
     Raises FileExistsError if the directory exists and is not empty, or FloatingPointError if the weights are not
     finite.

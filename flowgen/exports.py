@@ -47,9 +47,9 @@ def export(
 ) -> Path:
     """Writes the model of a run to a new folder: config.json, model.safetensors and a model card. Returns the folder.
 
-    The folder appears only once it is complete. Unfinished files of killed exports to the same folder are removed. The
-    exported config contains no paths on this machine. If the model uses an autoencoder that flowgen trained, the
-    autoencoder is exported to the subfolder `codec`.
+    The folder appears only once it is complete. Files that interrupted exports to the same folder have left are
+    removed. The exported config contains no paths on this machine. If the model uses an autoencoder that flowgen
+    trained, the autoencoder is exported to the subfolder `codec`.
 
     run_dir, step, ema: see `flowgen.load`.
     dtype: None to keep the parameters bit for bit, or "float16" to halve the size of the file. Loading converts them to
@@ -152,7 +152,7 @@ def _new_folder(folder: Path) -> Generator[Path]:
 
 
 def _remove_leftovers(folder: Path) -> None:
-    """Removes the unfinished folders of exports to `folder` whose processes were killed."""
+    """Removes the unfinished folders that killed exports to `folder` have left."""
     for path in folder.parent.iterdir():
         if is_temporary(path.name, folder.name) and is_abandoned(path):
             shutil.rmtree(path, ignore_errors=True)

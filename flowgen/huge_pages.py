@@ -1,9 +1,9 @@
 """Detects whether malloc uses huge pages in this process, and restarts a command to enable them.
 
-On a CPU, every training step allocates new arrays, and the kernel provides the memory for them page by page. This is
-much faster with pages of 2 MiB than with the default pages of 4 KiB. If the kernel's setting is "madvise", a program
-must request huge pages. Since version 2.35, glibc requests them if GLIBC_TUNABLES contains `glibc.malloc.hugetlb=1`
-when the process starts.
+On a CPU, every training step allocates new arrays, and the operating system provides the memory for them page by page.
+This is much faster with pages of 2 MiB than with the default pages of 4 KiB. If the kernel's setting is "madvise", a
+program must request huge pages. Since version 2.35, glibc requests them if GLIBC_TUNABLES contains
+`glibc.malloc.hugetlb=1` when the process starts.
 
 This module uses only the standard library, so that a command can restart before it imports jax.
 """

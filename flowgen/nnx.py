@@ -1,4 +1,5 @@
-"""Trained models as NNX modules, created with Flax's bridge. Their parameters and results are those of the originals.
+"""Trained models as NNX modules, created with Flax's bridge. They have the same parameters and results as the original
+modules.
 
     flow, params, _ = flowgen.load("digits")
     twin = Twin(flow, params)

@@ -111,7 +111,7 @@ class RemoteFolder:
     def sizes(self, under: str = "") -> dict[str, int]:
         """Returns the number of bytes of each file at any depth, by name. under: a subfolder; "" for the whole folder.
 
-        The result is empty if the folder does not exist. Names that lead out of the folder are left out.
+        The result is empty if the folder does not exist. Names that lead outside the folder are omitted.
         """
         place = f"{self._root}/{under}" if under else self._root
         with self._told("listed", under):

@@ -97,7 +97,7 @@ def _guarded(arguments: Sequence[str] | None, *, owns_process: bool) -> int:
 
 
 def make_parser() -> Parser:
-    """Returns the parser for all commands, which leaves config fields unparsed.
+    """Returns the parser for all commands; it leaves config fields unparsed.
 
     Example:
         options, fields = make_parser().parse_known_args(["info", "--config", "configs/tarflow_digits.py"])
@@ -223,8 +223,8 @@ def program(arguments: Sequence[str] | None = None) -> int:
     Call this function last, because the process ignores Ctrl-C afterwards. Unlike `main`, this function creates one CPU
     device per core, unless the environment sets another number; see `flowgen.backend.make_core_devices`.
 
-    If the command is `train` and the process was started with the same arguments, the process first restarts itself
-    with huge pages if they are available; see `flowgen.huge_pages.restart`.
+    The command `train` first restarts the process with huge pages, if they are available and the process was started
+    with the same arguments; see `flowgen.huge_pages.restart`.
 
     Example:
         sys.exit(program())
@@ -283,7 +283,7 @@ def _show_warning(
 
 
 class _Sentences(logging.Handler):
-    """Shows flowgen's log messages like warnings."""
+    """Shows flowgen's log messages in the form of warnings."""
 
     def emit(self, record: logging.LogRecord) -> None:
         sys.stderr.write(f"flowgen: {record.levelname.lower()}: {as_sentence(record.getMessage())}\n")

@@ -161,7 +161,7 @@ def _axes(train: TrainConfig, alone: bool) -> dict[str, int]:
 
 
 def _weights_to_sample(drawn: SamplingCost, variables: Any, devices: int) -> int:
-    """Returns the bytes of the parameters and of their copy for decoding on each of the devices that share them."""
+    """Returns the bytes per device of the parameters and of their copy for decoding."""
     from flowgen.backend import FSDP, TENSOR
     from flowgen.counting import bytes_of
     from flowgen.training.sharding import bytes_per_device

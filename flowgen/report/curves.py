@@ -75,7 +75,7 @@ Curves = dict[str, list[Point]]
 def curves_of(rows: Sequence[Mapping[str, Any]]) -> tuple[Curves, dict[str, int]]:
     """Returns the points (step, value) of each metric, and how many values of each metric are not finite in float32.
 
-    If a step was evaluated again, its last value counts.
+    If a step was evaluated more than once, its last value is used.
 
     Example:
         curves, bad = curves_of(read_metrics("runs/digits"))

@@ -56,7 +56,7 @@ def head(experiment: Experiment, contents: RunContents, parameters: int) -> Mark
 
 
 def last_step(contents: RunContents) -> int:
-    """Returns the last step that a run has reached, by its metrics and checkpoints."""
+    """Returns the last step in a run's metrics and checkpoints."""
     return max([0, *contents.steps, *(row["step"] for row in contents.metrics)])
 
 

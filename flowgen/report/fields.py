@@ -1,4 +1,4 @@
-"""The parts of a report that measure velocity networks and autoencoders."""
+"""The sections of a report about velocity networks and autoencoders."""
 
 from __future__ import annotations
 

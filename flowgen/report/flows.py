@@ -1,4 +1,4 @@
-"""The parts of a report that measure a flow: statistics of its blocks, and the decoding of a few samples."""
+"""The sections of a report about a flow: statistics of its blocks, and the decoding of a few samples."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The parts of a report that measure flows for vectors, sequences and sets."""
+"""The sections of a report about flows for vectors, sequences and sets."""
 
 from __future__ import annotations
 

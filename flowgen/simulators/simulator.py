@@ -12,7 +12,8 @@ from jaxtyping import Array, Float, Key
 
 @runtime_checkable
 class Simulator(Protocol):
-    """A simulator, whose parameters are inferred from observations. Subclasses define the fields and three methods.
+    """A simulator, whose parameters are inferred from observations. Subclasses define the fields, `simulate`,
+    `log_likelihood` and `reference_samples`.
 
     name: a short name, such as "two_moons".
     low, high: the bounds of the parameters, one number per parameter. The prior is uniform between them.

@@ -58,7 +58,8 @@ class TwoMoons(Simulator):
         """Returns exact, independent samples of the posterior.
 
         Points p of the crescent are drawn, and (1) is solved for θ. If the solution has a negative |z₁| or lies outside
-        the prior, the point is drawn again. After 1,000 rounds, as for an impossible observation, the sample is NaN.
+        the prior, the point is drawn again. After 1,000 rounds without a valid point, such as for an impossible
+        observation, the sample is NaN.
 
         Example:
             reference = TwoMoons().sample_posterior(key, 10_000, jnp.zeros(2))
