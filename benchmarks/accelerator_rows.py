@@ -37,7 +37,9 @@ TOY = Sizes(lengths=(15, 32), heads=2, tokens_at_once=64, rows=2, samples=1, win
 
 
 def attention(kind: str, n: int, sizes: Sizes) -> Row:
-    """Returns the time of causal attention with its gradient; kind: "nala", or an implementation of softmax."""
+    """Returns the time of causal attention with its gradient; kind: "nala", or an implementation of softmax
+    attention.
+    """
     import jax
     import jax.numpy as jnp
 

@@ -162,7 +162,7 @@ def measure_methods(
 
 
 def draw_inputs(tokens: int, dtype: jnp.dtype) -> list[jax.Array]:
-    """Returns the cotangent of the output, then q, k, v, β in 0..1 and log-decay below 0."""
+    """Returns the cotangent of the output, then q, k, v, β between 0 and 1, and log-decay below 0."""
     keys = jax.random.split(jax.random.key(tokens), 6)
     wide = [jax.random.normal(key, (BATCH, tokens, HEADS, WIDTH), dtype) for key in keys[:4]]
     beta, gate = (jax.random.normal(key, (BATCH, tokens, HEADS), dtype) for key in keys[4:])

@@ -32,7 +32,7 @@ def main() -> None:
 
 
 def row(run: str) -> dict[str, Any]:
-    """Returns a run's config, seed, last metrics, and the seconds of its steps, without compilation and evaluation."""
+    """Returns a run's config, seed, last metrics, and the seconds of its steps excluding compilation and evaluation."""
     experiment, metrics = from_json(RunReader(run).config()), read_metrics(run)
     trained = [entry for entry in metrics if SPEED in entry]
     pairs = itertools.pairwise([{"step": 0}, *trained])

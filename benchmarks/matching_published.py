@@ -1,4 +1,5 @@
-"""The PyTorch side of benchmarks/matching.py: training steps as in torchcfm's tutorial, run by --torch-python.
+"""The PyTorch side of benchmarks/matching.py: training steps as in torchcfm's tutorial, run in the interpreter
+--torch-python.
 
 As a script, it answers one JSON request per line; `Published` is the client.
 """

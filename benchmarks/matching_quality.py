@@ -1,4 +1,4 @@
-"""The quality part of benchmarks/matching.py: trains and evaluates flow matching with every coupling, over seeds.
+"""The quality part of benchmarks/matching.py: trains and evaluates flow matching with every coupling and several seeds.
 
 Also defines the training step that matching_speed.py times.
 """
@@ -181,7 +181,7 @@ def _take_core(cores) -> None:
 
 
 def reference(name: str, seeds: int) -> dict[str, list[float]]:
-    """Returns W2² between x0 and x1 and the W2 of a perfect network, each for one draw per seed."""
+    """Returns W2² between x0 and x1 and the W2 of a perfect network, with one value of each per seed."""
     pair, distance = PAIRS[name], jax.jit(fm.wasserstein)
     found: dict[str, list[float]] = {"squared_distance": [], "w2_floor": []}
     for seed in range(seeds):
@@ -194,7 +194,7 @@ def reference(name: str, seeds: int) -> dict[str, list[float]]:
 
 
 def train(name: str, method: Method, steps: int, seeds: int) -> list[dict[str, float]]:
-    """Returns the metrics for each seed. With one seed, all methods have the same points and initial network."""
+    """Returns the metrics for each seed. With the same seed, all methods have the same points and initial network."""
     pair = PAIRS[name]
     start, update = training(pair, method.coupling, optax.cosine_decay_schedule(LEARNING_RATE, steps))
 

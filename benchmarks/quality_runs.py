@@ -109,7 +109,7 @@ def fit_within(
 ) -> tuple[Any, dict[str, Any]]:
     """Trains with flowgen's own step until the budget is spent. Returns the variables and the record.
 
-    The loop sets the position of the learning-rate schedule; everything else in the step is as in `flowgen.fit`.
+    The share of the budget that is spent sets the learning rate; everything else in the step is as in `flowgen.fit`.
 
     evaluate: a function (variables) -> the value for the curve; by default, the experiment's best metric.
     """

@@ -1,5 +1,5 @@
-"""STARFlow on a folder of your own images with captions, at 32x32 (docs/start.md). Training takes about ten minutes on
-one CPU core, estimated from the FLOP of a step.
+"""STARFlow on a folder of your own images with captions, at 32x32 (docs/start.md). Training takes an estimated ten
+minutes on one CPU core.
 
     python train.py --config configs/photos_captions.py --workdir runs/captions --data.path photos
     python sample.py --checkpoint runs/captions --prompt "a red car" --num 16 --out cars.png

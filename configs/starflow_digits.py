@@ -1,4 +1,4 @@
-"""Class-conditional STARFlow on 4x4x4 latents of the built-in digits. Training takes minutes on a CPU.
+"""Class-conditional STARFlow on 4x4x4 latents of the built-in digits. Training takes a few minutes on a CPU.
 
 python train.py --config configs/autoencoder_digits.py --workdir runs/autoencoder_digits
 python train.py --config configs/starflow_digits.py --workdir runs/starflow

@@ -1,10 +1,10 @@
-"""Fits a flow to the many-well energy by reverse KL, without data, and compares log Z with the exact value.
+"""Fits a flow to the many-well energy by reverse KL, without data, and compares its log Z with the exact value.
 
     python examples/many_well.py
     python examples/many_well.py --dim 32 --steps 4000 --width 64
 
 All training steps are compiled into one program. The report contains the error of log Z and two effective sample sizes:
-of the flow's samples and of exact samples. The latter is also low if the flow has missed a mode.
+of the flow's samples and of exact samples. The latter is low if the flow has missed a mode.
 """
 
 from __future__ import annotations

@@ -42,8 +42,8 @@ EDGE, GRID = 5.0, 81
 
 
 class Result(NamedTuple):
-    """The negative log-likelihood of held-out sets in nats per set: by the flow, exactly, and the difference, which
-    estimates the KL divergence.
+    """The negative log-likelihood of held-out sets, in nats per set. difference: flow - exact, an estimate of the KL
+    divergence.
     """
 
     flow: Estimate

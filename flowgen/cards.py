@@ -175,7 +175,7 @@ def _data(experiment: Experiment) -> str:
 
 
 def _one_line(text: str) -> str:
-    """Returns the text on one line with its bars escaped, for a table cell."""
+    """Returns the text on one line, with vertical bars escaped for a table cell."""
     return " ".join(text.split()).replace("|", "\\|")
 
 

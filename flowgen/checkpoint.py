@@ -28,7 +28,7 @@ def load(
     that ships with flowgen, such as "digits"; or hf://org/name, a model on the Hugging Face Hub.
     step: a step number, None for the latest step, or "best" for the evaluated step with the lowest bits/dim or sample
     distance.
-    ema: whether to use the averaged parameters, if the run has them; an exported model contains only one of the two.
+    ema: whether to use the averaged parameters instead of the last ones, if the run has both.
     model: the model that was passed to `fit`; if None, the model is built from the experiment.
 
     Raises:

@@ -66,7 +66,7 @@ def read_json(path: PathLike, *, most: int = MAX_BYTES, fix: str = "download the
 def parse_json(content: bytes) -> Any:
     """Parses JSON in UTF-8 bytes.
 
-    Raises ValueError for the same content as `read_json`.
+    Raises ValueError for the same invalid content as `read_json`.
 
     Example:
         header = parse_json(content[8 : 8 + length])

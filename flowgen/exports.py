@@ -47,9 +47,9 @@ def export(
 ) -> Path:
     """Writes the model of a run to a new folder: config.json, model.safetensors and a model card. Returns the folder.
 
-    The folder appears only once it is complete. Files that interrupted exports to the same folder have left are
-    removed. The exported config contains no paths on this machine. If the model uses an autoencoder that flowgen
-    trained, the autoencoder is exported to the subfolder `codec`.
+    The folder appears only once it is complete. Leftovers of interrupted exports to the same folder are removed. The
+    exported config contains no paths on this machine. If the model uses an autoencoder that flowgen trained, the
+    autoencoder is exported to the subfolder `codec`.
 
     run_dir, step, ema: see `flowgen.load`.
     dtype: None to keep the parameters bit for bit, or "float16" to halve the size of the file. Loading converts them to

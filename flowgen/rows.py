@@ -73,7 +73,7 @@ class Rows(struct.PyTreeNode):
         return jax.tree.map(lambda x: x[self.positions], fn(self.key, self.size))
 
     def part_key(self) -> Key[Array, ""]:
-        """Returns a key for the micro-batch, which is the same on every device."""
+        """Returns a key for the micro-batch; it is the same on every device."""
         return jax.random.fold_in(self.key, self.part)
 
     def device_key(self) -> Key[Array, ""]:

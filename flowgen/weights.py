@@ -77,7 +77,7 @@ def log_mean_exp(x: Float[Array, "*b"], axis: int = -1) -> Float[Array, "*rest"]
 def systematic_indices(
     log_weight: Float[Array, " b"], num: int, offset: Float[Array, ""] | float = 0.5
 ) -> Int[Array, " num"]:
-    """Returns `num` indices in ascending order, of which index i appears num w_i / Σw times, rounded up or down.
+    """Returns `num` indices in ascending order; index i appears num w_i / Σw times, rounded up or down.
 
     The points (k + offset) / num, k = 0 ... num - 1, are looked up in the cumulative weights. If `offset` is uniform in
     [0, 1), this is systematic resampling, and index i appears num w_i / Σw times on average. An index with weight 0

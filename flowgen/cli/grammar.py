@@ -41,7 +41,8 @@ E = TypeVar("E", bound=Experiment)
 def apply_words(
     words: Sequence[str], experiment: E, options: Any = None, *, groups: tuple[str, ...] | None = None
 ) -> tuple[E, Any, set[str]]:
-    """Returns the experiment and options with the values from a command line, and the names of the fields that it sets.
+    """Returns the experiment and options with the values from a command line, and the names of the fields that were
+    set.
 
     words: the words of the command line. options: a dataclass whose fields are the command's own options for this
     kind of experiment. groups: the experiment's groups, or single fields such as "codec.path", that the command

@@ -26,8 +26,8 @@ Point = tuple[Number, Number]
 class Series:
     """A line of a chart.
 
-    kind: "train" for a line, "held" for a dashed line with markers, "reference" for a dotted line. colour: 0 to 7, the
-    number of a colour of the style sheet.
+    kind: "train" for a solid line, "held" for a dashed line with markers, "reference" for a dotted line. colour: 0 to
+    7, the number of a colour of the style sheet.
     """
 
     name: str

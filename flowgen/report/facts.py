@@ -108,7 +108,7 @@ def _duration(seconds: float) -> str:
 def warnings_section(contents: RunContents, experiment: Experiment, bad: Mapping[str, int], more: list[str]) -> Section:
     """Returns the warnings of the run, and notes on anything unusual in its files.
 
-    bad: number of values that are not finite, by metric. more: further warnings, from the report.
+    bad: number of values that are not finite, by metric. more: further warnings.
 
     Example:
         part = warnings_section(contents, experiment, bad={}, more=[])

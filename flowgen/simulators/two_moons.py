@@ -97,7 +97,7 @@ class TwoMoons(Simulator):
 
 
 def _crescent(key: Key[Array, ""], num: int) -> Float[Array, "num 2"]:
-    """Returns points p of (2)."""
+    """Returns random points p of the crescent (2)."""
     angle_key, radius_key = jax.random.split(key)
     angle = jnp.pi * (jax.random.uniform(angle_key, (num,)) - 0.5)
     radius = RADIUS + RADIUS_STD * jax.random.normal(radius_key, (num,))

@@ -1,4 +1,4 @@
-"""Text encoders, which map texts to conditions of a fixed length: frozen networks, and a hash of each word."""
+"""Text encoders map texts to conditions of a fixed length, by a frozen network or by hashes of the words."""
 
 from __future__ import annotations
 
