@@ -151,8 +151,7 @@ def _row(key: tuple[int, str, str], timings: dict[Any, measure.Timing], loss: fl
 
 
 def measure_overhead(threads: int, pool: concurrent.futures.Executor) -> list[dict]:
-    """Returns the overhead of other methods over I-CFM in percent, from short calls in alternating order.
-    """
+    """Returns the overhead of other methods over I-CFM in percent, from short calls in alternating order."""
     names = [ICFM, *OVERHEAD_OF]
     seconds: dict[str, list[float]] = {name: [] for name in names}
     for name in names * 2:
