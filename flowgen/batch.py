@@ -66,7 +66,7 @@ class Batch(NamedTuple):
 
 
 def check_arrays(batch: Batch) -> None:
-    """Raises ValueError if a part of a batch is a scalar or a list, and not an array with one row per sample."""
+    """Raises ValueError if x or a part of the context is a list or a scalar."""
     for name, part in (("x", batch.x), ("context", batch.context)):
         for path, leaf in jax.tree_util.tree_leaves_with_path(part, is_leaf=_is_sequence):
             if not getattr(leaf, "shape", ()):

@@ -206,7 +206,7 @@ class RemoteFolder:
     def _told(self, done: str, name: str) -> Generator[None]:
         """Raises errors as OSErrors that state the URL, except `_MISTAKES`.
 
-        File systems raise the errors of the packages that they use, which have no common class.
+        The errors of file systems have no common class, because they come from different packages.
         """
         what = f"{self.url}/{name}" if name else self.url
         try:
