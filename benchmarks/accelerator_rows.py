@@ -147,7 +147,7 @@ def deep_block(sizes: Sizes) -> Row:
 
 
 def counted(function: Callable, *inputs: Any) -> Callable[[], Mapping[str, float]]:
-    """Returns a function that counts the FLOP of a call by dtype, without recomputation."""
+    """Returns a function that counts the FLOP of a call by dtype, excluding recomputation."""
     import jax
 
     from flowgen.counting import flop_of

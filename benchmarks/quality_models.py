@@ -19,7 +19,7 @@ def experiment(name: str, seed: int, codec: Path | str = "") -> Any:
 
 
 def training(seed: int, *, ema_decay: float = 0.0) -> dict[str, Any]:
-    """Returns the optimizer and the length of a run, which both sides share."""
+    """Returns the optimizer and the run length that both sides share."""
     from flowgen.training import OptimConfig, TrainConfig
 
     optim = OptimConfig(

@@ -73,9 +73,7 @@ def mnist() -> tuple[Any, Any]:
 
 
 def write_data(path: Path) -> None:
-    """Writes the training images, and the first test images with added noise; the curves of both sides use the
-    latter.
-    """
+    """Writes the training images and, for the curves of both sides, the first test images with added noise."""
     import numpy as np
 
     train, test = mnist()

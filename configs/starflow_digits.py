@@ -4,7 +4,7 @@ python train.py --config configs/autoencoder_digits.py --workdir runs/autoencode
 python train.py --config configs/starflow_digits.py --workdir runs/starflow
 python -m flowgen evaluate --checkpoint runs/starflow --samples 500 --split all
 
-`reference` gives the expected metrics, averaged over three seeds. Each seed has its own autoencoder and therefore
+`reference` contains the expected metrics, averaged over three seeds. Each seed has its own autoencoder and therefore
 different latents; the held-out nats/dim are 0.72, 0.65 and 0.69. `evaluate` measures the other two metrics on samples,
 by default with guidance 1. Without guidance (`--guidance 0`), `frechet` is 0.61 and `class_accuracy` is 0.99.
 """

@@ -1,4 +1,4 @@
-"""STARFlow 3B, which turns texts into 256x256 images, as released (arXiv 2506.06276). It has 3,858,281,544 parameters
+"""The released STARFlow 3B, which turns texts into 256x256 images (arXiv 2506.06276). It has 3,858,281,544 parameters
 and 1,024 tokens.
 
     python train.py --config configs/starflow_t2i_256.py --workdir runs/t2i --data.path IMAGES_WITH_CAPTIONS

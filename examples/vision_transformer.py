@@ -74,7 +74,7 @@ def attention_layer(name: str, width: int, heads: int, grid: tuple[int, int]) ->
 
 @dataclasses.dataclass(frozen=True)
 class Settings:
-    """The settings of the model and its training, which are the same for every attention.
+    """The settings of the model and its training, the same for every attention.
 
     canvas, patch: sides in pixels.
     """
@@ -192,7 +192,7 @@ def train(attention: str, seed: int, settings: Settings) -> Result:
 def table(results: Sequence[Result]) -> str:
     """Returns a table with one line per attention.
 
-    Among other numbers, each line gives the mean test accuracy over seeds and its difference from softmax.
+    The columns include the mean test accuracy over seeds and its difference from softmax.
     """
     groups = {name: [r for r in results if r.attention == name] for name in dict.fromkeys(r.attention for r in results)}
     accuracy = {name: statistics.mean(r.accuracy for r in group) for name, group in groups.items()}

@@ -115,7 +115,7 @@ def _can_be_read_again() -> bool:
 
 
 def _only_cpus(environ: Mapping[str, str]) -> bool:
-    """Returns whether JAX will run only on CPUs, judging by JAX_PLATFORMS and the installed accelerator plugins."""
+    """Returns whether JAX will run only on CPUs, according to JAX_PLATFORMS and the installed accelerator plugins."""
     if asked := environ.get("JAX_PLATFORMS"):
         return asked == "cpu"
     return not any(importlib.util.find_spec(name) for name in ("jax_plugins", "libtpu"))

@@ -141,7 +141,7 @@ class RemoteFolder:
         """Writes a file that must not exist yet, and returns whether this succeeded.
 
         On file systems that support this, such as gs:// and s3://, at most one of several processes creates the file.
-        The content must differ between processes.
+        The content must differ between processes, because success is determined by reading the file.
         """
         path = self._path(name)
         try:

@@ -96,7 +96,7 @@ def curves_of(rows: Sequence[Mapping[str, Any]]) -> tuple[Curves, dict[str, int]
 def curves_section(curves: Curves, reference: Mapping[str, float], best: str) -> Section:
     """Returns the charts of all metrics and the table of their values.
 
-    reference: expected values by metric. best: the metric that ranks checkpoints, whose chart comes first.
+    reference: expected values by metric. best: the metric that ranks checkpoints; its chart comes first.
 
     Example:
         part = curves_section(curves, experiment.reference, experiment.best_metric)

@@ -25,7 +25,7 @@ MOST_CLASSES = 24  # bars
 def data_section(experiment: Experiment, contents: RunContents, *, opens: bool) -> Section:
     """Returns the summary of a run's data, with a note if the data cannot be opened.
 
-    opens: whether to open the data, which is needed for counts of labels and for examples.
+    opens: whether to open the data, for counts of labels and for examples.
 
     Example:
         part = data_section(experiment, contents, opens=True)

@@ -23,7 +23,7 @@ def element(name: str, /, *children: object, **attributes: object) -> Markup:
     """Returns an element. Children that are not `Markup` are escaped.
 
     attributes: underscores become hyphens, and one at the end is dropped, as in `class_`. An attribute that is None or
-    False is left out, and True stands for an attribute without a value.
+    False is left out, and True adds the attribute without a value.
 
     Example:
         element("p", "a < b", class_="note")  # '<p class="note">a &lt; b</p>'
