@@ -1,8 +1,8 @@
 """Inference with flows: importance weights, annealing, and objectives that fit a flow to a density.
 
-densities      log-densities as functions, and the geometric path between two
-importance     weights, effective sample size, log Z and self-normalised estimates with errors, resampling
-annealing      annealed importance sampling and sequential Monte Carlo in one scan
+densities      log-densities as functions, and the geometric path between two of them
+importance     importance weights, effective sample size, normalising constants, weighted means, resampling
+annealing      annealed importance sampling and sequential Monte Carlo
 objectives     reverse KL, forward KL, maximum likelihood and their weighted sum
 mixtures       densities and stratified samples of mixtures of flows
 targets        densities with a known normalising constant

@@ -1,13 +1,14 @@
-"""Annealed importance sampling and sequential Monte Carlo, from a flow to a target in small steps.
+"""Annealed importance sampling and sequential Monte Carlo, which turn samples of a flow into those of a target.
 
-Samples of q are moved along the geometric path log p_β = (1 - β) log q + β log p̃, from β = 0 to β = 1. Stage t first
-weights the samples for the next density. The stage may then resample them. Finally, it moves the samples with a kernel
-that leaves this density invariant. The weights change by
+Let q be the density of the flow, and p̃ that of the target, which need not be normalised. Samples of q move along the
+geometric path log p_β = (1 - β) log q + β log p̃, from β = 0 to β = 1. Stage t first reweights the samples from
+p_{β_{t-1}} to p_{β_t}:
 
     log w <- log w + (β_t - β_{t-1}) (log p̃(x) - log q(x))
 
-With a fixed schedule, the mean of w at the end is unbiased for Z = ∫ p̃ (Neal 2001; Del Moral, Doucet & Jasra 2006),
-for any move and any choice of stages with resampling.
+It then resamples them if their weights are too unequal. Finally, it moves them with a Markov kernel that leaves p_{β_t}
+invariant. With a fixed schedule of β, the final mean of w is an unbiased estimate of Z = ∫ p̃(x) dx for any such
+kernel, whether or not stages resample (Neal 2001; Del Moral, Doucet & Jasra 2006).
 """
 
 from __future__ import annotations
@@ -34,13 +35,16 @@ BISECTIONS = 30
 
 
 class Annealed(NamedTuple):
-    """Samples of the target with their weights, and a report on the stages.
+    """Weighted samples of the target, with diagnostics of each stage.
 
-    x, log_weight: weighted samples; log_mean_exp(log_weight) estimates log Z. After resampling, the samples depend on
-    each other. To find the error of an estimate, compare several runs with different keys.
-    betas: the inverse temperature of each stage. ess: effective sample size in each stage before resampling, as a
-    share. acceptance: share of accepted proposals in each stage. After the last stage of `anneal_adaptively`, these
-    are NaN.
+    x, log_weight: the samples and their log weights. log_mean_exp(log_weight) estimates the log of the target's
+    normalising constant. After resampling, the samples depend on each other. To find the error of an estimate, compare
+    several runs with different keys.
+    betas: β at the end of each stage.
+    ess: effective sample size in each stage before resampling, as a share of b.
+    acceptance: share of accepted proposals in each stage.
+
+    `anneal_adaptively` fills betas, ess and acceptance with NaN after its last stage.
     """
 
     x: Float[Array, "b *event"]
@@ -52,14 +56,16 @@ class Annealed(NamedTuple):
 
 @dataclass(frozen=True)
 class MALA:
-    """The Metropolis-adjusted Langevin algorithm: x' = x + step_size ∇ log p(x) + √(2 step_size) N(0, I).
+    """The Metropolis-adjusted Langevin algorithm, with proposals x' = x + step_size ∇ log p(x) + √(2 step_size) N(0,
+    I).
 
-    Each sample is accepted or rejected independently (Roberts & Tweedie 1996). Proposals whose density is -inf or NaN
-    are rejected. An acceptance rate of about 0.6 is good.
+    The proposal for each sample is accepted or rejected independently of the others (Roberts & Tweedie 1996). Proposals
+    whose log-density is -inf or NaN are rejected.
 
-    step_size: a number, or an array that broadcasts against x. num_steps: proposals per call.
+    step_size: a number, or an array that broadcasts against x. Tune it for an acceptance rate of about 0.6.
+    num_steps: number of proposals per sample in each call.
 
-    Raises ValueError if `num_steps` is not positive, or if a plain `step_size` is not positive.
+    Raises ValueError if `num_steps` is not positive, or if a `step_size` given as a number is not positive and finite.
 
     Example:
         x, acceptance = MALA(0.05, num_steps=5)(key, x, log_density)
@@ -76,12 +82,12 @@ class MALA:
     def __call__(
         self, key: Key[Array, ""], x: Float[Array, "b *event"], log_density: LogDensity
     ) -> tuple[Float[Array, "b *event"], Float[Array, ""]]:
-        """Returns the moved samples, and the share of accepted proposals."""
+        """Returns the moved samples and the share of accepted proposals."""
         axes = tuple(range(1, x.ndim))
         step_size = jnp.asarray(self.step_size, x.dtype)
 
         def log_transition(to, x, score):
-            """The log-density of the proposal, up to a constant."""
+            """Returns the log-density of the proposal `to` from x, up to a constant."""
             return -(jnp.square(to - x - step_size * score) / (4 * step_size)).sum(axis=axes)
 
         def step(state, key):
@@ -113,15 +119,17 @@ def anneal(
     betas: Float[Array | np.ndarray, " t"],
     resample_below: float = 0.5,
 ) -> Annealed:
-    """Returns weighted samples of the target, annealed from samples of q over a fixed schedule.
+    """Returns weighted samples of the target, annealed from samples of q over the fixed schedule `betas`.
 
-    The mean weight is unbiased for the normalising constant of the target. The stages run in one `lax.scan`.
+    The mean weight is an unbiased estimate of the target's normalising constant.
 
-    x: independent samples of q, such as those of `sample_and_log_prob`. log_q: their normalised log-density, such as
-    `flow_log_density(flow, params)`. log_target: log p̃. move: for example `MALA(step_size)`, or a kernel of another
-    library, as a function (key, x, log_density) -> (x, acceptance). betas: ascending from 0 to 1.
-    resample_below: resample if the effective sample size falls below this share. With 0, this is annealed importance
-    sampling; with 1, samples are resampled in each stage.
+    x: independent samples of q, such as those of `sample_and_log_prob`.
+    log_q: their normalised log-density, such as `flow_log_density(flow, params)`.
+    log_target: log-density of the target, up to a constant.
+    move: `MALA(step_size)`, or any function (key, x, log_density) -> (x, acceptance) that leaves log_density invariant.
+    betas: at least two numbers, ascending from 0 to 1.
+    resample_below: stages resample if the effective sample size, as a share of b, is below this. 0 never resamples,
+    which is annealed importance sampling; 1 resamples in each stage.
 
     Raises ValueError if betas do not ascend from 0 to 1, or if a density is not one number per sample.
 
@@ -159,15 +167,15 @@ def anneal_adaptively(
     max_stages: int = 100,
     resample_below: float = 0.5,
 ) -> Annealed:
-    """Returns weighted samples of the target, annealed over a schedule that is chosen along the way.
+    """Returns weighted samples of the target, annealed over a schedule that is chosen from the samples.
 
-    Each stage goes as far as `next_beta` allows. If `max_stages` is reached, the last stage goes to 1 in one step. The
-    mean weight is consistent for the normalising constant, but, unlike that of `anneal`, slightly biased, because the
-    schedule depends on the samples. For an unbiased estimate, call `anneal` with another key and with the betas of the
-    result, preceded by 0.
+    Each stage ends at the β that `next_beta` returns, except that stage `max_stages` always ends at 1. The mean weight
+    is a consistent estimate of the target's normalising constant. Unlike that of `anneal`, it is slightly biased,
+    because the schedule depends on the samples. For an unbiased estimate, call `anneal` with new samples, another key,
+    and the betas of this result, without NaN and preceded by 0.
 
-    ess: the effective sample size after a stage as a share of the size before the stage. Other arguments: as for
-    `anneal`.
+    ess: share of the effective sample size that a stage's reweighting keeps.
+    Other arguments: as for `anneal`.
 
     Raises ValueError if ess is not between 0 and 1, or if a density is not one number per sample.
 
@@ -200,9 +208,11 @@ def anneal_adaptively(
 def next_beta(
     log_ratio: Float[Array, " b"], log_weight: Float[Array, " b"], beta: Float[Array, ""] | float, ess: float = 0.9
 ) -> Float[Array, ""]:
-    """Returns the largest next β, at most 1, that keeps the share `ess` of the effective sample size, by bisection.
+    """Returns the largest β, at most 1, at which the effective sample size is still at least `ess` times that at
+    `beta`.
 
-    log_ratio: log p̃(x) - log q(x) of the samples that represent β. log_weight: their log weights.
+    log_ratio: log p̃(x) - log q(x) of the current samples.
+    log_weight: their log weights at `beta`.
 
     Raises ValueError if ess is not between 0 and 1.
 
@@ -230,7 +240,7 @@ State = tuple[Array, Array, Array]
 
 
 def _begin(x: Array, log_q: LogDensity, log_target: LogDensity) -> State:
-    """(x, log_weight, log_ratio) of samples of q."""
+    """Returns the initial state of samples of q: (x, log_weight, log_ratio)."""
     log_ratio = _log_ratio(x, log_q, log_target)
     return x, jnp.zeros_like(log_ratio), log_ratio
 
@@ -245,7 +255,7 @@ def _stage(
     move: Move,
     resample_below: float,
 ) -> tuple[State, tuple[Array, Array]]:
-    """The state after weighting from β = begin to β = end, resampling and moving, with (ess, acceptance)."""
+    """Returns the state after a stage from β = begin to β = end, and (ess, acceptance)."""
     x, log_weight, log_ratio = state
     resample_key, move_key = jax.random.split(key)
     log_weight = _weighted(log_weight, end - begin, log_ratio)
@@ -263,13 +273,13 @@ def _stage(
 
 
 def _log_ratio(x: Array, log_q: LogDensity, log_target: LogDensity) -> Array:
-    """log p̃(x) - log q(x), and -inf outside the support of p, whatever q is there."""
+    """Returns log p̃(x) - log q(x), or -inf if p̃(x) is 0, whatever q(x) is."""
     log_p = density_at("log_target", log_target, x)
     return jnp.where(jnp.isneginf(log_p), -jnp.inf, log_p - density_at("log_q", log_q, x))
 
 
 def _weighted(log_weight: Array, step: Array, log_ratio: Array) -> Array:
-    """The log weights after a step of β. Samples of weight 0 stay there."""
+    """Returns the log weights after β has grown by `step`; weights of 0 stay 0."""
     return jnp.where(jnp.isneginf(log_weight), -jnp.inf, log_weight + step * log_ratio)
 
 

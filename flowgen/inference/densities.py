@@ -36,7 +36,7 @@ def flow_log_density(flow: Flow, params: Variables, cond: AnyCondition | None = 
 def density_at(name: str, log_density: LogDensity, x: Float[Array, "b *event"]) -> Float[Array, " b"]:
     """Returns log_density(x). Raises ValueError unless the result is one floating-point number per sample.
 
-    name: the name of the argument, for the message.
+    name: name of the argument in the error message.
 
     Example:
         log_p = density_at("log_target", log_target, x)
@@ -53,10 +53,11 @@ def density_at(name: str, log_density: LogDensity, x: Float[Array, "b *event"]) 
 
 
 def tempered(log_q: LogDensity, log_target: LogDensity, beta: Float[Array, ""] | float) -> LogDensity:
-    """Returns the geometric path between two densities, x -> (1 - beta) log q(x) + beta log p(x).
+    """Returns the log-density x -> (1 - beta) log q(x) + beta log p(x), which lies on the geometric path from q to the
+    target.
 
-    Densities on the path are not normalised, except at the ends. beta: from 0 (q) to 1 (the target). Between the ends,
-    samples outside the support of either density have -inf. At an end, only the density at this end counts.
+    For beta between 0 and 1, it is not normalised, and is -inf outside the support of either density. At 0, it is log
+    q; at 1, log p.
 
     Example:
         log_half = tempered(log_q, log_target, 0.5)
@@ -69,7 +70,7 @@ def tempered(log_q: LogDensity, log_target: LogDensity, beta: Float[Array, ""] |
 
 
 def between(log_q: Float[Array, " b"], log_p: Float[Array, " b"], beta: Float[Array, ""] | float) -> Float[Array, " b"]:
-    """Returns (1 - beta) log q + beta log p, where a factor of 0 times -inf is 0.
+    """Returns (1 - beta) log q + beta log p, with 0 times -inf taken as 0.
 
     Example:
         between(jnp.array([-1.0]), jnp.array([-jnp.inf]), 0.0)  # -1

@@ -1,11 +1,11 @@
-"""Importance weights: averages under a target density, and its normalising constant, from the samples of a flow.
+"""Importance weights of samples of a flow, which estimate a target's averages and normalising constant.
 
-A flow q gives samples with their exact density. For a target p̃ = Z p with an unknown normalising constant Z,
+Let q be the density of the flow, and p̃ = Z p the density of the target up to an unknown normalising constant Z. Then
 
     w = p̃(x) / q(x),  x ~ q        Z = E_q[w]        E_p[f] = E_q[w f] / E_q[w]
 
-The functions accept log w in nats, and compute in log space. A log weight of -inf is a weight of 0: the sample lies
-outside the support of p.
+The functions of this module expect log w in nats. A log weight of -inf is a weight of 0: the sample lies outside the
+support of p.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ from flowgen.weights import check_log_weight, log_mean_exp, systematic_indices
 
 
 class WeightedSamples(NamedTuple):
-    """Samples with the logarithms of their weights, in nats.
+    """Samples with their log weights, in nats.
 
     Weighted averages over x estimate averages under the target; see `self_normalised`.
     """
@@ -39,9 +39,9 @@ class WeightedSamples(NamedTuple):
 class WeightedEstimate(NamedTuple):
     """An estimate from weighted samples, and its standard error.
 
-    standard_error: the standard deviation that the value would have over independent sets of samples, by the delta
-    method. It is NaN for a single sample. If the effective sample size is small, the standard error is too small,
-    because the samples with the largest weights are missing.
+    standard_error: estimated standard deviation of `value` over independent sets of samples (delta method). It is NaN
+    for a single sample. If the effective sample size is small, it is often too small, because the rare samples with the
+    largest weights are missing.
     """
 
     value: Float[Array, "..."]
@@ -58,11 +58,12 @@ def importance_sample(
     *,
     plan: Plan | str = "auto",
 ) -> WeightedSamples:
-    """Returns samples of the flow, weighted to represent the target: log w = log_target(x) - log q(x | cond).
+    """Returns samples of the flow with log weights log_target(x) - log q(x | cond).
 
-    log_target: x -> log p(x) `b`, in nats, up to a constant. num, cond, plan: as for `flowgen.decoding.sample`.
+    log_target: x -> log-density `b` of the target, in nats, up to a constant.
+    num, cond, plan: as for `flowgen.decoding.sample`.
 
-    Raises ValueError for densities that are NaN or +inf (outside jit), and in the same cases as `sample_and_log_prob`.
+    Raises ValueError if a log-density is NaN or +inf (outside jit), and in the same cases as `sample_and_log_prob`.
 
     Example:
         s = importance_sample(flow, params, jax.random.key(0), 1_000, ManyWell(4).log_density)
@@ -74,10 +75,10 @@ def importance_sample(
 def log_weights(log_target: Float[Array, "*b"], log_prob: Float[Array, "*b"]) -> Float[Array, "*b"]:
     """Returns log w = log_target - log_prob, in nats.
 
-    log_target: log-density of the target, up to a constant; -inf outside its support. log_prob: log-density of the
-    distribution that the samples come from.
+    log_target: log-density of the target, up to a constant; -inf outside its support.
+    log_prob: log-density of the distribution from which the samples were drawn.
 
-    Raises ValueError if the shapes differ, and, outside jit, if a weight would be NaN or infinite.
+    Raises ValueError if the shapes differ, or if a log weight would be NaN or +inf (outside jit).
 
     Example:
         log_weight = log_weights(log_target(x), log_prob)
@@ -96,13 +97,16 @@ def log_weights(log_target: Float[Array, "*b"], log_prob: Float[Array, "*b"]) ->
 
 
 def forward_effective_sample_size(log_weight: Float[Array, "*b"], axis: int = -1) -> Float[Array, "*rest"]:
-    """Returns the effective sample size as a share, from samples of the target: b² / (Σw Σ 1/w).
+    """Returns the effective sample size, as a share of b, from b samples of the target: b² / (Σw Σ 1/w).
 
-    log_weight: log p̃(x) - log q(x) at samples x of p, not of q. For many samples, this share and
-    `effective_sample_size` at samples of q agree. If q misses modes of the target, samples of q do not show this, but
-    the share from samples of the target is then near 0 (exactly 0 if a weight is +inf).
+    With many samples, the result approaches that of `effective_sample_size` at samples of q. If q misses modes of the
+    target, the share at samples of the target is near 0, whereas the share at samples of q may be high. A log weight of
+    +inf makes the result exactly 0.
 
-    Raises ValueError for NaN and -inf, outside jit: samples of the target have a positive density.
+    log_weight: log p̃(x) - log q(x) at samples x of p, not of q.
+
+    Raises ValueError if a log weight is NaN or -inf (outside jit): the density of the target is positive at its own
+    samples.
 
     Example:
         ess = forward_effective_sample_size(log_target(x) - log_q(x))
@@ -112,12 +116,11 @@ def forward_effective_sample_size(log_weight: Float[Array, "*b"], axis: int = -1
 
 
 def log_normaliser(log_weight: Float[Array, "*b"], axis: int = -1) -> WeightedEstimate:
-    """Returns the estimate log Z = log mean w, in nats, and its standard error, std(w) / (mean(w) √b).
+    """Returns log mean w, an estimate of log Z in nats, with its standard error std(w) / (mean(w) √b).
 
-    The mean of w is unbiased for Z, so the expected value of its logarithm is below log Z, by about half the square of
-    the standard error.
+    On average, the estimate is below log Z by about half its squared standard error (Jensen's inequality).
 
-    Raises ValueError for NaN and +inf, outside jit.
+    Raises ValueError if a log weight is NaN or +inf (outside jit).
 
     Example:
         log_z, standard_error = log_normaliser(log_weight)
@@ -132,10 +135,12 @@ def log_normaliser(log_weight: Float[Array, "*b"], axis: int = -1) -> WeightedEs
 def self_normalised(values: Num[Array, "b *shape"], log_weight: Float[Array, " b"]) -> WeightedEstimate:
     """Returns the weighted mean Σ w f / Σ w, an estimate of E_p[f], and its standard error.
 
-    values: f(x) of each sample, a number or an array; samples of weight 0 may have any value, even NaN. The standard
-    error is √(b / (b - 1) Σ w² (f - mean)²) / Σ w. The estimate is biased by a term of order 1 / b.
+    The standard error is √(b / (b - 1) Σ w² (f - mean)²) / Σ w. The bias of the estimate is of order 1 / b.
 
-    Raises ValueError if the number of samples differs, and for NaN and +inf in log_weight, outside jit.
+    values: f(x) of each sample, a number or an array; samples of weight 0 may have any value, even NaN.
+
+    Raises ValueError if values and log_weight differ in their number of samples, or if a log weight is NaN or +inf
+    (outside jit).
 
     Example:
         mean, standard_error = self_normalised(s.x, s.log_weight)
@@ -155,15 +160,16 @@ def self_normalised(values: Num[Array, "b *shape"], log_weight: Float[Array, " b
 
 
 def resample(key: Key[Array, ""], x: PyTree, log_weight: Float[Array, " b"], num: int | None = None) -> Any:
-    """Returns samples of equal weight, by systematic resampling: sample i appears num w_i / Σw times, rounded.
+    """Returns samples of equal weight, by systematic resampling.
 
-    The rounding is up or down at random, so that the expected number of times is exact. Systematic resampling has a
-    lower variance than independent draws (Douc, Cappé & Moulines 2005, section 2.4).
+    Sample i appears num w_i / Σw times, rounded up or down at random so that the expected number of copies is exact.
+    The variance is usually lower than that of independent draws (Douc, Cappé & Moulines 2005). Copies of a sample are
+    adjacent.
 
-    x: an array, or a tree of arrays, with one row per weight. num: the number of samples to return; None means as many
-    as there are weights. Copies of the same sample lie side by side.
+    x: an array, or a tree of arrays, with one row per weight.
+    num: number of samples to return; None means as many as there are weights.
 
-    Raises ValueError for NaN and +inf in log_weight, outside jit, and if `num` is not positive.
+    Raises ValueError if `num` is not positive, or if a log weight is NaN or +inf (outside jit).
 
     Example:
         x = resample(key, s.x, s.log_weight)

@@ -1,6 +1,6 @@
-"""Mixtures of flows, of parameters, or of classes: their density, and stratified samples.
+"""Densities and stratified samples of mixtures q(x) = Σ_k π_k q_k(x).
 
-q(x) = Σ_k π_k q_k(x)
+The components may be different flows, one flow with different parameters, or different classes of one flow.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ from flowgen.inference.densities import flow_log_density
 class Component(NamedTuple):
     """One component of a mixture: a flow, its parameters and, optionally, a class.
 
-    label: the class of all samples; None for a flow without classes.
+    label: class of all samples from the component; None for a flow without classes.
     """
 
     flow: Flow
@@ -32,7 +32,7 @@ class Component(NamedTuple):
     label: int | None = None
 
     def cond(self, num: int) -> Array | None:
-        """The labels of `num` samples."""
+        """Returns the label, repeated for `num` samples."""
         return None if self.label is None else jnp.full(num, self.label, jnp.int32)
 
 
@@ -41,7 +41,7 @@ def mixture_log_prob(log_probs: Float[Array, "k *b"], log_weight: Float[Array, "
 
     log_probs: log q_k(x) of each component; -inf outside its support.
 
-    Raises ValueError if the number of components differs.
+    Raises ValueError if log_probs and log_weight differ in their number of components.
 
     Example:
         log_q = mixture_log_prob(jnp.stack([log_q_0, log_q_1]), jnp.log(jnp.array([0.3, 0.7])))
@@ -58,7 +58,9 @@ def mixture_log_prob(log_probs: Float[Array, "k *b"], log_weight: Float[Array, "
 def stratified_counts(shares: Sequence[float | int] | np.ndarray, num: int) -> tuple[int, ...]:
     """Returns the number of samples from each component: num π_k, rounded so that the total is `num`.
 
-    The components with the largest remainders round up. shares: π, up to a common factor.
+    The components with the largest remainders are rounded up.
+
+    shares: π, up to a common factor.
 
     Raises ValueError if shares are negative, not finite or all 0, or if `num` is not positive.
 
@@ -84,13 +86,14 @@ def sample_mixture(
     *,
     plan: Plan | str = "auto",
 ) -> tuple[Float[Array, "b *event"], Float[Array, " b"]]:
-    """Returns stratified samples of a mixture, and the log-density with which they were drawn, in nats.
+    """Returns stratified samples of a mixture, and their log-density under it, in nats.
 
-    Component k gives `stratified_counts(shares, num)[k]` samples, in the order of the components. The density is that
-    of the mixture whose shares are these counts / num. Importance weights with this density are exact for any number of
-    samples, and have a lower variance than with random components (Owen & Zhou 2000, deterministic mixtures).
+    The samples come in the order of the components, `stratified_counts(shares, num)[k]` from component k. The density
+    is that of the mixture with π_k = count_k / num. With this density, importance-weighted means are unbiased for any
+    `num`, and their variance is at most that with randomly chosen components (Owen & Zhou 2000).
 
-    components: flows of the same event shape. shares: π, up to a common factor; None means equal shares.
+    components: flows of the same event shape.
+    shares: π, up to a common factor; None means equal shares.
 
     Raises ValueError if there is no component, or if shares are not one number per component.
 

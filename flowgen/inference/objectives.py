@@ -1,9 +1,8 @@
 """Objectives that fit a flow to a target density, to samples, or to both.
 
-Reverse KL, forward KL and maximum likelihood, as functions of a flow's parameters that return (loss, metrics). Losses
-are in nats, summed over dimensions and averaged over samples, so that losses of one flow can be added. All objectives
-can be compiled and differentiated; `objective = lambda params, batch, key: reverse_kl(flow, params, key, 256,
-log_target)` has the signature that `flowgen.training` expects.
+Each objective returns (loss, metrics). Losses are in nats, summed over dimensions and averaged over samples;
+`weighted_sum` adds those of one flow. For `flowgen.training`, write an objective as `lambda params, batch, key:
+reverse_kl(flow, params, key, 256, log_target)`.
 """
 
 from __future__ import annotations
@@ -41,19 +40,20 @@ def reverse_kl(
     plan: Plan | str = "auto",
     gradient: Gradient = "total",
 ) -> Outcome:
-    """Returns the mean of log q(x) - log p̃(x) over samples of the flow, which is KL(q | p) - log Z, and metrics.
+    """Returns the mean of log q(x) - log p̃(x) over samples of the flow, an estimate of KL(q | p) - log Z, and metrics.
 
-    The flow learns from the target's density alone, without data. The flow tends to cover some modes of the target and
-    to miss others, which its own samples do not reveal. The target needs a positive density wherever the flow has
-    samples.
+    Training needs only the target's density, no data. The flow tends to miss modes of the target, and its own samples
+    do not reveal this. The target's density must be positive wherever q is.
 
-    log_target: x -> log p̃(x) `b`, in nats; its gradient in x is used. num, cond, plan: as for
-    `flowgen.decoding.sample`.
+    log_target: x -> log p̃(x) `b`, in nats; it must be differentiable.
+    num, cond, plan: as for `flowgen.decoding.sample`.
     gradient: "total" differentiates the loss; "path" leaves out the term ∇_θ log q_θ(x) at fixed x, whose mean is 0
-    (Roeder et al., arXiv 1703.09194). Both estimate the same gradient. With "path", the gradient of each sample
-    vanishes as the flow approaches the target. The variance is therefore lower near the end of training, but not always
-    before.
-    metrics: loss, elbo (-loss, a lower bound on log Z), log_normaliser (log mean w, an estimate of log Z) and ess.
+    (Roeder et al., arXiv 1703.09194). Both are unbiased estimates of the same gradient. With "path", the gradient of
+    each sample vanishes as the flow approaches the target. Its variance is therefore lower near the end of training,
+    but not always earlier.
+
+    metrics: loss, elbo (-loss, a lower bound on log Z), log_normaliser (log mean w, an estimate of log Z) and ess
+    (effective sample size as a share).
 
     Raises ValueError if `gradient` is unknown, and in the same cases as `sample_and_log_prob`.
 
@@ -86,16 +86,16 @@ def forward_kl(
     log_weight: Float[Array, " b"],
     cond: AnyCondition | None = None,
 ) -> Outcome:
-    """Returns the weighted mean of -log q(x), which is KL(p | q) up to the entropy of the target, and metrics.
+    """Returns the weighted mean of -log q(x), an estimate of KL(p | q) plus the entropy of the target p, and metrics.
 
-    The weights are normalised over the batch, so a constant factor has no effect. No gradient flows through samples or
-    weights. The flow covers all modes that the samples cover. Samples may come from the flow itself
-    (`importance_sample`), from an earlier flow, or from `anneal`, each with the weights of this source.
+    The weights are normalised over the batch, so a constant factor has no effect. x and log_weight receive no gradient.
+    Training on this loss makes the flow cover all modes among the samples. x and log_weight may come from
+    `importance_sample` with this flow or an earlier one, or from `anneal`.
 
-    metrics: loss, and ess of the weights.
+    metrics: loss, and ess (effective sample size of the weights, as a share).
 
-    Raises ValueError if x and log_weight differ in their number of samples, and for weights that are NaN or +inf,
-    outside jit.
+    Raises ValueError if x and log_weight differ in their number of samples, or if a log weight is NaN or +inf (outside
+    jit).
 
     Example:
         s = importance_sample(flow, params, jax.random.key(0), 256, ManyWell(4).log_density)
@@ -112,8 +112,8 @@ def maximum_likelihood(
 ) -> Outcome:
     """Returns the mean of -log q(x) over samples of the target, in nats, and metrics.
 
-    This is `forward_kl` with equal weights. Unlike `flowgen.flows.objective.nll_objective`, the loss is summed over
-    dimensions and contains all constants, and x gets no noise.
+    This is `forward_kl` with equal weights. Unlike that of `flowgen.flows.objective.nll_objective`, the loss is summed
+    over dimensions, includes all constants and adds no noise to x.
 
     metrics: loss.
 
@@ -126,7 +126,7 @@ def maximum_likelihood(
 
 
 def weighted_sum(outcomes: Mapping[str, tuple[float | int, Outcome]]) -> Outcome:
-    """Returns the sum of several objectives, each times its factor, and the metrics of all, as "name/metric".
+    """Returns the sum of the losses, each multiplied by its factor, and all metrics under keys "name/metric".
 
     outcomes: name -> (factor, (loss, metrics)).
 

@@ -1,8 +1,8 @@
 """Flow matching: paths, couplings, losses, solvers and diagnostics.
 
-paths          x_t and u_t between noise (t = 0) and data (t = 1)
-conversions    between velocity, x1, noise and score; from one path to another
-plans          transport over a batch: assignment, Sinkhorn
+paths          points x_t and velocities u_t between noise (t = 0) and data (t = 1)
+conversions    between velocities and predictions of x1, noise or score; from one path to another
+plans          transport plans over a batch: optimal assignment, Sinkhorn
 couplings      independent, Gibbs-weighted (W-CFM), Sinkhorn-corrected, minibatch optimal transport
 distilled      the coupling of a trained autoregressive flow (NFM)
 semidiscrete   optimal transport from noise to a whole dataset
@@ -10,10 +10,12 @@ times          distributions of training times
 loss           weighted regression of the velocity
 bridge         regression of the velocity and the score ([SF]²M)
 mean_flow      average velocities, for sampling in one step
-solvers        integration in both directions, guidance, SDE
-likelihood     log p and divergence
+objective      the training config and objective
+solvers        integration of ODEs in both directions, integration of SDEs, guidance
+likelihood     log-density and divergence
 diagnostics    effective sample size, tilt, choice of epsilon, path energy, distances
 velocity       a network for points, and the interface for your own networks
+dit, unet      networks for images
 toy            two-dimensional distributions
 """
 

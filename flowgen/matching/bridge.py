@@ -1,4 +1,4 @@
-"""[SF]²M: one network learns the velocity and the score of a Schroedinger bridge, without simulation."""
+"""[SF]²M: simulation-free training of one network for the velocity and the score of a Schroedinger bridge."""
 
 from __future__ import annotations
 
@@ -30,18 +30,18 @@ def score_and_flow_matching_loss(
     time: Callable[[Array, int], Array] | None = None,
     label_dropout: float = 0.0,
 ) -> Loss:
-    """Returns the loss E[w (|v - u_t|² + |λs + noise|²)] as a function loss_fn(network, batch, key, log_mean=None).
+    """Returns loss_fn(network, batch, key, log_mean=None) -> (loss, metrics, log_mean).
 
-    loss_fn returns (loss, metrics, log_mean). The loss follows Tong et al. (arXiv 2307.03672), with torchcfm's
-    weighting. Here (v, s) = network(t, x, cond), u_t is the velocity of the bridge, and λ = 2 √(t(1-t)) / sigma. Both
-    squares are averaged over dimensions. The optimal s is the *scaled* score sigma²/2 · ∇ log p_t, which is of order
-    one at both ends of the bridge. For batch, label_dropout and log_mean, see `flow_matching_loss`.
+    The loss is E[w (|v - u_t|² + |λs + noise|²)], with (v, s) = network(t, x_t, cond), and the velocity u_t and the
+    noise of the bridge (Tong et al., arXiv 2307.03672). As in torchcfm, λ = 2 √(t(1-t)) / sigma. Both squares are
+    averaged over dimensions. The optimal s is the *scaled* score sigma²/2 · ∇ log p_t. For the pair weights w, batch,
+    label_dropout and log_mean, see `flow_matching_loss`.
 
-    The Schroedinger bridge between noise and data requires the entropic plan with epsilon = 2 sigma² for the squared
+    The Schroedinger bridge between noise and data requires the entropic plan with epsilon = 2 sigma² at squared
     Euclidean cost. Use the coupling `GibbsWeights(epsilon=2 * sigma**2, cost="sqeuclidean", sinkhorn_sweeps=20)`.
 
-    Forward in time, the process is dX = (v + s) dt + sigma dW. To sample it, call `integrate_sde` with 2/sigma² · s as
-    the score. Backward in time, the drift is -v + s. The ODE dx = v dt has the same marginals.
+    The bridge is the SDE dX = (v + s) dt + sigma dW; backward in time, its drift is -v + s. To sample it, call
+    `integrate_sde` with 2/sigma² · s as the score. The ODE dx = v dt has the same marginals.
 
     Example:
         loss_fn = score_and_flow_matching_loss(bridge=SchroedingerBridge(sigma=0.5))

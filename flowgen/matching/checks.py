@@ -31,7 +31,7 @@ def check_batch(x0: Array, x1: Array) -> None:
 def check_pair(t: Array, x0: Array, x1: Array) -> None:
     """Raises ValueError unless x0 and x1 have the same shape and t contains one time in [0, 1] per sample.
 
-    The values of t are checked only outside jit.
+    The range of t is checked only outside jit.
     """
     check_batch(x0, x1)
     check_times(t, x0)
@@ -48,7 +48,7 @@ def check_times(t: Array, x0: Array) -> None:
 
 
 def check_takes(name: str, function: Callable[..., object], *arguments: str) -> None:
-    """Raises ValueError if a function cannot be called with positional arguments, one per item of `arguments`."""
+    """Raises ValueError if a function cannot be called with the positional `arguments`."""
     try:
         inspect.signature(function).bind(*arguments)
     except TypeError as error:
@@ -69,7 +69,7 @@ def check_velocity(velocity: object) -> None:
 def check_output(output: Array, x: Array, name: str = "the velocity") -> Array:
     """Returns a network's output unchanged; raises ValueError unless it has the shape of x.
 
-    Without this check, broadcasting would hide a mismatch.
+    Without this check, broadcasting could hide a wrong shape.
     """
     if output.shape != x.shape:
         raise ValueError(f"{name} has shape {output.shape}, but x has shape {x.shape}; they must have the same shape.")

@@ -1,4 +1,4 @@
-"""The form of conditions in which the samples of a batch can be made unconditional, for dropout and guidance."""
+"""Converts conditions to a form in which single samples can be made unconditional, for dropout and guidance."""
 
 from __future__ import annotations
 
@@ -12,10 +12,10 @@ from flowgen.conditioning import UNCONDITIONAL, ContextTokens, TextCondition
 
 
 def as_condition(cond: Any) -> Any:
-    """Returns labels, None and `ContextTokens` unchanged, and other contexts as `ContextTokens` without padding.
+    """Returns labels, None and `ContextTokens` unchanged, and any other context as `ContextTokens`.
 
-    The other contexts are vectors `b e`, tokens `b m e` and texts. In the form of `ContextTokens`, any sample of a
-    context can be made unconditional. Raises ValueError for anything else, such as images, which need a patch size to
+    Other contexts are vectors `b e` and tokens `b m e`, both without padding, and texts. The mask of `ContextTokens`
+    can make any sample unconditional. Raises ValueError for anything else, such as images, which need a patch size to
     become tokens.
 
     Example:

@@ -1,6 +1,6 @@
-"""Contexts of velocity networks: checks, and layers that embed a context as one vector or as channels.
+"""Contexts inside velocity networks, and layers that embed a context as one vector or as channels.
 
-A sample without a context, and padding inside a context, are masked: their values have no effect, even if they are NaN.
+Masked tokens are padding, or belong to a sample without a context. They have no effect, even if their values are NaN.
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ class Given(NamedTuple):
 
 
 def given_context(context: ContextConfig, cond: ContextTokens | None, batch: int, dtype: Any) -> Given:
-    """Returns a context with padding set to 0. None becomes a context of padding alone, which has the same effect.
+    """Returns a context with padding set to 0; None becomes a context that is all padding.
 
     Example:
         tokens, mask = given_context(config.context, None, batch=8, dtype=jnp.float32)
@@ -40,7 +40,9 @@ def given_context(context: ContextConfig, cond: ContextTokens | None, batch: int
 
 
 def same_size(context: Context | None, image_hw: tuple[int, int]) -> bool:
-    """Returns whether a context is an image as large as the network's images, so that it can be added as channels.
+    """Returns whether a context is an image of the same size as the network's images.
+
+    Only such a context can be added to the images as channels.
 
     Example:
         same_size(ImageContext(image_size=32), (32, 32))  # True
@@ -49,7 +51,9 @@ def same_size(context: Context | None, image_hw: tuple[int, int]) -> bool:
 
 
 def shrunk_context(context: Context | None, image_hw: tuple[int, int], small_hw: tuple[int, int]) -> Context | None:
-    """Returns the context of a network whose images shrink to `small_hw`; an image of the same size shrinks with them.
+    """Returns the context of a network whose images shrink from `image_hw` to `small_hw`.
+
+    An image context of size `image_hw` shrinks too; other contexts do not change.
 
     Example:
         context = shrunk_context(config.context, (32, 32), (8, 8))
@@ -60,7 +64,7 @@ def shrunk_context(context: Context | None, image_hw: tuple[int, int], small_hw:
 
 
 def as_channels(context: ImageContext, given: Given) -> Float[Array, "b height width c_and_one"]:
-    """Returns an image context with one more channel: 1 for given pixels and 0 for pixels of masked patches.
+    """Returns the channels of an image context, and one more channel that is 1 at known pixels and 0 in masked patches.
 
     Example:
         x = jnp.concatenate([x, as_channels(config.context, given)], axis=-1)
@@ -72,7 +76,9 @@ def as_channels(context: ImageContext, given: Given) -> Float[Array, "b height w
 
 
 def masked_mean(tokens: Float[Array, "b m d"], given: Given) -> Float[Array, "b d"]:
-    """Returns the mean of each sample's tokens, not counting padding; 0 if there are none. Tokens must be finite.
+    """Returns the mean over each sample's tokens, padding excluded, or 0 for a sample that is all padding.
+
+    All tokens must be finite, padding included.
 
     Example:
         e = masked_mean(layer(given.tokens), given)
@@ -82,7 +88,7 @@ def masked_mean(tokens: Float[Array, "b m d"], given: Given) -> Float[Array, "b 
 
 
 class TokenEmbedding(nn.Module):
-    """down(silu(up(token))) for each token of a context.
+    """Embeds each token of a context as down(silu(up(token))), with linear layers `up` and `down`.
 
     dense: a function of (features, fan_in, name) that returns a layer.
 
@@ -100,10 +106,10 @@ class TokenEmbedding(nn.Module):
 
 
 class ContextEmbedding(nn.Module):
-    """Embeds a context as one vector per sample: the mean of the embedded tokens; a learned vector if there are none.
+    """Embeds a context as one vector per sample: the mean of its embedded tokens, or a learned vector if it has none.
 
-    The order of the tokens has no effect. dense: see `TokenEmbedding`. none_std: standard deviation of the initial
-    learned vector.
+    dense: see `TokenEmbedding`.
+    none_std: standard deviation of the learned vector at initialisation.
 
     Example:
         e = ContextEmbedding(width=256, dense=normal_dense, none_std=0.02).apply(params, given)

@@ -1,4 +1,4 @@
-"""Converts predictions on a path into velocities and back, and velocities from one path to another."""
+"""Conversions between velocities and predictions of x1, noise or score, and of velocities from one path to another."""
 
 from __future__ import annotations
 
@@ -33,14 +33,15 @@ def prediction_to_velocity(
 ) -> Float[Array, "b *event"]:
     """Returns the velocity at x_t implied by a prediction of "x1", "noise" (x0) or "score".
 
-    The velocity is v = alpha' x1 + beta' x0. If x1 is predicted, x0 follows from x_t = alpha x1 + beta x0, and vice
-    versa; a predicted score gives x0 as -beta times the score. A prediction of "velocity" is returned unchanged.
+    On the path x_t = alpha x1 + beta x0, the velocity is v = alpha' x1 + beta' x0. Given x_t, a predicted x1 determines
+    x0, and vice versa; a predicted score determines x0 = -beta · score. A prediction of "velocity" is returned
+    unchanged.
 
-    The conversion is singular where x_t is pure noise or pure data, so alpha and beta are taken at the time
-    `clip_times(path, t, smallest)`; evaluate the prediction at that time too. The derivatives alpha' and beta' are
-    taken at t, but their magnitudes are limited to the values at the clipped time.
+    The conversion is singular where x_t is pure noise or pure data. It therefore uses alpha and beta at the time
+    `clip_times(path, t, smallest)`; evaluate the network at that time too. The derivatives alpha' and beta' are those
+    at t, limited in magnitude to their values at the clipped time.
 
-    Raises ValueError for any other kind, for a path with a spread, and for times outside [0, 1].
+    Raises ValueError for any other kind, for a path with sigma above 0, and for times outside [0, 1].
 
     Example:
         v = prediction_to_velocity(CondOT(), t, x_t, network(t, x_t), "x1")
@@ -61,10 +62,10 @@ def prediction_to_velocity(
 def velocity_to_x1(
     path: Path, t: Float[Array, " b"], x_t: Float[Array, "b *event"], velocity: Float[Array, "b *event"]
 ) -> Float[Array, "b *event"]:
-    """Returns the data x1 = (beta v - beta' x_t) / D implied by a velocity; a learned velocity gives E[x1 | x_t].
+    """Returns the data x1 = (beta v - beta' x_t) / D implied by a velocity, with D = alpha' beta - beta' alpha.
 
-    Here D = alpha' beta - beta' alpha. Times are clipped with `clip_times(path, t)`. Raises ValueError for a path with
-    a spread and for times outside [0, 1].
+    For a learned velocity, this is E[x1 | x_t]. Times are clipped with `clip_times(path, t)`. Raises ValueError for a
+    path with sigma above 0, and for times outside [0, 1].
 
     Example:
         x1 = velocity_to_x1(CondOT(), t, x_t, v)
@@ -76,10 +77,10 @@ def velocity_to_x1(
 def velocity_to_noise(
     path: Path, t: Float[Array, " b"], x_t: Float[Array, "b *event"], velocity: Float[Array, "b *event"]
 ) -> Float[Array, "b *event"]:
-    """Returns the noise x0 = (alpha' x_t - alpha v) / D implied by a velocity; a learned velocity gives E[x0 | x_t].
+    """Returns the noise x0 = (alpha' x_t - alpha v) / D implied by a velocity, with D = alpha' beta - beta' alpha.
 
-    Here D = alpha' beta - beta' alpha. Times are clipped with `clip_times(path, t)`. Raises ValueError for a path with
-    a spread and for times outside [0, 1].
+    For a learned velocity, this is E[x0 | x_t]. Times are clipped with `clip_times(path, t)`. Raises ValueError for a
+    path with sigma above 0, and for times outside [0, 1].
 
     Example:
         x0 = velocity_to_noise(CondOT(), t, x_t, v)
@@ -93,9 +94,9 @@ def velocity_to_score(
 ) -> Float[Array, "b *event"]:
     """Returns ∇ log p_t(x_t) = -E[x0 | x_t] / beta_t for a velocity learned with *independent* normal noise.
 
-    Couplings other than `Independent` make noise and data dependent, and this formula then does not give the score.
-    Times are clipped with `clip_times(path, t)`. Raises ValueError for a path with a spread and for times outside
-    [0, 1].
+    With couplings other than `Independent`, noise and data depend on each other, and the result is not the score. Times
+    are clipped with `clip_times(path, t)`. Raises ValueError for a path with sigma above 0, and for times outside [0,
+    1].
 
     Example:
         score = velocity_to_score(CondOT(), t, x_t, v)
@@ -119,13 +120,14 @@ def change_path(
 ) -> Callable[[Array, Array, Any], Array]:
     """Returns the velocity field along new_path that corresponds to a velocity trained along path.
 
-    Let t be the time at which path has the same ratio alpha/beta as new_path has at time r; bisection finds t. Let
-    s² = (alpha² + beta²)_new(r) / (alpha² + beta²)(t) be the squared scale between the two paths. Then
-    v_new(r, x) = (s'/s) x + s t' v(t, x/s), where t' = D_new / (D s²) and D = alpha' beta - beta' alpha (Pokle et al.,
-    arXiv 2310.04432). Both fields have the same endpoints up to the factor s, which is 1 if alpha² + beta² = 1 on both
-    paths. The time r is clipped to stay 1e-5 away from both ends, because D is 0 or infinite there for some paths. If
-    path does not reach the ratio, t is 0 or 1, whichever is nearer. Do not differentiate the field with respect to
-    time. Raises ValueError for paths with a spread.
+    Let t be the time at which path has the ratio alpha/beta that new_path has at time r; bisection finds t. Let s² =
+    (alpha² + beta²)_new(r) / (alpha² + beta²)(t) be the squared scale between the two paths. Then v_new(r, x) = (s'/s)
+    x + s t' v(t, x/s), where t' = D_new / (D s²) and D = alpha' beta - beta' alpha (Pokle et al., arXiv 2310.04432).
+    Trajectories of the two fields agree up to the factor s, which is 1 if alpha² + beta² = 1 on both paths.
+
+    The time r is clipped to [1e-5, 1 - 1e-5], because D is 0 or infinite at the ends of some paths. If path does not
+    reach the ratio, t is 0 or 1, whichever is nearer. Do not differentiate the field with respect to time: the
+    bisection has no derivative. Raises ValueError for paths with sigma above 0.
 
     Example:
         x1, nfe = integrate(change_path(velocity, CondOT(), Trigonometric()), x0, num_steps=25)
@@ -153,8 +155,7 @@ def change_path(
 def time_of_ratio(path: Path, alpha: Float[Array, "*t"], beta: Float[Array, "*t"]) -> Float[Array, "*t"]:
     """Returns the time at which path has the ratio alpha/beta, whose square is the signal-to-noise ratio.
 
-    The bisection compares cross products instead of ratios, so beta may be 0. If the path does not reach the ratio, the
-    result is 0 or 1, whichever is nearer.
+    beta may be 0. If the path does not reach the ratio, the result is 0 or 1, whichever is nearer.
 
     Example:
         t = time_of_ratio(VariancePreserving(), alpha, beta)
@@ -173,7 +174,7 @@ def time_of_ratio(path: Path, alpha: Float[Array, "*t"], beta: Float[Array, "*t"
 
 
 def check_prediction(kind: str, path: Path | None = None) -> None:
-    """Raises ValueError unless this kind of prediction can be converted to a velocity (along `path`, if given).
+    """Raises ValueError unless predictions of this kind can be converted to a velocity (along `path`, if given).
 
     Example:
         check_prediction("x1", CondOT())
@@ -205,7 +206,7 @@ def _inner_ends(path: Path, smallest: float) -> tuple[float, float]:
 
 
 def _inner(path: Path, t: Array, x: Array, smallest: float) -> tuple[Schedule, Array]:
-    """Returns the schedule and D, broadcast over x, at the time nearest to t at which conversions are not singular."""
+    """Returns the schedule and D at the clipped time, broadcast over x."""
     check_times(t, x)
     check_no_spread(path)
     schedule = schedule_over(path, clip_times(path, t, smallest), x)

@@ -1,11 +1,14 @@
 """Couplings, which pair noise with data and give each pair a log-weight.
 
-By default, a coupling receives the whole batch: `flowgen.matching.loss.couple` gathers the rows of all devices. A
-coupling whose attribute `sees` is "row" treats each pair separately. A coupling whose attribute `sees` is "device" uses
-only the rows of one device, so the number of devices changes what the network learns.
+The attribute `sees` of a coupling defines the rows that one call pairs:
 
-Pair weights w turn the loss for independent pairs into E[w |v - u|²], which is the loss for the coupling q ∝ w · p(x0)
-p(x1) (W-CFM, arXiv 2507.22270). A transport plan reorders the noise x0 within the batch instead.
+    "row"      each pair by itself
+    "device"   the rows of one device, so the number of devices changes what the network learns
+    "global"   the rows of all devices, which `flowgen.matching.loss.couple` gathers; this is the default
+
+With pair weights w, the loss of independent pairs is E[w |v - u|²]. Up to a factor, this is the loss of the coupling q
+∝ w · p(x0) p(x1) (W-CFM, arXiv 2507.22270). Transport plans reorder the noise x0 within the batch instead of weighting
+the pairs.
 """
 
 from __future__ import annotations
@@ -59,7 +62,7 @@ class Coupling(Protocol):
 
 @config
 class Independent:
-    """Keeps the pairs as given, each with weight 1 (I-CFM).
+    """Keeps the pairs as given, each with weight 1.
 
     Example:
         x0, x1, cond, log_weight = Independent()(key, x0, x1)
@@ -78,17 +81,17 @@ class Independent:
 class MinibatchOT:
     """Pairs noise and data by optimal transport within the batch, at squared Euclidean cost (OT-CFM, arXiv 2302.00482).
 
-    method: "exact" permutes the noise by the optimal assignment, which scipy computes on the host, so each x0 is used
-    once; "sinkhorn" draws an x0 for each x1 from the entropic plan, inside the compiled program.
+    method: "exact" permutes the noise by the optimal assignment, which scipy computes on the host. "sinkhorn" draws an
+    x0 for each x1 from the entropic plan on the device, so an x0 may be used several times or never.
     epsilon: regularisation of the entropic plan, in units of the mean cost; positive.
-    tolerance: share of the mass of x0 that the entropic plan may misplace on average; positive.
-    num_sweeps: largest number of Sinkhorn sweeps; at least 1. If the plan is not within the tolerance after these
-    sweeps, the coupling raises ValueError outside jit; inside jit, the weights become NaN, and so does the loss.
-    class_aware: whether to move noise only within a class; an x0 has the class of the x1 that it was originally paired
-    with. If False, the noise that a class is trained on is distributed differently from the noise that it is sampled
-    from (C2OT, ICCV 2025). True requires integer labels of shape `b` as cond.
-    scope: "global" computes one plan over the rows of all devices, and each device solves the same problem; "device"
-    computes a separate plan over the rows of each device.
+    tolerance: largest mean relative error of the entropic plan's marginal of x0; positive.
+    num_sweeps: largest number of Sinkhorn sweeps; at least 1. If the plan still exceeds the tolerance, the coupling
+    raises ValueError outside jit; inside jit, the weights and the loss become NaN.
+    class_aware: whether to move noise only within a class; an x0 has the class of the x1 with which it was originally
+    paired. If False, the noise of a class has different distributions in training and in sampling (C2OT, ICCV 2025).
+    True requires integer labels of shape `b` as cond.
+    scope: "global" computes one plan over the rows of all devices, in full on each device; "device" computes a separate
+    plan over the rows of each device.
 
     Example:
         x0, x1, cond, log_weight = MinibatchOT(method="exact")(key, x0, x1)
@@ -103,7 +106,7 @@ class MinibatchOT:
 
     @property
     def sees(self) -> str:
-        """The rows that a plan covers; the same as `scope`."""
+        """The rows that share a plan; the same as `scope`."""
         return self.scope
 
     def __call__(
@@ -155,20 +158,20 @@ class MinibatchOT:
 class GibbsWeights:
     """Weights independent pairs by w = exp(-cost / epsilon) (weighted conditional flow matching, arXiv 2507.22270).
 
-    A call raises ValueError if epsilon is None. Epsilon must be the same in every step, so a call cannot choose it from
-    its batch. A NaN cost raises ValueError outside jit; inside jit, the weight becomes NaN, and so does the loss.
+    A call raises ValueError if epsilon is None or, outside jit, if a cost is NaN. Inside jit, a NaN cost makes the
+    weight and the loss NaN.
 
-    epsilon: divisor of the cost; positive. If None, choose it from data with `flowgen.matching.fit_epsilon` before the
-    first call; training does so automatically. The target is `tilt` if given, otherwise `ess`.
-    cost: "euclidean" as published, "sqeuclidean", or a function of two batches that returns one cost per pair.
+    epsilon: divisor of the cost, the same in every step; positive. If None, training chooses it from data before the
+    first step; its target is `tilt` if given, otherwise `ess`. Outside training, call `flowgen.matching.fit_epsilon`.
+    cost: "euclidean" (as published), "sqeuclidean", or a function of two batches that returns one cost per pair.
     normalize: "running" divides w by its running mean, which the loss updates in each step; "batch" divides w by its
-    mean over the batch; "none" leaves w unchanged. For images, w is then often too small for optimizers.
-    sinkhorn_sweeps: number of Sinkhorn sweeps; 0 for none. If it is positive, the weights come from the entropic plan
-    with the batch's marginals: exp(-cost_ii/epsilon + f_i + g_i). This undoes the tilt of noise and data that plain
-    weights cause. The number of sweeps is fixed, even if some tilt remains.
-    ess: target for the choice of epsilon: effective sample size as a share of the pairs, between 0 and 1.
-    tilt: another target for the choice of epsilon: largest relative variance of the factors that re-weight noise and
-    data; None to use ess.
+    mean over the batch; "none" leaves w unchanged, which is often too small for optimizers if the data are images.
+    sinkhorn_sweeps: number of Sinkhorn sweeps; 0 for none. If it is positive, the log-weights are -cost_ii/epsilon +
+    f_i + g_i, where f and g are the Sinkhorn potentials of the batch. Plain weights change (tilt) the distributions of
+    noise and of data; the sweeps reduce the tilt.
+    ess: effective sample size for which epsilon is chosen, as a share of the pairs, between 0 and 1.
+    tilt: largest relative variance of the factors by which w re-weights noise and data. If given, it replaces `ess` in
+    the choice of epsilon.
     scope: "global" computes the sweeps and the "batch" mean over the rows of all devices; "device" computes them over
     the rows of each device separately.
 
@@ -187,7 +190,7 @@ class GibbsWeights:
 
     @property
     def sees(self) -> str:
-        """The rows that a weight depends on: `scope` if there are sweeps or a batch mean, otherwise "row"."""
+        """The rows on which a weight depends: `scope` if there are sweeps or a batch mean, otherwise "row"."""
         return self.scope if self.sinkhorn_sweeps or self.normalize == "batch" else "row"
 
     def __call__(
@@ -210,10 +213,10 @@ class GibbsWeights:
 
 @config
 class FromFlow:
-    """Pairs each x1 with the noise that a trained flow maps it to (Normalized Flow Matching, arXiv 2603.09014).
+    """Pairs each x1 with the noise to which a trained flow maps it (Normalized Flow Matching, arXiv 2603.09014).
 
-    Training opens the flow once, before the first step, and uses `flowgen.matching.FlowDistilled`, which describes the
-    coupling. In Python, use `FlowDistilled` itself: a call of this config raises ValueError.
+    Training loads the flow before the first step and uses the coupling `flowgen.matching.FlowDistilled`. Outside
+    training, use `FlowDistilled` itself: a call of this config raises ValueError.
 
     path: run directory of a flow, folder of an exported flow, or name of a flow that ships with flowgen.
 
@@ -287,8 +290,8 @@ def _cost_matrix(x0: Float[Array, "b *event"], x1: Float[Array, "m *event"], cos
 def to_sphere(x: Float[Array, "b *event"]) -> Float[Array, "b *event"]:
     """Returns x with every sample scaled to norm √d, where d is the number of dimensions; zeros stay zeros.
 
-    This is the typical norm of normal noise. The distance to normal noise has the same distribution for all points on a
-    sphere around 0, so plain Gibbs weights do not tilt the scaled data.
+    √d is the typical norm of standard normal noise. The distance from noise to a point on a sphere around 0 has the
+    same distribution for all points, so plain Gibbs weights do not change the distribution of the scaled data.
 
     Example:
         x1 = to_sphere(x1)

@@ -1,4 +1,4 @@
-"""Diagnostics for pair weights and learned fields: effective sample size, tilt, path energy and distances."""
+"""Diagnostics of pair weights (effective sample size, tilt) and of learned velocity fields (path energy, distances)."""
 
 from __future__ import annotations
 
@@ -22,12 +22,13 @@ BLOCK = 1024
 
 
 class WeightReport(NamedTuple):
-    """The effect of Gibbs weights on a block of noise samples and data samples.
+    """Statistics of the Gibbs weights w over all pairs of a noise sample and a data sample.
 
-    ess: effective sample size as a share of the pairs. row_std, column_std, interaction_std: standard deviations of the
-    three parts of log w. The first part depends on the noise (row tilt), the second on the data (column tilt), and the
-    third on the pair; only the third couples noise and data. noise_tilt, data_tilt: relative variances of the factors
-    by which w re-weights noise and data.
+    ess: effective sample size as a share of the pairs.
+    row_std, column_std, interaction_std: standard deviations of the three parts of log w, which depend on the noise, on
+    the data, and on the pair. Only the third part couples noise and data. The first two tilt them, which means that
+    they change their distributions.
+    noise_tilt, data_tilt: relative variances of the factors by which w re-weights noise and data.
     """
 
     ess: Float[Array, ""]
@@ -43,10 +44,10 @@ def weight_report(
 ) -> WeightReport:
     """Returns a report on the weights exp(-cost/epsilon) of all pairs of x0 and x1.
 
-    If row_std or column_std exceeds interaction_std, the weights tilt noise or data more than they couple the two, and
-    `warn_if_tilted` warns. All three standard deviations are inversely proportional to epsilon, so their ratios depend
-    only on the samples and the cost. The report describes plain weights. The corrected weights of
-    `GibbsWeights(sinkhorn_sweeps=...)` have almost no tilt. The computation stores a b x m matrix.
+    If row_std or column_std exceeds interaction_std, the weights change noise or data more than they couple the two,
+    and `warn_if_tilted` warns. All three standard deviations are inversely proportional to epsilon, so their ratios
+    depend only on the samples and the cost. The report does not describe the corrected weights of
+    `GibbsWeights(sinkhorn_sweeps=...)`, which have almost no tilt. The computation stores a matrix of shape `b m`.
 
     Example:
         report = weight_report(x0, x1, epsilon=2.0)
@@ -67,7 +68,7 @@ def weight_report(
 
 
 def warn_if_tilted(report: WeightReport) -> None:
-    """Warns (UserWarning) if Gibbs weights tilt noise or data more than they couple the two.
+    """Warns (UserWarning) if Gibbs weights change noise or data (tilt) more than they couple the two.
 
     Example:
         warn_if_tilted(weight_report(x0, x1, epsilon=2.0))
@@ -86,11 +87,12 @@ def warn_if_tilted(report: WeightReport) -> None:
 
 
 class TiltedDistances(NamedTuple):
-    """W2 distances between samples and their tilted versions, which show how far Gibbs weights move each marginal.
+    """2-Wasserstein distances (W2) by which Gibbs weights tilt the distributions of noise and of data.
 
-    noise, data: W2 between the sample and its tilted version. noise_floor, data_floor: W2 between two halves of the
-    sample; a comparison of independent samples of this size cannot reveal smaller differences. The distances `noise`
-    and `data` are more precise, because each compares a sample with a tilted version of itself.
+    noise, data: W2 between the sample and its tilted version.
+    noise_floor, data_floor: W2 between two halves of the sample. A comparison of independent samples of this size
+    cannot reveal smaller differences. `noise` and `data` do reveal them, because they compare a sample with a tilted
+    version of itself.
     """
 
     noise: Float[Array, ""]
@@ -102,13 +104,13 @@ class TiltedDistances(NamedTuple):
 def tilted_wasserstein(
     x0: Float[Array, "b *event"], x1: Float[Array, "m *event"], epsilon: float, cost: Cost = "euclidean"
 ) -> TiltedDistances:
-    """Returns W2 between noise and tilted noise, and between data and tilted data.
+    """Returns the 2-Wasserstein distances between noise and tilted noise, and between data and tilted data.
 
-    Let mu and nu be the distributions of noise and data. A flow trained with plain pair weights learns the tilted
-    marginals f(x) mu(dx) and g(y) nu(dy), where f(x) = E_data[w(x, .)] / E[w] and g(y) = E_noise[w(., y)] / E[w]. This
-    function estimates f and g by means over the samples. Systematic resampling turns each tilted sample into one with
-    equal weights, and an exact assignment matches that sample to the original. The assignment takes O(b³) time on the
-    host, which is seconds for 1,000 samples.
+    Let mu and nu be the distributions of noise and data, and w = exp(-cost/epsilon). A velocity network trained with
+    these pair weights learns the tilted marginals f(x) mu(dx) and g(y) nu(dy), where f(x) = E_data[w(x, .)] / E[w] and
+    g(y) = E_noise[w(., y)] / E[w]. This function estimates f and g by means over the samples. Systematic resampling
+    turns each tilted sample into one with equal weights, and an exact assignment matches the result to the original.
+    The assignment takes O(b³) time on the host: seconds for 1,000 samples.
 
     Example:
         distances = tilted_wasserstein(x0, x1, epsilon=2.0)
@@ -126,8 +128,7 @@ def tilted_wasserstein(
 def resample(x: Float[Array, "b *event"], log_weight: Float[Array, " b"]) -> Float[Array, "b *event"]:
     """Returns b samples of equal weight: sample i is repeated b w_i / Σw times, rounded so that the total is b.
 
-    The method is systematic resampling with the deterministic points (i + 1/2) / b. With equal weights, the result is x
-    itself.
+    This is systematic resampling with a fixed offset, so it needs no key. With equal weights, the result is x itself.
 
     Example:
         tilted = resample(x, log_weight)
@@ -150,13 +151,14 @@ def choose_epsilon(
 ) -> float:
     """Returns the smallest epsilon at which independent pairs reach a target effective sample size or tilt.
 
-    ess: smallest effective sample size, as a share of the pairs (x0_i, x1_i). tilt: upper bound on the relative
-    variance of the factors that re-weight noise and data; set ess to None to use it. sinkhorn_sweeps: number of
-    Sinkhorn sweeps that correct the weights before their ess is computed. The search bisects log epsilon. With a tilt
-    or sweeps, it needs memory for a b x b matrix.
+    With a tilt or sweeps, the computation stores a matrix of shape `b b`.
 
-    Raises ValueError if both targets are given or none is, if the target is out of range, or if the mean cost is 0 or
-    not finite.
+    ess: smallest effective sample size, as a share of the pairs (x0_i, x1_i).
+    tilt: upper bound on the relative variance of the factors that re-weight noise and data; set ess to None to use it.
+    sinkhorn_sweeps: number of Sinkhorn sweeps that correct the weights before their ess is computed.
+
+    Raises ValueError if both targets or none are given, if the target is out of range, or if the mean cost is 0 or not
+    finite.
 
     Example:
         epsilon = choose_epsilon(x0, x1, ess=0.5)
@@ -195,9 +197,8 @@ def choose_epsilon(
 def fit_epsilon(coupling: GibbsWeights, x0: Float[Array, "b *event"], x1: Float[Array, "b *event"]) -> GibbsWeights:
     """Returns the coupling with the smallest epsilon at which independent pairs reach the coupling's target.
 
-    The target is `tilt` if given, otherwise `ess`. With a tilt or Sinkhorn sweeps, epsilon is chosen from the first
-    1,024 pairs only; otherwise, it is chosen from all pairs. A coupling that already has an epsilon is returned
-    unchanged.
+    The target is `tilt` if given, otherwise `ess`. With a tilt or Sinkhorn sweeps, only the first 1,024 pairs are used.
+    A coupling that already has an epsilon is returned unchanged.
 
     Example:
         coupling = fit_epsilon(GibbsWeights(ess=0.5), x0, x1)
@@ -218,9 +219,10 @@ def fit_epsilon(coupling: GibbsWeights, x0: Float[Array, "b *event"], x1: Float[
 
 
 class PathReport(NamedTuple):
-    """Statistics of generated paths.
+    """Mean energy and curvature of the paths x(t) that a velocity field v generates.
 
-    energy: E ∫|v|² dt. curvature: E ∫|v - (x(1) - x(0))|² dt, which is 0 for straight paths of constant speed.
+    energy: E ∫|v|² dt.
+    curvature: E ∫|v - (x(1) - x(0))|² dt, which is 0 for straight paths of constant speed.
     """
 
     energy: Float[Array, ""]
@@ -230,7 +232,7 @@ class PathReport(NamedTuple):
 def path_report(
     velocity: Velocity, x0: Float[Array, "b *event"], cond: Any = None, *, num_steps: int = 100
 ) -> PathReport:
-    """Returns the energy and the curvature of the generated paths, computed with rk4 and the trapezoidal rule.
+    """Returns the energy and the curvature of the paths from x0, computed with rk4 and the trapezoidal rule.
 
     Example:
         report = path_report(velocity, x0)
@@ -248,7 +250,10 @@ def path_report(
 
 
 def signed_path_energy(energy: Float[Array, ""] | float, squared_distance: Float[Array, ""] | float) -> Any:
-    """Returns the signed path energy, (path energy - W2²) / W2².
+    """Returns the signed path energy, (energy - squared_distance) / squared_distance.
+
+    energy: path energy from `path_report`.
+    squared_distance: squared 2-Wasserstein distance between noise and data.
 
     If the value is negative, the paths are too short to transport one marginal to the other. The usual normalised path
     energy is the absolute value, which hides this case.
@@ -262,7 +267,7 @@ def signed_path_energy(energy: Float[Array, ""] | float, squared_distance: Float
 def wasserstein(x: Float[Array, "b *event"], y: Float[Array, "b *event"]) -> Float[Array, ""]:
     """Returns the exact 2-Wasserstein distance between two samples of equal size.
 
-    Even two samples from the same distribution have a positive distance. Use this distance as a baseline. Raises
+    The distance is positive even between two samples of the same distribution; use that value as a baseline. Raises
     ValueError if the samples differ in shape.
 
     Example:

@@ -4,9 +4,10 @@ A flow f maps data to normal noise, one to one. Each x1 is therefore paired with
 
     x0 = f(x1 + σ ε, cond) / √v,
 
-where σ is the standard deviation of the noise in the flow's training, ε is normal noise, and v is the variance of the
-flow's prior. A flow that was trained on dequantised images gets dequantised x1 instead. The velocity network learns to
-follow nearly straight paths from x0 to the clean x1, in few steps.
+where σ is the standard deviation of the noise that the flow's training adds to data, ε is normal noise, and v is the
+variance of the flow's prior. For a flow trained on dequantised images, x1 is dequantised instead of adding σ ε. From
+these pairs, the velocity network learns nearly straight trajectories from x0 to the clean x1, which need few solver
+steps.
 """
 
 from __future__ import annotations
@@ -27,17 +28,19 @@ from flowgen.matching.couplings import Cond, Coupled
 @partial(jax.tree_util.register_dataclass, data_fields=["variables"], meta_fields=["flow", "noise_std", "noise"])
 @dataclass(frozen=True, eq=False)
 class FlowDistilled:
-    """Pairs each x1 with the noise that a trained flow maps it to; all weights are 1.
+    """Pairs each x1 with the noise to which a trained flow maps it; all weights are 1.
 
-    The given x0 is the noise ε that is added to x1, so it must be normal; a loss draws such noise. The flow receives
-    the condition of the batch, such as labels, before label dropout. No gradient reaches the flow. A coupling is a
-    pytree of the flow's variables: inside jit, pass it as an argument if the flow is large.
+    The given x0 must be standard normal, as drawn by the losses: it is the noise ε that is added to x1. The flow
+    receives the batch's condition as it is before label dropout. No gradient reaches the flow. The coupling is a pytree
+    of the flow's variables: pass it to jitted functions as an argument, so that large variables do not become
+    constants.
 
-    flow: a flow whose samples have the shape of x1. variables: its variables. noise_std: σ; None means the value in the
-    flow's config. If σ is 0, x1 is passed to the flow unchanged.
+    flow: a flow whose samples have the shape of x1.
+    variables: the flow's variables.
+    noise_std: σ; None means the value in the flow's config.
     noise: "normal" adds σ ε to x1; "uniform" dequantises x1, which must be images of 256 levels in [-1, 1].
 
-    Raises ValueError if `flow` is not a flow or, when called, if x1 or the condition does not fit it.
+    Raises ValueError if `flow` is not a flow or, when called, if x1 or the condition does not fit the flow.
 
     Example:
         flow, params, _ = flowgen.load("digits")
@@ -80,9 +83,12 @@ class FlowDistilled:
 
 
 def dequantised(x1: Float[Array, "b *event"], noise: Float[Array, "b *event"]) -> Float[Array, "b *event"]:
-    """Returns images plus uniform noise one level wide, ((x1 + 1) 127.5 + Φ(noise)) / 128 - 1, in [-1, 1].
+    """Returns images with uniform noise one level wide, ((x1 + 1) 127.5 + Φ(noise)) / 128 - 1, in [-1, 1].
 
-    x1: images of 256 levels in [-1, 1], as `flowgen.data.from_uint8` returns them. noise: normal noise.
+    Φ is the standard normal distribution function.
+
+    x1: images of 256 levels in [-1, 1], as `flowgen.data.from_uint8` returns them.
+    noise: standard normal noise.
 
     Example:
         x = dequantised(from_uint8(images), jax.random.normal(key, images.shape))

@@ -1,12 +1,13 @@
 """DiT: a transformer on image patches, modulated by time and class (Peebles and Xie, arXiv 2212.09748).
 
-Let c be the embedding of (t, interval, condition). A layer computes
+Let c be the embedding of (t, interval, condition). A layer computes shifts a, scales b and gates g from c, and updates
+the tokens h:
 
     (a, b, g, a', b', g') = W silu(c)                     (W is initialised to 0, so every layer starts as the identity)
     h <- h + g · Attention(norm(h) (1 + b) + a),   h <- h + g' · MLP(norm(h) (1 + b') + a')
 
-If the context consists of tokens, W also yields (a", b", g"). Between the two, each layer then attends to the embedded
-tokens e:
+If the context consists of tokens, a layer also computes (a", b", g") from c. Between attention and MLP, it attends to
+the embedded tokens e:
 
     h <- h + g" · CrossAttention(norm(h) (1 + b") + a", e)
 """
@@ -53,18 +54,18 @@ MAX_POSITIONS = 1 << 28  # largest number of entries in the position table, whic
 class DiTConfig:
     """Architecture of a DiT.
 
-    The sizes S, B, L and XL in the paper have (width, num_layers, head_dim) = (384, 12, 64), (768, 12, 64),
-    (1024, 24, 64) and (1152, 28, 72).
+    The sizes S, B, L and XL in the paper have (width, num_layers, head_dim) = (384, 12, 64), (768, 12, 64), (1024, 24,
+    64) and (1152, 28, 72).
 
-    image_size: side of the images or latents, or (height, width).
+    image_size: side of square images or latents, or (height, width).
     channels: number of channels of the images or latents.
-    patch_size: side of the square patches, each of which becomes one token; it must divide the height and the width of
-    the image.
+    patch_size: side of the square patches, each of which becomes one token; must divide the height and the width of the
+    image.
     width: number of channels of a token, a multiple of head_dim.
     num_layers: number of transformer layers.
     head_dim: number of channels per attention head.
     expansion: hidden width of the feed-forward layers, as a multiple of width.
-    num_classes: number of classes that the field is conditioned on; 0 for none.
+    num_classes: number of classes that the velocity is conditioned on; 0 for none.
     attention: attention kernel of the layers: a name, or your own kernel or feature map.
     attention_implementation: implementation of softmax attention: "auto", "xla", "cudnn" on GPUs or "tpu" on TPUs; see
     docs/attention.md in the repository.
@@ -73,10 +74,10 @@ class DiTConfig:
     1,000. The loss of MeanFlow contains a derivative with respect to t, so MeanFlow needs a small factor, such as 1.0.
     dtype: dtype of matrix products and activations; parameters, norms and the modulation stay float32.
     remat: whether to recompute the activations of each layer in the backward pass instead of storing them.
-    context: the context that the field is conditioned on, None for none. The embedding of a vector is added to the
-    embedding of the time. Every layer attends to tokens by softmax cross-attention, whatever `attention` is; their
-    order has no effect. An image as large as the network's images is concatenated to them as channels. The patches of
-    any other image are tokens, with embeddings of their positions.
+    context: the context that the velocity is conditioned on; None for none. The embedding of a vector is added to the
+    embedding of the time. Every layer attends to tokens by softmax cross-attention, whatever `attention` is; the order
+    of the tokens has no effect. An image of the same size as the network's images is concatenated to them as channels.
+    An image of another size becomes tokens, one per patch, with position embeddings.
     """
 
     image_size: Side | tuple[Side, Side]
@@ -114,7 +115,7 @@ class DiTConfig:
 
     @property
     def image_hw(self) -> tuple[int, int]:
-        """(height, width) in pixels."""
+        """Height and width in pixels."""
         return image_sides(self.image_size)
 
     @property
@@ -123,7 +124,7 @@ class DiTConfig:
         return (*self.image_hw, self.channels)
 
     def shrunk(self) -> DiTConfig:
-        """Returns a tiny config of the same kind, at most 8 pixels high and wide, for tests and `--debug`."""
+        """Returns a small version of this config, at most 8 pixels high and wide, for tests and `--debug`."""
         height, width = self.image_hw
         patch = min(self.patch_size, 2)
         side = patch * max(1, min(4, height // self.patch_size))
@@ -141,18 +142,20 @@ class DiTConfig:
 
     @property
     def token_hw(self) -> tuple[int, int]:
-        """(rows, columns) of patches."""
+        """Numbers of rows and columns of patches."""
         height, width = self.image_hw
         return height // self.patch_size, width // self.patch_size
 
     @property
     def attends_context(self) -> bool:
-        """Whether the layers attend to the context: to tokens, or to an image of another size than the network's."""
+        """Whether the layers attend to the context. They attend to tokens, and to an image of another size than the
+        network's.
+        """
         return isinstance(self.context, TokenContext | ImageContext) and not same_size(self.context, self.image_hw)
 
     @property
     def softmax_shapes(self) -> tuple[SoftmaxShape, ...]:
-        """A tuple with the attention shape that all layers share; empty unless they use softmax attention."""
+        """The attention shape of the layers, as a tuple of one item; empty unless the layers use softmax attention."""
         if not (isinstance(self.attention, str) and self.attention == "softmax"):
             return ()
         heads = self.width // self.head_dim
@@ -180,8 +183,10 @@ class DiT(OnMeshes, nn.Module):
     ) -> Float[Array, "b height width c"]:
         """Returns the velocity at x and time t, averaged over `interval` if given.
 
-        cond: labels, the context that the config describes, or None. train: ignored. Raises ValueError if x, t or cond
-        does not match the config.
+        cond: labels, the context that the config describes, or None.
+        train: ignored.
+
+        Raises ValueError if x, t or cond does not match the config.
         """
         config = self.config
         check_inputs(config, t, x)
@@ -204,7 +209,9 @@ class DiT(OnMeshes, nn.Module):
         return unpatchify(out, config.patch_size, config.image_hw, PATCH_ORDER)
 
     def _conditioned(self, t: Array, x: Array, cond: Any, interval: Array | None) -> tuple[Array, Array, Given | None]:
-        """Returns silu(c), the images with the channels of the context, and the tokens that the layers attend to."""
+        """Returns silu(c), the images with an image context as added channels, and the tokens that the layers attend
+        to.
+        """
         config, context = self.config, self.config.context
         embed = ConditionEmbedding(
             config.width, config.num_classes, config.intervals, time_scale=config.time_scale, name="condition"
@@ -252,7 +259,9 @@ class DiTLayer(nn.Module):
         return h + mlp_gate[:, None].astype(h.dtype) * down(ACTIVATIONS["gelu_tanh"](up(y))), None
 
     def _cross(self, y: Float[Array, "b n d"], context: Given) -> Float[Array, "b n d"]:
-        """Returns the attention of y to the context; the bias of the output layer alone for samples without context."""
+        """Returns the attention of y to the context. For samples without a context, this is the bias of the output
+        layer.
+        """
         config = self.config
         q = _dense(config.width, config.dtype, shared="outputs", name="context_query")(y.astype(config.dtype))
         kv = _dense(2 * config.width, config.dtype, shared="outputs", name="context_key_value")(context.tokens)

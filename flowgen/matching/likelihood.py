@@ -1,4 +1,4 @@
-"""Likelihood under a velocity field, from the change of density along its paths."""
+"""Log-densities under a velocity field, computed from its divergence along trajectories."""
 
 from __future__ import annotations
 
@@ -30,13 +30,14 @@ def log_prob(
     atol: float = 1e-5,
     max_steps: int = 4096,
 ) -> Float[Array, " b"]:
-    """Returns log p1(x1) = log p0(x0) - ∫ div v dt in nats, along the path that ends at x1.
+    """Returns log p1(x1) = log p0(x0) - ∫ div v dt in nats, along the trajectory from x0 to x1.
 
-    x1: images must be in [-1, 1], as in training; the values are not checked.
-    key: None computes the exact divergence with one Jacobian-vector product per dimension, so the solver is the only
-    source of error. A key selects Hutchinson's estimate with one Rademacher probe per sample, which is the same along
-    the whole path (Grathwohl et al., arXiv 1810.01367). log_p0: function that returns the log-density of x0; by
-    default, x0 has a standard normal distribution. For the other settings, see `integrate`.
+    x1: data in the range of training, such as [-1, 1] for images; the values are not checked.
+    key: None computes the exact divergence with one Jacobian-vector product per dimension. A key selects Hutchinson's
+    estimate with one Rademacher probe per sample, which is the same along the whole trajectory (Grathwohl et al., arXiv
+    1810.01367).
+    log_p0: function that returns the log-density of x0; None means the standard normal density.
+    Other settings: as for `integrate`.
 
     With "dopri5", the tolerances apply jointly to the state and to the integral of the divergence. The integral is
     accumulated in at least float32. The result is differentiable; with "dopri5", only in reverse mode.

@@ -32,8 +32,10 @@ Loss = Callable[..., tuple[Any, ...]]
 class Pairs(NamedTuple):
     """The pairs on which a loss is computed, after coupling, weighting and dropout of conditions.
 
-    ess: effective sample size, as a share of the batch. log_mean: the running log-mean of the weights, to pass to
-    the next step. Both are computed over the whole batch, even if the batch is split over several devices.
+    ess: effective sample size, as a share of the batch.
+    log_mean: running log-mean of the weights (see `draw_pairs`), to pass to the next step.
+
+    ess and log_mean refer to the whole batch, even if it is split over devices.
     """
 
     x0: Float[Array, "b *event"]
@@ -52,21 +54,23 @@ def flow_matching_loss(
     prediction: Prediction = "velocity",
     label_dropout: float = 0.0,
 ) -> Loss:
-    """Returns the loss E[w |v(t, x_t) - u_t|²] as a function loss_fn(velocity, batch, key, log_mean=None).
+    """Returns loss_fn(velocity, batch, key, log_mean=None) -> (loss, metrics, log_mean).
 
-    loss_fn returns (loss, metrics, log_mean). velocity(t, x, cond): any callable that predicts the quantity named by
-    `prediction`. The loss is computed on the predicted quantity itself, without converting it to a velocity: a
-    predicted x1 is compared with the data x1, predicted noise with x0, and beta times a predicted score with -x0. If
-    the coupling is independent, the learned score is ∇ log p_t. The squared error is averaged over dimensions, in at
-    least float32.
+    The loss is E[w |v(t, x_t, cond) - u_t|²], with the path's target velocity u_t and the pair weights w of the
+    coupling. velocity(t, x, cond) is any callable that predicts the quantity named by `prediction`. Predictions are not
+    converted to velocities: a predicted x1 is compared with the data x1, predicted noise with x0, and beta times a
+    predicted score with -x0. With independent pairs and normal noise, the learned score is ∇ log p_t. The squared error
+    is averaged over dimensions, in at least float32.
 
     batch: a dict of "x1", the data; "x0", the noise (standard normal if missing); "cond", the condition or None; and
     "rows", a `flowgen.rows.Rows`. A training step adds "rows", so that the random numbers do not depend on the number
-    of devices. The condition is any pytree of arrays with one row per sample that the velocity accepts.
+    of devices. "cond" may be any pytree that the velocity accepts whose arrays have one row per sample.
     label_dropout: probability with which each sample becomes unconditional, independently of the others: its label is
     replaced by -1, or its context is masked. A positive value requires labels, vectors, tokens or `ContextTokens`.
-    log_mean: the running log-mean of the pair weights; -inf or None before the first step. The loss returns the updated
-    value, which only "running" normalisation needs. Raises ValueError if settings or shapes are invalid.
+    log_mean: the running log-mean of the pair weights; -inf or None before the first step. loss_fn returns the updated
+    value, which only `GibbsWeights` with normalize="running" needs.
+
+    Raises ValueError if settings or shapes are invalid.
 
     Example:
         loss_fn = flow_matching_loss(path=CondOT(), coupling=GibbsWeights(epsilon=2.0), time=Uniform())
@@ -116,7 +120,7 @@ def residual(
 
 
 def rows_of(batch: dict[str, Any], key: Key[Array, ""]) -> Rows:
-    """Returns the `Rows` of a batch, with which a loss draws random numbers; creates them from `key` if necessary.
+    """Returns the `Rows` with which a loss draws random numbers: those in the batch, or new ones from `key`.
 
     Raises ValueError if the batch contains unknown names or lacks "x1".
 
@@ -135,13 +139,13 @@ def draw_pairs(
     *,
     label_dropout: float = 0.0,
 ) -> Pairs:
-    """Returns the pairs of a batch with their weights; every loss starts with this step.
+    """Returns the pairs of a batch with their weights.
 
-    The function draws noise if the batch contains none, and applies the coupling, which is independent by default. With
-    probability label_dropout, a sample then becomes unconditional. The weights are w = exp(log_weight). log_mean is
-    updated by log_mean ← log_mean + 0.01 (log mean w - log_mean); if it is -inf or None, it becomes log mean w. If the
-    coupling is `GibbsWeights` with normalize="running", the weights are divided by exp of the updated log_mean. The
-    mean of w covers all devices that share the batch. No gradient flows through the weights.
+    The function draws noise if the batch contains none, applies the coupling (independent by default), and makes each
+    sample unconditional with probability label_dropout. The weights are w = exp(log_weight). log_mean is updated by
+    log_mean ← log_mean + 0.01 (log mean w - log_mean); if it is -inf or None, it becomes log mean w. If the coupling is
+    `GibbsWeights` with normalize="running", the weights are divided by exp of the updated log_mean. The mean of w is
+    over all devices that share the batch. No gradient flows through the weights.
 
     Example:
         pairs = draw_pairs(rows_of(batch, key), batch, GibbsWeights(epsilon=5.0), label_dropout=0.1)
@@ -168,9 +172,7 @@ def couple(
 ) -> Coupled:
     """Returns the coupled pairs for these rows; first gathers the rows of all devices if the coupling needs them.
 
-    The attribute `sees` of a coupling is "row" if the coupling treats each pair separately. It is "device" if the
-    coupling uses only the rows of one device; the result then depends on the number of devices. Otherwise, it is
-    "global", which is the default.
+    This depends on the coupling's attribute `sees`; see `flowgen.matching.couplings`.
 
     Example:
         x0, x1, cond, log_weight = couple(rows, MinibatchOT(), x0, x1, labels)
@@ -212,7 +214,7 @@ def combined_log_mean(before: Float[Array, ""], followed: Float[Array, " parts"]
 
 
 def draw_point(rows: Rows, path: Path, t: Float[Array, " b"], pairs: Pairs) -> PathSample:
-    """Returns x_t and u_t of each pair. A path with a spread draws the noise of a pair with the key of that pair's row.
+    """Returns x_t and u_t of each pair. If the path adds noise to x_t, each row draws it with its own key.
 
     Example:
         point = draw_point(path_rows, CondOT(), t, pairs)

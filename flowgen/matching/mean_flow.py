@@ -1,8 +1,8 @@
 """MeanFlow: average velocity over an interval of the path, for sampling in one step (Geng et al., arXiv 2505.13447).
 
 The average velocity is u(t, x, cond, interval) = 1/interval ∫ v(τ, x_τ) dτ over [t, t + interval], along the trajectory
-that passes through x at time t. For interval 0, u is v itself. Multiply the equation by interval, and differentiate it
-along the trajectory. The end t + interval is fixed, so interval decreases as t increases. The result is the identity
+that passes through x at time t. For interval 0, u is v itself. Multiplying this equation by interval, and
+differentiating along the trajectory with fixed end t + interval, yields the identity
 
     u = v + interval · du/dt,    du/dt = ∂u/∂t + (∂u/∂x) v - ∂u/∂interval                               (identity)
 
@@ -59,22 +59,25 @@ def mean_flow_loss(
     guidance_weight: float = 0.0,
     label_dropout: float = 0.1,
 ) -> Loss:
-    """Returns the MeanFlow loss as a function loss_fn(average_velocity, batch, key, log_mean=None).
+    """Returns the MeanFlow loss, loss_fn(average_velocity, batch, key, log_mean=None) -> (loss, metrics, log_mean).
 
-    loss_fn returns (loss, metrics, log_mean). The loss is E[w a |u(t, x_t, interval) - target|²]. Its target is v +
-    interval · du/dt, the right-hand side of the identity in the docstring of this module. Here v is the path's u_t, and
-    du/dt is computed by one Jacobian-vector product. The square is *summed* over dimensions, as in the published code,
-    and its adaptive weight is a = 1 / (square + 0.01)^power. No gradient flows through the target or through a. Two
-    times are drawn from `time`; the smaller is t, and the larger is t + interval. The defaults are the published
-    settings.
+    The loss is E[w a |u(t, x_t, interval) - target|²] with the pair weight w. The target is v + interval · du/dt, the
+    right-hand side of the identity in `flowgen.matching.mean_flow`, where v is the path's u_t. One Jacobian-vector
+    product computes du/dt. The square is *summed* over dimensions, as in the published code, and its adaptive weight is
+    a = 1 / (square + 0.01)^power. No gradient flows through the target or through a. Two times are drawn from `time`;
+    the smaller is t, and the larger is t + interval. The defaults are the published settings.
 
-    instantaneous: share of the pairs whose interval is set to 0. power: exponent of the adaptive weight. With power 1,
-    the contribution of each pair stays below 1, so monitor "unweighted_loss", which is the square averaged over
-    dimensions. In high dimensions, all squares are similar, and so are the weights. In low dimensions, the weights move
-    the minimum of the loss towards the most likely target, so use power 0. guidance_weight: w in
-    (1 + w) v - w u(t, x, no condition, 0), which replaces v for samples with a condition. One step then draws guided
-    samples. Guidance requires a condition. It also requires a label_dropout above 0, which trains the unconditional
-    field. For batch, label_dropout and log_mean, see `flow_matching_loss`. Raises ValueError if settings are invalid.
+    instantaneous: share of the pairs whose interval is set to 0.
+    power: exponent of the adaptive weight. With power 1, each pair contributes less than 1 to the loss, so monitor
+    "unweighted_loss", which is the square averaged over dimensions. In high dimensions, the squares of all pairs are
+    similar, and so are their weights. In low dimensions, the weights move the minimum of the loss towards the most
+    likely target, so use power 0.
+    guidance_weight: weight of classifier-free guidance. For samples with a condition, (1 + weight) v - weight u(t, x,
+    no condition, 0) replaces v, so that one step draws a guided sample. A positive weight requires a condition, and a
+    label_dropout above 0 to train the unconditional field.
+    batch, label_dropout, log_mean: as for `flow_matching_loss`.
+
+    Raises ValueError if settings are invalid.
 
     Example:
         loss_fn = mean_flow_loss(coupling=MinibatchOT())
@@ -136,7 +139,8 @@ def average_and_target(
     interval: Float[Array, " b"],
     v: Float[Array, "b *event"],
 ) -> tuple[Float[Array, "b *event"], Float[Array, "b *event"]]:
-    """Returns u(t, x_t, cond, interval) and its target, the right-hand side of the identity: v + interval · du/dt.
+    """Returns u(t, x_t, cond, interval) and its target v + interval · du/dt (see the identity in the module's
+    docstring).
 
     No gradient flows through the target. If u is the average velocity of the field v, then u equals the target. If v
     contains the velocities of single pairs instead, u equals the expectation of the target, because the target is
@@ -183,8 +187,8 @@ def integrate_mean(
 ) -> tuple[Float[Array, "b *event"], int]:
     """Returns samples and the number of network evaluations.
 
-    Every step x ← x + interval · u(t, x, cond, interval) has the same interval. Raises ValueError if num_steps is below
-    1.
+    Each step is x ← x + interval · u(t, x, cond, interval), with interval = 1 / num_steps. Raises ValueError if
+    num_steps is below 1.
 
     Example:
         x1, nfe = integrate_mean(average_velocity, x0, labels, num_steps=1)

@@ -1,4 +1,4 @@
-"""Training options of a velocity network, as plain data, and the objective that the training loop minimises."""
+"""The config for training a velocity network, and the objective that the training loop minimises."""
 
 from __future__ import annotations
 
@@ -61,7 +61,7 @@ class MeanFlow:
 
     instantaneous: share of pairs with interval 0, between 0 and 1.
     power: exponent of the adaptive weight; 0 for no adaptive weight.
-    guidance_weight: weight of the guidance that is trained into the field; 0 for no guidance.
+    guidance_weight: weight of the classifier-free guidance that the network learns; 0 for no guidance.
     """
 
     instantaneous: Fraction = 0.75
@@ -105,9 +105,9 @@ class MatchingConfig:
         return self.loss.prediction if isinstance(self.loss, FlowMatching) else "velocity"
 
     def fitted(self, x0: Float[Array, "b *event"], x1: Float[Array, "b *event"]) -> MatchingConfig:
-        """Returns this config; if the coupling's epsilon is None, it is chosen from samples of noise and data.
+        """Returns this config, with an epsilon chosen from samples of noise and data if the coupling's epsilon is None.
 
-        Warns (UserWarning) if plain Gibbs weights tilt noise or data more than they couple the two.
+        Warns (UserWarning) as `warn_if_tilted` does, unless the coupling has Sinkhorn sweeps.
         """
         coupling = self.coupling
         if not isinstance(coupling, GibbsWeights):
@@ -138,7 +138,7 @@ class MatchingConfig:
         )
 
     def state(self) -> dict[str, Any]:
-        """Returns the initial state, which training updates. It is empty unless pair weights use a running mean."""
+        """Returns the initial carried state; it is empty unless pair weights are divided by a running mean."""
         running = isinstance(self.coupling, GibbsWeights) and self.coupling.normalize == "running"
         return {STATE: {"log_mean": jnp.full((), -jnp.inf, jnp.float32)}} if running else {}
 
@@ -152,11 +152,12 @@ def matching_objective(
 ) -> Callable[..., tuple]:
     """Returns the objective (variables, batch, key) -> (loss, metrics[, carried state]) of a velocity network.
 
-    pairs(key, batch): a function that returns the batch for `loss_fn`: a dict of "x1" and, optionally, "x0" and "cond".
-    Each device passes a different key, but random numbers from `batch_rows(batch, key, num)` are the same on any number
-    of devices. The carried state is the running log-mean of the pair weights. It is returned if `variables` contains
-    the collection "matching".
+    If `variables` contains the collection "matching", the objective also returns the carried state, which is the
+    running log-mean of the pair weights.
 
+    pairs(key, batch): a function that returns the batch for `loss_fn`: a dict of "x1" and, optionally, "x0" and "cond".
+    The key that it receives differs between devices. Draw random numbers from `batch_rows(batch, key, num)` if they
+    must be the same on any number of devices.
     train: whether to apply dropout. If True, and if the network's config has a positive `dropout`, the network is
     applied to each row separately, with one dropout key per row.
 
@@ -202,11 +203,10 @@ def combined_state(before: dict[str, Any], parts: dict[str, Any]) -> dict[str, A
 
 
 def velocity_field(network: Any, variables: Any, matching: MatchingConfig) -> Velocity:
-    """Returns the velocity function (t, x, cond) -> v of a trained network, for any predicted quantity.
+    """Returns the velocity function (t, x, cond) -> v of a trained network, whatever quantity the network predicts.
 
-    If the network predicts x1, noise or a score, its output is evaluated and converted only at times at which
-    alpha/beta is between 0.02 and 50. Closer to the ends of the path, the conversion would amplify the network's error
-    without bound.
+    A network that predicts x1, noise or a score is evaluated only at times at which alpha/beta is between 0.02 and 50.
+    Closer to the ends of the path, the conversion to a velocity would amplify the network's error without bound.
 
     Example:
         x1, nfe = integrate(velocity_field(network, variables, matching), x0, labels)

@@ -1,7 +1,8 @@
 """Probability paths from noise x0 (t = 0) to data x1 (t = 1).
 
-An affine path is x_t = alpha_t x1 + beta_t x0 (+ spread_t · noise). Its target velocity is
-u_t = alpha'_t x1 + beta'_t x0 (+ spread'_t/spread_t (x_t - mean)). If x0 is Gaussian, beta_t is often called sigma_t.
+An affine path is x_t = m_t + spread_t · noise, with mean m_t = alpha_t x1 + beta_t x0. Its target velocity is u_t =
+m'_t + spread'_t/spread_t (x_t - m_t), or m'_t if the spread is constant. If x0 is Gaussian, papers often write sigma_t
+for beta_t.
 """
 
 from __future__ import annotations
@@ -39,7 +40,7 @@ class PathSample(NamedTuple):
 
 @runtime_checkable
 class Path(Protocol):
-    """The interface through which losses and samplers use a path."""
+    """The interface that losses and samplers require of a path."""
 
     def schedule(self, t: Float[Array, "*t"]) -> Schedule:
         """Returns alpha, beta and their derivatives."""
@@ -57,7 +58,7 @@ class Path(Protocol):
 
 
 class AffinePath:
-    """Base class of paths defined by a schedule, with an optional constant Gaussian spread."""
+    """Base class of paths defined by a schedule, with optional Gaussian noise of constant standard deviation."""
 
     @property
     def spread(self) -> float:
@@ -86,7 +87,7 @@ class AffinePath:
 class CondOT(AffinePath):
     """The straight line x_t = (1 - t) x0 + t x1 (arXiv 2210.02747, arXiv 2302.00482).
 
-    sigma: Gaussian spread around the line; 0 for none.
+    sigma: standard deviation of Gaussian noise around the line; 0 for none.
     """
 
     sigma: NonNegative = 0.0
@@ -101,10 +102,11 @@ class CondOT(AffinePath):
 
 @config
 class Target(AffinePath):
-    """Lipman's path to a narrow Gaussian around x1: x_t = t x1 + (1 - (1 - sigma_min) t) x0, with standard normal x0.
+    """The path of Lipman et al. to a narrow Gaussian around x1: x_t = t x1 + (1 - (1 - sigma_min) t) x0, with normal
+    x0.
 
-    The target velocity x1 - (1 - sigma_min) x0 equals the published one, which is written in terms of x_t and gives 0/0
-    at t = 1 if sigma_min is 0.
+    The target velocity x1 - (1 - sigma_min) x0 equals the published one (arXiv 2210.02747). The published form, written
+    in terms of x_t, is 0/0 at t = 1 if sigma_min is 0.
 
     sigma_min: standard deviation of x_t around x1 at t = 1; at least 0 and below 1.
     """
@@ -119,7 +121,7 @@ class Target(AffinePath):
 class Trigonometric(AffinePath):
     """The variance-preserving cosine path x_t = sin(πt/2) x1 + cos(πt/2) x0 (arXiv 2209.15571).
 
-    sigma: Gaussian spread around the path; 0 for none.
+    sigma: standard deviation of Gaussian noise around the path; 0 for none.
     """
 
     sigma: NonNegative = 0.0
@@ -176,8 +178,8 @@ class VariancePreserving(AffinePath):
 class LinearVariancePreserving(AffinePath):
     """The variance-preserving path with linear alpha: x_t = t x1 + √(1 - t²) x0.
 
-    The derivative beta' = -t/beta is infinite at t = 1. The code therefore divides by at least √1e-5, which is the
-    value of beta at t = 1 - 5e-6.
+    The derivative beta' = -t/beta is infinite at t = 1. Its divisor is therefore kept at or above √1e-5, the value of
+    beta at t = 1 - 5e-6.
 
     Example:
         point = LinearVariancePreserving().sample(key, t, x0, x1)
@@ -192,10 +194,10 @@ class LinearVariancePreserving(AffinePath):
 class SchroedingerBridge:
     """The Brownian bridge x_t = (1-t) x0 + t x1 + sigma √(t(1-t)) noise, for entropic couplings (arXiv 2307.03672).
 
-    The target velocity is u_t = (1 - 2t) / (2t(1-t)) (x_t - mean) + x1 - x0. Written in terms of the noise, u_t
-    diverges only like t^-½ at t = 0, and like (1-t)^-½ at t = 1. Times are clipped to stay 1e-5 away from both ends.
+    The target velocity is u_t = sigma (1 - 2t) / (2 √(t(1-t))) noise + x1 - x0. It diverges like t^-½ at t = 0 and like
+    (1-t)^-½ at t = 1. Times are therefore clipped to [1e-5, 1 - 1e-5].
 
-    sigma: standard deviation of the bridge's noise; positive.
+    sigma: diffusion coefficient of the bridge; positive.
     """
 
     sigma: Positive = 1.0
@@ -218,7 +220,7 @@ class SchroedingerBridge:
     def score_scale(self, t: Float[Array, " b"]) -> Float[Array, " b"]:
         """Returns lambda_t = 2 √(t(1-t)) / sigma.
 
-        Score matching fits lambda_t s to -noise. Here, s is the scaled score sigma²/2 ∇ log p_t.
+        Score matching fits lambda_t s to -noise, where s is the scaled score sigma²/2 ∇ log p_t.
         """
         return 2 * jnp.sqrt(t * (1 - t)) / self.sigma
 

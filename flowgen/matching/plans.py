@@ -1,4 +1,4 @@
-"""Transport plans over a batch. Exact plans are computed on the host, entropic plans in the compiled program."""
+"""Transport plans between two batches. Exact plans are computed on the host, entropic plans in the compiled program."""
 
 from __future__ import annotations
 
@@ -25,10 +25,10 @@ OVER_RELAXATION = 1.8
 
 
 class EntropicPlan(NamedTuple):
-    """A transport plan over a batch. Row sums are exact; `error` is the mean relative deviation of the column sums.
+    """A transport plan over a batch. Row sums are exact; `error` is the mean relative error of the column sums.
 
-    log_plan: logarithm of b² times the plan; this product has rows and columns of mean 1. sweeps: number of sweeps in
-    the last stage.
+    log_plan: logarithm of b² times the plan; the mean of each row and column of this product is 1.
+    sweeps: number of sweeps in the last stage.
     """
 
     log_plan: Float[Array, "b b"]
@@ -39,13 +39,14 @@ class EntropicPlan(NamedTuple):
 def entropic_plan(
     cost: Float[Array, "b b"], allowed: Bool[Array, "b b"], epsilon: float, *, tolerance: float, max_sweeps: int
 ) -> EntropicPlan:
-    """Returns the plan over the `allowed` pairs that minimises cost minus epsilon times entropy.
+    """Returns the plan that minimises cost minus epsilon times entropy over the `allowed` pairs.
 
-    epsilon is in units of the mean cost. The method is Sinkhorn's iteration in the log domain, in stages with
-    decreasing epsilon. After each stage, the potentials are added to the matrix, so that the potentials of the next
-    stage are small and the marginals are accurate to float32. The last stage ends when the row and column sums are
-    within `tolerance`, or after max_sweeps sweeps. Check `error` if the plan must be accurate. The diagonal must be
-    allowed. If all costs are 0, the plan is uniform.
+    The method is Sinkhorn's iteration in the log domain, in stages with decreasing epsilon. After each stage, the
+    potentials are added to the matrix. This keeps the potentials of the next stage small and the marginals accurate to
+    float32. The last stage ends when the row and column sums are within `tolerance`, or after max_sweeps sweeps,
+    possibly with a larger `error`.
+
+    epsilon is in units of the mean cost. The diagonal must be allowed. If all costs are 0, the plan is uniform.
     """
     solve = partial(_entropic_plan, epsilon=epsilon, tolerance=tolerance, max_sweeps=max_sweeps)
     return EntropicPlan(*keep_axes(solve, cost, allowed, named=[(cost, "b m")], out=("b m", "", "")))
@@ -77,7 +78,7 @@ def _entropic_plan(
 
 
 def relative_cost(cost: Float[Array, "b m"]) -> Float[Array, "b m"]:
-    """Returns costs of any magnitude in units of their mean; zeros if all are 0."""
+    """Returns costs of any magnitude divided by their mean; zeros if all are 0."""
     # Clip the divisor to the range of numbers by which float32 can divide.
     scaled = cost / jnp.clip(jnp.abs(cost).max(), 1e-30, 1e30)
     mean = scaled.mean()
@@ -96,9 +97,9 @@ def _falling(epsilon: float) -> list[float]:
 def _potentials(
     logits: Float[Array, "b b"], tolerance: Float[Array, ""], most: Int[Array, ""]
 ) -> tuple[Float[Array, " b"], Float[Array, " b"], Int[Array, ""]]:
-    """Returns f, g and the number of sweeps. Rows and columns of exp(logits + f + g) have mean 1 within the tolerance.
+    """Returns f, g and the number of sweeps.
 
-    The tolerance is missed if `most` sweeps do not suffice.
+    The rows and columns of exp(logits + f + g) have mean 1 within the tolerance, unless `most` sweeps do not suffice.
     """
     log_size = jnp.log(jnp.asarray(len(logits), logits.dtype))
 
@@ -125,8 +126,8 @@ def _potentials(
 def sinkhorn_potentials(logits: Float[Array, "b b"], num_sweeps: int) -> tuple[Float[Array, " b"], Float[Array, " b"]]:
     """Returns f and g such that the rows and columns of exp(logits_ij + f_i + g_j) have mean 1.
 
-    After each sweep, the columns are exact and the rows approximate. The sweeps are in the log domain, so finite logits
-    give finite potentials.
+    After each sweep, the means of the columns are exact, and those of the rows are approximate. The sweeps are in the
+    log domain, so finite logits give finite potentials.
 
     Example:
         f, g = sinkhorn_potentials(-cost / epsilon, 50)
@@ -156,11 +157,11 @@ def corrected_log_weight(logits: Float[Array, "b b"], num_sweeps: int) -> Float[
 
 
 def assignment(cost: Float[Array, "b b"]) -> Int[Array, " b"]:
-    """Returns the column of each row in the assignment with the smallest total cost, which scipy computes on the host.
+    """Returns the column of each row in the assignment with the smallest total cost. Scipy computes the assignment on
+    the host.
 
     First, Sinkhorn potentials are subtracted from the costs: one constant from each row and one from each column. This
-    does not change the optimal assignment, and roughly halves scipy's running time. Costs that are not finite count as
-    0.
+    speeds up scipy without changing the optimal assignment. Costs that are not finite count as 0.
     """
     return keep_axes(_assignment, cost, named=[(cost, "b m")], out="b")
 

@@ -1,8 +1,8 @@
-"""Semidiscrete optimal transport: each new x0 is paired with a sample from the whole dataset, not from a batch.
+"""Semidiscrete optimal transport, which pairs each x0 with a sample from the whole dataset instead of from a batch.
 
-The plan partitions the space of noise into cells, one for each data point y_j. It pairs x0 with the y_j for which
-g_j - |x0 - y_j|² is largest. The potentials g, one number per data point, make all cells equally probable. They are
-learned once, before training (Mousavi-Hosseini et al., arXiv 2509.25519).
+The plan partitions the space of noise into cells, one for each data point y_j. It pairs x0 with the y_j for which g_j -
+|x0 - y_j|² is largest. The potentials g, one number per data point, make all cells equally probable. They are learned
+once, before training (Mousavi-Hosseini et al., arXiv 2509.25519).
 """
 
 from __future__ import annotations
@@ -36,13 +36,13 @@ AVERAGING = 0.02
 class SemidiscreteOT:
     """Pairs each x0 with the data point whose cell contains it; all weights are 1.
 
-    The data points and their conditions replace x1 and cond of the batch. With conditions, a class is trained only on
-    the noise in its cells, but is sampled from all noise. Use this coupling for unconditional models, or with guidance
-    that accounts for the difference. A call stores a b x n matrix.
+    The data points and their conditions replace x1 and cond of the batch. For each class, a conditional model is
+    trained only on the noise in the cells of this class, but samples from all noise. Prefer this coupling for
+    unconditional models. A call stores a b x n matrix.
 
-    y: the dataset. potentials: potentials from `fit_semidiscrete`, or from any other solver for the squared Euclidean
-    cost. labels: labels or other conditions of the data, as any pytree of arrays with one row per data point. The rows
-    of the paired data points are returned as cond.
+    y: the dataset.
+    potentials: potentials from `fit_semidiscrete`, or from any other solver for the squared Euclidean cost.
+    labels: labels or other conditions of the data, as any pytree of arrays with one row per data point.
 
     Raises ValueError if shapes do not match, or if the batch has a condition but the data have no labels.
 
@@ -82,7 +82,8 @@ class SemidiscreteOT:
 
 
 class SemidiscreteFit(NamedTuple):
-    """A fitted coupling and its error, the χ² divergence between the cells' probabilities and equal probabilities.
+    """A fitted coupling and its error, the χ² divergence between the probabilities of the cells and equal
+    probabilities.
 
     The error is an unbiased estimate from samples of noise. For exact potentials, it is close to 0 and may be negative.
     """
@@ -100,12 +101,15 @@ def fit_semidiscrete(
     num_steps: int = 2000,
     batch_size: int = 1024,
 ) -> SemidiscreteFit:
-    """Returns the semidiscrete coupling of a noise distribution with the data y, and the coupling's remaining error.
+    """Returns the semidiscrete coupling of a noise distribution with the data y, and its error.
 
-    OTT-JAX optimises the dual transport problem with Adam, on num_steps batches of noise. noise: a function
-    (key, shape, dtype) -> x0. Larger datasets need more steps and larger batches: over all steps, each data point
-    should be paired with dozens of noise samples. Raises ModuleNotFoundError if OTT-JAX is not installed, and
-    ValueError if settings are invalid.
+    OTT-JAX optimises the dual transport problem with Adam. Larger datasets need more steps and larger batches: over all
+    steps, each data point should be paired with dozens of noise samples.
+
+    noise: a function (key, shape, dtype) -> x0.
+    num_steps, batch_size: number and size of the batches of noise.
+
+    Raises ModuleNotFoundError if OTT-JAX is not installed, and ValueError if settings are invalid.
 
     Example:
         coupling, error = fit_semidiscrete(jax.random.key(0), images, labels)

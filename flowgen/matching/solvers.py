@@ -50,16 +50,17 @@ def integrate(
 ) -> tuple[Float[Array, "b *event"], int | Int[Array, ""]]:
     """Returns the state at the end of the time grid and the number of velocity evaluations.
 
-    times: the time grid, which must increase within [0, 1]; None for num_steps equal steps. reverse: whether to
-    integrate backward over the grid, from data to noise. velocity(t, x, cond) is called with t of shape `b`. The state
-    is accumulated in at least float32, even if x0 has a smaller dtype. Outside jit, every call recompiles the scan over
-    steps, so apply jit to the calling function.
+    velocity(t, x, cond) is called with t of shape `b`. The state is accumulated in at least float32, even if x0 has a
+    smaller dtype. Outside jit, every call recompiles the scan over steps, so apply jit to the calling function.
+
+    times: the time grid, which must increase within [0, 1]; None for num_steps equal steps.
+    reverse: whether to integrate backward over the grid, from data to noise.
 
     The method "dopri5" adapts its step sizes, which are the same for the whole batch. It keeps the root mean square of
-    error / (atol + rtol |x|), taken over the batch, below 1. It ignores num_steps, raises ValueError if times are
-    given, and returns the number of evaluations as an int32 array. It supports only reverse-mode differentiation. If it
-    needs more than max_steps steps, it raises RuntimeError outside jit, and returns NaN inside jit. The method requires
-    diffrax; without it, the call raises ModuleNotFoundError.
+    error / (atol + rtol |x|) over the batch below 1. num_steps has no effect, and times must be None. The number of
+    evaluations is an int32 array. Only reverse-mode differentiation is supported. If max_steps steps do not suffice,
+    the method raises RuntimeError outside jit, and returns NaN inside jit. Without the package diffrax, it raises
+    ModuleNotFoundError.
 
     Raises ValueError for an unknown method, fewer than one step, a grid that does not increase within [0, 1], an
     integer x0, or a velocity whose shape differs from the shape of x.
@@ -89,8 +90,9 @@ def trajectory(
 ) -> tuple[Any, int]:
     """Returns the states at all times of the grid, as `steps+1 b *event`, and the number of velocity evaluations.
 
-    keep: whether to return all states; if False, only the last state is returned, as `b *event`. The other settings and
-    errors are the same as for `integrate` with a fixed-step method.
+    keep: whether to return all states; if False, only the last state is returned, as `b *event`.
+
+    Other settings and errors are the same as for `integrate` with a fixed-step method.
 
     Example:
         path, nfe = trajectory(velocity, x0, num_steps=100, method="rk4")
@@ -199,11 +201,11 @@ def time_grid(num_steps: int, times: Sequence[float] | np.ndarray | None) -> Flo
 
 
 def edm_times(num_steps: int) -> tuple[float, ...]:
-    """Returns EDM's grid of num_steps + 1 times for `integrate(times=...)`; the grid is finer near the data.
+    """Returns EDM's grid of num_steps + 1 times, which is finer near the data, for `integrate(times=...)`.
 
     The times are t = 1 / (1 + sigma), where sigma_i = (80^(1/7) + i/(num_steps - 1) (0.002^(1/7) - 80^(1/7)))^7, and
-    sigma = 0 at the end (Karras et al., arXiv 2206.00364). The grid starts at t = 1/81, where x0 is used in place of
-    x_t. Raises ValueError for fewer than two steps.
+    sigma = 0 at the end (Karras et al., arXiv 2206.00364). Integration starts at t = 1/81, with x0 in place of x_t.
+    Raises ValueError for fewer than two steps.
 
     Example:
         x1, nfe = integrate(velocity, x0, method="heun", times=edm_times(25))
@@ -226,13 +228,15 @@ def guided(
     """Returns the velocity field with classifier-free guidance (Ho and Salimans, arXiv 2207.12598).
 
     Let v_c be the velocity with the condition, and v_u the velocity without it. The network evaluates both in one
-    batch. Set the strength of the guidance with scale or with weight; the two agree if scale = 1 + weight.
+    batch. Set the strength of the guidance with either scale or weight, where scale = 1 + weight.
 
-    unconditional: the value of cond that means "no condition", such as -1 for labels; it has the structure of cond,
+    unconditional: the value of cond that means "no condition", such as -1 for labels. It has the structure of cond,
     with one value for all samples or one for each. None means the label -1 or, for vectors, tokens and texts, a
-    `ContextTokens` whose mask is False everywhere. scale: the field is v_u + scale (v_c - v_u), so scale 1 gives v_c.
-    weight: the field is (1 + weight) v_c - weight v_u, so weight 0 gives v_c. interval: range of times in which
-    guidance acts; outside this range, the field is v_c (Kynkäänniemi et al., arXiv 2404.07724).
+    `ContextTokens` whose mask is False everywhere.
+    scale: the field is v_u + scale (v_c - v_u), so scale 1 means no guidance.
+    weight: the field is (1 + weight) v_c - weight v_u, so weight 0 means no guidance.
+    interval: range of times at which guidance is applied; at other times, the field is v_c (Kynkäänniemi et al., arXiv
+    2404.07724).
 
     Raises ValueError unless exactly one of scale and weight is given. The returned field raises ValueError if cond is
     None.
@@ -282,9 +286,11 @@ def integrate_sde(
 ) -> tuple[Float[Array, "b *event"], int]:
     """Returns samples of dX = (v + g²/2 · score) dt + g dW, and the total number of evaluations of velocity and score.
 
-    For any g(t) ≥ 0, the SDE has the same marginals as the ODE. The method is Euler-Maruyama; the last step adds no
-    noise. diffusion: g as a function of t. score(t, x, cond): a function that returns ∇ log p_t, for instance computed
-    by `flowgen.matching.velocity_to_score`.
+    For any g(t) ≥ 0, the SDE has the same marginals as the ODE dx = v dt. The method is Euler-Maruyama; the last step
+    adds no noise.
+
+    score: a function (t, x, cond) that returns ∇ log p_t(x), for instance by `flowgen.matching.velocity_to_score`.
+    diffusion: g as a function of t.
 
     Example:
         x1, nfe = integrate_sde(velocity, score, x0, key, num_steps=200)

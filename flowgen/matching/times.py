@@ -1,4 +1,4 @@
-"""Distributions of training times on [0, 1]: classes whose instances are called as (key, batch) -> t."""
+"""Distributions of training times on [0, 1]. An instance draws times when called as (key, batch) -> t."""
 
 from __future__ import annotations
 
@@ -12,10 +12,9 @@ from flowgen.settings.ranges import Positive
 
 @config
 class Uniform:
-    """Uniform times.
+    """Times drawn uniformly from [0, 1].
 
-    stratified: whether to divide [0, 1] into as many equal intervals as the batch has samples, and draw one time in
-    each interval; the times are in random order.
+    stratified: whether to draw one time in each of `batch` equal intervals of [0, 1], in random order.
     """
 
     stratified: bool = False
@@ -30,8 +29,8 @@ class Uniform:
 class LogitNormal:
     """Logit-normal times: t = sigmoid(mean + std z), where z is standard normal (Esser et al., arXiv 2403.03206).
 
-    EDM's distribution corresponds to mean 1.2 and std 1.2. EDM's mean is -1.2, and its sign changes because data are at
-    t = 1 here.
+    EDM's noise levels (ln sigma with mean -1.2 and standard deviation 1.2) correspond to mean 1.2 and std 1.2. The sign
+    changes because data are at t = 1 here.
 
     mean: mean of the logit of t; a positive mean favours times near the data.
     std: standard deviation of the logit of t; positive.
@@ -48,7 +47,7 @@ class LogitNormal:
 class Shifted:
     """Uniform times that are shifted towards the noise: s = 1 - t is replaced by k s / (1 + (k - 1) s).
 
-    shift: k, positive; 1 for no shift.
+    shift: k, positive; 1 for no shift, below 1 for a shift towards the data.
     """
 
     shift: Positive = 3.0

@@ -1,4 +1,4 @@
-"""Two-dimensional distributions from the flow-matching literature, drawn on the device.
+"""Two-dimensional toy distributions from the flow-matching literature.
 
 This module keeps two quirks of the published toy data, so that results are comparable. The published code takes the
 square root of the "variance 0.1" of the ring's components twice, so their standard deviation is 0.1^(1/4) = 0.562. The

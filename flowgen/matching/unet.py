@@ -1,14 +1,15 @@
-"""The U-Net of ADM (Dhariwal and Nichol, arXiv 2105.05233), used by the CIFAR-10 recipes.
+"""The U-Net of ADM (Dhariwal and Nichol, arXiv 2105.05233), the usual velocity network for CIFAR-10.
 
 Let e be the embedding of (t, interval, condition). A residual block computes
 
     h = conv(silu(norm(x))),    y = skip(x) + conv(dropout(silu(norm(h + W silu(e)))))
 
-With `scale_shift_norm`, norm(h + W silu(e)) is replaced by norm(h) (1 + a) + b, where (a, b) = W silu(e). On the way
-down, each level runs `blocks_per_level` blocks; each level except the last then downsamples the image by a factor of 2.
-On the way up, each level has one more block, and each block also receives a skip connection from the way down: the
-corresponding output of the first convolution, a block or a downsampling. Attention computes
-x + W' attention(norm(x)).
+With `scale_shift_norm`, norm(h + W silu(e)) is replaced by norm(h) (1 + a) + b, where (a, b) = W silu(e). A block with
+attention then computes y + W' attention(norm(y)).
+
+On the way down, each level applies `blocks_per_level` blocks; each level except the last then downsamples the image by
+a factor of 2. On the way up, each level applies one more block than on the way down. Each of these blocks also receives
+a skip connection: the output of the first convolution, of a block or of a downsampling on the way down.
 """
 
 from __future__ import annotations
@@ -62,12 +63,12 @@ TABLE_STD = 1.0
 
 @config
 class UNetConfig:
-    """Architecture of a U-Net; `UNetConfig(image_size=32)` is torchcfm's architecture for CIFAR-10.
+    """Architecture of a U-Net; `UNetConfig(image_size=32, time_scale=1.0)` is torchcfm's architecture for CIFAR-10.
 
-    Meta's architecture is `UNetConfig(image_size=32, multipliers=(2, 2, 2), blocks_per_level=4, resample="pool",
-    head_dim=256, dropout=0.3, scale_shift_norm=True)`. Both implementations embed t unscaled, as with `time_scale=1.0`.
+    The architecture of Meta's flow_matching for CIFAR-10 is `UNetConfig(image_size=32, multipliers=(2, 2, 2),
+    blocks_per_level=4, resample="pool", head_dim=256, dropout=0.3, scale_shift_norm=True, time_scale=1.0)`.
 
-    image_size: side in pixels, or (height, width).
+    image_size: side of square images in pixels, or (height, width).
     channels: number of channels of the images.
     width: number of channels of the first level, a multiple of num_groups.
     multipliers: number of channels of each level, as a multiple of width; each level except the last is followed by
@@ -83,18 +84,17 @@ class UNetConfig:
     docs/attention.md in the repository.
     num_groups: number of groups in group norm.
     dropout: probability with which an activation is set to 0 in training; at least 0 and below 1.
-    num_classes: number of classes that the field is conditioned on; 0 for none.
+    num_classes: number of classes that the velocity is conditioned on; 0 for none.
     scale_shift_norm: whether the embedding scales and shifts the normalised activations; if False, the embedding is
     added before the norm.
     time_scale: factor by which times are multiplied before the sinusoidal embedding, which expects values from 0 to
     1,000.
     intervals: whether to also predict average velocities over an interval (MeanFlow).
     dtype: dtype of convolutions and activations; parameters, norms, the embedding and the velocity stay float32.
-    remat: whether to recompute the activations of each block in the backward pass instead of storing them; this saves
-    memory but takes more time.
-    context: the context that the field is conditioned on, None for none. The embedding of a vector, or the mean of the
-    tokens' embeddings, is added to the embedding of the time; the order of tokens has no effect. An image must be as
-    large as the network's images; it is concatenated to them as channels.
+    remat: whether to recompute the activations of each block in the backward pass instead of storing them.
+    context: the context that the velocity is conditioned on; None for none. The embedding of a vector, or the mean of
+    the tokens' embeddings, is added to the embedding of the time; the order of the tokens has no effect. An image must
+    have the same size as the network's images, and is concatenated to them as channels.
     """
 
     image_size: Side | tuple[Side, Side]
@@ -165,12 +165,12 @@ class UNetConfig:
 
     @property
     def image_hw(self) -> tuple[int, int]:
-        """(height, width) in pixels."""
+        """Height and width in pixels."""
         return image_sides(self.image_size)
 
     @property
     def image_shape(self) -> tuple[int, int, int]:
-        """(height, width, channels)."""
+        """Shape of one image: (height, width, channels)."""
         return (*self.image_hw, self.channels)
 
     @property
@@ -180,7 +180,7 @@ class UNetConfig:
 
     @property
     def num_dims(self) -> int:
-        """Number of values in one image, the divisor that turns nats or bits into nats or bits per dimension."""
+        """Number of values in one image, by which metrics per dimension are divided."""
         height, width = self.image_hw
         return height * width * self.channels
 
@@ -191,7 +191,7 @@ class UNetConfig:
 
     @property
     def embedding_dim(self) -> int:
-        """Width of the embedding of time, interval and class."""
+        """Width of the embedding of time, interval and condition."""
         return EMBEDDING_EXPANSION * self.width
 
     def attends(self, level: int) -> bool:
@@ -200,7 +200,7 @@ class UNetConfig:
 
     @property
     def softmax_shapes(self) -> tuple[SoftmaxShape, ...]:
-        """The attention shapes at the levels that have attention, and in the middle of the network."""
+        """The attention shapes of the levels that have attention and of the middle of the network."""
         height, width = self.image_hw
         return tuple(
             SoftmaxShape(height * width // 4**level, heads, channels // heads, self.dtype)
@@ -210,7 +210,7 @@ class UNetConfig:
         )
 
     def shrunk(self) -> UNetConfig:
-        """Returns a tiny config of the same kind, at most 8 pixels high and wide, for tests and `--debug`."""
+        """Returns a small version of this config, at most 8 pixels high and wide, for tests and `--debug`."""
         multipliers = tuple(min(multiplier, 2) for multiplier in self.multipliers[:2])
         deepest = len(multipliers)  # 1 or 2, which is also the downsampling factor of the last level
         height, width = (deepest * max(1, min(8 // deepest, length // deepest)) for length in self.image_hw)
@@ -229,7 +229,7 @@ class UNetConfig:
 
 
 class UNet(OnMeshes, nn.Module):
-    """A velocity network for images of shape `b height width c`: convolutions at several resolutions, with dropout.
+    """A velocity network for images, with convolutions at several resolutions.
 
     Example:
         network = UNet(UNetConfig(image_size=32, num_classes=10))
@@ -248,10 +248,13 @@ class UNet(OnMeshes, nn.Module):
         *,
         train: bool = False,
     ) -> Float[Array, "b height width c"]:
-        """Returns the velocity at x and time t, averaged over `interval` if given. train: whether to apply dropout.
+        """Returns the velocity at x and time t, averaged over `interval` if given.
 
-        cond: labels, where -1 means no label, the context that the config describes, or None; inside jit, an invalid
-        label gives NaN. Raises ValueError if x, t or cond does not match the config.
+        cond: labels (-1 for none), the context that the config describes, or None. Inside jit, an invalid label gives
+        NaN.
+        train: whether to apply dropout.
+
+        Raises ValueError if x, t or cond does not match the config.
         """
         config = self.config
         check_inputs(config, t, x)
@@ -281,7 +284,7 @@ class UNet(OnMeshes, nn.Module):
         return conv(config.channels, widths[0], str(master), zero=True, name="conv_out")(h)
 
     def _conditioned(self, t: Array, x: Array, cond: Any, interval: Array | None) -> tuple[Array, Array]:
-        """Returns the SiLU of the embedding, which every block uses, and the images with those of the context."""
+        """Returns silu(e), and the images with an image context as added channels."""
         config = self.config
         dense = partial(linear, dtype=str(master_dtype(config.dtype)))
         embed = ConditionEmbedding(

@@ -1,10 +1,14 @@
 """Velocity networks for points, and the interface of all velocity networks.
 
-A velocity network is a Flax module that is called as `network.apply(variables, t, x, cond, interval, train=False)`. The
-times t have shape `b` and run from 0 (noise) to 1 (data). x has shape `b *event`. cond is None, integer labels of shape
-`b`, where -1 means no label, or the context that the config's field `context` describes. interval has shape `b`; only
-networks whose config sets `intervals` use it. Such a network returns the average velocity from t to t + interval
-(MeanFlow), or the velocity itself if interval is 0 or None. The module's field `config` is a `NetworkConfig`.
+A velocity network is a Flax module that is called as `network.apply(variables, t, x, cond, interval, train=False)`:
+
+t: times `b` from 0 (noise) to 1 (data).
+x: samples `b *event`.
+cond: integer labels `b` (-1 for none), the context that the config's field `context` describes, or None.
+interval: lengths of time `b`, or None; used only by networks whose config sets `intervals`. These networks return the
+average velocity from t to t + interval (MeanFlow), or the velocity itself if interval is 0 or None.
+
+The module's field `config` is a `NetworkConfig`.
 """
 
 from __future__ import annotations
@@ -31,7 +35,8 @@ from flowgen.settings.ranges import Channels, Classes, Loops, Own, Width
 class NetworkConfig(Protocol):
     """The interface that experiments require of a velocity network's config, which must be a frozen dataclass.
 
-    A config may also have a field `context`, which describes the context that the field is conditioned on, or None.
+    A config may also have a field `context`, which is None or describes the context that the velocity is conditioned
+    on.
     """
 
     @property
@@ -41,11 +46,11 @@ class NetworkConfig(Protocol):
 
     @property
     def num_classes(self) -> int:
-        """Number of classes that the field is conditioned on; 0 for none."""
+        """Number of classes that the velocity is conditioned on; 0 for none."""
         ...
 
     def build(self) -> Any:
-        """Returns the network, without parameters; its field `config` is this config."""
+        """Returns the network, without parameters; the network's field `config` is this config."""
         ...
 
 
@@ -59,10 +64,10 @@ class MLPConfig:
     dim: number of coordinates of a point.
     width: width of the hidden layers.
     num_layers: number of hidden layers.
-    num_classes: number of classes that the field is conditioned on; 0 for none.
+    num_classes: number of classes that the velocity is conditioned on; 0 for none.
     intervals: whether to also predict average velocities over an interval (MeanFlow).
-    context: the context that the field is conditioned on, None for none. A vector is another input. Tokens pass through
-    a learned layer, whose mean over the tokens is another input; their order has no effect.
+    context: the context that the velocity is conditioned on; None for none. A vector, or the mean of the tokens'
+    embeddings, is concatenated to the input; the order of the tokens has no effect.
     """
 
     dim: Channels = 2
@@ -90,12 +95,13 @@ class MLPConfig:
         return (self.dim,)
 
     def shrunk(self) -> MLPConfig:
-        """Returns a tiny config of the same kind, for tests and `--debug`."""
+        """Returns a small version of this config, for tests and `--debug`."""
         return dataclasses.replace(self, width=16, num_layers=1)
 
 
 class VelocityMLP(OnMeshes, nn.Module):
-    """A multilayer perceptron on [x, t, condition], with SELU and PyTorch's initialisation, as published for 2-D data.
+    """A multilayer perceptron on [x, t, condition] with SELU and PyTorch's initialisation, as in torchcfm's 2-D
+    examples.
 
     Example:
         v = VelocityMLP(MLPConfig(dim=2)).apply(params, t, x)
@@ -115,8 +121,10 @@ class VelocityMLP(OnMeshes, nn.Module):
     ) -> Float[Array, "b c"]:
         """Returns the velocity at x and time t, averaged over `interval` if given.
 
-        cond: labels, the context that the config describes, or None. train: ignored. Raises ValueError if x, t or cond
-        does not match the config.
+        cond: labels, the context that the config describes, or None.
+        train: ignored.
+
+        Raises ValueError if x, t or cond does not match the config.
         """
         config = self.config
         check_inputs(config, t, x)
@@ -135,7 +143,7 @@ class VelocityMLP(OnMeshes, nn.Module):
         return linear(config.dim, config.width, "float32")(h)
 
     def _context_inputs(self, given: Given) -> list[Float[Array, "b _"]]:
-        """Returns the context's features, and 1 for each sample that has a context, otherwise 0."""
+        """Returns the context's features, and 1 for samples with a context and 0 for the others."""
         width, tokens = self.config.width, given.tokens
         if not isinstance(self.config.context, VectorContext):
             tokens = jax.nn.selu(linear(width, tokens.shape[-1], "float32", name="context")(tokens))

@@ -1,6 +1,6 @@
-"""Reads and writes run directories: config, checkpoints, metrics, samples and lock. No other package accesses them.
+"""Reads and writes run directories: config, checkpoints, metrics, samples and lock.
 
-This package also reads exported models, and finds the models that ship with flowgen.
+This package also reads exported models, and finds models that ship with flowgen or are on a hub.
 """
 
 from flowgen.runs.arrays import check_layout, flatten, layout

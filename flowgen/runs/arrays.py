@@ -1,4 +1,4 @@
-"""Uses orbax to read and write the arrays of a state by path. Supports only numpy arrays in a single process."""
+"""Reads and writes the numpy arrays of a training state with orbax. Each process does so independently."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ REST = "other"
 
 
 def flatten(tree: Any) -> dict[str, Any]:
-    """Returns a dictionary of a tree's leaves by path, such as "params/blocks_0/proj_in/kernel".
+    """Returns the leaves of a tree in a dictionary with paths as keys, such as "params/blocks_0/proj_in/kernel".
 
     Example:
         names = sorted(flatten(state))
@@ -39,9 +39,9 @@ def layout(tree: Any) -> dict[str, Any]:
 
 
 def check_layout(name: str, given: dict[str, Any], expected: dict[str, Any]) -> None:
-    """Raises ValueError if saved arrays have unexpected paths, shapes or dtypes; the message lists the first few.
+    """Raises ValueError if saved arrays do not have the expected layout; the message lists up to three differences.
 
-    name: a noun phrase for the owner of the arrays, used in the message.
+    name: the subject of the message, such as "Checkpoint 7".
 
     Example:
         check_layout("Checkpoint 7", manifest["arrays"], layout(abstract_state))
@@ -59,7 +59,7 @@ def check_layout(name: str, given: dict[str, Any], expected: dict[str, Any]) -> 
 
 
 def check_finite(step: int, flat: Flat) -> None:
-    """Raises FloatingPointError if an array contains NaN or infinity; the message names the first such array.
+    """Raises FloatingPointError if `first_not_finite` finds an array; the message contains its path.
 
     Example:
         check_finite(step, flatten(state))
@@ -71,7 +71,7 @@ def check_finite(step: int, flat: Flat) -> None:
 def first_not_finite(flat: Flat) -> str | None:
     """Returns the path of the first array that contains NaN or infinity, or None if there is none.
 
-    Infinities are allowed in carried state, such as the logarithm of a running mean that is still 0.
+    Carried state ("collections/...") may contain infinities: the logarithm of a running mean that is still 0 is -inf.
 
     Example:
         first_not_finite({"params/w": np.array([np.nan])})  # "params/w"
@@ -96,7 +96,7 @@ def group_of(path: str) -> str:
 
 
 def write_arrays(directory: Path, flat: Flat) -> None:
-    """Writes each group of arrays to a new folder. Raises ValueError or OSError if writing fails.
+    """Writes each group of arrays to a new folder; see `group_of`. Raises ValueError or OSError if writing fails.
 
     Example:
         write_arrays(Path("300.saving"), flatten(state))
@@ -111,7 +111,7 @@ def write_arrays(directory: Path, flat: Flat) -> None:
 
 
 def read_arrays(directory: Path, chosen: dict[str, Any]) -> Flat:
-    """Reads the arrays that are listed in a layout {path: [shape, dtype name]} from the folders of their groups.
+    """Reads the arrays listed in `chosen`, a layout {path: [shape, dtype name]}.
 
     Example:
         arrays = read_arrays(Path("checkpoints/300"), {"params/w": [[3], "float32"]})
@@ -145,7 +145,7 @@ def _orbax() -> Generator[ocp.Checkpointer]:
 
 
 def _is_not_of_orbax(record: logging.LogRecord) -> bool:
-    """Returns False for log messages of orbax. Most of them are tracebacks of errors that are also raised here."""
+    """Returns False for log messages of orbax, most of which repeat errors that orbax also raises."""
     return "orbax" not in record.pathname
 
 

@@ -1,12 +1,12 @@
-"""Reads the complete checkpoints of a run and verifies them by digest.
+"""Reads the complete checkpoints of a run and checks their files against digests.
 
 <directory>/<step>/{params,ema,opt_state,other}/   orbax PyTrees of numpy arrays by path
 <directory>/<step>/meta.json                       step, config, shape and dtype of each array, SHA-256 of each file
 <directory>/<step>/evaluation.json                 metrics of the step, once it has been evaluated
 
-meta.json is written last. If a file is missing from a folder, a deletion or copy was therefore interrupted, and the
-folder is ignored. A complete folder with a changed file is a damaged checkpoint. Reading a damaged checkpoint raises an
-error, because silently resuming from an older one would hide the damage.
+meta.json is written last. A folder that lacks a file was therefore only partly copied or deleted, and is ignored. A
+complete folder with a changed file is a damaged checkpoint. Reading a damaged checkpoint raises an error, because
+silently resuming from an older one would hide the damage.
 """
 
 from __future__ import annotations
@@ -41,8 +41,8 @@ class CheckpointReader:
 
     A reader writes nothing, so it can be used while a run is training in the directory.
 
-    fetch(names): a function that is called before files such as "300/params/_METADATA" are read; it downloads files
-    that a `Mirror` has left empty.
+    fetch: a function that downloads files if the run is in a bucket. It is called with names such as
+    "300/params/_METADATA" before these files are read.
 
     Example:
         reader = CheckpointReader("runs/digits/checkpoints")
@@ -64,12 +64,12 @@ class CheckpointReader:
     def passed_over(self) -> dict[str, str]:
         """Returns {name: reason} for entries that are not complete checkpoints.
 
-        Unfinished saves and deletions are left out.
+        Leaves out unfinished saves and deletions.
         """
         return {name: why for name, why in self._entries().items() if why is not None}
 
     def check_not_broken(self) -> None:
-        """Raises ValueError if the directory contains checkpoints but each one lacks files.
+        """Raises ValueError if the directory contains checkpoints but all of them lack files.
 
         Example:
             CheckpointReader("runs/digits/checkpoints").check_not_broken()
@@ -84,10 +84,11 @@ class CheckpointReader:
             )
 
     def meta(self, step: int) -> dict[str, Any]:
-        """Returns the `manifest` of a step plus `metrics`, which is empty if the step has not been evaluated.
+        """Returns the `manifest` of a step with its `metrics`, which are {} if it has not been evaluated.
 
         Raises:
-            ValueError: the checkpoint is missing or damaged, or belongs to another step; the message names the step.
+            ValueError: the checkpoint is missing, or the checkpoint or its evaluation is damaged or belongs to another
+            step.
         """
         return {**self.manifest(step), "metrics": self.evaluation(step) or {}}
 
@@ -131,7 +132,7 @@ class CheckpointReader:
         return saved["metrics"]
 
     def arrays(self, step: int, choose: Callable[[str], bool] = lambda path: True) -> Flat:
-        """Returns the saved arrays whose paths are chosen, after checking their files against the digests.
+        """Returns the saved arrays whose paths `choose` accepts, after checking the digests of their files.
 
         Raises:
             ValueError: a file is missing, truncated or changed; the message names the file and the step.
@@ -145,7 +146,7 @@ class CheckpointReader:
         return read_arrays(self.directory / str(step), chosen)
 
     def restore(self, step: int, like: Any) -> Any:
-        """Returns the state of a step as numpy arrays, with the same structure as `like`, a tree of (abstract) arrays.
+        """Returns the state of a step as numpy arrays in the structure of `like`, a tree of (abstract) arrays.
 
         Raises:
             ValueError: the checkpoint is damaged, belongs to another step, or does not fit `like`.
@@ -160,12 +161,12 @@ class CheckpointReader:
         return jax.tree.unflatten(jax.tree.structure(like), [read[name] for name in flatten(like)])
 
     def variables(self, step: int, params: Any, *, ema: bool = True) -> dict[str, Any]:
-        """Returns a step's weights and carried collections.
+        """Returns a step's weights as "params", and its other Flax collections under their names.
 
-        If `ema` is true and averaged weights were saved, the averaged weights are returned. The optimizer's state is
-        not read.
+        If `ema` is true and averaged weights were saved, the averaged weights are returned. Does not read the
+        optimizer's state.
 
-        params: a tree of (abstract) arrays with the structure of the weights.
+        params: the expected weights, as a tree of (abstract) arrays.
 
         Raises:
             ValueError: the checkpoint is damaged, belongs to another step, does not fit `params`, or has weights that
@@ -182,11 +183,10 @@ class CheckpointReader:
         return {"params": tree["params"], **tree.get("collections", {})}
 
     def weights(self, step: int, *, ema: bool = True) -> Flat:
-        """Returns the arrays that `variables` returns, as "params/..." and "collections/...", without comparing shapes.
+        """Returns the arrays of `variables` by path, "params/..." or "collections/...". Does not check their shapes.
 
         Raises:
-            ValueError: the checkpoint is damaged, belongs to another step, or has weights that are not finite. Training
-            never saves such weights.
+            ValueError: the checkpoint is damaged, belongs to another step, or has weights that are not finite.
         """
         group = self._group(step, ema)
         arrays = self.arrays(step, lambda path: path.startswith((f"{group}/", "collections/")))
@@ -202,15 +202,15 @@ class CheckpointReader:
         return any(path.startswith("ema/") for path in self.manifest(step)["arrays"])
 
     def _group(self, step: int, ema: bool) -> str:
-        """Returns the group of arrays that are the weights."""
+        """Returns the group of arrays that `variables` reads as weights."""
         return "ema" if ema and self.is_averaged(step) else "params"
 
     def _name_of(self, step: int) -> str:
-        """Returns how error messages name the weights of a step."""
+        """Returns what error messages call the weights of a step."""
         return f"Checkpoint {step}"
 
     def _entries(self) -> dict[str, str | None]:
-        """Returns {name: reason} for the directory's entries. The reason is None for a complete checkpoint."""
+        """Returns, for each entry of the directory, why it is not a complete checkpoint, or None if it is one."""
         if not self.directory.is_dir():
             return {}
         entries = sorted(self.directory.iterdir())
@@ -295,12 +295,12 @@ def leftovers(directory: Path) -> list[Path]:
 
 
 def _widened(arrays: dict[str, Any]) -> dict[str, Any]:
-    """Returns the layout of weights with float32 in place of bfloat16, which is the dtype of some imported weights."""
+    """Returns a layout in which float32 replaces bfloat16, the dtype of some imported weights."""
     return {path: [shape, "float32" if dtype == "bfloat16" else dtype] for path, (shape, dtype) in arrays.items()}
 
 
 def _is_of_the_system(name: str) -> bool:
-    """Returns whether this is a file that desktop systems leave in folders, such as .DS_Store."""
+    """Returns whether a name is that of a file added by desktop systems, such as .DS_Store."""
     return PurePosixPath(name).name.startswith(".") or PurePosixPath(name).name in ("Thumbs.db", "desktop.ini")
 
 

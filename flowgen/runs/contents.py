@@ -19,13 +19,13 @@ MAX_TEXT = 20_000  # characters of start.txt
 
 @dataclass(frozen=True)
 class RunContents:
-    """The files of a run, except its arrays.
+    """The contents of a run's files, except its arrays.
 
-    shown: the run's directory or URL, as the user gave it. config: plain values. steps: the complete checkpoints.
-    evaluations: the metrics of the checkpoints that have been evaluated. ignored: the entries of the folder of
-    checkpoints that are not complete checkpoints, with reasons. metrics, history: rows in the order in which they were
-    written. data: the record of the data; None if there is none. start: a description of the parameters that come from
-    another run. samples: the path of each step's sample grid, in ascending order.
+    shown: the run's directory or URL, as the user gave it. config: the experiment as plain JSON values. steps: those of
+    the complete checkpoints. evaluations: the metrics of each evaluated step. ignored: for each other entry of the
+    folder of checkpoints, why it is not a complete checkpoint. metrics, history: rows in the order in which they were
+    written. data: a summary of the data; None if there is none. start: which parameters come from another run; "" if
+    none do. samples: the path of each step's sample grid, by ascending step.
     """
 
     shown: str
@@ -41,7 +41,7 @@ class RunContents:
 
 
 def read_contents(run: RunReader) -> RunContents:
-    """Returns the contents of a run. Damaged files other than the config are left out.
+    """Returns the contents of a run, leaving out damaged files.
 
     Raises the errors of `RunReader.config`.
 

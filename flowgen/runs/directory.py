@@ -1,4 +1,4 @@
-"""The layout of a run directory, and functions that read it, even while the run is training.
+"""The layout of a run directory, and functions that check, read and write its files.
 
 <run>/config.json      the experiment, with the digest of its values
 <run>/data.json        a summary of the data, and the list of its files
@@ -40,7 +40,7 @@ PROFILE = "profile"
 
 
 def is_run(run_dir: str | Path) -> bool:
-    """Returns whether a directory has a config.json that was written by a run, rather than published with a model.
+    """Returns whether a directory has a config.json with a digest, which every run writes.
 
     Raises ValueError if config.json is not JSON.
 
@@ -161,9 +161,10 @@ def data_changes(run_dir: str | Path, inventory: Inventory) -> str:
 
 
 def check_workdir(workdir: Path, check_config: Callable[[dict[str, Any]], None], *, locks: bool = True) -> None:
-    """Raises an error if a directory contains anything other than a run with this config. Writes nothing.
+    """Raises ValueError or OSError unless training can start or resume in a directory. Writes nothing.
 
-    locks: whether to also raise BlockingIOError if another process is training there.
+    check_config: raises ValueError if the run in the directory has another config. locks: whether to also raise
+    BlockingIOError if another process is training there.
 
     Example:
         check_workdir(Path("runs/digits"), experiment.check_resumable)
@@ -183,7 +184,7 @@ def check_workdir(workdir: Path, check_config: Callable[[dict[str, Any]], None],
 
 
 def _check_kinds(workdir: Path) -> None:
-    """Raises OSError if one of a run's folders is not a folder, or one of its files is not a regular file."""
+    """Raises OSError if a path that must be a folder or a regular file is something else."""
     for name in (CHECKPOINTS, SAMPLES, PROFILE):
         if os.path.lexists(workdir / name) and not (workdir / name).is_dir():
             raise NotADirectoryError(f"{workdir / name} is not a folder; remove it.")
@@ -195,14 +196,14 @@ def _check_kinds(workdir: Path) -> None:
 
 
 def _is_foreign(path: Path) -> bool:
-    """Returns whether a file or folder cannot be a remnant of a run that was killed while it started."""
+    """Returns False for the files and folders that a run leaves behind if it is killed while it starts."""
     if path.name == CHECKPOINTS and path.is_dir():
         return any(path.iterdir())
     return path.name != LOCK_FILE and not is_temporary(path.name)
 
 
 def _changed(run_dir: Path, config: dict[str, Any]) -> str:
-    """Returns a description of the values that differ from the config in the latest checkpoint."""
+    """Returns the part of an error message that lists the values which differ from the latest checkpoint's config."""
     try:
         reader = CheckpointReader(run_dir / CHECKPOINTS)
         step = reader.latest_step()

@@ -1,4 +1,4 @@
-"""Writes evaluations as new JSON files, with their images and arrays beside them. No file is ever overwritten."""
+"""Writes evaluations to new JSON files, and their images and arrays to files beside them. Never overwrites a file."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ NEIGHBOURS, ANOMALY = "neighbours.png", "anomaly.npz"  # the suffixes of files b
 
 
 def evaluation_path(run_dir: str | os.PathLike[str], step: int) -> str:
-    """Returns a new path for an evaluation of a run's checkpoint: RUN/evaluations/<step>-<date>-<time>.json, in UTC.
+    """Returns a new path for an evaluation: RUN/evaluations/<step>-<date>-<time>.json, with the current time in UTC.
 
     Example:
         path = evaluation_path("runs/digits", 1800)  # runs/digits/evaluations/1800-20260102-030405.json
@@ -34,7 +34,7 @@ def evaluation_path(run_dir: str | os.PathLike[str], step: int) -> str:
 
 
 def check_new_evaluation(path: str) -> None:
-    """Raises ValueError if a path does not end in .json, or an OSError if no new files can be written there.
+    """Raises ValueError if a path does not end in .json, or OSError if an evaluation cannot be written to new files.
 
     Example:
         check_new_evaluation("results/digits.json")
@@ -57,11 +57,11 @@ def save_evaluation(path: str, record: Mapping[str, Any], files: Mapping[str, An
     """Writes an evaluation to a new JSON file, and returns the paths of all files written.
 
     files: for each suffix, a uint8 image `height width c` or a dict of arrays. The file for suffix "neighbours.png" of
-    "a.json" is "a.neighbours.png". These files are written first, and the JSON file lists them, so a JSON file exists
-    only if all listed files do.
+    "a.json" is "a.neighbours.png". The JSON file lists these files. It is written last, so that every file that it
+    lists exists.
 
-    Raises FileExistsError if a file exists already. Raises ValueError, and writes nothing, if a number in the record is
-    not finite.
+    Raises FileExistsError if one of the files already exists. Raises ValueError, and writes nothing, if a number in the
+    record is not finite.
 
     Example:
         save_evaluation("digits.json", {"metrics": {}}, {"neighbours.png": grid})
@@ -95,7 +95,7 @@ def _remote(path: str) -> tuple[RemoteFolder, str]:
 
 
 def _create(path: str, content: bytes) -> None:
-    """Writes a new file. Raises FileExistsError if there is one already."""
+    """Writes a new file. Raises FileExistsError if the file already exists."""
     if is_remote(path):
         folder, name = _remote(path)
         if not folder.create(name, content):

@@ -3,7 +3,7 @@
 <folder>/config.json         the version of flowgen, the experiment, where the weights come from, and their metrics
 <folder>/model.safetensors   the variables by path, such as "params/blocks_0/proj_in/kernel"
 <folder>/README.md           a model card
-<folder>/codec/              the exported autoencoder of a flow on its latents, if flowgen trained it
+<folder>/codec/              the autoencoder of a latent flow, if this autoencoder was trained with flowgen
 """
 
 from __future__ import annotations
@@ -40,7 +40,7 @@ _AGAIN = "copy or download the whole folder again, or export the run again"
 
 
 def without_paths(experiment: Mapping[str, Any]) -> dict[str, Any]:
-    """Returns the plain values of an experiment without the paths of files and runs, which mean nothing elsewhere.
+    """Returns the plain values of an experiment with "" for the paths of files and runs, which differ between machines.
 
     Example:
         without_paths(experiment.to_json())["data"]["path"]  # ""
@@ -73,7 +73,7 @@ def is_exported(folder: str | os.PathLike[str]) -> bool:
 
 
 class ExportedReader(CheckpointReader):
-    """Reads an exported model as a run with one checkpoint. Arrays that are stored as float16 become float32.
+    """Reads an exported model as the only checkpoint of a run. Converts arrays that are stored as float16 to float32.
 
     Example:
         reader = ExportedReader("exported/digits")
@@ -85,12 +85,12 @@ class ExportedReader(CheckpointReader):
         self._path = self.directory / MODEL_FILE
 
     def config(self) -> dict[str, Any]:
-        """Returns the experiment as plain JSON values. An autoencoder in the folder is the experiment's codec.
+        """Returns the experiment as plain JSON values. An autoencoder in the folder becomes the codec.
 
-        The config contains no other paths, so a file from an untrusted source cannot make flowgen read files or URLs.
+        All other paths in the config become "", so a file from an untrusted source cannot make flowgen read other
+        files.
 
-        Raises FileNotFoundError if config.json is missing, or ValueError if it is damaged or was written by a newer
-        flowgen.
+        Raises FileNotFoundError if config.json is missing, or ValueError if it is damaged or has an unsupported format.
         """
         experiment = without_paths(self._about()[EXPERIMENT])
         if (self.directory / CODEC).is_dir() and isinstance(codec := experiment.get("codec"), dict):
@@ -98,7 +98,7 @@ class ExportedReader(CheckpointReader):
         return experiment
 
     def steps(self) -> list[int]:
-        """Returns the step of the weights."""
+        """Returns a list that contains only the step of the weights."""
         return [self._about()[WEIGHTS]["step"]]
 
     def manifest(self, step: int) -> dict[str, Any]:
@@ -117,7 +117,7 @@ class ExportedReader(CheckpointReader):
         return self._about()[METRICS]
 
     def arrays(self, step: int, choose: Callable[[str], bool] = lambda path: True) -> Flat:
-        """Returns the arrays whose paths are chosen, after checking the file against its digest.
+        """Returns the arrays whose paths `choose` accepts, after checking the digest of the file.
 
         Raises ValueError if the file has been changed or is truncated.
         """
@@ -158,7 +158,7 @@ class ExportedReader(CheckpointReader):
         return tensors
 
     def _about(self) -> dict[str, Any]:
-        """Returns the content of config.json. Raises ValueError if it is not what `export` writes."""
+        """Returns the content of config.json. Raises ValueError if `export` cannot have written it."""
         path = self.directory / CONFIG_FILE
         if not is_regular(path):
             raise FileNotFoundError(f"The exported model in '{self.directory}' has no {CONFIG_FILE}; {_AGAIN}.")

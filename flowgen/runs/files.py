@@ -1,4 +1,4 @@
-"""Reads and writes a run's files. Writes are atomic. Reads refuse pipes and other files that are not regular."""
+"""Reads and writes a run's files. Writes are atomic."""
 
 from __future__ import annotations
 
@@ -22,7 +22,8 @@ def read_json(path: str | Path) -> dict[str, Any]:
 
     Raises:
         OSError: the file is missing or cannot be read.
-        ValueError: it is not a regular file, not JSON, too deeply nested, or not an object; the message names the file.
+        ValueError: the file is not regular, is not JSON, is too deeply nested, or does not contain an object; the
+        message names the file.
 
     Example:
         config = read_json("runs/digits/config.json")
@@ -39,7 +40,7 @@ def read_json(path: str | Path) -> dict[str, Any]:
 
 
 def read_bytes(path: str | Path) -> bytes:
-    """Returns the bytes of a regular file. Raises ValueError for anything else, such as a pipe, which would block.
+    """Returns the bytes of a regular file. Raises ValueError for other files, such as pipes, which could block.
 
     Example:
         content = read_bytes("runs/digits/metrics.jsonl")
@@ -115,7 +116,7 @@ def write_bytes(path: str | Path, content: bytes) -> None:
 
 
 def is_temporary(name: str, of: str | None = None) -> bool:
-    """Returns whether a file name is that of an unfinished file of `atomic_file`.
+    """Returns whether a name is one that `atomic_file` gives to unfinished files.
 
     of: the name that the finished file would have; None for any name.
 

@@ -1,4 +1,4 @@
-"""Records the times and machines of a run's training, and its warnings, as rows of `history.jsonl`."""
+"""Records when and where a run was trained, and its warnings, as rows of `history.jsonl`."""
 
 from __future__ import annotations
 
@@ -51,13 +51,13 @@ class History:
         )
 
     def warn(self, sentence: str, *, step: int) -> None:
-        """Adds a warning, unless this process has already added it."""
+        """Adds a warning, unless this process has added it already or has added `MAX_WARNINGS` others."""
         if sentence not in self._warned and len(self._warned) < MAX_WARNINGS:
             self._warned.add(sentence)
             self._add(WARNING, step=step, text=sentence)
 
     def end(self, *, step: int, error: str) -> None:
-        """Adds the end of training. error: why training ended early, or "". Ignores an unwritable file."""
+        """Adds a row for the end of training, if the file can be written. error: why training ended early, or ""."""
         if self._path.exists():  # and the run has not been removed
             with contextlib.suppress(OSError):
                 self._add(END, step=step, error=error)
@@ -85,7 +85,7 @@ def read_history(run_dir: str | Path) -> list[dict[str, Any]]:
 
 @contextlib.contextmanager
 def passing_warnings(record: Callable[[str], None]) -> Generator[None]:
-    """Returns a context in which warnings of Python and of flowgen's logger are shown as usual and passed to `record`.
+    """Returns a context that also passes the warnings of Python and of flowgen's logger to `record`.
 
     Example:
         with passing_warnings(lines.append):

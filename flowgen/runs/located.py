@@ -27,13 +27,13 @@ def shipped_models() -> tuple[str, ...]:
 
 
 def located(place: str | os.PathLike[str]) -> str | os.PathLike[str]:
-    """Returns the folder of a shipped model or of a model that is downloaded from a hub; other paths are unchanged.
+    """Returns the folder of a model, which is downloaded if it is on a hub. Returns other paths unchanged.
 
-    place: the name of a shipped model, unless a run or an exported folder has this name; hf://org/name, or
-    hf://org/name@revision; or any path or URL.
+    place: the name of a shipped model, hf://org/name, hf://org/name@revision, or any path or URL. If a run or an
+    exported model in the current directory has the name of a shipped model, its path is returned.
 
-    Raises ModuleNotFoundError if huggingface_hub is missing, ValueError if the name on the hub is invalid, or OSError
-    if the download fails.
+    Raises ModuleNotFoundError if huggingface_hub is not installed, ValueError if the name on the hub is invalid, or
+    OSError if the download fails.
 
     Example:
         run = RunReader(located("digits"))

@@ -1,4 +1,4 @@
-"""Locks on run directories and on folders in use; the system releases a lock when its process ends."""
+"""Locks for run directories and folders in use. The operating system releases the locks of a process when it ends."""
 
 from __future__ import annotations
 
@@ -22,7 +22,8 @@ LOCK_FILE = "lock"
 class RunLock:
     """Locks a run directory until `release` is called. Reading a run does not require the lock.
 
-    protects: whether the file system supports locks. If it does not, other processes can train here at the same time.
+    protects: whether the file system supports locks. If it does not, nothing prevents other processes from training in
+    the directory.
 
     Raises:
         BlockingIOError: another process is training in the directory; the message names the process.
@@ -60,7 +61,7 @@ class RunLock:
         return os.path.samestat(there, os.fstat(self._descriptor))
 
     def release(self) -> None:
-        """Releases the lock, so that another process can train here."""
+        """Releases the lock, so that another process can train in the directory."""
         if self._held:
             self._held = False
             os.close(self._descriptor)
@@ -88,13 +89,13 @@ class Place:
             return False
 
     def close(self) -> None:
-        """Closes the directory, which is kept open to identify it."""
+        """Closes the descriptor of the directory."""
         os.close(self._descriptor)
 
 
 @contextlib.contextmanager
 def in_use(folder: str | Path) -> Generator[None]:
-    """Returns a context in which `is_abandoned` returns False for a folder, in this and in other processes.
+    """Returns a context in which `is_abandoned` returns False for a folder in every process.
 
     Example:
         with in_use("exported/.digits.tmp"): ...
@@ -111,7 +112,7 @@ def in_use(folder: str | Path) -> Generator[None]:
 
 
 def is_abandoned(folder: str | Path) -> bool:
-    """Returns True if the process that had a folder `in_use` has ended; False if it runs, or if this is unknown.
+    """Returns whether no process has a folder `in_use`; False if the system does not support locks.
 
     Example:
         is_abandoned("exported/.digits.tmp")

@@ -1,4 +1,4 @@
-"""Stores the metrics of a run as rows of `metrics.jsonl`, and the metrics and sample grids as TensorBoard events."""
+"""Writes the metrics of a run to `metrics.jsonl` and, with its sample grids, to TensorBoard event files."""
 
 from __future__ import annotations
 
@@ -30,10 +30,10 @@ SPEED = (
 
 
 class MetricsLog:
-    """Writes the metrics of a run. If the run is resumed at `first_step`, the rows after this step are dropped.
+    """Writes the metrics of a run. First deletes the rows after `first_step`, the step from which the run resumes.
 
     evaluated: whether the evaluation of `first_step` is complete. If it is incomplete, training repeats the evaluation,
-    so its row is dropped too.
+    so its row is deleted too.
 
     Example:
         log = MetricsLog("runs/digits", first_step=0, tensorboard=False)
@@ -78,7 +78,7 @@ class MetricsLog:
 
 
 class _Events:
-    """Writes TensorBoard events immediately. The thread of tensorboardX's own writer would die if the disk is full."""
+    """Writes TensorBoard events without a thread. The thread of tensorboardX's own writer dies if the disk is full."""
 
     def __init__(self, run_dir: Path, first_step: int):
         from tensorboardX import summary
@@ -130,7 +130,7 @@ def read_metrics(run_dir: str | Path) -> list[dict[str, Any]]:
 
 
 def _truncate(path: Path, last: int, evaluated: bool) -> None:
-    """Drops rows after the step `last`, an incomplete last row, and lines that are not rows."""
+    """Deletes the rows after the step `last`, and lines that are not complete rows."""
     if os.path.lexists(path):
         kept = b"".join(line + b"\n" for line, row in _rows(path) if _stays(row, last, evaluated))
         if kept != read_bytes(path):

@@ -1,4 +1,4 @@
-"""A copy of a run in a bucket, in a temporary directory on this machine. Files are fetched when they are needed."""
+"""Copies a run from a bucket to a temporary directory. Downloads each file only when it is needed."""
 
 from __future__ import annotations
 
@@ -23,15 +23,15 @@ AT_ONCE = 8
 
 
 class Mirror:
-    """A copy of a run in a bucket, in its state at the time of copying.
+    """A local copy of a run in a bucket. Later changes to the run are not copied.
 
-    path: the copy. Its checkpoints have all of their files, so that a `CheckpointReader` can determine which
-    checkpoints are complete. Each file is empty until it is fetched. A checkpoint without metadata is left out, because
-    metadata are uploaded last and deleted first. Files that a checkpoint's metadata do not list are left out too: a
-    process that was suspended and lost the lock may have added one to a checkpoint of the next process. Files outside
-    checkpoints are copied only if they are fetched by name.
+    path: the directory of the copy. It contains all files of the checkpoints, so that a `CheckpointReader` can
+    determine which checkpoints are complete, but each file is empty until it is fetched. Checkpoints without metadata
+    are omitted, because their upload or deletion was interrupted. Files that the metadata do not list are omitted too:
+    a process that lost the lock while it was suspended may have uploaded them. Files outside checkpoints are missing
+    until they are fetched.
 
-    Unless `keep` is called, the copy is removed with the mirror object, or at the latest when the process ends.
+    Unless `keep` is called, the copy is removed when the object is deleted or the process ends.
 
     Example:
         mirror = Mirror("gs://bucket/run")
@@ -75,24 +75,24 @@ class Mirror:
         }
 
     def fetch(self, names: Iterable[str]) -> None:
-        """Copies the files that exist in the bucket and have not been copied yet."""
+        """Downloads those files that exist in the bucket and have not been downloaded yet."""
         with self._changing:
             wanted = [name for name in names if name in self._empty or (name in self.sizes and not self._has(name))]
         for_each(self._download, wanted)
 
     def fetch_checkpoint_files(self, names: Iterable[str]) -> None:
-        """Copies files, given their paths in the folder of checkpoints, such as "300/params/_METADATA"."""
+        """Downloads files, given their paths in the folder of checkpoints, such as "300/params/_METADATA"."""
         self.fetch(f"{CHECKPOINTS}/{name}" for name in names)
 
     def make_empty(self, names: Iterable[str]) -> None:
-        """Empties copies of files that are also in the bucket. The files are fetched again if they are needed."""
+        """Empties copies of files that are also in the bucket."""
         for name in names:
             with self._changing:
                 os.truncate(local_name(self.path, name), 0)
                 self._empty.add(name)
 
     def free(self) -> None:
-        """Frees the space of all arrays that were fetched."""
+        """Frees the disk space of all arrays that were fetched."""
         self.make_empty(
             name
             for name in self.sizes
@@ -105,7 +105,7 @@ class Mirror:
 
     @contextlib.contextmanager
     def named(self) -> Generator[None]:
-        """Returns a context in which errors name the URL of the run instead of the path of the copy."""
+        """Returns a context in which error messages contain the URL of the run instead of the path of the copy."""
         try:
             yield
         except (OSError, ValueError) as error:
@@ -113,7 +113,7 @@ class Mirror:
             raise
 
     def keep(self) -> None:
-        """Prevents the removal of the copy when the process ends."""
+        """Keeps the copy after the process has ended."""
         self._remove.detach()
 
     def close(self) -> None:
@@ -121,7 +121,7 @@ class Mirror:
         self._remove()
 
     def _files_of(self, folder: str) -> dict[str, str] | None:
-        """Returns the files that the metadata of a checkpoint list, or None if they are damaged."""
+        """Returns the files that a checkpoint's metadata list, or None if the metadata are damaged."""
         try:
             files = read_json(local_name(self.path, folder) / META).get("files")
         except (OSError, ValueError):
@@ -146,7 +146,7 @@ class Mirror:
 
 
 def for_each(work: Callable[[str], None], names: Iterable[str]) -> None:
-    """Calls a function with each name, in several threads. After an error, no further calls begin.
+    """Calls a function with each name, in several threads. After an error, starts no further calls.
 
     Example:
         for_each(folder.delete, ["a", "b"])

@@ -1,4 +1,4 @@
-"""The writer of processes other than the first, which writes nothing."""
+"""Replaces the run writer in processes other than the first."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from flowgen.data.inventory import Inventory
 
 
 class NullWriter:
-    """A `RunWriter` that writes nothing, for processes other than the first."""
+    """Takes the place of a `RunWriter`, but writes nothing."""
 
     def __init__(self, workdir: str | Path):
         self.workdir = Path(workdir)

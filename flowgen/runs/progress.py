@@ -1,4 +1,4 @@
-"""Shows the progress of training, as a bar on a terminal or otherwise as one line per report."""
+"""Shows the progress of training: on a terminal as a bar, otherwise as one line per report."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ SPEEDS = {
 class Progress:
     """Shows the loss, the speed and the remaining time on standard error.
 
-    bar: whether to show a progress bar if standard error is a terminal. Without a bar, each report is a line.
+    bar: whether to show a progress bar if standard error is a terminal.
 
     Example:
         progress = Progress(first_step=0, last_step=1000, bar=True)
@@ -83,7 +83,7 @@ class Progress:
 
 
 def _unseen() -> contextlib.suppress:
-    """Returns a context that ignores failures of output, for example to a closed pipe, so that training continues."""
+    """Returns a context that ignores errors of output, such as a closed pipe, because they must not end training."""
     return contextlib.suppress(OSError, ValueError)
 
 

@@ -20,13 +20,13 @@ from flowgen.runs.remote_lock import TAKEOVER_FILE, check_free
 
 
 class RunReader:
-    """Reads a run. If the run is in a bucket, each file is fetched into a temporary directory when it is read.
+    """Reads a run. If the run is in a bucket, downloads each file to a temporary directory before reading it.
 
-    An exported model is read as a run with one checkpoint.
+    An exported model has one checkpoint.
 
-    run_dir: the run's directory, or its URL. directory: the run's directory on this machine. mirror: the copy of a run
-    in a bucket; None otherwise. checkpoints: the reader of the checkpoints. For a run in a bucket, these are the
-    checkpoints at the time of opening.
+    run_dir: the run's directory or URL. directory: the run's directory on this machine. mirror: the local copy of a run
+    in a bucket; None for other runs. checkpoints: reads the checkpoints. In a bucket, it finds only those that existed
+    when the reader was created.
 
     Example:
         run = RunReader("gs://bucket/digits")
@@ -43,7 +43,7 @@ class RunReader:
         self.checkpoints = self._reader()
 
     def named(self) -> contextlib.AbstractContextManager[None]:
-        """Returns a context in which errors name the run as the user did, rather than a temporary directory."""
+        """Returns a context in which error messages contain `run_dir` instead of the path of the local copy."""
         return contextlib.nullcontext() if self.mirror is None else self.mirror.named()
 
     def _reader(self) -> CheckpointReader:
@@ -55,7 +55,7 @@ class RunReader:
         return CheckpointReader(self.directory / CHECKPOINTS, **fetch)
 
     def _is_damaged_export(self) -> bool:
-        """Returns whether the folder has exported weights that config.json does not describe, and no checkpoints."""
+        """Returns whether the folder has exported weights and no checkpoints. Its config.json is then damaged."""
         if self.mirror is not None:
             return MODEL_FILE in self.mirror.sizes and not any(map(is_of_checkpoint, self.mirror.sizes))
         return is_regular(self.directory / MODEL_FILE) and not os.path.lexists(self.directory / CHECKPOINTS)
@@ -69,12 +69,12 @@ class RunReader:
         return read_config(self.directory)
 
     def free(self) -> None:
-        """Frees the space of fetched arrays. The arrays are fetched again if they are needed."""
+        """Frees the disk space of downloaded arrays. Arrays that are needed later are downloaded again."""
         if self.mirror is not None:
             self.mirror.free()
 
     def check(self, check_config: Callable[[dict[str, Any]], None], *, locks: bool = True) -> None:
-        """Raises an error if a new process cannot train here; see `check_workdir`. Writes nothing."""
+        """Raises an error if training cannot start or resume in the directory; see `check_workdir`. Writes nothing."""
         if isinstance(self.checkpoints, ExportedReader):
             raise FileExistsError(
                 f"workdir {self.shown} contains an exported model, which cannot be resumed; train in a new --workdir "

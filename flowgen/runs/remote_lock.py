@@ -1,8 +1,8 @@
-"""A lock that lets one process at a time train in a folder of a bucket, where the system releases no locks.
+"""A lock that lets only one process at a time train in a folder of a bucket.
 
-The lock is a file that only one process can create. Its holder regularly writes the time into the file. If this time is
-old, the holder counts as dead, and another process may take the lock over. To do so, the process must first create a
-second file. Only one process can create this file, so only one of several waiting processes gets the lock.
+The lock is a file that only one process can create. Its holder regularly writes the time into the file. If the holder
+has not done so for `EXPIRES` seconds, another process may take over the lock. To do so, this process must first create
+a second file. Only one process can create it, so only one of several waiting processes acquires the lock.
 """
 
 from __future__ import annotations
@@ -29,8 +29,8 @@ _TRIES, _PAUSE = 5, 0.1
 class RemoteLock:
     """Locks a folder until `release` is called. The holder must call `refresh` every `BEAT` seconds.
 
-    A process that was suspended, or could not reach the bucket, may lose the lock without noticing. Call `check` before
-    each change of the folder, to detect this.
+    A process that was suspended, or could not reach the bucket, may lose the lock without noticing. To detect this,
+    call `check` before each change to the folder.
 
     told: a line about a lock that was taken over from a dead process, or "".
 
@@ -73,7 +73,7 @@ class RemoteLock:
                 )
 
     def check(self) -> None:
-        """Raises BlockingIOError if the lock is lost. Reads the bucket only if the last refresh is long ago."""
+        """Raises BlockingIOError if the lock is lost. Reads the bucket if the last refresh was over 5 minutes ago."""
         if self._lost or _uptime() - self._refreshed > EXPIRES / 2:
             self.refresh()
 
@@ -134,7 +134,7 @@ class RemoteLock:
 
 @dataclass(frozen=True)
 class Holder:
-    """The process that holds a lock, and the time at which it last reported."""
+    """The process that holds a lock, and the time at which it last refreshed the lock."""
 
     pid: int
     host: str
@@ -146,9 +146,9 @@ class Holder:
 
 
 def check_free(folder: RemoteFolder) -> Holder | None:
-    """Returns the holder of an expired lock, or None. Raises BlockingIOError if a process is training in the folder.
+    """Returns the holder of an expired lock, or None if there is no lock. Writes nothing.
 
-    Writes nothing.
+    Raises BlockingIOError if a process is training in the folder.
 
     Example:
         check_free(RemoteFolder("gs://bucket/run"))
@@ -177,7 +177,7 @@ def _holder(folder: RemoteFolder, name: str = LOCK_FILE) -> Holder | None:
 
 
 def _uptime() -> float:
-    """Returns seconds that go on while this process or, if the system can tell, this machine is suspended."""
+    """Returns a time in seconds that also advances while this process or, on Linux, the machine is suspended."""
     return time.clock_gettime(time.CLOCK_BOOTTIME) if hasattr(time, "CLOCK_BOOTTIME") else time.monotonic()
 
 

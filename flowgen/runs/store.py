@@ -1,6 +1,6 @@
 """Writes the checkpoints of a run in the background.
 
-A save is committed by renaming its folder. A checkpoint's folder is renamed before it is deleted.
+A folder gets the name of its step only when all of its files are on disk. It is renamed before it is deleted.
 """
 
 from __future__ import annotations
@@ -30,10 +30,10 @@ _SETTLING, _PAUSE = 40, 0.05
 class CheckpointStore(CheckpointReader):
     """Saves checkpoints in the background. Keeps the latest `keep` steps and the step with the lowest `best_metric`.
 
-    Opening a store removes unfinished files that a killed process left behind. `close` waits for the current save.
+    Opening a store removes unfinished files that a killed process left behind.
 
-    say: a function that is called with a line of text about each entry that is ignored or renamed. uploads: copies each
-    checkpoint and then its evaluation to a bucket, also in the background. The next save waits for the upload.
+    say: called with a line of text about each entry that is damaged, is renamed or cannot be deleted. uploads: uploads
+    each checkpoint, and then its evaluation, to a bucket in the background. The next save waits for the upload.
 
     Example:
         with CheckpointStore("runs/digits/checkpoints", keep=3) as store:
@@ -72,7 +72,7 @@ class CheckpointStore(CheckpointReader):
         self.close()
 
     def save(self, step: int, state: Any, *, config: Any, metrics: dict[str, float] | None = None) -> None:
-        """Starts saving a tree of numpy arrays, after the previous save has ended.
+        """Waits for the previous save, and then starts saving a tree of numpy arrays.
 
         The arrays must not change until `wait` returns.
 
@@ -92,8 +92,8 @@ class CheckpointStore(CheckpointReader):
     def score(self, step: int, metrics: dict[str, float]) -> None:
         """Adds evaluation metrics to a saved step, which may then become the best one.
 
-        If the step is still being saved, this call waits until the checkpoint is on this machine. Non-finite metrics
-        are left out.
+        If the step is still being saved, this call waits until the checkpoint is on this machine. Leaves out non-finite
+        metrics.
         """
         self.wait_for_disk()
         _write_evaluation(self.directory / str(step), step, self._read_meta(step)[DIGEST], metrics)
@@ -133,7 +133,7 @@ class CheckpointStore(CheckpointReader):
                 sys.unraisablehook = self._hook
 
     def _unraisable(self, odd: Any) -> None:
-        """Drops tensorstore's errors about writes that end after another write has failed."""
+        """Ignores tensorstore's errors about writes that end after another write has failed."""
         if not (isinstance(odd.exc_value, RuntimeError) and "Event loop is closed" in str(odd.exc_value)):
             self._hook(odd)
 
@@ -190,7 +190,7 @@ class CheckpointStore(CheckpointReader):
         self._count(step, metrics)
 
     def _count(self, step: int, metrics: dict[str, float] | None) -> None:
-        """Compares the metrics of a step with those of others, and deletes what need not be kept."""
+        """Records the `best_metric` of a step, and deletes old checkpoints."""
         self._scores[step] = finite(metrics).get(self._best_metric)
         self._retire(step)
 
@@ -213,7 +213,7 @@ class CheckpointStore(CheckpointReader):
             return None
 
     def _make_way(self, path: Path) -> None:
-        """Frees the path of a checkpoint: deletes an earlier checkpoint there, and renames anything else."""
+        """Deletes the checkpoint at a path, or renames any other entry there."""
         if not os.path.lexists(path):
             return
         if self._why_not(path) is None:
@@ -264,7 +264,7 @@ def _free(path: Path) -> Path:
 
 
 def _remove(path: Path) -> None:
-    """Removes a folder, link or file. Whatever cannot be removed from a folder stays until the next attempt."""
+    """Removes a folder, link or file. Leaves files that cannot be removed from a folder."""
     if path.is_dir() and not path.is_symlink():
         shutil.rmtree(path, ignore_errors=True)
     else:

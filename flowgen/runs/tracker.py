@@ -17,11 +17,10 @@ PROJECT = "flowgen"
 
 
 class Tracker:
-    """A run in an experiment tracker. Failures do not stop training: after the first one, nothing more is sent.
+    """Sends metrics and images to an experiment tracker until it fails. A failure does not stop training.
 
-    tracker: the name of the module, "wandb" or "trackio", or "none". Both modules have the functions `init`, `log` and
-    `finish`, and a class `Image`. identity: a text that stays the same if a run is resumed, so that the resumed run
-    continues its run in the tracker. warn: a function that is called with a sentence about the first failure.
+    tracker: the name of the module, "wandb" or "trackio"; "none" for no tracker. identity: a text by which the tracker
+    recognises a resumed run. warn: called with a sentence about the first failure.
 
     The project is "flowgen", unless the environment sets WANDB_PROJECT or TRACKIO_PROJECT.
 
@@ -50,7 +49,7 @@ class Tracker:
             self._attempt(lambda: module.log(dict(metrics), step=step))
 
     def draw(self, step: int, image: UInt8[np.ndarray, "height width c"]) -> None:
-        """Sends the sample grid of a step, with 1 or 3 channels."""
+        """Sends the sample grid of a step, which must have 1 or 3 channels."""
         if (module := self._module) is not None:
             self._attempt(lambda: module.log({"samples": module.Image(as_pillow(image))}, step=step))
 

@@ -1,4 +1,4 @@
-"""Uploads the files that a training process writes into its mirror, and holds the lock in the bucket."""
+"""Uploads the files of a training process to a bucket, and keeps the run there locked."""
 
 from __future__ import annotations
 
@@ -22,19 +22,19 @@ CONTINUED = (CONFIG_FILE, DATA_FILE, START_FILE, METRICS_FILE, HISTORY_FILE)
 
 
 class Uploads:
-    """Locks a run in a bucket for one training process, and uploads the files that the process writes into its mirror.
+    """Locks a run in a bucket for one training process, and uploads the files that the process writes to `mirror`.
 
-    The metadata of a checkpoint are uploaded after all of its other files and deleted before them, so that an
-    interrupted upload or deletion leaves no checkpoint. Checkpoints are uploaded by the thread that saves them. Once a
-    minute, one thread refreshes the lock, and another one uploads other files, such as metrics.
+    The metadata of a checkpoint are uploaded last and deleted first, so that a partly uploaded or deleted checkpoint
+    has no metadata. The thread that saves a checkpoint also uploads it. Two other threads run once a minute: one
+    refreshes the lock, and the other uploads all other files, such as metrics.
 
-    The lock is checked before each change. A process that is suspended after such a check may lose the lock and still
-    complete this one change. Uploads therefore never overwrite files of checkpoints, so the change cannot damage a
-    checkpoint of the next holder.
+    The lock is checked before each change to the bucket. A process that is suspended after this check may lose the lock
+    and still make the change. The change cannot damage a checkpoint of the next process, because uploads never
+    overwrite files of checkpoints.
 
     Raises:
-        BlockingIOError: another process is training in the bucket, or has trained there since the mirror was made.
-        OSError: the bucket cannot be written.
+        BlockingIOError: another process is training the run, or has trained it since the mirror was made.
+        OSError: writing to the bucket failed.
 
     Example:
         uploads = Uploads(Mirror("gs://bucket/run"), say=print)
@@ -81,10 +81,9 @@ class Uploads:
                     self._sent[name] = mark
 
     def save(self, step: int) -> None:
-        """Uploads a complete checkpoint, after the metrics up to its step, and then frees its space on this machine.
+        """Uploads changed files, such as metrics, and then a checkpoint. Empties the local files of the checkpoint.
 
-        The evaluation of the checkpoint is uploaded by `score`. Raises OSError if the upload fails; the local files
-        then stay.
+        Raises OSError, and keeps the local files, if the upload fails.
         """
         self.failed = True
         self._lock.refresh()
@@ -149,7 +148,7 @@ class Uploads:
         self._delete(names)
 
     def _upload(self, name: str) -> None:
-        """Uploads a file of a checkpoint. If it exists, deletes it first, but only while this process has the lock."""
+        """Uploads a file of a checkpoint. If the bucket has the file, first checks the lock and deletes the file."""
         path = local_name(self.mirror.path, name)
         self._lock.check()
         if self._remote.upload_new(path, name):
@@ -175,7 +174,7 @@ class Uploads:
 class _Regularly:
     """Calls a function in a thread, every `BEAT` seconds, until `end` is called.
 
-    Its OSErrors are ignored: the next save tells of a lock that was lost or a bucket that cannot be reached.
+    Ignores the function's OSErrors, because the next save reports a lost lock or an unreachable bucket.
     """
 
     def __init__(self, work: Callable[[], None], name: str):
@@ -189,7 +188,7 @@ class _Regularly:
                 self._work()
 
     def end(self) -> None:
-        """Waits for the current call to end."""
+        """Ends the thread, after waiting for a call in progress."""
         self._ended.set()
         self._thread.join()
 

@@ -36,16 +36,15 @@ from flowgen.runs.uploads import Uploads
 class RunWriter:
     """Locks a run directory for one training process, and writes its config, checkpoints, metrics and samples.
 
-    latest: the latest step when the directory was read; None if there was no checkpoint. mirror: the copy of a run in a
-    bucket whose path is `workdir`; everything that is written there is uploaded.
+    latest: the latest step that the caller has read; None if there was no checkpoint. mirror: for a run in a bucket,
+    its local copy, whose path is `workdir`; all files that are written there are uploaded.
 
     Opening a writer creates the directory, acquires its lock and removes unfinished files that a killed process left
-    behind. `begin` writes the config and opens the metrics. If the directory is removed, the next save creates it again
-    and reports the loss.
+    behind. If the directory is removed, the next save creates it again and reports the loss.
 
     Raises:
-        BlockingIOError: another process is training here, or has trained here since `latest` was read.
-        OSError: the directory cannot be written.
+        BlockingIOError: another process is training in the directory, or has trained there since `latest` was read.
+        OSError: writing to the directory failed.
 
     Example:
         with RunWriter("runs/digits", keep=3, best_metric="bits_per_dim") as record:
@@ -140,7 +139,7 @@ class RunWriter:
         bar: bool,
         tracker: str,
     ) -> None:
-        """Writes the config, drops the metrics after `first_step`, and reports anomalies.
+        """Writes the config, deletes metrics after `first_step`, and reports anything unexpected in the directory.
 
         first_step: the step that the run resumes from; None for a new run. tracker: see `Tracker`.
         """
@@ -165,7 +164,7 @@ class RunWriter:
             self._uploads.send()
 
     def _tell_of_oddities(self, first_step: int | None) -> list[str]:
-        """Shows lines about the state in which the directory was found, and returns those that it shows."""
+        """Reports anything unexpected in the directory, and returns the lines of this report."""
         lines, self._waiting = self._waiting, []
         if self._mirror is not None:
             self._say(f"Until they are uploaded to {self._mirror.url}, files are stored in {self._mirror.path}.")
@@ -204,7 +203,7 @@ class RunWriter:
             write_bytes(self.workdir / START_FILE, "".join(f"{line}\n" for line in lines).encode())
 
     def say(self, line: str) -> None:
-        """Shows one line. A line that arrives before `begin` is shown when `begin` is called."""
+        """Shows one line. Before `begin`, stores the line, which `begin` then shows."""
         self._say(line if self._mirror is None else self._mirror.told(line))
 
     def _say(self, line: str) -> None:
@@ -214,7 +213,7 @@ class RunWriter:
             self._progress.say(line)
 
     def warn(self, sentence: str) -> None:
-        """Adds a warning, which has been shown elsewhere, to the run's history."""
+        """Adds a warning to the run's history, without showing it."""
         assert self._history is not None
         with suppress(OSError):  # a full disk is reported by the next save
             self._history.warn(sentence if self._mirror is None else self._mirror.told(sentence), step=self._step)
@@ -230,7 +229,7 @@ class RunWriter:
         self._progress.advance(step)
 
     def write(self, step: int, metrics: dict[str, float]) -> None:
-        """Writes the metrics of a step as one row."""
+        """Writes the metrics of a step as one row, and sends them to the tracker."""
         assert self._log is not None
         assert self._tracker is not None
         with _named(self._shown):
@@ -238,7 +237,7 @@ class RunWriter:
         self._tracker.write(step, metrics)
 
     def show(self, step: int, metrics: dict[str, float], seconds_left: float | None) -> None:
-        """Shows a report on the terminal or in the log."""
+        """Shows the metrics of a report; see `Progress.show`."""
         assert self._progress is not None
         self._progress.show(step, metrics, seconds_left)
 
@@ -289,7 +288,7 @@ class RunWriter:
                 self.store.score(step, metrics)
 
     def _wait(self, wait: Callable[[], None] | None = None) -> None:
-        """Waits for the current save. Ignores its errors if the opened directories are no longer in place."""
+        """Waits for the current save. Ignores its errors if the run's directories were removed or replaced."""
         try:
             (wait or self.store.wait)()
         except OSError:
@@ -297,11 +296,11 @@ class RunWriter:
                 raise
 
     def holds(self, step: int) -> bool:
-        """Returns whether the opened directory is still in place and contains the checkpoint of a step."""
+        """Returns whether the directory is still the one that was opened, and contains the checkpoint of a step."""
         return self._is_there() and step in self.store.steps()
 
     def _is_there(self) -> bool:
-        """Returns whether the opened directories are still in place, rather than removed or recreated by a save."""
+        """Returns whether the run's directories are still those that were opened."""
         return self._place.is_same() and self._folder.is_same()
 
     def _make_again(self, step: int) -> None:
@@ -345,7 +344,7 @@ class RunWriter:
 
 @contextmanager
 def _named(workdir: Path) -> Generator[None]:
-    """Returns a context that turns a system error into a sentence about the run. Other errors are raised unchanged."""
+    """Returns a context that adds the path of the run to system errors. Other errors are raised unchanged."""
     try:
         yield
     except OSError as error:

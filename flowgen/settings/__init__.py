@@ -1,10 +1,11 @@
-"""Configs: validated frozen dataclasses that can be converted to JSON, set on the command line, and listed as help.
+"""Configs: validated frozen dataclasses that can be converted to JSON and set on the command line.
 
 A config is a class decorated with `config`. Its annotations declare the allowed values, for example with the ranges in
-`flowgen.settings.ranges`. Its docstring has an entry for each field, and `__post_init__` checks relations between
-fields. An error message in a config names only the field; the enclosing config adds the name of the group. A field may
-accept user-defined objects. In text, they are written as "package.module:object" (see `flowgen.settings.named`). This
-package imports no other part of flowgen.
+`flowgen.settings.ranges`. Its docstring has an entry for each field. Its `__post_init__` may check relations between
+fields. A field whose value is a config is a group. Error messages begin with the name of a field. A config that
+contains a group prepends the group's name to them. A field may accept user-defined objects, which are written as
+"package.module:object" in commands and JSON (see `flowgen.settings.named`). This package imports no other part of
+flowgen.
 """
 
 from flowgen.settings.annotations import type_name

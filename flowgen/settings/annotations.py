@@ -1,4 +1,4 @@
-"""Inspects the annotations of config fields: finds the configs that they allow, and describes annotations in words."""
+"""Finds the configs that the annotation of a field allows, and describes annotations in words."""
 
 from __future__ import annotations
 
@@ -37,17 +37,17 @@ def members(annotation: Any) -> tuple[Any, ...]:
 
 
 def unannotated(annotation: Any) -> Any:
-    """Returns an annotation without its bounds."""
+    """Returns X for `Annotated[X, ...]`, and other annotations unchanged."""
     return typing.get_args(annotation)[0] if typing.get_origin(annotation) is Annotated else annotation
 
 
 def configs_of(annotation: Any) -> dict[str, type]:
-    """Returns the config types that a field may have, by name."""
+    """Returns the config types that an annotation allows, keyed by `type_name`."""
     return {type_name(member): member for member in members(annotation) if is_dataclass(member)}
 
 
 def choices(annotation: Any) -> dict[str, type]:
-    """Returns the config types that a field may have, by name, or an empty dict if there is no choice."""
+    """Returns the result of `configs_of` if a field accepts more than one type of object, else an empty dict."""
     found = configs_of(annotation)
     return found if len(found) + takes_own(annotation) > 1 else {}
 
@@ -58,7 +58,7 @@ def takes_own(annotation: Any) -> bool:
 
 
 def entry_of(annotation: Any) -> Any:
-    """Returns the annotation of a dict's entries, or None if the annotation is not for a dict."""
+    """Returns the annotation of a dict's values, or None if the annotation is not that of a dict."""
     origin = typing.get_origin(annotation)
     return typing.get_args(annotation)[1] if isinstance(origin, type) and issubclass(origin, Mapping) else None
 
@@ -72,8 +72,8 @@ def item_of(annotation: Any) -> Any:
 def written(annotation: Any, value: Any) -> str:
     """Returns an example of a tuple of numbers as it is written on a command line, such as "4,1".
 
-    The result is "" if the annotation has no such tuple, or if it also allows a single number. value: the value that
-    was given instead; an integer becomes the first item.
+    Returns "" if the annotation allows no tuple of numbers, or also allows a single number. value: the rejected value;
+    if it is an integer, it becomes the first item.
     """
     kinds = [unannotated(member) for member in members(annotation)]
     tuples = [typing.get_args(kind) for kind in kinds if typing.get_origin(kind) is tuple]
@@ -102,7 +102,7 @@ def is_own(annotation: Any, value: Any) -> bool:
 
 
 def type_name(value: Any) -> str:
-    """Returns the name of a config's class, or of the given class, without "Config"; "none" for None.
+    """Returns the name of a class, or of a config's class, without "Config"; "none" for None.
 
     Example:
         type_name(TARFlowConfig(image_size=8))  # "TARFlow"
@@ -140,16 +140,16 @@ def describe(annotation: Any) -> str:
 
 
 def mismatch(annotation: Any, value: Any) -> str:
-    """Returns the clause that follows a field's name if its value is not of the type in its annotation.
+    """Returns the part of an error message that follows a field's name if its value has the wrong type.
 
-    If the field has names to choose from, the clause suggests the closest one.
+    If the annotation lists names, the message suggests the closest one.
     """
     names = [name for member in members(annotation) for name in _names_of(member)]
     return f"is {shown(value)}; it must be {describe(annotation)}{meant(shown(value), map(repr, names))}"
 
 
 def _names_of(annotation: Any) -> tuple[Any, ...]:
-    """Returns the names among which an annotation lets one choose."""
+    """Returns the names that a Literal or a `OneOf` allows."""
     if typing.get_origin(annotation) is Literal:
         return typing.get_args(annotation)
     bounds = typing.get_args(annotation)[1:] if typing.get_origin(annotation) is Annotated else ()

@@ -33,16 +33,16 @@ WORDS = {"true": True, "false": False, "none": None, "null": None}
 
 
 def override(config: T, arguments: Sequence[str]) -> T:
-    """Returns `config` with fields replaced by `--group.field value` or `--group.field=value` arguments.
+    """Returns a copy of `config` with the fields set by `--group.field value` or `--group.field=value` arguments.
 
-    A value is a number, true, false, none, a tuple such as (8, 12) or [8, 12], or plain text. A group that can have
-    several types accepts the name of one of them. The group then starts from the defaults of that type, and its fields
-    are set afterwards. If a group is None, setting one of its fields first creates the group with its defaults.
-    User-defined objects are written as "package.module:object", and their module is imported. The fields of a
-    user-defined frozen dataclass, and the entries of a dict, are set in the same way as the fields of a group.
+    A value is a number, true, false, none, a tuple such as (8, 12) or [8, 12], or plain text. If a group can have
+    several types, give the name of one as its value. The group gets the defaults of this type before its fields are
+    set. If a group is None, setting one of its fields first creates the group with its defaults. For a user-defined
+    object, write "package.module:object"; the module is then imported. The fields of a user-defined frozen dataclass,
+    and the entries of a dict, are set in the same way as the fields of a group.
 
     Raises:
-        ValueError: a field is unknown or is a group, or a value is missing or does not fit. If a field is unknown, the
+        ValueError: a field is unknown, or a value is missing or does not fit. If a field is unknown, the
             message suggests the closest known field.
 
     Example:
@@ -59,7 +59,7 @@ def override(config: T, arguments: Sequence[str]) -> T:
 
 
 def same_end(path: str, known: Sequence[str], prefix: str = "") -> str:
-    """Returns up to three known names that end with the same part as `path`, joined by "or"; "" if there are none.
+    """Returns up to three known names with the same last part as `path`, joined by "or"; "" if there are none.
 
     Example:
         same_end("seed", ["train.seed", "train.steps"], "--")  # "--train.seed"
@@ -99,7 +99,7 @@ def _pairs(arguments: Sequence[str]) -> dict[str, str]:
 
 
 def _set(fields: dict[str, Any], cls: type, names: list[str], text: str, path: str, known: list[str]) -> None:
-    """Sets the field at the path `names` in the opened fields of a config of type `cls`."""
+    """Sets the field at the path `names` in `fields`, which `_opened` has returned for a config of type `cls`."""
     name, *rest = names
     annotation, value = hints_of(cls)[name], fields.get(name, getattr(cls, name, None))
     kinds, group = choices(annotation), _group_type(annotation, value)
@@ -122,7 +122,7 @@ def _set(fields: dict[str, Any], cls: type, names: list[str], text: str, path: s
 
 
 def _opened(annotation: Any, value: Any) -> dict[str, Any]:
-    """Returns the fields of a config, as input for `from_plain`; for None, an empty dict, which means defaults."""
+    """Returns the fields of a config as input for `from_plain`; for None, {}, so that all fields get defaults."""
     if value is None:
         return {}
     own: dict[str, Any] = {TYPE: type(value)} if is_own(annotation, value) else {}
@@ -131,7 +131,7 @@ def _opened(annotation: Any, value: Any) -> dict[str, Any]:
 
 
 def _group_type(annotation: Any, value: Any) -> type | None:
-    """Returns the type of a field's config, or the type that it would get if one of its fields were set."""
+    """Returns the type of the config in a field; if the field is None, the type of config that it can contain."""
     kinds = configs_of(annotation)
     if isinstance(value, Mapping) and TYPE in value:
         return value[TYPE] if isinstance(value[TYPE], type) else kinds[value[TYPE]]
@@ -141,7 +141,7 @@ def _group_type(annotation: Any, value: Any) -> type | None:
 
 
 def _parse(annotation: Any, text: str, path: str, group: type | None) -> Any:
-    """Returns the value that a command-line text stands for: None or text if the field allows it, else a literal."""
+    """Returns the value of a command-line text: None, the text, a literal or a list of texts, whichever fits first."""
     literal = _literal(text)
     if literal is None and fits(annotation, None):
         return None
@@ -157,7 +157,7 @@ def _parse(annotation: Any, text: str, path: str, group: type | None) -> Any:
 
 
 def _misfit(annotation: Any, text: str, literal: Any, path: str) -> str:
-    """Returns the clause that follows a field's name if text is not a value of the field."""
+    """Returns the part of an error message that follows a field's name if text is not a valid value of the field."""
     if entry_of(annotation) is not None:
         name, _, value = text.partition("=")
         entry = f"{name} {shlex.quote(value)}" if name.isidentifier() and value else "NAME VALUE"
@@ -189,7 +189,7 @@ def _no_value(path: str, group: type | None, types: list[str], text: str) -> str
 
 
 def _no_such_field(path: str, field: str, group: type | None, types: dict[str, type], known: list[str]) -> str:
-    """Returns the error message for an unknown field of a group; another of the group's types may have it."""
+    """Returns the error message for an unknown field of a group. The message lists types of the group that have it."""
     owners = [name for name, cls in types.items() if field in hints_of(cls)]
     place = path.rpartition(".")[0]
     if not owners or (group is not None and group not in types.values()):

@@ -24,8 +24,8 @@ from flowgen.settings.named import name_of
 class Setting(NamedTuple):
     """A field: its dotted name, its value, its docstring entry, and its allowed values.
 
-    For a group with several possible types, the value is the name of its type, and the group's fields follow. For a
-    user-defined object, the value is the object's name if it has one.
+    For a group with several possible types, the value is the name of its type, and the fields of the group are listed
+    after it. For a user-defined object, the value is the object's name if it has one.
     """
 
     name: str
@@ -36,7 +36,9 @@ class Setting(NamedTuple):
 
 
 def settings(config: Any, path: str = "") -> list[Setting]:
-    """Returns all fields with their help. A group that is None has one entry, whose allowed values list its fields.
+    """Returns all fields of a config and its groups.
+
+    A group that is None has one entry, whose allowed values list its fields.
 
     Example:
         print("\\n".join(f"--{field.name} {field.value}  # {field.about}" for field in settings(experiment)))
@@ -66,7 +68,7 @@ def _allowed(annotation: Any) -> str:
 
 
 def leaf_names(config: Any) -> list[str]:
-    """Returns the dotted names of all fields that are not groups; a group that is None has no fields.
+    """Returns the dotted names of all fields that are not groups, omitting the fields of groups that are None.
 
     Example:
         print("\\n".join(leaf_names(experiment)))

@@ -1,7 +1,7 @@
 """Finds user-defined objects by name. Names in commands and saved JSON have the form "package.module:object".
 
-Only commands import the modules that they name. A name in a file must belong to a module that is already imported, so
-reading a file runs no code. Error messages are clauses that follow the name of a field.
+Only a name in a command causes its module to be imported. A name in a file must belong to a module that is already
+imported, so reading a file runs no code. Callers prepend the name of a field to the error messages.
 """
 
 from __future__ import annotations
@@ -21,12 +21,12 @@ _NOTHING = object()
 
 
 def is_name(value: Any) -> bool:
-    """Returns whether a value is text that names an object."""
+    """Returns whether a value is text in the form of an object's name."""
     return isinstance(value, str) and ":" in value
 
 
 def import_module(module: str) -> None:
-    """Imports a module, whose name must be trusted. Raises ValueError if the import fails.
+    """Imports a module, which must be trusted. Raises ValueError if the import fails.
 
     Example:
         import_module("my_couplings")
@@ -47,7 +47,7 @@ def import_module(module: str) -> None:
 
 
 def resolve(name: str) -> Any:
-    """Returns the object that "package.module:object" names, without importing the module.
+    """Returns the object with the name "package.module:object", without importing the module.
 
     Raises ValueError if the name does not have this form, or if the module is not imported or has no such object.
 
@@ -77,7 +77,7 @@ def resolve(name: str) -> Any:
 
 
 def import_object(name: str) -> Any:
-    """Imports a module and returns the object that "package.module:object" names. The name must be trusted.
+    """Imports the module of an object "package.module:object", and returns the object. The name must be trusted.
 
     Raises the same errors as `import_module` and `resolve`.
 
@@ -98,7 +98,7 @@ def split_name(name: str) -> tuple[str, list[str]]:
 
 
 def name_of(value: Any) -> str | None:
-    """Returns the name by which `resolve` finds an object, or None if it is not at the top level of an imported module.
+    """Returns a name from which `resolve` finds an object, or None if the object has no such name.
 
     Example:
         name_of(my_couplings.SlicedOT)  # "my_couplings:SlicedOT"
@@ -119,7 +119,7 @@ def name_of(value: Any) -> str | None:
         names = [found for found in names if found[0].partition(".")[0] == package and not _is_private(found[0])]
 
     def rank(found: tuple[str, str]) -> tuple[bool, ...]:
-        """Returns a sort key that prefers other modules to the program, the object's package, and its original name."""
+        """Returns a sort key that puts the running program last, and the object's package and original name first."""
         module, name = found
         # Notebooks also keep the last results under names such as _12.
         return module == PROGRAM, module.partition(".")[0] != package, name != path, name.startswith("_")
@@ -128,7 +128,7 @@ def name_of(value: Any) -> str | None:
 
 
 def fields_of_program(plain: Any, path: str = "") -> list[str]:
-    """Returns the dotted names of fields whose plain values name objects of the running program.
+    """Returns the dotted names of fields whose plain values are names of objects in the running program.
 
     Example:
         fields_of_program({"matching": {"coupling": "__main__:SlicedOT"}})  # ["matching.coupling"]
@@ -140,17 +140,17 @@ def fields_of_program(plain: Any, path: str = "") -> list[str]:
 
 
 def _is_python(module: str) -> bool:
-    """Returns whether a module belongs to Python itself; configs never name objects of such modules."""
+    """Returns whether a module is part of the standard library, whose objects cannot be given by name."""
     return module.partition(".")[0] in sys.stdlib_module_names
 
 
 def _is_private(module: str) -> bool:
-    """Returns whether a module is not part of its package's public interface."""
+    """Returns whether a part of a module's name begins with an underscore."""
     return any(part.startswith("_") for part in module.split("."))
 
 
 def _is_there(module: Any, path: Any, value: Any) -> bool:
-    """Returns whether an object is found where its `__module__` and `__qualname__` say that it was defined."""
+    """Returns whether `module` and `path` lead to `value`."""
     if not (isinstance(module, str) and isinstance(path, str)):
         return False
     found: Any = None if module == _COPY or _is_python(module) else sys.modules.get(module)

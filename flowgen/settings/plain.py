@@ -1,10 +1,10 @@
 """Validates configs, and converts them to and from plain values for JSON.
 
-A value is checked against the annotation of its field: bool, int, float, str, None, Literal, Callable, tuple, dict with
-str keys, unions of these, `Annotated` with bounds such as those of `flowgen.settings.ranges`, and configs. A field that
-may be one of several configs stores its choice as "type": the class name without "Config". A user-defined object is
-stored as its name, "package.module:object". If an instance of a frozen dataclass has no name, the name of its
-class is stored as "type".
+The annotation of a field may be bool, int, float, str, None, Literal, Callable, tuple, dict with str keys, a config, a
+union of these, or `Annotated` with bounds such as those in `flowgen.settings.ranges`. If a field accepts several
+configs, the plain value has an entry "type": the class name without "Config". A user-defined object is stored as its
+name, "package.module:object". If it has no name but is an instance of a frozen dataclass, its fields are stored, with
+the name of the class as "type".
 """
 
 from __future__ import annotations
@@ -46,7 +46,7 @@ MAX_WHOLE_FLOAT = 10**300
 class FieldError(ValueError):
     """The errors in a config. Each error is a sentence that begins with the name of a field.
 
-    A config names its own fields. The config that contains it adds the name of the group with `within` or `in_group`.
+    A config that contains another one prepends the name of the group with `within` or `in_group`.
 
     Example:
         raise FieldError("min_lr is 0.1, above lr 0.01; lower it.")
@@ -56,13 +56,13 @@ class FieldError(ValueError):
         return ", and ".join([*(problem.removesuffix(".") for problem in self.args[:-1]), *self.args[-1:]])
 
     def within(self, group: str) -> FieldError:
-        """Returns the error with the name of the group added before the name of each field."""
+        """Returns the error with the name of the group prepended to the name of each field."""
         return FieldError(*(f"{group}.{problem}" for problem in self.args))
 
 
 @contextlib.contextmanager
 def in_group(group: str) -> Generator[None]:
-    """Returns a context manager that adds the name of a group to the fields that a `FieldError` names.
+    """Returns a context that prepends the name of a group to the field names in a `FieldError`.
 
     Example:
         with in_group("sampling"):
@@ -84,7 +84,7 @@ def config(*, kw_only: bool) -> Callable[[type[T]], type[T]]: ...
 
 @typing.dataclass_transform(frozen_default=True)
 def config(cls: type[T] | None = None, *, kw_only: bool = False) -> type[T] | Callable[[type[T]], type[T]]:
-    """Returns the class as a frozen dataclass whose constructor checks its fields and converts them to their types.
+    """Returns the class as a frozen dataclass whose constructor checks and converts the values of fields.
 
     The class's `__post_init__` runs afterwards. If fields contradict each other, it must raise ValueError with a
     sentence that begins with the name of one of them.
@@ -120,12 +120,12 @@ def _config(cls: type[T], *, kw_only: bool) -> type[T]:
 
 
 def to_plain(value: Any, annotation: Any = None) -> Any:
-    """Returns configs and mappings as dicts, and tuples as lists, ready for JSON.
+    """Returns a value for JSON: configs and mappings become dicts, and tuples become lists.
 
-    annotation: the field's annotation; if it allows several configs, the dict names the type.
+    annotation: the field's annotation. If it allows several configs, the dict has an entry "type".
 
-    Raises FieldError if a field contains a user-defined object that cannot be stored by name, because neither it nor
-    its dataclass is at the top level of an imported module.
+    Raises FieldError if neither a user-defined object nor its dataclass has a name, because neither was defined at the
+    top level of an imported module.
 
     Example:
         text = json.dumps(to_plain(config), allow_nan=False)
@@ -157,7 +157,7 @@ def _fields_to_plain(value: Any) -> dict[str, Any]:
 
 
 def _own_to_plain(value: Any) -> Any:
-    """Returns the name of a user-defined object, or the name of its class with its fields."""
+    """Returns the name of a user-defined object; if it has none, its fields with the name of its class."""
     if (name := name_of(value)) is not None:
         return name
     if is_dataclass(value) and (name := name_of(type(value))) is not None:
@@ -172,7 +172,8 @@ def from_plain(cls: type[T], data: Any) -> T:
     """Returns the config of type `cls` from the result of `to_plain`. A missing field gets its default.
 
     Raises:
-        FieldError: a field is unknown, is missing and has no default, or has the wrong type; the message names it.
+        FieldError: a field is unknown, is missing and has no default, or has an invalid value; the message names the
+        field.
 
     Example:
         config = from_plain(TrainConfig, {"steps": 100, "batch_size": 8})
@@ -214,7 +215,8 @@ def _fitting(cls: type, values: Mapping[str, Any]) -> dict[str, Any]:
 def check(annotation: Any, value: Any, *, path: str) -> Any:
     """Returns `value` converted to the type in its annotation.
 
-    Whole numbers become int or float, and lists become tuples, but a bool never becomes an int.
+    An int may become a float, a whole float may become an int, and a list may become a tuple. A bool is never
+    converted.
 
     Raises:
         FieldError: the value does not fit, or a float is not finite; the message names the path, the value and what is
@@ -265,11 +267,11 @@ class _Absent:
 
 
 class _Mismatch(Exception):
-    """The value is not of the annotation's type; the caller says which type is expected."""
+    """The value does not have the annotation's type; the caller writes the error message."""
 
 
 class _Refusal(Exception):
-    """The value has the right type but is refused; the message follows the field's name."""
+    """The value has the right type but is not allowed; the message follows the field's name."""
 
 
 def _convert(annotation: Any, value: Any) -> Any:
@@ -347,7 +349,7 @@ def _chosen(kinds: dict[str, type], data: Mapping[str, Any], *, own: bool) -> An
 
 
 def _found(value: Any) -> Any:
-    """Returns the object that text names, or an object of the class that a mapping names; else the value itself."""
+    """Returns the object named `value`, or an object of the class that a mapping has as "type"; else `value`."""
     named = value.get(TYPE) if isinstance(value, Mapping) else value
     opened = isinstance(value, Mapping) and isinstance(named, type)
     if not is_name(named) and not opened:

@@ -1,7 +1,6 @@
 """Types that restrict the values of a field: ranges of numbers, lengths of tuples, and lists of names.
 
-Each range extends far beyond the sizes of trained models, so it covers every plausible value. A number outside the
-range must be a mistake, and is rejected before a model of that size is built.
+Ranges of sizes extend far beyond published models. They reject only mistakes, and do so before a model is built.
 """
 
 from __future__ import annotations
@@ -92,7 +91,7 @@ class OneOf:
 class Own:
     """Allows user-defined objects, which are written as "package.module:object" in commands and JSON.
 
-    about: a noun phrase that says what an object must be, for error messages.
+    about: what an object must be, as a noun phrase for error messages.
 
     Example:
         coupling: Independent | MinibatchOT | Annotated[Coupling, Own("a function (key, x0, x1, cond) -> Coupled")]
@@ -102,7 +101,7 @@ class Own:
 
 
 def meant(word: str, known: Iterable[str]) -> str:
-    """Returns the end of an error message about an unknown word. It suggests the closest known word, if any."""
+    """Returns the end of an error message about an unknown word. It suggests a similar known word, if there is one."""
     spelled = {name.lower(): name for name in known}
     close = difflib.get_close_matches(str(word).lower(), list(spelled), n=1, cutoff=0.75)
     return f"; did you mean {spelled[close[0]]}?" if close else "."

@@ -1,4 +1,4 @@
-"""Training: the update, data parallelism, the loop, checkpoints and reports."""
+"""Trains models: the training step, parallelism over devices, the training loop and its options."""
 
 from __future__ import annotations
 

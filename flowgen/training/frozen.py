@@ -1,7 +1,7 @@
 """Frozen parameters, which training leaves unchanged. Patterns of parameter names select them.
 
-Frozen parameters are left out of the tree that is differentiated and updated. They therefore have no gradient, no
-moments and no weight decay, and gradient norms do not include them.
+Training does not differentiate or update frozen parameters. They therefore have no gradient, no moments and no weight
+decay, and gradient norms do not include them.
 """
 
 from __future__ import annotations
@@ -80,7 +80,7 @@ def trained(params: Any, patterns: Sequence[str]) -> Any:
 
 
 def with_frozen(moving: Any, params: Any) -> Any:
-    """Returns `moving`, a result of `trained`, completed with the frozen parameters of `params`.
+    """Returns all parameters: the trained ones from `moving`, a result of `trained`, and the frozen ones from `params`.
 
     Example:
         params = with_frozen(optax.apply_updates(trained(params, patterns), updates), params)

@@ -1,7 +1,7 @@
 """Sharded training: parameters, moments and averaged parameters are divided over devices and processes.
 
-The program is the same as on one device, and computes the whole batch. The compiler divides the program over the
-devices, according to the shardings of its arguments.
+The training step is written as for one device, and processes the whole batch. The compiler divides it over the devices,
+according to the shardings of the arguments.
 """
 
 from __future__ import annotations
@@ -33,8 +33,8 @@ class FullySharded:
     Arrays are global. A batch contains the rows of all devices, divided over the first axis of the mesh. A state has
     the same shapes as on one device. `partition_specs` defines how states are divided.
 
-    devices: the local devices to use; None for all of them. mesh_shape: the number of devices that share the
-    batch and the parameters, and the number that share heads and MLPs; None for all devices on the first axis.
+    devices: the local devices to use; None for all of them. mesh_shape: the number of devices that share the batch and
+    the parameters, and the number that share heads and MLPs; None for (number of devices, 1).
 
     Raises ValueError if the mesh does not fit the devices.
 
@@ -70,7 +70,7 @@ class FullySharded:
 
     @cached_property
     def mesh(self) -> Mesh:
-        """The mesh of all processes' devices; the rows of each process are on its own devices."""
+        """The mesh of all devices. Each process stores its rows of the batch on its own devices."""
         devices = self.local_devices
         if jax.process_count() > 1:
             if self.devices is not None:
@@ -85,12 +85,12 @@ class FullySharded:
 
     @property
     def reads_alone(self) -> bool:
-        """Whether a process can read a whole state without the other processes."""
+        """Whether a process can read a whole state without the help of others."""
         return jax.process_count() == 1
 
     @property
     def program_devices(self) -> int:
-        """The number of devices that share one program's FLOP."""
+        """The number of devices that execute one program together."""
         return self.mesh.size
 
     def check_batch(self, config: TrainConfig) -> None:
@@ -98,11 +98,11 @@ class FullySharded:
         check_batch(config, self.mesh.shape[backend.FSDP])
 
     def shardings(self, tree: Any) -> Any:
-        """Returns the sharding of every leaf of a state or of variables, which may be abstract arrays."""
+        """Returns the sharding of every leaf of a state or of variables. The leaves may be abstract arrays."""
         return _shardings(self.mesh, tree)
 
     def abstract(self, make: Callable[[], Any]) -> Any:
-        """Returns the shapes of the result of `make`. Raises any error that occurs when JAX traces `make`."""
+        """Returns the result of `make` as abstract arrays."""
         with jax.set_mesh(self.mesh):
             return jax.eval_shape(make)
 
@@ -137,7 +137,7 @@ class FullySharded:
         return jax.random.wrap_key_data(_placed(data, NamedSharding(self.mesh, WHOLE)))
 
     def shard(self, batch: Any, rows: int | None = None) -> Any:
-        """Returns the whole batch, to which this process contributes its rows; does not wait for the transfer.
+        """Returns the global batch, of which `batch` contains this process's rows. Does not wait for the transfer.
 
         rows: the required number of rows, which is this process's share of train.batch_size; None allows any number
         that the devices can share equally. Raises ValueError unless all leaves are arrays of numbers with this many
@@ -148,7 +148,7 @@ class FullySharded:
         return jax.tree.map(lambda x: jax.make_array_from_process_local_data(sharding, np.asarray(x)), batch)
 
     def to_host(self, tree: Any) -> Any:
-        """Returns a tree as whole numpy arrays that own their memory, in every process; waits for the devices."""
+        """Returns, in every process, a tree as whole numpy arrays with their own memory. Waits for the devices."""
         return jax.tree.map(_whole, tree)
 
     def variables(self, state: TrainState) -> Any:
@@ -165,7 +165,7 @@ class FullySharded:
 
 
 def parallel_for(config: TrainConfig, devices: Sequence[jax.Device] | None = None) -> DataParallel | FullySharded:
-    """Returns the parallelism that a config selects, after checking that the devices can share its batch.
+    """Returns the parallelism that `config.parallel` selects.
 
     devices: this process's devices to train on; None for all of them.
 
@@ -181,10 +181,10 @@ def parallel_for(config: TrainConfig, devices: Sequence[jax.Device] | None = Non
 
 
 def divided_over_heads(variables: Any) -> Any:
-    """Returns variables for sampling and evaluation, divided over all devices of this host along the tensor axis.
+    """Returns variables whose heads and hidden MLP channels are divided over all devices of this host.
 
-    In each layer, the devices then exchange the activations of each token, but no weights. Arrays that are not divided
-    are copied to every device (see `partition_spec`).
+    In each layer, the devices then exchange activations, but no weights. Arrays that are not divided are copied to
+    every device (see `partition_spec`).
 
     variables: numpy arrays, so that no device stores all of them.
 

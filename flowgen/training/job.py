@@ -31,9 +31,9 @@ class Job:
     profile: number of steps to trace for a profiler; 0 for none. devices: this process's devices to train on; None for
     all of them. start: a function that changes the initial variables of a new run, for example to the weights of
     another run; a resumed run does not call it. Training reports the lines that the function returns, and saves them
-    with the run. warnings: warnings that have already been shown, to save with the run. fixed: collections that are
-    passed to the objective with its variables, such as those of a second network; training neither changes nor saves
-    them.
+    with the run. warnings: sentences that have already been shown; training saves them with the run. fixed: collections
+    that are passed to the objective with its variables, such as those of a second network; training neither changes nor
+    saves them.
     """
 
     init: Callable[[jax.Array], Any]

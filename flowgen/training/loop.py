@@ -40,7 +40,7 @@ def train(
     check_config: Callable[[dict[str, Any]], None],
     signals: Signals | None = None,
 ) -> Result:
-    """Trains in the run directory `workdir`, from its last checkpoint if it contains one, and returns the result.
+    """Trains from the last checkpoint in `workdir`, or from step 0 if there is none, and returns the result.
 
     If a run is stopped by a signal, even by SIGKILL, and then resumed on the same number of devices, it ends in the
     same state as an uninterrupted run, bit for bit.
@@ -53,7 +53,8 @@ def train(
         ValueError: the devices cannot share the batch equally, the config does not fit the run, or a checkpoint is
             damaged.
         FileExistsError, OSError: the workdir contains other files, is in use, or cannot be written to.
-        FloatingPointError: the loss or a gradient is not finite; the message names the step. Checkpoints stay intact.
+        FloatingPointError: the loss or a gradient is not finite, or too many updates in a row were skipped; the message
+            names the step. Checkpoints stay intact.
         Interrupted: a signal arrived before the first step.
 
     Example:
@@ -116,7 +117,7 @@ def train(
 
 
 class _Run:
-    """The state of the loop, apart from the training state."""
+    """Runs the training loop, and stores its progress."""
 
     def __init__(
         self,
@@ -142,7 +143,10 @@ class _Run:
         self.signal = 0
 
     def train(self, counted: CountedStep, state: TrainState, key: jax.Array, scores: dict[str, float] | None) -> Result:
-        """Trains from step `first` to the last step and returns the result. scores: the metrics of `first`, if any."""
+        """Trains from step `first` to the last step and returns the result.
+
+        scores: the results of the evaluation at step `first`; None if there are none.
+        """
         with _interruptible(self.signals):
             state = self.parallel.place(state)
             key = self.parallel.replicate_key(key)
@@ -158,7 +162,7 @@ class _Run:
         return Result(self.parallel.to_host(state), self.metrics, self.samples, self.signal)
 
     def resume(self, state: TrainState, scores: dict[str, float] | None) -> None:
-        """Reports where the run resumes, and repeats the checkpoint's evaluation if that did not finish."""
+        """Reports the step from which the run resumes, and repeats an evaluation of this step that did not finish."""
         finished = self.first == self.steps
         if scores is not None:
             self.metrics, self.evaluated = scores, self.first
@@ -221,7 +225,7 @@ class _Run:
     def keeping(self, step: int, state: TrainState) -> Generator[None]:
         """Returns a context that saves the state if an error ends the run, unless the error is a FloatingPointError.
 
-        Nothing is saved if saving would require the other processes to contribute their parts of the state.
+        Saves nothing if other processes would have to contribute their parts of the state.
         """
         try:
             yield
@@ -283,7 +287,7 @@ class _Run:
         return number > 0
 
     def due(self, step: int, state: TrainState) -> None:
-        """Writes metrics, saves, evaluates and draws samples, each only if it is due at this step."""
+        """Does what is due at this step: writing metrics, saving and evaluating the state, or drawing samples."""
         evaluates = self.job.evaluate is not None and _due(step, self.config.eval_every)
         draws = _due(step, self.config.sample_every)
         if _due(step, self.config.log_every):
@@ -298,7 +302,7 @@ class _Run:
     def report(self, step: int) -> None:
         """Writes the mean metrics of the steps since the last report, and the fraction of skipped steps among them.
 
-        Skipped steps do not count in the means.
+        The means exclude skipped steps.
 
         Raises FloatingPointError if the run cannot continue.
         """
@@ -323,8 +327,8 @@ class _Run:
     def check(self, step: int, row: dict[str, float]) -> None:
         """Raises FloatingPointError if the run cannot continue.
 
-        A run cannot continue if a step that was not skipped has a non-finite loss or gradient, or if too many steps in
-        a row were skipped.
+        A run cannot continue if a step that was not skipped has a non-finite loss or gradient, or if more than
+        `max_skips` steps in a row were skipped.
         """
         in_a_row, most = row.get("skipped_in_a_row", 0), self.max_skips
         if in_a_row <= most and (in_a_row or (np.isfinite(row["loss"]) and np.isfinite(row["grad_norm"]))):
@@ -370,5 +374,5 @@ def _due(step: int, every: int) -> bool:
 
 
 def _interruptible(signals: Signals) -> Any:
-    """Returns a context in which a signal raises Interrupted, unless other processes would wait for this one."""
+    """Returns a context in which a signal raises Interrupted, unless other processes would then wait for this one."""
     return signals.raising() if jax.process_count() == 1 else nullcontext()

@@ -1,4 +1,4 @@
-"""Opens a run directory for training: the step to resume from, its evaluation, and the writer of the run."""
+"""Opens a run directory for training: finds the step to resume from, and creates the writer of the run."""
 
 from __future__ import annotations
 
@@ -31,9 +31,9 @@ def open_writer(run: RunReader, latest: int | None, log: LogConfig, best_metric:
 
 
 def resumed_from(reader: CheckpointReader, steps: int, check_config: Callable[[dict[str, Any]], None]) -> int | None:
-    """Returns the step to resume from, or None; the result is the same in all processes.
+    """Returns the step to resume from, which is the same in all processes; None if there is no checkpoint.
 
-    Raises ValueError if every checkpoint has missing files, the step exceeds `steps`, or the config does not fit.
+    Raises ValueError if all checkpoints lack files, the latest step exceeds `steps`, or `check_config` raises it.
 
     Example:
         step = resumed_from(CheckpointReader("runs/digits/checkpoints"), 2_000, experiment.check_resumable)

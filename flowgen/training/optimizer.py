@@ -1,4 +1,4 @@
-"""Creates a run's optimizer from its config: learning-rate schedule, clipping, update rule, and skipping of spikes."""
+"""Creates a run's optimizer from its config: learning-rate schedule, clipping, update rule, and skipping of updates."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ def make_schedule(config: OptimConfig, steps: int) -> optax.Schedule:
     """Returns the learning rate as a function of the number of completed updates.
 
     Raises:
-        ValueError: the warm-up is at least as long as the run.
+        ValueError: the warm-up is at least as long as the run, or the decay is longer than the rest of the run.
 
     Example:
         lr = make_schedule(OptimConfig(), steps=1_000)(0)
@@ -48,7 +48,7 @@ def make_schedule(config: OptimConfig, steps: int) -> optax.Schedule:
 def make_optimizer(
     config: OptimConfig, steps: int, others: Mapping[str, OptimConfig] | None = None
 ) -> optax.GradientTransformation:
-    """Returns the optimizer that a config describes, including the clipping of gradients and the skipping of spikes.
+    """Returns the optimizer that a config describes, including gradient clipping and `skip_spikes`.
 
     others: separate optimizers for parameter groups, keyed by the groups' top-level names. Each group has its own
     gradient norm.
@@ -84,7 +84,7 @@ def _one_optimizer(config: OptimConfig, steps: int) -> optax.GradientTransformat
 
 
 def decay_mask(config: OptimConfig) -> Callable[[Any], Any] | None:
-    """Returns the function params -> tree of bools that selects the parameters that decay, or None if all decay.
+    """Returns a function params -> tree of bools, which are True for parameters that decay; None if all decay.
 
     Example:
         mask = decay_mask(OptimConfig(decayed="matrices", not_decayed=("*/proj_out/*",)))
@@ -143,7 +143,7 @@ def skip_spikes(
 
 
 def main_state(opt_state: Any) -> Any:
-    """Returns the state of the main optimizer.
+    """Returns the state of the main optimizer, which updates the parameters that have no separate optimizer.
 
     Example:
         state = main_state(make_optimizer(OptimConfig(), steps=1_000).init(params))
@@ -152,7 +152,7 @@ def main_state(opt_state: Any) -> Any:
 
 
 def updates_done(opt_state: Any, step: Int[Array, ""]) -> Int[Array, ""]:
-    """Returns the number of updates that the main optimizer has made, at a step of the run.
+    """Returns the number of updates that the main optimizer has applied up to a step of the run.
 
     Example:
         done = updates_done(state.opt_state, state.step)

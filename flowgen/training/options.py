@@ -1,4 +1,4 @@
-"""Training options: the optimizer, the length of a run and its intervals. Defaults are set only here."""
+"""Options of training: optimizer, run length, initial parameters and reports. Defaults are set only here."""
 
 from __future__ import annotations
 
@@ -47,9 +47,9 @@ def check_warmups(warmups: Mapping[str, int], steps: int) -> None:
 class OptimConfig:
     """An optimizer with warm-up, learning-rate decay, clipping, and an exponential moving average of the parameters.
 
-    name: the optimizer: "adamw", another of optax, or "muon", "auon" or "conda", which update the weight matrices and
-        leave all other parameters to AdamW; or a function (learning_rate, **options) that returns an optax optimizer.
-    options: options of the optimizer by name, such as --optim.options.momentum 0.9; all others keep their defaults.
+    name: the optimizer, or a function (learning_rate, **options) that returns an optax optimizer.
+        With "muon", "auon" and "conda", AdamW updates all parameters that are not weight matrices.
+    options: further options of the optimizer, set as in --optim.options.momentum 0.9; the rest keep their defaults.
     lr: learning rate after the warm-up; positive.
     min_lr: learning rate at the start of the warm-up and at the end of the decay; at most lr.
     adam_lr: learning rate for parameters that are not weight matrices, with "muon", "auon" or "conda"; 0 to use lr.
@@ -60,15 +60,15 @@ class OptimConfig:
         the run.
     weight_decay: decoupled weight decay; 0 for no decay.
     decayed: whether weight decay applies to "all" parameters or to weight "matrices" only.
-    not_decayed: patterns of parameter names that do not decay, such as "*/proj_out/*".
-    keep_norms: scale each weight matrix back to its initial norm after every update, as in NaP.
+    not_decayed: patterns of the names of parameters without weight decay, such as "*/proj_out/*".
+    keep_norms: scale each weight matrix back to its initial norm after every update.
     b1: decay rate of the running mean of gradients, for "adamw", "adamp", "muon", "auon" and "conda"; at least 0 and
-        below 1. For all other optimizers, set such rates in options.
-    b2: decay rate of the running mean of squared gradients, for the same optimizers; at least 0 and below 1.
-    eps: constant added to the denominator of the updates, for the same optimizers.
+        below 1. For other optimizers, set their decay rates in options.
+    b2: decay rate of the running mean of squared gradients, for the optimizers that use b1; at least 0 and below 1.
+    eps: constant added to the denominator of the updates, for the optimizers that use b1.
     clip_norm: clip the global gradient norm to this value; 0 for no clipping.
     skip_norm: skip updates if the gradient norm before clipping exceeds this value or is not finite; 0 for no skipping.
-    skip_after: number of initial updates that are never skipped.
+    skip_after: number of initial updates that are skipped only if the gradient norm is not finite.
     max_skips: number of consecutive updates that may be skipped before the run stops; at least 1.
     ema_decay: decay rate of the parameter average used for sampling; below 1, or 0 for no average.
     ema_warmup: raise the decay rate gradually, as min(ema_decay, (1 + step) / (10 + step)).
@@ -113,7 +113,7 @@ class OptimConfig:
 
     @property
     def optimizer(self) -> Callable[..., Any]:
-        """The function (learning_rate, **options) that makes the optimizer."""
+        """The function (learning_rate, **options) that returns the optimizer."""
         return OPTIMIZERS[self.name] if isinstance(self.name, str) else self.name
 
     @property
@@ -147,18 +147,18 @@ def check_unused(optim: OptimConfig) -> None:
 
 @config
 class TrainConfig:
-    """Length, batch size and seed of a run.
+    """The length, batch size, seed and parallelism of a run.
 
     steps: number of parameter updates; at least 1.
     batch_size: samples per update, over all devices and hosts; a multiple of the number of devices times accumulation.
     seed: seed of initial parameters, data order and noise; a whole number below 2^32.
     label_dropout: fraction of labels, texts or contexts to drop, so that guidance can be used in sampling; at most 1.
     accumulation: number of micro-batches into which each device splits its share of a batch, to save memory.
-    frozen: patterns of the names of parameters that stay unchanged, such as "blocks_0/*"; see docs/training.md of the
-    source.
+    frozen: patterns of the names of parameters that stay unchanged, such as "blocks_0/*"; see docs/training.md in the
+    repository.
     parallel: "data" copies the parameters to every device; "fsdp" divides them over the devices, for large models.
     mesh: with "fsdp", the number of devices that share the batch and the parameters, and the number that share heads
-    and MLPs; null for all devices on the first axis.
+    and MLPs; null to let all devices share the batch and the parameters.
     """
 
     steps: Count = 1000
@@ -181,7 +181,7 @@ class InitConfig:
 
     path: directory of a run, or of weights that `convert` has imported; empty to start from new parameters. A resumed
     run does not read it.
-    allow: differences that are allowed: classes, size, text, frames or other; see docs/training.md in the repository.
+    allow: kinds of differences to allow: classes, size, text, frames or other; see docs/training.md in the repository.
     """
 
     path: str = ""

@@ -1,4 +1,4 @@
-"""Measures the speed of training: steps, samples and FLOP per second, the fraction of the peak, and the time left."""
+"""Measures the speed of training, for example in steps and FLOP per second, and estimates the remaining time."""
 
 from __future__ import annotations
 
@@ -89,7 +89,7 @@ class Pace:
         return speed
 
     def seconds_for(self, steps: int) -> float | None:
-        """Returns the time of `steps` steps at the average speed, in seconds, or None if the speed is not known yet."""
+        """Returns the seconds that `steps` steps take at the average speed, or None if the speed is not known yet."""
         return steps * self._seconds / self._steps if self._steps else None
 
     def _restart(self) -> None:

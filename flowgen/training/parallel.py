@@ -1,4 +1,4 @@
-"""Data parallelism over devices and processes. No other file uses pmap."""
+"""Data parallelism over devices and processes with pmap."""
 
 from __future__ import annotations
 
@@ -48,12 +48,12 @@ class DataParallel:
 
     @property
     def reads_alone(self) -> bool:
-        """Whether a process can read a whole state without the other processes."""
+        """Whether a process can read a whole state without the help of others."""
         return True
 
     @property
     def program_devices(self) -> int | None:
-        """None, because each program is traced for one device, which computes all of its FLOP."""
+        """None, because each device executes its own program."""
         return None
 
     def check_batch(self, config: TrainConfig) -> None:
@@ -65,7 +65,7 @@ class DataParallel:
         return jax.pmap(step, axis_name=AXIS, devices=self.devices, donate_argnums=0)
 
     def abstract(self, make: Callable[[], Any]) -> Any:
-        """Returns the shapes of the result of `make`."""
+        """Returns the result of `make` as abstract arrays."""
         return jax.eval_shape(make)
 
     def create(self, make: Callable[..., Any], *given: Any) -> Any:
@@ -105,7 +105,7 @@ class DataParallel:
         )
 
     def to_host(self, tree: Any) -> Any:
-        """Returns a replicated tree as numpy arrays that own their memory; waits for the device."""
+        """Returns a replicated tree as numpy arrays with their own memory. Waits for the devices."""
         # np.asarray of a CPU array is a view, whose memory the next step overwrites.
         shards = jax.device_get(jax.tree.map(lambda x: x.addressable_shards[0].data, tree))
         return jax.tree.map(lambda x: np.array(x[0]), shards)
@@ -167,14 +167,14 @@ def barrier(name: str) -> None:
 
 
 def largest(value: int) -> int:
-    """Returns, in every process, the largest value among all processes; waits for their current steps."""
+    """Returns, in every process, the largest of the processes' values. Waits until all processes have called it."""
     if jax.process_count() == 1:
         return value
     return int(np.max(multihost_utils.process_allgather(np.array(value))))
 
 
 def from_primary(value: float) -> float:
-    """Returns, in every process, the first process's value."""
+    """Returns, in every process, the value of the first process."""
     if jax.process_count() == 1:
         return value
     return float(multihost_utils.broadcast_one_to_all(np.array(value, np.float32)))

@@ -12,7 +12,7 @@ from flowgen.training.pace import Pace
 
 
 class Profile:
-    """Traces a number of steps, `steps`, from the second step on, and writes the trace to a directory.
+    """Traces `steps` training steps, from the second step on, and writes the trace to a directory.
 
     If the directory is None, nothing is traced. The time needed to start and to end the trace is excluded from `pace`.
     If the run ends early, fewer steps are traced.
@@ -36,7 +36,7 @@ class Profile:
         self._end()
 
     def after(self, step: int, results: Any) -> None:
-        """Starts the trace after the first step and ends it `steps` steps later; waits only for these two results."""
+        """Starts the trace after the first step and ends it `steps` steps later. Does not wait for other steps."""
         if self._directory is None:
             return
         self._last = step

@@ -1,7 +1,7 @@
-"""Rules that divide the arrays of a training state over a mesh; they depend only on the shapes and paths of the arrays.
+"""Divides the arrays of a training state over a mesh, by rules that depend only on their shapes and paths.
 
 The mesh has two axes: devices along "fsdp" share the batch and the parameters, and devices along "tensor" share the
-heads of attention and the hidden layer of MLPs.
+attention heads and the hidden channels of MLPs.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ ONE_LAYER = "layer_"
 def partition_specs(tree: Any, axes: Mapping[str, int]) -> Any:
     """Returns the `PartitionSpec` of every leaf of a state or of variables, in a tree of the same structure.
 
-    Moments and averages are divided like their parameters, because their paths end with the parameters' paths.
+    The paths of moments and averages end with the path of their parameter, so they are divided like the parameter.
 
     tree: (abstract) arrays. axes: the sizes of the axes "fsdp" and "tensor".
 
@@ -43,9 +43,9 @@ def partition_specs(tree: Any, axes: Mapping[str, int]) -> Any:
 def partition_spec(path: tuple[str, ...], shape: tuple[int, ...], axes: Mapping[str, int]) -> PartitionSpec:
     """Returns the `PartitionSpec` of an array with this path and shape.
 
-    The array's axis of stacked layers is never divided. The tensor axis divides the outputs of "qkv", "up" and "gate",
-    and the inputs of "proj" and "down". The fsdp axis divides the largest remaining axis that it can divide equally.
-    Arrays with fewer than 16,384 elements are not divided.
+    The array's axis of stacked layers is never divided. The outputs of the layers "qkv", "up" and "gate", and the
+    inputs of "proj" and "down", are divided over the mesh axis "tensor". The largest of the array's other axes that can
+    be divided equally is divided over the mesh axis "fsdp". Arrays with fewer than 16,384 elements are not divided.
 
     Example:
         partition_spec(("layers", "mlp", "up", "kernel"), (4, 256, 1024), {"fsdp": 2, "tensor": 2})
@@ -55,7 +55,7 @@ def partition_spec(path: tuple[str, ...], shape: tuple[int, ...], axes: Mapping[
 
 
 def bytes_per_device(tree: Any, axes: Mapping[str, int]) -> int:
-    """Returns the number of bytes of a tree that each device stores under these rules.
+    """Returns the number of bytes of a tree that each device stores if `partition_spec` divides the tree.
 
     Example:
         bytes_per_device(jax.eval_shape(initial), {"fsdp": 8, "tensor": 1})
@@ -68,9 +68,9 @@ def bytes_per_device(tree: Any, axes: Mapping[str, int]) -> int:
 
 
 def gathered_bytes(params: Any, axes: Mapping[str, int]) -> tuple[int, int]:
-    """Returns the bytes of gathered kernels that a device stores at once: for the largest layer, and for all layers.
+    """Returns the bytes that the gathered kernels of the largest layer, and of all layers, occupy on a device.
 
-    A device gathers the parts of a layer's kernels for its matrix products (see `flowgen.backend.gather_kernel`). The
+    Before a matrix product, a device gathers the parts of the kernel (see `flowgen.backend.gather_kernel`). The
     backward pass needs the kernels of all layers, unless it recomputes the layers.
 
     Example:
@@ -98,7 +98,7 @@ def _is_stacked(path: tuple[str, ...]) -> bool:
 
 
 def _tensor_axis(path: tuple[str, ...], rank: int) -> int | None:
-    """Returns the axis that the tensor axis divides, or None."""
+    """Returns the array axis that is divided over the mesh axis "tensor", or None."""
     module, name = path[-2:] if len(path) > 1 else ("", "")
     if module in BY_OUTPUT and name in ("kernel", "bias"):
         return rank - 1

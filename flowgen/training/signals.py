@@ -1,4 +1,4 @@
-"""Handles Ctrl-C and SIGTERM in training: reports a signal at once, and stops once no work would be lost."""
+"""Handles Ctrl-C and SIGTERM in training: reports a signal immediately, and stops when no work would be lost."""
 
 from __future__ import annotations
 
@@ -35,8 +35,8 @@ class Signals:
 
     A separate thread prints the report, because the main thread may be compiling, which Python cannot interrupt.
     `doing` is the text of the report. A second signal ends the program without saving: the thread calls
-    on_second(number), which may end the process. If on_second is None, the signal then has its usual effect in the main
-    thread. Signals are caught only if the context is entered in the main thread.
+    on_second(number), if it is given. Unless this call ends the process, the signal then has its usual effect in the
+    main thread. Signals are caught only if the context is entered in the main thread.
 
     Example:
         with Signals() as signals:

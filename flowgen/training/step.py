@@ -1,6 +1,8 @@
 """The training step: its state, and the pure function that runs on devices.
 
 g = mean over devices and micro-batches of ∇ loss;   θ <- θ - optimizer(clip(g));   θ̄ <- θ̄ + (1 - d)(θ - θ̄)
+
+θ are the parameters, θ̄ is their average, and d is its decay rate.
 """
 
 from __future__ import annotations
@@ -56,7 +58,7 @@ def init_state(
     others: Mapping[str, OptimConfig] | None = None,
     frozen: Sequence[str] = (),
 ) -> TrainState:
-    """Returns the state at step 0. The average starts at the initial parameters.
+    """Returns the state at step 0. The average of the parameters starts at their initial values.
 
     others: separate optimizers, as for `make_optimizer`. frozen: patterns of the names of frozen parameters.
 
@@ -86,26 +88,34 @@ def make_step(
     others: Mapping[str, OptimConfig] | None = None,
     frozen: Sequence[str] = (),
 ) -> Step:
-    """Returns the update (state, batch, key[, fixed]) -> (state, metrics) for one device, mapped over `axis_name`.
+    """Returns the update (state, batch, key[, fixed]) -> (state, metrics) of one device, to be mapped over `axis_name`.
 
-    If `axis_name` is None, the update computes the whole batch in one program, which may be divided over devices.
+    If `axis_name` is None, the update processes the whole batch, and the compiler may divide the work over devices.
 
     objective: a function (variables, batch, key) -> (loss, metrics) or (loss, metrics, collections).
+    frozen: patterns of the names of parameters that stay unchanged; see `flowgen.training.frozen.trained`.
+    others: separate optimizers, as for `make_optimizer`.
+
+    Arguments and results of the update:
     batch: this device's share of the rows; shares are consecutive, in the order of the axis.
     key: the same key for all steps and devices.
     fixed: collections that are passed to the objective with its variables, but are not part of the state; see `Job`.
+    metrics: the means of `loss` and of the objective's metrics over devices and micro-batches; `grad_norm`, the norm of
+    the mean gradient before clipping; and `lr`. If config.skip_norm is set, they include `skipped`, which is 0 or 1,
+    and `skipped_in_a_row`. `lr` and these two describe the main optimizer.
+
     The objective receives a key that is unique to the device, step and micro-batch. If the batch is a `Batch` or a
-    dict, the update adds `rows` to it, a `flowgen.rows.Rows`. Random numbers drawn with `rows` are the same on any
-    number of devices and with any accumulation. Numbers drawn with the key depend on both. Micro-batch j contains the
-    rows j, j + accumulation, ... of the whole batch. Tracing the update raises ValueError if the batch already has
-    `rows`, if micro-batches cannot share the batch equally, or if the objective's result has another form.
-    frozen: patterns of the names of parameters that stay unchanged; see `flowgen.training.frozen.trained`.
-    metrics: the objective's metrics, `loss`, `grad_norm` (before clipping) and `lr`, averaged over devices and
-    micro-batches. If spikes are skipped, the metrics also contain `skipped`, which is 0 or 1, and `skipped_in_a_row`.
-    others: separate optimizers, as for `make_optimizer`. Metrics of learning rate and skips are the main optimizer's.
-    Carried state: each micro-batch computes a new state from the state before the update. The carried state after the
-    update is the mean of these states over devices and micro-batches, unless a `flowgen.rows.StatefulObjective` defines
-    how to combine the states of micro-batches. Integers in the state must not depend on the batch.
+    dict, the update adds `rows` to it, a `flowgen.rows.Rows`. Random numbers drawn with `rows` are the same for any
+    number of devices and micro-batches; numbers drawn with the key are not. Micro-batch j contains the rows j, j +
+    accumulation, ... of the whole batch.
+
+    The objective's collections are a state that is carried from step to step. Each micro-batch computes a new state
+    from the one before the update. The state after the update is the mean of the new states over devices and
+    micro-batches, unless a `flowgen.rows.StatefulObjective` defines how to combine the states of micro-batches.
+    Integers in the state must not depend on the batch.
+
+    Tracing the update raises ValueError if the batch already has `rows`, if micro-batches cannot share the batch
+    equally, or if the objective's result is invalid.
 
     Example:
         update = jax.pmap(make_step(objective, OptimConfig(), steps=1_000), axis_name="data", donate_argnums=0)
@@ -120,7 +130,7 @@ def make_step(
     gradient_of = jax.grad(loss_and_rest, has_aux=True)
 
     def gradients(state, fixed, batch, rows, key):
-        """Returns the mean gradients and metrics over micro-batches, and their combined carried state."""
+        """Returns the mean gradients and metrics of the micro-batches, and the combination of their states."""
         differentiate = partial(gradient_of, trained(state.params, frozen), state.params, state.collections, fixed)
         if accumulation == 1:
             grads, (metrics, collections) = differentiate(with_rows(batch, rows), key)
@@ -226,7 +236,7 @@ def _is_number(x: Any) -> bool:
 
 
 def ema_decay(config: OptimConfig, step: Int[Array, ""] | int) -> Float[Array, ""] | float:
-    """Returns the average's decay rate after `step` updates; with warm-up, min(ema_decay, (1 + step) / (10 + step)).
+    """Returns config.ema_decay or, with ema_warmup, min(ema_decay, (1 + step) / (10 + step)) after `step` updates.
 
     Example:
         decay = ema_decay(OptimConfig(ema_decay=0.999), 100)

@@ -16,10 +16,10 @@ Shapes = tuple[tuple[int, ...], ...]
 
 
 class CountedStep:
-    """A training step that counts its FLOP when JAX traces it, which saves a second trace.
+    """A training step that counts its FLOP when JAX traces it for compilation.
 
-    devices: the number of devices that share the step's program, whose batch has no device axis; None if the step is
-    traced for one device.
+    devices: the number of devices over which the compiler divides the step; None if the step is traced for one device.
+    In this case, batches have a device axis.
 
     Example:
         counted = CountedStep(make_step(objective, OptimConfig(), steps=1_000))
@@ -38,7 +38,7 @@ class CountedStep:
         return self._step(state, batch, key, fixed)
 
     def flop(self, batch: Any) -> dict[str, float]:
-        """Returns {dtype: FLOP} of a step on one device; empty if unknown. batch: the batch of the compiled step."""
+        """Returns {dtype: FLOP} of a step on one device; {} if the step was not compiled for this batch size."""
         if self._devices is None:
             return self._flop.get(tuple(shape[1:] for shape in _shapes(batch)), {})
         return {dtype: flop / self._devices for dtype, flop in self._flop.get(_shapes(batch), {}).items()}
