@@ -63,7 +63,7 @@ def draw(key: Key[Array, ""], num: int) -> tuple[Float[Array, "num n 2"], Bool[A
 
 @jax.jit
 def exact_log_prob(points: Float[Array, "b n 2"], mask: Bool[Array, "b n"]) -> Float[Array, " b"]:
-    """Returns log p of each set in nats, by the trapezoidal rule over the centre."""
+    """Returns log p of each set in nats, integrated over the centre by the trapezoidal rule."""
     axis = jnp.linspace(-EDGE, EDGE, GRID)
     centres = jnp.stack(jnp.meshgrid(axis, axis), axis=-1).reshape(-1, 2)
     log_prior = -0.5 * jnp.square(centres).sum(axis=1) - math.log(2 * math.pi)

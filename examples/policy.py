@@ -104,7 +104,7 @@ def train(
     batch: int,
     learning_rate: float,
 ) -> Any:
-    """Returns the parameters that fit the expert's chunks of actions given its observations."""
+    """Returns parameters trained to predict the expert's chunks of actions from its observations."""
     objective, optimizer = nll_objective(flow), optax.adam(optax.cosine_decay_schedule(learning_rate, steps))
 
     def step(state, key):

@@ -94,7 +94,7 @@ class Settings:
 class VisionTransformer(nn.Module):
     """Maps images to class logits.
 
-    Patches are embedded as tokens, which pass through pre-norm layers, a mean over tokens and a linear head.
+    Embeds patches as tokens, applies pre-norm layers, averages the tokens and applies a linear head.
     """
 
     attention: str

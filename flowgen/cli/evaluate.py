@@ -122,7 +122,7 @@ def _with_cache(asked: Any, run_dir: str) -> Any:
 
 
 def _about(run_dir: str, step: int, experiment: Any, asked: Any, began: float) -> dict[str, Any]:
-    """Returns the settings and versions of an evaluation, for its JSON file."""
+    """Returns the settings and versions that an evaluation's JSON file records."""
     import jax
 
     import flowgen

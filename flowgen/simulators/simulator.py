@@ -12,15 +12,15 @@ from jaxtyping import Array, Float, Key
 
 @runtime_checkable
 class Simulator(Protocol):
-    """A simulator, whose parameters are inferred from observations. Subclasses define the fields, `simulate`,
-    `log_likelihood` and `reference_samples`.
+    """Maps parameters to random observations, from which methods infer the parameters. Subclasses define the fields,
+    `simulate`, `log_likelihood` and `reference_samples`.
 
     name: a short name, such as "two_moons".
     low, high: the bounds of the parameters, one number per parameter. The prior is uniform between them.
     observation_dim: the number of values of an observation.
     fixed_observations: observations for which methods are compared; they never change.
 
-    All methods but `reference_samples` can be compiled with `jax.jit`, and compute in float32 or float64.
+    All methods except `reference_samples` can be compiled with `jax.jit`, and compute in float32 or float64.
 
     Example:
         simulator: Simulator = TwoMoons()
