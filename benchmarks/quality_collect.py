@@ -118,6 +118,6 @@ def spread(values: list[float], column: str) -> str:
 
 
 def markdown(lines: Iterable[list[str]]) -> str:
-    """Returns a table in Markdown, whose first line is the head."""
+    """Returns a table in Markdown; the first of its lines is the head."""
     head, *rest = (f"| {' | '.join(cells)} |" for cells in lines)
     return "\n".join([head, "|---" * (head.count("|") - 1) + "|", *rest]) + "\n"
