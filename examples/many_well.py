@@ -1,10 +1,10 @@
-"""Fits a flow to the many-well energy by reverse KL, without data, and checks it against the exact constant.
+"""Fits a flow to the many-well energy by reverse KL, without data, and compares its log Z with the exact value.
 
     python examples/many_well.py
     python examples/many_well.py --dim 32 --steps 4000 --width 64
 
-All steps of training are one compiled program. The report has the effective sample size of the flow's samples, that of
-exact samples, which also shows modes that the flow has missed, and the error of log Z.
+All training steps are compiled into one program. The report contains the error of log Z and two effective sample sizes:
+of the flow's samples and of exact samples. The latter is low if the flow has missed a mode.
 """
 
 from __future__ import annotations
@@ -25,7 +25,9 @@ from flowgen.transforms import MixtureMap
 
 
 class Result(NamedTuple):
-    """What a run found. ess, forward_ess: shares. log_z_error: in nats. losses: at the first and the last step."""
+    """The result of a run. ess, forward_ess: the effective sample sizes of the flow's and of exact samples, as shares
+    of the samples. log_z_error: in nats. losses: at the first and the last step.
+    """
 
     ess: float
     forward_ess: float
@@ -74,7 +76,7 @@ def train(
 
 
 def main(arguments: Sequence[str] | None = None) -> Result:
-    """Trains a flow, prints what it found and returns it."""
+    """Trains a flow, prints the result and returns it."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--dim", type=int, default=8)
     parser.add_argument("--steps", type=int, default=1500)
