@@ -1,4 +1,4 @@
-"""Compares velocity networks trained on the built-in digits at several numbers of evaluations, with a figure.
+"""Compares velocity networks trained on the built-in digits at several numbers of evaluations, and draws a figure.
 
 for name in cfm otcfm wcfm; do python train.py --config ${name}_digits --workdir runs/$name; done
 python train.py --config wcfm_digits_nala --workdir runs/wcfm_digits_nala
