@@ -146,6 +146,24 @@ def test_samples_of_different_conditions_are_not_resampled():
     assert_close(r.log_weight, expected, NETWORK)
 
 
+def test_annealing_is_mapped_over_conditions():
+    flow, params, x = arguments()
+
+    @jax.vmap
+    def run(label, key):
+        log_q = inference.flow_log_density(flow, params, jnp.full(len(x), label))
+        return inference.anneal(key, x, log_q, WELL.log_density, stay, betas=BETAS, resample_below=1.0)
+
+    with jax.debug_key_reuse(False):  # It takes the keys of nested scans under vmap for used ones (jax 0.10).
+        found = run(jnp.arange(2), jax.random.split(jax.random.key(0)))
+    for label in range(2):
+        log_p = laws.apply(flow, params, x, jnp.full(4, label), method="log_prob")
+        assert jnp.isfinite(found.log_normaliser[label])
+        assert_close(found.ess[label, 0], inference.effective_sample_size((WELL.log_density(x) - log_p) / 2), NETWORK)
+    with pytest.raises(ValueError, match="read the schedule of each run"):
+        found.schedule  # noqa: B018
+
+
 def test_a_move_with_an_array_of_steps_is_kept():
     x = jnp.zeros((3, 4))
     steps = [jnp.full(4, value).reshape(1, 4) for value in (0.1, 0.2)]

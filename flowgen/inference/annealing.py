@@ -63,7 +63,7 @@ class Annealed(NamedTuple):
     acceptance: Float[Array, " stages"]
 
     @property
-    def log_normaliser(self) -> Float[Array, ""]:
+    def log_normaliser(self) -> Float[Array, "*runs"]:
         """The log of the mean weight, an estimate of log Z in nats.
 
         It has no standard error, because weights after resampling do not show the error: their scatter is that of the
