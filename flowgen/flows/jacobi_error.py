@@ -41,7 +41,7 @@ MOST_LOG_SCALE = 40.0
 class JacobiPenalty:
     """A penalty on the error that remains after a few Jacobi sweeps; see `flowgen.flows.jacobi_error`.
 
-    weight: weight of the penalty, which is added to the loss in nats per dimension; positive.
+    weight: weight of the penalty in the loss, which is in nats per dimension; positive.
     sweeps: number of sweeps after which the error is measured; each takes a forward pass of the penalised blocks.
     blocks: numbers of the penalised blocks, counted from the data side; None for all.
 
