@@ -29,7 +29,7 @@ from flowgen.flows.orders import without_padding
 from flowgen.settings import FieldError, config, in_group
 from flowgen.settings.ranges import MAX_BLOCKS, Count, CountOrZero, Entries, Positive
 
-# A smaller error is not worth another step, because plans stop at about this change. It is added to the error.
+# The square of this error is added to the mean square error, because smaller errors are not worth another sweep.
 SOLVED = 1e-3
 # Iterates are clipped to this limit, far beyond the tokens of any block, whose variance is about 1.
 DIVERGED = 1e3
