@@ -1,7 +1,7 @@
-"""Device-specific code and compiler workarounds. Each docstring explains why its function is needed.
+"""Device-specific code and compiler workarounds.
 
-The code here affects only speed, memory and rounding: all other packages use the same formulas on every device. The
-only part of flowgen that this package imports is `flowgen.huge_pages`.
+This package affects only speed, memory use and rounding; the formulas are the same on every device. Within flowgen, it
+imports only `flowgen.huge_pages`.
 """
 
 from flowgen.backend.activations import Host, LayerForm, Remat, layer_form, this_host

@@ -1,4 +1,4 @@
-"""The compiled form of a stack of layers: whether activations are stored for the backward pass, and whether to loop."""
+"""Decides how a stack of layers is compiled: whether it stores activations, and whether it loops over its layers."""
 
 from __future__ import annotations
 
@@ -35,8 +35,8 @@ class Host(NamedTuple):
 class LayerForm(NamedTuple):
     """The form in which a stack of layers is compiled.
 
-    recompute: whether the backward pass recomputes the activations of each layer. one_by_one: whether the program
-    contains every layer separately; otherwise, it contains a loop over a single layer.
+    recompute: whether the backward pass recomputes the activations of each layer. one_by_one: whether each layer is
+    compiled separately; otherwise, one layer is compiled and called in a loop.
     """
 
     recompute: bool
@@ -48,14 +48,14 @@ def layer_form(remat: Remat, num_layers: int, stored_bytes: int, host: Host | No
 
     All forms give the same results up to rounding.
 
-    remat: whether to recompute activations. "auto" stores them only where storing was measured to be faster: for a
-    small number of layers on a CPU with huge pages, if the activations fit into memory. host: None means the host of
-    this process.
+    remat: whether to recompute activations. "auto" stores them only for at most 4 layers on a CPU with huge pages,
+    where storing was measured to be faster, and only if they need at most 1/16 of the memory. host: None means the host
+    of this process.
 
-    Accelerators always loop over the layers. On CPUs, a small number of layers is compiled one by one if their
-    activations are stored, because a loop would write the activations into stacked arrays. Without huge pages, storing
-    takes longer than recomputing. Processes that train together must compile the same program, even if only some of
-    them have huge pages; with "auto", they therefore recompute.
+    Accelerators always loop over the layers. On CPUs, up to 4 layers are compiled one by one if their activations are
+    stored, because a loop would copy the activations into stacked arrays. Without huge pages, storing takes longer than
+    recomputing. Processes that train together must compile the same program, even if only some of them have huge pages;
+    with "auto", they therefore recompute.
     """
     host = this_host() if host is None else host
     few = host.platform == "cpu" and num_layers <= MAX_ONE_BY_ONE

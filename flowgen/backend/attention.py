@@ -1,7 +1,7 @@
-"""Fused kernels for softmax attention, which never write the logits to memory: conditions of use, and calls.
+"""Fused kernels for softmax attention: when they can be used, and functions that call them.
 
-cuDNN provides a kernel for NVIDIA GPUs. JAX provides splash attention, a Pallas kernel for TPUs. Neither has been
-timed.
+These kernels never write the logits to memory. cuDNN provides a kernel for NVIDIA GPUs. JAX provides splash attention,
+a Pallas kernel for TPUs. Neither kernel has been timed.
 """
 
 from __future__ import annotations
@@ -122,7 +122,7 @@ def _problem(kernel: Kernel, q: Shaped, k: Shaped, v: Shaped, mask: str, is_caus
 
 
 def _cost(kernel: Kernel, q: Shaped) -> str:
-    """Returns a clause that states why "auto" does not choose a kernel that can run; empty if "auto" chooses it."""
+    """Returns a clause that states why "auto" avoids a kernel that can run; empty if "auto" chooses the kernel."""
     if jnp.dtype(q.dtype) == jnp.float32:
         return f"{NAMES[kernel]} is intended for bfloat16, but the dtype is float32"
     if q.shape[1] < BLOCKS[kernel]:
@@ -167,8 +167,8 @@ def program_problem(
 def any_derivative() -> AbstractContextManager:
     """Returns a context in which "auto" means "xla" for softmax attention.
 
-    Enter this context to differentiate in forward mode or more than once: fused kernels support only first derivatives,
-    in reverse mode. Programs that jax.jit compiles inside the context are not reused outside it, and vice versa.
+    Forward-mode and higher derivatives need this context, because fused kernels support only first derivatives in
+    reverse mode. Programs that jax.jit compiles inside the context are not reused outside it, and vice versa.
 
     Example:
         with any_derivative():
@@ -206,7 +206,7 @@ def tpu_attention(
     is_causal: bool,
     interpret: bool,
 ) -> Float[Array, "b n h k"]:
-    """Returns softmax attention, computed by JAX's splash attention. Numbers of tokens must be multiples of 128.
+    """Returns softmax attention, computed by JAX's splash attention. n and m must be multiples of 128.
 
     keys: True for keys that queries may attend to; None means all keys. The output is finite but arbitrary for a query
     that may attend to no key.

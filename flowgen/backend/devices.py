@@ -54,7 +54,7 @@ def platform() -> str:
 
 
 def gelu(x: Float[Array, "*d"]) -> Float[Array, "*d"]:
-    """Returns x Φ(x), computed with erf. `jax.nn.gelu` uses erfc, which takes twice as long on CPUs."""
+    """Returns x Φ(x), computed with erf. `jax.nn.gelu` uses erfc, which takes twice as long as erf on CPUs."""
     return 0.5 * x * (1 + _erf(x * math.sqrt(0.5)))
 
 
@@ -67,7 +67,7 @@ def _erf(x: Array) -> Array:
 def _erf_slope(primals: tuple[Array], tangents: tuple[Array]) -> tuple[Array, Array]:
     """Differentiates erf, whose derivative at x is 2/√π exp(-x²).
 
-    JAX's rule does not pass the checks of `jax.shard_map` (jax 0.12.0).
+    This rule replaces JAX's own, which does not pass the checks of `jax.shard_map` (jax 0.12.0).
     """
     (x,), (change,) = primals, tangents
     return _erf(x), 2 / math.sqrt(math.pi) * (change * jnp.exp(-jnp.square(x)))
@@ -84,10 +84,10 @@ def flat_dot(
 ) -> Array:
     """Returns x @ kernel, computed with all leading axes of x flattened into one.
 
-    shared: the axis of the kernel that devices share in sharded training; see `gather_kernel`.
+    shared: the axis of the kernel that is divided over devices in sharded training; see `gather_kernel`.
 
-    This is a `dot_general` for Flax's Dense. Because of the flattening, the gradient with respect to the kernel is one
-    plain matrix product, which XLA computes without copies on CPUs.
+    Flax's Dense accepts this function as its `dot_general`. Because of the flattening, the gradient with respect to the
+    kernel is one plain matrix product, which XLA computes without copies on CPUs.
     """
     rows = x.reshape(-1, x.shape[-1])
     out = lax.dot_general(rows, gather_kernel(kernel, shared), (((1,), (0,)), ((), ())), precision=precision, **options)
@@ -95,10 +95,10 @@ def flat_dot(
 
 
 def convert_at_use(kernel: Array, x: Array) -> tuple[Array, Array]:
-    """Returns the kernel in the dtype of x, and x unchanged, so that their product reads the kernel's own dtype.
+    """Returns the kernel converted to the dtype of x, and x; XLA cannot move the conversion out of a loop.
 
-    XLA moves conversions of constants out of loops. A token loop would then read a larger copy of the kernel in each
-    pass. This conversion waits for x, which changes in each pass.
+    If it did, a token loop would read the converted kernel, which is larger than the original, in each pass. The
+    conversion therefore waits for x, which changes in each pass.
     """
     kernel, x = lax.optimization_barrier((kernel, x))
     return kernel.astype(x.dtype), x
@@ -170,7 +170,7 @@ def _unit_lower_inverse_by_blocks(lower: Array) -> Array:
 
 
 def queries_at_once(batch: object, heads: object, keys: object, max_logits: int | None) -> int | None:
-    """Returns the number of queries per pass at which all heads of all samples have at most `max_logits` logits.
+    """Returns how many queries to process per pass, so that at most `max_logits` logits are in memory.
 
     The result is None, which means all queries, if `max_logits` is None or if a size is symbolic, as in an exported
     program.
@@ -187,7 +187,7 @@ def causal_slice(n: int) -> int:
 
 
 def causal_share(n: int) -> float:
-    """Returns the fraction of the n² query-key pairs whose logits are computed by causal attention in slices."""
+    """Returns the fraction of the n² query-key pairs for which causal attention in slices computes logits."""
     size = causal_slice(n)
     return sum((min(start + size, n) - start) * min(start + size, n) for start in range(0, n, size)) / n**2
 
@@ -201,14 +201,14 @@ def cache_stages(tokens: int, layers: int) -> int:
 
 
 def samples_at_once(pixels: int) -> int:
-    """Returns how many samples of this many pixels an autoencoder processes at a time."""
+    """Returns how many samples with `pixels` pixels each an autoencoder processes at a time."""
     return max(1, min(IMAGES_AT_ONCE, PIXELS_AT_ONCE // pixels))
 
 
 def in_parts(
     run: Callable[..., tuple[ArrayLike, ...]], most: int, *inputs: Shaped[np.ndarray, "b ..."]
 ) -> tuple[Shaped[np.ndarray, "b ..."], ...]:
-    """Returns the results of a compiled function that is called on parts of the inputs, joined along the first axis.
+    """Calls a compiled function on parts of the inputs, and returns its results joined along the first axis.
 
     All parts have the same size, which is a power of two no larger than `most`, so that few sizes are compiled. The
     last part is padded.
@@ -232,14 +232,12 @@ def in_parts(
 
 
 def must_wait(devices: Sequence[jax.Device]) -> bool:
-    """Returns whether each step must finish before the next one starts: on several CPU devices, queued steps can
-    deadlock.
-    """
+    """Returns whether programs on these devices must not be queued: on several CPU devices, they can deadlock."""
     return len(devices) > 1 and devices[0].platform == "cpu"
 
 
 def settled(tree: Any) -> Any:
-    """Returns the tree. If `must_wait` is True for the devices of any array, first waits for the arrays.
+    """Returns the tree; first waits for its arrays if any of them is on devices for which `must_wait` is True.
 
     Call this function on the results of a program before starting another, because queued programs can deadlock on such
     devices.
@@ -249,7 +247,7 @@ def settled(tree: Any) -> Any:
 
 
 def call_host(fn: Callable[..., np.ndarray], out: jax.ShapeDtypeStruct, *arrays: Array) -> Array:
-    """Returns fn(*arrays), computed with numpy on the host inside a compiled program; under vmap, one sample at a time.
+    """Returns fn(*arrays) in a compiled program; fn runs with numpy on the host, under vmap once per sample.
 
     On CPUs, fn receives buffers instead of arrays and reads them in place. An ordinary callback would ask the program's
     own threads for a copy and, on one core, could wait for this copy forever.

@@ -64,12 +64,12 @@ MACHINES = (
 
 
 def machine_of(device_kind: str) -> Machine | None:
-    """Returns the accelerator with this JAX `device_kind`, or None if it is unknown, as for CPUs."""
+    """Returns the accelerator with this JAX `device_kind`, or None if it is not listed, for example a CPU."""
     return next((machine for machine in MACHINES if device_kind in machine.kinds), None)
 
 
 def seconds_at_peak(flop: Mapping[str, float], device_kind: str) -> float | None:
-    """Returns the seconds that a device needs for this work at its peak throughput; None if a peak is not known.
+    """Returns the seconds that a device needs for the operations at its peak throughput; None if a peak is not known.
 
     flop: the number of floating-point operations for each dtype.
     """
@@ -83,6 +83,6 @@ def seconds_at_peak(flop: Mapping[str, float], device_kind: str) -> float | None
 
 
 def peak_memory(devices: Iterable[Any]) -> int | None:
-    """Returns the peak number of bytes in use so far, as the maximum over the devices; None if no device reports it."""
+    """Returns the peak memory use so far in bytes, maximised over the devices; None if no device reports it."""
     known = [(device.memory_stats() or {}).get("peak_bytes_in_use") for device in devices]
     return max((size for size in known if size), default=None)

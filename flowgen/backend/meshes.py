@@ -32,8 +32,8 @@ def keep_axes(fn: Callable[..., Any], *args: Any, named: Iterable[tuple[Array, s
     """Returns fn(*args), computed under automatic axes if the mesh of an argument has explicit ones.
 
     named: pairs of an array and the letters of its axes, such as "b n h k". out: the letters of the results, in a tree
-    with the structure of the value that fn returns. Each axis of a result is sharded like the axis with the same letter
-    in the first named array in which that axis is sharded.
+    with the structure of the value that fn returns. An axis of a result is sharded like the axis with the same letter
+    in `named`. If this axis is sharded in several arrays, the first of them decides.
 
     Example:
         out = keep_axes(attend, q, k, v, named=[(q, "b n h k")], out="b n h d")
@@ -227,8 +227,8 @@ def divided_axes(x: Array) -> set[int]:
 def partitioned(x: Array) -> bool:
     """Returns whether the compiler may divide the computation of x over several devices.
 
-    The compiler cannot divide the computation in a program that is mapped over all axes of its mesh, or if there is
-    only one device. Explicit axes do not count, because `map_axes` maps over them.
+    The compiler cannot do so if there is only one device, or in a program that is mapped over all axes of its mesh.
+    Explicit axes do not count, because `map_axes` maps over them.
 
     Example:
         jax.pmap(lambda x: x * partitioned(x))(x)
@@ -254,7 +254,7 @@ def check_unmapped(what: str, tree: PyTree) -> None:
 
 
 def varying(tree: PyTree, like: PyTree) -> PyTree:
-    """Returns the tree with every array made to vary over each mapped axis over which an array in `like` varies.
+    """Returns the tree with its arrays marked as varying over all mapped axes over which the arrays in `like` vary.
 
     The initial state of a loop must vary over the same axes as its later states.
 
@@ -266,7 +266,7 @@ def varying(tree: PyTree, like: PyTree) -> PyTree:
 
 
 def _divided(named: Iterable[tuple[Array, str]]) -> dict[str, Any]:
-    """Returns, for each letter, the mesh axes that shard its axis in the first array where this axis is sharded."""
+    """Returns the mesh axes that shard each letter's axis, from the first array in which this axis is sharded."""
     divided = {}
     for array, letters in named:
         for letter, axes in zip(letters.split(), jax.typeof(array).sharding.spec, strict=True):
@@ -289,7 +289,7 @@ def _moved(x: Any, automatic: Any) -> Any:
 
 
 def _rows_of(x: Array) -> dict[str, Any]:
-    """Returns the mesh axes over which the rows of an array are sharded, as the value of the letter "b"."""
+    """Maps the names of an array's axes, as in `of_rows`, to the mesh axes over which they are sharded."""
     return _divided([(x, of_rows(x))]) if jnp.ndim(x) else {}
 
 
@@ -309,7 +309,7 @@ def _explicit_mesh(args: PyTree) -> AbstractMesh | None:
 
 
 def _spec(letters: str, divided: dict[str, Any]) -> PartitionSpec:
-    """Returns the partition spec of a result. A mesh axis can shard at most one axis of an array."""
+    """Returns the partition spec of a result; a mesh axis that several letters would use shards only the first."""
     used, spec = set(), []
     for letter in letters.split():
         axes = divided.get(letter)

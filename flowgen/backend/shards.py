@@ -1,9 +1,9 @@
 """The axes of the mesh on which sharded training runs, and how arrays are divided over them.
 
 The shardings of the parameters do not determine how the compiler divides the activations: the compiler may exchange
-activations instead of parameters. The constraints in this file determine the division. Between layers, each device has
-its own rows of the batch, with all tokens and channels. Inside attention, it has its own heads, with all tokens and
-channels. For each matrix product, it gathers the parts of one layer's kernel.
+activations instead of parameters. The functions in this file therefore constrain the activations. Between layers, each
+device has its own rows of the batch, with all tokens and channels. Inside attention, it has its own heads, with all
+tokens and channels. For each matrix product, it gathers the parts of one layer's kernel.
 """
 
 from __future__ import annotations
@@ -29,10 +29,10 @@ Shared = Literal["", "inputs", "outputs"]
 def shard_spec(
     shape: tuple[int, ...], axes: Mapping[str, int], *, tensor_axis: int | None = None, whole: Collection[int] = ()
 ) -> PartitionSpec:
-    """Returns the `PartitionSpec` by which an array of parameters is divided.
+    """Returns the `PartitionSpec` of an array of parameters.
 
-    TENSOR divides the axis `tensor_axis`. FSDP divides the largest remaining axis that it can divide equally. Arrays
-    with fewer than MIN_SIZE elements are not divided.
+    The mesh axis TENSOR divides the array's axis `tensor_axis`. The mesh axis FSDP divides the largest remaining axis.
+    Both divide only axes whose parts have equal sizes. Arrays with fewer than MIN_SIZE elements are not divided.
 
     axes: the sizes of FSDP and TENSOR. whole: axes of the array that are never divided.
 
@@ -68,10 +68,10 @@ def gather_kernel(kernel: Array, shared: Shared = "") -> Array:
 
 
 def keep_rows_apart(h: Array) -> Array:
-    """Returns an array with its rows divided over the devices that share the batch, and all other axes whole.
+    """Returns an array whose rows, but no other axes, are divided over the devices that share the batch.
 
-    If the devices cannot share the rows equally, the compiler decides where to place the rows. Outside sharded
-    training, h is returned unchanged.
+    If the rows cannot be divided equally, the compiler decides where to place them. Outside sharded training, h is
+    returned unchanged.
 
     Example:
         h = keep_rows_apart(h)  # b n d
@@ -86,10 +86,10 @@ def keep_rows_apart(h: Array) -> Array:
 def keep_heads_apart(*arrays: Array) -> tuple[Array, ...]:
     """Returns queries, keys and values `b n h k` with their heads divided over the devices that share heads.
 
-    If the devices cannot share the keys and values equally, every device has all of them. Outside sharded training, the
-    arrays are returned unchanged.
+    If the heads of the keys and values cannot be divided equally, every device has all of them. Outside sharded
+    training, the arrays are returned unchanged.
 
-    Raises ValueError if the devices cannot share the heads of the first array equally.
+    Raises ValueError if the heads of the first array cannot be divided equally.
 
     Example:
         q, k, v = keep_heads_apart(q, k, v)
@@ -118,7 +118,7 @@ def _training_axes() -> dict[str, int]:
 
 
 def _divided(axis: str, size: int, axes: dict[str, int]) -> Any:
-    """Returns the axis if its devices can share the size equally; if not, UNCONSTRAINED for rows and None for heads."""
+    """Returns the mesh axis if it divides `size` equally; otherwise, UNCONSTRAINED for rows and None for heads."""
     if size % axes[axis] == 0:
         return axis
     return PartitionSpec.UNCONSTRAINED if axis == FSDP else None

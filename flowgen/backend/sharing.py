@@ -1,7 +1,7 @@
 """Divides batches over the devices of this host. Every device computes its own rows, without communication.
 
-The compiler can also divide the rows of a program. Devices then exchange rows whenever a batch is concatenated or
-reordered, and communicate to decide whether a loop is done; in a token loop, they would do so for every token.
+If the compiler divided the rows instead, devices would exchange rows whenever a batch is concatenated or reordered.
+They would also communicate in each pass of a loop, for example for every token, to decide whether the loop is done.
 """
 
 from __future__ import annotations
@@ -37,8 +37,8 @@ def make_core_devices() -> bool:
     """Creates one CPU device per core that this process may use; returns whether it did.
 
     This function does nothing if the number of CPU devices is already configured, if JAX has already started, or if JAX
-    runs in several processes. Call this function only in programs that own their process, because JAX fixes the number
-    of devices when it starts.
+    runs in several processes. Call it only in the main program, not in a library, because the number of devices is
+    fixed for the whole process.
     """
     chosen = _CONFIG.jax_num_cpu_devices >= 0 or "host_platform_device_count" in os.environ.get("XLA_FLAGS", "")
     if chosen or jax.distributed.is_initialized():
@@ -53,8 +53,8 @@ def make_core_devices() -> bool:
 def join_processes() -> None:
     """Connects this process to the other processes of its SLURM job, MPI run or TPU pod; call it before JAX starts.
 
-    JAX recognises these environments. Elsewhere, the environment variables JAX_COORDINATOR_ADDRESS, JAX_NUM_PROCESSES
-    and JAX_PROCESS_ID describe the group.
+    JAX detects these environments. In any other, the environment variables JAX_COORDINATOR_ADDRESS, JAX_NUM_PROCESSES
+    and JAX_PROCESS_ID must describe the group.
 
     Raises ValueError if there is no such group.
     """
@@ -167,8 +167,8 @@ def on_own_rows(fn: Callable[..., PyTree], mesh: Mesh, specs: Any, axis: Any = A
 def rows_mesh(x: Any, variables: PyTree = None) -> tuple[Mesh, Any] | None:
     """Returns the mesh over which this host's devices share the rows of an array, and the axes that shard the rows.
 
-    The result is None if the axes of the mesh are not automatic, if the array is sharded in any other way, if the
-    variables are sharded too, and inside jit.
+    The result is None inside jit, if the axes of the mesh are not automatic, if anything but the rows is sharded, or if
+    the variables are sharded too.
     """
     sharding = None if isinstance(x, Tracer) else getattr(x, "sharding", None)
     if not isinstance(sharding, NamedSharding) or not x.is_fully_addressable:
@@ -186,7 +186,7 @@ def rows_on_device(x: Array) -> int:
 
 
 def on_first_device(call: Callable[..., None], *args: Array) -> None:
-    """Runs `call`, which reports to the host, on only one of the devices that run a mapped program."""
+    """Runs `call`, such as a report to the host, on only one of the devices that run a mapped program."""
     axes = get_abstract_mesh().manual_axes
     if not axes:
         return call(*args)

@@ -1,7 +1,7 @@
 """AutoencoderKL: maps images to a Gaussian over latents, and latents back to images (Rombach et al., arXiv 2112.10752).
 
 The encoder begins with a convolution, followed by several levels. Each level consists of residual blocks; every level
-but the last then halves the height and width. After the levels come a residual block, attention, another residual
+but the last then halves the height and width. The levels are followed by a residual block, attention, another residual
 block, and a convolution that returns the mean and log variance. A residual block computes
 
     r(x) = skip(x) + conv(silu(norm(conv(silu(norm(x)))))).
@@ -44,7 +44,7 @@ class AutoencoderConfig:
     layers_per_block: number of residual blocks in each level of the encoder; the decoder has one more in each level.
     num_groups: number of groups in group norm.
     attention: whether there is single-head attention between the two residual blocks at the lowest resolution.
-    dtype: dtype of the convolutions; norms, moments and images stay float32.
+    dtype: dtype of the convolutions; norms, means, log variances and images stay float32.
     remat: whether to recompute blocks in the backward pass.
     """
 
@@ -76,7 +76,7 @@ class AutoencoderConfig:
 
     @property
     def inputs(self) -> tuple[jax.ShapeDtypeStruct, ...]:
-        """The shape and dtype of a batch with a single image, of the smallest size that every layer accepts."""
+        """The shape and dtype of a batch of one image of the smallest size that every layer accepts."""
         return (jax.ShapeDtypeStruct((1, self.factor, self.factor, self.channels), jnp.float32),)
 
 

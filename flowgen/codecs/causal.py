@@ -2,8 +2,8 @@
 
 Because the layers are causal, a clip can be processed whole or in chunks. A layer maps (x, cache) to (y, next cache).
 The cache contains the earlier frames that the layer needs; it is None if x starts the clip. The output of a convolution
-at frame t depends on frames t-2, t-1 and t, and zeros stand for the frames before the clip. The first frame is treated
-as an image, so layers that halve or double the number of frames pass it through unchanged.
+at frame t depends on frames t-2, t-1 and t; two frames of zeros precede the clip. The first frame is treated as an
+image, so layers that halve or double the number of frames pass it through unchanged.
 """
 
 from __future__ import annotations
@@ -43,7 +43,7 @@ def convolve_clip(
 
     The convolution becomes a submodule, so call this function in a method decorated with `nn.compact`.
 
-    cache: the two frames before x. At the start of a clip it is None, and two frames of zeros are used.
+    cache: the two frames before x; None if x starts the clip.
     """
     before = jnp.zeros_like(x, shape=(x.shape[0], 2, *x.shape[2:])) if cache is None else cache
     x = jnp.concatenate([before, x], axis=1)
@@ -62,8 +62,8 @@ def average_down(x: Features, width: int, *, time: int, space: int, begins: bool
     """Reduces each block of `time` frames and space × space positions to one position with `width` channels.
 
     The values of a block are ordered by channel, frame, row and column, and divided into `width` groups of equal size.
-    The mean of each group becomes one channel. If x starts the clip, it is first padded with zeros in front, so that
-    its first frame is the last frame of a block.
+    The mean of each group becomes one channel. If x starts the clip, frames of zeros are prepended, so that the first
+    frame of x is the last frame of a block.
     """
     if begins:
         x = jnp.pad(x, ((0, 0), (time - 1, 0), (0, 0), (0, 0), (0, 0)))
@@ -118,7 +118,7 @@ class HalveSpace(nn.Module):
 
 
 class HalveTime(nn.Module):
-    """Halves the number of frames, except that the first frame is passed through unchanged.
+    """Halves the number of frames after the first, which is passed through unchanged.
 
     Each later output frame is a convolution over three consecutive frames: (0, 1, 2), (2, 3, 4), and so on.
     """
@@ -134,7 +134,7 @@ class HalveTime(nn.Module):
 
 
 class DoubleTime(nn.Module):
-    """Doubles the number of frames, except that the first frame is passed through unchanged.
+    """Doubles the number of frames after the first, which is passed through unchanged.
 
     A causal convolution turns each later frame into two. The first frame is never an input to the convolution.
     """

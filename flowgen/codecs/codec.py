@@ -1,6 +1,6 @@
-"""Codecs map images or clips to latents and back, for flows that are trained on latents.
+"""Codecs map images or clips to the latents on which flows are trained, and back.
 
-While a flow is trained, its codec is frozen.
+A codec is frozen while a flow is trained on its latents.
 """
 
 from __future__ import annotations
@@ -33,7 +33,7 @@ class Codec(Protocol):
     An image is encoded like the first frame of a clip.
 
     factor: number of pixels per latent along the height or width.
-    stride: number of frames per latent frame, after the first one; 1 + k · stride frames become 1 + k latent frames.
+    stride: number of frames per latent frame, except for the first; 1 + k · stride frames become 1 + k latent frames.
     channels: number of channels of the latents.
     pixel_channels: number of channels of the images or clips.
 
@@ -89,8 +89,7 @@ class PixelCodec:
     def moments(self, x: Pixels) -> tuple[Latents, Latents]:
         """Returns the mean and standard deviation of the latents of images or clips.
 
-        The mean contains the pixel values of each block, ordered by row, column and channel. The standard deviation is
-        0.
+        The mean contains the pixel values of each block, ordered by row, column and channel.
         """
         *frames, height, width = check_pixels(self, x)
         tokens = patchify(_images(at_least_float32("images", x)), self.factor, "channel_last")
@@ -123,7 +122,7 @@ class LatentNormalisation:
         return (latents - _per_channel(self.shift, latents)) * _per_channel(self.scale, latents)
 
     def apply_to_std(self, std: Latents) -> Latents:
-        """Returns a standard deviation of latents, scaled in the same way as `apply` scales the latents."""
+        """Returns the standard deviation of the normalised latents, given that of the latents."""
         return std * np.abs(_per_channel(self.scale, std))
 
     def undo(self, normalised: Latents) -> Latents:
@@ -139,8 +138,8 @@ def _per_channel(values: ArrayLike, latents: Latents) -> np.ndarray:
 class AutoencoderCodec:
     """A codec that uses a frozen image autoencoder and normalises its latents.
 
-    Clips are encoded frame by frame. Images are processed in batches that are small enough to fit into memory. Only a
-    few batch sizes occur, so only a few programs are compiled.
+    It encodes clips frame by frame, and splits large batches to save memory. Only a few batch sizes occur, so only a
+    few programs are compiled.
 
     Example:
         codec = AutoencoderCodec(autoencoder, params, LatentNormalisation(scale=0.18215))
@@ -177,7 +176,7 @@ class AutoencoderCodec:
         return self.normalisation.apply(mean), self.normalisation.apply_to_std(std)
 
     def decode(self, latents: Latents) -> Pixels:
-        """Decodes normalised latents to images or clips, as a numpy array; does not clip the values to [-1, 1]."""
+        """Decodes normalised latents to a numpy array of images or clips, whose values are not clipped to [-1, 1]."""
         *frames, rows, columns = check_latents(self, latents)
         plain = np.asarray(self.normalisation.undo(_images(np.asarray(latents, np.float32))))
         run = partial(_decode, self.autoencoder, self.variables)

@@ -1,11 +1,11 @@
 """Video autoencoders, which map clips to a Gaussian over latents, and latents back to clips. They are causal in time.
 
-The architectures come from Wan (arXiv 2503.20314) and Wan 2.2. The networks differ from the image autoencoder in
-`autoencoder` in two ways. Each convolution also covers the two previous frames. In addition, some levels halve the
-number of frames, so that 1 + k · stride frames become 1 + k latent frames. The first latent frame depends only on the
-first frame. Levels may have parameter-free shortcuts, which average groups of values in the encoder and copy values in
-the decoder. Every layer accepts and returns a cache of earlier frames (see `causal`), so clips can be processed whole
-or in chunks.
+The architectures are those of Wan (arXiv 2503.20314) and Wan 2.2. They differ from that of `flowgen.codecs.autoencoder`
+in two ways. Each convolution also covers the two previous frames. In addition, some levels halve the number of frames,
+so that 1 + k · stride frames become 1 + k latent frames. The first latent frame depends only on the first frame. Levels
+may have parameter-free shortcuts, which average groups of values in the encoder and copy values in the decoder. Every
+layer accepts and returns a cache of earlier frames (see `flowgen.codecs.causal`), so clips can be processed whole or in
+chunks.
 """
 
 from __future__ import annotations
@@ -58,8 +58,8 @@ class VideoAutoencoderConfig:
     halve_time: for each level but the last, whether it also halves the number of frames.
     layers_per_block: number of residual blocks in each level of the encoder; the decoder has one more in each level.
     patch_size: side of the square patches whose pixels are stacked as channels before the first level.
-    shortcuts: whether levels have shortcuts; if not, spatial upsampling also halves the channels, as in Wan 2.1.
-    dtype: dtype of the convolutions; norms, moments and frames stay float32.
+    shortcuts: whether levels have shortcuts; if not, spatial upsampling halves the number of channels, as in Wan 2.1.
+    dtype: dtype of the convolutions; norms, means, log variances and frames stay float32.
     remat: whether to recompute blocks in the backward pass.
     """
 
@@ -108,7 +108,7 @@ class VideoAutoencoderConfig:
 
     @property
     def inputs(self) -> tuple[jax.ShapeDtypeStruct, ...]:
-        """The shape and dtype of a batch with a single clip, of the smallest size that uses every layer."""
+        """The shape and dtype of a batch of one clip of the smallest size that uses every layer."""
         shape = (1, 1 + self.stride, self.factor, self.factor, self.channels)
         return (jax.ShapeDtypeStruct(shape, jnp.float32),)
 
@@ -191,7 +191,7 @@ class VideoAutoencoder(OnMeshes, nn.Module):
         return self.encode_part(x, None)[0]
 
     def decode(self, latents: Float[Array, "b f rows columns z"]) -> Clips:
-        """Decodes unnormalised latents to clips; does not clip the values to [-1, 1]."""
+        """Decodes unnormalised latents to clips, whose values are not clipped to [-1, 1]."""
         return self.decode_part(latents, None)[0]
 
     def encode_part(self, x: Clips, cache: Cache) -> tuple[Moments, Cache]:

@@ -1,4 +1,4 @@
-"""A codec that uses a video autoencoder, for flows that are trained on its latents."""
+"""A codec that encodes and decodes clips with a frozen video autoencoder."""
 
 from __future__ import annotations
 
@@ -22,8 +22,8 @@ from flowgen.codecs.video_autoencoder import VideoAutoencoder, decode_in_chunks,
 class VideoAutoencoderCodec:
     """A codec that uses a frozen video autoencoder and normalises its latents.
 
-    An image is encoded as a clip of one frame. Clips are processed in batches that are small enough to fit into memory.
-    Clips that are too large to be processed whole are processed in chunks.
+    An image is encoded as a clip of one frame. Large batches are split to save memory, and clips that are still too
+    large are processed in chunks of frames.
 
     temporal_scale: a factor by which all latent frames except the first are multiplied, after normalisation.
 
@@ -62,7 +62,7 @@ class VideoAutoencoderCodec:
         """Returns the mean and standard deviation of the normalised latents, as numpy arrays.
 
         Normalised latents are drawn as mean + std · ε, where ε is standard Gaussian noise. The published STARFlow-V
-        code differs from this: it does not divide the standard deviation by `latents_std`.
+        code, in contrast, does not divide std by the published `latents_std`.
         """
         if len(check_pixels(self, x)) == 2:
             mean, std = self.moments(np.asarray(x)[:, None])
@@ -74,7 +74,7 @@ class VideoAutoencoderCodec:
         return self.normalisation.apply(mean) * scale, self.normalisation.apply_to_std(std) * scale
 
     def decode(self, latents: Latents) -> Pixels:
-        """Decodes normalised latents to clips, as a numpy array; does not clip the values to [-1, 1]."""
+        """Decodes normalised latents to a numpy array of clips, whose values are not clipped to [-1, 1]."""
         if len(check_latents(self, latents)) == 2:
             return self.decode(np.asarray(latents)[:, None])[:, 0]
         frames, rows, columns = latents.shape[1:4]

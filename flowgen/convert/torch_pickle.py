@@ -1,10 +1,9 @@
-"""Reads the pickles written by `torch.save` without torch or the pickle module, and without executing their code.
+"""Reads the pickles in the files of `torch.save`, without torch or the module `pickle`, and without executing code.
 
 A pickle is a program for a small stack machine. This module implements a machine that supports only the instructions
 that `torch.save` writes. A program can call functions by name. The machine accepts only the names that a dictionary of
 dense tensors needs, and replaces each with a function in this file. The cost of a program is bounded: the number of
-instructions is limited, keys that could make look-ups slow are refused, and a dictionary is never larger than the data
-from which it is created.
+instructions and of integer keys is limited, and a dictionary is never larger than the data from which it is created.
 """
 
 from __future__ import annotations
@@ -22,7 +21,7 @@ MAX_INSTRUCTIONS = 1 << 21
 MAX_AXES = 64
 MAX_ARGUMENTS = 8
 # An optimizer's state has one integer key per parameter. The number of integer keys is limited, because a malicious
-# file # could use integers whose hashes collide, which makes look-ups slow. The hashes of strings are unpredictable.
+# file could use integers whose hashes collide, which makes look-ups slow. The hashes of strings are unpredictable.
 MAX_NUMBER_KEYS = 1 << 14
 
 DTYPES = {
@@ -82,11 +81,11 @@ class StoredTensor(NamedTuple):
 
 
 class _Mapping(dict):
-    """Replaces a dictionary class whose objects have attributes, such as OrderedDict; drops the attributes."""
+    """Replaces dictionary classes whose objects have attributes, such as OrderedDict, and drops the attributes."""
 
 
 class _Name(NamedTuple):
-    """A name in a program. It stands for the function `call` or, if `call` is None, for a dtype or kind of storage."""
+    """A global name in a program: `call` is its replacement, or None for the name of a dtype or storage class."""
 
     text: str
     call: Callable[..., Any] | None = None
@@ -156,9 +155,9 @@ class TensorUnpickler:
         return self.text(end + 1)[:-1]
 
     def key(self, value: Any) -> Any:
-        """Returns a key of a dictionary or set. Raises Refusal if the key is not allowed.
+        """Returns a key of a dictionary or set, which must be a string or an integer below 2^61.
 
-        Keys must be strings or integers below 2^61.
+        Raises Refusal for any other key, and if there are too many integer keys.
         """
         if type(value) is str:
             return value
@@ -282,7 +281,7 @@ def _natural(value: Any) -> int:
 def _shown(value: Any) -> str:
     """Returns a description of a value from an untrusted file, for an error message.
 
-    For a container, which may contain anything, only the type is stated.
+    A container is described only by its type, because it may contain anything.
     """
     if value is not None and type(value) not in (str, int, float, bool):
         return f"a {type(value).__name__}"
@@ -317,7 +316,7 @@ def _rebuild_parameter(tensor, *_):
 
 
 def _ordered_dict(pairs=()) -> _Mapping:
-    """Replaces collections.OrderedDict, with no argument or with a list of (name, value) pairs, as in Python 2."""
+    """Replaces collections.OrderedDict; its argument, if any, is a list of (name, value) pairs, as in Python 2."""
     if pairs == ():
         return _Mapping()
     if type(pairs) is not list:

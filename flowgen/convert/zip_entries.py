@@ -1,8 +1,8 @@
 """Reads the uncompressed entries of a zip archive as views of the memory-mapped file.
 
-Compressed, encrypted and multi-disk archives are not supported, because weight files do not need them. The module
-`zipfile` of the standard library is not used, because it creates an object for every entry before any limit can be
-checked, and trusts the size that the directory states.
+Compressed, encrypted and multi-disk archives are not supported, because weight files do not need them. Python's
+`zipfile` is not used, because it creates an object for every entry before any limit can be checked, and trusts the size
+stated in the directory.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ _ENCRYPTED = 1
 
 
 class Entry(NamedTuple):
-    """The location of an entry's bytes in the file, and their checksum, or 0 if the file does not contain one."""
+    """The location of an entry's bytes in the file, and their checksum, which is 0 if the file does not contain it."""
 
     name: str
     start: int
@@ -118,7 +118,7 @@ def _entry(directory: bytes, position: int, content: np.ndarray, end: int) -> tu
 
 
 def _large(extra: bytes, size: int, packed: int, start: int) -> tuple[int, int, int]:
-    """Returns (size, packed, start). Values that do not fit into 32 bits are read from the extra field."""
+    """Returns size, packed and start; values that do not fit into 32 bits are read from the extra field."""
     values, position = [size, packed, start], 0
     while position + 4 <= len(extra):
         kind, length = struct.unpack_from("<HH", extra, position)

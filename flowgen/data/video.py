@@ -102,7 +102,7 @@ def read_clip(
     times: np.ndarray | None = None
     turn: Turn | None = None
     for (frame, at, until), video in shown_frames(path, start):
-        # As in FFmpeg, the turn of the first frame applies to all frames. Only the first frame is queried, because a #
+        # As in FFmpeg, the turn of the first frame applies to all frames. Only the first frame is queried, because a
         # queried frame stays in memory until garbage collection.
         turn = frame_turn(frame) if turn is None else turn
         if fps is not None and times is None:

@@ -15,11 +15,11 @@ _IN_ORDER = ("matroska,webm", "flv")
 _PROGRAMME, _STEADY = "mpeg", ("mpeg1video", "mpeg2video")
 # Number of bytes, such as headers, that may lie between two packets.
 _BETWEEN = 128
-# If packets are more frames apart than this, data between them is lost. In programme streams, times may be off by one #
+# If packets are more frames apart than this, data between them is lost. In programme streams, times may be off by one
 # frame.
 _JUMP, _JUMP_OF_PROGRAMME = 1.75, 2.75
 # Transport streams (MPEG-TS): the sync byte of packets, the number of header bytes, and the possible packet lengths,
-# each # with the number of bytes before the sync byte.
+# each with the number of bytes before the sync byte.
 _TS, _SYNC, _TS_HEAD, _TS_STEPS = "mpegts", 0x47, 6, ((188, 0), (192, 4), (204, 0))
 _TS_MOST = 10  # Largest number of bytes from the start of a packet to the end of its header.
 

@@ -242,8 +242,8 @@ def _has_time(part: Any) -> bool:
 def last_end(path: AnyFile) -> float:
     """Returns the time at which a video's last complete frame ends, according to its packets rather than its header."""
     # This time is determined by the packets from the last key frame on, and seeking to the end leads to that key frame.
-    # In # MPEG-TS, however, seeking can lead to any packet, and the frame shown last may precede others in packet
-    # order. The # target is therefore some frames before the end.
+    # In MPEG-TS, however, seeking can lead to any packet, and the frame shown last may precede others in packet order.
+    # The target is therefore some frames before the end.
     for searched in (True, False):
         with opened(path) as video:
             if searched:
@@ -302,7 +302,7 @@ def _shown(video: Video, start: float | int) -> Iterator[Shown]:
 def _decoded(video: Video, lost: list[float]) -> Iterator[tuple[Any, float]]:
     """Yields frames and their times, and records the times of damaged packets."""
     waiting: list[float] = []
-    # Frames that depend on frames before the first key frame cannot be decoded, but some decoders return grey frames #
+    # Frames that depend on frames before the first key frame cannot be decoded, but some decoders return grey frames
     # instead.
     packets = itertools.dropwhile(_leans, video.packets())
     begin = repaired = before = -math.inf
@@ -337,7 +337,7 @@ def _decoded(video: Video, lost: list[float]) -> Iterator[tuple[Any, float]]:
             lost.append(at)
             broken = True
             waiting = sorted(time for time in waiting if time != at)
-        # A loss affects all frames up to the next key frame. It also affects frames that follow this key frame in the #
+        # A loss affects all frames up to the next key frame. It also affects frames that follow this key frame in the
         # file but are shown before it.
         if broken or at < repaired:
             lost.append(at)

@@ -1,8 +1,8 @@
-"""Scores by which a flow tells anomalies from its data, tests of z against the prior, and the AUROC of scores.
+"""Anomaly scores from a flow, tests of its latents z against the prior, and the AUROC of scores.
 
 A high likelihood alone does not mean that an image is normal (arXiv 2006.08545): smooth images often get a higher
-likelihood than the training images. Scores that test z do not depend on the log-determinant. In a volume-preserving
-flow, the log-determinant is 0; such flows are advised for anomaly detection (arXiv 2510.09452).
+likelihood than the training images. The scores "norm" and "ks" test z and do not depend on the log-determinant.
+Volume-preserving flows, whose log-determinant is 0, are recommended for anomaly detection in arXiv 2510.09452.
 """
 
 from __future__ import annotations
@@ -39,11 +39,11 @@ SCORES: Mapping[str, str] = MappingProxyType(
 
 
 class AnomalyScores(NamedTuple):
-    """The quantities that a flow computes for each image of a dataset, in float64.
+    """The quantities from which the anomaly scores of each image are computed, in float64.
 
-    nats: -log p(x) per dimension. tokens: the terms of log p(x) that belong to each token, `n *grid`, in nats. squares:
-    |z|², with z divided by the standard deviation of the prior. ks: the largest difference between the distribution of
-    the values of z and N(0, 1). dims: number of values of z.
+    nats: -log p(x) per dimension. tokens: the term of log p(x) for each token, in nats. squares: |z|², with z divided
+    by the standard deviation of the prior. ks: the Kolmogorov-Smirnov distance of the values of this z from N(0, 1).
+    dims: number of values of z.
     """
 
     nats: Float[np.ndarray, " n"]
@@ -85,16 +85,16 @@ def anomaly_scores(
     batch_size: int = 256,
     by_class: bool = True,
 ) -> AnomalyScores:
-    """Returns the quantities from which anomaly scores follow, for each image of a dataset; labels are not used.
+    """Returns the quantities from which the anomaly scores of each image are computed, without using labels.
 
-    If the flow models latents, the dataset must have latents, and p(x) is the density of noisy latents, one draw for
-    each image. This density ignores the decoder, so it is not a density of images.
+    If the flow models latents, the dataset must contain latents. In this case, p(x) is the density of one noisy sample
+    of an image's latents, not of the image itself.
 
-    For a class-conditional flow, log p(x) is that of the mixture of all classes with equal weights. The terms of the
-    tokens and z are those of the class with the highest likelihood. Each class needs a forward pass.
+    For a class-conditional flow, p(x) is the mixture of all classes with equal weights. The token terms and z are
+    computed for the class with the highest likelihood. Each class needs a forward pass.
 
     noise_std: standard deviation of the added noise, as for `flow_bits_per_dim`. by_class: whether to use the mixture
-    of classes; if False, the flow is used without labels.
+    of classes; if False, the flow is evaluated without labels.
 
     Example:
         scores = anomaly_scores(flow, params, dataset, jax.random.key(0)).scores(typical=1.5)
@@ -147,15 +147,15 @@ def auroc(
 ) -> Estimate:
     """Returns the probability that an anomaly scores higher than a normal image; ties count one half.
 
-    The standard error is DeLong's, from the variances over the normal images and over the anomalies, which must be
-    independent. If anomalies are changed copies of normal images, give `origins`. The standard error then counts a
-    normal image and its copies as one independent term (Obuchowski, Biometrics 53, 1997). If all scores of each side
-    have the same rank among the scores of the other side, the error is unknown. Perfect separation is an example.
+    The standard error is DeLong's, which assumes that all images are independent. If the anomalies are altered copies
+    of normal images, pass `origins`: the standard error then treats a normal image and its copies as one cluster
+    (Obuchowski, Biometrics 53, 1997). The standard error is None if the scores do not allow an estimate, for example if
+    all anomalies score higher than all normal images.
 
     origins: for each anomaly, the position in `normal` of the image that it is a copy of; None for independent images.
 
-    Raises ValueError if there are fewer than two scores on a side, if a score is NaN, if the arrays are not vectors, or
-    if `origins` are not positions in `normal`.
+    Raises ValueError if there are fewer than two scores of either kind, if a score is NaN, if the arrays are not
+    vectors, or if `origins` are not positions in `normal`.
 
     Example:
         area = auroc(scores_of_data, scores_of_others)

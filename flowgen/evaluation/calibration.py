@@ -1,16 +1,16 @@
-"""Calibration of estimated posteriors, over many pairs of parameters and observations from a simulator.
+"""Two tests of the calibration of estimated posteriors, on many simulated pairs of parameters and observations.
 
-For each pair, samples of the estimated posterior given the observation are compared with the parameters that produced
-it, the truth. The exact posterior passes both tests. A posterior that passes them may still differ from the exact one:
-the prior passes too.
+For each observation, samples from the estimated posterior are compared with the parameters that produced the
+observation, called the truth. The exact posterior passes both tests. A posterior that passes them is not necessarily
+exact: the prior passes too.
 
-Simulation-based calibration (Talts et al., arXiv 1804.06788): for each parameter, the rank of the truth among s samples
-is uniform on 0, ..., s. If ranks gather in the middle, the posterior is too wide; if they gather at both ends, it is
-too narrow.
+Simulation-based calibration (Talts et al., arXiv 1804.06788): if the posterior is exact, the rank of each true
+parameter among s samples is uniform on 0, ..., s. If the ranks cluster in the middle, the posterior is too wide; if
+they cluster at both ends, it is too narrow.
 
-Expected coverage (Hermans et al., arXiv 2110.06581): the region of highest density that contains a fraction c of the
-samples contains a fraction c of the truths. If the regions contain a smaller fraction of the truths, the posterior is
-overconfident. If they contain a larger fraction, it is conservative.
+Expected coverage (Hermans et al., arXiv 2110.06581): if the posterior is exact, its highest-density region of
+probability c contains the truth for a fraction c of the observations. If the fraction is smaller, the posterior is
+overconfident; if it is larger, the posterior is conservative.
 """
 
 from __future__ import annotations
@@ -30,10 +30,10 @@ BAND = 0.99
 
 
 class RankUniformity(NamedTuple):
-    """A chi-square test of the uniformity of the ranks of each parameter.
+    """Chi-square tests of whether the ranks of each parameter are uniform.
 
     counts: the number of ranks in each bin.
-    low, high: bounds between which 99 % of the counts lie if the ranks are uniform.
+    low, high: the 99 % interval of the count in each bin if the ranks are uniform.
     statistic: the chi-square statistic of the counts, with (bins - 1) degrees of freedom.
     p_value: the probability of a statistic at least as large if the ranks are uniform.
     """
@@ -46,13 +46,14 @@ class RankUniformity(NamedTuple):
 
 
 class ExpectedCoverage(NamedTuple):
-    """How often regions of highest density of the estimated posterior contain the truth.
+    """How often the highest-density regions of the estimated posterior contain the truth.
 
-    levels: the credibility of the regions, the fraction of the posterior that they contain.
-    coverage: the fraction of truths that they contain; equal to `levels` if the posterior is calibrated.
+    levels: the credibility of each region, which is its probability under the estimated posterior.
+    coverage: the fraction of observations whose region contains the truth; the expected value is `levels` if the
+        posterior is calibrated.
     standard_error: the standard error of each coverage if the posterior is calibrated.
-    area: the integral of coverage - level over all levels, from -0.5 to 0.5, with its standard error: 0 if calibrated,
-        negative if overconfident, positive if conservative.
+    area: the integral of coverage - level over levels from 0 to 1; near 0 if the posterior is calibrated, negative if
+        it is overconfident, positive if it is conservative.
     max_deviation: the largest |coverage - level| over all levels, the Kolmogorov-Smirnov statistic.
     p_value: the probability of a deviation at least as large if the posterior is calibrated.
     """
@@ -71,7 +72,7 @@ def sbc_ranks(samples: Float[Arrays, "n s d"], truths: Float[Arrays, "n d"]) -> 
     samples: independent samples of the estimated posterior given each observation. If s + 1 is a multiple of the number
     of bins (for example with 99 samples), all bins of `rank_uniformity` cover equally many ranks.
 
-    Raises ValueError if the shapes do not fit together or values are NaN.
+    Raises ValueError if the shapes do not match or values are NaN.
 
     Example:
         ranks = sbc_ranks(samples, truths)
@@ -87,12 +88,12 @@ def sbc_ranks(samples: Float[Arrays, "n s d"], truths: Float[Arrays, "n d"]) -> 
 
 
 def rank_uniformity(ranks: Int[Arrays, "n d"], num_samples: int, *, bins: int = 10) -> RankUniformity:
-    """Returns a chi-square test of the uniformity of ranks, for each parameter.
+    """Returns the results of chi-square tests of whether the ranks of each parameter are uniform.
 
     num_samples: the number s of samples among which the truths were ranked. If s + 1 is not a multiple of `bins`, some
     bins cover one rank more than others, and the expected counts take this into account.
 
-    There is one p-value per parameter. To judge all d parameters together, multiply the smallest p-value by d.
+    To test all d parameters together, multiply the smallest p-value by d (Bonferroni correction).
 
     Raises ValueError if a rank is not from 0 to num_samples, if `bins` is not from 2 to num_samples + 1, or if fewer
     than five ranks are expected in a bin.
@@ -126,20 +127,19 @@ def expected_coverage(
     *,
     levels: Float[Arrays, " l"] | None = None,
 ) -> ExpectedCoverage:
-    """Returns the coverage of regions of highest density of the estimated posterior.
+    """Returns the coverage of the highest-density regions of the estimated posterior.
 
-    log_probs_of_samples: for each of n observations, the estimated log-density of s independent samples of the
-    estimated posterior. It may omit terms that depend on the observation alone.
+    log_probs_of_samples: for each of n observations, the estimated log-densities of s independent samples of the
+    estimated posterior. Terms that depend on the observation alone may be omitted here and in log_probs_of_truths.
     log_probs_of_truths: the estimated log-density of the parameters that produced each observation.
     levels: the credibilities, 0.05, 0.10, ..., 0.95 by default.
 
     The truth is in the region of credibility c if fewer than c (s + 1) samples have a higher density. If the posterior
-    is calibrated, this has probability c exactly if c (s + 1) is a whole number, which holds for the default levels
-    with 99 or 999 samples. Otherwise the probability is larger by less than 1 / (s + 1). The p-value assumes that s is
-    well above √n.
+    is calibrated, the probability of this is c, rounded up to a multiple of 1 / (s + 1). With 99 or 999 samples, the
+    default levels are such multiples. The p-value assumes that s is well above √n.
 
-    Raises ValueError if the shapes do not fit together, values are NaN, there are fewer than two observations, or
-    levels are not from 0 to 1.
+    Raises ValueError if the shapes do not match, values are NaN, there are fewer than two observations, or levels are
+    not from 0 to 1.
 
     Example:
         result = expected_coverage(log_probs_of_samples, log_probs_of_truths)

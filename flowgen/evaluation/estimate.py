@@ -1,4 +1,4 @@
-"""Estimated metrics with their standard errors, and the result of an evaluation."""
+"""The results of evaluations: metrics with their standard errors, printed lines and files."""
 
 from __future__ import annotations
 
@@ -12,10 +12,10 @@ from jaxtyping import Float
 
 
 class Estimate(NamedTuple):
-    """The estimated value of a metric.
+    """An estimate of a metric, with its standard error.
 
     standard_error: the standard deviation that the value would have over datasets of the same size; None if unknown.
-    count: the number of images or other samples that the value comes from; None if it does not apply.
+    count: the number of samples from which the value was computed; None if this number does not apply.
 
     Example:
         estimate = Estimate(2.98, standard_error=0.01, count=10_000)
@@ -37,9 +37,9 @@ class Estimate(NamedTuple):
 
 
 def mean_of(values: Float[np.ndarray, " n"]) -> Estimate:
-    """Returns the mean of n independent values, and its standard error: the standard deviation of the values over √n.
+    """Returns the mean of n independent values, and its standard error: their standard deviation divided by √n.
 
-    The standard error is unknown if there is a single value, or if all values are equal. If a value is NaN, the mean is
+    The standard error is None if there is a single value, or if all values are equal. If a value is NaN, the mean is
     NaN.
 
     Raises ValueError if there are no values.
@@ -69,13 +69,13 @@ def ratio_of(values: Float[np.ndarray, " n"], sizes: Float[np.ndarray, " n"]) ->
 
 @dataclass(frozen=True)
 class Evaluation:
-    """The result of an evaluation.
+    """The metrics of an evaluation, the lines to print, and the files to save.
 
     lines: the lines that `evaluate` prints.
     metrics: the metrics by name.
     about: plain values that describe how the metrics were measured, such as the noise and the feature extractor.
-    files: for each suffix such as "neighbours.png", a uint8 image `height width c` or a dict of arrays to save beside
-    the metrics.
+    files: maps the suffix of a file saved beside the metrics, such as "neighbours.png", to its contents: a uint8 image
+        `height width c` or a dict of arrays.
 
     The operator `+` combines two evaluations.
 
@@ -97,7 +97,7 @@ class Evaluation:
         )
 
     def record(self) -> dict[str, Any]:
-        """Returns a dict for JSON with `metrics`, the entries of `about`, and `lines`.
+        """Returns a dict that JSON can represent, with `metrics`, the entries of `about`, and `lines`.
 
         Floats that are not finite become None.
 
@@ -109,7 +109,7 @@ class Evaluation:
 
 
 def _plain(value: Any) -> Any:
-    """Returns values for JSON, with None for floats that are not finite."""
+    """Returns a copy with None in place of floats that JSON cannot represent: NaN and infinity."""
     if isinstance(value, Mapping):
         return {name: _plain(one) for name, one in value.items()}
     if isinstance(value, list | tuple):

@@ -1,4 +1,4 @@
-"""Image features from a small classifier that is trained on the dataset itself, which needs no download."""
+"""Image features without a download, from a small classifier that is trained on the dataset itself."""
 
 from __future__ import annotations
 
@@ -53,7 +53,7 @@ class Classifier:
     variables: Any
 
     def features(self, images: Float[np.ndarray, "n height width c"]) -> Float[np.ndarray, "n features"]:
-        """Returns the features of each image: the activations that enter the last layer."""
+        """Returns the features of each image: the inputs of the last layer."""
         return self._run(images, 0)
 
     def classes(self, images: Float[np.ndarray, "n height width c"]) -> Int[np.ndarray, " n"]:
@@ -69,7 +69,7 @@ class Classifier:
 def train_classifier(dataset: Dataset, key: Key[Array, ""], *, steps: int = 200) -> Classifier:
     """Trains a classifier to predict the dataset's labels.
 
-    The training images get noise, so that the classifier also works on noisy samples.
+    Noise is added to the training images, so that the classifier also works on noisy samples.
 
     Raises ValueError if the dataset has no labels.
 

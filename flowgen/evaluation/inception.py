@@ -1,9 +1,9 @@
-"""The Inception v3 network, up to the 2,048 features that the FID compares.
+"""Inception v3 as an extractor of the 2,048 features from which the FID is computed.
 
-There are two variants. "fid" is the network of the original FID code (Heusel et al., arXiv 1706.08500), as it was
-carried over to PyTorch: the average pooling inside a block leaves padding out of the mean, and the last block pools by
-the maximum. "torchvision" is the network of Szegedy et al. (arXiv 1512.00567): averages include padding, and the last
-block pools by the average. The features of the two variants are not comparable.
+There are two variants. "fid" is the PyTorch port of the network in the original FID code (Heusel et al., arXiv
+1706.08500): its average pooling ignores padding, and the pooling branch of its last block takes the maximum.
+"torchvision" is the network of Szegedy et al. (arXiv 1512.00567): its average pooling includes padding, also in the
+last block. The features of the two variants are not comparable.
 """
 
 from __future__ import annotations
@@ -85,7 +85,7 @@ def _pooled(x: Array, pooling: str) -> Array:
 
 
 def _branch(name: str, *convolutions: tuple[int, int, int], stride: int = 1) -> Branch:
-    """Returns a branch from the features and kernel sides of its convolutions, named name_1, name_2, ...
+    """Returns a branch of convolutions name_1, name_2, ..., each given as (features, rows, columns).
 
     stride: stride of the last convolution.
     """
@@ -159,5 +159,5 @@ class InceptionV3(nn.Module):
         return x.mean(axis=(1, 2))
 
     def of_images(self, images: Float[Array, "b height width c"]) -> Float[Array, "b 2048"]:
-        """Returns the features of images in [-1, 1] of any size, which are resized to 299 x 299 pixels."""
+        """Returns the features of images in [-1, 1] after resizing them to 299 x 299 pixels."""
         return self(resized(images, SIDE))

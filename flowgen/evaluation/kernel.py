@@ -14,10 +14,10 @@ SUBSET_SIZE = 1000
 
 
 class KernelDistance(NamedTuple):
-    """The kernel distance over random subsets of the features.
+    """Statistics of the kernel distance over random subsets of the feature vectors.
 
     mean, std: mean and standard deviation of the distance over the subsets. subsets: number of subsets. size: number of
-    features from each side in a subset.
+    feature vectors from each of the two sets in a subset.
     """
 
     mean: float
@@ -36,9 +36,9 @@ def kernel_distance(
 ) -> KernelDistance:
     """Returns the squared maximum mean discrepancy with the kernel (x·y / f + 1)³, averaged over random subsets.
 
-    With the features of an Inception network, this is the KID. The estimate is unbiased for every number of features,
-    so it may be negative. A subset consists of `size` features from each side, drawn without replacement. To make
-    subsets differ, `size` is limited to half of the vectors of a side. The computation is done in float64.
+    With the features of an Inception network, this is the KID. The estimate is unbiased for samples of any size, so it
+    may be negative. Each subset consists of `size` feature vectors of x and as many of y, drawn without replacement. It
+    contains at most half of either set, so that subsets differ. The computation is done in float64.
 
     Raises ValueError if n or m is below 4, if x and y have different numbers of features, or if a feature is not
     finite.

@@ -42,9 +42,9 @@ def flow_bits_per_dim(
 
     noise_std: standard deviation of the Gaussian noise that is added to the images. 0 means uniform dequantisation, as
     in published results; None means the noise with which the flow was trained.
-    conditional: whether to pass labels to a flow with classes.
+    conditional: whether to pass labels to a class-conditional flow.
 
-    Raises ValueError for latents and numbers, which have no levels; use `flow_nats_per_dim`.
+    Raises ValueError for data without 256 levels, such as latents; use `flow_nats_per_dim` for them.
 
     Example:
         bpd = flow_bits_per_dim(flow, params, dataset, jax.random.key(0), noise_std=0.0)
@@ -68,7 +68,7 @@ def flow_nats_per_dim(
     """Returns a flow's mean negative log-likelihood over a dataset of latents or numbers, in nats per dimension.
 
     The latents of each image are drawn once from the encoder's posterior, and one noise sample is added to them.
-    The mean over a padded sample covers only the values that exist.
+    Padding does not count towards the mean over dimensions.
 
     conditional: whether to pass labels or texts to a conditional flow; must be True for a flow conditioned on texts.
 
@@ -137,8 +137,8 @@ def velocity_bits_per_dim(
     """Returns a continuous flow's mean bits/dim over a dataset, with uniform dequantisation.
 
     log_prob: a function (x, labels, key) that returns log p, in nats, for images in [-1, 1). It can, for example, call
-    `flowgen.matching.log_prob` with a velocity field. The function is compiled. It receives a different key for every
-    batch, from which it can draw the probes of Hutchinson's trace estimator.
+    `flowgen.matching.log_prob` with a velocity field. The function is compiled and receives a new key for every batch,
+    which it can use to draw the probes of Hutchinson's trace estimator.
 
     Example:
         bpd = velocity_bits_per_dim(lambda x, y, key: fm.log_prob(velocity, x, y, key=key), dataset, key)
@@ -176,7 +176,7 @@ def velocity_bits(
 
 
 def per_sample(dataset: Dataset, batch_size: int, measure: Callable[..., Any]) -> Float[np.ndarray, "n ..."]:
-    """Returns measure(batch, positions) for the samples of a dataset, in float64.
+    """Returns the values that measure(batch, positions) returns for the batches of a dataset, joined, in float64.
 
     positions: the positions of the batch's samples in the dataset.
 
@@ -202,10 +202,10 @@ def gaussian_bits_per_dim(train: Dataset, dataset: Dataset, *, noise_std: float)
 def gaussian_bits(train: Dataset, dataset: Dataset, *, noise_std: float) -> Float[np.ndarray, " n"]:
     """Returns the bits/dim of each image of `dataset` under a Gaussian with the mean and covariance of `train`.
 
-    Both datasets receive the flow's noise: Gaussian noise if σ = `noise_std` is positive, and uniform dequantisation if
-    σ is 0. The result is the expectation over this noise, computed in closed form. The covariance is full if there are
-    at most 4096 dimensions and `train` has at least 5 images per dimension. Otherwise, it is diagonal. Both datasets
-    are read in batches.
+    The flow's noise is added to both datasets: Gaussian noise if `noise_std` is positive, and uniform dequantisation if
+    it is 0. The result is the expectation over this noise, computed in closed form. The covariance is full if there are
+    at most 4096 dimensions and `train` has at least 5 images per dimension. Otherwise, it is diagonal. Neither dataset
+    has to fit into memory.
 
     Example:
         baseline = mean_of(gaussian_bits(trained_on, held_out, noise_std=0.1))
@@ -229,7 +229,7 @@ def gaussian_bits(train: Dataset, dataset: Dataset, *, noise_std: float) -> Floa
 
 
 def bits_of_nats(nats: Float[np.ndarray, " n"]) -> Float[np.ndarray, " n"]:
-    """Returns bits/dim on the 8-bit scale from nats per dimension, (nats + log 128) / log 2.
+    """Returns (nats + log 128) / log 2, the bits/dim of 8-bit images, from nats per dimension of images in [-1, 1].
 
     Example:
         bits = bits_of_nats(flow_nats(flow, params, dataset, jax.random.key(0)))

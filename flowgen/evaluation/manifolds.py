@@ -1,12 +1,13 @@
-"""Precision, recall, density and coverage: how two sets of features overlap, by their nearest neighbours.
+"""Precision, recall, density and coverage: how much two sets of features overlap, measured by nearest neighbours.
 
 The manifold of a set is the union of balls around its features. The radius of each ball is the distance from its centre
 to the k-th nearest other feature of the set.
 
     precision  the fraction of samples in the manifold of the data (Kynkäänniemi et al., arXiv 1904.06991)
     recall     the fraction of data in the manifold of the samples
-    density    the mean number of data balls that contain a sample, divided by k (Naeem et al., arXiv 2002.09797)
-    coverage   the fraction of data balls that contain a sample
+    density    the number of data balls that contain a sample, averaged over samples and divided by k (Naeem et al.,
+               arXiv 2002.09797)
+    coverage   the fraction of data balls that contain at least one sample
 """
 
 from __future__ import annotations
@@ -43,13 +44,13 @@ def manifold_metrics(
     k: int = PRECISION_NEIGHBOURS,
     density_k: int = DENSITY_NEIGHBOURS,
 ) -> ManifoldMetrics:
-    """Returns the precision, recall, density and coverage of samples, given features of samples and of data.
+    """Returns the precision, recall, density and coverage of the samples relative to the data.
 
-    k: the number of the neighbour that defines the radii for precision and recall. density_k: the number of the
-    neighbour for density and coverage. The distances are computed in float64, a block of rows at a time.
+    k: which nearest neighbour defines the radii for precision and recall. density_k: the same for density and coverage.
+    The distances are computed in float64, a block of rows at a time.
 
-    Raises ValueError if n or m is not above k and density_k, if the numbers of features differ, or if features are not
-    finite.
+    Raises ValueError if n or m is not greater than both k and density_k, if the numbers of features differ, or if
+    features are not finite.
 
     Example:
         metrics = manifold_metrics(features(samples), features(data))
@@ -81,11 +82,11 @@ def perfect_coverage(num_samples: int, num_data: int, *, k: int = DENSITY_NEIGHB
     """Returns the expected coverage of a perfect model, whose samples have the distribution of the data.
 
     Choose one data point, and sort all samples and all other data by distance to this point; all orders are equally
-    likely. The ball around the point contains no sample if the nearest k are data. The expected coverage is therefore
-    1 - Π (m - 1 - i) / (m - 1 - i + n) over i = 0, ..., k - 1, for n samples and m data in any number of dimensions.
-    The expected density of a perfect model is 1 for all n and m.
+    likely. The ball around the point contains no sample if its k nearest points are all data. For n samples and m data
+    points in any number of dimensions, the expected coverage is therefore 1 - Π (m - 1 - i) / (m - 1 - i + n) over i =
+    0, ..., k - 1. The expected density of a perfect model is 1 for all n and m.
 
-    Raises ValueError if there is no sample, or if there are not more data than k.
+    Raises ValueError if there are no samples, or if k is not from 1 to num_data - 1.
 
     Example:
         perfect_coverage(100, 2000)  # 0.217
@@ -139,7 +140,7 @@ def _radii(x: np.ndarray, neighbours: tuple[int, ...]) -> list[np.ndarray]:
 
 
 def _blocks(x: np.ndarray, y: np.ndarray) -> Iterator[tuple[int, np.ndarray]]:
-    """Yields the number of the first row, and the squared distances from a block of rows of x to all y, in float64."""
+    """Yields, for each block of rows of x, its first index and its squared distances to all rows of y, in float64."""
     centre = y.mean(axis=0, dtype=np.float64)  # reduces cancellation
     y = y - centre
     squares = np.square(y).sum(axis=1)

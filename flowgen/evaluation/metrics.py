@@ -24,7 +24,7 @@ def psnr(mean_square_error: float) -> float:
 
 
 def frechet_distance(x: Float[np.ndarray, "n features"], y: Float[np.ndarray, "m features"]) -> float:
-    """Returns |μx - μy|² + tr(Σx + Σy - 2 (Σx½ Σy Σx½)½), the squared Fréchet distance between fitted Gaussians.
+    """Returns |μx - μy|² + tr(Σx + Σy - 2 (Σx½ Σy Σx½)½), the squared Fréchet distance of Gaussians fitted to x and y.
 
     With the features of an Inception network, this is the FID (Heusel et al., arXiv 1706.08500). Distances are
     comparable only if they use the same features and the same n and m, because smaller samples give larger distances.
@@ -75,7 +75,7 @@ def frechet_between(
 
 
 def check_covariance(name: str, matrix: Float[np.ndarray, "f f"]) -> None:
-    """Raises ValueError unless a finite matrix is symmetric, with variances of at least 0 that bound its covariances.
+    """Raises ValueError if a finite matrix is asymmetric, or if it has a negative variance or too large a covariance.
 
     Example:
         check_covariance("sigma", sigma)

@@ -1,4 +1,4 @@
-"""Computes features of images with a network that was trained elsewhere."""
+"""Computes features of images with a pretrained network."""
 
 from __future__ import annotations
 
@@ -30,8 +30,8 @@ class FeatureNetwork(Protocol):
 class NetworkFeatures:
     """Computes the features of images in [-1, 1] with a network.
 
-    The images are first rounded to the 256 levels of an image file, because published distances compare image files.
-    A call raises ValueError if images do not have 1 or 3 channels, or if values are not finite.
+    The images are first rounded to the 256 levels of an image file, because published distances are computed from image
+    files. A call raises ValueError if images do not have 1 or 3 channels, or if values are not finite.
 
     Example:
         features = NetworkFeatures(InceptionV3("fid"), variables)(images)  # float32 `n 2048`
@@ -72,7 +72,7 @@ def _features(network, variables, images):
 def resized(images: Float[Array, "b height width c"], side: int) -> Float[Array, "b side side 3"]:
     """Returns square images with 3 channels, interpolated bilinearly without antialiasing.
 
-    The result is that of PyTorch's `interpolate` with default settings, which the usual FID code for PyTorch applies.
+    The result equals that of PyTorch's `interpolate(..., mode="bilinear")`, as used by the common FID code for PyTorch.
 
     Example:
         x = resized(images, 299)

@@ -55,9 +55,9 @@ def point_metrics(samples: PointSamples) -> dict[str, float]:
     The Wasserstein distances are exact and computed on the host. The metrics are:
 
     w2: 2-Wasserstein distance W2 between the generated points and the data.
-    w2_floor: W2 between two samples of the data; values of w2 below this are not meaningful.
+    w2_floor: W2 between two samples of the data, which is the value of w2 to expect from a perfect model.
     euler_1, euler_4, euler_10: W2 between the data and the points generated with 1, 4 and 10 Euler steps.
-    path_energy: E ∫|v|² dt.
+    path_energy: E ∫|v|² dt along the paths.
     signed_npe: (path_energy - W2²) / W2², with W2 between noise and data; if negative, the paths are too short to
         transport the noise to the data.
     curvature: curvature of the paths, as computed by `path_report`.

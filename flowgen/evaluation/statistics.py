@@ -1,4 +1,4 @@
-"""The mean, the covariance and a subset of feature vectors, computed in one pass; reads and writes files of these."""
+"""Statistics of feature vectors: the mean, the covariance and a subset, computed in one pass and stored in files."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ class FeatureStatistics:
 
     mean: `f`, float64. covariance: `f f`, unbiased, float64. count: number of feature vectors; 0 if unknown.
     features: an evenly spaced subset of the feature vectors, float32 `m f` with m ≤ 10,000; None if unknown.
-    about: how the features were computed, such as the digests of the data and of the extractor.
+    about: how the features were computed, for example the digests of the data and of the extractor.
 
     Example:
         statistics = feature_statistics([extractor.features(images)], len(images))
@@ -81,9 +81,9 @@ def feature_statistics(
 
 
 def save_statistics(path: str | os.PathLike[str], statistics: FeatureStatistics) -> None:
-    """Writes statistics to an .npz file, atomically: mu, sigma, count, features and how they were computed.
+    """Writes statistics atomically to an .npz file, with arrays mu, sigma, count and features, and `about`.
 
-    Programs that read the usual FID statistics, which consist of mu and sigma, can read this file.
+    Other programs that use FID statistics can read this file, because they need only mu and sigma.
 
     Example:
         save_statistics("reference.npz", statistics)
@@ -103,7 +103,7 @@ def save_statistics(path: str | os.PathLike[str], statistics: FeatureStatistics)
 
 
 def read_statistics(path: str | os.PathLike[str]) -> FeatureStatistics:
-    """Returns the statistics in an .npz file from `save_statistics` or another program, with at least mu and sigma.
+    """Returns the statistics in an .npz file that contains at least mu and sigma.
 
     Raises ValueError if the file is damaged, if mu or sigma is missing, or if sigma is not a covariance matrix. Raises
     FileNotFoundError if there is no such file.

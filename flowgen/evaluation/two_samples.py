@@ -1,8 +1,8 @@
 """The classifier two-sample test: how well a classifier tells two sets of samples apart.
 
-The classifier and its settings are those of the benchmark of Lueckmann et al. (arXiv 2101.04653, sbibm), so that
-results are comparable with the literature: scikit-learn's MLPClassifier with two hidden layers of 10 d units, ReLU,
-Adam, at most 10,000 epochs, on samples that are shifted and scaled by the mean and standard deviation of the first set.
+The settings are those of the benchmark sbibm (Lueckmann et al., arXiv 2101.04653), so results are comparable with the
+literature. The classifier is scikit-learn's MLPClassifier with two hidden layers of 10 d units for d dimensions, ReLU,
+Adam and at most 10,000 epochs. The samples are standardised with the mean and standard deviation of the first set.
 """
 
 from __future__ import annotations
@@ -28,13 +28,13 @@ def c2st(
     *,
     folds: int = 5,
 ) -> Estimate:
-    """Returns the accuracy of a classifier on held-out samples: 0.5 if x and y cannot be told apart, 1 if they differ.
+    """Returns the accuracy of a classifier on held-out samples: 0.5 if x and y are indistinguishable, 1 if separable.
 
-    The accuracy is the mean over `folds` parts, each of which is classified after training on the others (Lopez-Paz and
-    Oquab, arXiv 1610.06545). By chance it may be slightly below 0.5. The standard error is that of the mean over the
-    parts, or None if all parts have the same accuracy. `count` is the number of samples in both sets. More samples
-    train a better classifier, so compare only results for equal numbers; published values use 10,000 in each set. Pass
-    reference samples as x.
+    The accuracy is the mean of a cross-validation with `folds` folds (Lopez-Paz and Oquab, arXiv 1610.06545). By chance
+    it may be slightly below 0.5. The standard error is that of the mean over the folds, or None if all folds have the
+    same accuracy. `count` is the total number of samples. More samples train a better classifier, so compare only
+    results for equal numbers of samples; published values use 10,000 in each set. Pass the reference samples as x,
+    because the mean and standard deviation of x standardise both sets.
 
     Raises ValueError if x and y differ in shape, if there are fewer samples than folds, if values are not finite, or if
     x is constant in a dimension. Raises ModuleNotFoundError if scikit-learn is not installed.
@@ -57,7 +57,7 @@ def c2st(
 
 
 def classifier_modules() -> tuple[Any, Any]:
-    """Returns scikit-learn's modules of networks and of model selection.
+    """Returns the modules `sklearn.neural_network` and `sklearn.model_selection`.
 
     Raises ModuleNotFoundError if scikit-learn is not installed.
 

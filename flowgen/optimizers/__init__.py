@@ -1,7 +1,7 @@
-"""Optimizers as optax transformations: those of optax, by name, and four published optimizers that optax lacks.
+"""Optimizers as optax transformations: those of optax by name, and AdamP, AuON, Conda and NaP, which optax lacks.
 
-The parameters of equal layers are stacked along a leading axis. `per_layer` makes any optimizer update each layer as if
-its parameters were not stacked. This package depends only on jax and optax.
+The networks of flowgen stack the parameters of equal layers along a leading axis. `per_layer` makes any optimizer
+update each layer as if its parameters were not stacked. This package depends only on jax and optax.
 """
 
 from flowgen.optimizers.adamp import adamp

@@ -1,10 +1,10 @@
-"""AdamP: Adam, leaving out the part of an update that only increases the norm of scale-invariant weights.
+"""AdamP: Adam without the part of an update that only increases the norm of scale-invariant weights.
 
-Heo et al., 2021, 2006.08217. Adam's update p = m̂ / (√v̂ + ε) is projected if the weight w is almost orthogonal to its
-gradient g:
-    |cos(g, w)| < δ / √dim(w)
-for each output's weights or, failing that, for the whole array. The update is then p - (w·p) w / |w|², and the weight
-decay is multiplied by `wd_ratio`.
+Heo et al. (2021), arXiv 2006.08217. Adam's update is p = m̂ / (√v̂ + ε). If the weights w are almost orthogonal to their
+gradient g,
+    |cos(g, w)| < δ / √dim(w),
+the update is p - (w·p) w / |w|², and the weight decay is multiplied by `wd_ratio`. Here, w stands for the weights of a
+single output if all outputs meet this condition, and otherwise for the whole array.
 """
 
 from __future__ import annotations
@@ -42,9 +42,8 @@ def adamp(
     """Returns AdamP with decoupled weight decay; see the module for the formula.
 
     Only arrays with two or more axes are projected. The last axis of an array called `kernel` indexes the outputs. In
-    any other array, such as a table of embeddings, the first axis does.
-    delta: threshold for the cosine between gradient and weight. wd_ratio: factor for the weight decay of projected
-    arrays.
+    any other array, such as a table of embeddings, the first axis indexes them.
+    delta: the factor δ of the threshold for the cosine. wd_ratio: factor for the weight decay of projected arrays.
     mask: selects the parameters that decay, as in `optax.adamw`.
 
     Example:

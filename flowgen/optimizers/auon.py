@@ -1,6 +1,6 @@
-"""AuON: SGD with momentum, with steps divided by the root mean square of a hyperbolic cosine.
+"""AuON: SGD with momentum, whose steps are divided by the root mean square of a hyperbolic cosine.
 
-Maity, 2025, 2509.24320, as implemented in the authors' code. With momentum m and Nesterov's step G = (1 - β) g + β m,
+Maity (2025), arXiv 2509.24320, as in the authors' code. With momentum m and the Nesterov step G = (1 - β) g + β m,
     w <- (1 - lr λ) w - lr G / √(mean cosh²(γ G / |G|)).
 For large matrices, each entry of G / |G| is small, so the divisor is near 1 and the rule is close to SGD with momentum.
 """

@@ -1,7 +1,7 @@
 """Conda: Adam in the basis of the momentum's singular vectors.
 
-Wang et al., 2025, 2509.24218. The momentum m of a matrix is a running mean of its gradients g. U contains the singular
-vectors of m for its shorter side, which are recomputed every `update_every` updates. The rule is
+Wang et al. (2025), arXiv 2509.24218. The momentum m of a matrix is a running mean of its gradients g. The columns of U
+are the singular vectors of m for its shorter side, recomputed every `update_every` updates. The rule for update t is
     v <- b2 v + (1 - b2) (Uᵀ g)²,    step = scale · U (Uᵀ m / (√v + ε)) √(1 - b2ᵗ) / (1 - b1ᵗ).
 """
 

@@ -20,8 +20,8 @@ def per_layer(optimizer: optax.GradientTransformation) -> optax.GradientTransfor
     """Returns an optimizer that updates each layer of a stack as if its parameters were not stacked.
 
     The arrays of a module called `layers` are stacked if all of them have a first axis of the same size and the kernels
-    have more than two axes. This size is the number of layers. Stacks of equal depth are updated together. Integers in
-    the optimizer's state are assumed to count updates; all layers share these counts.
+    have more than two axes. This size is the number of layers. Integers in the optimizer's state are assumed to count
+    updates; all layers share these counts.
 
     Example:
         tx = per_layer(optax.lamb(1e-3))

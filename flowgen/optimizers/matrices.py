@@ -72,8 +72,9 @@ def beside_adamw(
 ) -> optax.GradientTransformation:
     """Returns an optimizer that updates weight matrices along `direction`, and all other parameters with AdamW.
 
-    Weight decay is decoupled for all parameters. direction: transforms the gradients of weight matrices, without the
-    learning rate. b1, b2, eps: AdamW's. adam_learning_rate: AdamW's learning rate; None to use `learning_rate`.
+    Weight decay is decoupled for all parameters. direction: transforms the gradients of weight matrices to updates,
+    before the learning rate is applied. b1, b2, eps: AdamW's. adam_learning_rate: AdamW's learning rate; None to use
+    `learning_rate`.
 
     Example:
         tx = beside_adamw(optax.scale_by_sign(), 1e-4, 1e-3, weight_decay=0.1, mask=None, b1=0.9, b2=0.95, eps=1e-8)
@@ -107,9 +108,10 @@ def muon(
     """Returns optax's Muon for weight matrices and AdamW for all other parameters.
 
     Convolution kernels are orthogonalised as matrices `inputs outputs`.
-    b1, b2, eps: AdamW's. beta, ns_steps, nesterov: Muon's momentum and Newton-Schulz steps.
+    b1, b2, eps: AdamW's.
+    beta, nesterov: Muon's momentum, and whether it is Nesterov momentum. ns_steps: number of Newton-Schulz steps.
     consistent_rms: the root mean square of the updates at learning rate 1; with 0.2, learning rates for AdamW are also
-    suitable for Muon (Liu et al., 2025, 2502.16982).
+    suitable for Muon (Liu et al., 2025, arXiv 2502.16982).
     mask: selects the parameters that decay, as in `optax.adamw`.
     adam_learning_rate: AdamW's learning rate; None to use `learning_rate`.
 

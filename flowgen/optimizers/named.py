@@ -67,7 +67,7 @@ def options_of(optimizer: Optimizer) -> dict[str, inspect.Parameter] | None:
 
 
 def check_options(optimizer: Optimizer, options: Mapping[str, Any]) -> None:
-    """Raises ValueError if an optimizer does not accept the options, or cannot update a small tree of parameters.
+    """Raises ValueError if an optimizer does not accept the options or fails to update a small tree of parameters.
 
     Example:
         check_options(OPTIMIZERS["sgd"], {"momentum": 0.9})
@@ -103,7 +103,7 @@ def check_options(optimizer: Optimizer, options: Mapping[str, Any]) -> None:
 
 
 def _instead(name: str, known: Mapping[str, Any]) -> str:
-    """Returns the end of a sentence that says which option could be meant."""
+    """Returns the end of an error message, which suggests an option."""
     if close := difflib.get_close_matches(name.replace("-", "_"), known, n=1):
         return f"did you mean {close[0]}?"
     return f"choose from {', '.join(known)}." if known else "it has none."

@@ -1,9 +1,9 @@
 """The projection of NaP: weight matrices keep their initial norms.
 
-Lyle et al., 2024, 2407.01800: normalise and project. If a normalisation layer follows a matrix, the matrix's gradient
-shrinks as the matrix grows. Growth therefore lowers the effective learning rate. To prevent this, NaP scales every
-matrix back to its initial norm after each update: w <- |w₀| w / |w|. The other half of NaP, normalisation layers before
-the nonlinearities, is part of the network.
+NaP means "normalise and project" (Lyle et al., 2024, arXiv 2407.01800). If a normalisation layer follows a matrix, the
+matrix's gradient shrinks as the matrix grows. Growth therefore lowers the effective learning rate. To prevent this, NaP
+scales every matrix back to its initial norm after each update: w <- |w₀| w / |w|. The other half of NaP, normalisation
+layers before the nonlinearities, is part of the network.
 """
 
 from __future__ import annotations
