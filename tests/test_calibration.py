@@ -56,7 +56,7 @@ def test_ranks_of_the_exact_posterior_are_uniform():
     np.testing.assert_array_equal(result.low, np.full(10, band.ppf(0.005)))
     np.testing.assert_array_equal(result.high, np.full(10, band.ppf(0.995)))
     # Small integers do not overflow.
-    np.testing.assert_array_equal(rank_uniformity(ranks.astype(np.uint8), SAMPLES).counts, result.counts)
+    np.testing.assert_array_equal(rank_uniformity(ranks.astype(np.int8), SAMPLES).counts, result.counts)
 
 
 def test_p_values_of_uniform_ranks_are_uniform_even_if_bins_are_uneven():
