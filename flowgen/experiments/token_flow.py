@@ -232,7 +232,7 @@ class TokenFlowExperiment(Experiment):
         return Samples(drawn, _named(context))
 
     def plot(self, samples: Samples) -> np.ndarray:
-        """Returns an image of samples, drawn in front of exact samples of the posterior if these are available."""
+        """Returns an image of samples, drawn in front of reference samples of the posterior if these are available."""
         sampling, reference = self.sampling, None
         if isinstance(self.data, SimulatedConfig) and not sampling.context:
             num = min(len(samples.arrays), 10_000)
@@ -243,8 +243,9 @@ class TokenFlowExperiment(Experiment):
     def evaluate(self, model: Any, variables: Any, options: TokenEvaluateOptions) -> Evaluation:
         """Returns the likelihood of a split and, if the flow models vectors given a context, tests of its samples.
 
-        For a simulator, C2ST compares samples with the exact posterior. Simulation-based calibration and expected
-        coverage are computed for contexts of the split.
+        For a simulator, C2ST compares samples with reference samples of the posterior: exact ones for two moons, and
+        those of a long run of the No-U-Turn sampler for SLCP. Simulation-based calibration and expected coverage are
+        computed for contexts of the split.
         """
         key = jax.random.key(options.seed)
         if options.samples and isinstance(self.data, SimulatedConfig):
