@@ -1,9 +1,9 @@
-"""Measures flowgen on one accelerator: attention, training steps and decoding, the most telling rows first.
+"""Measures attention, training steps and decoding on one accelerator, in order of importance.
 
 python benchmarks/accelerator.py --out accelerator.jsonl [--minutes 8] [--reference PATH_TO_ml-tarflow]
 
-Each row is appended as soon as it is measured, and the program ends when its time is over. `--toy` measures tiny shapes
-on a CPU, to check that everything runs.
+Each row is appended as soon as it is measured, and the program ends after --minutes. `--toy` measures tiny shapes on a
+CPU, to check that everything runs.
 """
 
 import argparse
@@ -22,7 +22,7 @@ from accelerator_rows import TOY, Reference, Row, Sizes, attention, decoding, de
 
 
 class Measurement(NamedTuple):
-    """A row to measure. baseline: the name of an earlier row to compare the time with."""
+    """A row to measure. baseline: the name of the earlier row to compare with."""
 
     name: str
     run: Callable[[], Row]
@@ -30,7 +30,7 @@ class Measurement(NamedTuple):
 
 
 def all_rows(sizes: Sizes, reference: Reference | None) -> Iterator[Measurement]:
-    """Returns the rows to measure, the most informative first."""
+    """Returns the rows to measure, in order of importance."""
     first, *others = sizes.lengths
     yield softmax("auto", first, sizes)
     yield softmax("xla", first, sizes)
@@ -68,7 +68,7 @@ def softmax_name(implementation: str, n: int) -> str:
 
 
 def compared(row: Row, name: str, base: Row) -> Row:
-    """Returns a row with the ratio of its time to the time of the baseline; below 1, the row is faster."""
+    """Returns a row with the ratio of its time to the time of the baseline; a ratio below 1 is faster."""
     ratio = row["milliseconds"] / base["milliseconds"]
     against = {"baseline": name, "baseline_milliseconds": base["milliseconds"], "ratio": round(ratio, 4)}
     if "torch" in row and base["share_of_peak"] is not None:  # The published code does the same work.

@@ -19,7 +19,9 @@ LENGTHS = (1023, 255, 2048, 4096, 8192, 16384, 256)
 
 @dataclasses.dataclass(frozen=True)
 class Sizes:
-    """The sizes to measure: sequence lengths, heads and batch of attention, rows of a step, samples, and the dtype."""
+    """The sizes to measure: sequence lengths, heads and batch of attention, rows per training step, number of samples,
+    and the dtype.
+    """
 
     lengths: tuple[int, ...] = LENGTHS
     heads: int = 12
@@ -35,7 +37,9 @@ TOY = Sizes(lengths=(15, 32), heads=2, tokens_at_once=64, rows=2, samples=1, win
 
 
 def attention(kind: str, n: int, sizes: Sizes) -> Row:
-    """Returns the time of causal attention with its gradient; kind: "nala", or an implementation of softmax."""
+    """Returns the time of causal attention with its gradient; kind: "nala", or an implementation of softmax
+    attention.
+    """
     import jax
     import jax.numpy as jnp
 
@@ -125,7 +129,7 @@ def decoding(config: str, plan: str, sizes: Sizes) -> Row:
 
 
 def deep_block(sizes: Sizes) -> Row:
-    """Returns the time per layer of the video model's deep block, with gradient, for two layers and a whole clip."""
+    """Returns the time per layer of the video model's deep block and its gradient, from two layers on a whole clip."""
     import jax
     import jax.numpy as jnp
 
@@ -143,7 +147,7 @@ def deep_block(sizes: Sizes) -> Row:
 
 
 def counted(function: Callable, *inputs: Any) -> Callable[[], Mapping[str, float]]:
-    """Returns a function that counts the FLOP of a call by dtype, without recomputation."""
+    """Returns a function that counts the FLOP of a call by dtype, excluding recomputation."""
     import jax
 
     from flowgen.counting import flop_of
@@ -187,7 +191,7 @@ def timed(
 
 
 class Reference:
-    """Runs the published code in a separate process for each row, so that its memory is free for the next row."""
+    """Runs the published code in a separate process for each row, which frees the memory for the next row."""
 
     def __init__(self, path: Path, python: Path | None):
         self.path, self.python = path, python or Path(sys.executable)

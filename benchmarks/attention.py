@@ -1,10 +1,10 @@
-"""Times the attention kernels against softmax attention as the sequence grows, forward and with all gradients.
+"""Times attention kernels and softmax attention at growing sequence lengths, with and without gradients.
 
 python benchmarks/attention.py --out benchmarks/results/attention.json
 
 A kernel, full or causal, is compared with the faster of `jax.nn.dot_product_attention` and flowgen's own
-`softmax_attention` with the same mask. A call that would exceed --max-seconds or --max-bytes is skipped; its row says
-why.
+`softmax_attention` with the same mask. A call that would exceed --max-seconds or --max-bytes is skipped; its row states
+the reason.
 """
 
 import argparse
@@ -162,7 +162,7 @@ def measure_methods(
 
 
 def draw_inputs(tokens: int, dtype: jnp.dtype) -> list[jax.Array]:
-    """Returns the cotangent of the output, then q, k, v, β in 0..1 and log-decay below 0."""
+    """Returns the cotangent of the output, then q, k, v, β between 0 and 1, and log-decay below 0."""
     keys = jax.random.split(jax.random.key(tokens), 6)
     wide = [jax.random.normal(key, (BATCH, tokens, HEADS, WIDTH), dtype) for key in keys[:4]]
     beta, gate = (jax.random.normal(key, (BATCH, tokens, HEADS), dtype) for key in keys[4:])

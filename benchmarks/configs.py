@@ -1,4 +1,4 @@
-"""Records what runs of shipped configs measured at their end, and how long their steps took.
+"""Records the final metrics and the step times of runs of shipped configs.
 
 python benchmarks/configs.py --runs runs/digits runs/cfm runs/autoencoder_digits runs/starflow \\
     --out benchmarks/results/configs.json
@@ -32,7 +32,7 @@ def main() -> None:
 
 
 def row(run: str) -> dict[str, Any]:
-    """Returns a run's config, seed, last metrics, and the seconds of its steps, without compilation and evaluation."""
+    """Returns a run's config, seed, last metrics, and the seconds of its steps excluding compilation and evaluation."""
     experiment, metrics = from_json(RunReader(run).config()), read_metrics(run)
     trained = [entry for entry in metrics if SPEED in entry]
     pairs = itertools.pairwise([{"step": 0}, *trained])

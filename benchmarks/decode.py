@@ -1,7 +1,7 @@
 """Times our sampling (sequential, guided, parallel) against the published PyTorch sampler.
 
-Rows "all devices" have one CPU device per core, each with its share of the batch; the published code has a row of as
-many processes with one thread each.
+Rows named "all devices" split the batch over one CPU device per core. For comparison, the published code splits it over
+as many processes with one thread each.
 
 python benchmarks/decode.py --reference PATH_TO_ml-tarflow --out benchmarks/results/decode.json
 """

@@ -1,4 +1,4 @@
-"""Times the input of images: JPEGs of 1,000 x 750 pixels, decoded and resized to 256 x 256 without training.
+"""Times the input of images: JPEGs of 1,000 x 750 pixels, decoded and resized to 256 x 256.
 
 python benchmarks/input.py --out benchmarks/results/input.json --torch-python PATH_TO_python_WITH_torchvision
 """

@@ -1,6 +1,6 @@
 """The PyTorch side of `input.py`: torchvision's ImageFolder, read by a DataLoader, in an interpreter with torchvision.
 
-It answers one JSON request per line; the first gives the folder, the number of workers, the batch size and the side.
+It answers one JSON request per line; the first contains the folder, the number of workers, the batch size and the side.
 """
 
 import json

@@ -1,4 +1,5 @@
-"""The PyTorch side of benchmarks/matching.py: training steps as in torchcfm's tutorial, run by --torch-python.
+"""The PyTorch side of benchmarks/matching.py: training steps as in torchcfm's tutorial, run in the interpreter
+--torch-python.
 
 As a script, it answers one JSON request per line; `Published` is the client.
 """
@@ -66,7 +67,9 @@ def serve() -> None:
 
 
 def train(name: str, batch: int, learning_rate: float) -> Training:
-    """Returns a training from 8 Gaussians to moons: eager, in float32, with fresh points at each step."""
+    """Returns a network that is trained from 8 Gaussians to moons, eagerly in float32, with fresh points at each
+    step.
+    """
     import torch
     from torchcfm import conditional_flow_matching as cfm
     from torchcfm import utils

@@ -1,4 +1,4 @@
-"""The quality part of benchmarks/matching.py: trains and evaluates flow matching with every coupling, over seeds.
+"""The quality part of benchmarks/matching.py: trains and evaluates flow matching with every coupling and several seeds.
 
 Also defines the training step that matching_speed.py times.
 """
@@ -60,7 +60,9 @@ class Pair(NamedTuple):
 
 
 def even_moons(key: jax.Array, num: int) -> jax.Array:
-    """Returns moons as torchcfm draws them, half of the points in each, at even angles. This makes W2 less noisy."""
+    """Returns moons as torchcfm draws them: half of the points in each moon, at evenly spaced angles. W2 is then less
+    noisy.
+    """
     angle = jnp.linspace(0, jnp.pi, num // 2), jnp.linspace(0, jnp.pi, num - num // 2)
     x = jnp.concatenate([jnp.cos(angle[0]), 1 - jnp.cos(angle[1])])
     y = jnp.concatenate([jnp.sin(angle[0]), 0.5 - jnp.sin(angle[1])])
@@ -88,7 +90,7 @@ class Method(NamedTuple):
 
 
 class State(NamedTuple):
-    """The state of a training: network and optimizer, the weights' running log-mean, and the number of steps done."""
+    """The training state: network and optimizer, the weights' running log-mean, and the number of steps done."""
 
     variables: Any
     optimizer: Any
@@ -142,7 +144,7 @@ def methods(pair: Pair) -> list[Method]:
 
 
 def measure_quality(arguments: argparse.Namespace) -> Iterable[list[dict]]:
-    """Yields all rows so far, each time another one is finished."""
+    """Yields all rows so far, after each new row."""
     context = multiprocessing.get_context("spawn")
     cores = context.SimpleQueue()
     for core in sorted(os.sched_getaffinity(0))[: arguments.jobs]:
@@ -179,7 +181,7 @@ def _take_core(cores) -> None:
 
 
 def reference(name: str, seeds: int) -> dict[str, list[float]]:
-    """Returns W2² between x0 and x1 and the W2 of a perfect network, each for one draw per seed."""
+    """Returns W2² between x0 and x1 and the W2 of a perfect network, with one value of each per seed."""
     pair, distance = PAIRS[name], jax.jit(fm.wasserstein)
     found: dict[str, list[float]] = {"squared_distance": [], "w2_floor": []}
     for seed in range(seeds):
@@ -192,7 +194,7 @@ def reference(name: str, seeds: int) -> dict[str, list[float]]:
 
 
 def train(name: str, method: Method, steps: int, seeds: int) -> list[dict[str, float]]:
-    """Returns the metrics for each seed. With one seed, all methods have the same points and initial network."""
+    """Returns the metrics for each seed. With the same seed, all methods have the same points and initial network."""
     pair = PAIRS[name]
     start, update = training(pair, method.coupling, optax.cosine_decay_schedule(LEARNING_RATE, steps))
 
@@ -240,7 +242,9 @@ def _transport(name: str) -> Callable[[Any, jax.Array], dict[str, jax.Array]]:
 
 
 def _mean_ess(pair: Pair, coupling: Coupling, key: jax.Array) -> jax.Array:
-    """Returns the mean over batches of training size, because corrected W-CFM's weights depend on the batch."""
+    """Returns the mean effective sample size over batches of training size, because corrected W-CFM's weights depend on
+    the batch.
+    """
 
     def of_batch(key):
         x0_key, x1_key, pair_key = jax.random.split(key, 3)

@@ -53,7 +53,7 @@ OVERHEAD_OF = (f"{ICFM} again", "W-CFM", "W-CFM un-normalised")
 
 
 def measure_speed(thread_counts: list[int], torch_python: Path | None) -> list[dict]:
-    """Returns the rows of the speed part. We and torchcfm each use one process per thread count."""
+    """Returns the rows of the speed part. flowgen and torchcfm each use one process per thread count."""
     rows: list[dict] = []
     context = multiprocessing.get_context("spawn")
     with contextlib.ExitStack() as stack:
@@ -95,7 +95,7 @@ def _in_pool(pool: concurrent.futures.Executor, name: str, form: str, steps: int
 
 
 def time_program(name: str, form: str, steps: int) -> measure.Cost:
-    """Returns the cost of `steps` training steps; the process keeps the training for the next call."""
+    """Returns the cost of `steps` training steps; the process keeps the training state for the next call."""
     return measure.cost(program(name, form, steps))
 
 
@@ -106,7 +106,7 @@ def last_loss(name: str, form: str, steps: int) -> float:
 
 @functools.cache
 def program(name: str, form: str, steps: int) -> Callable[[], jax.Array]:
-    """Returns a function that continues a training for `steps` steps and returns the last loss."""
+    """Returns a function that trains for `steps` more steps and returns the last loss."""
     method = METHODS[name.removesuffix(" again")]
     start, update = training(PAIRS[PAIR], method.coupling, LEARNING_RATE)
     length = {SCAN: steps, SHORT_SCAN: 16, JITTED: 1}[form]
@@ -131,7 +131,7 @@ def program(name: str, form: str, steps: int) -> Callable[[], jax.Array]:
 
 
 def _row(key: tuple[int, str, str], timings: dict[Any, measure.Timing], loss: float) -> dict:
-    """Returns the row of one program. Its baseline is the other side's best time with no more threads."""
+    """Returns the row of one program. Its baseline is the other side's best time with at most as many threads."""
     threads, name, form = key
     timing = timings[key]
     if form == EAGER:
@@ -151,7 +151,7 @@ def _row(key: tuple[int, str, str], timings: dict[Any, measure.Timing], loss: fl
 
 
 def measure_overhead(threads: int, pool: concurrent.futures.Executor) -> list[dict]:
-    """Returns how much longer steps take than I-CFM's, over rounds of one short call each, in alternating order."""
+    """Returns the overhead of other methods over I-CFM in percent, from short calls in alternating order."""
     names = [ICFM, *OVERHEAD_OF]
     seconds: dict[str, list[float]] = {name: [] for name in names}
     for name in names * 2:
@@ -185,7 +185,7 @@ def measure_overhead(threads: int, pool: concurrent.futures.Executor) -> list[di
 
 
 def median_interval(values: list[float]) -> tuple[float, float, float]:
-    """Returns the median between the ends of its 95 % interval, which are order statistics (normal approximation)."""
+    """Returns (low, median, high) with the 95 % interval from order statistics (normal approximation)."""
     ordered = sorted(values)
     reach = 0.98 * math.sqrt(len(ordered))
     low = ordered[max(0, math.floor(len(ordered) / 2 - reach))]

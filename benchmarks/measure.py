@@ -1,4 +1,4 @@
-"""How the benchmarks measure: two shapes, one thread budget, runs that take turns, and one JSON row per run."""
+"""Measures runs for the benchmarks: two shapes, one thread budget, runs that take turns, and one JSON row per run."""
 
 import argparse
 import dataclasses
@@ -61,7 +61,7 @@ class Timing:
 
 
 def parse_arguments(description: str) -> argparse.Namespace:
-    """Returns the arguments that every benchmark takes, and applies the thread budget. Call it before using jax."""
+    """Returns the arguments that all benchmarks share, and applies the thread budget. Call it before using jax."""
     parser = argparse.ArgumentParser(description=description)
     parser.add_argument("--out", type=Path, required=True, help="JSON file to write")
     add_reference(parser)
@@ -77,7 +77,7 @@ def parse_arguments(description: str) -> argparse.Namespace:
 
 
 def add_reference(parser: argparse.ArgumentParser) -> None:
-    """Adds the options that name the published code."""
+    """Adds the options for the published code."""
     parser.add_argument("--reference", type=Path, help="checkout of apple/ml-tarflow; without it, only our side runs")
     parser.add_argument("--torch-python", type=Path, help="interpreter with torch, if this one has none")
 
@@ -89,7 +89,7 @@ def check_reference(parser: argparse.ArgumentParser, arguments: argparse.Namespa
 
 
 def check_cores(parser: argparse.ArgumentParser, option: str, count: int) -> None:
-    """Ends the program with an error message unless it may use that many cores."""
+    """Ends the program with an error message unless this process may use `count` cores."""
     cores = len(os.sched_getaffinity(0))
     if not 1 <= count <= cores:
         parser.error(f"{option} is {count}; it must be from 1 to {cores}, the cores available to this process.")
@@ -101,7 +101,7 @@ def confine(threads: int) -> None:
 
 
 def ours(function: Callable[..., Any], *inputs: Any) -> Run:
-    """Returns a run of a jax function that waits for every output."""
+    """Returns a run that calls a jax function and waits for every output."""
     import jax
 
     return lambda: cost(lambda: jax.block_until_ready(function(*inputs)))
@@ -145,7 +145,9 @@ def row(name: str, shape: str, timing: Timing, *, baseline: str, against: Timing
 
 
 def figures(timing: Timing, *, baseline: str, against: Timing, compiled: bool, **more: Any) -> dict:
-    """Returns the measurements of one step; `ratio` is its median over the baseline's, so values below 1 are faster."""
+    """Returns the measurements of one step; `ratio` is its median divided by the baseline's, so values below 1 are
+    faster.
+    """
     result = {
         "milliseconds": _milliseconds(timing.median),
         "fastest": _milliseconds(timing.fastest),

@@ -1,10 +1,10 @@
-"""A race of optimizers: AdamW beside Muon, AdamP, AuON, Conda and NaP, for equal numbers of steps.
+"""Compares AdamW, Muon, AdamP, AuON, Conda and NaP after equal numbers of steps.
 
 python benchmarks/optimizers.py --out benchmarks/results/optimizers.json [--steps 600]
 
 For each optimizer, the program tries three learning rates on digits with seed 0, and chooses the rate with the lowest
-held-out bits/dim. With this rate, the optimizer trains digits with two more seeds, and moons and STARFlow digits with
-one seed. STARFlow needs an autoencoder: without --autoencoder RUN, the program trains one first.
+held-out bits/dim. With this rate, it trains on digits with two more seeds, and on moons and STARFlow digits with one
+seed. STARFlow needs an autoencoder: without --autoencoder RUN, the program trains one first.
 """
 
 import argparse
@@ -38,7 +38,9 @@ SEEDS = (0, 1, 2)
 
 
 def optim(steps: int, racer: str, rate: float) -> OptimConfig:
-    """Returns the config of a racer: warm-up over a tenth of the run, then cosine decay to a hundredth of the rate."""
+    """Returns the config of an optimizer: warm-up over a tenth of the run, then cosine decay to a hundredth of the
+    rate.
+    """
     fields, _ = RACERS[racer]
     return OptimConfig(**{"lr": rate, "min_lr": rate / 100, "warmup_steps": steps // 10, "ema_decay": 0.995, **fields})
 

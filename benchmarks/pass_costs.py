@@ -1,6 +1,6 @@
 """Checks the calculated time of a decoding pass (flowgen.decoding.costs) against measured times on this device.
 
-The three speeds of the device are fitted to half of the measurements; the other half shows how well they predict.
+The three speeds of the device are fitted to half of the measurements; the other half tests the predictions.
 
 python benchmarks/pass_costs.py --out benchmarks/results/pass_costs.json
 """

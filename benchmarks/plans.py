@@ -5,7 +5,7 @@ python benchmarks/plans.py --flow MNIST=runs/mnist \\
     --flow digits=runs/digits --flow "STARFlow digits=runs/starflow" --threads 1 --rounds 3 \\
     --out benchmarks/results/plans.json
 
-docs/decoding.md#all-plans-side-by-side gives the commands that train the flows.
+docs/decoding.md#all-plans-side-by-side lists the commands that train the flows.
 """
 
 import argparse

@@ -1,7 +1,7 @@
 """The sbi side of benchmarks/posteriors.py: neural posterior estimation by the package sbi, with its own defaults.
 
-It runs in an interpreter that has sbi, and needs nothing of flowgen. sbi holds out a tenth of the simulations, and
-stops when their density has not risen for 20 epochs. Samples outside the prior are rejected.
+It runs in an interpreter with sbi, and does not import flowgen. sbi holds out a tenth of the simulations, and stops
+after 20 epochs without a better held-out likelihood. Samples outside the prior are rejected.
 """
 
 import argparse

@@ -21,7 +21,8 @@ from measure import Cost, cost, rw
 
 
 class Published:
-    """The published model in this process, with our weights and inputs. It uses eager float32, as its CPU scripts do.
+    """The published model in this process, with our weights and inputs. It runs eagerly in float32, as in the published
+    scripts for CPUs.
 
     mixed: whether the model runs as in its training script: on a GPU if torch has one, and in bfloat16 by autocast. The
     weights are then the model's own random ones, because the formula for our weights is slow for large shapes.
@@ -95,7 +96,7 @@ class Published:
         return cost(partial(self._finished, name))
 
     def result(self, name: str) -> np.ndarray:
-        """Returns what method `name` computes."""
+        """Returns the result of method `name`."""
         return self._finished(name).float().cpu().numpy()
 
     def peak_memory(self) -> int | None:

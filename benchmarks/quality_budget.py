@@ -37,7 +37,7 @@ class Budget:
 
     @contextlib.contextmanager
     def left_out(self) -> Iterator[None]:
-        """Returns a context whose processor time does not count."""
+        """Returns a context manager whose processor time does not count."""
         before = time.process_time()
         try:
             yield
@@ -45,13 +45,13 @@ class Budget:
             self._left_out += time.process_time() - before
 
     def count_only(self, part: "Budget") -> None:
-        """Counts of the time so far only what another budget, which began later, has counted."""
+        """Reduces the time counted so far to the time that `part`, a budget that began later, has counted."""
         self._left_out = time.process_time() - self._began - part.spent
         self.compile_seconds += part.compile_seconds
 
     @contextlib.contextmanager
     def compiling(self) -> Iterator[None]:
-        """Returns a context whose processor time is counted separately, as compilation."""
+        """Returns a context manager whose processor time is counted separately, as compilation."""
         before = time.process_time()
         with self.left_out():
             yield
@@ -67,7 +67,7 @@ def learning_rate(fraction: float) -> float:
 
 
 def spend(budget: Budget, step: Callable[[float], Any], evaluate: Callable[[], float]) -> dict[str, Any]:
-    """Calls step(fraction of the budget) until the budget is spent, and returns what the run's record says about it.
+    """Calls step(fraction of the budget) until the budget is spent, and returns the entries for the run's record.
 
     evaluate: returns the held-out value for the curve; its time does not count.
     """

@@ -41,11 +41,12 @@ SECONDS = {"seconds_per_256_samples": "s per 256 samples"}  # Not for the pair: 
 
 SINGLE = """## Other models, one seed
 
-The models in this section have about 3.3 million parameters, and the same budget, batches and learning rates as the
+The models in this section have 3.2 to 3.4 million parameters, and the same budget, batches and learning rates as the
 TARFlows above. Unlike the TARFlows, they are evaluated with averaged parameters. Each row is **a single run**, so small
-differences are not significant. The DiTs use patches of 4 x 4 pixels. Their samples are drawn in 25 steps of Heun's
-method. The budget of the STARFlow includes encoding the images and training the autoencoder, which takes a fifth of the
-budget.
+differences are not significant. The DiTs are trained by flow matching with several [couplings](concepts/couplings.md),
+and use patches of 4 x 4 pixels. The samples of the DiTs are drawn in 25 steps of Heun's method. The budget of the
+STARFlow includes encoding the images, and training the autoencoder, to which a fifth of the budget goes. The last
+column is the processor time in which 256 samples are drawn.
 
 Do not compare these likelihoods with one another, or with those above. The likelihood of a DiT is measured on 100 test
 images with uniform noise. The likelihood of a STARFlow is measured on all test images, encoded into its own latents.
@@ -117,6 +118,6 @@ def spread(values: list[float], column: str) -> str:
 
 
 def markdown(lines: Iterable[list[str]]) -> str:
-    """Returns a table in Markdown, whose first line is the head."""
+    """Returns a table in Markdown; the first of its lines is the head."""
     head, *rest = (f"| {' | '.join(cells)} |" for cells in lines)
     return "\n".join([head, "|---" * (head.count("|") - 1) + "|", *rest]) + "\n"

@@ -88,7 +88,9 @@ def likelihood(model: Any, variables: Any, experiment: Any, test: Any) -> dict[s
 
 
 def compared(draw: Any, test: Any, extractor: Any, floor: dict[str, float]) -> dict[str, Any]:
-    """Returns distances of samples to the test images, by features of a classifier of the training images."""
+    """Returns distances of samples to the test images, in the features of a classifier trained on the training
+    images.
+    """
     from flowgen.evaluation import feature_statistics
     from flowgen.experiments.distances import data_features, draw_features
 

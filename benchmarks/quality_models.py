@@ -1,4 +1,4 @@
-"""The experiments of benchmarks/quality.py by name. All models have about 3.2 million parameters."""
+"""The experiments of benchmarks/quality.py by name. All models have 3.2 to 3.4 million parameters."""
 
 import dataclasses
 from pathlib import Path
@@ -19,7 +19,7 @@ def experiment(name: str, seed: int, codec: Path | str = "") -> Any:
 
 
 def training(seed: int, *, ema_decay: float = 0.0) -> dict[str, Any]:
-    """Returns the optimizer and the length of a run, which both sides share."""
+    """Returns the optimizer and the run length that both sides share."""
     from flowgen.training import OptimConfig, TrainConfig
 
     optim = OptimConfig(

@@ -40,7 +40,7 @@ def main() -> None:
 
 
 def autoencoder_first(arguments: argparse.Namespace, budget: shared.Budget) -> dict[str, Any]:
-    """Trains the autoencoder with its share of the budget, and returns its record. Its time counts in `budget`."""
+    """Trains the autoencoder with its share of the budget, and returns its record. Its time counts towards `budget`."""
     experiment = models.autoencoder(arguments.seed)
     train, held_out = images_of(experiment)
     of_codec = shared.Budget(models.AUTOENCODER_SHARE * arguments.seconds)
@@ -73,7 +73,7 @@ def mnist() -> tuple[Any, Any]:
 
 
 def write_data(path: Path) -> None:
-    """Writes the training images, and the first test images with noise, which the curves of both sides use."""
+    """Writes the training images and, for the curves of both sides, the first test images with added noise."""
     import numpy as np
 
     train, test = mnist()
@@ -107,7 +107,7 @@ def fit_within(
 ) -> tuple[Any, dict[str, Any]]:
     """Trains with flowgen's own step until the budget is spent. Returns the variables and the record.
 
-    The loop sets the position of the learning-rate schedule; everything else in the step is as in `flowgen.fit`.
+    The share of the budget that is spent sets the learning rate; everything else in the step is as in `flowgen.fit`.
 
     evaluate: a function (variables) -> the value for the curve; by default, the experiment's best metric.
     """

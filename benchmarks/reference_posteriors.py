@@ -1,15 +1,17 @@
-"""Records samples of SLCP's posteriors for `flowgen.simulators.SLCP.reference_posterior`.
+"""Records samples of SLCP's posteriors for `flowgen.simulators.SLCP.reference_samples`.
 
     pip install numpyro
     python benchmarks/reference_posteriors.py --out flowgen/simulators/slcp.npz
 
 The samples come from a long run of the No-U-Turn sampler of numpyro (Hoffman and Gelman, arXiv 1111.4246) in float64,
 with ten chains that start in each of the four modes. The modes are mirror images of one another, because the likelihood
-does not depend on the signs of parameters 3 and 4. Chains rarely change modes, so these signs are drawn at random in
-the end. 10,000 samples of each observation are kept, evenly from all chains and steps. They are stored as 16-bit
-numbers: 0 is -3, 65535 is 3. For each observation, the script prints the mean and the standard deviation; the largest
-split R-hat and the smallest effective number of samples, with all modes folded onto one; the number of divergent steps;
-and the share of signs, in the chains of each mode, that are still those of the start.
+does not depend on the signs of parameters 3 and 4. Chains rarely change modes, so these signs are redrawn at random
+before the samples are stored. For each observation, 10,000 samples are kept, evenly from all chains and steps. They are
+stored as 16-bit numbers: 0 is -3, 65535 is 3.
+
+For each observation, the script prints the mean and the standard deviation, the largest split R-hat and the smallest
+effective number of samples with all modes folded onto one, and the number of divergent steps. For the chains of each
+mode, it prints the share of signs that equal the initial signs.
 """
 
 import argparse

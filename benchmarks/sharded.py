@@ -48,7 +48,7 @@ MODEL = flowgen.TARFlowConfig(
 
 
 class PeakMemory:
-    """Watches the resident memory of this process, in bytes."""
+    """Records the peak of the resident memory of this process, in bytes."""
 
     def __enter__(self):
         self.start = self.peak = self.now()

@@ -1,4 +1,4 @@
-"""Times the loss, its gradient and one optimizer update against the published PyTorch model.
+"""Times the loss, its gradient and one optimizer update of flowgen and of the published PyTorch model.
 
 GLIBC_TUNABLES=glibc.malloc.hugetlb=1 \\
     python benchmarks/train_step.py --reference PATH_TO_ml-tarflow --out benchmarks/results/train_step.json
@@ -104,7 +104,7 @@ def our_runs(shape: str) -> tuple[float, dict[str, measure.Run]]:
 
 
 def _carrying(function, first, second) -> measure.Run:
-    """Returns a run that feeds the first two outputs of each call into the next one; it donates its inputs."""
+    """Returns a run that feeds the first two outputs of each call into the next one; each call donates its inputs."""
     carry = [first, second]
 
     def call():

@@ -1,4 +1,4 @@
-"""Times sampling of clips from a trained STARFlow-V: sequential or in fixed or sliding windows, from noise or frames.
+"""Times the sampling of clips from a trained STARFlow-V, sequentially and in fixed or sliding windows.
 
 python train.py --config configs/starflow_v_bouncing.py --workdir runs/bouncing
 python benchmarks/video.py --checkpoint runs/bouncing --out benchmarks/results/video.json \\

@@ -1,6 +1,6 @@
 """The PyTorch side of `video.py`: the published samplers of STARFlow-V, unchanged, in an interpreter with torch.
 
-It answers one JSON request per line; the first gives the path of the checkout.
+It answers one JSON request per line; the first contains the path of the checkout.
 """
 
 import json

@@ -1,5 +1,5 @@
-"""Autoencoder for 64x64 OpenMoji images with 16x16x4 latents, used by configs/starflow_openmoji.py. Training is meant
-for one accelerator.
+"""Autoencoder for 64x64 OpenMoji images with 16x16x4 latents, used by configs/starflow_openmoji.py. Train it on an
+accelerator.
 
     python train.py --config configs/autoencoder_openmoji.py --workdir runs/autoencoder_openmoji
 

@@ -7,8 +7,9 @@ with batch size 128. It uses Adam with a learning rate of 2e-4 after 5,000 steps
 1, an EMA of 0.9999, random flips and dropout 0.1. The network receives unscaled times.
 
 The published FID is 3.5 (clean-fid, legacy_tensorflow, 50,000 samples, dopri5 at 1e-5). We have not measured the FID;
-docs/evaluation.md gives the command. For W-CFM, add --matching.coupling GibbsWeights --matching.coupling.epsilon 5. The
-published FID of W-CFM is 7.33; the training budget was not published. For OT-CFM, add --matching.coupling MinibatchOT.
+docs/evaluation.md contains the command. For W-CFM, add --matching.coupling GibbsWeights --matching.coupling.epsilon 5.
+The published FID of W-CFM is 7.33; the training budget was not published. For OT-CFM, add --matching.coupling
+MinibatchOT.
 """
 
 from flowgen.data import DataConfig

@@ -4,12 +4,15 @@ Training takes a minute or two on a CPU.
     python train.py --config configs/cfm_five_gaussians.py --workdir runs/five
     python sample.py --checkpoint runs/five --num 1000 --out five.png
 
-These options choose other couplings; use a separate workdir for each: --matching.coupling Independent (I-CFM),
---matching.coupling MinibatchOT (OT-CFM), --matching.coupling.sinkhorn_sweeps 0 (plain W-CFM, which works best here,
-because the rings are concentric).
-The toy data have quirks that comparisons must reproduce; flowgen/matching/toy.py describes them. `reference` gives the
-expected metrics, averaged over three seeds of benchmarks/matching.py. A perfect network would reach a W2 of 0.88 ± 0.43
-(docs/matching.md).
+To compare couplings, use a separate workdir for each, and add one of these options:
+
+    --matching.coupling Independent          (I-CFM)
+    --matching.coupling MinibatchOT          (OT-CFM)
+    --matching.coupling.sinkhorn_sweeps 0    (plain W-CFM)
+
+Plain W-CFM works best here, because the rings are concentric. The toy data have quirks that comparisons must reproduce;
+flowgen/matching/toy.py describes them. `reference` contains the expected metrics, averaged over three seeds of
+benchmarks/matching.py. A perfect network would reach a W2 of 0.88 ± 0.43 (docs/matching.md).
 """
 
 from flowgen.data import PointsConfig

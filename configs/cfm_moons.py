@@ -4,12 +4,15 @@ two on a CPU.
     python train.py --config configs/cfm_moons.py --workdir runs/moons
     python sample.py --checkpoint runs/moons --num 1000 --out moons.png
 
-These options choose other couplings; use a separate workdir for each: --matching.coupling Independent (I-CFM),
---matching.coupling MinibatchOT (OT-CFM), --matching.coupling.sinkhorn_sweeps 0 (plain W-CFM, whose tilted marginals
-raise W2 here).
-The toy data have quirks that comparisons must reproduce; flowgen/matching/toy.py describes them. `reference` gives the
-expected metrics, averaged over three seeds of benchmarks/matching.py. A perfect network would reach a W2 of 0.24
-(docs/matching.md).
+To compare couplings, use a separate workdir for each, and add one of these options:
+
+    --matching.coupling Independent          (I-CFM)
+    --matching.coupling MinibatchOT          (OT-CFM)
+    --matching.coupling.sinkhorn_sweeps 0    (plain W-CFM)
+
+The tilted marginals of plain W-CFM raise W2 here. The toy data have quirks that comparisons must reproduce;
+flowgen/matching/toy.py describes them. `reference` contains the expected metrics, averaged over three seeds of
+benchmarks/matching.py. A perfect network would reach a W2 of 0.24 (docs/matching.md).
 """
 
 from flowgen.data import PointsConfig

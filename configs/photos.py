@@ -1,10 +1,10 @@
-"""TARFlow on a folder of your own images at 32x32, about ten minutes on one CPU core (docs/start.md). For images in one
-folder per class, also set --model.num_classes to the number of folders.
+"""TARFlow on a folder of your own images at 32x32 (docs/start.md). Training takes an estimated ten minutes on one CPU
+core. For images in one folder per class, also set --model.num_classes to the number of folders.
 
     python train.py --config configs/photos.py --workdir runs/photos --data.path photos
     python sample.py --checkpoint runs/photos --num 64 --out photos.png
 
-The time is an estimate from the FLOP of a step. The result depends on your images, so there is no expected metric.
+The result depends on your images, so there is no expected metric.
 """
 
 from flowgen.data import DataConfig

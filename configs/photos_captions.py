@@ -1,11 +1,12 @@
-"""STARFlow on a folder of your own images with captions, at 32x32, about ten minutes on one CPU core (docs/start.md).
+"""STARFlow on a folder of your own images with captions, at 32x32 (docs/start.md). Training takes an estimated ten
+minutes on one CPU core.
 
     python train.py --config configs/photos_captions.py --workdir runs/captions --data.path photos
     python sample.py --checkpoint runs/captions --prompt "a red car" --num 16 --out cars.png
 
-The caption of photos/1.jpg is the text in photos/1.txt. Nothing is downloaded: every block of 4x4 pixels is a latent,
-and `words` gives each word random features, so only words that occur in captions have a meaning. The time is an
-estimate from the FLOP of a step. The result depends on your images, so there is no expected metric.
+The caption of photos/1.jpg is the text in photos/1.txt. Nothing is downloaded. Every patch of 4x4 pixels is a latent,
+and the text encoder `words` assigns random features to each word, so the model only learns words that occur in the
+captions. The result depends on your images, so there is no expected metric.
 """
 
 from flowgen.data import DataConfig

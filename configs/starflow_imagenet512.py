@@ -4,8 +4,8 @@
     python train.py --config configs/starflow_imagenet512.py --workdir runs/imagenet512 \\
         --data Latents --data.path latents
 
-codec.path is the folder of a published autoencoder. `reference` gives the published FID, which was measured on 50,000
-samples with a decoder fine-tuned on noisy latents. We have not measured this metric.
+codec.path is the folder of a published autoencoder. `reference` contains the published FID, which was measured on
+50,000 samples with a decoder fine-tuned on noisy latents. We have not measured this metric.
 """
 
 import dataclasses

@@ -1,5 +1,5 @@
-"""STARFlow on 16x16x4 latents of OpenMoji images, conditioned on the images' names, which MiniLM encodes. Training is
-meant for one accelerator.
+"""STARFlow on 16x16x4 latents of OpenMoji images, conditioned on the images' names, which MiniLM encodes. Train it on
+an accelerator.
 
     python train.py --config configs/autoencoder_openmoji.py --workdir runs/autoencoder_openmoji
     python train.py --config configs/starflow_openmoji.py --workdir runs/starflow_openmoji

@@ -1,4 +1,4 @@
-"""STARFlow 3B, which turns texts into 256x256 images, as released (arXiv 2506.06276). It has 3,858,281,544 parameters
+"""The released STARFlow 3B, which turns texts into 256x256 images (arXiv 2506.06276). It has 3,858,281,544 parameters
 and 1,024 tokens.
 
     python train.py --config configs/starflow_t2i_256.py --workdir runs/t2i --data.path IMAGES_WITH_CAPTIONS
@@ -8,7 +8,8 @@ and 1,024 tokens.
 
 codec.path and text.encoder are folders of published networks. The parameters, their average and the optimizer's moments
 occupy 62 GB in float32. --train.parallel fsdp divides them over the devices; see docs/training.md. `reference` gives
-the paper's FID-30K on COCO; the paper's model was trained on more data than CC12M. We have not measured this metric.
+the paper's FID-30K on COCO; the paper's model was trained on more data than the public dataset CC12M. We have not
+measured this metric.
 """
 
 import dataclasses

@@ -5,7 +5,7 @@ Training takes 14 minutes on two cores.
 python train.py --config configs/starflow_v_bouncing.py --workdir runs/bouncing
 python sample.py --checkpoint runs/bouncing --num 10 --out bouncing.gif
 
-`reference` gives the expected metrics, measured on held-out clips with the training noise added.
+`reference` contains the expected metrics, measured on held-out clips with the training noise added.
 """
 
 from flowgen.data import ClipsConfig

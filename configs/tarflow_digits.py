@@ -1,4 +1,4 @@
-"""TARFlow on the built-in 8x8 digits, the first run in the README. Training takes minutes on a laptop.
+"""TARFlow on the built-in 8x8 digits, the first run in the README. Training takes a few minutes on a laptop.
 
 python train.py --config configs/tarflow_digits.py --workdir runs/digits
 python -m flowgen evaluate --checkpoint runs/digits

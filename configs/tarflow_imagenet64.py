@@ -3,10 +3,10 @@ size, the width, the number of blocks, the layers per block and the standard dev
 
     python train.py --config configs/tarflow_imagenet64.py --workdir runs/imagenet64
 
-The published FID is 18.42 (arXiv 2412.06329, according to secondary sources). An independent reproduction got 14.67
-with guidance 0.2, attention temperature 0.3 and denoising 0.9, which are the sampling defaults here. The model
-has 460,142,784 parameters and was trained with batch size 256 for 200 epochs on 8 A100s. We have not reproduced these
-results.
+The published FID is 18.42 (arXiv 2412.06329, according to secondary sources). With guidance 0.2, attention temperature
+0.3 and denoising 0.9, the sampling defaults of this config, an independent reproduction reached 14.67. The model has
+460,142,784 parameters. The published training used batch size 256 for 200 epochs on 8 A100s. We have not reproduced
+these results.
 
 Optimisation is as published: AdamW (0.9, 0.95), weight decay 1e-4 on all parameters, one epoch of warm-up, cosine
 decay to 1e-6 and no clipping. The parameter average is our addition; `--no-ema` samples without it. Put the training

@@ -3,10 +3,10 @@ width, the number of blocks, the layers per block and the standard deviation of 
 
     python train.py --config configs/tarflow_imagenet64_classes.py --workdir runs/imagenet64_classes
 
-Secondary sources give two published FIDs (arXiv 2412.06329). A results index gives 2.90, measured by the published
-script with guidance 2.3 and annealing. The ablation setting with guidance 2 reached 5.7. A user reports 6.27.
-Reproductions of a 4-1024-8-8 model got 4.21 and 4.42. The model of this config has 466,286,784 parameters and was
-trained with batch size 256 for 200 epochs on 8 A100s. We have not reproduced these results.
+Secondary sources report two published FIDs (arXiv 2412.06329): 2.90, measured by the published script with guidance 2.3
+and annealing, and 5.7 in the ablations, with guidance 2. A user measured 6.27 with guidance 2.3. Reproductions with a
+4-1024-8-8 model reached 4.21 and 4.42. The model of this config has 466,286,784 parameters. The published training used
+batch size 256 for 200 epochs on 8 A100s. We have not reproduced these results.
 
 Optimisation is as published: AdamW (0.9, 0.95), weight decay 1e-4 on all parameters, one epoch of warm-up, cosine
 decay to 1e-6 and no clipping. The parameter average is our addition; `--no-ema` samples without it. Put the training

@@ -4,8 +4,8 @@ numbers are the patch size, the width, the number of blocks and the layers per b
     python train.py --config configs/tarflow_imagenet64_likelihood.py --workdir runs/imagenet64_likelihood
 
 The published result is 2.99 bits/dim on the official validation set of downsampled ImageNet64 (arXiv 2412.06329,
-according to secondary sources). The model has 460,142,784 parameters and was trained with batch size 256 for 100 epochs
-on 8 to 16 A100s. We have not reproduced this result.
+according to secondary sources). The model has 460,142,784 parameters. The published training used batch size 256 for
+100 epochs on 8 to 16 A100s. We have not reproduced this result.
 
 Optimisation is as published: AdamW (0.9, 0.95), weight decay 1e-4 on all parameters, one epoch of warm-up, cosine
 decay to 1e-6 and no clipping. The parameter average is our addition; `--no-ema` samples without it. Put the training

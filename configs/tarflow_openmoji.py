@@ -1,12 +1,11 @@
-"""TARFlow on OpenMoji, 4,270 colour images at 64x64 in 11 groups: 4-384-6-4-0.05, bfloat16, for one accelerator. The
-five numbers are the patch size, the width, the number of blocks, the layers per block and the standard deviation of the
-noise.
+"""TARFlow on OpenMoji, 4,270 colour images at 64x64 in 11 groups: 4-384-6-4-0.05, bfloat16. The five numbers are the
+patch size, the width, the number of blocks, the layers per block and the standard deviation of the noise.
 
     python train.py --config configs/tarflow_openmoji.py --workdir runs/openmoji
 
-This config needs pip install -e ".[train,datasets]". We have not measured it yet, so there is no expected metric.
-About half of the images show people, each in several skin tones. Held-out images therefore have near duplicates in the
-training split, so the held-out bits/dim is optimistic.
+Train it on an accelerator. This config needs pip install -e ".[train,datasets]". We have not measured it yet, so there
+is no expected metric. About half of the images show people, each in several skin tones. Held-out images therefore have
+near duplicates in the training split, so the held-out bits/dim is optimistic.
 """
 
 from flowgen.data import DataConfig

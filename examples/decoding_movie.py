@@ -3,7 +3,7 @@
 python examples/decoding_movie.py --checkpoint runs/mnist --out decoding.gif
 
 A block replaces its tokens one after another, each computed from those before it. The first frame shows the samples
-after the denoising step, and the other frames show how they arise from noise. The colours only tell the classes apart.
+after the denoising step, and the other frames show the decoding from the start. Each class has its own colour.
 """
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ LEVELS = 10  # of grey, so that the file stays small
 
 
 def states(flow, params, labels, key, guidance: float, tokens_per_frame: int) -> list[np.ndarray]:
-    """Returns images `b height width c` in [-1, 1] while sequential decoding turns noise into samples."""
+    """Returns the images `b height width c` in [-1, 1] at successive stages of sequential decoding."""
     config, weights = flow.config, decoding_weights(flow.config, params)
     z = jax.random.normal(key, (len(labels), config.num_tokens, config.token_dim))
     request = decode_request(flow, params, z, labels, "sequential", Guidance(guidance), None)

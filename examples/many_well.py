@@ -1,10 +1,13 @@
-"""Fits a flow to the many-well energy by reverse KL, without data, and checks it against the exact constant.
+"""Fits a flow to the many-well energy by reverse KL, without data, and compares its log Z with the exact value.
 
     python examples/many_well.py
-    python examples/many_well.py --dim 32 --steps 4000 --width 64
+    python examples/many_well.py --dim 32 --steps 3000 --samples 10000
 
-All steps of training are one compiled program. The report has the effective sample size of the flow's samples, that of
-exact samples, which also shows modes that the flow has missed, and the error of log Z.
+Reverse KL alone finds only some of the modes. The flow therefore learns p^β, where β grows from 0.05 to 1 during the
+first half of the steps: p^0.05 has no barriers between its modes.
+
+All training steps are compiled into one program. The report contains the error of log Z and two effective sample sizes:
+of the flow's samples and of exact samples. The latter is low if the flow has missed a mode.
 """
 
 from __future__ import annotations
@@ -16,6 +19,7 @@ from functools import partial
 from typing import Any, NamedTuple
 
 import jax
+import jax.numpy as jnp
 import optax
 
 import flowgen
@@ -23,9 +27,13 @@ from flowgen import inference
 from flowgen.flows import TokenFlow, TokenFlowConfig
 from flowgen.transforms import MixtureMap
 
+FIRST_BETA = 0.05
+
 
 class Result(NamedTuple):
-    """What a run found. ess, forward_ess: shares. log_z_error: in nats. losses: at the first and the last step."""
+    """The result of a run. ess, forward_ess: the effective sample sizes of the flow's and of exact samples, as shares
+    of the samples. log_z_error: in nats. losses: at the first and the last step.
+    """
 
     ess: float
     forward_ess: float
@@ -60,21 +68,27 @@ def train(
         optax.clip_by_global_norm(1.0), optax.adam(optax.cosine_decay_schedule(learning_rate, steps))
     )
 
-    def step(state, key):
-        params, moments = state
-        slope, metrics = jax.grad(
-            lambda params: inference.reverse_kl(flow, params, key, batch, target.log_density, plan="sequential"),
-            has_aux=True,
-        )(params)
+    def step(state, at):
+        (params, moments), (key, beta) = state, at
+
+        def loss(params):
+            return inference.reverse_kl(
+                flow, params, key, batch, lambda x: beta * target.log_density(x), plan="sequential"
+            )
+
+        slope, metrics = jax.grad(loss, has_aux=True)(params)
         updates, moments = optimizer.update(slope, moments)
         return (optax.apply_updates(params, updates), moments), metrics["loss"]
 
-    (params, _), losses = jax.lax.scan(step, (params, optimizer.init(params)), jax.random.split(key, steps))
+    tempered = steps // 2
+    betas = jnp.concatenate([jnp.geomspace(FIRST_BETA, 1, tempered), jnp.ones(steps - tempered)])
+    at = (jax.random.split(key, steps), betas)
+    (params, _), losses = jax.lax.scan(step, (params, optimizer.init(params)), at)
     return params, losses
 
 
 def main(arguments: Sequence[str] | None = None) -> Result:
-    """Trains a flow, prints what it found and returns it."""
+    """Trains a flow, prints the result and returns it."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--dim", type=int, default=8)
     parser.add_argument("--steps", type=int, default=1500)

@@ -1,14 +1,15 @@
-"""Fits a flow to sets of points whose density is known, and compares held-out nats with the exact ones.
+"""Fits a flow to sets of points whose density is known, and compares the held-out likelihood with the exact one.
 
     python examples/point_sets.py
 
 A set has 2 to 6 points around a random centre m ~ N(0, I). Given m, each point is drawn from a ring: a mixture of four
-Gaussians at m + r_k. The points are therefore independent given m, and not otherwise. The exact density of a set
-integrates m out on a grid:
+Gaussians at m + r_k. The points are therefore independent given m, but dependent if m is unknown. The exact density of
+a set integrates m out on a grid:
 
     p(x_1, ..., x_n) = ∫ N(m; 0, I) Π_i ¼ Σ_k N(x_i; m + r_k, s² I) dm
 
-Sets are padded to 6 rows. The density of a set is that of its points in the order drawn, given their number.
+Sets are padded to 6 rows. The density of a set is the density of its points, in the order in which they are drawn,
+given their number.
 """
 
 from __future__ import annotations
@@ -41,7 +42,9 @@ EDGE, GRID = 5.0, 81
 
 
 class Result(NamedTuple):
-    """Held-out nats per set: those of the flow, the exact ones, and their difference, which estimates the KL."""
+    """The negative log-likelihood of held-out sets, in nats per set. difference: flow - exact, an estimate of the KL
+    divergence.
+    """
 
     flow: Estimate
     exact: Estimate
@@ -49,7 +52,7 @@ class Result(NamedTuple):
 
 
 def draw(key: Key[Array, ""], num: int) -> tuple[Float[Array, "num n 2"], Bool[Array, "num n"]]:
-    """Returns sets of points, with zeros at padding, and the mask of their rows."""
+    """Returns sets of points, padded with zeros, and the mask that is True for points."""
     size_key, centre_key, ring_key, noise_key = jax.random.split(key, 4)
     mask = jnp.arange(MOST)[None] < jax.random.randint(size_key, (num, 1), LEAST, MOST + 1)
     centre = jax.random.normal(centre_key, (num, 1, 2))
@@ -60,7 +63,7 @@ def draw(key: Key[Array, ""], num: int) -> tuple[Float[Array, "num n 2"], Bool[A
 
 @jax.jit
 def exact_log_prob(points: Float[Array, "b n 2"], mask: Bool[Array, "b n"]) -> Float[Array, " b"]:
-    """Returns log p of each set in nats, by the trapezoidal rule over the centre."""
+    """Returns log p of each set in nats, integrated over the centre by the trapezoidal rule."""
     axis = jnp.linspace(-EDGE, EDGE, GRID)
     centres = jnp.stack(jnp.meshgrid(axis, axis), axis=-1).reshape(-1, 2)
     log_prior = -0.5 * jnp.square(centres).sum(axis=1) - math.log(2 * math.pi)
@@ -78,7 +81,7 @@ def exact_log_prob(points: Float[Array, "b n 2"], mask: Bool[Array, "b n"]) -> F
 
 @partial(jax.jit, static_argnames=("flow", "steps", "batch", "learning_rate"))
 def train(params: Any, key: jax.Array, *, flow: TokenFlow, steps: int, batch: int, learning_rate: float) -> Any:
-    """Returns the parameters after steps on new sets."""
+    """Returns the parameters after training with new sets at every step."""
     objective, optimizer = nll_objective(flow), optax.adam(optax.cosine_decay_schedule(learning_rate, steps))
 
     def step(state, key):
@@ -93,7 +96,7 @@ def train(params: Any, key: jax.Array, *, flow: TokenFlow, steps: int, batch: in
 
 
 def main(arguments: Sequence[str] | None = None) -> Result:
-    """Trains a flow, prints held-out nats and returns them."""
+    """Trains a flow, prints the result and returns it."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--steps", type=int, default=3000)
     parser.add_argument("--batch", type=int, default=128)

@@ -1,11 +1,11 @@
-"""Clones a controller with two ways around an obstacle, and acts in one compiled loop.
+"""Trains a flow to imitate an expert that passes an obstacle on either side, and acts in one compiled loop.
 
     python examples/policy.py
 
 A point starts at the left and must reach a goal at the right. An obstacle is in between; the expert passes it above or
 below, at random. The policy is a flow over chunks of actions `(n, 2)` given the observed position. A policy that
-predicts the mean of the expert's actions runs into the obstacle. Acting is one program: a scan over chunks, in each of
-which the flow is sampled for all environments, and a scan over the actions of a chunk.
+predicts the mean of the expert's actions runs into the obstacle. Acting is one compiled program, a scan over chunks. At
+each chunk, the flow is sampled for all environments, and an inner scan executes the actions.
 """
 
 from __future__ import annotations
@@ -35,7 +35,7 @@ GOAL, PASS_AT = (1.0, 0.0), 0.7  # the expert passes the obstacle at (0, ±0.7)
 
 
 class Result(NamedTuple):
-    """What a run found: the shares of successful episodes, and simulated steps per second of acting."""
+    """The result of a run: the shares of successful episodes, and the simulated steps per second of acting."""
 
     success: float
     of_expert: float
@@ -44,7 +44,7 @@ class Result(NamedTuple):
 
 
 def start(key: Key[Array, ""], num: int) -> Float[Array, "num 2"]:
-    """Returns the first positions of episodes."""
+    """Returns the initial positions of episodes."""
     return jnp.stack([jnp.full(num, -1.0), jax.random.uniform(key, (num,), minval=-0.05, maxval=0.05)], axis=1)
 
 
@@ -104,7 +104,7 @@ def train(
     batch: int,
     learning_rate: float,
 ) -> Any:
-    """Returns the parameters that fit the expert's chunks of actions given its observations."""
+    """Returns parameters trained to predict the expert's chunks of actions from its observations."""
     objective, optimizer = nll_objective(flow), optax.adam(optax.cosine_decay_schedule(learning_rate, steps))
 
     def step(state, key):
@@ -130,7 +130,7 @@ def act(params: Any, key: jax.Array, *, flow: TokenFlow, num: int, chunks: int, 
 
 
 def main(arguments: Sequence[str] | None = None) -> Result:
-    """Clones the expert, acts, prints what it found and returns it."""
+    """Trains the policy, runs it, prints the result and returns it."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--demonstrations", type=int, default=2000)
     parser.add_argument("--steps", type=int, default=2000)

@@ -19,11 +19,12 @@ fixed. The results were measured on two cores of a shared CPU that also ran othe
     soft               61,066         87.8%     87.6%-87.9%     -3.5     0.41
     none               36,106         86.5%     85.3%-87.6%     -4.8     0.05
 
-With 539 images, one standard error is 1.2 percentage points. nala and nala-hook compute the same function and differ
-only in their initial weights, so most differences between the kernels are little more than noise. Three rows differ by
-more than noise: the whole NaLaFormer layer, with its gate and 5x5 convolution; SOFT, with tied keys and 4 landmarks;
-and the control without attention. The settings were tuned on softmax attention and on the control. With 16 tokens,
-softmax is also the fastest attention; linear attention is meant for long sequences (benchmarks/attention.py).
+With 539 images, one standard error is 1.2 percentage points. nala and nala-hook compute the same function from
+different initial weights, and differ by 1.3 points. Most differences between the kernels are therefore little more than
+noise. Three rows differ by more than noise: the whole NaLaFormer layer, with its gate and 5x5 convolution; SOFT, with
+tied keys and 4 landmarks; and the control without attention. The settings were tuned on softmax attention and on the
+control. With 16 tokens, softmax is also the fastest attention; linear attention is meant for long sequences
+(benchmarks/attention.py).
 """
 
 from __future__ import annotations
@@ -73,7 +74,7 @@ def attention_layer(name: str, width: int, heads: int, grid: tuple[int, int]) ->
 
 @dataclasses.dataclass(frozen=True)
 class Settings:
-    """The settings of the model and its training, which are the same for every attention.
+    """The settings of the model and its training, the same for every attention.
 
     canvas, patch: sides in pixels.
     """
@@ -93,7 +94,7 @@ class Settings:
 class VisionTransformer(nn.Module):
     """Maps images to class logits.
 
-    Patches are embedded as tokens, which pass through pre-norm layers, a mean over tokens and a linear head.
+    Embeds patches as tokens, applies pre-norm layers, averages the tokens and applies a linear head.
     """
 
     attention: str
@@ -191,7 +192,7 @@ def train(attention: str, seed: int, settings: Settings) -> Result:
 def table(results: Sequence[Result]) -> str:
     """Returns a table with one line per attention.
 
-    Among other numbers, each line gives the mean test accuracy over seeds and its difference from softmax.
+    The columns include the mean test accuracy over seeds and its difference from softmax.
     """
     groups = {name: [r for r in results if r.attention == name] for name in dict.fromkeys(r.attention for r in results)}
     accuracy = {name: statistics.mean(r.accuracy for r in group) for name, group in groups.items()}

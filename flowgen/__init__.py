@@ -1,6 +1,6 @@
 """flowgen: transformer normalizing flows, flow matching and linear attention in JAX.
 
-Names are imported on first use, so that `import flowgen.attention` loads no packages other than jax, flax and einops.
+Subpackages are imported on first use, so `import flowgen.attention` loads only jax, flax, einops and jaxtyping.
 """
 
 from __future__ import annotations

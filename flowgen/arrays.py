@@ -1,6 +1,6 @@
 """Checks the arrays, keys and counts that are passed to public functions.
 
-The checks run during tracing, so they cost nothing in compiled code.
+Checks of shapes and dtypes also work on traced arrays.
 """
 
 from __future__ import annotations
@@ -31,7 +31,7 @@ def check_floating(name: str, x: Any) -> None:
 
 
 def check_bytes(name: str, x: Any) -> None:
-    """Raises ValueError unless x is a uint8 array, such as pixels with values from 0 to 255.
+    """Raises ValueError unless x is a uint8 array.
 
     Example:
         check_bytes("batch.x", batch.x)
@@ -41,7 +41,8 @@ def check_bytes(name: str, x: Any) -> None:
 
 
 def check_finite(**arrays: Any) -> None:
-    """Raises ValueError if an array contains NaN or infinity; the message names it. The arrays must have values.
+    """Raises ValueError if an array contains NaN or infinity; the message contains the array's name. The arrays must
+    not be traced.
 
     Example:
         check_finite(x=x, y=y)
@@ -50,7 +51,7 @@ def check_finite(**arrays: Any) -> None:
 
 
 def check_no_nan(**arrays: Any) -> None:
-    """Raises ValueError if an array contains NaN; the message names it. The arrays must have values.
+    """Raises ValueError if an array contains NaN; the message contains the array's name. The arrays must not be traced.
 
     Example:
         check_no_nan(scores=scores)
@@ -87,7 +88,7 @@ def check_count(name: str, value: Any) -> None:
 
 
 def shown(value: Any) -> str:
-    """Returns the text that describes a value in error messages.
+    """Returns a description of a value for error messages.
 
     Arrays are described by their dtype and shape, numbers and strings by their value, and other objects by their class.
 
@@ -116,7 +117,7 @@ def at_least_float32(name: str, x: Any) -> jax.Array:
 
 
 def digest_of(arrays: Iterable[Any]) -> str:
-    """Returns the SHA-256 of the shapes, dtypes and values of arrays.
+    """Returns the SHA-256 digest of the shapes, dtypes and values of arrays.
 
     Example:
         digest = digest_of(jax.tree.leaves(params))

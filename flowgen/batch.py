@@ -13,7 +13,7 @@ from flowgen.conditioning import UNCONDITIONAL, Condition, Padded
 
 
 class Moments(NamedTuple):
-    """The posterior distribution of latents, which is N(mean, std²) for each element.
+    """The posterior N(mean, std²) of each element of the latents.
 
     mean, std: `b height width c`, or `b frames height width c` for clips; std must not be negative.
 
@@ -26,12 +26,12 @@ class Moments(NamedTuple):
 
 
 class Batch(NamedTuple):
-    """A batch of samples, and the context that a model may be conditioned on.
+    """A batch of samples and their context, if any.
 
-    x: images `b height width c` or clips `b frames height width c` as bytes, the `Moments` of latents, or numbers
-    `b d` or `b n c` for flows on tokens.
+    x: images `b height width c` or clips `b frames height width c` as bytes, the `Moments` of latents, or numbers `b d`
+    or `b n c` for flows on tokens.
     context: None, int32 labels `b` (-1 for no class), a `TextCondition`, or the continuous context that the model's
-    config describes. If samples are padded, it is a `Padded`.
+    config describes. For padded samples, the context is a `Padded`.
     rows: a `flowgen.rows.Rows` that identifies these samples within the whole batch; added by the training step.
 
     Example:
@@ -57,7 +57,7 @@ class Batch(NamedTuple):
 
     @property
     def labels(self) -> Int[Array | np.ndarray, " b"]:
-        """The labels; all -1 if the batch has none. Raises ValueError if a part of the batch is a list."""
+        """The labels; all -1 if the batch has none. Raises ValueError if x or context contains a list."""
         check_arrays(self)
         labels = self.context.cond if isinstance(self.context, Padded) else self.context
         if labels is None or isinstance(labels, tuple) or not np.issubdtype(labels.dtype, np.integer):
@@ -66,7 +66,7 @@ class Batch(NamedTuple):
 
 
 def check_arrays(batch: Batch) -> None:
-    """Raises ValueError unless a batch consists of arrays with one row per sample; lists are not accepted."""
+    """Raises ValueError if x or a part of the context is a list or a scalar."""
     for name, part in (("x", batch.x), ("context", batch.context)):
         for path, leaf in jax.tree_util.tree_leaves_with_path(part, is_leaf=_is_sequence):
             if not getattr(leaf, "shape", ()):

@@ -1,4 +1,4 @@
-"""Writes model cards in Markdown, which describe an exported model, its use and its metrics."""
+"""Writes the model card of an exported model: its use, metrics, data and licence."""
 
 from __future__ import annotations
 
@@ -89,10 +89,10 @@ def model_card(
 ) -> str:
     """Returns the model card of an exported model.
 
-    parameters: the number of parameters. about: the step of the weights, whether they are averaged and were trained by
-    flowgen, and the dtype that they are stored in. metrics: the metrics that the run recorded at this step. licence:
-    the licence of the weights; if empty, the card says that none is stated. has_codec: whether the model's
-    autoencoder is exported with it.
+    parameters: the number of parameters. about: the checkpoint's "step"; the "dtype" of the stored weights, None if
+    they were not converted; whether they are "averaged"; and whether flowgen "trained" them. metrics: the metrics that
+    the run recorded at this step. licence: the licence of the weights; if empty, the card says that none is stated.
+    has_codec: whether the model's autoencoder is exported with it.
 
     Example:
         card = model_card(experiment, 412_000, {"step": 300, "averaged": True, "trained": True, "dtype": None}, {})
@@ -129,7 +129,7 @@ def _command(experiment: Experiment) -> str:
 
 
 def _what(experiment: Experiment, parameters: int, about: Mapping[str, Any], has_codec: bool) -> list[str]:
-    """Returns sentences that say what the model is."""
+    """Returns sentences that describe the model."""
     model = experiment.model
     made = "trained with" if about["trained"] else "imported into"
     said = [f"A {type_name(model)} with {parameters:,} parameters, {made} flowgen {__version__}."]
@@ -175,10 +175,10 @@ def _data(experiment: Experiment) -> str:
 
 
 def _one_line(text: str) -> str:
-    """Returns text that cannot start another line or cell of the card."""
+    """Returns the text on one line, with vertical bars escaped for a table cell."""
     return " ".join(text.split()).replace("|", "\\|")
 
 
 def _scalar(text: str) -> str:
-    """Returns text as a value of YAML: as it is if it is a word such as "apache-2.0", and otherwise in quotes."""
+    """Returns text as a YAML value, in quotes unless it is a plain word such as "apache-2.0"."""
     return text if re.fullmatch(r"[A-Za-z][A-Za-z0-9.+-]*", text) else json.dumps(text)

@@ -1,4 +1,4 @@
-"""Python access to models: `load` returns the model of a run, and `write_run` creates a run from weights."""
+"""Reads and writes models: `load` returns the model of a run, and `write_run` creates a run from weights."""
 
 from __future__ import annotations
 
@@ -22,13 +22,13 @@ from flowgen.runs.arrays import check_finite
 def load(
     run_dir: str | Path, step: int | str | None = None, ema: bool = True, *, model: Any = None
 ) -> tuple[Any, Any, Experiment]:
-    """Returns a model, its variables and its experiment, from a run or an exported model.
+    """Returns the model, variables and experiment of a run or an exported model.
 
     run_dir: the run's directory; the URL of a run in a bucket; the folder of an exported model; the name of a model
     that ships with flowgen, such as "digits"; or hf://org/name, a model on the Hugging Face Hub.
     step: a step number, None for the latest step, or "best" for the evaluated step with the lowest bits/dim or sample
     distance.
-    ema: whether to use the averaged parameters, if the run has them; an exported model has one kind of parameters.
+    ema: whether to use the averaged parameters instead of the last ones, if the run has both.
     model: the model that was passed to `fit`; if None, the model is built from the experiment.
 
     Raises:
@@ -59,7 +59,7 @@ def load_on_host(
 class OpenRun:
     """A run or an exported model at one step, whose weights have not been read yet.
 
-    run: reads the files of the run. step: the number of the step. experiment: the experiment of the run.
+    run: the reader of the run's files.
 
     Example:
         opened = open_run("runs/digits", "best")
@@ -86,9 +86,9 @@ class OpenRun:
 
 
 def open_run(run_dir: str | Path | RunReader, step: int | str | None = None) -> OpenRun:
-    """Returns a run at one step, before its weights are read. For the arguments and errors, see `load`.
+    """Returns a run at one step without reading its weights. For the arguments and errors, see `load`.
 
-    run_dir: can also be the `RunReader` of an open run.
+    run_dir: also accepts the `RunReader` of an open run.
 
     Example:
         step = open_run("runs/digits", "best").step
@@ -107,10 +107,10 @@ def open_run(run_dir: str | Path | RunReader, step: int | str | None = None) -> 
 
 
 def write_run(run_dir: str | Path, experiment: Experiment, variables: Any) -> None:
-    """Writes a run directory that has the given weights as step 0, so that `load` and `sample.py` can use them.
+    """Writes a run directory that contains the given weights as step 0, so that `load` and `sample.py` can use them.
 
     Raises FileExistsError if the directory exists and is not empty, or FloatingPointError if the weights are not
-    finite. Never overwrites existing files.
+    finite.
 
     Example:
         write_run("runs/imported", experiment, variables)

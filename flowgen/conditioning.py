@@ -1,4 +1,4 @@
-"""Conditions of densities and velocities: labels, texts and continuous contexts, with dropout and checks."""
+"""The conditions of models (labels, texts and continuous contexts), and functions that check and drop them."""
 
 from __future__ import annotations
 
@@ -27,8 +27,7 @@ class TextCondition(NamedTuple):
 class ContextTokens(NamedTuple):
     """A continuous context as tokens. A model's `check_cond` converts vectors, images and token features to this form.
 
-    mask: True for tokens, False for padding. Padding has no effect. A sample whose mask is False everywhere is
-    unconditional.
+    mask: True for tokens, False for padding. A sample whose mask is False everywhere is unconditional.
 
     Example:
         cond = ContextTokens(network.apply(variables, sets), mask=is_point)
@@ -39,9 +38,9 @@ class ContextTokens(NamedTuple):
 
 
 class Padded(NamedTuple):
-    """The condition of padded samples: the mask of their tokens, and any other condition of the density.
+    """The condition of padded samples: the mask of their tokens, and their labels, texts or context, if any.
 
-    The density of a sample is the density of its existing tokens, given the number of these tokens and cond.
+    The density of a sample is the density of its tokens without the padding, given their number and cond.
 
     mask: True for the tokens of each sample, False for padding, which may be anywhere.
 
@@ -61,14 +60,14 @@ AnyCondition = Condition | Integer[np.ndarray, " b"] | list[int] | Float[Array |
 
 
 def is_context(cond: Any) -> bool:
-    """Returns True if a condition is `ContextTokens` or an array of floating-point numbers, and False otherwise."""
+    """Returns True if a condition is `ContextTokens` or an array of floating-point numbers."""
     return isinstance(cond, ContextTokens) or jnp.issubdtype(getattr(cond, "dtype", jnp.int32), jnp.floating)
 
 
 def zero_padding(
     values: Float[Array | np.ndarray, "b n c"], mask: Bool[Array | np.ndarray, "b n"]
 ) -> Float[Array, "b n c"]:
-    """Returns values of tokens with exactly 0 where the mask is False, even if the value there is NaN."""
+    """Returns the values, with exactly 0 where the mask is False, even if the value there is NaN."""
     return jnp.where(jnp.asarray(mask)[:, :, None], values, 0)
 
 
@@ -98,15 +97,15 @@ def broadcast_text(text: TextCondition, batch: int) -> TextCondition:
 
 
 def drop_context(key: Key[Array, ""], context: ContextTokens, rate: float) -> ContextTokens:
-    """Makes each sample of a context unconditional with probability `rate`, and returns the context."""
+    """Returns the context, in which each sample is made unconditional with probability `rate`."""
     dropped = jax.random.bernoulli(key, rate, context.mask.shape[:1])
     return ContextTokens(context.tokens, context.mask & ~dropped[:, None])
 
 
 def drop_condition(key: Key[Array, ""], cond: Unpadded, null: TextCondition | None, rate: float) -> Unpadded:
-    """Makes each sample of a condition unconditional with probability `rate`, and returns the condition.
+    """Returns the condition, in which each sample is made unconditional with probability `rate`.
 
-    null: the null text, for texts.
+    null: the null text; used only if cond is a `TextCondition`.
     """
     if isinstance(cond, ContextTokens):
         return drop_context(key, cond, rate)
@@ -122,7 +121,7 @@ def split_padded(cond: AnyCondition | None) -> tuple[Bool[Array, "b n"] | None, 
 
 
 def mean_tokens(cond: Padded) -> Float[Array, ""]:
-    """Returns the mean number of tokens per sample, padding left out."""
+    """Returns the mean number of tokens per sample, without padding."""
     return jnp.asarray(cond.mask).sum(axis=1).mean(dtype=float)
 
 

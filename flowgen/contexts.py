@@ -1,8 +1,8 @@
-"""Continuous contexts that a flow or a velocity network can be conditioned on: a vector, tokens with a mask, an image.
+"""Continuous contexts that a flow or a velocity network can be conditioned on: a vector, masked tokens or an image.
 
 A model's field `context` describes its context. Users pass the context itself as `cond`; it has one row per sample. The
-model converts it to `ContextTokens`, the form that its layers accept. A sample whose mask is False everywhere is
-unconditional; so is `cond=None`.
+model converts it to `ContextTokens`, the form that its layers accept. A sample is unconditional if its mask is False
+everywhere, or if `cond` is None.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ from flowgen.settings.ranges import MAX_TOKENS, Channels, Side, Tokens
 
 @runtime_checkable
 class ContextConfig(Protocol):
-    """The members that models require of a context's description."""
+    """The interface between models and descriptions of contexts."""
 
     @property
     def length(self) -> int:
@@ -87,7 +87,9 @@ class TokenContext:
     dim: Channels
 
     def tokens(self, cond: Any, batch: int) -> ContextTokens:
-        """Returns `ContextTokens`, a `TextCondition` or an array `b length dim` without padding as `ContextTokens`.
+        """Returns a context as `ContextTokens`.
+
+        cond: `ContextTokens`, a `TextCondition`, or an array `b length dim` without padding.
 
         Raises ValueError for other types and shapes.
         """
@@ -162,7 +164,7 @@ def check_one_condition(num_classes: int, context: Context | None) -> None:
 def check_condition(config: Any, cond: Any, batch: int) -> Any:
     """Returns a model's condition as int32 labels, `ContextTokens` or None.
 
-    config: the model's config; one without a field `context` accepts labels or None.
+    config: the model's config. A config without a field `context` accepts labels or None.
 
     Raises ValueError if cond does not fit the model and batch.
 

@@ -1,8 +1,7 @@
-"""Counts the FLOP, the memory traffic and the kernels of a traced program from its jaxpr, and estimates its memory.
+"""Counts the FLOP, memory traffic and kernels of a jaxpr, and estimates its peak memory.
 
 XLA's own cost analysis counts the body of a loop only once, and its buffer assignment is specific to one backend. The
-counts here do not involve a compiler. The counts are therefore the same on every machine, and need no more time than
-tracing.
+functions here need no compiler, so their counts are the same on every machine.
 """
 
 from __future__ import annotations
@@ -37,7 +36,7 @@ def flop_of(jaxpr: Jaxpr) -> dict[str, float]:
     A multiplication and the addition after it count as 2 FLOP. Only matrix products, convolutions and fused attention
     are counted, as is usual for model FLOP (arXiv 2204.02311, appendix B). Operations that `jax.checkpoint` recomputes,
     and those of the optimizer, are not counted. The body of a scan is counted once per iteration, and the body of a
-    loop of unknown length only once. Of several branches, only the most expensive one is counted.
+    loop of unknown length only once. Of the branches of a conditional, only the most expensive one is counted.
 
     Example:
         flop = flop_of(jax.make_jaxpr(step)(state, batch).jaxpr)
@@ -60,7 +59,7 @@ def flop_of(jaxpr: Jaxpr) -> dict[str, float]:
 
 
 def peak_of(jaxpr: Jaxpr) -> int:
-    """Estimates the peak memory of a traced program in bytes, without its arguments.
+    """Estimates the peak memory of a traced program, excluding its arguments, in bytes.
 
     The operations are assumed to run in the order in which they were traced. An array is stored from the operation that
     computes it to the last operation that uses it. A result reuses the memory of an operand that is not used again.
@@ -92,8 +91,8 @@ def peak_of(jaxpr: Jaxpr) -> int:
 def traffic_of(jaxpr: Jaxpr) -> float:
     """Returns the bytes that the matrix products of a traced program read and write.
 
-    Each product is assumed to read its operands and to write its result once, and all other operations to be fused
-    into the products. The body of a scan is counted once per iteration, and other bodies once.
+    Each product is assumed to read its operands and to write its result once. All other operations are assumed to be
+    fused into the products. The body of a scan is counted once per iteration, and the bodies of other loops once.
 
     Example:
         traffic = traffic_of(jax.make_jaxpr(step)(state, batch).jaxpr)
@@ -109,9 +108,9 @@ def traffic_of(jaxpr: Jaxpr) -> float:
 def kernels_of(jaxpr: Jaxpr) -> int:
     """Estimates how many kernels an accelerator launches for a traced program.
 
-    A compiler fuses operations that act on each element separately into their neighbours. After this, there is one
-    kernel for each matrix product, reduction and update of a part of an array. The body of a scan is counted once per
-    iteration, and other bodies once.
+    Elementwise operations are assumed to be fused into their neighbours. One kernel is counted for each matrix product,
+    reduction and update of a part of an array. The body of a scan is counted once per iteration, and the bodies of
+    other loops once.
 
     Example:
         kernels = kernels_of(jax.make_jaxpr(step)(state, batch).jaxpr)
@@ -167,7 +166,7 @@ def _of_cudnn(eqn: JaxprEqn) -> float:
 def _of_splash(eqn: JaxprEqn) -> float:
     """Returns the FLOP of JAX's attention for TPUs, for arrays `h n k` or `b h n k`.
 
-    Causal kernels have another operand, the positions of the queries.
+    Causal kernels have an additional operand, the positions of the queries.
     """
     arrays = _arrays(eqn.invars)
     q, k = [x for x in arrays if x.ndim >= 3 and jnp.issubdtype(x.dtype, jnp.floating)][:2]

@@ -49,13 +49,13 @@ _STEPS[list(b"{[")], _STEPS[list(b"}]")] = 1, -1
 def read_json(path: PathLike, *, most: int = MAX_BYTES, fix: str = "download the file again") -> Any:
     """Returns the content of a JSON file.
 
-    fix: advice for the end of the error message about an invalid file.
+    fix: the advice at the end of the message of a ValueError.
 
     Raises:
         FileNotFoundError, IsADirectoryError: the path does not exist or is a folder.
         ValueError: the file is not regular, has more than `most` bytes, is not JSON, is nested more than 64 levels
         deep, repeats a key in an object, or contains a number that is not finite or has over 40 digits. The message
-        names the file.
+        contains the path.
 
     Example:
         config = read_json("vae/config.json")
@@ -66,7 +66,7 @@ def read_json(path: PathLike, *, most: int = MAX_BYTES, fix: str = "download the
 def parse_json(content: bytes) -> Any:
     """Parses JSON in UTF-8 bytes.
 
-    Raises ValueError for the same invalid content as `read_json`, but the message does not name a file.
+    Raises ValueError for the same invalid content as `read_json`.
 
     Example:
         header = parse_json(content[8 : 8 + length])
@@ -177,8 +177,7 @@ def inside(folder: PathLike, name: Any, *, what: str) -> Path:
 
     what: a description of the name for the error message.
 
-    Links may lead to other files in the folder, or to the `blobs` folder of a Hugging Face cache, which stores the
-    files of all `snapshots`.
+    Links may lead to other files in the folder, or to the `blobs` folder of a Hugging Face cache.
 
     Raises ValueError if the name is not a string, is absolute, or leads out of the folder.
 

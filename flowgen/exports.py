@@ -1,4 +1,4 @@
-"""Exports a trained model as a folder of open formats, which `flowgen.load` and all commands read like a run."""
+"""Exports a trained model to a folder that `flowgen.load` and all commands read like a run."""
 
 from __future__ import annotations
 
@@ -47,14 +47,14 @@ def export(
 ) -> Path:
     """Writes the model of a run to a new folder: config.json, model.safetensors and a model card. Returns the folder.
 
-    The folder appears only once it is complete. Unfinished files of killed exports to the same folder are removed. The
-    exported config contains no paths on this machine. If the model works on latents of an autoencoder that flowgen
-    trained, the autoencoder is exported to the folder `codec` inside it.
+    The folder appears only once it is complete. Leftovers of interrupted exports to the same folder are removed. The
+    exported config contains no paths on this machine. If the model uses an autoencoder that flowgen trained, the
+    autoencoder is exported to the subfolder `codec`.
 
     run_dir, step, ema: see `flowgen.load`.
-    dtype: None to keep the parameters bit for bit, or "float16" to halve the file. Loading converts them to float32.
-    licence: the licence of the weights, for the card, such as "apache-2.0"; if empty, the card says that none is
-    stated.
+    dtype: None to keep the parameters bit for bit, or "float16" to halve the size of the file. Loading converts them to
+    float32. licence: the licence of the weights, for the card, such as "apache-2.0"; if empty, the card says that none
+    is stated.
 
     Raises:
         FileExistsError: the folder exists and is not empty.
@@ -123,7 +123,7 @@ def _codec_run(experiment: Any) -> str:
 
 
 def _as_stored(weights: Flat, dtype: str | None) -> Flat:
-    """Returns the weights with float32 arrays in the given dtype; raises ValueError if they exceed its range."""
+    """Returns the weights, with float32 arrays converted to `dtype`; raises ValueError if they exceed its range."""
     if dtype is None:
         return weights
     most = np.finfo(dtype).max
@@ -152,7 +152,7 @@ def _new_folder(folder: Path) -> Generator[Path]:
 
 
 def _remove_leftovers(folder: Path) -> None:
-    """Removes the unfinished folders of exports to `folder` whose processes were killed."""
+    """Removes the unfinished folders that killed exports to `folder` have left."""
     for path in folder.parent.iterdir():
         if is_temporary(path.name, folder.name) and is_abandoned(path):
             shutil.rmtree(path, ignore_errors=True)

@@ -1,4 +1,4 @@
-"""The log-density of Gaussian noise, used by flows and velocity fields."""
+"""The log-density of Gaussian noise."""
 
 from __future__ import annotations
 

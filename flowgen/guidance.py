@@ -60,19 +60,19 @@ class Guidance:
     """The guidance of a flow: its strength, and the parts and blocks that it changes. Scale 0 turns guidance off.
 
     A Guidance is a pytree of scale, temperature and null, so these three can change without recompilation. Inside jit,
-    scale and temperature may also be traced scalars, which are not checked. If the attention does not support a
-    temperature, build the Guidance inside jit, because a Guidance that is passed as an argument has a traced
-    temperature.
+    scale and temperature may also be traced scalars; their values are then not checked. If the attention does not
+    support a temperature, build the Guidance inside jit: in an argument of a jitted function, the temperature would be
+    traced, so it might differ from 1.
 
     scale: the weight w in c + w (c - u), at least 0; `flowgen.matching.guided` calls it `weight`.
     rule: "linear" or "product".
     parts: what the linear rule changes: "shift", "log_scale" or "both".
     blocks: indices of the guided blocks, from 0 at the data side; None means all.
     anneal: whether w increases along each block's tokens, from 0 at the first token to `scale` at the last.
-    temperature: attention temperature of the unconditional branch, by which its logits are divided; must be above 0. A
-    temperature above 1 flattens the attention in this branch, and guidance moves samples away from the prediction of
-    the branch. Without classes, or with labels -1, the two branches differ only in temperature, so a temperature other
-    than 1 also guides an unconditional model.
+    temperature: divides the attention logits of the unconditional branch; must be above 0. A temperature above 1
+    flattens the attention of this branch. Guidance moves samples away from the branch's prediction. Without classes, or
+    with labels -1, the two branches differ only in temperature, so a temperature other than 1 also guides an
+    unconditional model.
     null: the text of the unconditional branch, usually the encoded "". May be a single text or one per sample. Required
     for flows that are conditioned on texts.
 

@@ -1,4 +1,4 @@
-"""Models on the Hugging Face Hub: folders that `flowgen.export` writes. Needs the extra `hub`."""
+"""Loads exported models from the Hugging Face Hub, and uploads them. Needs the extra `hub`."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ _OF_MODEL = (*FILES, CARD_FILE, f"{CODEC}/{CARD_FILE}")
 
 
 def from_pretrained(name: str, revision: str | None = None) -> tuple[Any, Any, Experiment]:
-    """Returns a model, its variables and its experiment from the hub, like `load("hf://org/name@revision")`.
+    """Returns the model, variables and experiment of a model on the hub, like `load("hf://org/name@revision")`.
 
     The files are downloaded once, into the hub's cache. No code in the files is executed.
 
@@ -42,9 +42,9 @@ def push_to_hub(model: str | os.PathLike[str], name: str, *, private: bool = Tru
 
     The repository is created if it does not exist. If it contains a model already, the new model replaces it.
 
-    model: an exported folder, or a run, which is exported. The model and the card of the folder are uploaded unchanged,
-    so edit README.md first. A warning names all other files in the folder, which are not uploaded. private: whether a
-    new repository is private. options: options of `flowgen.export` for a run.
+    model: an exported folder, or a run, which is exported first. From a folder, the model and its card are uploaded
+    unchanged, so edit README.md first. Other files in the folder are not uploaded; a warning lists them. private:
+    whether a new repository is private. options: for a run, the options of `flowgen.export`.
 
     Raises ModuleNotFoundError if huggingface_hub is not installed, and the errors of `flowgen.export` and of the hub.
 

@@ -1,8 +1,9 @@
-"""Detects whether malloc gives this process huge pages, and restarts a command to enable them.
+"""Detects whether malloc uses huge pages in this process, and restarts a command to enable them.
 
-On a CPU, every training step allocates new arrays, and the kernel provides the memory for them page by page. With pages
-of 2 MiB instead of 4 KiB, this is much faster. If the kernel's setting is "madvise", a program must request huge pages.
-Since version 2.35, glibc requests them if GLIBC_TUNABLES contains `glibc.malloc.hugetlb=1` when the process starts.
+On a CPU, every training step allocates new arrays, and the operating system provides the memory for them page by page.
+This is much faster with pages of 2 MiB than with the default pages of 4 KiB. If the kernel's setting is "madvise", a
+program must request huge pages. Since version 2.35, glibc requests them if GLIBC_TUNABLES contains
+`glibc.malloc.hugetlb=1` when the process starts.
 
 This module uses only the standard library, so that a command can restart before it imports jax.
 """
@@ -29,7 +30,7 @@ BLOCK = 8 << 20  # bytes; malloc maps blocks of this size separately
 
 
 class Pages(NamedTuple):
-    """The settings that determine whether malloc gives a process huge pages.
+    """The settings that determine whether malloc uses huge pages in a process.
 
     system: name of the operating system, such as "Linux". glibc: version of glibc; None if the process uses another C
     library. kernel: the kernel's setting, "always", "madvise" or "never"; empty if it is unknown. tunables: the value
@@ -42,7 +43,7 @@ class Pages(NamedTuple):
     tunables: str | None
 
     def problem(self) -> str:
-        """Returns a clause that states why malloc does not give huge pages, or "" if it does."""
+        """Returns a clause that states why malloc does not use huge pages, or "" if it does."""
         if self.system != "Linux":
             return f"{self.system} has no such setting"
         if self.kernel == "always":
@@ -60,18 +61,18 @@ class Pages(NamedTuple):
         return ""
 
     def can_switch_on(self) -> bool:
-        """Returns whether GLIBC_TUNABLES is unset and setting it would give a new process the missing huge pages."""
+        """Returns whether GLIBC_TUNABLES is unset and setting it would enable huge pages in a new process."""
         return self.tunables is None and bool(self.problem()) and not self._replace(tunables=TUNABLE).problem()
 
 
 def pages() -> Pages:
-    """Returns the settings that determine whether malloc gives this process huge pages."""
+    """Returns the settings of this process."""
     return Pages(platform.system(), _glibc(), _kernel_setting(), _at_start(VARIABLE))
 
 
 @functools.cache
 def why_absent() -> str:
-    """Returns a clause that states why malloc does not give this process huge pages, or "" if it does."""
+    """Returns a clause that states why malloc does not use huge pages in this process, or "" if it does."""
     found = pages()
     if not (problem := found.problem()) and found.kernel == "madvise" and not _asks_for_them():
         return "malloc does not ask for them, so it may not be the one from glibc"
@@ -79,7 +80,7 @@ def why_absent() -> str:
 
 
 def restart(words: Sequence[str], environ: Mapping[str, str] = os.environ) -> None:
-    """Replaces this process with the same command using huge pages, if that is possible; otherwise returns.
+    """Restarts this process's command with huge pages, or returns if that is not possible.
 
     The new program keeps the process id, working directory, standard streams and interpreter options.
 
@@ -109,12 +110,12 @@ def restart(words: Sequence[str], environ: Mapping[str, str] = os.environ) -> No
 
 
 def _can_be_read_again() -> bool:
-    """Returns whether the program is a regular file, and not text or a stream, which can be read only once."""
+    """Returns whether the program is a regular file, which can be read again, rather than text or a stream."""
     return os.path.isfile(getattr(sys.modules["__main__"], "__file__", None) or "")
 
 
 def _only_cpus(environ: Mapping[str, str]) -> bool:
-    """Returns whether JAX will run only on CPUs, judging by JAX_PLATFORMS and the installed accelerator plugins."""
+    """Returns whether JAX will run only on CPUs, according to JAX_PLATFORMS and the installed accelerator plugins."""
     if asked := environ.get("JAX_PLATFORMS"):
         return asked == "cpu"
     return not any(importlib.util.find_spec(name) for name in ("jax_plugins", "libtpu"))

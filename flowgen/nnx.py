@@ -1,4 +1,5 @@
-"""Trained models as NNX modules, created with Flax's bridge. Their parameters and results are those of the originals.
+"""Trained models as NNX modules, created with Flax's bridge. They have the same parameters and results as the original
+modules.
 
     flow, params, _ = flowgen.load("digits")
     twin = Twin(flow, params)
@@ -6,7 +7,7 @@
     r = twin.sample(jax.random.key(0), 10, labels)
 
 The parameters have the type `nnx.Param`, so a twin can be trained with `nnx.grad` and `nnx.Optimizer`, or be part of
-another NNX module. To use the trained parameters with the rest of flowgen, pass on `twin.flow` and `twin.params`.
+another NNX module. Other functions of flowgen accept `twin.flow` and its trained parameters, `twin.params`.
 """
 
 from __future__ import annotations

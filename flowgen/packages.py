@@ -21,7 +21,7 @@ def need(module: str, purpose: str, package: str = "") -> ModuleType:
 
 
 def missing(purpose: str, *packages: str, options: str = "", otherwise: str = "") -> ModuleNotFoundError:
-    """Returns an error that names the missing packages and the command that installs them.
+    """Returns an error that lists the missing packages and the command that installs them.
 
     purpose: the feature that needs the packages, as the subject of the message. packages: names on the package index,
     which may differ from the module names. options: options for pip. otherwise: an alternative to installing the

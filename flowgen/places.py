@@ -1,7 +1,7 @@
-"""Folders in buckets: URLs such as gs://bucket/folder, read and written through fsspec, which orbax also uses.
+"""Reads and writes folders at URLs such as gs://bucket/folder with fsspec, which orbax also uses.
 
-Every file system that fsspec knows works: gs:// and s3:// each require a package, and file:// and memory:// require
-none. The package finds the credentials.
+All file systems of fsspec work. Those for gs:// and s3:// are separate packages, which also find the credentials;
+file:// and memory:// need no package.
 """
 
 from __future__ import annotations
@@ -39,7 +39,7 @@ _MISTAKES = (TypeError, AttributeError, NameError)
 def is_remote(path: str | os.PathLike[str]) -> bool:
     """Returns whether a path is a URL, such as gs://bucket/run, rather than a path on this machine.
 
-    Raises ValueError if the path is a URL that has lost a slash, which `pathlib.Path` removes.
+    Raises ValueError for a URL with a single slash, such as gs:/bucket, because `pathlib.Path` removes the other.
 
     Example:
         is_remote("gs://bucket/run")
@@ -60,7 +60,7 @@ def is_remote(path: str | os.PathLike[str]) -> bool:
 
 
 def check_local(name: str, path: str | os.PathLike[str]) -> None:
-    """Raises ValueError if a path is a URL, for files that must be on this machine. name: the field of the path.
+    """Raises ValueError if a path is a URL. name: the path's name in the message, such as its field.
 
     Example:
         check_local("text.encoder", "flan-t5-xl")
@@ -81,7 +81,7 @@ def is_same_place(a: str | os.PathLike[str], b: str | os.PathLike[str]) -> bool:
 class RemoteFolder:
     """A folder in a bucket. Files are named by their paths relative to it, with / between folders.
 
-    Every error of the file system is raised as an OSError with one sentence that names the file. The constructor raises
+    Every error of the file system is raised as an OSError whose message contains the file's URL. The constructor raises
     ModuleNotFoundError if a package is missing, or ValueError if the scheme is unknown or the URL is invalid.
 
     Example:
@@ -109,9 +109,9 @@ class RemoteFolder:
         return self._opened
 
     def sizes(self, under: str = "") -> dict[str, int]:
-        """Returns {name: number of bytes} for all files in the folder, or in a folder inside it, at any depth.
+        """Returns the number of bytes of each file at any depth, by name. under: a subfolder; "" for the whole folder.
 
-        A missing folder has no files. Names that lead out of the folder are left out.
+        The result is empty if the folder does not exist. Names that lead outside the folder are omitted.
         """
         place = f"{self._root}/{under}" if under else self._root
         with self._told("listed", under):
@@ -133,15 +133,15 @@ class RemoteFolder:
             return self._system.cat_file(self._path(name), start=start, end=end)
 
     def write(self, name: str, content: bytes) -> None:
-        """Writes a file. In a bucket, readers see the old or the new content, never a part."""
+        """Writes a file. In a bucket, readers see either the old or the whole new content."""
         with self._told("written", name):
             self._system.pipe_file(self._path(name), content)
 
     def create(self, name: str, content: bytes) -> bool:
         """Writes a file that must not exist yet, and returns whether this succeeded.
 
-        If several processes create the same file, at most one succeeds, provided that the file system supports this, as
-        for gs:// and s3://. The content must differ between processes.
+        On file systems that support this, such as gs:// and s3://, at most one of several processes creates the file.
+        The content must differ between processes, because success is determined by reading the file.
         """
         path = self._path(name)
         try:
@@ -171,8 +171,8 @@ class RemoteFolder:
     def upload_new(self, path: str | os.PathLike[str], name: str) -> bool:
         """Copies a local file to a name that must not exist yet, and returns whether this succeeded.
 
-        An existing file is never changed, provided that the file system supports this, as for gs:// and s3://. If the
-        answer of the server is lost, the file may have been copied although the result is False.
+        On file systems that support this, such as gs:// and s3://, an existing file is never changed. If the answer of
+        the server is lost, the file may have been copied although the result is False.
         """
         with self._told("uploaded", name):
             try:
@@ -204,9 +204,9 @@ class RemoteFolder:
 
     @contextlib.contextmanager
     def _told(self, done: str, name: str) -> Generator[None]:
-        """Turns errors into sentences, except `_MISTAKES`.
+        """Raises errors as OSErrors that state the URL, except `_MISTAKES`.
 
-        Errors have no common class, because file systems raise those of the packages that they use.
+        The errors of file systems have no common class, because they come from different packages.
         """
         what = f"{self.url}/{name}" if name else self.url
         try:
@@ -224,7 +224,7 @@ class Destination:
     """A file to be written at a path that may be a URL.
 
     path: where to write the file on this machine; `send` then copies it to the URL. The constructor raises the errors
-    of `RemoteFolder`, so that they are raised before the work that leads to the file.
+    of `RemoteFolder`, so an invalid URL is found before the file is computed.
 
     Example:
         image = Destination("gs://bucket/samples.png")
@@ -244,7 +244,7 @@ class Destination:
     def send(self) -> None:
         """Copies the file to the URL, if there is one, and removes it from this machine.
 
-        Raises OSError if copying fails; the message says where the file is.
+        Raises OSError if copying fails; the message contains the local path.
         """
         if self._folder is not None:
             try:
@@ -316,7 +316,7 @@ def _is_inside(name: str) -> bool:
 
 
 def local_name(folder: Path, name: str) -> Path:
-    """Returns the path of a file of a `RemoteFolder` in its copy on this machine.
+    """Returns the path of a file in a local copy of a `RemoteFolder`.
 
     Example:
         local_name(Path("copy"), "checkpoints/300/meta.json")

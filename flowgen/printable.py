@@ -8,8 +8,8 @@ import unicodedata
 def printable(text: str) -> str:
     """Returns the text, escaped so that it is safe to show in a terminal.
 
-    The function escapes characters that control the terminal or change the direction or width of later text. It uses
-    Python's escape sequences, such as \\x1b or \\u202e.
+    Characters that control the terminal or change the direction or width of later text become Python's escape
+    sequences, such as \\x1b or \\u202e.
 
     Example:
         print(printable(f"Cannot read '{path}'."))

@@ -30,8 +30,8 @@ class Rows(struct.PyTreeNode):
 
     key: a key that is the same on every device and for every micro-batch. positions: the positions `b` of these rows in
     the whole batch. part: the index of the micro-batch. size: the size of the whole batch, over all devices and
-    micro-batches. mean_tokens: the mean number of tokens per row of the whole batch, padding left out; None if no row
-    is padded. axis_name: the device axis over which the batch is split; None for a single device.
+    micro-batches. mean_tokens: the mean number of tokens per row of the whole batch, without padding; None if no row is
+    padded. axis_name: the device axis over which the batch is split; None for a single device.
 
     Example:
         rows = batch_rows(batch, key, num=len(x))
@@ -73,7 +73,7 @@ class Rows(struct.PyTreeNode):
         return jax.tree.map(lambda x: x[self.positions], fn(self.key, self.size))
 
     def part_key(self) -> Key[Array, ""]:
-        """Returns a key for the micro-batch, which is the same on every device."""
+        """Returns a key for the micro-batch; it is the same on every device."""
         return jax.random.fold_in(self.key, self.part)
 
     def device_key(self) -> Key[Array, ""]:

@@ -1,6 +1,7 @@
 """Reads and writes safetensors files.
 
-A file consists of the header's length as a little-endian uint64, the header as JSON, and the tensors, without gaps.
+A file consists of the header's length as a little-endian uint64, the header as JSON, and the tensors without gaps
+between them.
 """
 
 from __future__ import annotations
@@ -48,7 +49,7 @@ def read_safetensors(path: str | os.PathLike[str], *, fix: str = "download the f
 
     The tensors must fill the file without gaps, so they never need more memory than the file.
 
-    fix: advice for the end of the error message about a damaged file.
+    fix: the advice at the end of the message about a damaged file.
 
     Raises OSError if the file cannot be read, or ValueError if it is truncated, damaged or in another format.
 
@@ -99,7 +100,8 @@ def read_safetensors(path: str | os.PathLike[str], *, fix: str = "download the f
 def write_safetensors(
     path: str | os.PathLike[str], tensors: Mapping[str, np.ndarray], metadata: Mapping[str, str] | None = None
 ) -> None:
-    """Writes tensors to a new safetensors file. The largest elements come first, so that all tensors are aligned.
+    """Writes tensors to a new safetensors file. Tensors of the widest dtypes are written first, so that all tensors are
+    aligned.
 
     metadata: text by name, for the file's header.
 

@@ -1,6 +1,6 @@
-"""Effective sample size of weights and systematic resampling, for flow matching and importance sampling.
+"""The effective sample size of weights, and systematic resampling.
 
-Weights are given by their logarithms, in nats, so that they neither overflow nor vanish. A log weight of -inf is a
+Weights are given by their logarithms, in nats, so that they neither overflow nor underflow. A log weight of -inf is a
 weight of 0.
 """
 
@@ -18,9 +18,9 @@ from flowgen.arrays import check_floating
 
 
 def check_log_weight(log_weight: Any, name: str = "log_weight") -> None:
-    """Raises ValueError unless log weights are floating-point numbers or -inf.
+    """Raises ValueError unless the log weights are floating-point numbers without NaN and +inf.
 
-    The values are checked only outside jit, and only if this host has all of them.
+    The values are checked only outside jit and if this host can access all of them.
 
     Example:
         check_log_weight(log_weight)
@@ -51,9 +51,9 @@ def check_share(ess: float) -> None:
 def effective_sample_size(log_weight: Float[Array, "*b"], axis: int = -1) -> Float[Array, "*rest"]:
     """Returns Kish's effective sample size as a share of the b samples, (Σw)² / (b Σw²), between 1/b and 1.
 
-    Times b, this is the effective number of samples. If all weights are 0, the result is 0.
+    Multiplied by b, it is the effective number of samples. If all weights are 0, the result is 0.
 
-    Raises ValueError for NaN and +inf, outside jit.
+    Outside jit, raises ValueError for NaN and +inf.
 
     Example:
         ess = effective_sample_size(log_weight)
@@ -77,10 +77,11 @@ def log_mean_exp(x: Float[Array, "*b"], axis: int = -1) -> Float[Array, "*rest"]
 def systematic_indices(
     log_weight: Float[Array, " b"], num: int, offset: Float[Array, ""] | float = 0.5
 ) -> Int[Array, " num"]:
-    """Returns `num` indices in ascending order, of which index i appears num w_i / Σw times, rounded up or down.
+    """Returns `num` indices in ascending order; index i appears num w_i / Σw times, rounded up or down.
 
     The points (k + offset) / num, k = 0 ... num - 1, are looked up in the cumulative weights. If `offset` is uniform in
-    [0, 1), this is systematic resampling, and the expected number of times is exact. Weights of 0 are never chosen.
+    [0, 1), this is systematic resampling, and index i appears num w_i / Σw times on average. An index with weight 0
+    never appears.
 
     Example:
         chosen = x[systematic_indices(log_weight, len(x), jax.random.uniform(key))]

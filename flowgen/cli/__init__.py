@@ -97,7 +97,7 @@ def _guarded(arguments: Sequence[str] | None, *, owns_process: bool) -> int:
 
 
 def make_parser() -> Parser:
-    """Returns the parser for all commands, which leaves config fields unparsed.
+    """Returns the parser for all commands; it leaves config fields unparsed.
 
     Example:
         options, fields = make_parser().parse_known_args(["info", "--config", "configs/tarflow_digits.py"])
@@ -210,7 +210,7 @@ def _outside(module: str) -> str:
 
 
 def _silence() -> None:
-    """Discards unwritten output, so that Python does not complain about the broken pipe at exit."""
+    """Discards unwritten output, so that Python does not report the broken pipe at exit."""
     nowhere = os.open(os.devnull, os.O_WRONLY)
     for stream in (sys.stdout, sys.stderr):
         with contextlib.suppress(OSError, ValueError):  # Not a file, or already closed.
@@ -218,13 +218,13 @@ def _silence() -> None:
 
 
 def program(arguments: Sequence[str] | None = None) -> int:
-    """Runs a command line as the whole program of this process and returns its exit code.
+    """Runs a command line as the main program of this process and returns its exit code.
 
     Call this function last, because the process ignores Ctrl-C afterwards. Unlike `main`, this function creates one CPU
     device per core, unless the environment sets another number; see `flowgen.backend.make_core_devices`.
 
-    If the command is `train` and the process was started with the same arguments, the process first restarts itself
-    with huge pages if they are available; see `flowgen.huge_pages.restart`.
+    The command `train` first restarts the process with huge pages, if they are available and the process was started
+    with the same arguments; see `flowgen.huge_pages.restart`.
 
     Example:
         sys.exit(program())
@@ -244,7 +244,7 @@ def program(arguments: Sequence[str] | None = None) -> int:
 
 @contextlib.contextmanager
 def _ending_at_once() -> Generator[None]:
-    """Returns a context for imports in which Ctrl-C ends the process at once.
+    """Returns a context manager for imports. Inside it, Ctrl-C ends the process at once.
 
     Otherwise, an imported package could lose the KeyboardInterrupt in a callback."""
 
@@ -283,7 +283,7 @@ def _show_warning(
 
 
 class _Sentences(logging.Handler):
-    """Shows flowgen's log messages like warnings."""
+    """Shows flowgen's log messages in the form of warnings."""
 
     def emit(self, record: logging.LogRecord) -> None:
         sys.stderr.write(f"flowgen: {record.levelname.lower()}: {as_sentence(record.getMessage())}\n")

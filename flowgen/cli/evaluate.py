@@ -92,7 +92,9 @@ def run(options: argparse.Namespace, rest: list[str]) -> int:
 
 
 def _can_save(run_dir: str, named: str) -> bool:
-    """Returns whether evaluations can be saved in a run; if not, says so. named: the run as the user named it."""
+    """Returns whether evaluations can be saved in a run; if not, prints why. named: the run's name on the command
+    line.
+    """
     if not (problem := _why_unsaved(run_dir)):
         return True
     say(f"The metrics are not saved, because {named} is {problem}; add --out FILE.json to save them.")
@@ -110,7 +112,7 @@ def _why_unsaved(run_dir: str) -> str:
 
 
 def _with_cache(asked: Any, run_dir: str) -> Any:
-    """Returns the options with the run's folder for the statistics of data, unless another folder is given."""
+    """Returns the options with the run's folder as the cache of data statistics, unless a cache is given."""
     from flowgen.places import is_remote
     from flowgen.runs import EVALUATIONS
 
@@ -120,7 +122,7 @@ def _with_cache(asked: Any, run_dir: str) -> Any:
 
 
 def _about(run_dir: str, step: int, experiment: Any, asked: Any, began: float) -> dict[str, Any]:
-    """Returns what an evaluation was made of, for its JSON file."""
+    """Returns the settings and versions that an evaluation's JSON file records."""
     import jax
 
     import flowgen
@@ -170,7 +172,7 @@ def _check_sampling(given: set[str], experiment: Any, asked: Any) -> None:
 
 
 def _on_other_data(trained: Any, changed: Any) -> Any:
-    """Returns the experiment on the requested data, with classes matched to the run's by name."""
+    """Returns the experiment with the requested data, whose classes are matched to the run's by name."""
     from flowgen.data.inventory import name_list, tell
     from flowgen.experiments.images import with_class_names
 

@@ -1,4 +1,4 @@
-"""The command `export`, which writes the model of a run to a folder of open formats."""
+"""The command `export`, which exports the model of a run to a folder."""
 
 from __future__ import annotations
 
@@ -38,7 +38,7 @@ def run(options: argparse.Namespace, rest: list[str]) -> int:
 
 
 def _run_and_step(place: str, step: int | str | None) -> tuple[str, int | str | None]:
-    """Returns a run and a step, from the path of the run or of one of its checkpoints."""
+    """Returns the run and the step for the path of a run or of one of its checkpoints."""
     from flowgen.runs import CHECKPOINTS
 
     path = Path(place)

@@ -41,7 +41,8 @@ E = TypeVar("E", bound=Experiment)
 def apply_words(
     words: Sequence[str], experiment: E, options: Any = None, *, groups: tuple[str, ...] | None = None
 ) -> tuple[E, Any, set[str]]:
-    """Returns the experiment and options with the values from a command line, and the names of the fields that it sets.
+    """Returns the experiment and options with the values from a command line, and the names of the fields that were
+    set.
 
     words: the words of the command line. options: a dataclass whose fields are the command's own options for this
     kind of experiment. groups: the experiment's groups, or single fields such as "codec.path", that the command
@@ -92,7 +93,7 @@ def _overridden(options: Any, words: list[str]) -> Any:
 def load_experiment(options: argparse.Namespace, words: list[str]) -> Experiment:
     """Returns the experiment in the config file `--config`, with fields set by the words of the command line.
 
-    With `--debug`, the experiment is shrunk before the fields are set.
+    With `--debug`, the fields are set on the experiment's debug form.
     """
     path = config_path(options.config)
     try:
@@ -201,13 +202,13 @@ def _pairs(words: Sequence[str]) -> list[tuple[str, str | None]]:
 
 
 def _as_option(word: str) -> str:
-    """Returns a word such as "model.width=64" as the option that sets this field, or "" if it is no such word."""
+    """Returns a word such as "model.width=64" as the option that sets this field, or "" for other words."""
     name, equals, text = word.partition("=")
     return f"--{name} {text}" if equals and all(part.isidentifier() for part in name.split(".")) else ""
 
 
 def _several_paths(name: str, first: str, second: str) -> str:
-    """Returns the error message for an option with several paths, such as those for which a shell replaces `*`."""
+    """Returns the error message for an option with several paths, such as the names to which a shell expands `*`."""
     folder = os.path.dirname(first)
     example = f", as in --{name} {folder}" if folder else ""
     return f"--{name} takes one path, but '{first}' and '{second}' are given; give the folder of all files{example}."
@@ -252,7 +253,7 @@ def _unknown(
 
 
 def _check_optimizer_options(values: dict[str, str], experiment: Experiment) -> None:
-    """Raises ValueError if an option of the chosen optimizer is given as a field of its own."""
+    """Raises ValueError if an option of the chosen optimizer is given without `options` in its path."""
     name = values.get("optim.name")
     optimizer = experiment.optim.optimizer if name is None else OPTIMIZERS.get(name)
     known = (options_of(optimizer) if optimizer else None) or {}
@@ -265,7 +266,7 @@ def _check_optimizer_options(values: dict[str, str], experiment: Experiment) -> 
 def _check_parallel(began: Experiment, experiment: Experiment, *, tunes: bool) -> None:
     """Raises ValueError if a field for parallel plans was changed, but the plan is not parallel.
 
-    tunes: whether the command measures plans, which have a tolerance but no given window or initial guess.
+    tunes: whether the command tunes the plan; it then accepts a tolerance, but no window or initial guess.
     """
     before, now = (getattr(one, "sampling", None) for one in (began, experiment))
     names = [name for name in OF_PARALLEL_PLANS if not (tunes and name == "tol")]

@@ -1,4 +1,4 @@
-"""The command `info`, which prints the fields of a config or a run, and estimates what a config needs."""
+"""The command `info`, which prints the fields of a config or a run, and estimates the memory and FLOP of a config."""
 
 from __future__ import annotations
 
@@ -138,7 +138,7 @@ def estimates(experiment: Experiment, *, alone: bool = False) -> list[str]:
 
 
 def _batch_lines(train: TrainConfig, devices: int) -> list[str]:
-    """Returns the sentence with which training would refuse the batch; [] if the devices can share it equally."""
+    """Returns the error that training would raise for the batch; [] if the devices can share the batch equally."""
     from flowgen.training.parallel import check_batch
 
     try:
@@ -149,7 +149,7 @@ def _batch_lines(train: TrainConfig, devices: int) -> list[str]:
 
 
 def _axes(train: TrainConfig, alone: bool) -> dict[str, int]:
-    """Returns the mesh that a run would use: `train.mesh`, or the devices that it would use on the first axis.
+    """Returns the mesh that a run would use: `train.mesh`, or by default all devices of the run on the first axis.
 
     `train.mesh` may have more devices than this machine.
     """
@@ -161,7 +161,7 @@ def _axes(train: TrainConfig, alone: bool) -> dict[str, int]:
 
 
 def _weights_to_sample(drawn: SamplingCost, variables: Any, devices: int) -> int:
-    """Returns the bytes of the parameters and of their copy for decoding on each of the devices that share them."""
+    """Returns the bytes per device of the parameters and of their copy for decoding."""
     from flowgen.backend import FSDP, TENSOR
     from flowgen.counting import bytes_of
     from flowgen.training.sharding import bytes_per_device

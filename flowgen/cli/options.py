@@ -126,7 +126,7 @@ def check_memory(parameters: int, *, copies: int) -> None:
 
 
 def open_run(run_dir: str | RunReader, step: int | str | None) -> OpenRun:
-    """Opens a run without reading its weights. Its experiment lacks the mesh that was used for training."""
+    """Opens a run without reading its weights, and removes the mesh of the training from its experiment."""
     from flowgen import checkpoint
 
     opened = checkpoint.open_run(run_dir, step)
@@ -155,7 +155,7 @@ def trains_alone(experiment: Experiment, options: argparse.Namespace) -> bool:
 
 
 def _has_core_devices(options: argparse.Namespace) -> bool:
-    """Returns whether the devices are those that a command makes, one per core of a CPU."""
+    """Returns whether the devices are those that a command creates, one per core of a CPU."""
     from flowgen import backend
 
     return options.makes_devices and backend.platform() == "cpu"

@@ -73,7 +73,7 @@ def run(options: argparse.Namespace, rest: list[str]) -> int:
 
 
 def _page_here(named: str) -> str:
-    """Returns the name of a model's page in the current folder. named: the model as the user named it."""
+    """Returns the name of a model's page in the current folder. named: the model's name on the command line."""
     from flowgen.runs.located import HUB
 
     place = named.partition("@")[0] if named.startswith(HUB) else named
@@ -83,7 +83,7 @@ def _page_here(named: str) -> str:
 def _model(
     options: argparse.Namespace, reader: Any, experiment: Any, steps: tuple[int, ...]
 ) -> tuple[tuple[Any, Any] | None, str]:
-    """Returns a run's model and variables, or None and why there are none."""
+    """Returns a run's model and variables, or None and the reason."""
     if not steps:
         return None, "The run has no checkpoint yet, so nothing was measured."
     model, variables = open_run(reader, options.step).load()

@@ -103,7 +103,9 @@ def run(options: argparse.Namespace, rest: list[str]) -> int:
 
 
 def _with_plan(experiment: Any, model: Any, params: Any, run_dir: str, asked: Any, given: set[str]) -> Any:
-    """Returns the experiment with the run's tuned plan, if one is asked for; with --tune, measures it and saves it."""
+    """Returns the experiment with the run's tuned plan, if requested. With --tune, first measures and saves the
+    plan.
+    """
     from flowgen.experiments import tuning
     from flowgen.experiments.drawing import AT_ONCE
 
@@ -124,7 +126,7 @@ def _with_plan(experiment: Any, model: Any, params: Any, run_dir: str, asked: An
 
 
 def _check_guidance(experiment: Any, given: set[str]) -> None:
-    """Raises ValueError if the command line sets a guidance that would change nothing."""
+    """Raises ValueError if the command line sets guidance fields that would have no effect."""
     sampling, model = experiment.sampling, experiment.model
     conditional = any(getattr(model, name, 0) for name in ("num_classes", "text_dim", "context"))
     if (

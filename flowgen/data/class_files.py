@@ -24,8 +24,8 @@ def listed_with_classes(folder: StoredFolder, entries: Entries, what: str) -> Li
     A .cls file contains a number or a name. If all of them contain numbers, the numbers are the labels; -1 means no
     label. Otherwise, all of them must contain class names, and the classes are sorted by name.
 
-    Raises ValueError in the same cases as `Entries.listing`, if only some samples have a .cls file, or if such a file
-    does not contain exactly one class.
+    Raises ValueError in the same cases as `Entries.listing`, if only some samples have a .cls file, if such a file does
+    not contain exactly one class, or if a number is malformed, too large or mixed with names.
 
     Example:
         listing = listed_with_classes(folder, entries, "images")

@@ -273,7 +273,7 @@ def hold_out(size: int, fraction: float, split: Split) -> Int[np.ndarray, " m"]:
 
 
 def hold_out_files(names: Sequence[str], fraction: float, split: Split) -> Int[np.ndarray, " m"]:
-    """Returns the positions of the files in a split, in ascending order. The split depends only on the names.
+    """Returns the positions of the files in a split, in ascending order. Digests of the names determine the split.
 
     The number of held-out files is the same as in `hold_out`. If a file is added or removed, at most one other file
     moves between the splits.

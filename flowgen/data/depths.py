@@ -89,7 +89,7 @@ def grey_bytes(levels: Integer[np.ndarray, "height width"], samples: Samples) ->
 
 
 def hide_by_value(image: Image, file: BufferedIOBase) -> None:
-    """Makes each pixel of a 16-bit colour PNG transparent if it matches the transparent colour in all 16 bits.
+    """Makes each pixel of a 16-bit colour PNG transparent if all 16 bits of each sample match the transparent colour.
 
     image: the high bytes of the samples, as decoded by Pillow. file: the file from which Pillow read the image.
 

@@ -24,7 +24,7 @@ class FileReader(Generic[T]):
 
     job: a function that maps a position to a function without arguments, which reads the file there or raises
     `Unreadable`.
-    on_corrupt: "refuse" raises a ValueError that lists such files; "skip" leaves them out, with one warning for each.
+    on_corrupt: "refuse" raises a ValueError that lists such files; "skip" leaves them out with a warning.
     what: singular and plural noun for the files, used in messages. split: the split to which the files belong.
     replaces: whether another file may replace a skipped one. workers: the threads or processes that read the files.
 

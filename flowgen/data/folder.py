@@ -56,8 +56,9 @@ def read_folder(
         FileNotFoundError, NotADirectoryError: `config.path` is not a folder.
         PermissionError: a folder below `config.path` cannot be read.
         ValueError: there are no images, some images are in class folders and others at the top level, a class is not
-        one of `config.classes`, `channels` is not 1 or 3, only some images have captions, or files are unreadable and
-        `config.on_corrupt` is "refuse". All files are checked, and the message lists the first five unreadable ones.
+        one of `config.classes`, `channels` is not 1 or 3, only some images have captions, images have captions and
+        `config.on_corrupt` is "skip", or files are unreadable and it is "refuse". All files are checked, and the
+        message lists the first five unreadable ones.
 
     Example:
         config = DataConfig("folder", path="photos")

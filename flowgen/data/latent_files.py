@@ -250,12 +250,12 @@ def read_latents(
 ) -> LatentDataset | BucketedDataset:
     """Returns a split of the cached latents, which are memory-mapped.
 
-    If there are latents of several kinds or shapes, each kind and shape becomes a bucket.
+    If there are latents of several kinds or shapes, each combination of kind and shape becomes a bucket.
 
     classes: class names in the order of the returned labels; if empty, those of the cache.
 
     Raises FileNotFoundError or ValueError if a file is missing, is truncated or does not have the shape in the index,
-    if a label is not a valid class number, or if a class is not in `classes`.
+    if a label is not a valid class number, if a class is not in `classes`, or if the split has no latents.
 
     Example:
         dataset = read_latents("data/latents", "train")

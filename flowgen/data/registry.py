@@ -35,14 +35,15 @@ def load(
     """Returns the images of one split, in the requested shape.
 
     image_size: side, or (height, width). channels: number of channels. If it is 3, grey images get 3 equal channels. If
-    it is 1, colour images of `folder` or `tar` are converted to grey; for other data, an error is raised. multiple: if
-    `config.aspects` is set, the sides of the images in every bucket are multiples of this number.
+    it is 1, colour images of `folder` or `tar` are converted to grey, and those of other data raise an error. multiple:
+    if `config.aspects` is set, the sides of the images in every bucket are multiples of this number.
 
     Labels are indices into `class_names`; -1 marks an image without a label. The class names are `config.classes`,
     unless this is empty.
 
     Raises:
-        ValueError: the dataset cannot provide this shape, the split is empty, or a file is damaged.
+        ValueError: the dataset cannot provide this shape, the split is empty, a class is not one of `config.classes`,
+            or a file is damaged.
         FileNotFoundError, NotADirectoryError: `path` does not exist, or is not a folder or file as `name` requires.
         ModuleNotFoundError: an optional package is missing; the message gives the command that installs it.
 

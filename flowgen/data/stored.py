@@ -66,7 +66,10 @@ class StoredFolder(Protocol):
 
 
 class ChangedData(ValueError):
-    """Raised if a file has changed since it was listed, even if unreadable files are to be skipped."""
+    """Raised if a file has changed since it was listed, or if a file in a bucket cannot be read.
+
+    Such files raise this error even if unreadable files are to be skipped.
+    """
 
 
 AnyFile: TypeAlias = str | os.PathLike[str] | StoredFile

@@ -62,7 +62,7 @@ class TarFolder:
     """A folder of the files in several shards, as if all shards were unpacked into one folder.
 
     If two shards contain an image, caption or class file of the same name, all names from the later shard are prefixed
-    with the name of the shard.
+    with the name of that shard.
 
     Example:
         content = (folder / "cat/1.png").read_bytes()

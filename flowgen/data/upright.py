@@ -65,7 +65,7 @@ _TURNS = {
 
 
 def exif_turn(exif: bytes) -> Turn:
-    """Returns the turn that the orientation tag (0x112) of an EXIF block specifies, or the identity if there is none.
+    """Returns the turn that an EXIF block's orientation tag (0x112) specifies, or the identity without a valid tag.
 
     Example:
         turn = exif_turn(image.info.get("exif", b""))

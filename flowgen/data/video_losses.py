@@ -73,7 +73,7 @@ class Losses:
         return self._kind in _IN_ORDER and passed > _BETWEEN and self._frames_between(before, packet) > _JUMP
 
     def behind(self, end: float) -> bool:
-        """Returns whether data are missing after the last packet. end: time at which this packet ends, in seconds."""
+        """Returns whether data are missing after the last packet. end: time stamp of this packet's end, in seconds."""
         if self._kind not in _IN_ORDER or self._at is None or (self._claimed - end) * self._rate < _JUMP:
             return False
         # A truncated file ends in the middle of the next packet.

@@ -149,13 +149,13 @@ def auroc(
 
     The standard error is DeLong's, which assumes that all images are independent. If the anomalies are altered copies
     of normal images, pass `origins`: the standard error then treats a normal image and its copies as one cluster
-    (Obuchowski, Biometrics 53, 1997). The standard error is None if the scores do not allow an estimate, for example if
-    all anomalies score higher than all normal images.
+    (Obuchowski, Biometrics 53, 1997). The standard error is None if all scores of each kind have the same rank among
+    the scores of the other kind, for example if all anomalies score higher than all normal images.
 
     origins: for each anomaly, the position in `normal` of the image that it is a copy of; None for independent images.
 
     Raises ValueError if there are fewer than two scores of either kind, if a score is NaN, if the arrays are not
-    vectors, or if `origins` are not positions in `normal`.
+    vectors, or if `origins` does not consist of one position in `normal` for each anomaly.
 
     Example:
         area = auroc(scores_of_data, scores_of_others)

@@ -54,7 +54,7 @@ class ExpectedCoverage(NamedTuple):
     standard_error: the standard error of each coverage if the posterior is calibrated.
     area: the integral of coverage - level over levels from 0 to 1; near 0 if the posterior is calibrated, negative if
         it is overconfident, positive if it is conservative.
-    max_deviation: the largest |coverage - level| over all levels, the Kolmogorov-Smirnov statistic.
+    max_deviation: the largest |coverage - level| over levels from 0 to 1, the Kolmogorov-Smirnov statistic.
     p_value: the probability of a deviation at least as large if the posterior is calibrated.
     """
 

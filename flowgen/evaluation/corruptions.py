@@ -18,8 +18,9 @@ def noisy(images: Images, random: np.random.Generator) -> Images:
 
 
 def blurred(images: Images, random: np.random.Generator) -> Images:
-    """Returns the images blurred along both sides with the filter (1/4, 1/2, 1/4), once for every 16 pixels of the
-    side.
+    """Returns the images blurred along both sides with the filter (1/4, 1/2, 1/4).
+
+    The filter is applied once for every 16 pixels of the side, but at least once.
     """
     x = images.astype(np.float64)
     for axis in (1, 2):

@@ -70,7 +70,8 @@ def flow_nats_per_dim(
     The latents of each image are drawn once from the encoder's posterior, and one noise sample is added to them.
     Padding does not count towards the mean over dimensions.
 
-    conditional: whether to pass labels or texts to a conditional flow; must be True for a flow conditioned on texts.
+    conditional: whether to pass labels, texts or contexts to a conditional flow; must be True for a flow conditioned on
+    texts, and for padded samples.
 
     Example:
         nats = flow_nats_per_dim(flow, params, dataset, jax.random.key(0))
@@ -91,8 +92,10 @@ def flow_nats(
 ) -> Float[np.ndarray, " n"]:
     """Returns the negative log-likelihood of each sample under a flow, in nats per dimension, in float64.
 
-    Samples are in the order of the dataset, bucket by bucket. Padding is not counted among the dimensions. For the
-    arguments, see `flow_bits_per_dim`.
+    Samples are in the order of the dataset, bucket by bucket. Padding is not counted among the dimensions. noise_std:
+    see `flow_bits_per_dim`. conditional: see `flow_nats_per_dim`.
+
+    Raises ValueError if the flow is conditioned on texts and `conditional` is False.
 
     Example:
         estimate = mean_of(flow_nats(flow, params, dataset, jax.random.key(0)))

@@ -36,8 +36,8 @@ def c2st(
     results for equal numbers of samples; published values use 10,000 in each set. Pass the reference samples as x,
     because the mean and standard deviation of x standardise both sets.
 
-    Raises ValueError if x and y differ in shape, if there are fewer samples than folds, if values are not finite, or if
-    x is constant in a dimension. Raises ModuleNotFoundError if scikit-learn is not installed.
+    Raises ValueError if x and y differ in shape, if `folds` is not from 2 to n, if values are not finite, or if x is
+    constant in a dimension. Raises ModuleNotFoundError if scikit-learn is not installed.
 
     Example:
         accuracy = c2st(key, reference, samples)

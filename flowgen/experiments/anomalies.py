@@ -36,7 +36,7 @@ class AnomalySets(NamedTuple):
 
     typical: training images; their mean nats are the centre of the typicality score. typical_name: what to call these
     images in messages. anomalies: the sets of anomalies by name. origins: the position in the data of the image that
-    each anomaly of a set was made from; None if the anomalies were not made from the data.
+    each anomaly of a set was made from; None if these positions are unknown.
     """
 
     typical: ArrayDataset
@@ -82,8 +82,8 @@ def evaluate_anomalies(
     """Returns each score's AUROC for each set of anomalies, and how often tests reject z ~ N(0, 1) for the data.
 
     If the flow models latents, the images are encoded, and the scores measure the density of their latents. The
-    evaluation's `files` contain the scores, the scores per token, the p-values and the file name of each image. If the
-    anomalies were read from files, the evaluation's `lines` list the most anomalous ones.
+    evaluation's `files` contain the scores, the log p(x) terms of the tokens, the p-values and the file name of each
+    image. If the anomalies were read from files, the evaluation's `lines` list the most anomalous files.
 
     experiment, options, sets: see `open_anomalies`. data: the images or latents that are not anomalous.
 

@@ -340,7 +340,7 @@ class AutoregressiveExperiment(Experiment):
         return partial(chosen_texts, texts), {"prompts": np.resize(np.array(prompts), num)}
 
     def conditions_of(self, data: Dataset, *, unconditional: bool = False) -> Conditions | None:
-        """Returns a function from dataset positions to conditions, or None for an unconditional flow.
+        """Returns a function from dataset positions to conditions, or None if there are no conditions.
 
         The conditions are labels, encoded captions or contexts.
 

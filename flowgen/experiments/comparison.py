@@ -75,6 +75,8 @@ class Comparison:
 def check_features(options: CompareOptions) -> None:
     """Raises ValueError or an OSError if `features`, `reference` or `cache` is not usable. The weights are not read.
 
+    Raises ModuleNotFoundError if a package that `features` or `neighbours` needs is missing.
+
     Example:
         check_features(options)
     """
@@ -281,7 +283,7 @@ def _singular(samples: FeatureStatistics, data: FeatureStatistics) -> list[str]:
 
 
 def _reference(extractor: FeatureExtractor, data: Dataset, options: CompareOptions) -> FeatureStatistics:
-    """Returns the statistics of the data. They are read from the cache or, if they are missing there, saved to it."""
+    """Returns the statistics of the data. With `cache`, they are read from it or, if missing there, saved to it."""
 
     def computed() -> FeatureStatistics:
         return feature_statistics(data_features(extractor, data), len(data), about=about)

@@ -47,7 +47,7 @@ def fixed_variables(matching: MatchingConfig) -> dict[str, Any]:
 
 
 def distilled_objective(matching: MatchingConfig, objective: Callable[[MatchingConfig], Objective]) -> Objective:
-    """Returns the training objective. Its variables must include the collections `fixed_variables(matching)`.
+    """Returns the training objective. The variables must include the collections `fixed_variables(matching)`.
 
     The flow's variables are arguments of the compiled step, because as constants they would be copied into it.
 

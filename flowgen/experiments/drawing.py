@@ -60,7 +60,8 @@ class CompareOptions(EvaluateOptions):
     "pixels". "classifier" trains a classifier on the training images. "efficientnet" uses ImageNet features from a
     package. For the FID, give a file of Inception v3 weights (.pth, .pt, .bin or .safetensors).
     reference: .npz file of feature statistics (mu and sigma) to compare with instead of the data.
-    cache: folder that keeps feature statistics of the data for later evaluations; by default, RUN/evaluations.
+    cache: folder that keeps feature statistics of the data for later evaluations. In the command evaluate, the default
+    is RUN/evaluations.
     neighbours: number of samples to show, in a saved image, beside their nearest training images.
     """
 

@@ -56,7 +56,7 @@ class Encoding:
 
         grid: the (height, width) of the samples in latents, from which a template computes the aspect ratio; by
         default, `image_hw` of the model. truncate: whether to cut prompts that are too long. still: whether the prompts
-        describe single images for a video flow. If so, the template begins with "An image" instead of the frame rate.
+        describe single images for a video flow. If so, a template with a frame rate states "An image" instead.
         """
         encoder = self.open_text_encoder()
         wrapped = [self._wrapped(prompt, grid, still) for prompt in prompts]

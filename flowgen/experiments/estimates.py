@@ -67,7 +67,7 @@ def training_cost(experiment: Experiment, rows: int, axes: Mapping[str, int] | N
     device stores a copy of the parameters.
 
     The bytes of the training state are exact. The bytes of the activations are an estimate, the peak memory of the
-    forward and backward pass without the gradient (see `peak_of`). It assumes that every device computes all heads.
+    forward and backward pass without the gradient (see `peak_of`), as if every device computed all heads.
 
     Example:
         cost = training_cost(load_config("tarflow_digits"), rows=64, axes={"fsdp": 4, "tensor": 1})

@@ -117,7 +117,7 @@ def check_differences(origin: Origin, experiment: Experiment, variables: Any) ->
 
 
 def _is_debug(experiment: Experiment) -> bool:
-    """Returns whether an experiment logs as often as debug runs do, which shows that it was made with --debug."""
+    """Returns whether one of an experiment's intervals is that of debug runs, so that --debug probably made it."""
     small = experiment.debug().log
     return any(getattr(experiment.log, name) == getattr(small, name) for name in INTERVALS)
 

@@ -131,8 +131,8 @@ class FlowExperiment(AutoregressiveExperiment):
 
         Each image depends only on the key and its number. If the flow models latents, the codec decodes them to images.
 
-        cond: labels, a `TextCondition`, or None. guidance: by default, the guidance that `sampling` describes.
-        checks: `certify` and `strict` of `flowgen.decoding.sample`.
+        cond: labels, a `TextCondition`, contexts, or None. guidance: by default, that of `sampling`. checks: `certify`
+        and `strict` of `flowgen.decoding.sample`.
         """
         result = decoded_by_all(
             flow,
@@ -170,7 +170,9 @@ class FlowExperiment(AutoregressiveExperiment):
         *,
         trained_on: DataConfig | LatentsConfig | None = None,
     ) -> Evaluation:
-        """Returns a split's likelihood under the flow and a Gaussian, and optional metrics of samples and anomalies.
+        """Returns a split's likelihood under the flow, and optional metrics of samples and anomalies.
+
+        For a flow on pixels, the likelihood under a Gaussian is also returned.
 
         trained_on: the config of the data that the flow was trained on; None if it is `data`.
         """

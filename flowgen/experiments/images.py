@@ -86,7 +86,8 @@ def image_dataset(data: DataConfig, model: Any, split: Split, *, labelled: bool 
 def with_class_names(experiment: E) -> E:
     """Returns the experiment with `data.classes` set to the class names that are found in the data.
 
-    Returns the experiment unchanged if it already has class names, or if its model does not use classes.
+    Returns the experiment unchanged if it already has class names, if its model does not use classes, or if its data
+    are `own`, or files without a path.
 
     Example:
         with_class_names(experiment).data.classes  # ("cat", "dog", "fox")

@@ -40,11 +40,12 @@ def flow_dataset(
 ) -> Dataset | BucketedDataset:
     """Returns the data that a flow is trained on: images or clips, or the outputs of its codec and text encoder.
 
-    Inputs that are not cached are encoded in memory.
+    If the flow needs encoded data that are not cached, they are encoded in memory.
 
     labelled: whether the data must have labels if the model is class-conditional.
 
-    Raises ValueError if cached latents were made by another codec or text encoder, or do not fit the model.
+    Raises ValueError if cached latents were made by another codec or text encoder, or do not fit the model, or if data
+    encoded in memory would need more than `data.in_memory_bytes`.
 
     Example:
         dataset = flow_dataset(data, encoding, "train")

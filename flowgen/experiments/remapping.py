@@ -52,7 +52,7 @@ def resampled(
     """Returns a table with one row per token, resampled bilinearly from one grid of tokens to another.
 
     Both grids are in raster order and cover the same image, so the centre of token i of n is at (i + 1/2) / n. Beyond
-    the centres of the outermost tokens, values are constant. If the new grid is smaller, each of its tokens gets an
+    the centres of the outermost tokens, the result is constant. If the new grid is smaller, each of its tokens gets an
     average of the rows that it covers.
 
     Example:

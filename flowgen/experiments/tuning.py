@@ -57,7 +57,7 @@ class TunedPlan:
 def why_plan_unsaved(run_dir: str | Path) -> str:
     """Returns the reason why no plan can be saved with a run, or "" if a plan can be saved.
 
-    Raises OSError if something other than a plan exists at the plan's path.
+    Raises OSError if the plan's path is a folder, or a file that cannot be overwritten.
 
     Example:
         why_plan_unsaved("gs://bucket/digits")  # "the run is in a bucket"

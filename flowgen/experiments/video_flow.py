@@ -180,10 +180,10 @@ class VideoFlowExperiment(AutoregressiveExperiment):
 
         Each clip depends only on the key and its number. If the flow models latents, the codec decodes them to clips.
 
-        cond: labels, a `TextCondition`, or None. guidance: by default, the guidance that `sampling` describes. clip:
-        the length and the given frames of all clips, in latent frames. The given frames have the shape `1 given height
-        width c` and contain no noise; sampling does not change them. The clips cycle through the texts in
-        `clip.restart_cond`. checks: `certify` and `strict` of `flowgen.decoding.sample`.
+        cond: labels, a `TextCondition`, contexts, or None. guidance: by default, that of `sampling`. clip: the length
+        and the given frames of all clips, in latent frames. The given frames have the shape `1 given height width c`
+        and contain no noise; sampling does not change them. The clips cycle through the texts in `clip.restart_cond`.
+        checks: `certify` and `strict` of `flowgen.decoding.sample`.
         """
         given, restarts = clip.given, clip.restart_cond
         noisy = None if given is None else with_noise(flow, given, key, numbers)

@@ -1,4 +1,4 @@
-"""Draws line charts, bars and box plots as SVG, whose colours come from the page's style sheet."""
+"""Draws line charts, bars and box plots as SVG, in the colours of the page's style sheet."""
 
 from __future__ import annotations
 
@@ -26,8 +26,8 @@ Point = tuple[Number, Number]
 class Series:
     """A line of a chart.
 
-    kind: "train" for a line, "held" for a dashed line with markers, "reference" for a dotted line. colour: 0 to 7, the
-    number of a colour of the style sheet.
+    kind: "train" for a solid line, "held" for a dashed line with markers, "reference" for a dotted line. colour: 0 to
+    7, the number of a colour of the style sheet.
     """
 
     name: str
@@ -47,7 +47,7 @@ class Axis:
     log: bool = False
 
     def at(self, value: Number) -> float:
-        """Returns the pixel of a value, limited to the axis."""
+        """Returns the pixel of a value, clipped to the axis."""
         low, high, value = (math.log10(x) if self.log else x for x in (self.low, self.high, max(value, self.floor)))
         share = min(max((value - low) / (high - low), 0.0), 1.0)
         return round(self.start + share * (self.stop - self.start), 1)
@@ -66,7 +66,7 @@ class Axis:
 
 
 def ticks(low: Number, high: Number, count: int) -> list[float]:
-    """Returns round values between low and high, about `count` of them.
+    """Returns about `count` round values between low and high.
 
     Example:
         ticks(0.0, 1.0, 5)  # [0.0, 0.2, 0.4, 0.6, 0.8, 1.0]
@@ -145,7 +145,7 @@ def _drawn(line: Series, x: Axis, y: Axis) -> Markup:
 
 
 def thinned(points: Sequence[Point], most: int = MOST_POINTS) -> list[Point]:
-    """Returns at most `most` of the points: the first, the last, and the extremes of equally many neighbours between.
+    """Returns at most `most` points: the first, the last, and the extremes of equal groups of points between them.
 
     Example:
         thinned(points, 300)
@@ -246,7 +246,7 @@ def _entry(line: Series) -> Markup:
 
 
 def scatter(title: str, groups: Sequence[tuple[str, Sequence[Sequence[Number]]]]) -> Markup:
-    """Returns a figure with points in the plane, on equal scales. Points that are not finite are left out.
+    """Returns a scatter plot with equal scales on both axes. Points that are not finite are left out.
 
     Example:
         scatter("Samples", [("data", [(0.0, 1.0)]), ("samples", [(0.1, 0.9)])])

@@ -75,7 +75,7 @@ Curves = dict[str, list[Point]]
 def curves_of(rows: Sequence[Mapping[str, Any]]) -> tuple[Curves, dict[str, int]]:
     """Returns the points (step, value) of each metric, and how many values of each metric are not finite in float32.
 
-    If a step was evaluated again, its last value counts.
+    If a step was evaluated more than once, its last value is used.
 
     Example:
         curves, bad = curves_of(read_metrics("runs/digits"))
@@ -96,7 +96,7 @@ def curves_of(rows: Sequence[Mapping[str, Any]]) -> tuple[Curves, dict[str, int]
 def curves_section(curves: Curves, reference: Mapping[str, float], best: str) -> Section:
     """Returns the charts of all metrics and the table of their values.
 
-    reference: expected values by metric. best: the metric that ranks checkpoints, whose chart comes first.
+    reference: expected values by metric. best: the metric that ranks checkpoints; its chart comes first.
 
     Example:
         part = curves_section(curves, experiment.reference, experiment.best_metric)
@@ -125,7 +125,7 @@ def curves_section(curves: Curves, reference: Mapping[str, float], best: str) ->
 
 
 def _closed(title: str, charts: Sequence[Markup]) -> Markup | str:
-    """Returns charts that can be opened by their title; "" if there are none."""
+    """Returns the charts in a box that is closed at first; "" if there are no charts."""
     if not charts:
         return ""
     return element("details", element("summary", title), element("div", *charts, class_="charts"))
@@ -136,7 +136,7 @@ def _rank(name: str) -> int:
 
 
 def _grouped(curves: Curves) -> dict[str, dict[str, list[Point]]]:
-    """Returns the curves of each chart. The noise has one curve per block, so its total needs none."""
+    """Returns the curves of each chart. The mean square of the noise is left out if each block has a curve."""
     groups: dict[str, dict[str, list[Point]]] = {}
     for name, points in curves.items():
         bare = name.removeprefix(EVAL)

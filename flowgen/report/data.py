@@ -23,9 +23,9 @@ MOST_CLASSES = 24  # bars
 
 
 def data_section(experiment: Experiment, contents: RunContents, *, opens: bool) -> Section:
-    """Returns the summary of a run's data; if the data cannot be opened, a sentence says so.
+    """Returns the summary of a run's data, with a note if the data cannot be opened.
 
-    opens: whether to open the data, which is needed for counts of labels and for examples.
+    opens: whether to open the data, for counts of labels and for examples.
 
     Example:
         part = data_section(experiment, contents, opens=True)

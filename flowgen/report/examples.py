@@ -68,9 +68,9 @@ def evenly(size: int, most: int) -> Int[np.ndarray, " n"]:
 
 
 def has_pixels(experiment: Experiment) -> bool:
-    """Returns whether an experiment has images or clips that can be opened again.
+    """Returns whether the images or clips of an experiment can be opened for a report.
 
-    They cannot be opened if the data are numbers, cached latents, or a dataset that was passed to `fit`.
+    The result is False if the data are numbers, cached latents, or a dataset that was passed to `fit`.
 
     Example:
         has_pixels(flowgen.load_config("cfm_moons"))  # False

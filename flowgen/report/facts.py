@@ -56,7 +56,7 @@ def head(experiment: Experiment, contents: RunContents, parameters: int) -> Mark
 
 
 def last_step(contents: RunContents) -> int:
-    """Returns the last step that a run has reached, by its metrics and checkpoints."""
+    """Returns the last step in a run's metrics and checkpoints."""
     return max([0, *contents.steps, *(row["step"] for row in contents.metrics)])
 
 
@@ -85,7 +85,7 @@ def _of_starts(starts: Sequence[Mapping[str, Any]]) -> dict[str, str]:
 
 
 def _seconds(history: Sequence[Mapping[str, Any]]) -> float | None:
-    """Returns the seconds between starts and ends; None if no process has ended."""
+    """Returns the total running time of the processes that have ended; None if there are none."""
     total, begun, ended = 0.0, None, False
     for row in history:
         try:
@@ -108,7 +108,7 @@ def _duration(seconds: float) -> str:
 def warnings_section(contents: RunContents, experiment: Experiment, bad: Mapping[str, int], more: list[str]) -> Section:
     """Returns the warnings of the run, and notes on anything unusual in its files.
 
-    bad: number of values that are not finite, by metric. more: further warnings, from the report.
+    bad: number of values that are not finite, by metric. more: further warnings.
 
     Example:
         part = warnings_section(contents, experiment, bad={}, more=[])
@@ -136,7 +136,7 @@ def warnings_section(contents: RunContents, experiment: Experiment, bad: Mapping
 
 
 def samples_section(contents: RunContents) -> Section:
-    """Returns the sample grids that the run has saved, for a slider over steps.
+    """Returns the run's sample grids with a slider over steps.
 
     Example:
         part = samples_section(contents)
@@ -159,7 +159,7 @@ def samples_section(contents: RunContents) -> Section:
 
 
 def _chosen(contents: RunContents) -> list[int]:
-    """Returns evenly spaced steps whose sample grids fit the limits, always with the last one."""
+    """Returns evenly spaced steps, including the last, whose sample grids fit the limits."""
     steps = sorted(contents.samples)
     for count in range(min(MOST_GRIDS, len(steps)), 0, -1):
         places = {round(i * (len(steps) - 1) / max(count - 1, 1)) for i in range(count)} if count > 1 else {-1}
@@ -189,7 +189,7 @@ def checkpoints_section(contents: RunContents, best_metric: str) -> Section:
 
 
 def config_section(experiment: Experiment) -> Section:
-    """Returns a table of all fields of the config, in which values that are not defaults are marked.
+    """Returns a table of all fields of the config, with marks on values that differ from the defaults.
 
     Example:
         part = config_section(experiment)

@@ -1,4 +1,4 @@
-"""The parts of a report that measure velocity networks and autoencoders."""
+"""The sections of a report about velocity networks and autoencoders."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ POINTS = 400
 
 
 def solving_section(experiment: MatchingExperiment, network: Any, variables: Any, num: int) -> Section:
-    """Returns a section that describes how the run's solver draws samples, with a picture.
+    """Returns a section with samples that the run's solver draws, and the time it needs.
 
     Example:
         part = solving_section(experiment, network, variables, num=8)

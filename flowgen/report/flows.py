@@ -1,4 +1,4 @@
-"""The parts of a report that measure a flow: statistics of its blocks, and the decoding of a few samples."""
+"""The sections of a report about a flow: statistics of its blocks, and the decoding of a few samples."""
 
 from __future__ import annotations
 
@@ -218,7 +218,7 @@ def _plans_table(decoded: list[Decoded], num: int) -> Markup:
 
 
 def _sweeps_table(found: Decoded) -> Markup:
-    """Returns the passes of each block and window; without a window of several tokens, only their sums."""
+    """Returns a table of the network passes of each block, in total and per window."""
     sweeps = np.asarray(found.result.sweeps)
     shown = min(sweeps.shape[1], MOST_WINDOWS)
     more = sweeps.shape[1] > shown
@@ -235,7 +235,7 @@ def _sweeps_table(found: Decoded) -> Markup:
 
 
 def _drawn(experiment: AnyFlow, samples: Any) -> Markup:
-    """Returns a picture of a flow's samples, which the codec decodes if they are latents."""
+    """Returns a picture of a flow's samples, after the codec has decoded any latents."""
     codec = experiment.encoding.open_codec()
     if codec.pixel_channels not in DRAWABLE_CHANNELS:
         return note(f"The samples have {codec.pixel_channels} channels, so they are not shown.")

@@ -1,4 +1,4 @@
-"""Builds HTML. Text is escaped; only results of these functions count as markup."""
+"""Builds HTML. Strings are escaped unless they are `Markup`, the type that these functions return."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ def element(name: str, /, *children: object, **attributes: object) -> Markup:
     """Returns an element. Children that are not `Markup` are escaped.
 
     attributes: underscores become hyphens, and one at the end is dropped, as in `class_`. An attribute that is None or
-    False is left out, and True stands for an attribute without a value.
+    False is left out, and True adds the attribute without a value.
 
     Example:
         element("p", "a < b", class_="note")  # '<p class="note">a &lt; b</p>'
@@ -72,7 +72,7 @@ def table(caption: str, columns: Sequence[str], rows: Iterable[Sequence[object]]
 
 
 def picture(png: bytes, alt: str, *, kind: str = "png") -> Markup:
-    """Returns an image whose content is part of the page. alt: a description of the image in words.
+    """Returns an image that is embedded in the page. alt: a description of the image in words.
 
     Example:
         picture(Path("samples/0000300.png").read_bytes(), "Samples at step 300")
@@ -82,7 +82,7 @@ def picture(png: bytes, alt: str, *, kind: str = "png") -> Markup:
 
 
 class Section(NamedTuple):
-    """A part of the page with a heading. name: the anchor that the list of contents links to."""
+    """A part of the page with a heading. name: the anchor that the table of contents links to."""
 
     title: str
     name: str
@@ -112,7 +112,7 @@ def note(text: str) -> Markup:
 
 
 def number(value: object) -> str:
-    """Returns a number as text with four significant digits, whole numbers in groups of three digits.
+    """Returns a number as text: an int with a comma every three digits, a float with four significant digits.
 
     Example:
         number(1234567)  # "1,234,567"

@@ -1,4 +1,4 @@
-"""The parts of a report that measure flows for vectors, sequences and sets."""
+"""The sections of a report about flows for vectors, sequences and sets."""
 
 from __future__ import annotations
 
@@ -34,7 +34,7 @@ def number_blocks_section(experiment: TokenFlowExperiment, flow: Any, variables:
 
 
 def drawing_section(experiment: TokenFlowExperiment, flow: Any, variables: Any) -> Section:
-    """Returns a section that describes how samples are drawn, with a picture.
+    """Returns a section with samples of the flow, and the time needed to draw them.
 
     Example:
         part = drawing_section(experiment, flow, variables)

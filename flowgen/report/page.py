@@ -40,7 +40,7 @@ Model = tuple[Any, Any]
 
 
 class _Part(NamedTuple):
-    """A section that is measured, and what to call it if it cannot be."""
+    """A measured section, with a title and anchor in case the measurement fails."""
 
     title: str
     name: str
@@ -100,7 +100,7 @@ def report_page(
 
 
 def _parts(experiment: Any, contents: RunContents, model: Model | None, samples: int) -> list[_Part]:
-    """Returns the sections that need a model, for each kind of experiment."""
+    """Returns the sections that need a model, for this kind of experiment."""
     if model is None:
         return []
     if isinstance(experiment, AnyFlow):

@@ -1,4 +1,4 @@
-"""Pictures for a report that are made from arrays."""
+"""Turns arrays into pictures for a report."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The interface of simulators: a uniform prior, a random map from parameters to observations, and its density."""
+"""The interface of simulators: a uniform prior, random observations given parameters, and their likelihood."""
 
 from __future__ import annotations
 
@@ -12,14 +12,15 @@ from jaxtyping import Array, Float, Key
 
 @runtime_checkable
 class Simulator(Protocol):
-    """A simulator, whose parameters are inferred from observations. Subclasses define the fields and three methods.
+    """Maps parameters to random observations, from which methods infer the parameters. Subclasses define the fields,
+    `simulate`, `log_likelihood` and `reference_samples`.
 
     name: a short name, such as "two_moons".
     low, high: the bounds of the parameters, one number per parameter. The prior is uniform between them.
     observation_dim: the number of values of an observation.
     fixed_observations: observations for which methods are compared; they never change.
 
-    All methods but `reference_samples` can be compiled with `jax.jit`, and compute in float32 or float64.
+    All methods except `reference_samples` can be compiled with `jax.jit`, and compute in float32 or float64.
 
     Example:
         simulator: Simulator = TwoMoons()
@@ -121,7 +122,7 @@ class Simulator(Protocol):
         ...
 
     def check_index(self, index: int) -> None:
-        """Raises ValueError if there is no fixed observation of this index.
+        """Raises ValueError if there is no fixed observation with this index.
 
         Example:
             simulator.check_index(0)

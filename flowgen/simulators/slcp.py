@@ -63,10 +63,11 @@ class SLCP(Simulator):
         return -0.5 * (first**2 + second**2).sum(axis=1) - NUM_POINTS * log_volume
 
     def reference_samples(self, key: Key[Array, ""], num: int, index: int) -> Float[Array, "num 5"]:
-        """Returns different samples, in random order, of the 10,000 that are recorded of each fixed observation.
+        """Returns `num` of the 10,000 recorded samples for fixed observation `index`, in random order, without
+        repetition.
 
-        They come from a long run of the No-U-Turn sampler (benchmarks/reference_posteriors.py), and are rounded to
-        multiples of 9 · 10⁻⁵.
+        The samples come from a long run of the No-U-Turn sampler (benchmarks/reference_posteriors.py), and are rounded
+        to multiples of 9 · 10⁻⁵.
 
         Raises ValueError if there is no such observation, or if num is above 10,000.
         """

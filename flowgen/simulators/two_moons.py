@@ -1,13 +1,13 @@
-"""Two moons: two parameters, two observed values, and a posterior of two crescents whose samples are known exactly.
+"""Two moons: two parameters, two observed values, and a posterior of two crescents that can be sampled exactly.
 
-An observation is a random point of a crescent, moved by a map of the parameters (Greenberg et al., arXiv 1905.07488;
-the constants are those of Lueckmann et al., arXiv 2101.04653, T.8):
+An observation is a random point of a crescent, shifted by a function of the parameters (Greenberg et al., arXiv
+1905.07488; the constants are those of Lueckmann et al., arXiv 2101.04653, T.8):
 
     (1)  x = p + (-|z₁|, z₂),  z₁ = (θ₁ + θ₂) / √2,  z₂ = (θ₂ - θ₁) / √2
     (2)  p = (r cos a + 0.25, r sin a),  a ~ U(-π/2, π/2),  r ~ N(0.1, 0.01²)
 
-The map θ -> z is a rotation, so that the prior is uniform in z too, and the posterior of z is the density of the p that
-solve (1): |z₁| = p₁ - x₁ and z₂ = x₂ - p₂. Both signs of z₁ are equally likely.
+The map θ -> z is a rotation, so the prior is uniform in z too. Posterior samples therefore follow from samples of p by
+(1): |z₁| = p₁ - x₁ and z₂ = x₂ - p₂. Both signs of z₁ are equally likely.
 """
 
 from __future__ import annotations
@@ -26,8 +26,7 @@ MOST_ROUNDS = 1000  # of redrawing samples of the posterior outside the prior
 class TwoMoons(Simulator):
     """The simulator of two moons; see the module's description. The prior is uniform on [-1, 1]².
 
-    Observation 0 is (0, 0), whose posterior is the pair of crescents in the literature. The others were drawn at random
-    once.
+    Observation 0 is (0, 0), which is common in the literature. The other observations were drawn at random.
 
     Example:
         simulator = TwoMoons()
@@ -47,7 +46,7 @@ class TwoMoons(Simulator):
     ) -> Float[Array, " n"]:
         """Returns log p(x | θ) = log N(r; 0.1, 0.01²) - log(π r) in nats, with r and a of (2); -inf if |a| > π/2.
 
-        The density 1 / (π r) belongs to the angle. The likelihood in the code of sbibm omits it.
+        The factor 1 / (π r) is the density of the uniform angle per arc length; sbibm's code omits it.
         """
         p = jnp.broadcast_to(observation, parameters.shape) - _shift(parameters)
         across, along = p[:, 0] - CENTRE, p[:, 1]
@@ -59,7 +58,8 @@ class TwoMoons(Simulator):
         """Returns exact, independent samples of the posterior.
 
         Points p of the crescent are drawn, and (1) is solved for θ. If the solution has a negative |z₁| or lies outside
-        the prior, the point is drawn again. After 1,000 rounds, as for an impossible observation, the sample is NaN.
+        the prior, the point is drawn again. After 1,000 rounds without a valid point, such as for an impossible
+        observation, the sample is NaN.
 
         Example:
             reference = TwoMoons().sample_posterior(key, 10_000, jnp.zeros(2))
@@ -85,7 +85,9 @@ class TwoMoons(Simulator):
     def _proposal(
         self, key: Key[Array, ""], num: int, observation: Float[Array, " 2"]
     ) -> tuple[Float[Array, "num 2"], Bool[Array, " num"]]:
-        """Returns solutions θ of (1) for random points of the crescent, and whether they are in the posterior."""
+        """Returns solutions θ of (1) for random points of the crescent, and whether each one is a valid sample of the
+        posterior.
+        """
         crescent_key, sign_key = jax.random.split(key)
         p = _crescent(crescent_key, num)
         size, second = p[:, 0] - observation[0], observation[1] - p[:, 1]
@@ -95,7 +97,7 @@ class TwoMoons(Simulator):
 
 
 def _crescent(key: Key[Array, ""], num: int) -> Float[Array, "num 2"]:
-    """Returns points p of (2)."""
+    """Returns random points p of the crescent (2)."""
     angle_key, radius_key = jax.random.split(key)
     angle = jnp.pi * (jax.random.uniform(angle_key, (num,)) - 0.5)
     radius = RADIUS + RADIUS_STD * jax.random.normal(radius_key, (num,))

@@ -1,4 +1,4 @@
-"""Text encoders, which map texts to conditions of a fixed length, either with a frozen network or by hashing words."""
+"""Text encoders map texts to conditions of a fixed length, by a frozen network or by hashes of the words."""
 
 from __future__ import annotations
 
@@ -73,7 +73,8 @@ class FrozenTextEncoder:
 class HashedWords:
     """Encodes each word as pseudo-random features derived from its SHA-256 hash, and appends an end token to each text.
 
-    This encoder needs no download, but its features carry no meaning. Use it for tests and closed vocabularies.
+    This encoder needs no download, but words of similar meaning have unrelated features. Use it for tests and for
+    small, fixed vocabularies.
 
     Example:
         cond = HashedWords(length=8, dim=16)(["red apple"])

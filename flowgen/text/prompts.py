@@ -58,7 +58,7 @@ def nearest_aspect(height: int, width: int) -> str:
 
 @dataclass(frozen=True)
 class PromptTemplate:
-    """The published prompt template, which is also applied to the empty text for guidance.
+    """The published prompt template. For guidance, it is applied to the empty text too.
 
     If a field is None, the template leaves out the corresponding part.
 

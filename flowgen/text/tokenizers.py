@@ -30,7 +30,7 @@ class Tokenizer(Protocol):
     def __call__(self, text: str) -> list[int]: ...
 
     def cut(self, ids: list[int], length: int) -> list[int]:
-        """Returns the token ids of a text that is too long, cut to its first `length` - 1 tokens and an end token."""
+        """Returns the first `length` - 1 token ids of a text that is too long, followed by an end token."""
         ...
 
     def content(self) -> bytes:
@@ -160,7 +160,7 @@ def _check_of_package(error: BaseException) -> None:
 
 
 def _check_template(post_processor: Any) -> None:
-    """Raises ValueError if the template names an undefined special token, for which the package would panic."""
+    """Raises ValueError if the template names an undefined special token, which would make the package panic."""
     known = {} if post_processor is None else json.loads(post_processor.__getstate__())
     for step in known.get("processors", [known]):
         parts = [*(step.get("single") or ()), *(step.get("pair") or ())] if "special_tokens" in step else ()
