@@ -71,8 +71,8 @@ class TokenContext:
     """Describes a context of up to `length` tokens per sample, such as the output of your own embedding network.
 
     In a STARFlow, the tokens have rotary positions. In a TARFlow or a TokenFlow, they have no positions: their order
-    affects only blocks with several layers, because each token attends only to the ones before it. If the order
-    means something, add position embeddings in your network. In velocity networks, the order has no effect.
+    affects only blocks with several layers, because each token attends only to itself and to earlier tokens. If the
+    order means something, add position embeddings in your network. In velocity networks, the order has no effect.
 
     length: largest number of tokens.
     dim: number of features per token.
