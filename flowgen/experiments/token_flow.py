@@ -268,9 +268,11 @@ class TokenFlowExperiment(Experiment):
     def debug(self) -> TokenFlowExperiment:
         """Returns the experiment with a tiny flow of the same kind, trained on few simulations or on the same file."""
         model, data = self.model, self.data
+        width, head_dim = (16, 8) if model.width > 16 else (model.width, model.head_dim)
         small = dataclasses.replace(
             model,
-            width=min(model.width, 16),
+            width=width,
+            head_dim=head_dim,
             num_blocks=min(model.num_blocks, 2),
             layers_per_block=1,
             orders=model.orders if isinstance(model.orders, str) else model.orders[:2],
