@@ -139,15 +139,14 @@ def test_a_classifier_of_the_digits_knows_held_out_ones(key):
 
 
 def test_images_without_a_label_do_not_train_the_classifier(key):
-    """Unlabelled images of one shade do not make the last class, which has another shade, out of it."""
-    shades, labels = np.repeat(np.uint8([0, 255, 128]), 64), np.repeat(np.int32([0, 1, -1]), 64)
-    # The unlabelled images are brighter, so as members of the last class they would move its border.
-    images = np.broadcast_to(shades[:, None, None, None], (192, 8, 8, 1))
+    """Most black images are unlabelled. As members of the last class, they would make it the class of black images."""
+    shades, labels = np.repeat(np.uint8([0, 255, 0]), [32, 32, 128]), np.repeat(np.int32([0, 1, -1]), [32, 32, 128])
+    images = np.array(np.broadcast_to(shades[:, None, None, None], (192, 8, 8, 1)))
     dataset = ArrayDataset(images, labels, class_names=("black", "white"))
-    grey, labelled = dataset.select(np.flatnonzero(labels < 0)), dataset.select(np.flatnonzero(labels >= 0))
+    rest, labelled = dataset.select(np.flatnonzero(labels < 0)), dataset.select(np.flatnonzero(labels >= 0))
     classifier = train_classifier(dataset, key, steps=30)
     assert (classifier.classes(np.asarray(from_uint8(labelled.x))) == labelled.labels).all()
-    for unlabelled in (grey, dataclasses.replace(labelled, class_names=())):
+    for unlabelled in (rest, dataclasses.replace(labelled, class_names=())):
         with pytest.raises(ValueError, match="has no labels"):
             train_classifier(unlabelled, key)
 
