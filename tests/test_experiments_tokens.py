@@ -343,6 +343,19 @@ def test_commands_on_a_simulator(moons, tmp_path):
 
 
 @pytest.mark.slow
+def test_a_stopped_run_on_shuffled_sets_resumes_bitwise(tmp_path):
+    fields, arrays = KINDS["sets"]
+    data = dataclasses.replace(saved(tmp_path / "own.npz", **arrays), shuffle_rows=True)
+    optim = OptimConfig(schedule="constant", lr=1e-2)
+    whole = experiment_of(TokenFlowConfig(**fields, **TINY), data, optim=optim)
+    half = dataclasses.replace(whole, train=dataclasses.replace(whole.train, steps=4))
+    one = fit(whole, tmp_path / "whole")
+    fit(half, tmp_path / "halves")
+    other = fit(whole, tmp_path / "halves")
+    jax.tree.map(np.testing.assert_array_equal, one.state, other.state)
+
+
+@pytest.mark.slow
 def test_a_stopped_run_resumes_bitwise_and_samples_without_its_data(tmp_path):
     data = saved(tmp_path / "own.npz", x=some(ROWS, 2))
     optim = OptimConfig(schedule="constant", lr=1e-2)

@@ -120,17 +120,17 @@ def load_numbers(data: NumbersConfig | SimulatedConfig, model: Any, split: Split
     Example:
         dataset = load_numbers(SimulatedConfig(), TokenFlowConfig(shape=(2,), context=VectorContext(2)), "train")
     """
+    where = f"data.name '{data.name}'" if isinstance(data, SimulatedConfig) else f"data.path '{data.path}'"
     if isinstance(data, SimulatedConfig):
         whole = _simulated(data)
     else:
         path = _file(data.path)
-        whole = _of_arrays(_read(path), f"data.path '{path}'", model)
+        whole = _of_arrays(_read(path), where, model)
     found = whole if split == "all" else whole.select(hold_out(len(whole), data.eval_fraction, split))
     mask, _ = split_padded(found.context)
     if mask is not None and not np.any(mask):
         raise ValueError(
-            f"'mask' in data.path '{data.path}' is False everywhere in the split '{split}'; set it to True for the "
-            "rows that exist."
+            f"'mask' in {where} is False everywhere in the split '{split}'; set it to True for the rows that exist."
         )
     return found
 

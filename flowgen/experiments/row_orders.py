@@ -13,8 +13,8 @@ from flowgen.conditioning import split_padded
 from flowgen.rows import batch_rows
 
 
-def with_rows_shuffled(batch: Batch, key: Key[Array, ""]) -> Batch:
-    """Returns a batch in which the existing rows of each sample are in a random order. Padding stays where it is.
+def with_rows_shuffled(batch: Batch, key: Key[Array, ""]) -> Any:
+    """Returns a `Batch` in which the existing rows of each sample are in a random order. Padding stays where it is.
 
     The order depends on the key of the sample's row in the whole batch, and so not on the number of devices. The batch
     gets another key for other purposes.
@@ -23,9 +23,10 @@ def with_rows_shuffled(batch: Batch, key: Key[Array, ""]) -> Batch:
         loss, metrics = objective(variables, with_rows_shuffled(batch, key), key)
     """
     mask, _ = split_padded(batch.context)
-    exists = jnp.ones(batch.x.shape[:2], bool) if mask is None else jnp.asarray(mask)
+    x = jnp.asarray(batch.x)
+    exists = jnp.ones(x.shape[:2], bool) if mask is None else jnp.asarray(mask)
     order_rows, rows = batch_rows(batch, key, batch.size).split(2)
-    return batch._replace(x=order_rows.draw(_shuffled, batch.x, exists), rows=rows)
+    return batch._replace(x=order_rows.draw(_shuffled, x, exists), rows=rows)
 
 
 def _shuffled(key: Any, x: Float[Array, "b n c"], exists: Bool[Array, "b n"]) -> Float[Array, "b n c"]:
