@@ -28,7 +28,7 @@ def number_plot(
     are drawn as lines, with one plot for each of the first eight channels.
 
     mask: which rows of padded samples are not padding. reference: other vectors to draw behind the samples, such as
-    samples of the exact posterior.
+    reference samples of the posterior.
 
     Raises ModuleNotFoundError if matplotlib is missing.
 
@@ -44,7 +44,7 @@ def number_plot(
 
 
 def _pairs_plot(samples: np.ndarray, reference: np.ndarray | None) -> np.ndarray:
-    layers = [("exact", reference, _DATA)] if reference is not None else []
+    layers = [("reference", reference, _DATA)] if reference is not None else []
     layers = [*layers, ("sample", samples, _SAMPLE)]
     count = min(samples.shape[1], MOST_ENTRIES)
     if count == 2:

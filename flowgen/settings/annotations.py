@@ -157,4 +157,5 @@ def _names_of(annotation: Any) -> tuple[Any, ...]:
 
 
 def _plural(annotation: Any, count: int | str = "") -> str:
-    return f"{count} {describe(annotation).removeprefix('an ').removeprefix('a ')}s".lstrip()
+    noun, of, rest = describe(annotation).removeprefix("an ").removeprefix("a ").partition(" of ")
+    return f"{count} {noun}s{of}{rest}".lstrip()
