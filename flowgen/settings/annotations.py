@@ -157,4 +157,9 @@ def _names_of(annotation: Any) -> tuple[Any, ...]:
 
 
 def _plural(annotation: Any, count: int | str = "") -> str:
-    return f"{count} {describe(annotation).removeprefix('an ').removeprefix('a ')}s".lstrip()
+    """Returns the items of a tuple in words: "2 integers", "1 integer", "numbers or none"."""
+    *kinds, last = members(annotation)
+    if kinds:
+        return " or ".join(dict.fromkeys(_plural(kind, count) for kind in (*kinds, last)))
+    name = describe(annotation).removeprefix("an ").removeprefix("a ")
+    return f"{count} {name}{'' if count == 1 or annotation is type(None) else 's'}".lstrip()
