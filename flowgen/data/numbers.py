@@ -13,8 +13,9 @@ import numpy as np
 from jaxtyping import Bool, Float, Int
 
 from flowgen.batch import Batch
-from flowgen.conditioning import UNCONDITIONAL, ContextTokens, Padded
+from flowgen.conditioning import UNCONDITIONAL, ContextTokens, Padded, split_padded
 from flowgen.contexts import Context, ImageContext, TokenContext
+from flowgen.data.bounds import Bounds, bounds_of, check_bounds, within_bounds
 from flowgen.data.bucket_files import bucket_file
 from flowgen.data.dataset import Split, hold_out
 from flowgen.data.stored import StoredFile
@@ -40,6 +41,11 @@ class NumbersConfig:
 
     path: the .npz file, or its URL.
     eval_fraction: fraction of the samples held out for evaluation; with 0, none are held out.
+    low, high: bounds of x, such as those of a uniform prior: one number, or one per channel of x (an entry of a vector,
+    or an index of the last axis); none for no bound. All values of x, and all samples of the flow, are between them.
+    Values on one of two bounds are moved inside by 2^-24 of the distance between the bounds.
+
+    Raises ValueError unless low is below high, with as many entries.
 
     Example:
         data = NumbersConfig(path="measurements.npz")
@@ -47,6 +53,11 @@ class NumbersConfig:
 
     path: str = ""
     eval_fraction: ProperFraction = 0.1
+    low: Bounds = None
+    high: Bounds = None
+
+    def __post_init__(self):
+        check_bounds(self.low, self.high)
 
 
 @config
@@ -120,6 +131,10 @@ def load_numbers(data: NumbersConfig | SimulatedConfig, model: Any, split: Split
     else:
         path = _file(data.path)
         whole = _of_arrays(_read(path), f"data.path '{path}'", model)
+        if data.low is not None or data.high is not None:
+            mask, (low, high) = split_padded(whole.context)[0], bounds_of(data.low, data.high, model.shape[-1])
+            mask = None if mask is None else np.asarray(mask)
+            whole = dataclasses.replace(whole, x=within_bounds(whole.x, mask, low, high, f"data.path '{path}'"))
     return whole if split == "all" else whole.select(hold_out(len(whole), data.eval_fraction, split))
 
 

@@ -35,11 +35,12 @@ WORDS = {"true": True, "false": False, "none": None, "null": None}
 def override(config: T, arguments: Sequence[str]) -> T:
     """Returns a copy of `config` with the fields set by `--group.field value` or `--group.field=value` arguments.
 
-    A value is a number, true, false, none, a tuple such as (8, 12) or [8, 12], or plain text. A single number is also
-    a tuple of one number, where the field needs one. If a group can have several types, give the name of one as its value. The group gets the defaults of this type before its fields are
-    set. If a group is None, setting one of its fields first creates the group with its defaults. For a user-defined
-    object, write "package.module:object"; the module is then imported. The fields of a user-defined frozen dataclass,
-    and the entries of a dict, are set in the same way as the fields of a group.
+    A value is a number, true, false, none, a tuple such as (8, 12) or [8, 12], or plain text. If a field needs a tuple,
+    a single number is a tuple of one number. If a group can have several types, give the name of one as its value. The
+    group gets the defaults of this type before its fields are set. If a group is None, setting one of its fields first
+    creates the group with its defaults. For a user-defined object, write "package.module:object"; the module is then
+    imported. The fields of a user-defined frozen dataclass, and the entries of a dict, are set in the same way as the
+    fields of a group.
 
     Raises:
         ValueError: a field is unknown, or a value is missing or does not fit. If a field is unknown, the
