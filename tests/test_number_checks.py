@@ -1,4 +1,4 @@
-"""Samples and contexts of flows of numbers in the units of the data: their bounds, their shapes, and what is refused."""
+"""Samples and contexts of flows of numbers, in the units of the data: bounds, shapes, and what is refused."""
 
 import dataclasses
 
@@ -30,7 +30,10 @@ def floats(*shape):
     return np.random.default_rng(0).normal(size=shape).astype(np.float32)
 
 
-def experiment_of(model, data=NumbersConfig("own.npz"), **fields):
+OWN = NumbersConfig("own.npz")
+
+
+def experiment_of(model, data=OWN, **fields):
     return TokenFlowExperiment(name="own", model=TokenFlowConfig(**model, **TINY), data=data, **fields)
 
 
@@ -113,9 +116,13 @@ def test_bounds_ignore_the_padding_of_sets(tmp_path):
 )
 def test_bounds_that_do_not_fit_are_refused(bounds, words, tmp_path):
     np.savez(tmp_path / "own.npz", x=np.float32([[1, 0], [3, 1]]))
-    with pytest.raises(ValueError, match=words) as error:
+
+    def load():
         data = NumbersConfig(str(tmp_path / "own.npz"), **bounds)
         load_numbers(data, experiment_of({"shape": (2,)}, data).model, "all")
+
+    with pytest.raises(ValueError, match=words) as error:
+        load()
     one_sentence(error)
 
 
