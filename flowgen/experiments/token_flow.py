@@ -33,7 +33,7 @@ from flowgen.experiments.experiment import Experiment, Rehearsal, Samples, Sampl
 from flowgen.experiments.images import tell_repeats
 from flowgen.experiments.likelihoods import check_computed
 from flowgen.experiments.number_checks import batch_context, check_finite_samples
-from flowgen.experiments.number_plots import number_plot
+from flowgen.experiments.number_plots import number_plot, observation_title
 from flowgen.experiments.posteriors import check_observations, evaluate_calibration, evaluate_observations
 from flowgen.experiments.token_options import TokenDrawOptions, TokenEvaluateOptions, TokenSamplingConfig
 from flowgen.experiments.units import (
@@ -262,7 +262,9 @@ class TokenFlowExperiment(Experiment):
             num = min(len(samples.arrays), 10_000)
             key = jax.random.key(self.train.seed)
             reference = np.asarray(self.data.simulator.reference_samples(key, num, sampling.observation))
-        return number_plot(samples.arrays, samples.conditions.get("mask"), reference)
+        given = self.model.context is not None or self.model.padded
+        title = observation_title(sampling, isinstance(self.data, NumbersConfig)) if given else ""
+        return number_plot(samples.arrays, samples.conditions.get("mask"), reference, title)
 
     def evaluate(self, model: Any, variables: Any, options: TokenEvaluateOptions) -> Evaluation:
         """Returns the likelihood of a split and, if the flow models vectors given a context, tests of its samples.
