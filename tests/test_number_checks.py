@@ -1,7 +1,5 @@
 """Samples and contexts of flows of numbers, in the units of the data: bounds, shapes, and what is refused."""
 
-import dataclasses
-
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -15,6 +13,7 @@ from flowgen.contexts import ImageContext, TokenContext, VectorContext
 from flowgen.data import NumbersConfig, load_numbers
 from flowgen.experiments import TokenFlowExperiment, TokenSamplingConfig
 from flowgen.experiments.number_checks import batch_context
+from flowgen.experiments.number_plots import number_plot, observation_title
 from flowgen.experiments.units import blank_units, measured_units
 from flowgen.flows import TokenFlowConfig
 from flowgen.nn import init
@@ -66,7 +65,7 @@ def test_densities_integrate_to_one_within_the_bounds_of_a_file(tmp_path):
     x = np.random.default_rng(0).uniform(2, 5, size=(200, 1)).astype(np.float32)
     x[:2] = [[2], [5]]  # Rounding may put samples of a prior on its bounds.
     np.savez(tmp_path / "own.npz", x=x)
-    data = NumbersConfig(str(tmp_path / "own.npz"), low=2, high=(5,))
+    data = NumbersConfig(str(tmp_path / "own.npz"), low=2.0, high=(5.0,))
     experiment = experiment_of({"shape": (1,), "mixture": MixtureMap(components=3)}, data)
     flow, variables = variables_of(experiment, **measured_units(experiment.dataset("train"), experiment.box))
     side = 6000
@@ -92,7 +91,7 @@ def test_bounds_ignore_the_padding_of_sets(tmp_path):
         experiment.log_prob(flow, variables, np.where(mask[:, :, None], x, 7), Padded(mask)), log_prob, NETWORK
     )
     assert np.isfinite(log_prob).all()
-    batch = dataclasses.replace(experiment.dataset("all"))[np.arange(8)]
+    batch = experiment.dataset("all")[np.arange(8)]
     slopes = jax.grad(lambda v: experiment.objective(flow)({**v, **units}, batch, jax.random.key(0))[0])(
         {"params": variables["params"]}
     )
@@ -203,3 +202,15 @@ def test_samples_that_are_not_finite_are_refused():
     experiment = experiment_of({"shape": (2,)})
     with pytest.raises(ValueError, match=r"x has 1 values that are not finite, the first at index \(1, 0\)"):
         experiment.log_prob(experiment.build(), {}, np.float32([[0, 0], [np.inf, 0]]))
+
+
+def test_plots_name_their_observation():
+    model = TokenFlowConfig(**VECTOR, **TINY)
+    title = observation_title(TokenSamplingConfig(context=(0.5, -1.0, 2.0, 3.0)), model, of_file=True)
+    assert title == "context 0.5, -1, 2, 3"
+    assert observation_title(TokenSamplingConfig(observation=2), model, of_file=True) == "context of sample 2"
+    assert observation_title(TokenSamplingConfig(observation=2), model, of_file=False) == "observation 2"
+    assert observation_title(TokenSamplingConfig(), TokenFlowConfig(shape=(2,), **TINY), of_file=True) == ""
+    plain, titled = (number_plot(floats(20, 3), title=given) for given in ("", title))
+    assert plain.shape == titled.shape == (600, 600, 3)
+    assert not np.array_equal(plain, titled)

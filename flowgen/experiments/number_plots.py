@@ -27,8 +27,8 @@ def number_plot(
 
     Vectors of two entries, and sequences and sets with two channels, are drawn as points in the plane. Longer vectors
     are drawn as scatter plots of all pairs of the first eight entries, with histograms on the diagonal. Other sequences
-    are drawn as lines, with one plot for each of the first eight channels. Axes are named after the entries of vectors, or
-    the channels of sequences, which are counted from 0.
+    are drawn as lines, with one plot for each of the first eight channels. Axes are named after the entries of vectors
+    or the channels of sequences, which are counted from 0.
 
     mask: which rows of padded samples are not padding. reference: other vectors to draw behind the samples, such as
     samples of the exact posterior. title: a title, such as that of `observation_title`; "" for none.
@@ -46,14 +46,17 @@ def number_plot(
     return _pairs_plot(samples, reference, "entry", title)
 
 
-def observation_title(sampling: Any, of_file: bool) -> str:
-    """Returns the title of a plot of samples that have a context: the context itself, or where it is from.
+def observation_title(sampling: Any, model: Any, *, of_file: bool) -> str:
+    """Returns the title of a plot of samples: their context, or where it is from; "" if the model has no context.
 
-    sampling: a `TokenSamplingConfig`. of_file: whether the contexts are from a file, not from a simulator.
+    sampling: a `TokenSamplingConfig`. model: the config of the flow. of_file: whether the contexts are from a file, not
+    from a simulator.
 
     Example:
-        title = observation_title(TokenSamplingConfig(context=(0.1, 0.2)), of_file=True)  # "context 0.1, 0.2"
+        title = observation_title(TokenSamplingConfig(context=(0.1, 0.2)), model, of_file=True)  # "context 0.1, 0.2"
     """
+    if model.context is None and not model.padded:
+        return ""
     if not sampling.context:
         return f"{'context of sample' if of_file else 'observation'} {sampling.observation}"
     entries = [f"{entry:g}" for entry in sampling.context[:MOST_NAMED]]

@@ -126,10 +126,7 @@ class TokenFlowExperiment(Experiment):
 
     @property
     def box(self) -> Box | None:
-        """The transform from bounded samples to unbounded numbers; None if they have no bounds.
-
-        The bounds are those of the simulator's prior, or `data.low` and `data.high`.
-        """
+        """The transform of samples within the prior's bounds, or `data.low` and `data.high`, to unbounded numbers."""
         return box_of(self.data, self.model)
 
     def dataset(self, split: Split) -> NumbersDataset:
@@ -262,8 +259,7 @@ class TokenFlowExperiment(Experiment):
             num = min(len(samples.arrays), 10_000)
             key = jax.random.key(self.train.seed)
             reference = np.asarray(self.data.simulator.reference_samples(key, num, sampling.observation))
-        given = self.model.context is not None or self.model.padded
-        title = observation_title(sampling, isinstance(self.data, NumbersConfig)) if given else ""
+        title = observation_title(sampling, self.model, of_file=isinstance(self.data, NumbersConfig))
         return number_plot(samples.arrays, samples.conditions.get("mask"), reference, title)
 
     def evaluate(self, model: Any, variables: Any, options: TokenEvaluateOptions) -> Evaluation:
