@@ -41,11 +41,12 @@ class NumbersConfig:
 
     path: the .npz file, or its URL.
     eval_fraction: fraction of the samples held out for evaluation; with 0, none are held out.
-    low, high: bounds of x, such as those of a uniform prior: one number, or one per channel of x (an entry of a vector,
-    or an index of the last axis); none for no bound. All values of x, and all samples of the flow, are between them.
-    Values on one of two bounds are moved inside by 2^-24 of the distance between the bounds.
+    low: lower bound of x, such as that of a uniform prior: one number, or one per channel of x (an entry of a vector, or
+    an index of the last axis); none for no bound. All samples of the flow are within the bounds.
+    high: upper bound of x, like low. If a channel has two bounds, values on a bound are moved inside by 2^-24 of the
+    distance between them.
 
-    Raises ValueError unless low is below high, with as many entries.
+    Raises ValueError unless low is below high and tuples have equal lengths.
 
     Example:
         data = NumbersConfig(path="measurements.npz")

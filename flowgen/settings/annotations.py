@@ -162,4 +162,4 @@ def _plural(annotation: Any, count: int | str = "") -> str:
     if kinds:
         return " or ".join(dict.fromkeys(_plural(kind, count) for kind in (*kinds, last)))
     name = describe(annotation).removeprefix("an ").removeprefix("a ")
-    return f"{count} {name}{'' if count == 1 or annotation is type(None) else 's'}".lstrip()
+    return f"{count} {name}{'' if count == 1 or annotation in (bool, type(None)) else 's'}".lstrip()
