@@ -8,6 +8,7 @@ python benchmarks/matching_images.py --runs runs/{cfm,otcfm,wcfm,wcfm_digits_nal
 
 import argparse
 import dataclasses
+import itertools
 import os
 import time
 from functools import partial
@@ -36,6 +37,7 @@ def main() -> None:
     parser.add_argument("--out", type=Path, required=True, help="JSON file to write")
     parser.add_argument("--figure", type=Path, required=True, help="PNG to write: a row for each run and number")
     parser.add_argument("--evaluations", type=int, nargs="+", default=EVALUATIONS, help="evaluations of the network")
+    parser.add_argument("--guidance", type=float, nargs="+", help="scales of guidance (default: that of each config)")
     arguments = parser.parse_args()
     runs = [checkpoint.load(path) for path in arguments.runs]
     train, data = runs[0][2].dataset("train"), runs[0][2].dataset("all")
@@ -44,10 +46,12 @@ def main() -> None:
     where = measure.environment(len(os.sched_getaffinity(0)), None)
     rows, drawn, names = [], [], []
     for path, (network, variables, experiment) in zip(arguments.runs, runs, strict=True):
-        for evaluations in arguments.evaluations:
+        scales = arguments.guidance or [experiment.sampling.guidance]
+        for guidance, evaluations in itertools.product(scales, arguments.evaluations):
             one_step = experiment.sampling.method == "mean_flow"
             sampling = dataclasses.replace(
                 experiment.sampling,
+                guidance=guidance,
                 method="mean_flow" if one_step else "heun",
                 num_steps=evaluations if one_step else evaluations // 2,
             )
@@ -62,7 +66,7 @@ def main() -> None:
             labels = np.arange(2 * CLASSES) % CLASSES
             images, _ = draw(jax.random.key(0), np.arange(len(labels)), labels)
             drawn.append(images)
-            names.append(f"{experiment.name}, {evaluations}")
+            names.append(f"{experiment.name}, {evaluations}" + (f", {guidance:g}" if arguments.guidance else ""))
             rows.append(
                 {
                     "run": path.name,
@@ -81,7 +85,7 @@ def main() -> None:
                 }
             )
             line = ", ".join(f"{name} {value:.3f}" for name, value in metrics.items())
-            print(f"{path.name:16s} {evaluations:3d} evaluations: {line}")
+            print(f"{path.name:16s} {evaluations:3d} evaluations, guidance {guidance:g}: {line}")
     measure.save(arguments.out, rows)
     grid = image_grid(to_uint8(np.concatenate(drawn)), columns=2 * CLASSES, scale=SCALE)
     save_image(arguments.figure, with_row_names(grid, names))

@@ -1,7 +1,10 @@
 """Fits a flow to the many-well energy by reverse KL, without data, and compares its log Z with the exact value.
 
     python examples/many_well.py
-    python examples/many_well.py --dim 32 --steps 4000 --width 64
+    python examples/many_well.py --dim 32 --steps 3000 --samples 10000
+
+Reverse KL alone finds only some of the modes. The flow therefore learns p^β, where β grows from 0.05 to 1 during the
+first half of the steps: p^0.05 has no barriers between its modes.
 
 All training steps are compiled into one program. The report contains the error of log Z and two effective sample sizes:
 of the flow's samples and of exact samples. Both should be near 1. The latter is small if the flow has missed a mode.
@@ -16,12 +19,15 @@ from functools import partial
 from typing import Any, NamedTuple
 
 import jax
+import jax.numpy as jnp
 import optax
 
 import flowgen
 from flowgen import inference
 from flowgen.flows import TokenFlow, TokenFlowConfig
 from flowgen.transforms import MixtureMap
+
+FIRST_BETA = 0.05
 
 
 class Result(NamedTuple):
@@ -62,16 +68,22 @@ def train(
         optax.clip_by_global_norm(1.0), optax.adam(optax.cosine_decay_schedule(learning_rate, steps))
     )
 
-    def step(state, key):
-        params, moments = state
-        slope, metrics = jax.grad(
-            lambda params: inference.reverse_kl(flow, params, key, batch, target.log_density, plan="sequential"),
-            has_aux=True,
-        )(params)
+    def step(state, at):
+        (params, moments), (key, beta) = state, at
+
+        def loss(params):
+            return inference.reverse_kl(
+                flow, params, key, batch, lambda x: beta * target.log_density(x), plan="sequential"
+            )
+
+        slope, metrics = jax.grad(loss, has_aux=True)(params)
         updates, moments = optimizer.update(slope, moments)
         return (optax.apply_updates(params, updates), moments), metrics["loss"]
 
-    (params, _), losses = jax.lax.scan(step, (params, optimizer.init(params)), jax.random.split(key, steps))
+    tempered = steps // 2
+    betas = jnp.concatenate([jnp.geomspace(FIRST_BETA, 1, tempered), jnp.ones(steps - tempered)])
+    at = (jax.random.split(key, steps), betas)
+    (params, _), losses = jax.lax.scan(step, (params, optimizer.init(params)), at)
     return params, losses
 
 

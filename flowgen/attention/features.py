@@ -34,6 +34,8 @@ class FeatureMap(ByFields):
     Features must be nonnegative, so that the normaliser is positive. A map that depends on positions must set `rotary`
     or `max_length`. Two maps are equal if their fields are equal. A map can be pickled if its functions can.
 
+    query: the function for queries.
+    key: the function for keys.
     query_scale: a function of q that returns the factors `b n h` by which the map multiplies the features of queries to
     prevent underflow; None means no factors. Linear attention multiplies eps by the same factors, so they cancel.
     rotary: a table of the angles by which features are rotated in the numerator, but not in the normaliser.

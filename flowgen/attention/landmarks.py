@@ -49,7 +49,7 @@ def gaussian_landmark_attention(
     """Returns a form of SOFT that can be causal: linear attention with features given by fixed landmarks.
 
     If whiten is False, the function uses the positive features of `gaussian_landmark_map` and normalises as usual. If a
-    token is far from every landmark (|x - l| above 13 k^¼), its features underflow to 0, and its output is 0.
+    token is far from every landmark (|x - l| above about 13 k^¼), its features underflow to 0, and its output is 0.
 
     If whiten is True, the function uses the Nyström kernel K(q, L) (K(L, L) + ridge)⁻¹ K(L, k). This kernel may be
     negative, so the outputs are not normalised; models usually apply a normalisation layer to each head afterwards.

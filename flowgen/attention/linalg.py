@@ -89,10 +89,10 @@ def newton_inverse(
     """Returns SOFT's Newton-Raphson inverse of B = A + ridge I, for symmetric A with entries >= 0.
 
     The iteration X <- 2X - X B X starts from X = alpha B, with one alpha per matrix. This alpha is 1.8 / (largest row
-    sum of A)², or less if the ridge is so large that the iteration would diverge. In the result, an
-    eigenvalue w of B becomes (1 - (1 - alpha w²)^(2^iterations)) / w. With the default number of iterations, this is
-    close to 1/w only if w exceeds about a thousandth of the largest eigenvalue. In forward and reverse mode, the
-    derivative is the closed form dX = -X dA X, which is exact only if the iteration has converged.
+    sum of A)², or less if the ridge is so large that the iteration would diverge. In the result, an eigenvalue w of B
+    becomes (1 - (1 - alpha w²)^(2^iterations)) / w. With the default number of iterations, this is close to 1/w only if
+    w exceeds about a thousandth of the largest eigenvalue. In forward and reverse mode, the derivative is the closed
+    form dX = -X dA X, which is exact only if the iteration has converged.
     """
     largest = jax.lax.stop_gradient(a).sum(axis=-1, keepdims=True).max(axis=-2, keepdims=True)
     # The iteration diverges for alpha >= 2 / |B|². With 1.8 / largest² alone, this would happen for A near I and
@@ -109,7 +109,7 @@ def released_softpp_inverse(
 
     The *whole batch and all heads* share one alpha = 2 / (largest row sum)². This alpha is halved, at most 10 times,
     while the largest column sum of |I - alpha A²| in the batch exceeds 1.01. Use this function only to reproduce
-    published checkpoints. Its derivative is computed by automatic differentiation.
+    published checkpoints. The derivative is computed by automatic differentiation.
     """
     square = jnp.matmul(a, a, precision=HIGHEST)
     eye = jnp.broadcast_to(jnp.eye(a.shape[-1], dtype=a.dtype), a.shape)

@@ -95,8 +95,9 @@ def linear_attention(
 
     mask: True for keys to keep; its shape must broadcast to `b h n m`. With a key mask (query axis of length 1), the
     cost is linear in the number of tokens. Outside jit, this also holds for the product of a query mask and a key mask
-    (and, if is_causal, the causal mask). Inside jit, first convert such a product with `own_keys`. With other masks,
-    the cost is quadratic, and at most 4096 x 4096 weights are allowed.
+    (and, if is_causal, the causal mask). Inside jit, first convert such a product to a key mask, with `own_keys` if it
+    keeps the same tokens as queries and as keys. With other masks, the cost is quadratic, and at most 4096 x 4096
+    query-key pairs are allowed.
     is_causal: whether query i attends only to keys 0..i; a `Causal` can make attention block-causal.
     segment_ids: tokens attend to each other only if their ids are equal; equal ids must be contiguous.
     eps: added to the normaliser.
@@ -291,8 +292,8 @@ def prefill(
 ) -> tuple[Float[Array, "b n h d"], LinearState]:
     """Returns the causal attention of tokens that continue the sequence after `state`, and the state after them.
 
-    mask: a key mask `b 1 1 n`, True for tokens to keep; any other mask raises ValueError. Prompts may be padded on
-    either side: each sample continues after its last kept token.
+    mask: a key mask (query axis of length 1), True for tokens to keep; any other mask raises ValueError. Prompts may be
+    padded on either side: each sample continues after its last kept token.
 
     Example:
         out, state = prefill(q, k, v, "nala")

@@ -14,8 +14,8 @@ def own_keys(mask: Bool[Array, "#b #h n n"]) -> Bool[Array, "#b #h 1 n"]:
     """Returns the key mask equivalent to a query-key mask that keeps the same tokens as queries and as keys.
 
     An example of such a mask is Flax's `make_attention_mask(valid, valid)`. Masks that keep all queries also work. Both
-    kinds may be combined with `make_causal_mask` if you also set `is_causal`.
-    Raises ValueError unless there are as many queries as keys.
+    kinds may be combined with `make_causal_mask` if you also set `is_causal`. Raises ValueError unless there are as
+    many queries as keys.
 
     Example:
         y = nala_attention(q, k, v, own_keys(mask != 0), is_causal=True)

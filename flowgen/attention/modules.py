@@ -45,7 +45,7 @@ class LinearAttention(nn.Module):
 
     width: width of the output, divisible by num_heads.
     num_kv_heads: number of key heads, each shared by several query heads; None means num_heads.
-    is_causal: True or a `Causal` for causal attention. Decoding requires causal attention.
+    is_causal: True or a `Causal` for causal attention. Decoding requires causal attention with block_size 1.
 
     Example:
         y = LinearAttention(width=256, num_heads=8, kernel="focused", is_causal=True).apply(params, x)
@@ -82,7 +82,10 @@ class LinearAttention(nn.Module):
         return self.proj(kernel(self.kernel).attend(q, k, v, **options))
 
     def init_state(self, batch: int) -> State:
-        """Returns the decoding state before the first token; raises ValueError unless is_causal is True."""
+        """Returns the decoding state before the first token.
+
+        Raises ValueError unless attention is causal token by token.
+        """
         check_decodes(self.is_causal)
         head_dim = head_width(self.width, self.num_heads)
         dtype = self.dtype or jnp.float32
@@ -93,7 +96,7 @@ class LinearAttention(nn.Module):
     ) -> tuple[Float[Array, "b n width"], State]:
         """Returns the outputs of tokens that continue the sequence after `state`, and the state after them.
 
-        Raises ValueError unless is_causal is True.
+        Raises ValueError unless attention is causal token by token.
         """
         check_decodes(self.is_causal)
         out, state = kernel(self.kernel).prefill(self.query(x), self.key(x), self.value(x), state=state, mask=mask)
@@ -165,7 +168,10 @@ class NaLaAttention(nn.Module):
     ) -> Float[Array, "b n width"]:
         """Returns the layer's output. grid: (height, width) of the tokens in row-major order, or None if causal.
 
-        mask: a key mask, `b 1 1 n`. Raises ValueError if the grid is missing or does not match the number of tokens.
+        mask: a key mask, `b 1 1 n`.
+
+        Raises ValueError if a causal layer gets a grid, or if `conv` or `rotary` requires a grid and it is missing or
+        does not match the number of tokens.
         """
         if self.is_causal:
             if grid is not None:
@@ -288,8 +294,8 @@ class SOFTAttention(nn.Module):
     ) -> Float[Array, "b n width"]:
         """Returns the layer's output. grid: (height, width) of the tokens in row-major order; convolutions require it.
 
-        mask: a key mask, `b 1 1 n`; it must be None if landmarks are convolved. Raises ValueError if the grid is
-        missing or does not match the number of tokens.
+        mask: a key mask, `b 1 1 n`; it must be None if landmarks are convolved. Raises ValueError if a required
+        grid is missing, or if the grid does not match the number of tokens.
         """
 
         def heads(y):

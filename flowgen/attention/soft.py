@@ -6,7 +6,7 @@ landmarks L, P_q = K(q, L) and P_k = K(k, L), the output is
     Ŝ v = P_q (A + ridge I)⁻¹ P_kᵀ v                                                     (SOFT)
     Ŝ v = P_q D^-½ (A + ridge I)⁻¹ D^-½ P_kᵀ v,   D = diag(row sums of A)                (SOFT++, "symmetric")
 
-The cost per head is O(n l (k + d) + l³). Samples and heads do not affect each other, except in
+The cost per sample and head is O(n l (k + d) + l³). Samples and heads do not affect each other, except in
 `released_softpp_inverse`.
 """
 
@@ -106,8 +106,8 @@ def landmark_cells(grid: Pair, num_landmarks: int | Pair) -> Pair:
     """Returns the number of rows and columns of landmark cells on a (height, width) grid of tokens.
 
     num_landmarks: a pair (rows, columns), or the maximum number m of cells. For m, the cells are as square as possible:
-    rows = round(√(m height / width)) and columns = m // rows. Rows and columns are capped at the grid's height and
-    width.
+    rows = round(√(m height / width)), capped at the grid's height, and then columns = m // rows, capped at its width. A
+    pair is capped in the same way.
     """
     height, width = grid
     if isinstance(num_landmarks, tuple):
@@ -323,15 +323,16 @@ def soft_attention(
     grid: (height, width) of the keys in row-major order. If it is given, each landmark is the mean of a cell of the
     grid; `landmark_cells` computes the cells from num_landmarks.
     landmarks: points in the space of k, used instead of pooled landmarks.
-    mask: True for keys to keep, `b m` or `b 1 1 m`; other keys have no effect.
+    mask: True for keys to keep, `b m` or `b 1 1 m`; other keys have no effect. Outside jit, the product of a query mask
+    and a key mask is also allowed; masked queries then have output 0.
     ridge: added to the diagonal of A.
     solver: "newton" is the paper's Newton-Raphson iteration, with a closed-form derivative (see `newton_inverse`).
     "cholesky" is exact. "newton_released" is the solver of the published SOFT++, with which the samples of a batch
-    affect each other.
+    affect each other; it requires ridge=0.0.
     normalize: None means no normalisation, as in SOFT, so a row of Ŝ may sum to as much as m. "symmetric" is SOFT++'s
     normalisation. "row" makes every row sum to 1.
 
-    Raises ValueError if is_causal is True, if the mask differs between queries, or if shapes or options are invalid.
+    Raises ValueError if is_causal is True, or if the mask, shapes or options are invalid.
 
     Example:
         out = soft_attention(q, q, v, num_landmarks=49, grid=(14, 14), solver="cholesky")

@@ -106,7 +106,7 @@ def _check_sizes(config: FlowConfig) -> None:
 def _features(
     noise: Float[Array, "b n c"], cond: Condition | None, labels: int, dims: int
 ) -> Float[Array, "b_and_frames features"]:
-    """The one-hot label, whose last feature means "none", followed by the noise; one row per frame."""
+    """The one-hot label, whose last feature means "none", and the noise; one row per sequence that the block maps."""
     rows = noise.reshape(-1, dims)
     cond = None if isinstance(cond, tuple) else cond
     label = class_one_hot(cond, labels - 1, len(noise), noise.dtype)

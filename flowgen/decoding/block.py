@@ -165,11 +165,11 @@ class GuidedBlock:
         return Affine(*self.guidance.combine(conditional, unconditional, progress[:, :, None])), window
 
     def _of_branches(self, x: Any) -> Any:
-        """Repeats an array with one row per sample for both branches of guidance; returns anything else unchanged."""
+        """With guidance, repeats an array with one row per sample for both branches; otherwise, returns x unchanged."""
         return x if self.guidance is None or x is None or not jnp.ndim(x) else jnp.concatenate([x, x])
 
     def _with_both_conditions(self) -> GuidedBlock:
-        """The block with the conditions of both guidance branches, conditional first; unchanged without guidance."""
+        """The block; with guidance, its condition becomes those of both branches, the conditional branch first."""
         if self.guidance is None or self.cond is None:
             return self
         null = unconditional(self.cond, self.guidance.null)

@@ -9,14 +9,15 @@ all tokens of a block, x* its solution, and r = F(x) - x. With J = ∂F/∂x, to
 An error dz in the block's noise, which was itself decoded, adds (I - J)⁻¹ ∂F/∂z dz. The series has at most n terms,
 because J is strictly triangular over the n tokens, but the terms can grow at first. Therefore:
 
-* At most MAX_PRODUCTS terms are computed. Let q be the larger of the last two ratios of successive terms, in the max
-  norm. The omitted terms are estimated by a geometric series with ratio q, whose sum is |last term| · q / (1 - q). One
-  ratio is not enough: it is too small if the largest part of r belongs to the last token, which affects no other token.
-* Relative to the computed sums, the omitted terms of all blocks may add up to at most a third. They are included in the
-  estimate.
-  If later ratios are not larger than q, the estimate is between 1 and 2 times the first-order error.
+* At most MAX_PRODUCTS products with J are computed. Let q be the larger of the last two ratios of successive terms, in
+  the max norm. The omitted terms are estimated by a geometric series with ratio q, whose sum is
+  |last term| · q / (1 - q). The first ratio alone is not enough: it is too small if the largest part of r belongs to
+  the last token, which affects no other token.
+* Relative to the computed sums, the omitted terms of all blocks and segments may add up to at most a third. They are
+  included in the estimate. If later ratios are not larger than q, the estimate is between 1 and 2 times the first-order
+  error.
 * r has rounding errors, so ε |x| is added to its magnitude, where ε is the machine epsilon.
-* If the omitted terms are still too large after MAX_PRODUCTS terms, the estimate is infinite. An example is a long
+* If the omitted terms are still too large after MAX_PRODUCTS products, the estimate is infinite. An example is a long
   chain x_t = 3 x_{t-1} + z_t, whose terms triple until they reach the last token.
 """
 

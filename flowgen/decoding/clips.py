@@ -29,10 +29,10 @@ class Clip:
     frames: number of frames per clip; None means F. Longer clips are continued by restarts, each of which begins with
     the latest frames and decodes more.
     given: the clip's first frames, with the training noise added; only the denoising step changes them.
-    context: number of these latest frames; None means 3/4 of F, rounded.
+    context: number of latest frames with which each restart begins; None means 3/4 of F, rounded.
     restart_cond: the condition for restarts, such as the text that training used for continued clips; None means the
     clip's condition.
-    progress: a function that decoding calls on the host as progress(solved, total) whenever the last block solves
+    progress: a function that decoding calls on the host as progress(solved, total) whenever the deep block solves
     tokens; `solved` is the number of tokens just solved, and `total` is the number of tokens to solve per clip. With a
     sliding window, `solved` counts the tokens of the slowest clip, and may be 0. The program does not wait for this
     call. Passing a different function causes recompilation.

@@ -78,7 +78,7 @@ def run(request: DecodeRequest) -> DecodeResult:
     """Decodes the requested images or clips. The result and its reports are sharded in the same way as the noise.
 
     If the rows of the noise are sharded over devices, each device decodes its own rows, and its token loop does not
-    wait for other devices. Raises ValueError inside a `jax.shard_map` with check_vma=True.
+    wait for other devices. Raises ValueError if an array varies over an axis of a `jax.shard_map` with check_vma=True.
     """
     check_unmapped("decoding", request)
     params = jax.tree.map(lambda x: x if isinstance(x, jax.Array) else jnp.asarray(x), request.params)

@@ -136,6 +136,8 @@ def predicted_cost(
 
     batch: number of samples. guided_blocks: the numbers of the blocks with guidance, in which a pass has two branches.
 
+    Raises ValueError if batch is not positive.
+
     Example:
         cost = predicted_cost(flow, 8, device_speed("H100 80 GB", flow.config.dtype))
         plan = tune(flow, params, x, cost=cost)

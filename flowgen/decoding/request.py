@@ -40,8 +40,8 @@ class DecodeResult(NamedTuple):
     error: with `certify`, the largest |forward(x) - z| over tokens, before denoising; otherwise None. A guided flow has
     no forward pass, so its error is the largest such difference in any single block.
     error_estimate: with `certify`, a first-order estimate of the largest difference, in data units, between x before
-    denoising and the exact solution; otherwise None. It is infinite if a block amplifies errors too much from token to
-    token; see `flowgen.decoding.certificate`.
+    denoising and the exact solution; otherwise None. It is infinite if no estimate was found, for example because a
+    block amplifies errors too much from token to token; see `flowgen.decoding.certificate`.
     """
 
     x: Float[Array, "b *event"]

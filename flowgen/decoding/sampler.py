@@ -113,8 +113,8 @@ def sample(
     frames. In `sweeps`, the deep block has the windows of all segments, one segment after another.
     draft, strict: as for `invert`. A draft cannot be combined with a clip.
 
-    Raises ValueError if cond, plan, guidance, clip or draft does not fit the flow, or if `num` is not positive, and
-    FloatingPointError if `strict` is True and a window is unsolved.
+    Raises ValueError if cond, plan, guidance, clip or draft does not fit the flow, or if `num` or `denoise` is invalid,
+    and FloatingPointError if `strict` is True and a window is unsolved.
 
     Example:
         r = sample(flow, params, jax.random.key(0), 16, labels, guidance=Guidance(scale=1.5))
@@ -147,8 +147,8 @@ def sample_and_log_prob(
     guidance, denoise: must be off, because the density of guided or denoised samples is unknown. num, plan, draft: as
     for `sample`.
 
-    Raises ValueError if cond, plan or draft does not fit the flow, if `num` is not positive, or if samples would be
-    guided or denoised.
+    Raises ValueError if cond, plan or draft does not fit the flow, if `num` is invalid, or if samples would be guided
+    or denoised.
 
     Example:
         r, log_prob = sample_and_log_prob(flow, params, jax.random.key(0), 16, labels)

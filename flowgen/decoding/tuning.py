@@ -64,7 +64,7 @@ class Measurement(NamedTuple):
     block: the block's number, counted from the data side.
     passes: number of network passes that the plan needed.
     error: largest difference between decoded and known tokens; infinite if the block overflowed.
-    seconds: predicted time, which is `passes` times the measured time of a pass.
+    seconds: predicted time, which is `passes` times the time of a pass; see `cost` of `tune`.
     """
 
     block: int
@@ -127,8 +127,8 @@ def tune(
     error of sequential decoding. A simpler plan is preferred if it is at most 5 % slower than the fastest accepted
     plan. Sequential decoding is the simplest, then `Jacobi`, then `SlidingWindow`.
 
-    Most of the time is spent on compilation, once per plan and block shape. The default windows make up to twelve plans
-    per shape, or thirteen with a draft.
+    Most of the time is spent on compilation, once per plan and block shape. With the default windows, up to twelve
+    plans are measured per block, or thirteen with a draft.
 
     x: images or clips, with the training noise, such as undenoised samples. cond: their condition.
     draft: a draft with which the best parallel plan is also measured. The time of the draft itself is not counted.
@@ -138,7 +138,7 @@ def tune(
     cost: a function (block number, plan) -> seconds per pass, such as `predicted_cost` for another device. None means
     that the time is measured.
 
-    Raises ValueError if x, cond, guidance or draft does not fit the flow.
+    Raises ValueError if x, cond, guidance or draft does not fit the flow, or if a window is not positive.
 
     Example:
         x = sample(flow, params, key, 8, plan="sequential", denoise=False).x

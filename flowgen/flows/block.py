@@ -10,9 +10,10 @@ With shift "output" (TARFlow), p_t = u_t and f = 1: the network predicts the par
 passes through unchanged, and the last token is never fed to the network. With shift "input" (STARFlow), f = 0, p_0 is a
 learned start token in data space, and p_t = u_{t-1} for t > 0, so every token is transformed.
 
-Positions are encoded either by a learned table or by rotary angles. The table has one row per position in raster order.
-The angles depend only on the place in the sequence, so they are the same for every order. The condition is either a
-class embedding, which is added to every token, or a prefix of tokens, to which all other tokens attend.
+Positions are encoded either by a learned table or by rotary angles. The table has one row per position in raster order,
+unless `slot_positions` is set. The angles depend only on the place in the sequence, so they are the same for every
+order. The condition is either a class embedding, which is added to every token, or a prefix of tokens, to which all
+other tokens attend.
 
 Padding is moved to the end of the sequence, so that no other token attends to it. The sequence then begins with the
 prefix and the tokens, both without padding, and ends with the padding of both. Padding tokens pass through unchanged.
@@ -60,7 +61,7 @@ class BlockConfig:
     """Describes one block: its tokens, their order, the scale parameterisation, the conditions and the transformer.
 
     num_classes: number of classes whose embeddings are added to the tokens; 0 for none.
-    prefix: tokens that precede the tokens of the image or clip; None for no prefix.
+    prefix: tokens that precede the tokens of the sample; None for no prefix.
     positions: rotary positions; None means a learned table.
     slot_positions: whether row i of the learned table belongs to the i-th token in the block's order. By default, row i
     belongs to the i-th token in raster order.

@@ -3,8 +3,8 @@
 A flow trained on noisy clips x̃ = x + σ ε has the score ∇ log p(x̃), and one step x̃ + σ² ∇ log p(x̃) removes the
 noise. This score is not smooth, and the score of a frame depends on all later frames. Therefore, a network s(x̃) learns
 to predict t = -σ ∇ log p(x̃), which has values of order one. The denoising step becomes x̃ - σ s(x̃). In each layer, a
-frame attends only to itself, to the `denoiser_past_frames` frames before it and to the `denoiser_lookahead_frames`
-frames after it.
+frame attends only to the prefix, to itself, to the `denoiser_past_frames` frames before it and to the
+`denoiser_lookahead_frames` frames after it.
 """
 
 from __future__ import annotations
@@ -34,8 +34,8 @@ class ClipDenoiser(OnMeshes, nn.Module):
     The kernel of the output layer is initialised to zero. The parameters are stored under "denoiser", next to the
     flow's blocks; see `denoiser_variables`.
 
-    config: the flow's config. The denoiser has `denoiser_layers` layers, with the same width, heads, condition,
-    positions and precision as the flow.
+    config: the flow's config. The denoiser has `denoiser_layers` layers of width `width`, with the same head_dim,
+    condition, positions and precision as the flow.
 
     Example:
         denoiser = ClipDenoiser(flow.config)

@@ -29,7 +29,7 @@ from flowgen.flows.orders import without_padding
 from flowgen.settings import FieldError, config, in_group
 from flowgen.settings.ranges import MAX_BLOCKS, Count, CountOrZero, Entries, Positive
 
-# A smaller error is not worth another step, because plans stop at about this change. It is added to the error.
+# The square of this error is added to the mean square error, because smaller errors are not worth another sweep.
 SOLVED = 1e-3
 # Iterates are clipped to this limit, far beyond the tokens of any block, whose variance is about 1.
 DIVERGED = 1e3
@@ -41,7 +41,7 @@ MOST_LOG_SCALE = 40.0
 class JacobiPenalty:
     """A penalty on the error that remains after a few Jacobi sweeps; see `flowgen.flows.jacobi_error`.
 
-    weight: weight of the penalty, which is added to the loss in nats per dimension; positive.
+    weight: weight of the penalty in the loss, which is in nats per dimension; positive.
     sweeps: number of sweeps after which the error is measured; each takes a forward pass of the penalised blocks.
     blocks: numbers of the penalised blocks, counted from the data side; None for all.
 

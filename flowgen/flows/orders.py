@@ -53,7 +53,7 @@ def order_without_padding(order: TokenOrder, mask: Bool[Array | np.ndarray, "b n
     """Returns each sample's permutation, which puts its tokens in a block's order and its padding last.
 
     The block's order applies to a sample of m tokens as if its padding were removed: only the entries below m of a
-    permutation are used. The result therefore does not depend on where the padding was.
+    permutation are used. The ordered tokens therefore do not depend on where the padding was.
     """
     return _without_padding(jnp.asarray(permutation(order, mask.shape[1])), jnp.asarray(mask))
 

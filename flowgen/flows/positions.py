@@ -1,8 +1,8 @@
 """Rotary angles of a block's sequence: a text prefix, whose positions have a separate axis, and then a grid of tokens.
 
-Token (i, j) of an h x w grid has position (i, j) · P / √(h w) in any token order. P is the side of the grid on which
-the model was trained, so a larger grid covers the same range. On the third axis, text token k of n has position k/n · P
-(STARFlow, arXiv 2506.06276), and frame t of a video has position t (STARFlow-V, arXiv 2511.20462).
+For an h x w grid, token i w + j in the block's order has position (i, j) · P / √(h w). P is the side of the grid on
+which the model was trained, so a larger grid covers the same range. On the third axis, text token k of n has position
+k/n · P (STARFlow, arXiv 2506.06276), and frame t of a video has position t (STARFlow-V, arXiv 2511.20462).
 """
 
 from __future__ import annotations

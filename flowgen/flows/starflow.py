@@ -251,7 +251,10 @@ class STARFlowConfig(ImageTokens):
         return softmax_shapes(self.blocks)
 
     def check_cond(self, cond: Any, batch: int) -> Condition | None:
-        """Returns labels, texts or a context as arrays, or None. Raises ValueError if cond does not fit the model."""
+        """Returns labels, texts or a context as arrays, or None.
+
+        Raises ValueError if cond does not fit the model or the batch.
+        """
         if self.text_dim:
             return check_text(cond, length=self.text_length, dim=self.text_dim, batch=batch)
         return check_condition(self, cond, batch)

@@ -122,7 +122,7 @@ class TARFlowConfig(ImageTokens):
         return softmax_shapes(self.blocks)
 
     def check_cond(self, cond: Any, batch: int) -> Condition | None:
-        """Returns labels or a context as arrays, or None. Raises ValueError if cond does not fit the model."""
+        """Returns labels or a context as arrays, or None. Raises ValueError if cond does not fit the model or batch."""
         return check_condition(self, cond, batch)
 
 

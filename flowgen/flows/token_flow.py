@@ -216,7 +216,7 @@ class TokenFlowConfig:
         return tokens.reshape(len(tokens), *self.shape)
 
     def check_cond(self, cond: Any, batch: int) -> Condition | None:
-        """Returns the condition as arrays or None. Raises ValueError if cond does not fit the model."""
+        """Returns the condition as arrays or None. Raises ValueError if cond does not fit the model or the batch."""
         if not self.padded:
             if isinstance(cond, Padded):
                 raise ValueError(

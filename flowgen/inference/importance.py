@@ -39,9 +39,9 @@ class WeightedSamples(NamedTuple):
 class WeightedEstimate(NamedTuple):
     """An estimate from weighted samples, and its standard error.
 
-    standard_error: estimated standard deviation of `value` over independent sets of samples (delta method). It is NaN
-    for a single sample. If the effective sample size is small, it is often too small, because the rare samples with the
-    largest weights are missing.
+    standard_error: estimated standard deviation of `value` over independent sets of samples (delta method); NaN for
+    a single sample. If the effective sample size is small, the standard error is often too small, because the rare
+    samples with the largest weights are missing.
     """
 
     value: Float[Array, "..."]
@@ -78,7 +78,7 @@ def log_weights(log_target: Float[Array, "*b"], log_prob: Float[Array, "*b"]) ->
     log_target: log-density of the target, up to a constant; -inf outside its support.
     log_prob: log-density of the distribution from which the samples were drawn.
 
-    Raises ValueError if the shapes differ, or if a log weight would be NaN or +inf (outside jit).
+    Raises ValueError if the shapes differ, or if log_target, log_prob or a log weight is NaN or +inf (outside jit).
 
     Example:
         log_weight = log_weights(log_target(x), log_prob)

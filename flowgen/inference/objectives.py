@@ -49,8 +49,8 @@ def reverse_kl(
     num, cond, plan: as for `flowgen.decoding.sample`.
     gradient: "total" differentiates the loss; "path" leaves out the term ∇_θ log q_θ(x) at fixed x, whose mean is 0
     (Roeder et al., arXiv 1703.09194). Both are unbiased estimates of the same gradient. With "path", the gradient of
-    each sample vanishes as the flow approaches the target. Its variance is therefore lower near the end of training,
-    but not always earlier.
+    each sample vanishes as the flow approaches the target. The variance of this gradient is therefore lower near the
+    end of training, but not always earlier.
 
     metrics: loss, elbo (-loss, a lower bound on log Z), log_normaliser (log mean w, an estimate of log Z) and ess
     (effective sample size as a share).

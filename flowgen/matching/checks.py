@@ -29,7 +29,7 @@ def check_batch(x0: Array, x1: Array) -> None:
 
 
 def check_pair(t: Array, x0: Array, x1: Array) -> None:
-    """Raises ValueError unless x0 and x1 have the same shape and t contains one time in [0, 1] per sample.
+    """Raises ValueError unless `check_batch` accepts x0 and x1 and t contains one time in [0, 1] per sample.
 
     The range of t is checked only outside jit.
     """

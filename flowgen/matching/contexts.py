@@ -1,6 +1,6 @@
 """Contexts inside velocity networks, and layers that embed a context as one vector or as channels.
 
-Masked tokens are padding, or belong to a sample without a context. They have no effect, even if their values are NaN.
+Masked tokens, which are padding or belong to a sample without a context, have no effect, even if their values are NaN.
 """
 
 from __future__ import annotations
@@ -106,7 +106,8 @@ class TokenEmbedding(nn.Module):
 
 
 class ContextEmbedding(nn.Module):
-    """Embeds a context as one vector per sample: the mean of its embedded tokens, or a learned vector if it has none.
+    """Embeds a context as one vector per sample: the mean of the sample's embedded tokens, or a learned vector if the
+    sample has no tokens.
 
     dense: see `TokenEmbedding`.
     none_std: standard deviation of the learned vector at initialisation.

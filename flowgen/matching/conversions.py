@@ -37,11 +37,12 @@ def prediction_to_velocity(
     x0, and vice versa; a predicted score determines x0 = -beta · score. A prediction of "velocity" is returned
     unchanged.
 
-    The conversion is singular where x_t is pure noise or pure data. It therefore uses alpha and beta at the time
+    The conversion is singular where x_t is pure noise or pure data. Therefore, alpha and beta are taken at the time
     `clip_times(path, t, smallest)`; evaluate the network at that time too. The derivatives alpha' and beta' are those
     at t, limited in magnitude to their values at the clipped time.
 
-    Raises ValueError for any other kind, for a path with sigma above 0, and for times outside [0, 1].
+    Raises ValueError for any other kind. Unless the kind is "velocity", the function also raises ValueError for a path
+    with sigma above 0 and, outside jit, for times outside [0, 1].
 
     Example:
         v = prediction_to_velocity(CondOT(), t, x_t, network(t, x_t), "x1")
@@ -65,7 +66,7 @@ def velocity_to_x1(
     """Returns the data x1 = (beta v - beta' x_t) / D implied by a velocity, with D = alpha' beta - beta' alpha.
 
     For a learned velocity, this is E[x1 | x_t]. Times are clipped with `clip_times(path, t)`. Raises ValueError for a
-    path with sigma above 0, and for times outside [0, 1].
+    path with sigma above 0 and, outside jit, for times outside [0, 1].
 
     Example:
         x1 = velocity_to_x1(CondOT(), t, x_t, v)
@@ -80,7 +81,7 @@ def velocity_to_noise(
     """Returns the noise x0 = (alpha' x_t - alpha v) / D implied by a velocity, with D = alpha' beta - beta' alpha.
 
     For a learned velocity, this is E[x0 | x_t]. Times are clipped with `clip_times(path, t)`. Raises ValueError for a
-    path with sigma above 0, and for times outside [0, 1].
+    path with sigma above 0 and, outside jit, for times outside [0, 1].
 
     Example:
         x0 = velocity_to_noise(CondOT(), t, x_t, v)
@@ -95,8 +96,8 @@ def velocity_to_score(
     """Returns ∇ log p_t(x_t) = -E[x0 | x_t] / beta_t for a velocity learned with *independent* normal noise.
 
     With couplings other than `Independent`, noise and data depend on each other, and the result is not the score. Times
-    are clipped with `clip_times(path, t)`. Raises ValueError for a path with sigma above 0, and for times outside [0,
-    1].
+    are clipped with `clip_times(path, t)`. Raises ValueError for a path with sigma above 0 and, outside jit, for times
+    outside [0, 1].
 
     Example:
         score = velocity_to_score(CondOT(), t, x_t, v)
@@ -127,7 +128,7 @@ def change_path(
 
     The time r is clipped to [1e-5, 1 - 1e-5], because D is 0 or infinite at the ends of some paths. If path does not
     reach the ratio, t is 0 or 1, whichever is nearer. Do not differentiate the field with respect to time: the
-    bisection has no derivative. Raises ValueError for paths with sigma above 0.
+    derivative of the bisection is 0 instead of t'. Raises ValueError for paths with sigma above 0.
 
     Example:
         x1, nfe = integrate(change_path(velocity, CondOT(), Trigonometric()), x0, num_steps=25)

@@ -1,14 +1,14 @@
 """Couplings, which pair noise with data and give each pair a log-weight.
 
-The attribute `sees` of a coupling defines the rows that one call pairs:
+The attribute `sees` of a coupling defines the rows on which a pair and its weight depend:
 
-    "row"      each pair by itself
+    "row"      the row of the pair alone
     "device"   the rows of one device, so the number of devices changes what the network learns
     "global"   the rows of all devices, which `flowgen.matching.loss.couple` gathers; this is the default
 
 With pair weights w, the loss of independent pairs is E[w |v - u|²]. Up to a factor, this is the loss of the coupling q
-∝ w · p(x0) p(x1) (W-CFM, arXiv 2507.22270). Transport plans reorder the noise x0 within the batch instead of weighting
-the pairs.
+∝ w · p(x0) p(x1) (W-CFM, arXiv 2507.22270). `MinibatchOT` instead reorders the noise x0 by a transport plan of the
+batch.
 """
 
 from __future__ import annotations
@@ -33,7 +33,7 @@ from flowgen.weights import log_mean_exp
 
 SMALLEST_EPSILON = 1e-20
 Epsilon = Annotated[float, Within(SMALLEST_EPSILON)]
-MAX_SWEEPS = 1 << 16  # largest number of Sinkhorn sweeps that one step may run
+MAX_SWEEPS = 1 << 16  # largest number of Sinkhorn sweeps that a coupling accepts
 
 # The condition of a batch, with one row per pair; for example labels of shape `b`.
 Cond = Any
@@ -85,8 +85,9 @@ class MinibatchOT:
     x0 for each x1 from the entropic plan on the device, so an x0 may be used several times or never.
     epsilon: regularisation of the entropic plan, in units of the mean cost; positive.
     tolerance: largest mean relative error of the entropic plan's marginal of x0; positive.
-    num_sweeps: largest number of Sinkhorn sweeps; at least 1. If the plan still exceeds the tolerance, the coupling
-    raises ValueError outside jit; inside jit, the weights and the loss become NaN.
+    num_sweeps: largest number of Sinkhorn sweeps with this epsilon, after up to 50 sweeps with each of several larger
+    ones; at least 1. If the error still exceeds the tolerance, the coupling raises ValueError outside jit; inside jit,
+    the weights and the loss become NaN.
     class_aware: whether to move noise only within a class; an x0 has the class of the x1 with which it was originally
     paired. If False, the noise of a class has different distributions in training and in sampling (C2OT, ICCV 2025).
     True requires integer labels of shape `b` as cond.
@@ -241,7 +242,7 @@ AnyCoupling = Independent | GibbsWeights | MinibatchOT | FromFlow | OwnCoupling
 
 
 def paired_cost(x0: Float[Array, "b *event"], x1: Float[Array, "b *event"], cost: Cost) -> Float[Array, " b"]:
-    """Returns the cost of each pair, in at least float32.
+    """Returns the cost of each pair, in at least float32 unless the cost function is custom.
 
     Raises ValueError if a custom cost function returns the wrong shape or, outside jit, if a cost is NaN.
     """

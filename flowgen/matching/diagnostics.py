@@ -26,8 +26,8 @@ class WeightReport(NamedTuple):
 
     ess: effective sample size as a share of the pairs.
     row_std, column_std, interaction_std: standard deviations of the three parts of log w, which depend on the noise, on
-    the data, and on the pair. Only the third part couples noise and data. The first two tilt them, which means that
-    they change their distributions.
+    the data, and on the pair. Only the third part couples noise and data. The first two tilt noise and data, which
+    means that they change the distributions of noise and data.
     noise_tilt, data_tilt: relative variances of the factors by which w re-weights noise and data.
     """
 

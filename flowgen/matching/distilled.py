@@ -5,9 +5,8 @@ A flow f maps data to normal noise, one to one. Each x1 is therefore paired with
     x0 = f(x1 + σ ε, cond) / √v,
 
 where σ is the standard deviation of the noise that the flow's training adds to data, ε is normal noise, and v is the
-variance of the flow's prior. For a flow trained on dequantised images, x1 is dequantised instead of adding σ ε. From
-these pairs, the velocity network learns nearly straight trajectories from x0 to the clean x1, which need few solver
-steps.
+variance of the flow's prior. For a flow trained on dequantised images, dequantised x1 replaces x1 + σ ε. From these
+pairs, the velocity network learns nearly straight trajectories from x0 to the clean x1, which need few solver steps.
 """
 
 from __future__ import annotations
@@ -40,7 +39,8 @@ class FlowDistilled:
     noise_std: σ; None means the value in the flow's config.
     noise: "normal" adds σ ε to x1; "uniform" dequantises x1, which must be images of 256 levels in [-1, 1].
 
-    Raises ValueError if `flow` is not a flow or, when called, if x1 or the condition does not fit the flow.
+    Raises ValueError if `flow` is not a flow, if noise_std or noise is invalid or, when called, if x1 or the condition
+    does not fit the flow.
 
     Example:
         flow, params, _ = flowgen.load("digits")

@@ -61,7 +61,7 @@ class DiTConfig:
     channels: number of channels of the images or latents.
     patch_size: side of the square patches, each of which becomes one token; must divide the height and the width of the
     image.
-    width: number of channels of a token, a multiple of head_dim.
+    width: number of channels of a token, a multiple of head_dim and of 4.
     num_layers: number of transformer layers.
     head_dim: number of channels per attention head.
     expansion: hidden width of the feed-forward layers, as a multiple of width.
@@ -72,7 +72,7 @@ class DiTConfig:
     intervals: whether to also predict average velocities over an interval (MeanFlow).
     time_scale: factor by which times are multiplied before the sinusoidal embedding, which expects values from 0 to
     1,000. The loss of MeanFlow contains a derivative with respect to t, so MeanFlow needs a small factor, such as 1.0.
-    dtype: dtype of matrix products and activations; parameters, norms and the modulation stay float32.
+    dtype: dtype of matrix products and activations; parameters, norms and the modulation are in at least float32.
     remat: whether to recompute the activations of each layer in the backward pass instead of storing them.
     context: the context that the velocity is conditioned on; None for none. The embedding of a vector is added to the
     embedding of the time. Every layer attends to tokens by softmax cross-attention, whatever `attention` is; the order
@@ -181,7 +181,8 @@ class DiT(OnMeshes, nn.Module):
         *,
         train: bool = False,
     ) -> Float[Array, "b height width c"]:
-        """Returns the velocity at x and time t, averaged over `interval` if given.
+        """Returns the velocity at x and time t, averaged over `interval` if it is given and the config sets
+        `intervals`.
 
         cond: labels, the context that the config describes, or None.
         train: ignored.

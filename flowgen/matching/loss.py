@@ -66,7 +66,8 @@ def flow_matching_loss(
     "rows", a `flowgen.rows.Rows`. A training step adds "rows", so that the random numbers do not depend on the number
     of devices. "cond" may be any pytree that the velocity accepts whose arrays have one row per sample.
     label_dropout: probability with which each sample becomes unconditional, independently of the others: its label is
-    replaced by -1, or its context is masked. A positive value requires labels, vectors, tokens or `ContextTokens`.
+    replaced by -1, or its context is masked. With a positive value, a condition must be labels, vectors, tokens, texts
+    or `ContextTokens`.
     log_mean: the running log-mean of the pair weights; -inf or None before the first step. loss_fn returns the updated
     value, which only `GibbsWeights` with normalize="running" needs.
 
@@ -172,7 +173,7 @@ def couple(
 ) -> Coupled:
     """Returns the coupled pairs for these rows; first gathers the rows of all devices if the coupling needs them.
 
-    This depends on the coupling's attribute `sees`; see `flowgen.matching.couplings`.
+    Whether rows are gathered depends on the coupling's attribute `sees`; see `flowgen.matching.couplings`.
 
     Example:
         x0, x1, cond, log_weight = couple(rows, MinibatchOT(), x0, x1, labels)
@@ -234,7 +235,8 @@ def mean_square(error: Float[Array, "b *event"]) -> Float[Array, " b"]:
 
 
 def check_data(x0: Array, x1: Array, cond: Any, label_dropout: float) -> None:
-    """Raises ValueError unless noise and data are floating-point arrays and conditions have one row per sample.
+    """Raises ValueError unless noise and data are floating-point arrays with at least one sample, and conditions have
+    one row per sample.
 
     With label dropout, conditions must be labels or contexts that `as_condition` accepts.
 

@@ -68,10 +68,10 @@ def mean_flow_loss(
     the smaller is t, and the larger is t + interval. The defaults are the published settings.
 
     instantaneous: share of the pairs whose interval is set to 0.
-    power: exponent of the adaptive weight. With power 1, each pair contributes less than 1 to the loss, so monitor
+    power: exponent of the adaptive weight. With power 1, a · square stays below 1 for each pair, so monitor
     "unweighted_loss", which is the square averaged over dimensions. In high dimensions, the squares of all pairs are
-    similar, and so are their weights. In low dimensions, the weights move the minimum of the loss towards the most
-    likely target, so use power 0.
+    similar, and so are their adaptive weights. In low dimensions, the adaptive weights move the minimum of the loss
+    towards the most likely target, so use power 0.
     guidance_weight: weight of classifier-free guidance. For samples with a condition, (1 + weight) v - weight u(t, x,
     no condition, 0) replaces v, so that one step draws a guided sample. A positive weight requires a condition, and a
     label_dropout above 0 to train the unconditional field.

@@ -107,7 +107,7 @@ class MatchingConfig:
     def fitted(self, x0: Float[Array, "b *event"], x1: Float[Array, "b *event"]) -> MatchingConfig:
         """Returns this config, with an epsilon chosen from samples of noise and data if the coupling's epsilon is None.
 
-        Warns (UserWarning) as `warn_if_tilted` does, unless the coupling has Sinkhorn sweeps.
+        If the coupling is `GibbsWeights` without Sinkhorn sweeps, warns (UserWarning) as `warn_if_tilted` does.
         """
         coupling = self.coupling
         if not isinstance(coupling, GibbsWeights):

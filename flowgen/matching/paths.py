@@ -17,7 +17,7 @@ from flowgen.matching.checks import check_pair
 from flowgen.settings import config
 from flowgen.settings.ranges import NonNegative, Positive, ProperFraction, Within
 
-# Unlike paths, conversions are singular at both ends of a path. They stay this far away, in time and in alpha/beta.
+# Conversions, unlike paths, are singular at both ends of a path, so they stay this far away in time and in alpha/beta.
 SMALLEST = 1e-5
 
 
@@ -102,8 +102,8 @@ class CondOT(AffinePath):
 
 @config
 class Target(AffinePath):
-    """The path of Lipman et al. to a narrow Gaussian around x1: x_t = t x1 + (1 - (1 - sigma_min) t) x0, with normal
-    x0.
+    """The path of Lipman et al. to a narrow Gaussian around x1: x_t = t x1 + (1 - (1 - sigma_min) t) x0, with standard
+    normal x0.
 
     The target velocity x1 - (1 - sigma_min) x0 equals the published one (arXiv 2210.02747). The published form, written
     in terms of x_t, is 0/0 at t = 1 if sigma_min is 0.
@@ -178,8 +178,8 @@ class VariancePreserving(AffinePath):
 class LinearVariancePreserving(AffinePath):
     """The variance-preserving path with linear alpha: x_t = t x1 + √(1 - t²) x0.
 
-    The derivative beta' = -t/beta is infinite at t = 1. Its divisor is therefore kept at or above √1e-5, the value of
-    beta at t = 1 - 5e-6.
+    The derivative beta' = -t/beta is infinite at t = 1. The divisor beta is therefore kept at or above √1e-5, its value
+    at t = 1 - 5e-6.
 
     Example:
         point = LinearVariancePreserving().sample(key, t, x0, x1)
@@ -194,8 +194,8 @@ class LinearVariancePreserving(AffinePath):
 class SchroedingerBridge:
     """The Brownian bridge x_t = (1-t) x0 + t x1 + sigma √(t(1-t)) noise, for entropic couplings (arXiv 2307.03672).
 
-    The target velocity is u_t = sigma (1 - 2t) / (2 √(t(1-t))) noise + x1 - x0. It diverges like t^-½ at t = 0 and like
-    (1-t)^-½ at t = 1. Times are therefore clipped to [1e-5, 1 - 1e-5].
+    The target velocity is u_t = sigma (1 - 2t) / (2 √(t(1-t))) noise + x1 - x0, which diverges like t^-½ at t = 0 and
+    like (1-t)^-½ at t = 1. Times are therefore clipped to [1e-5, 1 - 1e-5].
 
     sigma: diffusion coefficient of the bridge; positive.
     """

@@ -27,7 +27,7 @@ OVER_RELAXATION = 1.8
 class EntropicPlan(NamedTuple):
     """A transport plan over a batch. Row sums are exact; `error` is the mean relative error of the column sums.
 
-    log_plan: logarithm of b² times the plan; the mean of each row and column of this product is 1.
+    log_plan: logarithm of b² times the plan; each row of this product has mean 1, and each column approximately.
     sweeps: number of sweeps in the last stage.
     """
 
@@ -43,8 +43,8 @@ def entropic_plan(
 
     The method is Sinkhorn's iteration in the log domain, in stages with decreasing epsilon. After each stage, the
     potentials are added to the matrix. This keeps the potentials of the next stage small and the marginals accurate to
-    float32. The last stage ends when the row and column sums are within `tolerance`, or after max_sweeps sweeps,
-    possibly with a larger `error`.
+    float32. The last stage ends when the mean relative errors of the row and column sums are within `tolerance`, or
+    after max_sweeps sweeps, possibly with a larger `error`.
 
     epsilon is in units of the mean cost. The diagonal must be allowed. If all costs are 0, the plan is uniform.
     """

@@ -37,8 +37,8 @@ class SemidiscreteOT:
     """Pairs each x0 with the data point whose cell contains it; all weights are 1.
 
     The data points and their conditions replace x1 and cond of the batch. For each class, a conditional model is
-    trained only on the noise in the cells of this class, but samples from all noise. Prefer this coupling for
-    unconditional models. A call stores a b x n matrix.
+    trained only on the noise in the cells of this class, but samples from all noise. This coupling is therefore
+    best suited to unconditional models. A call stores a b x n matrix.
 
     y: the dataset.
     potentials: potentials from `fit_semidiscrete`, or from any other solver for the squared Euclidean cost.

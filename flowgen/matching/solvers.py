@@ -56,7 +56,7 @@ def integrate(
     times: the time grid, which must increase within [0, 1]; None for num_steps equal steps.
     reverse: whether to integrate backward over the grid, from data to noise.
 
-    The method "dopri5" adapts its step sizes, which are the same for the whole batch. It keeps the root mean square of
+    The method "dopri5" adapts its step sizes, which are the same for the whole batch. They keep the root mean square of
     error / (atol + rtol |x|) over the batch below 1. num_steps has no effect, and times must be None. The number of
     evaluations is an int32 array. Only reverse-mode differentiation is supported. If max_steps steps do not suffice,
     the method raises RuntimeError outside jit, and returns NaN inside jit. Without the package diffrax, it raises

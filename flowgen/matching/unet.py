@@ -70,7 +70,7 @@ class UNetConfig:
 
     image_size: side of square images in pixels, or (height, width).
     channels: number of channels of the images.
-    width: number of channels of the first level, a multiple of num_groups.
+    width: base number of channels; even.
     multipliers: number of channels of each level, as a multiple of width; each level except the last is followed by
     downsampling by a factor of 2.
     blocks_per_level: number of residual blocks per level on the way down.
@@ -82,7 +82,7 @@ class UNetConfig:
     head_dim: number of channels per attention head; a level with fewer channels has one head.
     attention_implementation: implementation of softmax attention: "auto", "xla", "cudnn" on GPUs or "tpu" on TPUs; see
     docs/attention.md in the repository.
-    num_groups: number of groups in group norm.
+    num_groups: number of groups in group norm; must divide the number of channels of each level.
     dropout: probability with which an activation is set to 0 in training; at least 0 and below 1.
     num_classes: number of classes that the velocity is conditioned on; 0 for none.
     scale_shift_norm: whether the embedding scales and shifts the normalised activations; if False, the embedding is
@@ -248,7 +248,8 @@ class UNet(OnMeshes, nn.Module):
         *,
         train: bool = False,
     ) -> Float[Array, "b height width c"]:
-        """Returns the velocity at x and time t, averaged over `interval` if given.
+        """Returns the velocity at x and time t, averaged over `interval` if it is given and the config sets
+        `intervals`.
 
         cond: labels (-1 for none), the context that the config describes, or None. Inside jit, an invalid label gives
         NaN.

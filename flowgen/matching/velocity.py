@@ -119,7 +119,8 @@ class VelocityMLP(OnMeshes, nn.Module):
         *,
         train: bool = False,
     ) -> Float[Array, "b c"]:
-        """Returns the velocity at x and time t, averaged over `interval` if given.
+        """Returns the velocity at x and time t, averaged over `interval` if it is given and the config sets
+        `intervals`.
 
         cond: labels, the context that the config describes, or None.
         train: ignored.

@@ -1,7 +1,7 @@
 """Convolutions, group norm, residual blocks and spatial attention, for images `b height width c` and for clips.
 
-A layer whose output may depend on earlier frames maps (x, cache) to (y, next cache); see `flowgen.codecs.causal`. When
-such a layer is applied to images, it returns the cache unchanged.
+A layer whose output may depend on earlier frames maps (x, cache) to (y, next cache); see `flowgen.codecs.causal`. For
+images, caches contain only None.
 """
 
 from __future__ import annotations
@@ -88,7 +88,7 @@ def _conv(
 
 
 def group_norm(num_groups: int, dtype: str, *, epsilon: float, name: str | None = None) -> nn.GroupNorm:
-    """Returns a GroupNorm that computes in float32 and uses two-pass variance."""
+    """Returns a GroupNorm that computes in at least float32 and uses two-pass variance."""
     return nn.GroupNorm(
         num_groups,
         epsilon=epsilon,

@@ -82,8 +82,8 @@ def normal_dense(features: int, fan_in: int, name: str) -> nn.Dense:
 class ConditionEmbedding(nn.Module):
     """Returns the sum of the embeddings of a time, an interval and a class, of shape `b width`.
 
-    Times are multiplied by time_scale and mapped to `frequencies` sinusoidal features, which pass through two Dense
-    layers with a SiLU between them. Classes are looked up in a table whose last row stands for no class.
+    Times and intervals are multiplied by time_scale and mapped to `frequencies` sinusoidal features, which pass through
+    two Dense layers with a SiLU between them. Classes are looked up in a table whose last row stands for no class.
 
     intervals: whether the network also has an interval as an input.
     dense: a function of (features, fan_in, name) that returns a layer.

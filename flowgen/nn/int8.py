@@ -1,4 +1,5 @@
-"""Matrix products with 8-bit weights, one scale per output and unrounded weights for a few inputs (arXiv 2208.07339).
+"""Matrix products with 8-bit weights, one scale per output and floating-point weights for a few inputs (arXiv
+2208.07339).
 
 Let W be a kernel `inputs outputs` and O the set of its outliers, which are a few inputs with unusually large weights:
 
@@ -43,7 +44,7 @@ def to_int8(kernel: Float[Array, "i o"], dtype: str, num_outliers: int | None = 
     """Returns the kernel with weights of 8 bits, each within half a scale step of the original.
 
     dtype: dtype of the weights of the outliers.
-    num_outliers: the number of outliers; None means one per 64 inputs.
+    num_outliers: the number of outliers; None means one per 64 inputs, but at least one.
 
     Example:
         small = to_int8(kernel, "float32")

@@ -135,7 +135,7 @@ def cast_linear(params: Mapping[str, Any], dtype: str) -> dict[str, Any]:
 
 
 def layer_norm(dtype: str) -> nn.LayerNorm:
-    """Returns a LayerNorm with PyTorch's epsilon, 1e-5, and two-pass variance. Its statistics are computed in float32.
+    """Returns a LayerNorm with PyTorch's epsilon, 1e-5, and two-pass variance, computed in at least float32.
 
     Example:
         norm = layer_norm("bfloat16")
@@ -149,7 +149,7 @@ def layer_norm(dtype: str) -> nn.LayerNorm:
 
 
 class RMSNorm(nn.Module):
-    """x / √(mean x² + epsilon) · (offset + weight), computed in float32; the result has the dtype `dtype`.
+    """x / √(mean x² + epsilon) · (offset + weight), computed in at least float32; the result has the dtype `dtype`.
 
     offset: 1, as in Gemma and STARFlow, whose stored weights are near 0; or 0, as in T5. The weight is initialised so
     that offset + weight is 1.

@@ -40,7 +40,7 @@ class TransformerConfig:
     qk_norm: whether to apply an RMSNorm over the channels of each query and key head, before the rotary rotation.
     post_norm: whether to apply an RMSNorm to the outputs of attention and MLP.
     remat: whether the backward pass recomputes the activations of each layer; see `flowgen.backend.layer_form` for
-    "auto". It affects results only through rounding, and does not affect the parameters.
+    "auto". This choice affects results only through rounding, and does not affect the parameters.
     scan: whether the parameters of all layers are stacked along a leading axis, as in training. For decoding, set it to
     False: inside a loop over tokens, a scan over layers would copy every layer's weights and cache out of the stack for
     each token.
@@ -218,8 +218,8 @@ def unstack_layers(
 ) -> PyTree:
     """Returns the parameters of a scanned stack in the form that the same stack expects with `scan=False`.
 
-    dtype: the compute dtype of the stack. Its linear maps are cast to this dtype (see `cast_linear`); None means that
-    they keep their dtype.
+    dtype: the compute dtype of the stack, to which its linear maps are cast (see `cast_linear`); None means that they
+    keep their dtype.
     cast: the function (parameters of a layer, dtype) -> parameters that casts them.
 
     Example:

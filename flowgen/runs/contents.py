@@ -41,7 +41,7 @@ class RunContents:
 
 
 def read_contents(run: RunReader) -> RunContents:
-    """Returns the contents of a run, leaving out damaged files.
+    """Returns the contents of a run, leaving out damaged files other than the config.
 
     Raises the errors of `RunReader.config`.
 

@@ -42,7 +42,7 @@ PROFILE = "profile"
 def is_run(run_dir: str | Path) -> bool:
     """Returns whether a directory has a config.json with a digest, which every run writes.
 
-    Raises ValueError if config.json is not JSON.
+    Raises ValueError if config.json does not contain a JSON object.
 
     Example:
         is_run("runs/digits")

@@ -88,7 +88,7 @@ class ExportedReader(CheckpointReader):
         """Returns the experiment as plain JSON values. An autoencoder in the folder becomes the codec.
 
         All other paths in the config become "", so a file from an untrusted source cannot make flowgen read other
-        files.
+        files or URLs.
 
         Raises FileNotFoundError if config.json is missing, or ValueError if it is damaged or has an unsupported format.
         """

@@ -57,7 +57,7 @@ class History:
             self._add(WARNING, step=step, text=sentence)
 
     def end(self, *, step: int, error: str) -> None:
-        """Adds a row for the end of training, if the file can be written. error: why training ended early, or ""."""
+        """Adds the end of training, if the file exists and can be written. error: why training ended early, or ""."""
         if self._path.exists():  # and the run has not been removed
             with contextlib.suppress(OSError):
                 self._add(END, step=step, error=error)
@@ -85,7 +85,7 @@ def read_history(run_dir: str | Path) -> list[dict[str, Any]]:
 
 @contextlib.contextmanager
 def passing_warnings(record: Callable[[str], None]) -> Generator[None]:
-    """Returns a context that also passes the warnings of Python and of flowgen's logger to `record`.
+    """Returns a context that passes warnings of Python and of flowgen's logger to `record`, and shows them as usual.
 
     Example:
         with passing_warnings(lines.append):

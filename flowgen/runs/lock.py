@@ -112,7 +112,7 @@ def in_use(folder: str | Path) -> Generator[None]:
 
 
 def is_abandoned(folder: str | Path) -> bool:
-    """Returns whether no process has a folder `in_use`; False if the system does not support locks.
+    """Returns whether no process has a folder `in_use`; False if this is unknown, as in file systems without locks.
 
     Example:
         is_abandoned("exported/.digits.tmp")

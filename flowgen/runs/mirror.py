@@ -113,7 +113,7 @@ class Mirror:
             raise
 
     def keep(self) -> None:
-        """Keeps the copy after the process has ended."""
+        """Keeps the copy, even if the object is deleted or the process ends."""
         self._remove.detach()
 
     def close(self) -> None:

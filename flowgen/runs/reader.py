@@ -43,7 +43,7 @@ class RunReader:
         self.checkpoints = self._reader()
 
     def named(self) -> contextlib.AbstractContextManager[None]:
-        """Returns a context in which error messages contain `run_dir` instead of the path of the local copy."""
+        """Returns a context in which error messages contain the run's URL instead of the path of the local copy."""
         return contextlib.nullcontext() if self.mirror is None else self.mirror.named()
 
     def _reader(self) -> CheckpointReader:
@@ -55,7 +55,7 @@ class RunReader:
         return CheckpointReader(self.directory / CHECKPOINTS, **fetch)
 
     def _is_damaged_export(self) -> bool:
-        """Returns whether the folder has exported weights and no checkpoints. Its config.json is then damaged."""
+        """Returns, for a folder that is not `is_exported`, whether it has exported weights but no checkpoints."""
         if self.mirror is not None:
             return MODEL_FILE in self.mirror.sizes and not any(map(is_of_checkpoint, self.mirror.sizes))
         return is_regular(self.directory / MODEL_FILE) and not os.path.lexists(self.directory / CHECKPOINTS)

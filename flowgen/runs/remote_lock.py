@@ -73,7 +73,7 @@ class RemoteLock:
                 )
 
     def check(self) -> None:
-        """Raises BlockingIOError if the lock is lost. Reads the bucket if the last refresh was over 5 minutes ago."""
+        """Raises BlockingIOError if the lock is lost. Reads the bucket only after 5 minutes without a refresh."""
         if self._lost or _uptime() - self._refreshed > EXPIRES / 2:
             self.refresh()
 

@@ -81,9 +81,9 @@ class Uploads:
                     self._sent[name] = mark
 
     def save(self, step: int) -> None:
-        """Uploads changed files, such as metrics, and then a checkpoint. Empties the local files of the checkpoint.
+        """Uploads changed files, such as metrics, and then a checkpoint. Empties the local copies of its arrays.
 
-        Raises OSError, and keeps the local files, if the upload fails.
+        `score` uploads the checkpoint's evaluation. Raises OSError, and keeps the local files, if the upload fails.
         """
         self.failed = True
         self._lock.refresh()
@@ -148,7 +148,7 @@ class Uploads:
         self._delete(names)
 
     def _upload(self, name: str) -> None:
-        """Uploads a file of a checkpoint. If the bucket has the file, first checks the lock and deletes the file."""
+        """Uploads a file of a checkpoint. If the bucket has it, first refreshes the lock and deletes it there."""
         path = local_name(self.mirror.path, name)
         self._lock.check()
         if self._remote.upload_new(path, name):

@@ -142,7 +142,7 @@ def describe(annotation: Any) -> str:
 def mismatch(annotation: Any, value: Any) -> str:
     """Returns the part of an error message that follows a field's name if its value has the wrong type.
 
-    If the annotation lists names, the message suggests the closest one.
+    If the annotation lists names, the message suggests a similar one, if there is one.
     """
     names = [name for member in members(annotation) for name in _names_of(member)]
     return f"is {shown(value)}; it must be {describe(annotation)}{meant(shown(value), map(repr, names))}"

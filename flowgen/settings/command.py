@@ -132,7 +132,7 @@ def _opened(annotation: Any, value: Any) -> dict[str, Any]:
 
 
 def _group_type(annotation: Any, value: Any) -> type | None:
-    """Returns the type of the config in a field; if the field is None, the type of config that it can contain."""
+    """Returns the type of the config in a field; for None, the only type that the field allows, or None if several."""
     kinds = configs_of(annotation)
     if isinstance(value, Mapping) and TYPE in value:
         return value[TYPE] if isinstance(value[TYPE], type) else kinds[value[TYPE]]

@@ -49,7 +49,8 @@ def import_module(module: str) -> None:
 def resolve(name: str) -> Any:
     """Returns the object with the name "package.module:object", without importing the module.
 
-    Raises ValueError if the name does not have this form, or if the module is not imported or has no such object.
+    Raises ValueError if the name does not have this form, or if the module is not imported, is part of the standard
+    library, or has no such object.
 
     Example:
         coupling = resolve("my_couplings:SlicedOT")

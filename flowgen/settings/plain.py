@@ -124,8 +124,8 @@ def to_plain(value: Any, annotation: Any = None) -> Any:
 
     annotation: the field's annotation. If it allows several configs, the dict has an entry "type".
 
-    Raises FieldError if neither a user-defined object nor its dataclass has a name, because neither was defined at the
-    top level of an imported module.
+    Raises FieldError if a field contains a value that JSON cannot store, or a user-defined object if neither it nor its
+    dataclass is at the top level of an imported module.
 
     Example:
         text = json.dumps(to_plain(config), allow_nan=False)

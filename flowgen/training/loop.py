@@ -50,6 +50,7 @@ def train(
     None to create one.
 
     Raises:
+        ImportError: a requested report requires a package that is not installed.
         ValueError: the devices cannot share the batch equally, the config does not fit the run, or a checkpoint is
             damaged.
         FileExistsError, OSError: the workdir contains other files, is in use, or cannot be written to.

@@ -33,7 +33,8 @@ def open_writer(run: RunReader, latest: int | None, log: LogConfig, best_metric:
 def resumed_from(reader: CheckpointReader, steps: int, check_config: Callable[[dict[str, Any]], None]) -> int | None:
     """Returns the step to resume from, which is the same in all processes; None if there is no checkpoint.
 
-    Raises ValueError if all checkpoints lack files, the latest step exceeds `steps`, or `check_config` raises it.
+    Raises ValueError if all checkpoints lack files, if the latest one is damaged or its step exceeds `steps`, or if
+    `check_config` raises it.
 
     Example:
         step = resumed_from(CheckpointReader("runs/digits/checkpoints"), 2_000, experiment.check_resumable)

@@ -150,7 +150,8 @@ class TrainConfig:
     """The length, batch size, seed and parallelism of a run.
 
     steps: number of parameter updates; at least 1.
-    batch_size: samples per update, over all devices and hosts; a multiple of the number of devices times accumulation.
+    batch_size: samples per update, over all devices and hosts; a multiple of accumulation times the number of devices
+    that share the batch.
     seed: seed of initial parameters, data order and noise; a whole number below 2^32.
     label_dropout: fraction of labels, texts or contexts to drop, so that guidance can be used in sampling; at most 1.
     accumulation: number of micro-batches into which each device splits its share of a batch, to save memory.
@@ -179,8 +180,8 @@ class TrainConfig:
 class InitConfig:
     """The run whose parameters a new run starts from, and how the models of the two runs may differ.
 
-    path: directory of a run, or of weights that `convert` has imported; empty to start from new parameters. A resumed
-    run does not read it.
+    path: directory or URL of a run, of an exported model, or of weights that `convert` has imported, or the name of a
+    shipped model; empty to start from new parameters. A resumed run does not read it.
     allow: kinds of differences to allow: classes, size, text, frames or other; see docs/training.md in the repository.
     """
 

@@ -36,7 +36,7 @@ class Profile:
         self._end()
 
     def after(self, step: int, results: Any) -> None:
-        """Starts the trace after the first step and ends it `steps` steps later. Does not wait for other steps."""
+        """Starts the trace after the first step and ends it `steps` steps later. Waits only for these two steps."""
         if self._directory is None:
             return
         self._last = step

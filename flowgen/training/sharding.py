@@ -44,8 +44,9 @@ def partition_spec(path: tuple[str, ...], shape: tuple[int, ...], axes: Mapping[
     """Returns the `PartitionSpec` of an array with this path and shape.
 
     The array's axis of stacked layers is never divided. The outputs of the layers "qkv", "up" and "gate", and the
-    inputs of "proj" and "down", are divided over the mesh axis "tensor". The largest of the array's other axes that can
-    be divided equally is divided over the mesh axis "fsdp". Arrays with fewer than 16,384 elements are not divided.
+    inputs of "proj" and "down", are divided over the mesh axis "tensor", if equal parts are possible. The largest of
+    the array's other axes that can be divided equally is divided over the mesh axis "fsdp". Arrays with fewer than
+    16,384 elements are not divided.
 
     Example:
         partition_spec(("layers", "mlp", "up", "kernel"), (4, 256, 1024), {"fsdp": 2, "tensor": 2})

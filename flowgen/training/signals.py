@@ -1,4 +1,4 @@
-"""Handles Ctrl-C and SIGTERM in training: reports a signal immediately, and stops when no work would be lost."""
+"""Handles Ctrl-C, SIGTERM and SIGHUP in training: reports a signal at once, and stops when no work would be lost."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ class Interrupted(KeyboardInterrupt):
 
 
 class Signals:
-    """Records the first SIGINT or SIGTERM in `number`, and prints at once what training will do.
+    """Records the first SIGINT, SIGTERM or SIGHUP in `number`, and prints at once what training will do.
 
     A separate thread prints the report, because the main thread may be compiling, which Python cannot interrupt.
     `doing` is the text of the report. A second signal ends the program without saving: the thread calls

@@ -38,7 +38,7 @@ class CountedStep:
         return self._step(state, batch, key, fixed)
 
     def flop(self, batch: Any) -> dict[str, float]:
-        """Returns {dtype: FLOP} of a step on one device; {} if the step was not compiled for this batch size."""
+        """Returns {dtype: FLOP} of a step on one device; {} if the step was not compiled for these shapes."""
         if self._devices is None:
             return self._flop.get(tuple(shape[1:] for shape in _shapes(batch)), {})
         return {dtype: flop / self._devices for dtype, flop in self._flop.get(_shapes(batch), {}).items()}

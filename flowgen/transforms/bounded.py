@@ -144,8 +144,8 @@ class Simplex:
 
     event_ndim: number of axes of an event; the last of them contains the shares.
 
-    `forward` raises ValueError unless all shares are positive and their sum is within 0.001 of 1; it then divides them
-    by their sum. If x is traced, these checks are skipped, and u is infinite or NaN if a share is not positive.
+    `forward` raises ValueError unless all shares are positive and their sum is within 0.001 of 1. If x is traced, these
+    checks are skipped, and u is infinite or NaN if a share is not positive. The shares are divided by their sum.
 
     Example:
         u, logdet = Simplex().forward(jnp.asarray([[0.2, 0.3, 0.5]]))  # u `1 2`
@@ -187,7 +187,7 @@ def _log_slope(u: Array, low: Array, high: Array) -> Array:
 
 
 def _strictly_within(x: Array, low: Array, high: Array) -> Array:
-    """Returns x, clipped to the least and the largest number inside (low, high)."""
+    """Returns x, clipped to the least and the largest normal number inside (low, high)."""
     tiny = jnp.finfo(x.dtype).tiny
     least = jnp.maximum(jnp.nextafter(low, jnp.full_like(low, jnp.inf)), low + tiny)
     most = jnp.minimum(jnp.nextafter(high, jnp.full_like(high, -jnp.inf)), high - tiny)

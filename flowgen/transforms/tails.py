@@ -9,7 +9,7 @@ The normal tail is computed from Mills' ratio M(a) = (1 - Φ(a)) / φ(a), which 
 
     Φ(-a) = φ(a) M(a),      φ(-a) / Φ(-a) = 1 / M(a)
 
-For all a ≥ 0, (1 + a) M(a) is smooth and between 1 and 1.26. A Chebyshev series in (a - 4) / (a + 4) approximates it.
+For all a ≥ 0, (1 + a) M(a) is smooth and between 1 and 1.32. A Chebyshev series in (a - 4) / (a + 4) approximates it.
 """
 
 from __future__ import annotations
