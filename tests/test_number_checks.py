@@ -200,7 +200,7 @@ def test_contexts_that_do_not_fit_are_refused_in_one_sentence(kind):
 
 def test_samples_that_are_not_finite_are_refused():
     experiment = experiment_of({"shape": (2,)})
-    with pytest.raises(ValueError, match=r"x has 1 values that are not finite, the first at index \(1, 0\)"):
+    with pytest.raises(ValueError, match=r"x has 1 value that is not finite, at index \(1, 0\)"):
         experiment.log_prob(experiment.build(), {}, np.float32([[0, 0], [np.inf, 0]]))
 
 

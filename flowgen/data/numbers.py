@@ -41,8 +41,8 @@ class NumbersConfig:
 
     path: the .npz file, or its URL.
     eval_fraction: fraction of the samples held out for evaluation; with 0, none are held out.
-    low: lower bound of x, such as that of a uniform prior: one number, or one per channel of x (an entry of a vector, or
-    an index of the last axis); none for no bound. All samples of the flow are within the bounds.
+    low: lower bound of x, such as that of a uniform prior: one number, or one per channel of x (an entry of a vector,
+    or an index of the last axis); none for no bound. All samples of the flow are within the bounds.
     high: upper bound of x, like low. If a channel has two bounds, values on a bound are moved inside by 2^-24 of the
     distance between them.
 

@@ -8,7 +8,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from flowgen.arrays import shown
+from flowgen.arrays import check_finite, shown
 from flowgen.conditioning import ContextTokens, Padded, TextCondition, check_labels, split_padded
 from flowgen.contexts import ImageContext, TokenContext
 from flowgen.nn.checks import image_sides
@@ -22,7 +22,7 @@ def check_finite_samples(x: Any, context: Any) -> None:
     """
     mask, _ = split_padded(context)
     values = np.asarray(x)
-    _check_finite("x", values if mask is None else np.where(np.asarray(mask)[:, :, None], values, 0))
+    check_finite(x=values if mask is None else np.where(np.asarray(mask)[:, :, None], values, 0))
 
 
 def batch_context(model: Any, context: Any, rows: int, *, unconditional: bool = False) -> Any:
@@ -87,7 +87,7 @@ def _rows(
         raise ValueError(f"{name} is {shown(array)}; {needs} of shape {(rows, *shape)}{one}.")
     if kinds == "f":
         exists = None if mask is None or np.shape(mask) != found[:-1] else np.asarray(mask)[..., None]
-        _check_finite(name, np.asarray(array) if exists is None else np.where(exists, array, 0))
+        check_finite(**{name: array if exists is None else np.where(exists, array, 0)})
     if found == (rows, *shape):
         return array
     return np.broadcast_to(np.asarray(array).reshape(1, *shape), (rows, *shape))
@@ -95,10 +95,3 @@ def _rows(
 
 def _is_of(kinds: str, dtype: Any) -> bool:
     return jnp.issubdtype(dtype, jnp.floating) if kinds == "f" else getattr(dtype, "kind", "-") in kinds
-
-
-def _check_finite(name: str, values: np.ndarray) -> None:
-    wrong = ~np.isfinite(values)
-    if count := int(wrong.sum()):
-        index = tuple(map(int, np.argwhere(wrong)[0]))
-        raise ValueError(f"{name} has {count} values that are not finite, the first at index {index}; remove them.")

@@ -200,7 +200,7 @@ class TokenFlowConfig:
         """The distinct shapes of the blocks' softmax attention."""
         return softmax_shapes(self.blocks)
 
-    def check_samples(self, x: Array) -> None:
+    def check_samples(self, x: Any) -> None:
         """Raises ValueError unless x is a floating-point batch of this model's samples."""
         check_floating("x", x)
         if x.shape[1:] != self.shape:
