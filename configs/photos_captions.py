@@ -27,7 +27,7 @@ def config() -> FlowExperiment:
             text_length=16,
             noise_std=0.1,
         ),
-        data=DataConfig(name="folder", path="photos", on_corrupt="skip"),
+        data=DataConfig(name="folder", path="photos"),
         codec=SpaceToDepth(4),
         text=TextConfig(encoder="words"),
         optim=OptimConfig(lr=1e-3, min_lr=1e-5, warmup_steps=100, skip_norm=5.0, ema_decay=0.998),

@@ -172,13 +172,14 @@ MISTAKES = {
     "NaN among anomalies": ([1.0, 2.0], [1.0, np.nan], "anomalous has 1 value that is NaN"),
     "a matrix": (np.ones((2, 2)), [1.0, 2.0], r"shapes \(2, 2\) and \(2,\); give two vectors"),
 }
-ORIGINS = {"too few": [0], "too large": [0, 2], "negative": [-1, 0]}
+ORIGINS = {"too few": [0], "none": [], "too large": [0, 2], "negative": [-1, 0], "fractions": [0.5, 1.0]}
 
 
+@pytest.mark.parametrize("anomalous", [[0.0, 1.5], [3.0, 4.0]], ids=["mixed", "apart"])
 @pytest.mark.parametrize("name", ORIGINS)
-def test_origins_that_are_no_positions_are_refused(name, untyped):
+def test_origins_that_are_no_positions_are_refused(name, anomalous, untyped):
     with pytest.raises(ValueError, match="give one position from 0 to 1 for each of 2 anomalies"):
-        auroc(np.array([1.0, 2.0]), np.array([0.0, 1.5]), origins=np.array(ORIGINS[name]))
+        auroc(np.array([1.0, 2.0]), np.array(anomalous), origins=np.array(ORIGINS[name]))
 
 
 @pytest.mark.parametrize("name", MISTAKES)

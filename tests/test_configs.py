@@ -1,16 +1,21 @@
 """Every shipped config builds abstractly, round-trips, has its published size, and its debug shrink trains."""
 
+import dataclasses
 import json
 from pathlib import Path
 
 import jax
 import pytest
+from PIL import Image
 
 import flowgen
+from flowgen.data import load
+from flowgen.data.dataset import captions_in
 from flowgen.experiments import from_json, load_config
 
 CONFIGS = sorted((Path(__file__).parent.parent / "configs").glob("*.py"))
 
+OF_FOLDERS = [path for path in CONFIGS if 'DataConfig(name="folder"' in path.read_text()]
 RECORDED = CONFIGS[0].parents[1] / "benchmarks" / "results" / "configs.json"
 ROUNDED = 1e-3  # expected metrics have four digits
 MEANS = {"starflow_digits"}  # expects the mean over several seeds
@@ -66,3 +71,20 @@ def test_expected_metrics_are_those_of_the_recorded_run():
 
 def test_every_published_size_has_its_config():
     assert set(PUBLISHED_SIZES) <= {path.stem for path in CONFIGS}
+
+
+@pytest.mark.parametrize("path", OF_FOLDERS, ids=lambda path: path.stem)
+def test_the_data_of_a_config_open_a_real_folder(path, tmp_path):
+    """The debug form, which the other tests train, has other data."""
+    experiment = load_config(path)
+    described = bool(getattr(experiment.model, "text_dim", 0))
+    for name in ("cat", "dog"):
+        (tmp_path / name).mkdir()
+        for number in range(20):
+            Image.new("RGB", (12, 16), (number, 9, 99)).save(tmp_path / name / f"{number}.png")
+            if described:
+                (tmp_path / name / f"{number}.txt").write_text(f"a {name}")
+    data = dataclasses.replace(experiment.data, path=str(tmp_path))
+    dataset = load(data, image_size=(16, 16), channels=3, split="train")
+    assert len(dataset) >= 30
+    assert set(captions_in(dataset)) == ({"a cat", "a dog"} if described else set())

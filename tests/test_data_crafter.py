@@ -94,6 +94,7 @@ def test_a_clip_in_which_the_player_dies_is_played_again_in_the_next_world(monke
     ("changes", "message"),
     [
         ({"channels": 1}, "data.name 'crafter' has colour clips; set model.channels to 3"),
+        ({"frames": 1}, "clips of 1 frame are too short for data.name 'crafter'"),
         ({"size": (8, 16)}, "clips of 8 x 16 pixels are too small for data.name 'crafter', which shows 9 x 9 tiles"),
         ({"eval_fraction": 0.0}, "data.eval_fraction is 0, so nothing is held out for evaluation"),
         (

@@ -136,8 +136,19 @@ def test_a_classifier_of_the_digits_knows_held_out_ones(key):
     damage = [frechet_distance(features, classifier.features(images + level * noise)) for level in (0.1, 0.3, 1.0)]
     assert damage == sorted(damage)
     assert frechet_distance(features[::2], features[1::2]) < damage[-1]
-    with pytest.raises(ValueError, match="has no labels"):
-        train_classifier(dataclasses.replace(dataset, class_names=()), key)
+
+
+def test_images_without_a_label_do_not_train_the_classifier(key):
+    """Most black images are unlabelled. As members of the last class, they would make it the class of black images."""
+    shades, labels = np.repeat(np.uint8([0, 255, 0]), [32, 32, 128]), np.repeat(np.int32([0, 1, -1]), [32, 32, 128])
+    images = np.array(np.broadcast_to(shades[:, None, None, None], (192, 8, 8, 1)))
+    dataset = ArrayDataset(images, labels, class_names=("black", "white"))
+    rest, labelled = dataset.select(np.flatnonzero(labels < 0)), dataset.select(np.flatnonzero(labels >= 0))
+    classifier = train_classifier(dataset, key, steps=30)
+    assert (classifier.classes(np.asarray(from_uint8(labelled.x))) == labelled.labels).all()
+    for unlabelled in (rest, dataclasses.replace(labelled, class_names=())):
+        with pytest.raises(ValueError, match="has no labels"):
+            train_classifier(unlabelled, key)
 
 
 def test_bits_of_a_field_that_stands_still_are_those_of_its_source(key):

@@ -1,6 +1,7 @@
 """Flows of numbers end to end: files and simulators, units, commands, resumption, and what is refused."""
 
 import dataclasses
+import itertools
 import json
 from pathlib import Path
 
@@ -8,18 +9,22 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+import scipy.stats
 from commands import one_sentence, refused, succeed
 from laws import drawn
 from PIL import Image
 
 import flowgen
+from flowgen.batch import Batch
 from flowgen.conditioning import ContextTokens, Padded
 from flowgen.contexts import ImageContext, TokenContext, VectorContext
 from flowgen.data import NumbersConfig, SimulatedConfig, load_numbers
 from flowgen.experiments import TokenFlowExperiment, TokenSamplingConfig, fit
+from flowgen.experiments.row_orders import with_rows_shuffled
 from flowgen.experiments.units import context_to_flow, measured_units, to_data, to_flow
 from flowgen.flows import TokenFlowConfig
 from flowgen.nn import init
+from flowgen.rows import Rows
 from flowgen.training import LogConfig, OptimConfig, TrainConfig
 from flowgen.transforms import MixtureMap
 
@@ -163,6 +168,11 @@ GOOD = {"x": some(ROWS, 2), "context": some(ROWS, 3)}
         (VECTOR, GOOD | {"context": some(ROWS - 1, 3)}, r"'context' .* \(40, 3\)"),
         (VECTOR, GOOD | {"labels": np.zeros(ROWS, int)}, "'labels', which this model does not use"),
         (VECTOR, GOOD | {"x": np.where(np.arange(80).reshape(40, 2) == 5, np.nan, GOOD["x"])}, "not finite"),
+        (VECTOR, GOOD | {"x": np.where(np.arange(80).reshape(40, 2) == 5, 1e39, 0.1)}, r"'x' .* up to 1e\+39, but"),
+        (VECTOR, GOOD | {"x": 1e-50 * some(ROWS, 2).astype(float)}, "channel 0 of 'x' .* in smaller units"),
+        (VECTOR, GOOD | {"x": 1.7e9 + some(ROWS, 2).astype(float)}, "channel 0 of 'x' .* subtract an offset"),
+        (VECTOR, GOOD | {"context": some(ROWS, 3) + np.array([0, 0, 1e8])}, "channel 2 of 'context' .* subtract an"),
+        ({"shape": (4, 2), "padded": True}, {"x": some(ROWS, 4, 2), "mask": MASK & False}, "'mask' .* split 'train'"),
         (VECTOR, GOOD | {"x": np.array([{}], object)}, "not a readable .npz file of plain arrays"),
         ({"shape": (2,), "num_classes": 2}, {"x": GOOD["x"], "labels": np.full(ROWS, 2)}, "labels from 0 to 1"),
         ({"shape": (4, 2), "padded": True}, {"x": some(ROWS, 4, 2)}, "'mask' .* is missing"),
@@ -183,6 +193,7 @@ def test_wrong_files_are_refused_in_one_sentence(fields, arrays, words, tmp_path
         ({"sampling": TokenSamplingConfig(observation=9)}, "fixed observations 0 to 3"),
         ({"sampling": TokenSamplingConfig(context=(0.1,))}, "give 2 entries"),
         ({"sampling": TokenSamplingConfig(guidance=1.0)}, "train.label_dropout"),
+        ({"data": NumbersConfig(path="own.npz", shuffle_rows=True)}, "data.shuffle_rows is true"),
     ],
 )
 def test_parts_that_do_not_fit_are_refused(fields, words):
@@ -200,6 +211,95 @@ def test_constant_entries_are_refused_in_samples_and_shifted_in_contexts(tmp_pat
     assert not np.asarray(context_to_flow(measured_units(dataset, None), dataset.context))[:, 0].any()
     with pytest.raises(ValueError, match="channel 0"):
         measured_units(load_numbers(saved(tmp_path / "x.npz", **GOOD | {"x": constant["x"]}), model, "all"), None)
+
+
+def test_large_numbers_that_vary_enough_keep_their_digits(tmp_path):
+    """The limit leaves 2^7 or more numbers in a standard deviation, and depends on neither the unit nor padding."""
+    x = 1e6 + 32.0 * np.random.default_rng(0).normal(size=(200, 4, 1))
+    mask = np.arange(4)[None] < np.full((200, 1), 3)
+    model = TokenFlowConfig(shape=(4, 1), padded=True, **TINY)
+    for unit in (1.0, 1e-30, 1e29):
+        data = saved(tmp_path / "x.npz", x=unit * np.where(mask[..., None], x, 0), mask=mask)
+        whole = load_numbers(data, model, "all")
+        u, *_ = to_flow(measured_units(whole, None), whole.x, whole.context, None)
+        rows = x[mask]
+        np.testing.assert_allclose(np.asarray(u)[mask], (rows - rows.mean()) / rows.std(), atol=2.0**-8)
+
+
+@pytest.mark.parametrize("kind", ["sets", "token context"])
+def test_numbers_at_padding_are_ignored(kind, tmp_path):
+    fields, arrays = KINDS[kind]
+    name, model = "x" if kind == "sets" else "context", TokenFlowConfig(**fields, **TINY)
+    odd = np.resize([np.nan, np.inf, 1e300], MASK.shape)[..., None]
+    changed = arrays | {name: np.where(MASK[..., None], arrays[name].astype(float), odd)}
+    plain, padded = (load_numbers(saved(tmp_path / "x.npz", **each), model, "all") for each in (arrays, changed))
+    values = padded.x if kind == "sets" else padded.context.tokens
+    np.testing.assert_array_equal(values, np.where(MASK[..., None], arrays[name], 0))
+    jax.tree.map(np.testing.assert_array_equal, measured_units(plain, None), measured_units(padded, None))
+
+
+def test_a_context_of_padding_alone_is_left_as_it_is(tmp_path):
+    fields, arrays = KINDS["token context"]
+    data = saved(tmp_path / "x.npz", **arrays | {"context_mask": MASK & False})
+    dataset = load_numbers(data, TokenFlowConfig(**fields, **TINY), "all")
+    units = measured_units(dataset, None)
+    np.testing.assert_array_equal(units["units"]["context"]["mean"], 0)
+    np.testing.assert_array_equal(units["units"]["context"]["scale"], 1)
+    empty = dataclasses.replace(dataset, x=some(ROWS, 4, 2), context=Padded(MASK & False))
+    with pytest.raises(ValueError, match="mask is False everywhere"):
+        measured_units(empty, None)
+
+
+def test_every_order_of_the_existing_rows_is_as_likely():
+    mask = np.array([False, True, True, False, True])
+    count = 6000
+    x = np.tile(np.arange(5, dtype=np.float32)[None, :, None], (count, 1, 2))
+    batch = Batch(x, Padded(np.tile(mask, (count, 1))))
+    found = np.asarray(jax.jit(with_rows_shuffled)(batch, jax.random.key(0)).x)
+    np.testing.assert_array_equal(found[:, ~mask], x[:, ~mask])
+    np.testing.assert_array_equal(found[..., 0], found[..., 1])
+    orders, times = np.unique(found[:, mask, 0], axis=0, return_counts=True)
+    assert {tuple(order) for order in orders} == set(itertools.permutations((1, 2, 4)))
+    assert scipy.stats.chisquare(times).pvalue > 1e-3
+    whole = np.asarray(with_rows_shuffled(Batch(x[:20], None), jax.random.key(1)).x)
+    np.testing.assert_array_equal(np.sort(whole, axis=1), x[:20])
+    assert len(np.unique(whole, axis=0)) > 10
+
+
+def test_rows_are_shuffled_by_their_place_in_the_whole_batch():
+    """Half of a batch on each of two devices gets the orders of the whole."""
+    batch = Batch(some(8, 4, 2), Padded(MASK[:8]))
+
+    def shuffled(half):
+        rows = Rows(jax.random.key(0), jnp.arange(8)[half], size=8)
+        part = jax.tree.map(lambda array: array[half], batch)
+        return with_rows_shuffled(part._replace(rows=rows), jax.random.key(1)).x
+
+    whole = shuffled(slice(0, 8))
+    assert (whole != batch.x).any()
+    for half in (slice(0, 4), slice(4, 8)):
+        np.testing.assert_array_equal(shuffled(half), whole[half])
+
+
+def test_only_training_shuffles_rows(tmp_path):
+    fields, arrays = KINDS["sets"]
+    data = dataclasses.replace(saved(tmp_path / "x.npz", **arrays), shuffle_rows=True)
+    experiment = experiment_of(TokenFlowConfig(noise_std=0.0, **fields, **TINY), data)
+    fixed = dataclasses.replace(experiment, data=dataclasses.replace(data, shuffle_rows=False))
+    flow, dataset = experiment.build(), experiment.dataset("all")
+    np.testing.assert_array_equal(dataset.x[MASK], arrays["x"][MASK])
+    variables = {**drawn(init, flow, jax.random.key(0)), **measured_units(dataset, None)}
+    batch = jax.tree.map(jnp.asarray, dataset[np.arange(ROWS)])
+
+    def loss_of(each, batch):
+        return jax.jit(each.objective(flow))(variables, batch, jax.random.key(1))[0]
+
+    loss, other = (loss_of(each, batch) for each in (experiment, fixed))
+    again = loss_of(fixed, with_rows_shuffled(batch, jax.random.key(1)))
+    np.testing.assert_allclose(loss, again, rtol=ROUND_TRIP)
+    assert abs(loss - other) > 100 * ROUND_TRIP
+    scores = [each.log_prob(flow, variables, dataset.x, dataset.context) for each in (experiment, fixed)]
+    np.testing.assert_array_equal(*scores)
 
 
 def test_own_datasets_are_refused(tmp_path):
@@ -240,6 +340,19 @@ def test_commands_on_a_simulator(moons, tmp_path):
     of_run, of_export = (flowgen.load(place) for place in (run, tmp_path / "exported"))
     jax.tree.map(np.testing.assert_array_equal, of_run[1], of_export[1])
     succeed("report", run, "--out", tmp_path / "report.html")
+
+
+@pytest.mark.slow
+def test_a_stopped_run_on_shuffled_sets_resumes_bitwise(tmp_path):
+    fields, arrays = KINDS["sets"]
+    data = dataclasses.replace(saved(tmp_path / "own.npz", **arrays), shuffle_rows=True)
+    optim = OptimConfig(schedule="constant", lr=1e-2)
+    whole = experiment_of(TokenFlowConfig(**fields, **TINY), data, optim=optim)
+    half = dataclasses.replace(whole, train=dataclasses.replace(whole.train, steps=4))
+    one = fit(whole, tmp_path / "whole")
+    fit(half, tmp_path / "halves")
+    other = fit(whole, tmp_path / "halves")
+    jax.tree.map(np.testing.assert_array_equal, one.state, other.state)
 
 
 @pytest.mark.slow

@@ -1,6 +1,7 @@
 """The coupling of a trained flow (NFM): closed forms of Gaussian flows, and the flow that ships with flowgen."""
 
 import dataclasses
+from types import SimpleNamespace
 
 import jax
 import jax.numpy as jnp
@@ -13,7 +14,7 @@ from tolerances import FORMULA, NETWORK, assert_close
 import flowgen
 from flowgen import checkpoint
 from flowgen import matching as fm
-from flowgen.data import from_uint8
+from flowgen.data import ArrayDataset, from_uint8
 from flowgen.experiments import MatchingExperiment
 from flowgen.experiments.distilled import open_flow, with_flow
 from flowgen.matching.loss import rows_of
@@ -153,6 +154,19 @@ def test_a_training_step_has_the_flow_as_an_argument(key):
     assert not set(job.fixed) & set(variables)
 
 
+def named(*classes):
+    """Returns an experiment on digits of these classes alone, with the flow that ships with flowgen."""
+    matching = fm.MatchingConfig(coupling=fm.FromFlow("digits"))
+    data = ArrayDataset(np.zeros((4, 8, 8, 1), np.uint8), np.zeros(4, np.int32), class_names=classes)
+    experiment = MatchingExperiment(name="nfm", model=DIGITS, matching=matching, train=TrainConfig(batch_size=4))
+    return SimpleNamespace(job=lambda: experiment.job(dataset=data))
+
+
+@pytest.mark.parametrize("classes", [(), ("0", "1", "2")], ids=["unknown", "the first"])
+def test_a_flow_fits_data_whose_labels_have_the_same_names(classes):
+    assert open_flow("digits", DIGITS, classes).flow.config.num_classes == 10
+
+
 REFUSED = {
     "no flow": (lambda: fm.FlowDistilled(fm.MLPConfig().build(), {}), "flow is a VelocityMLP"),
     "noise": (lambda: fm.FlowDistilled(CONFIG.build(), {}, noise_std=-1.0), "noise_std is -1.0"),
@@ -171,6 +185,14 @@ REFUSED = {
     "other classes": (
         lambda: open_flow("digits", dataclasses.replace(DIGITS, num_classes=0)),
         "this flow has 10 classes, but model.num_classes is 0",
+    ),
+    "classes in another order": (
+        lambda: open_flow("digits", DIGITS, (*"1023456789",)),
+        "on the classes 0, 1, 2, 3, 4, 5, 6, 7, 8, 9, in this order, but the data have 1, 0, 2, 3, 4, 5, 6, 7, 8, 9",
+    ),
+    "other class names in the data": (
+        lambda: named("zero", "one").job(),
+        "in this order, but the data have zero, one; give a flow with the same classes",
     ),
 }
 

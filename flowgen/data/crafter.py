@@ -29,14 +29,19 @@ def record(
 
     num: number of clips in both splits combined.
 
-    Raises ModuleNotFoundError if the package crafter is missing, and ValueError if `channels` is not 3 or a side of
-    `image_size` is below 9.
+    Raises ModuleNotFoundError if the package crafter is missing, and ValueError if `frames` is below 2, `channels` is
+    not 3 or a side of `image_size` is below 9.
 
     Example:
         clips, labels, names = record(1000, 0.1, frames=8, image_size=(64, 64), channels=3, split="train")
     """
     if channels != 3:
         raise ValueError("data.name 'crafter' has colour clips; set model.channels to 3.")
+    if frames < 2:
+        raise ValueError(
+            f"clips of {frames} frame are too short for data.name 'crafter', because the player acts between frames; "
+            "use at least 2."
+        )
     if min(image_size) < VIEW:
         raise ValueError(
             f"clips of {image_size[0]} x {image_size[1]} pixels are too small for data.name 'crafter', which shows "

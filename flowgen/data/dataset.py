@@ -44,7 +44,8 @@ class DataConfig:
     in the model's image size. All images in a batch have the same shape.
     crop: "center" scales images to cover the model's size and crops the centre; "none" stretches them to that size.
     Ignored for `npz`.
-    on_corrupt: "refuse" stops the run if a file is unreadable; "skip" leaves the file out with a warning.
+    on_corrupt: "refuse" stops the run if a file is unreadable; "skip" leaves the file out with a warning, but is
+    refused for images with captions.
     eval_fraction: fraction of the images held out for evaluation. The same images are held out on every machine; with
     0, none are held out.
     in_memory_bytes: if the resized images of `folder` or `tar` need more bytes than this, each batch is decoded on

@@ -17,6 +17,7 @@ from flowgen.conditioning import UNCONDITIONAL, ContextTokens, Padded, split_pad
 from flowgen.contexts import Context, ImageContext, TokenContext
 from flowgen.data.bounds import Bounds, bounds_of, check_bounds, within_bounds
 from flowgen.data.bucket_files import bucket_file
+from flowgen.data.casting import as_float32
 from flowgen.data.dataset import Split, hold_out
 from flowgen.data.stored import StoredFile
 from flowgen.documents import ARRAY_DAMAGE
@@ -37,10 +38,13 @@ class NumbersConfig:
     The file contains an array `x` of floats: vectors `num d` or sequences `num n c`. For a conditional model, it also
     contains `context` (floats: vectors `num k`, tokens `num m k` or images `num height width c`) or `labels` (integers
     `num`; -1 for none). If context tokens are padded, the boolean array `context_mask` `num m` is False for padding. If
-    samples are padded, the boolean array `mask` `num n` is False for padding rows of `x`.
+    samples are padded, the boolean array `mask` `num n` is False for padding rows of `x`. Numbers at padding are
+    ignored. The other numbers are stored as float32.
 
     path: the .npz file, or its URL.
     eval_fraction: fraction of the samples held out for evaluation; with 0, none are held out.
+    shuffle_rows: whether to put the existing rows of each sequence or set in a new random order at every training step,
+    for sets, whose order has no meaning. The order of held-out samples stays that of the file.
     low: lower bound of x, such as that of a uniform prior: one number, or one per channel of x (an entry of a vector,
     or an index of the last axis); none for no bound. All samples of the flow are within the bounds.
     high: upper bound of x, like low. If a channel has two bounds, values on a bound are moved inside by 2^-24 of the
@@ -54,6 +58,7 @@ class NumbersConfig:
 
     path: str = ""
     eval_fraction: ProperFraction = 0.1
+    shuffle_rows: bool = False
     low: Bounds = None
     high: Bounds = None
 
@@ -122,21 +127,24 @@ def load_numbers(data: NumbersConfig | SimulatedConfig, model: Any, split: Split
     model: a `TokenFlowConfig`, or another config with the fields shape, context, num_classes and padded.
 
     Raises FileNotFoundError if the file does not exist, and ValueError if the file or the simulator does not fit the
-    model.
+    model, or if float32 cannot represent the numbers of the file well (see `flowgen.data.casting`).
 
     Example:
         dataset = load_numbers(SimulatedConfig(), TokenFlowConfig(shape=(2,), context=VectorContext(2)), "train")
     """
+    where = f"data.name '{data.name}'" if isinstance(data, SimulatedConfig) else f"data.path '{data.path}'"
     if isinstance(data, SimulatedConfig):
         whole = _simulated(data)
     else:
         path = _file(data.path)
-        whole = _of_arrays(_read(path), f"data.path '{path}'", model)
-        if data.low is not None or data.high is not None:
-            mask, (low, high) = split_padded(whole.context)[0], bounds_of(data.low, data.high, model.shape[-1])
-            mask = None if mask is None else np.asarray(mask)
-            whole = dataclasses.replace(whole, x=within_bounds(whole.x, mask, low, high, f"data.path '{path}'"))
-    return whole if split == "all" else whole.select(hold_out(len(whole), data.eval_fraction, split))
+        whole = _bounded(_of_arrays(_read(path), where, model), data, where)
+    found = whole if split == "all" else whole.select(hold_out(len(whole), data.eval_fraction, split))
+    mask, _ = split_padded(found.context)
+    if mask is not None and not np.any(mask):
+        raise ValueError(
+            f"'mask' in {where} is False everywhere in the split '{split}'; set it to True for the rows that exist."
+        )
+    return found
 
 
 def numbers_marks(path: str) -> dict[str, int]:
@@ -185,20 +193,27 @@ def _of_arrays(arrays: dict[str, np.ndarray], where: str, model: Any) -> Numbers
     count = len(arrays["x"]) if arrays["x"].ndim else 0
     if count < 1:
         raise ValueError(f"'x' in {where} has shape {arrays['x'].shape}; save at least one sample.")
-    x = _floats("x", arrays.pop("x"), (count, *model.shape), where)
+    mask = _mask("mask", arrays.pop("mask", None), (count, model.shape[0]), where) if model.padded else None
+    x = _floats("x", arrays.pop("x"), (count, *model.shape), where, mask)
     context = _context(arrays, model, count, where)
-    if model.padded:
-        mask = _mask("mask", arrays.pop("mask", None), (count, model.shape[0]), where)
-        x, context = np.where(mask[:, :, None], x, 0), Padded(mask, context)
     if arrays:
         raise ValueError(
             f"{where} has the array {next(iter(arrays))!r}, which this model does not use; leave it out, or change "
             "model.context, model.num_classes or model.padded."
         )
-    for leaf in jax.tree.leaves((x, context)):
-        if leaf.dtype == np.float32 and not np.isfinite(leaf).all():
-            raise ValueError(f"{where} has numbers that are not finite; remove these samples.")
-    return NumbersDataset(x, context, tuple(map(str, range(model.num_classes))))
+    return NumbersDataset(
+        x, context if mask is None else Padded(mask, context), tuple(map(str, range(model.num_classes)))
+    )
+
+
+def _bounded(dataset: NumbersDataset, data: NumbersConfig, where: str) -> NumbersDataset:
+    """Returns the dataset with samples strictly within the bounds. Raises ValueError if a value is outside of them."""
+    if data.low is None and data.high is None:
+        return dataset
+    mask, _ = split_padded(dataset.context)
+    low, high = bounds_of(data.low, data.high, dataset.x.shape[-1])
+    x = within_bounds(dataset.x, None if mask is None else np.asarray(mask), low, high, where)
+    return dataclasses.replace(dataset, x=x)
 
 
 def _context(arrays: dict[str, np.ndarray], model: Any, count: int, where: str) -> Any:
@@ -211,15 +226,18 @@ def _context(arrays: dict[str, np.ndarray], model: Any, count: int, where: str) 
         return _floats("context", given, shape, where)
     if not isinstance(described, TokenContext):
         return _floats("context", given, (count, described.dim), where)
-    tokens = _floats("context", given, (count, described.length, described.dim), where)
-    mask = arrays.pop("context_mask", np.ones(tokens.shape[:2], bool))
-    return ContextTokens(tokens, _mask("context_mask", mask, tokens.shape[:2], where))
+    shape = (count, described.length, described.dim)
+    mask = _mask("context_mask", arrays.pop("context_mask", np.ones(shape[:2], bool)), shape[:2], where)
+    return ContextTokens(_floats("context", given, shape, where, mask), mask)
 
 
-def _floats(name: str, array: np.ndarray | None, shape: tuple[int, ...], where: str) -> np.ndarray:
+def _floats(
+    name: str, array: np.ndarray | None, shape: tuple[int, ...], where: str, mask: np.ndarray | None = None
+) -> np.ndarray:
+    """Returns the numbers as float32, with 0 at padding. Raises ValueError if they are missing or invalid."""
     if array is None or array.dtype.kind != "f" or array.shape != shape:
         raise ValueError(f"{name!r} in {where} {_told(array)}; this model needs floats of shape {shape}.")
-    return array.astype(np.float32)
+    return as_float32(name, array, mask, where)
 
 
 def _mask(name: str, array: np.ndarray | None, shape: tuple[int, ...], where: str) -> Bool[np.ndarray, "n m"]:

@@ -166,6 +166,8 @@ def auroc(
     if min(len(normal), len(anomalous)) < 2:
         raise ValueError(f"there are {len(normal)} normal and {len(anomalous)} anomalous scores; give at least 2 each.")
     check_no_nan(normal=normal, anomalous=anomalous)
+    if origins is not None:
+        _check_origins(origins, len(anomalous), len(normal))
     above = _fraction_below(normal, anomalous)
     below = 1 - _fraction_below(anomalous, normal)
     area, count = float(above.mean()), len(normal) + len(anomalous)
@@ -174,7 +176,6 @@ def auroc(
     if origins is None:
         variance = above.var(ddof=1) / len(anomalous) + below.var(ddof=1) / len(normal)
     else:
-        _check_origins(origins, len(anomalous), len(normal))
         terms = (below - area) / len(normal)
         np.add.at(terms, origins, (above - area) / len(anomalous))
         variance = len(normal) * terms.var(ddof=1)
@@ -182,11 +183,13 @@ def auroc(
 
 
 def _check_origins(origins: np.ndarray, anomalies: int, normal: int) -> None:
-    if origins.shape != (anomalies,) or not 0 <= origins.min() <= origins.max() < normal:
-        raise ValueError(
-            f"origins has shape {origins.shape} and values from {origins.min()} to {origins.max()}; give one position "
-            f"from 0 to {normal - 1} for each of {anomalies} anomalies."
-        )
+    if origins.shape == (anomalies,) and origins.dtype.kind in "iu" and 0 <= origins.min() <= origins.max() < normal:
+        return
+    values = f" and values from {origins.min()} to {origins.max()}" if origins.size else ""
+    raise ValueError(
+        f"origins has dtype {origins.dtype}, shape {origins.shape}{values}; give one position from 0 to {normal - 1} "
+        f"for each of {anomalies} anomalies."
+    )
 
 
 def _fraction_below(x: np.ndarray, at: np.ndarray) -> np.ndarray:

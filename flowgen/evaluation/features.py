@@ -15,7 +15,7 @@ from jaxtyping import Array, Float, Int, Key
 
 from flowgen.arrays import check_floating
 from flowgen.data.dataset import Dataset
-from flowgen.data.loader import Loader
+from flowgen.data.loader import Loader, fixed_batches
 from flowgen.data.media import from_uint8
 
 WIDTH = 16
@@ -67,16 +67,16 @@ class Classifier:
 
 
 def train_classifier(dataset: Dataset, key: Key[Array, ""], *, steps: int = 200) -> Classifier:
-    """Trains a classifier to predict the dataset's labels.
+    """Trains a classifier to predict the dataset's labels. Images without a label, which have -1, are left out.
 
     Noise is added to the training images, so that the classifier also works on noisy samples.
 
-    Raises ValueError if the dataset has no labels.
+    Raises ValueError if no image has a label.
 
     Example:
         classifier = train_classifier(experiment.dataset("train"), jax.random.key(0))
     """
-    if not dataset.class_names:
+    if not has_labels(dataset):
         raise ValueError("the dataset has no labels to train the classifier on; give a dataset with classes.")
     network = _ConvNet(len(dataset.class_names))
     init_key, noise_key = jax.random.split(key)
@@ -89,6 +89,17 @@ def train_classifier(dataset: Dataset, key: Key[Array, ""], *, steps: int = 200)
     return Classifier(network, variables)
 
 
+def has_labels(dataset: Dataset) -> bool:
+    """Returns whether any image of a dataset has a class. Reads images until it finds one.
+
+    Example:
+        has_labels(experiment.dataset("train"))
+    """
+    if not dataset.class_names:
+        return False
+    return any((np.asarray(batch.labels) >= 0).any() for batch, _ in fixed_batches(dataset, min(BATCH, len(dataset))))
+
+
 def _optimizer(steps: int) -> optax.GradientTransformation:
     return optax.adam(optax.cosine_decay_schedule(LEARNING_RATE, steps))
 
@@ -98,11 +109,14 @@ def _update(network, steps, variables, state, batch, key):
     level_key, key = jax.random.split(key)
     images = from_uint8(batch.pixels)
     level = MAX_NOISE * jax.random.uniform(level_key, (len(images), 1, 1, 1))
+    labelled = batch.labels >= 0
     noised = images + level * jax.random.normal(key, images.shape)
 
     def loss(variables):
         logits = network.apply(variables, noised)[1]
-        return optax.softmax_cross_entropy_with_integer_labels(logits, batch.labels).mean()
+        # Optax reads the label -1 as the last class.
+        terms = optax.softmax_cross_entropy_with_integer_labels(logits, jnp.maximum(batch.labels, 0))
+        return jnp.where(labelled, terms, 0).sum() / jnp.maximum(labelled.sum(), 1)
 
     updates, state = _optimizer(steps).update(jax.grad(loss)(variables), state)
     return optax.apply_updates(variables, updates), state

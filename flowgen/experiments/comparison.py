@@ -32,6 +32,7 @@ from flowgen.evaluation import (
     save_statistics,
 )
 from flowgen.evaluation.features import FEATURES as CLASSIFIER_FEATURES
+from flowgen.evaluation.features import has_labels
 from flowgen.evaluation.manifolds import DENSITY_NEIGHBOURS, PRECISION_NEIGHBOURS
 from flowgen.evaluation.networks import NetworkFeatures, check_channels
 from flowgen.experiments.distances import (
@@ -170,9 +171,9 @@ def _open_features(
     classifier is trained, only the first word of its digest is known.
     """
     name = options.features
-    if name == "classifier" and not train().dataset.class_names:
-        raise ValueError(f"--features is classifier, but the {train().name} have no classes to learn; use pixels.")
-    if name == "pixels" or (name == "auto" and not train().dataset.class_names):
+    if name == "classifier" and not has_labels(train().dataset):
+        raise ValueError(f"--features is classifier, but the {train().name} have no labels to learn; use pixels.")
+    if name == "pixels" or (name == "auto" and not has_labels(train().dataset)):
         check(PIXELS, math.prod(data.event_shape))
         return pixel_features()
     if name in ("auto", "classifier"):

@@ -13,6 +13,7 @@ from jaxtyping import Float, Int
 from flowgen.arrays import digest_of
 from flowgen.data import Dataset, fixed_batches, from_uint8
 from flowgen.evaluation import Estimate, FeatureStatistics, feature_statistics, mean_of, train_classifier
+from flowgen.evaluation.features import has_labels
 from flowgen.experiments.drawing import Conditions, DrawBatch, check_samples
 
 SAMPLES_AT_ONCE = 256
@@ -37,14 +38,14 @@ class FeatureExtractor:
 
 
 def train_features(dataset: Dataset, name: str = "training images") -> FeatureExtractor:
-    """Trains a classifier and returns an extractor of its features. Without classes, the features are the pixels.
+    """Trains a classifier and returns an extractor of its features. Without labels, the features are the pixels.
 
     name: plural noun for the images in the dataset.
 
     Example:
         extractor = train_features(experiment.dataset("train"))
     """
-    if not dataset.class_names:
+    if not has_labels(dataset):
         return pixel_features()
     classifier = train_classifier(dataset, jax.random.key(0))
     digest = digest_of(jax.tree.leaves(classifier.variables))

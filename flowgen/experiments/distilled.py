@@ -9,6 +9,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
+from flowgen.data.inventory import name_list
 from flowgen.experiments.flow import FlowExperiment
 from flowgen.matching import FlowDistilled, FromFlow, MatchingConfig
 from flowgen.matching.objective import combined_state
@@ -22,18 +23,18 @@ FIELD = "matching.coupling.path"
 COLLECTION = "coupling"  # the name of the collection of the flow's variables in a training step
 
 
-def with_flow(matching: MatchingConfig, model: Any) -> MatchingConfig:
+def with_flow(matching: MatchingConfig, model: Any, class_names: tuple[str, ...] = ()) -> MatchingConfig:
     """Returns the config with the flow at `coupling.path` opened; a config with another coupling is returned unchanged.
 
-    model: the config of the velocity network. Raises FileNotFoundError or ValueError if the path has no flow, or if the
-    flow does not fit the network.
+    model: the config of the velocity network. class_names: the class names of its data, if known. Raises
+    FileNotFoundError or ValueError if the path has no flow, or if the flow does not fit the network or these classes.
 
     Example:
-        matching = with_flow(experiment.matching, experiment.model)
+        matching = with_flow(experiment.matching, experiment.model, dataset.class_names)
     """
     if not isinstance(matching.coupling, FromFlow):
         return matching
-    return dataclasses.replace(matching, coupling=open_flow(matching.coupling.path, model))
+    return dataclasses.replace(matching, coupling=open_flow(matching.coupling.path, model, class_names))
 
 
 def fixed_variables(matching: MatchingConfig) -> dict[str, Any]:
@@ -68,7 +69,7 @@ def distilled_objective(matching: MatchingConfig, objective: Callable[[MatchingC
     return StatefulObjective(of_variables, combined_state)
 
 
-def open_flow(path: str, model: Any) -> FlowDistilled:
+def open_flow(path: str, model: Any, class_names: tuple[str, ...] = ()) -> FlowDistilled:
     """Returns the coupling of a flow. path: run directory, exported folder, or name of a flow that ships with flowgen.
 
     Raises the same errors as `with_flow`.
@@ -84,7 +85,7 @@ def open_flow(path: str, model: Any) -> FlowDistilled:
                 raise ValueError(f"this is the run of a {plain.get(TYPE)!s:.80}; give the run of a FlowExperiment.")
             experiment = FlowExperiment.from_json(plain)
             assert isinstance(experiment, FlowExperiment)
-            check_fits(experiment, model)
+            check_fits(experiment, model, class_names)
             flow, reader = experiment.build(), run.checkpoints
             step = reader.latest_step()
             if step is None:
@@ -100,8 +101,11 @@ def open_flow(path: str, model: Any) -> FlowDistilled:
     return FlowDistilled(flow, jax.tree.map(jnp.asarray, variables), noise=noise)
 
 
-def check_fits(experiment: FlowExperiment, model: Any) -> None:
+def check_fits(experiment: FlowExperiment, model: Any, class_names: tuple[str, ...] = ()) -> None:
     """Raises ValueError if a flow models latents, or if its shape, classes or texts do not match the velocity network.
+
+    class_names: the class names of the network's data. They are compared with those that the flow's run stores, if both
+    are known: each label must have the same name.
 
     Example:
         check_fits(load("digits")[2], DiTConfig(image_size=8, channels=1))
@@ -119,4 +123,10 @@ def check_fits(experiment: FlowExperiment, model: Any) -> None:
         raise ValueError(
             f"this flow has {has}, but model.num_classes is {model.num_classes}; give a flow with the same classes, or "
             "without classes."
+        )
+    known = experiment.data.classes
+    if flow.num_classes and known and class_names and known[: len(class_names)] != class_names:
+        raise ValueError(
+            f"this flow was trained on the classes {name_list(known)}, in this order, but the data have "
+            f"{name_list(class_names)}; give a flow with the same classes, or set data.classes to the flow's."
         )

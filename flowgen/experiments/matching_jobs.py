@@ -91,7 +91,8 @@ def images_job(experiment: Any, network: Any, data: DataConfig, dataset: Dataset
     order = np.random.default_rng(experiment.train.seed).permutation(len(dataset))
     x1 = from_uint8(dataset[np.sort(order[:REPORT_PAIRS])].pixels)
     x0 = jax.random.normal(jax.random.key(experiment.train.seed), x1.shape)
-    matching = with_flow(experiment.matching, experiment.model).fitted(x0, jnp.asarray(x1))
+    opened = with_flow(experiment.matching, experiment.model, tuple(dataset.class_names))
+    matching = opened.fitted(x0, jnp.asarray(x1))
     classes = drawn_classes(experiment.model, experiment.data)
 
     def draw_image(variables: Any) -> np.ndarray:

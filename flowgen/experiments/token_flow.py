@@ -18,8 +18,8 @@ from jaxtyping import Array, Float, Int
 
 from flowgen import backend
 from flowgen.batch import Batch
-from flowgen.conditioning import ContextTokens, Padded, split_padded
-from flowgen.contexts import ImageContext, VectorContext
+from flowgen.conditioning import split_padded
+from flowgen.contexts import VectorContext
 from flowgen.data import Dataset, Inventory, Loader, fixed_batches, prefetch
 from flowgen.data.dataset import Split
 from flowgen.data.numbers import NumbersConfig, NumbersDataset, SimulatedConfig, load_numbers, numbers_marks
@@ -28,13 +28,15 @@ from flowgen.evaluation import Evaluation, mean_of, ratio_of
 from flowgen.experiments.debug import SAMPLES, debug_run
 from flowgen.experiments.decoding import decoded_by_all, decoding_line
 from flowgen.experiments.drawing import DrawOptions, asked_labels, draw_in_batches, on_devices
-from flowgen.experiments.estimates import decoding_cost, some_condition, tokens_of
+from flowgen.experiments.estimates import decoding_cost, tokens_of
 from flowgen.experiments.experiment import Experiment, Rehearsal, Samples, SamplingCost
 from flowgen.experiments.images import tell_repeats
 from flowgen.experiments.likelihoods import check_computed
 from flowgen.experiments.number_checks import batch_context, check_finite_samples
+from flowgen.experiments.number_contexts import blank_context, named_arrays, with_labels
 from flowgen.experiments.number_plots import number_plot, observation_title
 from flowgen.experiments.posteriors import check_observations, evaluate_calibration, evaluate_observations
+from flowgen.experiments.row_orders import with_rows_shuffled
 from flowgen.experiments.token_options import TokenDrawOptions, TokenEvaluateOptions, TokenSamplingConfig
 from flowgen.experiments.units import (
     blank_units,
@@ -49,7 +51,6 @@ from flowgen.flows.objective import mean_dims, nll_objective
 from flowgen.flows.token_flow import TokenFlowConfig
 from flowgen.guidance import Guidance
 from flowgen.nn import init
-from flowgen.nn.checks import image_sides
 from flowgen.settings import config, in_group
 from flowgen.training import Job
 from flowgen.training.step import Objective
@@ -84,6 +85,11 @@ class TokenFlowExperiment(Experiment):
     def __post_init__(self):
         if isinstance(self.data, SimulatedConfig):
             self._check_simulator(self.data)
+        elif self.data.shuffle_rows and len(self.model.shape) == 1:
+            raise ValueError(
+                f"data.shuffle_rows is true, but the model has shape {self.model.shape}, and a vector has no rows; set "
+                "it to false."
+            )
         with in_group("data"):
             box_of(self.data, self.model)
         self._check_sampling()
@@ -163,8 +169,11 @@ class TokenFlowExperiment(Experiment):
     def objective(self, flow: Any) -> Objective:
         """Returns the maximum-likelihood objective; its batches and nats_per_dim are in the units of the data."""
         of_flow, box = nll_objective(flow, label_dropout=self.train.label_dropout), self.box
+        shuffled = isinstance(self.data, NumbersConfig) and self.data.shuffle_rows
 
         def objective(variables, batch, key):
+            if shuffled:
+                batch = with_rows_shuffled(batch, key)
             x, context, logdet = to_flow(variables, batch.x, batch.context, box)
             loss, metrics = of_flow(variables, batch._replace(x=x, context=context), key)
             in_data = metrics["nats_per_dim"] - logdet.mean() / mean_dims(flow.config, context, batch.rows)
@@ -176,7 +185,7 @@ class TokenFlowExperiment(Experiment):
         """Returns what is needed to trace a training step on `rows` samples."""
 
         def batch() -> Batch:
-            return Batch(jnp.full((rows, *self.model.shape), 0.5), _blank_context(self.model, rows))
+            return Batch(jnp.full((rows, *self.model.shape), 0.5), blank_context(self.model, rows))
 
         def initial(key: jax.Array) -> Any:
             return {**init(model, key), **blank_units(self.model)}
@@ -240,7 +249,7 @@ class TokenFlowExperiment(Experiment):
         """Returns `sampling.num` samples, and calls `say` with a line about the speed of each batch."""
         num, labels = self.sampling.num, asked_labels(self.model, self.data, self.sampling.num, options.classes)
         one = self._context_of(lambda: self.dataset("eval" if self.data.eval_fraction else "all"))
-        context = _with_labels(jax.tree.map(lambda array: np.repeat(array[None], num, axis=0), one), labels)
+        context = with_labels(jax.tree.map(lambda array: np.repeat(array[None], num, axis=0), one), labels)
         variables = on_devices(variables, min(options.batch or AT_ONCE, num))
         drawn = draw_in_batches(
             partial(self.draw_batch, model, variables),
@@ -250,7 +259,7 @@ class TokenFlowExperiment(Experiment):
             say,
             batch=AT_ONCE,
         )
-        return Samples(drawn, _named(context))
+        return Samples(drawn, named_arrays(context))
 
     def plot(self, samples: Samples) -> np.ndarray:
         """Returns an image of samples, drawn in front of exact samples of the posterior if these are available."""
@@ -353,9 +362,9 @@ class TokenFlowExperiment(Experiment):
         num = self.sampling.num
         one = self._context_of(lambda: numbered)
         labels = asked_labels(self.model, self.data, num, "")
-        context = _with_labels(jax.tree.map(lambda array: np.repeat(array[None], num, axis=0), one), labels)
+        context = with_labels(jax.tree.map(lambda array: np.repeat(array[None], num, axis=0), one), labels)
         drawn, _ = self.draw_batch(flow, variables, jax.random.key(self.train.seed), np.arange(num), context)
-        return self.plot(Samples(drawn, _named(context)))
+        return self.plot(Samples(drawn, named_arrays(context)))
 
     def _inventory(self, dataset: NumbersDataset, held_out: NumbersDataset | None) -> Inventory:
         held = 0 if held_out is None else len(held_out)
@@ -363,36 +372,3 @@ class TokenFlowExperiment(Experiment):
         marks = {} if simulated else numbers_marks(self.data.path)
         what = "simulations" if simulated else "vectors" if len(self.model.shape) == 1 else "sequences"
         return Inventory(what, len(dataset), held, train_files=marks)
-
-
-def _blank_context(model: TokenFlowConfig, rows: int) -> Any:
-    """Returns a placeholder with the shapes and dtypes of the contexts in a dataset."""
-    if model.padded:
-        inner = _blank_context(dataclasses.replace(model, padded=False), rows)
-        return Padded(jnp.ones((rows, model.shape[0]), bool), inner)
-    described = model.context
-    if isinstance(described, ImageContext):
-        return jnp.zeros((rows, *image_sides(described.image_size), described.channels))
-    if isinstance(described, VectorContext):
-        return jnp.zeros((rows, described.dim))
-    return some_condition(model, rows)
-
-
-def _with_labels(context: Any, labels: Int[np.ndarray, " b"] | None) -> Any:
-    """Returns the contexts of samples with the requested labels."""
-    if labels is None:
-        return context
-    return context._replace(cond=labels) if isinstance(context, Padded) else labels
-
-
-def _named(context: Any) -> dict[str, np.ndarray]:
-    """Returns the arrays of samples' contexts, by their names in a file of numbers."""
-    named, rest = {}, context
-    if isinstance(context, Padded):
-        named, rest = {"mask": np.asarray(context.mask)}, context.cond
-    if isinstance(rest, ContextTokens):
-        return {**named, "context": np.asarray(rest.tokens), "context_mask": np.asarray(rest.mask)}
-    if rest is None:
-        return named
-    rest = np.asarray(rest)
-    return {**named, "labels" if rest.dtype.kind in "iu" else "context": rest}

@@ -30,14 +30,21 @@ def measured_units(dataset: NumbersDataset, box: Box | None) -> dict[str, Any]:
     """Returns the collection for a training set: the mean and scale of each channel of its samples and contexts.
 
     A channel is an entry of a vector or, in other arrays, an index of the last axis. Padding is left out. The samples
-    are measured after the box has mapped them to unbounded numbers.
+    are measured after the box has mapped them to unbounded numbers. If the context consists of padding alone, its means
+    are 0 and its scales 1.
 
-    Raises ValueError if a channel of the samples is constant. A constant channel of the context is only shifted.
+    Raises ValueError if a channel of the samples is constant, or if the samples consist of padding alone. A constant
+    channel of the context is only shifted.
 
     Example:
         variables = {**flowgen.init(flow, key), **measured_units(dataset, box=None)}
     """
     mask, context = split_padded(dataset.context)
+    if mask is not None and not np.any(mask):
+        raise ValueError(
+            "mask is False everywhere in the training samples, so they have no rows to learn from; set it to True for "
+            "the rows that exist."
+        )
     x = dataset.x if mask is None else dataset.x[np.asarray(mask)]
     units = {"x": _moments(x if box is None else np.asarray(box.forward(jnp.asarray(x))[0]))}
     if (constant := np.flatnonzero(units["x"]["scale"] == 0)).size:
@@ -155,8 +162,10 @@ def _standardise(variables: Any, part: str) -> Standardise:
 
 
 def _moments(values: np.ndarray) -> dict[str, np.ndarray]:
-    """The mean and standard deviation of each channel, computed in float64."""
+    """The mean and standard deviation of each channel, computed in float64; 0 and 1 if there are no values."""
     rows = np.asarray(values, np.float64).reshape(-1, values.shape[-1])
+    if not len(rows):
+        return {"mean": np.zeros(rows.shape[1], np.float32), "scale": np.ones(rows.shape[1], np.float32)}
     return {"mean": rows.mean(axis=0).astype(np.float32), "scale": rows.std(axis=0).astype(np.float32)}
 
 
