@@ -132,7 +132,10 @@ class TokenFlowExperiment(Experiment):
 
     @property
     def box(self) -> Box | None:
-        """The transform of samples within the prior's bounds, or `data.low` and `data.high`, to unbounded numbers."""
+        """The transform from bounded samples to unbounded numbers; None if they have no bounds.
+
+        The bounds are those of the simulator's prior, or `data.low` and `data.high`.
+        """
         return box_of(self.data, self.model)
 
     def dataset(self, split: Split) -> NumbersDataset:
