@@ -155,7 +155,7 @@ def test_densities_and_samples_accept_one_context():
     flow, variables = variables_of(experiment)
     x, one = floats(ROWS, 2), floats(4)
     repeated = np.repeat(one[None], ROWS, axis=0)
-    expected = flow.apply(variables, x, repeated, method="log_prob")
+    expected = flow.apply(variables, jnp.asarray(x), repeated, method="log_prob")
     assert_close(experiment.log_prob(flow, variables, x, one), expected, NETWORK)
     of_one, of_all = (
         experiment.draw_batch(flow, variables, jax.random.key(0), np.arange(ROWS), context)[0]
