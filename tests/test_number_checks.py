@@ -48,6 +48,11 @@ def test_a_single_number_is_a_tuple_of_one_on_a_command_line(words):
     assert override(one, ["--sampling.context=0.1"]).sampling.context == (0.1,)
 
 
+def test_bounds_on_a_command_line_may_differ_between_channels():
+    data = override(experiment_of({"shape": (2,)}), ["--data.low", "0,None", "--data.high=10"]).data
+    assert (data.low, data.high) == ((0, None), 10)
+
+
 def test_a_hint_about_tuples_is_a_valid_value():
     with pytest.raises(ValueError, match=r"a tuple of 1 integer or a tuple of 2 integers, as in --model.shape 4\.$"):
         override(experiment_of({"shape": (2,)}), ["--model.shape", "3x"])
