@@ -70,7 +70,9 @@ class VectorContext:
 class TokenContext:
     """Describes a context of up to `length` tokens per sample, such as the output of your own embedding network.
 
-    The tokens have an order: in the layers' causal attention, each token attends only to itself and to earlier tokens.
+    In a STARFlow, the tokens have rotary positions. In a TARFlow or a TokenFlow, they have no positions: their order
+    affects only blocks with several layers, because each token attends only to itself and to earlier tokens. If the
+    order means something, add position embeddings in your network. In velocity networks, the order has no effect.
 
     length: largest number of tokens.
     dim: number of features per token.
@@ -98,6 +100,8 @@ class TokenContext:
 @config
 class ImageContext:
     """Describes a context of one image per sample.
+
+    Flows add a learned embedding of its position to each patch.
 
     image_size: side of the images, or (height, width).
     channels: number of channels.

@@ -66,7 +66,8 @@ def test_statistics_are_computed_again_if_files_change_and_keep_their_size(tmp_p
 def test_statistics_of_other_features_are_refused_before_a_classifier_is_trained(tmp_path, monkeypatch):
     monkeypatch.setattr("flowgen.experiments.comparison.train_features", lambda *_: pytest.fail("trained"))
     monkeypatch.setattr("flowgen.experiments.comparison.CLASSIFIER_FEATURES", 4)
-    data = dataclasses.replace(images(30), class_names=("cat", "dog"))
+    labels = np.arange(30, dtype=np.int32) % 2
+    data = dataclasses.replace(images(30), labels=labels, class_names=("cat", "dog"))
     for extractor, name in (("pixels", "classifier"), ("pixels", "auto"), ("classifier abc", "pixels")):
         statistics = feature_statistics([vectors(data)], 30, about={"extractor": extractor})
         save_statistics(tmp_path / "a.npz", statistics)

@@ -368,6 +368,14 @@ def test_the_debug_run_warms_the_denoiser_up_as_fast_as_the_flow():
     assert experiment.debug().likelihood.denoiser.warmup_steps == 2
 
 
+@pytest.mark.parametrize(("order", "layers"), [("raster", (1, 0, 2)), ("raster", (3,)), ("reversed", (0, 2))])
+def test_the_debug_run_keeps_the_token_order_of_the_deep_block(order, layers):
+    experiment = experiment_of()
+    model = dataclasses.replace(experiment.model, order=order, layers_per_block=layers)
+    small = dataclasses.replace(experiment, model=model).debug().model
+    assert [block.order for block in small.blocks[-2:]] == ["reversed", "raster"]
+
+
 @pytest.mark.slow
 def test_an_autoencoder_of_clips_encodes_images_for_an_image_flow(autoencoder):
     model = STARFlowConfig(image_size=6, channels=4, width=40, head_dim=20, layers_per_block=(1, 1), noise_std=0.3)

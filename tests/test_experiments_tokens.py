@@ -203,6 +203,14 @@ def test_parts_that_do_not_fit_are_refused(fields, words):
     one_sentence(error)
 
 
+@pytest.mark.parametrize(("width", "head_dim"), [(24, 12), (40, 20), (64, 64), (16, 4), (12, 6), (8, 64)])
+def test_a_debug_run_has_heads_that_fit_its_width(width, head_dim):
+    model = TokenFlowConfig(shape=(4,), width=width, head_dim=head_dim)
+    small = experiment_of(model, NumbersConfig(path="own.npz")).debug().model
+    assert small.width == min(width, 16)
+    assert small.width % small.head_dim == 0 or small.head_dim > small.width
+
+
 def test_constant_entries_are_refused_in_samples_and_shifted_in_contexts(tmp_path):
     model = TokenFlowConfig(**VECTOR, **TINY)
     constant = {name: np.concatenate([array[:, :1] * 0 + 5, array[:, 1:]], axis=1) for name, array in GOOD.items()}

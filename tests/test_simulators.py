@@ -1,4 +1,4 @@
-"""Simulators follow their definitions, their likelihoods are densities, and their reference samples are exact."""
+"""Simulators follow their definitions, their likelihoods are densities, and reference samples have the posterior."""
 
 import jax
 import jax.numpy as jnp
@@ -175,5 +175,49 @@ def test_reference_samples_are_by_index_and_key(key):
         assert not np.array_equal(samples, simulator.reference_samples(second, 100, 1))
         with pytest.raises(ValueError, match="index is 9"):
             simulator.reference_samples(key, 100, 9)
+        with pytest.raises(ValueError, match="num is 0"):
+            simulator.reference_samples(key, 0, 1)
     with pytest.raises(ValueError, match="num is 10001"):
         SLCP().reference_samples(key, 10_001, 0)
+
+
+OBSERVATIONS = {
+    "integers": (jnp.zeros(2, jnp.int32), "observation is int32"),
+    "a list": ([0.0, 0.0], "observation is a list"),
+    "several": (jnp.zeros((3, 2)), r"observation has shape \(3, 2\)"),
+    "three numbers": (jnp.zeros(3), r"observation has shape \(3,\)"),
+}
+
+
+@pytest.mark.parametrize("name", OBSERVATIONS)
+def test_wrong_observations_are_named(name, key, untyped):
+    observation, message = OBSERVATIONS[name]
+    with pytest.raises(ValueError, match=message):
+        TwoMoons().sample_posterior(key, 3, observation)
+
+
+def test_wrong_numbers_are_named(key, untyped):
+    for simulator in SIMULATORS.values():
+        with pytest.raises(ValueError, match=r"num is 2\.5"):
+            simulator.reference_samples(key, 2.5, 0)
+        with pytest.raises(ValueError, match=r"index is 0\.5"):
+            simulator.reference_samples(key, 2, 0.5)
+
+
+@pytest.mark.usefixtures("x64")
+@pytest.mark.parametrize("dtype", ["bfloat16", "float32", "float64"])
+def test_samples_have_the_precision_of_the_observation(dtype, key):
+    samples = TwoMoons().sample_posterior(key, 3, jnp.zeros(2, dtype))
+    assert samples.dtype == ("float64" if dtype == "float64" else "float32")
+    assert jnp.isfinite(samples).all()
+    assert TwoMoons().reference_samples(key, 3, 0).dtype == jnp.float32
+
+
+def test_a_second_draw_of_as_many_samples_traces_nothing(key, monkeypatch):
+    first, second = jax.random.split(key)
+    before = TwoMoons().sample_posterior(first, 3, jnp.zeros(2))
+    traces, rademacher = [], jax.random.rademacher
+    monkeypatch.setattr(jax.random, "rademacher", lambda *rest: traces.append(rest) or rademacher(*rest))
+    after = TwoMoons().sample_posterior(second, 3, jnp.full(2, 0.1))
+    assert (before != after).all()
+    assert not traces

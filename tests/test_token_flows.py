@@ -2,7 +2,6 @@
 
 import dataclasses
 from functools import partial
-from math import erf
 
 import jax
 import jax.numpy as jnp
@@ -11,11 +10,27 @@ import numpy as np
 import pytest
 from conftest import rows
 from jax.sharding import AxisType, NamedSharding, PartitionSpec
-from token_cases import ALIKE, CASES, EXACT, MASK, ORDER, SMALL, TOKEN_MASK, TOKENS, case, exists, floats, sizes
+from token_cases import (
+    ALIKE,
+    CASES,
+    EXACT,
+    MASK,
+    ORDER,
+    SMALL,
+    STAR,
+    TOKEN_MASK,
+    TOKENS,
+    case,
+    exists,
+    floats,
+    in_patches,
+    numpy_block,
+    sizes,
+)
 from tolerances import NETWORK, assert_close
 
 from flowgen.conditioning import ContextTokens, Padded, TextCondition
-from flowgen.contexts import TokenContext, VectorContext
+from flowgen.contexts import ImageContext, TokenContext, VectorContext
 from flowgen.decoding import (
     Guidance,
     Jacobi,
@@ -27,7 +42,7 @@ from flowgen.decoding import (
     sample,
     sample_and_log_prob,
 )
-from flowgen.flows import AutoregressiveBlock, TokenFlowConfig, block_parameters
+from flowgen.flows import AutoregressiveBlock, STARFlowConfig, TARFlowConfig, TokenFlowConfig, block_parameters
 from flowgen.flows.jacobi_error import JacobiPenalty, jacobi_penalty
 from flowgen.transforms import MixtureMap
 
@@ -285,43 +300,50 @@ def test_a_masked_contextual_block_equals_an_independent_formula(x64):
         np.testing.assert_allclose(logdet[index], log_det, atol=EXACT)
 
 
-def numpy_block(weights, x, tokens, head_dim=8, clip=4.0):
-    """One block with one layer, token by token: x in the block's order and the context, both without padding."""
+def test_a_block_with_an_image_as_context_equals_an_independent_formula(x64):
+    """A patch keeps its position if others are padding."""
+    config = TokenFlowConfig(shape=(4, 2), context=ImageContext((4, 6), 1, 2), dtype="float64", **SMALL)
+    _, params = laws.perturbed(config, jax.random.key(0), scale=0.2)
+    weights = jax.tree.map(np.asarray, params["params"]["blocks_0"])
+    x, patches = floats(2, 4, 2, seed=6), np.stack([in_patches(image) for image in floats(2, 4, 6, 1)])
+    exists = np.array([[1] * 6, [0, 1, 1, 0, 0, 1]], bool)
+    cond = ContextTokens(jnp.asarray(patches), jnp.asarray(exists))
+    z, logdet = AutoregressiveBlock(config.blocks[0]).apply({"params": weights}, jnp.asarray(x), cond)
+    for index in range(2):
+        kept = exists[index]
+        table = weights["prefix_pos_embed"][kept]
+        expected, log_det = numpy_block(weights, x[index], patches[index][kept], table)
+        np.testing.assert_allclose(z[index], expected, atol=EXACT)
+        np.testing.assert_allclose(logdet[index], log_det, atol=EXACT)
 
-    def linear(part, h):
-        return h @ part["kernel"] + part["bias"]
 
-    def layer_norm(part, h):
-        centred = h - h.mean()
-        return centred / np.sqrt(np.square(centred).mean() + 1e-5) * part["scale"] + part["bias"]
+@pytest.mark.parametrize(
+    "build", [TokenFlowConfig, TARFlowConfig, pytest.param(STARFlowConfig, marks=pytest.mark.slow)]
+)
+def test_the_places_of_patches_matter_even_to_blocks_with_one_layer(build, x64):
+    """Halves of an image are swapped, or its only patch is moved.
 
-    def gelu(h):
-        return np.array([0.5 * v * (1 + erf(v / np.sqrt(2))) for v in h])
+    The tokens of other contexts have no places, unless positions are rotary.
+    """
+    size = {"shape": (4,)} if build is TokenFlowConfig else {"image_size": 4, "channels": 1, "patch_size": 2}
+    small = {**STAR, **size, "conditioned_blocks": "all"} if build is STARFlowConfig else {**SMALL, **size}
+    image = floats(3, 4, 6, 1)
+    swapped = np.concatenate([image[:, 2:], image[:, :2]], axis=1)
 
-    layer = jax.tree.map(lambda leaf: leaf[0], weights["layers"])
-    previous = [weights["start_token"], *x[:-1]]
-    h = [linear(weights["proj_prefix"], token) for token in tokens]
-    h += [linear(weights["proj_in"], p) + weights["pos_embed"][i] for i, p in enumerate(previous)]
-    qkv = [np.split(linear(layer["attention"]["qkv"], layer_norm(layer["attention_norm"], v)), 3) for v in h]
-    after = []
-    for t in range(len(h)):
-        heads = []
-        for head in range(0, len(h[0]), head_dim):
-            part = slice(head, head + head_dim)
-            logits = np.array([qkv[t][0][part] @ qkv[s][1][part] for s in range(t + 1)]) / np.sqrt(head_dim)
-            share = np.exp(logits - logits.max())
-            heads.append(sum(w * qkv[s][2][part] for s, w in enumerate(share / share.sum())))
-        v = h[t] + linear(layer["attention"]["proj"], np.concatenate(heads))
-        after.append(
-            v + linear(layer["mlp"]["down"], gelu(linear(layer["mlp"]["up"], layer_norm(layer["mlp_norm"], v))))
-        )
-    z, log_det = [], 0.0
-    for value, v in zip(x, after[len(tokens) :], strict=True):
-        normed = v / np.sqrt(np.square(v).mean() + 1e-6) * (1 + weights["final_norm"]["weight"])
-        log_scale, shift = np.split(clip * np.tanh(linear(weights["proj_out"], normed) / clip), 2)
-        z.append((value - shift) * np.exp(-log_scale))
-        log_det -= log_scale.sum()
-    return np.array(z), log_det
+    def change(context, one, other):
+        flow, params = laws.perturbed(build(context=context, dtype="float64", **small), jax.random.key(0))
+        x = jnp.asarray(floats(3, *flow.config.event_shape, seed=6))
+        conds = (jax.tree.map(jnp.asarray, cond) for cond in (one, other))
+        before, after = (laws.apply(flow, params, x, cond, method="log_prob") for cond in conds)
+        return np.abs(after - before).min()
+
+    described = ImageContext((4, 6), 1, 2)
+    assert change(described, image, swapped) > 1e-5
+    patch, places = np.ones((3, 6, 4)), np.eye(6, dtype=bool)
+    assert change(described, *(ContextTokens(patch, np.tile(places[i], (3, 1))) for i in (1, 5))) > 1e-5
+    tokens, moved = (np.stack([in_patches(one) for one in images]) for images in (image, swapped))
+    of_tokens = change(TokenContext(length=6, dim=4), tokens, moved)
+    assert of_tokens > 1e-5 if build is STARFlowConfig else of_tokens < EXACT
 
 
 @pytest.mark.parametrize("dim", [1, 2])

@@ -177,6 +177,12 @@ def test_a_context_or_a_mask_that_the_flow_does_not_know_is_not_dropped_silently
         ({"orders": ((0, 1, 2, 3, 4, 5),)}, r"orders has 1 permutations, but num_blocks is 2"),
         ({"orders": ((0, 1, 2, 3, 4, 5), (0, 1, 2, 3, 4))}, r"orders\[1\] has 5 entries, but there are 6 tokens"),
         ({"orders": ((0, 1, 2, 3, 4, 5), (0, 1, 2, 3, 4, 4))}, r"orders\[1\] is not a permutation of 0..5"),
+        (
+            {"orders": ((0, 1, 2, 3, 4, -1),) * 2},
+            r"orders has the entry \(0, .*, -1\), which has the entry -1; it must be",
+        ),
+        ({"orders": ((), ())}, r"orders has the entry \(\), which has 0 entries; it must have 1 to"),
+        ({"orders": ((0.5,), (0,))}, "must be 'alternating' or 'raster' or a tuple of tuples of integers"),
         ({"num_classes": 3, "context": VectorContext(2)}, r"num_classes is 3 and context is a VectorContext"),
         ({"mixture": MixtureMap(), "scale_parameterisation": "softplus"}, r"leave it at 'exponential'"),
         ({"width": 20}, r"width is 20, which is not a multiple of head_dim 8"),
@@ -185,6 +191,13 @@ def test_a_context_or_a_mask_that_the_flow_does_not_know_is_not_dropped_silently
 def test_a_config_that_cannot_work_is_refused(change, message):
     with pytest.raises(ValueError, match=message):
         TokenFlowConfig(**{"shape": (6,), **SMALL, **change})
+
+
+@pytest.mark.usefixtures("untyped")
+def test_permutations_of_numpys_integers_become_integers():
+    config = TokenFlowConfig(shape=(3,), **{**SMALL, "orders": [list(np.array([2, 0, 1])), tuple(np.arange(3))]})
+    assert config.orders == ((2, 0, 1), (0, 1, 2))
+    assert {type(place) for order in config.orders for place in order} == {int}
 
 
 @pytest.mark.parametrize(

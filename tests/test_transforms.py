@@ -141,6 +141,24 @@ def test_distances_to_borders_are_exact():
     assert x[1] == 1 - EPS / 2
 
 
+@pytest.mark.parametrize(("low", "high"), [(1.0, 1 + 2e-5), (1e8, 1e8 + 2000), (-1.0, -1 + 2e-5), (0.0, 1e-35)])
+def test_the_narrowest_intervals_keep_their_width_and_their_bounds(low, high):
+    """Rounding of the bounds may change the width by a hundredth."""
+    box = Box(low, high)
+    x, logdet = box.inverse(jnp.asarray([[-1e4], [-30.0], [0.0], [30.0], [1e4]]))
+    assert np.all((np.float64(x) > np.float32(low)) & (np.float64(x) < np.float32(high)))
+    assert abs(logdet[2] - math.log(4 / (high - low))) < 0.011
+    assert jnp.isfinite(box.forward(x)[1]).all()
+
+
+@pytest.mark.usefixtures("x64")
+def test_bounds_too_close_for_float32_can_be_far_enough_apart_for_float64():
+    x, logdet = Box(1e8, 1e8 + 1).inverse(jnp.asarray([-50.0, 0.0, 50.0]))
+    assert jnp.all((x > 1e8) & (x < 1e8 + 1))
+    assert_close(x[1], 1e8 + 0.5, EXACT)
+    assert_close(logdet, 2 * math.log(2) + 100, 1e-8)  # both sigmoids at 0, and one of each pair at -50
+
+
 @pytest.mark.usefixtures("x64")
 def test_densities_are_scipys():
     random = np.random.default_rng(0)
@@ -211,6 +229,14 @@ def test_standardise_takes_its_arrays_from_data():
         (lambda: Box(np.zeros(2), 1.0).forward(jnp.ones(3)), "low has shape"),
         (lambda: Box(0.0, 1.0, event_ndim=2).forward(jnp.ones(3)), r"x has shape \(3,\)"),
         (lambda: Box(0.0, 1.0).forward(jnp.ones((1, 3), jnp.int32)), "x is int32"),
+        (
+            lambda: Box(1.0, 1.0 + 1e-9).inverse(jnp.zeros(1)),
+            r"low is 1\.0 and high is 1\.0.*too close together for float32",
+        ),
+        (lambda: Box(1e8, 1e8 + 1).forward(jnp.full(1, 1e8)), "high is 100000001.0, which are too close together"),
+        (lambda: jax.jit(Box([0.0, -1e-38], [1.0, 1e-38]).inverse)(jnp.zeros(2)), "low is -1e-38 and high is 1e-38"),
+        (lambda: Box(0.0, 1e39).inverse(jnp.zeros(1)), r"high is 1e\+39, which are too large for float32; divide"),
+        (lambda: Box(-3e38, 3e38).inverse(jnp.zeros(1)), r"low is -3e\+38 and high is 3e\+38, which are too large"),
         (lambda: Box(0.0, 1.0).forward(jnp.asarray([0.5, 1.0])), r"x has the value 1\.0 at index \(1,\)"),
         (lambda: Box(0.0, 1.0).forward(jnp.asarray([math.nan])), "x has the value nan"),
         (lambda: Positive().forward(jnp.asarray([0.0])), "x has the value 0"),

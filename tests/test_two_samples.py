@@ -36,6 +36,9 @@ def test_shifted_normals_are_told_apart_as_well_as_can_be():
 
 MISTAKES = {
     "numbers": ((np.zeros((9, 2)), np.zeros((8, 2))), {}, r"shapes \(9, 2\) and \(8, 2\)"),
+    "vectors": ((np.arange(9.0), np.arange(9.0)), {}, r"shapes \(9,\) and \(9,\)"),
+    "images": ((np.ones((9, 2, 2)), np.ones((9, 2, 2))), {}, r"shapes \(9, 2, 2\)"),
+    "no dimensions": ((np.ones((9, 0)), np.ones((9, 0))), {}, r"shapes \(9, 0\)"),
     "folds": ((np.zeros((9, 2)), np.zeros((9, 2))), {"folds": 1}, "folds is 1"),
     "infinite": ((np.ones((9, 1)), np.full((9, 1), np.inf)), {}, "y has 9"),
     "constant": ((np.ones((9, 1)), np.zeros((9, 1))), {}, "x is constant in dimension 0"),

@@ -1,6 +1,10 @@
-"""Flows on vectors, sequences and sets, and flows of images under a context: the table that laws are checked over."""
+"""Flows on vectors, sequences and sets, and flows of images under a context: the table that laws are checked over.
+
+Also one block as an independent formula.
+"""
 
 import dataclasses
+from math import erf
 
 import jax
 import jax.numpy as jnp
@@ -86,3 +90,53 @@ def sizes(x, cond, index):
     if isinstance(cond, Padded):
         of_row &= np.asarray(cond.mask[index])[:, None]
     return of_row.reshape(-1)
+
+
+def in_patches(image, side=2):
+    """The patches of an image, row by row, without an axis of channels."""
+    height, width, _ = image.shape
+    corners = [(row, column) for row in range(0, height, side) for column in range(0, width, side)]
+    return np.stack([image[row : row + side, column : column + side].reshape(-1) for row, column in corners])
+
+
+def numpy_block(weights, x, tokens, table=None, head_dim=8, clip=4.0):
+    """One block with one layer, token by token: x in the block's order and the context, both without padding.
+
+    table: embeddings of the positions of the context's tokens.
+    """
+    table = np.zeros((len(tokens), 1)) if table is None else table
+
+    def linear(part, h):
+        return h @ part["kernel"] + part["bias"]
+
+    def layer_norm(part, h):
+        centred = h - h.mean()
+        return centred / np.sqrt(np.square(centred).mean() + 1e-5) * part["scale"] + part["bias"]
+
+    def gelu(h):
+        return np.array([0.5 * v * (1 + erf(v / np.sqrt(2))) for v in h])
+
+    layer = jax.tree.map(lambda leaf: leaf[0], weights["layers"])
+    previous = [weights["start_token"], *x[:-1]]
+    h = [linear(weights["proj_prefix"], token) + place for token, place in zip(tokens, table, strict=True)]
+    h += [linear(weights["proj_in"], p) + weights["pos_embed"][i] for i, p in enumerate(previous)]
+    qkv = [np.split(linear(layer["attention"]["qkv"], layer_norm(layer["attention_norm"], v)), 3) for v in h]
+    after = []
+    for t in range(len(h)):
+        heads = []
+        for head in range(0, len(h[0]), head_dim):
+            part = slice(head, head + head_dim)
+            logits = np.array([qkv[t][0][part] @ qkv[s][1][part] for s in range(t + 1)]) / np.sqrt(head_dim)
+            share = np.exp(logits - logits.max())
+            heads.append(sum(w * qkv[s][2][part] for s, w in enumerate(share / share.sum())))
+        v = h[t] + linear(layer["attention"]["proj"], np.concatenate(heads))
+        after.append(
+            v + linear(layer["mlp"]["down"], gelu(linear(layer["mlp"]["up"], layer_norm(layer["mlp_norm"], v))))
+        )
+    z, log_det = [], 0.0
+    for value, v in zip(x, after[len(tokens) :], strict=True):
+        normed = v / np.sqrt(np.square(v).mean() + 1e-6) * (1 + weights["final_norm"]["weight"])
+        log_scale, shift = np.split(clip * np.tanh(linear(weights["proj_out"], normed) / clip), 2)
+        z.append((value - shift) * np.exp(-log_scale))
+        log_det -= log_scale.sum()
+    return np.array(z), log_det

@@ -11,6 +11,10 @@ they cluster at both ends, it is too narrow.
 Expected coverage (Hermans et al., arXiv 2110.06581): if the posterior is exact, its highest-density region of
 probability c contains the truth for a fraction c of the observations. If the fraction is smaller, the posterior is
 overconfident; if it is larger, the posterior is conservative.
+
+Both tests rank the truth among samples. Ties are common for discrete parameters and for flat densities, such as that of
+a uniform prior. A truth that is equal to some samples takes one of the possible ranks at random, so ties do not make a
+calibrated posterior fail. Without ties, nothing is random.
 """
 
 from __future__ import annotations
@@ -19,9 +23,9 @@ from typing import NamedTuple
 
 import numpy as np
 import scipy.stats
-from jaxtyping import Array, Float, Int
+from jaxtyping import Array, Bool, Float, Int
 
-from flowgen.arrays import check_no_nan
+from flowgen.arrays import check_count, check_no_nan, shown
 from flowgen.evaluation.estimate import Estimate, mean_of
 
 Arrays = Array | np.ndarray
@@ -66,11 +70,17 @@ class ExpectedCoverage(NamedTuple):
     p_value: float
 
 
-def sbc_ranks(samples: Float[Arrays, "n s d"], truths: Float[Arrays, "n d"]) -> Int[np.ndarray, "n d"]:
+def sbc_ranks(
+    samples: Float[Arrays, "n s d"], truths: Float[Arrays, "n d"], *, seed: int = 0
+) -> Int[np.ndarray, "n d"]:
     """Returns, for each of n observations and each parameter, how many of the s samples are below the truth.
+
+    If t samples are equal to the truth, as often happens for discrete parameters, a random number from 0 to t is added,
+    so the ranks of a calibrated posterior are uniform.
 
     samples: independent samples of the estimated posterior given each observation. If s + 1 is a multiple of the number
     of bins (for example with 99 samples), all bins of `rank_uniformity` cover equally many ranks.
+    seed: the seed of the random numbers for ties; it has no effect without ties.
 
     Raises ValueError if the shapes do not match or values are NaN.
 
@@ -84,7 +94,7 @@ def sbc_ranks(samples: Float[Arrays, "n s d"], truths: Float[Arrays, "n d"]) -> 
             "least 1."
         )
     check_no_nan(samples=samples, truths=truths)
-    return (samples < truths[:, None]).sum(axis=1)
+    return _random_ranks(samples < truths[:, None], samples == truths[:, None], seed)
 
 
 def rank_uniformity(ranks: Int[Arrays, "n d"], num_samples: int, *, bins: int = 10) -> RankUniformity:
@@ -95,25 +105,26 @@ def rank_uniformity(ranks: Int[Arrays, "n d"], num_samples: int, *, bins: int = 
 
     To test all d parameters together, multiply the smallest p-value by d (Bonferroni correction).
 
-    Raises ValueError if a rank is not from 0 to num_samples, if `bins` is not from 2 to num_samples + 1, or if fewer
-    than five ranks are expected in a bin.
+    Raises ValueError if `ranks` is not an array of integers of shape (n, d) with d at least 1, if a rank is not from 0
+    to num_samples, if num_samples is not a whole number of at least 1, if `bins` is not a whole number from 2 to
+    num_samples + 1, or if fewer than five ranks are expected in a bin.
 
     Example:
         uniformity = rank_uniformity(sbc_ranks(samples, truths), samples.shape[1])
     """
+    check_count("num_samples", num_samples)
+    check_count("bins", bins)
     ranks = np.asarray(ranks)
+    if ranks.ndim != 2 or not ranks.shape[1] or not np.issubdtype(ranks.dtype, np.integer):
+        raise ValueError(f"ranks is {shown(ranks)}; give integers of shape (n, d), such as those of sbc_ranks.")
     if not 2 <= bins <= num_samples + 1:
         raise ValueError(f"bins is {bins}; it must be from 2 to {num_samples + 1}, the number of possible ranks.")
     if ranks.size and not 0 <= ranks.min() <= ranks.max() <= num_samples:
         raise ValueError(f"ranks are from {ranks.min()} to {ranks.max()}; they must be from 0 to {num_samples}.")
+    _check_expected(len(ranks), num_samples + 1, bins)
     probability = np.bincount(np.arange(num_samples + 1) * bins // (num_samples + 1)) / (num_samples + 1)
     expected = len(ranks) * probability
-    if expected.min() < LEAST_EXPECTED:
-        raise ValueError(
-            f"bins is {bins}, so only {expected.min():.2g} of {len(ranks)} ranks are expected in a bin; use at most "
-            f"{len(ranks) // LEAST_EXPECTED} bins, or give more ranks."
-        )
-    places = ranks * bins // (num_samples + 1)
+    places = ranks.astype(np.int64) * bins // (num_samples + 1)
     counts = np.stack([np.bincount(column, minlength=bins) for column in places.T])
     low, high = scipy.stats.binom.interval(BAND, len(ranks), probability)
     statistic = ((counts - expected) ** 2 / expected).sum(axis=1)
@@ -126,6 +137,7 @@ def expected_coverage(
     log_probs_of_truths: Float[Arrays, " n"],
     *,
     levels: Float[Arrays, " l"] | None = None,
+    seed: int = 0,
 ) -> ExpectedCoverage:
     """Returns the coverage of the highest-density regions of the estimated posterior.
 
@@ -133,13 +145,16 @@ def expected_coverage(
     estimated posterior. Terms that depend on the observation alone may be omitted here and in log_probs_of_truths.
     log_probs_of_truths: the estimated log-density of the parameters that produced each observation.
     levels: the credibilities, 0.05, 0.10, ..., 0.95 by default.
+    seed: the seed of the random numbers for ties; it has no effect without ties.
 
-    The truth is in the region of credibility c if fewer than c (s + 1) samples have a higher density. If the posterior
-    is calibrated, the probability of this is c, rounded up to a multiple of 1 / (s + 1). With 99 or 999 samples, the
-    default levels are such multiples. The p-value assumes that s is well above √n.
+    The truth is in the region of credibility c if fewer than c (s + 1) samples have a higher density. If t samples have
+    the same density as the truth, a random number of them, from 0 to t, counts as higher: in a flat density, all
+    regions of the same probability are highest-density regions, and this chooses one at random. If the posterior is
+    calibrated, the truth is in the region with probability c, rounded up to a multiple of 1 / (s + 1). With 99 or 999
+    samples, the default levels are such multiples. The p-value assumes that s is well above √n.
 
     Raises ValueError if the shapes do not match, values are NaN, there are fewer than two observations, or levels are
-    not from 0 to 1.
+    not a vector of numbers from 0 to 1.
 
     Example:
         result = expected_coverage(log_probs_of_samples, log_probs_of_truths)
@@ -153,9 +168,12 @@ def expected_coverage(
         )
     check_no_nan(log_probs_of_samples=samples, log_probs_of_truths=truths)
     levels = np.arange(1, 20) / 20 if levels is None else np.asarray(levels, np.float64)
+    if levels.ndim != 1:
+        raise ValueError(f"levels has shape {levels.shape}; give a vector, such as np.array([0.5, 0.9]).")
     if not ((levels >= 0) & (levels <= 1)).all():
         raise ValueError(f"levels are from {levels.min()} to {levels.max()}; they must be from 0 to 1.")
-    higher, possible = (samples > truths[:, None]).sum(axis=1), samples.shape[1] + 1
+    higher = _random_ranks(samples > truths[:, None], samples == truths[:, None], seed)
+    possible = samples.shape[1] + 1
     # Levels are rounded to 12 digits, so that 0.15 * 100 counts as 15.
     coverage = (higher[:, None] < np.round(levels * possible, 12)).mean(axis=0)
     # The credibility of the smallest region that contains the truth.
@@ -164,3 +182,28 @@ def expected_coverage(
     conservative = mean_of(0.5 - credibility)
     error = np.sqrt(levels * (1 - levels) / len(truths))
     return ExpectedCoverage(levels, coverage, error, conservative, float(deviation.statistic), float(deviation.pvalue))
+
+
+def _random_ranks(
+    before: Bool[np.ndarray, "n s *d"], tied: Bool[np.ndarray, "n s *d"], seed: int
+) -> Int[np.ndarray, "n *d"]:
+    """Returns the ranks of the truths among s samples: the number of samples before the truth plus, if t samples are
+    tied with it, a random number from 0 to t.
+    """
+    ties = tied.sum(axis=1)
+    return before.sum(axis=1) + np.random.default_rng(seed).integers(0, ties + 1)
+
+
+def _check_expected(num: int, possible: int, bins: int) -> None:
+    """Raises ValueError if fewer than five of `num` ranks are expected in a bin. The smallest bin covers
+    ⌊possible / bins⌋ of the possible ranks.
+    """
+    fewest, needed = possible // bins, LEAST_EXPECTED * possible
+    if num * fewest >= needed:
+        return
+    most = possible // -(-needed // num) if num else 0
+    fewer = f"use at most {most} bins, or " if most > 1 else ""
+    raise ValueError(
+        f"bins is {bins}, so only {num * fewest / possible:.6g} of {num} ranks are expected in a bin, instead of at "
+        f"least {LEAST_EXPECTED}; {fewer}give at least {-(-needed // fewest)} ranks."
+    )

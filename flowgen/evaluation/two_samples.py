@@ -13,7 +13,7 @@ import jax
 import numpy as np
 from jaxtyping import Array, Float, Key
 
-from flowgen.arrays import check_finite
+from flowgen.arrays import check_finite, check_key
 from flowgen.evaluation.estimate import Estimate, mean_of
 from flowgen.packages import need
 
@@ -36,14 +36,16 @@ def c2st(
     results for equal numbers of samples; published values use 10,000 in each set. Pass the reference samples as x,
     because the mean and standard deviation of x standardise both sets.
 
-    Raises ValueError if x and y differ in shape, if `folds` is not from 2 to n, if values are not finite, or if x is
-    constant in a dimension. Raises ModuleNotFoundError if scikit-learn is not installed.
+    Raises ValueError if x and y are not of the same shape (n, d), if `key` is not a single key, if `folds` is not from
+    2 to n, if values are not finite, or if x is constant in a dimension. Raises ModuleNotFoundError if scikit-learn is
+    not installed.
 
     Example:
         accuracy = c2st(key, reference, samples)
     """
     networks, selection = classifier_modules()
     reference, other = np.asarray(x), np.asarray(y)
+    check_key(key)
     _check(reference, other, folds)
     mean, std = reference.mean(axis=0), reference.std(axis=0, ddof=1)
     data = (np.concatenate([reference, other]) - mean) / std
@@ -69,8 +71,11 @@ def classifier_modules() -> tuple[Any, Any]:
 
 
 def _check(x: np.ndarray, y: np.ndarray, folds: int) -> None:
-    if x.shape != y.shape:
-        raise ValueError(f"x and y have shapes {x.shape} and {y.shape}; give two arrays of the same shape (num, d).")
+    if x.shape != y.shape or x.ndim != 2 or not x.shape[1]:
+        raise ValueError(
+            f"x and y have shapes {x.shape} and {y.shape}; give two arrays of the same shape (n, d), one sample "
+            "per row."
+        )
     if not 2 <= folds <= len(x):
         raise ValueError(f"folds is {folds}; it must be from 2 to {len(x)}, the number of samples.")
     check_finite(x=x, y=y)

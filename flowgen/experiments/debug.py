@@ -10,7 +10,7 @@ from flowgen.experiments.autoregressive import AutoregressiveExperiment
 from flowgen.experiments.codecs import SpaceToDepth
 from flowgen.experiments.experiment import Experiment
 from flowgen.experiments.plots import DRAWABLE_CHANNELS
-from flowgen.flows import STARFlowConfig, TARFlowConfig
+from flowgen.flows import STARFlowConfig, STARFlowVConfig, TARFlowConfig
 
 E = TypeVar("E", bound=Experiment)
 SAMPLES = 4
@@ -94,4 +94,7 @@ def _tiny(model: TARFlowConfig | STARFlowConfig) -> dict[str, Any]:
     if isinstance(model, TARFlowConfig):
         return {"width": 32, "head_dim": 16, "num_blocks": blocks, "layers_per_block": 1}
     heads = None if model.num_kv_heads is None else 1
-    return {"width": 40, "deep_width": None, "head_dim": 20, "num_kv_heads": heads, "layers_per_block": (1,) * blocks}
+    layers = (1,) * blocks
+    if isinstance(model, STARFlowVConfig):  # The deep block keeps its token order, which is forwards in time.
+        layers = (1, 1) if model.order == "reversed" else (0, 1, 1)
+    return {"width": 40, "deep_width": None, "head_dim": 20, "num_kv_heads": heads, "layers_per_block": layers}

@@ -31,7 +31,7 @@ def number_plot(
     or the channels of sequences, which are counted from 0.
 
     mask: which rows of padded samples are not padding. reference: other vectors to draw behind the samples, such as
-    samples of the exact posterior. title: a title, such as that of `observation_title`; "" for none.
+    reference samples of the posterior. title: a title, such as that of `observation_title`; "" for none.
 
     Raises ModuleNotFoundError if matplotlib is missing.
 
@@ -64,7 +64,7 @@ def observation_title(sampling: Any, model: Any, *, of_file: bool) -> str:
 
 
 def _pairs_plot(samples: np.ndarray, reference: np.ndarray | None, name: str, title: str) -> np.ndarray:
-    layers = [("exact", reference, _DATA)] if reference is not None else []
+    layers = [("reference", reference, _DATA)] if reference is not None else []
     layers = [*layers, ("sample", samples, _SAMPLE)]
     count = min(samples.shape[1], MOST_ENTRIES)
     if count == 2:

@@ -11,6 +11,7 @@ import numpy as np
 from flowgen.data.dataset import permutation
 from flowgen.data.numbers import NumbersDataset
 from flowgen.evaluation import Estimate, Evaluation, c2st, expected_coverage, mean_of, rank_uniformity, sbc_ranks
+from flowgen.evaluation.calibration import LEAST_EXPECTED
 from flowgen.evaluation.two_samples import classifier_modules
 from flowgen.simulators import Simulator
 
@@ -19,12 +20,12 @@ DrawUnder = Callable[[jax.Array, Any], np.ndarray]
 
 RANKED = 99  # samples per observation, so that 100 ranks are possible
 MOST_BINS = 10
-LEAST_TRUTHS = 20  # with fewer, there is not even a histogram of four bins
+LEAST_TRUTHS = 20  # for a histogram of four bins
 CLASSIFIER = "scikit-learn's MLPClassifier, two hidden layers of 10 d units, 5 folds"
 
 
 def check_observations(simulator: Simulator, key: jax.Array, num: int) -> None:
-    """Raises an error if scikit-learn is missing, or if the simulator has fewer than `num` exact samples.
+    """Raises an error if scikit-learn is missing, or if the simulator has fewer than `num` reference samples.
 
     Example:
         check_observations(TwoMoons(), key, 1000)
@@ -34,7 +35,7 @@ def check_observations(simulator: Simulator, key: jax.Array, num: int) -> None:
 
 
 def evaluate_observations(simulator: Simulator, draw: DrawUnder, key: jax.Array, num: int) -> Evaluation:
-    """Returns the C2ST of `num` samples against `num` exact ones for each fixed observation, and the mean of all C2STs.
+    """Returns the C2ST of `num` samples against `num` reference samples for each fixed observation, and the mean C2ST.
 
     The standard error of the mean comes from the differences between the observations.
 
@@ -69,6 +70,9 @@ def evaluate_calibration(
 
     log_prob: the function (x, context) -> log p(x | context) in nats.
 
+    With fewer than 20 samples, nothing is tested. The histogram of ranks has ten bins with 50 samples or more, and four
+    or five with fewer.
+
     Example:
         evaluation = evaluate_calibration(draw, log_prob, held_out, key, 500)
     """
@@ -81,7 +85,7 @@ def evaluate_calibration(
     log_probs = log_prob(samples, repeated).reshape(num, RANKED)
     samples = samples.reshape(num, RANKED, *truths.event_shape)
     coverage = expected_coverage(log_probs, log_prob(truths.x, truths.context))
-    uniformity = rank_uniformity(sbc_ranks(samples, truths.x), RANKED, bins=min(MOST_BINS, num // 5))
+    uniformity = rank_uniformity(sbc_ranks(samples, truths.x), RANKED, bins=_bins(num))
     joint = min(1.0, float(uniformity.p_value.min()) * len(uniformity.p_value))
     lines = (
         f"SBC: smallest p-value {joint:.3f} for {len(uniformity.p_value)} entries, corrected for their number",
@@ -105,3 +109,9 @@ def evaluate_calibration(
         }
     }
     return Evaluation(lines, metrics, about)
+
+
+def _bins(num: int) -> int:
+    """Returns the most bins that cover equally many ranks, and in each of which five of `num` truths are expected."""
+    equal = (bins for bins in range(2, MOST_BINS + 1) if (RANKED + 1) % bins == 0)
+    return max(bins for bins in equal if LEAST_EXPECTED * bins <= num)

@@ -265,7 +265,7 @@ class TokenFlowExperiment(Experiment):
         return Samples(drawn, named_arrays(context))
 
     def plot(self, samples: Samples) -> np.ndarray:
-        """Returns an image of samples, drawn in front of exact samples of the posterior if these are available."""
+        """Returns an image of samples, drawn in front of reference samples of the posterior if these are available."""
         sampling, reference = self.sampling, None
         if isinstance(self.data, SimulatedConfig) and not sampling.context:
             num = min(len(samples.arrays), 10_000)
@@ -277,8 +277,9 @@ class TokenFlowExperiment(Experiment):
     def evaluate(self, model: Any, variables: Any, options: TokenEvaluateOptions) -> Evaluation:
         """Returns the likelihood of a split and, if the flow models vectors given a context, tests of its samples.
 
-        For a simulator, C2ST compares samples with the exact posterior. Simulation-based calibration and expected
-        coverage are computed for contexts of the split.
+        For a simulator, C2ST compares samples with reference samples of the posterior: exact ones for two moons, and
+        those of a long run of the No-U-Turn sampler for SLCP. Simulation-based calibration and expected coverage are
+        computed for contexts of the split.
         """
         key = jax.random.key(options.seed)
         if options.samples and isinstance(self.data, SimulatedConfig):
@@ -301,9 +302,11 @@ class TokenFlowExperiment(Experiment):
     def debug(self) -> TokenFlowExperiment:
         """Returns the experiment with a tiny flow of the same kind, trained on few simulations or on the same file."""
         model, data = self.model, self.data
+        width, head_dim = (16, 8) if model.width > 16 else (model.width, model.head_dim)
         small = dataclasses.replace(
             model,
-            width=min(model.width, 16),
+            width=width,
+            head_dim=head_dim,
             num_blocks=min(model.num_blocks, 2),
             layers_per_block=1,
             orders=model.orders if isinstance(model.orders, str) else model.orders[:2],

@@ -46,8 +46,8 @@ class TokenDrawOptions(DrawOptions):
 class TokenEvaluateOptions(EvaluateOptions):
     """Options for evaluating a flow for vectors, sequences or sets.
 
-    samples: number of samples that are compared with the exact posterior by C2ST, for each fixed observation of a
-    simulator; 0 for none. Published values use 10,000.
+    samples: number of samples that are compared with reference samples of the posterior by C2ST, for each fixed
+    observation of a simulator; 0 for none. Published values use 10,000.
     calibration: number of held-out samples with which the calibration of a flow for vectors is tested; 0 for none.
     """
 

@@ -296,8 +296,6 @@ class VideoFlowExperiment(AutoregressiveExperiment):
             changes["model"],
             image_size=-(-SMALL_SIDE // changes["model"].patch_size) * changes["model"].patch_size,
             frames=min(self.model.frames, 3),
-            # If a single block is above the deep block, the token order of the deep block does not change.
-            layers_per_block=(1, 1) if self.model.order == "reversed" else (0, 1, 1),
             denoiser_layers=min(self.model.denoiser_layers, 1),
         )
         if (optim := self.likelihood.denoiser) is not None:

@@ -13,7 +13,9 @@ learned start token in data space, and p_t = u_{t-1} for t > 0, so every token i
 Positions are encoded either by a learned table or by rotary angles. The table has one row per position in raster order,
 unless `slot_positions` is set. The angles depend only on the place in the sequence, so they are the same for every
 order. The condition is either a class embedding, which is added to every token, or a prefix of tokens, to which all
-other tokens attend.
+other tokens attend. If the prefix is an image, its patches have a learned table of their own. With rotary angles, all
+prefix tokens have angles. Otherwise, the tokens of other prefixes have no positions: their order affects only the
+causal attention of a block's later layers.
 
 Padding is moved to the end of the sequence, so that no other token attends to it. The sequence then begins with the
 prefix and the tokens, both without padding, and ends with the padding of both. Padding tokens pass through unchanged.
@@ -43,7 +45,7 @@ from flowgen.flows.affine import (
 )
 from flowgen.flows.orders import SampleOrder, TokenOrder, order_without_padding, to_order, to_raster
 from flowgen.flows.positions import GridPositions
-from flowgen.flows.prefixes import ContextPrefix, Prefix, rotation_after_prefix
+from flowgen.flows.prefixes import ContextPrefix, ImagePrefix, Prefix, rotation_after_prefix
 from flowgen.nn.embeddings import class_embedding
 from flowgen.nn.layers import RMSNorm, linear, master_dtype
 from flowgen.nn.softmax_shape import SoftmaxShape
@@ -177,6 +179,8 @@ class AutoregressiveBlock(nn.Module):
             self.class_embed = self.param("class_embed", embedding, (config.num_classes, width), master)
         if config.prefix is not None:
             self.proj_prefix = linear(width, config.prefix.dim, dtype)
+        if isinstance(config.prefix, ImagePrefix):
+            self.prefix_pos_embed = self.param("prefix_pos_embed", embedding, (config.prefix_length, width), master)
         self.layers = transformer_stack(transformer)
         if config.final_norm:
             self.final_norm = RMSNorm(dtype)
@@ -285,7 +289,10 @@ class AutoregressiveBlock(nn.Module):
         has_none = cond is None and isinstance(prefix, ContextPrefix) and not self.is_initializing()
         if prefix is None or has_none:
             return None
-        return self.proj_prefix(prefix.features(cond, batch, jnp.dtype(self.config.transformer.dtype)))
+        tokens = self.proj_prefix(prefix.features(cond, batch, jnp.dtype(self.config.transformer.dtype)))
+        if isinstance(prefix, ImagePrefix):
+            tokens = tokens + jnp.asarray(self.prefix_pos_embed)[None].astype(tokens.dtype)
+        return tokens
 
     def prefix_count(self, cond: Unpadded | None) -> Start:
         """Returns the number of prefix tokens that are not padding: one number for all samples, or one for each."""

@@ -4,14 +4,17 @@ from __future__ import annotations
 
 from flowgen.arrays import shown
 from flowgen.attention import causal_kernel
-from flowgen.contexts import Context, check_one_condition
-from flowgen.flows.prefixes import ContextPrefix
+from flowgen.contexts import Context, ImageContext, check_one_condition
+from flowgen.flows.prefixes import ContextPrefix, ImagePrefix
 from flowgen.nn.transformer import Attention
 
 
 def context_prefix(context: Context | None) -> ContextPrefix | None:
     """Returns the prefix that contains a context."""
-    return None if context is None else ContextPrefix(context.length, context.dim)
+    if context is None:
+        return None
+    prefix = ImagePrefix if isinstance(context, ImageContext) else ContextPrefix
+    return prefix(context.length, context.dim)
 
 
 def check_one_context(num_classes: int, context: Context | None, attention: Attention) -> None:

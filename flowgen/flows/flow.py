@@ -201,8 +201,13 @@ class AutoregressiveFlow(OnMeshes, nn.Module):
     def log_prob(self, x: Float[Array, "b *event"], cond: AnyCondition | None = None) -> Float[Array, " b"]:
         """Returns the exact log p(x | cond) in nats: log N(z; 0, prior variance) + logdet.
 
-        x: images in [-1, 1], or latents. The values are not checked, because a check would make the host wait for the
-        device. Images in 0..255 get a meaningless density; convert them with x / 127.5 - 1.
+        x: images or clips in [-1, 1], latents, or the numbers of a `TokenFlow`. The values are not checked, because a
+        check would make the host wait for the device. Images in 0..255 get a meaningless density; convert them with
+        x / 127.5 - 1.
+
+        If samples are padded, this is the density of the rows that exist, given their number.
+
+        Raises ValueError if x is not a batch of this model's samples, or if cond does not fit the model.
         """
         z, logdet = self.forward(x, cond)
         density = gaussian_log_density(z, self.prior_variance()[None])

@@ -62,6 +62,10 @@ class ContextPrefix:
         return zero_padding(cond.tokens, cond.mask).astype(dtype)
 
 
+class ImagePrefix(ContextPrefix):
+    """A prefix of the patches of an image, row by row. Blocks add a learned embedding of each patch's position."""
+
+
 Prefix = ClassPrefix | TextPrefix | ContextPrefix
 
 

@@ -161,5 +161,5 @@ def _plural(annotation: Any, count: int | str = "") -> str:
     *kinds, last = members(annotation)
     if kinds:
         return " or ".join(dict.fromkeys(_plural(kind, count) for kind in (*kinds, last)))
-    name = describe(annotation).removeprefix("an ").removeprefix("a ")
-    return f"{count} {name}{'' if count == 1 or annotation in (bool, type(None)) else 's'}".lstrip()
+    noun, of, rest = describe(annotation).removeprefix("an ").removeprefix("a ").partition(" of ")
+    return f"{count} {noun}{'' if count == 1 or annotation in (bool, type(None)) else 's'}{of}{rest}".lstrip()

@@ -326,7 +326,9 @@ def _convert_entry(annotation: Any, value: Any) -> Any:
     try:
         return _convert(annotation, value)
     except _Refusal as refusal:
-        raise _Refusal(f"has the entry {str(refusal).removeprefix('is ')}") from None
+        clause = str(refusal)
+        clause = clause.removeprefix("is ") if clause.startswith("is ") else f"{shown(value)}, which {clause}"
+        raise _Refusal(f"has the entry {clause}") from None
 
 
 def _convert_number(annotation: type, value: Any) -> int | float:

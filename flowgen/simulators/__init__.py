@@ -1,4 +1,4 @@
-"""Simulators with known likelihoods, on which estimated posteriors are compared with exact ones."""
+"""Simulators with known likelihoods, on which estimated posteriors are compared with reference samples."""
 
 from flowgen.simulators.simulator import Simulator
 from flowgen.simulators.slcp import SLCP

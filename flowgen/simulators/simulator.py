@@ -9,6 +9,8 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Key
 
+from flowgen.arrays import shown
+
 
 @runtime_checkable
 class Simulator(Protocol):
@@ -112,9 +114,12 @@ class Simulator(Protocol):
 
     @abstractmethod
     def reference_samples(self, key: Key[Array, ""], num: int, index: int) -> Float[Array, "num d"]:
-        """Returns independent samples of the exact posterior of fixed observation `index`, in float32.
+        """Returns reference samples of the posterior of fixed observation `index`, in float32.
 
-        Raises ValueError if there is no such observation, or if there are fewer than `num` samples.
+        They are independent and exact for `TwoMoons`. For `SLCP`, they come from a long run of the No-U-Turn sampler.
+
+        Raises ValueError if there is no such observation, if `num` is not a whole number of at least 1, or if there are
+        fewer than `num` samples.
 
         Example:
             reference = simulator.reference_samples(key, 10_000, 0)
@@ -128,5 +133,5 @@ class Simulator(Protocol):
             simulator.check_index(0)
         """
         count = len(self.fixed_observations)
-        if not 0 <= index < count:
-            raise ValueError(f"index is {index}; {self.name} has the observations 0 to {count - 1}.")
+        if not hasattr(index, "__index__") or not 0 <= index < count:
+            raise ValueError(f"index is {shown(index)}; {self.name} has the observations 0 to {count - 1}.")

@@ -17,6 +17,7 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float, Key
 
+from flowgen.arrays import check_count
 from flowgen.simulators.simulator import Simulator
 
 NUM_POINTS = 4
@@ -69,12 +70,13 @@ class SLCP(Simulator):
         The samples come from a long run of the No-U-Turn sampler (benchmarks/reference_posteriors.py), and are rounded
         to multiples of 9 · 10⁻⁵.
 
-        Raises ValueError if there is no such observation, or if num is above 10,000.
+        Raises ValueError if there is no such observation, or if `num` is not a whole number from 1 to 10,000.
         """
         self.check_index(index)
+        check_count("num", num)
         with resources.files("flowgen.simulators").joinpath("slcp.npz").open("rb") as file, np.load(file) as arrays:
             stored = arrays[f"observation_{index}"]
-        if not 1 <= num <= len(stored):
+        if num > len(stored):
             raise ValueError(f"num is {num}; it must be from 1 to {len(stored)}, the number of recorded samples.")
         low, high = np.array(self.low), np.array(self.high)
         samples = (low + (high - low) * stored / STORED_LEVELS).astype(np.float32)

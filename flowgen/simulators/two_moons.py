@@ -12,10 +12,14 @@ The map θ -> z is a rotation, so the prior is uniform in z too. Posterior sampl
 
 from __future__ import annotations
 
+from functools import partial
+from typing import Any
+
 import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Key
 
+from flowgen.arrays import at_least_float32, check_count
 from flowgen.simulators.simulator import Simulator
 
 CENTRE = 0.25  # of the crescent, along the first axis
@@ -59,48 +63,68 @@ class TwoMoons(Simulator):
 
         Points p of the crescent are drawn, and (1) is solved for θ. If the solution has a negative |z₁| or lies outside
         the prior, the point is drawn again. After 1,000 rounds without a valid point, such as for an impossible
-        observation, the sample is NaN.
+        observation, the sample is NaN. The samples have the precision of the observation, but at least float32. A new
+        `num` compiles the loop again.
+
+        Raises ValueError if `num` is not a whole number of at least 1, or if `observation` is not an array of two
+        floating-point numbers.
 
         Example:
             reference = TwoMoons().sample_posterior(key, 10_000, jnp.zeros(2))
         """
-
-        def unfinished(state):
-            rounds, _, found = state
-            return (rounds < MOST_ROUNDS) & ~found.all()
-
-        def draw_again(state):
-            rounds, parameters, found = state
-            proposed, fits = self._proposal(jax.random.fold_in(key, rounds), num, observation)
-            return rounds + 1, jnp.where((fits & ~found)[:, None], proposed, parameters), found | fits
-
-        blank = jnp.full((num, 2), jnp.nan, observation.dtype)
-        return jax.lax.while_loop(unfinished, draw_again, (0, blank, jnp.zeros(num, bool)))[1]
+        check_count("num", num)
+        observation = at_least_float32("observation", observation)
+        if observation.shape != (2,):
+            raise ValueError(f"observation has shape {observation.shape}; give one observation, of shape (2,).")
+        return _sample_posterior(key, num, observation, jnp.array([self.low]), jnp.array([self.high]))
 
     def reference_samples(self, key: Key[Array, ""], num: int, index: int) -> Float[Array, "num 2"]:
-        """Returns exact samples of the posterior of fixed observation `index`; see `sample_posterior`."""
-        self.check_index(index)
-        return self.sample_posterior(key, num, self.observations[index])
+        """Returns exact, independent samples of the posterior of fixed observation `index`, in float32; see
+        `sample_posterior`.
 
-    def _proposal(
-        self, key: Key[Array, ""], num: int, observation: Float[Array, " 2"]
-    ) -> tuple[Float[Array, "num 2"], Bool[Array, " num"]]:
-        """Returns solutions θ of (1) for random points of the crescent, and whether each one is a valid sample of the
-        posterior.
+        Raises ValueError if there is no such observation, or if `num` is not a whole number of at least 1.
         """
-        crescent_key, sign_key = jax.random.split(key)
-        p = _crescent(crescent_key, num)
-        size, second = p[:, 0] - observation[0], observation[1] - p[:, 1]
-        first = size * jax.random.rademacher(sign_key, (num,), size.dtype)
-        parameters = jnp.stack([first - second, first + second], axis=1) / jnp.sqrt(2.0).astype(p.dtype)
-        return parameters, (size >= 0) & jnp.isfinite(self.log_prior(parameters))
+        self.check_index(index)
+        return self.sample_posterior(key, num, jnp.array(self.fixed_observations[index], jnp.float32))
 
 
-def _crescent(key: Key[Array, ""], num: int) -> Float[Array, "num 2"]:
+@partial(jax.jit, static_argnames="num")
+def _sample_posterior(
+    key: Key[Array, ""], num: int, observation: Float[Array, " 2"], low: Float[Array, "1 2"], high: Float[Array, "1 2"]
+) -> Float[Array, "num 2"]:
+    """Returns samples of the posterior under a uniform prior with bounds `low` and `high`."""
+
+    def unfinished(state):
+        rounds, _, found = state
+        return (rounds < MOST_ROUNDS) & ~found.all()
+
+    def draw_again(state):
+        rounds, parameters, found = state
+        proposed, solved = _proposal(jax.random.fold_in(key, rounds), num, observation)
+        fits = solved & ((proposed >= low) & (proposed <= high)).all(axis=1)
+        return rounds + 1, jnp.where((fits & ~found)[:, None], proposed, parameters), found | fits
+
+    blank = jnp.full((num, 2), jnp.nan, observation.dtype)
+    return jax.lax.while_loop(unfinished, draw_again, (0, blank, jnp.zeros(num, bool)))[1]
+
+
+def _proposal(
+    key: Key[Array, ""], num: int, observation: Float[Array, " 2"]
+) -> tuple[Float[Array, "num 2"], Bool[Array, " num"]]:
+    """Returns solutions θ of (1) for random points of the crescent, and whether |z₁| is not negative in each."""
+    crescent_key, sign_key = jax.random.split(key)
+    p = _crescent(crescent_key, num, observation.dtype)
+    size, second = p[:, 0] - observation[0], observation[1] - p[:, 1]
+    first = size * jax.random.rademacher(sign_key, (num,), size.dtype)
+    parameters = jnp.stack([first - second, first + second], axis=1) / jnp.sqrt(2.0).astype(p.dtype)
+    return parameters, size >= 0
+
+
+def _crescent(key: Key[Array, ""], num: int, dtype: Any = float) -> Float[Array, "num 2"]:
     """Returns random points p of the crescent (2)."""
     angle_key, radius_key = jax.random.split(key)
-    angle = jnp.pi * (jax.random.uniform(angle_key, (num,)) - 0.5)
-    radius = RADIUS + RADIUS_STD * jax.random.normal(radius_key, (num,))
+    angle = jnp.pi * (jax.random.uniform(angle_key, (num,), dtype) - 0.5)
+    radius = RADIUS + RADIUS_STD * jax.random.normal(radius_key, (num,), dtype)
     return jnp.stack([radius * jnp.cos(angle) + CENTRE, radius * jnp.sin(angle)], axis=1)
 
 

@@ -7,6 +7,7 @@ distances to the bounds, and logdet from log-sigmoids of u, which neither overfl
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -14,7 +15,7 @@ import numpy as np
 from jax.core import Tracer
 from jaxtyping import Array, Float
 
-from flowgen.arrays import check_count
+from flowgen.arrays import at_least_float32, check_count
 from flowgen.transforms.events import (
     EVENT_NDIM,
     Numbers,
@@ -29,6 +30,9 @@ from flowgen.transforms.events import (
 
 # The largest distance between the sum of shares and 1 that is taken for rounding, and divided out.
 SHARES_TOLERANCE = 1e-3
+# The width of an interval in units of the last digit of its bounds, at least. Rounding of the bounds changes the width
+# by up to one unit, and therefore logdet by up to 0.01.
+LEAST_UNITS = 100
 
 
 @pytree
@@ -42,13 +46,15 @@ class Box:
     softplus depends on the unit of x, scale x to values of about 1 first. For values that span several orders of
     magnitude, use `Positive`.
 
-    `inverse` returns values strictly between the bounds, even if rounding would reach a bound.
+    `inverse` returns values strictly between the bounds, even if rounding would reach a bound. This needs bounds that
+    differ in the dtype of the values: in float32, 1e8 and 1e8 + 1 are equal.
 
     low, high: bounds, which are broadcast to the shape of an event; -inf and inf mean no bound.
     event_ndim: number of axes of an event.
 
-    Raises ValueError unless low < high for all entries. `forward` raises ValueError unless x is strictly between the
-    bounds; if x or a bound is traced, u is infinite or NaN instead.
+    Raises ValueError unless low < high for all entries. `forward` and `inverse` raise ValueError if finite bounds are
+    too close together or too large for the dtype; traced bounds are not checked. `forward` raises ValueError unless x
+    is strictly between the bounds; if x or a bound is traced, u is infinite or NaN instead.
 
     Example:
         u, logdet = Box(low=jnp.asarray([0.0, -1.0]), high=jnp.asarray([1.0, jnp.inf])).forward(x)
@@ -73,7 +79,7 @@ class Box:
 
     def forward(self, x: Float[Array, "..."]) -> Pair:
         """Returns u and log|det du/dx|."""
-        x, low, high = of_events(self.event_ndim, x, low=self.low, high=self.high)
+        x, low, high = self._events(x)
         check_values("x", x, (x > low) & (x < high), "values must be strictly between low and high")
         has_low, has_high = jnp.isfinite(low), jnp.isfinite(high)
         above_low, below_high = jnp.where(has_low, x - low, 1), jnp.where(has_high, high - x, 1)
@@ -84,7 +90,7 @@ class Box:
 
     def inverse(self, u: Float[Array, "..."]) -> Pair:
         """Returns x and log|det du/dx|."""
-        u, low, high = of_events(self.event_ndim, u, low=self.low, high=self.high)
+        u, low, high = self._events(u)
         has_low, has_high = jnp.isfinite(low), jnp.isfinite(high)
         from_low, from_high = jnp.where(has_low, low, 0), jnp.where(has_high, high, 0)
         width = from_high - from_low
@@ -92,6 +98,12 @@ class Box:
         one = jnp.where(has_low, from_low + jax.nn.softplus(u), from_high - jax.nn.softplus(-u))
         x = jnp.where(has_low & has_high, both, jnp.where(has_low | has_high, one, u))
         return _strictly_within(x, low, high), sum_over_event(self.event_ndim, _log_slope(u, low, high))
+
+    def _events(self, x: Any) -> list[Array]:
+        """Returns x and the bounds in the dtype and shape of x; see `of_events`."""
+        x = at_least_float32("x", x)
+        _check_precision(self.low, self.high, x.dtype)
+        return of_events(self.event_ndim, x, low=self.low, high=self.high)
 
 
 @pytree
@@ -184,6 +196,27 @@ def _log_slope(u: Array, low: Array, high: Array) -> Array:
     has_low, has_high = jnp.isfinite(low), jnp.isfinite(high)
     log_width = jnp.log(jnp.where(has_low & has_high, high - low, 1))
     return -log_width - jnp.where(has_low, jax.nn.log_sigmoid(u), 0) - jnp.where(has_high, jax.nn.log_sigmoid(-u), 0)
+
+
+def _check_precision(low: Numbers, high: Numbers, dtype: Any) -> None:
+    """Raises ValueError if intervals between finite bounds are too narrow or too large for a dtype; see `Box`."""
+    if isinstance(low, Tracer) or isinstance(high, Tracer):
+        return
+    low, high = np.broadcast_arrays(np.asarray(low, np.float64), np.asarray(high, np.float64))
+    limits = jnp.finfo(dtype)
+    largest = np.maximum(np.where(np.isfinite(low), np.abs(low), 0), np.where(np.isfinite(high), np.abs(high), 0))
+    with np.errstate(over="ignore"):  # of widths above the largest float64
+        width = high - low
+        units = width / np.maximum(largest * float(limits.eps), float(limits.tiny))
+    large = (largest > limits.max) | (np.isfinite(low) & np.isfinite(high) & (width > limits.max))
+    for wrong, what, fix in (
+        (large, "too large", "divide x and the bounds by a constant"),
+        (units < LEAST_UNITS, "too close together", "subtract a constant, such as low, from x and the bounds"),
+    ):
+        if wrong.any():
+            raise ValueError(
+                f"low is {low[wrong][0]} and high is {high[wrong][0]}, which are {what} for {dtype}; {fix}."
+            )
 
 
 def _strictly_within(x: Array, low: Array, high: Array) -> Array:
