@@ -72,11 +72,11 @@ def main(arguments: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--checkpoint", required=True, help="directory of a run with grey images and classes")
     parser.add_argument("--out", required=True, help="a .gif file")
-    parser.add_argument("--rows", type=int, default=4)
+    parser.add_argument("--rows", type=int, default=4, help="number of images of each class")
     parser.add_argument("--scale", type=int, default=2, help="factor by which images are enlarged")
-    parser.add_argument("--tokens-per-frame", type=int, default=7)
-    parser.add_argument("--guidance", type=float, default=1.5)
-    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--tokens-per-frame", type=int, default=7, help="number of tokens decoded between frames")
+    parser.add_argument("--guidance", type=float, default=1.5, help="guidance weight; 0 for none")
+    parser.add_argument("--seed", type=int, default=0, help="random seed")
     options = parser.parse_args(arguments)
     flow, params, _ = flowgen.load(options.checkpoint)
     classes = flow.config.num_classes
@@ -87,6 +87,7 @@ def main(arguments: list[str] | None = None) -> None:
     frames = [frames[-1], *frames[:-1]]  # A still of the animation shows the samples.
     durations = [3000, 1000, *[100] * (len(frames) - 2)]
     frames[0].save(options.out, save_all=True, append_images=frames[1:], duration=durations, loop=0, optimize=True)
+    print(f"{options.out}: {len(frames)} frames of {len(labels)} images")
 
 
 if __name__ == "__main__":

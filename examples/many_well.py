@@ -7,7 +7,7 @@ Reverse KL alone finds only some of the modes. The flow therefore learns p^β, w
 first half of the steps: p^0.05 has no barriers between its modes.
 
 All training steps are compiled into one program. The report contains the error of log Z and two effective sample sizes:
-of the flow's samples and of exact samples. The latter is low if the flow has missed a mode.
+of the flow's samples and of exact samples. Both should be near 1. The latter is small if the flow has missed a mode.
 """
 
 from __future__ import annotations
@@ -90,14 +90,19 @@ def train(
 def main(arguments: Sequence[str] | None = None) -> Result:
     """Trains a flow, prints the result and returns it."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--dim", type=int, default=8)
-    parser.add_argument("--steps", type=int, default=1500)
-    parser.add_argument("--batch", type=int, default=128)
-    parser.add_argument("--width", type=int, default=32)
-    parser.add_argument("--learning-rate", type=float, default=3e-3)
-    parser.add_argument("--samples", type=int, default=2000)
-    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--dim", type=int, default=8, help="coordinates of a sample, an even number (default: 8)")
+    parser.add_argument("--steps", type=int, default=1500, help="training steps (default: 1500)")
+    parser.add_argument("--batch", type=int, default=128, help="samples per training step (default: 128)")
+    parser.add_argument("--width", type=int, default=32, help="channels of a token in the flow (default: 32)")
+    parser.add_argument("--learning-rate", type=float, default=3e-3, help="initial learning rate (default: 0.003)")
+    parser.add_argument("--samples", type=int, default=2000, help="samples for the report (default: 2000)")
+    parser.add_argument("--seed", type=int, default=0, help="random seed (default: 0)")
     asked = parser.parse_args(arguments)
+    for name in ("steps", "batch", "width", "samples"):
+        if getattr(asked, name) < 1:
+            parser.error(f"--{name} is {getattr(asked, name)}; give at least 1.")
+    if asked.dim < 2 or asked.dim % 2:
+        parser.error(f"--dim is {asked.dim}; give an even number of at least 2, because each well has two coordinates.")
     target, flow = inference.ManyWell(asked.dim), make_flow(asked.dim, asked.width)
     init_key, train_key, sample_key, exact_key = jax.random.split(jax.random.key(asked.seed), 4)
     began = time.perf_counter()
@@ -126,6 +131,7 @@ def main(arguments: Sequence[str] | None = None) -> Result:
     )
     print(f"{asked.dim} dimensions, {asked.steps} steps, {seconds:.0f} s with compilation")
     print(f"ess {result.ess:.3f} of the flow's samples, {result.forward_ess:.3f} of exact samples")
+    print("Both should be near 1. A small ess of exact samples means that the flow has missed modes.")
     print(f"log Z - exact {result.log_z_error:.3f} ± {result.standard_error:.3f} nats")
     return result
 

@@ -98,12 +98,12 @@ def train(params: Any, key: jax.Array, *, flow: TokenFlow, steps: int, batch: in
 def main(arguments: Sequence[str] | None = None) -> Result:
     """Trains a flow, prints the result and returns it."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--steps", type=int, default=3000)
-    parser.add_argument("--batch", type=int, default=128)
-    parser.add_argument("--width", type=int, default=32)
-    parser.add_argument("--learning-rate", type=float, default=2e-3)
-    parser.add_argument("--held-out", type=int, default=500)
-    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--steps", type=int, default=3000, help="training steps (default: 3000)")
+    parser.add_argument("--batch", type=int, default=128, help="sets per training step (default: 128)")
+    parser.add_argument("--width", type=int, default=32, help="channels of a token in the flow (default: 32)")
+    parser.add_argument("--learning-rate", type=float, default=2e-3, help="initial learning rate (default: 0.002)")
+    parser.add_argument("--held-out", type=int, default=500, help="sets for the comparison (default: 500)")
+    parser.add_argument("--seed", type=int, default=0, help="random seed (default: 0)")
     asked = parser.parse_args(arguments)
     flow = TokenFlow(
         TokenFlowConfig(

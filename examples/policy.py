@@ -11,6 +11,7 @@ each chunk, the flow is sampled for all environments, and an inner scan executes
 from __future__ import annotations
 
 import argparse
+import math
 import time
 from collections.abc import Sequence
 from functools import partial
@@ -31,7 +32,9 @@ from flowgen.flows.objective import nll_objective
 CHUNK = 4  # actions per decision
 SPEED, NOISE = 0.15, 0.01  # length of a step, and the standard deviation of the expert's errors
 RADIUS, REACHED = 0.4, 0.2  # of the obstacle at (0, 0), and of the goal
-GOAL, PASS_AT = (1.0, 0.0), 0.7  # the expert passes the obstacle at (0, ±0.7)
+START, GOAL, PASS_AT = -1.0, (1.0, 0.0), 0.7  # the expert passes the obstacle at (0, ±0.7)
+# The path around the obstacle has length 2.44, and it may end at the distance REACHED from the goal.
+LEAST_CHUNKS = math.ceil((math.hypot(GOAL[0], PASS_AT) + math.hypot(START, PASS_AT) - REACHED) / (CHUNK * SPEED))
 
 
 class Result(NamedTuple):
@@ -45,7 +48,7 @@ class Result(NamedTuple):
 
 def start(key: Key[Array, ""], num: int) -> Float[Array, "num 2"]:
     """Returns the initial positions of episodes."""
-    return jnp.stack([jnp.full(num, -1.0), jax.random.uniform(key, (num,), minval=-0.05, maxval=0.05)], axis=1)
+    return jnp.stack([jnp.full(num, START), jax.random.uniform(key, (num,), minval=-0.05, maxval=0.05)], axis=1)
 
 
 def expert(key: Key[Array, ""], positions: Float[Array, "b 2"]) -> Float[Array, "b n 2"]:
@@ -132,15 +135,20 @@ def act(params: Any, key: jax.Array, *, flow: TokenFlow, num: int, chunks: int, 
 def main(arguments: Sequence[str] | None = None) -> Result:
     """Trains the policy, runs it, prints the result and returns it."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--demonstrations", type=int, default=2000)
-    parser.add_argument("--steps", type=int, default=2000)
-    parser.add_argument("--batch", type=int, default=256)
-    parser.add_argument("--width", type=int, default=32)
-    parser.add_argument("--learning-rate", type=float, default=2e-3)
-    parser.add_argument("--environments", type=int, default=256)
-    parser.add_argument("--chunks", type=int, default=6, help="decisions per episode")
-    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--demonstrations", type=int, default=2000, help="episodes of the expert (default: 2000)")
+    parser.add_argument("--steps", type=int, default=2000, help="training steps (default: 2000)")
+    parser.add_argument("--batch", type=int, default=256, help="decisions per training step (default: 256)")
+    parser.add_argument("--width", type=int, default=32, help="channels of a token in the flow (default: 32)")
+    parser.add_argument("--learning-rate", type=float, default=2e-3, help="initial learning rate (default: 0.002)")
+    parser.add_argument("--environments", type=int, default=256, help="episodes of the policy at a time (default: 256)")
+    parser.add_argument("--chunks", type=int, default=6, help="decisions per episode (default: 6)")
+    parser.add_argument("--seed", type=int, default=0, help="random seed (default: 0)")
     asked = parser.parse_args(arguments)
+    if asked.chunks < LEAST_CHUNKS:
+        parser.error(
+            f"--chunks is {asked.chunks}, but the goal is {GOAL[0] - START:g} away and a decision moves the point by "
+            f"{CHUNK * SPEED:g}; give at least {LEAST_CHUNKS}."
+        )
     data_key, init_key, train_key, first_key, act_key, mean_key = jax.random.split(jax.random.key(asked.seed), 6)
     observed, actions, reached = jax.jit(episodes, static_argnums=(0, 2, 3))(
         expert, data_key, asked.demonstrations, asked.chunks

@@ -74,10 +74,7 @@ def attention_layer(name: str, width: int, heads: int, grid: tuple[int, int]) ->
 
 @dataclasses.dataclass(frozen=True)
 class Settings:
-    """The settings of the model and its training, the same for every attention.
-
-    canvas, patch: sides in pixels.
-    """
+    """The settings of the model and its training, the same for every attention. `HELP` describes them."""
 
     canvas: int = 12
     patch: int = 3
@@ -89,6 +86,20 @@ class Settings:
     learning_rate: float = 2e-3
     weight_decay: float = 0.05
     test_fraction: float = 0.3
+
+
+HELP = {
+    "canvas": "side of the canvas in pixels",
+    "patch": "side of a patch in pixels",
+    "width": "channels of a token",
+    "heads": "attention heads",
+    "depth": "transformer layers",
+    "epochs": "passes over the training images",
+    "batch": "images per training step",
+    "learning_rate": "peak learning rate",
+    "weight_decay": "weight decay of AdamW",
+    "test_fraction": "share of the images held out for the test",
+}
 
 
 class VisionTransformer(nn.Module):
@@ -212,11 +223,17 @@ def table(results: Sequence[Result]) -> str:
 
 def main(arguments: Sequence[str] | None = None) -> list[Result]:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--attention", nargs="+", choices=[*ATTENTIONS, "all"], default=["softmax", "nala"])
-    parser.add_argument("--seeds", nargs="+", type=int, default=[0])
+    parser.add_argument(
+        "--attention",
+        nargs="+",
+        choices=[*ATTENTIONS, "all"],
+        default=["softmax", "nala"],
+        help="kinds of attention to train (default: softmax nala)",
+    )
+    parser.add_argument("--seeds", nargs="+", type=int, default=[0], help="seeds to train each kind with (default: 0)")
     for field in dataclasses.fields(Settings):
-        flag = "--" + field.name.replace("_", "-")
-        parser.add_argument(flag, type=type(field.default), default=field.default)
+        flag, about = "--" + field.name.replace("_", "-"), f"{HELP[field.name]} (default: {field.default})"
+        parser.add_argument(flag, type=type(field.default), default=field.default, help=about)
     options = vars(parser.parse_args(arguments))
     names, seeds = options.pop("attention"), options.pop("seeds")
     settings = Settings(**options)

@@ -61,8 +61,12 @@ def check_no_nan(**arrays: Any) -> None:
 
 def _check_none(find: Callable[[Any], Any], what: str, arrays: Mapping[str, Any]) -> None:
     for name, array in arrays.items():
-        if count := int(np.sum(find(np.asarray(array)))):
-            raise ValueError(f"{name} has {count} values that are {what}; remove them.")
+        found = find(np.asarray(array))
+        if count := int(np.sum(found)):
+            first = tuple(map(int, np.argwhere(found)[0]))
+            values = "1 value that is" if count == 1 else f"{count} values that are"
+            ending = f"at index {first}; remove it." if count == 1 else f"the first at index {first}; remove them."
+            raise ValueError(f"{name} has {values} {what}, {ending}")
 
 
 def check_key(key: Any) -> None:

@@ -169,7 +169,7 @@ MISTAKES = {
     "one score": ([1.0], [1.0, 2.0], "1 normal and 2 anomalous scores; give at least 2 each"),
     "no scores": ([], [], "0 normal and 0 anomalous scores"),
     "NaN among normal ones": ([1.0, np.nan, np.nan], [1.0, 2.0], "normal has 2 values that are NaN"),
-    "NaN among anomalies": ([1.0, 2.0], [1.0, np.nan], "anomalous has 1 values that are NaN"),
+    "NaN among anomalies": ([1.0, 2.0], [1.0, np.nan], "anomalous has 1 value that is NaN"),
     "a matrix": (np.ones((2, 2)), [1.0, 2.0], r"shapes \(2, 2\) and \(2,\); give two vectors"),
 }
 ORIGINS = {"too few": [0], "none": [], "too large": [0, 2], "negative": [-1, 0], "fractions": [0.5, 1.0]}

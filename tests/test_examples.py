@@ -2,6 +2,7 @@
 
 import importlib
 import itertools
+import re
 from pathlib import Path
 
 import jax
@@ -107,7 +108,36 @@ def test_the_expert_passes_the_obstacle_on_both_sides(example):
 
 @pytest.mark.slow
 def test_policy(example, capsys):
-    small = ["--demonstrations=64", "--steps=4", "--batch=16", "--width=8", "--environments=4", "--chunks=2"]
+    small = ["--demonstrations=64", "--steps=4", "--batch=16", "--width=8", "--environments=4", "--chunks=4"]
     found = example("policy").main(small)
     assert found.steps_per_second > 0
     assert "steps per second" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(
+    ("name", "words", "told"),
+    [
+        ("many_well", ["--dim=3"], "--dim is 3; give an even number"),
+        ("many_well", ["--steps=0"], "--steps is 0; give at least 1"),
+        ("policy", ["--chunks=3"], "--chunks is 3, .* give at least 4"),
+    ],
+)
+def test_options_of_examples_that_do_not_fit_are_refused(example, name, words, told, capsys):
+    with pytest.raises(SystemExit):
+        example(name).main(words)
+    assert re.search(told, capsys.readouterr().err)
+
+
+@pytest.mark.parametrize("name", sorted(path.stem for path in EXAMPLES.glob("*.py")))
+def test_all_options_of_examples_have_help(example, name, capsys):
+    with pytest.raises(SystemExit):
+        example(name).main(["--help"])
+    options = capsys.readouterr().out.partition("options:")[2]
+    # An option without help is a line with nothing after its name and value, before a line that does not continue it.
+    lines = [line for line in options.splitlines() if line.strip()]
+    bare = [
+        line
+        for line, after in zip(lines, [*lines[1:], ""], strict=True)
+        if line.startswith("  --") and "  " not in line.strip() and not after.startswith("      ")
+    ]
+    assert not bare

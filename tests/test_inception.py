@@ -45,7 +45,7 @@ def test_features_of_efficientnet_are_those_of_the_original_code():
 
 def test_images_that_are_not_finite_have_no_features():
     features = NetworkFeatures(InceptionV3("fid"), {})
-    with pytest.raises(ValueError, match="images has 1 values that are not finite"):
+    with pytest.raises(ValueError, match="images has 1 value that is not finite"):
         features(np.full((2, 1, 1, 3), [[[[0.0, np.nan, 0.0]]], [[[0.0, 0.0, 0.0]]]], np.float32))
 
 

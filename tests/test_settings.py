@@ -173,7 +173,7 @@ def test_a_range_names_field_value_and_fix(bound):
 REFUSED = {
     "of the wrong type": (lambda: Rates(steps=2.5), "steps is 2.5; it must be an integer."),
     "a truth for a number": (lambda: Rates(steps=True), "steps is True; it must be an integer."),
-    "no finite number": (lambda: Rates(lr=float("nan")), "lr is nan; it must be a number."),
+    "no finite number": (lambda: Rates(lr=float("nan")), "lr is nan, which is not finite; give a finite number."),
     "out of range": (lambda: Rates(lr=-1), "lr is -1; it must be positive."),
     "several": (
         lambda: Rates(lr=-1, steps=0),
@@ -308,6 +308,8 @@ def test_what_is_not_named_stays_the_same_object():
         (["--rates.lr", "-1"], "rates.lr is -1; it must be positive."),
         (["--rates.min_lr", "1"], "rates.min_lr is 1.0, above lr 0.1; lower it."),
         (["--size", "(8, 8, 8)"], "size is '(8, 8, 8)'; it must be an integer or a tuple of 2 integers."),
+        (["--layers", "x"], "layers is 'x'; it must be a tuple of integers, as in --layers 4,1."),
+        (["--layers", "12"], "layers has the entry 12; it must be from 0 to 9."),
         (["--choice", "off"], "choice is 'off'; it must be 'on' or 2."),
         (["--rates.steps"], "--rates.steps has no value; write --rates.steps VALUE."),
         (["--rates.steps", "--name", "1"], "--rates.steps has no value; write --rates.steps VALUE."),

@@ -5,6 +5,8 @@ from __future__ import annotations
 import numpy as np
 from jaxtyping import Bool, Float, Float32
 
+from flowgen.arrays import check_finite
+
 # Larger numbers, and channels that vary less than the reciprocal, come near the limits of float32.
 LARGEST = 1e36
 # Below this ratio, rounding to float32 moves numbers by more than 2^-8 standard deviations.
@@ -30,8 +32,7 @@ def as_float32(
     if mask is not None:
         values = np.where(mask[:, :, None], values, 0)
     rows = values.reshape(-1, values.shape[-1]) if mask is None else values[mask]
-    if not np.isfinite(rows).all():
-        raise ValueError(f"{name!r} in {where} has numbers that are not finite; remove these samples.")
+    check_finite(**{f"{name!r} in {where}": values})
     if not rows.size:
         return values.astype(np.float32)
     if (largest := np.abs(rows).max()) > LARGEST:

@@ -15,6 +15,7 @@ from jaxtyping import Bool, Float, Int
 from flowgen.batch import Batch
 from flowgen.conditioning import UNCONDITIONAL, ContextTokens, Padded, split_padded
 from flowgen.contexts import Context, ImageContext, TokenContext
+from flowgen.data.bounds import Bounds, bounds_of, check_bounds, within_bounds
 from flowgen.data.bucket_files import bucket_file
 from flowgen.data.casting import as_float32
 from flowgen.data.dataset import Split, hold_out
@@ -44,6 +45,12 @@ class NumbersConfig:
     eval_fraction: fraction of the samples held out for evaluation; with 0, none are held out.
     shuffle_rows: whether to put the existing rows of each sequence or set in a new random order at every training step,
     for sets, whose order has no meaning. The order of held-out samples stays that of the file.
+    low: lower bound of x, such as that of a uniform prior: one number, or one per channel of x (an entry of a vector,
+    or an index of the last axis); none for no bound. All samples of the flow are within the bounds.
+    high: upper bound of x, like low. If a channel has two bounds, values on a bound are moved inside by 2^-24 of the
+    distance between them.
+
+    Raises ValueError unless low is below high and tuples have equal lengths.
 
     Example:
         data = NumbersConfig(path="measurements.npz")
@@ -52,6 +59,11 @@ class NumbersConfig:
     path: str = ""
     eval_fraction: ProperFraction = 0.1
     shuffle_rows: bool = False
+    low: Bounds = None
+    high: Bounds = None
+
+    def __post_init__(self):
+        check_bounds(self.low, self.high)
 
 
 @config
@@ -125,7 +137,7 @@ def load_numbers(data: NumbersConfig | SimulatedConfig, model: Any, split: Split
         whole = _simulated(data)
     else:
         path = _file(data.path)
-        whole = _of_arrays(_read(path), where, model)
+        whole = _bounded(_of_arrays(_read(path), where, model), data, where)
     found = whole if split == "all" else whole.select(hold_out(len(whole), data.eval_fraction, split))
     mask, _ = split_padded(found.context)
     if mask is not None and not np.any(mask):
@@ -192,6 +204,16 @@ def _of_arrays(arrays: dict[str, np.ndarray], where: str, model: Any) -> Numbers
     return NumbersDataset(
         x, context if mask is None else Padded(mask, context), tuple(map(str, range(model.num_classes)))
     )
+
+
+def _bounded(dataset: NumbersDataset, data: NumbersConfig, where: str) -> NumbersDataset:
+    """Returns the dataset with samples strictly within the bounds. Raises ValueError if a value is outside of them."""
+    if data.low is None and data.high is None:
+        return dataset
+    mask, _ = split_padded(dataset.context)
+    low, high = bounds_of(data.low, data.high, dataset.x.shape[-1])
+    x = within_bounds(dataset.x, None if mask is None else np.asarray(mask), low, high, where)
+    return dataclasses.replace(dataset, x=x)
 
 
 def _context(arrays: dict[str, np.ndarray], model: Any, count: int, where: str) -> Any:

@@ -32,18 +32,26 @@ from flowgen.experiments.estimates import decoding_cost, tokens_of
 from flowgen.experiments.experiment import Experiment, Rehearsal, Samples, SamplingCost
 from flowgen.experiments.images import tell_repeats
 from flowgen.experiments.likelihoods import check_computed
+from flowgen.experiments.number_checks import batch_context, check_finite_samples
 from flowgen.experiments.number_contexts import blank_context, named_arrays, with_labels
-from flowgen.experiments.number_plots import number_plot
+from flowgen.experiments.number_plots import number_plot, observation_title
 from flowgen.experiments.posteriors import check_observations, evaluate_calibration, evaluate_observations
 from flowgen.experiments.row_orders import with_rows_shuffled
 from flowgen.experiments.token_options import TokenDrawOptions, TokenEvaluateOptions, TokenSamplingConfig
-from flowgen.experiments.units import blank_units, context_to_flow, measured_units, to_data, to_flow
-from flowgen.flows.batches import flow_condition
+from flowgen.experiments.units import (
+    blank_units,
+    box_of,
+    context_to_flow,
+    log_prob_in_data,
+    measured_units,
+    to_data,
+    to_flow,
+)
 from flowgen.flows.objective import mean_dims, nll_objective
 from flowgen.flows.token_flow import TokenFlowConfig
 from flowgen.guidance import Guidance
 from flowgen.nn import init
-from flowgen.settings import config
+from flowgen.settings import config, in_group
 from flowgen.training import Job
 from flowgen.training.step import Objective
 from flowgen.transforms import Box
@@ -82,6 +90,8 @@ class TokenFlowExperiment(Experiment):
                 f"data.shuffle_rows is true, but the model has shape {self.model.shape}, and a vector has no rows; set "
                 "it to false."
             )
+        with in_group("data"):
+            box_of(self.data, self.model)
         self._check_sampling()
         self.check_warmups()
 
@@ -122,8 +132,11 @@ class TokenFlowExperiment(Experiment):
 
     @property
     def box(self) -> Box | None:
-        """The transform from the prior's bounded parameters to unbounded numbers; None for data from a file."""
-        return _box(self.data)
+        """The transform from bounded samples to unbounded numbers; None if they have no bounds.
+
+        The bounds are those of the simulator's prior, or `data.low` and `data.high`.
+        """
+        return box_of(self.data, self.model)
 
     def dataset(self, split: Split) -> NumbersDataset:
         """Returns the samples and contexts in a split, in the units of the data."""
@@ -158,13 +171,13 @@ class TokenFlowExperiment(Experiment):
 
     def objective(self, flow: Any) -> Objective:
         """Returns the maximum-likelihood objective; its batches and nats_per_dim are in the units of the data."""
-        of_flow, data = nll_objective(flow, label_dropout=self.train.label_dropout), self.data
-        shuffled = isinstance(data, NumbersConfig) and data.shuffle_rows
+        of_flow, box = nll_objective(flow, label_dropout=self.train.label_dropout), self.box
+        shuffled = isinstance(self.data, NumbersConfig) and self.data.shuffle_rows
 
         def objective(variables, batch, key):
             if shuffled:
                 batch = with_rows_shuffled(batch, key)
-            x, context, logdet = to_flow(variables, batch.x, batch.context, _box(data))
+            x, context, logdet = to_flow(variables, batch.x, batch.context, box)
             loss, metrics = of_flow(variables, batch._replace(x=x, context=context), key)
             in_data = metrics["nats_per_dim"] - logdet.mean() / mean_dims(flow.config, context, batch.rows)
             return loss, {**metrics, "nats_per_dim": in_data}
@@ -190,14 +203,20 @@ class TokenFlowExperiment(Experiment):
     def log_prob(
         self, model: Any, variables: Any, x: Float[Array | np.ndarray, "b *event"], context: Any = None
     ) -> Float[np.ndarray, " b"]:
-        """Returns log p(x | context) in nats, a density in the units of the data; -inf outside the bounds of a prior.
+        """Returns log p(x | context) in nats, a density in the units of the data; -inf outside the bounds of x.
 
-        x, context: samples and their contexts in the units of the data, as `dataset` returns them.
+        x, context: samples and their contexts in the units of the data, as `dataset` returns them. A single context,
+        with or without a batch axis, applies to all samples.
+
+        Raises ValueError unless x and the context have the shapes that the model requires, and only finite numbers.
 
         Example:
             experiment.log_prob(flow, params, parameters, observations)
         """
-        return backend.by_rows(_log_prob, variables, x, context, flow=model, data=self.data)
+        model.config.check_samples(x)
+        context = batch_context(model.config, context, len(x))
+        check_finite_samples(x, context)
+        return backend.by_rows(log_prob_in_data, variables, x, context, flow=model, data=self.data)
 
     def draw_batch(
         self, flow: Any, variables: Any, key: jax.Array, numbers: Int[np.ndarray, " b"], context: Any
@@ -205,9 +224,14 @@ class TokenFlowExperiment(Experiment):
         """Returns samples in the units of the data, and a line about their decoding.
 
         Each sample depends only on the key and its number. context: the context of each sample, in the units of the
-        data, or None.
+        data, or a single context for all samples. None gives unconditional samples.
+
+        Raises ValueError unless the context has the shape that the model requires, and only finite numbers.
+
+        Example:
+            drawn, _ = experiment.draw_batch(flow, params, jax.random.key(0), np.arange(100), observation)
         """
-        sampling = self.sampling
+        sampling, context = self.sampling, batch_context(flow.config, context, len(numbers), unconditional=True)
         cond = jax.tree.map(np.asarray, context_to_flow(variables, context))
         result = decoded_by_all(
             flow,
@@ -247,7 +271,8 @@ class TokenFlowExperiment(Experiment):
             num = min(len(samples.arrays), 10_000)
             key = jax.random.key(self.train.seed)
             reference = np.asarray(self.data.simulator.reference_samples(key, num, sampling.observation))
-        return number_plot(samples.arrays, samples.conditions.get("mask"), reference)
+        title = observation_title(sampling, self.model, of_file=isinstance(self.data, NumbersConfig))
+        return number_plot(samples.arrays, samples.conditions.get("mask"), reference, title)
 
     def evaluate(self, model: Any, variables: Any, options: TokenEvaluateOptions) -> Evaluation:
         """Returns the likelihood of a split and, if the flow models vectors given a context, tests of its samples.
@@ -353,20 +378,3 @@ class TokenFlowExperiment(Experiment):
         marks = {} if simulated else numbers_marks(self.data.path)
         what = "simulations" if simulated else "vectors" if len(self.model.shape) == 1 else "sequences"
         return Inventory(what, len(dataset), held, train_files=marks)
-
-
-def _log_prob(variables, x, context, *, flow, data):
-    flow.config.check_samples(x)
-    box = _box(data)
-    u, context, logdet = to_flow(variables, x, context, box)
-    log_prob = flow.apply(variables, u, flow_condition(flow, Batch(u, context)), method="log_prob") + logdet
-    if box is None:
-        return log_prob
-    inside = ((x > jnp.asarray([box.low])) & (x < jnp.asarray([box.high]))).all(axis=1)
-    return jnp.where(inside, log_prob, -jnp.inf)
-
-
-def _box(data: SimulatedConfig | NumbersConfig) -> Box | None:
-    if not isinstance(data, SimulatedConfig):
-        return None
-    return Box(np.array(data.simulator.low), np.array(data.simulator.high))

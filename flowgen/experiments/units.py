@@ -15,9 +15,12 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float
 
+from flowgen.batch import Batch
 from flowgen.conditioning import ContextTokens, Padded, split_padded, zero_padding
 from flowgen.contexts import ImageContext
-from flowgen.data.numbers import NumbersDataset
+from flowgen.data.bounds import bounds_of
+from flowgen.data.numbers import NumbersConfig, NumbersDataset, SimulatedConfig
+from flowgen.flows.batches import flow_condition
 from flowgen.transforms import Box, Chain, Standardise, Transform
 
 UNITS = "units"  # the name of the collection
@@ -37,13 +40,13 @@ def measured_units(dataset: NumbersDataset, box: Box | None) -> dict[str, Any]:
         variables = {**flowgen.init(flow, key), **measured_units(dataset, box=None)}
     """
     mask, context = split_padded(dataset.context)
-    x = dataset.x if box is None else np.asarray(box.forward(jnp.asarray(dataset.x))[0])
     if mask is not None and not np.any(mask):
         raise ValueError(
             "mask is False everywhere in the training samples, so they have no rows to learn from; set it to True for "
             "the rows that exist."
         )
-    units = {"x": _moments(x if mask is None else x[np.asarray(mask)])}
+    x = dataset.x if mask is None else dataset.x[np.asarray(mask)]
+    units = {"x": _moments(x if box is None else np.asarray(box.forward(jnp.asarray(x))[0]))}
     if (constant := np.flatnonzero(units["x"]["scale"] == 0)).size:
         raise ValueError(
             f"channel {constant[0]} of the training samples has the same value everywhere, so it has no density; leave "
@@ -78,7 +81,10 @@ def to_flow(
         u, cond, logdet = to_flow(variables, x, observations, box=None)
     """
     mask, _ = split_padded(context)
-    u, logdet = _transform(variables, box).forward(jnp.asarray(x))
+    x = jnp.asarray(x)
+    if mask is not None and box is not None:  # Padding may be outside the bounds.
+        x = jnp.where(mask[:, :, None], x, box.inverse(jnp.zeros_like(x))[0])
+    u, logdet = _transform(variables, box).forward(x)
     if logdet.ndim == 2:  # rows of a sequence
         logdet = (logdet if mask is None else jnp.where(mask, logdet, 0)).sum(axis=1)
     return u, context_to_flow(variables, context), logdet
@@ -108,6 +114,42 @@ def to_data(
     mask, _ = split_padded(context)
     x, _ = _transform(variables, box).inverse(jnp.asarray(u))
     return x if mask is None else zero_padding(x, mask)
+
+
+def log_prob_in_data(
+    variables: Any, x: Float[Array, "b *event"], context: Any, *, flow: Any, data: SimulatedConfig | NumbersConfig
+) -> Float[Array, " b"]:
+    """Returns log p(x | context) in nats, a density in the units of the data; -inf outside the bounds of x.
+
+    Example:
+        log_prob = log_prob_in_data(variables, x, context, flow=flow, data=experiment.data)
+    """
+    box = box_of(data, flow.config)
+    u, context, logdet = to_flow(variables, x, context, box)
+    log_prob = flow.apply(variables, u, flow_condition(flow, Batch(u, context)), method="log_prob") + logdet
+    if box is None:
+        return log_prob
+    low, high = (jnp.asarray(bound).reshape((1,) * (x.ndim - 1) + (-1,)) for bound in (box.low, box.high))
+    inside, mask = (x > low) & (x < high), split_padded(context)[0]
+    inside = inside if mask is None else inside | ~mask[:, :, None]
+    return jnp.where(inside.reshape(len(x), -1).all(axis=1), log_prob, -jnp.inf)
+
+
+def box_of(data: SimulatedConfig | NumbersConfig, model: Any) -> Box | None:
+    """Returns the transform from bounded samples to unbounded numbers; None if they have no bounds.
+
+    model: the config of a flow.
+
+    Raises ValueError if a bound has another number of entries than the samples have channels.
+
+    Example:
+        box = box_of(NumbersConfig(path="simulations.npz", low=0.0), TokenFlowConfig(shape=(2,)))
+    """
+    if isinstance(data, SimulatedConfig):
+        return Box(np.array(data.simulator.low), np.array(data.simulator.high))
+    if data.low is None and data.high is None:
+        return None
+    return Box(*bounds_of(data.low, data.high, model.shape[-1]))
 
 
 def _transform(variables: Any, box: Box | None) -> Transform:

@@ -40,7 +40,7 @@ class TARFlowConfig(ImageTokens):
     image_size: side of the images in pixels, or (height, width).
     channels: number of channels of the images; only images with 1 or 3 channels can be displayed.
     patch_size: side of the square patch that becomes one token; it must divide the sides of the image.
-    width: number of channels of a token inside a block, a multiple of head_dim.
+    width: number of channels of a token inside a block, a multiple of head_dim, or any number below head_dim.
     num_blocks: number of autoregressive blocks; every second block processes the tokens in reversed order.
     layers_per_block: number of transformer layers per block.
     head_dim: number of channels per attention head; a block with fewer channels has one head.

@@ -56,7 +56,7 @@ class TokenFlowConfig:
     shape: shape of one sample: (d,) for vectors, or (n, c) for n rows with c channels.
     group: number of consecutive numbers of a vector, or rows of a sequence, that form one token; it must divide d or n.
     Given the earlier tokens, a block maps the numbers of a token independently of each other.
-    width: number of channels of a token inside a block, a multiple of head_dim.
+    width: number of channels of a token inside a block, a multiple of head_dim, or any number below head_dim.
     num_blocks: number of autoregressive blocks.
     layers_per_block: number of transformer layers per block.
     head_dim: number of channels per attention head; a block with fewer channels has one head.
@@ -200,7 +200,7 @@ class TokenFlowConfig:
         """The distinct shapes of the blocks' softmax attention."""
         return softmax_shapes(self.blocks)
 
-    def check_samples(self, x: Array) -> None:
+    def check_samples(self, x: Any) -> None:
         """Raises ValueError unless x is a floating-point batch of this model's samples."""
         check_floating("x", x)
         if x.shape[1:] != self.shape:

@@ -157,5 +157,9 @@ def _names_of(annotation: Any) -> tuple[Any, ...]:
 
 
 def _plural(annotation: Any, count: int | str = "") -> str:
+    """Returns the items of a tuple in words: "2 integers", "1 integer", "numbers or none"."""
+    *kinds, last = members(annotation)
+    if kinds:
+        return " or ".join(dict.fromkeys(_plural(kind, count) for kind in (*kinds, last)))
     noun, of, rest = describe(annotation).removeprefix("an ").removeprefix("a ").partition(" of ")
-    return f"{count} {noun}s{of}{rest}".lstrip()
+    return f"{count} {noun}{'' if count == 1 or annotation in (bool, type(None)) else 's'}{of}{rest}".lstrip()

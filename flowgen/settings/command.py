@@ -25,7 +25,7 @@ from flowgen.settings.annotations import (
 )
 from flowgen.settings.help import leaf_names
 from flowgen.settings.named import import_object, is_name
-from flowgen.settings.plain import TYPE, fits, from_plain
+from flowgen.settings.plain import TYPE, FieldError, check, fits, from_plain
 from flowgen.settings.ranges import meant, shown
 
 T = TypeVar("T")
@@ -35,11 +35,12 @@ WORDS = {"true": True, "false": False, "none": None, "null": None}
 def override(config: T, arguments: Sequence[str]) -> T:
     """Returns a copy of `config` with the fields set by `--group.field value` or `--group.field=value` arguments.
 
-    A value is a number, true, false, none, a tuple such as (8, 12) or [8, 12], or plain text. If a group can have
-    several types, give the name of one as its value. The group gets the defaults of this type before its fields are
-    set. If a group is None, setting one of its fields first creates the group with its defaults. For a user-defined
-    object, write "package.module:object"; the module is then imported. The fields of a user-defined frozen dataclass,
-    and the entries of a dict, are set in the same way as the fields of a group.
+    A value is a number, true, false, none, a tuple such as (8, 12) or [8, 12], or plain text. If a field needs a tuple,
+    a single number is a tuple of one number. If a group can have several types, give the name of one as its value. The
+    group gets the defaults of this type before its fields are set. If a group is None, setting one of its fields first
+    creates the group with its defaults. For a user-defined object, write "package.module:object"; the module is then
+    imported. The fields of a user-defined frozen dataclass, and the entries of a dict, are set in the same way as the
+    fields of a group.
 
     Raises:
         ValueError: a field is unknown, or a value is missing or does not fit. If a field is unknown, the
@@ -141,13 +142,16 @@ def _group_type(annotation: Any, value: Any) -> type | None:
 
 
 def _parse(annotation: Any, text: str, path: str, group: type | None) -> Any:
-    """Returns the value of a command-line text: None, the text, a literal or a list of texts, whichever fits first."""
+    """Returns the value of a command-line text, the first that fits of these: None, the text, a literal, a list of
+    texts, a tuple of one number.
+    """
     literal = _literal(text)
     if literal is None and fits(annotation, None):
         return None
     listed = words_of(text, path) if unannotated(annotation) == tuple[str, ...] and isinstance(literal, str) else text
     groups = configs_of(annotation)
-    for candidate in (text, literal, listed):
+    single = (literal,) if type(literal) in (int, float) else text
+    for candidate in (text, literal, listed, single):
         if fits(annotation, candidate) and not (groups and isinstance(candidate, Mapping)):
             return candidate
     if groups:
@@ -164,7 +168,19 @@ def _misfit(annotation: Any, text: str, literal: Any, path: str) -> str:
         return f"is {shown(text)}; set its entries one by one, as in --{path}.{entry}."
     problem = mismatch(annotation, text)
     example = written(annotation, literal)
+    if example and not _allowed(annotation, example):
+        example = written(annotation, None)
     return f"{problem.removesuffix('.')}, as in --{path} {example}." if example else problem
+
+
+def _allowed(annotation: Any, text: str) -> bool:
+    """Returns whether a text of one or more numbers is a valid tuple, also within the bounds of the field."""
+    literal = _literal(text)
+    try:
+        check(annotation, literal if isinstance(literal, tuple) else (literal,), path="value")
+    except FieldError:
+        return False
+    return True
 
 
 def _literal(text: str) -> Any:

@@ -337,8 +337,9 @@ def _convert_number(annotation: type, value: Any) -> int | float:
     _require(isinstance(value, numbers.Real) and not isinstance(value, bool), value)
     if isinstance(value, int):  # integers may have any size
         return value if annotation is int else float(_require(abs(value) < MAX_WHOLE_FLOAT, value))
-    _require(math.isfinite(value), value)
-    _require(annotation is float or value == int(value), value)
+    if annotation is float and not math.isfinite(value):
+        raise _Refusal(f"is {shown(value)}, which is not finite; give a finite number.")
+    _require(math.isfinite(value) and (annotation is float or value == int(value)), value)
     return annotation(value)
 
 
