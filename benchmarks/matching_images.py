@@ -4,6 +4,13 @@ for name in cfm otcfm wcfm; do python train.py --config ${name}_digits --workdir
 python train.py --config wcfm_digits_nala --workdir runs/wcfm_digits_nala
 python benchmarks/matching_images.py --runs runs/{cfm,otcfm,wcfm,wcfm_digits_nala} \\
     --figure docs/images/matching_digits.png --out benchmarks/results/matching_images.json
+
+The comparison of couplings with NFM (matching_nfm.json):
+
+for seed in 0 1 2; do for name in cfm otcfm wcfm nfm; do \\
+    python train.py --config ${name}_digits --workdir runs/$name-$seed --train.seed $seed; done; done
+python benchmarks/matching_images.py --runs runs/{cfm,otcfm,wcfm,nfm}-{0,1,2} --evaluations 4 8 16 --guidance 0 0.5 \\
+    --figure runs/nfm_digits.png --out benchmarks/results/matching_nfm.json
 """
 
 import argparse

@@ -19,6 +19,7 @@ from flowgen.settings.annotations import configs_of, describe, hints_of
 
 PROJECT = Path(__file__).parents[2]
 RESULTS = PROJECT / "benchmarks" / "results"
+WRITTEN_BY = {"matching_nfm": "matching_images"}  # results of a script that has another name
 EXPERIMENTS = (
     flowgen.FlowExperiment,
     flowgen.VideoFlowExperiment,
@@ -92,19 +93,30 @@ def commands_of(path: Path) -> str:
     """Returns the commands in a file's docstring, each as code."""
     text = (ast.get_docstring(ast.parse(path.read_text())) or "").replace("\\\n", " ")
     lines = [" ".join(line.split()) for line in text.splitlines()]
-    starts = ("python ", "GLIBC_TUNABLES", "for name")
+    starts = ("python ", "GLIBC_TUNABLES", "for name", "for seed")
     return "<br>".join(f"`{line}`" for line in lines if line.startswith(starts) and "sample.py" not in line)
+
+
+def of_file(commands: str, name: str) -> str:
+    """Returns those commands that end with the one that writes a file; all commands if none names the file."""
+    group: list[str] = []
+    for command in commands.split("<br>"):
+        group.append(command)
+        if f"/{name}" in command:
+            return "<br>".join(group)
+        group = [] if "--out" in command else group
+    return commands
 
 
 def results() -> Iterator[list[str]]:
     """Yields the cells of a row for each file of results."""
     for path in sorted(RESULTS.glob("*.json")):
-        rows, script = rows_of(path), PROJECT / "benchmarks" / f"{path.stem}.py"
+        rows, script = rows_of(path), PROJECT / "benchmarks" / f"{WRITTEN_BY.get(path.stem, path.stem)}.py"
         devices = sorted({f"{row['device']}, threads {row['threads']}" for row in rows if "threads" in row})
         versions = sorted({row["versions"]["jax"] for row in rows if "versions" in row})
         seeds = sorted({str(row["seed"]) for row in rows if "seed" in row})
         told = f"{len(rows)} rows; jax {', '.join(versions)}" + (f"; seeds {', '.join(seeds)}" if seeds else "")
-        command = commands_of(script) if script.exists() else ""
+        command = of_file(commands_of(script), path.name) if script.exists() else ""
         yield [f"`{path.stem}.json`", command, "; ".join(devices), told]
 
 
