@@ -70,9 +70,10 @@ class VectorContext:
 class TokenContext:
     """Describes a context of up to `length` tokens per sample, such as the output of your own embedding network.
 
-    In a STARFlow, the tokens have rotary positions. In a TARFlow or a TokenFlow, they have no positions: their order
-    affects only blocks with several layers, because each token attends only to itself and to earlier tokens. If the
-    order means something, add position embeddings in your network. In velocity networks, the order has no effect.
+    In a STARFlow, the tokens have rotary positions. In a TARFlow or a TokenFlow, they have no positions, so their order
+    has no effect in blocks with one layer. With more layers, it has an effect because each token attends to earlier
+    tokens, but not to later ones. If the order is meaningful, add position embeddings in your network. In velocity
+    networks, the order has no effect.
 
     length: largest number of tokens.
     dim: number of features per token.
@@ -101,7 +102,7 @@ class TokenContext:
 class ImageContext:
     """Describes a context of one image per sample.
 
-    Flows add a learned embedding of its position to each patch.
+    Flows add a learned position embedding to each patch.
 
     image_size: side of the images, or (height, width).
     channels: number of channels.

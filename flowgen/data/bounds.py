@@ -13,7 +13,7 @@ MOVED = 2.0**-24
 
 
 def check_bounds(low: Bounds, high: Bounds) -> None:
-    """Raises ValueError unless every low bound is below its high bound and both have as many entries.
+    """Raises ValueError unless each low bound is below its high bound, and tuples have equal lengths of at least 1.
 
     Example:
         check_bounds(data.low, data.high)
@@ -29,9 +29,9 @@ def check_bounds(low: Bounds, high: Bounds) -> None:
 
 
 def bounds_of(low: Bounds, high: Bounds, channels: int) -> tuple[Float32[np.ndarray, " c"], Float32[np.ndarray, " c"]]:
-    """Returns the bounds of each channel; -inf and inf where there are none.
+    """Returns the bounds of each channel, with -inf and inf for missing bounds.
 
-    Raises ValueError if a bound has another number of entries than there are channels.
+    Raises ValueError if a tuple does not have one entry per channel.
 
     Example:
         low, high = bounds_of(0.0, (1.0, None), 2)  # [0, 0] and [1, inf]
@@ -53,9 +53,10 @@ def within_bounds(
     high: Float32[np.ndarray, " c"],
     where: str,
 ) -> Float32[np.ndarray, "n *event"]:
-    """Returns the samples; values on one of two bounds are moved inside by 2^-24 of the distance between the bounds.
+    """Returns the samples, with values on either of two bounds moved inside by 2^-24 of the interval's width.
 
-    mask: True for the rows that exist; the others are not checked. where: where the samples are from.
+    mask: True for the rows that exist; the others are not checked. where: the origin of the samples, for error
+    messages.
 
     Raises ValueError if a value is outside its bounds, or on its only bound.
 

@@ -20,11 +20,12 @@ def as_float32(
 
     A channel is an index of the last axis.
 
-    name, where: what the numbers are called in error messages, and where they are from. mask: True for the rows `n m`
-    that exist; None if there is no padding.
+    name, where: the name and the origin of the numbers, for error messages. mask: True for the rows that exist; None if
+    there is no padding.
 
-    Raises ValueError if a number is not finite or larger than 1e36, or if a channel is not constant but its standard
-    deviation is below 1e-36, or below 2^-16 times its mean, because float32 would round away most of its digits.
+    Raises ValueError if a number is not finite, or if its size is above 1e36. Also raises ValueError if a channel is
+    not constant, but its standard deviation is below 1e-36, or below 2^-16 times the size of its mean, because float32
+    is too coarse for such a channel.
 
     Example:
         x = as_float32("x", arrays["x"], None, "data.path 'measurements.npz'")

@@ -43,12 +43,12 @@ class NumbersConfig:
 
     path: the .npz file, or its URL.
     eval_fraction: fraction of the samples held out for evaluation; with 0, none are held out.
-    shuffle_rows: whether to put the existing rows of each sequence or set in a new random order at every training step,
-    for sets, whose order has no meaning. The order of held-out samples stays that of the file.
+    shuffle_rows: whether to put the existing rows of each sample in a new random order at every training step. Set it
+    for sets, because the order of their rows has no meaning. Held-out samples keep the order of the file.
     low: lower bound of x, such as that of a uniform prior: one number, or one per channel of x (an entry of a vector,
-    or an index of the last axis); none for no bound. All samples of the flow are within the bounds.
-    high: upper bound of x, like low. If a channel has two bounds, values on a bound are moved inside by 2^-24 of the
-    distance between them.
+    or an index of the last axis); none for no bound. All samples that the flow draws are within the bounds.
+    high: upper bound of x, like low. If a channel has two bounds, values on either are moved inside by 2^-24 of the
+    distance between the bounds.
 
     Raises ValueError unless low is below high and tuples have equal lengths.
 

@@ -13,8 +13,8 @@ probability c contains the truth for a fraction c of the observations. If the fr
 overconfident; if it is larger, the posterior is conservative.
 
 Both tests rank the truth among samples. Ties are common for discrete parameters and for flat densities, such as that of
-a uniform prior. A truth that is equal to some samples takes one of the possible ranks at random, so ties do not make a
-calibrated posterior fail. Without ties, nothing is random.
+a uniform prior. If a truth is tied with samples, its rank is chosen at random among the possible ones, so ties do not
+make a calibrated posterior fail. Without ties, the results are deterministic.
 """
 
 from __future__ import annotations
@@ -75,8 +75,8 @@ def sbc_ranks(
 ) -> Int[np.ndarray, "n d"]:
     """Returns, for each of n observations and each parameter, how many of the s samples are below the truth.
 
-    If t samples are equal to the truth, as often happens for discrete parameters, a random number from 0 to t is added,
-    so the ranks of a calibrated posterior are uniform.
+    If t samples are equal to the truth, as often happens for discrete parameters, a random integer from 0 to t is
+    added, so that the ranks of a calibrated posterior are uniform even with ties.
 
     samples: independent samples of the estimated posterior given each observation. If s + 1 is a multiple of the number
     of bins (for example with 99 samples), all bins of `rank_uniformity` cover equally many ranks.
@@ -148,10 +148,10 @@ def expected_coverage(
     seed: the seed of the random numbers for ties; it has no effect without ties.
 
     The truth is in the region of credibility c if fewer than c (s + 1) samples have a higher density. If t samples have
-    the same density as the truth, a random number of them, from 0 to t, counts as higher: in a flat density, all
-    regions of the same probability are highest-density regions, and this chooses one at random. If the posterior is
-    calibrated, the truth is in the region with probability c, rounded up to a multiple of 1 / (s + 1). With 99 or 999
-    samples, the default levels are such multiples. The p-value assumes that s is well above √n.
+    the same density as the truth, a random number of them, from 0 to t, count as higher. Where the density is constant,
+    the highest-density region is not unique, and the random number chooses one of the possible regions. If the
+    posterior is calibrated, the truth is in the region with probability c, rounded up to a multiple of 1 / (s + 1).
+    With 99 or 999 samples, the default levels are such multiples. The p-value assumes that s is well above √n.
 
     Raises ValueError if the shapes do not match, values are NaN, there are fewer than two observations, or levels are
     not a vector of numbers from 0 to 1.

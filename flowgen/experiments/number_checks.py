@@ -15,7 +15,7 @@ from flowgen.nn.checks import image_sides
 
 
 def check_finite_samples(x: Any, context: Any) -> None:
-    """Raises ValueError if an existing value of the samples is not finite.
+    """Raises ValueError if the samples contain a value outside padding that is not finite.
 
     Example:
         check_finite_samples(x, context)
@@ -28,11 +28,12 @@ def check_finite_samples(x: Any, context: Any) -> None:
 def batch_context(model: Any, context: Any, rows: int, *, unconditional: bool = False) -> Any:
     """Returns the context of a batch in the units of the data, with one row per sample.
 
-    model: the config of a flow. context: an array, `ContextTokens`, labels or `Padded`, as the model requires. All
-    samples have this context if it has one row, or no batch axis. unconditional: whether None is allowed for a context
-    or labels.
+    model: the config of a flow. context: an array, `ContextTokens`, labels or `Padded`, as the model requires. A
+    context with one row, or without a batch axis, applies to all samples. unconditional: whether None is allowed
+    although the model has a context or classes.
 
-    Raises ValueError unless the context has the kind and shape that the model requires, and only finite numbers.
+    Raises ValueError unless the context has the kind and shape that the model requires, and contains only finite
+    numbers.
 
     Example:
         context = batch_context(flow.config, observation, len(x))  # `k` or `1 k` becomes `b k`
@@ -80,7 +81,7 @@ def _context(model: Any, context: Any, rows: int, name: str, unconditional: bool
 def _rows(
     name: str, array: Any, shape: tuple[int, ...], rows: int, kinds: str, needs: str, mask: Any = None
 ) -> jax.Array | np.ndarray:
-    """Returns an array with one row of this shape per sample. kinds: the dtype kinds allowed. mask: of tokens."""
+    """Returns an array with one row of this shape per sample. kinds: allowed dtype kinds. mask: where tokens exist."""
     found = getattr(array, "shape", None)
     if found not in (shape, (1, *shape), (rows, *shape)) or not _is_of(kinds, array.dtype):
         one = f", or of shape {shape} for all samples" if shape else ", or one integer for all samples"

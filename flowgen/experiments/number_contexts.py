@@ -1,4 +1,4 @@
-"""The contexts of samples of numbers: placeholders, labels in them, and their names in a file."""
+"""The contexts of samples of numbers: placeholders, contexts with given labels, and arrays to save in a file."""
 
 from __future__ import annotations
 
@@ -34,7 +34,7 @@ def blank_context(model: TokenFlowConfig, rows: int) -> Any:
 
 
 def with_labels(context: Any, labels: Int[np.ndarray, " b"] | None) -> Any:
-    """Returns the contexts of samples with the requested labels; if these are None, the contexts are unchanged.
+    """Returns the contexts with the given labels in place of their own; if labels is None, the contexts are unchanged.
 
     Example:
         context = with_labels(Padded(mask), np.array([0, 2]))
@@ -45,7 +45,7 @@ def with_labels(context: Any, labels: Int[np.ndarray, " b"] | None) -> Any:
 
 
 def named_arrays(context: Any) -> dict[str, np.ndarray]:
-    """Returns the arrays of samples' contexts, by their names in a file of numbers.
+    """Returns the arrays of a context under the names that they have in the file of a `NumbersConfig`.
 
     Example:
         named_arrays(Padded(mask, labels))  # {"mask": ..., "labels": ...}

@@ -70,8 +70,8 @@ def evaluate_calibration(
 
     log_prob: the function (x, context) -> log p(x | context) in nats.
 
-    With fewer than 20 samples, nothing is tested. The histogram of ranks has ten bins with 50 samples or more, and four
-    or five with fewer.
+    With fewer than 20 samples, no test is made. The histogram of ranks has ten bins if there are 50 samples or more,
+    and four or five bins otherwise.
 
     Example:
         evaluation = evaluate_calibration(draw, log_prob, held_out, key, 500)
@@ -112,6 +112,6 @@ def evaluate_calibration(
 
 
 def _bins(num: int) -> int:
-    """Returns the most bins that cover equally many ranks, and in each of which five of `num` truths are expected."""
+    """Returns the largest number of equal bins of ranks in each of which at least five of `num` truths are expected."""
     equal = (bins for bins in range(2, MOST_BINS + 1) if (RANKED + 1) % bins == 0)
     return max(bins for bins in equal if LEAST_EXPECTED * bins <= num)

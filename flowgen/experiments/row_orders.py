@@ -1,4 +1,4 @@
-"""Random orders of the rows of sets, because the density of an autoregressive flow depends on their order."""
+"""Shuffles the rows of sets in training, because the density of an autoregressive flow depends on their order."""
 
 from __future__ import annotations
 
@@ -16,8 +16,8 @@ from flowgen.rows import batch_rows
 def with_rows_shuffled(batch: Batch, key: Key[Array, ""]) -> Any:
     """Returns a `Batch` in which the existing rows of each sample are in a random order. Padding stays where it is.
 
-    The order depends on the key of the sample's row in the whole batch, and so not on the number of devices. The batch
-    gets another key for other purposes.
+    The order depends only on the key of the sample's row in the whole batch, so the number of devices does not change
+    it. The returned batch has new row keys, independent of those for the order.
 
     Example:
         loss, metrics = objective(variables, with_rows_shuffled(batch, key), key)

@@ -29,12 +29,12 @@ UNITS = "units"  # the name of the collection
 def measured_units(dataset: NumbersDataset, box: Box | None) -> dict[str, Any]:
     """Returns the collection for a training set: the mean and scale of each channel of its samples and contexts.
 
-    A channel is an entry of a vector or, in other arrays, an index of the last axis. Padding is left out. The samples
-    are measured after the box has mapped them to unbounded numbers. If the context consists of padding alone, its means
-    are 0 and its scales 1.
+    A channel is an entry of a vector or, in other arrays, an index of the last axis. Padding is left out. If there is a
+    box, the mean and scale of samples are those of the unbounded numbers to which it maps them. If the context consists
+    of padding alone, its means are 0 and its scales 1.
 
-    Raises ValueError if a channel of the samples is constant, or if the samples consist of padding alone. A constant
-    channel of the context is only shifted.
+    Raises ValueError if a channel of the samples is constant, or if the samples consist of padding alone. The scale of
+    a constant channel of the context is 1.
 
     Example:
         variables = {**flowgen.init(flow, key), **measured_units(dataset, box=None)}
@@ -136,11 +136,11 @@ def log_prob_in_data(
 
 
 def box_of(data: SimulatedConfig | NumbersConfig, model: Any) -> Box | None:
-    """Returns the transform from bounded samples to unbounded numbers; None if they have no bounds.
+    """Returns the transform from bounded samples to unbounded numbers; None if the samples have no bounds.
 
     model: the config of a flow.
 
-    Raises ValueError if a bound has another number of entries than the samples have channels.
+    Raises ValueError if a tuple of bounds does not have one entry per channel of the samples.
 
     Example:
         box = box_of(NumbersConfig(path="simulations.npz", low=0.0), TokenFlowConfig(shape=(2,)))

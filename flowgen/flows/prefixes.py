@@ -63,7 +63,7 @@ class ContextPrefix:
 
 
 class ImagePrefix(ContextPrefix):
-    """A prefix of the patches of an image, row by row. Blocks add a learned embedding of each patch's position."""
+    """A prefix of the patches of an image, row by row. Blocks add a learned position embedding to each patch."""
 
 
 Prefix = ClassPrefix | TextPrefix | ContextPrefix

@@ -47,8 +47,8 @@ BISECTIONS = 30
 class Annealed(NamedTuple):
     """Weighted samples of the target, with diagnostics of each stage.
 
-    x, log_weight: the samples and their log weights. After resampling, the samples depend on each other, and those of
-    the last stage may have equal weights. To find the error of an estimate, compare several runs with different keys.
+    x, log_weight: the samples and their log weights. After resampling, the samples depend on each other; if the last
+    stage resamples, all weights are equal. To find the error of an estimate, compare several runs with different keys.
     betas: β at the end of each stage.
     ess: effective sample size in each stage before resampling, as a share of b.
     acceptance: share of accepted proposals in each stage.
@@ -66,16 +66,15 @@ class Annealed(NamedTuple):
     def log_normaliser(self) -> Float[Array, "*runs"]:
         """The log of the mean weight, an estimate of log Z in nats.
 
-        It has no standard error, because weights after resampling do not show the error: their scatter is that of the
-        stages since then.
+        It has no standard error, because the spread of the weights reflects only the stages since the last resampling.
         """
         return log_mean_exp(self.log_weight)
 
     @property
     def schedule(self) -> Float[np.ndarray, " t"]:
-        """The argument `betas` with which `anneal` repeats the stages: 0, and then betas without NaN.
+        """The argument `betas` with which `anneal` repeats the stages: 0, followed by the values of `betas` except NaN.
 
-        Raises ValueError inside jit, where the number of stages is unknown, or if the result is that of several runs.
+        Raises ValueError inside jit, where the number of stages is unknown, or if the result contains several runs.
         """
         if isinstance(self.betas, Tracer):
             raise ValueError("betas is traced; read the schedule outside jit, where the number of stages is known.")
@@ -160,14 +159,14 @@ def anneal(
 
     The mean weight is an unbiased estimate of the target's normalising constant.
 
-    All samples must have the same condition, because resampling moves samples to other rows: a condition or label of a
-    row then belongs to another sample. For several conditions, use `jax.vmap` over them. With resample_below=0, rows
-    stay in place, so their conditions may differ.
+    All samples must have the same condition, because resampling moves samples to other rows, but not their conditions.
+    For several conditions, map this function over them with `jax.vmap`. With resample_below=0, samples stay in their
+    rows, so their conditions may differ.
 
-    Outside jit, programs are compiled once per shapes if log_q, log_target and move are pytrees, frozen dataclasses or
-    methods of these, such as `flow_log_density(flow, params)`, `ManyWell(4).log_density` and `MALA(0.05)`. With plain
-    functions, each call compiles anew, because their values may have changed: call this function inside `jax.jit`, or
-    give `jax.tree_util.Partial(function, params)`.
+    Outside jit, later calls with the same shapes reuse the compiled program if log_q, log_target and move are pytrees,
+    frozen dataclasses or methods of these, such as `flow_log_density(flow, params)`, `ManyWell(4).log_density` and
+    `MALA(0.05)`. If one of them is a plain function, each call compiles again, because variables that it reads may have
+    changed. To avoid this, call `anneal` inside `jax.jit`, or pass `jax.tree_util.Partial(function, params)`.
 
     x: independent samples of q, such as those of `sample_and_log_prob`.
     log_q: their normalised log-density, such as `flow_log_density(flow, params)`.
@@ -178,8 +177,8 @@ def anneal(
     which is annealed importance sampling; 1 resamples in each stage.
 
     Raises ValueError if betas do not ascend from 0 to 1, if a density is not one number per sample, or if all weights
-    are 0 at the end (outside jit). If the rows of a condition in `flow_log_density` differ, the function raises
-    ValueError; if the condition is traced, log weights are NaN instead.
+    are 0 at the end (outside jit). If resample_below is above 0 and the rows of a condition in `flow_log_density`
+    differ, the function also raises ValueError; if the condition is traced, it returns log weights of NaN instead.
 
     Example:
         r = anneal(key, x, log_q, ManyWell(4).log_density, MALA(0.05), betas=jnp.linspace(0, 1, 21))

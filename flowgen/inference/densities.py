@@ -39,7 +39,7 @@ class FlowLogDensity:
         return log_prob(self.flow, self.params, x, self.cond)
 
     def has_one_condition(self) -> Bool[Array, ""] | np.bool_:
-        """Returns whether all rows of cond are equal; a NumPy value unless cond is traced or on other hosts."""
+        """Returns whether all rows of cond are equal, as a NumPy value unless cond is traced or on other hosts."""
         rows = jax.tree.leaves(self.cond)
         far = any(isinstance(x, Tracer) or not getattr(x, "is_fully_addressable", True) for x in rows)
         xp: Any = jnp if far else np
@@ -53,8 +53,8 @@ def flow_log_density(flow: Flow, params: Variables, cond: AnyCondition | None = 
     The function is a pytree of params and cond, so it can be an argument of a jitted function. It is compiled once per
     flow and shapes.
 
-    Raises ValueError if `flow` or `params` is something else. The function raises ValueError if x or cond does not fit
-    the flow.
+    Raises ValueError unless `flow` is a flow and `params` contains "params". The returned function raises ValueError if
+    x or cond does not fit the flow.
 
     Example:
         log_q = flow_log_density(flow, params)
@@ -68,7 +68,7 @@ def _label_array(labels: Any) -> Any:
 
 
 def flow_log_densities(*log_densities: LogDensity) -> list[FlowLogDensity]:
-    """Returns the densities of flows among the given functions, and in tempered ones.
+    """Returns each `FlowLogDensity` among the given functions or inside a `Tempered` one.
 
     Example:
         found = flow_log_densities(log_q, log_target)
@@ -120,7 +120,7 @@ def tempered(log_q: LogDensity, log_target: LogDensity, beta: Float[Array, ""] |
     For beta between 0 and 1, it is not normalised, and is -inf outside the support of either density. At 0, it is log
     q; at 1, log p.
 
-    The function raises ValueError if a density is not one number per sample.
+    The returned function raises ValueError if a density is not one number per sample.
 
     Example:
         log_half = tempered(log_q, log_target, 0.5)

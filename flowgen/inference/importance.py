@@ -5,8 +5,8 @@ Let q be the density of the flow, and p̃ = Z p the density of the target up to 
     w = p̃(x) / q(x),  x ~ q        Z = E_q[w]        E_p[f] = E_q[w f] / E_q[w]
 
 The functions of this module expect log w in nats, and compute in at least float32. A log weight of -inf is a weight of
-0: the sample lies outside the support of p. The samples of an estimate must have one condition; for several conditions,
-use `jax.vmap` over them.
+0: the sample lies outside the support of p. All samples of an estimate must have the same condition; for several
+conditions, map the functions over them with `jax.vmap`.
 """
 
 from __future__ import annotations
@@ -63,8 +63,8 @@ def importance_sample(
     """Returns samples of the flow with log weights log_target(x) - log q(x | cond).
 
     log_target: x -> log-density `b` of the target, in nats, up to a constant.
-    num, cond, plan: as for `flowgen.decoding.sample`. If conditions differ, estimates from the weights of all samples
-    mix the conditions; compute them from the samples of each condition.
+    num, cond, plan: as for `flowgen.decoding.sample`. If the samples have different conditions, compute estimates for
+    each condition from its own samples.
 
     Raises ValueError if a log-density is NaN or +inf (outside jit), and in the same cases as `sample_and_log_prob`.
 
@@ -124,9 +124,9 @@ def log_normaliser(log_weight: Float[Array, "*b"], axis: int = -1) -> WeightedEs
 
     On average, the estimate is below log Z by about half its squared standard error (Jensen's inequality).
 
-    The error presupposes independent samples. If all weights are equal, they do not show the error, so it is NaN. After
-    resampling, weights are equal or depend on each other: for the result of `anneal`, use `Annealed.log_normaliser`. If
-    all weights are 0, the estimate is -inf, and its error is NaN.
+    The standard error assumes independent samples. It is NaN if all weights are equal, because equal weights do not
+    show the error. Resampling makes weights equal or dependent, so use `Annealed.log_normaliser` for the result of
+    `anneal`. If all weights are 0, the estimate is -inf, and its error is NaN.
 
     Raises ValueError if there is no log weight, or if a log weight is NaN or +inf (outside jit).
 

@@ -27,9 +27,9 @@ from flowgen.weights import check_any_weight, weights_along
 class Component(NamedTuple):
     """One component of a mixture: a flow, its parameters and, optionally, a condition.
 
-    cond: the condition of all samples from the component, a class label or one row of any condition that `sample`
-    accepts, such as a context `1 d`; None for an unconditional flow. For padded samples, `Padded` with a mask of one
-    row.
+    cond: the condition of all samples from the component: a class label, or a condition of one row that `sample`
+    accepts, such as a context `1 d`; None for an unconditional flow. For padded samples, it is a `Padded` whose mask
+    has one row.
     """
 
     flow: Flow
@@ -107,7 +107,7 @@ def sample_mixture(
     is that of the mixture with π_k = count_k / num. With this density, importance-weighted means are unbiased for any
     `num`, and their variance is at most that with randomly chosen components (Owen & Zhou 2000).
 
-    components: flows of the same event shape. If samples are padded, all components have the same mask.
+    components: flows of the same event shape. If samples are padded, all components must have the same mask.
     shares: π, up to a common factor; None means equal shares.
 
     Raises ValueError if there is no component, if a condition does not fit its flow, if event shapes or masks differ,

@@ -54,7 +54,8 @@ def reverse_kl(
 
     metrics: loss, elbo (-loss, a lower bound on log Z), log_normaliser (log mean w, an estimate of log Z) and ess
     (effective sample size as a share). If the samples have different conditions, loss and elbo are averages over the
-    conditions, but log_normaliser and ess have no meaning; for those, use `jax.vmap` over conditions.
+    conditions, but log_normaliser and ess are meaningless; to compute these, map this function over the conditions with
+    `jax.vmap`.
 
     Raises ValueError if `gradient` is unknown, and in the same cases as `sample_and_log_prob`.
 
@@ -94,8 +95,8 @@ def forward_kl(
     `importance_sample` with this flow or an earlier one, or from `anneal`. Samples of weight 0 may have any value, even
     NaN. If all weights are 0 inside jit, the loss is NaN.
 
-    cond: one condition for all samples. If conditions differ, the weights must be those of a joint density of x and
-    cond; otherwise, use `jax.vmap` over conditions.
+    cond: the same condition for all samples, unless the weights are those of a joint density of x and cond. Otherwise,
+    map this function over the conditions with `jax.vmap`.
 
     metrics: loss, and ess (effective sample size of the weights, as a share).
 

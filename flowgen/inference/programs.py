@@ -1,8 +1,8 @@
-"""Compiled programs that call given functions, and are kept if this is safe.
+"""Compiled programs that call given functions, and that later calls reuse if this is safe.
 
-A compiled program contains the values that a function read during tracing. It may be kept for later calls only if these
-values cannot change. This is known of callables that are pytrees, whose arrays are arguments of the program, and of
-frozen dataclasses and their methods. A plain function may read variables that change later, so its program is not kept.
+A compiled program contains the values that a function read during tracing. Later calls may reuse it only if these
+values cannot change, as in frozen dataclasses and their methods, or if they are arguments of the program, as the arrays
+of pytrees are. A plain function may read variables that change later, so its program is not reused.
 """
 
 from __future__ import annotations
@@ -17,11 +17,11 @@ import numpy as np
 
 
 def call_program(program: Callable[..., Any], functions: tuple[Any, ...], *args: Any, **options: Any) -> Any:
-    """Returns program(functions, *args, **options), from a compiled program if it can be kept for later calls.
+    """Returns program(functions, *args, **options), from a compiled program if later calls can reuse it.
 
-    program: a function of a module, which reads no values that change.
+    program: a module-level function that reads no variables that change.
     functions: callables; if one of them is a plain function, the program is not compiled as a whole.
-    args: pytrees of arrays. options: hashable values, for which the program is compiled anew.
+    args: pytrees of arrays. options: hashable values; new values compile the program again.
 
     Example:
         x, acceptance = call_program(_langevin, (log_density,), key, x, num_steps=2)
@@ -42,7 +42,7 @@ def _run(arrays: list[Any], args: tuple[Any, ...], *, program: Any, tree: Any, f
 
 
 def _with_owner(function: Any) -> Any:
-    """Returns a callable; methods of pytrees and of frozen dataclasses as pytrees that contain the object."""
+    """Returns the callable; a method of a pytree or frozen dataclass becomes a pytree that contains the object."""
     if ismethod(function) and (_is_value(function.__self__) or not jax.tree_util.all_leaves([function.__self__])):
         return jax.tree_util.Partial(function.__func__, function.__self__)
     return function

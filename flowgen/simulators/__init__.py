@@ -1,4 +1,4 @@
-"""Simulators with known likelihoods, on which estimated posteriors are compared with reference samples."""
+"""Simulators with known likelihoods and reference samples of the posterior, for tests of estimated posteriors."""
 
 from flowgen.simulators.simulator import Simulator
 from flowgen.simulators.slcp import SLCP

@@ -61,10 +61,10 @@ class TwoMoons(Simulator):
     def sample_posterior(self, key: Key[Array, ""], num: int, observation: Float[Array, " 2"]) -> Float[Array, "num 2"]:
         """Returns exact, independent samples of the posterior.
 
-        Points p of the crescent are drawn, and (1) is solved for θ. If the solution has a negative |z₁| or lies outside
-        the prior, the point is drawn again. After 1,000 rounds without a valid point, such as for an impossible
-        observation, the sample is NaN. The samples have the precision of the observation, but at least float32. A new
-        `num` compiles the loop again.
+        Points p of the crescent are drawn, and (1) is solved for θ. If this requires a negative |z₁|, or if θ is
+        outside the bounds of the prior, the point is drawn again. If 1,000 draws yield no valid point, for example
+        because the observation is impossible, the sample is NaN. The samples have the precision of the observation, but
+        at least float32. Each new `num` compiles the loop again.
 
         Raises ValueError if `num` is not a whole number of at least 1, or if `observation` is not an array of two
         floating-point numbers.
@@ -111,7 +111,8 @@ def _sample_posterior(
 def _proposal(
     key: Key[Array, ""], num: int, observation: Float[Array, " 2"]
 ) -> tuple[Float[Array, "num 2"], Bool[Array, " num"]]:
-    """Returns solutions θ of (1) for random points of the crescent, and whether |z₁| is not negative in each."""
+    """Returns solutions θ of (1) for random points of the crescent, and whether each has a |z₁| that is not
+    negative."""
     crescent_key, sign_key = jax.random.split(key)
     p = _crescent(crescent_key, num, observation.dtype)
     size, second = p[:, 0] - observation[0], observation[1] - p[:, 1]

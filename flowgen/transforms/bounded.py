@@ -46,8 +46,8 @@ class Box:
     softplus depends on the unit of x, scale x to values of about 1 first. For values that span several orders of
     magnitude, use `Positive`.
 
-    `inverse` returns values strictly between the bounds, even if rounding would reach a bound. This needs bounds that
-    differ in the dtype of the values: in float32, 1e8 and 1e8 + 1 are equal.
+    `inverse` returns values strictly between the bounds, even if rounding would reach a bound. The bounds must
+    therefore be distinct after rounding to the dtype of the values: in float32, 1e8 and 1e8 + 1 are equal.
 
     low, high: bounds, which are broadcast to the shape of an event; -inf and inf mean no bound.
     event_ndim: number of axes of an event.
