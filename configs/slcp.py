@@ -5,8 +5,8 @@
     python -m flowgen evaluate --checkpoint runs/slcp --step best
 
 A flow fits 10,000 simulations closely, so the parameters are averaged, and --step best chooses the checkpoint with the
-best held-out density. --data.simulations sets the number of simulations. We have not measured the
-C2ST of a full run; benchmarks/posteriors.py does.
+best held-out density. --data.simulations sets the number of simulations. The C2ST of seed 0 is 0.754, the mean over the
+fixed observations with 10,000 samples each, after 10 minutes of one core (benchmarks/results/posteriors.json).
 """
 
 from flowgen.contexts import VectorContext
