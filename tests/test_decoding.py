@@ -242,7 +242,7 @@ def test_product_rule_is_the_product_of_gaussians():
     ("arguments", "message"),
     [
         ({"scale": -1.0}, "scale is -1.0"),
-        ({"scale": float("nan")}, "scale is nan; it must be a number"),
+        ({"scale": float("nan")}, "scale is nan, which is not finite; give a finite number"),
         ({"temperature": 0.0}, "temperature is 0.0"),
         ({"rule": "product", "parts": "shift"}, "the product rule always guides both"),
     ],

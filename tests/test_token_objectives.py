@@ -169,6 +169,7 @@ def test_a_context_or_a_mask_that_the_flow_does_not_know_is_not_dropped_silently
             nll_objective(flow)(params, Batch(x, context), jax.random.key(0))
 
 
+@pytest.mark.usefixtures("untyped")
 @pytest.mark.parametrize(
     ("change", "message"),
     [
