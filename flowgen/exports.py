@@ -60,7 +60,7 @@ def export(
         FileExistsError: the folder exists and is not empty.
         FileNotFoundError: the run does not exist or has no such checkpoint.
         ValueError: the checkpoint is damaged, `dtype` is unknown, or the parameters are not finite or exceed the range
-        of float16.
+            of float16.
 
     Example:
         export("runs/digits", "exported/digits")

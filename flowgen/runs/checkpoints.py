@@ -88,7 +88,7 @@ class CheckpointReader:
 
         Raises:
             ValueError: the checkpoint is missing, or the checkpoint or its evaluation is damaged or belongs to another
-            step.
+                step.
         """
         return {**self.manifest(step), "metrics": self.evaluation(step) or {}}
 
@@ -170,7 +170,7 @@ class CheckpointReader:
 
         Raises:
             ValueError: the checkpoint is damaged, belongs to another step, does not fit `params`, or has weights that
-            are not finite.
+                are not finite.
 
         Example:
             variables = reader.variables(step, jax.eval_shape(lambda: flowgen.init(flow, key))["params"])

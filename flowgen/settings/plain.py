@@ -173,7 +173,7 @@ def from_plain(cls: type[T], data: Any) -> T:
 
     Raises:
         FieldError: a field is unknown, is missing and has no default, or has an invalid value; the message names the
-        field.
+            field.
 
     Example:
         config = from_plain(TrainConfig, {"steps": 100, "batch_size": 8})
