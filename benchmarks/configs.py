@@ -1,6 +1,6 @@
 """Records the final metrics and the step times of runs of shipped configs.
 
-python benchmarks/configs.py --runs runs/digits runs/cfm runs/autoencoder_digits runs/starflow \\
+python benchmarks/configs.py --runs runs/{digits,cfm,otcfm,wcfm,nfm,autoencoder_digits,starflow} \\
     --out benchmarks/results/configs.json
 """
 
