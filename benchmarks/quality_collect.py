@@ -44,13 +44,16 @@ SINGLE = """## Other models, one seed
 The models in this section have 3.2 to 3.4 million parameters, and the same budget, batches and learning rates as the
 TARFlows above. Unlike the TARFlows, they are evaluated with averaged parameters. Each row is **a single run**, so small
 differences are not significant. The STARFlow is a [flow on latents](starflow.md). The DiTs are trained by [flow
-matching](matching.md) with the [couplings](concepts/couplings.md) that the rows name, and use patches of 4 x 4 pixels.
-Corrected W-CFM applies Sinkhorn sweeps to the weights. The samples of the DiTs are drawn in 25 steps of Heun's method.
-The budget of the STARFlow includes encoding the images, and training the autoencoder, to which a fifth of the budget
-goes. The last column is the processor time in which 256 samples are drawn.
+matching](matching.md) with different [couplings](concepts/couplings.md) of noise and data, and use patches of 4 x 4
+pixels. I-CFM pairs noise and data at random, OT-CFM pairs them by optimal transport in each batch, and W-CFM gives
+weights to random pairs. Corrected W-CFM also applies Sinkhorn sweeps to these weights. The samples of the DiTs are
+drawn in 25 steps of Heun's method. The budget of the STARFlow includes encoding the images and training the
+autoencoder. A fifth of the budget is for the autoencoder. The last column is the processor time, in seconds, for
+drawing 256 samples.
 
-Do not compare these likelihoods with one another, or with those above. The likelihood of a DiT is measured on 100 test
-images with uniform noise. The likelihood of a STARFlow is measured on all test images, encoded into its own latents.
+Do not compare the likelihood of the STARFlow with those of the DiTs, or any of these likelihoods with those above. The
+likelihood of a DiT is measured on 100 test images with uniform noise. The likelihood of the STARFlow is measured on the
+latents of all test images.
 
 """
 
