@@ -13,6 +13,7 @@ from tolerances import FORMULA, NETWORK, assert_close
 
 import flowgen.matching as fm
 from flowgen import inference
+from flowgen.conditioning import ContextTokens
 from flowgen.flows import TARFlowConfig, density
 from flowgen.inference import MALA, Component, ManyWell
 from flowgen.transforms import MixtureMap
@@ -158,6 +159,19 @@ def test_samples_of_different_conditions_are_not_resampled():
     r = annealed(log_q=mixed, move=stay, resample_below=0.0)
     expected = WELL.log_density(x) - laws.apply(flow, params, x, jnp.asarray(labels), method="log_prob")
     assert_close(r.log_weight, expected, NETWORK)
+
+
+@pytest.mark.parametrize("traced", [False, True])
+def test_numbers_at_padding_do_not_make_conditions_differ(traced):
+    mask = np.array([[True, False]] * 4)
+
+    def same(tokens, first):
+        cond = ContextTokens(tokens.at[0, 0].add(first), mask)
+        return inference.flow_log_density(arguments()[0], arguments()[1], cond).has_one_condition()
+
+    tokens = jnp.ones((4, 2, 3)).at[:, 1].set(jnp.nan)
+    found = [(jax.jit(same) if traced else same)(tokens, first) for first in (0.0, 1.0)]
+    assert list(map(bool, found)) == [True, False]
 
 
 def test_annealing_is_mapped_over_conditions():

@@ -107,7 +107,7 @@ class MALA:
 
     def __post_init__(self):
         check_count("num_steps", self.num_steps)
-        if isinstance(self.step_size, int | float) and not 0 < self.step_size < float("inf"):
+        if isinstance(self.step_size, int | float | np.number) and not 0 < self.step_size < float("inf"):
             raise ValueError(f"step_size is {self.step_size}; it must be positive and finite.")
 
     def __call__(
