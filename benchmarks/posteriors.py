@@ -7,7 +7,7 @@ The flow is the task's config, at the checkpoint with the best held-out density.
 step with the lowest held-out loss of I-CFM is chosen. One of their steps takes about a seventieth of the flow's time,
 so they make 60 times as many. `sbi_maf` and `sbi_nsf` are the density estimators of the package sbi with its defaults,
 which decide when to stop; `--sbi-python` is an interpreter that has sbi. Rows are saved as soon as they are measured,
-and `--resume` keeps those of an earlier call.
+and `--resume` keeps those of an earlier call with as many `--samples`. Use another file for other `--steps`.
 """
 
 import argparse
@@ -34,13 +34,13 @@ def main() -> None:
     arguments = parse_arguments()
     measure.confine(arguments.threads)
     rows = json.loads(arguments.out.read_text()) if arguments.resume and arguments.out.exists() else []
-    known = {(row["task"], row["method"], row["simulations"], row["seed"]) for row in rows}
+    known = {(row["task"], row["method"], row["simulations"], row["seed"], row["samples"]) for row in rows}
     methods = arguments.methods or (METHODS if arguments.sbi_python else OURS)
     for task in arguments.tasks:
         for simulations in arguments.simulations:
             for seed in range(arguments.seeds):
                 for method in methods:
-                    if (task, method, simulations, seed) in known:
+                    if (task, method, simulations, seed, arguments.samples) in known:
                         continue
                     experiment = experiment_of(task, simulations, seed, arguments.steps)
                     about = {"task": task, "method": method, "simulations": simulations, "seed": seed}
@@ -147,7 +147,8 @@ def of_matching(experiment, samples: int, coupling: Any) -> dict[str, Any]:
 
         keys = jax.random.split(key, (CHECKS, steps // CHECKS))
         losses, means = jax.lax.scan(check, (params, params, optimizer.init(params)), keys)[1]
-        return jax.tree.map(lambda mean: mean[jnp.argmin(losses)], means), jnp.argmin(losses)
+        best = jnp.nanargmin(losses)
+        return jax.tree.map(lambda mean: mean[best], means), best
 
     began = time.process_time()
     params, best = jax.block_until_ready(trained(params, jax.random.key(train.seed + 1)))

@@ -32,14 +32,14 @@ FIRST_BETA = 0.05
 
 class Result(NamedTuple):
     """The result of a run. ess, forward_ess: the effective sample sizes of the flow's and of exact samples, as shares
-    of the samples. log_z_error: in nats. losses: at the first and the last step.
+    of the samples. log_z_error: in nats. loss: at the last step.
     """
 
     ess: float
     forward_ess: float
     log_z_error: float
     standard_error: float
-    losses: tuple[float, float]
+    loss: float
     seconds: float
 
 
@@ -126,7 +126,7 @@ def main(arguments: Sequence[str] | None = None) -> Result:
         forward_ess=float(inference.forward_effective_sample_size(of_exact)),
         log_z_error=float(log_z) - target.log_normaliser,
         standard_error=float(error),
-        losses=(float(losses[0]), float(losses[-1])),
+        loss=float(losses[-1]),
         seconds=seconds,
     )
     print(f"{asked.dim} dimensions, {asked.steps} steps, {seconds:.0f} s with compilation")

@@ -72,7 +72,7 @@ def example(monkeypatch):
 @pytest.mark.slow
 def test_many_well(example, capsys):
     found = example("many_well").main(["--dim=4", "--steps=60", "--batch=32", "--width=8", "--samples=200"])
-    assert found.losses[1] < found.losses[0]
+    assert found.loss < 0  # nats; -log Z is -20.6, and the loss of an untrained flow is 38
     assert 0 < found.ess <= 1
     assert "log Z" in capsys.readouterr().out
 

@@ -244,7 +244,7 @@ def test_strata_are_rounded_to_the_total(shares, num, counts):
 
 def test_a_mixture_of_classes_gives_samples_with_their_density():
     flow, params, *_ = laws.case("classes")
-    components = [Component(flow, params, label) for label in range(3)]
+    components = [Component(flow, params, label) for label in (0, np.int64(1), jnp.asarray(2))]
     x, log_prob = inference.sample_mixture(components, jax.random.key(0), 5, [2, 0, 1])
     of_class = [laws.apply(flow, params, x, jnp.full(5, label), method="log_prob") for label in (0, 2)]
     expected = special.logsumexp(np.stack(of_class), axis=0, b=np.array([[3 / 5], [2 / 5]]))

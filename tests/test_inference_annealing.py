@@ -206,8 +206,8 @@ def test_arguments_that_do_not_fit_are_told(untyped, key, name):
 
 
 def test_steps_that_are_not_positive_are_refused(untyped):
-    with pytest.raises(ValueError, match="step_size is 0"):
-        MALA(0)
+    with pytest.raises(ValueError, match="step_size is -1"):
+        MALA(np.float32(-1))
     with pytest.raises(ValueError, match="num_steps is 0"):
         MALA(0.1, num_steps=0)
     with pytest.raises(ValueError, match="ess is 1"):

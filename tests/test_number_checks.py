@@ -14,7 +14,7 @@ from flowgen.data import NumbersConfig, load_numbers
 from flowgen.experiments import TokenFlowExperiment, TokenSamplingConfig
 from flowgen.experiments.number_checks import batch_context
 from flowgen.experiments.number_plots import number_plot, observation_title
-from flowgen.experiments.units import blank_units, measured_units
+from flowgen.experiments.units import blank_units, log_prob_in_data, measured_units
 from flowgen.flows import TokenFlowConfig
 from flowgen.nn import init
 from flowgen.settings import override
@@ -77,8 +77,14 @@ def test_densities_integrate_to_one_within_the_bounds_of_a_file(tmp_path):
     middles = 2 + 3 * (np.arange(side, dtype=np.float32) + 0.5) / side
     density = np.exp(experiment.log_prob(flow, variables, middles[:, None]))
     assert abs(density.mean() * 3 - 1) < INTEGRAL
-    outside = experiment.log_prob(flow, variables, np.float32([[1.9], [5.1]]))
-    assert np.isneginf(outside).all()
+    x = np.float32([[1.9], [5.1], [3.0]])
+    assert np.isneginf(experiment.log_prob(flow, variables, x)).tolist() == [True, True, False]
+
+    def of_samples_inside(params):
+        found = log_prob_in_data({**variables, "params": params}, jnp.asarray(x), None, flow=flow, data=experiment.data)
+        return jnp.where(jnp.isfinite(found), found, 0).sum()
+
+    assert all(jnp.isfinite(leaf).all() for leaf in jax.tree.leaves(jax.grad(of_samples_inside)(variables["params"])))
     samples, _ = experiment.draw_batch(flow, variables, jax.random.key(0), np.arange(200), None)
     assert ((samples > 2) & (samples < 5)).all()
 
@@ -110,6 +116,7 @@ def test_bounds_ignore_the_padding_of_sets(tmp_path):
         ({"low": 0.0, "high": 0.0}, "low is 0, but high is 0"),
         ({"low": (0.0, 0.0), "high": (1.0,)}, "low has 2 entries, but high has 1"),
         ({"low": ()}, "low has no entries"),
+        ({"low": -1e39}, r"low is -1e\+39; a bound has at most"),
         ({"low": (0.0, 0.0, 0.0)}, "data.low has 3 entries, but x has 2 channels"),
         (
             {"low": -9.0, "high": 2.5},

@@ -5,6 +5,7 @@ from __future__ import annotations
 import numpy as np
 from jaxtyping import Bool, Float32
 
+from flowgen.data.casting import LARGEST
 from flowgen.settings import FieldError
 
 Bounds = None | float | tuple[float | None, ...]
@@ -13,7 +14,7 @@ MOVED = 2.0**-24
 
 
 def check_bounds(low: Bounds, high: Bounds) -> None:
-    """Raises ValueError unless each low bound is below its high bound, and tuples have equal lengths of at least 1.
+    """Raises ValueError unless each low bound is below its high bound, tuples have equal lengths, and float32 suffices.
 
     Example:
         check_bounds(data.low, data.high)
@@ -23,6 +24,12 @@ def check_bounds(low: Bounds, high: Bounds) -> None:
         raise ValueError(f"low has {sizes[0]} entries, but high has {sizes[1]}; give one entry per channel of x.")
     if 0 in sizes:
         raise ValueError(f"{'high' if low != () else 'low'} has no entries; give one per channel of x, or none at all.")
+    for name, bound in (("low", low), ("high", high)):
+        for number in bound if isinstance(bound, tuple) else (bound,):
+            if number is not None and abs(number) > LARGEST:
+                raise ValueError(
+                    f"{name} is {number:g}; a bound has at most the size {LARGEST:g}, or None if there is none."
+                )
     lows, highs = bounds_of(low, high, sizes[0] if sizes else 1)
     if (wrong := np.flatnonzero(lows >= highs)).size:
         raise ValueError(f"low is {lows[wrong[0]]:g}, but high is {highs[wrong[0]]:g}; low must be below high.")

@@ -206,7 +206,8 @@ class TokenFlowExperiment(Experiment):
         """Returns log p(x | context) in nats, a density in the units of the data; -inf outside the bounds of x.
 
         x, context: samples and their contexts in the units of the data, as `dataset` returns them. A single context,
-        with or without a batch axis, applies to all samples.
+        with or without a batch axis, applies to all samples. A value on a bound is outside; `dataset` has moved such
+        values inside.
 
         Raises ValueError unless x and the context have the shapes that the model requires, and only finite numbers.
 

@@ -124,14 +124,17 @@ def log_prob_in_data(
     Example:
         log_prob = log_prob_in_data(variables, x, context, flow=flow, data=experiment.data)
     """
-    box = box_of(data, flow.config)
+    box, inside, mask = box_of(data, flow.config), None, split_padded(context)[0]
+    if box is not None:
+        low, high = (jnp.asarray(bound).reshape((1,) * (x.ndim - 1) + (-1,)) for bound in (box.low, box.high))
+        inside = (x > low) & (x < high)
+        # A value outside would make the gradients of its sample NaN, although its density is known to be 0.
+        x = jnp.where(inside, x, box.inverse(jnp.zeros(x.shape, x.dtype))[0])
+        inside = inside if mask is None else inside | ~jnp.asarray(mask)[:, :, None]
     u, context, logdet = to_flow(variables, x, context, box)
     log_prob = flow.apply(variables, u, flow_condition(flow, Batch(u, context)), method="log_prob") + logdet
-    if box is None:
+    if inside is None:
         return log_prob
-    low, high = (jnp.asarray(bound).reshape((1,) * (x.ndim - 1) + (-1,)) for bound in (box.low, box.high))
-    inside, mask = (x > low) & (x < high), split_padded(context)[0]
-    inside = inside if mask is None else inside | ~mask[:, :, None]
     return jnp.where(inside.reshape(len(x), -1).all(axis=1), log_prob, -jnp.inf)
 
 

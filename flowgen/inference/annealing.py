@@ -107,7 +107,7 @@ class MALA:
 
     def __post_init__(self):
         check_count("num_steps", self.num_steps)
-        if isinstance(self.step_size, int | float) and not 0 < self.step_size < float("inf"):
+        if isinstance(self.step_size, int | float | np.number) and not 0 < self.step_size < float("inf"):
             raise ValueError(f"step_size is {self.step_size}; it must be positive and finite.")
 
     def __call__(
@@ -163,10 +163,10 @@ def anneal(
     For several conditions, map this function over them with `jax.vmap`. With resample_below=0, samples stay in their
     rows, so their conditions may differ.
 
-    Outside jit, later calls with the same shapes reuse the compiled program if log_q, log_target and move are pytrees,
-    frozen dataclasses or methods of these, such as `flow_log_density(flow, params)`, `ManyWell(4).log_density` and
-    `MALA(0.05)`. If one of them is a plain function, each call compiles again, because variables that it reads may have
-    changed. To avoid this, call `anneal` inside `jax.jit`, or pass `jax.tree_util.Partial(function, params)`.
+    Outside jit, later calls with the same shapes reuse the compiled program if log_q, log_target and move are objects
+    of flowgen, such as `flow_log_density(flow, params)`, `ManyWell(4).log_density` and `MALA(0.05)`. If one of them is
+    a function of your own, each call compiles again, because variables that it reads may have changed. To avoid this,
+    call `anneal` inside `jax.jit`.
 
     x: independent samples of q, such as those of `sample_and_log_prob`.
     log_q: their normalised log-density, such as `flow_log_density(flow, params)`.

@@ -14,7 +14,7 @@ from jax.core import Tracer
 from jaxtyping import Array, Bool, Float
 
 from flowgen.arrays import at_least_float32, shown
-from flowgen.conditioning import AnyCondition
+from flowgen.conditioning import AnyCondition, ContextTokens, TextCondition
 from flowgen.flows.block import Variables
 from flowgen.flows.density import Flow, check_flow, log_prob
 
@@ -39,11 +39,23 @@ class FlowLogDensity:
         return log_prob(self.flow, self.params, x, self.cond)
 
     def has_one_condition(self) -> Bool[Array, ""] | np.bool_:
-        """Returns whether all rows of cond are equal, as a NumPy value unless cond is traced or on other hosts."""
-        rows = jax.tree.leaves(self.cond)
-        far = any(isinstance(x, Tracer) or not getattr(x, "is_fully_addressable", True) for x in rows)
+        """Returns whether all rows of cond are equal, as a NumPy value unless cond is traced or on other hosts.
+
+        Numbers at padding do not count.
+        """
+        leaves = jax.tree.leaves(self.cond)
+        far = any(isinstance(x, Tracer) or not getattr(x, "is_fully_addressable", True) for x in leaves)
         xp: Any = jnp if far else np
-        rows = [xp.asarray(x) for x in rows]
+
+        def tokens_that_exist(node):
+            if not isinstance(node, ContextTokens | TextCondition):
+                return node
+            tokens, mask = node
+            return xp.where(xp.asarray(mask)[..., None], xp.asarray(tokens), 0), mask
+
+        kinds = (ContextTokens, TextCondition)
+        cond = jax.tree.map(tokens_that_exist, self.cond, is_leaf=lambda node: isinstance(node, kinds))
+        rows = [xp.asarray(x) for x in jax.tree.leaves(cond)]
         return xp.asarray([(x == x[:1]).all() for x in rows]).all()
 
 

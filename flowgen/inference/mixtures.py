@@ -41,7 +41,8 @@ class Component(NamedTuple):
 
         Raises ValueError unless cond is a label or one row that fits the flow.
         """
-        is_label = isinstance(self.cond, int | np.integer) and not isinstance(self.cond, bool)
+        dtype = getattr(self.cond, "dtype", type(self.cond))
+        is_label = getattr(self.cond, "shape", ()) == () and dtype is not bool and np.issubdtype(dtype, np.integer)
         one = self.flow.config.check_cond(np.full(1, self.cond) if is_label else self.cond, 1)
         return jax.tree.map(lambda row: jnp.broadcast_to(row, (num, *row.shape[1:])), one)
 
