@@ -19,7 +19,6 @@ from flowgen.settings.annotations import configs_of, describe, hints_of
 
 PROJECT = Path(__file__).parents[2]
 RESULTS = PROJECT / "benchmarks" / "results"
-WRITTEN_BY = {"matching_nfm": "matching_images"}  # results of a script that has another name
 EXPERIMENTS = (
     flowgen.FlowExperiment,
     flowgen.VideoFlowExperiment,
@@ -97,26 +96,27 @@ def commands_of(path: Path) -> str:
     return "<br>".join(f"`{line}`" for line in lines if line.startswith(starts) and "sample.py" not in line)
 
 
-def of_file(commands: str, name: str) -> str:
-    """Returns those commands that end with the one that writes a file; all commands if none names the file."""
-    group: list[str] = []
-    for command in commands.split("<br>"):
-        group.append(command)
-        if f"/{name}" in command:
-            return "<br>".join(group)
-        group = [] if "--out" in command else group
-    return commands
+def of_file(name: str) -> str:
+    """Returns the commands that write a file of results, from the docstring of the benchmark that names the file."""
+    for script in sorted((PROJECT / "benchmarks").glob("*.py")):
+        group: list[str] = []
+        for command in commands_of(script).split("<br>"):
+            group.append(command)
+            if f"/{name}" in command:
+                return "<br>".join(group)
+            group = [] if "--out" in command else group
+    return ""
 
 
 def results() -> Iterator[list[str]]:
     """Yields the cells of a row for each file of results."""
     for path in sorted(RESULTS.glob("*.json")):
-        rows, script = rows_of(path), PROJECT / "benchmarks" / f"{WRITTEN_BY.get(path.stem, path.stem)}.py"
+        rows = rows_of(path)
         devices = sorted({f"{row['device']}, threads {row['threads']}" for row in rows if "threads" in row})
         versions = sorted({row["versions"]["jax"] for row in rows if "versions" in row})
         seeds = sorted({str(row["seed"]) for row in rows if "seed" in row})
         told = f"{len(rows)} rows; jax {', '.join(versions)}" + (f"; seeds {', '.join(seeds)}" if seeds else "")
-        command = of_file(commands_of(script), path.name) if script.exists() else ""
+        command = of_file(path.name)
         yield [f"`{path.stem}.json`", command, "; ".join(devices), told]
 
 
