@@ -59,15 +59,17 @@ def measured(method: str, experiment, arguments: argparse.Namespace) -> dict:
     else:
         train = dataclasses.replace(experiment.train, steps=MATCHING_STEPS * experiment.train.steps)
         experiment = dataclasses.replace(experiment, train=train)
-        found = of_matching(experiment, arguments.samples, coupling_of(method))
+        found = of_matching(experiment, arguments.samples, matching_of(method))
     return {"steps": experiment.train.steps, "batch": experiment.train.batch_size} | found | environment
 
 
-def coupling_of(method: str) -> Any:
-    """Returns the coupling of a velocity network; None for independent pairs."""
+def matching_of(method: str) -> Any:
+    """Returns the config of flow matching by a method."""
     from flowgen import matching as fm
 
-    return fm.GibbsWeights(ess=0.7, normalize="batch") if method == "wcfm" else None
+    if method == "icfm":
+        return fm.MatchingConfig()
+    return fm.MatchingConfig(coupling=fm.GibbsWeights(ess=0.7, normalize="batch"))
 
 
 def experiment_of(task: str, simulations: int, seed: int, steps: int | None):
@@ -97,10 +99,10 @@ def of_flow(experiment, samples: int) -> dict:
     return figures(evaluation, seconds, samples)
 
 
-def of_matching(experiment, samples: int, coupling: Any) -> dict[str, Any]:
+def of_matching(experiment, samples: int, matching: Any) -> dict[str, Any]:
     """Trains a velocity network on the same standardised parameters and observations, and compares its samples.
 
-    coupling: the coupling of noise and parameters; None for independent pairs. The parameters of the network are
+    matching: the config of flow matching, with the coupling of noise and parameters. The parameters of the network are
     averaged as those of the flow. Of `CHECKS` evaluations of the held-out loss, the one with the lowest is kept.
     """
     import jax
@@ -118,7 +120,6 @@ def of_matching(experiment, samples: int, coupling: Any) -> dict[str, Any]:
         to_flow(units, part.x, part.context, experiment.box) for part in (dataset, experiment.dataset("eval"))
     )
     network = fm.VelocityMLP(fm.MLPConfig(dim=dim, width=HIDDEN, num_layers=LAYERS, context=experiment.model.context))
-    matching = fm.MatchingConfig() if coupling is None else fm.MatchingConfig(coupling=coupling)
     few = min(2048, len(x1))
     matching = matching.fitted(jax.random.normal(jax.random.key(train.seed), (few, dim)), x1[:few])
     loss_fn, held_out_loss = matching.loss_fn(), fm.MatchingConfig().loss_fn()

@@ -83,7 +83,7 @@ def to_flow(
     mask, _ = split_padded(context)
     x = jnp.asarray(x)
     if mask is not None and box is not None:  # Padding may be outside the bounds.
-        x = jnp.where(mask[:, :, None], x, box.inverse(jnp.zeros_like(x))[0])
+        x = _with_inner_values(mask[:, :, None], x, box)
     u, logdet = _transform(variables, box).forward(x)
     if logdet.ndim == 2:  # rows of a sequence
         logdet = (logdet if mask is None else jnp.where(mask, logdet, 0)).sum(axis=1)
@@ -129,7 +129,7 @@ def log_prob_in_data(
         low, high = (jnp.asarray(bound).reshape((1,) * (x.ndim - 1) + (-1,)) for bound in (box.low, box.high))
         inside = (x > low) & (x < high)
         # A value outside would make the gradients of its sample NaN, although its density is known to be 0.
-        x = jnp.where(inside, x, box.inverse(jnp.zeros(x.shape, x.dtype))[0])
+        x = _with_inner_values(inside, x, box)
         inside = inside if mask is None else inside | ~jnp.asarray(mask)[:, :, None]
     u, context, logdet = to_flow(variables, x, context, box)
     log_prob = flow.apply(variables, u, flow_condition(flow, Batch(u, context)), method="log_prob") + logdet
@@ -153,6 +153,11 @@ def box_of(data: SimulatedConfig | NumbersConfig, model: Any) -> Box | None:
     if data.low is None and data.high is None:
         return None
     return Box(*bounds_of(data.low, data.high, model.shape[-1]))
+
+
+def _with_inner_values(known: Any, x: Array, box: Box) -> Array:
+    """Returns x with a value inside the bounds wherever `known` is False."""
+    return jnp.where(known, x, box.inverse(jnp.zeros_like(x))[0])
 
 
 def _transform(variables: Any, box: Box | None) -> Transform:
