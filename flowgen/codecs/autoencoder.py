@@ -40,12 +40,14 @@ class AutoencoderConfig:
 
     channels: number of channels of the images.
     latent_channels: number of channels of the latents.
-    widths: channels of each level, each a multiple of num_groups; every level but the last halves height and width.
+    widths: number of channels in each level, a multiple of num_groups; every level but the last halves height and
+    width.
     layers_per_block: number of residual blocks in each level of the encoder; the decoder has one more in each level.
-    num_groups: number of groups in group norm.
-    attention: whether there is single-head attention between the two residual blocks at the lowest resolution.
-    dtype: dtype of the convolutions; norms, means, log variances and images stay float32.
-    remat: whether to recompute blocks in the backward pass.
+    num_groups: number of groups in group norm; must divide all widths.
+    attention: whether the encoder and the decoder have single-head attention at the lowest resolution.
+    dtype: dtype of the convolutions; norms, images, and the means and log variances of latents stay float32.
+    remat: whether to recompute the activations of residual blocks in the backward pass instead of storing them, to save
+    memory.
     """
 
     channels: Channels = 3

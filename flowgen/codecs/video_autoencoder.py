@@ -54,13 +54,15 @@ class VideoAutoencoderConfig:
     channels: number of channels of the clips.
     latent_channels: number of channels of the latents.
     widths: number of channels in each level of the encoder; every level but the last halves height and width.
-    decoder_widths: number of channels in each level of the decoder; has as many entries as widths.
-    halve_time: for each level but the last, whether it also halves the number of frames.
+    decoder_widths: number of channels in each level of the decoder, in the same order as widths.
+    halve_time: for each level but the last, whether it halves the number of frames too.
     layers_per_block: number of residual blocks in each level of the encoder; the decoder has one more in each level.
-    patch_size: side of the square patches whose pixels are stacked as channels before the first level.
-    shortcuts: whether levels have shortcuts; if not, spatial upsampling halves the number of channels, as in Wan 2.1.
-    dtype: dtype of the convolutions; norms, means, log variances and frames stay float32.
-    remat: whether to recompute blocks in the backward pass.
+    patch_size: side, in pixels, of the square patches whose pixels are stacked as channels before the first level.
+    shortcuts: whether a shortcut connects the input of a level to its output; without shortcuts, spatial upsampling
+    halves the number of channels, as in Wan 2.1.
+    dtype: dtype of the convolutions; norms, frames, and the means and log variances of latents stay float32.
+    remat: whether to recompute the activations of residual blocks in the backward pass instead of storing them, to save
+    memory.
     """
 
     channels: Channels = 3

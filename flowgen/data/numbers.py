@@ -41,14 +41,14 @@ class NumbersConfig:
     samples are padded, the boolean array `mask` `num n` is False for padding rows of `x`. Numbers at padding are
     ignored. The other numbers are stored as float32.
 
-    path: the .npz file, or its URL.
-    eval_fraction: fraction of the samples held out for evaluation; with 0, none are held out.
-    shuffle_rows: whether to put the existing rows of each sample in a new random order at every training step. Set it
-    for sets, because the order of their rows has no meaning. Held-out samples keep the order of the file.
-    low: lower bound of x, such as that of a uniform prior: one number, or one per channel of x (an entry of a vector,
-    or an index of the last axis); none for no bound. All samples that the flow draws are within the bounds.
-    high: upper bound of x, like low. If a channel has two bounds, values on either are moved inside by 2^-24 of the
-    distance between the bounds.
+    path: path or URL of the .npz file.
+    eval_fraction: fraction of the samples that is held out for evaluation; 0 to hold out none.
+    shuffle_rows: whether to put the rows of each sample, except padding, in a new random order at every training step.
+    Use it for sets, whose rows have no meaningful order. Held-out samples keep the order of the file.
+    low: lower bound of x, such as that of a uniform prior: one number, or one per entry of a vector or channel of a
+    sequence; None for no bound. The flow draws only samples within the bounds.
+    high: upper bound of x, in the same form as low. If a channel has two bounds, values equal to one of them are moved
+    inside by 2^-24 of the distance between the bounds.
 
     Raises ValueError unless low is below high and tuples have equal lengths.
 
@@ -70,10 +70,10 @@ class NumbersConfig:
 class SimulatedConfig:
     """Selects a simulator. The samples are parameters from its prior, and their contexts are simulated observations.
 
-    name: the simulator, "two_moons" or "slcp"; see `flowgen.simulators`.
-    simulations: number of simulations, including those for evaluation.
+    name: the simulator: "two_moons", or "slcp" (simple likelihood, complex posterior); see `flowgen.simulators`.
+    simulations: number of simulations, held-out ones included.
     seed: random seed of the simulations.
-    eval_fraction: fraction of the simulations held out for evaluation; with 0, none are held out.
+    eval_fraction: fraction of the simulations that is held out for evaluation; 0 to hold out none.
 
     Example:
         data = SimulatedConfig("slcp", simulations=30_000)

@@ -18,10 +18,10 @@ Distribution = Literal["normal", "eight_gaussians", "five_gaussians", "moons"]
 
 @config
 class PointsConfig:
-    """Selects the two distributions between which a model transports points (see `flowgen.matching.toy`).
+    """Selects two distributions of points; a model learns to transport one to the other. See `flowgen.matching.toy`.
 
-    x0: distribution at t = 0.
-    x1: distribution of the data, at t = 1.
+    x0: distribution at t = 0, where sampling starts.
+    x1: distribution at t = 1, that of the data.
 
     Example:
         config = PointsConfig(x0="eight_gaussians", x1="moons")

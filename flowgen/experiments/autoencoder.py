@@ -54,14 +54,18 @@ STATISTICS_RATE = 0.02
 class AutoencodingConfig:
     """Training options of an autoencoder.
 
-    image_size: side of the images, or (height, width); each length must be a multiple of `model.factor`.
-    frames: frames per clip; 0 for images.
-    kl_weight: weight of KL(posterior || N(0, 1)), averaged over latents and measured in nats; 0 or more.
-    noise: std of the noise that is added to normalised latents before decoding; 0 for none. With noise, the decoder
-    learns to decode the noisy latents of a flow.
-    decoder_of: path of a trained or published autoencoder whose decoder is fine-tuned while its encoder stays frozen.
-    If empty, a new autoencoder is trained.
-    shown: number of images shown next to their reconstructions in the run's sample grid; at least 1.
+    image_size: side of square images or frames in pixels, or (height, width); must be divisible by the number of pixels
+    per latent along a side, `model.factor`.
+    frames: number of frames per clip: 1 plus a multiple of the number of frames per latent frame, `model.stride`; 0 for
+    images.
+    kl_weight: weight in the loss of the mean of KL(q || N(0, 1)) over latents, in nats, where q is the encoder's
+    distribution of a latent; 0 or more.
+    noise: standard deviation of the noise that training adds to the latents before it decodes them, in units of the
+    standard deviation of each latent channel; 0 for none. With noise, the decoder learns to decode the noisy latents of
+    a flow.
+    decoder_of: path of a trained or published autoencoder whose decoder is fine-tuned while its encoder stays frozen;
+    needs optim.weight_decay 0. If empty, a new autoencoder is trained.
+    shown: number of images or clips that the run's sample grid shows next to their reconstructions; at least 1.
     """
 
     image_size: Side | tuple[Side, Side] = 8
@@ -79,11 +83,11 @@ class AutoencodingConfig:
 
 @config(kw_only=True)
 class AutoencoderExperiment(Experiment):
-    """An autoencoder for images or clips.
+    """An experiment that trains an autoencoder on images or clips.
 
     model: the autoencoder.
     data: the images or clips to train on.
-    autoencoding: training options.
+    autoencoding: size of the images or clips, weights of the loss, and what sample grids show.
 
     Raises ValueError if the model, the data and the training options do not fit together.
 

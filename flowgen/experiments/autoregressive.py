@@ -63,8 +63,8 @@ class AutoregressiveExperiment(Experiment):
     """An autoregressive flow on images or clips, trained by maximum likelihood and sampled by decoding.
 
     codec: the codec that encodes images or clips as latents; None for a flow on pixels.
-    text: the text encoder; None for a flow without texts.
-    likelihood: how the flow is trained.
+    text: the text encoder; None for a flow that is not conditioned on texts.
+    likelihood: weight and penalties of the loss, and the optimizer of a denoiser.
     sampling: how samples are drawn.
     """
 

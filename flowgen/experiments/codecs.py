@@ -39,7 +39,7 @@ STATISTICS = "latents"
 class SpaceToDepth:
     """A codec without a network: factor x factor pixels with c channels become one latent with factor² · c channels.
 
-    factor: side of a pixel block; at least 1.
+    factor: side, in pixels, of the square of pixels that becomes one latent; at least 1.
     """
 
     factor: Annotated[int, Within(1, 1 << 8)] = 2
@@ -47,13 +47,14 @@ class SpaceToDepth:
 
 @config
 class PretrainedAutoencoder:
-    """A frozen autoencoder.
+    """A codec that is a frozen autoencoder.
 
     path: run directory or exported folder of an autoencoder trained with flowgen, or folder of a published
-    AutoencoderKL (images) or AutoencoderKLWan (video).
-    digest: digest of everything that affects the latents. Training a flow sets this field. Opening an autoencoder with
-    another digest raises an error.
-    temporal_scale: factor that multiplies all latent frames except the first; 0.6 as published, 1 for no change.
+    AutoencoderKL (images) or AutoencoderKLWan (video) of the package diffusers.
+    digest: digest of everything in the autoencoder that affects the latents; None to accept any autoencoder. Training a
+    flow sets this field, and opening an autoencoder with another digest then raises an error.
+    temporal_scale: factor by which all latent frames of a clip except the first are multiplied; 0.6 in the published
+    STARFlow-V, 1 for no change.
     """
 
     path: str

@@ -95,11 +95,12 @@ class Experiment(abc.ABC):
     name: title of the experiment.
     model: the model to train.
     data: the data to train on.
-    optim: the optimizer.
-    train: length of training and batch size.
-    log: when to report and to save checkpoints.
-    init: the run whose parameters training starts from, if any.
-    reference: expected metrics by name; the config's docstring says whether they are published or measured.
+    optim: the optimizer, its learning rate, and the moving average of the parameters.
+    train: length, batch size, seed and parallelism of the run.
+    log: when the run reports and saves checkpoints.
+    init: the run or model that provides the initial parameters; by default, they are random.
+    reference: expected values of some metrics, by name; the docstring of the config's file says whether they are
+    published or measured.
 
     Example:
         experiment = flowgen.load_config("configs/tarflow_digits.py")

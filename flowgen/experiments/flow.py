@@ -60,10 +60,10 @@ class ImageEvaluateOptions(FlowEvaluateOptions, CompareOptions):
 
 @config(kw_only=True)
 class FlowExperiment(AutoregressiveExperiment):
-    """A flow on images.
+    """An experiment that trains a flow on images by maximum likelihood.
 
     model: the flow.
-    data: the images to train on.
+    data: the images to train on, or their cached latents.
 
     Raises ValueError if the fields do not fit together.
 

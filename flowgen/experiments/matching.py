@@ -66,11 +66,11 @@ PLOT_STEPS = 60
 
 @config(kw_only=True)
 class MatchingExperiment(Experiment):
-    """A velocity network, trained by flow matching.
+    """An experiment that trains a velocity network by flow matching.
 
-    model: the network.
+    model: the velocity network.
     data: the images or points to train on.
-    matching: the path, the coupling, the loss and other training options.
+    matching: the loss, the path, the coupling and the distribution of training times.
     sampling: how samples are drawn.
 
     Raises ValueError if the fields do not fit together.

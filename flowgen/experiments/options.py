@@ -23,12 +23,14 @@ _OF_ALL_PARAMETERS = ("ema_decay", "ema_warmup", "max_skips")
 class LikelihoodConfig:
     """Options of the maximum-likelihood training of a flow.
 
-    norm_penalty: weight of the penalty on the mean square of each block's input; 1e-4 as published, 0 for none.
-    jacobi: penalty that speeds up parallel decoding, usually in a short fine-tuning with --init-from; None for none.
-    noise_weight: multiply the loss by σ / 0.3, where σ is the training noise level. The published training does this if
-    prompts state σ.
-    denoiser: optimizer options for a video flow's denoiser; None uses the same values as `optim`. ema_decay,
-    ema_warmup and max_skips cannot be set here, because `optim` sets them for all parameters.
+    norm_penalty: weight in the loss of a penalty: the mean square of each block's input tokens, summed over the blocks;
+    1e-4 as published, 0 for no penalty.
+    jacobi: penalty that trains the flow to need fewer sweeps in parallel decoding, usually in a short fine-tuning with
+    --init-from; None for no penalty.
+    noise_weight: multiply the loss, except its penalties, by σ / 0.3, where σ is model.noise_std. The published
+    training does this if texts state the noise level.
+    denoiser: optimizer of a video flow's denoiser; None for the same options as `optim`. ema_decay, ema_warmup and
+    max_skips cannot be set here, because `optim` sets them for all parameters.
     """
 
     norm_penalty: NonNegative = 0.0
@@ -50,23 +52,28 @@ class LikelihoodConfig:
 
 @config
 class SamplingConfig:
-    """Options for drawing samples, in training and, unless overridden, in the commands sample and evaluate.
+    """Options for drawing samples in training and, by default, in the commands sample and evaluate.
 
-    num: number of samples to draw; at least 1.
-    plan: how tokens are decoded; "auto" is sequential, except on accelerators where parallel decoding is faster.
-    "tuned", which only sample and evaluate accept, is the plan that sample --tune saved. A tuple has one plan per
-    block, data side first.
-    window: number of tokens that "jacobi" and "sliding" solve at once, at least 1; None for all.
-    tol: largest change in a sweep at which "jacobi" and "sliding" accept a token as solved; 0 is exact.
-    init: initial guess for the sweeps of "jacobi" and "sliding": the noise, zeros, or the previous frame.
-    guidance: guidance weight w towards the class or text; 0 for none.
-    rule: how to combine the conditional and unconditional branches: TARFlow's linear rule or STARFlow's product rule.
-    parts: whether the linear rule changes shift, log_scale or both.
-    anneal: increase the weight from 0 at the first token of a block to w at its last token.
-    temperature: attention temperature of the unconditional branch; positive, 1 for no change.
-    blocks: numbers of the blocks to guide, counted from the data side; None for all.
-    denoise: strength of the step that removes the training noise; 0 for none.
-    prompts: prompts for a text model, used in turn.
+    num: number of samples that training draws for a sample grid, and that the command sample draws; at least 1.
+    plan: how tokens are decoded. "auto" decodes token by token ("sequential") or, for small batches on accelerators, in
+    parallel ("jacobi"). "tuned", which only sample and evaluate accept, is the plan that sample --tune saved. A tuple
+    has one plan per block, starting at the data side. See docs/concepts/plans.md in the repository.
+    window: number of tokens that the plans "jacobi" and "sliding" solve at once, at least 1; None for all tokens.
+    tol: tolerance of the plans "jacobi" and "sliding": tokens count as solved if a sweep changes them by at most this
+    value; 0 for exact solutions.
+    init: initial guess of the plans "jacobi" and "sliding" for tokens: the noise, zeros, or the tokens of the previous
+    frame of a clip.
+    guidance: weight w of guidance, which strengthens the effect of the class or text; 0 for no guidance.
+    rule: how guidance combines the predictions with and without the condition: by TARFlow's linear rule or STARFlow's
+    product rule.
+    parts: what the linear rule changes: the shift, the log_scale or both; must be "both" for the product rule.
+    anneal: increase the guidance weight along the tokens of each block, from 0 at the first token to w at the last.
+    temperature: number by which the attention logits are divided when guidance predicts without the condition;
+    positive, 1 for no change.
+    blocks: numbers of the blocks in which guidance is applied, counted from 0 at the data side; None for all blocks.
+    denoise: strength of the step that removes the training noise from samples: 1 for the full step, 0 for none; a
+    learned denoiser accepts no other strengths.
+    prompts: prompts for a model with texts; the samples use them in turn. If empty, training uses captions of the data.
     """
 
     num: Samples = 64

@@ -23,18 +23,22 @@ Solver = Literal["euler", "midpoint", "heun", "rk4", "dopri5", "mean_flow"]
 
 @config
 class SolverConfig:
-    """Options for drawing samples, in training and, unless overridden, in the commands sample and evaluate.
+    """Options for drawing samples in training and, by default, in the commands sample and evaluate.
 
-    num: number of samples to draw; at least 1.
-    method: a solver of `flowgen.matching.integrate`, or "mean_flow" for networks that learn average velocities.
-    num_steps: number of steps, for all methods except "dopri5"; at least 1.
-    times: time grid; "uniform" has equal steps, and "edm" has finer steps towards the data.
+    num: number of samples that training draws for a sample grid, and that the command sample draws; at least 1.
+    method: ODE solver of `flowgen.matching.integrate`, or "mean_flow" for networks trained with the loss MeanFlow.
+    "dopri5" adapts its steps.
+    num_steps: number of steps from t = 0 to t = 1, for all methods except "dopri5"; at least 1, with times "edm" at
+    least 2.
+    times: "uniform" for equal steps in time; "edm" for steps that become smaller towards the data, which "dopri5" and
+    "mean_flow" do not accept.
     rtol: relative error tolerance of "dopri5"; positive.
     atol: absolute error tolerance of "dopri5"; positive.
-    guidance: weight w in the guided velocity (1 + w) v_c - w v_u; 0 for no guidance.
-    guidance_interval: two times in [0, 1] between which guidance is applied.
-    frechet_samples: number of images that each evaluation in training draws and compares with held-out images; 0 for
-    none.
+    guidance: weight w in the guided velocity (1 + w) v_c - w v_u, where v_c and v_u are the velocities with and without
+    the condition; 0 for no guidance, as "mean_flow" requires.
+    guidance_interval: two times in [0, 1] between which guidance is applied; noise is at 0, data at 1.
+    frechet_samples: number of images that each evaluation in training draws, to report their Fréchet distance to
+    held-out images; 0 for no such distance.
     """
 
     num: Samples = 64

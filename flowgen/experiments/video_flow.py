@@ -75,10 +75,10 @@ class ClipDrawOptions(FlowDrawOptions):
 
 @config(kw_only=True)
 class VideoFlowExperiment(AutoregressiveExperiment):
-    """A video flow and its denoiser.
+    """An experiment that trains a flow on clips by maximum likelihood, together with its denoiser if it has one.
 
     model: the flow, and its denoiser if it has one.
-    data: the clips to train on.
+    data: the clips to train on, or their cached latents.
 
     Raises ValueError if the fields do not fit together.
 

@@ -49,43 +49,55 @@ def block_order(first: RasterOrder, index: int) -> RasterOrder:
 
 @config
 class STARFlowConfig(ImageTokens):
-    """Describes a STARFlow. Most defaults match the released text-to-image model, which is the preset "t2i_3b".
+    """Describes a STARFlow, a flow on latents with shallow blocks and one deep block (arXiv 2506.06276).
 
-    image_size: side of the latents, or (height, width).
-    channels: number of channels of the latents.
-    patch_size: side of the square patch that becomes one token; it must divide the sides of the latents.
-    width: number of channels of a token inside the shallow blocks, a multiple of head_dim.
-    layers_per_block: number of transformer layers in each block, from the data side to the deep block; 0 omits a block.
-    deep_width: width of the last block; None means `width`.
-    order: token order in block 0, "raster" or "reversed"; later blocks alternate. "reversed" is the published "L2R".
-    head_dim: number of channels per attention head.
-    num_kv_heads: number of key-value heads, each shared by several query heads; None means one per query head.
-    expansion: width of the feed-forward layers, as a multiple of the block's width.
-    norm: normalisation before every layer.
-    qk_norm: whether to normalise queries and keys.
-    post_norm: whether to normalise each layer's output too.
+    Most defaults match the released text-to-image model, which is the preset "t2i_3b" in `STARFLOW_PRESETS`.
+
+    image_size: side of the square grid of latents, or (height, width); without a codec, in pixels.
+    channels: number of channels of the latents or, without a codec, of the images.
+    patch_size: side, in latents, of the square patches, each of which becomes one token; must divide the height and the
+    width.
+    width: number of channels of a token inside the shallow blocks, which are all but the last; a multiple of head_dim.
+    layers_per_block: number of transformer layers in each block, from the data side to the deep block at the end; 0
+    leaves out a shallow block.
+    deep_width: number of channels of a token inside the deep block, a multiple of head_dim; None for the value of
+    `width`.
+    order: token order in block 0, which is next to the data: "raster" or "reversed"; the other blocks alternate between
+    the two. "reversed" is published as "L2R".
+    head_dim: number of channels per attention head; a multiple of 4.
+    num_kv_heads: number of key-value heads, each shared by equally many query heads; None for one per query head. Only
+    for softmax attention.
+    expansion: hidden width of the feed-forward layers, as a multiple of the block's width.
+    norm: norm before the attention and before the feed-forward part of each layer.
+    qk_norm: whether to apply an RMSNorm to queries and keys.
+    post_norm: whether to apply an RMSNorm also to the outputs of the attention and of the feed-forward part of each
+    layer.
     activation: activation of the feed-forward layers.
     use_bias: whether the linear layers have biases.
-    scale_parameterisation: "softplus", which means σ = softplus(a + 0.5413) for the raw output a, or your own function
-    (shift, raw) -> (shift, log_scale).
-    soft_clip: bound c of the map c · tanh(r / c), which is applied to the raw scale and the shift; 0 for none.
+    scale_parameterisation: how the scale σ of a block's map x = shift + σ z, from noise to data, depends on the
+    network's raw output a: σ = softplus(a + 0.5413) for "softplus", or your own function (shift, raw) -> (shift,
+    log_scale).
+    soft_clip: bound c on the raw scale and on the shift: each output r of the network is replaced by c · tanh(r / c); 0
+    for no bound.
     num_classes: number of classes that the density is conditioned on; 0 for none.
-    class_conditioning: "prefix" makes the label a prefix token, as published; "add" adds the label's embedding to
-    every token. Without a label, "add" uses the mean of all class embeddings.
-    context: the continuous context that the density is conditioned on: a VectorContext, a TokenContext or an
-    ImageContext; None for none.
-    text_dim: number of features per text token; 0 for a model without texts.
+    class_conditioning: "prefix" places a token that represents the label before the tokens of the sample, as published;
+    "add" adds the label's embedding to every token. Without a label, "add" uses the mean of all class embeddings.
+    context: the context, such as an observation, that the density is conditioned on; None for no context, and always
+    None with classes or texts.
+    text_dim: number of features per text token, as the text encoder returns them; 0 for a model without texts.
     text_length: number of tokens per text, padding included; 0 for a model without texts.
-    conditioned_blocks: blocks that depend on the class, the context or the text: "deep" for only the last block, or
-    "all".
-    rope_base_grid: side, in tokens, of the grid to which positions are scaled; None leaves neighbouring tokens 1 apart.
-    attention: attention kernel of the layers: a name, or your own kernel.
-    attention_implementation: implementation of softmax attention: "auto", "xla", "cudnn" (for GPUs) or "tpu" (for
-    TPUs); see docs/attention.md in the repository.
-    noise_std: σ of the Gaussian training noise; above 0 for latents.
+    conditioned_blocks: blocks that depend on the class, the context or the text: "deep" for the last block alone, "all"
+    for every block.
+    rope_base_grid: side, in tokens, of the square grid of the first training; on grids of other sizes, rotary positions
+    are scaled to the same range. None leaves neighbouring tokens 1 apart.
+    attention: attention kernel of the layers: a name, or your own kernel; see docs/attention.md in the repository.
+    attention_implementation: implementation of softmax attention: "xla" for all devices, "cudnn" for NVIDIA GPUs, "tpu"
+    for TPUs; "auto" chooses one by device, dtype and shape. See docs/attention.md in the repository.
+    noise_std: standard deviation σ of the Gaussian noise that is added in training; must be above 0 for latents,
+    whereas 0 means uniform dequantisation for pixels.
     dtype: dtype of matrix products and activations; parameters, affine maps and log-determinants are at least float32.
-    remat: whether to save memory by recomputing activations in the backward pass instead of storing them; "auto" stores
-    them only where this is faster, which is in blocks with few layers on CPUs with huge pages.
+    remat: whether to recompute activations in the backward pass instead of storing them, which saves memory; "auto"
+    stores them only in blocks of at most 4 layers on a CPU with huge pages, where this is faster.
     """
 
     image_size: Side | tuple[Side, Side]

@@ -17,14 +17,19 @@ from flowgen.settings.ranges import Frames, MaybeLayers, OtherFrames
 
 @config
 class STARFlowVConfig(STARFlowConfig):
-    """Describes a STARFlow for clips `frames height width c`; see `STARFlowConfig` for the other fields.
+    """Describes a STARFlow-V, which is a STARFlow for clips `frames height width c` (arXiv 2511.20462).
 
     The shallow blocks map each frame independently. The deep block is causal over the tokens of all frames, in raster
-    order. Only the deep block depends on the condition. On the third axis of the rotary positions, the position of an
-    image token is the index of its frame, and the position of a text token depends on its place in the text.
+    order. On the third axis of the rotary positions, the position of an image token is the index of its frame, and the
+    position of a text token depends on its place in the text. See `STARFlowConfig` for the fields that are not listed
+    here.
 
+    order: token order in block 0, which is next to the data: "raster" or "reversed"; the other blocks alternate between
+    the two, and the deep block must have "raster".
+    conditioned_blocks: "deep", because only the deep block can depend on the class, the context or the text.
     frames: number of latent frames per clip.
-    denoiser_layers: number of layers of the causal denoiser, which learns the flow's score; 0 for no denoiser.
+    denoiser_layers: number of layers of the causal denoiser, which learns the flow's score (the gradient of its
+    log-density); 0 for no denoiser. A denoiser supports neither a context nor class_conditioning "add".
     denoiser_past_frames: number of earlier frames to which a token attends in each layer of the denoiser.
     denoiser_lookahead_frames: number of later frames to which a token attends in each layer of the denoiser.
     """

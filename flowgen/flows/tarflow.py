@@ -33,31 +33,34 @@ Scale = Literal["exponential", "volume_preserving"]
 
 @config
 class TARFlowConfig(ImageTokens):
-    """Describes a TARFlow.
+    """Describes a TARFlow, a flow on images whose blocks are autoregressive transformers (arXiv 2412.06329).
 
     The paper's notation p-C-K-L-σ means patch_size-width-num_blocks-layers_per_block-noise_std.
 
-    image_size: side of the images in pixels, or (height, width).
+    image_size: side of square images in pixels, or (height, width).
     channels: number of channels of the images; only images with 1 or 3 channels can be displayed.
-    patch_size: side of the square patch that becomes one token; it must divide the sides of the image.
-    width: number of channels of a token inside a block, a multiple of head_dim, or any number below head_dim.
+    patch_size: side, in pixels, of the square patches, each of which becomes one token; must divide the height and the
+    width.
+    width: number of channels of a token inside a block: a multiple of head_dim, or any number below it.
     num_blocks: number of autoregressive blocks; every second block processes the tokens in reversed order.
     layers_per_block: number of transformer layers per block.
     head_dim: number of channels per attention head; a block with fewer channels has one head.
-    expansion: width of the feed-forward layers, as a multiple of the block's width.
+    expansion: hidden width of the feed-forward layers, as a multiple of the block's width.
     num_classes: number of classes that the density is conditioned on; 0 for none.
-    context: the continuous context that the density is conditioned on: a VectorContext, a TokenContext or an
-    ImageContext; None for none.
-    scale_parameterisation: "exponential" (the paper's nvp), "volume_preserving", which has log-determinant 0 and a
-    tracked prior variance, or your own function (shift, raw) -> (shift, log_scale).
-    attention: attention kernel of the layers: a name, or your own kernel.
-    attention_implementation: implementation of softmax attention: "auto", "xla", "cudnn" (for GPUs) or "tpu" (for
-    TPUs); see docs/attention.md in the repository.
+    context: the context, such as an observation, that the density is conditioned on; None for no context, and always
+    None with classes.
+    scale_parameterisation: how the scale σ of a block's map x = shift + σ z, from noise to data, depends on the
+    network's raw output a: σ = exp(a) for "exponential" (published as "nvp"); σ = 1 for "volume_preserving", for which
+    training estimates the variance of z; or your own function (shift, raw) -> (shift, log_scale).
+    attention: attention kernel of the layers: a name, or your own kernel; see docs/attention.md in the repository.
+    attention_implementation: implementation of softmax attention: "xla" for all devices, "cudnn" for NVIDIA GPUs, "tpu"
+    for TPUs; "auto" chooses one by device, dtype and shape. See docs/attention.md in the repository.
     activation: activation of the feed-forward layers.
-    noise_std: σ of the Gaussian training noise; 0 means uniform dequantisation.
+    noise_std: standard deviation σ of the Gaussian noise that is added to training images, whose values are in [-1, 1];
+    0 means uniform dequantisation instead.
     dtype: dtype of matrix products and activations; parameters, affine maps and log-determinants are at least float32.
-    remat: whether to save memory by recomputing activations in the backward pass instead of storing them; "auto" stores
-    them only where this is faster, which is in blocks with few layers on CPUs with huge pages.
+    remat: whether to recompute activations in the backward pass instead of storing them, which saves memory; "auto"
+    stores them only in blocks of at most 4 layers on a CPU with huge pages, where this is faster.
     """
 
     image_size: Side | tuple[Side, Side]

@@ -51,36 +51,38 @@ Permutation = Annotated[tuple[CountOrZero, ...], Entries(1, MAX_TOKENS)]
 
 @config
 class TokenFlowConfig:
-    """Describes a flow for vectors `(d,)` or sequences `(n, c)`.
+    """Describes a flow for vectors `(d,)`, or for sequences or sets `(n, c)`.
 
     shape: shape of one sample: (d,) for vectors, or (n, c) for n rows with c channels.
-    group: number of consecutive numbers of a vector, or rows of a sequence, that form one token; it must divide d or n.
-    Given the earlier tokens, a block maps the numbers of a token independently of each other.
-    width: number of channels of a token inside a block, a multiple of head_dim, or any number below head_dim.
+    group: number of consecutive entries of a vector, or rows of a sequence, that form one token; must divide d or n.
+    Given the earlier tokens, a block maps the numbers in a token independently of each other.
+    width: number of channels of a token inside a block: a multiple of head_dim, or any number below it.
     num_blocks: number of autoregressive blocks.
     layers_per_block: number of transformer layers per block.
     head_dim: number of channels per attention head; a block with fewer channels has one head.
-    expansion: width of the feed-forward layers, as a multiple of the block's width.
-    orders: order of the tokens in each block: "alternating" begins with raster order and reverses every second block,
-    "raster" uses raster order in all blocks, and a tuple gives one permutation of 0..tokens-1 per block.
-    padded: whether samples are padded; `cond` must then be a `Padded`, which marks the rows that exist.
+    expansion: hidden width of the feed-forward layers, as a multiple of the block's width.
+    orders: order in which each block processes the tokens: "raster" is the order of the sample in all blocks,
+    "alternating" reverses it in every second block, and a tuple contains one permutation of 0..tokens-1 per block.
+    padded: whether sequences are padded; the condition `cond` must then be a `Padded`, whose mask marks the existing
+    rows. Needs group 1.
     num_classes: number of classes that the density is conditioned on; 0 for none.
-    context: the continuous context that the density is conditioned on: a VectorContext, a TokenContext or an
-    ImageContext; None for none.
-    scale_parameterisation: "exponential" or "softplus", which means σ = softplus(a + 0.5413) for the raw output a, or
-    your own function (shift, raw) -> (shift, log_scale).
-    mixture: a map of each number by the CDF of a mixture, with which one block can model several modes; None for the
-    affine map. Guidance needs the affine map.
-    soft_clip: bound c of the map c · tanh(r / c), which is applied to the raw outputs of each block, such as scale and
-    shift; 0 for none. Standardise data that extend far beyond ±c.
-    attention: attention kernel of the layers: a name, or your own kernel.
-    attention_implementation: implementation of softmax attention: "auto", "xla", "cudnn" (for GPUs) or "tpu" (for
-    TPUs); see docs/attention.md in the repository.
+    context: the context, such as an observation, that the density is conditioned on; None for no context, and always
+    None with classes.
+    scale_parameterisation: how the scale σ of a block's map x = shift + σ z, from noise to data, depends on the
+    network's raw output a: σ = exp(a) for "exponential", σ = softplus(a + 0.5413) for "softplus", or your own function
+    (shift, raw) -> (shift, log_scale). Unused with a mixture.
+    mixture: map of each number by the CDF of a mixture, so that one block can model several modes; None for the affine
+    map x = shift + σ z, which guidance needs.
+    soft_clip: bound c on the raw outputs of each block, such as scale and shift: an output r is replaced by c · tanh(r
+    / c); 0 for no bound. Standardise data that extend far beyond ±c.
+    attention: attention kernel of the layers: a name, or your own kernel; see docs/attention.md in the repository.
+    attention_implementation: implementation of softmax attention: "xla" for all devices, "cudnn" for NVIDIA GPUs, "tpu"
+    for TPUs; "auto" chooses one by device, dtype and shape. See docs/attention.md in the repository.
     activation: activation of the feed-forward layers.
-    noise_std: σ of the Gaussian training noise; 0 for none.
+    noise_std: standard deviation of the Gaussian noise that is added to the samples in training; 0 for no noise.
     dtype: dtype of matrix products and activations; parameters, affine maps and log-determinants are at least float32.
-    remat: whether to save memory by recomputing activations in the backward pass instead of storing them; "auto" stores
-    them only where this is faster, which is in blocks with few layers on CPUs with huge pages.
+    remat: whether to recompute activations in the backward pass instead of storing them, which saves memory; "auto"
+    stores them only in blocks of at most 4 layers on a CPU with huge pages, where this is faster.
 
     Example:
         config = TokenFlowConfig(shape=(5,), width=64, num_blocks=4, context=VectorContext(dim=8))

@@ -49,7 +49,8 @@ REPORT_PAIRS = 1024
 class FlowMatching:
     """Regression of the velocity, or of another quantity that determines the velocity.
 
-    prediction: the quantity that the network predicts.
+    prediction: the quantity that the network predicts: the velocity, the data x1, the noise or the score; all except
+    the velocity need a path that adds no noise (sigma 0).
     """
 
     prediction: Prediction = "velocity"
@@ -59,9 +60,12 @@ class FlowMatching:
 class MeanFlow:
     """Regression of average velocities, for sampling in one step (arXiv 2505.13447); see `mean_flow_loss`.
 
-    instantaneous: share of pairs with interval 0, between 0 and 1.
-    power: exponent of the adaptive weight; 0 for no adaptive weight.
-    guidance_weight: weight of the classifier-free guidance that the network learns; 0 for no guidance.
+    instantaneous: share of the pairs whose interval is 0, so that the network also learns the velocity itself; between
+    0 and 1.
+    power: exponent p of the adaptive weight 1 / (e + 0.01)^p of a pair, where e is the pair's squared error, summed
+    over dimensions; 0 for equal weights.
+    guidance_weight: weight of the classifier-free guidance that the network learns; 0 for no guidance, above 0 only
+    with train.label_dropout.
     """
 
     instantaneous: Fraction = 0.75
@@ -73,10 +77,12 @@ class MeanFlow:
 class MatchingConfig:
     """The loss, path, coupling and distribution of times with which a velocity network is trained.
 
-    loss: the regression loss.
-    path: probability path between noise and data.
+    Noise x0 is at t = 0, and data x1 are at t = 1.
+
+    loss: what the network learns: velocities (FlowMatching) or also average velocities (MeanFlow).
+    path: probability path from noise at t = 0 to data at t = 1.
     coupling: rule that pairs noise with data and weights the pairs.
-    time: distribution of training times.
+    time: distribution of the times t at which the network is trained.
     """
 
     loss: FlowMatching | MeanFlow = FlowMatching()

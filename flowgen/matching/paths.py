@@ -85,7 +85,7 @@ class AffinePath:
 
 @config
 class CondOT(AffinePath):
-    """The straight line x_t = (1 - t) x0 + t x1 (arXiv 2210.02747, arXiv 2302.00482).
+    """The straight line x_t = (1 - t) x0 + t x1 from noise x0 to data x1 (arXiv 2210.02747, arXiv 2302.00482).
 
     sigma: standard deviation of Gaussian noise around the line; 0 for none.
     """
@@ -138,9 +138,9 @@ class Trigonometric(AffinePath):
 
 @config
 class Polynomial(AffinePath):
-    """x_t = tⁿ x1 + (1 - tⁿ) x0, the polynomial schedule of the Flow Matching Guide (arXiv 2412.06264).
+    """The polynomial path x_t = tⁿ x1 + (1 - tⁿ) x0 of the Flow Matching Guide (arXiv 2412.06264).
 
-    degree: n, at least 1.
+    degree: exponent n, at least 1.
     """
 
     degree: Annotated[float, Within(1)] = 2.0
@@ -152,10 +152,10 @@ class Polynomial(AffinePath):
 
 @config
 class VariancePreserving(AffinePath):
-    """The diffusion path alpha = e^(-T/2), beta = √(1 - e^(-T)), T = (1-t)²(B-b)/2 + (1-t)b (arXiv 2011.13456).
+    """The diffusion path x_t = e^(-T/2) x1 + √(1 - e^(-T)) x0, with T = (1-t)²(B-b)/2 + (1-t)b (arXiv 2011.13456).
 
-    beta_min: b, positive.
-    beta_max: B, at least b.
+    beta_min: b in T, positive.
+    beta_max: B in T, at least b.
     """
 
     beta_min: Positive = 0.1
@@ -176,7 +176,7 @@ class VariancePreserving(AffinePath):
 
 @config
 class LinearVariancePreserving(AffinePath):
-    """The variance-preserving path with linear alpha: x_t = t x1 + √(1 - t²) x0.
+    """The variance-preserving path whose coefficient of x1 is t: x_t = t x1 + √(1 - t²) x0.
 
     The derivative beta' = -t/beta is infinite at t = 1. The divisor beta is therefore kept at or above √1e-5, its value
     at t = 1 - 5e-6.

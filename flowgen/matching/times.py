@@ -14,7 +14,8 @@ from flowgen.settings.ranges import Positive
 class Uniform:
     """Times drawn uniformly from [0, 1].
 
-    stratified: whether to draw one time in each of `batch` equal intervals of [0, 1], in random order.
+    stratified: whether to divide [0, 1] into as many equal intervals as the batch has samples, and to draw one time
+    from each.
     """
 
     stratified: bool = False

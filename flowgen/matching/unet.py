@@ -63,38 +63,38 @@ TABLE_STD = 1.0
 
 @config
 class UNetConfig:
-    """Architecture of a U-Net; `UNetConfig(image_size=32, time_scale=1.0)` is torchcfm's architecture for CIFAR-10.
+    """Architecture of a U-Net, a convolutional velocity network for images.
 
-    The architecture of Meta's flow_matching for CIFAR-10 is `UNetConfig(image_size=32, multipliers=(2, 2, 2),
-    blocks_per_level=4, resample="pool", head_dim=256, dropout=0.3, scale_shift_norm=True, time_scale=1.0)`.
+    The architecture of torchcfm for CIFAR-10 is `UNetConfig(image_size=32, time_scale=1.0)`. The architecture of Meta's
+    flow_matching for CIFAR-10 is `UNetConfig(image_size=32, multipliers=(2, 2, 2), blocks_per_level=4, resample="pool",
+    head_dim=256, dropout=0.3, scale_shift_norm=True, time_scale=1.0)`.
 
     image_size: side of square images in pixels, or (height, width).
     channels: number of channels of the images.
-    width: base number of channels; even.
-    multipliers: number of channels of each level, as a multiple of width; each level except the last is followed by
-    downsampling by a factor of 2.
-    blocks_per_level: number of residual blocks per level on the way down.
-    resample: "conv" downsamples with a convolution of stride 2, and upsamples by nearest-neighbour upsampling and a
-    convolution; "pool" downsamples by average pooling over 2 x 2 pixels, and upsamples by nearest-neighbour upsampling
-    alone.
-    attention_factors: downsampling factors of the levels whose blocks have attention; the middle of the network always
-    has attention.
+    width: base number of channels, which multipliers multiply; even.
+    multipliers: number of channels of each level, as a multiple of width; from each level to the next, height and width
+    are halved.
+    blocks_per_level: number of residual blocks in each level on the way down; on the way up, each level has one more.
+    resample: "conv" downsamples by a convolution of stride 2, "pool" by averages over 2 x 2 pixels. Both upsample by
+    repeating pixels; "conv" then applies a convolution.
+    attention_factors: the levels whose blocks have attention, by their downsampling factors 1, 2, 4, ...; the middle of
+    the network always has attention.
     head_dim: number of channels per attention head; a level with fewer channels has one head.
-    attention_implementation: implementation of softmax attention: "auto", "xla", "cudnn" on GPUs or "tpu" on TPUs; see
-    docs/attention.md in the repository.
+    attention_implementation: implementation of softmax attention: "xla" for all devices, "cudnn" for NVIDIA GPUs, "tpu"
+    for TPUs; "auto" chooses one by device, dtype and shape. See docs/attention.md in the repository.
     num_groups: number of groups in group norm; must divide the number of channels of each level.
     dropout: probability with which an activation is set to 0 in training; at least 0 and below 1.
     num_classes: number of classes that the velocity is conditioned on; 0 for none.
-    scale_shift_norm: whether the embedding scales and shifts the normalised activations; if False, the embedding is
-    added before the norm.
-    time_scale: factor by which times are multiplied before the sinusoidal embedding, which expects values from 0 to
-    1,000.
-    intervals: whether to also predict average velocities over an interval (MeanFlow).
+    scale_shift_norm: whether the embedding of time and condition scales and shifts the normalised activations; if
+    false, it is added to the activations before the norm.
+    time_scale: factor by which times in [0, 1] are multiplied before the sinusoidal embedding, which expects values up
+    to 1,000.
+    intervals: whether the network also predicts average velocities over time intervals; required by the loss MeanFlow.
     dtype: dtype of convolutions and activations; parameters, norms, the embedding and the velocity stay float32.
     remat: whether to recompute the activations of each block in the backward pass instead of storing them.
-    context: the context that the velocity is conditioned on; None for none. The embedding of a vector, or the mean of
-    the tokens' embeddings, is added to the embedding of the time; the order of the tokens has no effect. An image must
-    have the same size as the network's images, and is concatenated to them as channels.
+    context: the context that the velocity is conditioned on; None for no context. The embedding of a vector, or the
+    mean of the tokens' embeddings, is added to the embedding of the time, so the order of the tokens has no effect. An
+    image must have the same size as the network's images, and is concatenated to them as channels.
     """
 
     image_size: Side | tuple[Side, Side]

@@ -87,12 +87,12 @@ def _initial(components: int) -> tuple[np.ndarray, float]:
 
 @config
 class MixtureMap:
-    """Maps each element by the CDF of a mixture; see `flowgen.transforms.mixture`.
+    """Maps each number to noise by the CDF of a mixture; see `flowgen.transforms.mixture`.
 
-    components: number of components per channel. With more components, the density can have more modes. Each component
-    requires 3 network outputs per channel.
-    kind: with "gaussian", the conditional density of each element is a mixture of Gaussians if z is standard normal;
-    "logistic" is cheaper to compute.
+    components: number of components of the mixture per channel. With more components, the density can have more modes.
+    Each component requires 3 network outputs per channel.
+    kind: family of the components. With "gaussian", the density of each number, given the earlier tokens, is a mixture
+    of Gaussians if the noise z is standard normal; "logistic" is cheaper to compute.
 
     Example:
         z, log_derivative = MixtureMap(components=8).to_noise(x, raw)
