@@ -174,7 +174,7 @@ class FlowExperiment(AutoregressiveExperiment):
 
         For a flow on pixels, the likelihood under a Gaussian is also returned.
 
-        trained_on: the config of the data that the flow was trained on; None if it is `data`.
+        trained_on: the config of the data that the flow was trained on; None if it is the experiment's `data`.
         """
         check_features(options)
         check_likelihood(model, options, latent=self.is_latent)

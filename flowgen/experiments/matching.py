@@ -294,7 +294,7 @@ class MatchingExperiment(Experiment):
     ) -> Evaluation:
         """Returns distances between new samples and the data and, for images, bits/dim.
 
-        trained_on: the config of the data that the network was trained on; None if it is `data`.
+        trained_on: the config of the data that the network was trained on; None if it is the experiment's `data`.
         """
         field = velocity_field(model, weights_of(variables), self.matching)
         if isinstance(self.data, PointsConfig):

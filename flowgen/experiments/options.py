@@ -70,7 +70,7 @@ class SamplingConfig:
     anneal: increase the guidance weight along the tokens of each block, from 0 at the first token to w at the last.
     temperature: number by which the attention logits are divided when guidance predicts without the condition;
     positive, 1 for no change.
-    blocks: numbers of the blocks in which guidance is applied, counted from 0 at the data side; None for all blocks.
+    blocks: indices of the blocks in which guidance is applied, counted from 0 at the data side; None for all blocks.
     denoise: strength of the step that removes the training noise from samples: 1 for the full step, 0 for none; a
     learned denoiser accepts no other strengths.
     prompts: prompts for a model with texts; the samples use them in turn. If empty, training uses captions of the data.

@@ -246,7 +246,7 @@ class AutoregressiveFlow(OnMeshes, nn.Module):
 
     @nn.nowrap
     def initial_variables(self, key: Key[Array, ""]) -> Variables:
-        """Returns freshly initialised variables, for `flowgen.init`.
+        """Returns freshly initialised variables. Call `flowgen.init` instead, which calls this method.
 
         Blocks of the same shape share one compiled program, because random-number generation is slow to compile.
         """
