@@ -161,40 +161,42 @@ def numbers_page() -> str:
     published = [row[:-1] for measured, row in references() if not measured]
     parts = (
         "# Reproducibility",
-        """This page lists numbers that we measured or quote, and the commands that produce them. On one kind of device,
-the config, the seed and the versions of the packages determine the result of a run. By default, the number of devices
-changes the result only by rounding. The file `config.json` in a run directory records the config and the seed.""",
+        """This page lists numbers that we measured or quote from others, and the commands to reproduce them. On one
+kind of device, the config, the seed and the versions of the packages determine the result of a run. By default, the
+number of devices changes the result only by rounding. The file `config.json` in the directory of a run records the
+config and the seed.""",
         "## Results of configs",
-        """We measured these values with jax 0.10.2 on one or two CPU cores, mostly of an AMD EPYC. Training prints the
-values at its end; if a row contains an `evaluate` command, this command prints them. The [glossary](glossary.md)
-explains the metrics. A Fréchet distance depends on the number of samples. In the configs for flow matching, training
-draws 500 samples, whereas `evaluate` without `--samples` draws one per held-out image, so the two print different
-distances. All values also depend on the seed; the docstring of a config says how much, if we measured it.
+        """We measured the values in the following table with jax 0.10.2 on one or two CPU cores, mostly of an AMD EPYC.
+Training prints the values at its end; if a row contains an `evaluate` command, this command prints them. The
+[glossary](glossary.md) explains the metrics. A Fréchet distance depends on the number of samples. In the configs for
+flow matching, training draws 500 samples, whereas `evaluate` without `--samples` draws one per held-out image, so the
+two print different distances. All values also depend on the seed; the docstring of a config says how much, if we
+measured it.
 
 The last column names the file in `benchmarks/results` that records the metrics, and gives the duration of the training
 steps, without compilation, evaluation and sampling. During our runs, other processes used the same cores, so your runs
 may be faster. A dash means that we measured an earlier version of flowgen and recorded only the values.""",
         table([*head, "record"], *ours),
         "## Published values",
-        """These values are from papers and from reproductions by others. We have not reproduced them. The
-[glossary](glossary.md#samples-and-autoencoders) explains the metrics.""",
+        """The values in the following table are from papers and from reproductions by others. We have not reproduced
+them. The [glossary](glossary.md#samples-and-autoencoders) explains the metrics.""",
         table(head, *published),
         "## Benchmarks",
-        """A row of a file in `benchmarks/results` usually records one measurement, with its device, threads and
-versions. Rows that compare times also record the load of the machine and the baseline, which was timed in the same run.
-The README in `benchmarks` explains the measurements. Inputs and parameters come from fixed seeds or closed formulas.
-`configs.json` records the training runs to which the first table refers. The table in the main README shows medians
-from these rows:
+        """A row of a file in `benchmarks/results` usually records one measurement, with its device, number of threads
+and package versions. Rows that compare times also record the load of the machine and the time of a baseline, such as
+the published code, in the same run. The README in `benchmarks` explains the measurements and the shape A of the models.
+Inputs and parameters come from fixed seeds or closed formulas. `configs.json` records the training runs to which the
+first table refers. The table in the main README shows medians from these rows:
 
-* sampling 16 images: `decode.json`, row `sequential` of shape A, next to `published sequential, processes 2`
-* a training step: `train_step.json`, row `library step` of shape A, next to `published forward backward adamw,
-  threads 2`
-* flow matching: `matching.json`, row `I-CFM` in the form `jitted step` with one thread (0.866 ms), next to
-  `torchcfm I-CFM` in the form `eager` (3.059 ms). The form `scan` runs many steps in one program (0.419 ms).""",
+* sampling 16 images: `decode.json`, row `sequential` of shape A, and its baseline `published sequential, processes 2`
+* a training step: `train_step.json`, row `library step` of shape A, and its baseline
+  `published forward backward adamw, threads 2`
+* flow matching: `matching.json`, row `I-CFM` in the form `jitted step` with one thread (0.866 ms), and its baseline
+  `torchcfm I-CFM, eager, threads 1` (3.059 ms). The form `scan` runs many steps in one program (0.419 ms per step).""",
         table(["results", "command", "device", "what"], *results()),
         "## Other numbers",
         """[Quality at an equal budget](quality.md) explains how to repeat the comparison on that page.
-[Decoding](decoding.md#all-plans-side-by-side) shows the commands that train the flows on MNIST that it measures. The
+[Decoding](decoding.md#all-plans-side-by-side) shows the commands that train the MNIST flows compared there. The
 [log](log.md) and the examples on other pages state the conditions of their numbers, but not always a command.""",
     )
     return "\n\n".join(parts) + "\n"

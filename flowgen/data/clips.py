@@ -69,19 +69,19 @@ class ClipsConfig:
     crop: "center" scales each frame until it covers the model's image size, and crops the centre; "none" stretches the
     frame to that size.
     on_corrupt: "refuse" stops the run if a video is unreadable; "skip" leaves the video out with a warning, but works
-    for clips with captions only if all clips fit in in_memory_bytes.
-    eval_fraction: fraction of the data that is held out for evaluation, the same data on every machine: of the digits
-    and of the clips for `bouncing`, of the clips for `crafter`, of the videos for `folder` and `tar`, and of the clips
-    of each video for `real` (its last clips). 0 to hold out nothing.
+    for clips with captions only if all clips together need at most `in_memory_bytes`.
+    eval_fraction: fraction of the data that is held out for evaluation, the same data on every machine; 0 to hold out
+    nothing. For `bouncing`, it is a fraction of the digits and of the clips; for `crafter`, of the clips; for `folder`
+    and `tar`, of the videos; for `real`, of the clips of each video, of which the last are held out.
     in_memory_bytes: if the clips cut from videos need at most this many bytes, they are kept in memory; otherwise, they
-    are decoded batch by batch. If the model needs latents of the clips and these need more bytes, the run ends with an
-    error.
+    are decoded batch by batch. If the model needs latents of the clips, and all latents together need more bytes, the
+    run ends with an error.
     workers: number of processes that decode videos; 0 and "auto" mean the same as in `DataConfig`.
     images: images to train on in addition to the clips; they become clips of one frame, in separate batches. None for
     clips alone.
     images_fraction: fraction of the training batches that consist of `images`; 0 to use all clips and images equally
     often.
-    classes: class names in the order of their numbers, as in `DataConfig`; `images` has the same classes.
+    classes: class names, in the order of the integer labels, as in `DataConfig`; `images` has the same classes.
 
     Example:
         config = ClipsConfig(name="folder", path="videos", fps=8)

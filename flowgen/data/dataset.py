@@ -36,8 +36,8 @@ _HOLD_OUT_NAME = b"flowgen hold-out"
 class DataConfig:
     """Selects the images to train on. The model determines the image size and channels.
 
-    name: `digits`, `mnist` or `openmoji` for one of these sets; `folder`, `tar` or `npz` for your own images at `path`;
-    `own` for a dataset that you pass to `fit`.
+    name: `digits` or `mnist` for handwritten digits, `openmoji` for emoji; `folder`, `tar` or `npz` for your own images
+    at `path`; `own` for a dataset that you pass to `fit`.
     path: path or URL of the folder for `folder`, of the .tar file or folder of .tar files for `tar`, of the .npz file
     for `npz`; otherwise empty.
     flip: mirror each training image left to right with probability one half.
@@ -50,15 +50,14 @@ class DataConfig:
     eval_fraction: fraction of the images that is held out for evaluation, the same images on every machine; 0 to hold
     out none.
     in_memory_bytes: if the resized images of `folder` or `tar` need at most this many bytes, they are kept in memory;
-    otherwise, they are decoded batch by batch. If the model needs latents of the images and these need more bytes, the
-    run ends with an error.
+    otherwise, they are decoded batch by batch. If the model needs latents of the images, and all latents together need
+    more bytes, the run ends with an error.
     workers: number of processes that decode the images of `folder` or `tar`; 0 to use threads instead. "auto" means one
     process per core, at most 32, but threads if the machine has at most eight cores, the data are in cloud storage, or
     the package loky is missing.
-    classes: class names in the order of their numbers. If this is empty, a run sets it to the class names of its
-    training data when it begins. The classes of data opened later are matched to these names: a name without images
-    causes a warning, and an unknown class an error. The labels of an .npz file without class names are positions in
-    `classes`.
+    classes: class names, in the order of the integer labels. If empty, a run begins by filling in the class names of
+    its training data. The classes of data opened later are matched to these names: a name without images causes a
+    warning, and an unknown class an error. The labels of an .npz file without class names are positions in `classes`.
 
     Example:
         config = DataConfig(name="folder", path="photos", flip=True)

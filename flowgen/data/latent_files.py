@@ -51,7 +51,7 @@ class LatentsConfig:
     `ClipsConfig`; if it is above 0, the cache must contain such clips.
     images_fraction: fraction of the training batches that consist of images, for a model of clips; 0 to use all clips
     and images equally often.
-    classes: class names in the order of their numbers, as in `DataConfig`.
+    classes: class names, in the order of the integer labels, as in `DataConfig`.
 
     Example:
         config = LatentsConfig(path="data/latents")

@@ -58,7 +58,7 @@ class AutoencodingConfig:
     per latent along a side, `model.factor`.
     frames: number of frames per clip: 1 plus a multiple of the number of frames per latent frame, `model.stride`; 0 for
     images.
-    kl_weight: weight in the loss of the mean of KL(q || N(0, 1)) over latents, in nats, where q is the encoder's
+    kl_weight: weight, in the loss, of the mean of KL(q || N(0, 1)) over latents, in nats, where q is the encoder's
     distribution of a latent; 0 or more.
     noise: standard deviation of the noise that training adds to the latents before it decodes them, in units of the
     standard deviation of each latent channel; 0 for none. With noise, the decoder learns to decode the noisy latents of
@@ -87,7 +87,8 @@ class AutoencoderExperiment(Experiment):
 
     model: the autoencoder.
     data: the images or clips to train on.
-    autoencoding: size of the images or clips, weights of the loss, and what sample grids show.
+    autoencoding: training options, such as the size of the images or clips and the weight of the KL divergence in the
+    loss.
 
     Raises ValueError if the model, the data and the training options do not fit together.
 

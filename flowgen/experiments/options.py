@@ -23,12 +23,12 @@ _OF_ALL_PARAMETERS = ("ema_decay", "ema_warmup", "max_skips")
 class LikelihoodConfig:
     """Options of the maximum-likelihood training of a flow.
 
-    norm_penalty: weight in the loss of a penalty: the mean square of each block's input tokens, summed over the blocks;
-    1e-4 as published, 0 for no penalty.
+    norm_penalty: weight, in the loss, of the following penalty: the mean square of each block's input tokens, summed
+    over the blocks; 1e-4 as published, 0 for no penalty.
     jacobi: penalty that trains the flow to need fewer sweeps in parallel decoding, usually in a short fine-tuning with
     --init-from; None for no penalty.
-    noise_weight: multiply the loss, except its penalties, by σ / 0.3, where σ is model.noise_std. The published
-    training does this if texts state the noise level.
+    noise_weight: multiply the loss, except its penalties, by σ / 0.3, where σ is model.noise_std. The published code of
+    STARFlow does this if texts state the noise level.
     denoiser: optimizer of a video flow's denoiser; None for the same options as `optim`. ema_decay, ema_warmup and
     max_skips cannot be set here, because `optim` sets them for all parameters.
     """
@@ -56,14 +56,16 @@ class SamplingConfig:
 
     num: number of samples that training draws for a sample grid, and that the command sample draws; at least 1.
     plan: how tokens are decoded. "auto" decodes token by token ("sequential") or, for small batches on accelerators, in
-    parallel ("jacobi"). "tuned", which only sample and evaluate accept, is the plan that sample --tune saved. A tuple
-    has one plan per block, starting at the data side. See docs/concepts/plans.md in the repository.
+    parallel ("jacobi"). "tuned", which only the commands sample and evaluate accept, is the plan that
+    `sample.py --tune` has saved. A tuple has one plan per block, starting at the data side. See docs/concepts/plans.md
+    in the repository.
     window: number of tokens that the plans "jacobi" and "sliding" solve at once, at least 1; None for all tokens.
     tol: tolerance of the plans "jacobi" and "sliding": tokens count as solved if a sweep changes them by at most this
     value; 0 for exact solutions.
     init: initial guess of the plans "jacobi" and "sliding" for tokens: the noise, zeros, or the tokens of the previous
     frame of a clip.
-    guidance: weight w of guidance, which strengthens the effect of the class or text; 0 for no guidance.
+    guidance: weight w of guidance, which strengthens the effect of the class, the context or the text; 0 for no
+    guidance.
     rule: how guidance combines the predictions with and without the condition: by TARFlow's linear rule or STARFlow's
     product rule.
     parts: what the linear rule changes: the shift, the log_scale or both; must be "both" for the product rule.

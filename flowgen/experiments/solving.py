@@ -30,13 +30,14 @@ class SolverConfig:
     "dopri5" adapts its steps.
     num_steps: number of steps from t = 0 to t = 1, for all methods except "dopri5"; at least 1, with times "edm" at
     least 2.
-    times: "uniform" for equal steps in time; "edm" for steps that become smaller towards the data, which "dopri5" and
-    "mean_flow" do not accept.
+    times: "uniform" for equal steps in time; "edm" for steps that become smaller towards the data. The methods "dopri5"
+    and "mean_flow" accept only "uniform".
     rtol: relative error tolerance of "dopri5"; positive.
     atol: absolute error tolerance of "dopri5"; positive.
     guidance: weight w in the guided velocity (1 + w) v_c - w v_u, where v_c and v_u are the velocities with and without
     the condition; 0 for no guidance, as "mean_flow" requires.
-    guidance_interval: two times in [0, 1] between which guidance is applied; noise is at 0, data at 1.
+    guidance_interval: start and end of the interval of times in which guidance is applied; noise is at time 0, data at
+    time 1.
     frechet_samples: number of images that each evaluation in training draws, to report their Fréchet distance to
     held-out images; 0 for no such distance.
     """

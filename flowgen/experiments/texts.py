@@ -34,7 +34,8 @@ class TextConfig:
     truncate: cut captions of the data that have too many tokens; if false, such captions cause an error. Prompts that
     are too long always cause an error.
     noise_level: begin every text with the training noise level, as in "Noise Level 300:" for a noise_std of 0.3.
-    aspect: end every text with the aspect ratio of its image, rounded to the nearest of nine; see `PromptTemplate`.
+    aspect: end every text with the aspect ratio of its image, rounded to the nearest of nine ratios, as in "in a 16:9
+    aspect ratio.".
     frames_per_second: frame rate to state in every text, as in "A video with 16 fps:"; None to state no frame rate.
     digest: digest of the encoder; None to accept any encoder. Training a flow sets this field, and opening an encoder
     with another digest then raises an error.

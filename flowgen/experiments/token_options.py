@@ -20,11 +20,11 @@ class TokenSamplingConfig:
     plan: how tokens are decoded; "auto" decodes token by token ("sequential") or, for small batches on accelerators, in
     parallel ("jacobi").
     guidance: weight w of guidance, which strengthens the effect of the context or the class; 0 for no guidance.
-    observation: number, from 0, of the simulator's fixed observation that is the context of all samples; for an .npz
-    file, number of the held-out sample that provides the context and the padding mask. Ignored if the model has
+    observation: index, counted from 0, of the simulator's fixed observation that is the context of all samples; for an
+    .npz file, index of the held-out sample that provides the context and the padding mask. Ignored if the model has
     neither.
     context: entries of the context of all samples, such as 0.1,0.2, for a model with a VectorContext; empty to use the
-    context that observation selects.
+    context that `observation` selects.
     """
 
     num: Samples = 1000

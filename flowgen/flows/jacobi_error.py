@@ -44,7 +44,7 @@ class JacobiPenalty:
     weight: weight of the penalty in the loss, which is in nats per dimension; positive.
     sweeps: number of sweeps after which the error is measured; each sweep costs a forward pass of the penalised blocks
     in every training step.
-    blocks: numbers of the penalised blocks, counted from 0 at the data side; None for all blocks.
+    blocks: indices of the penalised blocks, counted from 0 at the data side; None for all blocks.
 
     Example:
         objective = nll_objective(flow, jacobi=JacobiPenalty(weight=0.05, sweeps=5, blocks=(3,)))

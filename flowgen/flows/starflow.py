@@ -88,8 +88,8 @@ class STARFlowConfig(ImageTokens):
     text_length: number of tokens per text, padding included; 0 for a model without texts.
     conditioned_blocks: blocks that depend on the class, the context or the text: "deep" for the last block alone, "all"
     for every block.
-    rope_base_grid: side, in tokens, of the square grid of the first training; on grids of other sizes, rotary positions
-    are scaled to the same range. None leaves neighbouring tokens 1 apart.
+    rope_base_grid: side, in tokens, of the square grid with which the model was first trained; on grids of other sizes,
+    rotary positions are scaled to the same range. None leaves neighbouring tokens 1 apart.
     attention: attention kernel of the layers: a name, or your own kernel; see docs/attention.md in the repository.
     attention_implementation: implementation of softmax attention: "xla" for all devices, "cudnn" for NVIDIA GPUs, "tpu"
     for TPUs; "auto" chooses one by device, dtype and shape. See docs/attention.md in the repository.

@@ -63,8 +63,8 @@ class TokenFlowConfig:
     expansion: hidden width of the feed-forward layers, as a multiple of the block's width.
     orders: order in which each block processes the tokens: "raster" is the order of the sample in all blocks,
     "alternating" reverses it in every second block, and a tuple contains one permutation of 0..tokens-1 per block.
-    padded: whether sequences are padded; the condition `cond` must then be a `Padded`, whose mask marks the existing
-    rows. Needs group 1.
+    padded: whether sequences are padded; the condition must then be a `flowgen.conditioning.Padded`, whose mask is True
+    for rows that are not padding. Needs group 1.
     num_classes: number of classes that the density is conditioned on; 0 for none.
     context: the context, such as an observation, that the density is conditioned on; None for no context, and always
     None with classes.

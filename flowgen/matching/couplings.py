@@ -84,13 +84,14 @@ class MinibatchOT:
     method: "exact" permutes the noise by the optimal assignment, which scipy computes on the host. "sinkhorn" draws an
     x0 for each x1 from an entropic plan, which the device computes; an x0 may then be used several times or never.
     epsilon: for "sinkhorn", strength of the entropic regularisation of the plan, in units of the mean cost; positive.
-    tolerance: for "sinkhorn", largest mean relative error of the marginal of x0 in the plan; positive.
-    num_sweeps: for "sinkhorn", largest number of sweeps with this epsilon, after up to 50 sweeps with each of several
-    larger values; at least 1. If the error then exceeds the tolerance, the coupling raises ValueError; inside jit, as
-    in training, the weights and the loss become NaN instead.
+    tolerance: for "sinkhorn", largest allowed relative error of the marginal of x0 in the plan, averaged over the
+    samples x0; positive.
+    num_sweeps: for "sinkhorn", maximum number of sweeps with this epsilon, after up to 50 sweeps with each of several
+    larger epsilons; at least 1. If the error of the plan then exceeds `tolerance`, the coupling raises ValueError;
+    inside jit, as in training, the weights and the loss become NaN instead.
     class_aware: whether noise is exchanged only between pairs of the same class. If false, the noise of a class has
-    different distributions in training and in sampling (C2OT, ICCV 2025). True requires integer labels of shape `b` as
-    cond.
+    different distributions in training and in sampling (C2OT, ICCV 2025). If true, the condition of each sample must be
+    an integer label.
     scope: "global" computes one plan for the pairs of all devices, and each device computes all of it; "device"
     computes a separate plan for the pairs of each device.
 
@@ -169,14 +170,14 @@ class GibbsWeights:
     normalize: "running" divides w by its running mean, which the loss updates in each step; "batch" divides w by its
     mean over the batch; "none" leaves w unchanged. For images, unchanged weights are often too small for optimizers.
     sinkhorn_sweeps: number of Sinkhorn sweeps; 0 for none. Without sweeps, the weights change (tilt) the distributions
-    of noise and of data; sweeps reduce the tilt. With sweeps, the log-weights are -cost_ii/epsilon + f_i + g_i, where f
-    and g are the Sinkhorn potentials of the batch.
-    ess: target of the choice of epsilon: the effective sample size, as a share of the pairs, between 0 and 1. Unused if
-    epsilon or tilt is given.
-    tilt: target of the choice of epsilon that replaces `ess`: the largest tilt, measured as the relative variance of
-    the factors by which w re-weights noise and data; None for no such target.
-    scope: "global" computes Sinkhorn sweeps and "batch" means over the pairs of all devices together; "device" computes
-    them over the pairs of each device separately.
+    of noise and of data; sweeps reduce the tilt. With sweeps, the log-weight of pair i is -cost_ii/epsilon + f_i + g_i,
+    where f and g are the Sinkhorn potentials of the batch.
+    ess: target for the choice of epsilon: the effective sample size as a fraction of the number of pairs, between 0 and
+    1. Unused if epsilon or tilt is given.
+    tilt: target for the choice of epsilon, used instead of `ess`: the largest tilt to allow, measured as the relative
+    variance of the factors by which w re-weights noise and data; None for no such target.
+    scope: "global" computes Sinkhorn sweeps, and with normalize "batch" the mean of w, over the pairs of all devices
+    together; "device" computes both over the pairs of each device separately.
 
     Example:
         x0, x1, cond, log_weight = GibbsWeights(epsilon=2.0)(key, x0, x1)

@@ -60,8 +60,8 @@ class FlowMatching:
 class MeanFlow:
     """Regression of average velocities, for sampling in one step (arXiv 2505.13447); see `mean_flow_loss`.
 
-    instantaneous: share of the pairs whose interval is 0, so that the network also learns the velocity itself; between
-    0 and 1.
+    instantaneous: fraction of the pairs of noise and data for which the time interval has length 0, so that the network
+    also learns the velocity itself; between 0 and 1.
     power: exponent p of the adaptive weight 1 / (e + 0.01)^p of a pair, where e is the pair's squared error, summed
     over dimensions; 0 for equal weights.
     guidance_weight: weight of the classifier-free guidance that the network learns; 0 for no guidance, above 0 only

@@ -138,7 +138,7 @@ class Trigonometric(AffinePath):
 
 @config
 class Polynomial(AffinePath):
-    """The polynomial path x_t = tⁿ x1 + (1 - tⁿ) x0 of the Flow Matching Guide (arXiv 2412.06264).
+    """The polynomial path x_t = tⁿ x1 + (1 - tⁿ) x0, with n = `degree`, of the Flow Matching Guide (arXiv 2412.06264).
 
     degree: exponent n, at least 1.
     """
@@ -152,10 +152,11 @@ class Polynomial(AffinePath):
 
 @config
 class VariancePreserving(AffinePath):
-    """The diffusion path x_t = e^(-T/2) x1 + √(1 - e^(-T)) x0, with T = (1-t)²(B-b)/2 + (1-t)b (arXiv 2011.13456).
+    """The diffusion path x_t = e^(-T/2) x1 + √(1 - e^(-T)) x0, with T = (1-t)²(B-b)/2 + (1-t)b, b = `beta_min` and B =
+    `beta_max` (arXiv 2011.13456).
 
-    beta_min: b in T, positive.
-    beta_max: B in T, at least b.
+    beta_min: value of b, positive.
+    beta_max: value of B, at least b.
     """
 
     beta_min: Positive = 0.1

@@ -46,9 +46,10 @@ class LogitNormal:
 
 @config
 class Shifted:
-    """Uniform times that are shifted towards the noise: s = 1 - t is replaced by k s / (1 + (k - 1) s).
+    """Uniform times that are shifted towards the noise: s = 1 - t is replaced by k s / (1 + (k - 1) s), where k is
+    `shift`.
 
-    shift: k, positive; 1 for no shift, below 1 for a shift towards the data.
+    shift: the factor k, positive; 1 for no shift, below 1 for a shift towards the data.
     """
 
     shift: Positive = 3.0

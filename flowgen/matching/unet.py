@@ -71,14 +71,14 @@ class UNetConfig:
 
     image_size: side of square images in pixels, or (height, width).
     channels: number of channels of the images.
-    width: base number of channels, which multipliers multiply; even.
+    width: base number of channels, by which the entries of `multipliers` are multiplied; even.
     multipliers: number of channels of each level, as a multiple of width; from each level to the next, height and width
     are halved.
     blocks_per_level: number of residual blocks in each level on the way down; on the way up, each level has one more.
     resample: "conv" downsamples by a convolution of stride 2, "pool" by averages over 2 x 2 pixels. Both upsample by
     repeating pixels; "conv" then applies a convolution.
-    attention_factors: the levels whose blocks have attention, by their downsampling factors 1, 2, 4, ...; the middle of
-    the network always has attention.
+    attention_factors: downsampling factors (1, 2, 4, ...) of the levels whose blocks have attention; the middle of the
+    network always has attention.
     head_dim: number of channels per attention head; a level with fewer channels has one head.
     attention_implementation: implementation of softmax attention: "xla" for all devices, "cudnn" for NVIDIA GPUs, "tpu"
     for TPUs; "auto" chooses one by device, dtype and shape. See docs/attention.md in the repository.

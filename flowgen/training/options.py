@@ -160,8 +160,8 @@ class TrainConfig:
     """The length, batch size, seed and parallelism of a run.
 
     steps: number of parameter updates; at least 1.
-    batch_size: number of samples per update, over all devices and hosts together; must be a multiple of accumulation
-    times the number of devices that share the batch.
+    batch_size: number of samples per update, over all devices and hosts together; must be a multiple of the number of
+    devices over which the batch is divided, multiplied by `accumulation`.
     seed: random seed of the initial parameters, the order of the data and the noise; at least 0 and below 2^32.
     label_dropout: fraction of the samples whose label, text or context is dropped in training; above 0 if guidance is
     used in sampling, at most 1.
@@ -190,12 +190,12 @@ class TrainConfig:
 
 @config
 class InitConfig:
-    """The run or model from whose parameters a run starts, and how the two models may differ.
+    """The model that provides the initial parameters of a run, and how the run's model may differ from it.
 
     path: directory or URL of a run, of an exported model, or of weights that `convert` has imported; or the name of a
     model that ships with flowgen. Empty for new parameters. A resumed run ignores this field.
-    allow: kinds of differences between the two models to allow: classes, size, text, frames or other; see
-    docs/training.md in the repository.
+    allow: kinds of differences to allow between the run's model and the one at `path`: classes, size, text, frames or
+    other; see docs/training.md in the repository.
     """
 
     path: str = ""
@@ -218,7 +218,7 @@ class LogConfig:
     sample_every: steps between sample grids (images of samples); 0 to draw one only at the end.
     checkpoint_every: steps between checkpoints; 0 to save only at the end.
     keep: number of latest checkpoints to keep, in addition to the one with the best evaluation; at least 1.
-    tensorboard: write metrics and sample grids as TensorBoard events too, next to metrics.jsonl.
+    tensorboard: write metrics and sample grids as TensorBoard events too, into the directory of the run.
     tracker: also send metrics and sample grids to "wandb" (Weights & Biases) or "trackio"; "none" for neither.
     progress: show a progress bar if standard error is a terminal; otherwise, print each report as a line.
     """
