@@ -25,8 +25,8 @@ class LikelihoodConfig:
 
     norm_penalty: weight, in the loss, of the following penalty: the mean square of each block's input tokens, summed
     over the blocks; 1e-4 as published, 0 for no penalty.
-    jacobi: penalty that trains the flow to need fewer sweeps in parallel decoding, usually in a short fine-tuning with
-    --init-from; None for no penalty.
+    jacobi: penalty that trains the flow to need fewer sweeps in parallel decoding, usually in a short fine-tuning of a
+    trained flow; None for no penalty.
     noise_weight: multiply the loss, except its penalties, by σ / 0.3, where σ is model.noise_std. The published code of
     STARFlow does this if texts state the noise level.
     denoiser: optimizer of a video flow's denoiser; None for the same options as `optim`. ema_decay, ema_warmup and

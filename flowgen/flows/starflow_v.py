@@ -17,7 +17,7 @@ from flowgen.settings.ranges import Frames, MaybeLayers, OtherFrames
 
 @config
 class STARFlowVConfig(STARFlowConfig):
-    """Describes a STARFlow-V, which is a STARFlow for clips `frames height width c` (arXiv 2511.20462).
+    """Describes a STARFlow-V, which is a STARFlow for clips of shape `frames height width c` (arXiv 2511.20462).
 
     The shallow blocks map each frame independently. The deep block is causal over the tokens of all frames, in raster
     order. On the third axis of the rotary positions, the position of an image token is the index of its frame, and the

@@ -51,7 +51,7 @@ Permutation = Annotated[tuple[CountOrZero, ...], Entries(1, MAX_TOKENS)]
 
 @config
 class TokenFlowConfig:
-    """Describes a flow for vectors `(d,)`, or for sequences or sets `(n, c)`.
+    """Describes a flow for vectors of shape (d,), or for sequences or sets of shape (n, c).
 
     shape: shape of one sample: (d,) for vectors, or (n, c) for n rows with c channels.
     group: number of consecutive entries of a vector, or rows of a sequence, that form one token; must divide d or n.

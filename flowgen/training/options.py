@@ -192,8 +192,8 @@ class TrainConfig:
 class InitConfig:
     """The model that provides the initial parameters of a run, and how the run's model may differ from it.
 
-    path: directory or URL of a run, of an exported model, or of weights that `convert` has imported; or the name of a
-    model that ships with flowgen. Empty for new parameters. A resumed run ignores this field.
+    path: directory or URL of a run, of an exported model, or of weights that `python -m flowgen convert` has imported;
+    or the name of a model that ships with flowgen. Empty for new parameters. A resumed run ignores this field.
     allow: kinds of differences to allow between the run's model and the one at `path`: classes, size, text, frames or
     other; see docs/training.md in the repository.
     """
