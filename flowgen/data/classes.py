@@ -134,9 +134,11 @@ def class_numbers(found: tuple[str, ...], classes: tuple[str, ...], where: str) 
 
 
 def check_classes(dataset: HasClasses, num_classes: int) -> None:
-    """Raises ValueError if a model cannot use the labels of this dataset. Warns if the model has unused class numbers.
+    """Checks that a model can be trained on the labels of a dataset.
 
-    num_classes: number of classes of the model; 0 if it is unconditional.
+    num_classes: number of classes of the model; 0 if labels are not used, in which case any dataset is accepted.
+
+    Raises ValueError if the dataset has no classes, or more than `num_classes`. Warns if it has fewer.
 
     Example:
         check_classes(dataset, num_classes=10)

@@ -42,14 +42,14 @@ Count = Annotated[int, Within(1, 1 << 40)]
 
 @config
 class LatentsConfig:
-    """Selects cached latents of images or clips, which `python -m flowgen encode` has written.
+    """Selects latents of images or clips that `python -m flowgen encode` has computed and written to a directory.
 
     path: directory that contains the latents.
-    fps: frames per second of the clips, which is the default frame rate of sampled videos; 0 if the clips have the
+    fps: frames per second of the clips; sampled videos are written at this rate by default. 0 if the clips have the
     frame rates of the original videos.
-    drop_first: fraction of the training batches of clips in which the clips lack their first latent frame, as in
-    `ClipsConfig`; if it is above 0, the cache must contain such clips.
-    images_fraction: fraction of the training batches that consist of images, for a model of clips; 0 to use all clips
+    drop_first: among the training batches of clips, the fraction whose clips lack their first latent frame, as in
+    `ClipsConfig`; if it is above 0, the directory must contain such clips.
+    images_fraction: for a model of clips, fraction of the training batches that consist of images; 0 to use all clips
     and images equally often.
     classes: class names, in the order of the integer labels, as in `DataConfig`.
 
@@ -249,14 +249,15 @@ def _parsed_index(path: Path, *version: int) -> LatentIndex:
 def read_latents(
     directory: str | os.PathLike[str], split: Split, classes: tuple[str, ...] = ()
 ) -> LatentDataset | BucketedDataset:
-    """Returns a split of the cached latents, which are memory-mapped.
+    """Returns the latents of one split from a directory that `python -m flowgen encode` has written, memory-mapped.
 
-    If there are latents of several kinds or shapes, each combination of kind and shape becomes a bucket.
+    If the latents differ in shape or in kind (those of images, whole clips, clips without their first frame, or images
+    as clips of one frame), each combination of kind and shape becomes a bucket of a `BucketedDataset`.
 
-    classes: class names in the order of the returned labels; if empty, those of the cache.
+    classes: class names in the order that the returned labels should have; if empty, labels are returned as stored.
 
-    Raises FileNotFoundError or ValueError if a file is missing, is truncated or does not have the shape in the index,
-    if a label is not a valid class number, if a class is not in `classes`, or if the split has no latents.
+    Raises FileNotFoundError or ValueError if a file is missing, is truncated or does not have the shape that the
+    directory's index states, if a stored label or class name is not valid, or if the split has no latents.
 
     Example:
         dataset = read_latents("data/latents", "train")

@@ -41,7 +41,7 @@ Cost = Literal["euclidean", "sqeuclidean"] | Callable[[Array, Array], Array]
 
 
 class Coupled(NamedTuple):
-    """Pairs of noise and data, with their conditions and log-weights."""
+    """The result of a coupling: pairs (x0[i], x1[i]) of noise and data, their conditions and log-weights."""
 
     x0: Float[Array, "b *event"]
     x1: Float[Array, "b *event"]
@@ -51,7 +51,11 @@ class Coupled(NamedTuple):
 
 @runtime_checkable
 class Coupling(Protocol):
-    """The interface of a coupling. It may have an attribute `sees`: "row", "device" or "global" (the default)."""
+    """The interface of couplings, which pair noise with data.
+
+    A coupling may have an attribute `sees`, which names the rows of the batch on which a pair and its weight depend:
+    "row", "device" or "global" (the default).
+    """
 
     def __call__(
         self, key: Key[Array, ""], x0: Float[Array, "b *event"], x1: Float[Array, "b *event"], cond: Cond = None
@@ -86,9 +90,9 @@ class MinibatchOT:
     epsilon: for "sinkhorn", strength of the entropic regularisation of the plan, in units of the mean cost; positive.
     tolerance: for "sinkhorn", largest allowed relative error of the marginal of x0 in the plan, averaged over the
     samples x0; positive.
-    num_sweeps: for "sinkhorn", maximum number of sweeps with this epsilon, after up to 50 sweeps with each of several
-    larger epsilons; at least 1. If the error of the plan then exceeds `tolerance`, the coupling raises ValueError;
-    inside jit, as in training, the weights and the loss become NaN instead.
+    num_sweeps: for "sinkhorn", maximum number of Sinkhorn sweeps with `epsilon`; before these, up to 50 sweeps use each
+    of several larger epsilons; at least 1. If the error of the plan then exceeds `tolerance`, the coupling raises
+    ValueError; inside jit, as in training, the weights and the loss become NaN instead.
     class_aware: whether noise is exchanged only between pairs of the same class. If false, the noise of a class has
     different distributions in training and in sampling (C2OT, ICCV 2025). If true, the condition of each sample must be
     an integer label.
@@ -108,7 +112,7 @@ class MinibatchOT:
 
     @property
     def sees(self) -> str:
-        """The rows that share a plan; the same as `scope`."""
+        """Equals `scope`: the rows of all devices ("global") or of each device ("device") share a plan."""
         return self.scope
 
     def __call__(
@@ -158,7 +162,7 @@ class MinibatchOT:
 
 @config
 class GibbsWeights:
-    """Weights random pairs of noise and data by w = exp(-cost / epsilon) (W-CFM, arXiv 2507.22270).
+    """Gives each random pair of noise and data the weight w = exp(-cost / epsilon) (W-CFM, arXiv 2507.22270).
 
     A call raises ValueError if epsilon is None or, outside jit, if a cost is NaN. Inside jit, a NaN cost makes the
     weight and the loss NaN.
@@ -194,7 +198,7 @@ class GibbsWeights:
 
     @property
     def sees(self) -> str:
-        """The rows on which a weight depends: `scope` if there are sweeps or a batch mean, otherwise "row"."""
+        """The rows on which a weight depends: `scope` with Sinkhorn sweeps or normalize="batch", otherwise "row"."""
         return self.scope if self.sinkhorn_sweeps or self.normalize == "batch" else "row"
 
     def __call__(
@@ -219,8 +223,9 @@ class GibbsWeights:
 class FromFlow:
     """Pairs each x1 with the noise to which a trained flow maps it (Normalized Flow Matching, arXiv 2603.09014).
 
-    Training loads the flow before the first step and uses the coupling `flowgen.matching.FlowDistilled`. Outside
-    training, use `FlowDistilled` itself: a call of this config raises ValueError.
+    An experiment loads the flow before the first training step, and replaces this config by the coupling
+    `flowgen.matching.FlowDistilled`. Outside experiments, use `FlowDistilled` itself: a call of this config raises
+    ValueError.
 
     path: run directory of a flow, folder of an exported flow, or name of a flow that ships with flowgen.
 
@@ -292,10 +297,11 @@ def _cost_matrix(x0: Float[Array, "b *event"], x1: Float[Array, "m *event"], cos
 
 
 def to_sphere(x: Float[Array, "b *event"]) -> Float[Array, "b *event"]:
-    """Returns x with every sample scaled to norm √d, where d is the number of dimensions; zeros stay zeros.
+    """Returns x with every sample scaled to norm √d, where d is the number of dimensions; a sample of zeros stays 0.
 
-    √d is the typical norm of standard normal noise. The distance from noise to a point on a sphere around 0 has the
-    same distribution for all points, so plain Gibbs weights do not change the distribution of the scaled data.
+    √d is the typical norm of standard normal noise. The distance from such noise to a point on a sphere around 0 has
+    the same distribution for all points. Therefore, Gibbs weights without Sinkhorn sweeps do not change the
+    distribution of the scaled data.
 
     Example:
         x1 = to_sphere(x1)

@@ -54,20 +54,20 @@ MAX_POSITIONS = 1 << 28  # largest number of entries in the position table, whic
 class DiTConfig:
     """Architecture of a DiT (diffusion transformer), a velocity network for images or latents.
 
-    The sizes S, B, L and XL in the paper have (width, num_layers, head_dim) = (384, 12, 64), (768, 12, 64), (1024, 24,
-    64) and (1152, 28, 72).
+    The sizes S, B, L and XL in the paper (arXiv 2212.09748) have (width, num_layers, head_dim) = (384, 12, 64), (768,
+    12, 64), (1024, 24, 64) and (1152, 28, 72).
 
-    image_size: side of square images or latents, or (height, width).
+    image_size: side of square images or latents in pixels, or (height, width).
     channels: number of channels of the images or latents.
-    patch_size: side of the square patches, each of which becomes one token; must divide the height and the width of the
-    image.
+    patch_size: side, in pixels, of the square patches, each of which becomes one token; must divide the height and the
+    width of the image.
     width: number of channels of a token; a multiple of head_dim and of 4.
     num_layers: number of transformer layers.
     head_dim: number of channels per attention head.
     expansion: hidden width of the feed-forward layers, as a multiple of width.
     num_classes: number of classes that the velocity is conditioned on; 0 for none.
-    attention: attention kernel of the layers: a name, or your own kernel or feature map; see docs/attention.md in the
-    repository.
+    attention: attention kernel of the layers: a name, such as "softmax", or your own kernel or feature map; see
+    docs/attention.md in the repository.
     attention_implementation: implementation of softmax attention: "xla" for all devices, "cudnn" for NVIDIA GPUs, "tpu"
     for TPUs; "auto" chooses one by device, dtype and shape. See docs/attention.md in the repository.
     intervals: whether the network also predicts average velocities over time intervals; required by the loss MeanFlow.
@@ -116,7 +116,7 @@ class DiTConfig:
 
     @property
     def image_hw(self) -> tuple[int, int]:
-        """Height and width in pixels."""
+        """Height and width of an image in pixels."""
         return image_sides(self.image_size)
 
     @property
@@ -125,7 +125,7 @@ class DiTConfig:
         return (*self.image_hw, self.channels)
 
     def shrunk(self) -> DiTConfig:
-        """Returns a small version of this config, at most 8 pixels high and wide, for tests and `--debug`."""
+        """Returns a small version of this config, of at most 8 x 8 pixels, for tests and `--debug` runs."""
         height, width = self.image_hw
         patch = min(self.patch_size, 2)
         side = patch * max(1, min(4, height // self.patch_size))
@@ -143,20 +143,20 @@ class DiTConfig:
 
     @property
     def token_hw(self) -> tuple[int, int]:
-        """Numbers of rows and columns of patches."""
+        """Number of patches along the height and along the width of an image."""
         height, width = self.image_hw
         return height // self.patch_size, width // self.patch_size
 
     @property
     def attends_context(self) -> bool:
-        """Whether the layers attend to the context. They attend to tokens, and to an image of another size than the
-        network's.
+        """Whether the layers attend to the context: true for tokens, and for an image whose size differs from
+        `image_size`.
         """
         return isinstance(self.context, TokenContext | ImageContext) and not same_size(self.context, self.image_hw)
 
     @property
     def softmax_shapes(self) -> tuple[SoftmaxShape, ...]:
-        """The attention shape of the layers, as a tuple of one item; empty unless the layers use softmax attention."""
+        """The shape of the layers' self-attention, as a tuple of one item; empty unless `attention` is "softmax"."""
         if not (isinstance(self.attention, str) and self.attention == "softmax"):
             return ()
         heads = self.width // self.head_dim

@@ -31,7 +31,7 @@ class LogitNormal:
     """Logit-normal times: t = sigmoid(mean + std z), where z is standard normal (Esser et al., arXiv 2403.03206).
 
     EDM's noise levels (ln sigma with mean -1.2 and standard deviation 1.2) correspond to mean 1.2 and std 1.2. The sign
-    changes because data are at t = 1 here.
+    changes because t = 1 / (1 + sigma), so the logit of t is -ln sigma.
 
     mean: mean of the logit of t; a positive mean favours times near the data.
     std: standard deviation of the logit of t; positive.

@@ -86,7 +86,7 @@ class UNetConfig:
     dropout: probability with which an activation is set to 0 in training; at least 0 and below 1.
     num_classes: number of classes that the velocity is conditioned on; 0 for none.
     scale_shift_norm: whether the embedding of time and condition scales and shifts the normalised activations; if
-    false, it is added to the activations before the norm.
+    false, the embedding is added to the activations before the norm.
     time_scale: factor by which times in [0, 1] are multiplied before the sinusoidal embedding, which expects values up
     to 1,000.
     intervals: whether the network also predicts average velocities over time intervals; required by the loss MeanFlow.
@@ -165,7 +165,7 @@ class UNetConfig:
 
     @property
     def image_hw(self) -> tuple[int, int]:
-        """Height and width in pixels."""
+        """Height and width of an image in pixels."""
         return image_sides(self.image_size)
 
     @property
@@ -175,12 +175,12 @@ class UNetConfig:
 
     @property
     def event_shape(self) -> tuple[int, int, int]:
-        """Shape of one sample: `image_shape`."""
+        """Shape of one sample: (height, width, channels)."""
         return self.image_shape
 
     @property
     def num_dims(self) -> int:
-        """Number of values in one image, by which metrics per dimension are divided."""
+        """Number of values in one image: height · width · channels."""
         height, width = self.image_hw
         return height * width * self.channels
 
@@ -195,12 +195,14 @@ class UNetConfig:
         return EMBEDDING_EXPANSION * self.width
 
     def attends(self, level: int) -> bool:
-        """Returns whether the blocks of a level have attention."""
+        """Returns whether the blocks of a level have attention; level 0 has the full resolution."""
         return 2**level in self.attention_factors
 
     @property
     def softmax_shapes(self) -> tuple[SoftmaxShape, ...]:
-        """The attention shapes of the levels that have attention and of the middle of the network."""
+        """The shapes of self-attention, one for each resolution at which a level or the middle of the network has
+        attention.
+        """
         height, width = self.image_hw
         return tuple(
             SoftmaxShape(height * width // 4**level, heads, channels // heads, self.dtype)
@@ -210,7 +212,7 @@ class UNetConfig:
         )
 
     def shrunk(self) -> UNetConfig:
-        """Returns a small version of this config, at most 8 pixels high and wide, for tests and `--debug`."""
+        """Returns a small version of this config, of at most 8 x 8 pixels, for tests and `--debug` runs."""
         multipliers = tuple(min(multiplier, 2) for multiplier in self.multipliers[:2])
         deepest = len(multipliers)  # 1 or 2, which is also the downsampling factor of the last level
         height, width = (deepest * max(1, min(8 // deepest, length // deepest)) for length in self.image_hw)

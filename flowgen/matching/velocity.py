@@ -91,17 +91,17 @@ class MLPConfig:
 
     @property
     def event_shape(self) -> tuple[int, ...]:
-        """Shape of one sample."""
+        """Shape of one sample: (dim,)."""
         return (self.dim,)
 
     def shrunk(self) -> MLPConfig:
-        """Returns a small version of this config, for tests and `--debug`."""
+        """Returns a small version of this config, for tests and `--debug` runs."""
         return dataclasses.replace(self, width=16, num_layers=1)
 
 
 class VelocityMLP(OnMeshes, nn.Module):
-    """A multilayer perceptron on [x, t, condition] with SELU and PyTorch's initialisation, as in torchcfm's 2-D
-    examples.
+    """A velocity network for points: a multilayer perceptron on [x, t, condition] with SELU and PyTorch's
+    initialisation, as in torchcfm's 2-D examples.
 
     Example:
         v = VelocityMLP(MLPConfig(dim=2)).apply(params, t, x)

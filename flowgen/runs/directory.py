@@ -40,7 +40,7 @@ PROFILE = "profile"
 
 
 def is_run(run_dir: str | Path) -> bool:
-    """Returns whether a directory has a config.json with a digest, which every run writes.
+    """Returns whether a directory is that of a run, which means that its config.json exists and contains a digest.
 
     Raises ValueError if config.json does not contain a JSON object.
 
@@ -52,7 +52,7 @@ def is_run(run_dir: str | Path) -> bool:
 
 
 def was_trained_in(directory: str | Path) -> bool:
-    """Returns whether a directory contains a run's config or a complete checkpoint.
+    """Returns whether a directory contains the config of a run, or a complete checkpoint in its folder `checkpoints`.
 
     Example:
         was_trained_in("photos/run")
@@ -73,7 +73,8 @@ def read_config(run_dir: str | Path) -> dict[str, Any]:
 
     Raises:
         FileNotFoundError: the directory does not exist or is not a run; the message says which.
-        ValueError: the config is not a file, is not JSON, or has been changed; the message names the changed values.
+        ValueError: the config is not a file, is not JSON, or has been changed; if a checkpoint contains the original
+            config, the message names up to three changed values.
 
     Example:
         read_config("runs/digits")["model"]
@@ -163,8 +164,9 @@ def data_changes(run_dir: str | Path, inventory: Inventory) -> str:
 def check_workdir(workdir: Path, check_config: Callable[[dict[str, Any]], None], *, locks: bool = True) -> None:
     """Raises ValueError or OSError unless training can start or resume in a directory. Writes nothing.
 
-    check_config: raises ValueError if the run in the directory has another config. locks: whether to also raise
-    BlockingIOError if another process is training there.
+    check_config: a function that is called with the config of the run in the directory, if there is one; it raises
+    ValueError if this run cannot be resumed. locks: whether to also raise BlockingIOError if another process is
+    training in the directory.
 
     Example:
         check_workdir(Path("runs/digits"), experiment.check_resumable)

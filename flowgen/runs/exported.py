@@ -73,7 +73,7 @@ def is_exported(folder: str | os.PathLike[str]) -> bool:
 
 
 class ExportedReader(CheckpointReader):
-    """Reads an exported model as the only checkpoint of a run. Converts arrays that are stored as float16 to float32.
+    """Reads an exported model as if it were a run with a single checkpoint. Arrays stored as float16 become float32.
 
     Example:
         reader = ExportedReader("exported/digits")
@@ -85,10 +85,11 @@ class ExportedReader(CheckpointReader):
         self._path = self.directory / MODEL_FILE
 
     def config(self) -> dict[str, Any]:
-        """Returns the experiment as plain JSON values. An autoencoder in the folder becomes the codec.
+        """Returns the experiment as plain JSON values.
 
-        All other paths in the config become "", so a file from an untrusted source cannot make flowgen read other
-        files or URLs.
+        If the folder contains an autoencoder, `codec.path` is the path of this autoencoder. All other paths in the
+        experiment become "", so that a config.json from an untrusted source cannot make flowgen read other files or
+        URLs.
 
         Raises FileNotFoundError if config.json is missing, or ValueError if it is damaged or has an unsupported format.
         """
@@ -98,11 +99,11 @@ class ExportedReader(CheckpointReader):
         return experiment
 
     def steps(self) -> list[int]:
-        """Returns a list that contains only the step of the weights."""
+        """Returns a list with one entry: the training step at which the exported weights were saved."""
         return [self._about()[WEIGHTS]["step"]]
 
     def manifest(self, step: int) -> dict[str, Any]:
-        """Returns the step's `config`, `arrays` (path: [shape, dtype]) and `files` (path: digest)."""
+        """Returns the same items as `CheckpointReader.manifest`; the only file is model.safetensors."""
         entries = layout(self._tensors())
         arrays = {path: [shape, _STORED.get(dtype, dtype)] for path, (shape, dtype) in entries.items()}
         files = {MODEL_FILE: self._about()[WEIGHTS][DIGEST]}
@@ -113,13 +114,13 @@ class ExportedReader(CheckpointReader):
         return self._about()[WEIGHTS]["trained"]
 
     def evaluation(self, step: int) -> dict[str, float]:
-        """Returns the metrics that the run recorded for the weights."""
+        """Returns the evaluation metrics that the run recorded for the weights; {} if there are none."""
         return self._about()[METRICS]
 
     def arrays(self, step: int, choose: Callable[[str], bool] = lambda path: True) -> Flat:
-        """Returns the arrays whose paths `choose` accepts, after checking the digest of the file.
+        """Returns the arrays whose paths `choose` accepts, after checking the digest of model.safetensors.
 
-        Raises ValueError if the file has been changed or is truncated.
+        Raises ValueError if this file has been changed or is truncated.
         """
         tensors = self._tensors()
         if digest_of_file(self._path) != self._about()[WEIGHTS][DIGEST]:
@@ -130,7 +131,7 @@ class ExportedReader(CheckpointReader):
         return {path: np.array(x, _STORED.get(x.dtype.name, x.dtype)) for path, x in chosen.items()}
 
     def is_averaged(self, step: int) -> bool:
-        """Returns whether the weights are an average."""
+        """Returns whether the weights are the moving average that training kept."""
         return self._about()[WEIGHTS]["averaged"]
 
     def _group(self, step: int, ema: bool) -> str:

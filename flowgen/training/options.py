@@ -71,13 +71,13 @@ class OptimConfig:
         below 1. For other optimizers, set their decay rates in options.
     b2: decay rate of the running mean of squared gradients, for the same optimizers as b1; at least 0 and below 1.
     eps: constant added to the denominator of the updates, for the same optimizers as b1; at least 0.
-    clip_norm: largest norm of the gradient over all parameters; larger gradients are scaled down to it. 0 for no
-        clipping.
+    clip_norm: maximum norm of the gradient over all parameters; a gradient with a larger norm is scaled down to this
+        norm. 0 for no clipping.
     skip_norm: skip an update if the norm of its gradient, before clipping, exceeds this value or is not finite; 0 for
         no skipping.
     skip_after: with skip_norm, number of updates at the start of the run that are skipped only if their gradient norm
         is not finite.
-    max_skips: with skip_norm, largest number of updates in a row that are skipped; the run stops if there are more. At
+    max_skips: with skip_norm, number of updates in a row that may be skipped; the run stops if more are skipped. At
         least 1.
     ema_decay: decay rate of the moving average of the parameters, which is used for evaluation and sampling; below 1,
         or 0 for no average.
@@ -128,7 +128,8 @@ class OptimConfig:
 
     @property
     def all_options(self) -> dict[str, Any]:
-        """The keyword arguments of `optimizer`, except learning rates and weight decay."""
+        """The keyword arguments of `optimizer`: `options` and, if the optimizer uses them, the fields b1, b2 and
+        eps."""
         return {**self._moments, **self.options}
 
     @property
@@ -163,8 +164,8 @@ class TrainConfig:
     batch_size: number of samples per update, over all devices and hosts together; must be a multiple of the number of
     devices over which the batch is divided, multiplied by `accumulation`.
     seed: random seed of the initial parameters, the order of the data and the noise; at least 0 and below 2^32.
-    label_dropout: fraction of the samples whose label, text or context is dropped in training; above 0 if guidance is
-    used in sampling, at most 1.
+    label_dropout: fraction of the samples whose label, text or context is dropped in training, at most 1; should be
+    above 0 if sampling uses guidance.
     accumulation: number of micro-batches into which each device splits its share of a batch; they are processed one
     after another, to save memory.
     frozen: patterns of the names of parameters that training leaves unchanged, such as "blocks_0/*"; see
