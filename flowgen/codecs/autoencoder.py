@@ -74,7 +74,7 @@ class AutoencoderConfig:
 
     @property
     def factor(self) -> int:
-        """The factor by which the encoder reduces height and width: 2 to the power of the number of halvings."""
+        """The factor by which the encoder reduces the height and width of images."""
         return 2 ** (len(self.widths) - 1)
 
     @property
@@ -84,7 +84,7 @@ class AutoencoderConfig:
 
 
 class Autoencoder(OnMeshes, nn.Module):
-    """Maps images `b height width c` in [-1, 1] to Gaussians over latents `b rows columns z`, and latents back.
+    """Maps images `b height width c` in [-1, 1] to Gaussians over latents `b rows columns z`, and latents to images.
 
     Latents have height / factor rows and width / factor columns, where factor is `config.factor`.
 
@@ -117,7 +117,7 @@ class Autoencoder(OnMeshes, nn.Module):
         return mean, jnp.clip(log_variance, *LOG_VARIANCE_BOUNDS)
 
     def decode(self, latents: Float[Array, "b rows columns z"]) -> Float[Array, "b height width c"]:
-        """Decodes latents, in the scale of `encode`, to images whose values are not clipped to [-1, 1]."""
+        """Decodes unnormalised latents, like those of `encode`, to images whose values are not clipped to [-1, 1]."""
         check_floating("latents", latents)
         return self.decoder(self.post_quant_conv(latents))
 

@@ -32,7 +32,8 @@ class Codec(Protocol):
 
     An image is encoded like the first frame of a clip.
 
-    factor: the factor by which latents have fewer rows and columns than images or frames have pixels.
+    factor: height of the images or frames divided by the number of rows of their latents; the same for width and
+    columns.
     stride: number of frames per latent frame, except that the first frame alone becomes the first latent frame; thus,
     1 + k · stride frames become 1 + k latent frames.
     channels: number of channels of the latents.
@@ -127,7 +128,7 @@ class LatentNormalisation:
         return std * np.abs(_per_channel(self.scale, std))
 
     def undo(self, normalised: Latents) -> Latents:
-        """Returns the unnormalised latents; the inverse of `apply`."""
+        """Returns the latents that `apply` maps to `normalised`."""
         return normalised / _per_channel(self.scale, normalised) + _per_channel(self.shift, normalised)
 
 

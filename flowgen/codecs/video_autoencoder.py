@@ -57,7 +57,7 @@ class VideoAutoencoderConfig:
     the last halves height and width.
     decoder_widths: number of channels in each level of the decoder, also from the highest resolution to the lowest,
     although the decoder runs its levels in reverse.
-    halve_time: for each level but the last, whether the level also halves the number of frames, apart from the first.
+    halve_time: for each level but the last, whether the level also halves the number of frames after the first.
     layers_per_block: number of residual blocks in each level of the encoder; the decoder has one more in each level.
     patch_size: side, in pixels, of the square patches whose pixels are stacked as channels before the first level.
     shortcuts: whether shortcuts without parameters connect the input of each level to its output, except in the
@@ -103,7 +103,7 @@ class VideoAutoencoderConfig:
 
     @property
     def factor(self) -> int:
-        """The factor by which the encoder reduces height and width, including the factor `patch_size`."""
+        """The factor by which the encoder, including its patches, reduces the height and width of clips."""
         return self.patch_size * 2 ** len(self.halve_time)
 
     @property
@@ -167,11 +167,11 @@ def _check(config: VideoAutoencoderConfig, x: Any) -> None:
 
 
 class VideoAutoencoder(OnMeshes, nn.Module):
-    """Maps clips `b frames height width c` in [-1, 1] to Gaussians over latents `b f rows columns z`, and latents back.
+    """Maps clips `b frames height width c` to Gaussians over latents `b f rows columns z`, and latents to clips.
 
-    A clip of 1 + k · stride frames has 1 + k latent frames, where stride is `config.stride`. Latent frame t depends
-    only on frames 0 to t · stride. Latents have height / factor rows and width / factor columns, where factor is
-    `config.factor`.
+    The values of clips are in [-1, 1]. A clip of 1 + k · stride frames has 1 + k latent frames, where stride is
+    `config.stride`. Latent frame t depends only on frames 0 to t · stride. Latents have height / factor rows and
+    width / factor columns, where factor is `config.factor`.
 
     Example:
         mean, log_variance = VideoAutoencoder(config).apply(params, x, method="encode")
@@ -200,7 +200,7 @@ class VideoAutoencoder(OnMeshes, nn.Module):
         return self.encode_part(x, None)[0]
 
     def decode(self, latents: Float[Array, "b f rows columns z"]) -> Clips:
-        """Decodes latents, in the scale of `encode`, to clips whose values are not clipped to [-1, 1]."""
+        """Decodes unnormalised latents, like those of `encode`, to clips whose values are not clipped to [-1, 1]."""
         return self.decode_part(latents, None)[0]
 
     def encode_part(self, x: Clips, cache: Cache) -> tuple[Moments, Cache]:

@@ -62,8 +62,8 @@ class VideoAutoencoderCodec:
     def moments(self, x: Pixels) -> tuple[Latents, Latents]:
         """Returns the mean and standard deviation of the normalised latents of x, as numpy arrays.
 
-        Both are multiplied by `normalisation.scale`, so mean + std · ε, with standard Gaussian noise ε, is a sample of
-        the normalised latents. The published STARFlow-V code, in contrast, does not scale the standard deviation by it.
+        If ε is standard Gaussian noise, mean + std · ε is a sample of the normalised latents. The mean and the standard
+        deviation are both multiplied by `normalisation.scale`; in the published STARFlow-V code, only the mean is.
         """
         if len(check_pixels(self, x)) == 2:
             mean, std = self.moments(np.asarray(x)[:, None])

@@ -136,8 +136,8 @@ def load_clips(config: ClipsConfig, *, frames: int, image_size: ImageSize, chann
     Videos that are shorter than a clip are left out with a warning.
 
     Raises:
-        ValueError: `config.name` is `own`, or has no clips of this shape; the split is empty; all videos are too short;
-            a class is not one of `config.classes`; or videos cannot be read and may not be skipped (see
+        ValueError: `config.name` is `own`; the data have no clips of this shape; the split is empty; all videos are too
+            short; a class is not one of `config.classes`; or videos cannot be read and may not be skipped (see
             `config.on_corrupt`). All videos are checked, and the message lists the first five unreadable ones.
         FileNotFoundError, NotADirectoryError: `config.path` does not exist, or is not the folder or file that
             `config.name` requires.

@@ -56,8 +56,9 @@ class DataConfig:
     process per core, at most 32, but threads if the machine has at most eight cores, the data are in cloud storage, or
     the package loky is missing.
     classes: class names, in the order of the integer labels. If empty, a run begins by filling in the class names of
-    its training data. All data opened later with this config are matched to these names: a name without images causes a
-    warning, and an unknown class an error. The labels of an .npz file without class names are positions in `classes`.
+    its training data. If not empty, the classes of the data are matched to these names: a name without images causes a
+    warning, and a class without a name an error. The labels of an .npz file without class names are positions in
+    `classes`.
 
     Example:
         config = DataConfig(name="folder", path="photos", flip=True)
@@ -259,7 +260,7 @@ def check_opens(name: str) -> None:
 
 
 def hold_out(size: int, fraction: float, split: Split) -> Int[np.ndarray, " m"]:
-    """Returns the positions, from 0 to `size` - 1, of the samples that belong to a split, in ascending order.
+    """Returns the positions, from 0 to `size` - 1, of the samples that belong to `split`, in ascending order.
 
     If `fraction` is above 0, the first max(1, round(fraction · size)) entries of a fixed permutation of the positions
     are held out: they form the split "eval", and the others form "train". "all" contains every position. The

@@ -48,7 +48,7 @@ F = TypeVar("F")
 
 
 def found_classes(config: DataConfig | ClipsConfig | LatentsConfig) -> tuple[str, ...]:
-    """Returns the class names that the data of a config contain, ordered by label. Opens no images or videos.
+    """Returns the class names in the data that `config` selects, ordered by label. Opens no images or videos.
 
     `config.classes` is ignored. The result is empty if the data have no classes.
 
@@ -77,8 +77,7 @@ def take_inventory(
 
     config: the config with which `train` and `held_out` were loaded. held_out: None if nothing is held out.
 
-    If `config.flip` is set and `train` contains latents, it contains those of mirrored samples too; they are not
-    counted.
+    If `config.flip` is set and `train` contains latents, those of mirrored samples are not counted.
 
     Example:
         print(take_inventory(config, train, held_out).line())

@@ -154,8 +154,8 @@ def _opened(path: StoredFile, content: bytes | None = None) -> Generator[Image]:
 def fit(image: Image, size: tuple[int, int], crop: Crop, *, pixel_aspect: float = 1.0) -> Image:
     """Returns the image resized to `size` (height, width) with antialiased bilinear resampling.
 
-    If `crop` is "center", the image is scaled, with its aspect ratio unchanged, until it just covers `size`, and the
-    centre is cut out. If `crop` is "none", nothing is cut off, and height and width are scaled independently.
+    If `crop` is "center", the image is scaled, with its aspect ratio unchanged, until it just covers `size`, and
+    only the centre is kept. If `crop` is "none", everything is kept, and height and width are scaled independently.
 
     pixel_aspect: width of a pixel divided by its height, as displayed; 1 for square pixels. It has no effect if `crop`
     is "none".

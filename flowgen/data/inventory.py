@@ -92,11 +92,11 @@ class Inventory:
 
     what: plural noun for the samples, such as "images" or "latents of clips". train, held_out: number of samples to
     train on, and number held out for evaluation. before: original (height, width) of some of the images or videos, in
-    pixels; may be empty. after: each (height, width) to which samples are resized, or each shape of
-    latents. classes: class names. train_files, held_out_files: for each file, by name, its size in bytes or a checksum;
-    empty for data that come with a package. left_out: one phrase for each kind of file that was left out, such as
-    "3 .xcf". stills: number of images to train on in addition to clips. at_most: whether `train`, and whether
-    `held_out`, may be too high because unreadable files are still counted.
+    pixels; may be empty. after: each (height, width) to which samples are resized, or each shape of latents. classes:
+    class names. train_files, held_out_files: for each file, by name, its size in bytes or a checksum; empty for data
+    that come with a package. left_out: one phrase for each kind of file that was left out, such as "3 .xcf". stills:
+    number of images to train on in addition to clips. at_most: whether `train`, and whether `held_out`, may be too high
+    because unreadable files are still counted.
 
     Example:
         inventory = Inventory("images", 1080, 120, ((48, 48),), ((32, 32),), ("cat", "dog", "fox"))

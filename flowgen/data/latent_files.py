@@ -251,13 +251,14 @@ def read_latents(
 ) -> LatentDataset | BucketedDataset:
     """Returns the latents of one split from a directory that `python -m flowgen encode` has written, memory-mapped.
 
-    If the latents differ in shape or in kind (those of images, whole clips, clips without their first frame, or images
-    as clips of one frame), each combination of kind and shape becomes a bucket of a `BucketedDataset`.
+    If the latents differ in shape or in kind (latents of images, of whole clips, of clips without their first frame, or
+    of images as clips of one frame), each combination of kind and shape becomes a bucket of a `BucketedDataset`.
 
     classes: class names in the order that the returned labels should have; if empty, labels are returned as stored.
 
     Raises FileNotFoundError or ValueError if a file is missing, is truncated or does not have the shape that the
-    directory's index states, if a stored label or class name is not valid, or if the split has no latents.
+    directory's index states, if a stored label is not a class number, if a class is not in `classes`, or if the split
+    has no latents.
 
     Example:
         dataset = read_latents("data/latents", "train")

@@ -162,7 +162,7 @@ def check_writable(path: str | os.PathLike[str]) -> None:
 
 @contextlib.contextmanager
 def atomic_file(path: str | os.PathLike[str]) -> Generator[IO[bytes]]:
-    """Returns a context manager that opens a temporary file for writing bytes, and renames it to `path` at the end.
+    """Returns a context manager that opens a temporary file for writing bytes, and finally renames it to `path`.
 
     On any error, the temporary file is deleted, and an existing file at `path` stays as it is. Missing folders are
     created.

@@ -49,7 +49,7 @@ class NumbersConfig:
     low: lower bound of x, such as that of a uniform prior: one number, or a tuple with one number or None for each
     entry of a vector or channel of a sequence; None for no bound. The flow draws only samples within the bounds.
     high: upper bound of x, in the same form as low. If a channel has both bounds, values equal to one of them are moved
-    inside by 2^-24 of the distance between the bounds; if it has one, values equal to it are refused.
+    inside by 2^-24 of the distance between the bounds; if it has only one, values equal to it cause an error.
 
     Raises ValueError unless low is below high wherever both are given, and tuples have equal lengths.
 
@@ -69,7 +69,7 @@ class NumbersConfig:
 
 @config
 class SimulatedConfig:
-    """Selects a simulator. The samples are parameters from its prior, and their contexts are simulated observations.
+    """Selects a simulator. Samples are parameters drawn from its prior, and their contexts are simulated observations.
 
     name: the simulator: "two_moons", or "slcp" (simple likelihood, complex posterior); see `flowgen.simulators`.
     simulations: number of simulations, held-out ones included.
@@ -87,7 +87,7 @@ class SimulatedConfig:
 
     @property
     def simulator(self) -> Simulator:
-        """The simulator of this name, which samples parameters and observations."""
+        """The simulator called `name`, which samples parameters and observations."""
         return _SIMULATORS[self.name]()
 
 

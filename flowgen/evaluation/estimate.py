@@ -39,8 +39,8 @@ class Estimate(NamedTuple):
 def mean_of(values: Float[np.ndarray, " n"]) -> Estimate:
     """Returns the mean of n independent values, and its standard error: their standard deviation divided by √n.
 
-    The standard error is None if there is a single value, or if all values are equal. If a value is NaN, the mean is
-    NaN.
+    The standard error is None if there is a single value, or if all values are equal. If a value is NaN, the mean and
+    its standard error are NaN.
 
     Raises ValueError if there are no values.
 

@@ -102,7 +102,7 @@ def flow_nats(
     noise_std: see `flow_bits_per_dim`.
     conditional: see `flow_nats_per_dim`.
 
-    Raises ValueError if the flow is conditioned on texts and `conditional` is False.
+    Raises ValueError if `conditional` is False, but the flow is conditioned on texts or its samples are padded.
 
     Example:
         estimate = mean_of(flow_nats(flow, params, dataset, jax.random.key(0)))

@@ -51,8 +51,8 @@ def manifold_metrics(
 
     The distances are computed in float64, a block of rows at a time.
 
-    Raises ValueError if n or m is not greater than both k and density_k, if the numbers of features differ, or if
-    features are not finite.
+    Raises ValueError if n or m is not above max(k, density_k), if the numbers of features differ, or if features are
+    not finite.
 
     Example:
         metrics = manifold_metrics(features(samples), features(data))

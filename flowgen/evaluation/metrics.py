@@ -57,7 +57,7 @@ def frechet_between(
 ) -> float:
     """Returns the squared Fréchet distance between two Gaussians, in float64; see `frechet_distance`.
 
-    Raises ValueError if f and g differ, if values are not finite, or if a matrix cannot be a covariance.
+    Raises ValueError if f and g differ, if values are not finite, or if a matrix cannot be a covariance matrix.
 
     Example:
         distance = frechet_between(mu_x, sigma_x, mu_y, sigma_y)

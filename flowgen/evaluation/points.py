@@ -66,7 +66,7 @@ def point_metrics(samples: PointSamples) -> dict[str, float]:
     path_energy: E ∫|v|² dt of the velocity v along the paths.
     signed_npe: (path_energy - W2²) / W2², with W2 between noise and data; if negative, the paths are too short to
         transport the noise to the data.
-    curvature: curvature of the paths, as computed by `path_report`.
+    curvature: E ∫|v - (x(1) - x(0))|² dt along the paths x(t), which is 0 for straight paths of constant speed.
 
     Example:
         metrics = point_metrics(samples)

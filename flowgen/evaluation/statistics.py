@@ -38,7 +38,7 @@ class FeatureStatistics:
     about: Mapping[str, str] = field(default_factory=dict)
 
     def frechet(self, other: FeatureStatistics) -> float:
-        """Returns the squared Fréchet distance to other statistics; see `frechet_distance`.
+        """Returns the squared Fréchet distance between Gaussians with the means and covariances of `self` and `other`.
 
         Raises ValueError in the same cases as `frechet_between`.
         """

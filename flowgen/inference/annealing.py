@@ -88,8 +88,8 @@ class Annealed(NamedTuple):
 @partial(jax.tree_util.register_dataclass, data_fields=["step_size"], meta_fields=["num_steps"])
 @dataclass(frozen=True)
 class MALA:
-    """The Metropolis-adjusted Langevin algorithm, with proposals x' = x + step_size ∇ log p(x) + √(2 step_size) N(0,
-    I).
+    """The Metropolis-adjusted Langevin algorithm for a density p, with proposals
+    x' = x + step_size ∇ log p(x) + √(2 step_size) N(0, I).
 
     The proposal for each sample is accepted or rejected independently of the others (Roberts & Tweedie 1996). Proposals
     whose log-density is -inf or NaN are rejected.

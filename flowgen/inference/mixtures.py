@@ -28,7 +28,7 @@ class Component(NamedTuple):
     """One component of a mixture: a flow, its parameters and, optionally, a condition.
 
     cond: the condition of all samples from the component: a class label, or a condition of one row that
-    `flowgen.decoding.sample` accepts, such as a context `1 d`; None for an unconditional flow. For padded samples, cond
+    `flowgen.decoding.sample` accepts, such as a context `1 d`; None means unconditional. For padded samples, cond
     is a `flowgen.conditioning.Padded` whose mask has one row.
     """
 

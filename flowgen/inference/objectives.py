@@ -45,7 +45,7 @@ def reverse_kl(
     Here q is the density of the flow, p that of the target, and p̃ = Z p the density that `log_target` computes.
 
     Training needs only the target's density, no data. The flow tends to miss modes of the target, and its own samples
-    do not reveal this. The target's density must be positive wherever q is.
+    do not reveal this. The target's density must be positive wherever q is positive.
 
     log_target: a function of x that returns log p̃(x) `b`, in nats; it must be differentiable.
     num, cond, plan: as for `flowgen.decoding.sample`.
@@ -101,7 +101,7 @@ def forward_kl(
     cond: the condition of each sample. All rows of cond must be equal, unless the weights are those of a joint density
     of x and cond. For several conditions, map this function over them with `jax.vmap`.
 
-    metrics: loss, and ess (effective sample size of the weights, as a share).
+    metrics: loss, and ess (effective sample size of the weights, as a share of b).
 
     Raises ValueError if x and log_weight differ in their number of samples, or (outside jit) if a log weight is NaN or
     +inf, or all weights are 0.

@@ -63,7 +63,7 @@ class BertConfig:
 class BertEncoder(OnMeshes, nn.Module):
     """Maps token ids `b n` and a mask `b n` to features `b n d`.
 
-    The mask is False for padding; other tokens do not depend on padding, and the features of padding are 0.
+    The mask is False for padding, whose features are 0. The features of other tokens do not depend on padding.
 
     Raises ValueError if texts have more than `config.max_length` tokens, padding included.
 

@@ -60,7 +60,7 @@ def nearest_aspect(height: int, width: int) -> str:
 
 @dataclass(frozen=True)
 class PromptTemplate:
-    """The template with which the published STARFlow models add the noise level and the format to a text.
+    """The template with which published STARFlow models add noise level, frame rate and aspect ratio to a text.
 
     For guidance, apply it to the empty text too.
 

@@ -67,7 +67,7 @@ class T5Config:
 class T5Encoder(OnMeshes, nn.Module):
     """Maps token ids `b n` and a mask `b n` to features `b n d`.
 
-    The mask is False for padding; other tokens do not depend on padding, and the features of padding are 0.
+    The mask is False for padding, whose features are 0. The features of other tokens do not depend on padding.
 
     Example:
         features = T5Encoder(T5Config()).apply(params, ids, mask)
