@@ -156,8 +156,7 @@ class Experiment(abc.ABC):
         return None
 
     def sampling_cost(self, model: Any, variables: Any, num: int) -> SamplingCost | None:
-        """Returns the FLOP and the memory that sampling needs if `num` samples are drawn at a time; None if they are
-        unknown.
+        """Returns the FLOP and the memory of drawing `num` samples at a time; None if they are unknown.
 
         model: the result of `build`, or a model that replaces it. variables: the shapes and dtypes of the model's
         variables, as `jax.eval_shape` returns them.
@@ -187,7 +186,7 @@ class Experiment(abc.ABC):
         """
 
     def with_provenance(self) -> Experiment:
-        """Returns a copy of the experiment that also records what its data and frozen networks contain.
+        """Returns a copy of the experiment that records its class names and which frozen networks it uses.
 
         The fields `data.classes`, `codec.digest` and `text.digest`, if the experiment has them and they are not set
         yet, are set to the names of the classes in the data and the digests of the autoencoder and the text encoder.

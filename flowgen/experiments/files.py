@@ -70,9 +70,9 @@ def config_path(path: str | Path) -> Path:
 
 
 def override(experiment: E, arguments: Sequence[str]) -> E:
-    """Returns a copy of an experiment in which command-line arguments have changed fields.
+    """Returns a copy of an experiment with fields set as on the command line.
 
-    arguments: names and values of fields as on the command line, such as ["--optim.lr", "3e-4"].
+    arguments: names of fields and their new values, such as ["--optim.lr", "3e-4"].
 
     Raises ValueError if an argument is invalid.
 

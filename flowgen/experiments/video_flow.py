@@ -57,7 +57,7 @@ LEAST_FPS, MOST_FPS = 0.1, 100.0
 
 @config
 class ClipDrawOptions(FlowDrawOptions):
-    """Options for drawing clips, in addition to the fields of `sampling`.
+    """Options for drawing clips, in addition to those in the experiment's field `sampling`.
 
     frames: frames per clip, possibly more than in training; by default, as many as in training.
     given: image or video with which clips begin; a video is cut so that it is shorter than the clips.
@@ -190,9 +190,9 @@ class VideoFlowExperiment(AutoregressiveExperiment):
         cond: the conditions of the clips, as the flow requires: labels, a `TextCondition` or contexts; None for
         unconditional clips. guidance: None for the guidance that `sampling` describes. clip: the length and the first
         frames of all clips, counted in latent frames; by default, the flow's own length and no given frames.
-        `clip.given` contains latents `1 given height width c` without noise, with which every clip begins. If
-        `clip.restart_cond` contains texts, clip i takes text i modulo their number. checks: the options `certify` and
-        `strict` of `flowgen.decoding.sample`.
+        `clip.given` contains latents `1 given height width c` without noise, with which every clip begins.
+        `clip.restart_cond` may contain any number n of texts; the clip with number i takes text i modulo n. checks: the
+        options `certify` and `strict` of `flowgen.decoding.sample`.
         """
         given, restarts = clip.given, clip.restart_cond
         noisy = None if given is None else with_noise(flow, given, key, numbers)
@@ -227,7 +227,7 @@ class VideoFlowExperiment(AutoregressiveExperiment):
         progress: a function that follows the decoding, as `progress` of `flowgen.decoding.Clip`; None for none.
 
         Raises ValueError if the codec cannot encode clips of `options.frames` frames, or if the file `options.given`
-        cannot be used.
+        cannot be used, and FileNotFoundError if this file does not exist.
         """
         flow = self.sized(model, options.aspect)
         clip = self._clip(flow, options)
@@ -309,8 +309,7 @@ class VideoFlowExperiment(AutoregressiveExperiment):
         return evaluation
 
     def debug(self) -> VideoFlowExperiment:
-        """Returns a copy of the experiment that trains a tiny flow of the same kind on bouncing digits for a few steps.
-        """
+        """Returns a copy of the experiment that trains a tiny flow of this kind on bouncing digits for a few steps."""
         changes = debug_flow(self)
         changes["model"] = dataclasses.replace(
             changes["model"],
