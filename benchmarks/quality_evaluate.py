@@ -157,7 +157,7 @@ def drawing(draw: Any, num_classes: int, picture: Path) -> dict[str, Any]:
     began = time.process_time()
     draw(jax.random.key(1), np.arange(256), labels)
     seconds = time.process_time() - began
-    save_image(picture, image_grid(to_uint8(images[: GRID_ROWS * num_classes]), columns=num_classes))
+    save_image(picture, image_grid(to_uint8(images[: GRID_ROWS * num_classes]), columns=num_classes, scale=2))
     return {"seconds_per_256_samples": round(seconds, 2), "sampler": how}
 
 

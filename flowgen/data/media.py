@@ -143,6 +143,7 @@ def check_writable(path: str | os.PathLike[str]) -> None:
     Folders of `path` may be missing, because `atomic_file` creates them.
 
     Raises:
+        FileNotFoundError: one of the folders in the path is a link to a missing place.
         NotADirectoryError: one of the folders in the path is a file.
         IsADirectoryError: the path is a folder.
         PermissionError: the user may not write to the folder, or to the existing file at `path`.
@@ -151,6 +152,7 @@ def check_writable(path: str | os.PathLike[str]) -> None:
         check_writable("out/samples.npz")
     """
     path = Path(path)
+    check_links(path.parent)
     folder = next(place for place in (path.parent, *path.absolute().parents) if place.exists())
     if not folder.is_dir():
         raise NotADirectoryError(f"Cannot write '{path}': '{folder}' is a file, not a folder; choose another path.")
@@ -158,6 +160,37 @@ def check_writable(path: str | os.PathLike[str]) -> None:
         raise IsADirectoryError(f"Cannot write '{path}': it is a folder; name a file inside it.")
     if not os.access(folder, os.W_OK | os.X_OK) or (path.exists() and not os.access(path, os.W_OK)):
         raise PermissionError(f"Cannot write '{path}': permission denied; choose a path you may write to.")
+
+
+def check_links(path: Path) -> None:
+    """Raises FileNotFoundError if a path or one of its parents is a link to a missing place, such as an absent disk.
+
+    Example:
+        check_links(Path("out"))
+    """
+    for place in (path, *path.parents):
+        if place.is_symlink() and not place.exists():
+            raise FileNotFoundError(
+                f"'{place}' is a link to '{os.readlink(place)}', which is missing; create it, or choose another path."
+            )
+
+
+@contextlib.contextmanager
+def naming(path: str | os.PathLike[str]) -> Generator[None]:
+    """Returns a context that adds a path to errors of writing, such as that of a full disk, which lack it.
+
+    Example:
+        with naming("latents/mean.npy"):
+            np.save("latents/mean.npy", mean)
+    """
+    try:
+        yield
+    except OSError as error:
+        # NumPy reports a full disk without the error number of the system.
+        if error.filename is not None or (error.errno is None and "requested and" not in str(error)):
+            raise
+        reason = error.strerror or "the disk may be full"
+        raise OSError(f"Cannot write '{path}': {reason}; free some space, or choose another path.") from error
 
 
 @contextlib.contextmanager
@@ -169,6 +202,8 @@ def atomic_file(path: str | os.PathLike[str]) -> Generator[IO[bytes]]:
 
     Raises the same errors as `check_writable`.
 
+    Raises OSError, with the path in its message, if the file cannot be written.
+
     Example:
         with atomic_file("samples.npz") as file:
             np.savez(file, images=images)
@@ -178,7 +213,7 @@ def atomic_file(path: str | os.PathLike[str]) -> Generator[IO[bytes]]:
     path.parent.mkdir(parents=True, exist_ok=True)
     temporary = path.with_name(f".{path.name}.{os.getpid()}-{secrets.token_hex(4)}.tmp")
     # Mode "x" creates the file exclusively, so an existing file or link is never written to.
-    with temporary.open("xb") as file:
+    with naming(path), temporary.open("xb") as file:
         try:
             yield file
             file.flush()

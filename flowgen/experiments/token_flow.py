@@ -395,4 +395,5 @@ class TokenFlowExperiment(Experiment):
         simulated = isinstance(self.data, SimulatedConfig)
         marks = {} if simulated else numbers_marks(self.data.path)
         what = "simulations" if simulated else "vectors" if len(self.model.shape) == 1 else "sequences"
-        return Inventory(what, len(dataset), held, train_files=marks)
+        classes = tuple(map(str, range(self.model.num_classes)))
+        return Inventory(what, len(dataset), held, classes=classes, train_files=marks)

@@ -45,7 +45,7 @@ from flowgen.flows.affine import (
 )
 from flowgen.flows.orders import SampleOrder, TokenOrder, order_without_padding, to_order, to_raster
 from flowgen.flows.positions import GridPositions
-from flowgen.flows.prefixes import ContextPrefix, ImagePrefix, Prefix, rotation_after_prefix
+from flowgen.flows.prefixes import ContextPrefix, Prefix, rotation_after_prefix
 from flowgen.nn.embeddings import class_embedding
 from flowgen.nn.layers import RMSNorm, linear, master_dtype
 from flowgen.nn.softmax_shape import SoftmaxShape
@@ -185,7 +185,7 @@ class AutoregressiveBlock(nn.Module):
             self.class_embed = self.param("class_embed", embedding, (config.num_classes, width), master)
         if config.prefix is not None:
             self.proj_prefix = linear(width, config.prefix.dim, dtype)
-        if isinstance(config.prefix, ImagePrefix):
+        if isinstance(config.prefix, ContextPrefix) and config.prefix.has_positions:
             self.prefix_pos_embed = self.param("prefix_pos_embed", embedding, (config.prefix_length, width), master)
         self.layers = transformer_stack(transformer)
         if config.final_norm:
@@ -300,7 +300,7 @@ class AutoregressiveBlock(nn.Module):
         if prefix is None or has_none:
             return None
         tokens = self.proj_prefix(prefix.features(cond, batch, jnp.dtype(self.config.transformer.dtype)))
-        if isinstance(prefix, ImagePrefix):
+        if isinstance(prefix, ContextPrefix) and prefix.has_positions:
             tokens = tokens + jnp.asarray(self.prefix_pos_embed)[None].astype(tokens.dtype)
         return tokens
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 from flowgen.arrays import shown
 from flowgen.attention import causal_kernel
 from flowgen.contexts import Context, ImageContext, check_one_condition
-from flowgen.flows.prefixes import ContextPrefix, ImagePrefix
+from flowgen.flows.prefixes import ContextPrefix
 from flowgen.nn.transformer import Attention
 
 
@@ -13,8 +13,7 @@ def context_prefix(context: Context | None) -> ContextPrefix | None:
     """Returns the prefix that contains a context."""
     if context is None:
         return None
-    prefix = ImagePrefix if isinstance(context, ImageContext) else ContextPrefix
-    return prefix(context.length, context.dim)
+    return ContextPrefix(context.length, context.dim, has_positions=isinstance(context, ImageContext))
 
 
 def check_one_context(num_classes: int, context: Context | None, attention: Attention) -> None:

@@ -49,10 +49,14 @@ class TextPrefix:
 
 @dataclass(frozen=True)
 class ContextPrefix:
-    """A prefix of up to `length` tokens; no token attends to its padding. Without a condition, there is no prefix."""
+    """A prefix of up to `length` tokens; no token attends to its padding. Without a condition, there is no prefix.
+
+    has_positions: whether blocks add a learned position embedding to each token, as for the patches of an image.
+    """
 
     length: int
     dim: int
+    has_positions: bool = False
 
     def features(self, cond: Unpadded | None, batch: int, dtype: jnp.dtype) -> Float[Array, "b l e"]:
         """Returns the features of the context, with zeros for padding; all zeros if there is no condition."""
@@ -60,10 +64,6 @@ class ContextPrefix:
             return jnp.zeros((batch, self.length, self.dim), dtype)
         assert isinstance(cond, ContextTokens)  # a flow checks its condition
         return zero_padding(cond.tokens, cond.mask).astype(dtype)
-
-
-class ImagePrefix(ContextPrefix):
-    """A prefix of the patches of an image, row by row. Blocks add a learned position embedding to each patch."""
 
 
 Prefix = ClassPrefix | TextPrefix | ContextPrefix

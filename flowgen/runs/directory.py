@@ -23,6 +23,7 @@ from typing import Any
 
 from flowgen import settings
 from flowgen.data.inventory import Inventory
+from flowgen.data.media import check_links
 from flowgen.places import check_local
 from flowgen.runs.checkpoints import CHECKPOINTS, CheckpointReader
 from flowgen.runs.exported import CONFIG_FILE
@@ -171,6 +172,10 @@ def check_workdir(workdir: Path, check_config: Callable[[dict[str, Any]], None],
     Example:
         check_workdir(Path("runs/digits"), experiment.check_resumable)
     """
+    check_links(workdir)
+    nearest = next(place for place in (workdir, *workdir.absolute().parents) if place.exists())
+    if nearest.is_dir() and not os.access(nearest, os.W_OK | os.X_OK):
+        raise PermissionError(f"You have no permission to write to workdir {workdir}; give another directory.")
     if locks:
         check_unlocked(workdir)
     _check_kinds(workdir)
@@ -181,7 +186,9 @@ def check_workdir(workdir: Path, check_config: Callable[[dict[str, Any]], None],
             check_config(read_config(workdir))
         except ValueError as error:
             raise ValueError(f"workdir {workdir}: {error}") from error
-    elif workdir.exists() and (not workdir.is_dir() or any(_is_foreign(path) for path in workdir.iterdir())):
+    elif workdir.exists() and not workdir.is_dir():
+        raise NotADirectoryError(f"workdir {workdir} is a file; give a new or empty directory.")
+    elif workdir.exists() and any(_is_foreign(path) for path in workdir.iterdir()):
         raise FileExistsError(f"workdir {workdir} contains files but no flowgen run; give a new or empty directory.")
 
 

@@ -6,13 +6,13 @@ import io
 import json
 import os
 import time
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
-from flowgen.data.media import as_pillow, check_writable
+from flowgen.data.media import as_pillow, check_writable, naming
 from flowgen.places import RemoteFolder, is_remote
 
 EVALUATIONS = "evaluations"
@@ -36,10 +36,12 @@ def evaluation_path(run_dir: str | os.PathLike[str], step: int) -> str:
     return path
 
 
-def check_new_evaluation(path: str) -> None:
+def check_new_evaluation(path: str, suffixes: Iterable[str] = ()) -> None:
     """Raises ValueError if `path` does not end in .json, or OSError if an evaluation cannot be written there.
 
     Writing is impossible if, for example, one of the files of the evaluation exists already.
+
+    suffixes: those of the other files that belong to the evaluation, such as "neighbours.png" (see `save_evaluation`).
 
     Example:
         check_new_evaluation("results/digits.json")
@@ -51,7 +53,7 @@ def check_new_evaluation(path: str) -> None:
     else:
         check_writable(path)
         known = os.listdir(Path(path).parent) if Path(path).parent.is_dir() else ()
-    for made in (path, *(f"{path.removesuffix('.json')}.{suffix}" for suffix in (NEIGHBOURS, ANOMALY))):
+    for made in (path, *(f"{path.removesuffix('.json')}.{suffix}" for suffix in suffixes)):
         if made.rpartition("/")[2] in known:
             raise FileExistsError(
                 f"'{made}' exists already, and evaluations are never overwritten; give another --out."
@@ -109,7 +111,7 @@ def _create(path: str, content: bytes) -> None:
         return
     Path(path).parent.mkdir(parents=True, exist_ok=True)
     try:
-        with open(path, "xb") as file:
+        with naming(path), open(path, "xb") as file:
             file.write(content)
             file.flush()
             os.fsync(file.fileno())

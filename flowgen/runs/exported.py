@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import copy
 import os
+import warnings
 from collections.abc import Callable, Mapping
 from pathlib import Path, PurePosixPath
 from typing import Any
@@ -19,7 +20,7 @@ import numpy as np
 from flowgen import documents
 from flowgen.runs.arrays import Flat, layout
 from flowgen.runs.checkpoints import CheckpointReader
-from flowgen.runs.files import DIGEST, digest_of_file, is_regular
+from flowgen.runs.files import DIGEST, digest_of_file, is_regular, verified
 from flowgen.safetensors import read_safetensors
 
 CONFIG_FILE = "config.json"
@@ -83,6 +84,7 @@ class ExportedReader(CheckpointReader):
     def __init__(self, folder: str | Path):
         super().__init__(folder)
         self._path = self.directory / MODEL_FILE
+        self._warned = False
 
     def config(self) -> dict[str, Any]:
         """Returns the experiment as plain JSON values.
@@ -91,9 +93,23 @@ class ExportedReader(CheckpointReader):
         experiment become "", so that a config.json from an untrusted source cannot make flowgen read other files or
         URLs.
 
+        Warns if config.json was changed after the export. Exports by earlier versions of flowgen have no digest, and
+        cannot be checked.
+
         Raises FileNotFoundError if config.json is missing, or ValueError if it is damaged or has an unsupported format.
         """
-        experiment = without_paths(self._about()[EXPERIMENT])
+        about = self._about()
+        if DIGEST in about and not self._warned:
+            self._warned = True
+            try:
+                verified(about)
+            except ValueError:
+                warnings.warn(
+                    f"'{self.directory / CONFIG_FILE}' was changed after the export, so the model may not give the "
+                    "results that it gave then.",
+                    stacklevel=2,
+                )
+        experiment = without_paths(about[EXPERIMENT])
         if (self.directory / CODEC).is_dir() and isinstance(codec := experiment.get("codec"), dict):
             experiment["codec"] = {**codec, "path": str(self.directory / CODEC)}
         return experiment

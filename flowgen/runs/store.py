@@ -154,9 +154,14 @@ class CheckpointStore(CheckpointReader):
             work()
         except (OSError, ValueError, RuntimeError) as error:  # tensorstore raises the last two for disk errors
             self._failed = True
+            latest = self.latest_step()
+            goes_on = (
+                f"checkpoint {latest} is unchanged, and the same command resumes from it"
+                if latest is not None
+                else "there is no earlier checkpoint, so the same command starts from step 0"
+            )
             self._error = OSError(
-                f"Checkpoint {step} could not be saved in '{self.directory}' ({_reason(error)}); earlier checkpoints "
-                "are unchanged, so the same command resumes from the latest one."
+                f"Checkpoint {step} could not be saved in '{self.directory}' ({_reason(error)}); {goes_on}."
             )
             self._error.__cause__ = error
         finally:

@@ -353,7 +353,8 @@ def _named(workdir: Path) -> Generator[None]:
     except OSError as error:
         if error.strerror is None:
             raise
+        advice = "" if isinstance(error, PermissionError) else "free some space, or "
         raise type(error)(
-            f"workdir {workdir} cannot be written to ({error.strerror}); free some space, or give another directory "
-            "(complete checkpoints are not affected)."
+            f"workdir {workdir} cannot be written to ({error.strerror}); {advice}give another directory (complete "
+            "checkpoints are not affected)."
         ) from error
