@@ -210,10 +210,10 @@ class Experiment(abc.ABC):
         return settings.from_plain(cls, {name: value for name, value in plain.items() if name != settings.TYPE})
 
     def check_resumable(self, saved: dict[str, Any]) -> None:
-        """Raises ValueError if this experiment cannot resume a run, because they differ in more than a resumed run may
-        change.
+        """Raises ValueError if a run with the config `saved` cannot be resumed with this experiment.
 
-        The message lists the differences. saved: the config that the run has saved, as `to_json` returns it.
+        The message lists the differences that prevent this. saved: the experiment that the run has saved, as `to_json`
+        returns it.
         """
         if (kind := saved.get(settings.TYPE)) != type(self).__name__:
             raise ValueError(

@@ -96,8 +96,9 @@ class FlowExperiment(AutoregressiveExperiment):
         self.check_warmups()
 
     def job(self, *, dataset: Dataset | None = None, held_out: Dataset | None = None, model: Any = None) -> Job:
-        """Opens the data, encodes them if the flow needs latents or texts that are not cached, and returns the training
-        job.
+        """Opens the data, encodes them if necessary, and returns the training job.
+
+        Encoding is necessary if the flow needs latents or encoded texts that are not cached.
 
         dataset, held_out, model: see `fit`.
         """

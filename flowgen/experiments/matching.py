@@ -182,10 +182,10 @@ class MatchingExperiment(Experiment):
         return network
 
     def with_provenance(self) -> MatchingExperiment:
-        """Returns a copy of the experiment with the names of the classes in its data as `data.classes`.
+        """Returns a copy of the experiment that records the names of its classes in `data.classes`.
 
-        The copy equals the experiment if `data.classes` is already set, or if the network is not conditioned on
-        classes.
+        The names are those found in the data. If `data.classes` is already set, or if the network is not conditioned on
+        classes, the field stays as it is.
         """
         return with_class_names(self)
 

@@ -276,7 +276,7 @@ class TokenFlowExperiment(Experiment):
         """Returns an image `height width 3` that shows samples as points, histograms or lines.
 
         If `data` is a simulator and `sampling.context` is empty, reference samples of the posterior are drawn behind
-        them.
+        these samples.
 
         samples: the result of `draw`.
         """

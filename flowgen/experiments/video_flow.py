@@ -138,8 +138,9 @@ class VideoFlowExperiment(AutoregressiveExperiment):
         return clips_alone(pixel_dataset(of_whole_clips(self.data), self.encoding, split))
 
     def job(self, *, dataset: Dataset | None = None, held_out: Dataset | None = None, model: Any = None) -> Job:
-        """Opens the data, encodes them if the flow needs latents or texts that are not cached, and returns the training
-        job.
+        """Opens the data, encodes them if necessary, and returns the training job.
+
+        Encoding is necessary if the flow needs latents or encoded texts that are not cached.
 
         dataset, held_out, model: see `fit`.
         """
@@ -272,8 +273,8 @@ class VideoFlowExperiment(AutoregressiveExperiment):
         return fps if LEAST_FPS <= fps <= MOST_FPS else DEFAULT_FPS
 
     def evaluate(self, model: Any, variables: Any, options: FlowEvaluateOptions) -> Evaluation:
-        """Returns the likelihood of clips under the flow, the PSNR of denoised clips and, if requested, distances of
-        frames.
+        """Returns the likelihood of clips under the flow, the PSNR of denoised clips and, if requested, frame
+        distances.
 
         The likelihood is that of all clips in the split `options.split`. The PSNR in dB is measured on up to 64 of
         these clips, before and after the training noise is removed. If `options.samples` is above 0, this many clips
