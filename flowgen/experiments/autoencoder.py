@@ -230,7 +230,8 @@ class AutoencoderExperiment(Experiment):
     def debug(self) -> AutoencoderExperiment:
         """Returns a copy of the experiment that trains a tiny autoencoder on digits for a few steps.
 
-        The tiny autoencoder has the same downsampling factors. The digits ship with flowgen; for clips, they move.
+        The tiny autoencoder has the same downsampling factors. The data are digits that ship with flowgen or, for
+        clips, bouncing digits.
         """
         model, few = self.model, {"shown": SAMPLES}
         widths = (8,) * len(model.widths)

@@ -240,7 +240,7 @@ class AutoregressiveExperiment(Experiment):
         return Rehearsal(lambda key: init(model, key), self.objective(model), jax.eval_shape(batch))
 
     def sampling_cost(self, model: Any, variables: Any, num: int) -> SamplingCost:
-        """Returns the FLOP and the memory of drawing `num` samples at a time, token by token.
+        """Returns the FLOP per sample and the memory of drawing `num` samples at a time, token by token.
 
         The codec and the text encoder are not included.
         """

@@ -50,9 +50,8 @@ class SpaceToDepth:
 class PretrainedAutoencoder:
     """A codec that is a frozen autoencoder. A flow with this codec models the latents of the autoencoder.
 
-    path: directory or URL of the run of an autoencoder that flowgen has trained, its exported folder, or the folder of
-    a published autoencoder in the format of the package diffusers: an AutoencoderKL (images) or an AutoencoderKLWan
-    (video).
+    path: directory or URL of an autoencoder that flowgen has trained or exported, or directory of a published
+    autoencoder in the format of the package diffusers: an AutoencoderKL (images) or an AutoencoderKLWan (video).
     digest: digest of everything in the autoencoder that affects the latents, as a string; None to accept any
     autoencoder. When a flow is trained, the digest is saved in the config of its run. If `path` later contains an
     autoencoder with another digest, opening it raises an error.

@@ -156,7 +156,7 @@ class Experiment(abc.ABC):
         return None
 
     def sampling_cost(self, model: Any, variables: Any, num: int) -> SamplingCost | None:
-        """Returns the FLOP and the memory of drawing `num` samples at a time; None if they are unknown.
+        """Returns the FLOP per sample and the memory of drawing `num` samples at a time; None if they are unknown.
 
         model: the result of `build`, or a model that replaces it. variables: the shapes and dtypes of the model's
         variables, as `jax.eval_shape` returns them.
@@ -181,8 +181,8 @@ class Experiment(abc.ABC):
     def debug(self) -> Experiment:
         """Returns a small version of the experiment, which trains and samples in seconds on a CPU.
 
-        It trains a tiny model of the same kind for a few steps, on data that ship with flowgen. Only a
-        `TokenFlowExperiment` on a file still reads this file.
+        It trains a tiny model of the same kind for a few steps, on data that ship with flowgen or, in the case of a
+        `TokenFlowExperiment` on a file, on the same file.
         """
 
     def with_provenance(self) -> Experiment:

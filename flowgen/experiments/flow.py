@@ -132,14 +132,14 @@ class FlowExperiment(AutoregressiveExperiment):
         guidance: Guidance | None = None,
         **checks: bool,
     ) -> tuple[np.ndarray, str]:
-        """Returns images `b height width c`, and a line of text about how the flow was inverted to draw them.
+        """Returns images `b height width c`, and a line of text about their decoding: passes per block and residual.
 
         Each image depends only on `key`, its entry of `numbers` and its condition, not on the other images of the
         batch. If the experiment has a codec, the flow draws latents, which the codec decodes to images.
 
-        cond: the conditions of the images, as the flow requires: labels, a `TextCondition` or contexts; None for
-        unconditional images. guidance: None for the guidance that `sampling` describes. checks: the options `certify`
-        and `strict` of `flowgen.decoding.sample`.
+        cond: the conditions of the images: a `TextCondition` if the flow is conditioned on texts; otherwise labels or
+        contexts, as the flow requires, or None for unconditional images. guidance: None for the guidance that
+        `sampling` describes. checks: the options `certify` and `strict` of `flowgen.decoding.sample`.
         """
         result = decoded_by_all(
             flow,
@@ -184,9 +184,9 @@ class FlowExperiment(AutoregressiveExperiment):
         If `options.samples` is above 0, samples are drawn and compared with the data. If `options.anomaly` is set, the
         likelihood is tested as a detector of anomalies.
 
-        For a flow on pixels, the result also contains the likelihood of the split under a Gaussian, as a baseline. The
-        Gaussian is fitted to the split "train" if `options.split` is "eval", and otherwise to the evaluated split
-        itself.
+        For a flow on pixels, if all images have the same size, the result also contains the likelihood of the split
+        under a Gaussian, as a baseline. The Gaussian is fitted to the split "train" if `options.split` is "eval", and
+        otherwise to the evaluated split itself.
 
         trained_on: the config of the data that the flow was trained on; None if the flow was trained on the
         experiment's `data`.

@@ -239,7 +239,7 @@ class MatchingExperiment(Experiment):
         return Rehearsal(lambda key: init(model, key), objective, jax.eval_shape(batch))
 
     def sampling_cost(self, model: Any, variables: Any, num: int) -> SamplingCost:
-        """Returns the FLOP and the memory of drawing `num` samples at a time.
+        """Returns the FLOP per sample and the memory of drawing `num` samples at a time.
 
         The FLOP are None if `sampling.method` is "dopri5", whose number of steps depends on the samples.
         """

@@ -199,7 +199,7 @@ class TokenFlowExperiment(Experiment):
         return Rehearsal(initial, self.objective(model), jax.eval_shape(batch))
 
     def sampling_cost(self, model: Any, variables: Any, num: int) -> SamplingCost:
-        """Returns the FLOP and the memory of drawing `num` samples at a time, token by token."""
+        """Returns the FLOP per sample and the memory of drawing `num` samples at a time, token by token."""
         guided = range(self.model.num_blocks) if self.sampling.guidance else ()
         return decoding_cost(model, variables, num, guided=guided, by_score=self.model.noise_std > 0)
 
@@ -226,7 +226,8 @@ class TokenFlowExperiment(Experiment):
     def draw_batch(
         self, flow: Any, variables: Any, key: jax.Array, numbers: Int[np.ndarray, " b"], context: Any
     ) -> tuple[Float[np.ndarray, "b *event"], str]:
-        """Returns samples in the units of the data, and a line of text about how the flow was inverted to draw them.
+        """Returns samples in the units of the data, and a line of text about their decoding: passes per block and
+        residual.
 
         Each sample depends only on `key`, its entry of `numbers` and its context, not on the other samples of the
         batch.

@@ -183,17 +183,18 @@ class VideoFlowExperiment(AutoregressiveExperiment):
         clip: Clip = WHOLE,
         **checks: bool,
     ) -> tuple[np.ndarray, str]:
-        """Returns clips `b frames height width c`, and a line of text about how the flow was inverted to draw them.
+        """Returns clips `b frames height width c`, and a line of text about their decoding: passes per block and
+        residual.
 
         Each clip depends only on `key`, its entry of `numbers` and its condition, not on the other clips of the batch.
         If the experiment has a codec, the flow draws latents, which the codec decodes to clips.
 
-        cond: the conditions of the clips, as the flow requires: labels, a `TextCondition` or contexts; None for
-        unconditional clips. guidance: None for the guidance that `sampling` describes. clip: the length and the first
-        frames of all clips, counted in latent frames; by default, the flow's own length and no given frames.
-        `clip.given` contains latents `1 given height width c` without noise, with which every clip begins.
-        `clip.restart_cond` may contain any number n of texts; the clip with number i takes text i modulo n. checks: the
-        options `certify` and `strict` of `flowgen.decoding.sample`.
+        cond: the conditions of the clips: a `TextCondition` if the flow is conditioned on texts; otherwise labels or
+        contexts, as the flow requires, or None for unconditional clips. guidance: None for the guidance that `sampling`
+        describes. clip: the length and the first frames of all clips, counted in latent frames; by default, the flow's
+        own length and no given frames. `clip.given` contains latents `1 given height width c` without noise, with which
+        every clip begins. `clip.restart_cond` may contain any number n of texts; the clip with number i takes text i
+        modulo n. checks: the options `certify` and `strict` of `flowgen.decoding.sample`.
         """
         given, restarts = clip.given, clip.restart_cond
         noisy = None if given is None else with_noise(flow, given, key, numbers)

@@ -48,9 +48,9 @@ class _Part(NamedTuple):
 
 
 def check_report_path(path: Path) -> None:
-    """Raises OSError if no file can be written at `path`, or FileExistsError if there is a file that is not a report.
+    """Raises OSError if no report can be written at `path`, or FileExistsError if another kind of file exists there.
 
-    A report that flowgen has written there earlier is no error, because a new report may replace it.
+    An earlier report at `path` is no error, because a new report may replace it.
 
     Example:
         check_report_path(Path("report.html"))
