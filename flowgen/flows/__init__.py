@@ -1,7 +1,8 @@
 """Autoregressive transformer flows and their densities."""
 
 from flowgen.flows.affine import ScaleMap
-from flowgen.flows.block import AutoregressiveBlock, BlockConfig, block_parameters
+from flowgen.flows.block import AutoregressiveBlock, block_parameters
+from flowgen.flows.block_config import BlockConfig
 from flowgen.flows.decoding_form import decoding_block
 from flowgen.flows.denoiser import ClipDenoiser, DenoiserStep, denoiser_variables, init_denoiser
 from flowgen.flows.flow import AutoregressiveFlow

@@ -18,7 +18,8 @@ from flowgen.arrays import at_least_float32, shown
 from flowgen.backend import keep_rows
 from flowgen.conditioning import AnyCondition, Condition
 from flowgen.flows.affine import ScaleParameterisation
-from flowgen.flows.block import BlockConfig, Variables
+from flowgen.flows.block import Variables
+from flowgen.flows.block_config import BlockConfig
 
 LEVELS = 256
 

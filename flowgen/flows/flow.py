@@ -16,7 +16,8 @@ from jaxtyping import Array, Float, Key
 from flowgen.arrays import check_floating
 from flowgen.backend import OnMeshes
 from flowgen.conditioning import AnyCondition
-from flowgen.flows.block import AutoregressiveBlock, BlockConfig, Variables
+from flowgen.flows.block import AutoregressiveBlock, Variables
+from flowgen.flows.block_config import BlockConfig
 from flowgen.flows.density import bits_per_dim
 from flowgen.flows.orders import without_padding
 from flowgen.gaussian import gaussian_log_density

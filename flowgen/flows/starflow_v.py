@@ -8,7 +8,8 @@ import jax
 from flax import linen as nn
 from jaxtyping import Array, Key
 
-from flowgen.flows.block import BlockConfig, Variables
+from flowgen.flows.block import Variables
+from flowgen.flows.block_config import BlockConfig
 from flowgen.flows.flow import AutoregressiveFlow
 from flowgen.flows.starflow import STARFlowConfig, block_order
 from flowgen.settings import config

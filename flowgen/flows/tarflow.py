@@ -8,7 +8,7 @@ from flowgen.backend import Implementation, Remat
 from flowgen.conditioning import Condition
 from flowgen.contexts import Context, check_condition
 from flowgen.flows.affine import OwnScale
-from flowgen.flows.block import BlockConfig, equal_layers, softmax_shapes
+from flowgen.flows.block_config import BlockConfig, equal_layers, softmax_shapes
 from flowgen.flows.contexts import check_one_context, context_prefix
 from flowgen.flows.flow import AutoregressiveFlow, ImageTokens
 from flowgen.nn.checks import check_heads, check_implementation

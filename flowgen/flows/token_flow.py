@@ -20,7 +20,7 @@ from flowgen.backend import Implementation, Remat
 from flowgen.conditioning import AnyCondition, Condition, Padded, check_mask
 from flowgen.contexts import Context, check_condition
 from flowgen.flows.affine import OwnScale
-from flowgen.flows.block import BlockConfig, equal_layers, softmax_shapes
+from flowgen.flows.block_config import BlockConfig, equal_layers, softmax_shapes
 from flowgen.flows.contexts import check_one_context, context_prefix
 from flowgen.flows.flow import AutoregressiveFlow
 from flowgen.flows.orders import TokenOrder, check_permutation
