@@ -12,7 +12,7 @@ from jaxtyping import Array, Float
 
 from flowgen.backend import keep_axes, take_rows
 from flowgen.matching.checks import check_batch, check_positive
-from flowgen.matching.couplings import Cost, GibbsWeights, cost_matrix, paired_cost
+from flowgen.matching.couplings import Cost, GibbsWeights, cost_matrix, paired_cost, square_root
 from flowgen.matching.plans import assignment, corrected_log_weight
 from flowgen.matching.solvers import Velocity, time_grid, trajectory
 from flowgen.weights import check_share, effective_sample_size, systematic_indices
@@ -130,9 +130,16 @@ def resample(x: Float[Array, "b *event"], log_weight: Float[Array, " b"]) -> Flo
 
     This is systematic resampling with a fixed offset, so it needs no key. With equal weights, the result is x itself.
 
+    Raises ValueError unless there is one log weight per sample, and at least one sample.
+
     Example:
         tilted = resample(x, log_weight)
     """
+    if log_weight.shape != x.shape[:1] or len(x) == 0:
+        raise ValueError(
+            f"log_weight has shape {log_weight.shape} for {len(x)} samples; give at least one sample, and one log "
+            "weight per sample."
+        )
 
     def chosen(log_weight):
         return systematic_indices(log_weight, len(x))
@@ -234,16 +241,20 @@ def path_report(
 ) -> PathReport:
     """Returns the energy and the curvature of the paths from x0, computed with rk4 and the trapezoidal rule.
 
+    Raises ValueError if x0 contains no samples, and in the same cases as `trajectory`.
+
     Example:
         report = path_report(velocity, x0)
     """
+    if len(x0) == 0:
+        raise ValueError("x0 contains no samples; give at least one.")
     states, _ = trajectory(velocity, x0, cond, method="rk4", num_steps=num_steps)
-    times = time_grid(num_steps, None)
+    times = time_grid(num_steps, None, x0)
     speeds = jax.lax.map(lambda pair: velocity(jnp.full(len(x0), pair[0]), pair[1], cond), (times, states))
     chord = (states[-1] - states[0])[None]
 
     def integral(x):
-        values = jnp.square(x).reshape(len(times), len(x0), -1).sum(axis=2).mean(axis=1)
+        values = jnp.square(x.astype(times.dtype)).reshape(len(times), len(x0), -1).sum(axis=2).mean(axis=1)
         return jnp.trapezoid(values, times)
 
     return PathReport(integral(speeds), integral(speeds - chord))
@@ -275,7 +286,7 @@ def wasserstein(x: Float[Array, "b *event"], y: Float[Array, "b *event"]) -> Flo
     """
     check_batch(x, y)
     partner = assignment(cost_matrix(x, y, "sqeuclidean"))
-    return jnp.sqrt(paired_cost(x, take_rows(y, partner), "sqeuclidean").mean())
+    return square_root(paired_cost(x, take_rows(y, partner), "sqeuclidean").mean())
 
 
 def _relative_variance(log_factor: Float[Array, " b"]) -> Float[Array, ""]:
