@@ -72,7 +72,7 @@ class Guidance:
     temperature: divides the attention logits of the unconditional branch; must be above 0. A temperature above 1
     flattens the attention of this branch. Guidance moves samples away from the branch's prediction. Without classes, or
     with labels -1, the two branches differ only in temperature, so a temperature other than 1 also guides an
-    unconditional model.
+    unconditional model, and guidance with temperature 1 has no effect.
     null: the text of the unconditional branch, usually the encoded "". May be a single text or one per sample. Required
     for flows that are conditioned on texts.
 
