@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import warnings
+from functools import partial
 from typing import Any, NamedTuple
 
 import jax
@@ -181,6 +182,19 @@ def choose_epsilon(
     scale = float(jnp.abs(costs).mean())
     if not 0 < scale < float("inf"):
         raise ValueError(f"the mean cost is {scale}; to choose epsilon, the costs must be finite and not all 0.")
+    return scale * float(_smallest_epsilon(costs, scale, ess=ess, tilt=tilt, sinkhorn_sweeps=sinkhorn_sweeps))
+
+
+@partial(jax.jit, static_argnames="sinkhorn_sweeps")
+def _smallest_epsilon(
+    costs: Float[Array, "..."],
+    scale: Array | float,
+    *,
+    ess: Array | float | None,
+    tilt: Array | float | None,
+    sinkhorn_sweeps: int,
+) -> Float[Array, ""]:
+    """Returns the epsilon of `choose_epsilon` in units of `scale`, the mean cost, found by bisection."""
 
     def kept(log_epsilon):
         logits = -costs / (scale * jnp.exp(log_epsilon))
@@ -198,7 +212,7 @@ def choose_epsilon(
 
     # The search covers epsilon from 6e-6 to 2e5 in units of the mean cost. It is accurate to the last digit of float32.
     bounds = jax.lax.fori_loop(0, 30, halve, (jnp.array(-12.0), jnp.array(12.0)))
-    return scale * float(jnp.exp(bounds[1]))
+    return jnp.exp(bounds[1])
 
 
 def fit_epsilon(coupling: GibbsWeights, x0: Float[Array, "b *event"], x1: Float[Array, "b *event"]) -> GibbsWeights:
@@ -240,6 +254,8 @@ def path_report(
     velocity: Velocity, x0: Float[Array, "b *event"], cond: Any = None, *, num_steps: int = 100
 ) -> PathReport:
     """Returns the energy and the curvature of the paths from x0, computed with rk4 and the trapezoidal rule.
+
+    Outside jit, every call compiles its loops again, so apply jit to the calling function.
 
     Raises ValueError if x0 contains no samples, and in the same cases as `trajectory`.
 

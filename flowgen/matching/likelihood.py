@@ -40,7 +40,8 @@ def log_prob(
     Other settings: as for `integrate`.
 
     With "dopri5", the tolerances apply jointly to the state and to the integral of the divergence. The integral is
-    accumulated in at least float32. The result is differentiable; with "dopri5", only in reverse mode.
+    accumulated in at least float32. The result is differentiable; with "dopri5", only in reverse mode. Outside jit,
+    every call compiles its loop again, so apply jit to the calling function.
 
     Example:
         lp = log_prob(velocity, x1, key=jax.random.key(0))
@@ -91,7 +92,8 @@ def divergence(
     """Returns v and the divergence Σ_i ∂v_i/∂x_i of each sample, or Hutchinson's estimate of it if a probe is given.
 
     The estimate is probe · (∂v/∂x) probe. The exact divergence needs one Jacobian-vector product of the whole batch for
-    each dimension. Sums are accumulated in at least float32.
+    each dimension. Sums are accumulated in at least float32. Outside jit, every call for the exact divergence compiles
+    its loop again, so apply jit to the calling function.
 
     Example:
         v, change = divergence(velocity, t, x, probe=jax.random.rademacher(key, x.shape, x.dtype))

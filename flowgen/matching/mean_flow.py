@@ -187,8 +187,8 @@ def integrate_mean(
 ) -> tuple[Float[Array, "b *event"], int]:
     """Returns samples and the number of network evaluations.
 
-    Each step is x ← x + interval · u(t, x, cond, interval), with interval = 1 / num_steps. Raises ValueError if
-    num_steps is below 1.
+    Each step is x ← x + interval · u(t, x, cond, interval), with interval = 1 / num_steps. Outside jit, every call
+    compiles its loop again, so apply jit to the calling function. Raises ValueError if num_steps is below 1.
 
     Example:
         x1, nfe = integrate_mean(average_velocity, x0, labels, num_steps=1)

@@ -293,7 +293,7 @@ def integrate_sde(
     """Returns samples of dX = (v + g²/2 · score) dt + g dW, and the total number of evaluations of velocity and score.
 
     For any g(t) ≥ 0, the SDE has the same marginals as the ODE dx = v dt. The method is Euler-Maruyama; the last step
-    adds no noise.
+    adds no noise. Outside jit, every call compiles its loop again, so apply jit to the calling function.
 
     score: a function (t, x, cond) that returns ∇ log p_t(x), for instance by `flowgen.matching.velocity_to_score`.
     diffusion: g as a function of t.
