@@ -91,6 +91,20 @@ def check_count(name: str, value: Any) -> None:
         raise ValueError(f"{name} is {shown(value)}; give a whole number of at least 1.")
 
 
+def is_number(value: Any) -> bool:
+    """Returns whether a value is a real number: a Python or NumPy number, or a scalar array, which may be traced.
+
+    Example:
+        is_number(jnp.float32(0.5))  # True
+    """
+    if isinstance(value, bool | int | float):
+        return True
+    kind = getattr(value, "dtype", None)
+    if kind is None or getattr(value, "shape", None) != ():
+        return False
+    return any(jnp.issubdtype(kind, real) for real in (jnp.bool_, jnp.integer, jnp.floating))
+
+
 def shown(value: Any) -> str:
     """Returns a description of a value for error messages.
 

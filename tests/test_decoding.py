@@ -198,10 +198,13 @@ def test_denoising_is_one_tweedie_step_of_the_given_strength():
     config = dataclasses.replace(FLOWS["affine"], noise_std=0.2)
     flow, params = perturbed(config, jax.random.key(0))
     noisy = sample(flow, params, jax.random.key(1), 3, denoise=False)
-    for denoise, strength in ((True, 1.0), (0.5, 0.5)):
+    for denoise, strength in ((True, 1.0), (0.5, 0.5), (jnp.float32(0.5), 0.5), (np.array(0.5), 0.5)):
         clean = sample(flow, params, jax.random.key(1), 3, denoise=denoise)
         expected = jax.jit(lambda p, x: density.tweedie_step(flow, p, x))(params, noisy.x)
         assert_close(clean.x, noisy.x + strength * (expected - noisy.x), NETWORK)
+    traced = jax.jit(lambda strength: sample(flow, params, jax.random.key(1), 3, denoise=strength).x)
+    for strength in (0.5, 0.0):
+        assert_close(traced(strength), noisy.x + strength * (expected - noisy.x), NETWORK)
     plain = flowgen.TARFlow(FLOWS["affine"])
     np.testing.assert_array_equal(
         sample(plain, params, jax.random.key(1), 3, denoise=True).x, sample(plain, params, jax.random.key(1), 3).x
@@ -233,6 +236,7 @@ def test_one_compiled_program_per_call_signature():
     [
         ({"num": 0}, "num is 0"),
         ({"denoise": -1.0}, "denoise is -1.0"),
+        ({"denoise": jnp.ones(3)}, r"denoise is float32 of shape \(3,\)"),
         ({"cond": jnp.array([0, 1], jnp.int32)}, r"cond must be an integer array of shape \(3,\)"),
         ({"cond": jnp.array([0, 1, 3], jnp.int32)}, "label 3 is out of range"),
     ],
@@ -241,6 +245,16 @@ def test_a_call_that_cannot_work_is_refused(arguments, message):
     flow, params, _, _ = laws.case("classes")
     with pytest.raises(ValueError, match=message):
         sample(flow, params, jax.random.key(0), **{"num": 3, **arguments})
+
+
+def test_sample_numbers_may_be_traced(untyped):
+    flow, params, _, cond = laws.case("classes")
+    traced = jax.jit(lambda num, cond: sample(flow, params, jax.random.key(0), num, cond).x)
+    numbers = jnp.array([5, 0, 7, 2], jnp.uint8)
+    assert_close(traced(numbers, cond), sample(flow, params, jax.random.key(0), np.asarray(numbers), cond).x, NETWORK)
+    for num in (4, jnp.ones(4), jnp.zeros((2, 2), jnp.int32), jnp.zeros(0, jnp.int32)):
+        with pytest.raises(ValueError, match=r"num is a traced .* inside jit, give a 1-D integer array"):
+            traced(num, cond)
 
 
 def test_z_of_another_shape_and_impossible_plans_are_refused():

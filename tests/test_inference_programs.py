@@ -9,6 +9,7 @@ import jax.numpy as jnp
 import laws
 import numpy as np
 import pytest
+from matching_cases import X0, X1, T
 from tolerances import FORMULA, NETWORK, assert_close
 
 import flowgen.matching as fm
@@ -29,6 +30,7 @@ CONFIG = TARFlowConfig(
 LABELS = np.zeros(4, np.int32)
 BETAS = np.linspace(0, 1, 3)
 WELL = ManyWell(4)
+LOSS = fm.flow_matching_loss(coupling=fm.MinibatchOT())
 
 
 @cache
@@ -75,6 +77,16 @@ CALLS = {
     "MALA": lambda: MALA(0.05)(jax.random.key(0), arguments()[2], inference.tempered(log_q(), WELL.log_density, 0.5)),
     "anneal": annealed,
     "anneal_adaptively": adaptive,
+    "MinibatchOT": lambda: fm.MinibatchOT()(jax.random.key(0), X0, X1),
+    "MinibatchOT of Sinkhorn": lambda: fm.MinibatchOT(method="sinkhorn")(jax.random.key(0), X0, X1),
+    "GibbsWeights": lambda: fm.GibbsWeights(1.0, sinkhorn_sweeps=2)(jax.random.key(0), X0, X1),
+    "sinkhorn_potentials": lambda: fm.sinkhorn_potentials(X0 @ X1.T, 3),
+    "wasserstein": lambda: fm.wasserstein(X0, X1),
+    "tilted_wasserstein": lambda: fm.tilted_wasserstein(X0, X1, 2.0),
+    "choose_epsilon": lambda: fm.choose_epsilon(X0, X1, ess=0.7, sinkhorn_sweeps=2),
+    "choose_epsilon of a tilt": lambda: fm.choose_epsilon(X0, X1, ess=None, tilt=0.3),
+    "change_path": lambda: fm.change_path(lambda t, x, _: -x, fm.CondOT(), fm.Trigonometric())(T, X0, None),
+    "flow_matching_loss": lambda: LOSS(lambda t, x, _: -x, {"x0": X0, "x1": X1}, jax.random.key(0)),
 }
 
 

@@ -11,7 +11,7 @@ from matching_cases import X0, X1
 from tolerances import FORMULA, LAYER, assert_close
 
 from flowgen import matching as fm
-from flowgen.matching.couplings import assignment, cost_matrix
+from flowgen.matching.couplings import assignment, cost_matrix, paired_cost
 
 KEY = jax.random.key(0)
 
@@ -151,6 +151,19 @@ def test_samples_on_a_sphere_have_the_norm_of_noise():
     assert_close(jax.jit(fm.to_sphere)(x), expected, FORMULA)
 
 
+def test_samples_on_a_sphere_and_equal_points_have_finite_gradients():
+    x, up = jnp.array([[3.0, 4.0], [0.0, 0.0], [2.0, 0.0]]), np.array([1.0, 3.0])
+    gradient = jax.jit(jax.grad(lambda x: (fm.to_sphere(x) @ jnp.asarray(up, x.dtype)).sum()))(x)
+    # The derivative of √2 x / |x| is √2 (1 - u uᵀ) / |x| with u = x / |x|; a point at the origin stays there.
+    lengths = np.array([5.0, 1.0, 2.0])[:, None]
+    u = np.asarray(x) / lengths
+    expected = np.sqrt(2) * (up - u * (u @ up)[:, None]) / lengths
+    assert_close(gradient, np.array([[1.0], [0.0], [1.0]]) * expected, FORMULA)
+    distance = lambda a, b: paired_cost(a, b, "euclidean").sum() + jnp.trace(cost_matrix(a, b, "euclidean"))  # noqa: E731
+    moved = x.at[2, 1].add(1.0)
+    assert_close(jax.jit(jax.grad(distance))(x, moved), [[0, 0], [0, 0], [0, -2]], FORMULA)
+
+
 def test_an_epsilon_of_none_is_to_be_chosen_first():
     with pytest.raises(ValueError, match=r"fit_epsilon\(coupling, x0, x1\)"):
         fm.GibbsWeights()(KEY, X0, X1)
@@ -262,6 +275,12 @@ REFUSED = {
         lambda: fm.SemidiscreteOT(X1, jnp.zeros(3))(None, X0, X1, T3),
         "SemidiscreteOT has no labels",
     ),
+    "no data points": (
+        lambda: fm.SemidiscreteOT(X1[:0], jnp.zeros(0)),
+        "y contains no data points; give at least one.",
+    ),
+    "no data to fit": (lambda: fm.fit_semidiscrete(jax.random.key(0), X1[:0]), "y contains no data points"),
+    "bytes on a sphere": (lambda: fm.to_sphere(jnp.ones((3, 2), jnp.uint8)), "x is uint8"),
     "no steps": (lambda: fm.fit_semidiscrete(None, X1, num_steps=0), "num_steps is 0"),
 }
 T3 = jnp.arange(3)

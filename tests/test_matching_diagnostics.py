@@ -1,6 +1,7 @@
 """What weights and fields are worth: against exact assignments, recorded population quantities and closed forms."""
 
 import dataclasses
+import itertools
 import warnings
 
 import jax
@@ -28,6 +29,14 @@ def test_distances_are_the_recorded_ones():
     assert_close(fm.wasserstein(X0, X1), 1.354006, FORMULA)
     assert_close(fm.wasserstein(X0, X0 + jnp.array([[3.0, 4.0]])), 5, FORMULA)
     assert_close(fm.wasserstein(X0, X0[::-1]), 0, FORMULA, scale=2)
+
+
+def test_distances_have_gradients_which_are_0_between_equal_samples():
+    gradient = jax.jit(jax.grad(fm.wasserstein))
+    # 1.354006 is the recorded distance, and X1[[1, 0, 2]] the nearest partners: (x - partner) / (3 · distance).
+    partner = min(itertools.permutations(range(3)), key=lambda order: jnp.square(X0 - X1[jnp.array(order)]).sum())
+    assert_close(gradient(X0, X1), (X0 - X1[jnp.array(partner)]) / (3 * 1.354006), FORMULA)
+    np.testing.assert_array_equal(gradient(X0, X0[::-1]), 0)
 
 
 def test_effective_sample_size_of_weights_known():
@@ -150,6 +159,10 @@ REFUSED = {
         "the mean cost is inf",
     ),
     "report without epsilon": (lambda: fm.weight_report(X0, X1, 0.0), "epsilon is 0.0"),
+    "paths from nowhere": (lambda: fm.path_report(lambda t, x, cond: x, X0[:0]), "x0 contains no samples; give at"),
+    "nothing to resample": (lambda: fm.resample(X0[:0], jnp.zeros(0)), "log_weight has shape (0,) for 0 samples"),
+    "weights of others": (lambda: fm.resample(X0, jnp.zeros(2)), "log_weight has shape (2,) for 3 samples"),
+    "epsilon of text": (lambda: fm.weight_report(X0, X1, "2"), "epsilon is '2'"),
     "distances without epsilon": (lambda: fm.tilted_wasserstein(X0, X1, -1.0), "epsilon is -1.0"),
 }
 

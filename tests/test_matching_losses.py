@@ -244,6 +244,32 @@ def test_bfloat16_errors_are_summed_in_float32(batch):
     assert (loss.dtype, metrics["unweighted_loss"].dtype) == (jnp.float32, jnp.float32)
 
 
+@pytest.mark.parametrize("time", [fm.Uniform(), fm.Uniform(stratified=True), fm.LogitNormal(), fm.Shifted()], ids=str)
+@pytest.mark.parametrize("dtype", [jnp.bfloat16, jnp.float32, jnp.float64])
+def test_losses_and_their_times_have_the_type_of_the_data_or_float32(dtype, time, x64):
+    seen = set()
+
+    def velocity(t, x, cond, interval=0):
+        seen.add(jnp.result_type(t, interval))
+        return x * t[:, None].astype(x.dtype)
+
+    networks = {
+        fm.flow_matching_loss: velocity,
+        fm.mean_flow_loss: velocity,
+        fm.score_and_flow_matching_loss: lambda t, x, cond: (velocity(t, x, cond),) * 2,
+    }
+    wide = jnp.promote_types(dtype, jnp.float32)
+    for kind, network in networks.items():
+        loss = kind(time=time, coupling=fm.GibbsWeights(1.0))
+        found = jax.eval_shape(
+            lambda x, key, loss=loss, network=network: loss(network, {"x1": x}, key),
+            X1.astype(dtype),
+            jax.random.key(0),
+        )
+        assert {x.dtype for x in jax.tree.leaves(found)} == {wide}
+    assert seen == {wide}
+
+
 def loss_of(batch, **settings):
     return fm.flow_matching_loss(**settings)(lambda t, x, cond: x, batch, jax.random.key(0))
 
@@ -300,6 +326,8 @@ REFUSED = {
     "mean of times": (lambda: fm.LogitNormal(mean=float("nan")), "mean is nan"),
     "shift of infinity": (lambda: fm.Shifted(float("inf")), "shift is inf"),
     "dropout of one": (lambda: fm.flow_matching_loss(label_dropout=1.0), "label_dropout is 1.0"),
+    "power of text": (lambda: fm.mean_flow_loss(power="1"), "power is '1'; it must be a finite number"),
+    "dropout of text": (lambda: fm.flow_matching_loss(label_dropout="0.1"), "label_dropout is '0.1'"),
     "dropout of the bridge": (lambda: fm.score_and_flow_matching_loss(label_dropout=-0.1), "label_dropout is -0.1"),
     "dropout of mean flow": (lambda: fm.mean_flow_loss(label_dropout=2.0), "label_dropout is 2.0"),
     "prediction": (lambda: fm.flow_matching_loss(prediction="eps"), "prediction is 'eps'"),

@@ -79,6 +79,23 @@ def test_explicit_axes_give_the_numbers_of_one_device(name, jitted):
         assert_close(x, y, LAYER)
 
 
+def test_guidance_and_likelihood_under_a_mesh_that_is_set():
+    velocity = lambda t, x, cond: x * (t * (1 + cond.astype(t.dtype)))[:, None, None]  # noqa: E731
+    guided = fm.guided(velocity, -1, weight=1.0)
+
+    def run(x0, labels):
+        options = {"num_steps": 2, "method": "euler"}
+        return fm.integrate(guided, x0, labels, **options)[0], fm.log_prob(guided, x0, labels, key=key(), **options)
+
+    x0, _, labels = divided()
+    expected = run(X0, LABELS)
+    with jax.set_mesh(x0.sharding.mesh):
+        for found in (run(x0, labels), jax.jit(run)(x0, labels)):
+            for x, y in zip(found, expected, strict=True):
+                assert jax.typeof(x).sharding.spec[0] == "data"
+                assert_close(x, y, LAYER)
+
+
 def test_pairs_stay_divided_as_the_batch_is():
     for coupling in (fm.MinibatchOT(), fm.GibbsWeights(epsilon=2.0, sinkhorn_sweeps=5)):
         pairs = coupling(key(), *divided())

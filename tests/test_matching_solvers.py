@@ -192,6 +192,12 @@ def test_likelihood_of_the_recorded_case_and_of_images():
         assert_close(value, -3.788087, LAYER)
 
 
+@pytest.mark.parametrize("options", [{}, {"key": jax.random.key(0)}, {"method": "dopri5"}], ids=str)
+def test_likelihood_of_no_samples_is_empty(options):
+    value = jax.jit(lambda x: fm.log_prob(growing, x, **{"num_steps": 2, **options}))(X0[:0])
+    assert (value.shape, value.dtype) == ((0,), jnp.float32)
+
+
 def test_the_divergence_is_the_trace_of_the_jacobian(key):
     field = lambda t, x, cond: jnp.sin(x) * x.sum(axis=1, keepdims=True) + t[:, None]  # noqa: E731
 
@@ -255,6 +261,30 @@ def test_guidance_takes_one_condition_for_all_and_unsigned_labels():
     assert_close(field(X0), 2 * X0 * labels[:, None].astype(jnp.float32) + X0, FORMULA)
 
 
+@pytest.mark.parametrize("dtype", [jnp.bfloat16, jnp.float32, jnp.float64])
+def test_times_have_the_type_in_which_the_state_is_accumulated(dtype, x64):
+    seen = set()
+
+    def velocity(t, x, cond, interval=0):
+        seen.add((t.dtype, jnp.result_type(t, interval)))
+        return x * t[:, None].astype(x.dtype)
+
+    def run(x0):
+        grid = {"times": [0.0, 0.3, 1.0]}
+        ends = [fm.integrate(velocity, x0, num_steps=2), fm.integrate(velocity, x0, **grid)]
+        ends += [
+            fm.integrate_mean(velocity, x0),
+            fm.integrate_sde(velocity, velocity, x0, jax.random.key(0), num_steps=2),
+        ]
+        return [x for x, _ in ends], fm.path_report(velocity, x0, num_steps=2), fm.log_prob(velocity, x0, num_steps=2)
+
+    ends, *reports = jax.eval_shape(run, X0.astype(dtype))
+    wide = jnp.promote_types(dtype, jnp.float32)
+    assert {x.dtype for x in ends} == {jnp.dtype(dtype)}
+    assert {x.dtype for x in jax.tree.leaves(reports)} == {wide}
+    assert seen == {(wide, wide)}
+
+
 @pytest.mark.parametrize("dtype", [jnp.bfloat16, jnp.float64])
 def test_the_sde_and_likelihood_keep_to_the_type_of_the_state(dtype, x64):
     velocity = lambda t, x, cond: x * t[:, None].astype(x.dtype)  # noqa: E731
@@ -287,7 +317,8 @@ REFUSED = {
     "likelihood of integers": (lambda: fm.log_prob(growing, jnp.array([[1, 2]])), "x1 is int32"),
     "half a step": (lambda: fm.integrate(growing, X0, num_steps=2.5), "num_steps is 2.5"),
     "half a step of edm": (lambda: fm.edm_times(2.5), "num_steps is 2.5"),
-    "guidance of NaN": (lambda: fm.guided(growing, -1, weight=float("nan")), "must be finite"),
+    "guidance of NaN": (lambda: fm.guided(growing, -1, weight=float("nan")), "weight is nan; it must be a finite"),
+    "guidance of text": (lambda: fm.guided(growing, -1, scale="2"), "scale is '2'; it must be a finite number"),
     "guidance to nothing": (lambda: fm.guided(growing, -1, weight=1.0)(T, X0, None), "guidance needs a condition"),
     "unknown solver": (lambda: fm.integrate(growing, X0, method="rk5"), "method is 'rk5'"),
     "no step": (lambda: fm.integrate(growing, X0, num_steps=0), "num_steps is 0"),

@@ -189,8 +189,9 @@ def alike_rows(tree: PyTree) -> PyTree:
     divided = [x for x in jax.tree.leaves(tree) if _explicit_mesh(x) is not None and "b" in _rows_of(x)]
     if not divided:
         return tree
-    # Outside jit, adding an array on one device to an array on a mesh moves the former to the mesh.
-    nothing = jnp.zeros_like(divided[0], jnp.int32).sum(axis=tuple(range(1, divided[0].ndim)))
+    # Outside jit, adding an array on one device to an array on a mesh moves the former to the mesh. In a loop that is
+    # being traced, the zeros of `zeros_like` are not sharded if the array itself is not traced.
+    nothing = (jnp.int32(0) * (divided[0] == divided[0])).sum(axis=tuple(range(1, divided[0].ndim)))
 
     def divide(x):
         return x + jnp.expand_dims(nothing, range(1, x.ndim)).astype(x.dtype)

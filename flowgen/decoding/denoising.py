@@ -24,7 +24,7 @@ def denoised(request: DecodeRequest, x: Float[Array, "b *event"]) -> Float[Array
     step = request.denoise
     if isinstance(step, TweedieStep):
         score = jax.grad(lambda x: _log_prob(request, x).sum())(x)
-        return x + step.strength * request.flow.config.noise_std**2 * score
+        return x + jnp.asarray(step.strength, x.dtype) * request.flow.config.noise_std**2 * score
     return x if step is None else step.function(step.variables, x, request.cond)
 
 

@@ -11,7 +11,7 @@ import numpy as np
 from jax.core import Tracer
 from jaxtyping import Array, Bool, Float, Int, Key
 
-from flowgen.arrays import shown
+from flowgen.arrays import is_number, shown
 from flowgen.attention import causal_kernel
 from flowgen.backend import rows_on_device
 from flowgen.conditioning import AnyCondition, Condition, TextCondition, split_padded
@@ -192,16 +192,18 @@ def decode_request(
     )
 
 
-def resolve_denoise(denoise: bool | float | Denoiser, noise_std: float) -> TweedieStep | Denoiser | None:
+def resolve_denoise(denoise: bool | float | Array | Denoiser, noise_std: float) -> TweedieStep | Denoiser | None:
     """Returns the denoising step for noise of this standard deviation; None if the strength or the noise is 0."""
     if isinstance(denoise, Denoiser):
         return denoise
-    strength = float(denoise) if isinstance(denoise, bool | int | float | np.number) else -1.0
-    if not 0 <= strength < float("inf"):
+    traced = isinstance(denoise, Tracer)
+    if not is_number(denoise) or not (traced or 0 <= denoise < float("inf")):
         raise ValueError(
             f"denoise is {shown(denoise)}; it must be True, False, a strength of at least 0, or a Denoiser."
         )
-    return TweedieStep(strength) if strength > 0 and noise_std > 0 else None
+    if noise_std == 0 or not (traced or denoise):
+        return None
+    return TweedieStep(denoise if traced else float(denoise))
 
 
 def _active(guidance: Guidance | None, cond: Condition | None, config: FlowConfig) -> Guidance | None:

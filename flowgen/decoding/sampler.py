@@ -89,7 +89,7 @@ def sample(
     *,
     plan: Plan | str = "auto",
     guidance: Guidance | None = None,
-    denoise: bool | float | Denoiser = True,
+    denoise: bool | float | Array | Denoiser = True,
     certify: bool = False,
     clip: Clip | None = None,
     draft: Draft | None = None,
@@ -100,11 +100,11 @@ def sample(
     num: the number of samples to draw, or the sample numbers themselves, such as range(16, 32). The noise of sample
     number i depends only on (key, i), so a job can be split into batches of any size. If the sample numbers are an
     array that is sharded over devices, each device draws the samples of its own shard, and x and the per-sample reports
-    are sharded in the same way.
+    are sharded in the same way. Sample numbers may be traced; their range, 0 to 2³¹ - 1, is then not checked.
     denoise: whether to apply one Tweedie step x + strength · σ² ∇ log p(x | cond), where σ is the flow's `noise_std`
-    and p is the flow's own density, without guidance and as if no frames were given. A number is the strength; True
-    means 1, and False means no step. A `Denoiser` is applied instead of this step, to all frames of a clip, including
-    the given ones.
+    and p is the flow's own density, without guidance and as if no frames were given. A number, which may be traced, is
+    the strength; True means 1, and False means no step. A `Denoiser` is applied instead of this step, to all frames of
+    a clip, including the given ones.
     certify: as for `invert`; for a clip, `error` and `error_estimate` cover only the frames that were not given.
     clip: describes clips that begin with given frames, or that have more or fewer frames than the flow models; None
     means samples of the flow's own size. A token's noise depends only on the key, the sample's number and the token's
@@ -177,6 +177,13 @@ def _run(request: DecodeRequest, strict: bool) -> DecodeResult:
 
 
 def _numbers(num: int | range | Integer[Array | np.ndarray, " b"]) -> Int[Array, " b"]:
+    if isinstance(num, Tracer):
+        if num.ndim != 1 or not num.size or not jnp.issubdtype(num.dtype, jnp.integer):
+            raise ValueError(
+                f"num is a traced {shown(num)}; inside jit, give a 1-D integer array of sample numbers, or a number of "
+                "samples that is not traced."
+            )
+        return num.astype(jnp.int32)
     numbers = np.asarray(num)
     if numbers.ndim == 0:
         check_count("num", num)

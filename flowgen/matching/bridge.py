@@ -16,6 +16,7 @@ from flowgen.matching.loss import (
     check_step,
     draw_pairs,
     draw_point,
+    draw_times,
     mean_square,
     rows_of,
 )
@@ -67,7 +68,7 @@ def score_and_flow_matching_loss(
         check_step(network, batch, key)
         pair_rows, time_rows, path_rows = rows_of(batch, key).split(3)
         pairs = draw_pairs(pair_rows, batch, coupling, log_mean, label_dropout=label_dropout)
-        t = time_rows.draw_whole(time)
+        t = draw_times(time_rows, time, pairs.x1)
         point = draw_point(path_rows, bridge, t, pairs)
         velocity, score = (check_output(out, point.x_t) for out in network(t, point.x_t, pairs.cond))
         flow_error = mean_square(velocity - point.u_t)

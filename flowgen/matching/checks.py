@@ -9,13 +9,13 @@ import numpy as np
 from jax.core import Tracer
 from jaxtyping import Array
 
-from flowgen.arrays import check_floating, shown
+from flowgen.arrays import check_floating, is_number, shown
 
 
 def check_positive(name: str, value: float | int) -> None:
     """Raises ValueError unless a number is positive and finite."""
-    if not 0 < value < float("inf"):
-        raise ValueError(f"{name} is {value}; it must be positive and finite.")
+    if not (is_number(value) and 0 < value < float("inf")):
+        raise ValueError(f"{name} is {shown(value)}; it must be positive and finite.")
 
 
 def check_batch(x0: Array, x1: Array) -> None:

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-import functools
 from collections.abc import Callable
+from functools import lru_cache, partial
 from typing import Any, Literal, get_args
 
 import jax
@@ -172,7 +172,11 @@ def time_of_ratio(path: Path, alpha: Float[Array, "*t"], beta: Float[Array, "*t"
     Example:
         t = time_of_ratio(VariancePreserving(), alpha, beta)
     """
+    return _time_of_ratio(path, alpha, beta)
 
+
+@partial(jax.jit, static_argnames="path")
+def _time_of_ratio(path: Path, alpha: Float[Array, "*t"], beta: Float[Array, "*t"]) -> Float[Array, "*t"]:
     def halve(_, bounds):
         low, high = bounds
         middle = (low + high) / 2
@@ -209,7 +213,7 @@ def check_no_spread(path: Path) -> None:
         raise ValueError(f"{_NO_SPREAD.format(spread)}.")
 
 
-@functools.lru_cache(maxsize=64)
+@lru_cache(maxsize=64)
 def _inner_ends(path: Path, smallest: float) -> tuple[float, float]:
     """Returns the times at which alpha/beta is `smallest` and 1/`smallest`, at least 1e-5 away from 0 and 1."""
     with jax.ensure_compile_time_eval():

@@ -13,6 +13,7 @@ batch.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from functools import partial
 from typing import Annotated, Any, ClassVar, Literal, NamedTuple, Protocol, runtime_checkable
@@ -264,7 +265,7 @@ def paired_cost(x0: Float[Array, "b *event"], x1: Float[Array, "b *event"], cost
 
     def distance(x0, x1):
         square = jnp.square(_flat(x0) - _flat(x1)).sum(axis=1)
-        return square if cost == "sqeuclidean" else jnp.sqrt(square)
+        return square if cost == "sqeuclidean" else square_root(square)
 
     return check_cost(keep_axes(distance, x0, x1, named=[(x0, of_rows(x0)), (x1, of_rows(x1))], out="b"))
 
@@ -293,7 +294,19 @@ def _cost_matrix(x0: Float[Array, "b *event"], x1: Float[Array, "m *event"], cos
     a, b = a - centre[None], b - centre[None]
     cross = jnp.matmul(a, b.T, precision=jax.lax.Precision.HIGHEST)
     square = jnp.maximum(jnp.square(a).sum(1)[:, None] + jnp.square(b).sum(1)[None, :] - 2 * cross, 0)
-    return square if cost == "sqeuclidean" else jnp.sqrt(square)
+    return square if cost == "sqeuclidean" else square_root(square)
+
+
+def square_root(x: Float[Array, "..."]) -> Float[Array, "..."]:
+    """Returns √x, whose gradient at 0 is that of x instead of infinity.
+
+    The distance between equal points therefore has the gradient 0, not NaN.
+
+    Example:
+        distance = square_root(jnp.square(x - y).sum())
+    """
+    zero = x == 0
+    return jnp.where(zero, x, jnp.sqrt(jnp.where(zero, 1, x)))
 
 
 def to_sphere(x: Float[Array, "b *event"]) -> Float[Array, "b *event"]:
@@ -301,17 +314,19 @@ def to_sphere(x: Float[Array, "b *event"]) -> Float[Array, "b *event"]:
 
     √d is the typical norm of standard normal noise. The distance from such noise to a point on a sphere around 0 has
     the same distribution for all points. Therefore, Gibbs weights without Sinkhorn sweeps do not change the
-    distribution of the scaled data.
+    distribution of the scaled data. The gradient with respect to a sample of zeros is 0.
 
     Example:
         x1 = to_sphere(x1)
     """
+    check_floating("x", x)
     flat = _flat(x)
-    # Scale the largest coordinate to 1 first, so that no square underflows.
-    largest = jnp.abs(flat).max(axis=1, keepdims=True)
-    flat = flat / jnp.where(largest > 0, largest, 1)
-    norm = jnp.linalg.norm(flat, axis=1, keepdims=True)
-    scaled = flat * jnp.sqrt(flat.shape[1]) / jnp.maximum(norm, 1)
+    # Scale the largest coordinate to 1 first, so that no square underflows. The result does not depend on this factor.
+    largest = jax.lax.stop_gradient(jnp.abs(flat).max(axis=1, keepdims=True))
+    zero = largest == 0
+    flat = flat / jnp.where(zero, 1, largest)
+    norm = jnp.sqrt(jnp.where(zero, 1, jnp.square(flat).sum(axis=1, keepdims=True)))
+    scaled = jnp.where(zero, 0, flat * jnp.sqrt(flat.shape[1]) / norm)
     return scaled.reshape(x.shape).astype(x.dtype)
 
 
@@ -327,4 +342,4 @@ def check_cost(cost: Float[Array, "..."]) -> Float[Array, "..."]:
 
 
 def _flat(x: Float[Array, "b *event"]) -> Float[Array, "b d"]:
-    return x.reshape(len(x), -1).astype(jnp.promote_types(x.dtype, jnp.float32))
+    return x.reshape(len(x), math.prod(x.shape[1:])).astype(jnp.promote_types(x.dtype, jnp.float32))

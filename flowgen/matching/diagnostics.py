@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import warnings
+from functools import partial
 from typing import Any, NamedTuple
 
 import jax
@@ -12,7 +13,7 @@ from jaxtyping import Array, Float
 
 from flowgen.backend import keep_axes, take_rows
 from flowgen.matching.checks import check_batch, check_positive
-from flowgen.matching.couplings import Cost, GibbsWeights, cost_matrix, paired_cost
+from flowgen.matching.couplings import Cost, GibbsWeights, cost_matrix, paired_cost, square_root
 from flowgen.matching.plans import assignment, corrected_log_weight
 from flowgen.matching.solvers import Velocity, time_grid, trajectory
 from flowgen.weights import check_share, effective_sample_size, systematic_indices
@@ -136,9 +137,16 @@ def resample(x: Float[Array, "b *event"], log_weight: Float[Array, " b"]) -> Flo
 
     This is systematic resampling with a fixed offset, so it needs no key. With equal weights, the result is x itself.
 
+    Raises ValueError unless there is one log weight per sample, and at least one sample.
+
     Example:
         tilted = resample(x, log_weight)
     """
+    if log_weight.shape != x.shape[:1] or len(x) == 0:
+        raise ValueError(
+            f"log_weight has shape {log_weight.shape} for {len(x)} samples; give at least one sample, and one log "
+            "weight per sample."
+        )
 
     def chosen(log_weight):
         return systematic_indices(log_weight, len(x))
@@ -183,6 +191,19 @@ def choose_epsilon(
     scale = float(jnp.abs(costs).mean())
     if not 0 < scale < float("inf"):
         raise ValueError(f"the mean cost is {scale}; to choose epsilon, the costs must be finite and not all 0.")
+    return scale * float(_smallest_epsilon(costs, scale, ess=ess, tilt=tilt, sinkhorn_sweeps=sinkhorn_sweeps))
+
+
+@partial(jax.jit, static_argnames="sinkhorn_sweeps")
+def _smallest_epsilon(
+    costs: Float[Array, "..."],
+    scale: Array | float,
+    *,
+    ess: Array | float | None,
+    tilt: Array | float | None,
+    sinkhorn_sweeps: int,
+) -> Float[Array, ""]:
+    """Returns the epsilon of `choose_epsilon` in units of `scale`, the mean cost, found by bisection."""
 
     def kept(log_epsilon):
         logits = -costs / (scale * jnp.exp(log_epsilon))
@@ -200,7 +221,7 @@ def choose_epsilon(
 
     # The search covers epsilon from 6e-6 to 2e5 in units of the mean cost. It is accurate to the last digit of float32.
     bounds = jax.lax.fori_loop(0, 30, halve, (jnp.array(-12.0), jnp.array(12.0)))
-    return scale * float(jnp.exp(bounds[1]))
+    return jnp.exp(bounds[1])
 
 
 def fit_epsilon(coupling: GibbsWeights, x0: Float[Array, "b *event"], x1: Float[Array, "b *event"]) -> GibbsWeights:
@@ -247,16 +268,22 @@ def path_report(
 
     The method is rk4 with num_steps equal steps; the trapezoidal rule computes the integrals over time.
 
+    Outside jit, every call compiles its loops again, so apply jit to the calling function.
+
+    Raises ValueError if x0 contains no samples, and in the same cases as `trajectory`.
+
     Example:
         report = path_report(velocity, x0)
     """
+    if len(x0) == 0:
+        raise ValueError("x0 contains no samples; give at least one.")
     states, _ = trajectory(velocity, x0, cond, method="rk4", num_steps=num_steps)
-    times = time_grid(num_steps, None)
+    times = time_grid(num_steps, None, x0)
     speeds = jax.lax.map(lambda pair: velocity(jnp.full(len(x0), pair[0]), pair[1], cond), (times, states))
     chord = (states[-1] - states[0])[None]
 
     def integral(x):
-        values = jnp.square(x).reshape(len(times), len(x0), -1).sum(axis=2).mean(axis=1)
+        values = jnp.square(x.astype(times.dtype)).reshape(len(times), len(x0), -1).sum(axis=2).mean(axis=1)
         return jnp.trapezoid(values, times)
 
     return PathReport(integral(speeds), integral(speeds - chord))
@@ -288,7 +315,7 @@ def wasserstein(x: Float[Array, "b *event"], y: Float[Array, "b *event"]) -> Flo
     """
     check_batch(x, y)
     partner = assignment(cost_matrix(x, y, "sqeuclidean"))
-    return jnp.sqrt(paired_cost(x, take_rows(y, partner), "sqeuclidean").mean())
+    return square_root(paired_cost(x, take_rows(y, partner), "sqeuclidean").mean())
 
 
 def _relative_variance(log_factor: Float[Array, " b"]) -> Float[Array, ""]:

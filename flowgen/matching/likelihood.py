@@ -42,7 +42,8 @@ def log_prob(
     Other settings: as for `integrate`.
 
     With "dopri5", the tolerances apply jointly to the state and to the integral of the divergence. The integral is
-    accumulated in at least float32. The result is differentiable; with "dopri5", only in reverse mode.
+    accumulated in at least float32. The result is differentiable; with "dopri5", only in reverse mode. Outside jit,
+    every call compiles its loop again, so apply jit to the calling function.
 
     Example:
         lp = log_prob(velocity, x1, key=jax.random.key(0))
@@ -55,12 +56,14 @@ def log_prob(
     dtype = jnp.promote_types(x1.dtype, jnp.float32)
     probe = None if key is None else jnp.zeros_like(x1) + jax.random.rademacher(key, x1.shape, x1.dtype)
 
-    def joint(t, state, cond):
-        x, _ = jnp.split(state, [math.prod(x1.shape[1:])], axis=1)
-        v, change = divergence(velocity, t, x.reshape(x1.shape).astype(x1.dtype), cond, probe=probe)
-        return jnp.concatenate([v.reshape(len(v), -1).astype(dtype), change[:, None].astype(dtype)], axis=1)
+    size = math.prod(x1.shape[1:])
 
-    flat = x1.reshape(len(x1), -1).astype(dtype)
+    def joint(t, state, cond):
+        x, _ = jnp.split(state, [size], axis=1)
+        v, change = divergence(velocity, t, x.reshape(x1.shape).astype(x1.dtype), cond, probe=probe)
+        return jnp.concatenate([v.reshape(len(v), size).astype(dtype), change[:, None].astype(dtype)], axis=1)
+
+    flat = x1.reshape(len(x1), size).astype(dtype)
     state = jnp.concatenate([flat, jnp.zeros_like(flat[:, :1])], axis=1)
     state, _ = integrate(
         joint,
@@ -73,11 +76,11 @@ def log_prob(
         atol=atol,
         max_steps=max_steps,
     )
-    x0, change = state[:, :-1].reshape(x1.shape), state[:, -1]
+    x0, change = state[:, :-1], state[:, -1]
     # Integration backwards in time flips the sign of the integral of the divergence.
     if log_p0 is None:
-        return gaussian_log_density(x0.reshape(len(x0), -1)).sum(axis=1) + change
-    return log_p0(x0) + change
+        return gaussian_log_density(x0).sum(axis=1) + change
+    return log_p0(x0.reshape(x1.shape)) + change
 
 
 def divergence(
@@ -93,7 +96,8 @@ def divergence(
     If probe is given, Hutchinson's estimate probe · (∂v/∂x) probe replaces the exact divergence.
 
     The exact divergence needs one Jacobian-vector product of the whole batch for each dimension. Sums are accumulated
-    in at least float32.
+    in at least float32. Outside jit, every call for the exact divergence compiles its loop again, so apply jit to the
+    calling function.
 
     Example:
         v, change = divergence(velocity, t, x, probe=jax.random.rademacher(key, x.shape, x.dtype))
@@ -103,19 +107,18 @@ def divergence(
         with any_derivative():
             return check_output(velocity(t, y, cond), y)
 
-    dtype = jnp.promote_types(x.dtype, jnp.float32)
+    dtype, size = jnp.promote_types(x.dtype, jnp.float32), math.prod(x.shape[1:])
     if probe is not None:
         v, moved = jax.jvp(field, (x,), (probe,))
-        return v, (moved * probe).reshape(len(x), -1).astype(dtype).sum(axis=1)
-    size = math.prod(x.shape[1:])
+        return v, (moved * probe).reshape(len(x), size).astype(dtype).sum(axis=1)
 
     def along(total, index):
         direction = jnp.zeros((size,), x.dtype).at[index].set(1).reshape(x.shape[1:])
         _, moved = jax.jvp(field, (x,), (jnp.zeros_like(x) + direction[None],))
-        return total + moved.reshape(len(x), -1)[:, index].astype(dtype), None
+        return total + moved.reshape(len(x), size)[:, index].astype(dtype), None
 
     v = field(x)
     # Zeros that are computed from v are sharded over devices in the same way as the sum.
-    zeros = jnp.zeros_like(v, dtype).reshape(len(x), -1).sum(axis=1)
+    zeros = jnp.zeros_like(v, dtype).reshape(len(x), size).sum(axis=1)
     total, _ = jax.lax.scan(along, zeros, jnp.arange(size))
     return v, total

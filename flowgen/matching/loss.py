@@ -10,7 +10,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Key
 
-from flowgen.arrays import check_floating, check_key, shown
+from flowgen.arrays import check_floating, check_key, is_number, shown
 from flowgen.conditioning import drop_condition
 from flowgen.matching.checks import check_output, check_pair, check_velocity
 from flowgen.matching.conditions import as_condition
@@ -90,7 +90,7 @@ def flow_matching_loss(
         check_step(velocity, batch, key)
         pair_rows, time_rows, path_rows = rows_of(batch, key).split(3)
         pairs = draw_pairs(pair_rows, batch, coupling, log_mean, label_dropout=label_dropout)
-        t = time_rows.draw_whole(time)
+        t = draw_times(time_rows, time, pairs.x1)
         point = draw_point(path_rows, path, t, pairs)
         value = check_output(velocity(t, point.x_t, pairs.cond), point.x_t)
         error = mean_square(residual(path, t, pairs, point, value, prediction))
@@ -220,6 +220,16 @@ def combined_log_mean(before: Float[Array, ""], followed: Float[Array, " parts"]
     return followed_log_mean(before, log_mean_exp(found))
 
 
+def draw_times(rows: Rows, time: Callable[[Array, int], Array], x: Float[Array, "b *event"]) -> Float[Array, " b"]:
+    """Returns the training times of these rows, in the dtype of x or float32, whichever is wider.
+
+    Example:
+        t = draw_times(time_rows, Uniform(), x1)
+    """
+    t = rows.draw_whole(time)
+    return jnp.asarray(t, jnp.promote_types(x.dtype, jnp.float32))
+
+
 def draw_point(rows: Rows, path: Path, t: Float[Array, " b"], pairs: Pairs) -> PathSample:
     """Returns x_t and u_t of each pair. If the path adds noise to x_t, each row draws it with its own key.
 
@@ -313,5 +323,5 @@ def check_dropout(label_dropout: float) -> None:
     Example:
         check_dropout(0.1)
     """
-    if not 0 <= label_dropout < 1:
-        raise ValueError(f"label_dropout is {label_dropout}; it must be at least 0 and below 1.")
+    if not (is_number(label_dropout) and 0 <= label_dropout < 1):
+        raise ValueError(f"label_dropout is {shown(label_dropout)}; it must be at least 0 and below 1.")

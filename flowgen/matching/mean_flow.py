@@ -20,7 +20,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Key
 
-from flowgen.arrays import check_floating
+from flowgen.arrays import is_number, shown
 from flowgen.backend import any_derivative
 from flowgen.conditioning import unconditional
 from flowgen.guidance import linear_rule
@@ -34,6 +34,7 @@ from flowgen.matching.loss import (
     check_step,
     draw_pairs,
     draw_point,
+    draw_times,
     mean_square,
     rows_of,
 )
@@ -102,7 +103,7 @@ def mean_flow_loss(
         check_step(average_velocity, batch, key)
         pair_rows, time_rows, end_rows, share_rows, path_rows = rows_of(batch, key).split(5)
         pairs = draw_pairs(pair_rows, batch, coupling, log_mean, label_dropout=label_dropout)
-        one, other = time_rows.draw_whole(time), end_rows.draw_whole(time)
+        one, other = draw_times(time_rows, time, pairs.x1), draw_times(end_rows, time, pairs.x1)
         t = jnp.minimum(one, other)
         at_once = share_rows.draw_whole(lambda key, size: jax.random.bernoulli(key, instantaneous, (size,)))
         interval = jnp.where(at_once, 0, jnp.maximum(one, other) - t)
@@ -127,12 +128,11 @@ def check_mean_flow(instantaneous: float, power: float, guidance_weight: float) 
     Example:
         check_mean_flow(0.75, 1.0, 0.0)
     """
-    if not 0 <= instantaneous <= 1:
-        raise ValueError(f"instantaneous is {instantaneous}; it must be between 0 and 1.")
-    if not (0 <= power < float("inf") and 0 <= guidance_weight < float("inf")):
-        raise ValueError(
-            f"power is {power} and guidance_weight is {guidance_weight}; both must be finite and at least 0."
-        )
+    if not (is_number(instantaneous) and 0 <= instantaneous <= 1):
+        raise ValueError(f"instantaneous is {shown(instantaneous)}; it must be a number between 0 and 1.")
+    for name, value in (("power", power), ("guidance_weight", guidance_weight)):
+        if not (is_number(value) and 0 <= value < float("inf")):
+            raise ValueError(f"{name} is {shown(value)}; it must be a finite number of at least 0.")
 
 
 def average_and_target(
@@ -191,14 +191,14 @@ def integrate_mean(
 ) -> tuple[Float[Array, "b *event"], int]:
     """Returns the samples x1 computed from the noise x0, and the number of network evaluations.
 
-    Each step is x ← x + interval · average_velocity(t, x, cond, interval), with interval = 1 / num_steps. Raises
-    ValueError if num_steps is below 1.
+    Each step is x ← x + interval · average_velocity(t, x, cond, interval), with interval = 1 / num_steps. Outside
+    jit, every call compiles its loop again, so apply jit to the calling function. Raises ValueError if num_steps is
+    below 1.
 
     Example:
         x1, nfe = integrate_mean(average_velocity, x0, labels, num_steps=1)
     """
-    check_floating("x0", x0)
-    grid = time_grid(num_steps, None)
+    grid = time_grid(num_steps, None, x0)
 
     def step(x, ends):
         start, width = jnp.full(len(x), ends[0]), jnp.full(len(x), ends[1] - ends[0])

@@ -48,14 +48,16 @@ def entropic_plan(
 
     epsilon is in units of the mean cost. The diagonal must be allowed. If all costs are 0, the plan is uniform.
     """
+    cost = lax.stop_gradient(cost)
     solve = partial(_entropic_plan, epsilon=epsilon, tolerance=tolerance, max_sweeps=max_sweeps)
     return EntropicPlan(*keep_axes(solve, cost, allowed, named=[(cost, "b m")], out=("b m", "", "")))
 
 
+@partial(jax.jit, static_argnames=("epsilon", "tolerance", "max_sweeps"))
 def _entropic_plan(
     cost: Float[Array, "b b"], allowed: Bool[Array, "b b"], epsilon: float, tolerance: float, max_sweeps: int
 ) -> tuple[Float[Array, "b b"], Float[Array, ""], Int[Array, ""]]:
-    reduced = jnp.where(allowed, -lax.stop_gradient(relative_cost(cost)), -jnp.inf)
+    reduced = jnp.where(allowed, -relative_cost(cost), -jnp.inf)
     stages = _falling(epsilon)
     rough = len(stages) - 1
     settings = (
@@ -132,25 +134,28 @@ def sinkhorn_potentials(logits: Float[Array, "b b"], num_sweeps: int) -> tuple[F
     Example:
         f, g = sinkhorn_potentials(-cost / epsilon, 50)
     """
+    solve = partial(_sinkhorn_potentials, num_sweeps=num_sweeps)
+    return keep_axes(solve, logits, named=[(logits, "b m")], out=("b", "m"))
+
+
+@partial(jax.jit, static_argnames="num_sweeps")
+def _sinkhorn_potentials(logits: Float[Array, "b b"], num_sweeps: int) -> tuple[Float[Array, " b"], Float[Array, " b"]]:
     log_size = jnp.log(len(logits))
 
-    def solve(logits):
-        def sweep(_, potentials):
-            _, g = potentials
-            f = log_size - jax.nn.logsumexp(logits + g[None, :], axis=1)
-            return f, log_size - jax.nn.logsumexp(logits + f[:, None], axis=0)
+    def sweep(_, potentials):
+        _, g = potentials
+        f = log_size - jax.nn.logsumexp(logits + g[None, :], axis=1)
+        return f, log_size - jax.nn.logsumexp(logits + f[:, None], axis=0)
 
-        zeros = jnp.zeros(len(logits), logits.dtype)
-        return jax.lax.fori_loop(0, num_sweeps, sweep, varying((zeros, zeros), logits))
-
-    return keep_axes(solve, logits, named=[(logits, "b m")], out=("b", "m"))
+    zeros = jnp.zeros(len(logits), logits.dtype)
+    return lax.fori_loop(0, num_sweeps, sweep, varying((zeros, zeros), logits))
 
 
 def corrected_log_weight(logits: Float[Array, "b b"], num_sweeps: int) -> Float[Array, " b"]:
     """Returns the log-weights logits_ii + f_i + g_i of the pairs (i, i) in the entropic plan over the batch."""
 
     def solve(logits):
-        f, g = sinkhorn_potentials(logits, num_sweeps)
+        f, g = _sinkhorn_potentials(logits, num_sweeps)
         return jnp.diagonal(logits) + f + g
 
     return keep_axes(solve, logits, named=[(logits, "b m")], out="b")
@@ -163,12 +168,13 @@ def assignment(cost: Float[Array, "b b"]) -> Int[Array, " b"]:
     First, Sinkhorn potentials are subtracted from the costs: one constant from each row and one from each column. This
     speeds up scipy without changing the optimal assignment. Costs that are not finite count as 0.
     """
-    return keep_axes(_assignment, cost, named=[(cost, "b m")], out="b")
+    return keep_axes(_assignment, lax.stop_gradient(cost), named=[(cost, "b m")], out="b")
 
 
+@jax.jit
 def _assignment(cost: Float[Array, "b b"]) -> Int[Array, " b"]:
-    cost = relative_cost(lax.stop_gradient(jnp.where(jnp.isfinite(cost), cost, 0)))
-    f, g = sinkhorn_potentials(-cost / ASSIGNMENT_EPSILON, ASSIGNMENT_SWEEPS)
+    cost = relative_cost(jnp.where(jnp.isfinite(cost), cost, 0))
+    f, g = _sinkhorn_potentials(-cost / ASSIGNMENT_EPSILON, ASSIGNMENT_SWEEPS)
     columns = jax.ShapeDtypeStruct((len(cost),), jnp.int32)
     return call_host(_solved, columns, cost, ASSIGNMENT_EPSILON * f, ASSIGNMENT_EPSILON * g)
 

@@ -45,7 +45,8 @@ class SemidiscreteOT:
     Euclidean cost.
     labels: labels or other conditions of the data, as any pytree of arrays with one row per data point.
 
-    Raises ValueError if shapes do not match, or if the batch has a condition but the data have no labels.
+    Raises ValueError if y is empty, if shapes do not match, or if the batch has a condition but the data have no
+    labels.
 
     Example:
         x0, x1, cond, log_weight = SemidiscreteOT(y, potentials)(key, x0, x1)
@@ -58,6 +59,7 @@ class SemidiscreteOT:
 
     def __post_init__(self):
         num = len(self.y)
+        _check_points(self.y)
         if self.potentials.shape != (num,):
             raise ValueError(
                 f"potentials have shape {self.potentials.shape}; give shape {(num,)}, one number per data point."
@@ -110,12 +112,13 @@ def fit_semidiscrete(
     noise: a function (key, shape, dtype) -> x0.
     num_steps, batch_size: number of steps of Adam, and number of noise samples drawn in each step.
 
-    Raises ModuleNotFoundError if OTT-JAX is not installed, and ValueError if settings are invalid.
+    Raises ModuleNotFoundError if OTT-JAX is not installed, and ValueError if settings are invalid or y is empty.
 
     Example:
         coupling, error = fit_semidiscrete(jax.random.key(0), images, labels)
         loss_fn = flow_matching_loss(coupling=coupling)
     """
+    _check_points(y)
     check_positive("num_steps", num_steps)
     check_positive("batch_size", batch_size)
     optax, geometry, problems, solvers = (need(name, "Semidiscrete transport", "ott-jax") for name in _OTT)
@@ -136,3 +139,9 @@ def fit_semidiscrete(
     with jax.numpy_rank_promotion("allow"):  # OTT-JAX broadcasts over missing axes
         fitted = jax.jit(solver)(fit_key, problem)
     return SemidiscreteFit(SemidiscreteOT(y, fitted.g, labels), float(fitted.errors[-1]))
+
+
+def _check_points(y: Array) -> None:
+    """Raises ValueError if there are no data points."""
+    if len(y) == 0:
+        raise ValueError("y contains no data points; give at least one.")

@@ -12,7 +12,7 @@ from jax.core import Tracer
 from jaxtyping import Array, Float, Int, Key
 
 from flowgen import conditioning
-from flowgen.arrays import check_floating, check_key
+from flowgen.arrays import check_floating, check_key, is_number, shown
 from flowgen.backend import alike_rows, check_unmapped, keep_rows, nan_if
 from flowgen.guidance import linear_rule
 from flowgen.matching.checks import check_output, check_velocity
@@ -104,13 +104,13 @@ def trajectory(
     check_velocity(velocity)
     if method not in TABLEAUS:
         raise ValueError(f"method is {method!r}; choose one of {', '.join(TABLEAUS)} (or dopri5 in integrate).")
-    grid = time_grid(num_steps, times)
+    grid = time_grid(num_steps, times, x0)
     grid = grid[::-1] if reverse else grid
     nodes, stage_weights, weights = TABLEAUS[method]
     dtype, x0 = _state_dtype(x0), jnp.asarray(x0)
 
     def step(x, ends):
-        start, width = ends[0], (ends[1] - ends[0]).astype(dtype)
+        start, width = ends[0], ends[1] - ends[0]
         slopes: list[Array] = []
         for node, row in zip(nodes, stage_weights, strict=True):
             moved = x
@@ -183,20 +183,24 @@ def _adaptive(
     return x1.astype(x0.dtype), jnp.asarray(evaluations, jnp.int32)
 
 
-def time_grid(num_steps: int, times: Sequence[float] | np.ndarray | None) -> Float[Array, " n"]:
+def time_grid(
+    num_steps: int, times: Sequence[float] | np.ndarray | None, x0: Float[Array, "b *event"]
+) -> Float[Array, " n"]:
     """Returns the time grid of `integrate`: the given times or, if times is None, num_steps equal steps.
 
-    Raises ValueError if the grid has no step or does not increase within [0, 1].
+    The times have the dtype in which the state is accumulated, at least float32. Raises ValueError if x0 is not
+    floating-point, or if the grid has no step or does not increase within [0, 1].
 
     Example:
-        grid = time_grid(50, None)
+        grid = time_grid(50, None, x0)
     """
+    dtype = _state_dtype(x0)
     if times is None:
         if not isinstance(num_steps, int | np.integer) or num_steps < 1:
             raise ValueError(f"num_steps is {num_steps}; it must be a whole number of at least 1.")
-        return jnp.linspace(0.0, 1.0, num_steps + 1)
-    # Compare times in JAX's default dtype: times that round to the same number would give an empty step.
-    grid = np.asarray(times, jnp.result_type(float))
+        return jnp.linspace(0.0, 1.0, num_steps + 1, dtype=dtype)
+    # Compare times in the dtype of the state: times that round to the same number would give an empty step.
+    grid = np.asarray(times, dtype)
     if grid.ndim != 1 or len(grid) < 2:
         raise ValueError(f"times have shape {grid.shape}; give a one-dimensional array of at least two times.")
     if not ((grid >= 0) & (grid <= 1)).all() or not (grid[1:] > grid[:-1]).all():
@@ -252,11 +256,13 @@ def guided(
     low, high = interval
     if not 0 <= low < high <= 1:
         raise ValueError(f"interval is {interval}; it must be two increasing times within [0, 1].")
-    weights = [number for number in (weight, None if scale is None else scale - 1) if number is not None]
-    if len(weights) != 1:
+    given = [(name, number) for name, number in (("scale", scale), ("weight", weight)) if number is not None]
+    if len(given) != 1:
         raise ValueError(f"scale is {scale} and weight is {weight}; give exactly one of them (scale = 1 + weight).")
-    if not isinstance(weights[0], Tracer) and not np.isfinite(weights[0]):
-        raise ValueError(f"scale is {scale} and weight is {weight}; the strength of the guidance must be finite.")
+    name, number = given[0]
+    if not is_number(number) or not (isinstance(number, Tracer) or np.isfinite(number)):
+        raise ValueError(f"{name} is {shown(number)}; it must be a finite number.")
+    strength = number - 1 if name == "scale" else number
 
     def stacked(cond, free):
         # In an unsigned dtype, -1 would wrap around to a large label.
@@ -274,7 +280,7 @@ def guided(
         v = velocity(jnp.concatenate([t, t]), jnp.concatenate([x, x]), both)
         v_c, v_u = jnp.split(v, 2)
         inside = ((t >= low) & (t <= high)).reshape((-1,) + (1,) * (x.ndim - 1))
-        return jnp.where(inside, linear_rule(v_c, v_u, weights[0]), v_c)
+        return jnp.where(inside, linear_rule(v_c, v_u, strength), v_c)
 
     return field
 
@@ -293,6 +299,7 @@ def integrate_sde(
 
     For any g(t) ≥ 0, the SDE has the same marginals as the ODE dx = v dt. The method is Euler-Maruyama with num_steps
     equal steps; the last step adds no noise. The number of evaluations counts those of velocity and of score.
+    Outside jit, every call compiles its loop again, so apply jit to the calling function.
 
     score: a function (t, x, cond) that returns ∇ log p_t(x), for instance computed by
     `flowgen.matching.velocity_to_score`.
@@ -303,7 +310,7 @@ def integrate_sde(
     """
     check_velocity(velocity)
     check_key(key)
-    grid = time_grid(num_steps, None)
+    grid = time_grid(num_steps, None, x0)
     dtype, x0 = _state_dtype(x0), jnp.asarray(x0)
 
     def step(carry, inputs):
