@@ -48,11 +48,6 @@ def gated_linear_attention(
     """
     check_heads(q, k, v)
     check_causal(q, k)
-    if log_decay.shape != k.shape[:3]:
-        raise ValueError(
-            f"log_decay has shape {log_decay.shape}, but must be (batch, tokens, key heads) = {k.shape[:3]}."
-        )
-    check_segments(segment_ids, q, k)
     check_floats(log_decay=log_decay)
     dtype = jnp.promote_types(q.dtype, jnp.float32)
     features = Features(q.astype(dtype) * q.shape[-1] ** -0.5, k)

@@ -39,6 +39,7 @@ from flowgen.attention.prefix import (
     Features,
     LinearState,
     Tokens,
+    check_features,
     empty_state,
     finite_prefix_product,
     keep_keys,
@@ -147,7 +148,7 @@ def products(
     segment_ids: Int[Array, "b n"] | None = None,
 ) -> tuple[Float[Array, "b n h d"], Float[Array, "b n h"]]:
     """Returns the numerators Σ_j φ(q_i)·φ(k_j) v_j and the normalisers Σ_j φ'(q_i)·φ'(k_j) of `attend_features`."""
-    check_heads(features.q, features.k, v)
+    check_features(features, v)
     q, k = features.q, features.k
     mask = check_mask(mask, q, k)
     causal = as_causal(is_causal)
@@ -209,11 +210,13 @@ def quadratic_products(
 ) -> tuple[Float[Array, "b n h d"], Float[Array, "b n h"]]:
     """Returns the numerators and normalisers of `products`, computed from all n x m weights. Any mask is allowed.
 
-    factors: finite numbers that multiply the weights.
+    factors: finite numbers that multiply the weights. Raises ValueError if shapes, dtypes or the mask do not match.
 
     Example:
         out, total = quadratic_products(Features(q, k), v, mask)
     """
+    check_features(features, v)
+    mask = check_mask(mask, features.q, features.k)
 
     def run(features, v, mask, factors):
         dtype = jnp.promote_types(jnp.result_type(features.k, v), jnp.float32)

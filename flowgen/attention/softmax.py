@@ -30,9 +30,13 @@ def attend_heads(
 
     mask: True for keys that a query may attend to; it broadcasts to the shape of the logits.
 
+    Raises ValueError if shapes, dtypes or the mask do not match.
+
     Example:
         out = attend_heads(q.swapaxes(1, 2), k.swapaxes(1, 2), v.swapaxes(1, 2), None)
     """
+    check_heads(q, k, v, heads=1)
+    mask = check_mask(mask, q, k, heads=1)
     return _attend_in_parts(q, k, v, mask, None, None)
 
 
