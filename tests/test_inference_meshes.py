@@ -49,8 +49,8 @@ CALLS = {
     "anneal_adaptively": adaptive,
 }
 # Annealing compiles for long; outside jit, it is one program for objects of flowgen, and several for other functions.
-ANNEALED = ("anneal", "anneal from a function", "anneal_adaptively")
-SHOWN = [(name, name not in ("resample", *ANNEALED)) for name in CALLS if name != "anneal_adaptively"]
+SLOW = ("anneal from a function", "anneal_adaptively")
+SHOWN = [(name, name not in ("resample", "anneal")) for name in CALLS if name not in SLOW]
 
 
 @pytest.mark.parametrize(
