@@ -42,18 +42,18 @@ SECONDS = {"seconds_per_256_samples": "s per 256 samples"}  # Not for the pair: 
 SINGLE = """## Other models, one seed
 
 The models in this section have 3.2 to 3.4 million parameters, and the same budget, batches and learning rates as the
-TARFlows above. Unlike the TARFlows, they are evaluated with averaged parameters. Each row is **a single run**, so small
-differences are not significant. The STARFlow is a [flow on latents](starflow.md). The DiTs are trained by [flow
-matching](matching.md) with different [couplings](concepts/couplings.md) of noise and data, and use patches of 4 x 4
-pixels. I-CFM pairs noise and data at random, OT-CFM pairs them by optimal transport in each batch, and W-CFM gives
-weights to random pairs. Corrected W-CFM also applies Sinkhorn sweeps to these weights. The samples of the DiTs are
-drawn in 25 steps of Heun's method. The budget of the STARFlow includes encoding the images and training the
-autoencoder. A fifth of the budget is for the autoencoder. The last column is the processor time, in seconds, for
-drawing 256 samples.
+TARFlows above. Unlike the TARFlows, they are evaluated with a moving average of their parameters. Each row is **a
+single run**, so small differences are not significant. The STARFlow is a [flow on latents](starflow.md). The DiTs
+(diffusion transformers on patches of 4 x 4 pixels) are trained by [flow matching](matching.md) with different
+[couplings](concepts/couplings.md) of noise and data. I-CFM pairs noise and data at random, OT-CFM pairs them by optimal
+transport within each class of a batch, and W-CFM gives weights to random pairs. Corrected W-CFM also applies Sinkhorn
+sweeps to these weights. The samples of the DiTs are drawn in 25 steps of Heun's method. The budget of the STARFlow
+includes training the autoencoder (a fifth of the budget) and encoding the images. The last column is the processor
+time, in seconds, for drawing 256 samples.
 
-Do not compare the likelihood of the STARFlow with those of the DiTs, or any of these likelihoods with those above. The
-likelihood of a DiT is measured on 100 test images with uniform noise. The likelihood of the STARFlow is measured on the
-latents of all test images.
+Likelihoods of different kinds of models (STARFlow, DiT, and TARFlow above) are not comparable. The likelihood of a DiT
+is measured on 100 test images with uniform noise. The likelihood of the STARFlow is measured on the latents of all test
+images.
 
 """
 

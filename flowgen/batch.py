@@ -13,9 +13,10 @@ from flowgen.conditioning import UNCONDITIONAL, Condition, Padded
 
 
 class Moments(NamedTuple):
-    """The posterior N(mean, std²) of each element of the latents.
+    """The posterior of a batch of latents, given their images or clips: each element is independently N(mean, std²).
 
-    mean, std: `b height width c`, or `b frames height width c` for clips; std must not be negative.
+    mean, std: arrays in the shape of the latents, `b height width c` for images or `b frames height width c` for clips;
+    std must not be negative.
 
     Example:
         moments = Moments(*codec.moments(images))
@@ -28,11 +29,13 @@ class Moments(NamedTuple):
 class Batch(NamedTuple):
     """A batch of samples and their context, if any.
 
-    x: images `b height width c` or clips `b frames height width c` as bytes, the `Moments` of latents, or numbers `b d`
-    or `b n c` for flows on tokens.
-    context: None, int32 labels `b` (-1 for no class), a `TextCondition`, or the continuous context that the model's
-    config describes. For padded samples, the context is a `Padded`.
-    rows: a `flowgen.rows.Rows` that identifies these samples within the whole batch; added by the training step.
+    x: images `b height width c` or clips `b frames height width c` as uint8, the `Moments` of their latents, or, for a
+    `TokenFlow`, floating-point vectors `b d` or sequences `b n c`.
+    context: int32 labels `b` (-1 for no class), a `TextCondition`, the continuous context that the field `context` of
+    the model's config describes, or None for no context. For padded samples, this is a `flowgen.conditioning.Padded`,
+    which contains the mask and one of these contexts.
+    rows: a `flowgen.rows.Rows` with the positions of these samples in the whole batch, which may be divided among
+    devices and into micro-batches. Leave it at None; the training step sets it.
 
     Example:
         batch = Batch(images, np.array([3, -1], np.int32))
@@ -49,7 +52,7 @@ class Batch(NamedTuple):
 
     @property
     def pixels(self) -> UInt8[Array | np.ndarray, "b *event"]:
-        """The images or clips. Raises ValueError if x is anything else, such as latents."""
+        """The images or clips in x. Raises ValueError if x contains anything else, such as the `Moments` of latents."""
         if isinstance(self.x, Moments):
             raise ValueError("batch.x must be images or clips, not the moments of latents.")
         check_bytes("batch.x", self.x)
@@ -57,7 +60,10 @@ class Batch(NamedTuple):
 
     @property
     def labels(self) -> Int[Array | np.ndarray, " b"]:
-        """The labels; all -1 if the batch has none. Raises ValueError if x or context contains a list."""
+        """The labels in `context`; if it contains no labels, -1 for every sample.
+
+        Raises ValueError if `x`, `context` or a part of them is a list or a scalar instead of an array.
+        """
         check_arrays(self)
         labels = self.context.cond if isinstance(self.context, Padded) else self.context
         if labels is None or isinstance(labels, tuple) or not np.issubdtype(labels.dtype, np.integer):

@@ -12,6 +12,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from flowgen.arrays import shown
+from flowgen.data.media import check_links
 from flowgen.experiments import Experiment, from_json
 from flowgen.nn import init
 from flowgen.places import check_local
@@ -22,18 +23,21 @@ from flowgen.runs.arrays import check_finite
 def load(
     run_dir: str | Path, step: int | str | None = None, ema: bool = True, *, model: Any = None
 ) -> tuple[Any, Any, Experiment]:
-    """Returns the model, variables and experiment of a run or an exported model.
+    """Returns a saved model, its variables as JAX arrays, and the `Experiment` that contains its config.
 
-    run_dir: the run's directory; the URL of a run in a bucket; the folder of an exported model; the name of a model
-    that ships with flowgen, such as "digits"; or hf://org/name, a model on the Hugging Face Hub.
-    step: a step number, None for the latest step, or "best" for the evaluated step with the lowest bits/dim or sample
-    distance.
-    ema: whether to use the averaged parameters instead of the last ones, if the run has both.
-    model: the model that was passed to `fit`; if None, the model is built from the experiment.
+    run_dir: the directory of a training run; the URL of a run in a bucket, such as gs://bucket/run; the folder that
+    `flowgen.export` wrote; the name of a model that ships with flowgen, such as "digits"; or hf://org/name, a model on
+    the Hugging Face Hub.
+    step: the number of the training step whose checkpoint to load; None for the latest checkpoint; "best" for the
+    evaluated checkpoint with the lowest value of the experiment's `best_metric`, such as bits/dim.
+    ema: whether to load the moving average of the parameters if the checkpoint contains one. If False, or if there is
+    no average, the parameters at this step are loaded.
+    model: your own model, if you passed one to `flowgen.fit`; None builds the model from the experiment.
 
     Raises:
-        FileNotFoundError: the directory does not exist or is not a flowgen run, or the run has no such checkpoint.
-        ValueError: the checkpoint is damaged, does not fit the config, or has parameters that are not finite.
+        FileNotFoundError: `run_dir` does not exist or contains no flowgen model, or it has no checkpoint for `step`.
+        ValueError: the checkpoint is damaged, does not fit the model, or has parameters that are not finite; or `ema`
+            is False for an exported model, but its parameters are averaged.
 
     Example:
         flow, params, experiment = load("digits")
@@ -139,6 +143,7 @@ def check_new(run_dir: str | os.PathLike[str]) -> None:
     path = Path(run_dir)
     if path.exists() and (not path.is_dir() or any(path.iterdir())):
         raise FileExistsError(f"{run_dir} already exists; give another directory, or remove it first.")
+    check_links(path)
     nearest = next(place for place in (path, *path.absolute().parents) if place.exists())
     if not nearest.is_dir():
         raise NotADirectoryError(f"{run_dir} cannot be created because {nearest} is a file; give another directory.")

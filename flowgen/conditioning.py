@@ -14,7 +14,9 @@ UNCONDITIONAL = -1
 
 
 class TextCondition(NamedTuple):
-    """Encoded texts: token features from a frozen encoder, and a mask that is True for tokens and False for padding.
+    """Texts as the condition of a model: the features that a frozen encoder has computed for the tokens of each text.
+
+    mask: True for tokens, False for padding.
 
     Example:
         cond = TextCondition(encoder(ids), mask=ids != 0)

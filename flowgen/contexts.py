@@ -46,7 +46,7 @@ class ContextConfig(Protocol):
 class VectorContext:
     """Describes a context of one vector per sample.
 
-    dim: number of entries.
+    dim: number of entries of the vector.
 
     Example:
         config = TokenFlowConfig(shape=(2,), context=VectorContext(dim=8))
@@ -75,7 +75,7 @@ class TokenContext:
     tokens, but not to later ones. If the order is meaningful, add position embeddings in your network. In velocity
     networks, the order has no effect.
 
-    length: largest number of tokens.
+    length: largest number of tokens per sample.
     dim: number of features per token.
 
     Example:
@@ -104,9 +104,9 @@ class ImageContext:
 
     Flows add a learned position embedding to each patch.
 
-    image_size: side of the images, or (height, width).
-    channels: number of channels.
-    patch_size: side of the square patches, each of which becomes one token of the context.
+    image_size: side of the square context images in pixels, or (height, width).
+    channels: number of channels of the context images.
+    patch_size: side, in pixels, of the square patches; each patch becomes one token of the context.
 
     Example:
         config = TARFlowConfig(image_size=32, context=ImageContext(image_size=32, channels=3, patch_size=4))

@@ -2,12 +2,8 @@
 
 from __future__ import annotations
 
-import contextlib
 import os
-import secrets
-import shutil
 import warnings
-from collections.abc import Generator
 from pathlib import Path
 from typing import Any
 
@@ -31,8 +27,8 @@ from flowgen.runs.exported import (
     WEIGHTS,
     without_paths,
 )
-from flowgen.runs.files import digest_of_file, is_temporary, write_json
-from flowgen.runs.lock import in_use, is_abandoned
+from flowgen.runs.files import digest_of_file, signed, write_json
+from flowgen.runs.new_folder import new_folder
 from flowgen.safetensors import write_safetensors
 
 
@@ -69,7 +65,7 @@ def export(
     if dtype not in (None, "float16"):
         raise ValueError(f"dtype is {dtype!r:.80}; it must be float16, or None to keep the dtype of the run.")
     check_new(folder)
-    with _new_folder(Path(os.path.realpath(folder))) as unfinished:  # a link to an empty folder stays a link
+    with new_folder(folder) as unfinished:
         _write(run_dir, unfinished, step, ema, dtype, licence)
     return Path(folder)
 
@@ -103,7 +99,7 @@ def _write(
         WEIGHTS: {**about, DIGEST: digest_of_file(folder / MODEL_FILE)},
         METRICS: metrics,
     }
-    write_json(folder / CONFIG_FILE, config)
+    write_json(folder / CONFIG_FILE, signed(config))
     size = sum(array.size for name, array in weights.items() if name.startswith("params/"))
     card = model_card(from_json(plain), size, about, metrics, licence=licence, has_codec=bool(path))
     (folder / CARD_FILE).write_text(card, encoding="utf-8")
@@ -131,28 +127,3 @@ def _as_stored(weights: Flat, dtype: str | None) -> Flat:
         if array.dtype == np.float32 and array.size and np.abs(array).max() > most:
             raise ValueError(f"{name} has values above {most:g}, the largest {dtype}; leave out dtype.")
     return {name: array.astype(dtype) if array.dtype == np.float32 else array for name, array in weights.items()}
-
-
-@contextlib.contextmanager
-def _new_folder(folder: Path) -> Generator[Path]:
-    """Yields a folder that becomes `folder` on success, and is removed on any error."""
-    folder.parent.mkdir(parents=True, exist_ok=True)
-    _remove_leftovers(folder)
-    unfinished = folder.with_name(f".{folder.name}.{os.getpid()}-{secrets.token_hex(4)}.tmp")
-    unfinished.mkdir()
-    with in_use(unfinished):
-        try:
-            yield unfinished
-            if folder.is_dir():
-                folder.rmdir()  # an empty one; fails if files have appeared in it
-            os.rename(unfinished, folder)
-        except BaseException:
-            shutil.rmtree(unfinished, ignore_errors=True)
-            raise
-
-
-def _remove_leftovers(folder: Path) -> None:
-    """Removes the unfinished folders that killed exports to `folder` have left."""
-    for path in folder.parent.iterdir():
-        if is_temporary(path.name, folder.name) and is_abandoned(path):
-            shutil.rmtree(path, ignore_errors=True)

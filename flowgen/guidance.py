@@ -42,7 +42,11 @@ def linear_rule(
 def product_rule(
     conditional: AffineParameters, unconditional: AffineParameters, weight: Float[Array, "..."] | float
 ) -> AffineParameters:
-    """Returns (shift, log_scale) of the Gaussian p_c^(1+w) / p_u^w, with σ_c / σ_u clipped at 1.
+    """Returns (shift, log_scale) of the Gaussian proportional to p_c^(1+w) / p_u^w, where w is `weight`.
+
+    p_c is the Gaussian with the mean and log standard deviation in `conditional`, and p_u the one in `unconditional`.
+    Where σ_u is below σ_c, it is raised to σ_c, so that the precision of the result is positive. Weight 0 gives
+    `conditional`.
 
     Example:
         shift, log_scale = product_rule((m_c, a_c), (m_u, a_u), 2.0)
@@ -57,24 +61,23 @@ def product_rule(
 
 @dataclass(frozen=True)
 class Guidance:
-    """The guidance of a flow: its strength, and the parts and blocks that it changes. Scale 0 turns guidance off.
+    """Options of guidance for sampling from a flow with affine blocks. Scale 0 turns guidance off.
 
-    A Guidance is a pytree of scale, temperature and null, so these three can change without recompilation. Inside jit,
-    scale and temperature may also be traced scalars; their values are then not checked. If the attention does not
-    support a temperature, build the Guidance inside jit: in an argument of a jitted function, the temperature would be
-    traced, so it might differ from 1.
+    A Guidance is a pytree of scale, temperature and null. If it is an argument of a jitted function, these three can
+    change without recompilation. Inside jit, scale and temperature may be traced scalars, whose values are not checked.
+    Linear attention does not support a temperature, so a traced temperature raises ValueError. If a flow uses linear
+    attention, create the Guidance inside the jitted function instead of passing it as an argument.
 
-    scale: the weight w in c + w (c - u), at least 0; `flowgen.matching.guided` calls it `weight`.
-    rule: "linear" or "product".
-    parts: what the linear rule changes: "shift", "log_scale" or "both".
-    blocks: indices of the guided blocks, from 0 at the data side; None means all.
-    anneal: whether w increases along each block's tokens, from 0 at the first token to `scale` at the last.
-    temperature: divides the attention logits of the unconditional branch; must be above 0. A temperature above 1
-    flattens the attention of this branch. Guidance moves samples away from the branch's prediction. Without classes, or
-    with labels -1, the two branches differ only in temperature, so a temperature other than 1 also guides an
-    unconditional model.
-    null: the text of the unconditional branch, usually the encoded "". May be a single text or one per sample. Required
-    for flows that are conditioned on texts.
+    scale: the weight w of the rule, at least 0; `flowgen.matching.guided` calls it `weight`.
+    rule: how the conditional and the unconditional prediction are combined; see the module docstring.
+    parts: which outputs of a block the linear rule changes. The product rule requires "both".
+    blocks: indices of the blocks to guide, counted from 0 at the data side; None means all blocks.
+    anneal: whether the weight increases along each block's tokens, from 0 at the first token to `scale` at the last.
+    temperature: the number above 0 by which the logits of softmax attention are divided in the unconditional
+    prediction; 1 means no change. Guidance moves samples away from the unconditional prediction. Without a condition,
+    or with labels -1, the two predictions differ only in temperature, so guidance has no effect at temperature 1.
+    null: the text of the unconditional prediction, usually the encoded "": a single text, or one per sample. It is
+    required if the flow is conditioned on texts; for all other flows, it must be None.
 
     Example:
         r = sample(flow, params, key, 16, labels, guidance=Guidance(scale=2.0))
@@ -105,9 +108,12 @@ class Guidance:
         unconditional: AffineParameters,
         progress: Float[Array, "#b n 1"],
     ) -> AffineParameters:
-        """Returns the guided (shift, log_scale). Parts that are not guided keep the conditional prediction.
+        """Returns the guided (shift, log_scale) of a block's tokens.
 
-        progress: the relative position of each token in its block, from 0 at the first token to 1 at the last.
+        conditional, unconditional: the two predictions of (shift, log_scale). If `parts` is "shift" or "log_scale", the
+        other of the two is returned as in `conditional`.
+        progress: the relative position of each token in its block, from 0 at the first token to 1 at the last; used
+        only if `anneal` is True.
         """
         weight = (self.scale * (progress if self.anneal else jnp.ones_like(progress))).astype(conditional[0].dtype)
         if self.rule == "product":

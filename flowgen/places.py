@@ -242,7 +242,7 @@ class Destination:
             self._remove = weakref.finalize(self, shutil.rmtree, self.path.parent, ignore_errors=True)
 
     def send(self) -> None:
-        """Copies the file to the URL, if there is one, and removes it from this machine.
+        """If the path is a URL, copies the file there and removes the local file. Otherwise, does nothing.
 
         Raises OSError if copying fails; the message contains the local path.
         """

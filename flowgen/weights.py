@@ -80,12 +80,12 @@ def check_share(ess: float) -> None:
 
 
 def effective_sample_size(log_weight: Float[Array, "*b"], axis: int = -1) -> Float[Array, "*rest"]:
-    """Returns Kish's effective sample size as a share of the b samples, (Σw)² / (b Σw²), between 1/b and 1.
+    """Returns Kish's effective sample size as a share of the b samples along `axis`: (Σw)² / (b Σw²).
 
-    Multiplied by b, it is the effective number of samples. If all weights are 0, the result is 0. The computation uses
-    at least float32.
+    The share is between 1/b and 1, or 0 if all weights w are 0. Multiply it by b for the effective number of samples.
+    It is computed in at least float32.
 
-    Raises ValueError if there is no log weight, or if a log weight is NaN or +inf (outside jit).
+    Raises ValueError if there is no log weight along `axis` or, outside jit, if a log weight is NaN or +inf.
 
     Example:
         ess = effective_sample_size(log_weight)

@@ -1,6 +1,9 @@
 """The commands as a user types them: one tiny run from training to images, scripts, streams and exit codes."""
 
+import contextlib
 import dataclasses
+import errno
+import io
 import json
 import os
 import re
@@ -17,7 +20,7 @@ from published_files import write_safetensors
 from reference_weights import Shape, state_dict
 
 from flowgen import checkpoint, experiments
-from flowgen.cli import EXIT_MISTAKE, EXIT_NOT_FINITE
+from flowgen.cli import EXIT_MISTAKE, EXIT_NOT_FINITE, main
 from flowgen.training import CheckpointReader
 
 PROJECT = Path(__file__).parent.parent
@@ -336,3 +339,35 @@ def test_commands_read_a_run_by_its_url(trained, tmp_path, monkeypatch):
 )
 def test_urls_that_cannot_be_used_are_refused(trained, words, named):
     assert named.format(run=trained.path) in refused(words.format(run=trained.path))
+
+
+class _Lost(io.StringIO):
+    """A standard output that is gone after its first line."""
+
+    def __init__(self, error):
+        super().__init__()
+        self.error = error
+
+    def write(self, text):
+        if self.getvalue().count("\n"):
+            raise self.error
+        return super().write(text)
+
+
+@pytest.mark.parametrize(
+    ("error", "code", "told"),
+    [
+        (BrokenPipeError(errno.EPIPE, "Broken pipe"), 141, ""),
+        (OSError(errno.ENOSPC, "No space left on device"), 2, "Standard output could not be written to (No space"),
+    ],
+    ids=["closed", "full"],
+)
+def test_files_are_written_even_if_standard_output_is_lost(trained, tmp_path, error, code, told):
+    out = tmp_path / "a.npz"
+    words = ["sample", "--checkpoint", str(trained.path), "--num", "4", "--batch", "2", "--out", str(out)]
+    with contextlib.redirect_stdout(_Lost(error)), contextlib.redirect_stderr(io.StringIO()) as printed:
+        assert main(words) == code
+    assert told in printed.getvalue()
+    with np.load(out) as arrays:
+        assert len(arrays["images"]) == 4
+    assert "Wrote" in succeed("sample --num 1 --checkpoint", trained.path, "--out", tmp_path / "b.png")

@@ -61,6 +61,7 @@ def museum(tmp_path_factory):
         (root / name).parent.mkdir(exist_ok=True)
         (root / name).write_text("mine\n")
     (root / "empty").mkdir()
+    (root / "gone").symlink_to("unmounted")
     make_configs(root)
     make_runs(root)
     make_photos(root)
@@ -189,6 +190,8 @@ MISTAKES = {
     f"{TRAIN} --data.name npz --data.path photos/float.npz": r"'images' .* is float64; save uint8 levels",
     # Run directories to write.
     "train --debug --config tiny.py --workdir mine": r"workdir mine contains files but no flowgen run; give a new",
+    "train --debug --config tiny.py --workdir file.txt": r"workdir file\.txt is a file; give a new or empty directory",
+    "train --debug --config tiny.py --workdir gone/new": r"'gone' is a link to 'unmounted', which is missing",
     f"train --debug --config {DIGITS} --workdir run --model.width 64 --optim.lr 0.1": (
         r"the run was started with another config \(model\.width: 32 -> 64; optim\.lr: \S+ -> 0\.1\); undo the change"
     ),
@@ -196,6 +199,7 @@ MISTAKES = {
     f"train --debug --config {DIGITS} --workdir classless": r"started with another config \(.*num_classes: 0 -> 10",
     f"train --debug --config {DIGITS} --workdir flipped": r"Checkpoint 8 .* is damaged \(ema/\S+ has changed since",
     f"train --debug --config {DIGITS} --workdir not_json": r"not_json/config\.json does not contain a JSON object",
+    f"{CONVERT} --to gone/new": r"'gone' is a link to 'unmounted', which is missing; create it, or choose another",
     f"{CONVERT} --to mine": r"mine already exists; give another directory",
     f"{CONVERT} --to file.txt/new": r"file\.txt/new cannot be created because \S*file\.txt is a file; give another",
     # Run directories to read.
@@ -205,6 +209,11 @@ MISTAKES = {
     f"{SAMPLE} flipped": r"Checkpoint 8 .* is damaged \(ema/\S+ has changed since .*\); remove that folder",
     f"{SAMPLE} run --step last": r"--step: 'last' is neither a number nor best; see",
     f"{SAMPLE} run --step -1": r"--step: '-1' is neither a number nor best; see",
+    "sample --checkpoint ''": r"--checkpoint is empty; give a path",
+    "info --checkpoint '' model.width": r"--checkpoint is empty; give a path",
+    "info --config ''": r"--config is empty; give a path",
+    "export '' --out new": r"run is empty; give a path",
+    "report run --out ''": r"--out is empty; give a path",
     "evaluate --checkpoint mine": r"checkpoint mine is not a flowgen run",
     "evaluate --checkpoint digit": r"checkpoint digit is not a directory; .* \(digits, .*\); did you mean digits\?",
     # Sampling.
@@ -225,6 +234,7 @@ MISTAKES = {
     f"{SAMPLE} run --seed 4294967296": r"--seed is 4294967296; it must be from 0 to 4294967295",
     # Outputs.
     "sample --checkpoint run --out file.txt/a.png": r"Cannot write 'file\.txt/a\.png': 'file\.txt' is a file, not a f",
+    "sample --checkpoint run --out gone/a.png": r"'gone' is a link to 'unmounted', which is missing; create it",
     "sample --checkpoint run --out empty": r"--out is 'empty'; it must end in one of \.png",
     "sample --checkpoint run --out a.gif": r"--out is a\.gif, but this model does not draw videos; use \.png",
     "sample --checkpoint run --single mine": r"mine already exists; give another directory",

@@ -1,12 +1,16 @@
 """Bytes and floats invert each other, grids place what they are given, files appear whole or not at all."""
 
+import errno
+
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from commands import one_sentence
 from tolerances import FORMULA, assert_close
 
 from flowgen.data import media
+from flowgen.data.video import write_video
 
 LEVELS = np.arange(256, dtype=np.uint8)
 
@@ -68,6 +72,32 @@ def test_failed_write_leaves_the_old_file_and_no_other(tmp_path):
         fail()
     assert path.read_bytes() == b"old"
     assert list(tmp_path.iterdir()) == [path]
+
+
+@pytest.mark.parametrize("name", ["a.png", "a.gif", "a.mp4", "a.npz"])
+def test_a_full_disk_is_told_with_the_path(tmp_path, monkeypatch, name):
+    def full(*_):
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    def write(path):
+        if path.suffix == ".npz":
+            with media.atomic_file(path) as file:
+                np.savez(file, x=np.zeros(3))
+        elif path.suffix == ".png":
+            media.save_image(path, np.zeros((4, 4), np.uint8))
+        else:
+            write_video(path, np.zeros((2, 16, 16, 3), np.uint8))
+
+    monkeypatch.setattr(media.os, "fsync", full)
+    with pytest.raises(OSError, match=rf"Cannot write '.*{name}': No space left on device; free some space") as error:
+        write(tmp_path / name)
+    one_sentence(error)
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_a_short_write_of_numpy_is_told_with_the_path():
+    with pytest.raises(OSError, match=r"Cannot write 'mean.npy': the disk may be full"), media.naming("mean.npy"):
+        raise OSError("103488 requested and 2016 written")
 
 
 @pytest.mark.parametrize(

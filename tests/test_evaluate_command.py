@@ -7,13 +7,13 @@ from pathlib import Path
 import jax
 import numpy as np
 import pytest
-from commands import refused, succeed
+from commands import outcome_of, refused, succeed
 from laws import drawn
 from PIL import Image
 
 from flowgen import checkpoint
 from flowgen.evaluation import Estimate, Evaluation
-from flowgen.experiments import FlowExperiment, SamplingConfig, SpaceToDepth
+from flowgen.experiments import FlowExperiment, SamplingConfig, SpaceToDepth, comparison
 from flowgen.experiments.anomalies import open_anomalies
 from flowgen.experiments.images import training_images
 from flowgen.flows import STARFlowConfig, TARFlowConfig
@@ -194,9 +194,33 @@ def test_other_data_are_compared_with_the_runs_training_images(flow_run, tmp_pat
 
 def test_what_cannot_be_saved_is_refused_first(flow_run, tmp_path):
     (tmp_path / "a.neighbours.png").write_text("mine")
-    told = refused("evaluate --checkpoint", flow_run, "--out", tmp_path / "a.json")
+    told = refused("evaluate --samples 8 --neighbours 2 --checkpoint", flow_run, "--out", tmp_path / "a.json")
     assert "a.neighbours.png' exists already" in told
     (tmp_path / "file").write_text("mine")
     assert "file' is a file, not a folder" in refused(
         "evaluate --samples 8 --checkpoint", flow_run, "--cache", tmp_path / "file"
     )
+
+
+def test_only_files_that_are_written_stand_in_the_way(flow_run, tmp_path):
+    (tmp_path / "a.neighbours.png").write_text("mine")
+    succeed("evaluate --checkpoint", flow_run, "--out", tmp_path / "a.json")
+    assert json.loads((tmp_path / "a.json").read_text())["files"] == []
+
+
+def test_a_cache_that_cannot_be_written_costs_no_evaluation(flow_run, tmp_path, monkeypatch):
+    def full(*_):
+        raise OSError("Cannot write 'reference.npz': No space left on device.")
+
+    monkeypatch.setattr(comparison, "save_statistics", full)
+    outcome = outcome_of(
+        "evaluate --samples 8 --features pixels --checkpoint",
+        flow_run,
+        "--out",
+        tmp_path / "a.json",
+        "--cache",
+        tmp_path,
+    )
+    assert outcome.code == 0
+    assert "The statistics of the data are not cached: Cannot write 'reference.npz'" in outcome.err
+    assert "frechet" in (tmp_path / "a.json").read_text()

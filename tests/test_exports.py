@@ -4,6 +4,7 @@ import dataclasses
 import json
 import re
 import shutil
+import warnings
 
 import jax
 import numpy as np
@@ -111,6 +112,25 @@ def test_nothing_of_this_machine_is_in_the_folder(tmp_path):
 
 
 STAR = STARFlowConfig(image_size=4, channels=4, width=40, head_dim=20, layers_per_block=(1, 1), num_classes=10)
+
+
+def test_a_config_that_was_edited_is_told(copied):
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        flowgen.load(copied)
+        path = copied / "config.json"
+        path.write_text(path.read_text().replace('"flow"', '"mine"', 1))
+        with pytest.raises(UserWarning, match=r"config.json' was changed after the export"):
+            flowgen.load(copied)
+        whole = json.loads(path.read_text())
+        del whole["sha256"]  # as in exports of earlier versions
+        path.write_text(json.dumps(whole))
+        flowgen.load(copied)
+
+
+def test_a_folder_above_a_missing_one_is_named(run, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    assert f"Wrote {tmp_path / 'new'} (" in succeed("export", run, "--out", "missing/../new")
 
 
 def test_a_foreign_folder_names_no_files_to_read(copied):

@@ -1,5 +1,7 @@
 """Samples and contexts of flows of numbers, in the units of the data: bounds, shapes, and what is refused."""
 
+import warnings
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -226,3 +228,13 @@ def test_plots_name_their_observation():
     plain, titled = (number_plot(floats(20, 3), title=given) for given in ("", title))
     assert plain.shape == titled.shape == (600, 600, 3)
     assert not np.array_equal(plain, titled)
+
+
+def test_half_precision_numbers_with_classes_load_without_a_warning(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    np.savez("own.npz", x=floats(30, 2).astype(np.float16), labels=np.arange(30) % 3)
+    experiment = experiment_of({"shape": (2,), "num_classes": 3})
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        job = experiment.job()
+    assert job.inventory.line() == "vectors: 27 train, 3 held out, classes: 0, 1, 2"

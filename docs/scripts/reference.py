@@ -47,7 +47,7 @@ def cell(text: str) -> str:
 def default_of(field: dataclasses.Field) -> str:
     """Returns a field's default as Python code; configs are named."""
     if field.default_factory is not dataclasses.MISSING:
-        return "its own"
+        return "empty"
     if field.default is dataclasses.MISSING:
         return "required"
     if dataclasses.is_dataclass(field.default):
@@ -74,10 +74,16 @@ def fields_page() -> str:
     """Returns the page of all fields."""
     head = """# Fields of configs
 
-This page lists every field of every config. An experiment is a config of configs: `--optim.lr 1e-3` on the command
-line sets the field `lr` of the `OptimConfig` in the experiment's field `optim`. `python -m flowgen info --config NAME`
-prints the values of one experiment. If a field accepts several types, choose one by its name without "Config", as in
-`--data Latents`.
+This page lists every field of every config. Most fields of an experiment are configs themselves:
+`--optim.lr 1e-3` on the command line sets the field `lr` of the `OptimConfig` in the experiment's field `optim`.
+`python -m flowgen info --config NAME` prints the values of one experiment. If a field accepts several types, choose one
+by its name without "Config", as in `--data Latents`.
+
+In the column "default", a name such as `Optim` means an `OptimConfig` with the default of each field. On the command
+line, write `none` for None, `4,1` for the tuple (4, 1), and [`module:object`](extend.md#by-name) for a function or
+another object of your own. These pages explain the terms: [Flows](concepts/flows.md),
+[Decoding plans](concepts/plans.md), [Guidance](decoding.md#guidance), [Couplings](concepts/couplings.md),
+[Attention kernels](attention.md#kernels), [Data](data.md) and [Optimizers](training.md#optimizers).
 """
     return "\n\n".join([head.rstrip(), *map(fields_of, configs())]) + "\n"
 
@@ -155,39 +161,43 @@ def numbers_page() -> str:
     published = [row[:-1] for measured, row in references() if not measured]
     parts = (
         "# Reproducibility",
-        """The tables on this page show the command for every number. The config, the seed and the versions of the
-packages determine the result of a run. The number of devices changes the result only by rounding. `config.json` in
-a run directory records the config and the seed.""",
+        """This page lists numbers that we measured or quote from others, and the commands to reproduce them. On one
+kind of device, the config, the seed and the versions of the packages determine the result of a run. By default, the
+number of devices changes the result only by rounding. The file `config.json` in the directory of a run records the
+config and the seed.""",
         "## Results of configs",
-        """We measured these values on two CPU cores, mostly of a shared AMD EPYC, with jax 0.10.2. Each value is
-printed at the end of training or by the `evaluate` command in its row. The [glossary](glossary.md) explains
-the metrics. A Fréchet distance depends on the number of samples. Training draws 500 samples, whereas
-`evaluate` without `--samples` draws one per held-out image, so they print different values. The values also
-depend on the seed; the docstring of a config says how much, if we know.
+        """We measured the values in the following table with jax 0.10.2 on one or two CPU cores, mostly of an AMD EPYC.
+Training prints the values at its end; if a row contains an `evaluate` command, this command prints them. The
+[glossary](glossary.md) explains the metrics. A Fréchet distance depends on the number of samples. In the configs for
+flow matching, training draws 500 samples, whereas `evaluate` without `--samples` draws one per held-out image, so the
+two print different distances. All values also depend on the seed; the docstring of a config says how much, if we
+measured it.
 
-The last column contains the file in `benchmarks/results` that records the metrics, and the duration of the training
-steps without compilation, evaluation and sampling. Other processes used the same cores. A dash means that we measured
-an earlier version and recorded only the values.""",
+The last column names the file in `benchmarks/results` that records the metrics, and gives the duration of the training
+steps, without compilation, evaluation and sampling. During our runs, other processes used the same cores, so your runs
+may be faster. A dash means that we measured an earlier version of flowgen and recorded only the values.""",
         table([*head, "record"], *ours),
         "## Published values",
-        "These values are from papers and from reproductions by others. We have not reproduced them.",
+        """The values in the following table are from papers and from reproductions by others. We have not reproduced
+them. The [glossary](glossary.md#samples-and-autoencoders) explains the metrics.""",
         table(head, *published),
         "## Benchmarks",
-        """Each row of a file in `benchmarks/results` records one measurement, its device, threads, load and versions,
-and the baseline that was timed in the same run. The README in `benchmarks` explains the measurements. Inputs and
-parameters come from fixed seeds or closed formulas. `configs.json` records the training runs in the first table. The
-table in the main README shows medians from these rows:
+        """A row of a file in `benchmarks/results` usually records one measurement, with its device, number of threads
+and package versions. Rows that compare times also record the load of the machine and the time of a baseline, such as
+the published code, in the same run. The README in `benchmarks` explains the measurements and the shape A of the models.
+Inputs and parameters come from fixed seeds or closed formulas. `configs.json` records the training runs to which the
+first table refers. The table in the main README shows medians from these rows:
 
-* sampling 16 images: `decode.json`, row `sequential` of shape A, next to `published sequential, processes 2`
-* a training step: `train_step.json`, row `library step` of shape A, next to `published forward backward adamw,
-  threads 2`
-* flow matching: `matching.json`, row `I-CFM` in the form `jitted step` with one thread (0.866 ms), next to
-  `torchcfm I-CFM` in the form `eager` (3.059 ms). The form `scan` runs many steps in one program (0.419 ms).""",
+* sampling 16 images: `decode.json`, row `sequential` of shape A, and its baseline `published sequential, processes 2`
+* a training step: `train_step.json`, row `library step` of shape A, and its baseline
+  `published forward backward adamw, threads 2`
+* flow matching: `matching.json`, row `I-CFM` in the form `jitted step` with one thread (0.866 ms), and its baseline
+  `torchcfm I-CFM, eager, threads 1` (3.059 ms). The form `scan` runs many steps in one program (0.419 ms per step).""",
         table(["results", "command", "device", "what"], *results()),
         "## Other numbers",
-        """[Quality at an equal budget](quality.md) explains how to repeat its comparison, and
-[Decoding](decoding.md) shows the commands that train its flows on MNIST. The [log](log.md) and other examples state the
-conditions of their numbers, but not always a command.""",
+        """[Quality at an equal budget](quality.md) explains how to repeat the comparison on that page.
+[Decoding](decoding.md#all-plans-side-by-side) shows the commands that train the MNIST flows compared there. The
+[log](log.md) and the examples on other pages state the conditions of their numbers, but not always a command.""",
     )
     return "\n\n".join(parts) + "\n"
 

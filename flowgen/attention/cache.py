@@ -27,33 +27,37 @@ from flowgen.backend import Implementation, keep_axes
 
 
 class KVCache(NamedTuple):
-    """The key-value cache of one layer, with one slot per position. A query ignores the slots after its position."""
+    """The keys and values of one softmax attention layer, with one slot per position.
+
+    Each query attends only to the slots up to its own position.
+    """
 
     keys: Float[Array, "b h m k"]
     values: Float[Array, "b h m k"]
 
 
 class CausalKernel(NamedTuple):
-    """The interface through which blocks and decoders use an attention kernel.
+    """A causal attention kernel with a cache: the functions that the blocks and decoders of a flow call.
 
-    - `attend(q, k, v) -> out`: causal attention over whole sequences; the arrays have axes `b n h k`.
-    - `init_cache(batch, length, num_heads, head_dim, dtype) -> cache`: an empty cache for one layer and `length`
-      positions.
-    - `attend_window(q, k, v, cache, start) -> (out, window)`: exact causal attention of the tokens at positions
-      start..start+n-1 to the cached prefix and to each other. `accept` needs `window` to add these tokens to the cache.
-      `start` is one number for the whole batch, or one per sample.
-    - `rewind(before, after) -> cache`: a cache for processing a window again, given the caches before and after the
-      previous pass. This is `after` if windows overwrite their slots, and `before` if the cache is a running sum.
-    - `has_slots`: whether the cache has one slot per token, so that a window may start at any token that has already
-      been processed.
-    - `has_temperature`: whether scaling the queries sharpens or flattens the attention weights, as it does in a
-      softmax.
-    - `accept(before, window, count) -> cache`: the cache `before`, from which the window was processed, with the first
-      `count` tokens of the window added. `count` is one number per sample; None adds all tokens. `accept` may be None
-      if `window` is already the cache with all tokens added. Sliding windows then require a cache with slots.
-    - `grow(cache, length) -> cache`: the same cache with room for `length` positions. With this function, decoders
-      start with a short cache and extend it, because every pass reads the whole cache. If `grow` is None, the cache
-      must have its full length from the start.
+    - `attend(q, k, v) -> out`: causal attention over whole sequences. All arrays have axes `b n h k`; k and v may have
+      fewer heads than q.
+    - `init_cache(batch, length, num_heads, head_dim, dtype) -> cache`: an empty cache for one layer, with room for
+      `length` positions and `num_heads` key heads.
+    - `attend_window(q, k, v, cache, start) -> (out, window)`: causal attention of n tokens, at positions
+      start..start+n-1, to the cached tokens before `start` and to each other. `start` is one number for the whole
+      batch, or one per sample. Pass `window` to `accept` to add the n tokens to the cache.
+    - `rewind(before, after) -> cache`: the cache for another pass over the same window. `before` is the cache that the
+      previous pass read, and `after` is the `window` that it returned. The result is `after` if a pass overwrites its
+      own slots, and `before` if the cache is a running sum.
+    - `has_slots`: whether the cache has one slot per token. A window may then start at any token that has already been
+      processed.
+    - `has_temperature`: whether scaling the queries sharpens or flattens the attention weights, as in softmax
+      attention.
+    - `accept(before, window, count) -> cache`: adds the first `count` tokens of a window to `before`, the cache that
+      `attend_window` read. `count` is one number per sample; None adds all tokens. Set `accept` to None if `window` is
+      itself the cache with all tokens added; decoders can then use a sliding window only if `has_slots` is True.
+    - `grow(cache, length) -> cache`: the same cache with room for `length` positions. Every pass reads the whole cache,
+      so decoders start with a short cache and let it grow. If `grow` is None, they create it at full length.
     """
 
     attend: Callable[..., Array]
@@ -67,12 +71,12 @@ class CausalKernel(NamedTuple):
 
     @property
     def can_slide(self) -> bool:
-        """Whether decoders can use a sliding window."""
+        """Whether decoders can use a sliding window: `has_slots` is True, or `accept` is not None."""
         return self.has_slots or self.accept is not None
 
 
 def init_kv_cache(batch: int, length: int, num_heads: int, head_dim: int, dtype: DTypeLike) -> KVCache:
-    """Returns an empty key-value cache for one layer and `length` positions.
+    """Returns an empty key-value cache for one layer, with `length` positions and `num_heads` key heads.
 
     Example:
         cache = init_kv_cache(batch=4, length=64, num_heads=8, head_dim=64, dtype=jnp.float32)
@@ -99,13 +103,13 @@ def attend_kv_window(
     cache: KVCache,
     start: Start,
 ) -> tuple[Float[Array, "b n h k"], KVCache]:
-    """Returns the softmax attention of tokens start..start+n-1 to the cache and to each other, and the new cache.
+    """Returns the causal softmax attention of n tokens to the cached tokens and to each other, and the updated cache.
 
-    start: the position of the first token, one for the whole batch or one per sample.
+    start: the position of the first of the n tokens, one for the whole batch or one per sample.
 
-    Query i attends to slots 0..start+i. Later slots have no effect, as long as they contain finite numbers. The new
-    keys and values overwrite the slots of these tokens, so a window can be processed again without resetting the cache.
-    h/g query heads share each key head.
+    Keys k and values v overwrite slots start..start+n-1, which the cache must have. Query i, counted from 0, attends to
+    slots 0..start+i; later slots must contain finite numbers, but have no effect. You can therefore process the same
+    tokens again with the returned cache. Each key head serves h/g query heads.
 
     Raises ValueError if shapes or dtypes do not match, or if the window ends beyond the cache; a traced start is not
     checked.
@@ -234,11 +238,13 @@ CAUSAL_KERNEL_NAMES = ("softmax", *KERNELS)
 def causal_kernel(
     attention: str | Kernel | FeatureMap | CausalKernel, implementation: Implementation = "auto"
 ) -> CausalKernel:
-    """Returns the causal kernel for a name, a `Kernel` or a feature map; returns a `CausalKernel` unchanged.
+    """Returns the `CausalKernel` for a name in `CAUSAL_KERNEL_NAMES`, a `Kernel` or a feature map.
 
-    implementation: as in `softmax_attention`, for whole sequences; other kernels ignore it.
+    attention: a `CausalKernel` is returned unchanged.
+    implementation: how the kernel "softmax" attends over whole sequences, as in `softmax_attention`. Other kernels
+    ignore it.
 
-    Raises ValueError for an unknown name.
+    Raises ValueError if `attention` is an unknown name or has another type.
 
     Example:
         kernel = causal_kernel("softmax")

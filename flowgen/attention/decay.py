@@ -31,17 +31,20 @@ def gated_linear_attention(
     segment_ids: Int[Array, "b n"] | None = None,
     chunk_size: int = CHUNK_SIZE,
 ) -> tuple[Float[Array, "b n h d"], LinearState]:
-    """Returns out_t = scale S_tᵀ q_t with S_t = exp(log_decay_t) S_(t-1) + k_t v_tᵀ, and the final state.
+    """Returns the outputs of causal linear attention with decay, and the state after the last token.
 
-    This is simple GLA: gated linear attention (arXiv 2312.06635) with one gate per head instead of one per channel.
-    scale is (width of k)^-0.5. The outputs are not normalised; models usually apply a normalisation layer to each head
+    For each token t, each head computes S_t = exp(log_decay_t) S_(t-1) + k_t v_tᵀ and out_t = scale S_tᵀ q_t, where
+    scale is (width of k)^-0.5. This is simple GLA: gated linear attention (arXiv 2312.06635) with one gate per head
+    instead of one per channel. The outputs are not normalised; models usually apply a normalisation layer to each head
     afterwards.
 
-    log_decay: the logarithm of the decay factor; it must be at most 0.
-    mask: a key mask, True for keys to keep. The key, value and decay of a masked token are ignored.
-    segment_ids: see `prefix_product`.
+    log_decay: the logarithm of the decay factor of each token and key head. It must be at most 0; this is not checked.
+    state: the state after earlier tokens; None means that there are none.
+    mask: a key mask `b 1 1 n` or `b g 1 n`, True for tokens to keep. The key, value and decay of a masked token are
+    ignored.
+    segment_ids, chunk_size: see `prefix_product`.
 
-    Raises ValueError if shapes or the mask do not match.
+    Raises ValueError if shapes, dtypes, the mask or the segment ids are invalid.
 
     Example:
         out, state = gated_linear_attention(q, k, v, jax.nn.log_sigmoid(gate))
@@ -68,10 +71,11 @@ def retention(
     segment_ids: Int[Array, "b n"] | None = None,
     chunk_size: int = CHUNK_SIZE,
 ) -> tuple[Float[Array, "b n h d"], LinearState]:
-    """Returns retention (RetNet, arXiv 2307.08621) with decay factor 1 - 2^(-5-i) in key head i, and the final state.
+    """Returns the outputs of retention (RetNet, arXiv 2307.08621), and the state after the last token.
 
-    RetNet's layer also rotates q and k and applies a group norm; this function does neither. Masked tokens cause no
-    decay.
+    This is `gated_linear_attention` with the constant decay factor 1 - 2^(-5-i) in key head i, counted from 0. The
+    arguments are described there. Masked tokens cause no decay. RetNet's layer also rotates q and k and applies a group
+    norm; this function does neither.
 
     Example:
         out, state = retention(q, k, v)
@@ -118,7 +122,7 @@ def _retention_of_pairs(q, k, v, mask, segment_ids):
 
 
 def retention_log_decay(num_heads: int) -> Float[Array, " g"]:
-    """Returns RetNet's constant log-decays, log(1 - 2^(-5-i)) for head i.
+    """Returns the logarithms of RetNet's decay factors, log(1 - 2^(-5-i)) for head i, counted from 0.
 
     Example:
         log_decay = retention_log_decay(8)

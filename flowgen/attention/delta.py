@@ -25,7 +25,7 @@ NORM_EPS = 1e-6
 
 
 class DeltaState(NamedTuple):
-    """The state S of every head, in float32, or in float64 if the inputs are float64."""
+    """The state of the delta rule: S for every sample and head, in float32, or in float64 if the inputs are float64."""
 
     kv: Float[Array, "b h k d"]
 
@@ -33,7 +33,9 @@ class DeltaState(NamedTuple):
 def init_delta_state(
     batch: int, num_heads: int, key_dim: int, value_dim: int, *, dtype: jnp.dtype | type = jnp.float32
 ) -> DeltaState:
-    """Returns the state before the first token: zeros in at least float32. dtype: the dtype of the inputs.
+    """Returns the state of the delta rule before the first token; all its entries are 0.
+
+    dtype: the dtype of the inputs; the state has at least float32 precision.
 
     Example:
         state = init_delta_state(batch=4, num_heads=8, key_dim=64, value_dim=64)
@@ -54,30 +56,27 @@ def gated_delta_rule(
     use_qk_l2norm: bool = True,
     scale: float | None = None,
 ) -> tuple[Float[Array, "b n h d"], DeltaState]:
-    """Returns the causal outputs o, in the dtype of v, and the state after the last token.
+    """Returns the outputs of the gated delta rule, in the dtype of v, and the state after the last token.
 
-    For each token, each head computes
+    For each token in order, each head updates its state S and computes its output o (Yang, Kautz and Hatamizadeh, Gated
+    Delta Networks, arXiv 2412.06464):
 
         S ← exp(g) S;   S ← S + β k (v − Sᵀk)ᵀ;   o = Sᵀq
 
-    (Yang, Kautz and Hatamizadeh, Gated Delta Networks, arXiv 2412.06464).
-
-    use_qk_l2norm: whether to divide q and k by their L2 norms first, so that only their directions matter. This is the
-    default, as in the published layers. Without this division, keep the norms of the keys at 1 or below, because the
-    state can grow without bound if β |k|² exceeds 2.
-    scale: the factor by which q is multiplied after this division; None means (width of k)^-0.5.
     beta: β, the write strength, between 0 and 1.
-    log_decay: g, the logarithm of the decay factor per token, at most 0; None means no decay. With -inf, the token
-    erases the state before it. The ranges of beta and log_decay are not checked.
+    log_decay: g, the logarithm of the decay factor of each token and head, at most 0; None means no decay. If g is
+    -inf, the token erases the earlier state. The ranges of beta and log_decay are not checked.
+    state: the state after earlier tokens; None means that there are none.
+    mask: True for tokens to keep. A masked token does not change the state: its k, v, beta and log_decay are ignored.
+    Its output is Sᵀq with the state before the token.
+    chunk_size: the number of tokens that are processed in parallel (Yang et al., DeltaNet, arXiv 2406.06484). The
+    chunks are processed in order, and the backward pass stores one state per chunk. The last chunk may be shorter.
+    use_qk_l2norm: whether to divide each query and key by its L2 norm first, as in the published layers. If False, make
+    sure that β |k|² is at most 2 for every token; otherwise, the state can grow without bound.
+    scale: the factor by which q is multiplied, after the division if there is one; None means (width of k)^-0.5.
 
-    Tokens within a chunk of `chunk_size` are processed in parallel (Yang et al., DeltaNet, arXiv 2406.06484), and
-    chunks are processed in order. The backward pass stores one state per chunk. n need not be a multiple of chunk_size.
-
-    state: the state after earlier tokens; None means no earlier tokens.
-    mask: True for tokens to keep. A masked token does not change the state: its key, value and decay are ignored. Its
-    output is Sᵀq with the state before the token.
-
-    Raises ValueError if shapes do not match, if the mask is not boolean, or if chunk_size is below 1.
+    Raises ValueError if shapes do not match, if an array is not floating-point, if the mask is not boolean, or if
+    chunk_size is below 1.
 
     Example:
         out, state = gated_delta_rule(q, k, v, jax.nn.sigmoid(b), -jax.nn.softplus(g))
@@ -104,8 +103,10 @@ def delta_rule(
     use_qk_l2norm: bool = True,
     scale: float | None = None,
 ) -> tuple[Float[Array, "b n h d"], DeltaState]:
-    """Returns the outputs and state of `gated_delta_rule` without decay: S ← S + β k (v − Sᵀk)ᵀ, o = Sᵀq
-    (arXiv 2406.06484).
+    """Returns the outputs of the delta rule (DeltaNet, arXiv 2406.06484), and the state after the last token.
+
+    For each token in order, each head computes S ← S + β k (v − Sᵀk)ᵀ and o = Sᵀq. This is `gated_delta_rule` without
+    decay; see there for the arguments.
 
     Example:
         out, state = delta_rule(q, k, v, jax.nn.sigmoid(b))
@@ -126,10 +127,12 @@ def gated_delta_step(
     use_qk_l2norm: bool = True,
     scale: float | None = None,
 ) -> tuple[Float[Array, "b h d"], DeltaState]:
-    """Returns the output for one more token and the state after it, using the recurrence of `gated_delta_rule`.
+    """Returns the output of the gated delta rule for one more token, and the state after it.
 
-    The cost does not depend on how many tokens came before. The options are the same as for `gated_delta_rule`. Raises
-    ValueError if shapes do not match.
+    state: the state after the earlier tokens, from `init_delta_state`, `gated_delta_rule` or an earlier step.
+
+    The other arguments are as in `gated_delta_rule`. The cost does not depend on the number of earlier tokens. Raises
+    ValueError if shapes do not match, or if an array is not floating-point.
 
     Example:
         out, state = gated_delta_step(state, q[:, 0], k[:, 0], v[:, 0], beta[:, 0])

@@ -27,20 +27,22 @@ FOCUSED_FLOOR = 1e-6  # as in the released FLatten: keeps every relu feature pos
 
 @dataclass(frozen=True, eq=False)
 class FeatureMap(ByFields):
-    """The feature map φ of a kernel: a function for queries and one for keys.
+    """The feature map φ of linear attention, which consists of a function for queries and a function for keys.
 
-    Each function accepts two arrays, x `b n h k` and positions `n`, and returns features.
+    query, key: the functions. Each accepts queries or keys x `b n h k` and their positions `n`, counted from 0, and
+    returns features `b n h p`. The products of query features and key features must be nonnegative, because linear
+    attention uses them as weights.
+    query_scale: a function of the queries that returns the factors `b n h` by which `query` multiplies its features to
+    prevent underflow; None means that there are none. Linear attention multiplies eps by the same factors, so that they
+    cancel.
+    rotary: the angles by which the features are rotated in the numerator of linear attention, but not in its
+    normaliser; None means no rotation.
+    max_length: the largest number of tokens in a sequence; None means no limit. If `rotary` is set, the number of its
+    positions is the limit instead. Tokens beyond the limit cause a ValueError or, if positions are traced, have NaN
+    features.
 
-    Features must be nonnegative, so that the normaliser is positive. A map that depends on positions must set `rotary`
-    or `max_length`. Two maps are equal if their fields are equal. A map can be pickled if its functions can.
-
-    query: the function for queries.
-    key: the function for keys.
-    query_scale: a function of q that returns the factors `b n h` by which the map multiplies the features of queries to
-    prevent underflow; None means no factors. Linear attention multiplies eps by the same factors, so they cancel.
-    rotary: a table of the angles by which features are rotated in the numerator, but not in the normaliser.
-    max_length: the number of positions; None means no limit. Tokens beyond the limit cause a ValueError or, if
-    positions are traced, NaN features.
+    If the functions depend on positions, you must set `rotary` or `max_length`. Two maps are equal if their fields are
+    equal; JAX arrays are equal only if they are the same object. A map can be pickled if its functions can be.
     """
 
     query: Map
@@ -55,12 +57,12 @@ class FeatureMap(ByFields):
 
     @property
     def positional(self) -> bool:
-        """Whether features depend on a token's position."""
+        """Whether features may depend on a token's position, which is so if `rotary` or `max_length` is set."""
         return self.rotary is not None or self.max_length is not None
 
     @property
     def limit(self) -> int | None:
-        """The number of positions; None if there is no limit."""
+        """The largest number of tokens in a sequence; None if there is no limit."""
         return self.max_length if self.rotary is None else len(self.rotary.cos)
 
     def __call__(
@@ -101,7 +103,7 @@ class FeatureMap(ByFields):
 
 
 def elu_plus_one() -> FeatureMap:
-    """Returns φ(x) = elu(x) + 1 (Katharopoulos et al. 2020, arXiv 2006.16236).
+    """Returns the feature map φ(x) = elu(x) + 1 (Katharopoulos et al. 2020, arXiv 2006.16236).
 
     Example:
         out = linear_attention(q, k, v, elu_plus_one())
@@ -110,9 +112,9 @@ def elu_plus_one() -> FeatureMap:
 
 
 def relu_features(power: int = 1) -> FeatureMap:
-    """Returns φ(x) = relu(x)^power; power 2 is the squared ReLU.
+    """Returns the feature map φ(x) = relu(x)^power.
 
-    If a query's products with all keys are 0, its output is 0.
+    In linear attention, the output of a query is 0 if φ(q)·φ(k) is 0 for all keys k.
 
     Example:
         out = linear_attention(q, k, v, relu_features(power=2))
@@ -121,10 +123,13 @@ def relu_features(power: int = 1) -> FeatureMap:
 
 
 def focused_features(power: float = 3.0, scale: float | Array = 1.0, *, joint_heads: bool = False) -> FeatureMap:
-    """Returns φ(x) = |y| y^power / |y^power| with y = (relu(x) + 1e-6) / scale (FLatten, arXiv 2308.00442).
+    """Returns the feature map φ(x) = ‖y‖ y^power / ‖y^power‖ with y = (relu(x) + 1e-6) / scale.
+
+    This is the map of FLatten (arXiv 2308.00442). Powers are elementwise, and ‖·‖ is the L2 norm over the channels of
+    one head.
 
     scale: a positive number, or an array of positive numbers that broadcasts to `b n h k`.
-    joint_heads: whether to compute both norms over all heads together, as in the released code, instead of per head.
+    joint_heads: if True, each norm is over the channels of all heads together, as in the released code.
 
     Example:
         out = linear_attention(q, k, v, focused_features(power=3.0))
@@ -140,16 +145,20 @@ def nala_features(
     temperature: float = 1.0,
     rotary: Rotary | None = None,
 ) -> FeatureMap:
-    """Returns the norm-aware feature map of NaLaFormer (arXiv 2506.21137), with 2k features for k channels.
+    """Returns the norm-aware feature map of NaLaFormer (arXiv 2506.21137), which has two features per channel.
 
-        φ(q) = |d(q)|^(power·(offset + tanh|q|)) · D(d(q)),    φ(k) = |k|^power · D(d(k)),    d(x) = x / |x|
+        φ(q) = |d(q)|^(power·(offset + tanh ‖q‖)) · D(d(q)),    φ(k) = |k|^power · D(d(k)),    d(x) = x / ‖x‖
 
-    direction_map: with "split", as in the released code, D(d) is [d > 0; d < 0]. With "cosine", as in the paper, D(d)
-    is [cos a; sin a] with a = π/4 · tanh(temperature · d). As the temperature grows, the products φ(q)·φ(k) approach
-    those of "split". Any other value raises ValueError.
+    Here ‖·‖ is the L2 norm over channels, and all other operations in these formulas are elementwise. D returns two
+    factors per channel, concatenated as [first factors; second factors].
+
     power, offset: one number, or one per head; both may be learned.
+    direction_map: "split" means D(d) = [d > 0; d < 0], as in the released code. "cosine" means D(d) = [cos a; sin a]
+    with a = π/4 · tanh(temperature · d), as in the paper. Any other value raises ValueError.
+    temperature: as it grows, the products φ(q)·φ(k) of "cosine" approach those of "split", which ignores it.
+    rotary: see `FeatureMap`.
 
-    To prevent underflow, the features of each query are multiplied by a factor that cancels in linear attention.
+    To prevent underflow, the features of each query are also multiplied by a factor that cancels in linear attention.
 
     Example:
         out = linear_attention(q, k, v, nala_features(rotary=rotary_grid(14, 14, 64)))
@@ -161,10 +170,13 @@ def nala_features(
 
 
 def cosformer_features(max_length: int) -> FeatureMap:
-    """Returns cosFormer's φ(x) = [relu(x) cos(π i / 2M); relu(x) sin(π i / 2M)] at position i, with M = max_length.
+    """Returns cosFormer's feature map (arXiv 2202.08791).
 
-    Unlike in cosFormer (arXiv 2202.08791), M is not the length of the sequence, so decoding and the parallel form
-    agree. The products φ(q)·φ(k) are nonnegative at positions below M.
+    At position i, counted from 0, φ(x) = [relu(x) cos(π i / 2M); relu(x) sin(π i / 2M)] with M = max_length, where [a;
+    b] concatenates channels. In the paper, M is the length of the sequence. Here it is fixed, so that decoding token by
+    token gives the same outputs as attention over the whole sequence.
+
+    max_length: M, the largest number of tokens in a sequence, at least 1; see `FeatureMap` for longer sequences.
 
     Example:
         out = linear_attention(q, k, v, cosformer_features(max_length=1024), is_causal=True)
@@ -321,9 +333,9 @@ FEATURE_MAPS: dict[str, FeatureMap] = {
 
 
 def feature_map(features: FeatureMap | str) -> FeatureMap:
-    """Returns the feature map with this name; returns a `FeatureMap` unchanged.
+    """Returns the feature map with the given name in `FEATURE_MAPS`; returns a `FeatureMap` unchanged.
 
-    Raises ValueError for an unknown name.
+    Raises ValueError if `features` is an unknown name or has another type.
 
     Example:
         phi = feature_map("nala")

@@ -17,11 +17,11 @@ from flowgen.backend import keep_axes
 
 @dataclass(frozen=True)
 class FrameWindow:
-    """The attention pattern of a sequence that consists of `prefix` tokens and then frames of `tokens` tokens each.
+    """The attention pattern of a video: a prefix of `prefix` tokens, followed by frames of `tokens` tokens each.
 
-    A token of frame f attends to the prefix and to frames f - past_frames .. f + lookahead_frames. A token of the
-    prefix attends to the prefix and to frames 0 .. lookahead_frames. The denoiser of STARFlow-V (arXiv 2511.20462) uses
-    this pattern.
+    A token of frame f, counted from 0, attends to the whole prefix and to those of the frames f - past_frames to
+    f + lookahead_frames that exist. A token of the prefix attends to the whole prefix and to frames 0 to
+    lookahead_frames. The denoiser of STARFlow-V (arXiv 2511.20462) uses this pattern.
 
     Example:
         out = FrameWindow(prefix=256, tokens=1590, past_frames=9, lookahead_frames=1).attend(q, k, v)
@@ -40,11 +40,11 @@ class FrameWindow:
     def attend(
         self, q: Float[Array, "b n h k"], k: Float[Array, "b n g k"], v: Float[Array, "b n g d"]
     ) -> Float[Array, "b n h d"]:
-        """Returns softmax attention in which each query attends only to the prefix and the frames in its window.
+        """Returns softmax attention in which each query attends only to the prefix and to the frames near its own.
 
-        The attention is computed frame by frame, without an n x n mask.
+        The class docstring states which frames. Attention is computed frame by frame, without an n x n mask.
 
-        Raises ValueError unless the tokens after the prefix form whole frames, and q, k and v match.
+        Raises ValueError unless the tokens after the prefix form one or more complete frames, and q, k and v match.
         """
         check_heads(q, k, v)
         if k.shape[1] != q.shape[1]:

@@ -22,13 +22,16 @@ def nala_attention(
     *,
     eps: float = EPS,
 ) -> Float[Array, "b n h d"]:
-    """Returns norm-aware linear attention (NaLaFormer, arXiv 2506.21137); see `nala_features` for the other options.
+    """Returns norm-aware linear attention (NaLaFormer, arXiv 2506.21137).
 
-    eps: added to the sum of the weights. The released layer adds 1e-6 to the mean weight over m keys, which corresponds
-    to eps = m * 1e-6.
+    mask, is_causal: see `linear_attention`.
+    power, offset, direction_map: see `nala_features`.
+    eps: added to the normaliser, the sum of a query's weights. The released layer adds 1e-6 to the mean weight over m
+    keys, which corresponds to eps = m * 1e-6.
 
-    For rotary features, a temperature for the cosine map, or packed segments, use `linear_attention(q, k, v,
-    nala_features(...), ...)`. Raises ValueError if shapes or the mask do not match.
+    For rotary features, another temperature of the direction map "cosine", or packed segments, call
+    `linear_attention(q, k, v, nala_features(...), ...)` instead. Raises ValueError if shapes, dtypes, the mask or
+    direction_map are invalid.
 
     Example:
         out = nala_attention(q, k, v, is_causal=True)
@@ -48,10 +51,11 @@ def focused_attention(
     joint_heads: bool = False,
     eps: float = EPS,
 ) -> Float[Array, "b n h d"]:
-    """Returns focused linear attention (FLatten, arXiv 2308.00442); see `focused_features` for `power`.
+    """Returns focused linear attention (FLatten, arXiv 2308.00442).
 
-    joint_heads: whether to compute the norms over all heads together, as in the released layer, instead of per head.
-    eps: added to the sum of the weights.
+    mask, is_causal: see `linear_attention`.
+    power, joint_heads: see `focused_features`.
+    eps: added to the normaliser, the sum of a query's weights.
 
     Example:
         out = focused_attention(q, k, v, power=3.0)
@@ -70,11 +74,13 @@ def cosformer_attention(
     max_length: int,
     eps: float = EPS,
 ) -> Float[Array, "b n h d"]:
-    """Returns cosFormer attention (arXiv 2202.08791), whose weights decrease with distance; see `cosformer_features`.
+    """Returns cosFormer's linear attention (arXiv 2202.08791), whose weights decrease with the distance between tokens.
 
-    eps: added to the sum of the weights. The released layer instead clamps this sum to at least 1e-6, which is the
-    same as eps=0 except for queries whose weights are nearly all 0. In that layer, max_length is the number of queries
-    or the number of keys, whichever is larger. Raises ValueError if there are more tokens than max_length.
+    mask, is_causal: see `linear_attention`.
+    max_length: M of `cosformer_features`, the largest number of queries or keys; with more, the function raises
+    ValueError. In the released layer, M is the number of queries or the number of keys, whichever is larger.
+    eps: added to the normaliser, the sum of a query's weights. The released layer instead raises the normaliser to at
+    least 1e-6, which is the same as eps=0 unless nearly all of a query's weights are 0.
 
     Example:
         out = cosformer_attention(q, k, v, max_length=1024)
@@ -95,17 +101,19 @@ def pola_attention(
     *,
     eps: float = EPS,
 ) -> Float[Array, "b n h d"]:
-    """Returns polarity-aware attention (PolaFormer, arXiv 2501.15061), without its gate.
+    """Returns polarity-aware linear attention (PolaFormer, arXiv 2501.15061), without the gate of PolaFormer's layer.
 
-    With q± = relu(±q)^power and k± = relu(±k)^power, the first half of each value is averaged with the same-sign
-    weights [q+; q-]·[k+; k-], and the second half with the opposite-sign weights [q-; q+]·[k+; k-]. Each half has its
-    own normaliser.
+    Let q+ = relu(q)^power and q- = relu(-q)^power, and likewise k+ and k-. The first half of the channels of v is
+    averaged with the weights [q+; q-]·[k+; k-], to which equal signs contribute. The second half is averaged with the
+    weights [q-; q+]·[k+; k-], to which opposite signs contribute. Each half has its own normaliser.
 
-    power: a positive number, or an array of positive numbers with the shape `h` or `h k`.
-    eps: added to the sum of the weights. The released layer adds 1e-6 to the mean weight over m keys, which corresponds
-    to eps = m * 1e-6.
+    mask, is_causal: see `linear_attention`.
+    power: a positive number or, if there are as many key heads as query heads, an array of positive numbers with axes
+    `h` or `h k`.
+    eps: added to each normaliser, the sum of a query's weights. The released layer adds 1e-6 to the mean weight over m
+    keys, which corresponds to eps = m * 1e-6.
 
-    Raises ValueError if the width of v is odd.
+    Raises ValueError if the width of v is odd, or if shapes, dtypes or the mask are invalid.
 
     Example:
         out = pola_attention(q, k, v)
@@ -121,11 +129,12 @@ def inline_attention(
     is_causal: bool | Causal = False,
     scale: float | None = None,
 ) -> Float[Array, "b n h d"]:
-    """Returns injective linear attention (InLine, arXiv 2412.06590), without its convolution.
+    """Returns injective linear attention (InLine, arXiv 2412.06590), without the convolution of InLine's layer.
 
-    With N keys, the weights are scale q·k_j / N - mean_j(scale q·k_j / N) + 1/N. They sum to one and may be negative.
-    In causal attention, N and the means include only the keys up to the query's position.
+    If query q attends to N keys, the weight of key k_j is scale q·k_j / N - mean_j(scale q·k_j / N) + 1/N. The weights
+    of a query sum to 1 and may be negative. A query that attends to no key has output 0.
 
+    mask, is_causal: see `linear_attention`.
     scale: None means (width of k)^-0.5.
 
     Example:

@@ -35,35 +35,39 @@ def make_attention_fn(
     masks: Literal["pairs", "keys"] = "pairs",
     implementation: Implementation = "auto",
 ) -> Callable[..., Array]:
-    """Returns an `attention_fn` that uses the named kernel, for Flax's multi-head attention modules.
+    """Returns a function that you can pass to Flax's multi-head attention modules as `attention_fn`.
 
-    name: "softmax", "soft", a name in `flowgen.attention.KERNELS`, or your own feature map or kernel.
-    is_causal: makes the attention causal even if the module does not request it.
-    masks: "keys" declares that every query-key mask keeps the same tokens as queries and as keys. The returned function
-    then reads these tokens from the diagonal of the mask, at linear cost, even inside jit. The outputs of all other
-    tokens are meaningless.
-    implementation: as in `softmax_attention`; other kernels ignore it.
+    name: the kernel: "softmax", "soft", a name in `flowgen.attention.KERNELS`, or your own feature map or kernel.
+    is_causal: whether attention is causal even if the module does not request it. A `Causal` means True and sets
+    options of linear attention, so "softmax" does not accept one. "soft" cannot be causal.
+    masks: "pairs" accepts every query-key mask. "keys" tells the function that each query-key mask keeps the same
+    tokens as queries and as keys, apart from causal order. It then reads these tokens from the diagonal of the mask, at
+    linear cost, even inside jit. The outputs of the tokens that a mask does not keep are meaningless.
+    implementation: how "softmax" is computed; see `softmax_attention`. Other kernels ignore it.
 
     The returned function accepts query `... t h k`, key and value `... s g k`, and the arguments that Flax's modules
     pass:
 
-    - mask `... h t s`: nonzero for keys to keep. With a key mask (query axis of length 1), the cost of linear attention
-      remains linear in the number of tokens. Flax's `make_causal_mask` and `make_attention_mask` return query-key
-      masks, which make the cost quadratic inside jit, unless masks="keys". Outside jit, the cost remains linear if the
-      query-key mask is the product of a query mask and a key mask (and, in causal attention, of the causal mask).
-    - bias: a bias over keys alone (query axis of length 1) multiplies the keys' features by exp(bias). Only feature
-      maps support it. In causal attention, keep it below 80, so that exp does not overflow. In non-causal attention,
-      only the differences between biases matter.
-    - dtype: the dtype to which query, key and value are converted.
-    - precision: the lowest precision at which matrix products may be computed.
+    - mask `... h t s`: nonzero for keys to keep. With a key mask (t is 1), the cost of linear attention is linear in
+      the number of tokens. Flax's `make_causal_mask` and `make_attention_mask` return query-key masks. Inside jit,
+      these make the cost quadratic, unless masks="keys". Outside jit, the cost is linear if the query-key mask is the
+      product of a query mask and a key mask (and, in causal attention, of the causal mask).
+    - bias `... g 1 s`: a bias per key, the same for all queries. The features of each key are multiplied by exp(bias).
+      Only kernels that are feature maps accept a bias. In causal attention, keep biases below 80, so that exp does not
+      overflow. In non-causal attention, only the differences between biases matter.
+    - dtype: the dtype to which query, key and value are converted; None means their common dtype.
+    - precision: ignored. For float32 inputs, "softmax" uses JAX's default precision of matrix products, and the other
+      kernels use the highest.
 
-    If a single query has a mask over several keys, as in decoding from Flax's cache, attention is not causal: the mask
-    alone determines the keys to which the query attends. Retention and feature maps with positions then raise
-    ValueError, because the query's position is unknown.
+    If there is one query but several keys, as in decoding from Flax's cache, and a mask is given, the mask alone
+    determines the keys to which the query attends; is_causal is ignored. "retention" and feature maps that depend on
+    positions then raise ValueError, because the query's position is unknown.
 
-    Functions made with equal arguments are equal and can be pickled. Raises ValueError for an unknown name. The
-    returned function raises ValueError for options that it does not support: dropout on the weights, other biases, and
-    sowing the weights.
+    Two returned functions are equal if they were made with equal arguments. A returned function can be pickled if its
+    kernel can be.
+
+    Raises ValueError for an unknown name. The returned function raises ValueError if the module requests dropout of
+    attention weights, another kind of bias, or sowing of attention weights.
 
     Example:
         nn.MultiHeadDotProductAttention(num_heads=8, attention_fn=make_attention_fn("nala"))

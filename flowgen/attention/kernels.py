@@ -38,11 +38,11 @@ State = PyTree
 
 @runtime_checkable
 class Kernel(Protocol):
-    """An attention kernel with a running state of constant size.
+    """The interface of attention kernels whose state does not grow with the number of tokens.
 
-    Masks and other arguments are as in `linear_attention`. A state may be any pytree. Define your own kernel as a
-    frozen dataclass with these methods. Set `positional = True` in a kernel whose weights depend on the positions of
-    tokens.
+    The arguments of the methods are as in `linear_attention`, `init_state` and `prefill`. To define your own kernel,
+    write a frozen dataclass with these methods. Its state may be any pytree. If its weights depend on the positions of
+    tokens, set the class attribute `positional = True`.
     """
 
     def attend(
@@ -55,13 +55,16 @@ class Kernel(Protocol):
         is_causal: bool | Causal = False,
         segment_ids: Int[Array, "b n"] | None = None,
     ) -> Float[Array, "b n h d"]:
-        """Returns attention over whole sequences."""
+        """Returns the attention outputs for whole sequences; arguments are as in `linear_attention`."""
         ...
 
     def init_state(
         self, batch: int, num_heads: int, key_dim: int, value_dim: int, dtype: DTypeLike = jnp.float32
     ) -> State:
-        """Returns the state before the first token, with at least float32 precision."""
+        """Returns the state before the first token, with at least float32 precision.
+
+        num_heads: the number of key heads. dtype: the dtype of the inputs.
+        """
         ...
 
     def prefill(
@@ -73,13 +76,17 @@ class Kernel(Protocol):
         state: State = None,
         mask: Bool[Array, "..."] | None = None,
     ) -> tuple[Float[Array, "b n h d"], State]:
-        """Returns the causal attention of tokens that continue the sequence after `state`, and the state after them."""
+        """Returns the causal attention outputs for the next n tokens of a sequence, and the state after them.
+
+        state: the state after the earlier tokens; None means that there are none.
+        mask: a key mask, True for tokens to keep.
+        """
         ...
 
 
 @dataclass(frozen=True, eq=False)
 class FeatureKernel(ByFields):
-    """Linear attention with a feature map."""
+    """The kernel of `linear_attention` with a feature map; eps is added to the normaliser."""
 
     features: FeatureMap
     eps: float = EPS
@@ -120,7 +127,7 @@ class FeatureKernel(ByFields):
 
 @dataclass(frozen=True, eq=False)
 class PolaKernel(ByFields):
-    """Polarity-aware attention; see `pola_attention`."""
+    """The kernel of polarity-aware linear attention; see `pola_attention` for its fields."""
 
     power: float | Array = 3.0
     eps: float = EPS
@@ -198,7 +205,7 @@ class InlineState(NamedTuple):
 
 @dataclass(frozen=True)
 class InlineKernel:
-    """Injective linear attention; see `inline_attention`."""
+    """The kernel of injective linear attention; see `inline_attention` for its field."""
 
     scale: float | None = None
 
@@ -257,7 +264,7 @@ class InlineKernel:
 
 @dataclass(frozen=True)
 class RetentionKernel:
-    """Retention, which is always causal; see `retention`."""
+    """The kernel of `retention`, which is always causal: `attend` raises ValueError if is_causal is False."""
 
     positional: ClassVar[bool] = True
 
@@ -312,9 +319,11 @@ KERNELS: dict[str, Kernel] = {
 
 
 def kernel(chosen: str | Kernel | FeatureMap) -> Kernel:
-    """Returns the kernel for a name or a feature map; returns a `Kernel` unchanged.
+    """Returns the kernel with the given name in `KERNELS`, or the kernel of a feature map.
 
-    Raises ValueError for an unknown name.
+    chosen: a `Kernel` is returned unchanged.
+
+    Raises ValueError if `chosen` is an unknown name or has another type.
 
     Example:
         out = kernel("nala").attend(q, k, v, is_causal=True)

@@ -15,9 +15,10 @@ from flowgen.attention.soft import gaussian_landmark_features
 
 
 def gaussian_landmark_map(landmarks: Float[Array, "h l k"]) -> FeatureMap:
-    """Returns the positive feature map exp(-|x - l|² / 2√k) for fixed landmarks l, one set per head.
+    """Returns a feature map with one feature, exp(-|x - l|² / (2 √(head width))), for each landmark l of a head.
 
-    The landmarks do not depend on the input; they are usually learned.
+    landmarks: points in the space of the queries and keys, a separate set for each head. They are the same for all
+    inputs, and usually learned.
 
     Example:
         out, state = prefill(q, k, v, gaussian_landmark_map(landmarks))
@@ -46,15 +47,18 @@ def gaussian_landmark_attention(
     whiten: bool = False,
     ridge: float = 0.01,
 ) -> Float[Array, "b n h d"]:
-    """Returns a form of SOFT that can be causal: linear attention with features given by fixed landmarks.
+    """Returns linear attention with features from fixed landmarks, a variant of SOFT that can be causal.
 
-    If whiten is False, the function uses the positive features of `gaussian_landmark_map` and normalises as usual. If a
-    token is far from every landmark (|x - l| above about 13 k^¼), its features underflow to 0, and its output is 0.
+    mask, is_causal: see `linear_attention`.
+    landmarks: see `gaussian_landmark_map`.
+    whiten: if False, the features are those of `gaussian_landmark_map`, and the weights of each query are divided by
+    their sum. The features of a query or key underflow to 0 if its distance from every landmark is above about 13 (head
+    width)^¼; for a query, the output is then 0. If whiten is True, the weights are K(q, L) (K(L, L) + ridge I)⁻¹ K(L,
+    k), where L are the landmarks and K(x, y) = exp(-|x - y|² / (2 √(head width))). Weights may then be negative and are
+    not divided by their sum; models usually apply a normalisation layer to each head afterwards.
+    ridge: used only if whiten is True.
 
-    If whiten is True, the function uses the Nyström kernel K(q, L) (K(L, L) + ridge)⁻¹ K(L, k). This kernel may be
-    negative, so the outputs are not normalised; models usually apply a normalisation layer to each head afterwards.
-
-    Raises ValueError if shapes or the mask do not match.
+    Raises ValueError if shapes, dtypes or the mask are invalid.
 
     Example:
         out = gaussian_landmark_attention(q, k, v, landmarks, is_causal=True)

@@ -22,9 +22,9 @@ Ridge = float | Float[Array, ""]
 
 @jax.custom_jvp
 def unit_lower_inverse(lower: Float[Array, "*stack c c"]) -> Float[Array, "*stack c c"]:
-    """Returns (I + L)⁻¹ for a strictly lower triangular L.
+    """Returns (I + L)⁻¹ for each matrix L of `lower`, which must be strictly lower triangular.
 
-    The derivative is -(I + L)⁻¹ dL (I + L)⁻¹ in forward and reverse mode.
+    In forward and reverse mode, the derivative is computed as -(I + L)⁻¹ dL (I + L)⁻¹, where dL is the change of L.
     """
     return backend.unit_lower_inverse(lower)
 

@@ -54,12 +54,13 @@ EPS = 1e-6
 
 @dataclass(frozen=True)
 class Causal:
-    """Options of causal attention.
+    """Options of causal linear attention, passed as `is_causal` in place of True.
 
-    block_size: number of tokens in a block; tokens attend to their whole block and to every earlier block.
-    chunk_size: number of tokens that are processed in parallel; it affects speed and memory but not the result.
-    implementation: "xla", or "pallas" for the kernel in `flowgen.attention.pallas`, which runs on TPUs and supports
-    neither blocks nor segments.
+    block_size: number of tokens in a block; each token attends to its whole block and to all earlier blocks. 1 means
+    that each token attends to itself and to all earlier tokens.
+    chunk_size: number of tokens that are processed in parallel; it affects speed, memory and rounding.
+    implementation: "xla", or "pallas" for the TPU kernel in `flowgen.attention.pallas`. "pallas" requires block_size 1
+    and a chunk_size that is a power of two and at least 16, and does not support segment_ids.
     """
 
     block_size: int = 1
@@ -92,18 +93,20 @@ def linear_attention(
     segment_ids: Int[Array, "b n"] | None = None,
     eps: float = EPS,
 ) -> Float[Array, "b n h d"]:
-    """Returns linear attention with a feature map, given by name or as a `FeatureMap`.
+    """Returns the outputs of linear attention, out_i in the module docstring.
 
+    features: the feature map, or its name in `FEATURE_MAPS`.
     mask: True for keys to keep; its shape must broadcast to `b h n m`. With a key mask (query axis of length 1), the
-    cost is linear in the number of tokens. Outside jit, this also holds for the product of a query mask and a key mask
-    (and, if is_causal, the causal mask). Inside jit, first convert such a product to a key mask, with `own_keys` if it
-    keeps the same tokens as queries and as keys. With other masks, the cost is quadratic, and at most 4096 x 4096
-    query-key pairs are allowed.
-    is_causal: whether query i attends only to keys 0..i; a `Causal` can make attention block-causal.
-    segment_ids: tokens attend to each other only if their ids are equal; equal ids must be contiguous.
+    cost is linear in the number of tokens. Outside jit, the cost is also linear if the mask is the product of a query
+    mask and a key mask (and, in causal attention, of the causal mask). Inside jit, pass only the key mask of such a
+    product; if it keeps the same tokens as queries and as keys, `own_keys` returns the key mask. With all other masks,
+    the cost is quadratic, and n · m must not exceed 4096 x 4096.
+    is_causal: whether query i attends only to keys 0..i. A `Causal` means True and sets options, such as blocks.
+    segment_ids: tokens attend to each other only if their ids are equal. Tokens with equal ids must be contiguous; see
+    `prefix_product`.
     eps: added to the normaliser.
 
-    Raises ValueError if shapes, dtypes, the mask or the name are invalid.
+    Raises ValueError if shapes, dtypes, the mask, the segment ids or the name of the feature map are invalid.
 
     Example:
         out = linear_attention(q, k, v, "focused", is_causal=True)
@@ -131,7 +134,9 @@ def attend_features(
     segment_ids: Int[Array, "b n"] | None = None,
     eps: float | Float[Array, "b n h"] = EPS,
 ) -> Float[Array, "b n h d"]:
-    """Returns linear attention for features that are already computed; see `linear_attention`.
+    """Returns linear attention for features that are already computed.
+
+    The arguments after v are as in `linear_attention`. eps may also be an array with one number per query and head.
 
     Example:
         out = attend_features(Features(phi(q), phi(k)), v, is_causal=True)
@@ -208,9 +213,14 @@ def quadratic_products(
     mask: Bool[Array, "#b #h #n #m"] | None,
     factors: Float[Array, "#b #h #n #m"] | None = None,
 ) -> tuple[Float[Array, "b n h d"], Float[Array, "b n h"]]:
-    """Returns the numerators and normalisers of `products`, computed from all n x m weights. Any mask is allowed.
+    """Returns the numerators and normalisers of linear attention (see the module docstring) at quadratic cost.
 
-    factors: finite numbers that multiply the weights. Raises ValueError if shapes, dtypes or the mask do not match.
+    All n x m weights are computed, so the mask may be any query-key mask.
+
+    mask: True for keys to keep; None keeps all keys.
+    factors: finite numbers by which the weights of both sums are multiplied; None means no factors.
+
+    Raises ValueError if shapes, dtypes or the mask do not match.
 
     Example:
         out, total = quadratic_products(Features(q, k), v, mask)
@@ -273,7 +283,11 @@ def init_state(
     *,
     dtype: DTypeLike = jnp.float32,
 ) -> LinearState:
-    """Returns the state before the first token, with at least float32 precision. num_heads: number of key heads.
+    """Returns the state of linear attention before the first token, with at least float32 precision.
+
+    num_heads: the number of key heads.
+    features: the feature map, or its name, as in the later calls of `prefill` and `step`.
+    dtype: the dtype of the inputs.
 
     Example:
         state = init_state(batch=1, num_heads=8, key_dim=64, value_dim=64, features="nala")
@@ -293,10 +307,14 @@ def prefill(
     eps: float = EPS,
     chunk_size: int = CHUNK_SIZE,
 ) -> tuple[Float[Array, "b n h d"], LinearState]:
-    """Returns the causal attention of tokens that continue the sequence after `state`, and the state after them.
+    """Returns causal linear attention for the next n tokens of a sequence, and the state after them.
 
+    features: the feature map, or its name in `FEATURE_MAPS`.
+    state: the state after the earlier tokens; None means that there are none.
     mask: a key mask (query axis of length 1), True for tokens to keep; any other mask raises ValueError. Prompts may be
-    padded on either side: each sample continues after its last kept token.
+    padded on either side: the next token of each sample follows the last token that its mask keeps.
+    eps: added to the normaliser.
+    chunk_size: number of tokens that are processed in parallel; it affects speed, memory and rounding.
 
     Example:
         out, state = prefill(q, k, v, "nala")
@@ -325,9 +343,11 @@ def step(
     *,
     eps: float = EPS,
 ) -> tuple[Float[Array, "b h d"], LinearState]:
-    """Returns the attention output for one more token, and the state after it.
+    """Returns the output of causal linear attention for one more token, and the state after it.
 
-    The cost does not depend on how many tokens came before.
+    state: the state after the earlier tokens, from `init_state`, `prefill` or an earlier step with the same features.
+
+    The other arguments are as in `prefill`. The cost does not depend on the number of earlier tokens.
 
     Example:
         out, state = step(state, q[:, t], k[:, t], v[:, t], "nala")

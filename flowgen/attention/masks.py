@@ -11,11 +11,12 @@ from flowgen.attention.checks import concrete
 
 
 def own_keys(mask: Bool[Array, "#b #h n n"]) -> Bool[Array, "#b #h 1 n"]:
-    """Returns the key mask equivalent to a query-key mask that keeps the same tokens as queries and as keys.
+    """Returns the diagonal of a query-key mask as a key mask, so that linear attention has linear cost inside jit.
 
-    An example of such a mask is Flax's `make_attention_mask(valid, valid)`. Masks that keep all queries also work. Both
-    kinds may be combined with `make_causal_mask` if you also set `is_causal`. Raises ValueError unless there are as
-    many queries as keys.
+    The key mask is equivalent if the query-key mask keeps the same tokens as queries and as keys, such as Flax's
+    `make_attention_mask(valid, valid)`, or keeps all queries. It may also be the product of such a mask and Flax's
+    `make_causal_mask`; then also pass is_causal=True to the attention function. The outputs of tokens that the mask
+    does not keep as queries are meaningless. Raises ValueError unless there are as many queries as keys.
 
     Example:
         y = nala_attention(q, k, v, own_keys(mask != 0), is_causal=True)

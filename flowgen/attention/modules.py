@@ -41,11 +41,15 @@ TORCH_LAYER_NORM_EPS = 1e-5
 
 
 class LinearAttention(nn.Module):
-    """Multi-head attention with a kernel from `flowgen.attention.KERNELS`, your own kernel or a feature map.
+    """Multi-head attention that computes q, k and v with dense layers and attends with a linear-attention kernel.
 
     width: width of the output, divisible by num_heads.
-    num_kv_heads: number of key heads, each shared by several query heads; None means num_heads.
-    is_causal: True or a `Causal` for causal attention. Decoding requires causal attention with block_size 1.
+    kernel: a name in `flowgen.attention.KERNELS`, your own kernel, or a feature map.
+    num_kv_heads: number of key heads, a divisor of num_heads; num_heads / num_kv_heads query heads share each key head.
+    None means num_heads.
+    is_causal: whether attention is causal. A `Causal` means True and sets options. The methods for decoding require
+    causal attention with block_size 1.
+    use_bias: whether the dense layers have biases.
 
     Example:
         y = LinearAttention(width=256, num_heads=8, kernel="focused", is_causal=True).apply(params, x)
@@ -75,16 +79,20 @@ class LinearAttention(nn.Module):
         mask: Array | None = None,
         segment_ids: Int[Array, "b n"] | None = None,
     ) -> Float[Array, "b n width"]:
-        """Returns the attention of x to itself, or to `context`. mask, segment_ids: see `linear_attention`."""
+        """Returns the layer's output for each token of x.
+
+        context: the tokens to which the tokens of x attend; None means that they attend to each other.
+        mask, segment_ids: see `linear_attention`.
+        """
         source = x if context is None else context
         q, k, v = self.query(x), self.key(source), self.value(source)
         options = {"mask": mask, "is_causal": self.is_causal, "segment_ids": segment_ids}
         return self.proj(kernel(self.kernel).attend(q, k, v, **options))
 
     def init_state(self, batch: int) -> State:
-        """Returns the decoding state before the first token.
+        """Returns the state for decoding `batch` sequences from their first token on.
 
-        Raises ValueError unless attention is causal token by token.
+        Raises ValueError unless attention is causal with block_size 1.
         """
         check_decodes(self.is_causal)
         head_dim = head_width(self.width, self.num_heads)
@@ -94,16 +102,19 @@ class LinearAttention(nn.Module):
     def prefill(
         self, x: Float[Array, "b n d"], state: State = None, *, mask: Array | None = None
     ) -> tuple[Float[Array, "b n width"], State]:
-        """Returns the outputs of tokens that continue the sequence after `state`, and the state after them.
+        """Returns the outputs of the next n tokens of each sequence, and the state after them.
 
-        Raises ValueError unless attention is causal token by token.
+        state: the state after the earlier tokens; None means that there are none.
+        mask: a key mask, True for tokens to keep.
+
+        Raises ValueError unless attention is causal with block_size 1.
         """
         check_decodes(self.is_causal)
         out, state = kernel(self.kernel).prefill(self.query(x), self.key(x), self.value(x), state=state, mask=mask)
         return self.proj(out), state
 
     def step(self, x: Float[Array, "b d"], state: State) -> tuple[Float[Array, "b width"], State]:
-        """Returns the output for one more token, and the state after it."""
+        """Returns the output for one more token of each sequence, and the state after it."""
         check_token(x)
         out, state = self.prefill(x[:, None], state)
         return out[:, 0], state
@@ -119,14 +130,16 @@ class NaLaState(NamedTuple):
 class NaLaAttention(nn.Module):
     """The attention layer of NaLaFormer (arXiv 2506.21137): proj(silu(g) · LayerNorm(NaLa(q, k, v) + conv(v))).
 
-    One projection computes q, k, v and the gate g.
+    A dense layer computes q, k, v and the gate g from the input. NaLa is `nala_attention`, conv a depthwise convolution
+    and proj a dense layer.
 
-    conv: whether to apply a depthwise convolution to the values. Its kernel covers 5 x 5 tokens of a grid or, if
-    causal, the last 5 tokens.
-    rotary: whether to apply rotary position embeddings to the features in the numerator. If causal, a sequence may then
-    have at most `max_length` tokens.
-    learnable: whether to train `power` and `offset`, separately for each head.
-    eps: added to the sum of the weights; the released code adds n · 1e-6 for n keys.
+    power, offset, direction_map: see `nala_features`.
+    learnable: whether to train power and offset, with a separate value for each head.
+    gate, norm, conv: whether the layer has the factor silu(g), LayerNorm, and the summand conv(v), respectively. The
+    convolution covers 5 x 5 tokens of the grid or, if is_causal is True, each token and the 4 tokens before it.
+    rotary: whether to rotate features by their positions, in the numerator of attention only.
+    max_length: the largest number of tokens in a sequence; used only if both is_causal and rotary are True.
+    eps: added to the normaliser, the sum of a query's weights; the released code adds n · 1e-6 for n keys.
 
     Example:
         y = NaLaAttention(width=256, num_heads=4).apply(params, x, grid=(14, 14))
@@ -166,12 +179,13 @@ class NaLaAttention(nn.Module):
     def __call__(
         self, x: Float[Array, "b n d"], grid: tuple[int, int] | None = None, *, mask: Array | None = None
     ) -> Float[Array, "b n width"]:
-        """Returns the layer's output. grid: (height, width) of the tokens in row-major order, or None if causal.
+        """Returns the layer's output.
 
-        mask: a key mask, `b 1 1 n`.
+        grid: (height, width) of the grid of tokens, which are in row-major order; None if is_causal is True.
+        mask: a key mask `b 1 1 n`, True for tokens to keep.
 
-        Raises ValueError if a causal layer gets a grid, or if `conv` or `rotary` requires a grid and it is missing or
-        does not match the number of tokens.
+        Raises ValueError if is_causal is True and a grid is given. If is_causal is False and conv or rotary is True,
+        raises ValueError unless a grid is given and matches the number of tokens.
         """
         if self.is_causal:
             if grid is not None:
@@ -186,7 +200,10 @@ class NaLaAttention(nn.Module):
         return self._finish(out, local, g)
 
     def init_state(self, batch: int) -> NaLaState:
-        """Returns the decoding state before the first token; raises ValueError unless is_causal is True."""
+        """Returns the state for decoding `batch` sequences from their first token on.
+
+        Raises ValueError unless is_causal is True.
+        """
         check_decodes(self.is_causal)
         head_dim = head_width(self.width, self.num_heads)
         dtype = self.dtype or jnp.float32
@@ -196,7 +213,10 @@ class NaLaAttention(nn.Module):
     def prefill(
         self, x: Float[Array, "b n d"], state: NaLaState | None = None, *, mask: Array | None = None
     ) -> tuple[Float[Array, "b n width"], NaLaState]:
-        """Returns the outputs of tokens that continue the sequence after `state`, and the state after them.
+        """Returns the outputs of the next n tokens of each sequence, and the state after them.
+
+        state: the state after the earlier tokens; None means that there are none.
+        mask: a key mask `b 1 1 n`, True for tokens to keep.
 
         Raises ValueError unless is_causal is True.
         """
@@ -211,7 +231,7 @@ class NaLaAttention(nn.Module):
         return self._finish(out, local, g), NaLaState(sums, _window(values, absorbed, NALA_CONV - 1))
 
     def step(self, x: Float[Array, "b d"], state: NaLaState) -> tuple[Float[Array, "b width"], NaLaState]:
-        """Returns the output for one more token, and the state after it."""
+        """Returns the output for one more token of each sequence, and the state after it."""
         check_token(x)
         out, state = self.prefill(x[:, None], state)
         return out[:, 0], state
@@ -243,14 +263,19 @@ class NaLaAttention(nn.Module):
 
 
 class SOFTAttention(nn.Module):
-    """The attention layer of SOFT (arXiv 2110.11945): proj(SOFT(q, q, v) + conv(v)). This layer cannot be causal.
+    """The attention layer of SOFT (arXiv 2110.11945): proj(SOFT(q, k, v) + conv(v)). This layer cannot be causal.
 
-    tied: whether to use the queries as keys, as in the paper.
-    landmarks: "pool" averages the keys over runs of tokens or, with a grid, over cells of the grid. "conv" applies a
-    convolution whose kernel size and stride are both `stride`; all heads share its weights. "conv_norm_gelu" also
-    applies LayerNorm and GELU, as in the released code.
-    value_conv: the kernel size of the depthwise convolution of values, which has one filter per head; 0 means no
-    convolution. The stages of the released backbones use 9, 5 and 3.
+    Dense layers compute q, k and v from the input. SOFT is `soft_attention`, conv a convolution of v on the
+    grid, and proj a dense layer.
+
+    tied: whether the queries are also used as keys, as in the paper.
+    landmarks: how landmarks are computed from the keys. "pool" averages `num_landmarks` runs of consecutive keys or, if
+    the layer is called with a grid, cells of the grid. "conv" applies a convolution on the grid whose kernel size and
+    stride are both `stride`; all heads share its weights. "conv_norm_gelu" then also applies LayerNorm and GELU, as in
+    the released code.
+    num_landmarks: used only by "pool". With a grid, it is the largest number of cells.
+    value_conv: the kernel size of conv, which has one filter per head; 0 means that conv(v) is omitted. Successive
+    stages of the released backbones use 9, 5 and 3.
     ridge, solver, normalize: see `soft_attention`.
 
     Example:
@@ -292,10 +317,14 @@ class SOFTAttention(nn.Module):
     def __call__(
         self, x: Float[Array, "b n d"], grid: tuple[int, int] | None = None, *, mask: Array | None = None
     ) -> Float[Array, "b n width"]:
-        """Returns the layer's output. grid: (height, width) of the tokens in row-major order; convolutions require it.
+        """Returns the layer's output.
 
-        mask: a key mask, `b 1 1 n`; it must be None if landmarks are convolved. Raises ValueError if a required
-        grid is missing, or if the grid does not match the number of tokens.
+        grid: (height, width) of the grid of tokens, which are in row-major order. None is allowed only if landmarks is
+        "pool" and value_conv is 0.
+        mask: a key mask `b 1 1 n`, True for tokens to keep. It must be None unless landmarks is "pool".
+
+        Raises ValueError if a required grid is missing, if the grid does not match the number of tokens, or if the mask
+        is not allowed.
         """
 
         def heads(y):

@@ -33,24 +33,30 @@ class _Twin(bridge.ToNNX):
 
 class _Decoding(_Twin):
     def init_state(self, batch: int) -> State:
-        """Returns the decoding state before the first token."""
+        """Returns the state for decoding `batch` sequences from their first token on."""
         return self.to_nnx__module.init_state(batch)
 
     def prefill(
         self, x: Float[Array, "b n d"], state: State = None, *, mask: Array | None = None
     ) -> tuple[Array, State]:
-        """Returns the outputs of tokens that continue the sequence after `state`, and the state after them."""
+        """Returns the outputs of the next n tokens of each sequence, and the state after them.
+
+        state: the state after the earlier tokens; None means that there are none.
+        mask: a key mask, True for tokens to keep.
+        """
         return self(x, state, mask=mask, method="prefill")
 
     def step(self, x: Float[Array, "b d"], state: State) -> tuple[Array, State]:
-        """Returns the output for one more token, and the state after it."""
+        """Returns the output for one more token of each sequence, and the state after it."""
         return self(x, state, method="step")
 
 
 class LinearAttention(_Decoding):
     """`flowgen.attention.LinearAttention` as an NNX module.
 
-    context_features: width of the context in cross attention; None for self-attention.
+    in_features: width of the input.
+    context_features: width of the context in cross-attention; None means self-attention.
+    fields: the fields of the linen module.
 
     Example:
         attention = LinearAttention(64, width=64, num_heads=4, rngs=nnx.Rngs(0))
@@ -64,6 +70,9 @@ class LinearAttention(_Decoding):
 class NaLaAttention(_Decoding):
     """`flowgen.attention.NaLaAttention` as an NNX module.
 
+    in_features: width of the input.
+    fields: the fields of the linen module.
+
     Example:
         attention = NaLaAttention(64, width=64, num_heads=4, rngs=nnx.Rngs(0))
     """
@@ -75,6 +84,9 @@ class NaLaAttention(_Decoding):
 
 class SOFTAttention(_Twin):
     """`flowgen.attention.SOFTAttention` as an NNX module.
+
+    in_features: width of the input.
+    fields: the fields of the linen module.
 
     Example:
         attention = SOFTAttention(64, width=64, num_heads=4, rngs=nnx.Rngs(0))

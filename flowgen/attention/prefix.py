@@ -31,12 +31,14 @@ CHUNK_SIZE = 64
 
 
 class LinearState(NamedTuple):
-    """The state of linear attention for the tokens so far; its size does not depend on their number.
+    """The sums over all tokens so far from which linear attention continues a sequence.
 
-    kv: Σ_s k_s v_sᵀ.
-    norm: Σ_s k'_s.
-    length: the position of each sample's next token, directly after its last kept token. Masked tokens before the last
-    kept token count towards the length; masked tokens after it do not.
+    The symbols are those of the module docstring, and t is the last token.
+
+    kv: Σ_s w_ts k_s v_sᵀ for each sample and key head.
+    norm: Σ_s w_ts k'_s for each sample and key head.
+    length: the position of each sample's next token, counted from 0. The next token follows the last token that the
+    mask keeps, so masked tokens count towards the length only if a kept token follows them.
     """
 
     kv: Float[Array, "b g p d"]
@@ -45,9 +47,10 @@ class LinearState(NamedTuple):
 
 
 class Features(NamedTuple):
-    """Features of queries, `b n h p`, and keys, `b m g p`. The number of query heads, h, is a multiple of g.
+    """The features of queries and keys from which linear attention computes its weights.
 
-    norm_q, norm_k: the normaliser's features, if they differ from the numerator's.
+    q, k: the features for the numerator. h must be a multiple of g.
+    norm_q, norm_k: the features for the normaliser; None means that they equal q and k.
     """
 
     q: Float[Array, "b n h p"]
@@ -57,7 +60,7 @@ class Features(NamedTuple):
 
     @property
     def normaliser(self) -> tuple[Float[Array, "b n h e"], Float[Array, "b m g e"]]:
-        """The normaliser's features of queries and keys."""
+        """The features of queries and keys for the normaliser: norm_q and norm_k or, if these are None, q and k."""
         if (self.norm_q is None) != (self.norm_k is None):
             raise ValueError("only one of norm_q and norm_k is given; pass both, or neither to use q and k.")
         if self.norm_q is None or self.norm_k is None:
@@ -128,16 +131,19 @@ def prefix_product(
 ) -> tuple[Float[Array, "b n h d"], Float[Array, "b n h"], LinearState]:
     """Returns out and total (see the module docstring) and the state after the last token, all in at least float32.
 
-    state: the state after earlier tokens, which count as part of the first token's segment.
-    log_decay: the logarithm of the decay factor of each token and key head, at most 0.
-    mask: True for keys to keep. Masked keys and their decay have no effect. Masked keys after the last kept key do not
-    count towards the state's length.
-    segment_ids: tokens attend to each other only if their ids are equal. Equal ids must be contiguous; if an id recurs,
-    the function raises ValueError or, if the ids are traced, returns NaN for that sample. A non-finite number affects
-    only its own segment.
-    block_size: the number of tokens in a block; tokens attend to their whole block. Do not combine blocks with decay,
-    or with a state that ends within a block.
-    chunk_size: the number of tokens in a chunk, rounded up to whole blocks.
+    state: the state after earlier tokens, which belong to the segment of the first token in v; None means that there
+    are none.
+    log_decay: the logarithm of the decay factor of each token and key head, at most 0; None means no decay.
+    mask: True for keys to keep. The key, value and decay of a masked token are ignored. Masked tokens after the last
+    kept token do not count towards `length` in the returned state.
+    segment_ids: tokens attend to each other only if their ids are equal; None means one segment. Tokens with equal ids
+    must be contiguous. If an id recurs later in a sample, the function raises ValueError or, if segment_ids is traced,
+    returns NaN for that sample. With segment_ids, a non-finite number affects only its own segment.
+    block_size: the number of tokens in a block. Each token attends to its whole block and to all earlier blocks. If
+    block_size is above 1, log_decay must be None, and the number of tokens in `state` must be a multiple of block_size;
+    this is not checked.
+    chunk_size: the number of tokens that are processed in parallel, rounded up to whole blocks; it affects speed,
+    memory and rounding.
 
     Raises ValueError if shapes, dtypes or the mask do not match.
 

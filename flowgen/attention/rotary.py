@@ -14,7 +14,10 @@ from flowgen.backend import keep_axes
 
 
 class Rotary(NamedTuple):
-    """Cosine and sine of one angle for each position and pair of adjacent channels, as float64 NumPy arrays `n r`."""
+    """The cosines and sines of rotary position embeddings, with one angle per position and pair of adjacent channels.
+
+    The arrays have n positions and r pairs of channels, and dtype float64.
+    """
 
     cos: Float[np.ndarray, "n r"]
     sin: Float[np.ndarray, "n r"]
@@ -23,9 +26,10 @@ class Rotary(NamedTuple):
 def rotary_line(num_positions: int, dim: int, base: float = 10_000.0) -> Rotary:
     """Returns the cosines and sines of rotary position embeddings for a sequence (RoFormer, arXiv 2104.09864).
 
-    The angle of pair i < dim/2 is position · base^(-2i/dim).
+    dim: the number of channels to rotate; it must be even.
 
-    Raises ValueError unless dim is even.
+    At position p, channels 2i and 2i + 1 are rotated by the angle p · base^(-2i/dim); positions and channels are
+    counted from 0. Raises ValueError if dim is odd.
 
     Example:
         rotary = rotary_line(1024, 64)
@@ -39,9 +43,12 @@ def rotary_line(num_positions: int, dim: int, base: float = 10_000.0) -> Rotary:
 def rotary_grid(height: int, width: int, dim: int, base: float = 10_000.0) -> Rotary:
     """Returns the cosines and sines of rotary position embeddings for a grid of tokens in row-major order.
 
-    The first half of the channels rotates with the row, and the second half with the column. In each half, the
-    frequencies of the dim/4 pairs are base^(-t), with t evenly spaced from 0 to 1 inclusive, as in the released
-    NaLaFormer. Raises ValueError unless dim is a multiple of 4.
+    dim: the number of channels to rotate; it must be a multiple of 4.
+
+    In the first half of the channels, the angle is the token's row times a frequency, and in the second half its column
+    times a frequency. Each half has dim/4 pairs of channels. Their frequencies are base^(-t), where t is evenly spaced
+    from 0 for the first pair to 1 for the last, as in the released NaLaFormer. Raises ValueError unless dim is a
+    multiple of 4.
 
     Example:
         rotary = rotary_grid(14, 14, 64)
@@ -74,11 +81,12 @@ def rotary_axes(positions: Float[np.ndarray, "n a"], pairs: tuple[int, ...], bas
 def rotate(
     x: Float[Array, "b n h p"], rotary: Rotary, positions: Int[Array, " n"] | Int[Array, "b n"]
 ) -> Float[Array, "b n h p"]:
-    """Returns x with adjacent channels (x0, x1) rotated to (x0 cos - x1 sin, x1 cos + x0 sin) at these positions.
+    """Returns x with each pair of adjacent channels (x0, x1) rotated to (x0 cos - x1 sin, x1 cos + x0 sin).
 
-    x may be several times as wide as the table; each part of the table's width is then rotated in the same way. Any
-    other width raises ValueError. So do positions that the table does not have; if they are traced, their tokens are
-    NaN instead.
+    rotary: the cosines and sines for r pairs of channels. If x has several times 2r channels, each run of 2r channels
+    is rotated in the same way. If the number of channels is no multiple of 2r, the function raises ValueError.
+    positions: the positions of the n tokens, as row numbers of the arrays in `rotary`. Positions that these arrays do
+    not have raise ValueError; if they are traced, their tokens are NaN instead.
 
     Example:
         y = rotate(x, rotary_line(256, 64), jnp.arange(x.shape[1]))

@@ -213,12 +213,17 @@ def _run_nystrom(q, k, v, landmarks, mask, ridge, solver, normalize):
 def gaussian_landmark_features(
     x: Float[Array, "b n h k"], landmarks: Float[Array, "h l k"], *, ridge: Ridge = 0.01, whiten: bool = True
 ) -> Float[Array, "b n h l"]:
-    """Returns features of tokens for full or causal linear attention with fixed landmarks, in at least float32.
+    """Returns features φ(x) of queries or keys x for linear attention with fixed landmarks, in at least float32.
 
-    If whiten is True, the features are phi(x) = C⁻¹ K(L, x) with C Cᵀ = K(L, L) + ridge I, so phi(x)·phi(y) is the
-    Nyström kernel. This kernel may be negative, so normalise outputs with a normalisation layer, not by the sum of the
-    weights. If whiten is False, the features are K(L, x), which are positive. Pass x and landmarks without the factor
-    k^-¼; this function applies it. Raises ValueError if heads or widths differ.
+    They are computed from the kernel K of the module docstring and the landmarks L. Do not divide x and landmarks by
+    (head width)^¼; this function does so.
+
+    whiten: if True, φ(x) is C⁻¹ K(L, x) with C Cᵀ = K(L, L) + ridge I, so φ(x)·φ(y) is the Nyström approximation of
+    K(x, y). It may be negative, so apply a normalisation layer to the outputs of attention instead of dividing them by
+    the sum of the weights. If False, φ(x) is K(L, x), which is positive.
+    ridge: used only if whiten is True.
+
+    Raises ValueError if x and landmarks differ in the number or the width of heads.
 
     Example:
         phi_q, phi_k = (gaussian_landmark_features(x, landmarks) for x in (q, k))
@@ -318,18 +323,21 @@ def soft_attention(
 ) -> Float[Array, "b n h d"]:
     """Returns SOFT attention Ŝ v (see the module docstring). In the paper, keys equal queries: soft_attention(q, q, v).
 
-    num_landmarks: the number of landmarks, capped at m. Each landmark is the mean of a contiguous segment of the keys.
-    grid: (height, width) of the keys in row-major order. If it is given, each landmark is the mean of a cell of the
-    grid; `landmark_cells` computes the cells from num_landmarks.
-    landmarks: points in the space of k, used instead of pooled landmarks.
-    mask: True for keys to keep, `b m` or `b 1 1 m`; other keys have no effect. Outside jit, the product of a query mask
-    and a key mask is also allowed; masked queries then have output 0.
-    ridge: added to the diagonal of A.
-    solver: "newton" is the paper's Newton-Raphson iteration, with a closed-form derivative (see `newton_inverse`).
-    "cholesky" is exact. "newton_released" is the solver of the published SOFT++, with which the samples of a batch
-    affect each other; it requires ridge=0.0.
-    normalize: None means no normalisation, as in SOFT, so a row of Ŝ may sum to as much as m. "symmetric" is SOFT++'s
-    normalisation. "row" makes every row sum to 1.
+    num_landmarks: the number of landmarks, capped at m. Each landmark is the mean of a run of consecutive unmasked
+    keys. With a grid, it is the maximum number of landmarks, or a pair: the numbers of rows and columns of landmarks.
+    grid: (height, width) of the grid of keys, which are in row-major order. If it is given, each landmark is the mean
+    of the keys in one cell of the grid. None means that the keys form a sequence.
+    landmarks: points in the space of k, used instead of means of keys; num_landmarks is then ignored, and grid must be
+    None.
+    mask: True for keys to keep, `b m` or `b 1 1 m`; masked keys have no effect. Outside jit, the product of a query
+    mask and a key mask, `b 1 n m`, is also allowed; the outputs of masked queries are then 0.
+    is_causal: must be False.
+    ridge: the number added to the diagonal of A, at least 0.
+    solver: how (A + ridge I)⁻¹ is computed. "newton" is the paper's Newton-Raphson iteration, with a closed-form
+    derivative. "cholesky" is exact. "newton_released" is the solver of the published SOFT++ code; with it, the samples
+    of a batch affect each other, and ridge must be 0.0.
+    normalize: None means no normalisation, as in SOFT; the weights of a query, which are a row of Ŝ, may then sum to as
+    much as m. "symmetric" is the normalisation of SOFT++. "row" divides the weights of each query by their sum.
 
     Raises ValueError if is_causal is True, or if the mask, shapes or options are invalid.
 

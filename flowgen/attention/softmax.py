@@ -26,9 +26,12 @@ def attend_heads(
     v: Float[Array, "b g m d"],
     mask: Mask,
 ) -> Float[Array, "b h n d"]:
-    """Returns softmax(q kᵀ / √k) v for arrays with the head axis before the token axis.
+    """Returns softmax(q kᵀ / √(head width)) v for arrays whose head axis comes before the token axis.
 
-    mask: True for keys that a query may attend to; it broadcasts to the shape of the logits.
+    Each key head serves h/g query heads.
+
+    mask: True for keys to keep; it must broadcast to `b h n m`. None keeps all keys. If all keys of a query are masked,
+    its output is 0.
 
     Raises ValueError if shapes, dtypes or the mask do not match.
 
@@ -133,15 +136,17 @@ def softmax_attention(
     is_causal: bool = False,
     implementation: Implementation = "auto",
 ) -> Float[Array, "b n h d"]:
-    """Returns softmax(q kᵀ / √k) v per head; h/g query heads share each key head.
+    """Returns softmax(q kᵀ / √(head width)) v for each head. Each key head serves h/g query heads.
 
-    mask: True if a query may attend to a key. If a query may not attend to any key, its output is 0.
-    is_causal: whether query i attends only to the keys among 0..i that `mask` allows; n and m must then be equal.
-    implementation: "xla" computes the logits in chunks of queries. "cudnn" and "tpu" are fused kernels for GPUs and
-    TPUs; they support only first derivatives, in reverse mode. "auto" follows `attention_plan`: it uses a fused kernel
-    for half-precision inputs if the platform has one that supports them, and "xla" otherwise.
+    mask: True for keys to keep; it must broadcast to `b h n m`. None keeps all keys. If all keys of a query are masked,
+    its output is 0.
+    is_causal: whether query i attends only to keys 0..i, in addition to the mask. If True, n and m must be equal.
+    implementation: "xla" is compiled by XLA, and limits memory by processing the queries in chunks. "cudnn" and "tpu"
+    are fused kernels for GPUs and TPUs, which can be differentiated only once and only in reverse mode. "auto" uses the
+    platform's fused kernel if the inputs have half precision and the kernel supports them, and "xla" otherwise;
+    `attention_plan` returns its choice and the reason.
 
-    Raises ValueError if shapes do not match, or if the implementation cannot run.
+    Raises ValueError if shapes, dtypes or the mask are invalid, or if the given implementation cannot run.
 
     Example:
         out = softmax_attention(q, k, v, is_causal=True)

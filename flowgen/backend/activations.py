@@ -22,8 +22,9 @@ MAX_ONE_BY_ONE = 4
 class Host(NamedTuple):
     """The properties of a host that determine how a stack of layers is compiled.
 
-    platform: "cpu", "gpu" or "tpu". huge_pages: whether malloc returns memory in huge pages. memory: bytes of memory
-    per device; 0 if unknown. processes: number of processes that train together.
+    platform: "cpu", "gpu" or "tpu". huge_pages: whether malloc returns memory in huge pages. memory: bytes of main
+    memory divided by the number of this process's devices; 0 if unknown. processes: number of processes that train
+    together.
     """
 
     platform: str
@@ -44,18 +45,18 @@ class LayerForm(NamedTuple):
 
 
 def layer_form(remat: Remat, num_layers: int, stored_bytes: int, host: Host | None = None) -> LayerForm:
-    """Returns the form in which to compile a stack of layers whose stored activations would need `stored_bytes`.
+    """Returns the form in which to compile `num_layers` equal layers whose activations would take `stored_bytes` bytes.
 
     All forms give the same results up to rounding.
 
-    remat: whether to recompute activations. "auto" stores them only for at most 4 layers on a CPU with huge pages,
-    where storing was measured to be faster, and only if they need at most 1/16 of the memory. host: None means the host
-    of this process.
+    remat: whether the backward pass recomputes the activations of each layer. "auto" recomputes them unless there are
+    at most 4 layers, the platform is a CPU with huge pages, only one process trains, and the activations fit in 1/16 of
+    the memory of a device. In this case, storing was measured to be faster. host: None means the host of this process.
 
-    Accelerators always loop over the layers. On CPUs, up to 4 layers are compiled one by one if their activations are
-    stored, because a loop would copy the activations into stacked arrays. Without huge pages, storing takes longer than
-    recomputing. Processes that train together must compile the same program, even if only some of them have huge pages;
-    with "auto", they therefore recompute.
+    Accelerators always loop over the layers. On CPUs, a stack of at most 4 layers is compiled layer by layer if its
+    activations are stored, because a loop would copy them into stacked arrays; all other stacks are loops. Without huge
+    pages, storing takes longer than recomputing. Processes that train together must compile the same program, even if
+    only some of them have huge pages; with "auto", they therefore recompute.
     """
     host = this_host() if host is None else host
     few = host.platform == "cpu" and num_layers <= MAX_ONE_BY_ONE

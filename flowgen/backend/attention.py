@@ -63,10 +63,13 @@ def attention_plan(
 ) -> AttentionPlan:
     """Returns which implementation computes softmax attention for q `b n h k`, k `b m g k` and v `b m g d`, and why.
 
-    The plan depends only on shapes and dtypes, not on values. mask: "none" if there is no mask, "keys" if the mask is
-    the same for all queries and heads, and "pairs" for any other mask. platform: "cpu", "gpu" or "tpu"; None means
-    `attention_platform()`. implementation: "auto" chooses the platform's fused kernel for half-precision inputs that
-    the kernel supports, and XLA for all other inputs.
+    g is the number of key heads, each of which is shared by h / g query heads.
+
+    Of q, k and v, only shapes and dtypes matter. mask: "none" if there is no mask, "keys" if the mask is the same for
+    all queries and heads, and "pairs" for any other mask. platform: "cpu", "gpu" or "tpu"; None means
+    `attention_platform()`. implementation: "auto" chooses the platform's fused kernel if it supports the inputs, the
+    dtype is not float32, and there are at least as many queries as the kernel processes at a time (64 on GPUs, 128 on
+    TPUs); otherwise, it chooses XLA.
 
     Raises ValueError if the implementation or the kind of mask is unknown, or if an implementation is requested by name
     but cannot run.
@@ -131,9 +134,10 @@ def _cost(kernel: Kernel, q: Shaped) -> str:
 
 
 def attention_platform() -> str:
-    """Returns the platform for which attention is planned, usually "cpu", "tpu" or "gpu".
+    """Returns the platform of JAX's default device, for which attention is planned: usually "cpu", "tpu" or "gpu".
 
-    "gpu" stands for a GPU that cuDNN's kernel supports. For any other GPU, the result is a phrase that describes it.
+    "gpu" stands for a GPU that cuDNN's kernel supports. For any other GPU, the result is a phrase that describes the
+    GPU, such as "GPU without CUDA".
     """
     device = getattr(jax.config, "jax_default_device")  # noqa: B009  (unknown to type checkers)
     if not isinstance(device, jax.Device):
@@ -150,7 +154,13 @@ def attention_platform() -> str:
 def program_problem(
     kernel: Kernel, implementation: Implementation, q: Array, k: Array, v: Array, mask: Array | None
 ) -> str:
-    """Returns a clause that states why a kernel cannot run in the program being traced; empty if the kernel can run."""
+    """Returns why `kernel` cannot run in the program that JAX is tracing, as a clause; "" if it can.
+
+    `attention_plan` checks the shapes and dtypes of q, k and v; this function checks how they are sharded and mapped
+    over devices, and whether derivatives other than reverse-mode are needed.
+
+    implementation: the implementation that was requested.
+    """
     if _any_derivative.value:
         return "fused kernels have no forward-mode derivative, which is needed here"
     if mask is not None and explicit_axes((q, k, v, mask)):
@@ -165,7 +175,7 @@ def program_problem(
 
 
 def any_derivative() -> AbstractContextManager:
-    """Returns a context in which "auto" means "xla" for softmax attention.
+    """Returns a context manager inside which softmax attention with `implementation="auto"` is computed by XLA.
 
     Forward-mode and higher derivatives need this context, because fused kernels support only first derivatives in
     reverse mode. Programs that jax.jit compiles inside the context are not reused outside it, and vice versa.
@@ -208,8 +218,8 @@ def tpu_attention(
 ) -> Float[Array, "b n h k"]:
     """Returns softmax attention, computed by JAX's splash attention. n and m must be multiples of 128.
 
-    keys: True for keys that queries may attend to; None means all keys. The output is finite but arbitrary for a query
-    that may attend to no key.
+    keys: True for keys that queries may attend to; None means all keys. interpret: whether to run the kernel in Pallas'
+    interpreter, which needs no TPU. The output is finite but arbitrary for a query that may attend to no key.
     """
     # Imported here because it loads the TPU dialects.
     from jax.experimental.pallas.ops.tpu.splash_attention import splash_attention_kernel as splash

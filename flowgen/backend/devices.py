@@ -84,7 +84,8 @@ def flat_dot(
 ) -> Array:
     """Returns x @ kernel, computed with all leading axes of x flattened into one.
 
-    shared: the axis of the kernel that is divided over devices in sharded training; see `gather_kernel`.
+    shared: the axis of the kernel `inputs outputs` that the mesh axis "tensor" divides in sharded training: "inputs",
+    "outputs" or, if it divides neither, "". dimension_numbers is ignored; options are passed on to `lax.dot_general`.
 
     Flax's Dense accepts this function as its `dot_general`. Because of the flattening, the gradient with respect to the
     kernel is one plain matrix product, which XLA computes without copies on CPUs.
@@ -95,10 +96,10 @@ def flat_dot(
 
 
 def convert_at_use(kernel: Array, x: Array) -> tuple[Array, Array]:
-    """Returns the kernel converted to the dtype of x, and x; XLA cannot move the conversion out of a loop.
+    """Returns (kernel converted to the dtype of x, x), so that XLA cannot move the conversion out of a loop.
 
-    If it did, a token loop would read the converted kernel, which is larger than the original, in each pass. The
-    conversion therefore waits for x, which changes in each pass.
+    Otherwise, XLA would convert the kernel once before a token loop, and each pass would read the converted kernel,
+    which is larger than the original in int8. The conversion therefore waits for x, which changes in each pass.
     """
     kernel, x = lax.optimization_barrier((kernel, x))
     return kernel.astype(x.dtype), x
@@ -140,7 +141,7 @@ def _cholesky_by_columns(a: Array) -> Array:
 
 
 def unit_lower_inverse(lower: Float[Array, "*stack n n"]) -> Float[Array, "*stack n n"]:
-    """Returns (I + L)⁻¹ for a strictly lower triangular L.
+    """Returns (I + lower)⁻¹; `lower` must be strictly lower triangular.
 
     CPUs use matrix products, because triangular solves call LAPACK (see `cholesky`). Other devices use a triangular
     solve.
@@ -170,10 +171,11 @@ def _unit_lower_inverse_by_blocks(lower: Array) -> Array:
 
 
 def queries_at_once(batch: object, heads: object, keys: object, max_logits: int | None) -> int | None:
-    """Returns how many queries to process per pass, so that at most `max_logits` logits are in memory.
+    """Returns how many queries attention should process at a time to keep at most `max_logits` logits in memory.
 
-    The result is None, which means all queries, if `max_logits` is None or if a size is symbolic, as in an exported
-    program.
+    Each query has batch · heads · keys logits, so the result is `max_logits` divided by this number, but at least 1.
+    The result is None, which means all queries, if `max_logits` is None or if one of these sizes is symbolic, as in an
+    exported program.
     """
     known = [size for size in (batch, heads, keys) if isinstance(size, int)]
     if max_logits is None or len(known) < 3:
@@ -182,38 +184,45 @@ def queries_at_once(batch: object, heads: object, keys: object, max_logits: int 
 
 
 def causal_slice(n: int) -> int:
-    """Returns the number of queries per slice of causal attention over n queries."""
+    """Returns the number of queries per slice if causal attention splits n queries into slices.
+
+    Each slice is compared only with the keys that its queries may see. There are at most 4 slices, and each except the
+    last has at least 64 queries.
+    """
     return max(MIN_CAUSAL_SLICE, -(-n // MAX_CAUSAL_SLICES))
 
 
 def causal_share(n: int) -> float:
-    """Returns the fraction of the n² query-key pairs for which causal attention in slices computes logits."""
+    """Returns the fraction of the n² query-key pairs whose logits causal attention computes with `causal_slice`."""
     size = causal_slice(n)
     return sum((min(start + size, n) - start) * min(start + size, n) for start in range(0, n, size)) / n**2
 
 
 def cache_stages(tokens: int, layers: int) -> int:
-    """Returns the number of stages in which a cache grows while tokens are decoded one after another.
+    """Returns in how many stages, from 1 to 6, a key-value cache grows while `tokens` tokens are decoded.
 
-    layers: number of layers that the program compiles for every stage.
+    With more stages, decoding reads fewer empty slots of the cache, but the token loop is compiled once per stage.
+
+    layers: number of layers in this loop. With two or more stages, the loops have at most 48 layers in total.
     """
     return max(1, min(round(tokens / TOKENS_PER_STAGE), MAX_CACHE_STAGES, MAX_LOOP_LAYERS // max(layers, 1)))
 
 
 def samples_at_once(pixels: int) -> int:
-    """Returns how many samples with `pixels` pixels each an autoencoder processes at a time."""
+    """Returns how many samples of `pixels` pixels an autoencoder processes at a time: from 1 to 256."""
     return max(1, min(IMAGES_AT_ONCE, PIXELS_AT_ONCE // pixels))
 
 
 def in_parts(
     run: Callable[..., tuple[ArrayLike, ...]], most: int, *inputs: Shaped[np.ndarray, "b ..."]
 ) -> tuple[Shaped[np.ndarray, "b ..."], ...]:
-    """Calls a compiled function on parts of the inputs, and returns its results joined along the first axis.
+    """Calls `run` on parts of the inputs, and returns its results joined along the first axis.
 
-    All parts have the same size, which is a power of two no larger than `most`, so that few sizes are compiled. The
-    last part is padded.
+    All parts have the same number of rows, which is a power of two no larger than `most`, so that a compiled `run` is
+    compiled for few sizes. The last part is padded by repeating its last row, and the results of the padding are
+    dropped.
 
-    Raises ValueError if the inputs are empty.
+    Raises ValueError if the inputs have no rows.
     """
     count = len(inputs[0])
     if not count:
@@ -232,12 +241,15 @@ def in_parts(
 
 
 def must_wait(devices: Sequence[jax.Device]) -> bool:
-    """Returns whether programs on these devices must not be queued: on several CPU devices, they can deadlock."""
+    """Returns whether a program on these devices must end before the next one is started.
+
+    This is True for several CPU devices, where queued programs can deadlock.
+    """
     return len(devices) > 1 and devices[0].platform == "cpu"
 
 
 def settled(tree: Any) -> Any:
-    """Returns the tree; first waits for its arrays if any of them is on devices for which `must_wait` is True.
+    """Returns the tree, after waiting for all its arrays if one of them is on devices for which `must_wait` is True.
 
     Call this function on the results of a program before starting another, because queued programs can deadlock on such
     devices.
@@ -247,10 +259,12 @@ def settled(tree: Any) -> Any:
 
 
 def call_host(fn: Callable[..., np.ndarray], out: jax.ShapeDtypeStruct, *arrays: Array) -> Array:
-    """Returns fn(*arrays) in a compiled program; fn runs with numpy on the host, under vmap once per sample.
+    """Returns fn(*arrays) inside a compiled program; fn is called on the host, under vmap once per sample.
 
-    On CPUs, fn receives buffers instead of arrays and reads them in place. An ordinary callback would ask the program's
-    own threads for a copy and, on one core, could wait for this copy forever.
+    out: shape and dtype of the NumPy array that fn returns.
+
+    On CPUs, the arguments of fn are buffers, which `np.asarray` reads in place; on other devices, they are arrays. An
+    ordinary callback would ask the program's own threads for a copy and, on one core, could wait for this copy forever.
     """
 
     def in_place(context, result, *buffers):

@@ -24,10 +24,9 @@ class Machine:
     """An accelerator.
 
     kinds: the values of JAX's `device_kind` that identify the accelerator. memory: the advertised memory, in GB of 10^9
-    bytes; if a GPU has more memory, the driver uses the rest. bfloat16: peak matrix-multiply throughput in TFLOP/s for
-    bfloat16 or float16 inputs and float32 accumulation. float32: peak throughput for float32 inputs at JAX's default
-    precision, which uses TF32 on GPUs and a single bfloat16 product on TPUs. bandwidth: memory bandwidth in GB/s.
-    source: where the numbers are published.
+    bytes. bfloat16: peak matrix-multiply throughput in TFLOP/s for bfloat16 or float16 inputs and float32 accumulation.
+    float32: peak throughput for float32 inputs at JAX's default precision, which uses TF32 on GPUs and a single
+    bfloat16 product on TPUs. bandwidth: memory bandwidth in GB/s. source: where the numbers are published.
     """
 
     name: str
@@ -39,7 +38,10 @@ class Machine:
     source: str
 
     def peak(self, dtype: str) -> float | None:
-        """Returns the peak matrix-multiply throughput in FLOP/s for this dtype, or None if it is not known."""
+        """Returns the peak matrix-multiply throughput in FLOP/s for inputs of a dtype.
+
+        The result is None unless `dtype` is "bfloat16", "float16" or "float32".
+        """
         teras = {"bfloat16": self.bfloat16, "float16": self.bfloat16, "float32": self.float32}.get(dtype)
         return None if teras is None else teras * 1e12
 
@@ -64,14 +66,15 @@ MACHINES = (
 
 
 def machine_of(device_kind: str) -> Machine | None:
-    """Returns the accelerator with this JAX `device_kind`, or None if it is not listed, for example a CPU."""
+    """Returns the accelerator in `MACHINES` with this JAX `device_kind`; None for any other device, such as a CPU."""
     return next((machine for machine in MACHINES if device_kind in machine.kinds), None)
 
 
 def seconds_at_peak(flop: Mapping[str, float], device_kind: str) -> float | None:
-    """Returns the seconds that a device needs for the operations at its peak throughput; None if a peak is not known.
+    """Returns the seconds in which a device computes `flop` at peak throughput; None if its peak is not known.
 
-    flop: the number of floating-point operations for each dtype.
+    flop: the number of floating-point operations of matrix products, by the name of the dtype of their inputs, such as
+    "bfloat16". device_kind: as in JAX.
     """
     machine = machine_of(device_kind)
     if machine is None:
@@ -83,6 +86,6 @@ def seconds_at_peak(flop: Mapping[str, float], device_kind: str) -> float | None
 
 
 def peak_memory(devices: Iterable[Any]) -> int | None:
-    """Returns the peak memory use so far in bytes, maximised over the devices; None if no device reports it."""
+    """Returns the largest peak memory use of any device so far, in bytes; None if no device reports its use."""
     known = [(device.memory_stats() or {}).get("peak_bytes_in_use") for device in devices]
     return max((size for size in known if size), default=None)

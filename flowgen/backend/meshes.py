@@ -33,7 +33,8 @@ def keep_axes(fn: Callable[..., Any], *args: Any, named: Iterable[tuple[Array, s
 
     named: pairs of an array and the letters of its axes, such as "b n h k". out: the letters of the results, in a tree
     with the structure of the value that fn returns. An axis of a result is sharded like the axis with the same letter
-    in `named`. If this axis is sharded in several arrays, the first of them decides.
+    in `named`, in the first array in which that axis is sharded; if there is none, the axis of the result is not
+    sharded.
 
     Example:
         out = keep_axes(attend, q, k, v, named=[(q, "b n h k")], out="b n h d")
@@ -47,11 +48,13 @@ def keep_axes(fn: Callable[..., Any], *args: Any, named: Iterable[tuple[Array, s
 
 
 def map_axes(fn: Callable[..., Any], args: tuple[Array, ...], letters: str, *, divided: str, out: Any) -> Any:
-    """Returns fn(*args), computed by each device on its own part if the mesh of an argument has explicit axes.
+    """Returns fn(*args); if the mesh of an argument has explicit axes, each device calls fn on its part of the
+    arguments.
 
-    This is for computations that the compiler cannot shard by itself. letters: the letters of the axes, which are the
-    same for every argument. divided: the letters of the axes that may be sharded; all other axes are gathered first.
-    out: the letters of the results.
+    Use this function for computations that the compiler cannot shard by itself.
+
+    letters: the letters of the axes, which are the same for every argument. divided: the letters of the axes that may
+    be sharded; all other axes are gathered first. out: the letters of the results, in a tree as for `keep_axes`.
 
     Example:
         out = map_axes(kernel, (q, k, v), "b n h k", divided="bh", out="b n h k")
@@ -71,8 +74,8 @@ def map_axes(fn: Callable[..., Any], args: tuple[Array, ...], letters: str, *, d
 def keep_rows(fn: Callable[..., Any], variables: Any, *args: Any, **options: Any) -> Any:
     """Returns fn(variables, *args, **options), computed under automatic axes if the mesh of an input has explicit ones.
 
-    The rows (first axis) of the results are sharded like those of the first array in args or options whose rows are
-    sharded.
+    The rows (first axis) of the results are sharded like the rows of the first array in args or options whose rows are
+    sharded. Results with another number of rows are replicated.
 
     Example:
         logdet = keep_rows(run, variables, x, labels)
@@ -123,10 +126,10 @@ def with_automatic_axes(fn: Callable[[Any], Any], tree: Any) -> Any:
 
 
 def on_mesh_of(fn: Callable[..., Any], *args: Any) -> Any:
-    """Returns fn(*args). If no mesh is set and an argument is on a mesh with explicit axes, fn runs under that mesh.
+    """Returns fn(*args), run under the mesh of an argument if it has explicit axes and no context mesh is set.
 
     Without a context mesh, vmap refuses sharded arrays outside jit, and constants such as `zeros_like(x)` are not
-    sharded inside jit (jax 0.12). When this function sets the mesh outside jit, every call compiles fn.
+    sharded inside jit (jax 0.12). When this function sets the mesh outside jit, it compiles fn anew in every call.
 
     Example:
         y = on_mesh_of(jax.vmap(draw), x)
@@ -157,7 +160,7 @@ class OnMeshes:
 
 
 def of_rows(x: Array, row: str = "b") -> str:
-    """Returns one name per axis of an array of rows, separated by spaces, in the form that `keep_axes` expects.
+    """Returns a name for each axis of x, separated by spaces, as `keep_axes` expects; `row` is the name of the first.
 
     Example:
         of_rows(jnp.zeros((8, 32, 32, 3)))  # "b e1 e2 e3"
@@ -177,8 +180,8 @@ def take_rows(x: Array, index: Array) -> Array:
 def alike_rows(tree: PyTree) -> PyTree:
     """Returns the tree with the rows of all arrays sharded in the same way.
 
-    They are sharded like the first array whose rows are sharded over explicit axes. Inside jit, the mesh must be set as
-    the context mesh; see `on_mesh_of`.
+    They are sharded like the rows of the first array whose rows are sharded over explicit axes; if there is none, the
+    tree is returned unchanged. Inside jit, the mesh must be set as the context mesh; see `on_mesh_of`.
 
     Example:
         positions, x = alike_rows((positions, x))
@@ -196,7 +199,7 @@ def alike_rows(tree: PyTree) -> PyTree:
 
 
 def varies(x: Array) -> bool:
-    """Returns whether x varies over an axis of the mapped program that is being traced.
+    """Returns whether x varies over a mesh axis of the `jax.shard_map` program that is being traced.
 
     Example:
         jax.shard_map(lambda x: x * varies(x), ...)
@@ -225,10 +228,10 @@ def divided_axes(x: Array) -> set[int]:
 
 
 def partitioned(x: Array) -> bool:
-    """Returns whether the compiler may divide the computation of x over several devices.
+    """Returns whether the compiler may divide a computation with x over several devices.
 
-    The compiler cannot do so if there is only one device, or in a program that is mapped over all axes of its mesh.
-    Explicit axes do not count, because `map_axes` maps over them.
+    The compiler cannot do so if there is only one device, or in a `jax.shard_map` program that is mapped over all axes
+    of its mesh. Axes that are explicit do not count, because `map_axes` maps over them.
 
     Example:
         jax.pmap(lambda x: x * partitioned(x))(x)
@@ -239,7 +242,9 @@ def partitioned(x: Array) -> bool:
 
 
 def check_unmapped(what: str, tree: PyTree) -> None:
-    """Raises ValueError if any array of a tree varies over an axis of a mapped program.
+    """Raises ValueError if an array of the tree varies over a mesh axis of a `jax.shard_map` program.
+
+    Call this function before a computation that the checks of `jax.shard_map` reject.
 
     what: noun phrase for the computation, used in the error message.
 
@@ -254,9 +259,9 @@ def check_unmapped(what: str, tree: PyTree) -> None:
 
 
 def varying(tree: PyTree, like: PyTree) -> PyTree:
-    """Returns the tree with its arrays marked as varying over all mapped axes over which the arrays in `like` vary.
+    """Returns the tree with its arrays marked as varying over all mesh axes over which the arrays in `like` vary.
 
-    The initial state of a loop must vary over the same axes as its later states.
+    Inside `jax.shard_map`, the initial state of a loop must vary over the same axes as its later states.
 
     Example:
         carry, out = jax.lax.scan(body, varying(jnp.zeros(3), x), x)

@@ -29,12 +29,13 @@ Shared = Literal["", "inputs", "outputs"]
 def shard_spec(
     shape: tuple[int, ...], axes: Mapping[str, int], *, tensor_axis: int | None = None, whole: Collection[int] = ()
 ) -> PartitionSpec:
-    """Returns the `PartitionSpec` of an array of parameters.
+    """Returns the `PartitionSpec` of an array of parameters with this shape.
 
-    The mesh axis TENSOR divides the array's axis `tensor_axis`. The mesh axis FSDP divides the largest remaining axis.
-    Both divide only axes whose parts have equal sizes. Arrays with fewer than MIN_SIZE elements are not divided.
+    The mesh axis "tensor" divides axis `tensor_axis` of the array; None means that it divides no axis. The mesh axis
+    "fsdp" divides the largest remaining axis that it divides equally. An axis that cannot be divided equally is not
+    divided. Arrays with fewer than 16384 elements are not divided.
 
-    axes: the sizes of FSDP and TENSOR. whole: axes of the array that are never divided.
+    axes: the sizes of the mesh axes "fsdp" and "tensor". whole: axes of the array that "fsdp" never divides.
 
     Example:
         shard_spec((256, 1024), {"fsdp": 2, "tensor": 2}, tensor_axis=1)  # PartitionSpec("fsdp", "tensor")
@@ -68,7 +69,7 @@ def gather_kernel(kernel: Array, shared: Shared = "") -> Array:
 
 
 def keep_rows_apart(h: Array) -> Array:
-    """Returns an array whose rows, but no other axes, are divided over the devices that share the batch.
+    """Returns h with its rows, but no other axes, divided over the devices that share the batch.
 
     If the rows cannot be divided equally, the compiler decides where to place them. Outside sharded training, h is
     returned unchanged.

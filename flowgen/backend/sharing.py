@@ -53,10 +53,10 @@ def make_core_devices() -> bool:
 def join_processes() -> None:
     """Connects this process to the other processes of its SLURM job, MPI run or TPU pod; call it before JAX starts.
 
-    JAX detects these environments. In any other, the environment variables JAX_COORDINATOR_ADDRESS, JAX_NUM_PROCESSES
+    JAX detects these environments. In any other environment, the variables JAX_COORDINATOR_ADDRESS, JAX_NUM_PROCESSES
     and JAX_PROCESS_ID must describe the group.
 
-    Raises ValueError if there is no such group.
+    Raises ValueError if no group of processes is found, or if JAX has already started.
     """
     texts = [os.environ.get(name) for name in ("JAX_NUM_PROCESSES", "JAX_PROCESS_ID")]
     try:
@@ -72,8 +72,8 @@ def join_processes() -> None:
 def devices_for(rows: int) -> list[jax.Device]:
     """Returns the devices of this host that share a batch of this many rows.
 
-    Inside `jax.default_device`, this is a single device. On CPUs, each device gets at least four rows, so a small batch
-    stays on one device.
+    Inside `jax.default_device`, the result is a single device. On CPUs, each device gets at least four rows, so a small
+    batch stays on one device.
     """
     if _CONFIG.jax_default_device is not None:
         return jax.local_devices()[:1]
@@ -85,8 +85,8 @@ def devices_for(rows: int) -> list[jax.Device]:
 def sharing(rows: int, variables: PyTree = None) -> Mesh | None:
     """Returns the mesh of the devices that share a batch of this many rows; None for a single device.
 
-    The result is also None if the caller has sharded the variables over devices, because the computation then follows
-    the placement of the variables.
+    The result is also None if the caller has sharded `variables` over devices, because the computation then follows
+    their placement, and if `variables` are traced inside jit.
     """
     devices = devices_for(rows)
     if len(devices) == 1 or not all(_is_whole(x) for x in jax.tree.leaves(variables)):
@@ -132,10 +132,10 @@ def copies(variables: PyTree, mesh: Mesh | None) -> PyTree:
 
 
 def by_rows(fn: Callable[..., PyTree], shared: PyTree, *rows: PyTree, **static: Any) -> PyTree:
-    """Returns fn(shared, *rows, **static) as NumPy arrays; each device of this host computes its own rows.
+    """Returns fn(shared, *rows, **static) as NumPy arrays; the devices of this host divide the rows among themselves.
 
-    fn: a module-level function, which is compiled for each value of `static`. Row i of its results must depend only on
-    row i of `rows`. shared: the values that all rows need, such as variables and a key.
+    fn: a module-level function, which is compiled once for each value of `static` and each shape. Row i of the results
+    must depend only on `shared` and on row i of `rows`. shared: what all rows need, such as variables and a key.
 
     Example:
         features = by_rows(_features, variables, images, network=network)
@@ -165,10 +165,10 @@ def on_own_rows(fn: Callable[..., PyTree], mesh: Mesh, specs: Any, axis: Any = A
 
 
 def rows_mesh(x: Any, variables: PyTree = None) -> tuple[Mesh, Any] | None:
-    """Returns the mesh over which this host's devices share the rows of an array, and the axes that shard the rows.
+    """Returns the mesh over which the rows of x are sharded, and the mesh axes that shard the rows.
 
-    The result is None inside jit, if the axes of the mesh are not automatic, if anything but the rows is sharded, or if
-    the variables are sharded too.
+    The result is None unless x is an array outside jit whose rows, and no other axes, are sharded over devices of this
+    host, on a mesh with only automatic axes. It is also None if an array of `variables` is sharded.
     """
     sharding = None if isinstance(x, Tracer) else getattr(x, "sharding", None)
     if not isinstance(sharding, NamedSharding) or not x.is_fully_addressable:
@@ -180,13 +180,13 @@ def rows_mesh(x: Any, variables: PyTree = None) -> tuple[Mesh, Any] | None:
 
 
 def rows_on_device(x: Array) -> int:
-    """Returns the number of rows of an array that each device stores."""
+    """Returns the number of rows of x that each device stores; all of them if `rows_mesh(x)` is None."""
     divided = rows_mesh(x)
     return len(x) if divided is None else x.sharding.shard_shape(x.shape)[0]
 
 
 def on_first_device(call: Callable[..., None], *args: Array) -> None:
-    """Runs `call`, such as a report to the host, on only one of the devices that run a mapped program."""
+    """Runs call(*args), such as a report to the host, once: inside `jax.shard_map`, only the first device runs it."""
     axes = get_abstract_mesh().manual_axes
     if not axes:
         return call(*args)

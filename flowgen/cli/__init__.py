@@ -21,7 +21,7 @@ from typing import NoReturn, TextIO
 
 from flowgen import huge_pages
 from flowgen.cli import convert, encode, evaluate, export, info, report, sample, train
-from flowgen.cli.options import as_sentence
+from flowgen.cli.options import as_sentence, silence, take_unprinted
 from flowgen.settings.ranges import meant
 
 EXIT_MISTAKE = 2
@@ -42,6 +42,8 @@ NEEDS = {
     "info": ("--config", "--checkpoint"),
 }
 SWITCHES = ("--debug", "--distributed", "--no-ema")
+# The options and arguments that are paths.
+PLACES = ("run", "file", "checkpoint", "config", "workdir", "out", "to", "single", "arguments", "autoencoder")
 
 COMMANDS: dict[str, tuple[ModuleType, str]] = {
     "train": (train, "Train a model, or resume a run."),
@@ -87,13 +89,20 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 
 def _guarded(arguments: Sequence[str] | None, *, owns_process: bool) -> int:
+    take_unprinted()  # of an earlier command in this process
     try:
         code = _run(list(sys.argv[1:] if arguments is None else arguments), owns_process)
         _flush()
-        return code
+        unprinted = take_unprinted()
     except BrokenPipeError:  # The reader closed the pipe, as in `info | head`.
-        _silence()
+        silence(sys.stdout)
+        silence(sys.stderr)
         return EXIT_BROKEN_PIPE
+    if unprinted is None or code:
+        return code
+    if isinstance(unprinted, BrokenPipeError):
+        return EXIT_BROKEN_PIPE
+    return _fail(f"Standard output could not be written to ({unprinted.strerror}), so lines are missing.", EXIT_MISTAKE)
 
 
 def make_parser() -> Parser:
@@ -129,6 +138,7 @@ def _run(words: list[str], owns_process: bool) -> int:
         _check_command(words)
         _check_strays(words)
         options, rest = parser.parse_known_args(words)
+        _check_places(options)
         if rest and options.command not in TAKES_FIELDS:
             raise ValueError(
                 f"{rest[0]} is not an option of {options.command}; see {parser.prog} {options.command} --help."
@@ -174,6 +184,13 @@ def _check_command(words: list[str]) -> None:
         )
 
 
+def _check_places(options: argparse.Namespace) -> None:
+    """Raises ValueError if the path of a run, config or file is empty, as from an unset variable of the shell."""
+    for name in PLACES:
+        if getattr(options, name, None) == "":
+            raise ValueError(f"{'' if name in ('run', 'file') else '--'}{name} is empty; give a path.")
+
+
 def _check_strays(words: list[str]) -> None:
     """Raises ValueError if the name of a config or a run's directory is given without its option."""
     options = NEEDS.get(words[0], ()) if words else ()
@@ -207,14 +224,6 @@ def _outside(module: str) -> str:
         f'`{sys.executable} -m pip install -e ".[train]"` in the flowgen folder, or use a Python environment that has '
         "it, such as .venv/bin/python after `make demo`."
     )
-
-
-def _silence() -> None:
-    """Discards unwritten output, so that Python does not report the broken pipe at exit."""
-    nowhere = os.open(os.devnull, os.O_WRONLY)
-    for stream in (sys.stdout, sys.stderr):
-        with contextlib.suppress(OSError, ValueError):  # Not a file, or already closed.
-            os.dup2(nowhere, stream.fileno())
 
 
 def program(arguments: Sequence[str] | None = None) -> int:

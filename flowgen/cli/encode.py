@@ -25,6 +25,7 @@ def run(options: argparse.Namespace, rest: list[str]) -> int:
     from flowgen.data.latent_files import LatentWriter
     from flowgen.experiments.autoregressive import AutoregressiveExperiment
     from flowgen.experiments.latents import provenance
+    from flowgen.runs.new_folder import new_folder
 
     checkpoint.check_new(options.out)
     experiment = load_experiment(options, rest)
@@ -35,11 +36,12 @@ def run(options: argparse.Namespace, rest: list[str]) -> int:
     # The provenance makes training with other networks raise an error.
     data, experiment = experiment.data, experiment.with_provenance()
     splits = ("train", "eval") if data.eval_fraction > 0 else ("train",)
-    writer, names = LatentWriter(options.out), ()
-    with told_once():
-        for split in splits:
-            names = _encode(writer, experiment, split)
-    writer.finish(class_names=names, provenance=provenance(data, experiment.encoding))
+    with new_folder(options.out) as unfinished:
+        writer, names = LatentWriter(unfinished), ()
+        with told_once():
+            for split in splits:
+                names = _encode(writer, experiment, split)
+        writer.finish(class_names=names, provenance=provenance(data, experiment.encoding))
     say(f"Wrote {options.out}; train on it with --data Latents --data.path {options.out}")
     return 0
 

@@ -56,16 +56,18 @@ def run(options: argparse.Namespace, rest: list[str]) -> int:
     from flowgen.experiments.drawing import CompareOptions
     from flowgen.experiments.tuning import TUNED, with_tuned_plan
     from flowgen.runs import check_new_evaluation, evaluation_path, located, save_evaluation
+    from flowgen.runs.evaluations import ANOMALY, NEIGHBOURS
 
     began = time.time()
-    if options.out:
-        check_new_evaluation(options.out)
     named, options.checkpoint = options.checkpoint, str(located(options.checkpoint))
     opened = open_run(options.checkpoint, options.step)
     trained = opened.experiment
     groups = ("data", "sampling", "codec.path", "text.encoder", "train.parallel")
     _check_data(rest)
     experiment, asked, given = apply_words(rest, trained, trained.evaluate_options(), groups=groups)
+    if options.out:
+        made = {NEIGHBOURS: getattr(asked, "neighbours", 0), ANOMALY: getattr(asked, "anomaly", "")}
+        check_new_evaluation(options.out, [suffix for suffix, asked_for in made.items() if asked_for])
     if "split" not in given and given & {"data", "data.path", "data.name"}:
         asked = dataclasses.replace(asked, split="all")
     _check_sampling(given, experiment, asked)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import os
 from pathlib import Path
 
 from flowgen.cli.options import CHECKPOINT, say, step_or_best
@@ -31,9 +32,10 @@ def run(options: argparse.Namespace, rest: list[str]) -> int:
     from flowgen.exports import export
 
     place, step = _run_and_step(options.run, options.step)
-    export(place, options.out, step=step, ema=not options.no_ema, dtype=options.dtype, licence=options.license)
-    size = sum(path.stat().st_size for path in Path(options.out).rglob("*") if path.is_file())
-    say(f"Wrote {options.out} ({size / 1e6:.2f} MB); sample with --checkpoint {options.out}")
+    out = options.out if Path(options.out).parent.exists() else os.path.realpath(options.out)
+    export(place, out, step=step, ema=not options.no_ema, dtype=options.dtype, licence=options.license)
+    size = sum(path.stat().st_size for path in Path(out).rglob("*") if path.is_file())
+    say(f"Wrote {out} ({size / 1e6:.2f} MB); sample with --checkpoint {out}")
     return 0
 
 

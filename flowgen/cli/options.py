@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import contextlib
 import dataclasses
 import math
 import os
@@ -173,10 +174,37 @@ def warn_of_guidance(experiment: Experiment, opened: OpenRun) -> None:
         experiment.warn_of_guidance()
 
 
+# The error of the first line that could not be printed.
+_unprinted: list[OSError] = []
+
+
 def say(line: str) -> None:
-    """Prints a line of the command's result, with control characters escaped."""
+    """Prints a line of the command's result, with control characters escaped.
+
+    If standard output is closed or full, this and all further lines are dropped, so that the command still writes its
+    files. `take_unprinted` returns the error afterwards.
+    """
+    if _unprinted:
+        return
     text, encoding = printable(line), getattr(sys.stdout, "encoding", None) or "utf-8"
-    print(text.encode(encoding, "backslashreplace").decode(encoding), flush=True)
+    try:
+        print(text.encode(encoding, "backslashreplace").decode(encoding), flush=True)
+    except OSError as error:
+        _unprinted.append(error)
+        silence(sys.stdout)
+
+
+def take_unprinted() -> OSError | None:
+    """Returns the error with which `say` failed since the last call, or None."""
+    error = next(iter(_unprinted), None)
+    _unprinted.clear()
+    return error
+
+
+def silence(stream: Any) -> None:
+    """Discards what is unwritten in a stream, so that Python does not report the error again at exit."""
+    with contextlib.suppress(OSError, ValueError):  # Not a file, or already closed.
+        os.dup2(os.open(os.devnull, os.O_WRONLY), stream.fileno())
 
 
 def as_sentence(message: object) -> str:

@@ -40,12 +40,15 @@ class AutoencoderConfig:
 
     channels: number of channels of the images.
     latent_channels: number of channels of the latents.
-    widths: channels of each level, each a multiple of num_groups; every level but the last halves height and width.
+    widths: number of channels in each level of the encoder, from the highest resolution to the lowest; every level but
+    the last halves height and width. The decoder runs the same levels in reverse and doubles height and width.
     layers_per_block: number of residual blocks in each level of the encoder; the decoder has one more in each level.
-    num_groups: number of groups in group norm.
-    attention: whether there is single-head attention between the two residual blocks at the lowest resolution.
-    dtype: dtype of the convolutions; norms, means, log variances and images stay float32.
-    remat: whether to recompute blocks in the backward pass.
+    num_groups: number of groups in group norm; must divide all widths.
+    attention: whether the encoder and the decoder have single-head attention at the lowest resolution.
+    dtype: dtype of the convolutions; norms are computed in float32, and decoded images and the means and log variances
+    of latents are float32.
+    remat: whether to recompute the activations of residual blocks in the backward pass instead of storing them, to save
+    memory.
     """
 
     channels: Channels = 3
@@ -66,22 +69,24 @@ class AutoencoderConfig:
                 )
 
     def build(self) -> Autoencoder:
-        """Returns the autoencoder that this config describes, without parameters."""
+        """Returns the Flax module that this config describes."""
         return Autoencoder(self)
 
     @property
     def factor(self) -> int:
-        """The number of pixels per latent along the height or width."""
+        """The factor by which the encoder reduces the height and width of images."""
         return 2 ** (len(self.widths) - 1)
 
     @property
     def inputs(self) -> tuple[jax.ShapeDtypeStruct, ...]:
-        """The shape and dtype of a batch of one image of the smallest size that every layer accepts."""
+        """The input with which `flowgen.init` initialises the autoencoder: one image of `factor` × `factor` pixels."""
         return (jax.ShapeDtypeStruct((1, self.factor, self.factor, self.channels), jnp.float32),)
 
 
 class Autoencoder(OnMeshes, nn.Module):
-    """Encodes images `b height width c` in [-1, 1] to latents `b rows columns z`, and decodes latents to images.
+    """Maps images `b height width c` in [-1, 1] to Gaussians over latents `b rows columns z`, and latents to images.
+
+    Latents have height / factor rows and width / factor columns, where factor is `config.factor`.
 
     Example:
         mean, log_variance = Autoencoder(config).apply(params, x, method="encode")
@@ -103,13 +108,16 @@ class Autoencoder(OnMeshes, nn.Module):
     def encode(
         self, x: Float[Array, "b height width c"]
     ) -> tuple[Float[Array, "b rows columns z"], Float[Array, "b rows columns z"]]:
-        """Returns the mean and the log variance of unnormalised latents; the log variance is clipped to [-30, 20]."""
+        """Returns the mean and log variance of the latents of x; the log variance is clipped to [-30, 20].
+
+        These latents are not normalised; an `AutoencoderCodec` normalises them.
+        """
         check_floating("x", x)
         mean, log_variance = jnp.split(self.quant_conv(self.encoder(x)), 2, axis=-1)
         return mean, jnp.clip(log_variance, *LOG_VARIANCE_BOUNDS)
 
     def decode(self, latents: Float[Array, "b rows columns z"]) -> Float[Array, "b height width c"]:
-        """Decodes unnormalised latents to images."""
+        """Decodes unnormalised latents, like those of `encode`, to images whose values are not clipped to [-1, 1]."""
         check_floating("latents", latents)
         return self.decoder(self.post_quant_conv(latents))
 

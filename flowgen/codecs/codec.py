@@ -28,12 +28,14 @@ Latents = Float[Array | np.ndarray, "b *latent_frames rows columns z"]
 
 @runtime_checkable
 class Codec(Protocol):
-    """Maps images or clips in [-1, 1] to normalised latents and back.
+    """Maps images or clips with values in [-1, 1] to the latents on which a flow is trained, and back.
 
     An image is encoded like the first frame of a clip.
 
-    factor: number of pixels per latent along the height or width.
-    stride: number of frames per latent frame, except for the first; 1 + k · stride frames become 1 + k latent frames.
+    factor: height of the images or frames divided by the number of rows of their latents; the same for width and
+    columns.
+    stride: number of frames per latent frame, except that the first frame alone becomes the first latent frame; thus,
+    1 + k · stride frames become 1 + k latent frames.
     channels: number of channels of the latents.
     pixel_channels: number of channels of the images or clips.
 
@@ -55,11 +57,11 @@ class Codec(Protocol):
     def pixel_channels(self) -> int: ...
 
     def moments(self, x: Pixels) -> tuple[Latents, Latents]:
-        """Returns the mean and standard deviation of the latents of images or clips."""
+        """Returns the mean and standard deviation of each value of the latents, given the images or clips x."""
         ...
 
     def decode(self, latents: Latents) -> Pixels:
-        """Decodes latents to images or clips."""
+        """Decodes latents to images or clips, whose values may lie outside [-1, 1]."""
         ...
 
     def __hash__(self) -> int: ...
@@ -67,9 +69,9 @@ class Codec(Protocol):
 
 @dataclass(frozen=True)
 class PixelCodec:
-    """A codec without a network, also known as space-to-depth: each factor × factor block of pixels becomes one latent.
+    """A codec without a network, also known as space-to-depth: each factor × factor block of pixels becomes one vector.
 
-    The standard deviation of the latents is 0.
+    The encoding is exact, so the standard deviation of the latents is 0. Clips are encoded frame by frame.
 
     Example:
         mean, std = PixelCodec(pixel_channels=1, factor=2).moments(images)  # `b height/2 width/2 4`
@@ -87,9 +89,9 @@ class PixelCodec:
         return self.pixel_channels * self.factor**2
 
     def moments(self, x: Pixels) -> tuple[Latents, Latents]:
-        """Returns the mean and standard deviation of the latents of images or clips.
+        """Returns the latents of the images or clips x as the mean, and zeros as the standard deviation.
 
-        The mean contains the pixel values of each block, ordered by row, column and channel.
+        At each position, the mean lists the values of one block row by row, with the channels of each pixel together.
         """
         *frames, height, width = check_pixels(self, x)
         tokens = patchify(_images(at_least_float32("images", x)), self.factor, "channel_last")
@@ -97,7 +99,7 @@ class PixelCodec:
         return mean, jnp.zeros_like(mean)
 
     def decode(self, latents: Latents) -> Pixels:
-        """Decodes latents to images or clips."""
+        """Returns the images or clips that `moments` maps to these latents."""
         *frames, rows, columns = check_latents(self, latents)
         tokens = jnp.asarray(latents).reshape(-1, rows * columns, self.channels)
         images = unpatchify(tokens, self.factor, (rows * self.factor, columns * self.factor), "channel_last")
@@ -106,9 +108,9 @@ class PixelCodec:
 
 @dataclass(frozen=True)
 class LatentNormalisation:
-    """Normalises latents: normalised = (latents - shift) · scale.
+    """Normalises latents, usually to mean 0 and standard deviation 1: normalised = (latents - shift) · scale.
 
-    shift, scale: each is either a number, or an array with one number per channel.
+    shift, scale: each is either one number for all channels, or an array with one number per channel.
 
     Example:
         normalisation = LatentNormalisation(shift=0.0, scale=0.18215)
@@ -122,11 +124,11 @@ class LatentNormalisation:
         return (latents - _per_channel(self.shift, latents)) * _per_channel(self.scale, latents)
 
     def apply_to_std(self, std: Latents) -> Latents:
-        """Returns the standard deviation of the normalised latents, given that of the latents."""
+        """Returns the standard deviation of the normalised latents; `std` is that of the unnormalised latents."""
         return std * np.abs(_per_channel(self.scale, std))
 
     def undo(self, normalised: Latents) -> Latents:
-        """Returns the unnormalised latents."""
+        """Returns the latents that `apply` maps to `normalised`."""
         return normalised / _per_channel(self.scale, normalised) + _per_channel(self.shift, normalised)
 
 
@@ -138,8 +140,8 @@ def _per_channel(values: ArrayLike, latents: Latents) -> np.ndarray:
 class AutoencoderCodec:
     """A codec that uses a frozen image autoencoder and normalises its latents.
 
-    It encodes clips frame by frame, and splits large batches to save memory. Only a few batch sizes occur, so only a
-    few programs are compiled.
+    Clips are encoded and decoded frame by frame. Large batches are split to save memory. The batch sizes of the parts
+    are powers of two, so few programs are compiled.
 
     Example:
         codec = AutoencoderCodec(autoencoder, params, LatentNormalisation(scale=0.18215))
@@ -166,7 +168,7 @@ class AutoencoderCodec:
         return self.autoencoder.config.channels
 
     def moments(self, x: Pixels) -> tuple[Latents, Latents]:
-        """Returns the mean and standard deviation of the normalised latents, as numpy arrays."""
+        """Returns the mean and standard deviation of the normalised latents of x, as numpy arrays."""
         *frames, height, width = check_pixels(self, x)
         run = partial(_moments, self.autoencoder, self.variables)
         mean, std = (

@@ -53,14 +53,19 @@ class VideoAutoencoderConfig:
 
     channels: number of channels of the clips.
     latent_channels: number of channels of the latents.
-    widths: number of channels in each level of the encoder; every level but the last halves height and width.
-    decoder_widths: number of channels in each level of the decoder; has as many entries as widths.
-    halve_time: for each level but the last, whether it also halves the number of frames.
+    widths: number of channels in each level of the encoder, from the highest resolution to the lowest; every level but
+    the last halves height and width.
+    decoder_widths: number of channels in each level of the decoder, also from the highest resolution to the lowest,
+    although the decoder runs its levels in reverse.
+    halve_time: for each level but the last, whether the level also halves the number of frames after the first.
     layers_per_block: number of residual blocks in each level of the encoder; the decoder has one more in each level.
-    patch_size: side of the square patches whose pixels are stacked as channels before the first level.
-    shortcuts: whether levels have shortcuts; if not, spatial upsampling halves the number of channels, as in Wan 2.1.
-    dtype: dtype of the convolutions; norms, means, log variances and frames stay float32.
-    remat: whether to recompute blocks in the backward pass.
+    patch_size: side, in pixels, of the square patches whose pixels are stacked as channels before the first level.
+    shortcuts: whether shortcuts without parameters connect the input of each level to its output, except in the
+    decoder's level of highest resolution; if False, spatial upsampling halves the number of channels, as in Wan 2.1.
+    dtype: dtype of the convolutions; norms are computed in float32, and decoded clips and the means and log variances
+    of latents are float32.
+    remat: whether to recompute the activations of residual blocks in the backward pass instead of storing them, to save
+    memory.
     """
 
     channels: Channels = 3
@@ -88,27 +93,27 @@ class VideoAutoencoderConfig:
             )
 
     def build(self) -> VideoAutoencoder:
-        """Returns the autoencoder that this config describes, without parameters."""
+        """Returns the Flax module that this config describes."""
         return VideoAutoencoder(self)
 
     @property
     def strides(self) -> tuple[tuple[int, int], ...]:
-        """The (temporal, spatial) downsampling factors of each level."""
+        """The (temporal, spatial) downsampling factors of each level of the encoder, in the order of `widths`."""
         return (*((2 if halve else 1, 2) for halve in self.halve_time), (1, 1))
 
     @property
     def factor(self) -> int:
-        """The number of pixels per latent along the height or width."""
+        """The factor by which the encoder, including its patches, reduces the height and width of clips."""
         return self.patch_size * 2 ** len(self.halve_time)
 
     @property
     def stride(self) -> int:
-        """The number of frames per latent frame, except for the first frame, which has its own latent frame."""
+        """The number of frames per latent frame, except that the first frame alone becomes the first latent frame."""
         return 2 ** sum(self.halve_time)
 
     @property
     def inputs(self) -> tuple[jax.ShapeDtypeStruct, ...]:
-        """The shape and dtype of a batch of one clip of the smallest size that uses every layer."""
+        """The input with which `flowgen.init` initialises the autoencoder: the smallest clip that uses every layer."""
         shape = (1, 1 + self.stride, self.factor, self.factor, self.channels)
         return (jax.ShapeDtypeStruct(shape, jnp.float32),)
 
@@ -162,9 +167,11 @@ def _check(config: VideoAutoencoderConfig, x: Any) -> None:
 
 
 class VideoAutoencoder(OnMeshes, nn.Module):
-    """Encodes clips `b frames height width c` in [-1, 1] to latents `b f rows columns z`, and decodes latents to clips.
+    """Maps clips `b frames height width c` to Gaussians over latents `b f rows columns z`, and latents to clips.
 
-    A clip of 1 + k · stride frames has 1 + k latent frames. Latent frame t depends only on frames 0 to t · stride.
+    The values of clips are in [-1, 1]. A clip of 1 + k · stride frames has 1 + k latent frames, where stride is
+    `config.stride`. Latent frame t depends only on frames 0 to t · stride. Latents have height / factor rows and
+    width / factor columns, where factor is `config.factor`.
 
     Example:
         mean, log_variance = VideoAutoencoder(config).apply(params, x, method="encode")
@@ -184,20 +191,23 @@ class VideoAutoencoder(OnMeshes, nn.Module):
         return self.decode(self.encode(x)[0])
 
     def encode(self, x: Clips) -> Moments:
-        """Returns the mean and the log variance of unnormalised latents; the log variance is clipped to [-30, 20].
+        """Returns the mean and log variance of the latents of x; the log variance is clipped to [-30, 20].
 
-        Raises ValueError if `check_clips` does not accept the clips.
+        These latents are not normalised; a `VideoAutoencoderCodec` normalises them.
+
+        Raises ValueError unless x has the channels, number of frames and sides that the config requires.
         """
         return self.encode_part(x, None)[0]
 
     def decode(self, latents: Float[Array, "b f rows columns z"]) -> Clips:
-        """Decodes unnormalised latents to clips, whose values are not clipped to [-1, 1]."""
+        """Decodes unnormalised latents, like those of `encode`, to clips whose values are not clipped to [-1, 1]."""
         return self.decode_part(latents, None)[0]
 
     def encode_part(self, x: Clips, cache: Cache) -> tuple[Moments, Cache]:
-        """Encodes the next chunk of frames of clips; also returns the cache for the following chunk.
+        """Encodes a chunk of frames of clips like `encode`; also returns the cache to pass with the next chunk.
 
-        x: the first 1 + k · stride frames if cache is None, otherwise the next k · stride frames.
+        x: the first 1 + k · stride frames of the clips if `cache` is None; otherwise, k · stride frames that follow the
+        previous chunk. k may differ between chunks. cache: None, or the cache returned for the previous chunk.
         """
         side = self.config.patch_size
         if cache is None:
@@ -208,7 +218,10 @@ class VideoAutoencoder(OnMeshes, nn.Module):
         return (mean, jnp.clip(log_variance, *LOG_VARIANCE_BOUNDS)), cache
 
     def decode_part(self, latents: Float[Array, "b f rows columns z"], cache: Cache) -> tuple[Clips, Cache]:
-        """Decodes the next chunk of latent frames of clips; also returns the cache for the following chunk."""
+        """Decodes a chunk of latent frames like `decode`; also returns the cache to pass with the next chunk.
+
+        cache: None for the first chunk; otherwise, the cache returned for the previous chunk.
+        """
         check_floating("latents", latents)
         side = self.config.patch_size
         h, cache = self.decoder(self.post_quant_conv(latents), cache)
@@ -308,9 +321,9 @@ def _middle(config: VideoAutoencoderConfig) -> Middle:
 
 
 def encode_in_chunks(autoencoder: VideoAutoencoder, variables: PyTree, x: Clips) -> Moments:
-    """Encodes clips in chunks: first a single frame, then `stride` frames at a time.
+    """Encodes clips like `VideoAutoencoder.encode`, but in chunks: first one frame, then `config.stride` at a time.
 
-    This saves memory, because only one chunk's activations are needed at a time.
+    This saves memory, because only the activations of one chunk are needed at a time.
 
     Example:
         mean, log_variance = encode_in_chunks(autoencoder, params, x)
@@ -323,9 +336,9 @@ def encode_in_chunks(autoencoder: VideoAutoencoder, variables: PyTree, x: Clips)
 def decode_in_chunks(
     autoencoder: VideoAutoencoder, variables: PyTree, latents: Float[Array, "b f rows columns z"]
 ) -> Clips:
-    """Decodes latents to clips, one latent frame at a time.
+    """Decodes latents to clips like `VideoAutoencoder.decode`, but one latent frame at a time.
 
-    This saves memory, because only one latent frame's activations are needed at a time.
+    This saves memory, because only the activations of one latent frame are needed at a time.
 
     Example:
         x = decode_in_chunks(autoencoder, params, latents)

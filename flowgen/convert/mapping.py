@@ -47,7 +47,10 @@ def transpose(x: np.ndarray) -> np.ndarray:
 
 
 class Requirement(NamedTuple):
-    """A condition that a source tensor must satisfy: a predicate, and a description for the error message.
+    """A condition that a tensor of the weight file must satisfy.
+
+    words: what the condition requires, for an error message of the form "'<name of the tensor>' is not <words>".
+    holds: a function that returns whether a tensor satisfies the condition.
 
     Example:
         ones = Requirement("all ones", lambda x: bool((x == 1).all()))
@@ -59,12 +62,13 @@ class Requirement(NamedTuple):
 
 @dataclass(frozen=True)
 class Rule:
-    """Maps the tensors named `source` to the leaf `target`.
+    """Maps the tensors named `source` to the leaf `target` of a parameter tree.
 
-    source: template for the names of the tensors.
-    target: template for the path of the leaf; None drops the tensors.
-    transform: a function that is applied to each tensor.
-    requirement: a condition that each tensor must satisfy.
+    source: template for the names of the tensors, with indices in braces, such as "blocks.{block}.proj_in.weight".
+    target: template for the path of the leaf, with the same indices. One index may be missing; the tensors for its
+    values 0, 1, ... are then stacked along the leading axis of the leaf. None drops the tensors.
+    transform: a function that is applied to each tensor before it is copied.
+    requirement: a condition that each tensor must satisfy before it is transformed; None for no condition.
 
     Example:
         Rule("blocks.{block}.attn_mask", None, requirement=Requirement("causal", is_causal))
@@ -83,12 +87,15 @@ class Rule:
 
     @property
     def stacked(self) -> list[str]:
-        """The indices that occur in the source but not in the target."""
+        """The names of the indices that occur in `source` but not in `target`."""
         kept = set(_INDEX.findall(self.target or ""))
         return [name for name in _INDEX.findall(self.source) if name not in kept]
 
     def sources(self, leaf: str, shape: tuple[int, ...]) -> list[str] | None:
-        """Returns the names of the tensors that fill a leaf, in order, or None if this rule does not fill the leaf."""
+        """Returns the names of the tensors that fill a leaf, in stacking order; None if this rule fills other leaves.
+
+        leaf: path of the leaf. shape: shape of the leaf; if the rule stacks tensors, shape[0] is their number.
+        """
         indices = None if self.target is None else match(self.target, leaf)
         if indices is None:
             return None
@@ -138,8 +145,8 @@ def fill(target: Any, state_dict: Mapping[str, np.ndarray], rules: Iterable[Rule
     target: a tree of arrays or `jax.ShapeDtypeStruct`; the resulting tree has the same shapes and dtypes.
 
     Raises:
-        MappingError: tensors are missing, unexpected, not finite, or of the wrong shape or dtype; `failures`
-            lists every problem.
+        MappingError: a leaf is filled by no rule or by several, or a tensor is missing, unexpected, used twice, not
+            finite, of the wrong shape or dtype, or violates the requirement of its rule; `failures` lists all problems.
 
     Example:
         variables, dropped = fill(jax.eval_shape(model.init, key, x), state_dict, RULES)

@@ -41,10 +41,12 @@ class FileName(TypedDict):
 
 
 def parse_file_name(path: str | os.PathLike[str]) -> FileName | None:
-    """Returns the settings in the name of a published TARFlow file, or None if the name has another form.
+    """Returns the settings in the name of a published TARFlow file, or None if the name does not have the form below.
 
-    The expected form is <data>_model_<patch>_<width>_<blocks>_<layers>_<σ>. If σ is "uniform", the model was trained
-    with uniform dequantisation instead of Gaussian noise, and `noise_std` is 0.
+    <data>_model_<patch size>_<width>_<number of blocks>_<layers per block>_<σ>.<extension>
+
+    σ is the standard deviation of the Gaussian noise that was added in training. If σ is "uniform", the model was
+    trained with uniform dequantisation instead, and `noise_std` is 0.
 
     Example:
         parse_file_name("afhq_model_8_768_8_8_0.07.pth")["noise_std"]  # 0.07
@@ -73,14 +75,17 @@ def tarflow(
     """Converts a published TARFlow state dict. Returns the flow, and its variables as float32 numpy arrays.
 
     Width, depth, MLP expansion, number of classes and scale parameterisation are inferred from the shapes of the
-    tensors. The arguments `image_size`, `patch_size` and `channels` must agree with these shapes. The prior variance
-    `var` is kept unless all its values are 1.
+    tensors. The arguments `image_size`, `patch_size` and `channels` must agree with these shapes. The tensor `var`, the
+    variance of the prior, is imported unless all its values are 1.
 
-    image_size: side of square images, or (height, width).
-    noise_std: standard deviation of the training noise, which the weights do not reveal.
+    image_size: side of square images in pixels, or (height, width).
+    patch_size: side of a patch in pixels.
+    noise_std: standard deviation of the Gaussian noise that was added in training, which cannot be inferred from the
+    tensors; 0 for uniform dequantisation.
 
     Raises:
-        MappingError (a ValueError): tensors are missing, unexpected or of the wrong shape; `failures` lists them all.
+        MappingError (a ValueError): tensors are missing, unexpected, not finite, or of the wrong shape or dtype; its
+            attribute `failures` lists all problems.
         ValueError: the weights are not from a TARFlow, or the arguments contradict the shapes.
 
     Example:

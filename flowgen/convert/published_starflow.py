@@ -108,7 +108,7 @@ _DENOISER_STEP = 0.3
 
 
 def read_arguments(path: str | os.PathLike[str]) -> dict[str, Any]:
-    """Returns the arguments in a published YAML file, by name.
+    """Returns the arguments in the YAML file of a published STARFlow, by name, as `starflow` needs them.
 
     The file must contain a list `arguments` whose items have the form `name: value`.
 
@@ -137,19 +137,22 @@ def starflow(
     *,
     dtype: Literal["float32", "bfloat16"] = "float32",
 ) -> tuple[AutoregressiveFlow, dict[str, Any]]:
-    """Converts a published STARFlow state dict. Returns the flow, and its variables as numpy arrays of type `dtype`.
+    """Converts a published STARFlow or STARFlow-V. Returns the flow, and its variables as numpy arrays of type `dtype`.
 
     The buffers `var`, `attn_mask` and `feat_rope.*` are dropped, because the published code does not use them. If
     `state_dict` comes from `read_state_dict`, its tensors are views of the file, so only the result occupies memory.
 
-    arguments: the arguments in the published YAML file, by name. `img_size` is in pixels if `vae` is set, and in
-    latents otherwise. If `text` ends in ".vocab", the model is conditioned on classes, and a class is passed as a text
-    with a single one-hot token. If `vid_size` is set, the model is a STARFlowV; the value '81:16', for example, means
-    81 frames at 16 frames per second. The model has a denoiser if `learnable_self_denoiser` is set.
+    arguments: the arguments in the published YAML file, as `read_arguments` returns them. Missing arguments have the
+    defaults of the published code. The argument `img_size` is in pixels if the argument `vae` is set, and in latents
+    otherwise. If `text` ends in ".vocab", the model is conditioned on classes, which the published code represents as
+    texts with a single one-hot token. If `vid_size` is set, the model is a STARFlowV; the value '81:16', for example,
+    means 81 frames at 16 frames per second. A STARFlowV has a denoiser if `learnable_self_denoiser` is set.
 
     Raises:
-        MappingError (a ValueError): tensors are missing, unexpected or of the wrong shape; `failures` lists them all.
-        ValueError: the dtype or an argument is unknown, or the arguments describe a model that was not published.
+        MappingError (a ValueError): tensors are missing, unexpected, not finite, or of the wrong shape or dtype; its
+            attribute `failures` lists all problems.
+        ValueError: `dtype` or an argument is unknown or invalid, the arguments do not fit the tensors, or they describe
+            a kind of model that was not published.
 
     Example:
         flow, params = starflow(read_state_dict("starflow_3B_t2i_256x256.pth"), arguments)
@@ -320,9 +323,9 @@ def _of_clips(known: Mapping[str, Any]) -> dict[str, int]:
 
 
 def clip_size(vid_size: str) -> tuple[int, int]:
-    """Returns the number of frames and the frame rate in the published argument `vid_size`.
+    """Returns (frames, frames per second) from `vid_size`, an argument that is published with video models.
 
-    If there are several frame rates, the first one is returned. Raises ValueError if `vid_size` is malformed.
+    If `vid_size` contains several frame rates, the first one is returned. Raises ValueError if `vid_size` is malformed.
 
     Example:
         clip_size("81:16")  # (81, 16)

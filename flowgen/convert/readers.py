@@ -42,13 +42,14 @@ def read_state_dict(path: str | os.PathLike[str], *, entry: str | None = None) -
     """Returns the tensors of a weight file by name, as read-only views of the file. Their dtypes are not converted.
 
     The supported formats are safetensors and both layouts of torch.save: a zip archive or, in older files, a sequence
-    of pickles. The format is detected from the content of the file, and no code in the file is executed. The dictionary
-    of tensors may be an entry of another one, as in {"model": ..., "epoch": 3}.
+    of pickles. The format is detected from the content of the file, and no code in the file is executed. In a file of
+    torch.save, the dictionary of tensors may be nested in other dictionaries, as in {"model": {...}, "epoch": 3}.
 
-    entry: dotted name of the dictionary of tensors, such as "ema" or "state.model"; required if there are several.
+    entry: dotted name of the nested dictionary of tensors to read, such as "ema" or "state.model". Required if a file
+    of torch.save contains several such dictionaries; not allowed for safetensors.
 
     Raises:
-        FileNotFoundError, IsADirectoryError: there is no file at `path`.
+        FileNotFoundError, IsADirectoryError: `path` does not exist, or is a folder.
         ValueError: the file is truncated, damaged, unsafe or in another format; `entry` is not the name of a dictionary
         of tensors; `entry` is None, but there is not exactly one such dictionary; or the tensors are more than four
         times as large as the file.

@@ -12,7 +12,9 @@ from flowgen.convert.mapping import Requirement, Rule, as_is, transpose
 
 
 def linear(source: str, target: str) -> tuple[Rule, Rule]:
-    """Returns the rules that turn a PyTorch Linear into a Flax Dense.
+    """Returns the rules that copy a PyTorch Linear to a Flax Dense.
+
+    source, target: templates for the name of the Linear and for the path of the Dense, with indices as in `Rule`.
 
     Example:
         rules = linear("blocks.{block}.proj_in", "params/blocks_{block}/proj_in")
@@ -47,7 +49,9 @@ def _point_kernel(x: np.ndarray) -> np.ndarray:
 
 
 def layer_norm(source: str, target: str) -> tuple[Rule, Rule]:
-    """Returns the rules for a LayerNorm.
+    """Returns the rules that copy a PyTorch LayerNorm or GroupNorm to the same layer of Flax.
+
+    source, target: templates for the name of the PyTorch layer and for the path of the Flax layer, as for `linear`.
 
     Example:
         rules = layer_norm("norm", "params/norm")
@@ -87,9 +91,9 @@ def transformer(source: str, target: str, mlp: dict[str, str] | None = None) -> 
 
 
 def starflow(*, gated: bool) -> tuple[Rule, ...]:
-    """Returns the rules for a published STARFlow for images, with plain or gated MLPs.
+    """Returns the rules that import a published STARFlow for images. gated: whether its MLPs are gated.
 
-    Rules for optional parts of a model fill nothing if the model lacks these parts.
+    The rules also cover optional parts. If a model lacks such a part, the rules for this part have no effect.
 
     Example:
         variables, dropped = fill(target, state_dict, starflow(gated=False))

@@ -36,7 +36,7 @@ def as_float32(
     check_finite(**{f"{name!r} in {where}": values})
     if not rows.size:
         return values.astype(np.float32)
-    if (largest := np.abs(rows).max()) > LARGEST:
+    if (largest := float(np.abs(rows).max())) > LARGEST:
         raise ValueError(
             f"{name!r} in {where} has numbers up to {largest:.3g}, but they are stored as float32 and must be at most "
             f"{LARGEST:g}; save them in larger units."

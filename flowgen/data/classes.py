@@ -134,9 +134,11 @@ def class_numbers(found: tuple[str, ...], classes: tuple[str, ...], where: str) 
 
 
 def check_classes(dataset: HasClasses, num_classes: int) -> None:
-    """Raises ValueError if a model cannot use the labels of this dataset. Warns if the model has unused class numbers.
+    """Checks that a model can be trained on the labels of a dataset.
 
-    num_classes: number of classes of the model; 0 if it is unconditional.
+    num_classes: number of classes of the model; 0 if labels are not used, in which case any dataset is accepted.
+
+    Raises ValueError if the dataset has no classes, or more than `num_classes`. Warns if it has fewer.
 
     Example:
         check_classes(dataset, num_classes=10)
@@ -183,18 +185,19 @@ def parse_classes(text: str, names: tuple[str, ...], num_classes: int) -> list[i
 
 def _class_number(word: str, names: tuple[str, ...], num_classes: int) -> int:
     numbered = any(name.isdecimal() for name in names)
+    spelled = [f'"{name}"' if "," in name else name for name in names]  # as `--classes` needs them
     try:
         number, close = int(word), []
     except ValueError:
-        number, close = num_classes, difflib.get_close_matches(word, names, n=1)
+        number, close = num_classes, difflib.get_close_matches(word, spelled, n=1)
     if numbered and number != -1:
         raise ValueError(
             f"--classes has {word!r}, which is not a class of this model; its class names are themselves numbers, so "
-            f"give one of {name_list(names, 20)}, or -1 for unconditional."
+            f"give one of {name_list(spelled, 20)}, or -1 for unconditional."
         )
     if not -1 <= number < num_classes:
         meant = f" (did you mean {close[0]}?)" if close else ""
-        which = f"names ({name_list(names, 20)}) or " if names else ""
+        which = f"names ({name_list(spelled, 20)}) or " if names else ""
         raise ValueError(
             f"--classes has {word!r}, which is not a class of this model{meant}; give {which}numbers from 0 to "
             f"{num_classes - 1}, or -1 for unconditional."

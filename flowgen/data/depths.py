@@ -27,10 +27,10 @@ _CONVERT = "; convert it to unsigned 8 or 16 bits"
 
 
 class Samples(NamedTuple):
-    """Describes how an image stores its samples.
+    """The format of an image's samples, which are the values of its channels at each pixel.
 
-    bits: number of bits per sample, as stored in the file for PNG, and as decoded by Pillow for other formats.
-    white_is_zero: whether zero means white.
+    bits: number of bits per sample: in the file for PNG, but after decoding by Pillow for other formats.
+    white_is_zero: whether the value 0 means white and the largest value black, as in some TIFF files.
 
     Example:
         samples = Samples(bits=12)

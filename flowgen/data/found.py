@@ -48,9 +48,11 @@ F = TypeVar("F")
 
 
 def found_classes(config: DataConfig | ClipsConfig | LatentsConfig) -> tuple[str, ...]:
-    """Returns the class names of the data that a config selects, ordered by label. Opens no images.
+    """Returns the class names in the data that `config` selects, ordered by label. Opens no images or videos.
 
-    If the data cannot be read, raises the same errors as `load` and `load_clips`.
+    `config.classes` is ignored. The result is empty if the data have no classes.
+
+    Raises the same errors as `load`, `load_clips` and `read_latents` if the data do not exist or labels are invalid.
 
     Example:
         found_classes(DataConfig("folder", path="photos"))  # ("cat", "dog", "fox")
@@ -71,7 +73,11 @@ def take_inventory(
     train: Dataset | BucketedDataset,
     held_out: Dataset | BucketedDataset | None = None,
 ) -> Inventory:
-    """Returns the inventory of the data that a config selects. Latents of mirror images are not counted.
+    """Returns a summary of the data of a run, and the sizes or checksums of the data files.
+
+    config: the config with which `train` and `held_out` were loaded. held_out: None if nothing is held out.
+
+    If `config.flip` is set and `train` contains latents, those of mirrored samples are not counted.
 
     Example:
         print(take_inventory(config, train, held_out).line())

@@ -154,10 +154,11 @@ def _opened(path: StoredFile, content: bytes | None = None) -> Generator[Image]:
 def fit(image: Image, size: tuple[int, int], crop: Crop, *, pixel_aspect: float = 1.0) -> Image:
     """Returns the image resized to `size` (height, width) with antialiased bilinear resampling.
 
-    With crop "center", the image is scaled so that it just covers `size`, and then cropped to its central part. With
-    "none", nothing is cropped, and each side is scaled independently.
+    If `crop` is "center", the image is scaled, with its aspect ratio unchanged, until it just covers `size`, and
+    only the centre is kept. If `crop` is "none", everything is kept, and height and width are scaled independently.
 
-    pixel_aspect: ratio of a pixel's displayed width to its height.
+    pixel_aspect: width of a pixel divided by its height, as displayed; 1 for square pixels. It has no effect if `crop`
+    is "none".
 
     Example:
         image = fit(image, (64, 64), "center")

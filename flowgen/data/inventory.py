@@ -26,7 +26,9 @@ _told: ContextVar[set[str] | None] = ContextVar("told", default=None)
 
 @contextlib.contextmanager
 def told_once() -> Generator[None]:
-    """Returns a context in which `tell` logs each sentence only once, even if several splits of the data are opened.
+    """Returns a context manager within which each warning about the data is logged only once.
+
+    Without it, opening a second split of the same data repeats the warnings.
 
     Example:
         with told_once():
@@ -86,14 +88,15 @@ def name_list(names: Sequence[str], most: int = _CLASSES_NAMED) -> str:
 
 @dataclass(frozen=True)
 class Inventory:
-    """A summary of a run's data.
+    """A summary of a run's data, and a record of the data files, by which later changes are detected.
 
-    what: noun for the samples, such as "images" or "latents of clips". train, held_out: number of samples in each
-    split. before: (height, width) of some of the files, in pixels; empty if files are not resized. after: sizes to
-    which samples are resized, or shapes of latents. train_files, held_out_files: the size or a checksum of each file,
-    by name; empty for data that come with a package. left_out: descriptions of what was left out. stills: number of
-    images to train on in addition to clips. at_most: for each split, whether the number of samples may be too high,
-    because it includes unreadable files.
+    what: plural noun for the samples, such as "images" or "latents of clips". train, held_out: number of samples to
+    train on, and number held out for evaluation. before: original (height, width) of some of the images or videos, in
+    pixels; may be empty. after: each (height, width) to which samples are resized, or each shape of latents. classes:
+    class names. train_files, held_out_files: for each file, by name, its size in bytes or a checksum; empty for data
+    that come with a package. left_out: one phrase for each kind of file that was left out, such as "3 .xcf". stills:
+    number of images to train on in addition to clips. at_most: whether `train`, and whether `held_out`, may be too high
+    because unreadable files are still counted.
 
     Example:
         inventory = Inventory("images", 1080, 120, ((48, 48),), ((32, 32),), ("cat", "dog", "fox"))
@@ -113,7 +116,7 @@ class Inventory:
     at_most: tuple[bool, bool] = (False, False)
 
     def line(self) -> str:
-        """Returns a one-line description of the data."""
+        """Returns the numbers of samples, their sizes and the class names as one line of text."""
         count = f"{len(self.classes):,} " if len(self.classes) > _CLASSES_NAMED else ""
         classes = f"{count}classes: {name_list(self.classes)}" if self.classes else "no classes"
         stills = f" and {self.stills:,} images" if self.stills else ""
@@ -134,14 +137,16 @@ class Inventory:
         return f"{_shown(ordered[0])} to {_shown(ordered[-1])}{some} -> {after}"
 
     def digest(self) -> str:
-        """Returns a digest of the names of each split's files and of their sizes or checksums."""
+        """Returns a SHA-256 digest, in hexadecimal, of `train_files` and `held_out_files`."""
         content = hashlib.sha256()
         for files in (self.train_files, self.held_out_files):
             content.update(json.dumps(sorted(files.items())).encode())
         return content.hexdigest()
 
     def record(self) -> dict[str, Any]:
-        """Returns the JSON record to store with a run. It lists the files unless there are more than 100,000.
+        """Returns a summary, as a dict of JSON values, that a run stores and later passes to `changes`.
+
+        It lists the files, or, if there are more than 100,000, only their digest.
 
         Example:
             json.dumps(inventory.record())
@@ -158,9 +163,13 @@ class Inventory:
         }
 
     def changes(self, known: Mapping[str, Any]) -> str:
-        """Returns a one-line description of how the files differ from a run's record; "" if they do not differ.
+        """Returns one sentence that says how the data files differ from those in `known`.
 
-        Raises ValueError if `known` is not a run's record.
+        Returns "" if they do not differ, or if this inventory has no files.
+
+        known: what `record` returned when the run was last started.
+
+        Raises ValueError if `known` lacks the digest or the list of files.
 
         Example:
             inventory.changes(inventory.record())  # ""

@@ -25,6 +25,7 @@ from flowgen.conditioning import TextCondition
 from flowgen.data.classes import checked_names, class_numbers
 from flowgen.data.dataset import NO_LABEL, BucketedDataset, Split
 from flowgen.data.latents import Kind, LatentDataset, Shard
+from flowgen.data.media import naming
 from flowgen.documents import ARRAY_DAMAGE, check_regular, inside, read_json
 from flowgen.places import check_local
 from flowgen.settings import config
@@ -42,15 +43,16 @@ Count = Annotated[int, Within(1, 1 << 40)]
 
 @config
 class LatentsConfig:
-    """Selects latents of images or clips that `python -m flowgen encode` has cached.
+    """Selects latents of images or clips that `python -m flowgen encode` has computed and written to a directory.
 
-    path: the directory of the latents.
-    fps: frames per second of the clips; 0 if they have the frame rate of the original videos.
-    drop_first: fraction of the batches of clips from which the first latent frame is dropped, as in `ClipsConfig`; the
-    cache must contain latents of such clips.
-    images_fraction: fraction of the training batches that consist of images, for a model of clips; 0 uses every clip
-    and image equally often.
-    classes: the class names in the order of their numbers, as in `DataConfig`.
+    path: directory that contains the latents.
+    fps: frames per second of the clips; sampled videos are written at this rate by default. 0 if the clips have the
+    frame rates of the original videos.
+    drop_first: among the training batches of clips, the fraction whose clips lack their first latent frame, as in
+    `ClipsConfig`; if it is above 0, the directory must contain such clips.
+    images_fraction: for a model of clips, fraction of the training batches that consist of images; 0 to use all clips
+    and images equally often.
+    classes: class names, in the order of the integer labels, as in `DataConfig`.
 
     Example:
         config = LatentsConfig(path="data/latents")
@@ -188,9 +190,11 @@ class LatentWriter:
         folder = self.directory / entry.folder
         folder.mkdir(parents=True)
         for part, array in _arrays(shard).items():
-            np.save(folder / f"{part}.npy", array, allow_pickle=False)
+            with naming(file := folder / f"{part}.npy"):
+                np.save(file, array, allow_pickle=False)
         if null is not None:
-            np.savez(folder / NULL_FILE, text=null.embeddings[0], mask=null.mask[0])
+            with naming(file := folder / NULL_FILE):
+                np.savez(file, text=null.embeddings[0], mask=null.mask[0])
         self.entries.append(entry)
 
     def finish(self, *, class_names: Iterable[str], provenance: Provenance | None = None) -> None:
@@ -248,14 +252,16 @@ def _parsed_index(path: Path, *version: int) -> LatentIndex:
 def read_latents(
     directory: str | os.PathLike[str], split: Split, classes: tuple[str, ...] = ()
 ) -> LatentDataset | BucketedDataset:
-    """Returns a split of the cached latents, which are memory-mapped.
+    """Returns the latents of one split from a directory that `python -m flowgen encode` has written, memory-mapped.
 
-    If there are latents of several kinds or shapes, each combination of kind and shape becomes a bucket.
+    If the latents differ in shape or in kind (latents of images, of whole clips, of clips without their first frame, or
+    of images as clips of one frame), each combination of kind and shape becomes a bucket of a `BucketedDataset`.
 
-    classes: class names in the order of the returned labels; if empty, those of the cache.
+    classes: class names in the order that the returned labels should have; if empty, labels are returned as stored.
 
-    Raises FileNotFoundError or ValueError if a file is missing, is truncated or does not have the shape in the index,
-    if a label is not a valid class number, if a class is not in `classes`, or if the split has no latents.
+    Raises FileNotFoundError or ValueError if a file is missing, is truncated or does not have the shape that the
+    directory's index states, if a stored label is not a class number, if a class is not in `classes`, or if the split
+    has no latents.
 
     Example:
         dataset = read_latents("data/latents", "train")

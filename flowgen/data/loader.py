@@ -24,24 +24,24 @@ _ORDER, _FLIP, _SCHEDULE = 0, 1, 2
 
 @dataclasses.dataclass(frozen=True)
 class Loader:
-    """Computes the training batch of any step, in an order that the seed determines.
+    """Computes the training batch of any step from `seed` and the step alone, so that a run can resume at any step.
 
     The epochs form one endless sequence of samples. Every sample occurs once per epoch, and each epoch has a new random
     order. Let B be `batch_size`, the number of samples over all processes. Batch `step` consists of the samples at
     positions `step` · B to (`step` + 1) · B - 1 of the sequence. The batch is divided into equal consecutive shares,
-    and process i gets the i-th share. A batch may span several epochs, and it may be larger than the dataset. The
-    sequence depends neither on the number of processes nor on the batch size.
+    and process i, counted from 0, gets share i. A batch may span several epochs, and it may be larger than the dataset.
+    The sequence depends neither on the number of processes nor on the batch size.
 
-    In a `BucketedDataset`, each bucket has a separate sequence. In every pass over the data, a bucket provides as many
-    whole batches as fit into its number of samples per pass. The batches of all buckets come in random order. Samples
-    left over from a pass are used in the next one, so that in the long run all samples of a bucket are used equally
-    often. At each step, all processes use the same bucket.
+    In a `BucketedDataset`, each bucket has a separate sequence, and each batch comes from one bucket. In a pass over
+    the data, each bucket provides as many whole batches as its number of samples per pass allows, and the batches of
+    all buckets come in random order. Samples that do not fill a batch are used in the next pass, so in the long run all
+    samples of a bucket are used equally often. At each step, all processes use the same bucket.
 
-    flip: mirror each image or clip left to right with probability one half.
+    flip: whether to mirror each image or clip left to right with probability one half, drawn anew whenever it is used.
 
     Raises:
-        ValueError: `batch_size` is below 1 or not divisible by the number of processes, `seed` is negative, or
-            `process_index` is out of range.
+        ValueError: `batch_size` is below 1 or not divisible by `process_count`, `seed` is negative, or `process_index`
+            is not from 0 to `process_count` - 1.
 
     Example:
         loader = Loader(dataset, batch_size=64, seed=0, flip=True)
@@ -80,7 +80,7 @@ class Loader:
         return batch._replace(x=np.where(flipped, x[..., ::-1, :], x))
 
     def place(self, step: int) -> tuple[int, int]:
-        """Returns the bucket of a step's batch, and the number of earlier batches from that bucket."""
+        """Returns the index of the bucket that batch `step` comes from, and the number of earlier batches from it."""
         if len(self._buckets) == 1:
             return 0, step
         passed = _pass_of(step, self._shares, self.batch_size)
@@ -121,7 +121,9 @@ class StatelessLoader(Protocol):
 
 
 def prefetch(loader: StatelessLoader, start: int, stop: int, *, depth: int = 2) -> Iterator[Batch]:
-    """Returns an iterator over the batches `start` to `stop` - 1. Two threads prepare up to `depth` batches in advance.
+    """Yields `loader.batch(step)` for the steps `start` to `stop` - 1, which two threads prepare in advance.
+
+    depth: number of batches to prepare in advance, besides the one in use.
 
     If preparing a batch fails, the error is raised when the iterator reaches that batch. When the iterator is closed or
     garbage-collected, the threads end after their current batches.
@@ -136,10 +138,10 @@ def prefetch(loader: StatelessLoader, start: int, stop: int, *, depth: int = 2) 
 
 
 def fixed_batches(dataset: Dataset, batch_size: int) -> Iterator[tuple[Batch, Bool[np.ndarray, " b"]]]:
-    """Iterates over the dataset once, in order, in evaluation batches of constant shape.
+    """Yields all samples of the dataset once, in order, in batches of exactly `batch_size` samples, for evaluation.
 
-    The last batch is padded with copies of its last sample. Each batch comes with a mask `b` that is False for these
-    copies. Each batch is prepared while the previous one is in use.
+    If the last batch is not full, it is padded with copies of its last sample. Each batch comes with a mask `b` that is
+    False for these copies. Each batch is prepared while the previous one is in use.
 
     Example:
         for batch, mask in fixed_batches(dataset, 256):

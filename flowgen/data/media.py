@@ -37,7 +37,7 @@ _GRID_COLOUR = 255
 def to_uint8(x: Float[Array | np.ndarray, "*shape"]) -> UInt8[np.ndarray, "*shape"]:
     """Returns pixels in [-1, 1] as bytes: round(127.5 (x + 1)), clipped to 0..255.
 
-    Infinities become black or white. NaN becomes mid-grey (128), so that one failed sample does not spoil a grid.
+    -inf becomes 0, inf becomes 255, and NaN becomes 128, so that a grid can show failed samples beside others.
 
     Example:
         pixels = to_uint8(samples)
@@ -52,8 +52,8 @@ def from_uint8(
 ) -> Float[Array | np.ndarray, "*shape"]:
     """Returns float32 pixels in [-1, 1]: images / 127.5 - 1, the convention of the published TARFlow weights.
 
-    The values 0 and 255 map to exactly -1 and 1, and `to_uint8` is the inverse. Accepts NumPy and JAX arrays, and can
-    be used under `jax.jit`.
+    The values 0 and 255 become exactly -1 and 1, and `to_uint8` restores all values exactly. NumPy arrays yield NumPy
+    arrays, and JAX arrays, also under `jax.jit`, yield JAX arrays.
 
     Example:
         x = from_uint8(batch.pixels)
@@ -69,10 +69,11 @@ def image_grid(
     padding: int = 2,
     scale: int = 1,
 ) -> UInt8[np.ndarray, "grid_height grid_width c"]:
-    """Arranges images in a grid in reading order, with `padding` white pixels between and around them.
+    """Arranges images row by row in a grid, with `padding` white pixels between and around them.
 
-    `columns` defaults to ceil(sqrt(b)), so that the grid is roughly square. Images, but not the padding, are enlarged
-    by the factor `scale`, for example to make 8×8 digits visible. Empty cells in the last row are white.
+    `columns` is the number of images per row; None means ceil(sqrt(b)), which makes the grid roughly square. Images,
+    but not the padding, are enlarged by the factor `scale`, for example to make 8×8 digits visible. Empty cells in the
+    last row are white.
 
     Raises:
         ValueError: there are no images, `columns` or `scale` is below 1, or `padding` is negative.
@@ -98,11 +99,14 @@ def image_grid(
 
 
 def save_image(path: str | os.PathLike[str], image: Shaped[np.ndarray, "..."]) -> None:
-    """Writes a uint8 image atomically, in the format that the suffix specifies.
+    """Writes a uint8 image in the format of the path's suffix: .png, .jpg, .jpeg, .webp or .bmp.
+
+    After an error, no incomplete file is left, and an existing file is unchanged. Missing folders are created.
 
     Raises:
-        ValueError: the suffix is unknown, or the array is not a uint8 image with 1 or 3 channels.
-        OSError: the path is not writable; see `check_writable`.
+        ValueError: `path` has another suffix, or `image` is not a uint8 array of shape (height, width), (height, width,
+            1) or (height, width, 3).
+        OSError: `path` is not writable; see `check_writable`.
         ModuleNotFoundError: Pillow is not installed.
 
     Example:
@@ -120,7 +124,9 @@ def save_image(path: str | os.PathLike[str], image: Shaped[np.ndarray, "..."]) -
 
 
 def check_image_path(path: str | os.PathLike[str]) -> None:
-    """Raises any error that `save_image` would raise for this path, before there is an image to save.
+    """Raises the error, if any, that `save_image` would raise because of this path or because Pillow is missing.
+
+    Call it before a long computation of the image to save.
 
     Example:
         check_image_path(arguments.out)
@@ -132,19 +138,21 @@ def check_image_path(path: str | os.PathLike[str]) -> None:
 
 
 def check_writable(path: str | os.PathLike[str]) -> None:
-    """Raises a one-sentence OSError if no file can be written at `path`. Creates nothing.
+    """Raises an OSError if no file can be written at `path`. Creates nothing.
 
-    Missing folders are allowed: `atomic_file` creates them.
+    Folders of `path` may be missing, because `atomic_file` creates them.
 
     Raises:
+        FileNotFoundError: one of the folders in the path is a link to a missing place.
         NotADirectoryError: one of the folders in the path is a file.
         IsADirectoryError: the path is a folder.
-        PermissionError: writing to the folder, or to an existing file, is not permitted.
+        PermissionError: the user may not write to the folder, or to the existing file at `path`.
 
     Example:
         check_writable("out/samples.npz")
     """
     path = Path(path)
+    check_links(path.parent)
     folder = next(place for place in (path.parent, *path.absolute().parents) if place.exists())
     if not folder.is_dir():
         raise NotADirectoryError(f"Cannot write '{path}': '{folder}' is a file, not a folder; choose another path.")
@@ -154,9 +162,47 @@ def check_writable(path: str | os.PathLike[str]) -> None:
         raise PermissionError(f"Cannot write '{path}': permission denied; choose a path you may write to.")
 
 
+def check_links(path: Path) -> None:
+    """Raises FileNotFoundError if a path or one of its parents is a link to a missing place, such as an absent disk.
+
+    Example:
+        check_links(Path("out"))
+    """
+    for place in (path, *path.parents):
+        if place.is_symlink() and not place.exists():
+            raise FileNotFoundError(
+                f"'{place}' is a link to '{os.readlink(place)}', which is missing; create it, or choose another path."
+            )
+
+
+@contextlib.contextmanager
+def naming(path: str | os.PathLike[str]) -> Generator[None]:
+    """Returns a context that adds a path to errors of writing, such as that of a full disk, which lack it.
+
+    Example:
+        with naming("latents/mean.npy"):
+            np.save("latents/mean.npy", mean)
+    """
+    try:
+        yield
+    except OSError as error:
+        # NumPy reports a full disk without the error number of the system.
+        if error.filename is not None or (error.errno is None and "requested and" not in str(error)):
+            raise
+        reason = error.strerror or "the disk may be full"
+        raise OSError(f"Cannot write '{path}': {reason}; free some space, or choose another path.") from error
+
+
 @contextlib.contextmanager
 def atomic_file(path: str | os.PathLike[str]) -> Generator[IO[bytes]]:
-    """Yields a binary file that is renamed to `path` on success and deleted on any error. Creates missing folders.
+    """Returns a context manager that opens a temporary file for writing bytes, and finally renames it to `path`.
+
+    On any error, the temporary file is deleted, and an existing file at `path` stays as it is. Missing folders are
+    created.
+
+    Raises the same errors as `check_writable`.
+
+    Raises OSError, with the path in its message, if the file cannot be written.
 
     Example:
         with atomic_file("samples.npz") as file:
@@ -167,7 +213,7 @@ def atomic_file(path: str | os.PathLike[str]) -> Generator[IO[bytes]]:
     path.parent.mkdir(parents=True, exist_ok=True)
     temporary = path.with_name(f".{path.name}.{os.getpid()}-{secrets.token_hex(4)}.tmp")
     # Mode "x" creates the file exclusively, so an existing file or link is never written to.
-    with temporary.open("xb") as file:
+    with naming(path), temporary.open("xb") as file:
         try:
             yield file
             file.flush()

@@ -33,24 +33,25 @@ _SIMULATORS: dict[str, type[Simulator]] = {"two_moons": TwoMoons, "slcp": SLCP}
 
 @config
 class NumbersConfig:
-    """Selects numbers in an .npz file, as written by `np.savez(path, x=..., context=...)`.
+    """Selects the numbers to train on from an .npz file, as written by `np.savez(path, x=..., context=...)`.
 
-    The file contains an array `x` of floats: vectors `num d` or sequences `num n c`. For a conditional model, it also
-    contains `context` (floats: vectors `num k`, tokens `num m k` or images `num height width c`) or `labels` (integers
-    `num`; -1 for none). If context tokens are padded, the boolean array `context_mask` `num m` is False for padding. If
-    samples are padded, the boolean array `mask` `num n` is False for padding rows of `x`. Numbers at padding are
-    ignored. The other numbers are stored as float32.
+    The file contains `num` samples as an array `x` of floats: vectors `num d` or sequences `num n c`. For a conditional
+    model, it also contains one context per sample, as an array of floats `context` (vectors `num k`, tokens `num m k`
+    or images `num height width c`), or one class number per sample, as an integer array `labels` of shape `num`, where
+    -1 means no class. If context tokens are padded, the file contains a boolean array `context_mask` of shape `num m`
+    that is False for padding. If sequences are padded, it contains a boolean array `mask` of shape `num n` that is
+    False for the rows of `x` that are padding. Numbers at padding are ignored. Other floats are converted to float32.
 
-    path: the .npz file, or its URL.
-    eval_fraction: fraction of the samples held out for evaluation; with 0, none are held out.
-    shuffle_rows: whether to put the existing rows of each sample in a new random order at every training step. Set it
-    for sets, because the order of their rows has no meaning. Held-out samples keep the order of the file.
-    low: lower bound of x, such as that of a uniform prior: one number, or one per channel of x (an entry of a vector,
-    or an index of the last axis); none for no bound. All samples that the flow draws are within the bounds.
-    high: upper bound of x, like low. If a channel has two bounds, values on either are moved inside by 2^-24 of the
-    distance between the bounds.
+    path: path or URL of the .npz file.
+    eval_fraction: fraction of the samples that is held out for evaluation; 0 to hold out none.
+    shuffle_rows: whether to put the rows of each sequence, except padding, in a new random order at every training
+    step. Use it for sets, whose rows have no meaningful order. Rows of held-out samples keep the order of the file.
+    low: lower bound of x, such as that of a uniform prior: one number, or a tuple with one number or None for each
+    entry of a vector or channel of a sequence; None for no bound. The flow draws only samples within the bounds.
+    high: upper bound of x, in the same form as low. If a channel has both bounds, values equal to one of them are moved
+    inside by 2^-24 of the distance between the bounds; if it has only one, values equal to it cause an error.
 
-    Raises ValueError unless low is below high and tuples have equal lengths.
+    Raises ValueError unless low is below high wherever both are given, and tuples have equal lengths.
 
     Example:
         data = NumbersConfig(path="measurements.npz")
@@ -68,12 +69,12 @@ class NumbersConfig:
 
 @config
 class SimulatedConfig:
-    """Selects a simulator. The samples are parameters from its prior, and their contexts are simulated observations.
+    """Selects a simulator. Samples are parameters drawn from its prior, and their contexts are simulated observations.
 
-    name: the simulator, "two_moons" or "slcp"; see `flowgen.simulators`.
-    simulations: number of simulations, including those for evaluation.
+    name: the simulator: "two_moons", or "slcp" (simple likelihood, complex posterior); see `flowgen.simulators`.
+    simulations: number of simulations, held-out ones included.
     seed: random seed of the simulations.
-    eval_fraction: fraction of the simulations held out for evaluation; with 0, none are held out.
+    eval_fraction: fraction of the simulations that is held out for evaluation; 0 to hold out none.
 
     Example:
         data = SimulatedConfig("slcp", simulations=30_000)
@@ -86,15 +87,15 @@ class SimulatedConfig:
 
     @property
     def simulator(self) -> Simulator:
-        """The simulator that `name` selects."""
+        """The simulator called `name`, which samples parameters and observations."""
         return _SIMULATORS[self.name]()
 
 
 @dataclasses.dataclass(frozen=True)
 class NumbersDataset:
-    """A dataset of vectors `n d` or sequences `n rows c` in memory, with their contexts.
+    """A `Dataset` of `n` vectors `n d` or sequences `n rows c` in memory, with their contexts.
 
-    context: a pytree of arrays with one row per sample, in the form that the model accepts; None for no context.
+    context: a pytree of arrays whose first axis has length n, in the form that the model accepts; None for no context.
 
     Example:
         dataset = NumbersDataset(parameters, observations)
@@ -116,18 +117,19 @@ class NumbersDataset:
         return Batch(self.x[indices], jax.tree.map(lambda array: array[indices], self.context))
 
     def select(self, indices: Int[np.ndarray, " m"]) -> NumbersDataset:
-        """Returns a dataset of the samples at these indices, in this order."""
+        """Returns a dataset of the samples at `indices`, in the order of `indices`."""
         batch = self[indices]
         return dataclasses.replace(self, x=np.asarray(batch.x), context=batch.context)
 
 
 def load_numbers(data: NumbersConfig | SimulatedConfig, model: Any, split: Split) -> NumbersDataset:
-    """Returns the samples and contexts of a split, in the form that a model with this config accepts.
+    """Reads the file or runs the simulator that `data` selects; returns the samples and contexts of one split.
 
-    model: a `TokenFlowConfig`, or another config with the fields shape, context, num_classes and padded.
+    model: the config of the model that will be trained on them: a `TokenFlowConfig`, or another config with the fields
+    shape, context, num_classes and padded. It determines which arrays the file must contain, and their shapes.
 
-    Raises FileNotFoundError if the file does not exist, and ValueError if the file or the simulator does not fit the
-    model, or if float32 cannot represent the numbers of the file well (see `flowgen.data.casting`).
+    Raises FileNotFoundError if the file does not exist, and ValueError if its arrays do not fit the model, or if
+    float32 cannot represent their numbers accurately (see `flowgen.data.casting`).
 
     Example:
         dataset = load_numbers(SimulatedConfig(), TokenFlowConfig(shape=(2,), context=VectorContext(2)), "train")

@@ -18,10 +18,10 @@ Distribution = Literal["normal", "eight_gaussians", "five_gaussians", "moons"]
 
 @config
 class PointsConfig:
-    """Selects the two distributions between which a model transports points (see `flowgen.matching.toy`).
+    """Selects two distributions of points in the plane for flow matching; `flowgen.matching.toy` defines them.
 
-    x0: distribution at t = 0.
-    x1: distribution of the data, at t = 1.
+    x0: distribution at t = 0, from which sampling starts.
+    x1: distribution at t = 1, to which the model learns to transport samples from x0.
 
     Example:
         config = PointsConfig(x0="eight_gaussians", x1="moons")
@@ -32,13 +32,16 @@ class PointsConfig:
     x1: Distribution = "eight_gaussians"
 
     def draw(self, key: Key[Array, ""], num: int) -> tuple[Float[Array, "num 2"], Float[Array, "num 2"]]:
-        """Returns independent samples from x0 and x1. Can be used under `jax.jit`."""
+        """Returns `num` samples from x0 and, independently, `num` samples from x1. Can be used under `jax.jit`."""
         key0, key1 = jax.random.split(key)
         return toy.DISTRIBUTIONS[self.x0](key0, num), toy.DISTRIBUTIONS[self.x1](key1, num)
 
 
 def blank_batches(share: int, start: int, stop: int) -> Iterator[Batch]:
-    """Yields placeholder batches of length `share`. The training step itself draws the points, from the step's key.
+    """Yields one placeholder batch for each step from `start` to `stop` - 1, for training on a `PointsConfig`.
+
+    The batches contain only zeros, because the training step itself draws the points, with its own random key. share:
+    number of samples per batch in each process.
 
     Example:
         for batch in blank_batches(256, 0, 20_000):

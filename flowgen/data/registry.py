@@ -32,20 +32,23 @@ _WITH_PATH = (*OF_FILES, "npz")
 def load(
     config: DataConfig, *, image_size: ImageSize, channels: int, split: Split, multiple: int = 1
 ) -> Dataset | BucketedDataset:
-    """Returns the images of one split, in the requested shape.
+    """Returns the images that `config` selects for training ("train") or evaluation ("eval"), or both ("all").
 
-    image_size: side, or (height, width). channels: number of channels. If it is 3, grey images get 3 equal channels. If
-    it is 1, colour images of `folder` or `tar` are converted to grey, and those of other data raise an error. multiple:
-    if `config.aspects` is set, the sides of the images in every bucket are multiples of this number.
+    image_size: side of square images, or (height, width), in pixels. channels: number of channels; with 3, grey images
+    get 3 equal channels; with 1, colour images of `folder` or `tar` are converted to grey, but other colour images
+    raise an error. multiple: if `config.aspects` is set, the height and width of every image are multiples of this
+    number; otherwise, it has no effect.
 
-    Labels are indices into `class_names`; -1 marks an image without a label. The class names are `config.classes`,
-    unless this is empty.
+    Labels are indices into the dataset's `class_names`; -1 marks an image without a label. The class names are
+    `config.classes` or, if this is empty, those of the data.
 
     Raises:
-        ValueError: the dataset cannot provide this shape, the split is empty, a class is not one of `config.classes`,
-            or a file is damaged.
-        FileNotFoundError, NotADirectoryError: `path` does not exist, or is not a folder or file as `name` requires.
-        ModuleNotFoundError: an optional package is missing; the message gives the command that installs it.
+        ValueError: `config.name` is `own`; the data cannot provide this shape; the split is empty; a class is not one
+            of `config.classes`; or a file cannot be read and may not be skipped (see `config.on_corrupt`).
+        FileNotFoundError, NotADirectoryError: `config.path` does not exist, or is not the folder or file that
+            `config.name` requires.
+        ModuleNotFoundError: reading the data needs a package that is not installed; the message gives the command that
+            installs it.
 
     Example:
         dataset = load(DataConfig("mnist"), image_size=(28, 28), channels=1, split="eval")

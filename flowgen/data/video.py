@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import math
 import os
 from fractions import Fraction
@@ -149,7 +150,8 @@ def write_video(
         return
     odd = [(0, length % 2) for length in colour.shape[1:3]]
     colour = np.pad(colour, ((0, 0), *odd, (0, 0)), mode="edge")
-    with atomic_file(path) as file, av().open(file, "w", format="mp4") as container:
+    encoded = io.BytesIO()  # PyAV does not pass on errors of the disk
+    with av().open(encoded, "w", format="mp4") as container:
         stream = container.add_stream("libx264", rate=Fraction(fps).limit_denominator(1001), options={"crf": _CRF})
         stream.height, stream.width = colour.shape[1:3]
         stream.pix_fmt = "yuv420p"
@@ -159,6 +161,8 @@ def write_video(
         for pixels in colour:
             container.mux(stream.encode(to_bt709(np.ascontiguousarray(pixels))))
         container.mux(stream.encode())
+    with atomic_file(path) as file:
+        file.write(encoded.getbuffer())
 
 
 def check_video_path(path: str | os.PathLike[str]) -> None:

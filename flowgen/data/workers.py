@@ -84,8 +84,8 @@ class Workers:
 def workers_of(count: int | Literal["auto"], path: str) -> Workers:
     """Returns the workers for a value of `data.workers` and the path of the data.
 
-    "auto" reads in threads if there are up to eight cores or the data are in a bucket. Otherwise, it reads in one
-    process per core, at most 32, if loky is installed.
+    "auto" reads in threads if there are up to eight cores or the data are in a bucket. Otherwise, it reads in
+    processes, one per core but at most 32, if the package loky is installed, and in threads if it is not.
 
     Example:
         workers_of("auto", "photos").processes

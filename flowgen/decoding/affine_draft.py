@@ -47,17 +47,18 @@ def fit_affine_draft(
     *,
     guidance: Guidance | None = None,
 ) -> Draft:
-    """Returns a draft that computes each block's tokens as an affine function of its noise and label.
+    """Returns a draft that computes each block's tokens as an affine function of the block's noise and the class label.
 
-    The draft ignores any other context. Encoding x yields every block's noise and tokens, to which the function is
-    fitted in closed form. Evaluating the function takes one matrix product, which is cheaper than a network pass in
-    most flows.
+    The draft ignores any condition that is not a label, such as a text. Encoding x yields every block's noise and
+    tokens, to which the function is fitted in closed form. Evaluating the function takes one matrix product, which is
+    cheaper than a network pass in most flows.
 
-    x: a few thousand samples, drawn from the flow or from its training data with the training noise added.
+    x: a few thousand samples, with the condition `cond`: drawn from the flow without denoising, or from its training
+    data with the training noise added.
     guidance: the guidance with which the draft will be used.
 
-    Raises ValueError if x, cond or guidance does not fit the flow, if samples have padding, or if a block maps more
-    than 4096 values together.
+    Raises ValueError if x, cond or guidance does not fit the flow, if x is empty, if cond is `Padded`, or if a block
+    maps more than 4096 values (tokens times channels) together.
 
     Example:
         draft = fit_affine_draft(flow, params, x, labels)

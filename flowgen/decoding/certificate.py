@@ -91,7 +91,7 @@ class _Series(NamedTuple):
 
 
 def summed(product: Linear, b: Tokens, most: float) -> tuple[Tokens, Float[Array, " b"]]:
-    """Returns b + J b + J² b + ... and, per sample, a bound on the omitted terms relative to this sum.
+    """Returns a partial sum of b + J b + J² b + ... and, per sample, a bound on the rest, divided by the partial sum.
 
     The bound holds if the ratio of successive terms does not rise. If the bound still exceeds `most` after MAX_PRODUCTS
     products, infinity is returned instead.

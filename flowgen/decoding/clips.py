@@ -26,16 +26,18 @@ CONTEXT = 0.75  # default context, as a fraction of the frames that the flow mod
 class Clip:
     """The length and the first frames of clips to draw from a `STARFlowV` that models F frames together.
 
-    frames: number of frames per clip; None means F. Longer clips are continued by restarts, each of which begins with
-    the latest frames and decodes more.
-    given: the clip's first frames, with the training noise added; only the denoising step changes them.
-    context: number of latest frames with which each restart begins; None means 3/4 of F, rounded.
+    frames: number of frames per clip; None means F. A clip of more than F frames is continued by restarts, each of
+    which takes the latest decoded frames as given and decodes the frames after them.
+    given: the clip's first frames, with the training noise added; only the denoising step changes them. None means that
+    all frames are decoded.
+    context: number of frames that each restart takes as given, from 1 to F - 1; None means 3/4 of F, rounded.
     restart_cond: the condition for restarts, such as the text that training used for continued clips; None means the
-    clip's condition.
-    progress: a function that decoding calls on the host as progress(solved, total) whenever the deep block solves
-    tokens; `solved` is the number of tokens just solved, and `total` is the number of tokens to solve per clip. With a
-    sliding window, `solved` counts the tokens of the slowest clip, and may be 0. The program does not wait for this
-    call. Passing a different function causes recompilation.
+    condition of the whole clip, `cond` of `sample`.
+    progress: a function that is called on the host as progress(solved, total) whenever the last block, which is decoded
+    first and usually takes most of the time, has solved tokens. `solved` is the number of tokens per clip that it has
+    solved since the previous call, and `total` is the number of tokens to solve per clip. With a `SlidingWindow`,
+    `solved` counts the tokens of the slowest clip, and may be 0. The program does not wait for the call to return.
+    Passing a different function causes recompilation.
 
     Example:
         r = sample(flow, params, jax.random.key(0), 2, texts, clip=Clip(frames=41, given=noisy_first_frames))

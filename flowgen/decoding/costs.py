@@ -66,16 +66,16 @@ class PassCost(NamedTuple):
     kernels: int
 
     def roofline(self, speed: DeviceSpeed) -> float:
-        """Returns the minimum time of the pass in seconds, without kernel launches."""
+        """Returns the minimum time of the pass in seconds, without the overhead of kernel launches."""
         return max(self.flop / speed.flop_per_second, self.traffic / speed.bytes_per_second)
 
     def seconds(self, speed: DeviceSpeed) -> float:
-        """Returns the calculated time of the pass in seconds."""
+        """Returns the calculated time of the pass in seconds: `roofline` plus the overhead of kernel launches."""
         return self.roofline(speed) + self.kernels * speed.launch_seconds
 
 
 def device_speed(name: str, dtype: str = "bfloat16") -> DeviceSpeed:
-    """Returns the peak speed of the accelerator with this name, such as "H100 80 GB" or "TPU v5p 95 GB".
+    """Returns the peak speed of an accelerator for products in `dtype`, by its name in `flowgen.backend.MACHINES`.
 
     Raises ValueError if the name or the dtype is not known.
 
@@ -94,12 +94,12 @@ def device_speed(name: str, dtype: str = "bfloat16") -> DeviceSpeed:
 
 @lru_cache(maxsize=1024)
 def pass_cost(block: BlockConfig, rows: int, window: int) -> PassCost:
-    """Returns the cost of one pass over a window of a block, counted from shapes; no arrays are computed.
+    """Returns the cost of one pass over a window of tokens in a block, counted from shapes; no arrays are computed.
 
-    The cost assumes the mean size of the cache during decoding.
+    The cache is assumed to have the mean of its sizes during decoding.
 
-    rows: number of sequences that are decoded together: samples × branches of guidance × frames that the block maps
-    independently. window: number of tokens in the pass, at most the block's number of tokens.
+    rows: number of sequences that are decoded together: samples × frames that the block maps independently, times 2 if
+    the block is guided. window: number of tokens in the pass, or the block's number of tokens if that is smaller.
 
     Raises ValueError if rows or window is not positive.
 
@@ -132,9 +132,10 @@ def pass_cost(block: BlockConfig, rows: int, window: int) -> PassCost:
 def predicted_cost(
     flow: Flow, batch: int, speed: DeviceSpeed, *, guided_blocks: tuple[int, ...] = ()
 ) -> Callable[[int, SolverPlan], float]:
-    """Returns the function (block number, plan) -> calculated seconds per pass, for `tune(cost=...)`.
+    """Returns the function (block index, plan) -> calculated seconds per pass, for `tune(cost=...)`.
 
-    batch: number of samples. guided_blocks: the numbers of the blocks with guidance, in which a pass has two branches.
+    batch: number of samples. guided_blocks: the indices of the blocks with guidance, in which a pass computes each
+    sample with and without the condition; blocks are counted from 0, data side first.
 
     Raises ValueError if batch is not positive.
 

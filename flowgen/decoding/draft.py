@@ -26,10 +26,11 @@ from flowgen.flows.density import FlowConfig
 class Draft:
     """Proposes the tokens of each block from its noise: tokens = function(variables, noise, cond).
 
-    The noise and the tokens have the shape `b n c` and are in raster order. `cond` is the condition of the block; None
-    for unconditional blocks. The proposed tokens may be inaccurate, and even infinite or NaN.
+    The argument `variables` is the block's entry of the field `variables`. The noise and the tokens have the shape `b n
+    c` and are in raster order. `cond` is the condition of the block; None for unconditional blocks. The proposed tokens
+    may be inaccurate, and even infinite or NaN.
 
-    variables: one pytree of arrays per block, data side first; None for blocks without a draft.
+    variables: one entry per block, data side first: a pytree of arrays, or None for a block without a draft.
 
     Example:
         draft = Draft(lambda scale, noise, cond: scale * noise, (None, jnp.asarray(0.5)))
@@ -42,7 +43,7 @@ class Draft:
     def of_block(
         self, index: int, noise: Float[Array, "b n c"], cond: Condition | None
     ) -> Float[Array, "b n c"] | None:
-        """Returns the tokens proposed for block `index`; None if the block has no draft."""
+        """Returns the tokens proposed for block `index`, counted from 0 on the data side; None if it has no draft."""
         variables = self.variables[index]
         return None if variables is None else _proposed(self.function, variables, noise, cond)
 

@@ -23,7 +23,7 @@ AUTO_TOLERANCE = 1e-4
 
 @config
 class Sequential:
-    """Decodes one token after another with a cache. The result is exact and needs one network pass per token.
+    """Decodes one token after another with a cache. The result is exact up to rounding; each token takes one pass.
 
     Example:
         r = invert(flow, params, z, cond, plan=Sequential())
@@ -35,19 +35,20 @@ class Jacobi:
     """Decodes windows of tokens in order, each by fixed-point sweeps, with a cache for the earlier windows.
 
     In each window, decoding repeats the sweep x <- shift(x) + exp(log_scale(x)) · z. By default, a sample is frozen
-    once none of its tokens changes by more than `tol` (max norm, data units). After k sweeps, the first k tokens of a
-    window are exact.
+    once a sweep changes none of its tokens in the window by more than `tol` (max norm, in the units of the block's
+    tokens). After k sweeps, the first k tokens of a window are exact.
 
     window: number of tokens solved together; None means one window over all tokens, and 1 means sequential decoding.
-    tol: largest change in a sweep at which a sample counts as solved; 0 is exact.
+    tol: a sample counts as solved after a sweep in which its tokens changed by at most this much; with 0, it is exact.
     max_sweeps: largest number of sweeps per window; None allows one per token of the window, which is always enough.
     init: initial guess for a window. "noise" is the noise itself, "zeros" is all zeros, "previous_frame" is the tokens
-    of the previous frame, and "draft" is the tokens that a `Draft` proposes. If there is no previous frame, or no draft
-    for a block, "previous_frame" and "draft" fall back to the noise.
-    stop: the rule that decides when a window is solved. "max_change" is the rule above. "relative_mse" is the rule of
-    STARFlow and STARFlow-V (arXiv 2511.20462): all samples stop together once mean((new - old)²) / mean(new²) over the
-    batch and the window is at most `tol`. It is meant for comparison with these papers. It can stop far from the
-    solution, because a mean hides a few tokens that still change. It also makes each sample depend on its batch.
+    of the previous frame, and "draft" is the tokens that a `Draft` proposes. If there is no previous frame,
+    "previous_frame" falls back to the noise; if a block has no draft, so does "draft".
+    stop: the rule that decides when a window is solved. "max_change" freezes each sample by itself, as described above.
+    "relative_mse" is the rule of STARFlow and STARFlow-V (arXiv 2511.20462): all samples stop together once mean((new -
+    old)²) / mean(new²) is at most `tol`, where old and new are the tokens before and after a sweep, and the means are
+    over the batch and the window. This rule is meant for comparison with these papers. It can stop far from the
+    solution, because a mean hides a few tokens that still change, and it makes each sample depend on its batch.
 
     Example:
         r = invert(flow, params, z, cond, plan=Jacobi(window=32, tol=1e-4))
@@ -62,16 +63,16 @@ class Jacobi:
 
 @config
 class SlidingWindow:
-    """Decodes by sweeps over a window in each sample; each sweep advances the window past one or more solved tokens.
+    """Decodes each sample by sweeps over a window of tokens, which advances past one or more solved tokens per sweep.
 
     In each sample, a sweep accepts the window's leading tokens that changed by at most `tol`, plus the next token (Song
     et al. 2021, arXiv 2002.03629). With `tol=0`, the solution is exact. Otherwise, each returned token is within `tol`
-    of the value implied by the tokens before it. There are never more sweeps than tokens. A sample does not depend on
-    the other samples in its batch.
+    of the value implied by the tokens before it. A sample takes at most one sweep per token. A sample does not depend
+    on the other samples in its batch.
 
     window: number of tokens in the window; None means all tokens.
-    tol: largest change in a sweep at which a token counts as solved; 0 is exact.
-    init: initial guess for new tokens of the window; see `Jacobi`.
+    tol: a token counts as solved if a sweep changes it by at most this much; with 0, the result is exact.
+    init: initial guess for tokens that enter the window; the values are those of `init` of `Jacobi`.
 
     Example:
         r = invert(flow, params, z, cond, plan=SlidingWindow(window=32, tol=1e-4))
@@ -89,15 +90,16 @@ SolverPlan = Sequential | Jacobi | SlidingWindow
 class LowPrecision:
     """Decodes a block with rounded weights, then repairs the tokens with the unrounded weights.
 
-    `plan` decodes the block as if the rounded weights were its weights. `polish` then starts from its result and solves
-    with the unrounded weights, so its tolerance means the same as without rounding.
+    `plan` decodes the block as if the rounded weights were its weights. `polish` then starts from the result of `plan`
+    and solves with the unrounded weights, so the error depends on the tolerance of `polish`, and not on the rounding.
 
-    dtype: "int8" stores the weights of the layers' linear maps in 8 bits, with one scale per output and a few inputs at
-    full precision (LLM.int8, arXiv 2208.07339). Products keep the flow's dtype. "bfloat16" uses bfloat16 for all
-    weights of linear maps, for matrix products and for caches.
+    dtype: "int8" stores the weights of the layers' linear maps in 8 bits, with one scale per output; the weights of a
+    few inputs keep full precision (LLM.int8, arXiv 2208.07339). Products keep the flow's dtype. "bfloat16" uses
+    bfloat16 for all weights of linear maps, for matrix products and for caches.
     plan: how to decode with the rounded weights.
-    polish: how to repair the tokens; None returns them as they are. The solver's reports then describe the rounded
-    block; `certify=True` measures the true error, with the unrounded weights.
+    polish: how to repair the tokens. None returns them as they are; `sweeps`, `residual` and `unsolved` of the result
+    then describe the block with rounded weights, but `error` (with `certify=True`) is measured with the unrounded
+    weights.
 
     Example:
         r = invert(flow, params, z, cond, plan=LowPrecision(dtype="int8"))
@@ -132,18 +134,20 @@ Plan = BlockPlan | DecodePlan
 
 
 def resolve_plan(plan: Plan | str, *, rows: Sequence[int]) -> DecodePlan:
-    """Returns one plan per block.
+    """Returns a `DecodePlan` with one plan for each block of a flow.
 
-    plan: a plan, or "sequential", "jacobi", "sliding" or "auto". On a CPU, where the cost of a pass grows with the
-    number of rows, "auto" is sequential. On accelerators, it is Jacobi with a window of 256 / rows tokens, for which a
-    pass still takes about as long as a pass over one token. If this window is shorter than 8 tokens, "auto" is
-    sequential on accelerators too. Because the window depends on the batch size, so do the images, but only within the
-    tolerance. An explicit plan does not depend on the batch size.
+    plan: a plan, "auto", or "sequential", "jacobi" or "sliding" for `Sequential()`, `Jacobi()` or `SlidingWindow()`. On
+    a CPU, where the cost of a pass grows with the number of rows, "auto" is sequential. On accelerators, "auto" gives
+    each block `Jacobi` with a window of 256 / rows tokens, for which a pass still takes about as long as a pass over
+    one token; if this window is shorter than 8 tokens, the block is decoded sequentially. With "auto", the batch size
+    therefore has a small effect on the result, which the tolerance of 1e-4 limits. No other plan depends on the batch
+    size.
 
     rows: number of rows per token in each block, data side first: the batch size, times 2 if the block is guided, times
     the number of frames that the block maps independently.
 
-    Raises ValueError if `plan` is neither a plan nor the name of one, or if it has the wrong number of blocks.
+    Raises ValueError if `plan` is neither a plan nor the name of one, or is a `DecodePlan` for another number of
+    blocks.
 
     Example:
         plan = resolve_plan("auto", rows=(16, 16, 16, 32))

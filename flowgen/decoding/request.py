@@ -27,21 +27,22 @@ from flowgen.guidance import Guidance
 class DecodeResult(NamedTuple):
     """Decoded images or clips, and reports on the decoding.
 
-    x: images `b height width c` or clips `b frames height width c`, not clipped.
+    x: images `b height width c` or clips `b frames height width c`, whose values are not limited to a range.
     sweeps: number of network passes until the slowest sample was solved, for each block (data side first) and window; 0
-    for windows that a block does not have. With a sliding window, a block has one number for all its passes. With
-    `LowPrecision`, the windows of `polish` follow those of `plan`.
-    residual: largest change (max norm) in the last sweep of any block and window; 0 if there were enough sweeps to make
-    x exact.
-    overflows: number of values in all sweeps that were not finite or exceeded 1e6 in magnitude.
-    unsolved: whether any sample was left without a solution, because `max_sweeps` was reached or its tokens overflowed;
-    blocks and windows as in `sweeps`.
-    finite: whether x is finite.
-    error: with `certify`, the largest |forward(x) - z| over tokens, before denoising; otherwise None. A guided flow has
-    no forward pass, so its error is the largest such difference in any single block.
-    error_estimate: with `certify`, a first-order estimate of the largest difference, in data units, between x before
-    denoising and the exact solution; otherwise None. It is infinite if no estimate was found, for example because a
-    block amplifies errors too much from token to token; see `flowgen.decoding.certificate`.
+    for windows that a block does not have. A block decoded by `SlidingWindow` has a single entry, for all its passes.
+    For a block decoded by `LowPrecision`, the entries for `polish` follow those for `plan`.
+    residual: for each sample, the largest change of a token (max norm) in the last sweep over any window of any block;
+    0 if there were enough sweeps to make x exact.
+    overflows: for each sample, the number of values in all sweeps that were not finite or exceeded 1e6 in magnitude.
+    unsolved: for each block and window, as in `sweeps`, whether a sample was left without a solution, because
+    `max_sweeps` was reached or its tokens overflowed.
+    finite: for each sample, whether all values of x are finite.
+    error: with `certify`, the largest |forward(x) - z| over the tokens of each sample, with x before denoising;
+    otherwise None. With guidance, there is no forward pass through all blocks, so the error is the largest such
+    difference in any single block.
+    error_estimate: with `certify`, a first-order estimate, for each sample, of the largest difference between x before
+    denoising and the exact solution, in data units; otherwise None. It is infinite if no estimate was found, for
+    example because a block amplifies errors too much from token to token; see `flowgen.decoding.certificate`.
     """
 
     x: Float[Array, "b *event"]
@@ -89,9 +90,9 @@ class TweedieStep:
 @jax.tree_util.register_dataclass
 @dataclass(frozen=True)
 class Denoiser:
-    """A learned denoiser, which replaces the Tweedie step.
+    """A learned denoiser for `sample(denoise=...)`, which replaces the Tweedie step.
 
-    The denoiser computes clean = function(variables, noisy, cond) for the whole batch.
+    The denoised images or clips are function(variables, noisy, cond), for a whole batch.
 
     Example:
         r = sample(flow, params, key, 16, labels, denoise=Denoiser(network.apply, network_variables))

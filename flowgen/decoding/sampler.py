@@ -50,17 +50,18 @@ def invert(
     certify: bool = False,
     strict: bool = False,
 ) -> DecodeResult:
-    """Returns the images or clips that `forward` maps to z, decoded by `plan` with `guidance`.
+    """Returns the images or clips that the flow's `forward` maps to z, decoded by `plan`.
 
-    The scale, temperature and null text of guidance can change without recompilation.
+    With `guidance`, the guided blocks are inverted instead, and `forward` does not map the result to z. The scale,
+    temperature and null text of the guidance can change without recompilation.
 
     z: noise tokens in raster order, as `forward` returns them.
     draft: proposes the initial guesses of plans with init="draft".
-    certify: whether to compute the result's `error`, by a forward pass with the same guidance, and its
+    certify: whether to compute the result's `error`, by a forward pass of each block with the same guidance, and its
     `error_estimate`, by a few more passes.
-    strict: whether to wait for the result and to raise an error if a window is unsolved. By default, the call does not
-    wait, and the result's `unsolved` reports unsolved windows. Inside jit, nothing can be raised, so `strict` must be
-    False.
+    strict: whether to wait for the result and to raise an error if a window of tokens is unsolved. By default, the call
+    returns without waiting, and the result's `unsolved` reports unsolved windows. Inside jit, `strict` must be False,
+    because a compiled program cannot raise an error.
 
     Raises ValueError if z, cond, plan, guidance or draft does not fit the flow, and FloatingPointError if
     `strict` is True and a window is unsolved.
@@ -94,21 +95,22 @@ def sample(
     draft: Draft | None = None,
     strict: bool = False,
 ) -> DecodeResult:
-    """Returns images or clips drawn from the flow, with the training noise removed.
+    """Returns images or clips drawn from the flow; by default, a denoising step removes the training noise from them.
 
-    num: the number of samples to draw, or the sample numbers themselves, such as range(16, 32). Sample i depends only
-    on (key, i), so a job can be split into batches of any size. If the sample numbers are an array that is sharded over
-    devices, each device draws the samples of its own shard, and x and the per-sample reports are sharded in the same
-    way.
-    denoise: whether to apply one Tweedie step x + strength · σ² ∇ log p(x | cond), with σ from the flow's config. A
-    number sets the strength, and True means strength 1. Here p is the flow's own density, without guidance and without
-    given frames. A learned `Denoiser` replaces this step; it receives all frames of a clip, given ones included, before
-    denoising.
-    certify: as for `invert`; for a clip, the error covers only the generated frames.
-    clip: description of clips that begin with given frames, or that have more or fewer frames than the flow models. A
-    token's noise depends only on the key, the sample's number and the token's position. Before denoising, a longer clip
-    therefore begins with the same frames as a shorter one; the denoised frames can differ, because denoising uses later
-    frames. In `sweeps`, the deep block has the windows of all segments, one segment after another.
+    num: the number of samples to draw, or the sample numbers themselves, such as range(16, 32). The noise of sample
+    number i depends only on (key, i), so a job can be split into batches of any size. If the sample numbers are an
+    array that is sharded over devices, each device draws the samples of its own shard, and x and the per-sample reports
+    are sharded in the same way.
+    denoise: whether to apply one Tweedie step x + strength · σ² ∇ log p(x | cond), where σ is the flow's `noise_std`
+    and p is the flow's own density, without guidance and as if no frames were given. A number is the strength; True
+    means 1, and False means no step. A `Denoiser` is applied instead of this step, to all frames of a clip, including
+    the given ones.
+    certify: as for `invert`; for a clip, `error` and `error_estimate` cover only the frames that were not given.
+    clip: describes clips that begin with given frames, or that have more or fewer frames than the flow models; None
+    means samples of the flow's own size. A token's noise depends only on the key, the sample's number and the token's
+    position. Before denoising, a longer clip therefore begins with the same frames as a shorter one; the denoised
+    frames can differ, because denoising uses later frames. If the clip is continued by restarts, the last block's
+    entries in `sweeps` are those of the first part of the clip, then those of each restart.
     draft, strict: as for `invert`. A draft cannot be combined with a clip.
 
     Raises ValueError if cond, plan, guidance, clip or draft does not fit the flow, or if `num` or `denoise` is invalid,
@@ -140,10 +142,11 @@ def sample_and_log_prob(
     """Returns the samples of `sample(..., denoise=False)` and log p(x | cond) of each, in nats.
 
     A forward pass computes the density of the returned samples. The density is therefore exact, even if the plan solves
-    for the tokens only within a tolerance. Samples and densities can be differentiated.
+    for the tokens only within a tolerance. Samples and densities can be differentiated with respect to parameters and
+    continuous conditions.
 
-    guidance, denoise: must be off, because the density of guided or denoised samples is unknown. num, plan, draft: as
-    for `sample`.
+    guidance: None, or a guidance that changes no block. denoise: False. Guided or denoised samples have no known
+    density. num, plan, draft: as for `sample`.
 
     Raises ValueError if cond, plan or draft does not fit the flow, if `num` is invalid, or if samples would be guided
     or denoised.

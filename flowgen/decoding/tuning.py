@@ -61,10 +61,11 @@ Cost = Callable[[int, SolverPlan], float]
 class Measurement(NamedTuple):
     """The results of decoding one block by one plan.
 
-    block: the block's number, counted from the data side.
-    passes: number of network passes that the plan needed.
-    error: largest difference between decoded and known tokens; infinite if the block overflowed.
-    seconds: predicted time, which is `passes` times the time of a pass; see `cost` of `tune`.
+    block: the index of the block, counted from 0 on the data side.
+    passes: total number of network passes, over all windows.
+    error: largest difference between the decoded tokens and the known tokens; infinite if decoded values overflowed.
+    seconds: predicted time of decoding: `passes` times the time of a pass, which is measured or given by `cost` of
+    `tune`.
     """
 
     block: int
@@ -85,7 +86,7 @@ class Tuning(NamedTuple):
     measurements: tuple[Measurement, ...]
 
     def of_block(self, block: int) -> list[Measurement]:
-        """Returns the measurements of a block; the first is of sequential decoding."""
+        """Returns the measurements of a block, sequential decoding first; block 0 is on the data side."""
         return [found for found in self.measurements if found.block == block]
 
     @property
@@ -121,22 +122,23 @@ def tune(
     windows: Sequence[int | None] | None = None,
     cost: Cost | None = None,
 ) -> DecodePlan:
-    """Returns the fastest measured plan of each block, for batches of the size of x on this device.
+    """Returns the fastest accepted plan of each block, measured with batches of the size of x on this device.
 
-    A plan is accepted if the largest difference from a block's known tokens is at most 10 · tol plus twice the rounding
-    error of sequential decoding. A simpler plan is preferred if it is at most 5 % slower than the fastest accepted
-    plan. Sequential decoding is the simplest, then `Jacobi`, then `SlidingWindow`.
+    A plan is accepted if its tokens differ from the block's known tokens by at most 10 · tol plus twice the largest
+    difference of sequential decoding, which is due to rounding. A simpler plan is preferred if it is at most 5 % slower
+    than the fastest accepted plan. Sequential decoding is the simplest, then `Jacobi`, then `SlidingWindow`.
 
-    Most of the time is spent on compilation, once per plan and block shape. With the default windows, up to twelve
-    plans are measured per block, or thirteen with a draft.
+    Most of the time that `tune` takes is spent on compilation, once per plan and block shape. With the default windows,
+    up to twelve plans are measured per block, or thirteen with a draft.
 
-    x: images or clips, with the training noise, such as undenoised samples. cond: their condition.
+    x: images or clips with the training noise, such as undenoised samples of the flow. cond, guidance: the condition of
+    x, and the guidance with which the plan will be used.
     draft: a draft with which the best parallel plan is also measured. The time of the draft itself is not counted.
     tol: tolerance of the parallel plans.
-    windows: numbers of tokens to solve together; None in the list means all. The default is 8, 32, 128 and 512 and, in
-    blocks of at most 1024 tokens, all.
-    cost: a function (block number, plan) -> seconds per pass, such as `predicted_cost` for another device. None means
-    that the time is measured.
+    windows: the window sizes to try, in tokens; an entry None means all tokens of the block. By default, these are 8,
+    32, 128 and 512 and, in blocks of at most 1024 tokens, all tokens.
+    cost: a function (block index, plan) -> seconds per pass, such as the result of `predicted_cost` for another device.
+    None means that passes are timed on this device.
 
     Raises ValueError if x, cond, guidance or draft does not fit the flow, or if a window is not positive.
 
@@ -161,7 +163,7 @@ def measure_plans(
     windows: Sequence[int | None] | None = None,
     cost: Cost | None = None,
 ) -> Tuning:
-    """Returns the plan that `tune` returns, with all measurements.
+    """Returns the plan that `tune` returns for the same arguments, and all measurements.
 
     Example:
         tuning = measure_plans(flow, params, x, windows=(8, 16, None))

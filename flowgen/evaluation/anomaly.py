@@ -39,11 +39,15 @@ SCORES: Mapping[str, str] = MappingProxyType(
 
 
 class AnomalyScores(NamedTuple):
-    """The quantities from which the anomaly scores of each image are computed, in float64.
+    """The quantities from which `scores` computes the anomaly scores of each image, in float64.
 
-    nats: -log p(x) per dimension. tokens: the term of log p(x) for each token, in nats. squares: |z|², with z divided
-    by the standard deviation of the prior. ks: the Kolmogorov-Smirnov distance of the values of this z from N(0, 1).
-    dims: number of values of z.
+    Here z is the flow's latent of an image, divided by the standard deviation of the prior.
+
+    nats: -log p(x) per dimension.
+    tokens: the term of log p(x) for each token of the grid, in nats.
+    squares: |z|².
+    ks: the Kolmogorov-Smirnov distance of the values of z from N(0, 1).
+    dims: number of values of the z of one image.
     """
 
     nats: Float[np.ndarray, " n"]
@@ -53,7 +57,10 @@ class AnomalyScores(NamedTuple):
     dims: int
 
     def scores(self, typical: float) -> dict[str, Float[np.ndarray, " n"]]:
-        """Returns the scores in `SCORES`. typical: the mean of `nats` over training images."""
+        """Returns the scores that `SCORES` describes, by name. Every score is higher for more anomalous images.
+
+        typical: the mean of `nats` over training images, from which the score "typicality" is computed.
+        """
         size = self.dims / math.prod(self.tokens.shape[1:])
         return {
             "nats": self.nats,
@@ -64,13 +71,15 @@ class AnomalyScores(NamedTuple):
         }
 
     def chi_square_p(self) -> Float[np.ndarray, " n"]:
-        """Returns the two-sided p-value of |z|², which has a chi-square distribution under the prior."""
+        """Returns the two-sided p-value of each image's |z|². Under the prior, |z|² has a chi-square distribution with
+        `dims` degrees of freedom.
+        """
         below = special.gammainc(self.dims / 2, self.squares / 2)
         above = special.gammaincc(self.dims / 2, self.squares / 2)
         return 2 * np.minimum(below, above)
 
     def ks_p(self) -> Float[np.ndarray, " n"]:
-        """Returns the p-value of the Kolmogorov-Smirnov distance, by Stephens' approximation."""
+        """Returns the p-value of each image's Kolmogorov-Smirnov distance, by Stephens' approximation."""
         root = math.sqrt(self.dims)
         return special.kolmogorov((root + 0.12 + 0.11 / root) * self.ks)
 
@@ -85,16 +94,18 @@ def anomaly_scores(
     batch_size: int = 256,
     by_class: bool = True,
 ) -> AnomalyScores:
-    """Returns the quantities from which the anomaly scores of each image are computed, without using labels.
+    """Returns the quantities from which `AnomalyScores.scores` computes the anomaly scores of each image.
 
-    If the flow models latents, the dataset must contain latents. In this case, p(x) is the density of one noisy sample
-    of an image's latents, not of the image itself.
+    The dataset's labels are not used. For a class-conditional flow, p(x) is the mixture of the densities of all classes
+    with equal weights, and `tokens`, `squares` and `ks` are computed for the class with the highest likelihood. This
+    takes one forward pass per class, and one more.
 
-    For a class-conditional flow, p(x) is the mixture of all classes with equal weights. The token terms and z are
-    computed for the class with the highest likelihood. Each class needs a forward pass.
+    If `flow` was trained on the latents of an autoencoder, `dataset` must contain such latents. In this case, p(x) is
+    the density of one noisy sample of an image's latents, not of the image itself.
 
-    noise_std: standard deviation of the added noise, as for `flow_bits_per_dim`. by_class: whether to use the mixture
-    of classes; if False, the flow is evaluated without labels.
+    noise_std: standard deviation of the Gaussian noise that is added to x. 0 means uniform dequantisation of images, or
+    no noise on latents; None means the noise with which the flow was trained.
+    by_class: whether to use the mixture of classes; if False, a class-conditional flow is evaluated without a label.
 
     Example:
         scores = anomaly_scores(flow, params, dataset, jax.random.key(0)).scores(typical=1.5)
@@ -145,14 +156,16 @@ def auroc(
     *,
     origins: Int[np.ndarray, " m"] | None = None,
 ) -> Estimate:
-    """Returns the probability that an anomaly scores higher than a normal image; ties count one half.
+    """Returns the area under the ROC curve: the probability that an anomaly scores higher than a normal image, where
+    ties count one half.
 
     The standard error is DeLong's, which assumes that all images are independent. If the anomalies are altered copies
     of normal images, pass `origins`: the standard error then treats a normal image and its copies as one cluster
-    (Obuchowski, Biometrics 53, 1997). The standard error is None if all scores of each kind have the same rank among
-    the scores of the other kind, for example if all anomalies score higher than all normal images.
+    (Obuchowski, Biometrics 53, 1997). The standard error is None if all anomalies score higher than all normal images,
+    if all anomalies score lower than all normal images, or if all scores are equal.
 
-    origins: for each anomaly, the position in `normal` of the image that it is a copy of; None for independent images.
+    origins: for each anomaly, the position in `normal`, from 0, of the image of which it is a copy; None if all images
+    are independent.
 
     Raises ValueError if there are fewer than two scores of either kind, if a score is NaN, if the arrays are not
     vectors, or if `origins` does not consist of one position in `normal` for each anomaly.

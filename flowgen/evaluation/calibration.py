@@ -36,8 +36,9 @@ BAND = 0.99
 class RankUniformity(NamedTuple):
     """Chi-square tests of whether the ranks of each parameter are uniform.
 
-    counts: the number of ranks in each bin.
-    low, high: the 99 % interval of the count in each bin if the ranks are uniform.
+    counts: for each of the d parameters, the number of ranks in each bin.
+    low, high: the bounds of the central 99 % interval of the count in each bin if the ranks are uniform; both bounds
+        belong to the interval.
     statistic: the chi-square statistic of the counts, with (bins - 1) degrees of freedom.
     p_value: the probability of a statistic at least as large if the ranks are uniform.
     """
@@ -52,14 +53,15 @@ class RankUniformity(NamedTuple):
 class ExpectedCoverage(NamedTuple):
     """How often the highest-density regions of the estimated posterior contain the truth.
 
-    levels: the credibility of each region, which is its probability under the estimated posterior.
-    coverage: the fraction of observations whose region contains the truth; the expected value is `levels` if the
-        posterior is calibrated.
+    levels: the credibilities of the regions. The credibility of a region is its probability under the estimated
+        posterior.
+    coverage: for each level, the fraction of observations whose region of this credibility contains the truth; about
+        equal to the level if the posterior is calibrated.
     standard_error: the standard error of each coverage if the posterior is calibrated.
     area: the integral of coverage - level over levels from 0 to 1; near 0 if the posterior is calibrated, negative if
         it is overconfident, positive if it is conservative.
     max_deviation: the largest |coverage - level| over levels from 0 to 1, the Kolmogorov-Smirnov statistic.
-    p_value: the probability of a deviation at least as large if the posterior is calibrated.
+    p_value: the probability of a `max_deviation` at least as large if the posterior is calibrated.
     """
 
     levels: Float[np.ndarray, " l"]
@@ -75,14 +77,15 @@ def sbc_ranks(
 ) -> Int[np.ndarray, "n d"]:
     """Returns, for each of n observations and each parameter, how many of the s samples are below the truth.
 
-    If t samples are equal to the truth, as often happens for discrete parameters, a random integer from 0 to t is
-    added, so that the ranks of a calibrated posterior are uniform even with ties.
+    If t samples are equal to the truth, as often happens for discrete parameters, a random integer from 0 to t is added
+    to this number, so that the ranks of a calibrated posterior are uniform even with ties.
 
-    samples: independent samples of the estimated posterior given each observation. If s + 1 is a multiple of the number
-    of bins (for example with 99 samples), all bins of `rank_uniformity` cover equally many ranks.
+    samples: for each observation, s independent samples of the estimated posterior. If s + 1 is a multiple of the
+    argument `bins` of `rank_uniformity`, as s = 99 is for 10 bins, all bins cover equally many ranks.
+    truths: the parameters that produced each observation.
     seed: the seed of the random numbers for ties; it has no effect without ties.
 
-    Raises ValueError if the shapes do not match or values are NaN.
+    Raises ValueError if the shapes of `samples` and `truths` do not match, if s is 0, or if a value is NaN.
 
     Example:
         ranks = sbc_ranks(samples, truths)
@@ -102,6 +105,7 @@ def rank_uniformity(ranks: Int[Arrays, "n d"], num_samples: int, *, bins: int = 
 
     num_samples: the number s of samples among which the truths were ranked. If s + 1 is not a multiple of `bins`, some
     bins cover one rank more than others, and the expected counts take this into account.
+    bins: the number of bins into which the possible ranks 0, ..., s are divided.
 
     To test all d parameters together, multiply the smallest p-value by d (Bonferroni correction).
 
@@ -139,10 +143,10 @@ def expected_coverage(
     levels: Float[Arrays, " l"] | None = None,
     seed: int = 0,
 ) -> ExpectedCoverage:
-    """Returns the coverage of the highest-density regions of the estimated posterior.
+    """Returns how often the highest-density regions of the estimated posterior contain the truth.
 
     log_probs_of_samples: for each of n observations, the estimated log-densities of s independent samples of the
-    estimated posterior. Terms that depend on the observation alone may be omitted here and in log_probs_of_truths.
+    estimated posterior. Terms that depend only on the observation may be left out of both arrays, but not of one alone.
     log_probs_of_truths: the estimated log-density of the parameters that produced each observation.
     levels: the credibilities, 0.05, 0.10, ..., 0.95 by default.
     seed: the seed of the random numbers for ties; it has no effect without ties.
@@ -150,11 +154,12 @@ def expected_coverage(
     The truth is in the region of credibility c if fewer than c (s + 1) samples have a higher density. If t samples have
     the same density as the truth, a random number of them, from 0 to t, count as higher. Where the density is constant,
     the highest-density region is not unique, and the random number chooses one of the possible regions. If the
-    posterior is calibrated, the truth is in the region with probability c, rounded up to a multiple of 1 / (s + 1).
-    With 99 or 999 samples, the default levels are such multiples. The p-value assumes that s is well above √n.
+    posterior is calibrated, the probability that the truth is in the region is c, rounded up to a multiple of
+    1 / (s + 1). With 99 or 999 samples, the default levels are such multiples. The p-value assumes that s is well above
+    √n.
 
-    Raises ValueError if the shapes do not match, values are NaN, there are fewer than two observations, or levels are
-    not a vector of numbers from 0 to 1.
+    Raises ValueError if the shapes of the two arrays of log-densities do not match, if one of their values is NaN, if n
+    is below 2, if s is 0, or if levels are not a vector of numbers from 0 to 1.
 
     Example:
         result = expected_coverage(log_probs_of_samples, log_probs_of_truths)

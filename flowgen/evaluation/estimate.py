@@ -14,8 +14,8 @@ from jaxtyping import Float
 class Estimate(NamedTuple):
     """An estimate of a metric, with its standard error.
 
-    standard_error: the standard deviation that the value would have over datasets of the same size; None if unknown.
-    count: the number of samples from which the value was computed; None if this number does not apply.
+    standard_error: the standard deviation that `value` would have over datasets of the same size; None if unknown.
+    count: the number of samples from which `value` was computed; None if unknown.
 
     Example:
         estimate = Estimate(2.98, standard_error=0.01, count=10_000)
@@ -39,8 +39,8 @@ class Estimate(NamedTuple):
 def mean_of(values: Float[np.ndarray, " n"]) -> Estimate:
     """Returns the mean of n independent values, and its standard error: their standard deviation divided by √n.
 
-    The standard error is None if there is a single value, or if all values are equal. If a value is NaN, the mean is
-    NaN.
+    The standard error is None if there is a single value, or if all values are equal. If a value is NaN, the mean and
+    its standard error are NaN.
 
     Raises ValueError if there are no values.
 
@@ -71,13 +71,15 @@ def ratio_of(values: Float[np.ndarray, " n"], sizes: Float[np.ndarray, " n"]) ->
 class Evaluation:
     """The metrics of an evaluation, the lines to print, and the files to save.
 
-    lines: the lines that `evaluate` prints.
+    lines: the lines of text that the command `evaluate` prints.
     metrics: the metrics by name.
-    about: plain values that describe how the metrics were measured, such as the noise and the feature extractor.
-    files: maps the suffix of a file saved beside the metrics, such as "neighbours.png", to its contents: a uint8 image
-        `height width c` or a dict of arrays.
+    about: values that JSON can represent and that describe how the metrics were measured, such as the noise and the
+        feature extractor.
+    files: the contents of files to save beside the metrics: a uint8 image `height width c`, or a dict of arrays. Each
+        key is the end of a file's name: if the metrics are saved as a.json, "neighbours.png" becomes a.neighbours.png.
 
-    The operator `+` combines two evaluations.
+    The operator `+` appends the lines of the second evaluation to those of the first, and merges the other fields. If
+    both evaluations have an entry of the same name, the result contains that of the second.
 
     Example:
         evaluation = Evaluation(("bits/dim 2.9800",), {"bits_per_dim": Estimate(2.98)})
@@ -97,7 +99,7 @@ class Evaluation:
         )
 
     def record(self) -> dict[str, Any]:
-        """Returns a dict that JSON can represent, with `metrics`, the entries of `about`, and `lines`.
+        """Returns a dict that JSON can represent, with the keys "metrics" and "lines" and all entries of `about`.
 
         Floats that are not finite become None.
 

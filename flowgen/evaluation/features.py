@@ -42,7 +42,7 @@ class _ConvNet(nn.Module):
 
 @dataclass(frozen=True)
 class Classifier:
-    """A trained classifier for images in [-1, 1].
+    """A trained classifier for images in [-1, 1], which also computes features for distances between sets of images.
 
     Example:
         classifier = train_classifier(dataset, jax.random.key(0))
@@ -57,7 +57,7 @@ class Classifier:
         return self._run(images, 0)
 
     def classes(self, images: Float[np.ndarray, "n height width c"]) -> Int[np.ndarray, " n"]:
-        """Returns the most probable class of each image."""
+        """Returns the label of the most probable class of each image."""
         return self._run(images, 1).argmax(axis=1)
 
     def _run(self, images, output):
@@ -67,7 +67,7 @@ class Classifier:
 
 
 def train_classifier(dataset: Dataset, key: Key[Array, ""], *, steps: int = 200) -> Classifier:
-    """Trains a classifier to predict the dataset's labels. Images without a label, which have -1, are left out.
+    """Trains a classifier to predict the dataset's labels. Images with the label -1 have no class, and are left out.
 
     Noise is added to the training images, so that the classifier also works on noisy samples.
 

@@ -16,8 +16,9 @@ SUBSET_SIZE = 1000
 class KernelDistance(NamedTuple):
     """Statistics of the kernel distance over random subsets of the feature vectors.
 
-    mean, std: mean and standard deviation of the distance over the subsets. subsets: number of subsets. size: number of
-    feature vectors from each of the two sets in a subset.
+    mean, std: mean and standard deviation of the distance over the subsets.
+    subsets: number of subsets.
+    size: each subset consists of this many feature vectors of either set.
     """
 
     mean: float
@@ -34,11 +35,12 @@ def kernel_distance(
     subsets: int = SUBSETS,
     size: int = SUBSET_SIZE,
 ) -> KernelDistance:
-    """Returns the squared maximum mean discrepancy with the kernel (x·y / f + 1)³, averaged over random subsets.
+    """Returns the squared maximum mean discrepancy between two sets of feature vectors, averaged over random subsets.
 
-    With the features of an Inception network, this is the KID. The estimate is unbiased for samples of any size, so it
-    may be negative. Each subset consists of `size` feature vectors of x and as many of y, drawn without replacement. It
-    contains at most half of either set, so that subsets differ. The computation is done in float64.
+    The kernel is (x·y / f + 1)³. With the features of an Inception network, the mean is the KID. The estimate is
+    unbiased for samples of any size, so it may be negative. Each subset consists of `size` feature vectors of x and as
+    many of y, drawn without replacement. If `size` is more than half of n or of m, half of the smaller number is used
+    instead, so that subsets differ. The computation is done in float64.
 
     Raises ValueError if n or m is below 4, if x and y have different numbers of features, or if a feature is not
     finite.

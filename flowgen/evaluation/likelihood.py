@@ -40,11 +40,12 @@ def flow_bits_per_dim(
 ) -> float:
     """Returns a flow's mean bits/dim over a dataset, with one noise sample per image.
 
-    noise_std: standard deviation of the Gaussian noise that is added to the images. 0 means uniform dequantisation, as
-    in published results; None means the noise with which the flow was trained.
-    conditional: whether to pass labels to a class-conditional flow.
+    noise_std: standard deviation of the Gaussian noise that is added to the images. 0 means uniform dequantisation
+    instead, which published bits/dim usually assume; None means the noise with which the flow was trained.
+    conditional: see `flow_nats_per_dim`.
 
-    Raises ValueError for data without 256 levels, such as latents; use `flow_nats_per_dim` for them.
+    Raises ValueError for latents and other data without 256 levels (use `flow_nats_per_dim` instead), and in the same
+    cases as `flow_nats`.
 
     Example:
         bpd = flow_bits_per_dim(flow, params, dataset, jax.random.key(0), noise_std=0.0)
@@ -65,13 +66,16 @@ def flow_nats_per_dim(
     batch_size: int = 256,
     conditional: bool = True,
 ) -> float:
-    """Returns a flow's mean negative log-likelihood over a dataset of latents or numbers, in nats per dimension.
+    """Returns a flow's mean negative log-likelihood over a dataset, in nats per dimension.
 
-    The latents of each image are drawn once from the encoder's posterior, and one noise sample is added to them.
-    Padding does not count towards the mean over dimensions.
+    The dataset contains latents or floating-point samples; for images, use `flow_bits_per_dim`. The latents of each
+    image are drawn once from the encoder's posterior. To latents and to floating-point samples, one sample of the noise
+    with which the flow was trained is added. Padding is not counted among the dimensions.
 
-    conditional: whether to pass labels, texts or contexts to a conditional flow; must be True for a flow conditioned on
-    texts, and for padded samples.
+    conditional: whether to pass the dataset's labels, texts or contexts to a conditional flow; must be True for a flow
+    conditioned on texts, and for padded samples.
+
+    Raises ValueError in the same cases as `flow_nats`.
 
     Example:
         nats = flow_nats_per_dim(flow, params, dataset, jax.random.key(0))
@@ -92,10 +96,13 @@ def flow_nats(
 ) -> Float[np.ndarray, " n"]:
     """Returns the negative log-likelihood of each sample under a flow, in nats per dimension, in float64.
 
-    Samples are in the order of the dataset, bucket by bucket. Padding is not counted among the dimensions. noise_std:
-    see `flow_bits_per_dim`. conditional: see `flow_nats_per_dim`.
+    The values are in the order of the samples in the dataset. For a `BucketedDataset`, they are in the order of the
+    buckets. Padding is not counted among the dimensions.
 
-    Raises ValueError if the flow is conditioned on texts and `conditional` is False.
+    noise_std: see `flow_bits_per_dim`.
+    conditional: see `flow_nats_per_dim`.
+
+    Raises ValueError if `conditional` is False, but the flow is conditioned on texts or its samples are padded.
 
     Example:
         estimate = mean_of(flow_nats(flow, params, dataset, jax.random.key(0)))
@@ -137,11 +144,11 @@ def velocity_bits_per_dim(
     *,
     batch_size: int = 256,
 ) -> float:
-    """Returns a continuous flow's mean bits/dim over a dataset, with uniform dequantisation.
+    """Returns the mean bits/dim of a continuous flow (a neural ODE) over a dataset, with uniform dequantisation.
 
     log_prob: a function (x, labels, key) that returns log p, in nats, for images in [-1, 1). It can, for example, call
-    `flowgen.matching.log_prob` with a velocity field. The function is compiled and receives a new key for every batch,
-    which it can use to draw the probes of Hutchinson's trace estimator.
+    `flowgen.matching.log_prob` with a velocity field. The function is compiled. For every batch, it receives a
+    new key; it can use this key to draw the probes of Hutchinson's trace estimator.
 
     Example:
         bpd = velocity_bits_per_dim(lambda x, y, key: fm.log_prob(velocity, x, y, key=key), dataset, key)
@@ -205,11 +212,10 @@ def gaussian_bits_per_dim(train: Dataset, dataset: Dataset, *, noise_std: float)
 def gaussian_bits(train: Dataset, dataset: Dataset, *, noise_std: float) -> Float[np.ndarray, " n"]:
     """Returns the bits/dim of each image of `dataset` under a Gaussian with the mean and covariance of `train`.
 
-    The flow's noise is added to both datasets: Gaussian noise if `noise_std` is positive, and uniform dequantisation if
-    it is 0. The result is the expectation over this noise, computed in closed form. The covariance is full if there are
-    at most 4096 dimensions and `train` has at least 5 images per dimension. Otherwise, it is diagonal. Neither dataset
-    has to fit into memory.
-
+    This is a baseline for the bits/dim of flows. Noise is added to both datasets: Gaussian noise of standard deviation
+    `noise_std` if this is positive, and uniform dequantisation if it is 0. The result is the expectation over this
+    noise, computed in closed form. The covariance is full if an image has at most 4096 values and `train` has at least
+    5 images per value. Otherwise, it is diagonal. Neither dataset has to fit into memory.
     Example:
         baseline = mean_of(gaussian_bits(trained_on, held_out, noise_std=0.1))
     """
@@ -232,7 +238,9 @@ def gaussian_bits(train: Dataset, dataset: Dataset, *, noise_std: float) -> Floa
 
 
 def bits_of_nats(nats: Float[np.ndarray, " n"]) -> Float[np.ndarray, " n"]:
-    """Returns (nats + log 128) / log 2, the bits/dim of 8-bit images, from nats per dimension of images in [-1, 1].
+    """Returns (nats + log 128) / log 2, the bits/dim of 8-bit images.
+
+    nats: negative log-likelihood of the same images, scaled to [-1, 1], in nats per dimension.
 
     Example:
         bits = bits_of_nats(flow_nats(flow, params, dataset, jax.random.key(0)))

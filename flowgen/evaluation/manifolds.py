@@ -46,11 +46,13 @@ def manifold_metrics(
 ) -> ManifoldMetrics:
     """Returns the precision, recall, density and coverage of the samples relative to the data.
 
-    k: which nearest neighbour defines the radii for precision and recall. density_k: the same for density and coverage.
+    k: for precision and recall, the radius of each ball is the distance to the k-th nearest other feature vector.
+    density_k: the same for density and coverage, which use balls of their own.
+
     The distances are computed in float64, a block of rows at a time.
 
-    Raises ValueError if n or m is not greater than both k and density_k, if the numbers of features differ, or if
-    features are not finite.
+    Raises ValueError if n or m is not above max(k, density_k), if the numbers of features differ, or if features are
+    not finite.
 
     Example:
         metrics = manifold_metrics(features(samples), features(data))
@@ -82,9 +84,10 @@ def perfect_coverage(num_samples: int, num_data: int, *, k: int = DENSITY_NEIGHB
     """Returns the expected coverage of a perfect model, whose samples have the distribution of the data.
 
     Choose one data point, and sort all samples and all other data by distance to this point; all orders are equally
-    likely. The ball around the point contains no sample if its k nearest points are all data. For n samples and m data
-    points in any number of dimensions, the expected coverage is therefore 1 - Π (m - 1 - i) / (m - 1 - i + n) over i =
-    0, ..., k - 1. The expected density of a perfect model is 1 for all n and m.
+    likely. The ball around this point contains no sample if the first k in this order are all data. For n = num_samples
+    and m = num_data, in any number of dimensions, the expected coverage is therefore
+    1 - Π (m - 1 - i) / (m - 1 - i + n), where i runs from 0 to k - 1. The expected density of a perfect model is 1 for
+    all n and m.
 
     Raises ValueError if there are no samples, or if k is not from 1 to num_data - 1.
 
@@ -103,7 +106,8 @@ def perfect_coverage(num_samples: int, num_data: int, *, k: int = DENSITY_NEIGHB
 def nearest_in(
     queries: Float[np.ndarray, "n f"], batches: Iterable[Float[np.ndarray, "b f"]], count: int
 ) -> tuple[Int[np.ndarray, "n count"], Float[np.ndarray, "n count"]]:
-    """Returns the positions of the `count` vectors nearest to each query, nearest first, and their distances.
+    """Returns the positions of the `count` vectors nearest to each query, nearest first, and their Euclidean distances
+    to the query.
 
     batches: the vectors to search, in batches; position 0 is the first vector of the first batch.
 

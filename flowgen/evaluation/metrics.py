@@ -15,7 +15,9 @@ PEAK = 2.0  # the largest difference between two values in [-1, 1]
 
 
 def psnr(mean_square_error: float) -> float:
-    """Returns the peak signal-to-noise ratio of images in [-1, 1], in dB: 10 log10(2² / error), but at most 126.
+    """Returns the peak signal-to-noise ratio of images in [-1, 1], in dB: 10 log10(2² / mean_square_error).
+
+    Errors below 10⁻¹² count as 10⁻¹², so the result is at most about 126.
 
     Example:
         decibels = psnr(0.01)  # 26.0
@@ -55,7 +57,7 @@ def frechet_between(
 ) -> float:
     """Returns the squared Fréchet distance between two Gaussians, in float64; see `frechet_distance`.
 
-    Raises ValueError if f and g differ, if values are not finite, or if a matrix cannot be a covariance.
+    Raises ValueError if f and g differ, if values are not finite, or if a matrix cannot be a covariance matrix.
 
     Example:
         distance = frechet_between(mu_x, sigma_x, mu_y, sigma_y)

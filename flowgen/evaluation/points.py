@@ -36,7 +36,12 @@ class PointSamples(NamedTuple):
 
 
 def point_samples(velocity: Velocity, draw: Draw, key: Key[Array, ""], *, num: int = 1000) -> PointSamples:
-    """Returns the samples that `point_metrics` compares. This function can be compiled with `jax.jit`.
+    """Returns points of noise, points of data, and points that `velocity` generates, all for `point_metrics`.
+
+    draw: a function (key, num) that returns `num` independent points of noise and as many of data.
+    num: number of points in each sample.
+
+    The function can be called inside `jax.jit`.
 
     Example:
         samples = jax.jit(lambda key: point_samples(velocity, config.draw, key))(key)
@@ -52,15 +57,16 @@ def point_samples(velocity: Velocity, draw: Draw, key: Key[Array, ""], *, num: i
 def point_metrics(samples: PointSamples) -> dict[str, float]:
     """Returns a dict of metrics that measure how well a velocity field transports noise to data.
 
-    The Wasserstein distances are exact and computed on the host. The metrics are:
+    The Wasserstein distances are exact. They are computed on the host, so the function cannot be called inside
+    `jax.jit`. The metrics are:
 
-    w2: 2-Wasserstein distance W2 between the generated points and the data.
-    w2_floor: W2 between two samples of the data, which is the value of w2 to expect from a perfect model.
+    w2: 2-Wasserstein distance W2 between `samples.generated` and the data.
+    w2_floor: W2 between two samples of the data. The w2 of a perfect model has the same expectation.
     euler_1, euler_4, euler_10: W2 between the data and the points generated with 1, 4 and 10 Euler steps.
-    path_energy: E ∫|v|² dt along the paths.
+    path_energy: E ∫|v|² dt of the velocity v along the paths.
     signed_npe: (path_energy - W2²) / W2², with W2 between noise and data; if negative, the paths are too short to
         transport the noise to the data.
-    curvature: curvature of the paths, as computed by `path_report`.
+    curvature: E ∫|v - (x(1) - x(0))|² dt along the paths x(t), which is 0 for straight paths of constant speed.
 
     Example:
         metrics = point_metrics(samples)

@@ -20,10 +20,11 @@ _ARRAYS, _ABOUT = ("mu", "sigma", "count", "features"), "about_"
 
 @dataclass(frozen=True)
 class FeatureStatistics:
-    """Statistics of feature vectors.
+    """Statistics of feature vectors, from which distances to other feature vectors can be computed.
 
     mean: `f`, float64. covariance: `f f`, unbiased, float64. count: number of feature vectors; 0 if unknown.
-    features: an evenly spaced subset of the feature vectors, float32 `m f` with m ≤ 10,000; None if unknown.
+    features: some of the feature vectors, for metrics other than the Fréchet distance; None if unknown.
+    `feature_statistics` keeps at most 10,000 of them, evenly spaced, in float32.
     about: how the features were computed, for example the digests of the data and of the extractor.
 
     Example:
@@ -37,9 +38,9 @@ class FeatureStatistics:
     about: Mapping[str, str] = field(default_factory=dict)
 
     def frechet(self, other: FeatureStatistics) -> float:
-        """Returns the squared Fréchet distance to other statistics; see `frechet_distance`.
+        """Returns the squared Fréchet distance between Gaussians with the means and covariances of `self` and `other`.
 
-        Raises ValueError if the features differ in length.
+        Raises ValueError in the same cases as `frechet_between`.
         """
         return frechet_between(self.mean, self.covariance, other.mean, other.covariance)
 
@@ -50,6 +51,8 @@ def feature_statistics(
     """Returns the statistics of `count` feature vectors, which are given in batches.
 
     The covariance is accumulated in float64, batch by batch, so the vectors are never all in memory at once.
+
+    about: how the features were computed, as in `FeatureStatistics`; None means {}.
 
     Raises ValueError if there are fewer than two vectors, if their number is not `count`, or if a value is not finite.
 
@@ -81,9 +84,11 @@ def feature_statistics(
 
 
 def save_statistics(path: str | os.PathLike[str], statistics: FeatureStatistics) -> None:
-    """Writes statistics atomically to an .npz file, with arrays mu, sigma, count and features, and `about`.
+    """Writes statistics atomically to an .npz file.
 
-    Other programs that use FID statistics can read this file, because they need only mu and sigma.
+    Its arrays are mu (the mean), sigma (the covariance), count, features (unless None) and, for each entry of `about`,
+    a string array about_<name>. Other programs that use FID statistics can read this file, because they need only mu
+    and sigma.
 
     Example:
         save_statistics("reference.npz", statistics)
@@ -103,10 +108,12 @@ def save_statistics(path: str | os.PathLike[str], statistics: FeatureStatistics)
 
 
 def read_statistics(path: str | os.PathLike[str]) -> FeatureStatistics:
-    """Returns the statistics in an .npz file that contains at least mu and sigma.
+    """Returns the statistics in an .npz file that contains at least mu and sigma; see `save_statistics`.
 
-    Raises ValueError if the file is damaged, if mu or sigma is missing, or if sigma is not a covariance matrix. Raises
-    FileNotFoundError if there is no such file.
+    If the file contains no count, `count` is 0; if it contains no features, `features` is None.
+
+    Raises ValueError if the file is damaged, if mu or sigma is missing, if an array has a wrong shape or type, if
+    values are not finite, or if sigma is not a covariance matrix. Raises FileNotFoundError if there is no such file.
 
     Example:
         reference = read_statistics("fid_stats_cifar10_train.npz")

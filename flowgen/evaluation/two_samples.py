@@ -28,11 +28,12 @@ def c2st(
     *,
     folds: int = 5,
 ) -> Estimate:
-    """Returns the accuracy of a classifier on held-out samples: 0.5 if x and y are indistinguishable, 1 if separable.
+    """Returns the accuracy with which a classifier tells held-out samples of x from those of y: 0.5 if both sets are
+    indistinguishable, 1 if they are separable.
 
-    The accuracy is the mean of a cross-validation with `folds` folds (Lopez-Paz and Oquab, arXiv 1610.06545). By chance
-    it may be slightly below 0.5. The standard error is that of the mean over the folds, or None if all folds have the
-    same accuracy. `count` is the total number of samples. More samples train a better classifier, so compare only
+    The accuracy is the mean of a cross-validation with `folds` folds (Lopez-Paz and Oquab, arXiv 1610.06545). By
+    chance, it may be slightly below 0.5. The standard error is that of the mean over the folds, or None if all folds
+    have the same accuracy. The `count` of the estimate is 2 n. More samples train a better classifier, so compare only
     results for equal numbers of samples; published values use 10,000 in each set. Pass the reference samples as x,
     because the mean and standard deviation of x standardise both sets.
 

@@ -52,16 +52,22 @@ STATISTICS_RATE = 0.02
 
 @config
 class AutoencodingConfig:
-    """Training options of an autoencoder.
+    """Options for training an autoencoder: the field `autoencoding` of an `AutoencoderExperiment`. Names such as
+    `model.factor` and `optim.weight_decay` are fields of the same experiment.
 
-    image_size: side of the images, or (height, width); each length must be a multiple of `model.factor`.
-    frames: frames per clip; 0 for images.
-    kl_weight: weight of KL(posterior || N(0, 1)), averaged over latents and measured in nats; 0 or more.
-    noise: std of the noise that is added to normalised latents before decoding; 0 for none. With noise, the decoder
-    learns to decode the noisy latents of a flow.
-    decoder_of: path of a trained or published autoencoder whose decoder is fine-tuned while its encoder stays frozen.
-    If empty, a new autoencoder is trained.
-    shown: number of images shown next to their reconstructions in the run's sample grid; at least 1.
+    image_size: side of square images or frames, or (height, width), in pixels; each side must be a multiple of
+    `model.factor`, the number of pixels per latent along a side.
+    frames: number of frames per clip; 0 for images. The first frame is encoded alone, and each group of `model.stride`
+    later frames becomes one latent frame, so the number must be 1 plus a multiple of `model.stride`.
+    kl_weight: weight of the KL term in the loss; 0 or more. The term is KL(q || N(0, 1)) in nats, averaged over all
+    values of the latents, where q is the normal distribution that the encoder predicts for a value.
+    noise: standard deviation of the noise that is added to the latents in training before they are decoded, in units of
+    the standard deviation of each latent channel; 0 for none. Noise teaches the decoder to decode latents that a flow
+    has sampled, which contain noise too.
+    decoder_of: path of a trained or published autoencoder, as in `PretrainedAutoencoder`, whose decoder is fine-tuned
+    while its encoder stays frozen; `optim.weight_decay` must then be 0, and `init.path` empty. If decoder_of is empty,
+    encoder and decoder are trained.
+    shown: largest number of images or clips that the run's sample grid shows next to their reconstructions; at least 1.
     """
 
     image_size: Side | tuple[Side, Side] = 8
@@ -73,17 +79,18 @@ class AutoencodingConfig:
 
     @property
     def image_hw(self) -> tuple[int, int]:
-        """The (height, width) of the images, in pixels."""
+        """The (height, width) of the images or frames, in pixels."""
         return self.image_size if isinstance(self.image_size, tuple) else (self.image_size, self.image_size)
 
 
 @config(kw_only=True)
 class AutoencoderExperiment(Experiment):
-    """An autoencoder for images or clips.
+    """An experiment that trains an autoencoder on images or clips.
 
     model: the autoencoder.
     data: the images or clips to train on.
-    autoencoding: training options.
+    autoencoding: training options, such as the size of the images or clips and the weight of the KL divergence in the
+    loss.
 
     Raises ValueError if the model, the data and the training options do not fit together.
 
@@ -146,11 +153,13 @@ class AutoencoderExperiment(Experiment):
 
     @property
     def best_metric(self) -> str:
-        """The evaluation metric that ranks checkpoints; lower is better."""
+        """The name of the held-out metric by which checkpoints are ranked, "mean_square_error"; lower is better."""
         return "mean_square_error"
 
     def dataset(self, split: Split) -> Dataset:
-        """Returns the images or clips in a split, at the size used for training."""
+        """Returns the images or clips in a split of `data`, in the size and with the number of frames that
+        `autoencoding` gives.
+        """
         shape: dict[str, Any] = {"image_size": self.autoencoding.image_hw, "channels": self.model.channels}
         if isinstance(self.data, ClipsConfig):
             return load_clips(self.data, frames=self.autoencoding.frames, split=split, **shape)
@@ -191,7 +200,7 @@ class AutoencoderExperiment(Experiment):
         )
 
     def rehearsal(self, model: Any, rows: int) -> Rehearsal:
-        """Returns what is needed to trace a training step on `rows` images or clips."""
+        """Returns what is needed to trace a training step of the autoencoder `model` on `rows` images or clips."""
         frames = (self.autoencoding.frames,) if self.autoencoding.frames else ()
         shape = (rows, *frames, *self.autoencoding.image_hw, self.model.channels)
         return Rehearsal(
@@ -201,7 +210,10 @@ class AutoencoderExperiment(Experiment):
         )
 
     def evaluate(self, model: Any, variables: Any, options: EvaluateOptions) -> Evaluation:
-        """Returns the reconstruction error on a split, and the mean and variance of the latents."""
+        """Returns the mean square error and the PSNR of reconstructions of the images or clips in `options.split`.
+
+        The lines to print also contain the mean and variance of each latent channel, as tracked in training.
+        """
         dataset = self.dataset(options.split)
         errors, what = _errors(model, variables, dataset), "clips" if self.autoencoding.frames else "images"
         check_computed(errors, what, "reconstruction error")
@@ -216,7 +228,10 @@ class AutoencoderExperiment(Experiment):
         return Evaluation(lines, {"psnr": Estimate(ratio, count=len(dataset)), "mean_square_error": error})
 
     def debug(self) -> AutoencoderExperiment:
-        """Returns the experiment with a tiny autoencoder that has the same downsampling factor, trained on digits."""
+        """Returns a copy of the experiment that trains a tiny autoencoder on digits for a few steps.
+
+        The tiny autoencoder has the same downsampling factors. The digits ship with flowgen; for clips, they move.
+        """
         model, few = self.model, {"shown": SAMPLES}
         widths = (8,) * len(model.widths)
         if not isinstance(model, VideoAutoencoderConfig):

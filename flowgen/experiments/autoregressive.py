@@ -63,9 +63,9 @@ class AutoregressiveExperiment(Experiment):
     """An autoregressive flow on images or clips, trained by maximum likelihood and sampled by decoding.
 
     codec: the codec that encodes images or clips as latents; None for a flow on pixels.
-    text: the text encoder; None for a flow without texts.
-    likelihood: how the flow is trained.
-    sampling: how samples are drawn.
+    text: the text encoder; None for a flow that is not conditioned on texts.
+    likelihood: weight and penalties of the loss, and the optimizer of a denoiser.
+    sampling: how samples are drawn: their number, the decoding plan, the guidance and the prompts.
     """
 
     model: TARFlowConfig | STARFlowConfig
@@ -87,7 +87,10 @@ class AutoregressiveExperiment(Experiment):
 
     @property
     def best_metric(self) -> str:
-        """The evaluation metric that ranks checkpoints; lower is better."""
+        """The name of the evaluation metric by which checkpoints are ranked; lower is better.
+
+        It is "nats_per_dim" if the flow trains on latents or with texts, and otherwise "bits_per_dim".
+        """
         return "nats_per_dim" if self.is_latent else "bits_per_dim"
 
     @property
@@ -139,7 +142,9 @@ class AutoregressiveExperiment(Experiment):
             )
 
     def dataset(self, split: Split) -> Dataset | BucketedDataset:
-        """Returns the images or clips in a split, resized so that their latents have the size the model expects."""
+        """Returns the images or clips in a split of `data`, resized so that their latents have the size that the flow
+        expects.
+        """
         check_needs_no_context(self.model, self.data)
         return pixel_dataset(self.data, self.encoding, split)
 
@@ -152,7 +157,11 @@ class AutoregressiveExperiment(Experiment):
         return flow_dataset(self.data, self.encoding, split, labelled=labelled)
 
     def with_provenance(self) -> AutoregressiveExperiment:
-        """Returns the experiment with its class names and the digests of its frozen networks filled in."""
+        """Returns a copy of the experiment that records its class names and which frozen networks it uses.
+
+        The fields `data.classes`, `codec.digest` and `text.digest`, if the experiment has them and they are not set
+        yet, are set to the names of the classes in the data and the digests of the autoencoder and the text encoder.
+        """
         cached = None
         if isinstance(self.data, LatentsConfig):
             needs = self.text is not None and self.text.digest is None and self.text.encoder
@@ -220,7 +229,7 @@ class AutoregressiveExperiment(Experiment):
         """
 
     def rehearsal(self, model: Any, rows: int) -> Rehearsal:
-        """Returns what is needed to trace a training step on `rows` samples."""
+        """Returns what is needed to trace a training step of the flow `model` on `rows` samples."""
         shape = (rows, *self.model.event_shape)
 
         def batch() -> Batch:
@@ -231,7 +240,10 @@ class AutoregressiveExperiment(Experiment):
         return Rehearsal(lambda key: init(model, key), self.objective(model), jax.eval_shape(batch))
 
     def sampling_cost(self, model: Any, variables: Any, num: int) -> SamplingCost:
-        """Returns the cost of drawing `num` samples token by token, not including the codec and the text encoder."""
+        """Returns the FLOP and the memory of drawing `num` samples at a time, token by token.
+
+        The codec and the text encoder are not included.
+        """
         sampling = self.sampling
         blocks = range(self.model.num_blocks) if sampling.blocks is None else sampling.blocks
         by_score = self.model.noise_std > 0 and sampling.denoise > 0 and not getattr(self.model, "denoiser_layers", 0)

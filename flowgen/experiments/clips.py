@@ -87,7 +87,8 @@ def read_given(
     height, width = (length * codec.factor for length in flow.config.image_hw)
     check_local("--given", path)
     if not Path(path).is_file():
-        raise FileNotFoundError(f"--given {path} does not exist; give an image or a video.")
+        problem = "is a folder" if Path(path).is_dir() else "does not exist"
+        raise FileNotFoundError(f"--given {path} {problem}; give an image or a video.")
     is_video = Path(path).suffix.lower() in READABLE
     with _naming_given():
         known = max(1, len(frame_times(path, fps=fps))) if is_video else 1

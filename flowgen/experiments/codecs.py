@@ -37,9 +37,10 @@ STATISTICS = "latents"
 
 @config
 class SpaceToDepth:
-    """A codec without a network: factor x factor pixels with c channels become one latent with factor² · c channels.
+    """A codec that needs no network: it rearranges each square of factor x factor pixels with c channels into one
+    latent with factor² · c channels. A flow with this codec models the latents.
 
-    factor: side of a pixel block; at least 1.
+    factor: side of the squares in pixels; at least 1.
     """
 
     factor: Annotated[int, Within(1, 1 << 8)] = 2
@@ -47,13 +48,16 @@ class SpaceToDepth:
 
 @config
 class PretrainedAutoencoder:
-    """A frozen autoencoder.
+    """A codec that is a frozen autoencoder. A flow with this codec models the latents of the autoencoder.
 
-    path: run directory or exported folder of an autoencoder trained with flowgen, or folder of a published
-    AutoencoderKL (images) or AutoencoderKLWan (video).
-    digest: digest of everything that affects the latents. Training a flow sets this field. Opening an autoencoder with
-    another digest raises an error.
-    temporal_scale: factor that multiplies all latent frames except the first; 0.6 as published, 1 for no change.
+    path: directory or URL of the run of an autoencoder that flowgen has trained, its exported folder, or the folder of
+    a published autoencoder in the format of the package diffusers: an AutoencoderKL (images) or an AutoencoderKLWan
+    (video).
+    digest: digest of everything in the autoencoder that affects the latents, as a string; None to accept any
+    autoencoder. When a flow is trained, the digest is saved in the config of its run. If `path` later contains an
+    autoencoder with another digest, opening it raises an error.
+    temporal_scale: for video autoencoders, the factor by which all latent frames of a clip except the first are
+    multiplied; 0.6 in the published STARFlow-V, 1 for no change.
     """
 
     path: str

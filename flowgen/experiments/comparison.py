@@ -6,6 +6,7 @@ import contextlib
 import functools
 import hashlib
 import json
+import logging
 import math
 import os
 from collections.abc import Callable
@@ -300,7 +301,10 @@ def _reference(extractor: FeatureExtractor, data: Dataset, options: CompareOptio
             if known.about == about and known.count == len(data):
                 return known
     statistics = computed()
-    save_statistics(path, statistics)
+    try:
+        save_statistics(path, statistics)
+    except OSError as error:
+        logging.getLogger(__name__).warning("The statistics of the data are not cached: %s", error)
     return statistics
 
 

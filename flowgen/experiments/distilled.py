@@ -102,7 +102,12 @@ def open_flow(path: str, model: Any, class_names: tuple[str, ...] = ()) -> FlowD
 
 
 def check_fits(experiment: FlowExperiment, model: Any, class_names: tuple[str, ...] = ()) -> None:
-    """Raises ValueError if a flow models latents, or if its shape, classes or texts do not match the velocity network.
+    """Raises ValueError if a flow cannot teach a velocity network.
+
+    A flow of latents, or with texts, cannot. The samples of both must have the same shape and, if the flow has classes,
+    both must have the same classes.
+
+    experiment: that of the flow. model: the config of the velocity network.
 
     class_names: the class names of the network's data. They are compared with those that the flow's run stores, if both
     are known: each label must have the same name.

@@ -27,7 +27,7 @@ AT_ONCE = 64  # images or clips per compiled call by default
 
 @config
 class DrawOptions:
-    """Options for drawing samples, in addition to the fields of `sampling`.
+    """Options of the command sample, in addition to those in the experiment's field `sampling`.
 
     seed: random seed; sample i depends only on the seed and i.
     batch: number of samples to draw at a time; by default, 64 images or clips, 8192 vectors or sequences, or all

@@ -51,10 +51,12 @@ RESUMABLE = (
 
 
 class Samples(NamedTuple):
-    """Samples drawn by an experiment.
+    """The samples that `Experiment.draw` returns.
 
-    arrays: images `num height width c` or clips `num frames height width c` in [-1, 1], or other samples `num *event`.
-    conditions: arrays with an entry for each sample, such as "labels", "prompts" or "context"; empty for points.
+    arrays: images `num height width c`, clips `num frames height width c`, or other samples `num *event`. In images and
+    clips, -1 is the darkest value and 1 the brightest; sampled values may lie slightly outside.
+    conditions: the conditions of the samples by name, such as "labels" (-1 for unconditional samples), "prompts" or
+    "context", as arrays with one entry per sample; empty if the model accepts no conditions, as for points.
     """
 
     arrays: np.ndarray
@@ -90,16 +92,17 @@ class SamplingCost(NamedTuple):
 
 @dataclass(frozen=True, kw_only=True)
 class Experiment(abc.ABC):
-    """A model, its data and its training. Each kind of experiment is a dataclass that adds groups of fields.
+    """A model, its data and its training. Each kind of experiment is a subclass that adds fields, such as `sampling`.
 
     name: title of the experiment.
-    model: the model to train.
-    data: the data to train on.
-    optim: the optimizer.
-    train: length of training and batch size.
-    log: when to report and to save checkpoints.
-    init: the run whose parameters training starts from, if any.
-    reference: expected metrics by name; the config's docstring says whether they are published or measured.
+    model: the config of the model to train.
+    data: the config that selects the data to train on.
+    optim: the optimizer, its learning rate, and the moving average of the parameters.
+    train: length, batch size, seed and parallelism of the run.
+    log: when the run reports and saves checkpoints.
+    init: the run or model that provides the initial parameters; by default, they are random.
+    reference: expected values of some metrics, by name. For a config that ships with flowgen, the docstring of its file
+    says whether they are published or measured.
 
     Example:
         experiment = flowgen.load_config("configs/tarflow_digits.py")
@@ -120,77 +123,98 @@ class Experiment(abc.ABC):
     reference: dict[str, float] = field(default_factory=dict)
 
     def build(self) -> Any:
-        """Returns the model, without parameters."""
+        """Returns the model that `model` describes, as a Flax module without parameters."""
         return self.model.build()
 
     @property
     @abc.abstractmethod
     def best_metric(self) -> str:
-        """The evaluation metric that ranks checkpoints; lower is better."""
+        """The name of the evaluation metric by which a run ranks its checkpoints; lower is better."""
 
     @property
     def drawn_channels(self) -> int | None:
-        """The number of channels of sampled images or clips; None for other samples."""
+        """The number of channels of sampled images or clips; None if the experiment samples neither."""
         return None
 
     @abc.abstractmethod
     def job(self, *, dataset: Dataset | None = None, held_out: Dataset | None = None, model: Any = None) -> Job:
-        """Returns the training job on the given datasets or, by default, on the data of the experiment.
+        """Returns the job for `flowgen.training.train`, with the given datasets or, by default, with the experiment's
+        `data`.
 
-        dataset, held_out: the data to train and evaluate on instead of `data`. model: the model to train instead of
-        `build()`.
+        dataset: the data to train on instead of `data`. held_out: the data to evaluate on if `dataset` is given; None
+        for no evaluation. model: the model to train instead of the result of `build`.
         """
 
     def rehearsal(self, model: Any, rows: int) -> Rehearsal | None:
-        """Returns what is needed to trace a training step on `rows` samples, or None if tracing is not supported.
+        """Returns what is needed to trace a training step on `rows` samples, for example to estimate its memory.
 
-        No data or frozen networks are opened.
+        model: the result of `build`, or a model that replaces it.
+
+        Neither data nor frozen networks (codec, text encoder) are opened. The result is None if this kind of experiment
+        does not support tracing.
         """
         return None
 
     def sampling_cost(self, model: Any, variables: Any, num: int) -> SamplingCost | None:
-        """Returns the cost of drawing `num` samples at a time, or None if it is unknown.
+        """Returns the FLOP and the memory of drawing `num` samples at a time; None if they are unknown.
 
-        variables: the shapes and dtypes of the model's variables.
+        model: the result of `build`, or a model that replaces it. variables: the shapes and dtypes of the model's
+        variables, as `jax.eval_shape` returns them.
         """
         return None
 
     def draw(self, model: Any, variables: Any, options: Any, say: Callable[[str], None] = lambda line: None) -> Samples:
-        """Returns `sampling.num` samples.
+        """Returns `sampling.num` samples of a trained model.
 
-        options: an instance of `draw_options`. say: a function that receives a line about each batch.
+        options: an instance of the class in the attribute `draw_options`. say: a function that is called with a line of
+        text about each batch of samples.
+
+        Raises ValueError if this kind of experiment draws no samples.
         """
         raise ValueError(f"{type(self).__name__} cannot draw samples.")
 
     @abc.abstractmethod
     def evaluate(self, model: Any, variables: Any, options: Any) -> Evaluation:
-        """Returns a trained model's metrics. options: an instance of `evaluate_options`."""
+        """Returns a trained model's metrics. options: an instance of the class in the attribute `evaluate_options`."""
 
     @abc.abstractmethod
     def debug(self) -> Experiment:
-        """Returns a small version of the experiment that trains and samples in seconds on a CPU.
+        """Returns a small version of the experiment, which trains and samples in seconds on a CPU.
 
-        The small version uses data that ship with flowgen. It has the same kind of model and training.
+        It trains a tiny model of the same kind for a few steps, on data that ship with flowgen. Only a
+        `TokenFlowExperiment` on a file still reads this file.
         """
 
     def with_provenance(self) -> Experiment:
-        """Returns the experiment with its class names and the digests of its frozen networks filled in."""
+        """Returns a copy of the experiment that records its class names and which frozen networks it uses.
+
+        The fields `data.classes`, `codec.digest` and `text.digest`, if the experiment has them and they are not set
+        yet, are set to the names of the classes in the data and the digests of the autoencoder and the text encoder.
+        """
         return self
 
     def to_json(self) -> dict[str, Any]:
-        """Returns plain values for JSON; `flowgen.experiments.from_json` restores the experiment from these values."""
+        """Returns the experiment as plain values for JSON, from which `flowgen.experiments.from_json` restores it."""
         return {settings.TYPE: type(self).__name__, **settings.to_plain(self)}
 
     @classmethod
     def from_json(cls, plain: Mapping[str, Any]) -> Experiment:
-        """Restores an experiment from the result of `to_json`. Raises ValueError if a field is unknown or invalid."""
+        """Restores an experiment of this class from the result of `to_json`.
+
+        Raises ValueError if the experiment is of another class, or if a field is unknown or invalid. The function
+        `flowgen.experiments.from_json` restores experiments of all classes.
+        """
         kind = plain.get(settings.TYPE)
         if kind != cls.__name__:
             raise ValueError(f"type is {kind!r:.80}; it must be {cls.__name__}.")
         return settings.from_plain(cls, {name: value for name, value in plain.items() if name != settings.TYPE})
 
     def check_resumable(self, saved: dict[str, Any]) -> None:
-        """Raises ValueError, with all reasons, if this experiment cannot resume the run whose config is `saved`."""
+        """Raises ValueError if a run with the config `saved` cannot be resumed with this experiment.
+
+        The message lists the differences that prevent this. saved: the experiment that the run has saved, as `to_json`
+        returns it.
+        """
         if (kind := saved.get(settings.TYPE)) != type(self).__name__:
             raise ValueError(
                 f"the run was started as a {kind!s:.80}, but this is a {type(self).__name__}; train in a new --workdir."
@@ -213,7 +237,10 @@ class Experiment(abc.ABC):
         return changed + _renamed(begun.data, self.data)
 
     def check_warmups(self, others: Mapping[str, int] = MappingProxyType({})) -> None:
-        """Raises ValueError if a warm-up is not shorter than training. others: other warm-ups, by field name."""
+        """Raises ValueError unless `optim.warmup_steps` and all values in `others` are below `train.steps`.
+
+        others: numbers of steps of other warm-ups, by the names of their fields.
+        """
         check_warmups({"optim.warmup_steps": self.optim.warmup_steps, **others}, self.train.steps)
 
 

@@ -32,11 +32,12 @@ E = TypeVar("E", bound=Experiment)
 
 
 def load_config(path: str | Path) -> Experiment:
-    """Returns the experiment that the function `config` in a Python file defines.
+    """Runs a Python file that defines a function config(), and returns the experiment that this function returns.
 
     path: path to the file, or the name of a shipped config, such as "tarflow_digits".
 
-    Raises FileNotFoundError if there is no such file, or ValueError if it does not define an experiment.
+    Raises FileNotFoundError if there is neither a file nor a shipped config of this name, or ValueError if `path` is a
+    URL or the file has no function config() that returns an experiment.
 
     Example:
         experiment = load_config("configs/tarflow_digits.py")
@@ -69,7 +70,11 @@ def config_path(path: str | Path) -> Path:
 
 
 def override(experiment: E, arguments: Sequence[str]) -> E:
-    """Returns the experiment changed by `--group.field value` arguments. Raises ValueError if an argument is invalid.
+    """Returns a copy of an experiment with fields set as on the command line.
+
+    arguments: names of fields and their new values, such as ["--optim.lr", "3e-4"].
+
+    Raises ValueError if an argument is invalid.
 
     Example:
         experiment = override(experiment, ["--optim.lr", "3e-4"])
@@ -78,9 +83,9 @@ def override(experiment: E, arguments: Sequence[str]) -> E:
 
 
 def from_json(plain: Mapping[str, Any]) -> Experiment:
-    """Restores an experiment from the result of `Experiment.to_json`.
+    """Restores an experiment of any class from the result of `Experiment.to_json`.
 
-    Raises ValueError if a field is unknown or a value is invalid; the message contains the field's name.
+    Raises ValueError if the class or a field is unknown or a value is invalid; the message names the field.
 
     Example:
         experiment = from_json(json.loads(text))

@@ -123,9 +123,10 @@ def _is_debug(experiment: Experiment) -> bool:
 
 
 def differences(old: Experiment, new: Experiment) -> dict[str, list[str]]:
-    """Returns descriptions of the differences between two experiments that change what the parameters mean.
+    """Compares two experiments, and describes each difference that changes what the parameters of the model mean.
 
-    The keys are the kinds of differences that `InitConfig.allow` accepts, in the same order.
+    The keys of the result are kinds of differences, named and ordered as in `InitConfig.allow`; a kind without
+    differences is left out. The values are lists of descriptions.
 
     Example:
         differences(old, new)  # {"classes": ["model.num_classes: 10 -> 20"]}
@@ -167,7 +168,10 @@ def _num_classes(experiment: Experiment) -> int:
 
 
 class Rule(NamedTuple):
-    """A rule that maps an old array to a new one: a description, the shape of the result, and the function."""
+    """A rule that maps an array of one model's parameters to an array of another model's parameters.
+
+    about: a description of the mapping. shape: the shape of the result. function: the mapping.
+    """
 
     about: str
     shape: Shape

@@ -131,19 +131,23 @@ def fit(
 ) -> Result:
     """Trains an experiment in `workdir` and returns the result; resumes the run if the directory has a checkpoint.
 
-    If `experiment.init.path` is set, a new run starts from the parameters of the run at this path.
+    If `experiment.init.path` is set, a new run starts from the parameters of the run or model at this path; a resumed
+    run ignores it.
 
-    dataset: the data to train on instead of `experiment.data`; see `flowgen.data.Dataset`.
+    dataset: images or clips to train on instead of those that `experiment.data` selects; see `flowgen.data.Dataset`.
     held_out: the data to evaluate on if `dataset` is given. A run on `dataset` without `held_out` is not evaluated.
-    model: the model to train instead of `experiment.build()`. It must have the same methods. Pass the same model to
-    `flowgen.load`.
-    signals: an active `Signals` that watches this process's signals. By default, `fit` creates one.
-    profile: the number of steps to profile, starting after the first. The trace is in the run's folder `profile`.
-    devices: list of local devices to train on; by default, all of them. Sampling and evaluation always use all local
-    devices.
+    model: the model to train instead of `experiment.build()`, with the same methods as the result of this call. To load
+    the run later, pass `model` to `flowgen.load` too.
+    signals: a `flowgen.training.Signals` context that has already been entered, and that makes training stop and save
+    on Ctrl-C or SIGTERM; by default, `fit` creates one.
+    profile: the number of steps to trace with the JAX profiler, beginning with the second step of this call; 0 for
+    none. The trace is written to the folder `profile` in `workdir`.
+    devices: list of this process's devices to train on; by default, all of them. Sampling and evaluation always use all
+    of this process's devices.
 
-    All options are checked before any computation. Raises the errors of `flowgen.training.train`, and those of opening
-    the experiment's data and networks.
+    Raises ValueError if an argument is invalid or does not fit the experiment or the run in `workdir`, as well as the
+    errors of `flowgen.training.train` and the errors that occur when the data and the frozen networks (codec, text
+    encoder) are opened.
 
     Example:
         result = fit(flowgen.load_config("tarflow_digits"), "runs/digits")

@@ -60,10 +60,10 @@ class ImageEvaluateOptions(FlowEvaluateOptions, CompareOptions):
 
 @config(kw_only=True)
 class FlowExperiment(AutoregressiveExperiment):
-    """A flow on images.
+    """An experiment that trains a flow on images by maximum likelihood.
 
     model: the flow.
-    data: the images to train on.
+    data: the images to train on, or latents of images that `python -m flowgen encode` has cached.
 
     Raises ValueError if the fields do not fit together.
 
@@ -98,6 +98,8 @@ class FlowExperiment(AutoregressiveExperiment):
     def job(self, *, dataset: Dataset | None = None, held_out: Dataset | None = None, model: Any = None) -> Job:
         """Opens the data, encodes them if necessary, and returns the training job.
 
+        Encoding is necessary if the flow needs latents or encoded texts that are not cached.
+
         dataset, held_out, model: see `fit`.
         """
         flow = self.build() if model is None else model
@@ -112,7 +114,10 @@ class FlowExperiment(AutoregressiveExperiment):
         )
 
     def objective(self, flow: Any, **options: Any) -> Objective:
-        """Returns the maximum-likelihood objective; see `nll_objective`."""
+        """Returns the maximum-likelihood objective of `flow`, with the penalties that `likelihood` gives.
+
+        options: further arguments of `flowgen.flows.objective.nll_objective`, such as label_dropout.
+        """
         likelihood = self.likelihood
         return nll_objective(flow, norm_penalty=likelihood.norm_penalty, jacobi=likelihood.jacobi, **options)
 
@@ -127,11 +132,13 @@ class FlowExperiment(AutoregressiveExperiment):
         guidance: Guidance | None = None,
         **checks: bool,
     ) -> tuple[np.ndarray, str]:
-        """Returns images `b height width c` and a line about their decoding.
+        """Returns images `b height width c`, and a line of text about how the flow was inverted to draw them.
 
-        Each image depends only on the key and its number. If the flow models latents, the codec decodes them to images.
+        Each image depends only on `key`, its entry of `numbers` and its condition, not on the other images of the
+        batch. If the experiment has a codec, the flow draws latents, which the codec decodes to images.
 
-        cond: labels, a `TextCondition`, contexts, or None. guidance: by default, that of `sampling`. checks: `certify`
+        cond: the conditions of the images, as the flow requires: labels, a `TextCondition` or contexts; None for
+        unconditional images. guidance: None for the guidance that `sampling` describes. checks: the options `certify`
         and `strict` of `flowgen.decoding.sample`.
         """
         result = decoded_by_all(
@@ -149,7 +156,9 @@ class FlowExperiment(AutoregressiveExperiment):
         return np.asarray(self.encoding.open_codec().decode(result.x)), decoding_line(result)
 
     def denoiser(self, flow: Any, variables: Any) -> float:
-        """Returns the strength of the Tweedie step that removes the training noise from samples; 0 for none."""
+        """Returns `sampling.denoise`, the strength of the Tweedie step that removes the training noise from samples; 0
+        for none.
+        """
         return self.sampling.denoise
 
     def draw(
@@ -170,11 +179,17 @@ class FlowExperiment(AutoregressiveExperiment):
         *,
         trained_on: DataConfig | LatentsConfig | None = None,
     ) -> Evaluation:
-        """Returns a split's likelihood under the flow, and optional metrics of samples and anomalies.
+        """Returns the likelihood of the split `options.split` under the flow and, if requested, other metrics.
 
-        For a flow on pixels, the likelihood under a Gaussian is also returned.
+        If `options.samples` is above 0, samples are drawn and compared with the data. If `options.anomaly` is set, the
+        likelihood is tested as a detector of anomalies.
 
-        trained_on: the config of the data that the flow was trained on; None if it is `data`.
+        For a flow on pixels, the result also contains the likelihood of the split under a Gaussian, as a baseline. The
+        Gaussian is fitted to the split "train" if `options.split` is "eval", and otherwise to the evaluated split
+        itself.
+
+        trained_on: the config of the data that the flow was trained on; None if the flow was trained on the
+        experiment's `data`.
         """
         check_features(options)
         check_likelihood(model, options, latent=self.is_latent)
@@ -202,9 +217,11 @@ class FlowExperiment(AutoregressiveExperiment):
         return evaluation
 
     def debug(self) -> FlowExperiment:
-        """Returns the experiment with a tiny flow of the same kind, trained on the built-in digits.
+        """Returns a copy of the experiment that trains a tiny flow of the same kind on the built-in digits for a few
+        steps.
 
-        Any codec is replaced by blocks of pixels, and any text encoder by random features of words.
+        If there is a codec, it becomes a `SpaceToDepth`. If there is a text encoder, it becomes the one that
+        `TextConfig` calls "words".
         """
         return debug_run(self, **debug_flow(self), data=debug_images(self.data))
 

@@ -13,7 +13,7 @@ NumSamples = Annotated[int, Within(0, 1 << 24)]
 
 @config
 class FlowDrawOptions(DrawOptions):
-    """Options for drawing images, in addition to the fields of `sampling`.
+    """Options for drawing images, in addition to those in the experiment's field `sampling`.
 
     classes: classes to draw in turn, by name (cat,dog) or number (0,1,2); -1 is unconditional, as in --classes=-1,3.
     aspect: aspect ratio, such as 16:9; samples have about the same area as the model's images.

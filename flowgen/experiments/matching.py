@@ -66,12 +66,13 @@ PLOT_STEPS = 60
 
 @config(kw_only=True)
 class MatchingExperiment(Experiment):
-    """A velocity network, trained by flow matching.
+    """An experiment that trains a velocity network by flow matching.
 
-    model: the network.
+    model: the config of the velocity network.
     data: the images or points to train on.
-    matching: the path, the coupling, the loss and other training options.
-    sampling: how samples are drawn.
+    matching: the loss, the path from noise to data, the coupling of noise and data, and the distribution of training
+    times.
+    sampling: how samples are drawn: their number, the solver and the guidance.
 
     Raises ValueError if the fields do not fit together.
 
@@ -153,7 +154,11 @@ class MatchingExperiment(Experiment):
 
     @property
     def best_metric(self) -> str:
-        """The evaluation metric that ranks checkpoints; lower is better."""
+        """The name of the evaluation metric by which checkpoints are ranked; lower is better.
+
+        It is "w2" for points. For images, it is "frechet" if `sampling.frechet_samples` is above 0, and otherwise
+        "loss".
+        """
         if isinstance(self.data, PointsConfig):
             return "w2"
         return "frechet" if self.sampling.frechet_samples else "loss"
@@ -164,7 +169,10 @@ class MatchingExperiment(Experiment):
         return None if isinstance(self.data, PointsConfig) else self.model.event_shape[-1]
 
     def build(self) -> Any:
-        """Returns the network, without parameters. Raises ValueError if the network does not store its config."""
+        """Returns the network that `model` describes, as a Flax module without parameters.
+
+        Raises ValueError if the network's field `config` is missing or is not `model`.
+        """
         network = self.model.build()
         if getattr(network, "config", None) != self.model:
             raise ValueError(
@@ -174,13 +182,19 @@ class MatchingExperiment(Experiment):
         return network
 
     def with_provenance(self) -> MatchingExperiment:
-        """Returns the experiment with its class names filled in."""
+        """Returns a copy of the experiment that records the names of its classes in `data.classes`.
+
+        The names are those found in the data. If `data.classes` is already set, or if the network is not conditioned on
+        classes, the field stays as it is.
+        """
         return with_class_names(self)
 
     def dataset(self, split: Split, *, labelled: bool = True) -> Dataset:
-        """Returns the images in a split, at the size the model expects.
+        """Returns the images in a split of `data`, in the size that the network expects.
 
-        labelled: whether the data must have labels if the model is class-conditional.
+        labelled: whether images without labels are an error if the network is class-conditional.
+
+        Raises ValueError if `data` is a `PointsConfig`, or if the images do not fit the network.
         """
         if isinstance(self.data, PointsConfig):
             raise ValueError("data are points, which have no dataset; draw them with data.draw(key, num).")
@@ -188,7 +202,9 @@ class MatchingExperiment(Experiment):
         return image_dataset(self.data, self.model, split, labelled=labelled)
 
     def job(self, *, dataset: Dataset | None = None, held_out: Dataset | None = None, model: Any = None) -> Job:
-        """Opens the data, chooses `matching.coupling.epsilon` if it is None, and returns the training job.
+        """Opens the data and returns the training job.
+
+        If the coupling has an `epsilon` that is None, the job uses a value that is chosen from noise and data.
 
         dataset, held_out, model: see `fit`.
         """
@@ -209,7 +225,10 @@ class MatchingExperiment(Experiment):
         return images_job(self, network, self.data, dataset, held_out)
 
     def rehearsal(self, model: Any, rows: int) -> Rehearsal:
-        """Returns what is needed to trace a training step on `rows` samples with an independent coupling."""
+        """Returns what is needed to trace a training step of the network `model` on `rows` samples.
+
+        The traced step pairs noise and data independently, whatever `matching.coupling` is.
+        """
         matching = dataclasses.replace(self.matching, coupling=MatchingConfig().coupling)
         shape = (rows,) if isinstance(self.data, PointsConfig) else (rows, *self.model.event_shape)
 
@@ -220,7 +239,10 @@ class MatchingExperiment(Experiment):
         return Rehearsal(lambda key: init(model, key), objective, jax.eval_shape(batch))
 
     def sampling_cost(self, model: Any, variables: Any, num: int) -> SamplingCost:
-        """Returns the cost of drawing `num` samples at a time. With dopri5, the number of FLOP is unknown."""
+        """Returns the FLOP and the memory of drawing `num` samples at a time.
+
+        The FLOP are None if `sampling.method` is "dopri5", whose number of steps depends on the samples.
+        """
         run = partial(
             draw_by_solver,
             network=model,
@@ -237,12 +259,15 @@ class MatchingExperiment(Experiment):
     def draw_batch(
         self, network: Any, variables: Any, key: jax.Array, numbers: np.ndarray, cond: Any
     ) -> tuple[np.ndarray, str]:
-        """Returns samples `b *event`, and a line that describes how they were drawn.
+        """Returns samples `b *event`, and a line of text with the solver and its number of velocity evaluations.
 
-        Each sample depends only on the key and its number, except with dopri5. The steps of dopri5 are adapted to the
-        batch, so a sample varies with the batch within the tolerance.
+        Each sample depends only on `key`, its entry of `numbers` and its condition. If `sampling.method` is "dopri5",
+        it also depends slightly, within the solver's tolerance, on the batch, because the steps are adapted to the
+        whole batch.
 
-        cond: labels, a context with one row per sample, or None.
+        cond: labels, or a context with one row per sample; None for unconditional samples.
+
+        Raises ValueError if `cond` is None and `sampling.guidance` is not 0.
         """
         sampling = self.sampling
         if sampling.guidance and cond is None:
@@ -277,7 +302,11 @@ class MatchingExperiment(Experiment):
         return Samples(samples, {} if points else {"labels": np.full(num, -1) if labels is None else labels})
 
     def plot(self, network: Any, variables: Any, points: np.ndarray, key: jax.Array) -> np.ndarray:
-        """Returns an image of two plots: paths of the field, solved with rk4, and sampled points on top of the data."""
+        """Returns an image `height width 3` with two plots of a network that is trained on points.
+
+        The first plot shows the paths of points from noise to data, solved with rk4 in 60 steps. The second plot shows
+        the samples `points` on top of points of the data. key: the random key with which noise and data are drawn.
+        """
         assert isinstance(self.data, PointsConfig)
         x0, data = self.data.draw(key, max(DRAWN_PATHS, len(points)))
         velocity = velocity_field(network, weights_of(variables), self.matching)
@@ -292,9 +321,13 @@ class MatchingExperiment(Experiment):
         *,
         trained_on: DataConfig | PointsConfig | None = None,
     ) -> Evaluation:
-        """Returns distances between new samples and the data and, for images, bits/dim.
+        """Draws samples, and returns their distances from the data; for images, also the likelihood in bits/dim.
 
-        trained_on: the config of the data that the network was trained on; None if it is `data`.
+        Images are compared with the split `options.split`, and points with new points of the data. The likelihood is
+        that of the split under the ODE of the network, without guidance.
+
+        trained_on: the config of the data that the network was trained on; None if it was trained on the experiment's
+        `data`.
         """
         field = velocity_field(model, weights_of(variables), self.matching)
         if isinstance(self.data, PointsConfig):
@@ -339,7 +372,11 @@ class MatchingExperiment(Experiment):
         )
 
     def debug(self) -> MatchingExperiment:
-        """Returns the experiment with a tiny network of the same kind, trained on points or the built-in digits."""
+        """Returns a copy of the experiment that trains a tiny network of the same kind for a few steps.
+
+        The copy keeps the data if they are points, and otherwise uses the built-in digits. A network of a class that
+        has no method `shrunk` keeps its size.
+        """
         few = min(self.sampling.num_steps, 2)
         sampling = dataclasses.replace(self.sampling, num=SAMPLES, num_steps=few, frechet_samples=0)
         shrunk = getattr(self.model, "shrunk", None)  # A user's config may lack this method.

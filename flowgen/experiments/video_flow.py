@@ -57,7 +57,7 @@ LEAST_FPS, MOST_FPS = 0.1, 100.0
 
 @config
 class ClipDrawOptions(FlowDrawOptions):
-    """Options for drawing clips, in addition to the fields of `sampling`.
+    """Options for drawing clips, in addition to those in the experiment's field `sampling`.
 
     frames: frames per clip, possibly more than in training; by default, as many as in training.
     given: image or video with which clips begin; a video is cut so that it is shorter than the clips.
@@ -75,10 +75,11 @@ class ClipDrawOptions(FlowDrawOptions):
 
 @config(kw_only=True)
 class VideoFlowExperiment(AutoregressiveExperiment):
-    """A video flow and its denoiser.
+    """An experiment that trains a flow on clips by maximum likelihood, and trains the flow's denoiser, if it has one,
+    jointly.
 
-    model: the flow, and its denoiser if it has one.
-    data: the clips to train on.
+    model: the flow; if `model.denoiser_layers` is above 0, it has a denoiser.
+    data: the clips to train on, or latents of clips that `python -m flowgen encode` has cached.
 
     Raises ValueError if the fields do not fit together.
 
@@ -133,11 +134,13 @@ class VideoFlowExperiment(AutoregressiveExperiment):
             )
 
     def dataset(self, split: Split) -> Dataset:
-        """Returns the clips in a split, resized so that their latents have the size the model expects."""
+        """Returns the clips in a split of `data`, resized so that their latents have the size that the flow expects."""
         return clips_alone(pixel_dataset(of_whole_clips(self.data), self.encoding, split))
 
     def job(self, *, dataset: Dataset | None = None, held_out: Dataset | None = None, model: Any = None) -> Job:
         """Opens the data, encodes them if necessary, and returns the training job.
+
+        Encoding is necessary if the flow needs latents or encoded texts that are not cached.
 
         dataset, held_out, model: see `fit`.
         """
@@ -158,7 +161,11 @@ class VideoFlowExperiment(AutoregressiveExperiment):
         )
 
     def objective(self, flow: Any, **options: Any) -> Objective:
-        """Returns the joint objective of a flow and its denoiser; `nll_objective` if there is no denoiser."""
+        """Returns the joint training objective of `flow` and its denoiser or, without a denoiser, that of `flow` alone.
+
+        options: further arguments, such as label_dropout, of `flowgen.flows.flow_score_objective` or, without a
+        denoiser, of `flowgen.flows.objective.nll_objective`.
+        """
         likelihood = self.likelihood
         if self.model.denoiser_layers:
             return flow_score_objective(flow, jacobi=likelihood.jacobi, **options)
@@ -176,14 +183,17 @@ class VideoFlowExperiment(AutoregressiveExperiment):
         clip: Clip = WHOLE,
         **checks: bool,
     ) -> tuple[np.ndarray, str]:
-        """Returns clips `b frames height width c` and a line about their decoding.
+        """Returns clips `b frames height width c`, and a line of text about how the flow was inverted to draw them.
 
-        Each clip depends only on the key and its number. If the flow models latents, the codec decodes them to clips.
+        Each clip depends only on `key`, its entry of `numbers` and its condition, not on the other clips of the batch.
+        If the experiment has a codec, the flow draws latents, which the codec decodes to clips.
 
-        cond: labels, a `TextCondition`, contexts, or None. guidance: by default, that of `sampling`. clip: the length
-        and the given frames of all clips, in latent frames. The given frames have the shape `1 given height width c`
-        and contain no noise; sampling does not change them. The clips cycle through the texts in `clip.restart_cond`.
-        checks: `certify` and `strict` of `flowgen.decoding.sample`.
+        cond: the conditions of the clips, as the flow requires: labels, a `TextCondition` or contexts; None for
+        unconditional clips. guidance: None for the guidance that `sampling` describes. clip: the length and the first
+        frames of all clips, counted in latent frames; by default, the flow's own length and no given frames.
+        `clip.given` contains latents `1 given height width c` without noise, with which every clip begins.
+        `clip.restart_cond` may contain any number n of texts; the clip with number i takes text i modulo n. checks: the
+        options `certify` and `strict` of `flowgen.decoding.sample`.
         """
         given, restarts = clip.given, clip.restart_cond
         noisy = None if given is None else with_noise(flow, given, key, numbers)
@@ -213,10 +223,12 @@ class VideoFlowExperiment(AutoregressiveExperiment):
         say: Callable[[str], None] = lambda line: None,
         progress: Callable[[int, int], None] | None = None,
     ) -> Samples:
-        """Returns `sampling.num` clips, and calls `say` with a line about each batch. progress: see `Clip`.
+        """Returns `sampling.num` clips, and calls `say` with a line about the speed of each batch.
 
-        Raises ValueError if the codec cannot encode clips of this length, or if the file `options.given` cannot be
-        used.
+        progress: a function that follows the decoding, as `progress` of `flowgen.decoding.Clip`; None for none.
+
+        Raises ValueError if the codec cannot encode clips of `options.frames` frames, or if the file `options.given`
+        cannot be used, and FileNotFoundError if this file does not exist.
         """
         flow = self.sized(model, options.aspect)
         clip = self._clip(flow, options)
@@ -248,7 +260,11 @@ class VideoFlowExperiment(AutoregressiveExperiment):
         return self.encoding.condition([CONTINUED + prompt for prompt in self.sampling.prompts], flow.config.image_hw)
 
     def fps(self, asked: float | None) -> float:
-        """Returns the frame rate of videos: the requested rate or, by default, the rate of the training clips."""
+        """Returns the rate, in frames per second, at which to write sampled clips.
+
+        asked: the requested rate; None for the rate of the training clips, or for 8 if their rate is unknown or is
+        outside the range from 0.1 to 100 that video files support.
+        """
         if asked is not None:
             return asked
         # For cached latents, the frame rate may be known only from the text config.
@@ -257,10 +273,14 @@ class VideoFlowExperiment(AutoregressiveExperiment):
         return fps if LEAST_FPS <= fps <= MOST_FPS else DEFAULT_FPS
 
     def evaluate(self, model: Any, variables: Any, options: FlowEvaluateOptions) -> Evaluation:
-        """Returns the likelihood of the flow, the PSNR of denoised clips, and distances between frames.
+        """Returns the likelihood of clips under the flow, the PSNR of denoised clips and, if requested, frame
+        distances.
 
-        The likelihood and the PSNR are measured on a split. If samples are drawn, distances between frames are reported
-        for samples and data; see `frame_distances`. Latents are decoded before the PSNR and the distances are computed.
+        The likelihood is that of all clips in the split `options.split`. The PSNR in dB is measured on up to 64 of
+        these clips, before and after the training noise is removed. If `options.samples` is above 0, this many clips
+        are drawn, and two distances are reported for them and for clips of the split: the root mean square distance
+        between consecutive frames, and that between any two frames of a clip. The PSNR and the distances are those of
+        pixels, also for a flow on latents.
         """
         check_likelihood(model, options, latent=self.is_latent)
         if options.samples:
@@ -290,7 +310,7 @@ class VideoFlowExperiment(AutoregressiveExperiment):
         return evaluation
 
     def debug(self) -> VideoFlowExperiment:
-        """Returns the experiment with a tiny flow of the same kind, trained on bouncing digits."""
+        """Returns a copy of the experiment that trains a tiny flow of this kind on bouncing digits for a few steps."""
         changes = debug_flow(self)
         changes["model"] = dataclasses.replace(
             changes["model"],
@@ -304,7 +324,10 @@ class VideoFlowExperiment(AutoregressiveExperiment):
         return debug_run(self, **changes, data=debug_clips(self.data))
 
     def denoiser(self, flow: Any, variables: Any) -> float | Denoiser:
-        """Returns the learned denoiser or, without one, the strength of the Tweedie step; 0 if denoising is off."""
+        """Returns the learned denoiser or, if the flow has none, `sampling.denoise`, the strength of the Tweedie step.
+
+        The result is 0 if `sampling.denoise` is 0, so that samples keep the training noise.
+        """
         strength = self.sampling.denoise
         if not flow.config.denoiser_layers or strength == 0:
             return strength

@@ -91,9 +91,10 @@ def log_softplus(x: Float[Array, "*b"]) -> Float[Array, "*b"]:
 
 @runtime_checkable
 class ScaleMap(Protocol):
-    """A scale parameterisation, which maps the network's two outputs per channel to shift and log_scale.
+    """The interface of a scale parameterisation, a function (shift, raw) -> (shift, log_scale).
 
-    It must process each token independently.
+    Its arguments are the two outputs of a block's network for each value of a token. Its results define the block's
+    affine map x = shift + exp(log_scale) · z. The function must process each token independently of the others.
     """
 
     def __call__(

@@ -60,18 +60,22 @@ Variables = Mapping[str, Any]
 
 @dataclass(frozen=True)
 class BlockConfig:
-    """Describes one block: its tokens, their order, the scale parameterisation, the conditions and the transformer.
+    """Describes one block of a flow: its tokens and their order, the map of the tokens, the condition and the network.
 
     num_classes: number of classes whose embeddings are added to the tokens; 0 for none.
-    prefix: tokens that precede the tokens of the sample; None for no prefix.
-    positions: rotary positions; None means a learned table.
-    slot_positions: whether row i of the learned table belongs to the i-th token in the block's order. By default, row i
-    belongs to the i-th token in raster order.
-    elementwise: a map of each value that replaces the affine map and needs shift "input"; None for the affine map.
-    soft_clip: bound on the raw outputs; 0 for none.
-    final_norm: whether an RMSNorm precedes the last linear map.
-    frames: number of groups, such as the frames of a video, that the block maps independently; each group has
-    num_tokens tokens.
+    shift: "output" if the block leaves its first token unchanged; "input" if it transforms every token, because a
+    learned start token precedes the first one. In both cases, the map of a token depends only on the tokens before it.
+    soft_clip: bound c on the network's raw outputs: each output r is replaced by c · tanh(r / c); 0 for no bound.
+    final_norm: whether to apply an RMSNorm before the network's output layer.
+    positions: rotary positions of the tokens; None for a learned table of position embeddings.
+    prefix: describes the tokens that contain a sample's condition and precede its other tokens in the network; None for
+    no prefix.
+    frames: number of groups of num_tokens tokens, such as the frames of a clip, that the block maps independently of
+    each other.
+    slot_positions: whether row i of the learned table of positions belongs to the i-th token in the block's order; if
+    False, the row belongs to the i-th token in raster order.
+    elementwise: an invertible map of single values that replaces the affine map and requires shift="input"; None for
+    the affine map.
     """
 
     num_tokens: int
@@ -102,7 +106,7 @@ class BlockConfig:
 
     @property
     def softmax_shape(self) -> SoftmaxShape | None:
-        """Shape of the layers' softmax attention over whole sequences; None for other kinds of attention."""
+        """Shape of each layer's softmax attention over a whole sequence with its prefix; None for other kernels."""
         layers = self.transformer
         if not (isinstance(layers.attention, str) and layers.attention == "softmax"):
             return None
@@ -111,22 +115,22 @@ class BlockConfig:
 
     @property
     def is_conditional(self) -> bool:
-        """Whether the block's map depends on any part of `cond` other than the mask of padded samples."""
+        """Whether the block's map depends on labels, texts or a context; the mask of padded samples does not count."""
         return self.num_classes > 0 or self.prefix is not None
 
     @property
     def table_order(self) -> TokenOrder:
-        """The order that arranges the learned table of positions like the block's tokens."""
+        """With this order, `flowgen.flows.orders.to_order` puts the learned position table in the block's order."""
         return "raster" if self.slot_positions else self.order
 
     def condition(self, cond: Condition | None) -> Condition | None:
-        """Returns the part of a flow's condition on which the block's map depends."""
+        """Returns the part of `cond` on which the block's map depends: all, a `Padded` with only a mask, or None."""
         if self.is_conditional:
             return cond
         return Padded(cond.mask) if isinstance(cond, Padded) else None
 
     def order_of(self, cond: Condition | None) -> SampleOrder:
-        """Returns the token order, with each sample's padding last."""
+        """Returns the block's token order; if `cond` is a `Padded`, one permutation per sample, with padding last."""
         return order_without_padding(self.order, cond.mask) if isinstance(cond, Padded) else self.order
 
 
@@ -148,7 +152,9 @@ NOTHING_BEFORE = BlockState()
 
 
 class AutoregressiveBlock(nn.Module):
-    """An invertible map of tokens `b n c`; its input and output are in raster order.
+    """One block of a flow: an invertible map of tokens `b n c`, whose parameters a causal transformer predicts.
+
+    The input and output tokens are in raster order.
 
     Example:
         z, logdet = AutoregressiveBlock(config).apply(params, tokens, labels)
@@ -162,7 +168,7 @@ class AutoregressiveBlock(nn.Module):
 
     @property
     def num_passthrough(self) -> int:
-        """Number of leading tokens, in the block's order, that the map leaves unchanged."""
+        """Number of leading tokens, in the block's order, that the map leaves unchanged: 0 or 1."""
         return 1 if self.config.shift == "output" else 0
 
     def setup(self):
@@ -194,9 +200,10 @@ class AutoregressiveBlock(nn.Module):
         return z, log_derivative.sum(axis=(1, 2))
 
     def parameters(self, x: Float[Array, "b n c"], cond: Condition | None = None) -> TokenMaps:
-        """Returns the maps of all tokens in raster order; the identity for passthrough tokens.
+        """Returns the parameters of the maps of all tokens in x, in raster order.
 
-        Unless the config has an elementwise map, this is an `Affine`, a tuple (shift, log_scale).
+        They are an `Affine`, a tuple (shift, log_scale), or, if the config has an elementwise map, a `Mapped`. The maps
+        of padding and of the first `num_passthrough` tokens in the block's order are the identity.
         """
         config = self.config
         cond = config.condition(cond)  # Blocks that map single frames ignore the condition.
@@ -213,15 +220,15 @@ class AutoregressiveBlock(nn.Module):
     def conditioner(
         self, previous: Float[Array, "b w c"], cond: Condition | None, state: BlockState = NOTHING_BEFORE
     ) -> tuple[TokenMaps, tuple | None]:
-        """Returns (maps, window) for a window of tokens, given the previous token of each.
+        """Returns (maps, window) for w consecutive tokens in the block's order, given the token before each of them.
 
-        previous: rows start..start+w-1 of `previous(tokens)`. The result is for tokens start+p..start+p+w-1, where p is
-        num_passthrough.
-        state: the state before the window, with caches from `prefill` or `accept`. By default, the window is the whole
-        sequence.
+        previous: rows start..start+w-1 of the array that `previous` returns. With p = num_passthrough, the results are
+        for tokens start+p..start+p+w-1.
+        state: the state before these tokens: `start`, and caches from `prefill` or `accept`. By default, `previous`
+        contains the whole sequence.
 
-        maps: the maps of the tokens, as `parameters` returns them. window: the argument with which `accept` adds this
-        window to the caches.
+        maps: the parameters of the maps, as `parameters` returns them, but in the block's order. window: the argument
+        with which `accept` adds these tokens to the caches; None if `state` contains no caches.
         """
         config, transformer = self.config, self.config.transformer
         batch, window = previous.shape[:2]
@@ -274,17 +281,20 @@ class AutoregressiveBlock(nn.Module):
         return jnp.take_along_axis(h, positions(count, window)[:, :, None], axis=1)
 
     def previous(self, tokens: Float[Array, "b n c"]) -> Float[Array, "b w c"]:
-        """Returns the network's inputs, in the block's order. Row t is the input for token t + num_passthrough."""
+        """Returns the network's inputs for tokens in the block's order.
+
+        Row t is the token before token t + num_passthrough; for token 0, it is the learned start token.
+        """
         return jnp.concatenate([self.first_previous(tokens), tokens[:, self.num_passthrough : -1]], axis=1)
 
     def first_previous(self, z: Float[Array, "b n c"]) -> Float[Array, "b 1 c"]:
-        """Returns the token before the first transformed one: the passthrough token or the start token."""
+        """Returns row 0 of `previous(z)`: token 0 if shift is "output", the learned start token if it is "input"."""
         if self.config.shift == "output":
             return z[:, :1]
         return jnp.broadcast_to(self.start_token[None, None].astype(z.dtype), (len(z), 1, z.shape[2]))
 
     def prefix_tokens(self, cond: Unpadded | None, batch: int) -> Float[Array, "b l d"] | None:
-        """Returns the embedded prefix, which depends only on the condition; None if there is no prefix."""
+        """Returns each sample's embedded prefix; None if the block has no prefix, or if its context is not given."""
         prefix = self.config.prefix
         has_none = cond is None and isinstance(prefix, ContextPrefix) and not self.is_initializing()
         if prefix is None or has_none:
@@ -295,13 +305,19 @@ class AutoregressiveBlock(nn.Module):
         return tokens
 
     def prefix_count(self, cond: Unpadded | None) -> Start:
-        """Returns the number of prefix tokens that are not padding: one number for all samples, or one for each."""
+        """Returns the number of prefix tokens: one number for all samples or, for `ContextTokens`, one per sample.
+
+        The padding of a `ContextTokens` does not count; the padding of a `TextCondition` does.
+        """
         if isinstance(self.config.prefix, ContextPrefix):
             return jnp.asarray(cond.mask).sum(axis=1) if isinstance(cond, ContextTokens) else 0
         return self.config.prefix_length
 
     def rotation(self, slot: Start, length: int) -> tuple[Array, Array] | None:
-        """Returns (cos, sin) of the rotary angles of `length` slots, prefix included; None for learned positions."""
+        """Returns (cos, sin) of the rotary angles of slots slot..slot+length-1; None for learned positions.
+
+        Slot 0 is the first token of the prefix or, without a prefix, of the sample.
+        """
         config = self.config
         if config.positions is None:
             return None
@@ -313,7 +329,7 @@ class AutoregressiveBlock(nn.Module):
     def prefill(
         self, batch: int, length: int, cond: Condition | None, inverse_temperature: Float[Array, " b"] | None = None
     ) -> tuple:
-        """Returns caches for decoding `length` tokens of each sample; they already contain the prefix."""
+        """Returns the layers' caches for decoding `length` tokens of each sample; they contain the prefix, if any."""
         _, cond = split_padded(cond)
         caches, tokens = self.init_caches(batch, length), self.prefix_tokens(cond, batch)
         if tokens is None:
@@ -334,9 +350,9 @@ class AutoregressiveBlock(nn.Module):
         )
 
     def accept(self, before: tuple, window: Any, count: Int[Array, " b"] | None = None) -> tuple:
-        """Returns the caches `before` plus the first `count` rows of each sample's window; None means all rows.
+        """Returns the caches `before` with the first `count` rows of each sample's window added.
 
-        window: the second result of `conditioner` for this window.
+        window: the second result of `conditioner`. count: None adds all rows of the window.
         """
         accept = causal_kernel(self.config.transformer.attention).accept
         if accept is None:
@@ -344,16 +360,19 @@ class AutoregressiveBlock(nn.Module):
         return tuple(accept(*cache, count) for cache in zip(before, window, strict=True))
 
     def rewind(self, before: tuple, after: tuple) -> tuple:
-        """Returns caches for repeating the window that turned the caches `before` into `after`."""
+        """Returns caches with which `conditioner` can process a window again.
+
+        before: the caches before the window. after: the second result of `conditioner` for the window.
+        """
         return causal_kernel(self.config.transformer.attention).rewind(before, after)
 
     @property
     def has_growing_caches(self) -> bool:
-        """Returns whether caches can grow. Other caches need room for all tokens from the start."""
+        """Whether `grow_caches` can extend caches. If not, caches need room for all tokens from the start."""
         return causal_kernel(self.config.transformer.attention).grow is not None
 
     def grow_caches(self, caches: tuple, length: int) -> tuple:
-        """Returns the caches with room for the prefix and `length` tokens; caches that cannot grow are unchanged."""
+        """Returns the caches with room for the prefix and `length` tokens, or unchanged if they cannot grow."""
         grow = causal_kernel(self.config.transformer.attention).grow
         return caches if grow is None else tuple(grow(cache, self.config.prefix_length + length) for cache in caches)
 
@@ -387,5 +406,8 @@ def each_frame(x: Float[Array, "b n c"], frames: int) -> Float[Array, "b_and_fra
 
 
 def block_parameters(variables: Variables, index: int) -> Variables:
-    """Returns the variables of block `index`, for `AutoregressiveBlock(config).apply`."""
+    """Returns the part of a flow's variables that `AutoregressiveBlock(flow.config.blocks[index]).apply` requires.
+
+    index: the index of the block; block 0 is next to the data.
+    """
     return {"params": variables["params"][f"blocks_{index}"]}

@@ -15,7 +15,11 @@ from flowgen.nn.transformer import unstack_layers
 
 
 def decoding_block(config: BlockConfig, variables: Variables) -> tuple[AutoregressiveBlock, Variables]:
-    """Returns a block for decoding and its variables; see `decoding_config` and `decoding_variables`."""
+    """Returns a block in the form for decoding, and its variables in this form.
+
+    config, variables: those of the block in the form for training. For the differences between the forms, see
+    `decoding_config` and `decoding_variables`.
+    """
     transformer = config.transformer
     decoding = decoding_variables(variables, config.table_order, transformer.num_layers, transformer.dtype)
     return AutoregressiveBlock(decoding_config(config)), decoding

@@ -29,13 +29,14 @@ from flowgen.nn.transformer import TransformerConfig, transformer_stack
 
 
 class ClipDenoiser(OnMeshes, nn.Module):
-    """The denoiser s(x̃, cond) of clips `b frames height width c`.
+    """The denoiser of a STARFlow-V: a network s(x̃, cond) of noisy clips x̃ = x + σ ε, `b frames height width c`.
 
-    The kernel of the output layer is initialised to zero. The parameters are stored under "denoiser", next to the
-    flow's blocks; see `denoiser_variables`.
+    It learns -σ ∇ log p(x̃ | cond), so that x̃ - σ s(x̃, cond) is the denoised clip. The kernel of its output layer is
+    initialised to zero. The variables of a flow contain the denoiser's parameters under "denoiser", next to the
+    parameters of the flow's blocks; see `denoiser_variables`.
 
-    config: the flow's config. The denoiser has `denoiser_layers` layers of width `width`, with the same head_dim,
-    condition, positions and precision as the flow.
+    config: the flow's config. The denoiser is a transformer with `config.denoiser_layers` layers of width
+    `config.width`. Its condition and all its other settings are those of the flow's deep block.
 
     Example:
         denoiser = ClipDenoiser(flow.config)
@@ -46,7 +47,7 @@ class ClipDenoiser(OnMeshes, nn.Module):
 
     @property
     def transformer(self) -> TransformerConfig:
-        """The config of the transformer layers, which process the prefix and all frames."""
+        """The config of the transformer, whose sequence is the prefix and then the tokens of all frames."""
         clip, deep = self.config, self.config.blocks[-1]
         return dataclasses.replace(
             deep.transformer,
@@ -108,20 +109,20 @@ def _some_condition(config: STARFlowVConfig) -> Condition | None:
 
 
 def denoiser_variables(variables: Variables) -> Variables:
-    """Returns the denoiser's part of a flow's variables."""
+    """Returns the part of a flow's variables that `ClipDenoiser(flow.config).apply` requires."""
     return {"params": variables["params"]["denoiser"]}
 
 
 @dataclass(frozen=True)
 class DenoiserStep:
-    """The step x - σ s(x, cond) for clips of any length, for use as the function of a `flowgen.decoding.Denoiser`.
+    """The denoising step x - σ s(x, cond) for noisy clips x of any length; pass it to `flowgen.decoding.Denoiser`.
 
-    noise_std: σ.
-    chunk: number of frames that the network processes at once; None means all. Each chunk after the first begins with
-    the `denoiser_past_frames` frames before its outputs. These frames are noisy, as in training. A chunk does not
-    output its last `denoiser_lookahead_frames` frames, unless it is the last chunk. The next chunk outputs them
-    instead, because it also contains the frames after them. If chunks are shorter than a layer's window of frames, each
-    chunk after the first outputs one frame.
+    denoiser: the network s.
+    noise_std: the standard deviation σ of the noise.
+    chunk: number of frames that the network processes at once; None means all. Chunks overlap: besides the frames that
+    it outputs, a chunk contains the `denoiser_past_frames` frames before them and the `denoiser_lookahead_frames`
+    frames after them, if the clip has such frames; `denoiser.config` contains both numbers. These additional frames are
+    noisy, as in training. If `chunk` is too small for them, each chunk begins one frame after the previous one.
 
     Raises ValueError if chunk is below 1.
 

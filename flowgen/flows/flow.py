@@ -111,9 +111,9 @@ class ImageTokens:
 
 
 class AutoregressiveFlow(OnMeshes, nn.Module):
-    """Exact-likelihood flow between samples `b *event`, such as images, and noise tokens `b n c`.
+    """The base class of exact-likelihood flows, which map samples `b *event` to Gaussian noise tokens `b n c`.
 
-    The config defines the blocks and divides samples into tokens.
+    The config describes the flow's blocks, and divides samples, such as images, into tokens.
 
     Example:
         class MyFlow(AutoregressiveFlow):
@@ -131,7 +131,7 @@ class AutoregressiveFlow(OnMeshes, nn.Module):
     def forward(
         self, x: Float[Array, "b *event"], cond: AnyCondition | None = None
     ) -> tuple[Float[Array, "b n token"], Float[Array, " b"]]:
-        """Returns the noise tokens z in raster order and the summed logdet, log|det dz/dx|, in nats.
+        """Returns the noise tokens z, in raster order, and log|det dz/dx| of each sample, in nats.
 
         Raises ValueError if x is not a batch of this model's samples, or if cond does not fit the model.
         """
@@ -141,14 +141,17 @@ class AutoregressiveFlow(OnMeshes, nn.Module):
     def trajectory(
         self, x: Float[Array, "b *event"], cond: AnyCondition | None = None
     ) -> tuple[list[Float[Array, "b n token"]], Float[Array, " b"]]:
-        """Returns the tokens after each block, ending with z, and the total logdet."""
+        """Returns a list of the tokens after each block, in raster order, and log|det dz/dx| of each sample, in nats.
+
+        The last entry of the list contains the noise tokens z.
+        """
         states, logdet = self._through(self.blocks, x, cond)
         return states[1:], logdet
 
     def enter_last_block(
         self, x: Float[Array, "b *event"], cond: AnyCondition | None = None
     ) -> tuple[Float[Array, "b n token"], Float[Array, " b"]]:
-        """Returns the last block's input tokens and the logdet of the blocks before it."""
+        """Returns the input tokens u of the last block, in raster order, and log|det du/dx| of each sample, in nats."""
         states, logdet = self._through(self.blocks[:-1], x, cond)
         return states[-1], logdet
 
@@ -168,9 +171,12 @@ class AutoregressiveFlow(OnMeshes, nn.Module):
 
     @nn.nowrap
     def with_image_size(self, height: int, width: int) -> AutoregressiveFlow:
-        """Returns a flow for another image size, with the same parameters.
+        """Returns a flow for samples of another height and width, which accepts the same variables as this flow.
 
-        Raises ValueError if some parameters, such as learned position tables, fit only one size.
+        height, width: in the units of the config's `image_size`: pixels, or cells of the grid of latents.
+
+        Raises ValueError if the size differs from that in the config of a flow with learned positions, such as a
+        TARFlow, or if the patches do not tile images of the new size.
         """
         if (height, width) == self.config.image_hw:
             return self
@@ -183,7 +189,7 @@ class AutoregressiveFlow(OnMeshes, nn.Module):
 
     @nn.nowrap
     def with_num_frames(self, frames: int) -> AutoregressiveFlow:
-        """Returns a flow for another number of frames, with the same parameters.
+        """Returns a flow for clips of `frames` frames, which accepts the same variables as this flow.
 
         Raises ValueError if the flow models images and `frames` is not 1.
         """
@@ -194,18 +200,22 @@ class AutoregressiveFlow(OnMeshes, nn.Module):
         return type(self)(self.config.with_num_frames(frames), parent=None)
 
     def prior_variance(self) -> Float[Array, "n token"]:
-        """Returns the variance of the Gaussian prior, which is 1 unless the variables contain another value."""
+        """Returns the variance of each value of z under the Gaussian prior.
+
+        It is 1, unless the variables contain a collection "prior", as those of a volume-preserving flow do.
+        """
         shape = (self.config.num_tokens, self.config.token_dim)
         return self.get_variable("prior", "variance", jnp.ones(shape, master_dtype(self.config.dtype)))
 
     def log_prob(self, x: Float[Array, "b *event"], cond: AnyCondition | None = None) -> Float[Array, " b"]:
-        """Returns the exact log p(x | cond) in nats: log N(z; 0, prior variance) + logdet.
+        """Returns the exact log p(x | cond) in nats: log N(z; 0, prior variance) + log|det dz/dx|.
 
-        x: images or clips in [-1, 1], latents, or the numbers of a `TokenFlow`. The values are not checked, because a
-        check would make the host wait for the device. Images in 0..255 get a meaningless density; convert them with
-        x / 127.5 - 1.
+        x: images or clips with values in [-1, 1], latents, or vectors or sequences for a `TokenFlow`. The values are
+        not checked, because a check would make the host wait for the device. Images in 0..255 get a meaningless
+        density; convert them with x / 127.5 - 1.
 
-        If samples are padded, this is the density of the rows that exist, given their number.
+        If samples are padded, the result is the density of the rows that are not padding, given the number of these
+        rows.
 
         Raises ValueError if x is not a batch of this model's samples, or if cond does not fit the model.
         """
@@ -218,9 +228,9 @@ class AutoregressiveFlow(OnMeshes, nn.Module):
     ) -> tuple[Float[Array, "b n"], Float[Array, "b n token"]]:
         """Returns each token's term of log p(x | cond), in nats, and the noise tokens z.
 
-        Both are in raster order. The term of token i is log N(z_i; 0, prior variance) plus the logdet of token i in all
-        blocks. The terms sum to `log_prob`. They are not densities of single tokens, because z_i depends on many
-        tokens of x.
+        Both are in raster order. The term of token i is log N(z_i; 0, prior variance) plus, for each block, the
+        log-determinant of the block's map of token i. The sum of a sample's terms is its `log_prob`. A term is not the
+        log-density of a single token, because z_i depends on many tokens of x.
         """
         config = self.config
         config.check_samples(x)
@@ -234,22 +244,20 @@ class AutoregressiveFlow(OnMeshes, nn.Module):
         return terms + density.sum(axis=2), z
 
     def bits_per_dim(self, x: Float[Array, "b *event"], cond: AnyCondition | None = None) -> Float[Array, " b"]:
-        """Returns -log2 p(x | cond) per dimension on the scale of 256 levels over [-1, 1).
+        """Returns bits/dim of images with 256 levels over [-1, 1): 7 - log2 p(x | cond) / config.num_dims.
 
-        This is the model's bits/dim if x is dequantised (`flowgen.flows.batches.dequantise`).
+        For bits/dim that are comparable between models, convert 8-bit images to x with
+        `flowgen.flows.batches.dequantise`.
         """
         return bits_per_dim(self.log_prob(x, cond), self.config.num_dims)
 
     def to_images(self, tokens: Float[Array, "b n token"]) -> Float[Array, "b *event"]:
-        """Returns the samples with these tokens; see `ImageTokens.to_images`."""
+        """Returns the samples, such as images, that consist of the given tokens, which must be in raster order."""
         return self.config.to_images(tokens)
 
     @nn.nowrap
     def initial_variables(self, key: Key[Array, ""]) -> Variables:
-        """Returns freshly initialised variables, for `flowgen.init`.
-
-        Blocks of the same shape share one compiled program, because random-number generation is slow to compile.
-        """
+        """Returns freshly initialised variables. This method is for `flowgen.init`; call `flowgen.init(flow, key)`."""
         config = self.config
         if config.dtype == "float64" and not jax.config.read("jax_enable_x64"):
             raise ValueError("model.dtype is 'float64', but JAX has 64-bit numbers disabled; set jax_enable_x64 first.")
@@ -265,5 +273,9 @@ class AutoregressiveFlow(OnMeshes, nn.Module):
 
 @partial(jax.jit, static_argnums=0)
 def _init_block(config: BlockConfig, key: Key[Array, ""]) -> Any:
+    """Returns the parameters of a block.
+
+    Blocks with equal configs share the compiled program, because random-number generation is slow to compile.
+    """
     tokens = jnp.zeros((1, config.num_tokens, config.token_dim), master_dtype(config.transformer.dtype))
     return AutoregressiveBlock(config).init(key, tokens)["params"]

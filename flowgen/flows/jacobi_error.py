@@ -39,11 +39,12 @@ MOST_LOG_SCALE = 40.0
 
 @config
 class JacobiPenalty:
-    """A penalty on the error that remains after a few Jacobi sweeps; see `flowgen.flows.jacobi_error`.
+    """A penalty on the error that remains after a few sweeps of Jacobi decoding; see `flowgen.flows.jacobi_error`.
 
     weight: weight of the penalty in the loss, which is in nats per dimension; positive.
-    sweeps: number of sweeps after which the error is measured; each takes a forward pass of the penalised blocks.
-    blocks: numbers of the penalised blocks, counted from the data side; None for all.
+    sweeps: number of sweeps after which the error is measured; each sweep costs a forward pass of the penalised blocks
+    in every training step.
+    blocks: indices of the penalised blocks, counted from 0 at the data side; None for all blocks.
 
     Example:
         objective = nll_objective(flow, jacobi=JacobiPenalty(weight=0.05, sweeps=5, blocks=(3,)))

@@ -29,7 +29,9 @@ from flowgen.flows.starflow_v import STARFlowV
 def score_target(
     flow: Flow, variables: Variables, x: Float[Array, "b *event"], cond: Condition | None = None
 ) -> Float[Array, "b *event"]:
-    """Returns t = -σ ∇ log p(x | cond), which a denoiser learns to predict from noisy x. σ is the flow's `noise_std`.
+    """Returns t = -σ ∇_x log p(x | cond), which a denoiser learns to predict from x. Gradients of t are stopped.
+
+    x: noisy samples. σ is `flow.config.noise_std`, the standard deviation of their noise.
 
     Example:
         t = score_target(flow, params, noisy, cond)
@@ -44,7 +46,9 @@ def score_matching_loss(
     target: Float[Array, "b *event"],
     cond: Condition | None = None,
 ) -> Float[Array, ""]:
-    """Returns the flow-score matching loss: the mean of |s(x, cond) - target|², where s is the denoiser's output.
+    """Returns the flow-score matching loss: the mean of (s - target)² over all values of all samples.
+
+    The denoiser's output is s = denoiser.apply(variables, x, cond).
 
     Example:
         loss = score_matching_loss(denoiser, variables, noisy, score_target(flow, params, noisy, cond), cond)
@@ -61,14 +65,16 @@ def flow_score_objective(
     loss_scale: float = 1.0,
     null_text: Callable[[tuple[int, ...]], TextCondition] | None = None,
 ) -> Callable[..., tuple]:
-    """Returns the joint objective (variables, batch, key) -> (loss, metrics) of a video flow and its denoiser.
+    """Returns the objective (variables, batch, key) -> (loss, metrics) that trains a STARFlow-V with its denoiser.
 
-    The arguments and the batch are the same as for `nll_objective`. Clips may have any number of frames; a single image
-    is a clip of one frame. The metrics are the same as for `nll_objective`, except that `loss` is named `flow_loss`.
-    There are two more metrics: `denoiser_loss` is mean |s - t|², and `score_square` is mean |t|², the loss of a
-    denoiser that always predicts 0.
+    The arguments and the batch are those of `flowgen.flows.objective.nll_objective`. Clips may have any number
+    of frames; an image is a clip of one frame, `b 1 height width c`. The metrics are the same as for `nll_objective`,
+    except that `flow_loss`, which does not include the Jacobi penalty, replaces `loss`. There are two more metrics:
+    `denoiser_loss` is the mean of (s - t)², and `score_square` is the mean of t², the loss of a denoiser that always
+    predicts 0. Here, s is the denoiser's output and t is the result of `score_target`.
 
-    Raises ValueError if the flow has no denoiser, or if texts may be dropped but `null_text` is None.
+    Raises ValueError if the flow has no denoiser, or if a flow on texts has a `label_dropout` above 0 but `null_text`
+    is None.
 
     Example:
         loss, metrics = flow_score_objective(flow, label_dropout=0.1)(params, batch, key)

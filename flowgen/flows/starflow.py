@@ -49,43 +49,57 @@ def block_order(first: RasterOrder, index: int) -> RasterOrder:
 
 @config
 class STARFlowConfig(ImageTokens):
-    """Describes a STARFlow. Most defaults match the released text-to-image model, which is the preset "t2i_3b".
+    """Describes a STARFlow, a flow on the latents of images with shallow blocks and one deep block (arXiv 2506.06276).
 
-    image_size: side of the latents, or (height, width).
-    channels: number of channels of the latents.
-    patch_size: side of the square patch that becomes one token; it must divide the sides of the latents.
-    width: number of channels of a token inside the shallow blocks, a multiple of head_dim.
-    layers_per_block: number of transformer layers in each block, from the data side to the deep block; 0 omits a block.
-    deep_width: width of the last block; None means `width`.
-    order: token order in block 0, "raster" or "reversed"; later blocks alternate. "reversed" is the published "L2R".
-    head_dim: number of channels per attention head.
-    num_kv_heads: number of key-value heads, each shared by several query heads; None means one per query head.
-    expansion: width of the feed-forward layers, as a multiple of the block's width.
-    norm: normalisation before every layer.
-    qk_norm: whether to normalise queries and keys.
-    post_norm: whether to normalise each layer's output too.
+    Most defaults match the released text-to-image model, which is the preset "t2i_3b" in `STARFLOW_PRESETS`.
+
+    image_size: side of a square grid of latents, or (height, width) of any grid; for a flow on pixels, the grid is the
+    image.
+    channels: number of channels of the latents or, for a flow on pixels, of the images.
+    patch_size: side, in cells of the grid, of the square patches, each of which becomes one token; must divide the
+    height and the width of the grid.
+    width: number of channels of a token inside the shallow blocks (all blocks but the last); a multiple of head_dim.
+    layers_per_block: number of transformer layers in each block, from the data side to the deep block at the end; 0
+    leaves out a shallow block.
+    deep_width: number of channels of a token inside the deep block, a multiple of head_dim; None for the value of
+    `width`.
+    order: token order in block 0, which is next to the data: "raster" or "reversed"; the other blocks alternate between
+    the two. The published code calls "reversed" "L2R".
+    head_dim: number of channels per attention head; a multiple of 4, and at least 20 if the flow models clips or has
+    texts, a context or a class prefix.
+    num_kv_heads: number of key-value heads, each shared by equally many query heads; None for one per query head. It
+    must be None unless `attention` is "softmax".
+    expansion: hidden width of the feed-forward layers, as a multiple of the block's width.
+    norm: norm before the attention and before the feed-forward part of each layer.
+    qk_norm: whether to apply an RMSNorm to queries and keys.
+    post_norm: whether to apply an RMSNorm also to the outputs of the attention and of the feed-forward part of each
+    layer.
     activation: activation of the feed-forward layers.
     use_bias: whether the linear layers have biases.
-    scale_parameterisation: "softplus", which means σ = softplus(a + 0.5413) for the raw output a, or your own function
-    (shift, raw) -> (shift, log_scale).
-    soft_clip: bound c of the map c · tanh(r / c), which is applied to the raw scale and the shift; 0 for none.
+    scale_parameterisation: how the scale σ of a block's map x = shift + σ z, from noise to data, depends on the
+    network's output raw: σ = softplus(raw + 0.5413) for "softplus", or your own function (shift, raw) -> (shift,
+    log_scale) with log_scale = log σ.
+    soft_clip: bound c on the raw scale and on the shift: each output r of the network is replaced by c · tanh(r / c); 0
+    for no bound.
     num_classes: number of classes that the density is conditioned on; 0 for none.
-    class_conditioning: "prefix" makes the label a prefix token, as published; "add" adds the label's embedding to
-    every token. Without a label, "add" uses the mean of all class embeddings.
-    context: the continuous context that the density is conditioned on: a VectorContext, a TokenContext or an
-    ImageContext; None for none.
-    text_dim: number of features per text token; 0 for a model without texts.
+    class_conditioning: "prefix" adds a token for the label, which precedes the tokens of the sample, as in the paper;
+    "add" adds the label's embedding to every token. Without a label, "add" uses the mean of all class embeddings.
+    context: describes the context, such as an observation, that the density is conditioned on; None for no context. It
+    must be None if the model has classes or texts.
+    text_dim: number of features per text token, as the text encoder returns them; 0 for a model without texts.
     text_length: number of tokens per text, padding included; 0 for a model without texts.
-    conditioned_blocks: blocks that depend on the class, the context or the text: "deep" for only the last block, or
-    "all".
-    rope_base_grid: side, in tokens, of the grid to which positions are scaled; None leaves neighbouring tokens 1 apart.
-    attention: attention kernel of the layers: a name, or your own kernel.
-    attention_implementation: implementation of softmax attention: "auto", "xla", "cudnn" (for GPUs) or "tpu" (for
-    TPUs); see docs/attention.md in the repository.
-    noise_std: σ of the Gaussian training noise; above 0 for latents.
+    conditioned_blocks: blocks that depend on the class, the context or the text: "deep" for the last block alone, "all"
+    for every block.
+    rope_base_grid: side, in tokens, of the square grid with which the model was first trained; on grids of other sizes,
+    rotary positions are scaled to the same range. None leaves neighbouring tokens 1 apart.
+    attention: attention kernel of the layers: a name, or your own kernel; see docs/attention.md in the repository.
+    attention_implementation: implementation of softmax attention: "xla" for all devices, "cudnn" for NVIDIA GPUs, "tpu"
+    for TPUs; "auto" chooses one by device, dtype and shape. See docs/attention.md in the repository.
+    noise_std: standard deviation σ of the Gaussian noise that is added to the samples in training. For latents, it must
+    be above 0; for a flow on pixels, 0 means uniform dequantisation instead.
     dtype: dtype of matrix products and activations; parameters, affine maps and log-determinants are at least float32.
     remat: whether to save memory by recomputing activations in the backward pass instead of storing them; "auto" stores
-    them only where this is faster, which is in blocks with few layers on CPUs with huge pages.
+    them only in blocks of at most 4 layers on a CPU with huge pages, because storing is faster there.
     """
 
     image_size: Side | tuple[Side, Side]
@@ -167,7 +181,7 @@ class STARFlowConfig(ImageTokens):
 
     @property
     def patch_order(self) -> Literal["channel_last"]:
-        """The order of a patch's values within its token."""
+        """The order of a patch's values within its token: "channel_last" means row, column, channel."""
         return "channel_last"
 
     @property
@@ -188,7 +202,11 @@ class STARFlowConfig(ImageTokens):
         return ClassPrefix(self.num_classes) if self.num_classes and self.class_conditioning == "prefix" else None
 
     def with_image_size(self, height: int, width: int) -> STARFlowConfig:
-        """Returns the config for another image size, with the same reference grid. The same parameters fit both."""
+        """Returns this config with image_size=(height, width); variables for one of the two configs fit the other.
+
+        If this config's `rope_base_grid` is None, the new one is the side of this config's grid of tokens, so that both
+        sizes have the same range of rotary positions.
+        """
         return dataclasses.replace(self, image_size=(height, width), rope_base_grid=self._side)
 
     @property
@@ -209,7 +227,11 @@ class STARFlowConfig(ImageTokens):
 
     @property
     def blocks(self) -> tuple[BlockConfig, ...]:
-        """The blocks from data to noise; blocks of 0 layers are left out, but they count when the orders alternate."""
+        """The configs of the blocks from data to noise.
+
+        Blocks of 0 layers are left out, but count when token orders alternate: the order depends on a block's index in
+        `layers_per_block`.
+        """
         last = len(self.layers_per_block) - 1
         return tuple(self._block(index, index == last) for index, count in enumerate(self.layers_per_block) if count)
 
@@ -247,13 +269,13 @@ class STARFlowConfig(ImageTokens):
 
     @property
     def softmax_shapes(self) -> tuple[SoftmaxShape, ...]:
-        """The distinct shapes of the blocks' softmax attention."""
+        """The distinct shapes of the blocks' softmax attention; empty if `attention` is another kernel."""
         return softmax_shapes(self.blocks)
 
     def check_cond(self, cond: Any, batch: int) -> Condition | None:
-        """Returns labels, texts or a context as arrays, or None.
+        """Returns `cond` as the blocks accept it: int32 labels, a `TextCondition`, `ContextTokens` or None.
 
-        Raises ValueError if cond does not fit the model or the batch.
+        Raises ValueError if cond does not fit the model, or does not have `batch` rows.
         """
         if self.text_dim:
             return check_text(cond, length=self.text_length, dim=self.text_dim, batch=batch)
@@ -264,8 +286,9 @@ class STARFlow(AutoregressiveFlow):
     """Exact-likelihood flow between latents `b height width c` and noise tokens `b n c`.
 
     In every method, `cond` is a `TextCondition` if the model is conditioned on texts. Otherwise it is None, int32
-    labels `b`, or the context that the config describes. The label -1 means unconditional: it selects the last row of
-    the prefix's class table or, if class embeddings are added to the tokens, the mean of all class embeddings.
+    labels `b`, or the context that `config.context` describes. None and the label -1 mean unconditional. A flow with
+    classes has a learned embedding for this case; if its `class_conditioning` is "add", it uses the mean of all class
+    embeddings instead.
 
     Example:
         flow = STARFlow(STARFlowConfig(image_size=8, width=128, layers_per_block=(2, 2, 6), num_classes=10))

@@ -17,14 +17,20 @@ from flowgen.settings.ranges import Frames, MaybeLayers, OtherFrames
 
 @config
 class STARFlowVConfig(STARFlowConfig):
-    """Describes a STARFlow for clips `frames height width c`; see `STARFlowConfig` for the other fields.
+    """Describes a STARFlow-V, which is a STARFlow for clips of shape `frames height width c` (arXiv 2511.20462).
 
-    The shallow blocks map each frame independently. The deep block is causal over the tokens of all frames, in raster
-    order. Only the deep block depends on the condition. On the third axis of the rotary positions, the position of an
-    image token is the index of its frame, and the position of a text token depends on its place in the text.
+    The shallow blocks map each frame independently. The deep block is causal over the tokens of all frames: frame by
+    frame, and in raster order within a frame. The rotary positions have three axes: the row, the column and the index
+    of the frame. A token of the prefix has position 0 on the first two axes; on the third axis, its position is
+    proportional to its index in the prefix. See `STARFlowConfig` for the fields that are not listed here.
 
-    frames: number of latent frames per clip.
-    denoiser_layers: number of layers of the causal denoiser, which learns the flow's score; 0 for no denoiser.
+    order: token order in block 0, which is next to the data: "raster" or "reversed"; the other blocks alternate between
+    the two, and the deep block must have "raster".
+    conditioned_blocks: must be "deep", because only the deep block can depend on the class, the context or the text.
+    frames: number of frames in the latents of a clip.
+    denoiser_layers: number of layers of the denoiser, a network that learns the flow's score (the gradient of the
+    log-density) and removes noise from samples; 0 for no denoiser. A denoiser supports neither a context nor
+    class_conditioning "add".
     denoiser_past_frames: number of earlier frames to which a token attends in each layer of the denoiser.
     denoiser_lookahead_frames: number of later frames to which a token attends in each layer of the denoiser.
     """
@@ -61,7 +67,7 @@ class STARFlowVConfig(STARFlowConfig):
         return (self.frames, *self.image_shape)
 
     def with_num_frames(self, frames: int) -> STARFlowVConfig:
-        """Returns the config for another clip length. The same parameters fit both."""
+        """Returns this config with another number of frames; variables for one of the two configs fit the other."""
         return dataclasses.replace(self, frames=frames)
 
     @property
@@ -91,7 +97,10 @@ class STARFlowV(AutoregressiveFlow):
 
     @nn.nowrap
     def initial_variables(self, key: Key[Array, ""]) -> Variables:
-        """Returns freshly initialised variables, including the denoiser's."""
+        """Returns freshly initialised variables, including those of the denoiser if the config has one.
+
+        This method is for `flowgen.init`; call `flowgen.init(flow, key)`.
+        """
         from flowgen.flows.denoiser import ClipDenoiser, init_denoiser  # imported here to avoid an import cycle
 
         variables = super().initial_variables(key)

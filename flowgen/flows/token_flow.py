@@ -51,36 +51,40 @@ Permutation = Annotated[tuple[CountOrZero, ...], Entries(1, MAX_TOKENS)]
 
 @config
 class TokenFlowConfig:
-    """Describes a flow for vectors `(d,)` or sequences `(n, c)`.
+    """Describes a flow for vectors of shape (d,), or for sequences or sets of shape (n, c).
 
     shape: shape of one sample: (d,) for vectors, or (n, c) for n rows with c channels.
-    group: number of consecutive numbers of a vector, or rows of a sequence, that form one token; it must divide d or n.
-    Given the earlier tokens, a block maps the numbers of a token independently of each other.
-    width: number of channels of a token inside a block, a multiple of head_dim, or any number below head_dim.
+    group: number of consecutive entries of a vector, or rows of a sequence, that form one token; must divide d or n.
+    Given the earlier tokens, a block maps the numbers in a token independently of each other.
+    width: number of channels of a token inside a block: a multiple of head_dim, or any number below head_dim.
     num_blocks: number of autoregressive blocks.
     layers_per_block: number of transformer layers per block.
-    head_dim: number of channels per attention head; a block with fewer channels has one head.
-    expansion: width of the feed-forward layers, as a multiple of the block's width.
-    orders: order of the tokens in each block: "alternating" begins with raster order and reverses every second block,
-    "raster" uses raster order in all blocks, and a tuple gives one permutation of 0..tokens-1 per block.
-    padded: whether samples are padded; `cond` must then be a `Padded`, which marks the rows that exist.
+    head_dim: number of channels per attention head; if `width` is smaller, each layer has one head of `width` channels.
+    expansion: hidden width of the feed-forward layers, as a multiple of the block's width.
+    orders: order in which each block processes the tokens: "raster" keeps the order of the sample in all blocks;
+    "alternating" reverses it in blocks 1, 3 and so on, where block 0 is next to the data; a tuple contains one
+    permutation per block, which lists the indices 0..tokens-1 of the tokens in the block's order.
+    padded: whether sequences are padded; the condition must then be a `flowgen.conditioning.Padded`, whose mask is True
+    for rows that are not padding. Needs group 1.
     num_classes: number of classes that the density is conditioned on; 0 for none.
-    context: the continuous context that the density is conditioned on: a VectorContext, a TokenContext or an
-    ImageContext; None for none.
-    scale_parameterisation: "exponential" or "softplus", which means σ = softplus(a + 0.5413) for the raw output a, or
-    your own function (shift, raw) -> (shift, log_scale).
-    mixture: a map of each number by the CDF of a mixture, with which one block can model several modes; None for the
-    affine map. Guidance needs the affine map.
-    soft_clip: bound c of the map c · tanh(r / c), which is applied to the raw outputs of each block, such as scale and
-    shift; 0 for none. Standardise data that extend far beyond ±c.
-    attention: attention kernel of the layers: a name, or your own kernel.
-    attention_implementation: implementation of softmax attention: "auto", "xla", "cudnn" (for GPUs) or "tpu" (for
-    TPUs); see docs/attention.md in the repository.
+    context: describes the context, such as an observation, that the density is conditioned on; None for no context. It
+    must be None if the model has classes.
+    scale_parameterisation: how the scale σ of a block's map x = shift + σ z, from noise to data, depends on the
+    network's output raw: σ = exp(raw) for "exponential", σ = softplus(raw + 0.5413) for "softplus", or your own
+    function (shift, raw) -> (shift, log_scale) with log_scale = log σ. With a mixture, it is not used and must be
+    "exponential".
+    mixture: map of each number by the CDF of a mixture, so that one block can model several modes; None for the affine
+    map x = shift + σ z. Guidance works only with the affine map.
+    soft_clip: bound c on the outputs of each block's network, such as shift and raw: an output r is replaced by
+    c · tanh(r / c); 0 for no bound. Because shifts are within ±c, standardise data that extend far beyond ±c.
+    attention: attention kernel of the layers: a name, or your own kernel; see docs/attention.md in the repository.
+    attention_implementation: implementation of softmax attention: "xla" for all devices, "cudnn" for NVIDIA GPUs, "tpu"
+    for TPUs; "auto" chooses one by device, dtype and shape. See docs/attention.md in the repository.
     activation: activation of the feed-forward layers.
-    noise_std: σ of the Gaussian training noise; 0 for none.
+    noise_std: standard deviation of the Gaussian noise that is added to the samples in training; 0 for no noise.
     dtype: dtype of matrix products and activations; parameters, affine maps and log-determinants are at least float32.
     remat: whether to save memory by recomputing activations in the backward pass instead of storing them; "auto" stores
-    them only where this is faster, which is in blocks with few layers on CPUs with huge pages.
+    them only in blocks of at most 4 layers on a CPU with huge pages, because storing is faster there.
 
     Example:
         config = TokenFlowConfig(shape=(5,), width=64, num_blocks=4, context=VectorContext(dim=8))
@@ -151,7 +155,7 @@ class TokenFlowConfig:
 
     @property
     def tokens_per_image(self) -> int:
-        """Number of tokens that are decoded together: all."""
+        """The same as `num_tokens`: a sample counts as one image in functions that also accept flows on clips."""
         return self.num_tokens
 
     @property
@@ -165,12 +169,12 @@ class TokenFlowConfig:
 
     @property
     def text_dim(self) -> int:
-        """Number of features per text token: 0, because a text is a `TokenContext` here."""
+        """Number of features per text token: always 0, because a `TokenContext` describes texts for this flow."""
         return 0
 
     @property
     def blocks(self) -> tuple[BlockConfig, ...]:
-        """The blocks from data to noise."""
+        """The configs of the blocks from data to noise."""
         transformer = equal_layers(self)
         return tuple(
             BlockConfig(
@@ -197,7 +201,7 @@ class TokenFlowConfig:
 
     @property
     def softmax_shapes(self) -> tuple[SoftmaxShape, ...]:
-        """The distinct shapes of the blocks' softmax attention."""
+        """The distinct shapes of the blocks' softmax attention; empty if `attention` is another kernel."""
         return softmax_shapes(self.blocks)
 
     def check_samples(self, x: Any) -> None:
@@ -208,15 +212,18 @@ class TokenFlowConfig:
             raise ValueError(f"x has shape {tuple(x.shape)}; its shape must be (batch, {shape}).")
 
     def to_tokens(self, x: Float[Array, "b *event"]) -> Float[Array, "b n token"]:
-        """Returns samples as tokens."""
+        """Returns the tokens of the samples x; a token consists of `group` consecutive entries or rows of a sample."""
         return x.reshape(len(x), self.num_tokens, self.token_dim)
 
     def to_images(self, tokens: Float[Array, "b n token"]) -> Float[Array, "b *event"]:
-        """Returns the samples with these tokens; the inverse of `to_tokens`."""
+        """Returns the samples that consist of the given tokens; this is the inverse of `to_tokens`."""
         return tokens.reshape(len(tokens), *self.shape)
 
     def check_cond(self, cond: Any, batch: int) -> Condition | None:
-        """Returns the condition as arrays or None. Raises ValueError if cond does not fit the model or the batch."""
+        """Returns `cond` as the blocks accept it: int32 labels, `ContextTokens`, a `Padded` or None.
+
+        Raises ValueError if cond does not fit the model, or does not have `batch` rows.
+        """
         if not self.padded:
             if isinstance(cond, Padded):
                 raise ValueError(
@@ -232,9 +239,9 @@ class TokenFlowConfig:
 class TokenFlow(AutoregressiveFlow):
     """Exact-likelihood flow between vectors `b d` or sequences `b n c` and noise tokens `b tokens channels`.
 
-    In every method, `cond` is None, int32 labels `b` (-1 means unconditional), or the context that the config
-    describes. If samples are padded, `cond` is a `Padded`, which contains the mask of the rows and one of these
-    conditions. The flow ignores the values at padding, and returns 0 there.
+    In every method, `cond` is None, int32 labels `b` (-1 means unconditional), or the context that `config.context`
+    describes. If samples are padded, `cond` is a `flowgen.conditioning.Padded`, which contains the mask of the rows and
+    one of these conditions. The flow ignores the values at padding; the noise tokens of padding are 0.
 
     Example:
         flow = TokenFlow(TokenFlowConfig(shape=(5,), context=VectorContext(dim=8)))
@@ -244,7 +251,7 @@ class TokenFlow(AutoregressiveFlow):
     config: TokenFlowConfig
 
     def bits_per_dim(self, x: Float[Array, "b *event"], cond: AnyCondition | None = None) -> Float[Array, " b"]:
-        """Raises ValueError, because bits/dim is defined only for data with 256 levels."""
+        """Always raises ValueError, because bits/dim is defined only for data with 256 levels."""
         raise ValueError(
             "bits/dim needs data with 256 levels, but this flow models numbers; use nats per dimension, "
             "-log_prob / config.num_dims."
@@ -252,12 +259,12 @@ class TokenFlow(AutoregressiveFlow):
 
     @nn.nowrap
     def with_image_size(self, height: int, width: int) -> TokenFlow:
-        """Raises ValueError, because the samples are not images."""
+        """Always raises ValueError, because the samples are not images."""
         raise ValueError(f"this flow models samples of shape {self.config.shape}, which have no height and width.")
 
     @nn.nowrap
     def with_num_frames(self, frames: int) -> TokenFlow:
-        """Returns the flow. Raises ValueError unless `frames` is 1, because the samples are not clips."""
+        """Returns this flow if `frames` is 1; otherwise raises ValueError, because the samples are not clips."""
         if frames != 1:
             raise ValueError(f"frames is {frames}; this flow models single samples, so frames must be 1.")
         return self

@@ -53,7 +53,7 @@ class Annealed(NamedTuple):
     ess: effective sample size in each stage before resampling, as a share of b.
     acceptance: share of accepted proposals in each stage.
 
-    `anneal_adaptively` fills betas, ess and acceptance with NaN after its last stage.
+    `anneal_adaptively` returns betas, ess and acceptance of length `max_stages`, with NaN after its last stage.
     """
 
     x: Float[Array, "b *event"]
@@ -72,9 +72,10 @@ class Annealed(NamedTuple):
 
     @property
     def schedule(self) -> Float[np.ndarray, " t"]:
-        """The argument `betas` with which `anneal` repeats the stages: 0, followed by the values of `betas` except NaN.
+        """The schedule of the stages, for the argument `betas` of `anneal`: 0, followed by β at the end of each stage.
 
-        Raises ValueError inside jit, where the number of stages is unknown, or if the result contains several runs.
+        Raises ValueError inside jit, where the number of stages is unknown, or if the result contains several runs,
+        such as those of `jax.vmap`.
         """
         if isinstance(self.betas, Tracer):
             raise ValueError("betas is traced; read the schedule outside jit, where the number of stages is known.")
@@ -87,8 +88,8 @@ class Annealed(NamedTuple):
 @partial(jax.tree_util.register_dataclass, data_fields=["step_size"], meta_fields=["num_steps"])
 @dataclass(frozen=True)
 class MALA:
-    """The Metropolis-adjusted Langevin algorithm, with proposals x' = x + step_size ∇ log p(x) + √(2 step_size) N(0,
-    I).
+    """The Metropolis-adjusted Langevin algorithm for a density p, with proposals
+    x' = x + step_size ∇ log p(x) + √(2 step_size) N(0, I).
 
     The proposal for each sample is accepted or rejected independently of the others (Roberts & Tweedie 1996). Proposals
     whose log-density is -inf or NaN are rejected.
@@ -96,7 +97,7 @@ class MALA:
     step_size: a number, or an array that broadcasts against x. Tune it for an acceptance rate of about 0.6.
     num_steps: number of proposals per sample in each call.
 
-    Raises ValueError if `num_steps` is not positive, or if a `step_size` given as a number is not positive and finite.
+    Raises ValueError if `num_steps` is not positive, or if `step_size` is a number that is not positive and finite.
 
     Example:
         x, acceptance = MALA(0.05, num_steps=5)(key, x, log_density)
@@ -159,26 +160,26 @@ def anneal(
 
     The mean weight is an unbiased estimate of the target's normalising constant.
 
-    All samples must have the same condition, because resampling moves samples to other rows, but not their conditions.
-    For several conditions, map this function over them with `jax.vmap`. With resample_below=0, samples stay in their
-    rows, so their conditions may differ.
+    Unless resample_below is 0, all samples must have the same condition, because resampling moves samples to other
+    rows, but not their conditions. For several conditions, map this function over them with `jax.vmap`.
 
     Outside jit, later calls with the same shapes reuse the compiled program if log_q, log_target and move are objects
     of flowgen, such as `flow_log_density(flow, params)`, `ManyWell(4).log_density` and `MALA(0.05)`. If one of them is
     a function of your own, each call compiles again, because variables that it reads may have changed. To avoid this,
     call `anneal` inside `jax.jit`.
 
-    x: independent samples of q, such as those of `sample_and_log_prob`.
-    log_q: their normalised log-density, such as `flow_log_density(flow, params)`.
-    log_target: log-density of the target, up to a constant.
+    x: independent samples of q, such as those of `flowgen.decoding.sample_and_log_prob`.
+    log_q: x -> log q(x), normalised, such as `flow_log_density(flow, params)`.
+    log_target: x -> log p̃(x), the log-density of the target up to a constant.
     move: `MALA(step_size)`, or any function (key, x, log_density) -> (x, acceptance) that leaves log_density invariant.
     betas: at least two numbers, ascending from 0 to 1.
-    resample_below: stages resample if the effective sample size, as a share of b, is below this. 0 never resamples,
-    which is annealed importance sampling; 1 resamples in each stage.
+    resample_below: a stage resamples if its effective sample size, as a share of b, is below this number. With 0, no
+    stage resamples, which is annealed importance sampling. With 1, each stage with unequal weights resamples.
 
-    Raises ValueError if betas do not ascend from 0 to 1, if a density is not one number per sample, or if all weights
-    are 0 at the end (outside jit). If resample_below is above 0 and the rows of a condition in `flow_log_density`
-    differ, the function also raises ValueError; if the condition is traced, it returns log weights of NaN instead.
+    Raises ValueError if betas do not ascend from 0 to 1, if resample_below is not from 0 to 1, if log_q or log_target
+    does not return one number per sample, or if all weights are 0 at the end (outside jit). If resample_below is above
+    0 and the rows of a condition in `flow_log_density` differ, the function also raises ValueError; if the condition is
+    traced, it returns log weights of NaN instead.
 
     Example:
         r = anneal(key, x, log_q, ManyWell(4).log_density, MALA(0.05), betas=jnp.linspace(0, 1, 21))
@@ -223,14 +224,14 @@ def anneal_adaptively(
     """Returns weighted samples of the target, annealed over a schedule that is chosen from the samples.
 
     Each stage ends at the β that `next_beta` returns, except that stage `max_stages` always ends at 1. The mean weight
-    is a consistent estimate of the target's normalising constant. Unlike that of `anneal`, it is slightly biased,
-    because the schedule depends on the samples. For an unbiased estimate, call `anneal` with new samples, another key,
-    and betas=result.schedule.
+    is a consistent estimate of the target's normalising constant. It is slightly biased, because the schedule depends
+    on the samples. For an unbiased estimate, call `anneal` with new samples, another key, and betas=result.schedule.
 
-    ess: share of the effective sample size that a stage's reweighting keeps.
+    ess: the share of the effective sample size that the reweighting of a stage should keep; between 0 and 1.
+    max_stages: the largest number of stages.
     Other arguments: as for `anneal`.
 
-    Raises ValueError if ess is not between 0 and 1, and in the same cases as `anneal`.
+    Raises ValueError if ess is not between 0 and 1, if max_stages is not positive, and in the same cases as `anneal`.
 
     Example:
         r = anneal_adaptively(key, x, log_q, ManyWell(4).log_density, MALA(0.05), ess=0.9)
@@ -276,13 +277,13 @@ def _anneal_adaptively(
 def next_beta(
     log_ratio: Float[Array, " b"], log_weight: Float[Array, " b"], beta: Float[Array, ""] | float, ess: float = 0.9
 ) -> Float[Array, ""]:
-    """Returns the largest β, at most 1, at which the effective sample size is still at least `ess` times that at
-    `beta`.
+    """Returns the β at which the next stage of annealing ends: the largest β, at most 1, at which the effective sample
+    size of the reweighted samples is at least `ess` times that at `beta`.
 
     log_ratio: log p̃(x) - log q(x) of the current samples.
-    log_weight: their log weights at `beta`.
+    log_weight: log weights of the current samples at `beta`.
 
-    Raises ValueError if ess is not between 0 and 1.
+    Raises ValueError if ess is not between 0 and 1, or (outside jit) if a log weight is NaN or +inf.
 
     Example:
         beta = next_beta(log_target(x) - log_q(x), jnp.zeros(len(x)), 0.0, ess=0.9)

@@ -65,8 +65,8 @@ def flow_log_density(flow: Flow, params: Variables, cond: AnyCondition | None = 
     The function is a pytree of params and cond, so it can be an argument of a jitted function. It is compiled once per
     flow and shapes.
 
-    Raises ValueError unless `flow` is a flow and `params` contains "params". The returned function raises ValueError if
-    x or cond does not fit the flow.
+    Raises ValueError unless `flow` is a flow and `params` is a dict with the key "params". The returned function raises
+    ValueError if x or cond does not fit the flow.
 
     Example:
         log_q = flow_log_density(flow, params)
@@ -126,13 +126,13 @@ class Tempered:
 
 
 def tempered(log_q: LogDensity, log_target: LogDensity, beta: Float[Array, ""] | float) -> Tempered:
-    """Returns the log-density x -> (1 - beta) log q(x) + beta log p(x), which lies on the geometric path from q to the
-    target.
+    """Returns the log-density x -> (1 - beta) log_q(x) + beta log_target(x), which lies on the geometric path from q to
+    the target.
 
-    For beta between 0 and 1, it is not normalised, and is -inf outside the support of either density. At 0, it is log
-    q; at 1, log p.
+    If beta is 0, the returned function equals log_q; if beta is 1, it equals log_target. In between, its density is not
+    normalised, and its values are -inf where log_q or log_target is -inf.
 
-    The returned function raises ValueError if a density is not one number per sample.
+    The returned function raises ValueError if log_q or log_target does not return one number per sample.
 
     Example:
         log_half = tempered(log_q, log_target, 0.5)

@@ -62,7 +62,7 @@ def importance_sample(
 ) -> WeightedSamples:
     """Returns samples of the flow with log weights log_target(x) - log q(x | cond).
 
-    log_target: x -> log-density `b` of the target, in nats, up to a constant.
+    log_target: a function of x that returns the log-density `b` of the target, in nats, up to a constant.
     num, cond, plan: as for `flowgen.decoding.sample`. If the samples have different conditions, compute estimates for
     each condition from its own samples.
 
@@ -108,8 +108,8 @@ def forward_effective_sample_size(log_weight: Float[Array, "*b"], axis: int = -1
 
     log_weight: log p̃(x) - log q(x) at samples x of p, not of q.
 
-    Raises ValueError if there is no log weight, or if a log weight is NaN or -inf (outside jit): the density of the
-    target is positive at its own samples.
+    Raises ValueError if there is no log weight, or if a log weight is NaN or -inf (outside jit). A log weight of -inf
+    is wrong, because the density of the target is positive at its own samples.
 
     Example:
         ess = forward_effective_sample_size(log_target(x) - log_q(x))
@@ -126,7 +126,7 @@ def log_normaliser(log_weight: Float[Array, "*b"], axis: int = -1) -> WeightedEs
 
     The standard error assumes independent samples. It is NaN if all weights are equal, because equal weights do not
     show the error. Resampling makes weights equal or dependent, so use `Annealed.log_normaliser` for the result of
-    `anneal`. If all weights are 0, the estimate is -inf, and its error is NaN.
+    `anneal`. If all weights are 0, the estimate is -inf, and its standard error is NaN.
 
     Raises ValueError if there is no log weight, or if a log weight is NaN or +inf (outside jit).
 
@@ -143,7 +143,7 @@ def log_normaliser(log_weight: Float[Array, "*b"], axis: int = -1) -> WeightedEs
 
 
 def self_normalised(values: Num[Array, "b *shape"], log_weight: Float[Array, " b"]) -> WeightedEstimate:
-    """Returns the weighted mean Σ w f / Σ w, an estimate of E_p[f], and its standard error.
+    """Returns the weighted mean Σ w f / Σ w of f = `values`, an estimate of E_p[f], and its standard error.
 
     The standard error is √(b / (b - 1) Σ w² (f - mean)²) / Σ w. The bias of the estimate is of order 1 / b.
 
@@ -176,8 +176,8 @@ def resample(key: Key[Array, ""], x: PyTree, log_weight: Float[Array, " b"], num
     """Returns samples of equal weight, by systematic resampling.
 
     Sample i appears num w_i / Σw times, rounded up or down at random so that the expected number of copies is exact.
-    The variance is usually lower than that of independent draws (Douc, Cappé & Moulines 2005). Copies of a sample are
-    adjacent.
+    The variance of averages over the result is usually lower than with independent draws (Douc, Cappé & Moulines 2005).
+    Copies of a sample are adjacent.
 
     x: an array, or a tree of arrays, with one row per weight.
     num: number of samples to return; None means as many as there are weights.

@@ -27,9 +27,9 @@ from flowgen.weights import check_any_weight, weights_along
 class Component(NamedTuple):
     """One component of a mixture: a flow, its parameters and, optionally, a condition.
 
-    cond: the condition of all samples from the component: a class label, or a condition of one row that `sample`
-    accepts, such as a context `1 d`; None for an unconditional flow. For padded samples, it is a `Padded` whose mask
-    has one row.
+    cond: the condition of all samples from the component: a class label, or a condition of one row that
+    `flowgen.decoding.sample` accepts, such as a context `1 d`; None means unconditional. For padded samples, cond
+    is a `flowgen.conditioning.Padded` whose mask has one row.
     """
 
     flow: Flow
@@ -37,9 +37,9 @@ class Component(NamedTuple):
     cond: AnyCondition | int | None = None
 
     def cond_of(self, num: int) -> Condition | None:
-        """Returns the condition, repeated for `num` samples.
+        """Returns the condition, repeated for `num` samples; None if cond is None.
 
-        Raises ValueError unless cond is a label or one row that fits the flow.
+        Raises ValueError if cond is neither a label nor a condition of one row, or if it does not fit the flow.
         """
         dtype = getattr(self.cond, "dtype", type(self.cond))
         is_label = getattr(self.cond, "shape", ()) == () and dtype is not bool and np.issubdtype(dtype, np.integer)
@@ -74,9 +74,9 @@ def mixture_log_prob(log_probs: Float[Array, "k *b"], log_weight: Float[Array, "
 def stratified_counts(shares: Sequence[float | int] | np.ndarray, num: int) -> tuple[int, ...]:
     """Returns the number of samples from each component: num π_k, rounded so that the total is `num`.
 
-    The components with the largest remainders are rounded up.
+    The components whose num π_k have the largest fractional parts are rounded up.
 
-    shares: π, up to a common factor.
+    shares: the numbers π_k, up to a common factor.
 
     Raises ValueError if shares are negative, not finite or all 0, or if `num` is not positive.
 
@@ -104,15 +104,18 @@ def sample_mixture(
 ) -> tuple[Float[Array, "b *event"], Float[Array, " b"]]:
     """Returns stratified samples of a mixture, and their log-density under it, in nats.
 
-    The samples come in the order of the components, `stratified_counts(shares, num)[k]` from component k. The density
-    is that of the mixture with π_k = count_k / num. With this density, importance-weighted means are unbiased for any
-    `num`, and their variance is at most that with randomly chosen components (Owen & Zhou 2000).
+    The samples come in the order of the components: first counts[0] samples of component 0, then counts[1] of component
+    1, and so on, with counts = stratified_counts(shares, num). The density is that of the mixture with
+    π_k = counts[k] / num. With this density, importance-weighted means are unbiased for any `num`, and their variance
+    is at most as large as with randomly chosen components (Owen & Zhou 2000).
 
     components: flows of the same event shape. If samples are padded, all components must have the same mask.
-    shares: π, up to a common factor; None means equal shares.
+    num: total number of samples.
+    shares: the numbers π_k, up to a common factor; None means equal shares.
+    plan: as for `flowgen.decoding.sample`.
 
     Raises ValueError if there is no component, if a condition does not fit its flow, if event shapes or masks differ,
-    or if shares are not one number per component.
+    if there is not one share per component, and in the same cases as `stratified_counts`.
 
     Example:
         x, log_q = sample_mixture([Component(flow, old), Component(flow, new)], jax.random.key(0), 100)

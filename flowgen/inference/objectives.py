@@ -42,22 +42,25 @@ def reverse_kl(
 ) -> Outcome:
     """Returns the mean of log q(x) - log p̃(x) over samples of the flow, an estimate of KL(q | p) - log Z, and metrics.
 
+    Here q is the density of the flow, p that of the target, and p̃ = Z p the density that `log_target` computes.
+
     Training needs only the target's density, no data. The flow tends to miss modes of the target, and its own samples
-    do not reveal this. The target's density must be positive wherever q is.
+    do not reveal this. The target's density must be positive wherever q is positive.
 
-    log_target: x -> log p̃(x) `b`, in nats; it must be differentiable.
+    log_target: a function of x that returns log p̃(x) `b`, in nats; it must be differentiable.
     num, cond, plan: as for `flowgen.decoding.sample`.
-    gradient: "total" differentiates the loss; "path" leaves out the term ∇_θ log q_θ(x) at fixed x, whose mean is 0
-    (Roeder et al., arXiv 1703.09194). Both are unbiased estimates of the same gradient. With "path", the gradient of
-    each sample vanishes as the flow approaches the target. The variance of this gradient is therefore lower near the
-    end of training, but not always earlier.
+    gradient: how the gradient with respect to the parameters θ is estimated. "total" differentiates the loss; "path"
+    leaves out the term ∇_θ log q_θ(x) at fixed x, whose mean is 0 (Roeder et al., arXiv 1703.09194). Both estimates are
+    unbiased. With "path", the gradient of each sample vanishes as the flow approaches the target. Near the end of
+    training, the variance is therefore lower with "path"; earlier, it may be higher.
 
-    metrics: loss, elbo (-loss, a lower bound on log Z), log_normaliser (log mean w, an estimate of log Z) and ess
-    (effective sample size as a share). If the samples have different conditions, loss and elbo are averages over the
-    conditions, but log_normaliser and ess are meaningless; to compute these, map this function over the conditions with
-    `jax.vmap`.
+    metrics: loss, elbo (-loss, a lower bound on log Z), log_normaliser (log mean w with w = p̃(x) / q(x), an estimate
+    of log Z) and ess (effective sample size of the weights w, as a share of the samples). If the samples have different
+    conditions, loss and elbo are averages over the conditions, but log_normaliser and ess are meaningless; to compute
+    these, map this function over the conditions with `jax.vmap`.
 
-    Raises ValueError if `gradient` is unknown, and in the same cases as `sample_and_log_prob`.
+    Raises ValueError if `gradient` is unknown, if log_target does not return one number per sample, if a log-density is
+    NaN or +inf (outside jit), and in the same cases as `sample_and_log_prob`.
 
     Example:
         loss, metrics = reverse_kl(flow, params, jax.random.key(0), 256, ManyWell(4).log_density)
@@ -92,13 +95,13 @@ def forward_kl(
 
     The weights are normalised over the batch, so a constant factor has no effect. x and log_weight receive no gradient.
     Training on this loss makes the flow cover all modes among the samples. x and log_weight may come from
-    `importance_sample` with this flow or an earlier one, or from `anneal`. Samples of weight 0 may have any value, even
-    NaN. If all weights are 0 inside jit, the loss is NaN.
+    `importance_sample` with these parameters or with other ones, or from `anneal`. Samples of weight 0 may have any
+    value, even NaN. If all weights are 0 inside jit, the loss is NaN.
 
-    cond: the same condition for all samples, unless the weights are those of a joint density of x and cond. Otherwise,
-    map this function over the conditions with `jax.vmap`.
+    cond: the condition of each sample. All rows of cond must be equal, unless the weights are those of a joint density
+    of x and cond. For several conditions, map this function over them with `jax.vmap`.
 
-    metrics: loss, and ess (effective sample size of the weights, as a share).
+    metrics: loss, and ess (effective sample size of the weights, as a share of b).
 
     Raises ValueError if x and log_weight differ in their number of samples, or (outside jit) if a log weight is NaN or
     +inf, or all weights are 0.
@@ -123,8 +126,8 @@ def maximum_likelihood(
 ) -> Outcome:
     """Returns the mean of -log q(x) over samples of the target, in nats, and metrics.
 
-    This is `forward_kl` with equal weights. Unlike that of `flowgen.flows.objective.nll_objective`, the loss is summed
-    over dimensions, includes all constants and adds no noise to x.
+    This is `forward_kl` with equal weights. The loss is summed over dimensions and includes all constants, and no noise
+    is added to x. In these points it differs from the loss of `flowgen.flows.objective.nll_objective`.
 
     metrics: loss.
 
@@ -137,11 +140,13 @@ def maximum_likelihood(
 
 
 def weighted_sum(outcomes: Mapping[str, tuple[float | int, Outcome]]) -> Outcome:
-    """Returns the sum of the losses, each multiplied by its factor, and all metrics under keys "name/metric".
+    """Returns the sum of the losses, each multiplied by its factor, and metrics.
 
-    outcomes: name -> (factor, (loss, metrics)).
+    outcomes: maps a name for each objective to (factor, (loss, metrics)), where the objective returned (loss, metrics).
 
-    Raises ValueError if there is no objective, or if a factor is negative or not finite.
+    metrics: the sum under the key "loss", and each objective's metrics under keys "name/metric".
+
+    Raises ValueError if `outcomes` is empty, or if a factor is negative or not finite.
 
     Example:
         likelihood, energy = maximum_likelihood(flow, params, x), reverse_kl(flow, params, key, 64, log_target)

@@ -19,13 +19,13 @@ EDGE, NUM_POINTS = 4.5, 1 << 14
 
 @dataclass(frozen=True)
 class ManyWell:
-    """The many-well energy of FAB (arXiv 2208.01893): dim / 2 independent double wells in the plane, 2^(dim/2) modes in
-    all.
+    """The many-well target of flow annealed importance sampling bootstrap (FAB, arXiv 2208.01893): dim / 2 independent
+    double wells in the plane, with 2^(dim/2) modes in all.
 
         log p̃(x) = Σ over pairs of -(x₁⁴ - 6 x₁² - ½ x₁ + ½ x₂²)
 
-    The pairs are consecutive coordinates of the flattened sample. In each pair, x₂ is standard normal, and x₁ has modes
-    near -1.7 and 1.7, with 84 % of the mass around 1.7.
+    Each pair (x₁, x₂) consists of two consecutive coordinates of the flattened sample. In each pair, x₂ is standard
+    normal, and x₁ has modes near -1.7 and 1.7, with 84 % of the mass around 1.7.
 
     dim: number of coordinates of a sample.
 
@@ -70,7 +70,8 @@ class ManyWell:
     def sample(self, key: Key[Array, ""], num: int, event_shape: tuple[int, ...] | None = None) -> Array:
         """Returns independent samples of the target, with shape (num, *event_shape), or (num, dim) by default.
 
-        x₁ is drawn by inverting its cumulative distribution, which is tabulated in float64 at steps of 0.00055.
+        The x₁ of each pair is drawn by inverting its cumulative distribution, which is tabulated in float64 at steps of
+        0.00055.
 
         Raises ValueError if `num` is not positive, or if `event_shape` does not have `dim` coordinates.
 

@@ -30,18 +30,23 @@ def score_and_flow_matching_loss(
     time: Callable[[Array, int], Array] | None = None,
     label_dropout: float = 0.0,
 ) -> Loss:
-    """Returns loss_fn(network, batch, key, log_mean=None) -> (loss, metrics, log_mean).
+    """Returns the [SF]²M loss, loss_fn(network, batch, key, log_mean=None) -> (loss, metrics, log_mean).
 
-    The loss is E[w (|v - u_t|² + |λs + noise|²)], with (v, s) = network(t, x_t, cond), and the velocity u_t and the
-    noise of the bridge (Tong et al., arXiv 2307.03672). As in torchcfm, λ = 2 √(t(1-t)) / sigma. Both squares are
-    averaged over dimensions. The optimal s is the *scaled* score sigma²/2 · ∇ log p_t. For the pair weights w, batch,
-    label_dropout and log_mean, see `flow_matching_loss`.
+    The loss is E[w (|v - u_t|² + |λs + noise|²)], where (v, s) = network(t, x_t, cond) is the prediction, and x_t, u_t
+    and noise are drawn by `bridge.sample` (Tong et al., arXiv 2307.03672). As in torchcfm, λ = 2 √(t(1-t)) / sigma,
+    where sigma is `bridge.sigma`. Both squares are averaged over dimensions. The optimal s is the *scaled* score
+    sigma²/2 · ∇ log p_t.
 
-    The Schroedinger bridge between noise and data requires the entropic plan with epsilon = 2 sigma² at squared
-    Euclidean cost. Use the coupling `GibbsWeights(epsilon=2 * sigma**2, cost="sqeuclidean", sinkhorn_sweeps=20)`.
+    bridge: None means `SchroedingerBridge()`.
+    coupling, time, label_dropout, and the pair weights w, batch and log_mean: as for `flow_matching_loss`.
 
-    The bridge is the SDE dX = (v + s) dt + sigma dW; backward in time, its drift is -v + s. To sample it, call
-    `integrate_sde` with 2/sigma² · s as the score. The ODE dx = v dt has the same marginals.
+    The network learns the Schroedinger bridge between noise and data only if the pairs follow the entropic transport
+    plan for the squared Euclidean cost with epsilon = 2 sigma². The coupling `GibbsWeights(epsilon=2 * sigma**2,
+    cost="sqeuclidean", sinkhorn_sweeps=20)` approximates this plan.
+
+    The bridge is the SDE dX = (v + s) dt + sigma dW; backward in time, the drift is -v + s. To sample the SDE, call
+    `integrate_sde` with 2/sigma² · s as `score` and the constant sigma as `diffusion`. The ODE dx = v dt has the same
+    marginals.
 
     Example:
         loss_fn = score_and_flow_matching_loss(bridge=SchroedingerBridge(sigma=0.5))

@@ -31,17 +31,17 @@ def prediction_to_velocity(
     *,
     smallest: float = SMALLEST,
 ) -> Float[Array, "b *event"]:
-    """Returns the velocity at x_t implied by a prediction of "x1", "noise" (x0) or "score".
+    """Returns the velocity at x_t that follows from a prediction `value` of kind "x1" (data), "noise" (x0) or "score".
 
-    On the path x_t = alpha x1 + beta x0, the velocity is v = alpha' x1 + beta' x0. Given x_t, a predicted x1 determines
-    x0, and vice versa; a predicted score determines x0 = -beta · score. A prediction of "velocity" is returned
-    unchanged.
+    On the path x_t = alpha x1 + beta x0, the velocity is v = alpha' x1 + beta' x0, where alpha' and beta' are the
+    derivatives with respect to t. Given x_t, a predicted x1 determines x0, and vice versa; a predicted score determines
+    x0 = -beta · score. A prediction of "velocity" is returned unchanged.
 
-    The conversion is singular where x_t is pure noise or pure data. Therefore, alpha and beta are taken at the time
-    `clip_times(path, t, smallest)`; evaluate the network at that time too. The derivatives alpha' and beta' are those
-    at t, limited in magnitude to their values at the clipped time.
+    The conversion divides by alpha or beta, which are 0 where x_t is pure noise or pure data. Therefore, alpha and beta
+    are taken at the time `clip_times(path, t, smallest)`; evaluate the network at that time too. The derivatives alpha'
+    and beta' are taken at t itself, but their magnitudes are limited to those at the clipped time.
 
-    Raises ValueError for any other kind. Unless the kind is "velocity", the function also raises ValueError for a path
+    Raises ValueError for an unknown kind. Unless the kind is "velocity", the function also raises ValueError for a path
     with sigma above 0 and, outside jit, for times outside [0, 1].
 
     Example:
@@ -63,10 +63,12 @@ def prediction_to_velocity(
 def velocity_to_x1(
     path: Path, t: Float[Array, " b"], x_t: Float[Array, "b *event"], velocity: Float[Array, "b *event"]
 ) -> Float[Array, "b *event"]:
-    """Returns the data x1 = (beta v - beta' x_t) / D implied by a velocity, with D = alpha' beta - beta' alpha.
+    """Returns the data x1 = (beta v - beta' x_t) / D that a velocity v at x_t implies.
 
-    For a learned velocity, this is E[x1 | x_t]. Times are clipped with `clip_times(path, t)`. Raises ValueError for a
-    path with sigma above 0 and, outside jit, for times outside [0, 1].
+    Here, alpha and beta are the coefficients of x1 and x0 in x_t, from `path.schedule`, and D = alpha' beta - beta'
+    alpha. For a learned velocity, the result is E[x1 | x_t]. Times are clipped with `clip_times(path, t)`, because D is
+    0 or infinite at the ends of some paths. Raises ValueError for a path with sigma above 0 and, outside jit, for times
+    outside [0, 1].
 
     Example:
         x1 = velocity_to_x1(CondOT(), t, x_t, v)
@@ -78,10 +80,12 @@ def velocity_to_x1(
 def velocity_to_noise(
     path: Path, t: Float[Array, " b"], x_t: Float[Array, "b *event"], velocity: Float[Array, "b *event"]
 ) -> Float[Array, "b *event"]:
-    """Returns the noise x0 = (alpha' x_t - alpha v) / D implied by a velocity, with D = alpha' beta - beta' alpha.
+    """Returns the noise x0 = (alpha' x_t - alpha v) / D that a velocity v at x_t implies.
 
-    For a learned velocity, this is E[x0 | x_t]. Times are clipped with `clip_times(path, t)`. Raises ValueError for a
-    path with sigma above 0 and, outside jit, for times outside [0, 1].
+    Here, alpha and beta are the coefficients of x1 and x0 in x_t, from `path.schedule`, and D = alpha' beta - beta'
+    alpha. For a learned velocity, the result is E[x0 | x_t]. Times are clipped with `clip_times(path, t)`, because D is
+    0 or infinite at the ends of some paths. Raises ValueError for a path with sigma above 0 and, outside jit, for times
+    outside [0, 1].
 
     Example:
         x0 = velocity_to_noise(CondOT(), t, x_t, v)
@@ -93,10 +97,11 @@ def velocity_to_noise(
 def velocity_to_score(
     path: Path, t: Float[Array, " b"], x_t: Float[Array, "b *event"], velocity: Float[Array, "b *event"]
 ) -> Float[Array, "b *event"]:
-    """Returns ∇ log p_t(x_t) = -E[x0 | x_t] / beta_t for a velocity learned with *independent* normal noise.
+    """Returns the score ∇ log p_t(x_t) = -E[x0 | x_t] / beta for a velocity learned with *independent* normal noise.
 
-    With couplings other than `Independent`, noise and data depend on each other, and the result is not the score. Times
-    are clipped with `clip_times(path, t)`. Raises ValueError for a path with sigma above 0 and, outside jit, for times
+    Here, beta is the coefficient of x0 in x_t, from `path.schedule`. With couplings other than `Independent`, noise and
+    data depend on each other, and the result is not the score. Times are clipped with `clip_times(path, t)`, because
+    beta is 0 at t = 1 on most paths. Raises ValueError for a path with sigma above 0 and, outside jit, for times
     outside [0, 1].
 
     Example:
@@ -107,7 +112,10 @@ def velocity_to_score(
 
 
 def clip_times(path: Path, t: Float[Array, " b"], smallest: float = SMALLEST) -> Float[Array, " b"]:
-    """Returns times clipped to [1e-5, 1 - 1e-5] and to the range in which alpha/beta is within [smallest, 1/smallest].
+    """Returns t clipped to [1e-5, 1 - 1e-5] and to the times at which alpha/beta is within [smallest, 1/smallest].
+
+    Here, alpha and beta are the coefficients of data x1 and noise x0 in x_t, from `path.schedule`. Conversions clip
+    times because they divide by these numbers, which may be 0 at the ends of a path.
 
     Example:
         t = clip_times(Polynomial(10.0), t)  # at least 0.316; earlier, x_t equals x0 to five digits
@@ -119,16 +127,18 @@ def clip_times(path: Path, t: Float[Array, " b"], smallest: float = SMALLEST) ->
 def change_path(
     velocity: Callable[[Array, Array, Any], Array], path: Path, new_path: Path
 ) -> Callable[[Array, Array, Any], Array]:
-    """Returns the velocity field along new_path that corresponds to a velocity trained along path.
+    """Returns the velocity field for sampling along new_path, computed from a velocity that was trained along path.
 
-    Let t be the time at which path has the ratio alpha/beta that new_path has at time r; bisection finds t. Let s² =
-    (alpha² + beta²)_new(r) / (alpha² + beta²)(t) be the squared scale between the two paths. Then v_new(r, x) = (s'/s)
-    x + s t' v(t, x/s), where t' = D_new / (D s²) and D = alpha' beta - beta' alpha (Pokle et al., arXiv 2310.04432).
-    Trajectories of the two fields agree up to the factor s, which is 1 if alpha² + beta² = 1 on both paths.
+    On a path, x_t = alpha x1 + beta x0. Let r be a time on new_path, and t the time at which path has the same ratio
+    alpha/beta; bisection finds t. Let s² = (alpha² + beta²)_new(r) / (alpha² + beta²)(t) be the squared scale between
+    the two paths. Then v_new(r, x) = (s'/s) x + s t' v(t, x/s), where s' and t' are derivatives with respect to r, t' =
+    D_new / (D s²), and D = alpha' beta - beta' alpha (Pokle et al., arXiv 2310.04432). Trajectories of the two fields
+    agree up to the factor s, which is 1 if alpha² + beta² = 1 on both paths.
 
-    The time r is clipped to [1e-5, 1 - 1e-5], because D is 0 or infinite at the ends of some paths. If path does not
-    reach the ratio, t is 0 or 1, whichever is nearer. Do not differentiate the field with respect to time: the
-    derivative of the bisection is 0 instead of t'. Raises ValueError for paths with sigma above 0.
+    The time r is clipped to [1e-5, 1 - 1e-5], because D is 0 or infinite at the ends of some paths. If path never has
+    the ratio alpha/beta of new_path at time r, t is 0 if this ratio is too small for path, and 1 if it is too large. Do
+    not differentiate the field with respect to time: the derivative of the bisection is 0 instead of t'. Raises
+    ValueError if path or new_path has a sigma above 0.
 
     Example:
         x1, nfe = integrate(change_path(velocity, CondOT(), Trigonometric()), x0, num_steps=25)
@@ -154,9 +164,10 @@ def change_path(
 
 
 def time_of_ratio(path: Path, alpha: Float[Array, "*t"], beta: Float[Array, "*t"]) -> Float[Array, "*t"]:
-    """Returns the time at which path has the ratio alpha/beta, whose square is the signal-to-noise ratio.
+    """Returns the time at which path has the ratio alpha/beta of the coefficients of data and noise in x_t.
 
-    beta may be 0. If the path does not reach the ratio, the result is 0 or 1, whichever is nearer.
+    The square of this ratio is the signal-to-noise ratio. alpha or beta may be 0. If path never has the ratio, the
+    result is 0 if the ratio is too small for path, and 1 if it is too large.
 
     Example:
         t = time_of_ratio(VariancePreserving(), alpha, beta)

@@ -41,7 +41,7 @@ Cost = Literal["euclidean", "sqeuclidean"] | Callable[[Array, Array], Array]
 
 
 class Coupled(NamedTuple):
-    """Pairs of noise and data, with their conditions and log-weights."""
+    """The result of a coupling: pairs (x0[i], x1[i]) of noise and data, their conditions and log-weights."""
 
     x0: Float[Array, "b *event"]
     x1: Float[Array, "b *event"]
@@ -51,7 +51,11 @@ class Coupled(NamedTuple):
 
 @runtime_checkable
 class Coupling(Protocol):
-    """The interface of a coupling. It may have an attribute `sees`: "row", "device" or "global" (the default)."""
+    """The interface of couplings, which pair noise with data.
+
+    A coupling may have an attribute `sees`, which names the rows of the batch on which a pair and its weight depend:
+    "row", "device" or "global" (the default).
+    """
 
     def __call__(
         self, key: Key[Array, ""], x0: Float[Array, "b *event"], x1: Float[Array, "b *event"], cond: Cond = None
@@ -62,7 +66,7 @@ class Coupling(Protocol):
 
 @config
 class Independent:
-    """Keeps the pairs as given, each with weight 1.
+    """Keeps the pairs of noise and data as they were drawn, each with weight 1.
 
     Example:
         x0, x1, cond, log_weight = Independent()(key, x0, x1)
@@ -82,17 +86,18 @@ class MinibatchOT:
     """Pairs noise and data by optimal transport within the batch, at squared Euclidean cost (OT-CFM, arXiv 2302.00482).
 
     method: "exact" permutes the noise by the optimal assignment, which scipy computes on the host. "sinkhorn" draws an
-    x0 for each x1 from the entropic plan on the device, so an x0 may be used several times or never.
-    epsilon: regularisation of the entropic plan, in units of the mean cost; positive.
-    tolerance: largest mean relative error of the entropic plan's marginal of x0; positive.
-    num_sweeps: largest number of Sinkhorn sweeps with this epsilon, after up to 50 sweeps with each of several larger
-    ones; at least 1. If the error still exceeds the tolerance, the coupling raises ValueError outside jit; inside jit,
-    the weights and the loss become NaN.
-    class_aware: whether to move noise only within a class; an x0 has the class of the x1 with which it was originally
-    paired. If False, the noise of a class has different distributions in training and in sampling (C2OT, ICCV 2025).
-    True requires integer labels of shape `b` as cond.
-    scope: "global" computes one plan over the rows of all devices, in full on each device; "device" computes a separate
-    plan over the rows of each device.
+    x0 for each x1 from an entropic plan, which the device computes; an x0 may then be used several times or never.
+    epsilon: for "sinkhorn", strength of the entropic regularisation of the plan, in units of the mean cost; positive.
+    tolerance: for "sinkhorn", largest allowed relative error of the marginal of x0 in the plan, averaged over the
+    samples x0; positive.
+    num_sweeps: for "sinkhorn", maximum number of Sinkhorn sweeps with `epsilon`; before these, up to 50 sweeps use each
+    of several larger epsilons; at least 1. If the error of the plan then exceeds `tolerance`, the coupling raises
+    ValueError; inside jit, as in training, the weights and the loss become NaN instead.
+    class_aware: whether noise is exchanged only between pairs of the same class. If false, the noise of a class has
+    different distributions in training and in sampling (C2OT, ICCV 2025). If true, the condition of each sample must be
+    an integer label.
+    scope: "global" computes one plan for the pairs of all devices, and each device computes all of it; "device"
+    computes a separate plan for the pairs of each device.
 
     Example:
         x0, x1, cond, log_weight = MinibatchOT(method="exact")(key, x0, x1)
@@ -107,7 +112,7 @@ class MinibatchOT:
 
     @property
     def sees(self) -> str:
-        """The rows that share a plan; the same as `scope`."""
+        """Equals `scope`: the rows of all devices ("global") or of each device ("device") share a plan."""
         return self.scope
 
     def __call__(
@@ -157,24 +162,26 @@ class MinibatchOT:
 
 @config
 class GibbsWeights:
-    """Weights independent pairs by w = exp(-cost / epsilon) (weighted conditional flow matching, arXiv 2507.22270).
+    """Gives each random pair of noise and data the weight w = exp(-cost / epsilon) (W-CFM, arXiv 2507.22270).
 
     A call raises ValueError if epsilon is None or, outside jit, if a cost is NaN. Inside jit, a NaN cost makes the
     weight and the loss NaN.
 
-    epsilon: divisor of the cost, the same in every step; positive. If None, training chooses it from data before the
-    first step; its target is `tilt` if given, otherwise `ess`. Outside training, call `flowgen.matching.fit_epsilon`.
-    cost: "euclidean" (as published), "sqeuclidean", or a function of two batches that returns one cost per pair.
+    epsilon: divisor of the cost; positive. None to choose it from data before the first training step, with the target
+    `tilt` if given, and `ess` otherwise. Outside training, call `flowgen.matching.fit_epsilon`.
+    cost: cost of a pair: "euclidean" for the distance (as published), "sqeuclidean" for its square, or a function of
+    two batches that returns one cost per pair.
     normalize: "running" divides w by its running mean, which the loss updates in each step; "batch" divides w by its
-    mean over the batch; "none" leaves w unchanged, which is often too small for optimizers if the data are images.
-    sinkhorn_sweeps: number of Sinkhorn sweeps; 0 for none. If it is positive, the log-weights are -cost_ii/epsilon +
-    f_i + g_i, where f and g are the Sinkhorn potentials of the batch. Plain weights change (tilt) the distributions of
-    noise and of data; the sweeps reduce the tilt.
-    ess: effective sample size for which epsilon is chosen, as a share of the pairs, between 0 and 1.
-    tilt: largest relative variance of the factors by which w re-weights noise and data. If given, it replaces `ess` in
-    the choice of epsilon.
-    scope: "global" computes the sweeps and the "batch" mean over the rows of all devices; "device" computes them over
-    the rows of each device separately.
+    mean over the batch; "none" leaves w unchanged. For images, unchanged weights are often too small for optimizers.
+    sinkhorn_sweeps: number of Sinkhorn sweeps; 0 for none. Without sweeps, the weights change (tilt) the distributions
+    of noise and of data; sweeps reduce the tilt. With sweeps, the log-weight of pair i is -cost_ii/epsilon + f_i + g_i,
+    where f and g are the Sinkhorn potentials of the batch.
+    ess: target for the choice of epsilon: the effective sample size as a fraction of the number of pairs, between 0 and
+    1. Unused if epsilon or tilt is given.
+    tilt: target for the choice of epsilon, used instead of `ess`: the largest tilt to allow, measured as the relative
+    variance of the factors by which w re-weights noise and data; None for no such target.
+    scope: "global" computes Sinkhorn sweeps, and with normalize "batch" the mean of w, over the pairs of all devices
+    together; "device" computes both over the pairs of each device separately.
 
     Example:
         x0, x1, cond, log_weight = GibbsWeights(epsilon=2.0)(key, x0, x1)
@@ -191,7 +198,7 @@ class GibbsWeights:
 
     @property
     def sees(self) -> str:
-        """The rows on which a weight depends: `scope` if there are sweeps or a batch mean, otherwise "row"."""
+        """The rows on which a weight depends: `scope` with Sinkhorn sweeps or normalize="batch", otherwise "row"."""
         return self.scope if self.sinkhorn_sweeps or self.normalize == "batch" else "row"
 
     def __call__(
@@ -216,8 +223,9 @@ class GibbsWeights:
 class FromFlow:
     """Pairs each x1 with the noise to which a trained flow maps it (Normalized Flow Matching, arXiv 2603.09014).
 
-    Training loads the flow before the first step and uses the coupling `flowgen.matching.FlowDistilled`. Outside
-    training, use `FlowDistilled` itself: a call of this config raises ValueError.
+    An experiment loads the flow before the first training step, and replaces this config by the coupling
+    `flowgen.matching.FlowDistilled`. Outside experiments, use `FlowDistilled` itself: a call of this config raises
+    ValueError.
 
     path: run directory of a flow, folder of an exported flow, or name of a flow that ships with flowgen.
 
@@ -289,10 +297,11 @@ def _cost_matrix(x0: Float[Array, "b *event"], x1: Float[Array, "m *event"], cos
 
 
 def to_sphere(x: Float[Array, "b *event"]) -> Float[Array, "b *event"]:
-    """Returns x with every sample scaled to norm √d, where d is the number of dimensions; zeros stay zeros.
+    """Returns x with every sample scaled to norm √d, where d is the number of dimensions; a sample of zeros stays 0.
 
-    √d is the typical norm of standard normal noise. The distance from noise to a point on a sphere around 0 has the
-    same distribution for all points, so plain Gibbs weights do not change the distribution of the scaled data.
+    √d is the typical norm of standard normal noise. The distance from such noise to a point on a sphere around 0 has
+    the same distribution for all points. Therefore, Gibbs weights without Sinkhorn sweeps do not change the
+    distribution of the scaled data.
 
     Example:
         x1 = to_sphere(x1)

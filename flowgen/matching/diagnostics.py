@@ -22,13 +22,14 @@ BLOCK = 1024
 
 
 class WeightReport(NamedTuple):
-    """Statistics of the Gibbs weights w over all pairs of a noise sample and a data sample.
+    """Statistics of the Gibbs weights w of all pairs of a noise sample and a data sample.
 
     ess: effective sample size as a share of the pairs.
-    row_std, column_std, interaction_std: standard deviations of the three parts of log w, which depend on the noise, on
-    the data, and on the pair. Only the third part couples noise and data. The first two tilt noise and data, which
-    means that they change the distributions of noise and data.
-    noise_tilt, data_tilt: relative variances of the factors by which w re-weights noise and data.
+    row_std, column_std, interaction_std: standard deviations of the parts of log w that depend on the noise alone, on
+    the data alone, and on the pair. Only the third part couples noise and data. The first two parts tilt noise and
+    data, which means that they change the distributions of noise and data.
+    noise_tilt, data_tilt: relative variances (variance / mean²) of the factors by which w re-weights the samples of
+    noise and of data.
     """
 
     ess: Float[Array, ""]
@@ -42,12 +43,13 @@ class WeightReport(NamedTuple):
 def weight_report(
     x0: Float[Array, "b *event"], x1: Float[Array, "m *event"], epsilon: float, cost: Cost = "euclidean"
 ) -> WeightReport:
-    """Returns a report on the weights exp(-cost/epsilon) of all pairs of x0 and x1.
+    """Returns statistics of the Gibbs weights exp(-cost/epsilon) of all pairs (x0_i, x1_j) of noise and data.
 
-    If row_std or column_std exceeds interaction_std, the weights change noise or data more than they couple the two,
-    and `warn_if_tilted` warns. All three standard deviations are inversely proportional to epsilon, so their ratios
-    depend only on the samples and the cost. The report does not describe the corrected weights of
-    `GibbsWeights(sinkhorn_sweeps=...)`, which have almost no tilt. The computation stores a matrix of shape `b m`.
+    If the row_std or column_std of the report exceeds its interaction_std, the weights change the distribution of noise
+    or data more than they couple the two; `warn_if_tilted(report)` warns of this. All three standard deviations are
+    inversely proportional to epsilon, so their ratios depend only on the samples and the cost. The report does not
+    describe the corrected weights of `GibbsWeights(sinkhorn_sweeps=...)`, which have almost no tilt. The computation
+    stores a matrix of shape `b m`.
 
     Example:
         report = weight_report(x0, x1, epsilon=2.0)
@@ -68,7 +70,9 @@ def weight_report(
 
 
 def warn_if_tilted(report: WeightReport) -> None:
-    """Warns (UserWarning) if Gibbs weights change noise or data (tilt) more than they couple the two.
+    """Warns (UserWarning) if Gibbs weights change the distribution of noise or data more than they couple the two.
+
+    This is the case if the row_std or column_std of the report exceeds its interaction_std.
 
     Example:
         warn_if_tilted(weight_report(x0, x1, epsilon=2.0))
@@ -87,12 +91,12 @@ def warn_if_tilted(report: WeightReport) -> None:
 
 
 class TiltedDistances(NamedTuple):
-    """2-Wasserstein distances (W2) by which Gibbs weights tilt the distributions of noise and of data.
+    """2-Wasserstein distances (W2) by which Gibbs weights tilt (change) the distributions of noise and of data.
 
-    noise, data: W2 between the sample and its tilted version.
-    noise_floor, data_floor: W2 between two halves of the sample. A comparison of independent samples of this size
-    cannot reveal smaller differences. `noise` and `data` do reveal them, because they compare a sample with a tilted
-    version of itself.
+    noise, data: W2 between the given samples and their tilted version, for noise and for data.
+    noise_floor, data_floor: W2 between two halves of the given samples. A comparison of independent samples cannot
+    reveal differences below this floor. `noise` and `data` do reveal them, because they compare samples with a tilted
+    version of the same samples.
     """
 
     noise: Float[Array, ""]
@@ -104,13 +108,13 @@ class TiltedDistances(NamedTuple):
 def tilted_wasserstein(
     x0: Float[Array, "b *event"], x1: Float[Array, "m *event"], epsilon: float, cost: Cost = "euclidean"
 ) -> TiltedDistances:
-    """Returns the 2-Wasserstein distances between noise and tilted noise, and between data and tilted data.
+    """Returns the 2-Wasserstein distances between noise x0 and tilted noise, and between data x1 and tilted data.
 
     Let mu and nu be the distributions of noise and data, and w = exp(-cost/epsilon). A velocity network trained with
-    these pair weights learns the tilted marginals f(x) mu(dx) and g(y) nu(dy), where f(x) = E_data[w(x, .)] / E[w] and
-    g(y) = E_noise[w(., y)] / E[w]. This function estimates f and g by means over the samples. Systematic resampling
-    turns each tilted sample into one with equal weights, and an exact assignment matches the result to the original.
-    The assignment takes O(b³) time on the host: seconds for 1,000 samples.
+    these pair weights learns to transport tilted noise f(x) mu(dx) to tilted data g(y) nu(dy). The factors are f(x) =
+    E_data[w(x, .)] / E[w] and g(y) = E_noise[w(., y)] / E[w], estimated by means over x1 and x0. `resample` turns x0
+    with weights f, and x1 with weights g, into samples of equal weight, and `wasserstein` compares these with x0 and
+    x1. The time on the host grows with the cube of the number of samples: seconds for 1,000.
 
     Example:
         distances = tilted_wasserstein(x0, x1, epsilon=2.0)
@@ -126,7 +130,9 @@ def tilted_wasserstein(
 
 
 def resample(x: Float[Array, "b *event"], log_weight: Float[Array, " b"]) -> Float[Array, "b *event"]:
-    """Returns b samples of equal weight: sample i is repeated b w_i / Σw times, rounded so that the total is b.
+    """Returns b samples of equal weight, chosen from the b samples in x according to the weights w = exp(log_weight).
+
+    Sample i appears b w_i / Σw times, rounded up or down so that the total is b.
 
     This is systematic resampling with a fixed offset, so it needs no key. With equal weights, the result is x itself.
 
@@ -145,16 +151,19 @@ def choose_epsilon(
     cost: Cost = "euclidean",
     sinkhorn_sweeps: int = 0,
 ) -> float:
-    """Returns the smallest epsilon at which independent pairs reach a target effective sample size or tilt.
+    """Returns the smallest epsilon at which the Gibbs weights of noise x0 and data x1 meet the target `ess` or `tilt`.
 
-    With a tilt or sweeps, the computation stores a matrix of shape `b b`.
+    The pairs (x0_i, x1_i) must be random. With `tilt` or `sinkhorn_sweeps`, the computation stores a matrix of b²
+    costs.
 
-    ess: smallest effective sample size, as a share of the pairs (x0_i, x1_i).
-    tilt: upper bound on the relative variance of the factors that re-weight noise and data; set ess to None to use it.
-    sinkhorn_sweeps: number of Sinkhorn sweeps that correct the weights before their ess is computed.
+    ess: lower bound on the effective sample size, as a share of the pairs (x0_i, x1_i); above 0 and below 1.
+    tilt: upper bound on the relative variances (variance / mean²) of the factors by which the weights re-weight noise
+    and data; to use this target, set ess to None.
+    sinkhorn_sweeps: number of Sinkhorn sweeps that correct the weights before their ess is computed; no effect with
+    `tilt`.
 
-    Raises ValueError if both targets or none are given, if the target is out of range, or if the mean cost is 0 or not
-    finite.
+    Raises ValueError if not exactly one of ess and tilt is given, if the target is out of range, or if the mean cost is
+    0 or not finite.
 
     Example:
         epsilon = choose_epsilon(x0, x1, ess=0.5)
@@ -191,10 +200,10 @@ def choose_epsilon(
 
 
 def fit_epsilon(coupling: GibbsWeights, x0: Float[Array, "b *event"], x1: Float[Array, "b *event"]) -> GibbsWeights:
-    """Returns the coupling with the smallest epsilon at which independent pairs reach the coupling's target.
+    """Returns the coupling with an epsilon chosen from noise x0 and data x1 by `choose_epsilon`.
 
-    The target is `tilt` if given, otherwise `ess`. With a tilt or Sinkhorn sweeps, only the first 1,024 pairs are used.
-    A coupling that already has an epsilon is returned unchanged.
+    The target is the coupling's `tilt` if that is not None, otherwise its `ess`. With a tilt or Sinkhorn sweeps, only
+    the first 1,024 pairs are used. A coupling that already has an epsilon is returned unchanged.
 
     Example:
         coupling = fit_epsilon(GibbsWeights(ess=0.5), x0, x1)
@@ -217,6 +226,8 @@ def fit_epsilon(coupling: GibbsWeights, x0: Float[Array, "b *event"], x1: Float[
 class PathReport(NamedTuple):
     """Mean energy and curvature of the paths x(t) that a velocity field v generates.
 
+    E is the mean over the paths, and |.|² is the sum of squares over dimensions.
+
     energy: E ∫|v|² dt.
     curvature: E ∫|v - (x(1) - x(0))|² dt, which is 0 for straight paths of constant speed.
     """
@@ -228,7 +239,9 @@ class PathReport(NamedTuple):
 def path_report(
     velocity: Velocity, x0: Float[Array, "b *event"], cond: Any = None, *, num_steps: int = 100
 ) -> PathReport:
-    """Returns the energy and the curvature of the paths from x0, computed with rk4 and the trapezoidal rule.
+    """Returns the mean energy and curvature of the paths that start at the noise x0 and follow `velocity`.
+
+    The method is rk4 with num_steps equal steps; the trapezoidal rule computes the integrals over time.
 
     Example:
         report = path_report(velocity, x0)
@@ -251,8 +264,8 @@ def signed_path_energy(energy: Float[Array, ""] | float, squared_distance: Float
     energy: path energy from `path_report`.
     squared_distance: squared 2-Wasserstein distance between noise and data.
 
-    If the value is negative, the paths are too short to transport one marginal to the other. The usual normalised path
-    energy is the absolute value, which hides this case.
+    If the result is negative, the paths are too short to transport the distribution of noise to the distribution of
+    data. The usual normalised path energy is the absolute value of the result, which hides this case.
 
     Example:
         npe = signed_path_energy(path_report(velocity, x0).energy, wasserstein(x0, x1) ** 2)
@@ -263,8 +276,8 @@ def signed_path_energy(energy: Float[Array, ""] | float, squared_distance: Float
 def wasserstein(x: Float[Array, "b *event"], y: Float[Array, "b *event"]) -> Float[Array, ""]:
     """Returns the exact 2-Wasserstein distance between two samples of equal size.
 
-    The distance is positive even between two samples of the same distribution; use that value as a baseline. Raises
-    ValueError if the samples differ in shape.
+    Even between two samples of the same distribution, the distance is positive; the distance between two samples of
+    data serves as a baseline. Raises ValueError if x and y differ in shape.
 
     Example:
         distance, floor = wasserstein(generated, data), wasserstein(data, more_data)

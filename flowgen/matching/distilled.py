@@ -29,15 +29,17 @@ from flowgen.matching.couplings import Cond, Coupled
 class FlowDistilled:
     """Pairs each x1 with the noise to which a trained flow maps it; all weights are 1.
 
-    The given x0 must be standard normal, as drawn by the losses: it is the noise ε that is added to x1. The flow
-    receives the batch's condition as it is before label dropout. No gradient reaches the flow. The coupling is a pytree
-    of the flow's variables: pass it to jitted functions as an argument, so that large variables do not become
-    constants.
+    The x0 with which the coupling is called must be standard normal, as the losses draw it: it serves as the noise ε
+    that is added to x1. The flow receives the batch's condition as it is before label dropout. No gradient reaches the
+    flow. The coupling is a pytree of the flow's variables: pass it to jitted functions as an argument, so that large
+    variables do not become constants.
 
     flow: a flow whose samples have the shape of x1.
     variables: the flow's variables.
-    noise_std: σ; None means the value in the flow's config.
-    noise: "normal" adds σ ε to x1; "uniform" dequantises x1, which must be images of 256 levels in [-1, 1].
+    noise_std: standard deviation σ of the noise added to x1; None means the value in the flow's config. No effect with
+    noise="uniform".
+    noise: "normal" adds σ ε to x1; "uniform" adds uniform noise one level wide to x1, which must be images of 256
+    levels in [-1, 1].
 
     Raises ValueError if `flow` is not a flow, if noise_std or noise is invalid or, when called, if x1 or the condition
     does not fit the flow.

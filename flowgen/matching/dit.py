@@ -52,32 +52,33 @@ MAX_POSITIONS = 1 << 28  # largest number of entries in the position table, whic
 
 @config
 class DiTConfig:
-    """Architecture of a DiT.
+    """Architecture of a DiT (diffusion transformer), a velocity network for images or latents.
 
-    The sizes S, B, L and XL in the paper have (width, num_layers, head_dim) = (384, 12, 64), (768, 12, 64), (1024, 24,
-    64) and (1152, 28, 72).
+    The sizes S, B, L and XL in the paper (arXiv 2212.09748) have (width, num_layers, head_dim) = (384, 12, 64), (768,
+    12, 64), (1024, 24, 64) and (1152, 28, 72).
 
-    image_size: side of square images or latents, or (height, width).
+    image_size: side of square images or latents in pixels, or (height, width).
     channels: number of channels of the images or latents.
-    patch_size: side of the square patches, each of which becomes one token; must divide the height and the width of the
-    image.
-    width: number of channels of a token, a multiple of head_dim and of 4.
+    patch_size: side, in pixels, of the square patches, each of which becomes one token; must divide the height and the
+    width of the image.
+    width: number of channels of a token; a multiple of head_dim and of 4.
     num_layers: number of transformer layers.
     head_dim: number of channels per attention head.
     expansion: hidden width of the feed-forward layers, as a multiple of width.
     num_classes: number of classes that the velocity is conditioned on; 0 for none.
-    attention: attention kernel of the layers: a name, or your own kernel or feature map.
-    attention_implementation: implementation of softmax attention: "auto", "xla", "cudnn" on GPUs or "tpu" on TPUs; see
+    attention: attention kernel of the layers: a name, such as "softmax", or your own kernel or feature map; see
     docs/attention.md in the repository.
-    intervals: whether to also predict average velocities over an interval (MeanFlow).
-    time_scale: factor by which times are multiplied before the sinusoidal embedding, which expects values from 0 to
-    1,000. The loss of MeanFlow contains a derivative with respect to t, so MeanFlow needs a small factor, such as 1.0.
-    dtype: dtype of matrix products and activations; parameters, norms and the modulation are in at least float32.
+    attention_implementation: implementation of softmax attention: "xla" for all devices, "cudnn" for NVIDIA GPUs, "tpu"
+    for TPUs; "auto" chooses one by device, dtype and shape. See docs/attention.md in the repository.
+    intervals: whether the network also predicts average velocities over time intervals; required by the loss MeanFlow.
+    time_scale: factor by which times in [0, 1] are multiplied before the sinusoidal embedding, which expects values up
+    to 1,000. The loss MeanFlow contains a derivative with respect to t, so it needs a small factor, such as 1.0.
+    dtype: dtype of matrix products and activations; parameters, norms and the modulation are at least float32.
     remat: whether to recompute the activations of each layer in the backward pass instead of storing them.
-    context: the context that the velocity is conditioned on; None for none. The embedding of a vector is added to the
-    embedding of the time. Every layer attends to tokens by softmax cross-attention, whatever `attention` is; the order
-    of the tokens has no effect. An image of the same size as the network's images is concatenated to them as channels.
-    An image of another size becomes tokens, one per patch, with position embeddings.
+    context: the context that the velocity is conditioned on; None for no context. The embedding of a vector is added to
+    the embedding of the time. The layers attend to tokens by softmax cross-attention, whatever `attention` is; the
+    order of the tokens has no effect. An image of the same size as the network's images is concatenated to them as
+    channels. An image of another size becomes tokens, one per patch, with position embeddings.
     """
 
     image_size: Side | tuple[Side, Side]
@@ -115,7 +116,7 @@ class DiTConfig:
 
     @property
     def image_hw(self) -> tuple[int, int]:
-        """Height and width in pixels."""
+        """Height and width of an image in pixels."""
         return image_sides(self.image_size)
 
     @property
@@ -124,7 +125,7 @@ class DiTConfig:
         return (*self.image_hw, self.channels)
 
     def shrunk(self) -> DiTConfig:
-        """Returns a small version of this config, at most 8 pixels high and wide, for tests and `--debug`."""
+        """Returns a small version of this config, of at most 8 x 8 pixels, for tests and `--debug` runs."""
         height, width = self.image_hw
         patch = min(self.patch_size, 2)
         side = patch * max(1, min(4, height // self.patch_size))
@@ -142,20 +143,20 @@ class DiTConfig:
 
     @property
     def token_hw(self) -> tuple[int, int]:
-        """Numbers of rows and columns of patches."""
+        """Number of patches along the height and along the width of an image."""
         height, width = self.image_hw
         return height // self.patch_size, width // self.patch_size
 
     @property
     def attends_context(self) -> bool:
-        """Whether the layers attend to the context. They attend to tokens, and to an image of another size than the
-        network's.
+        """Whether the layers attend to the context: true for tokens, and for an image whose size differs from
+        `image_size`.
         """
         return isinstance(self.context, TokenContext | ImageContext) and not same_size(self.context, self.image_hw)
 
     @property
     def softmax_shapes(self) -> tuple[SoftmaxShape, ...]:
-        """The attention shape of the layers, as a tuple of one item; empty unless the layers use softmax attention."""
+        """The shape of the layers' self-attention, as a tuple of one item; empty unless `attention` is "softmax"."""
         if not (isinstance(self.attention, str) and self.attention == "softmax"):
             return ()
         heads = self.width // self.head_dim

@@ -30,7 +30,9 @@ def log_prob(
     atol: float = 1e-5,
     max_steps: int = 4096,
 ) -> Float[Array, " b"]:
-    """Returns log p1(x1) = log p0(x0) - ∫ div v dt in nats, along the trajectory from x0 to x1.
+    """Returns the log-density of samples, log p1(x1) = log p0(x0) - ∫ div v dt, in nats.
+
+    The integral runs along the trajectory that the velocity v generates from the noise x0 at t = 0 to x1 at t = 1.
 
     x1: data in the range of training, such as [-1, 1] for images; the values are not checked.
     key: None computes the exact divergence with one Jacobian-vector product per dimension. A key selects Hutchinson's
@@ -86,10 +88,12 @@ def divergence(
     *,
     probe: Float[Array, "b *event"] | None = None,
 ) -> tuple[Float[Array, "b *event"], Float[Array, " b"]]:
-    """Returns v and the divergence Σ_i ∂v_i/∂x_i of each sample, or Hutchinson's estimate of it if a probe is given.
+    """Returns v = velocity(t, x, cond) and its divergence Σ_i ∂v_i/∂x_i for each sample.
 
-    The estimate is probe · (∂v/∂x) probe. The exact divergence needs one Jacobian-vector product of the whole batch for
-    each dimension. Sums are accumulated in at least float32.
+    If probe is given, Hutchinson's estimate probe · (∂v/∂x) probe replaces the exact divergence.
+
+    The exact divergence needs one Jacobian-vector product of the whole batch for each dimension. Sums are accumulated
+    in at least float32.
 
     Example:
         v, change = divergence(velocity, t, x, probe=jax.random.rademacher(key, x.shape, x.dtype))

@@ -32,8 +32,8 @@ Loss = Callable[..., tuple[Any, ...]]
 class Pairs(NamedTuple):
     """The pairs on which a loss is computed, after coupling, weighting and dropout of conditions.
 
-    ess: effective sample size, as a share of the batch.
-    log_mean: running log-mean of the weights (see `draw_pairs`), to pass to the next step.
+    ess: effective sample size of the weights, as a share of the batch.
+    log_mean: running estimate of the logarithm of the mean weight (see `draw_pairs`), to pass to the next step.
 
     ess and log_mean refer to the whole batch, even if it is split over devices.
     """
@@ -54,22 +54,24 @@ def flow_matching_loss(
     prediction: Prediction = "velocity",
     label_dropout: float = 0.0,
 ) -> Loss:
-    """Returns loss_fn(velocity, batch, key, log_mean=None) -> (loss, metrics, log_mean).
+    """Returns the flow-matching loss, loss_fn(velocity, batch, key, log_mean=None) -> (loss, metrics, log_mean).
 
     The loss is E[w |v(t, x_t, cond) - u_t|²], with the path's target velocity u_t and the pair weights w of the
     coupling. velocity(t, x, cond) is any callable that predicts the quantity named by `prediction`. Predictions are not
     converted to velocities: a predicted x1 is compared with the data x1, predicted noise with x0, and beta times a
-    predicted score with -x0. With independent pairs and normal noise, the learned score is ∇ log p_t. The squared error
-    is averaged over dimensions, in at least float32.
+    predicted score with -x0, where beta is the coefficient of x0 in x_t. With independent pairs and normal noise, the
+    learned score is ∇ log p_t. The squared error is averaged over dimensions, in at least float32.
 
-    batch: a dict of "x1", the data; "x0", the noise (standard normal if missing); "cond", the condition or None; and
-    "rows", a `flowgen.rows.Rows`. A training step adds "rows", so that the random numbers do not depend on the number
-    of devices. "cond" may be any pytree that the velocity accepts whose arrays have one row per sample.
+    path, coupling, time: None means `CondOT()`, `Independent()` and `Uniform()`, respectively.
+    batch: argument of loss_fn; a dict of "x1", the data, and optionally "x0", the noise (standard normal if missing),
+    "cond", the condition or None, and "rows", a `flowgen.rows.Rows`. A training step adds "rows", so that the random
+    numbers do not depend on the number of devices. "cond" may be any pytree of arrays that the velocity accepts; each
+    array must have one row per sample.
     label_dropout: probability with which each sample becomes unconditional, independently of the others: its label is
-    replaced by -1, or its context is masked. With a positive value, a condition must be labels, vectors, tokens, texts
-    or `ContextTokens`.
-    log_mean: the running log-mean of the pair weights; -inf or None before the first step. loss_fn returns the updated
-    value, which only `GibbsWeights` with normalize="running" needs.
+    replaced by -1, or its context is masked. If label_dropout is positive, a condition must consist of labels, vectors,
+    tokens, texts or `ContextTokens`.
+    log_mean: argument of loss_fn; running estimate of the logarithm of the mean pair weight, -inf or None before the
+    first step. loss_fn returns the updated value. Only the coupling `GibbsWeights` with normalize="running" uses it.
 
     Raises ValueError if settings or shapes are invalid.
 
@@ -140,13 +142,17 @@ def draw_pairs(
     *,
     label_dropout: float = 0.0,
 ) -> Pairs:
-    """Returns the pairs of a batch with their weights.
+    """Returns the pairs of noise and data of a batch, with their weights.
 
-    The function draws noise if the batch contains none, applies the coupling (independent by default), and makes each
-    sample unconditional with probability label_dropout. The weights are w = exp(log_weight). log_mean is updated by
-    log_mean ← log_mean + 0.01 (log mean w - log_mean); if it is -inf or None, it becomes log mean w. If the coupling is
-    `GibbsWeights` with normalize="running", the weights are divided by exp of the updated log_mean. The mean of w is
-    over all devices that share the batch. No gradient flows through the weights.
+    The function draws noise if the batch contains none, applies the coupling (`Independent()` if None), and makes each
+    sample unconditional with probability label_dropout. The weights are w = exp(log_weight), with the log_weight that
+    the coupling returns. log_mean is updated by log_mean ← log_mean + 0.01 (log mean w - log_mean); if log_mean is -inf
+    or None, it becomes log mean w. If the coupling is `GibbsWeights` with normalize="running", the weights are divided
+    by exp of the updated log_mean. The mean of w is over all devices that share the batch. No gradient flows through
+    the weights.
+
+    rows: source of random numbers, from `flowgen.rows.batch_rows`.
+    batch, label_dropout: as for `flow_matching_loss`.
 
     Example:
         pairs = draw_pairs(rows_of(batch, key), batch, GibbsWeights(epsilon=5.0), label_dropout=0.1)

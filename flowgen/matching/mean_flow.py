@@ -61,23 +61,27 @@ def mean_flow_loss(
 ) -> Loss:
     """Returns the MeanFlow loss, loss_fn(average_velocity, batch, key, log_mean=None) -> (loss, metrics, log_mean).
 
-    The loss is E[w a |u(t, x_t, interval) - target|²] with the pair weight w. The target is v + interval · du/dt, the
-    right-hand side of the identity in `flowgen.matching.mean_flow`, where v is the path's u_t. One Jacobian-vector
-    product computes du/dt. The square is *summed* over dimensions, as in the published code, and its adaptive weight is
-    a = 1 / (square + 0.01)^power. No gradient flows through the target or through a. Two times are drawn from `time`;
-    the smaller is t, and the larger is t + interval. The defaults are the published settings.
+    The loss is E[w · a · |u - target|²], with u = average_velocity(t, x_t, cond, interval) and the pair weight w. The
+    target is v + interval · du/dt, the right-hand side of the identity in `flowgen.matching.mean_flow`, where v is the
+    path's target velocity. One Jacobian-vector product computes du/dt. |u - target|² is *summed* over dimensions, as in
+    the published code, and a = 1 / (|u - target|² + 0.01)^power is an adaptive weight. No gradient flows through the
+    target or through a. For each pair, two times are drawn from `time`; the smaller is t, and the larger is t +
+    interval. The defaults are the published settings.
 
-    instantaneous: share of the pairs whose interval is set to 0.
-    power: exponent of the adaptive weight. With power 1, a · square stays below 1 for each pair, so monitor
-    "unweighted_loss", which is the square averaged over dimensions. In high dimensions, the squares of all pairs are
-    similar, and so are their adaptive weights. In low dimensions, the adaptive weights move the minimum of the loss
-    towards the most likely target, so use power 0.
-    guidance_weight: weight of classifier-free guidance. For samples with a condition, (1 + weight) v - weight u(t, x,
-    no condition, 0) replaces v, so that one step draws a guided sample. A positive weight requires a condition, and a
-    label_dropout above 0 to train the unconditional field.
+    path, coupling, time: None means `CondOT()`, `Independent()` and `LogitNormal(mean=0.4, std=1.0)`, respectively.
+    instantaneous: probability with which the interval of a pair is set to 0, so that the network also learns the
+    velocity itself.
+    power: exponent of the adaptive weight. With power 1, a · |u - target|² stays below 1 for each pair, so monitor the
+    metric "unweighted_loss", which is the mean of |u - target|² over dimensions and pairs. In high dimensions, |u -
+    target|² is similar for all pairs, and so are the adaptive weights. In low dimensions, the adaptive weights move the
+    minimum of the loss towards the most likely target, so use power 0.
+    guidance_weight: weight of classifier-free guidance; 0 for none. For samples with a condition, (1 + guidance_weight)
+    v - guidance_weight · average_velocity(t, x_t, no condition, 0) replaces v, so that one step draws a guided sample.
+    A positive weight requires a condition. It also needs a label_dropout above 0, which trains the network without a
+    condition.
     batch, label_dropout, log_mean: as for `flow_matching_loss`.
 
-    Raises ValueError if settings are invalid.
+    Raises ValueError if settings or shapes are invalid.
 
     Example:
         loss_fn = mean_flow_loss(coupling=MinibatchOT())
@@ -185,10 +189,10 @@ def guided_target(
 def integrate_mean(
     average_velocity: AverageVelocity, x0: Float[Array, "b *event"], cond: Any = None, *, num_steps: int = 1
 ) -> tuple[Float[Array, "b *event"], int]:
-    """Returns samples and the number of network evaluations.
+    """Returns the samples x1 computed from the noise x0, and the number of network evaluations.
 
-    Each step is x ← x + interval · u(t, x, cond, interval), with interval = 1 / num_steps. Raises ValueError if
-    num_steps is below 1.
+    Each step is x ← x + interval · average_velocity(t, x, cond, interval), with interval = 1 / num_steps. Raises
+    ValueError if num_steps is below 1.
 
     Example:
         x1, nfe = integrate_mean(average_velocity, x0, labels, num_steps=1)

@@ -49,7 +49,8 @@ REPORT_PAIRS = 1024
 class FlowMatching:
     """Regression of the velocity, or of another quantity that determines the velocity.
 
-    prediction: the quantity that the network predicts.
+    prediction: the quantity that the network predicts: the velocity, the data x1, the noise or the score; all except
+    the velocity need a path that adds no noise (sigma 0).
     """
 
     prediction: Prediction = "velocity"
@@ -59,9 +60,12 @@ class FlowMatching:
 class MeanFlow:
     """Regression of average velocities, for sampling in one step (arXiv 2505.13447); see `mean_flow_loss`.
 
-    instantaneous: share of pairs with interval 0, between 0 and 1.
-    power: exponent of the adaptive weight; 0 for no adaptive weight.
-    guidance_weight: weight of the classifier-free guidance that the network learns; 0 for no guidance.
+    instantaneous: fraction of the pairs of noise and data for which the time interval has length 0, so that the network
+    also learns the velocity itself; between 0 and 1.
+    power: exponent p of the adaptive weight 1 / (e + 0.01)^p of a pair, where e is the pair's squared error, summed
+    over dimensions; 0 for equal weights.
+    guidance_weight: weight of the classifier-free guidance that the network learns; 0 for no guidance, above 0 only if
+    the experiment's train.label_dropout is above 0.
     """
 
     instantaneous: Fraction = 0.75
@@ -73,10 +77,13 @@ class MeanFlow:
 class MatchingConfig:
     """The loss, path, coupling and distribution of times with which a velocity network is trained.
 
-    loss: the regression loss.
-    path: probability path between noise and data.
+    Noise x0 is at t = 0, and data x1 are at t = 1.
+
+    loss: what the network learns: velocities, or a quantity that determines them (FlowMatching); velocities and average
+    velocities (MeanFlow).
+    path: probability path from noise at t = 0 to data at t = 1.
     coupling: rule that pairs noise with data and weights the pairs.
-    time: distribution of training times.
+    time: distribution of the times t at which the network is trained.
     """
 
     loss: FlowMatching | MeanFlow = FlowMatching()
@@ -101,13 +108,15 @@ class MatchingConfig:
 
     @property
     def prediction(self) -> Prediction:
-        """The quantity that the network predicts."""
+        """The quantity that the network predicts; "velocity" for the loss MeanFlow."""
         return self.loss.prediction if isinstance(self.loss, FlowMatching) else "velocity"
 
     def fitted(self, x0: Float[Array, "b *event"], x1: Float[Array, "b *event"]) -> MatchingConfig:
-        """Returns this config, with an epsilon chosen from samples of noise and data if the coupling's epsilon is None.
+        """Returns this config with an epsilon chosen from noise x0 and data x1, if the coupling is `GibbsWeights`
+        without an epsilon.
 
-        If the coupling is `GibbsWeights` without Sinkhorn sweeps, warns (UserWarning) as `warn_if_tilted` does.
+        A config with another coupling or with an epsilon is returned unchanged. If the coupling is `GibbsWeights`
+        without Sinkhorn sweeps, `warn_if_tilted` checks its weights, and may warn (UserWarning).
         """
         coupling = self.coupling
         if not isinstance(coupling, GibbsWeights):
@@ -118,7 +127,7 @@ class MatchingConfig:
         return dataclasses.replace(self, coupling=coupling)
 
     def loss_fn(self, *, label_dropout: float = 0.0) -> Loss:
-        """Returns the loss function that this config describes."""
+        """Returns the loss function that this config describes; `label_dropout` as for `flow_matching_loss`."""
         if isinstance(self.loss, MeanFlow):
             return mean_flow_loss(
                 path=self.path,
@@ -138,7 +147,11 @@ class MatchingConfig:
         )
 
     def state(self) -> dict[str, Any]:
-        """Returns the initial carried state; it is empty unless pair weights are divided by a running mean."""
+        """Returns the initial value of the state that the objective carries from step to step; see
+        `matching_objective`.
+
+        The state is empty unless the coupling is `GibbsWeights` with normalize="running".
+        """
         running = isinstance(self.coupling, GibbsWeights) and self.coupling.normalize == "running"
         return {STATE: {"log_mean": jnp.full((), -jnp.inf, jnp.float32)}} if running else {}
 
@@ -152,12 +165,12 @@ def matching_objective(
 ) -> Callable[..., tuple]:
     """Returns the objective (variables, batch, key) -> (loss, metrics[, carried state]) of a velocity network.
 
-    If `variables` contains the collection "matching", the objective also returns the carried state, which is the
-    running log-mean of the pair weights.
+    If `variables` contains the collection "matching" (see `MatchingConfig.state`), the objective also returns the
+    carried state for the next step, which is the running log-mean of the pair weights.
 
-    pairs(key, batch): a function that returns the batch for `loss_fn`: a dict of "x1" and, optionally, "x0" and "cond".
-    The key that it receives differs between devices. Draw random numbers from `batch_rows(batch, key, num)` if they
-    must be the same on any number of devices.
+    pairs: a function (key, batch) that turns a batch of the data into the batch for `loss_fn`: a dict of "x1" and,
+    optionally, "x0" and "cond". Its key differs between devices. If its random numbers must be the same on any number
+    of devices, draw them with `flowgen.rows.batch_rows(batch, key, num)`.
     train: whether to apply dropout. If True, and if the network's config has a positive `dropout`, the network is
     applied to each row separately, with one dropout key per row.
 
@@ -205,8 +218,9 @@ def combined_state(before: dict[str, Any], parts: dict[str, Any]) -> dict[str, A
 def velocity_field(network: Any, variables: Any, matching: MatchingConfig) -> Velocity:
     """Returns the velocity function (t, x, cond) -> v of a trained network, whatever quantity the network predicts.
 
-    A network that predicts x1, noise or a score is evaluated only at times at which alpha/beta is between 0.02 and 50.
-    Closer to the ends of the path, the conversion to a velocity would amplify the network's error without bound.
+    A network that predicts x1, noise or a score is evaluated only at times at which alpha/beta, the ratio of the
+    coefficients of data and noise in x_t, is between 0.02 and 50. Closer to the ends of the path, the conversion to a
+    velocity would amplify the network's error without bound.
 
     Example:
         x1, nfe = integrate(velocity_field(network, variables, matching), x0, labels)

@@ -22,7 +22,9 @@ SMALLEST = 1e-5
 
 
 class Schedule(NamedTuple):
-    """alpha and beta of an affine path at times t, and their derivatives with respect to t."""
+    """The coefficients alpha of data x1 and beta of noise x0 on a path at times t, and their derivatives with respect
+    to t.
+    """
 
     alpha: Float[Array, "*t"]
     beta: Float[Array, "*t"]
@@ -31,7 +33,9 @@ class Schedule(NamedTuple):
 
 
 class PathSample(NamedTuple):
-    """Points on a path: x_t, the target velocity u_t, and the noise added to x_t (zeros if there is none)."""
+    """Points x_t on a path, their target velocities u_t, and the standard normal noise that the path scales and adds to
+    x_t (zeros if it adds none).
+    """
 
     x_t: Float[Array, "b *event"]
     u_t: Float[Array, "b *event"]
@@ -43,13 +47,13 @@ class Path(Protocol):
     """The interface that losses and samplers require of a path."""
 
     def schedule(self, t: Float[Array, "*t"]) -> Schedule:
-        """Returns alpha, beta and their derivatives."""
+        """Returns the coefficients alpha of x1 and beta of x0 at times t, and their derivatives."""
         ...
 
     def sample(
         self, key: Key[Array, ""], t: Float[Array, " b"], x0: Float[Array, "b *event"], x1: Float[Array, "b *event"]
     ) -> PathSample:
-        """Returns x_t and u_t of pairs (x0, x1) at times t."""
+        """Returns x_t, u_t and noise for the pairs (x0, x1) at times t; the noise is drawn with key."""
         ...
 
     def __hash__(self) -> int:
@@ -66,7 +70,7 @@ class AffinePath:
         return 0.0
 
     def schedule(self, t: Float[Array, "*t"]) -> Schedule:
-        """Returns alpha, beta and their derivatives."""
+        """Returns the coefficients alpha of x1 and beta of x0 at times t, and their derivatives."""
         raise NotImplementedError
 
     def sample(
@@ -85,7 +89,7 @@ class AffinePath:
 
 @config
 class CondOT(AffinePath):
-    """The straight line x_t = (1 - t) x0 + t x1 (arXiv 2210.02747, arXiv 2302.00482).
+    """The straight line x_t = (1 - t) x0 + t x1 from noise x0 to data x1 (arXiv 2210.02747, arXiv 2302.00482).
 
     sigma: standard deviation of Gaussian noise around the line; 0 for none.
     """
@@ -105,8 +109,8 @@ class Target(AffinePath):
     """The path of Lipman et al. to a narrow Gaussian around x1: x_t = t x1 + (1 - (1 - sigma_min) t) x0, with standard
     normal x0.
 
-    The target velocity x1 - (1 - sigma_min) x0 equals the published one (arXiv 2210.02747). The published form, written
-    in terms of x_t, is 0/0 at t = 1 if sigma_min is 0.
+    The target velocity is computed as x1 - (1 - sigma_min) x0. The published formula in terms of x_t (arXiv 2210.02747)
+    has the same value, but is 0/0 at t = 1 if sigma_min is 0.
 
     sigma_min: standard deviation of x_t around x1 at t = 1; at least 0 and below 1.
     """
@@ -138,9 +142,9 @@ class Trigonometric(AffinePath):
 
 @config
 class Polynomial(AffinePath):
-    """x_t = tⁿ x1 + (1 - tⁿ) x0, the polynomial schedule of the Flow Matching Guide (arXiv 2412.06264).
+    """The polynomial path x_t = tⁿ x1 + (1 - tⁿ) x0, with n = `degree`, of the Flow Matching Guide (arXiv 2412.06264).
 
-    degree: n, at least 1.
+    degree: exponent n, at least 1.
     """
 
     degree: Annotated[float, Within(1)] = 2.0
@@ -152,10 +156,11 @@ class Polynomial(AffinePath):
 
 @config
 class VariancePreserving(AffinePath):
-    """The diffusion path alpha = e^(-T/2), beta = √(1 - e^(-T)), T = (1-t)²(B-b)/2 + (1-t)b (arXiv 2011.13456).
+    """The diffusion path x_t = e^(-T/2) x1 + √(1 - e^(-T)) x0, with T = (1-t)²(B-b)/2 + (1-t)b, b = `beta_min` and B =
+    `beta_max` (arXiv 2011.13456).
 
-    beta_min: b, positive.
-    beta_max: B, at least b.
+    beta_min: value of b, positive.
+    beta_max: value of B, at least b.
     """
 
     beta_min: Positive = 0.1
@@ -176,7 +181,7 @@ class VariancePreserving(AffinePath):
 
 @config
 class LinearVariancePreserving(AffinePath):
-    """The variance-preserving path with linear alpha: x_t = t x1 + √(1 - t²) x0.
+    """The variance-preserving path whose coefficient of x1 is t: x_t = t x1 + √(1 - t²) x0.
 
     The derivative beta' = -t/beta is infinite at t = 1. The divisor beta is therefore kept at or above √1e-5, its value
     at t = 1 - 5e-6.
@@ -194,8 +199,8 @@ class LinearVariancePreserving(AffinePath):
 class SchroedingerBridge:
     """The Brownian bridge x_t = (1-t) x0 + t x1 + sigma √(t(1-t)) noise, for entropic couplings (arXiv 2307.03672).
 
-    The target velocity is u_t = sigma (1 - 2t) / (2 √(t(1-t))) noise + x1 - x0, which diverges like t^-½ at t = 0 and
-    like (1-t)^-½ at t = 1. Times are therefore clipped to [1e-5, 1 - 1e-5].
+    The noise is standard normal. The target velocity is u_t = x1 - x0 + sigma (1 - 2t) / (2 √(t(1-t))) · noise. It
+    diverges like t^-½ at t = 0 and like (1-t)^-½ at t = 1. Times are therefore clipped to [1e-5, 1 - 1e-5].
 
     sigma: diffusion coefficient of the bridge; positive.
     """
@@ -218,9 +223,9 @@ class SchroedingerBridge:
         return PathSample(x_t, self.sigma * rate * noise + x1 - x0, noise)
 
     def score_scale(self, t: Float[Array, " b"]) -> Float[Array, " b"]:
-        """Returns lambda_t = 2 √(t(1-t)) / sigma.
+        """Returns the factor lambda_t = 2 √(t(1-t)) / sigma of the score in `score_and_flow_matching_loss`.
 
-        Score matching fits lambda_t s to -noise, where s is the scaled score sigma²/2 ∇ log p_t.
+        The loss fits lambda_t s to -noise, where s is a prediction of the scaled score sigma²/2 ∇ log p_t.
         """
         return 2 * jnp.sqrt(t * (1 - t)) / self.sigma
 

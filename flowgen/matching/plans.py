@@ -126,8 +126,8 @@ def _potentials(
 def sinkhorn_potentials(logits: Float[Array, "b b"], num_sweeps: int) -> tuple[Float[Array, " b"], Float[Array, " b"]]:
     """Returns f and g such that the rows and columns of exp(logits_ij + f_i + g_j) have mean 1.
 
-    After each sweep, the means of the columns are exact, and those of the rows are approximate. The sweeps are in the
-    log domain, so finite logits give finite potentials.
+    After num_sweeps sweeps of Sinkhorn's iteration, the columns have mean 1 exactly, and the rows approximately. The
+    sweeps are in the log domain, so finite logits give finite potentials. If num_sweeps is 0, f and g are 0.
 
     Example:
         f, g = sinkhorn_potentials(-cost / epsilon, 50)

@@ -36,12 +36,13 @@ AVERAGING = 0.02
 class SemidiscreteOT:
     """Pairs each x0 with the data point whose cell contains it; all weights are 1.
 
-    The data points and their conditions replace x1 and cond of the batch. For each class, a conditional model is
-    trained only on the noise in the cells of this class, but samples from all noise. This coupling is therefore
-    best suited to unconditional models. A call stores a b x n matrix.
+    The data points and their conditions replace x1 and cond of the batch. In training, a conditional model sees for
+    each class only the noise in the cells of the data points of this class, but in sampling, it starts from any noise.
+    This coupling is therefore best suited to unconditional models. A call stores a matrix of shape `b n`.
 
     y: the dataset.
-    potentials: potentials from `fit_semidiscrete`, or from any other solver for the squared Euclidean cost.
+    potentials: the numbers g_j that define the cells, from `fit_semidiscrete` or any other solver for the squared
+    Euclidean cost.
     labels: labels or other conditions of the data, as any pytree of arrays with one row per data point.
 
     Raises ValueError if shapes do not match, or if the batch has a condition but the data have no labels.
@@ -103,11 +104,11 @@ def fit_semidiscrete(
 ) -> SemidiscreteFit:
     """Returns the semidiscrete coupling of a noise distribution with the data y, and its error.
 
-    OTT-JAX optimises the dual transport problem with Adam. Larger datasets need more steps and larger batches: over all
-    steps, each data point should be paired with dozens of noise samples.
+    OTT-JAX optimises the dual transport problem with Adam. Larger datasets need more steps and larger batches:
+    num_steps · batch_size, the number of noise samples drawn, should be dozens of times n, the number of data points.
 
     noise: a function (key, shape, dtype) -> x0.
-    num_steps, batch_size: number and size of the batches of noise.
+    num_steps, batch_size: number of steps of Adam, and number of noise samples drawn in each step.
 
     Raises ModuleNotFoundError if OTT-JAX is not installed, and ValueError if settings are invalid.
 

@@ -48,22 +48,24 @@ def integrate(
     atol: float = 1e-5,
     max_steps: int = 4096,
 ) -> tuple[Float[Array, "b *event"], int | Int[Array, ""]]:
-    """Returns the state at the end of the time grid and the number of velocity evaluations.
+    """Returns the solution x of dx/dt = velocity(t, x, cond) at the end of the time grid, and the number of velocity
+    evaluations.
 
-    velocity(t, x, cond) is called with t of shape `b`. The state is accumulated in at least float32, even if x0 has a
-    smaller dtype. Outside jit, every call recompiles the scan over steps, so apply jit to the calling function.
+    velocity is called with t of shape `b`. The state x starts at x0 and is accumulated in at least float32, even if x0
+    has a smaller dtype. Outside jit, every call recompiles the scan over steps, so apply jit to the calling function.
 
-    times: the time grid, which must increase within [0, 1]; None for num_steps equal steps.
-    reverse: whether to integrate backward over the grid, from data to noise.
+    times: the time grid, which must increase within [0, 1]; None for num_steps equal steps from 0 to 1.
+    reverse: whether to integrate backward over the grid, from data (passed as x0) at its end to noise at its start.
 
-    The method "dopri5" adapts its step sizes, which are the same for the whole batch. They keep the root mean square of
-    error / (atol + rtol |x|) over the batch below 1. num_steps has no effect, and times must be None. The number of
-    evaluations is an int32 array. Only reverse-mode differentiation is supported. If max_steps steps do not suffice,
-    the method raises RuntimeError outside jit, and returns NaN inside jit. Without the package diffrax, it raises
-    ModuleNotFoundError.
+    The method "dopri5" adapts its step sizes, which are the same for the whole batch. In each step, the root mean
+    square of (estimated error) / (atol + rtol |x|) over the batch is kept below 1. num_steps has no effect, and times
+    must be None. The number of evaluations is an int32 array. Only reverse-mode differentiation is supported. If
+    max_steps steps do not suffice, the method raises RuntimeError outside jit, and returns NaN inside jit. If the
+    package diffrax is not installed, the method raises ModuleNotFoundError. rtol, atol and max_steps have no effect on
+    other methods.
 
-    Raises ValueError for an unknown method, fewer than one step, a grid that does not increase within [0, 1], an
-    integer x0, or a velocity whose shape differs from the shape of x.
+    Raises ValueError for an unknown method, fewer than one step, a grid that does not increase within [0, 1],
+    tolerances that are negative or both 0, an integer x0, or a velocity whose shape differs from the shape of x.
 
     Example:
         x1, nfe = integrate(velocity, x0, method="heun", num_steps=25)
@@ -88,9 +90,11 @@ def trajectory(
     reverse: bool = False,
     keep: bool = True,
 ) -> tuple[Any, int]:
-    """Returns the states at all times of the grid, as `steps+1 b *event`, and the number of velocity evaluations.
+    """Returns the solution of dx/dt = velocity(t, x, cond) at all times of the grid, and the number of evaluations.
 
-    keep: whether to return all states; if False, only the last state is returned, as `b *event`.
+    The solution has shape `steps+1 b *event`; its first entry is x0.
+
+    keep: whether to return the solution at all times; if False, only its last entry is returned, of shape `b *event`.
 
     Other settings and errors are the same as for `integrate` with a fixed-step method.
 
@@ -203,8 +207,9 @@ def time_grid(num_steps: int, times: Sequence[float] | np.ndarray | None) -> Flo
 def edm_times(num_steps: int) -> tuple[float, ...]:
     """Returns EDM's grid of num_steps + 1 times, which is finer near the data, for `integrate(times=...)`.
 
-    The times are t = 1 / (1 + sigma), where sigma_i = (80^(1/7) + i/(num_steps - 1) (0.002^(1/7) - 80^(1/7)))^7, and
-    sigma = 0 at the end (Karras et al., arXiv 2206.00364). Integration starts at t = 1/81, with x0 in place of x_t.
+    The times are t_i = 1 / (1 + sigma_i), at which noise and data on the path `CondOT` have the ratio sigma_i =
+    (80^(1/7) + i/(num_steps - 1) (0.002^(1/7) - 80^(1/7)))^7 for i from 0 to num_steps - 1, and 0 for i = num_steps
+    (Karras et al., arXiv 2206.00364). Integration starts at t = 1/81 instead of 0, with the noise x0 in place of x_t.
     Raises ValueError for fewer than two steps.
 
     Example:
@@ -227,19 +232,19 @@ def guided(
 ) -> Velocity:
     """Returns the velocity field with classifier-free guidance (Ho and Salimans, arXiv 2207.12598).
 
-    Let v_c be the velocity with the condition, and v_u the velocity without it. The network evaluates both in one
-    batch. Set the strength of the guidance with either scale or weight, where scale = 1 + weight.
+    Let v_c be the velocity with the condition, and v_u the velocity without it. `velocity` computes both in one batch
+    of twice the size. Set the strength of the guidance with either scale or weight, where scale = 1 + weight.
 
     unconditional: the value of cond that means "no condition", such as -1 for labels. It has the structure of cond,
-    with one value for all samples or one for each. None means the label -1 or, for vectors, tokens and texts, a
-    `ContextTokens` whose mask is False everywhere.
+    with one value for all samples or one for each. None means -1 if cond consists of labels; if cond consists of
+    vectors, tokens or texts, None means a `ContextTokens` whose mask is False everywhere.
     scale: the field is v_u + scale (v_c - v_u), so scale 1 means no guidance.
     weight: the field is (1 + weight) v_c - weight v_u, so weight 0 means no guidance.
     interval: range of times at which guidance is applied; at other times, the field is v_c (Kynkäänniemi et al., arXiv
     2404.07724).
 
-    Raises ValueError unless exactly one of scale and weight is given. The returned field raises ValueError if cond is
-    None.
+    Raises ValueError unless exactly one of scale and weight is given and finite, and interval increases within [0, 1].
+    The returned field raises ValueError if cond is None.
 
     Example:
         x1, nfe = integrate(guided(velocity, -1, scale=2.0), x0, labels)
@@ -284,13 +289,14 @@ def integrate_sde(
     diffusion: Callable[[Array], Array] = lambda t: 1 - t,
     num_steps: int = 100,
 ) -> tuple[Float[Array, "b *event"], int]:
-    """Returns samples of dX = (v + g²/2 · score) dt + g dW, and the total number of evaluations of velocity and score.
+    """Returns samples X at t = 1 of dX = (v + g²/2 · score) dt + g dW from x0 at t = 0, and the number of evaluations.
 
-    For any g(t) ≥ 0, the SDE has the same marginals as the ODE dx = v dt. The method is Euler-Maruyama; the last step
-    adds no noise.
+    For any g(t) ≥ 0, the SDE has the same marginals as the ODE dx = v dt. The method is Euler-Maruyama with num_steps
+    equal steps; the last step adds no noise. The number of evaluations counts those of velocity and of score.
 
-    score: a function (t, x, cond) that returns ∇ log p_t(x), for instance by `flowgen.matching.velocity_to_score`.
-    diffusion: g as a function of t.
+    score: a function (t, x, cond) that returns ∇ log p_t(x), for instance computed by
+    `flowgen.matching.velocity_to_score`.
+    diffusion: the function g, called with a scalar t.
 
     Example:
         x1, nfe = integrate_sde(velocity, score, x0, key, num_steps=200)

@@ -14,7 +14,8 @@ from flowgen.settings.ranges import Positive
 class Uniform:
     """Times drawn uniformly from [0, 1].
 
-    stratified: whether to draw one time in each of `batch` equal intervals of [0, 1], in random order.
+    stratified: whether to divide [0, 1] into as many equal intervals as the batch has samples, and to draw one time
+    from each.
     """
 
     stratified: bool = False
@@ -30,7 +31,7 @@ class LogitNormal:
     """Logit-normal times: t = sigmoid(mean + std z), where z is standard normal (Esser et al., arXiv 2403.03206).
 
     EDM's noise levels (ln sigma with mean -1.2 and standard deviation 1.2) correspond to mean 1.2 and std 1.2. The sign
-    changes because data are at t = 1 here.
+    changes because t = 1 / (1 + sigma), so the logit of t is -ln sigma.
 
     mean: mean of the logit of t; a positive mean favours times near the data.
     std: standard deviation of the logit of t; positive.
@@ -45,9 +46,10 @@ class LogitNormal:
 
 @config
 class Shifted:
-    """Uniform times that are shifted towards the noise: s = 1 - t is replaced by k s / (1 + (k - 1) s).
+    """Uniform times that are shifted towards the noise: s = 1 - t is replaced by k s / (1 + (k - 1) s), where k is
+    `shift`.
 
-    shift: k, positive; 1 for no shift, below 1 for a shift towards the data.
+    shift: the factor k, positive; 1 for no shift, below 1 for a shift towards the data.
     """
 
     shift: Positive = 3.0

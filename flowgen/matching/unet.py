@@ -63,38 +63,38 @@ TABLE_STD = 1.0
 
 @config
 class UNetConfig:
-    """Architecture of a U-Net; `UNetConfig(image_size=32, time_scale=1.0)` is torchcfm's architecture for CIFAR-10.
+    """Architecture of a U-Net, a convolutional velocity network for images.
 
-    The architecture of Meta's flow_matching for CIFAR-10 is `UNetConfig(image_size=32, multipliers=(2, 2, 2),
-    blocks_per_level=4, resample="pool", head_dim=256, dropout=0.3, scale_shift_norm=True, time_scale=1.0)`.
+    The architecture of torchcfm for CIFAR-10 is `UNetConfig(image_size=32, time_scale=1.0)`. The architecture of Meta's
+    flow_matching for CIFAR-10 is `UNetConfig(image_size=32, multipliers=(2, 2, 2), blocks_per_level=4, resample="pool",
+    head_dim=256, dropout=0.3, scale_shift_norm=True, time_scale=1.0)`.
 
     image_size: side of square images in pixels, or (height, width).
     channels: number of channels of the images.
-    width: base number of channels; even.
-    multipliers: number of channels of each level, as a multiple of width; each level except the last is followed by
-    downsampling by a factor of 2.
-    blocks_per_level: number of residual blocks per level on the way down.
-    resample: "conv" downsamples with a convolution of stride 2, and upsamples by nearest-neighbour upsampling and a
-    convolution; "pool" downsamples by average pooling over 2 x 2 pixels, and upsamples by nearest-neighbour upsampling
-    alone.
-    attention_factors: downsampling factors of the levels whose blocks have attention; the middle of the network always
-    has attention.
+    width: base number of channels, by which the entries of `multipliers` are multiplied; even.
+    multipliers: number of channels of each level, as a multiple of width; from each level to the next, height and width
+    are halved.
+    blocks_per_level: number of residual blocks in each level on the way down; on the way up, each level has one more.
+    resample: "conv" downsamples by a convolution of stride 2, "pool" by averages over 2 x 2 pixels. Both upsample by
+    repeating pixels; "conv" then applies a convolution.
+    attention_factors: downsampling factors (1, 2, 4, ...) of the levels whose blocks have attention; the middle of the
+    network always has attention.
     head_dim: number of channels per attention head; a level with fewer channels has one head.
-    attention_implementation: implementation of softmax attention: "auto", "xla", "cudnn" on GPUs or "tpu" on TPUs; see
-    docs/attention.md in the repository.
+    attention_implementation: implementation of softmax attention: "xla" for all devices, "cudnn" for NVIDIA GPUs, "tpu"
+    for TPUs; "auto" chooses one by device, dtype and shape. See docs/attention.md in the repository.
     num_groups: number of groups in group norm; must divide the number of channels of each level.
     dropout: probability with which an activation is set to 0 in training; at least 0 and below 1.
     num_classes: number of classes that the velocity is conditioned on; 0 for none.
-    scale_shift_norm: whether the embedding scales and shifts the normalised activations; if False, the embedding is
-    added before the norm.
-    time_scale: factor by which times are multiplied before the sinusoidal embedding, which expects values from 0 to
-    1,000.
-    intervals: whether to also predict average velocities over an interval (MeanFlow).
+    scale_shift_norm: whether the embedding of time and condition scales and shifts the normalised activations; if
+    false, the embedding is added to the activations before the norm.
+    time_scale: factor by which times in [0, 1] are multiplied before the sinusoidal embedding, which expects values up
+    to 1,000.
+    intervals: whether the network also predicts average velocities over time intervals; required by the loss MeanFlow.
     dtype: dtype of convolutions and activations; parameters, norms, the embedding and the velocity stay float32.
     remat: whether to recompute the activations of each block in the backward pass instead of storing them.
-    context: the context that the velocity is conditioned on; None for none. The embedding of a vector, or the mean of
-    the tokens' embeddings, is added to the embedding of the time; the order of the tokens has no effect. An image must
-    have the same size as the network's images, and is concatenated to them as channels.
+    context: the context that the velocity is conditioned on; None for no context. The embedding of a vector, or the
+    mean of the tokens' embeddings, is added to the embedding of the time, so the order of the tokens has no effect. An
+    image must have the same size as the network's images, and is concatenated to them as channels.
     """
 
     image_size: Side | tuple[Side, Side]
@@ -165,7 +165,7 @@ class UNetConfig:
 
     @property
     def image_hw(self) -> tuple[int, int]:
-        """Height and width in pixels."""
+        """Height and width of an image in pixels."""
         return image_sides(self.image_size)
 
     @property
@@ -175,12 +175,12 @@ class UNetConfig:
 
     @property
     def event_shape(self) -> tuple[int, int, int]:
-        """Shape of one sample: `image_shape`."""
+        """Shape of one sample: (height, width, channels)."""
         return self.image_shape
 
     @property
     def num_dims(self) -> int:
-        """Number of values in one image, by which metrics per dimension are divided."""
+        """Number of values in one image: height · width · channels."""
         height, width = self.image_hw
         return height * width * self.channels
 
@@ -195,12 +195,14 @@ class UNetConfig:
         return EMBEDDING_EXPANSION * self.width
 
     def attends(self, level: int) -> bool:
-        """Returns whether the blocks of a level have attention."""
+        """Returns whether the blocks of a level have attention; level 0 has the full resolution."""
         return 2**level in self.attention_factors
 
     @property
     def softmax_shapes(self) -> tuple[SoftmaxShape, ...]:
-        """The attention shapes of the levels that have attention and of the middle of the network."""
+        """The shapes of self-attention, one for each resolution at which a level or the middle of the network has
+        attention.
+        """
         height, width = self.image_hw
         return tuple(
             SoftmaxShape(height * width // 4**level, heads, channels // heads, self.dtype)
@@ -210,7 +212,7 @@ class UNetConfig:
         )
 
     def shrunk(self) -> UNetConfig:
-        """Returns a small version of this config, at most 8 pixels high and wide, for tests and `--debug`."""
+        """Returns a small version of this config, of at most 8 x 8 pixels, for tests and `--debug` runs."""
         multipliers = tuple(min(multiplier, 2) for multiplier in self.multipliers[:2])
         deepest = len(multipliers)  # 1 or 2, which is also the downsampling factor of the last level
         height, width = (deepest * max(1, min(8 // deepest, length // deepest)) for length in self.image_hw)

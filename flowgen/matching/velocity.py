@@ -59,15 +59,15 @@ OwnNetwork = Annotated[NetworkConfig, Own("a frozen dataclass with event_shape, 
 
 @config
 class MLPConfig:
-    """Architecture of a velocity network for points.
+    """Architecture of a multilayer perceptron (MLP), a velocity network for points.
 
     dim: number of coordinates of a point.
     width: width of the hidden layers.
     num_layers: number of hidden layers.
     num_classes: number of classes that the velocity is conditioned on; 0 for none.
-    intervals: whether to also predict average velocities over an interval (MeanFlow).
-    context: the context that the velocity is conditioned on; None for none. A vector, or the mean of the tokens'
-    embeddings, is concatenated to the input; the order of the tokens has no effect.
+    intervals: whether the network also predicts average velocities over time intervals; required by the loss MeanFlow.
+    context: the context that the velocity is conditioned on, a vector or tokens; None for no context. The vector, or
+    the mean of the tokens' embeddings, is concatenated to the input, so the order of the tokens has no effect.
     """
 
     dim: Channels = 2
@@ -91,17 +91,17 @@ class MLPConfig:
 
     @property
     def event_shape(self) -> tuple[int, ...]:
-        """Shape of one sample."""
+        """Shape of one sample: (dim,)."""
         return (self.dim,)
 
     def shrunk(self) -> MLPConfig:
-        """Returns a small version of this config, for tests and `--debug`."""
+        """Returns a small version of this config, for tests and `--debug` runs."""
         return dataclasses.replace(self, width=16, num_layers=1)
 
 
 class VelocityMLP(OnMeshes, nn.Module):
-    """A multilayer perceptron on [x, t, condition] with SELU and PyTorch's initialisation, as in torchcfm's 2-D
-    examples.
+    """A velocity network for points: a multilayer perceptron on [x, t, condition] with SELU and PyTorch's
+    initialisation, as in torchcfm's 2-D examples.
 
     Example:
         v = VelocityMLP(MLPConfig(dim=2)).apply(params, t, x)

@@ -112,11 +112,12 @@ def convolve_image(
 class ResidualBlock(nn.Module):
     """skip(x) + conv(dropout(silu(norm(conv(silu(norm(x))))))).
 
-    skip is the identity or, if the width changes, a linear map. With an embedding e, the outer norm(h) becomes
-    norm(h + W e) or, with `scale_shift`, norm(h) (1 + a) + b with (a, b) = W e.
+    skip is the identity or, if x does not have `width` channels, a linear map. If an embedding e is passed, the outer
+    norm(h) becomes norm(h + W e) or, with `scale_shift`, norm(h) (1 + a) + b with (a, b) = W e; W is a linear map. A
+    call returns the result and the cache for the frames that follow x.
 
     norm: a function that returns a norm layer, given its `name`.
-    convolve: `convolve_image`, or `convolve_clip` for clips.
+    convolve: `flowgen.nn.convolution.convolve_image`, or `flowgen.codecs.causal.convolve_clip` for clips.
     zero: whether the last convolution is initialised to zero.
 
     Example:
@@ -165,9 +166,10 @@ class ResidualBlock(nn.Module):
 
 
 class SpatialAttention(nn.Module):
-    """x + W attention(norm(x)), where each position attends to its whole image or, in a clip, to its own frame.
+    """x + W attention(norm(x)) with a linear map W.
 
-    The cache is returned unchanged.
+    Each position attends to all positions of its image or, in a clip, of its frame. A call returns (result, cache); the
+    cache is the argument, unchanged, because no position attends to earlier frames.
 
     norm: a function that returns a norm layer, given its `name`.
     zero: whether W is initialised to zero, so that the layer is initially the identity.

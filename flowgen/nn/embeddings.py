@@ -23,8 +23,9 @@ def class_rows(
 ) -> Float[Array, "b d"]:
     """Returns the table row of each label.
 
-    The label -1 selects the last row, and so does `labels=None`. For labels outside -1..classes-1, the row is NaN: a
-    compiled program cannot raise an error, and NaN is safer than the row of another class.
+    The label -1 selects the last row, and `labels=None` means -1 for all `batch` samples. For a label that is neither
+    -1 nor the index of another row, the result is NaN: a compiled program cannot raise an error, and NaN is safer than
+    the row of another class.
 
     Example:
         e = class_rows(table, jnp.array([3, -1]), batch=2)
@@ -60,7 +61,9 @@ def class_one_hot(
 def time_features(
     t: Float[Array, " b"], dim: int, max_period: float = 10_000.0, scale: float = TIME_SCALE
 ) -> Float[Array, "b dim"]:
-    """Returns the cosines and then the sines of scale · t at dim/2 frequencies, from 1 down to nearly 1/max_period.
+    """Returns sinusoidal features of times t, usually in [0, 1]: dim/2 cosines, and then dim/2 sines.
+
+    The angles are scale · t · f for frequencies f in geometric progression from 1 down to almost 1/max_period.
 
     Raises ValueError unless dim is even.
 
@@ -80,14 +83,15 @@ def normal_dense(features: int, fan_in: int, name: str) -> nn.Dense:
 
 
 class ConditionEmbedding(nn.Module):
-    """Returns the sum of the embeddings of a time, an interval and a class, of shape `b width`.
+    """Maps times, intervals of time and class labels to the sum of their embeddings, of shape `b width`.
 
     Times and intervals are multiplied by time_scale and mapped to `frequencies` sinusoidal features, which pass through
-    two Dense layers with a SiLU between them. Classes are looked up in a table whose last row stands for no class.
+    two Dense layers with a SiLU between them. Class labels select rows of a table whose last row stands for no class;
+    without classes (`num_classes` 0), there is no table.
 
-    intervals: whether the network also has an interval as an input.
-    dense: a function of (features, fan_in, name) that returns a layer.
-    table_std: standard deviation of the initial table.
+    intervals: whether there is also an embedding of intervals; an interval of None counts as 0.
+    dense: a function of (features, fan_in, name) that returns a Dense layer.
+    table_std: standard deviation of the initial entries of the table.
 
     Example:
         c = ConditionEmbedding(width=256, num_classes=10, intervals=False).apply(params, t, cond, None)
@@ -122,9 +126,11 @@ class ConditionEmbedding(nn.Module):
 
 
 def grid_positions(grid: tuple[int, int], width: int) -> Float[np.ndarray, "n width"]:
-    """Returns a fixed table of sinusoidal position embeddings for a grid, row by row.
+    """Returns sinusoidal embeddings of all positions in a grid of (rows, columns), row by row.
 
-    In each embedding, the first half of the features depends on the column and the second half on the row.
+    width: number of features, a multiple of 4.
+
+    The first half of an embedding's features depends on the column, and the second half on the row.
 
     Example:
         table = grid_positions((4, 4), 64)

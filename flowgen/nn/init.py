@@ -14,14 +14,14 @@ from flowgen.nn.layers import master_dtype
 
 
 def init(network: nn.Module, key: Key[Array, ""]) -> PyTree:
-    """Returns freshly initialised variables of a model; for a flow, they include the variables of its denoiser.
+    """Returns freshly initialised variables of a model, including those of a flow's denoiser if its config has one.
 
     The initialisation is compiled. If the model has a method `initial_variables(key)`, that method computes the
-    variables; flows define it so that their blocks share compiled programs. Otherwise, the model's arguments have the
-    shapes and dtypes in the config's `inputs`. If the config has no `inputs`, the arguments are those of a velocity
-    network: times, and samples of the config's `event_shape`.
+    variables; flows define it so that their blocks share compiled programs. Otherwise, the model is initialised with
+    arrays of the shapes and dtypes that its config lists in `inputs`. If the config has no `inputs`, the model is taken
+    for a velocity network, with the arguments (times, samples of the config's `event_shape`).
 
-    Raises ValueError if the network has no config or the key is invalid.
+    Raises ValueError if the network has no attribute `config`, or if the key is invalid.
 
     Example:
         variables = init(VelocityMLP(MLPConfig(dim=2)), jax.random.key(0))

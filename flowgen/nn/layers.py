@@ -100,10 +100,10 @@ def linear(
 ) -> Dense:
     """Returns a Dense layer initialised like PyTorch's Linear: kernel and bias from U(-1/√fan_in, 1/√fan_in).
 
-    zero_kernel, zero_bias: whether the kernel or the bias is initialised to zero instead. The output layers of the
-    published models initialise only the kernel to zero.
-    shared: the axis of the kernel that is divided over the devices on the tensor axis of a training mesh; "" means
-    none.
+    zero_kernel: whether to initialise the kernel to zero instead. zero_bias: whether to initialise the bias to zero
+    instead. In the output layers of TARFlow and STARFlow, only the kernel is initialised to zero.
+    shared: the axis of the kernel, "inputs" or "outputs", that the mesh axis "tensor" divides in sharded training; ""
+    means neither.
 
     Example:
         proj = linear(256, fan_in=128, dtype="float32")
@@ -135,7 +135,7 @@ def cast_linear(params: Mapping[str, Any], dtype: str) -> dict[str, Any]:
 
 
 def layer_norm(dtype: str) -> nn.LayerNorm:
-    """Returns a LayerNorm with PyTorch's epsilon, 1e-5, and two-pass variance, computed in at least float32.
+    """Returns a LayerNorm with PyTorch's epsilon, 1e-5; statistics are computed in two passes, in at least float32.
 
     Example:
         norm = layer_norm("bfloat16")
@@ -149,7 +149,9 @@ def layer_norm(dtype: str) -> nn.LayerNorm:
 
 
 class RMSNorm(nn.Module):
-    """x / √(mean x² + epsilon) · (offset + weight), computed in at least float32; the result has the dtype `dtype`.
+    """x / √(mean x² + epsilon) · (offset + weight), with the mean over the last axis.
+
+    The computation uses at least float32, and the result has the dtype `dtype`.
 
     offset: 1, as in Gemma and STARFlow, whose stored weights are near 0; or 0, as in T5. The weight is initialised so
     that offset + weight is 1.
@@ -177,9 +179,10 @@ NORMS: dict[str, Callable[[str], nn.Module]] = {"layer_norm": layer_norm, "rms_n
 
 
 class MLP(nn.Module):
-    """down(activation(up(x))) or, for gated activations, down(activation(gate(x)) · up(x)).
+    """down(activation(up(x))) or, for a gated activation, down(activation(gate(x)) · up(x)).
 
-    The hidden layer is `expansion` times as wide as the input.
+    The input has `width` channels, and the hidden layer has `expansion` times as many. activation: "gelu", "gelu_tanh",
+    "silu", "relu_squared" or, gated, "geglu".
 
     Example:
         y = MLP(width=256, expansion=4, activation="gelu", dtype="float32").apply(params, x)
@@ -212,10 +215,10 @@ _PATCH_PATTERNS = {
 
 
 def patchify(x: Float[Array, "b height width c"], patch_size: int, order: PatchOrder) -> Float[Array, "b n token"]:
-    """Returns the patches of channels-last images as tokens, row by row.
+    """Returns the patches of images as tokens, row by row; a patch has patch_size × patch_size pixels.
 
-    order: the order in which a token lists the values of its patch: (c, row, column) in TARFlow, and (row, column, c)
-    in STARFlow.
+    order: the order of a patch's values in its token: (c, row, column) with "channel_first", as in TARFlow, and (row,
+    column, c) with "channel_last", as in STARFlow.
 
     Example:
         tokens = patchify(images, 4, "channel_first")  # b, (height/4)*(width/4), c*16
@@ -227,7 +230,7 @@ def patchify(x: Float[Array, "b height width c"], patch_size: int, order: PatchO
 def unpatchify(
     tokens: Float[Array, "b n token"], patch_size: int, image_size: tuple[int, int], order: PatchOrder
 ) -> Float[Array, "b height width c"]:
-    """Returns the images that `patchify` maps to these tokens.
+    """Returns the images of size (height, width) that `patchify` maps to `tokens`, given the same patch_size and order.
 
     Example:
         images = unpatchify(tokens, 4, (32, 48), "channel_first")

@@ -35,8 +35,9 @@ Rotation = tuple[Angles, Angles] | None
 class TransformerConfig:
     """The config of a stack of identical transformer layers, which are causal unless `window` is given.
 
-    num_kv_heads: number of key heads, each shared by num_heads / num_kv_heads query heads; None means num_heads.
-    norm: the norm before attention and before the MLP.
+    num_kv_heads: number of heads of keys and values, each shared by num_heads / num_kv_heads query heads; None means
+    num_heads.
+    norm: the norm before attention and before the MLP, "layer_norm" or "rms_norm".
     qk_norm: whether to apply an RMSNorm over the channels of each query and key head, before the rotary rotation.
     post_norm: whether to apply an RMSNorm to the outputs of attention and MLP.
     remat: whether the backward pass recomputes the activations of each layer; see `flowgen.backend.layer_form` for
@@ -44,7 +45,8 @@ class TransformerConfig:
     scan: whether the parameters of all layers are stacked along a leading axis, as in training. For decoding, set it to
     False: inside a loop over tokens, a scan over layers would copy every layer's weights and cache out of the stack for
     each token.
-    window: the pattern of attention to nearby frames that replaces causal attention; caches are then not supported.
+    window: the pattern of attention to nearby frames that replaces causal attention, without support for caches; None
+    means causal attention.
     attention_implementation: the implementation of softmax attention over whole sequences; see `softmax_attention`.
     """
 
@@ -189,13 +191,13 @@ class LayerLoop(nn.Module):
 def transformer_stack(config: TransformerConfig) -> nn.Module:
     """Returns a module that applies all layers: (h, caches, start, inverse_temperature, rotation) -> (h, caches).
 
-    caches: None for a whole sequence from position 0; otherwise, one kernel cache per layer, which requires
-    `scan=False`. The module then returns, for each layer, what the kernel's `accept` needs to add these tokens to the
-    cache.
-    start: the cache slot of h[:, 0], one for the whole batch or one per sample.
-    inverse_temperature: None, or an array `b` of factors for the attention logits.
-    rotation: None, or (cos, sin), each `n r` or `b n r`, of the angles by which the queries and keys of these tokens
-    are rotated. Keys are cached after the rotation.
+    caches: None if h is a whole sequence; otherwise, one cache per layer, made by the config's attention kernel, which
+    requires `scan=False`. In the latter case, the returned caches contain, for each layer, what the kernel's `accept`
+    needs to add the tokens of h to the layer's cache.
+    start: the index of the cache slot of h[:, 0], one for the whole batch or one per sample.
+    inverse_temperature: factors `b` for the attention logits, one per sample; None means 1.
+    rotation: (cos, sin) of the angles by which the queries and keys of h are rotated, each `n r` or `b n r` for r
+    angles per token; None means no rotation. Keys are cached after the rotation.
 
     Example:
         h, caches = stack(h, None, 0, None, None)
@@ -218,9 +220,9 @@ def unstack_layers(
 ) -> PyTree:
     """Returns the parameters of a scanned stack in the form that the same stack expects with `scan=False`.
 
-    dtype: the compute dtype of the stack, to which its linear maps are cast (see `cast_linear`); None means that they
-    keep their dtype.
-    cast: the function (parameters of a layer, dtype) -> parameters that casts them.
+    dtype: the dtype to which the parameters of linear maps are cast, usually the stack's compute dtype; None means that
+    they keep their dtype.
+    cast: a function (parameters of a layer, dtype) -> cast parameters.
 
     Example:
         params = unstack_layers(block["layers"], config.num_layers)

@@ -41,10 +41,10 @@ def adamp(
 ) -> optax.GradientTransformation:
     """Returns AdamP with decoupled weight decay; see the module for the formula.
 
-    Only arrays with two or more axes are projected. The last axis of an array called `kernel` indexes the outputs. In
-    any other array, such as a table of embeddings, the first axis indexes them.
+    The projection p - (w·p) w / |w|² applies only to arrays with two or more axes. The outputs of an array called
+    `kernel` are indexed by its last axis, and those of any other array, such as a table of embeddings, by its first.
     delta: the factor δ of the threshold for the cosine. wd_ratio: factor for the weight decay of projected arrays.
-    mask: selects the parameters that decay, as in `optax.adamw`.
+    mask: selects the parameters to which weight decay applies, as in `optax.adamw`.
 
     Example:
         tx = per_layer(adamp(1e-3, weight_decay=0.01))

@@ -28,10 +28,13 @@ def auon(
     gamma: float = 1.5,
     adam_learning_rate: optax.ScalarOrSchedule | None = None,
 ) -> optax.GradientTransformation:
-    """Returns AuON for weight matrices and AdamW for all other parameters; see the module for the formula.
+    """Returns AuON for the weight matrices of `are_matrices` and AdamW for all other parameters.
 
-    b1, b2, eps: AdamW's. momentum: β. gamma: γ. mask: selects the parameters that decay, as in `optax.adamw`.
-    adam_learning_rate: AdamW's learning rate; None to use `learning_rate`. The authors use `learning_rate / 10`.
+    The formula is in the docstring of the module.
+
+    b1, b2, eps: AdamW's. momentum: β. gamma: γ.
+    mask: selects the parameters to which weight decay applies, as in `optax.adamw`.
+    adam_learning_rate: AdamW's learning rate; None means `learning_rate`. The authors use `learning_rate / 10`.
 
     Example:
         tx = per_layer(auon(0.08, weight_decay=0.01, adam_learning_rate=0.008))

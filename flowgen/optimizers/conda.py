@@ -39,13 +39,16 @@ def conda(
     update_every: int = 2000,
     adam_learning_rate: optax.ScalarOrSchedule | None = None,
 ) -> optax.GradientTransformation:
-    """Returns Conda for weight matrices and AdamW for all other parameters; see the module for the formula.
+    """Returns Conda for the weight matrices of `are_matrices` and AdamW for all other parameters.
+
+    The formula is in the docstring of the module.
 
     scale: factor for Conda's steps; the authors use 0.25 for language models.
-    update_every: number of updates after which the basis is recomputed.
-    mask: selects the parameters that decay, as in `optax.adamw`.
-    adam_learning_rate: AdamW's learning rate; None to use `learning_rate`.
-    As in optax, weight decay applies to the parameters before the update; the authors' code applies it afterwards.
+    update_every: the basis U is recomputed once in this many updates, beginning with the first.
+    mask: selects the parameters to which weight decay applies, as in `optax.adamw`.
+    adam_learning_rate: AdamW's learning rate; None means `learning_rate`.
+    Weight decay is computed from the parameters before the update, as in optax; in the authors' code, it is computed
+    from those after the update.
 
     Example:
         tx = per_layer(conda(1e-3, scale=0.25, weight_decay=0.01))

@@ -17,11 +17,11 @@ STACK = "layers"  # the name of a module whose parameters are stacked
 
 
 def per_layer(optimizer: optax.GradientTransformation) -> optax.GradientTransformation:
-    """Returns an optimizer that updates each layer of a stack as if its parameters were not stacked.
+    """Returns an optimizer that applies `optimizer` to each layer of a stack as if its parameters were not stacked.
 
-    The arrays of a module called `layers` are stacked if all of them have a first axis of the same size and the kernels
-    have more than two axes. This size is the number of layers. Integers in the optimizer's state are assumed to count
-    updates; all layers share these counts.
+    The arrays of a module called `layers` count as stacked if all have a first axis of the same size, which is then the
+    number of layers, and those called `kernel` have more than two axes. Integer scalars in the optimizer's state are
+    assumed to count updates; all layers share these counts.
 
     Example:
         tx = per_layer(optax.lamb(1e-3))
@@ -87,7 +87,7 @@ def _depth(leaves: list[tuple[bool, tuple[int, ...]]]) -> int:
 
 
 def names_of(path: Any) -> tuple[str, ...]:
-    """Returns the names on the path to a leaf of a tree, from the root.
+    """Returns the names of the keys in a path of `jax.tree_util`, from the root to a leaf.
 
     Example:
         paths = [names_of(path) for path, leaf in jax.tree_util.tree_leaves_with_path(params)]

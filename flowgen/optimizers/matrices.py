@@ -47,7 +47,9 @@ def are_matrices(params: Any) -> Any:
 def for_matrices(
     matrices: optax.GradientTransformation, others: optax.GradientTransformation
 ) -> optax.GradientTransformation:
-    """Returns an optimizer that updates weight matrices by one rule and all other parameters by another.
+    """Returns an optimizer that updates weight matrices by `matrices` and all other parameters by `others`.
+
+    `are_matrices` defines the weight matrices.
 
     Example:
         tx = for_matrices(optax.contrib.muon(0.02), optax.adamw(1e-3))
@@ -107,13 +109,14 @@ def muon(
 ) -> optax.GradientTransformation:
     """Returns optax's Muon for weight matrices and AdamW for all other parameters.
 
-    Convolution kernels are orthogonalised as matrices `inputs outputs`.
+    `are_matrices` defines the weight matrices. The kernel of a convolution is orthogonalised as a matrix
+    `inputs outputs`, in which all axes but the last are joined as inputs.
     b1, b2, eps: AdamW's.
     beta, nesterov: Muon's momentum, and whether it is Nesterov momentum. ns_steps: number of Newton-Schulz steps.
-    consistent_rms: the root mean square of the updates at learning rate 1; with 0.2, learning rates for AdamW are also
-    suitable for Muon (Liu et al., 2025, arXiv 2502.16982).
-    mask: selects the parameters that decay, as in `optax.adamw`.
-    adam_learning_rate: AdamW's learning rate; None to use `learning_rate`.
+    consistent_rms: the root mean square of Muon's updates at learning rate 1. With 0.2, learning rates that suit AdamW
+    also suit Muon (Liu et al., 2025, arXiv 2502.16982).
+    mask: selects the parameters to which weight decay applies, as in `optax.adamw`.
+    adam_learning_rate: AdamW's learning rate; None means `learning_rate`.
 
     Example:
         tx = per_layer(muon(3e-4, weight_decay=0.1))

@@ -53,9 +53,9 @@ RESERVED = ("learning_rate", "adam_learning_rate", "weight_decay", "mask", "weig
 
 
 def options_of(optimizer: Optimizer) -> dict[str, inspect.Parameter] | None:
-    """Returns an optimizer's options by name, without its learning rates, weight decay and mask.
+    """Returns the parameters of an optimizer function by name, without its learning rates, weight decay and mask.
 
-    The result is None if the function accepts options of any name.
+    The result is None if the function has a parameter such as **kwargs, and so accepts any name.
 
     Example:
         list(options_of(OPTIMIZERS["lion"]))  # ["b1", "b2", "mu_dtype"]
@@ -67,7 +67,10 @@ def options_of(optimizer: Optimizer) -> dict[str, inspect.Parameter] | None:
 
 
 def check_options(optimizer: Optimizer, options: Mapping[str, Any]) -> None:
-    """Raises ValueError if an optimizer does not accept the options or fails to update a small tree of parameters.
+    """Raises ValueError if an optimizer cannot be created with the options, or cannot be used in a run.
+
+    To be used in a run, it must update a small tree of parameters without an error, and keep no random keys in its
+    state.
 
     Example:
         check_options(OPTIMIZERS["sgd"], {"momentum": 0.9})
@@ -118,12 +121,14 @@ def make_named(
     mask: Callable[[Any], Any] | None = None,
     adam_learning_rate: optax.ScalarOrSchedule | None = None,
 ) -> optax.GradientTransformation:
-    """Returns the optimizer that a function such as `optax.lion` creates.
+    """Returns the optimizer that the function `optimizer`, such as `optax.lion`, creates.
 
-    options: keyword arguments of the function. weight_decay: the factor λ of decoupled weight decay. If the function
-    has no decoupled weight decay with a mask, AdamW's is added: w <- w - lr λ w. mask: a function params -> tree of
-    bools that selects the parameters that decay; None for all. adam_learning_rate: for optimizers of weight matrices,
-    the learning rate of all other parameters; None to use `learning_rate`.
+    options: further keyword arguments of `optimizer`.
+    weight_decay: the factor λ of decoupled weight decay. If `optimizer` does not accept both a weight decay and a mask,
+    AdamW's weight decay is added to the updates: w <- w - lr λ w.
+    mask: a function params -> tree of bools, True for parameters to which weight decay applies; None means all.
+    adam_learning_rate: the learning rate of all parameters that are not weight matrices, for an `optimizer` that has
+    such a parameter, such as `muon`; None means `learning_rate`, and other optimizers ignore it.
 
     Example:
         tx = make_named(OPTIMIZERS["lion"], 1e-4, options={"b1": 0.9, "b2": 0.99}, weight_decay=0.1)

@@ -16,10 +16,10 @@ from flowgen.optimizers.matrices import are_matrices
 
 
 def keep_norms(optimizer: optax.GradientTransformation) -> optax.GradientTransformation:
-    """Returns an optimizer that preserves the Frobenius norm of each weight matrix; see the module.
+    """Returns `optimizer` with the projection of NaP, which preserves the Frobenius norm of each weight matrix.
 
-    Matrices that are 0 at the start, such as output layers, have no norm to preserve, so they are not projected.
-    Parameters that are not matrices are not projected either.
+    Only the arrays for which `are_matrices` is True are projected, and of these only those that are not 0 at the start,
+    as the kernels of output layers may be.
 
     Example:
         tx = per_layer(keep_norms(optax.adamw(1e-3, weight_decay=0.0)))

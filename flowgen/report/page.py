@@ -48,9 +48,9 @@ class _Part(NamedTuple):
 
 
 def check_report_path(path: Path) -> None:
-    """Raises OSError if a report cannot be written at `path`, and FileExistsError if another file is there.
+    """Raises OSError if no file can be written at `path`, or FileExistsError if there is a file that is not a report.
 
-    An earlier report may be replaced.
+    A report that flowgen has written there earlier is no error, because a new report may replace it.
 
     Example:
         check_report_path(Path("report.html"))
@@ -73,11 +73,12 @@ def report_page(
     samples: int,
     missing: str = "",
 ) -> str:
-    """Returns the page about a run.
+    """Returns a report about a run, as the text of an HTML page.
 
-    parameters: the number of parameters of the model. model: the model and its variables; if None, nothing is measured
-    and the data are not opened. samples: the number of samples to draw and decode. missing: the reason why a requested
-    model is missing.
+    contents: the metrics, checkpoints and sample grids that the run has saved. parameters: the number of parameters of
+    the model. model: the model and its variables, with which the page's measurements are made; None to measure nothing
+    and to open no data. samples: the number of samples with which decoding or an ODE solver is measured. missing: a
+    reason for the page to give if `model` is None because it could not be read; otherwise empty.
 
     Example:
         page = report_page(experiment, read_contents(run), parameters=417_000, model=(flow, params), samples=8)

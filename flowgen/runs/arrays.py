@@ -39,9 +39,10 @@ def layout(tree: Any) -> dict[str, Any]:
 
 
 def check_layout(name: str, given: dict[str, Any], expected: dict[str, Any]) -> None:
-    """Raises ValueError if saved arrays do not have the expected layout; the message lists up to three differences.
+    """Raises ValueError unless two layouts are equal; the message lists up to three differences. See `layout`.
 
     name: the subject of the message, such as "Checkpoint 7".
+    given: the layout of the saved arrays. expected: the layout of the arrays of the model.
 
     Example:
         check_layout("Checkpoint 7", manifest["arrays"], layout(abstract_state))

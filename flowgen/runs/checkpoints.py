@@ -41,8 +41,9 @@ class CheckpointReader:
 
     A reader writes nothing, so it can be used while a run is training in the directory.
 
-    fetch: a function that downloads files if the run is in a bucket. It is called with names such as
-    "300/params/_METADATA" before these files are read.
+    directory: the folder `checkpoints` of a run on this machine.
+    fetch: for a run in a bucket, a function that downloads files to `directory`. It is called with their paths in
+    `directory`, such as "300/params/_METADATA", before these files are read.
 
     Example:
         reader = CheckpointReader("runs/digits/checkpoints")
@@ -58,11 +59,11 @@ class CheckpointReader:
         return sorted(int(name) for name, why in self._entries().items() if why is None)
 
     def latest_step(self) -> int | None:
-        """Returns the latest step, or None if there are no complete checkpoints."""
+        """Returns the step of the latest complete checkpoint, or None if there is none."""
         return max(self.steps(), default=None)
 
     def passed_over(self) -> dict[str, str]:
-        """Returns {name: reason} for entries that are not complete checkpoints.
+        """Returns {name: reason} for the entries of the directory that are not complete checkpoints.
 
         Leaves out unfinished saves and deletions.
         """
@@ -84,16 +85,19 @@ class CheckpointReader:
             )
 
     def meta(self, step: int) -> dict[str, Any]:
-        """Returns the `manifest` of a step with its `metrics`, which are {} if it has not been evaluated.
+        """Returns the `manifest` of a step and, under "metrics", its `evaluation`, or {} if the step was not evaluated.
 
         Raises:
-            ValueError: the checkpoint is missing, or the checkpoint or its evaluation is damaged or belongs to another
-                step.
+            ValueError: the checkpoint is missing or damaged, its evaluation is damaged, or one of the two belongs to
+                another step.
         """
         return {**self.manifest(step), "metrics": self.evaluation(step) or {}}
 
     def manifest(self, step: int) -> dict[str, Any]:
-        """Returns a step's metadata: `config`, `arrays` (path: [shape, dtype]) and `files` (path: digest).
+        """Returns the metadata of a step's checkpoint, a dict that contains the following items, among others.
+
+        step: the step. config: the experiment as plain JSON values. arrays: {path: [shape, dtype name]} for each array.
+        files: {path: SHA-256 digest} for each file.
 
         Raises:
             ValueError: the checkpoint is missing or damaged, or belongs to another step; the message names the step.
@@ -107,12 +111,12 @@ class CheckpointReader:
         return meta
 
     def was_trained(self) -> bool:
-        """Returns True if training wrote the latest checkpoint, and False if the weights were imported."""
+        """Returns True if training wrote the latest checkpoint; False if its weights were imported or there is none."""
         step = self.latest_step()
         return step is not None and "step" in self.manifest(step)["arrays"]
 
     def evaluation(self, step: int) -> dict[str, float] | None:
-        """Returns the metrics of a step, or None if it has not been evaluated.
+        """Returns the metrics of the evaluation of a step, or None if the step has not been evaluated.
 
         Raises:
             ValueError: the evaluation is damaged, or belongs to another checkpoint.
@@ -132,7 +136,7 @@ class CheckpointReader:
         return saved["metrics"]
 
     def arrays(self, step: int, choose: Callable[[str], bool] = lambda path: True) -> Flat:
-        """Returns the saved arrays whose paths `choose` accepts, after checking the digests of their files.
+        """Returns the saved arrays of a step whose paths `choose` accepts, after checking the digests of their files.
 
         Raises:
             ValueError: a file is missing, truncated or changed; the message names the file and the step.
@@ -149,7 +153,7 @@ class CheckpointReader:
         """Returns the state of a step as numpy arrays in the structure of `like`, a tree of (abstract) arrays.
 
         Raises:
-            ValueError: the checkpoint is damaged, belongs to another step, or does not fit `like`.
+            ValueError: the checkpoint is missing or damaged, belongs to another step, or does not fit `like`.
 
         Example:
             state = reader.restore(reader.latest_step(), jax.eval_shape(make_state))
@@ -163,14 +167,14 @@ class CheckpointReader:
     def variables(self, step: int, params: Any, *, ema: bool = True) -> dict[str, Any]:
         """Returns a step's weights as "params", and its other Flax collections under their names.
 
-        If `ema` is true and averaged weights were saved, the averaged weights are returned. Does not read the
-        optimizer's state.
+        The weights are the averaged ones if `ema` is true and averaged weights were saved, and otherwise the latest
+        ones. Does not read the optimizer's state.
 
         params: the expected weights, as a tree of (abstract) arrays.
 
         Raises:
-            ValueError: the checkpoint is damaged, belongs to another step, does not fit `params`, or has weights that
-                are not finite.
+            ValueError: the checkpoint is missing or damaged, belongs to another step, does not fit `params`, or has
+                weights that are not finite.
 
         Example:
             variables = reader.variables(step, jax.eval_shape(lambda: flowgen.init(flow, key))["params"])
@@ -183,10 +187,11 @@ class CheckpointReader:
         return {"params": tree["params"], **tree.get("collections", {})}
 
     def weights(self, step: int, *, ema: bool = True) -> Flat:
-        """Returns the arrays of `variables` by path, "params/..." or "collections/...". Does not check their shapes.
+        """Returns the arrays of `variables` by path ("params/..." or "collections/..."), without checking their shapes.
 
         Raises:
-            ValueError: the checkpoint is damaged, belongs to another step, or has weights that are not finite.
+            ValueError: the checkpoint is missing or damaged, belongs to another step, or has weights that are not
+                finite.
         """
         group = self._group(step, ema)
         arrays = self.arrays(step, lambda path: path.startswith((f"{group}/", "collections/")))

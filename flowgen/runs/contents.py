@@ -21,11 +21,13 @@ MAX_TEXT = 20_000  # characters of start.txt
 class RunContents:
     """The contents of a run's files, except its arrays.
 
-    shown: the run's directory or URL, as the user gave it. config: the experiment as plain JSON values. steps: those of
-    the complete checkpoints. evaluations: the metrics of each evaluated step. ignored: for each other entry of the
-    folder of checkpoints, why it is not a complete checkpoint. metrics, history: rows in the order in which they were
-    written. data: a summary of the data; None if there is none. start: which parameters come from another run; "" if
-    none do. samples: the path of each step's sample grid, by ascending step.
+    shown: the run's directory or URL, as the user gave it. config: the experiment as plain JSON values. steps: the
+    steps of the complete checkpoints, in ascending order. evaluations: {step: metrics} for the checkpoints that were
+    evaluated. ignored: {name: reason} for the entries of the folder of checkpoints that are not complete checkpoints.
+    metrics, history: the rows of metrics.jsonl and of history.jsonl, in the order in which they were written. data: the
+    summary of the data in data.json; None if there is no such file. start: the text of start.txt, which lists the
+    parameters that come from another run; "" if there is no such file. samples: {step: path} of the sample grids, by
+    ascending step.
     """
 
     shown: str
@@ -41,7 +43,7 @@ class RunContents:
 
 
 def read_contents(run: RunReader) -> RunContents:
-    """Returns the contents of a run, leaving out damaged files other than the config.
+    """Returns the contents of a run. Treats damaged files as missing, except the config.
 
     Raises the errors of `RunReader.config`.
 

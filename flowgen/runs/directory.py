@@ -23,6 +23,7 @@ from typing import Any
 
 from flowgen import settings
 from flowgen.data.inventory import Inventory
+from flowgen.data.media import check_links
 from flowgen.places import check_local
 from flowgen.runs.checkpoints import CHECKPOINTS, CheckpointReader
 from flowgen.runs.exported import CONFIG_FILE
@@ -40,7 +41,7 @@ PROFILE = "profile"
 
 
 def is_run(run_dir: str | Path) -> bool:
-    """Returns whether a directory has a config.json with a digest, which every run writes.
+    """Returns whether a directory is that of a run, which means that its config.json exists and contains a digest.
 
     Raises ValueError if config.json does not contain a JSON object.
 
@@ -52,7 +53,7 @@ def is_run(run_dir: str | Path) -> bool:
 
 
 def was_trained_in(directory: str | Path) -> bool:
-    """Returns whether a directory contains a run's config or a complete checkpoint.
+    """Returns whether a directory contains the config of a run, or a complete checkpoint in its folder `checkpoints`.
 
     Example:
         was_trained_in("photos/run")
@@ -73,7 +74,8 @@ def read_config(run_dir: str | Path) -> dict[str, Any]:
 
     Raises:
         FileNotFoundError: the directory does not exist or is not a run; the message says which.
-        ValueError: the config is not a file, is not JSON, or has been changed; the message names the changed values.
+        ValueError: the config is not a file, is not JSON, or has been changed; if a checkpoint contains the original
+            config, the message names up to three changed values.
 
     Example:
         read_config("runs/digits")["model"]
@@ -163,12 +165,17 @@ def data_changes(run_dir: str | Path, inventory: Inventory) -> str:
 def check_workdir(workdir: Path, check_config: Callable[[dict[str, Any]], None], *, locks: bool = True) -> None:
     """Raises ValueError or OSError unless training can start or resume in a directory. Writes nothing.
 
-    check_config: raises ValueError if the run in the directory has another config. locks: whether to also raise
-    BlockingIOError if another process is training there.
+    check_config: a function that is called with the config of the run in the directory, if there is one; it raises
+    ValueError if this run cannot be resumed. locks: whether to also raise BlockingIOError if another process is
+    training in the directory.
 
     Example:
         check_workdir(Path("runs/digits"), experiment.check_resumable)
     """
+    check_links(workdir)
+    nearest = next(place for place in (workdir, *workdir.absolute().parents) if place.exists())
+    if nearest.is_dir() and not os.access(nearest, os.W_OK | os.X_OK):
+        raise PermissionError(f"You have no permission to write to workdir {workdir}; give another directory.")
     if locks:
         check_unlocked(workdir)
     _check_kinds(workdir)
@@ -179,7 +186,9 @@ def check_workdir(workdir: Path, check_config: Callable[[dict[str, Any]], None],
             check_config(read_config(workdir))
         except ValueError as error:
             raise ValueError(f"workdir {workdir}: {error}") from error
-    elif workdir.exists() and (not workdir.is_dir() or any(_is_foreign(path) for path in workdir.iterdir())):
+    elif workdir.exists() and not workdir.is_dir():
+        raise NotADirectoryError(f"workdir {workdir} is a file; give a new or empty directory.")
+    elif workdir.exists() and any(_is_foreign(path) for path in workdir.iterdir()):
         raise FileExistsError(f"workdir {workdir} contains files but no flowgen run; give a new or empty directory.")
 
 

@@ -6,13 +6,13 @@ import io
 import json
 import os
 import time
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
-from flowgen.data.media import as_pillow, check_writable
+from flowgen.data.media import as_pillow, check_writable, naming
 from flowgen.places import RemoteFolder, is_remote
 
 EVALUATIONS = "evaluations"
@@ -20,7 +20,10 @@ NEIGHBOURS, ANOMALY = "neighbours.png", "anomaly.npz"  # the suffixes of files b
 
 
 def evaluation_path(run_dir: str | os.PathLike[str], step: int) -> str:
-    """Returns a new path for an evaluation: RUN/evaluations/<step>-<date>-<time>.json, with the current time in UTC.
+    """Returns a path for a new evaluation of a step: <run_dir>/evaluations/<step>-<date>-<time>.json.
+
+    Date and time are the current ones in UTC. If this file exists already on this machine, a number is added to the
+    name.
 
     Example:
         path = evaluation_path("runs/digits", 1800)  # runs/digits/evaluations/1800-20260102-030405.json
@@ -33,8 +36,12 @@ def evaluation_path(run_dir: str | os.PathLike[str], step: int) -> str:
     return path
 
 
-def check_new_evaluation(path: str) -> None:
-    """Raises ValueError if a path does not end in .json, or OSError if an evaluation cannot be written to new files.
+def check_new_evaluation(path: str, suffixes: Iterable[str] = ()) -> None:
+    """Raises ValueError if `path` does not end in .json, or OSError if an evaluation cannot be written there.
+
+    Writing is impossible if, for example, one of the files of the evaluation exists already.
+
+    suffixes: those of the other files that belong to the evaluation, such as "neighbours.png" (see `save_evaluation`).
 
     Example:
         check_new_evaluation("results/digits.json")
@@ -46,7 +53,7 @@ def check_new_evaluation(path: str) -> None:
     else:
         check_writable(path)
         known = os.listdir(Path(path).parent) if Path(path).parent.is_dir() else ()
-    for made in (path, *(f"{path.removesuffix('.json')}.{suffix}" for suffix in (NEIGHBOURS, ANOMALY))):
+    for made in (path, *(f"{path.removesuffix('.json')}.{suffix}" for suffix in suffixes)):
         if made.rpartition("/")[2] in known:
             raise FileExistsError(
                 f"'{made}' exists already, and evaluations are never overwritten; give another --out."
@@ -56,9 +63,10 @@ def check_new_evaluation(path: str) -> None:
 def save_evaluation(path: str, record: Mapping[str, Any], files: Mapping[str, Any]) -> list[str]:
     """Writes an evaluation to a new JSON file, and returns the paths of all files written.
 
-    files: for each suffix, a uint8 image `height width c` or a dict of arrays. The file for suffix "neighbours.png" of
-    "a.json" is "a.neighbours.png". The JSON file lists these files. It is written last, so that every file that it
-    lists exists.
+    path: the JSON file. record: the contents of the JSON file.
+    files: maps suffixes to the contents of further files: a uint8 image `height width c`, which is written as PNG, or a
+    dict of arrays, which is written as npz. If `path` is "a.json", the file for the suffix "neighbours.png" is
+    "a.neighbours.png". The JSON file lists these files. It is written last, so that every file that it lists exists.
 
     Raises FileExistsError if one of the files already exists. Raises ValueError, and writes nothing, if a number in the
     record is not finite.
@@ -103,7 +111,7 @@ def _create(path: str, content: bytes) -> None:
         return
     Path(path).parent.mkdir(parents=True, exist_ok=True)
     try:
-        with open(path, "xb") as file:
+        with naming(path), open(path, "xb") as file:
             file.write(content)
             file.flush()
             os.fsync(file.fileno())

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import copy
 import os
+import warnings
 from collections.abc import Callable, Mapping
 from pathlib import Path, PurePosixPath
 from typing import Any
@@ -19,7 +20,7 @@ import numpy as np
 from flowgen import documents
 from flowgen.runs.arrays import Flat, layout
 from flowgen.runs.checkpoints import CheckpointReader
-from flowgen.runs.files import DIGEST, digest_of_file, is_regular
+from flowgen.runs.files import DIGEST, digest_of_file, is_regular, verified
 from flowgen.safetensors import read_safetensors
 
 CONFIG_FILE = "config.json"
@@ -73,7 +74,7 @@ def is_exported(folder: str | os.PathLike[str]) -> bool:
 
 
 class ExportedReader(CheckpointReader):
-    """Reads an exported model as the only checkpoint of a run. Converts arrays that are stored as float16 to float32.
+    """Reads an exported model as if it were a run with a single checkpoint. Arrays stored as float16 become float32.
 
     Example:
         reader = ExportedReader("exported/digits")
@@ -83,26 +84,42 @@ class ExportedReader(CheckpointReader):
     def __init__(self, folder: str | Path):
         super().__init__(folder)
         self._path = self.directory / MODEL_FILE
+        self._warned = False
 
     def config(self) -> dict[str, Any]:
-        """Returns the experiment as plain JSON values. An autoencoder in the folder becomes the codec.
+        """Returns the experiment as plain JSON values.
 
-        All other paths in the config become "", so a file from an untrusted source cannot make flowgen read other
-        files or URLs.
+        If the folder contains an autoencoder, `codec.path` is the path of this autoencoder. All other paths in the
+        experiment become "", so that a config.json from an untrusted source cannot make flowgen read other files or
+        URLs.
+
+        Warns if config.json was changed after the export. Exports by earlier versions of flowgen have no digest, and
+        cannot be checked.
 
         Raises FileNotFoundError if config.json is missing, or ValueError if it is damaged or has an unsupported format.
         """
-        experiment = without_paths(self._about()[EXPERIMENT])
+        about = self._about()
+        if DIGEST in about and not self._warned:
+            self._warned = True
+            try:
+                verified(about)
+            except ValueError:
+                warnings.warn(
+                    f"'{self.directory / CONFIG_FILE}' was changed after the export, so the model may not give the "
+                    "results that it gave then.",
+                    stacklevel=2,
+                )
+        experiment = without_paths(about[EXPERIMENT])
         if (self.directory / CODEC).is_dir() and isinstance(codec := experiment.get("codec"), dict):
             experiment["codec"] = {**codec, "path": str(self.directory / CODEC)}
         return experiment
 
     def steps(self) -> list[int]:
-        """Returns a list that contains only the step of the weights."""
+        """Returns a list with one entry: the training step at which the exported weights were saved."""
         return [self._about()[WEIGHTS]["step"]]
 
     def manifest(self, step: int) -> dict[str, Any]:
-        """Returns the step's `config`, `arrays` (path: [shape, dtype]) and `files` (path: digest)."""
+        """Returns the same items as `CheckpointReader.manifest`; the only file is model.safetensors."""
         entries = layout(self._tensors())
         arrays = {path: [shape, _STORED.get(dtype, dtype)] for path, (shape, dtype) in entries.items()}
         files = {MODEL_FILE: self._about()[WEIGHTS][DIGEST]}
@@ -113,13 +130,13 @@ class ExportedReader(CheckpointReader):
         return self._about()[WEIGHTS]["trained"]
 
     def evaluation(self, step: int) -> dict[str, float]:
-        """Returns the metrics that the run recorded for the weights."""
+        """Returns the evaluation metrics that the run recorded for the weights; {} if there are none."""
         return self._about()[METRICS]
 
     def arrays(self, step: int, choose: Callable[[str], bool] = lambda path: True) -> Flat:
-        """Returns the arrays whose paths `choose` accepts, after checking the digest of the file.
+        """Returns the arrays whose paths `choose` accepts, after checking the digest of model.safetensors.
 
-        Raises ValueError if the file has been changed or is truncated.
+        Raises ValueError if this file has been changed or is truncated.
         """
         tensors = self._tensors()
         if digest_of_file(self._path) != self._about()[WEIGHTS][DIGEST]:
@@ -130,7 +147,7 @@ class ExportedReader(CheckpointReader):
         return {path: np.array(x, _STORED.get(x.dtype.name, x.dtype)) for path, x in chosen.items()}
 
     def is_averaged(self, step: int) -> bool:
-        """Returns whether the weights are an average."""
+        """Returns whether the weights are the moving average that training kept."""
         return self._about()[WEIGHTS]["averaged"]
 
     def _group(self, step: int, ema: bool) -> str:

@@ -27,10 +27,11 @@ def shipped_models() -> tuple[str, ...]:
 
 
 def located(place: str | os.PathLike[str]) -> str | os.PathLike[str]:
-    """Returns the folder of a model, which is downloaded if it is on a hub. Returns other paths unchanged.
+    """Returns the folder of a shipped model, or of a model downloaded from a hub. Returns other paths unchanged.
 
-    place: the name of a shipped model, hf://org/name, hf://org/name@revision, or any path or URL. If a run or an
-    exported model in the current directory has the name of a shipped model, its path is returned.
+    place: the name of a shipped model; hf://org/name or hf://org/name@revision for a model on the Hugging Face Hub; or
+    any path or URL. If the current directory contains a run or an exported model that has the name of a shipped model,
+    `place` is returned unchanged.
 
     Raises ModuleNotFoundError if huggingface_hub is not installed, ValueError if the name on the hub is invalid, or
     OSError if the download fails.

@@ -20,10 +20,10 @@ LOCK_FILE = "lock"
 
 
 class RunLock:
-    """Locks a run directory until `release` is called. Reading a run does not require the lock.
+    """Locks a run directory for training, until `release` is called. Reading a run does not require the lock.
 
-    protects: whether the file system supports locks. If it does not, nothing prevents other processes from training in
-    the directory.
+    protects: whether the lock is effective. False on Windows and on file systems without locks, where nothing prevents
+    other processes from training in the directory.
 
     Raises:
         BlockingIOError: another process is training in the directory; the message names the process.

@@ -75,7 +75,7 @@ class Mirror:
         }
 
     def fetch(self, names: Iterable[str]) -> None:
-        """Downloads those files that exist in the bucket and have not been downloaded yet."""
+        """Downloads the files `names`, except those that are not in the bucket or have been downloaded already."""
         with self._changing:
             wanted = [name for name in names if name in self._empty or (name in self.sizes and not self._has(name))]
         for_each(self._download, wanted)

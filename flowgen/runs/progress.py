@@ -112,7 +112,9 @@ def _whole(number: float) -> str:
 
 
 def with_prefix(number: float) -> str:
-    """Returns a number with three significant digits and a metric prefix, such as "1.25 T", or "40 " without a prefix.
+    """Returns a number as text, ready for a unit: "1.25 T" with a metric prefix, or "40 " if it needs none.
+
+    The number is rounded to three significant digits, without zeros at the end.
 
     Example:
         with_prefix(1.25e12) + "FLOP/s" == "1.25 TFLOP/s"

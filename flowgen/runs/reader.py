@@ -22,11 +22,12 @@ from flowgen.runs.remote_lock import TAKEOVER_FILE, check_free
 class RunReader:
     """Reads a run. If the run is in a bucket, downloads each file to a temporary directory before reading it.
 
-    An exported model has one checkpoint.
+    An exported model is read as if it were a run with a single checkpoint.
 
-    run_dir: the run's directory or URL. directory: the run's directory on this machine. mirror: the local copy of a run
-    in a bucket; None for other runs. checkpoints: reads the checkpoints. In a bucket, it finds only those that existed
-    when the reader was created.
+    run_dir: the directory or URL of the run. directory: the directory on this machine from which files are read; for a
+    run in a bucket, this is the temporary directory. mirror: the local copy of a run in a bucket; None for other runs.
+    checkpoints: the reader of the run's checkpoints; for a run in a bucket, it finds only the checkpoints that existed
+    when the `RunReader` was created.
 
     Example:
         run = RunReader("gs://bucket/digits")
@@ -43,7 +44,7 @@ class RunReader:
         self.checkpoints = self._reader()
 
     def named(self) -> contextlib.AbstractContextManager[None]:
-        """Returns a context in which error messages contain the run's URL instead of the path of the local copy."""
+        """Returns a context in which error messages contain the URL of a run in a bucket, not the path of its copy."""
         return contextlib.nullcontext() if self.mirror is None else self.mirror.named()
 
     def _reader(self) -> CheckpointReader:

@@ -28,12 +28,15 @@ _SETTLING, _PAUSE = 40, 0.05
 
 
 class CheckpointStore(CheckpointReader):
-    """Saves checkpoints in the background. Keeps the latest `keep` steps and the step with the lowest `best_metric`.
+    """Saves checkpoints in the background, and deletes old ones.
 
-    Opening a store removes unfinished files that a killed process left behind.
+    Keeps the checkpoints of the latest `keep` steps, and the checkpoint with the lowest value of the metric
+    `best_metric`. Opening a store removes unfinished files that a killed process left behind.
 
-    say: called with a line of text about each entry that is damaged, is renamed or cannot be deleted. uploads: uploads
-    each checkpoint, and then its evaluation, to a bucket in the background. The next save waits for the upload.
+    directory: the folder `checkpoints` of a run. say: a function that is called with a line of text about each entry of
+    the directory that is damaged, is renamed or cannot be deleted. uploads: for a run in a bucket, an object that
+    uploads each checkpoint, and then its evaluation, in the background; None for other runs. The next save waits for
+    the upload.
 
     Example:
         with CheckpointStore("runs/digits/checkpoints", keep=3) as store:
@@ -72,11 +75,12 @@ class CheckpointStore(CheckpointReader):
         self.close()
 
     def save(self, step: int, state: Any, *, config: Any, metrics: dict[str, float] | None = None) -> None:
-        """Waits for the previous save, and then starts saving a tree of numpy arrays.
+        """Waits for the previous save, and then starts saving `state`, a tree of numpy arrays, as a checkpoint.
 
         The arrays must not change until `wait` returns.
 
-        metrics: the results of an evaluation, as for `score`.
+        config: the experiment as plain JSON values. metrics: the metrics of an evaluation at this step; None if there
+        was none. They can also be added later, with `score`.
 
         Raises:
             FloatingPointError: an array contains NaN, or params, ema or opt_state contain infinity; nothing is saved.
@@ -103,7 +107,7 @@ class CheckpointStore(CheckpointReader):
             self._start(step, lambda: self._upload_score(step, metrics))
 
     def best(self) -> tuple[int, float] | None:
-        """Returns (step, value) for the kept step with the lowest `best_metric`, or None if no step was evaluated."""
+        """Returns (step, value) for the kept step with the lowest `best_metric`, or None if no kept step has one."""
         scored = [(value, -step) for step, value in self._scores.items() if value is not None]
         return (-min(scored)[1], min(scored)[0]) if scored else None
 
@@ -124,7 +128,7 @@ class CheckpointStore(CheckpointReader):
             self.wait()
 
     def close(self) -> None:
-        """Waits for the current save to finish."""
+        """Waits for all saves and uploads. Raises the errors of `wait`."""
         try:
             self.wait()
         finally:
@@ -150,9 +154,14 @@ class CheckpointStore(CheckpointReader):
             work()
         except (OSError, ValueError, RuntimeError) as error:  # tensorstore raises the last two for disk errors
             self._failed = True
+            latest = self.latest_step()
+            goes_on = (
+                f"checkpoint {latest} is unchanged, and the same command resumes from it"
+                if latest is not None
+                else "there is no earlier checkpoint, so the same command starts from step 0"
+            )
             self._error = OSError(
-                f"Checkpoint {step} could not be saved in '{self.directory}' ({_reason(error)}); earlier checkpoints "
-                "are unchanged, so the same command resumes from the latest one."
+                f"Checkpoint {step} could not be saved in '{self.directory}' ({_reason(error)}); {goes_on}."
             )
             self._error.__cause__ = error
         finally:

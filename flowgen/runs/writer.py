@@ -36,11 +36,12 @@ from flowgen.runs.uploads import Uploads
 class RunWriter:
     """Locks a run directory for one training process, and writes its config, checkpoints, metrics and samples.
 
-    latest: the latest step that the caller has read; None if there was no checkpoint. mirror: for a run in a bucket,
-    its local copy, whose path is `workdir`; all files that are written there are uploaded.
+    latest: the step of the latest checkpoint that the caller found in the directory; None if there was none. keep,
+    best_metric: see `CheckpointStore`. mirror: for a run in a bucket, its local copy, whose path is `workdir`; all
+    files that are written there are uploaded. None for other runs.
 
     Opening a writer creates the directory, acquires its lock and removes unfinished files that a killed process left
-    behind. If the directory is removed, the next save creates it again and reports the loss.
+    behind. If something else removes the directory later, the next save creates it again and reports the loss.
 
     Raises:
         BlockingIOError: another process is training in the directory, or has trained there since `latest` was read.
@@ -139,9 +140,11 @@ class RunWriter:
         bar: bool,
         tracker: str,
     ) -> None:
-        """Writes the config, deletes metrics after `first_step`, and reports anything unexpected in the directory.
+        """Writes the config, deletes metrics of steps after `first_step`, and reports anything odd in the directory.
 
-        first_step: the step that the run resumes from; None for a new run. tracker: see `Tracker`.
+        first_step: the step from which the run resumes; None for a new run. last_step: the number of steps of the whole
+        run. tensorboard: whether to write metrics and samples as TensorBoard events too. bar: see `Progress`. tracker:
+        see `Tracker`.
         """
         self._progress = Progress(first_step=first_step or 0, last_step=last_step, bar=bar)
         self._step = first_step or 0
@@ -196,7 +199,7 @@ class RunWriter:
             write_json(self.workdir / DATA_FILE, self._data)
 
     def describe_start(self, lines: Sequence[str]) -> None:
-        """Reports the origin of a new run's initial parameters, and writes `start.txt`."""
+        """Shows lines that describe the origin of a new run's initial parameters, and writes them to `start.txt`."""
         for line in lines:
             self.say(line)
         with _named(self._shown):
@@ -223,7 +226,7 @@ class RunWriter:
         self.warn(sentence)
 
     def advance(self, step: int) -> None:
-        """Moves the progress bar."""
+        """Moves the progress bar, if there is one, to a step."""
         assert self._progress is not None
         self._step = step
         self._progress.advance(step)
@@ -267,7 +270,7 @@ class RunWriter:
         self.store.save(step, state, config=self._config)
 
     def save_last(self, step: int, state: Any) -> None:
-        """Saves the state of a step and waits until it is on disk. Raises OSError if that fails."""
+        """Saves the state of a step and waits until the save has finished. Raises OSError if saving fails."""
         for _ in range(2):  # the directory may be removed during the save
             self.save(step, state)
             self._wait()
@@ -350,7 +353,8 @@ def _named(workdir: Path) -> Generator[None]:
     except OSError as error:
         if error.strerror is None:
             raise
+        advice = "" if isinstance(error, PermissionError) else "free some space, or "
         raise type(error)(
-            f"workdir {workdir} cannot be written to ({error.strerror}); free some space, or give another directory "
-            "(complete checkpoints are not affected)."
+            f"workdir {workdir} cannot be written to ({error.strerror}); {advice}give another directory (complete "
+            "checkpoints are not affected)."
         ) from error

@@ -102,7 +102,7 @@ def is_own(annotation: Any, value: Any) -> bool:
 
 
 def type_name(value: Any) -> str:
-    """Returns the name of a class, or of a config's class, without "Config"; "none" for None.
+    """Returns the name of a class, or of the class of any other object, without the suffix "Config"; "none" for None.
 
     Example:
         type_name(TARFlowConfig(image_size=8))  # "TARFlow"

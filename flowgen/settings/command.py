@@ -36,15 +36,16 @@ def override(config: T, arguments: Sequence[str]) -> T:
     """Returns a copy of `config` with the fields set by `--group.field value` or `--group.field=value` arguments.
 
     A value is a number, true, false, none, a tuple such as (8, 12) or [8, 12], or plain text. If a field needs a tuple,
-    a single number is a tuple of one number. If a group can have several types, give the name of one as its value. The
-    group gets the defaults of this type before its fields are set. If a group is None, setting one of its fields first
-    creates the group with its defaults. For a user-defined object, write "package.module:object"; the module is then
-    imported. The fields of a user-defined frozen dataclass, and the entries of a dict, are set in the same way as the
-    fields of a group.
+    a single number becomes a tuple of one number. If a group can have several types, give the name of one as its value,
+    such as --model TARFlow; the group then has the defaults of this type, apart from the fields that other arguments
+    set. If a group is None and has only one type, setting one of its fields creates the group, with defaults for its
+    other fields. To set a field to a user-defined object, write "package.module:object"; this imports the module. The
+    fields of a user-defined frozen dataclass, and the entries of a dict, are set in the same way as the fields of a
+    group.
 
     Raises:
-        ValueError: a field is unknown, or a value is missing or does not fit. If a field is unknown, the
-            message suggests the closest known field.
+        ValueError: a field is unknown, or a value is missing or invalid. If a field with a similar name is known, the
+            message suggests it.
 
     Example:
         experiment = override(experiment, ["--optim.lr", "3e-4", "--model.image_size=(32, 48)"])
@@ -71,9 +72,9 @@ def same_end(path: str, known: Sequence[str], prefix: str = "") -> str:
 
 
 def words_of(text: str, path: str) -> list[str]:
-    """Splits comma-separated texts. A text that contains a comma must be double-quoted.
+    """Splits `text` at commas, as the value of a command-line option; texts with commas must be double-quoted.
 
-    path: the name of the option in error messages.
+    path: the name of the option, for error messages.
 
     Example:
         words_of('cat,"dog, small"', "--classes")  # ["cat", "dog, small"]

@@ -22,10 +22,14 @@ from flowgen.settings.named import name_of
 
 
 class Setting(NamedTuple):
-    """A field: its dotted name, its value, its docstring entry, and its allowed values.
+    """A field of a config, as `settings` lists it.
 
-    For a group with several possible types, the value is the name of its type, and the fields of the group are listed
-    after it. For a user-defined object, the value is the object's name if it has one.
+    name: dotted name, such as "train.steps".
+    value: the field's value. For a group with several possible types, it is the name of the group's type. For a
+    user-defined object, it is the name of the object or of its class, if there is one.
+    about: the field's entry in the docstring of its config.
+    choices: the allowed values, in words.
+    is_type: whether the field is a group, whose own fields are listed after it.
     """
 
     name: str
@@ -36,9 +40,11 @@ class Setting(NamedTuple):
 
 
 def settings(config: Any, path: str = "") -> list[Setting]:
-    """Returns all fields of a config and its groups.
+    """Returns all fields of a config, including the fields of its groups.
 
-    A group that is None has one entry, whose allowed values list its fields.
+    A group that is None has one entry; its `choices` list the group's possible types or, if there is only one, the
+    fields of that type. Any other group with only one possible type has no entry of its own, only those of its fields.
+    path: dotted name of the config, if it is a group itself.
 
     Example:
         print("\\n".join(f"--{field.name} {field.value}  # {field.about}" for field in settings(experiment)))
@@ -78,9 +84,10 @@ def leaf_names(config: Any) -> list[str]:
 
 @functools.cache
 def help_of(cls: type) -> dict[str, str]:
-    """Returns each field's help from the docstrings of a dataclass and its bases.
+    """Returns each field's entry in the docstrings of a dataclass and its base classes, by the name of the field.
 
-    An entry begins with `name: ` and ends before the next entry or an empty line.
+    In a docstring, the entry of a field begins with the field's name and a colon at the start of a line, and ends
+    before the next entry or an empty line.
 
     Example:
         help_of(OptimConfig)["lr"]  # "learning rate after the warm-up; positive."

@@ -26,7 +26,9 @@ def is_name(value: Any) -> bool:
 
 
 def import_module(module: str) -> None:
-    """Imports a module, which must be trusted. Raises ValueError if the import fails.
+    """Imports a module. Its code runs, so import only modules that you trust.
+
+    Raises ValueError if `module` is not the name of a module, or if the import fails.
 
     Example:
         import_module("my_couplings")
@@ -47,10 +49,10 @@ def import_module(module: str) -> None:
 
 
 def resolve(name: str) -> Any:
-    """Returns the object with the name "package.module:object", without importing the module.
+    """Returns the object with a name of the form "package.module:object"; its module must already be imported.
 
-    Raises ValueError if the name does not have this form, or if the module is not imported, is part of the standard
-    library, or has no such object.
+    Raises ValueError if the name does not have this form, or if the module has not been imported, belongs to the
+    standard library, or does not contain the object.
 
     Example:
         coupling = resolve("my_couplings:SlicedOT")
@@ -78,7 +80,9 @@ def resolve(name: str) -> Any:
 
 
 def import_object(name: str) -> Any:
-    """Imports the module of an object "package.module:object", and returns the object. The name must be trusted.
+    """Returns the object with a name of the form "package.module:object", after importing its module.
+
+    The module's code runs, so import only modules that you trust.
 
     Raises the same errors as `import_module` and `resolve`.
 
@@ -99,7 +103,7 @@ def split_name(name: str) -> tuple[str, list[str]]:
 
 
 def name_of(value: Any) -> str | None:
-    """Returns a name from which `resolve` finds an object, or None if the object has no such name.
+    """Returns a name by which `resolve` finds the object `value`; None if there is none, as for a local function.
 
     Example:
         name_of(my_couplings.SlicedOT)  # "my_couplings:SlicedOT"

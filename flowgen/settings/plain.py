@@ -44,9 +44,9 @@ MAX_WHOLE_FLOAT = 10**300
 
 
 class FieldError(ValueError):
-    """The errors in a config. Each error is a sentence that begins with the name of a field.
+    """The errors in a config. Each argument is a sentence that begins with the name of a field.
 
-    A config that contains another one prepends the name of the group with `within` or `in_group`.
+    If the config is a group in another config, `within` and `in_group` prepend the group's name to these names.
 
     Example:
         raise FieldError("min_lr is 0.1, above lr 0.01; lower it.")
@@ -56,13 +56,13 @@ class FieldError(ValueError):
         return ", and ".join([*(problem.removesuffix(".") for problem in self.args[:-1]), *self.args[-1:]])
 
     def within(self, group: str) -> FieldError:
-        """Returns the error with the name of the group prepended to the name of each field."""
+        """Returns this error with `group` and a dot prepended to each sentence, and so to the name of its field."""
         return FieldError(*(f"{group}.{problem}" for problem in self.args))
 
 
 @contextlib.contextmanager
 def in_group(group: str) -> Generator[None]:
-    """Returns a context that prepends the name of a group to the field names in a `FieldError`.
+    """Returns a context manager that prepends `group` to the field names in any `FieldError` raised inside it.
 
     Example:
         with in_group("sampling"):
@@ -84,12 +84,11 @@ def config(*, kw_only: bool) -> Callable[[type[T]], type[T]]: ...
 
 @typing.dataclass_transform(frozen_default=True)
 def config(cls: type[T] | None = None, *, kw_only: bool = False) -> type[T] | Callable[[type[T]], type[T]]:
-    """Returns the class as a frozen dataclass whose constructor checks and converts the values of fields.
+    """Returns the class as a frozen dataclass whose constructor checks the fields and converts them to their types.
 
-    The class's `__post_init__` runs afterwards. If fields contradict each other, it must raise ValueError with a
-    sentence that begins with the name of one of them.
-
-    The constructor raises a FieldError that names all fields whose values have a wrong type or are out of range.
+    The constructor raises a `FieldError` that names all fields whose values have a wrong type or are out of range.
+    After these checks, it calls the class's `__post_init__`, which may raise ValueError if fields contradict each
+    other; the message must be a sentence that begins with the name of one of these fields.
 
     Example:
         @config
@@ -120,12 +119,13 @@ def _config(cls: type[T], *, kw_only: bool) -> type[T]:
 
 
 def to_plain(value: Any, annotation: Any = None) -> Any:
-    """Returns a value for JSON: configs and mappings become dicts, and tuples become lists.
+    """Returns `value` in a form that JSON can store: configs and mappings as dicts, and tuples as lists.
 
-    annotation: the field's annotation. If it allows several configs, the dict has an entry "type".
+    annotation: the annotation of the field whose value this is; None for a whole config. If the annotation allows
+    several configs, the dict of the config has an entry "type", with the name of its class without "Config".
 
-    Raises FieldError if a field contains a value that JSON cannot store, or a user-defined object if neither it nor its
-    dataclass is at the top level of an imported module.
+    Raises FieldError if JSON cannot store the value of a field, or if the value is a user-defined object that cannot be
+    named: neither the object nor its dataclass is defined at the top level of an imported module.
 
     Example:
         text = json.dumps(to_plain(config), allow_nan=False)
@@ -169,11 +169,13 @@ def _own_to_plain(value: Any) -> Any:
 
 
 def from_plain(cls: type[T], data: Any) -> T:
-    """Returns the config of type `cls` from the result of `to_plain`. A missing field gets its default.
+    """Returns a config of type `cls` with the fields in `data`, a dict as `to_plain` returns it.
+
+    A field that is missing in `data` gets its default.
 
     Raises:
-        FieldError: a field is unknown, is missing and has no default, or has an invalid value; the message names the
-            field.
+        FieldError: a field is unknown, has an invalid value, or is missing although it has no default; the message
+            names the field.
 
     Example:
         config = from_plain(TrainConfig, {"steps": 100, "batch_size": 8})
@@ -213,14 +215,14 @@ def _fitting(cls: type, values: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def check(annotation: Any, value: Any, *, path: str) -> Any:
-    """Returns `value` converted to the type in its annotation.
+    """Returns `value`, converted to the type that `annotation` describes.
 
-    An int may become a float, a whole float may become an int, and a list may become a tuple. A bool is never
-    converted.
+    An int may become a float, a whole float may become an int, and a list may become a tuple. A bool is never converted
+    to a number, nor a number to a bool.
 
     Raises:
-        FieldError: the value does not fit, or a float is not finite; the message names the path, the value and what is
-            expected.
+        FieldError: the value has another type or is out of range, or is a float that is not finite; the message begins
+            with `path` and states the value and what is expected.
 
     Example:
         size = check(int | tuple[int, int], [32, 48], path="image_size")  # (32, 48)
@@ -247,7 +249,7 @@ def fits(annotation: Any, value: Any) -> bool:
 
 
 def differences(old: Any, new: Any, path: str = "") -> list[str]:
-    """Returns the differences between two plain values as lines such as "train.batch_size: 64 -> 32".
+    """Returns the differences between two results of `to_plain` as lines such as "train.batch_size: 64 -> 32".
 
     Example:
         changed = differences(to_plain(old), to_plain(new))

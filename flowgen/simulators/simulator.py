@@ -14,15 +14,16 @@ from flowgen.arrays import shown
 
 @runtime_checkable
 class Simulator(Protocol):
-    """Maps parameters to random observations, from which methods infer the parameters. Subclasses define the fields,
-    `simulate`, `log_likelihood` and `reference_samples`.
+    """Maps parameters to random observations, from which inference methods estimate the posterior of the parameters.
+    Subclasses define the fields, `simulate`, `log_likelihood` and `reference_samples`.
 
     name: a short name, such as "two_moons".
     low, high: the bounds of the parameters, one number per parameter. The prior is uniform between them.
     observation_dim: the number of values of an observation.
-    fixed_observations: observations for which methods are compared; they never change.
+    fixed_observations: observations for which inference methods are compared; they never change.
 
-    All methods except `reference_samples` can be compiled with `jax.jit`, and compute in float32 or float64.
+    All methods except `reference_samples` and `check_index` can be compiled with `jax.jit`. They compute in float32, or
+    in float64 if `jax_enable_x64` is set and their arguments are float64.
 
     Example:
         simulator: Simulator = TwoMoons()
@@ -42,7 +43,7 @@ class Simulator(Protocol):
 
     @property
     def observations(self) -> Float[Array, "i k"]:
-        """Returns the fixed observations.
+        """Returns `fixed_observations` as an array, with one observation per row.
 
         Example:
             observation = TwoMoons().observations[0]
@@ -50,7 +51,7 @@ class Simulator(Protocol):
         return jnp.array(self.fixed_observations)
 
     def sample_prior(self, key: Key[Array, ""], num: int) -> Float[Array, "num d"]:
-        """Returns parameters that are drawn from the prior.
+        """Returns `num` independent parameter vectors from the prior.
 
         Example:
             parameters = simulator.sample_prior(key, 1000)
@@ -68,7 +69,7 @@ class Simulator(Protocol):
         ...
 
     def sample_joint(self, key: Key[Array, ""], num: int) -> tuple[Float[Array, "num d"], Float[Array, "num k"]]:
-        """Draws `num` parameters from the prior, and simulates one observation for each.
+        """Returns `num` independent parameter vectors from the prior, and one simulated observation for each.
 
         Example:
             parameters, observations = simulator.sample_joint(key, 10_000)
@@ -81,7 +82,7 @@ class Simulator(Protocol):
     def log_likelihood(
         self, parameters: Float[Array, "n d"], observation: Float[Array, " k"] | Float[Array, "n k"]
     ) -> Float[Array, " n"]:
-        """Returns log p(observation | parameters) in nats; its integral over observations is 1.
+        """Returns log p(observation | parameters) in nats, normalised as a density of the observation.
 
         observation: one observation for all rows of parameters, or one for each row.
 
@@ -114,12 +115,12 @@ class Simulator(Protocol):
 
     @abstractmethod
     def reference_samples(self, key: Key[Array, ""], num: int, index: int) -> Float[Array, "num d"]:
-        """Returns reference samples of the posterior of fixed observation `index`, in float32.
+        """Returns `num` reference samples of the posterior given fixed_observations[index], in float32.
 
         They are independent and exact for `TwoMoons`. For `SLCP`, they come from a long run of the No-U-Turn sampler.
 
-        Raises ValueError if there is no such observation, if `num` is not a whole number of at least 1, or if there are
-        fewer than `num` samples.
+        Raises ValueError if there is no such observation, if `num` is not a whole number of at least 1, or if fewer
+        than `num` samples are recorded.
 
         Example:
             reference = simulator.reference_samples(key, 10_000, 0)
@@ -127,7 +128,7 @@ class Simulator(Protocol):
         ...
 
     def check_index(self, index: int) -> None:
-        """Raises ValueError if there is no fixed observation with this index.
+        """Raises ValueError if `fixed_observations` has no entry with this index; indices count from 0.
 
         Example:
             simulator.check_index(0)

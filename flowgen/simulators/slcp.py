@@ -64,11 +64,11 @@ class SLCP(Simulator):
         return -0.5 * (first**2 + second**2).sum(axis=1) - NUM_POINTS * log_volume
 
     def reference_samples(self, key: Key[Array, ""], num: int, index: int) -> Float[Array, "num 5"]:
-        """Returns `num` of the 10,000 recorded samples for fixed observation `index`, in random order, without
-        repetition.
+        """Returns `num` of the 10,000 recorded samples of the posterior given fixed_observations[index], in random
+        order, without repetition.
 
         The samples come from a long run of the No-U-Turn sampler (benchmarks/reference_posteriors.py), and are rounded
-        to multiples of 9 · 10⁻⁵.
+        to a grid of spacing 9.2 · 10⁻⁵.
 
         Raises ValueError if there is no such observation, or if `num` is not a whole number from 1 to 10,000.
         """

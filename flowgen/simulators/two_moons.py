@@ -48,9 +48,10 @@ class TwoMoons(Simulator):
     def log_likelihood(
         self, parameters: Float[Array, "n 2"], observation: Float[Array, " 2"] | Float[Array, "n 2"]
     ) -> Float[Array, " n"]:
-        """Returns log p(x | θ) = log N(r; 0.1, 0.01²) - log(π r) in nats, with r and a of (2); -inf if |a| > π/2.
+        """Returns log p(x | θ) = log N(r; 0.1, 0.01²) - log(π r) in nats; -inf if |a| > π/2.
 
-        The factor 1 / (π r) is the density of the uniform angle per arc length; sbibm's code omits it.
+        Here r and a solve equations (1) and (2) of the module's description. The factor 1 / (π r) is the density of the
+        uniform angle per arc length; the code of the benchmark sbibm omits it.
         """
         p = jnp.broadcast_to(observation, parameters.shape) - _shift(parameters)
         across, along = p[:, 0] - CENTRE, p[:, 1]
@@ -59,12 +60,12 @@ class TwoMoons(Simulator):
         return jnp.where(across >= 0, log_radius - jnp.log(jnp.pi * radius), -jnp.inf)
 
     def sample_posterior(self, key: Key[Array, ""], num: int, observation: Float[Array, " 2"]) -> Float[Array, "num 2"]:
-        """Returns exact, independent samples of the posterior.
+        """Returns `num` exact, independent samples of the posterior given `observation`.
 
-        Points p of the crescent are drawn, and (1) is solved for θ. If this requires a negative |z₁|, or if θ is
-        outside the bounds of the prior, the point is drawn again. If 1,000 draws yield no valid point, for example
-        because the observation is impossible, the sample is NaN. The samples have the precision of the observation, but
-        at least float32. Each new `num` compiles the loop again.
+        Points p of the crescent are drawn, and equation (1) of the module's description is solved for θ. If this
+        requires a negative |z₁|, or if θ is outside the bounds of the prior, the point is drawn again. If 1,000 draws
+        yield no valid point, for example because the observation is impossible, the sample is NaN. The samples have the
+        precision of the observation, but at least float32. The function is compiled again for each new value of `num`.
 
         Raises ValueError if `num` is not a whole number of at least 1, or if `observation` is not an array of two
         floating-point numbers.
@@ -79,7 +80,7 @@ class TwoMoons(Simulator):
         return _sample_posterior(key, num, observation, jnp.array([self.low]), jnp.array([self.high]))
 
     def reference_samples(self, key: Key[Array, ""], num: int, index: int) -> Float[Array, "num 2"]:
-        """Returns exact, independent samples of the posterior of fixed observation `index`, in float32; see
+        """Returns `num` exact, independent samples of the posterior given fixed_observations[index], in float32; see
         `sample_posterior`.
 
         Raises ValueError if there is no such observation, or if `num` is not a whole number of at least 1.

@@ -27,16 +27,16 @@ NORM_EPS = 1e-12
 
 @config
 class BertConfig:
-    """Shape of a BERT encoder; the defaults match all-MiniLM-L6-v2.
+    """The architecture of a BERT encoder; the defaults match all-MiniLM-L6-v2.
 
     vocab_size: number of tokens in the vocabulary.
     width: number of features per token; must be a multiple of num_heads.
     num_layers: number of transformer layers.
     num_heads: number of attention heads per layer.
-    hidden: width of the feed-forward layers.
-    max_length: maximum number of tokens in a text.
-    num_segments: number of segment types; only the first is used.
-    dtype: dtype of matrix products and activations.
+    hidden: number of hidden units in each feed-forward network.
+    max_length: maximum number of tokens in a text, including start and end tokens.
+    num_segments: number of learned segment embeddings; every token gets the first.
+    dtype: dtype of the linear layers; norms, softmax and the sums of residual connections stay float32.
     """
 
     vocab_size: Vocabulary = 30522
@@ -56,14 +56,16 @@ class BertConfig:
 
     @property
     def inputs(self) -> tuple[jax.ShapeDtypeStruct, ...]:
-        """Shapes and dtypes of the inputs for one short text: its token ids and mask."""
+        """The inputs with which `flowgen.init` initialises the encoder: token ids and mask of a text of two tokens."""
         return tuple(jax.ShapeDtypeStruct((1, 2), dtype) for dtype in (jnp.int32, bool))
 
 
 class BertEncoder(OnMeshes, nn.Module):
-    """Maps token ids `b n` to features `b n d`, which are zero where the mask is False.
+    """Maps token ids `b n` and a mask `b n` to features `b n d`.
 
-    Raises ValueError if `n` is larger than `config.max_length`.
+    The mask is False for padding, whose features are 0. The features of other tokens do not depend on padding.
+
+    Raises ValueError if texts have more than `config.max_length` tokens, padding included.
 
     Example:
         features = BertEncoder(BertConfig()).apply(params, ids, mask)

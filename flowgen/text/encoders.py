@@ -20,9 +20,10 @@ from flowgen.text.tokenizers import Tokenizer, shortened, tokenize
 
 @runtime_checkable
 class TextEncoder(Protocol):
-    """A function that maps texts to conditions of `length` tokens with `dim` features each; features of padding are 0.
+    """A function that encodes each text as `length` tokens with `dim` features each, for models conditioned on text.
 
-    Raises ValueError if a text has more than `length` tokens, unless `truncate` is True.
+    Shorter texts are padded; the features of padding are 0. The function raises ValueError if a text has more than
+    `length` tokens, unless `truncate` is True, in which case the text is cut off.
 
     Example:
         cond = encoder(["a cat", ""])
@@ -41,7 +42,9 @@ class TextEncoder(Protocol):
 
 @dataclass(frozen=True, eq=False)
 class FrozenTextEncoder:
-    """A text encoder that consists of a tokenizer and a frozen network with its variables.
+    """A `TextEncoder` that consists of a tokenizer and a frozen network, such as a `T5Encoder`, with its variables.
+
+    length: number of tokens to which texts are padded. dim: number of features that the network returns per token.
 
     Texts are encoded in batches of up to 64. Batch sizes are powers of two, so few programs are compiled.
 
@@ -71,7 +74,9 @@ class FrozenTextEncoder:
 
 @dataclass(frozen=True)
 class HashedWords:
-    """Encodes each word as pseudo-random features derived from its SHA-256 hash, and appends an end token to each text.
+    """A `TextEncoder` whose tokens are the words of a text, in lower case, and an end token.
+
+    The features of a word are pseudo-random signs ±1 that depend only on its SHA-256 hash.
 
     This encoder needs no download, but words of similar meaning have unrelated features. Use it for tests and for
     small, fixed vocabularies.

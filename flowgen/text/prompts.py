@@ -22,10 +22,12 @@ ASPECTS: dict[str, tuple[int, int]] = {
 
 
 def aspect_size(aspect: str, side: int, multiple: int = 1) -> tuple[int, int]:
-    """Returns the (height, width) of an image with this aspect ratio and about side² pixels.
+    """Returns the (height, width) of an image with about side² pixels whose aspect ratio is close to `aspect`.
 
-    The height is side / √r and the width is side √r, where r is the ratio of width to height. Both are rounded to the
-    nearest multiple of `multiple`; ties are rounded to an even multiple.
+    aspect: a key of `ASPECTS`, such as "16:9", which means width : height = 16 : 9.
+
+    With r = width / height, the height is side / √r and the width is side √r, each rounded to the nearest multiple of
+    `multiple`; ties are rounded to an even multiple.
 
     Raises ValueError if `aspect` is not in `ASPECTS`, if `side` or `multiple` is below 1, or if a length rounds to 0.
 
@@ -45,9 +47,9 @@ def aspect_size(aspect: str, side: int, multiple: int = 1) -> tuple[int, int]:
 
 
 def nearest_aspect(height: int, width: int) -> str:
-    """Returns the name of the aspect ratio that is closest to width / height, on a logarithmic scale.
+    """Returns the key of `ASPECTS` whose ratio is closest to width / height on a logarithmic scale.
 
-    Because of the logarithm, an image and its transpose get matching results, such as "16:9" and "9:16".
+    Because of the logarithm, swapping height and width swaps the numbers in the result, as in "16:9" and "9:16".
 
     Example:
         nearest_aspect(1080, 1920)  # "16:9"
@@ -58,13 +60,14 @@ def nearest_aspect(height: int, width: int) -> str:
 
 @dataclass(frozen=True)
 class PromptTemplate:
-    """The published prompt template. For guidance, it is applied to the empty text too.
+    """The template with which published STARFlow models add noise level, frame rate and aspect ratio to a text.
 
-    If a field is None, the template leaves out the corresponding part.
+    For guidance, apply it to the empty text too.
 
-    noise_std: standard deviation of the training noise, written in thousandths, as in "Noise Level 300:", or None.
-    frames_per_second: frame rate, written as in "A video with 16 fps:", or as "An image:" if it is 0, or None. aspect:
-    whether the prompt ends with the nearest of the nine aspect ratios.
+    noise_std: standard deviation of the training noise, written in thousandths, as in "Noise Level 300:"; None leaves
+    this part out. frames_per_second: frame rate, written as in "A video with 16 fps:", or as "An image:" if it is 0;
+    None leaves this part out. aspect: whether the prompt ends with the aspect ratio of the image, rounded to the
+    nearest one in `ASPECTS`.
 
     Example:
         template = PromptTemplate(noise_std=0.3)

@@ -27,17 +27,18 @@ from flowgen.settings.ranges import HeadDim, Heads, Hidden, Layers, Vocabulary, 
 
 @config
 class T5Config:
-    """Shape of a T5 encoder with gated MLPs; the defaults match google/flan-t5-xl.
+    """The architecture of a T5 encoder with gated MLPs; the defaults match google/flan-t5-xl.
 
     vocab_size: number of tokens in the vocabulary.
     width: number of features per token.
     num_layers: number of transformer layers.
     num_heads: number of attention heads per layer.
     head_dim: number of channels per attention head.
-    hidden: width of the feed-forward layers.
-    num_buckets: number of buckets of relative positions.
-    max_distance: distance beyond which all relative positions in one direction share the last bucket.
-    dtype: dtype of matrix products and activations.
+    hidden: number of hidden units in each gated MLP.
+    num_buckets: number of buckets into which relative positions are grouped; the positions in a bucket share a learned
+    bias. Half of the buckets are for later positions.
+    max_distance: distance, in tokens, beyond which all relative positions in one direction share the last bucket.
+    dtype: dtype of the linear layers; norms, softmax and the sums of residual connections stay float32.
     """
 
     vocab_size: Vocabulary = 32128
@@ -59,12 +60,14 @@ class T5Config:
 
     @property
     def inputs(self) -> tuple[jax.ShapeDtypeStruct, ...]:
-        """Shapes and dtypes of the inputs for one short text: its token ids and mask."""
+        """The inputs with which `flowgen.init` initialises the encoder: token ids and mask of a text of two tokens."""
         return tuple(jax.ShapeDtypeStruct((1, 2), dtype) for dtype in (jnp.int32, bool))
 
 
 class T5Encoder(OnMeshes, nn.Module):
-    """Maps token ids `b n` to features `b n d`, which are zero where the mask is False.
+    """Maps token ids `b n` and a mask `b n` to features `b n d`.
+
+    The mask is False for padding, whose features are 0. The features of other tokens do not depend on padding.
 
     Example:
         features = T5Encoder(T5Config()).apply(params, ids, mask)

@@ -19,7 +19,9 @@ _PROBE = "a 1, \u00e9\u65e5"  # letters of one, two and three bytes
 
 @runtime_checkable
 class Tokenizer(Protocol):
-    """A function that returns the token ids of a text, including the start and end tokens.
+    """A function that returns the token ids of a text, including any start token and end token that the model expects.
+
+    pad: token id of padding.
 
     Example:
         ids = tokenizer("a cat")
@@ -30,18 +32,21 @@ class Tokenizer(Protocol):
     def __call__(self, text: str) -> list[int]: ...
 
     def cut(self, ids: list[int], length: int) -> list[int]:
-        """Returns the first `length` - 1 token ids of a text that is too long, followed by an end token."""
+        """Shortens `ids`, the tokens of a text that is too long, to the first `length` - 1 and an end token."""
         ...
 
     def content(self) -> bytes:
-        """Returns bytes that identify the tokenizer. They contain everything on which its token ids depend."""
+        """Returns bytes from which a digest of the tokenizer can be computed.
+
+        They contain everything on which token ids depend.
+        """
         ...
 
 
 class JsonTokenizer:
-    """The tokenizer in a `tokenizer.json` file, run by the `tokenizers` package.
+    """A `Tokenizer` from a `tokenizer.json` file, run by the `tokenizers` package.
 
-    Raises ModuleNotFoundError if the package is missing, and ValueError if the file is not a valid tokenizer.
+    Raises ModuleNotFoundError if that package is not installed, and ValueError if the file is not a valid tokenizer.
 
     Example:
         tokenizer = JsonTokenizer("all-MiniLM-L6-v2/tokenizer.json")
@@ -76,7 +81,7 @@ class JsonTokenizer:
             ) from error
 
     def cut(self, ids: list[int], length: int) -> list[int]:
-        """Returns the first `length` - 1 tokens and the last token, which is the end token."""
+        """Returns the first `length` - 1 of these ids, followed by the last, which is the end token."""
         return [*ids[: length - 1], ids[-1]]
 
     def content(self) -> bytes:
@@ -85,7 +90,7 @@ class JsonTokenizer:
 
 
 class SentencePieceTokenizer:
-    """The tokenizer in a `spiece.model` file, used as in T5: </s> is appended as the end token, and padding is token 0.
+    """A `Tokenizer` from a `spiece.model` file, used as in T5: </s> is appended to each text, and padding is token 0.
 
     Raises ModuleNotFoundError if the `sentencepiece` package is missing, and ValueError if the file is not a valid
     tokenizer.
@@ -113,11 +118,11 @@ class SentencePieceTokenizer:
         return [*self._processor.encode(text), self._processor.eos_id()]
 
     def cut(self, ids: list[int], length: int) -> list[int]:
-        """Returns the first `length` - 1 tokens, followed by </s>."""
+        """Returns the first `length` - 1 of these ids, followed by that of the end token </s>."""
         return [*ids[: length - 1], ids[-1]]
 
     def content(self) -> bytes:
-        """Returns the SentencePiece model."""
+        """Returns the SentencePiece model as serialised bytes, as in the file."""
         return self._processor.serialized_model_proto()
 
 

@@ -98,7 +98,9 @@ def _names(params: Any) -> list[str]:
 
 
 def name_of(path: Any) -> str:
-    """Returns the name of the parameter at a path of a tree, such as "blocks_0/proj_in/kernel".
+    """Returns the name, such as "blocks_0/proj_in/kernel", of the parameter at a path of a tree.
+
+    path: a key path, as `jax.tree_util` returns it.
 
     Example:
         names = [name_of(path) for path, leaf in jax.tree_util.tree_leaves_with_path(params)]

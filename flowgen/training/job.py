@@ -23,17 +23,20 @@ Start = Callable[[Any], tuple[Any, Sequence[str]]]
 class Job:
     """Everything that the training loop needs to train a model.
 
-    init(key): returns the initial variables. objective: see `make_step`. batches(start, stop): returns an iterator over
-    this process's batches for steps start to stop - 1. evaluate(variables): returns metrics; the checkpoint with the
-    lowest `best_metric` is kept. sample(variables): returns a uint8 image `height width c`. optims: separate optimizers
-    for groups of parameters, keyed by the top-level name of each group. inventory: a summary of the data, which is
-    logged and saved with the run. tokens(batch): returns the number of tokens in a batch, for reports on speed.
-    profile: number of steps to trace for a profiler; 0 for none. devices: this process's devices to train on; None for
-    all of them. start: a function that changes the initial variables of a new run, for example to the weights of
-    another run; a resumed run does not call it. Training reports the lines that the function returns, and saves them
-    with the run. warnings: sentences that have already been shown; training saves them with the run. fixed: collections
-    that are passed to the objective with its variables, such as those of a second network; training neither changes nor
-    saves them.
+    init(key): returns the initial variables. objective: the training objective; see `make_step`. batches(start, stop):
+    returns an iterator over this process's batches for steps start to stop - 1, where the first step is step 0.
+    evaluate(variables): returns metrics by name; None for no evaluation. best_metric: name of the metric that compares
+    checkpoints; the checkpoint with the lowest value is kept. sample(variables): returns a grid of samples as a uint8
+    image `height width c`; None for no samples. optims: separate optimizers for parts of the parameters, as `others` in
+    `make_optimizer`. inventory: a summary of the data, which is logged and saved with the run. tokens(batch): returns
+    the number of tokens in a batch, for reports on speed. profile: number of steps to trace for a profiler; 0 for none.
+    devices: this process's devices to train on; None for all of them.
+
+    start(variables): given the initial variables of a new run, returns the variables with which training begins, for
+    example the weights of another run, and lines of text that describe them. Training shows these lines and saves them
+    with the run. A resumed run does not call `start`. warnings: sentences that have already been shown; training saves
+    them with the run. fixed: collections that are passed to the objective with its variables, such as those of a second
+    network; training neither changes nor saves them.
     """
 
     init: Callable[[jax.Array], Any]
@@ -55,9 +58,9 @@ class Job:
 class Result(NamedTuple):
     """The outcome of a run.
 
-    state: the final state as numpy arrays, without a device axis. metrics: results of the last evaluation. samples:
-    path of the last sample grid, its URL if the run is in a bucket, or None. signal: number of the signal that stopped
-    the run, or 0 if it finished.
+    state: the final state as numpy arrays, without a device axis. metrics: results of the last evaluation; {} if there
+    was none. samples: path of the last sample grid, or its URL if the run is in a bucket; None if no grid was drawn.
+    signal: number of the signal that stopped the run, or 0 if the run finished.
     """
 
     state: TrainState

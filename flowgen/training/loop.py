@@ -51,9 +51,10 @@ def train(
 
     Raises:
         ImportError: a requested report requires a package that is not installed.
-        ValueError: the devices cannot share the batch equally, the config does not fit the run, or a checkpoint is
-            damaged.
-        FileExistsError, OSError: the workdir contains other files, is in use, or cannot be written to.
+        ValueError: the devices cannot share the batch equally, the run in `workdir` has more than train.steps steps or
+            is refused by `check_config`, or a checkpoint is damaged.
+        FileExistsError, OSError: `workdir` contains files but no run, is in use by another process, or cannot be
+            written to.
         FloatingPointError: the loss or a gradient is not finite, or too many updates in a row were skipped; the message
             names the step. Checkpoints stay intact.
         Interrupted: a signal arrived before the first step.

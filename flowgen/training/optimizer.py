@@ -20,8 +20,11 @@ MAIN = "main"  # Labels the parameters that have no separate optimizer.
 def make_schedule(config: OptimConfig, steps: int) -> optax.Schedule:
     """Returns the learning rate as a function of the number of completed updates.
 
+    steps: number of updates in the whole run.
+
     Raises:
-        ValueError: the warm-up is at least as long as the run, or the decay is longer than the rest of the run.
+        ValueError: `config.warmup_steps` is not below `steps`, or `config.decay_steps` exceeds the number of steps
+            after the warm-up.
 
     Example:
         lr = make_schedule(OptimConfig(), steps=1_000)(0)
@@ -48,10 +51,12 @@ def make_schedule(config: OptimConfig, steps: int) -> optax.Schedule:
 def make_optimizer(
     config: OptimConfig, steps: int, others: Mapping[str, OptimConfig] | None = None
 ) -> optax.GradientTransformation:
-    """Returns the optimizer that a config describes, including gradient clipping and `skip_spikes`.
+    """Returns the optimizer that a config describes, including gradient clipping and the skipping of updates.
 
-    others: separate optimizers for parameter groups, keyed by the groups' top-level names. Each group has its own
-    gradient norm.
+    steps: number of updates in the whole run.
+    others: separate optimizers for some of the top-level entries of the tree of parameters, by the names of these
+    entries; `config` applies to all other entries. Each optimizer clips and skips by the gradient norm of its own
+    parameters.
 
     Example:
         tx = make_optimizer(OptimConfig(lr=3e-4), steps=1_000)

@@ -49,29 +49,39 @@ class OptimConfig:
 
     name: the optimizer, or a function (learning_rate, **options) that returns an optax optimizer.
         With "muon", "auon" and "conda", AdamW updates all parameters that are not weight matrices.
-    options: further options of the optimizer, set as in --optim.options.momentum 0.9; the rest keep their defaults.
+    options: further options of the optimizer, set as in --optim.options.momentum 0.9; options that are left out keep
+        their defaults.
     lr: learning rate after the warm-up; positive.
     min_lr: learning rate at the start of the warm-up and at the end of the decay; at most lr.
-    adam_lr: learning rate for parameters that are not weight matrices, with "muon", "auon" or "conda"; 0 to use lr.
-    schedule: after the warm-up, "cosine" lowers the learning rate to min_lr, "constant" keeps it at lr, and "wsd" keeps
-        it and then lowers it linearly.
-    warmup_steps: steps over which the learning rate rises from min_lr to lr; fewer than train.steps.
-    decay_steps: steps at the end of the run over which "wsd" lowers the learning rate to min_lr; 0 for a tenth of
-        the run.
-    weight_decay: decoupled weight decay; 0 for no decay.
+    adam_lr: with "muon", "auon" and "conda", the value that replaces lr for parameters that are not weight matrices; 0
+        for the same value as lr.
+    schedule: course of the learning rate after the warm-up: "cosine" lowers it to min_lr along a cosine, "constant"
+        keeps it at lr, and "wsd" keeps it at lr until the last decay_steps steps, in which it falls linearly to min_lr.
+    warmup_steps: number of steps in which the learning rate rises linearly from min_lr to lr; fewer than train.steps, 0
+        for no warm-up.
+    decay_steps: for "wsd", number of steps at the end of the run in which the learning rate falls to min_lr; 0 for a
+        tenth of the run.
+    weight_decay: factor λ of decoupled weight decay: each update subtracts λ w, times the learning rate, from a
+        parameter w; 0 for no decay.
     decayed: whether weight decay applies to "all" parameters or to weight "matrices" only.
-    not_decayed: patterns of the names of parameters without weight decay, such as "*/proj_out/*".
-    keep_norms: scale each weight matrix back to its initial norm after every update.
+    not_decayed: patterns of the names of parameters that do not decay, such as "*/proj_out/*", where * stands for any
+        text.
+    keep_norms: scale each weight matrix back to its initial Frobenius norm after every update.
     b1: decay rate of the running mean of gradients, for "adamw", "adamp", "muon", "auon" and "conda"; at least 0 and
         below 1. For other optimizers, set their decay rates in options.
-    b2: decay rate of the running mean of squared gradients, for the optimizers that use b1; at least 0 and below 1.
-    eps: constant added to the denominator of the updates, for the optimizers that use b1.
-    clip_norm: clip the global gradient norm to this value; 0 for no clipping.
-    skip_norm: skip updates if the gradient norm before clipping exceeds this value or is not finite; 0 for no skipping.
-    skip_after: number of initial updates that are skipped only if the gradient norm is not finite.
-    max_skips: number of consecutive updates that may be skipped before the run stops; at least 1.
-    ema_decay: decay rate of the parameter average used for sampling; below 1, or 0 for no average.
-    ema_warmup: raise the decay rate gradually, as min(ema_decay, (1 + step) / (10 + step)).
+    b2: decay rate of the running mean of squared gradients, for the same optimizers as b1; at least 0 and below 1.
+    eps: constant added to the denominator of the updates, for the same optimizers as b1; at least 0.
+    clip_norm: maximum norm of the gradient over all parameters; a gradient with a larger norm is scaled down to this
+        norm. 0 for no clipping.
+    skip_norm: skip an update if the norm of its gradient, before clipping, exceeds this value or is not finite; 0 for
+        no skipping.
+    skip_after: with skip_norm, number of updates at the start of the run that are skipped only if their gradient norm
+        is not finite.
+    max_skips: with skip_norm, number of updates in a row that may be skipped; the run stops if more are skipped. At
+        least 1.
+    ema_decay: decay rate of the moving average of the parameters, which is used for evaluation and sampling; below 1,
+        or 0 for no average.
+    ema_warmup: let the decay rate of the average rise from step to step, as min(ema_decay, (1 + step) / (10 + step)).
     """
 
     name: Annotated[str, OneOf(tuple(OPTIMIZERS))] | Callable[..., Any] = "adamw"
@@ -118,7 +128,8 @@ class OptimConfig:
 
     @property
     def all_options(self) -> dict[str, Any]:
-        """The keyword arguments of `optimizer`, except learning rates and weight decay."""
+        """The keyword arguments of `optimizer`: `options` and, if the optimizer uses them, the fields b1, b2 and
+        eps."""
         return {**self._moments, **self.options}
 
     @property
@@ -150,16 +161,18 @@ class TrainConfig:
     """The length, batch size, seed and parallelism of a run.
 
     steps: number of parameter updates; at least 1.
-    batch_size: samples per update, over all devices and hosts; a multiple of accumulation times the number of devices
-    that share the batch.
-    seed: seed of initial parameters, data order and noise; a whole number below 2^32.
-    label_dropout: fraction of labels, texts or contexts to drop, so that guidance can be used in sampling; at most 1.
-    accumulation: number of micro-batches into which each device splits its share of a batch, to save memory.
-    frozen: patterns of the names of parameters that stay unchanged, such as "blocks_0/*"; see docs/training.md in the
-    repository.
+    batch_size: number of samples per update, over all devices and hosts together; must be a multiple of the number of
+    devices over which the batch is divided, multiplied by `accumulation`.
+    seed: random seed of the initial parameters, the order of the data and the noise; at least 0 and below 2^32.
+    label_dropout: fraction of the samples whose label, text or context is dropped in training, at most 1; should be
+    above 0 if sampling uses guidance.
+    accumulation: number of micro-batches into which each device splits its share of a batch; they are processed one
+    after another, to save memory.
+    frozen: patterns of the names of parameters that training leaves unchanged, such as "blocks_0/*"; see
+    docs/training.md in the repository.
     parallel: "data" copies the parameters to every device; "fsdp" divides them over the devices, for large models.
-    mesh: with "fsdp", the number of devices that share the batch and the parameters, and the number that share heads
-    and MLPs; null to let all devices share the batch and the parameters.
+    mesh: with "fsdp", the number of devices over which the batch and the parameters are divided, and the number over
+    which attention heads and MLPs are divided; None to divide only the batch and the parameters.
     """
 
     steps: Count = 1000
@@ -178,11 +191,12 @@ class TrainConfig:
 
 @config
 class InitConfig:
-    """The run whose parameters a new run starts from, and how the models of the two runs may differ.
+    """The model that provides the initial parameters of a run, and how the run's model may differ from it.
 
-    path: directory or URL of a run, of an exported model, or of weights that `convert` has imported, or the name of a
-    shipped model; empty to start from new parameters. A resumed run does not read it.
-    allow: kinds of differences to allow: classes, size, text, frames or other; see docs/training.md in the repository.
+    path: directory or URL of a run, of an exported model, or of weights that `python -m flowgen convert` has imported;
+    or the name of a model that ships with flowgen. Empty for new parameters. A resumed run ignores this field.
+    allow: kinds of differences to allow between the run's model and the one at `path`: classes, size, text, frames or
+    other; see docs/training.md in the repository.
     """
 
     path: str = ""
@@ -200,12 +214,12 @@ class InitConfig:
 class LogConfig:
     """The intervals, in steps, at which a run reports and saves. A run always does both at its end.
 
-    log_every: steps between rows of metrics; at least 1.
+    log_every: steps between reports of the training metrics; at least 1.
     eval_every: steps between evaluations on held-out data; 0 to evaluate only at the end.
-    sample_every: steps between sample grids; 0 to draw one only at the end.
+    sample_every: steps between sample grids (images of samples); 0 to draw one only at the end.
     checkpoint_every: steps between checkpoints; 0 to save only at the end.
-    keep: number of recent checkpoints to keep, in addition to the best one; at least 1.
-    tensorboard: write TensorBoard events, with sample grids, next to metrics.jsonl.
+    keep: number of latest checkpoints to keep, in addition to the one with the best evaluation; at least 1.
+    tensorboard: write metrics and sample grids as TensorBoard events too, into the directory of the run.
     tracker: also send metrics and sample grids to "wandb" (Weights & Biases) or "trackio"; "none" for neither.
     progress: show a progress bar if standard error is a terminal; otherwise, print each report as a line.
     """

@@ -23,7 +23,7 @@ _AGAIN = 0.01
 
 
 class Interrupted(KeyboardInterrupt):
-    """Raised when a signal ends the current work; nothing is lost. `number` is the signal's number."""
+    """Raised when a signal, such as SIGINT, stops work that can be repeated. `number` is the signal's number."""
 
     def __init__(self, number: int):
         super().__init__(number)
@@ -31,12 +31,15 @@ class Interrupted(KeyboardInterrupt):
 
 
 class Signals:
-    """Records the first SIGINT, SIGTERM or SIGHUP in `number`, and prints at once what training will do.
+    """A context that records the first SIGINT, SIGTERM or SIGHUP, and prints at once what training will do.
 
-    A separate thread prints the report, because the main thread may be compiling, which Python cannot interrupt.
-    `doing` is the text of the report. A second signal ends the program without saving: the thread calls
-    on_second(number), if it is given. Unless this call ends the process, the signal then has its usual effect in the
-    main thread. Signals are caught only if the context is entered in the main thread.
+    number: number of the first signal; 0 if none has arrived. doing: the text to print, which training keeps up to
+    date.
+
+    A separate thread prints this text, because the main thread may be compiling, which Python cannot interrupt. A
+    second signal ends the program without saving: the thread calls on_second(number), if `on_second` is given, with the
+    number of the second signal. Unless this call ends the process, the signal then has its usual effect in the main
+    thread. Signals are caught only if the context is entered in the main thread.
 
     Example:
         with Signals() as signals:

@@ -34,9 +34,10 @@ AXIS = "data"
 class TrainState(struct.PyTreeNode):
     """Everything that a run keeps between steps.
 
-    step: number of steps done. params: trained parameters. collections: all other collections of the Flax variables;
-    they contain the objective's state. opt_state: the optimizer's state. ema: the average of params, or None if no
-    average is kept. The fields have no types, because the same class also stores the shardings of the arrays.
+    step: number of completed steps. params: all parameters, including frozen ones. collections: all other collections
+    of the Flax variables, including the state of the objective. opt_state: the optimizer's state. ema: the moving
+    average of `params`; None if no average is kept. The fields have no types, because the same class also stores the
+    shardings of the arrays.
     """
 
     step: Any
@@ -47,7 +48,7 @@ class TrainState(struct.PyTreeNode):
 
     @property
     def averaged(self) -> Any:
-        """The variables for evaluation and sampling, with averaged parameters if an average is kept."""
+        """The variables for evaluation and sampling; their parameters are `ema` or, if it is None, `params`."""
         return {"params": self.params if self.ema is None else self.ema, **self.collections}
 
 
@@ -58,11 +59,13 @@ def init_state(
     others: Mapping[str, OptimConfig] | None = None,
     frozen: Sequence[str] = (),
 ) -> TrainState:
-    """Returns the state at step 0. The average of the parameters starts at their initial values.
+    """Returns the state of training at step 0. The average of the parameters, if any, starts at their initial values.
 
-    others: separate optimizers, as for `make_optimizer`. frozen: patterns of the names of frozen parameters.
+    steps: number of updates in the whole run. others: separate optimizers, as for `make_optimizer`. frozen: patterns of
+    the names of frozen parameters, as for `make_step`.
 
-    Raises ValueError if a pattern of `frozen` or `config.not_decayed` matches no parameter.
+    Raises ValueError if a pattern of `frozen` or `config.not_decayed` matches no parameter, or if all parameters are
+    frozen.
 
     Example:
         state = init_state(flowgen.init(flow, key), OptimConfig(), steps=1_000)
@@ -88,31 +91,37 @@ def make_step(
     others: Mapping[str, OptimConfig] | None = None,
     frozen: Sequence[str] = (),
 ) -> Step:
-    """Returns the update (state, batch, key[, fixed]) -> (state, metrics) of one device, to be mapped over `axis_name`.
+    """Returns the update of one device, a function (state, batch, key[, fixed]) -> (state, metrics).
 
-    If `axis_name` is None, the update processes the whole batch, and the compiler may divide the work over devices.
+    It must be mapped over the devices with `axis_name`, for example by `jax.pmap`. If `axis_name` is None, the update
+    processes the whole batch, and the compiler may divide the work over devices.
 
     objective: a function (variables, batch, key) -> (loss, metrics) or (loss, metrics, collections).
+    steps: number of updates in the whole run.
+    accumulation: number of micro-batches into which the update divides its batch.
     frozen: patterns of the names of parameters that stay unchanged; see `flowgen.training.frozen.trained`.
     others: separate optimizers, as for `make_optimizer`.
 
     Arguments and results of the update:
-    batch: this device's share of the rows; shares are consecutive, in the order of the axis.
+    batch: this device's share of the rows of the whole batch; the shares are consecutive, in the order of the devices
+    along `axis_name`.
     key: the same key for all steps and devices.
     fixed: collections that are passed to the objective with its variables, but are not part of the state; see `Job`.
     metrics: the means of `loss` and of the objective's metrics over devices and micro-batches; `grad_norm`, the norm of
-    the mean gradient before clipping; and `lr`. If config.skip_norm is set, they include `skipped`, which is 0 or 1,
-    and `skipped_in_a_row`. `lr` and these two describe the main optimizer.
+    the mean gradient before clipping; and `lr`, the learning rate. If config.skip_norm is set, the metrics include
+    `skipped`, which is 1 if this update was skipped and otherwise 0, and `skipped_in_a_row`, the number of updates that
+    were skipped since the last applied one. `lr`, `skipped` and `skipped_in_a_row` describe the optimizer of `config`,
+    not those of `others`.
 
     The objective receives a key that is unique to the device, step and micro-batch. If the batch is a `Batch` or a
     dict, the update adds `rows` to it, a `flowgen.rows.Rows`. Random numbers drawn with `rows` are the same for any
     number of devices and micro-batches; numbers drawn with the key are not. Micro-batch j contains the rows j, j +
     accumulation, ... of the whole batch.
 
-    The objective's collections are a state that is carried from step to step. Each micro-batch computes a new state
-    from the one before the update. The state after the update is the mean of the new states over devices and
-    micro-batches, unless a `flowgen.rows.StatefulObjective` defines how to combine the states of micro-batches.
-    Integers in the state must not depend on the batch.
+    The collections that the objective returns are a state that is carried from step to step. Each micro-batch computes
+    a new state from the state before the update. The state after the update is the mean of the new states over devices
+    and micro-batches, unless the objective is a `flowgen.rows.StatefulObjective`, which defines how to combine the
+    states of micro-batches. Integers in the state are not averaged, so they must not depend on the batch.
 
     Tracing the update raises ValueError if the batch already has `rows`, if micro-batches cannot share the batch
     equally, or if the objective's result is invalid.

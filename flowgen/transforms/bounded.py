@@ -38,23 +38,25 @@ LEAST_UNITS = 100
 @pytree
 @dataclass(frozen=True, eq=False)
 class Box:
-    """Maps each entry from its interval (low, high) to the real line.
+    """Maps each entry x of an event from its interval (low, high) to a u on the real line.
 
-    If both bounds are finite, u is log((x - low) / (high - x)), and the inverse is a scaled sigmoid. If one bound is
-    finite, u is log(exp(x - low) - 1) or -log(exp(high - x) - 1), and the inverse is a softplus. If neither is finite,
-    u is x. Far from the bound, the softplus is close to the identity, so errors of u are not amplified. Since the
-    softplus depends on the unit of x, scale x to values of about 1 first. For values that span several orders of
-    magnitude, use `Positive`.
+    If both bounds are finite, u is log((x - low) / (high - x)), and the inverse is a scaled sigmoid. If only `low` is
+    finite, u is log(exp(x - low) - 1); if only `high` is finite, u is -log(exp(high - x) - 1). In both of these cases,
+    the inverse is a shifted softplus. If neither bound is finite, u is x. Far from the bound, the softplus is close to
+    the identity, so errors of u are not amplified in x. Since the softplus depends on the unit of x, scale x to values
+    of about 1 first. For values that span several orders of magnitude, use `Positive`.
 
-    `inverse` returns values strictly between the bounds, even if rounding would reach a bound. The bounds must
-    therefore be distinct after rounding to the dtype of the values: in float32, 1e8 and 1e8 + 1 are equal.
+    `inverse` returns values strictly between the bounds, even if rounding would reach a bound. Two finite bounds must
+    therefore differ by at least 100 ε times the larger of their magnitudes, where ε is the machine epsilon of the dtype
+    of x: in float32, 1e8 and 1e8 + 1 are even equal.
 
     low, high: bounds, which are broadcast to the shape of an event; -inf and inf mean no bound.
     event_ndim: number of axes of an event.
 
-    Raises ValueError unless low < high for all entries. `forward` and `inverse` raise ValueError if finite bounds are
-    too close together or too large for the dtype; traced bounds are not checked. `forward` raises ValueError unless x
-    is strictly between the bounds; if x or a bound is traced, u is infinite or NaN instead.
+    The constructor raises ValueError unless low < high for all entries. `forward` and `inverse` raise ValueError if
+    finite bounds are too close together or too large for the dtype; traced bounds are not checked. `forward` raises
+    ValueError if an entry of x is not strictly between its bounds; if x or a bound is traced, u is infinite or NaN for
+    such an entry instead.
 
     Example:
         u, logdet = Box(low=jnp.asarray([0.0, -1.0]), high=jnp.asarray([1.0, jnp.inf])).forward(x)
@@ -109,16 +111,16 @@ class Box:
 @pytree
 @dataclass(frozen=True)
 class Positive:
-    """Maps each positive entry to u = log x.
+    """Maps each positive entry x of an event to u = log x.
 
     Use this transform for values that span several orders of magnitude, such as scales and rates. Changing the unit of
-    x only shifts u. For values of about the same size, use `Box(0.0, jnp.inf)`, which does not amplify errors of u.
-    `inverse` limits x to the normal numbers of its dtype; in float32, this affects u below about -87 and above about
-    88.
+    x only shifts u. For values of about the same size, use `Box(0.0, jnp.inf)`, whose inverse does not amplify errors
+    of u. `inverse` limits x to the normal numbers of its dtype; in float32, this affects u below about -87 and above
+    about 88.
 
     event_ndim: number of axes of an event.
 
-    `forward` raises ValueError unless x is positive and finite; if x is traced, u is infinite or NaN instead.
+    `forward` raises ValueError if an entry of x is not positive and finite; if x is traced, u is infinite or NaN there.
 
     Example:
         u, logdet = Positive().forward(x)
@@ -145,7 +147,7 @@ class Positive:
 @pytree
 @dataclass(frozen=True)
 class Simplex:
-    """Maps k positive shares that sum to 1 to their k - 1 additive log-ratios, along the last axis.
+    """Maps k positive shares x on the last axis, which sum to 1, to k - 1 unbounded log-ratios u.
 
     For i < k, u_i = log(x_i / x_k). The inverse is the softmax of (u, 0). The first k - 1 shares determine the last
     one, so the density of x is defined with respect to the Lebesgue measure of these k - 1 shares:
@@ -156,8 +158,8 @@ class Simplex:
 
     event_ndim: number of axes of an event; the last of them contains the shares.
 
-    `forward` raises ValueError unless all shares are positive and their sum is within 0.001 of 1. If x is traced, these
-    checks are skipped, and u is infinite or NaN if a share is not positive. The shares are divided by their sum.
+    `forward` divides the shares by their sum, and raises ValueError unless all shares are positive and their sum is
+    within 0.001 of 1. If x is traced, these checks are skipped, and u is infinite or NaN if a share is not positive.
 
     Example:
         u, logdet = Simplex().forward(jnp.asarray([[0.2, 0.3, 0.5]]))  # u `1 2`

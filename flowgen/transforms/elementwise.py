@@ -29,7 +29,7 @@ class ElementwiseMap(Protocol):
     """The interface of an invertible map of tokens that acts on each element separately."""
 
     def num_outputs(self, channels: int) -> int:
-        """Returns the number of raw outputs of the network per token."""
+        """Returns the number of raw network outputs that a token of `channels` elements needs."""
         ...
 
     def to_noise(
@@ -46,17 +46,19 @@ class ElementwiseMap(Protocol):
 def mixture_parameters(
     raw: Float[Array, "*b outputs"], components: int, kind: Kind = "gaussian"
 ) -> tuple[Float[Array, "*b c k"], Float[Array, "*b c k"], Float[Array, "*b c k"]]:
-    """Returns (logits, means, log_scales) of a mixture of k components for each of c channels.
+    """Returns (logits, means, log_scales) of a mixture of k = `components` distributions for each of c channels.
 
-    raw: for each token and channel, k logits, then k means, then k log-scales.
+    raw: raw outputs of a network: for each token and channel, k logits, then k means, then k log-scales.
+    kind: family of the components, and of the base distribution to which `MixtureMap` maps the mixture.
 
-    For raw outputs of 0, the mixture has the mean and variance of its base distribution, so the map is close to the
-    identity. The means of the components then have a standard deviation of 0.3 times the base's. With equal means, the
-    map would be exactly the identity, but the components would have equal gradients, and training could not separate
-    them. With 8 Gaussian components, this spread changes z by less than 0.006 for |x| < 3, and by a factor of less than
-    1.05 in the tails. Log-scales differ from their initial value by at most 4.
+    For raw outputs of 0, the mixture has the mean and variance of the base distribution, so the map is close to the
+    identity. If there are several components, their means then have a standard deviation of 0.3 times that of the base
+    distribution. With equal means, the map would be exactly the identity, but the components would have equal
+    gradients, and training could not separate them. With 8 Gaussian components, this spread of the means changes z by
+    less than 0.006 for |x| < 3, and by a factor of less than 1.05 in the tails. The log-scales differ from their values
+    for raw outputs of 0 by at most 4.
 
-    Raises ValueError unless the number of outputs is a multiple of 3 · components.
+    Raises ValueError unless the size of the last axis of raw is a positive multiple of 3 · components.
 
     Example:
         logits, means, log_scales = mixture_parameters(raw, 8)
@@ -87,12 +89,12 @@ def _initial(components: int) -> tuple[np.ndarray, float]:
 
 @config
 class MixtureMap:
-    """Maps each element by the CDF of a mixture; see `flowgen.transforms.mixture`.
+    """Maps each element of a token to noise by the CDF of a mixture; see `flowgen.transforms.mixture`.
 
-    components: number of components per channel. With more components, the density can have more modes. Each component
-    requires 3 network outputs per channel.
-    kind: with "gaussian", the conditional density of each element is a mixture of Gaussians if z is standard normal;
-    "logistic" is cheaper to compute.
+    components: number of components of the mixture per channel. With more components, the density can have more modes.
+    Each component requires 3 network outputs per channel.
+    kind: family of the components. With "gaussian" and standard normal noise z, the density of each element, given the
+    earlier tokens, is a mixture of Gaussians. "logistic" is cheaper to compute.
 
     Example:
         z, log_derivative = MixtureMap(components=8).to_noise(x, raw)

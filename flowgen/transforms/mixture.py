@@ -41,8 +41,8 @@ def mixture_forward(
 ) -> tuple[Float[Array, "*b"], Float[Array, "*b"]]:
     """Returns z = Φ⁻¹(F(x)) and log dz/dx of each element; the weights of the components are softmax(logits).
 
-    The computation uses at least float32. It is accurate to float32's precision even for elements that are 30 scales or
-    more outside the mixture.
+    The computation uses at least float32, and is accurate to float32's precision even for elements that are 30 or more
+    of a component's scales away from all components.
 
     kind: the family of the components and of the base, "gaussian" or "logistic".
 
@@ -64,14 +64,13 @@ def mixture_inverse(
 ) -> Float[Array, "*b"]:
     """Returns, for each element, the x with Φ⁻¹(F(x)) = z: the inverse of `mixture_forward`.
 
-    The components' quantiles at the level Φ(z), q_k = μ_k + s_k z, bracket the root: at the smallest of them, no
-    component's CDF exceeds Φ(z), so neither does their weighted mean F; at the largest, no component's CDF is below
-    Φ(z). Newton steps narrow the bracket; bisection replaces a step that would leave it or is longer than half the step
-    before. One compiled loop runs until all elements are solved to the precision of their dtype. The result of an
+    x lies between the smallest and the largest of the components' quantiles μ_k + s_k z. Newton steps narrow this
+    bracket. A step that would leave the bracket, or that is longer than half the previous step, is replaced by a
+    bisection. One compiled loop runs until all elements are solved to the precision of their dtype. The result of an
     element does not depend on other elements.
 
-    Forward- and reverse-mode derivatives of any order with respect to z and all parameters θ are computed by the
-    implicit function theorem, dx = (dz - ∂z/∂θ dθ) / (dz/dx). The loop itself is not differentiated.
+    Derivatives of any order, in forward and reverse mode, with respect to z and the parameters θ of the mixture are
+    computed by the implicit function theorem, dx = (dz - ∂z/∂θ dθ) / (dz/dx). The loop itself is not differentiated.
 
     Raises ValueError if the shapes do not match or if the kind is unknown.
 

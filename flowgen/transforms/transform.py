@@ -30,11 +30,11 @@ from flowgen.transforms.events import EVENT_NDIM, Numbers, Pair, as_field, of_ev
 
 @runtime_checkable
 class Transform(Protocol):
-    """The interface of an invertible transform of events x `*b *event`."""
+    """The interface of an invertible transform of bounded events x `*b *event` to unbounded events u."""
 
     @property
     def event_ndim(self) -> int:
-        """Number of axes of an event; these are the last axes of x and u."""
+        """Number of axes of an event, which are the last axes of x and of u."""
         ...
 
     def forward(self, x: Float[Array, "..."]) -> Pair:
@@ -42,16 +42,18 @@ class Transform(Protocol):
         ...
 
     def inverse(self, u: Float[Array, "..."]) -> Pair:
-        """Returns the bounded x and log|det du/dx| `*b`, with the same sign as `forward`."""
+        """Returns the bounded x and log|det du/dx| `*b`: as for `forward`, and not its negative, log|det dx/du|."""
         ...
 
 
 def transformed_log_prob(
     transform: Transform, log_prob: Callable[..., Float[Array, "*b"]]
 ) -> Callable[..., Float[Array, "*b"]]:
-    """Returns the function (x, ...) -> log p(x) of bounded x, in nats; log_prob is the function (u, ...) -> log p(u).
+    """Returns the function (x, ...) -> log p(x), in nats, of the bounded x that `transform` maps to u.
 
-    To sample, draw u and call `transform.inverse(u)`.
+    log_prob: the function (u, ...) -> log p(u) of a model of u, in nats. Further arguments are passed on to it.
+
+    To draw x, draw u from the model and call `transform.inverse(u)`.
 
     Example:
         log_prob = transformed_log_prob(box, lambda u, cond: flow.apply(params, u, cond, method="log_prob"))
@@ -113,12 +115,12 @@ class Chain:
 @pytree
 @dataclass(frozen=True, eq=False)
 class Standardise:
-    """Maps each entry to u = (x - mean) / scale.
+    """Maps each entry x of an event to u = (x - mean) / scale.
 
     mean, scale: arrays that are broadcast to the shape of an event.
     event_ndim: number of axes of an event.
 
-    Raises ValueError unless the mean is finite and the scale is positive and finite.
+    Raises ValueError unless `mean` is finite and `scale` is positive and finite; traced arrays are not checked.
 
     Example:
         u, logdet = Standardise.from_data(x).forward(x)
@@ -139,10 +141,10 @@ class Standardise:
 
     @classmethod
     def from_data(cls, x: Float[Array | np.ndarray, "..."], event_ndim: int = 1) -> Standardise:
-        """Returns the transform after which each entry has mean 0 and standard deviation 1 over the events `*b *event`.
+        """Returns the transform that gives each entry mean 0 and standard deviation 1 over the events x `*b *event`.
 
-        The statistics are computed in float64 on the host. Raises ValueError if an entry is not finite, or is the same
-        in all events.
+        The mean and standard deviation of x are computed in float64 on the host. Raises ValueError if an entry is not
+        finite in some event, or if it is the same in all events.
 
         Example:
             standardise = Standardise.from_data(x)
