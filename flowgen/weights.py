@@ -15,6 +15,7 @@ from jax.core import Tracer
 from jaxtyping import Array, Float, Int
 
 from flowgen.arrays import at_least_float32, check_floating, shown
+from flowgen.backend import keep_axes
 
 
 def check_log_weight(log_weight: Any, name: str = "log_weight") -> None:
@@ -119,8 +120,14 @@ def systematic_indices(
         chosen = x[systematic_indices(log_weight, len(x), jax.random.uniform(key))]
     """
     log_weight = at_least_float32("log_weight", log_weight)
-    ends = jnp.cumsum(jax.nn.softmax(log_weight))
-    ends = ends / ends[-1]
-    points = (jnp.arange(num) + jnp.asarray(offset, ends.dtype)) / num
-    # Rounding may bring the last point to 1, behind all weights.
-    return jnp.minimum(jnp.searchsorted(ends, points, side="right"), jnp.searchsorted(ends, ends[-1]))
+
+    def chosen(log_weight, offset):
+        ends = jnp.cumsum(jax.nn.softmax(log_weight))
+        ends = ends / ends[-1]
+        points = (jnp.arange(num) + jnp.asarray(offset, ends.dtype)) / num
+        # Rounding may bring the last point to 1, behind all weights.
+        return jnp.minimum(jnp.searchsorted(ends, points, side="right"), jnp.searchsorted(ends, ends[-1]))
+
+    # As many indices as weights are sharded like the weights.
+    out = "b" if num == len(log_weight) else "num"
+    return keep_axes(chosen, log_weight, offset, named=[(log_weight, "b")], out=out)

@@ -234,6 +234,16 @@ def test_arguments_that_do_not_fit_are_refused(untyped, name, shape, message):
         gated_delta_rule(**arguments)
 
 
+@pytest.mark.parametrize("dtype", [jnp.float32, jnp.int32])
+def test_masks_of_numbers_are_refused(untyped, dtype):
+    """Of a mask that is added to logits, -1e9 would count as True."""
+    q, k, v, beta, log_decay = as_jax(draw(6))
+    mask = jnp.asarray([[0, 0, 0, 0, -1e9, -1e9]]).astype(dtype)
+    for call in (lambda: delta_rule(q, k, v, beta, mask=mask), lambda: rule(q, k, v, beta, log_decay, mask=mask)):
+        with pytest.raises(ValueError, match=f"mask has dtype {jnp.dtype(dtype)}, but must be boolean"):
+            call()
+
+
 def test_a_step_takes_one_token(untyped):
     token = jnp.zeros((2, 6, 3, 4))
     with pytest.raises(ValueError, match=r"q has shape \(2, 6, 3, 4\), but must have 3 axes, `b h k`"):

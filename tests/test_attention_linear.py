@@ -5,7 +5,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from conftest import rows
-from tolerances import LAYER, assert_close
+from tolerances import FORMULA, LAYER, assert_close
 
 from flowgen.attention import (
     FEATURE_MAPS,
@@ -27,6 +27,7 @@ from flowgen.attention import (
     retention,
     rotary_grid,
     rotary_line,
+    rotate,
     softmax_attention,
 )
 
@@ -316,6 +317,18 @@ def test_rotary_tables_are_their_angles():
     angles = np.stack([rows, rows / 100, columns, columns / 100], axis=1)
     np.testing.assert_allclose(grid.cos, np.cos(angles), atol=1e-6)
     np.testing.assert_allclose(grid.sin, np.sin(angles), atol=1e-6)
+
+
+def test_traced_positions_beyond_the_table_give_nan():
+    x = jnp.asarray(np.random.default_rng(0).normal(size=(2, 4, 1, 8)), jnp.float32)
+    positions = jnp.asarray([[0, 5, 6, 2], [-1, 3, 4, 99]])
+    out = jax.jit(lambda positions: rotate(x, rotary_line(6, 8), positions))(positions)
+    beyond = np.asarray([[False, False, True, False], [True, False, False, True]])
+    np.testing.assert_array_equal(jnp.isnan(out), np.broadcast_to(beyond[..., None, None], x.shape))
+    angles = np.asarray(positions)[~beyond][:, None] * 10_000.0 ** -np.array([0, 0.25, 0.5, 0.75])
+    pairs = np.asarray(x)[~beyond].reshape(-1, 4, 2) @ np.array([1, 1j])  # a rotation of the plane
+    turned = np.exp(1j * angles) * pairs
+    assert_close(out[~beyond].reshape(-1, 4, 2), np.stack([turned.real, turned.imag], -1), FORMULA)
 
 
 @pytest.mark.parametrize("reset", [-1e4, -1e8, -np.inf])

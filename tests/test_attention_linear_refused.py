@@ -8,19 +8,27 @@ from flowgen.attention import (
     FEATURE_MAPS,
     KERNELS,
     Causal,
+    Features,
+    FrameWindow,
+    attend_heads,
+    attend_kv_window,
     cosformer_attention,
     cosformer_features,
     feature_map,
     gated_linear_attention,
     gaussian_landmark_map,
+    init_kv_cache,
     kernel,
     linear_attention,
     nala_features,
     pola_attention,
     prefill,
+    prefix_product,
+    quadratic_products,
     retention,
     rotary_grid,
     rotary_line,
+    rotate,
     softmax_attention,
     step,
 )
@@ -73,7 +81,79 @@ def attend(features):
     return linear_attention(*zeros(), features)
 
 
+def frames(q, k, v):
+    return FrameWindow(prefix=2, tokens=2, past_frames=1, lookahead_frames=0).attend(q, k, v)
+
+
+def heads_first(*arrays, mask=None):
+    return attend_heads(*(x.swapaxes(1, 2) for x in arrays), mask)
+
+
+def quadratic(q, k, v, mask=None, **norms):
+    return quadratic_products(Features(q, k, **norms), v, mask)
+
+
+def prefix(q, k, v, **options):
+    return prefix_product(Features(q, k), v, **options)
+
+
+def cached(q, k, v, start=0, slots=9):
+    return attend_kv_window(q, k, v, init_kv_cache(2, slots, 2, 8, jnp.float32), start)
+
+
+def square(**shapes):
+    """Queries, keys and values of one width."""
+    return zeros(**({"v": SHAPES["k"]} | shapes))
+
+
+def rotated(positions):
+    return rotate(jnp.ones((2, 3, 2, 4)), rotary_line(5, 4), positions)
+
+
+ONE = {"k": (1, 6, 2, 8), "v": (1, 6, 2, 4)}
+FEW = {"k": (2, 4, 2, 8), "v": (2, 4, 2, 4)}
+THREE = {"k": (2, 6, 3, 8), "v": (2, 6, 3, 4)}
+ADDED = jnp.zeros((2, 1, 1, 6))
 REFUSED = {
+    "frames, few keys": (lambda: frames(*zeros(**FEW)), ["(2, 6, 4, 8)", "(2, 4, 2, 8)", "as many keys as queries"]),
+    "frames, batch": (lambda: frames(*zeros(**ONE)), ["(2, 6, 4, 8)", "(1, 6, 2, 8)", "batch sizes must be equal"]),
+    "frames, heads": (lambda: frames(*zeros(**THREE)), ["q has 4 heads", "k has 3", "must be a multiple of"]),
+    "frames, values": (lambda: frames(*zeros(v=(2, 4, 2, 4))), ["(2, 6, 2, 8)", "(2, 4, 2, 4)", "must be equal"]),
+    "heads first, rank": (lambda: heads_first(*zeros(v=(2, 6, 4))), ["v has", "(batch, heads, tokens, width)"]),
+    "heads first, batch": (lambda: heads_first(*zeros(**ONE)), ["(2, 4, 6, 8)", "(1, 2, 6, 8)", "batch sizes"]),
+    "heads first, heads": (lambda: heads_first(*zeros(**THREE)), ["q has 4 heads", "k has 3"]),
+    "heads first, mask": (lambda: heads_first(*zeros(), mask=ADDED), ["mask has dtype float32", "must be boolean"]),
+    "heads first, mask of keys": (
+        lambda: heads_first(*zeros(q=(2, 3, 4, 8)), mask=jnp.ones((2, 4, 6, 3), bool)),
+        ["mask has shape (2, 4, 6, 3)", "(2, 4, 3, 6)"],
+    ),
+    "quadratic, batch": (lambda: quadratic(*zeros(**ONE)), ["(2, 6, 4, 8)", "(1, 6, 2, 8)", "batch sizes"]),
+    "quadratic, width": (lambda: quadratic(*zeros(q=(2, 6, 4, 4))), ["(2, 6, 4, 4)", "head widths must be equal"]),
+    "quadratic, mask": (lambda: quadratic(*zeros(), ADDED), ["mask has dtype float32", "must be boolean"]),
+    "quadratic, mask of ones": (lambda: quadratic(*zeros(), ADDED.astype(int)), ["mask has dtype int32"]),
+    "quadratic, normaliser": (
+        lambda: quadratic(*zeros(), norm_q=jnp.ones((2, 6, 4, 3)), norm_k=jnp.ones((1, 6, 2, 3))),
+        ["norm_k has shape (1, 6, 2, 3)", "(2, 6, 2)"],
+    ),
+    "prefix, batch": (lambda: prefix(*zeros(**ONE)), ["(2, 6, 4, 8)", "(1, 6, 2, 8)", "batch sizes must be equal"]),
+    "prefix, lengths": (lambda: prefix(*zeros(**FEW)), ["(2, 6, 4, 8)", "(2, 4, 2, 8)", "as many queries as keys"]),
+    "prefix, mask": (lambda: prefix(*zeros(), mask=ADDED), ["mask has dtype float32", "must be boolean"]),
+    "prefix, decay": (lambda: prefix(*zeros(), log_decay=jnp.zeros((2, 1, 2))), ["log_decay has shape (2, 1, 2)"]),
+    "prefix, segments": (lambda: prefix(*zeros(), segment_ids=jnp.zeros((1, 6), int)), ["have shape (1, 6)"]),
+    "cache, batch": (lambda: cached(*square(k=(1, 6, 2, 8), v=(1, 6, 2, 8))), ["(1, 6, 2, 8)", "batch sizes"]),
+    "cache, lengths": (lambda: cached(*square(q=(2, 5, 4, 8))), ["(2, 5, 4, 8)", "(2, 6, 2, 8)", "one key per query"]),
+    "cache, heads": (
+        lambda: cached(*square(k=(2, 6, 4, 8), v=(2, 6, 4, 8))),
+        ["cache.keys has shape (2, 2, 9, 8)", "(2, 4, 9, 8)"],
+    ),
+    "cache, values": (lambda: cached(*zeros()), ["cache.values has shape (2, 2, 9, 8)", "(2, 2, 9, 4)"]),
+    "cache, end": (lambda: cached(*square(), start=4), ["start is 4", "6 tokens", "9 positions"]),
+    "cache, begin": (lambda: cached(*square(), start=jnp.asarray([0, -1])), ["start is -1", "6 tokens"]),
+    "positions": (lambda: rotated(jnp.arange(3, 6)), ["from 3 to 5", "positions 0 to 4", "create one with more"]),
+    "positions of samples": (lambda: rotated(jnp.asarray([[0, 1, 2], [-1, 0, 1]])), ["from -1 to 2"]),
+    "one position": (lambda: rotated(jnp.zeros(1, int)), ["int32 of shape (1,)", "(3,) or (2, 3)"]),
+    "one sample's positions": (lambda: rotated(jnp.zeros((1, 3), int)), ["int32 of shape (1, 3)", "(3,) or (2, 3)"]),
+    "positions that are not whole": (lambda: rotated(jnp.zeros(3)), ["float32 of shape (3,)", "whole number"]),
     "kernel name": (lambda: kernel("nalla"), ["'nalla'", "choose one of", *KERNELS]),
     "feature name": (lambda: feature_map("elu"), ["'elu'", "choose one of", *FEATURE_MAPS]),
     "feature name in attention": (lambda: attend("softmax"), ["'softmax'", "choose one of", "elu_plus_one"]),

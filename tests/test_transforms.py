@@ -6,8 +6,9 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from jax.sharding import AxisType, NamedSharding, PartitionSpec
 from scipy import stats
-from tolerances import EPS, FORMULA, assert_close
+from tolerances import EPS, FORMULA, LAYER, assert_close
 
 from flowgen.transforms import Box, Chain, Positive, Simplex, Standardise, Transform, transformed_log_prob
 
@@ -16,6 +17,7 @@ INF = math.inf
 
 MIXED = Box([0.0, -1.0, -INF, -INF], [2.0, INF, 3.0, INF])
 SCALED = Standardise([1.0, -2.0, 0.5, 0.0], [2.0, 0.5, 1.0, 3.0])
+SCALED_ONE = Standardise(1.0, 2.0)
 # Transforms and the shape of an event of u.
 CASES = {
     "interval": (Box(-0.5, 2.0), (4,)),
@@ -204,6 +206,57 @@ def test_bounds_can_be_learned_and_mapped():
     boxes = jax.vmap(Box)(jnp.asarray([0.0, -1.0]), jnp.asarray([1.0, 1.0]))
     mapped, _ = jax.vmap(lambda box: box.forward(jnp.asarray([0.25, 0.5])))(boxes)
     assert_close(mapped[1], Box(-1.0, 1.0).forward(jnp.asarray([0.25, 0.5]))[0], FORMULA)
+
+
+BOUNDS = {"interval": (-0.5, 2.0), "lower": (-0.5, INF), "upper": (-INF, 2.0)}
+
+
+@pytest.mark.usefixtures("x64")
+@pytest.mark.parametrize("name", BOUNDS)
+def test_samples_are_differentiable_in_their_bounds(name):
+    """In both modes, inside and outside jit, through a chain, and at values that rounding brings to a bound."""
+    low, high = BOUNDS[name]
+    u = np.array([-60.0, -2.0, 0.3, 1.5, 60.0])
+
+    def sample(low, high, transform=lambda x: x):
+        return Chain((Box(low, high), SCALED_ONE)).inverse(transform(jnp.asarray(u)))[0]
+
+    def formula(low, high):  # x = low + width · sigmoid((u · 2) + 1), or one softplus
+        v = 2 * u + 1
+        both = low + (high - low) / (1 + np.exp(-v)) if name == "interval" else None
+        return {"interval": both, "lower": low + np.logaddexp(v, 0), "upper": high - np.logaddexp(-v, 0)}[name]
+
+    assert_close(sample(low, high), formula(low, high), EXACT)
+    finite = [i for i, bound in enumerate((low, high)) if math.isfinite(bound)]
+    bounds = jnp.asarray(low), jnp.asarray(high)
+    for i in finite:
+        moved = [np.array([low, high]) + sign * 1e-6 * np.eye(2)[i] for sign in (1, -1)]
+        numeric = (formula(*moved[0]) - formula(*moved[1])) / 2e-6
+        for mode in (jax.jacfwd, jax.jacrev):
+            slopes = mode(sample, argnums=i)
+            assert_close(slopes(*bounds), numeric, 1e-8)
+            assert_close(jax.jit(slopes)(*bounds), numeric, 1e-8)
+    mapped = jax.vmap(lambda shift: sample(low + shift, high + shift))(jnp.arange(2.0))
+    assert_close(mapped[1], formula(low + 1, high + 1), EXACT)
+
+
+@pytest.mark.parametrize("jitted", [False, True])
+def test_events_may_be_divided_over_explicit_axes(case, jitted):
+    transform, u = case
+    u = jnp.asarray(u[:4], jnp.float32)
+    mesh = jax.make_mesh((4,), ("data",), axis_types=(AxisType.Explicit,), devices=jax.devices()[:4])
+
+    def both(u):
+        x, logdet = transform.inverse(u)
+        return x, logdet, *transform.forward(x)
+
+    expected = both(u)
+    with jax.set_mesh(mesh):
+        given = jax.device_put(u, NamedSharding(mesh, PartitionSpec("data")))
+        results = (jax.jit(both) if jitted else both)(given)
+    for x, y in zip(results, expected, strict=True):
+        assert jax.typeof(x).sharding.spec[0] == "data"
+        assert_close(x, y, LAYER, scale=np.abs(y).max() + 1)
 
 
 def test_standardise_takes_its_arrays_from_data():

@@ -29,6 +29,7 @@ from flowgen.attention.cache import (
     causal_kernel,
     init_kv_cache,
 )
+from flowgen.attention.causal import Causal
 from flowgen.attention.decay import gated_linear_attention, retention, retention_log_decay
 from flowgen.attention.delta import DeltaState, delta_rule, gated_delta_rule, gated_delta_step, init_delta_state
 from flowgen.attention.features import (
@@ -60,15 +61,7 @@ from flowgen.attention.kernels import (
     kernel,
 )
 from flowgen.attention.landmarks import gaussian_landmark_attention, gaussian_landmark_map
-from flowgen.attention.linear import (
-    Causal,
-    attend_features,
-    init_state,
-    linear_attention,
-    prefill,
-    quadratic_products,
-    step,
-)
+from flowgen.attention.linear import attend_features, init_state, linear_attention, prefill, quadratic_products, step
 from flowgen.attention.masks import own_keys
 from flowgen.attention.modules import LinearAttention, NaLaAttention, SOFTAttention
 from flowgen.attention.prefix import Features, LinearState, prefix_product

@@ -18,7 +18,7 @@ import jax.numpy as jnp
 from jax.typing import DTypeLike
 from jaxtyping import Array, Float, Int
 
-from flowgen.attention.checks import check_floats
+from flowgen.attention.checks import check_heads, concrete
 from flowgen.attention.features import FeatureMap
 from flowgen.attention.kernels import KERNELS, Kernel, State, kernel
 from flowgen.attention.slices import Start, positions, put
@@ -111,10 +111,13 @@ def attend_kv_window(
     slots 0..start+i; later slots must contain finite numbers, but have no effect. You can therefore process the same
     tokens again with the returned cache. Each key head serves h/g query heads.
 
+    Raises ValueError if shapes or dtypes do not match, or if the window ends beyond the cache; a traced start is not
+    checked.
+
     Example:
         out, cache = attend_kv_window(q, k, v, cache, start=12)
     """
-    check_floats(q=q, k=k, v=v)
+    _check_window(q, k, v, cache, start)
 
     def run(q, k, v, cache, start):
         keys = put(cache.keys, k.swapaxes(1, 2).astype(cache.keys.dtype), start, axis=2)
@@ -126,6 +129,27 @@ def attend_kv_window(
     letters = ("b n h k", "b g m k", "b g m k")
     out, keys, values = keep_axes(run, q, k, v, cache, start, named=named, out=letters)
     return out, KVCache(keys, values)
+
+
+def _check_window(q: Array, k: Array, v: Array, cache: KVCache, start: Start) -> None:
+    check_heads(q, k, v)
+    n, slots, first = q.shape[1], cache.keys.shape[2], concrete(start)
+    if k.shape[1] != n:
+        raise ValueError(f"q has shape {q.shape} and k has shape {k.shape}, but a window has one key per query.")
+    for name, slot, x in (("keys", cache.keys, k), ("values", cache.values, v)):
+        wanted = (x.shape[0], x.shape[2], slots, x.shape[3])
+        if slot.shape != wanted:
+            raise ValueError(
+                f"cache.{name} has shape {slot.shape}, but must be (batch, heads, positions, width) = {wanted}; create "
+                "the cache with init_kv_cache."
+            )
+    if first is None or not isinstance(n, int) or not isinstance(slots, int) or first.size == 0:
+        return
+    if first.min() < 0 or first.max() + n > slots:
+        raise ValueError(
+            f"start is {first.max() if first.min() >= 0 else first.min()}, but a window of {n} tokens must lie in the "
+            f"{slots} positions of the cache; create a longer cache."
+        )
 
 
 def _recurrent(kernel: Kernel) -> CausalKernel:

@@ -17,15 +17,16 @@ from flowgen.backend import keep_axes
 QUADRATIC_LIMIT = 4096 * 4096
 
 
-def check_heads(q: Array, k: Array, v: Array) -> None:
-    """Raises ValueError unless q is `b n h k`, k is `b m g k`, v is `b m g d`, and h is a multiple of g."""
+def check_heads(q: Array, k: Array, v: Array, *, heads: int = 2) -> None:
+    """Raises ValueError unless q is `b n h k`, k is `b m g k`, v is `b m g d`, and h is a multiple of g.
+
+    heads: the axis of the heads, 2 or, if it comes before the tokens, 1.
+    """
     check_floats(q=q, k=k, v=v)
+    axes = "batch, tokens, heads, width" if heads == 2 else "batch, heads, tokens, width"
     for name, array in {"q": q, "k": k, "v": v}.items():
         if array.ndim != 4:
-            raise ValueError(
-                f"{name} has shape {array.shape}, but attention expects (batch, tokens, heads, width). Add or split "
-                "an axis."
-            )
+            raise ValueError(f"{name} has shape {array.shape}, but attention expects ({axes}). Add or split an axis.")
     if k.shape[:3] != v.shape[:3]:
         raise ValueError(
             f"k has shape {k.shape} and v has shape {v.shape}, but their batch, token and head axes must be equal."
@@ -34,9 +35,9 @@ def check_heads(q: Array, k: Array, v: Array) -> None:
         raise ValueError(f"q has shape {q.shape} and k has shape {k.shape}, but their batch sizes must be equal.")
     if q.shape[3] != k.shape[3]:
         raise ValueError(f"q has shape {q.shape} and k has shape {k.shape}, but their head widths must be equal.")
-    if k.shape[2] == 0 or q.shape[2] % k.shape[2]:
+    if k.shape[heads] == 0 or q.shape[heads] % k.shape[heads]:
         raise ValueError(
-            f"q has {q.shape[2]} heads and k has {k.shape[2]}, but "
+            f"q has {q.shape[heads]} heads and k has {k.shape[heads]}, but "
             "the number of query heads must be a multiple of the number of key heads."
         )
 
@@ -60,22 +61,31 @@ def check_causal(q: Array, k: Array) -> None:
         )
 
 
-def check_mask(mask: Array | None, q: Array, k: Array) -> Bool[Array, "#b #h #n #m"] | None:
-    """Returns the mask; raises ValueError unless it is boolean (True for keys to keep) and broadcasts to `b h n m`."""
+def check_mask(mask: Array | None, q: Array, k: Array, *, heads: int = 2) -> Bool[Array, "#b #h #n #m"] | None:
+    """Returns the mask; raises ValueError unless it is boolean (True for keys to keep) and broadcasts to `b h n m`.
+
+    heads: the axis of the heads in q and k, as in `check_heads`.
+    """
     if mask is None:
         return None
-    full = (q.shape[0], q.shape[2], q.shape[1], k.shape[1])
+    tokens = 3 - heads
+    full = (q.shape[0], q.shape[heads], q.shape[tokens], k.shape[tokens])
     if mask.ndim != 4 or any(have not in (1, want) for have, want in zip(mask.shape, full, strict=True)):
         raise ValueError(
             f"mask has shape {mask.shape}, which does not broadcast to (batch, heads, queries, keys) = {full}; "
             "pass a padding mask `valid` of shape (batch, keys) as valid[:, None, None, :]."
         )
+    check_boolean(mask)
+    return jnp.asarray(mask)
+
+
+def check_boolean(mask: Array) -> None:
+    """Raises ValueError unless a mask is boolean."""
     if jnp.result_type(mask) != jnp.bool_:
         raise ValueError(
             f"mask has dtype {jnp.result_type(mask)}, but must be boolean, True for the keys to keep. Pass "
             "`mask == 0` if your mask is added to the logits, or `mask != 0` if it has ones for the keys to keep."
         )
-    return jnp.asarray(mask)
 
 
 def check_key_mask(mask: Array, q: Array, k: Array) -> Bool[Array, "#b #g 1 m"]:
@@ -118,7 +128,7 @@ def repeat_key_heads(
     return keep_axes(repeated, k, v, named=[(q, "b n h p")], out=("b m h p", "b m h d"))
 
 
-def concrete(x: Array) -> np.ndarray | None:
+def concrete(x: Array | int) -> np.ndarray | None:
     """Returns the values of an array, or None if it is traced or partly stored on devices of other processes."""
     if isinstance(x, Tracer) or not getattr(x, "is_fully_addressable", True):
         return None

@@ -6,6 +6,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int
 
+from flowgen.attention.causal import Causal
 from flowgen.attention.checks import (
     check_causal,
     check_floats,
@@ -15,7 +16,7 @@ from flowgen.attention.checks import (
     check_segments,
     hide_keys,
 )
-from flowgen.attention.linear import Causal, quadratic_products, seen_pairs
+from flowgen.attention.linear import quadratic_products, seen_pairs
 from flowgen.attention.prefix import CHUNK_SIZE, Features, LinearState, prefix_product
 from flowgen.backend import keep_axes
 
@@ -51,11 +52,6 @@ def gated_linear_attention(
     """
     check_heads(q, k, v)
     check_causal(q, k)
-    if log_decay.shape != k.shape[:3]:
-        raise ValueError(
-            f"log_decay has shape {log_decay.shape}, but must be (batch, tokens, key heads) = {k.shape[:3]}."
-        )
-    check_segments(segment_ids, q, k)
     check_floats(log_decay=log_decay)
     dtype = jnp.promote_types(q.dtype, jnp.float32)
     features = Features(q.astype(dtype) * q.shape[-1] ** -0.5, k)

@@ -15,7 +15,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float
 
-from flowgen.attention.checks import check_floats
+from flowgen.attention.checks import check_boolean, check_floats
 from flowgen.attention.linalg import unit_lower_inverse
 from flowgen.attention.prefix import decay_weights
 from flowgen.backend import keep_axes, varying
@@ -75,7 +75,8 @@ def gated_delta_rule(
     sure that β |k|² is at most 2 for every token; otherwise, the state can grow without bound.
     scale: the factor by which q is multiplied, after the division if there is one; None means (width of k)^-0.5.
 
-    Raises ValueError if shapes do not match, if an array is not floating-point, or if chunk_size is below 1.
+    Raises ValueError if shapes do not match, if an array is not floating-point, if the mask is not boolean, or if
+    chunk_size is below 1.
 
     Example:
         out, state = gated_delta_rule(q, k, v, jax.nn.sigmoid(b), -jax.nn.softplus(g))
@@ -267,6 +268,7 @@ def _key_mask(mask: Array, batch: int, n: int) -> Bool[Array, "b n"]:
             f"mask has shape {mask.shape}, but (batch, tokens) is {(batch, n)}. "
             "Pass a key mask, `b n` or `b 1 1 n`; causal order needs no mask."
         )
+    check_boolean(mask)
     return jnp.broadcast_to(keep, (batch, n))
 
 

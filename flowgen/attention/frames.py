@@ -10,7 +10,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float
 
 from flowgen import backend
-from flowgen.attention.checks import check_floats
+from flowgen.attention.checks import check_heads
 from flowgen.attention.softmax import attend_in_parts
 from flowgen.backend import keep_axes
 
@@ -44,15 +44,19 @@ class FrameWindow:
 
         The class docstring states which frames. Attention is computed frame by frame, without an n x n mask.
 
-        Raises ValueError unless the tokens after the prefix form one or more complete frames.
+        Raises ValueError unless the tokens after the prefix form one or more complete frames, and q, k and v match.
         """
+        check_heads(q, k, v)
+        if k.shape[1] != q.shape[1]:
+            raise ValueError(
+                f"q has shape {q.shape} and k has shape {k.shape}, but a frame window needs as many keys as queries."
+            )
         frames, rest = divmod(q.shape[1] - self.prefix, self.tokens)
         if rest or frames < 1:
             raise ValueError(
                 f"q has {q.shape[1]} tokens, but the tokens after the prefix of {self.prefix} must form frames of "
                 f"{self.tokens} tokens each."
             )
-        check_floats(q=q, k=k, v=v)
         return _attend(q, k, v, self, backend.MAX_LOGITS)
 
 

@@ -4,10 +4,11 @@ from __future__ import annotations
 
 from jaxtyping import Array, Float
 
+from flowgen.attention.causal import Causal
 from flowgen.attention.checks import check_heads
 from flowgen.attention.features import DirectionMap, cosformer_features, focused_features, nala_features
 from flowgen.attention.kernels import InlineKernel, PolaKernel
-from flowgen.attention.linear import EPS, Causal, linear_attention
+from flowgen.attention.linear import EPS, linear_attention
 
 
 def nala_attention(

@@ -13,11 +13,12 @@ from jax import lax
 from jax.typing import DTypeLike
 from jaxtyping import Array, Bool, Float, Num
 
+from flowgen.attention.causal import Causal
 from flowgen.attention.checks import check_heads, check_mask, hide_keys
 from flowgen.attention.equality import ByFields
 from flowgen.attention.features import FeatureMap
 from flowgen.attention.kernels import KERNELS, FeatureKernel, Kernel, Keys, Queries, Values, kernel
-from flowgen.attention.linear import Causal, attend_features
+from flowgen.attention.linear import attend_features
 from flowgen.attention.masks import own_keys
 from flowgen.attention.prefix import Features
 from flowgen.attention.soft import soft_attention

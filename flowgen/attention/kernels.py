@@ -10,20 +10,12 @@ from einops import rearrange
 from jax.typing import DTypeLike
 from jaxtyping import Array, Bool, Float, Int, PyTree
 
+from flowgen.attention.causal import Causal, as_causal
 from flowgen.attention.checks import check_causal, check_heads, check_key_mask, check_mask, hide_keys, is_key_mask
 from flowgen.attention.decay import retention, retention_of_pairs
 from flowgen.attention.equality import ByFields
 from flowgen.attention.features import FEATURE_MAPS, FeatureMap, per_head, signless_power
-from flowgen.attention.linear import (
-    EPS,
-    Causal,
-    as_causal,
-    init_state,
-    linear_attention,
-    normalised,
-    prefill,
-    products,
-)
+from flowgen.attention.linear import EPS, init_state, linear_attention, normalised, prefill, products
 from flowgen.attention.masks import hide_queries, split_pairs
 from flowgen.attention.prefix import Features, LinearState, empty_state, keep_keys, prefix_product
 from flowgen.attention.segments import alike

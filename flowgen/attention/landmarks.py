@@ -6,10 +6,11 @@ from dataclasses import dataclass
 
 from jaxtyping import Array, Float
 
+from flowgen.attention.causal import Causal
 from flowgen.attention.checks import check_heads, check_mask, hide_keys
 from flowgen.attention.equality import ByFields
 from flowgen.attention.features import FeatureMap
-from flowgen.attention.linear import Causal, linear_attention, products
+from flowgen.attention.linear import linear_attention, products
 from flowgen.attention.prefix import Features
 from flowgen.attention.soft import gaussian_landmark_features
 

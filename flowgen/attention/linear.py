@@ -9,9 +9,7 @@ key heads than query heads (GQA).
 
 from __future__ import annotations
 
-from dataclasses import dataclass
 from functools import partial
-from typing import Literal
 
 import jax
 import jax.numpy as jnp
@@ -19,6 +17,7 @@ from einops import rearrange
 from jax.typing import DTypeLike
 from jaxtyping import Array, Bool, Float, Int
 
+from flowgen.attention.causal import Causal, as_causal
 from flowgen.attention.checks import (
     check_causal,
     check_heads,
@@ -39,6 +38,7 @@ from flowgen.attention.prefix import (
     Features,
     LinearState,
     Tokens,
+    check_features,
     empty_state,
     finite_prefix_product,
     keep_keys,
@@ -49,36 +49,6 @@ from flowgen.attention.slices import positions
 from flowgen.backend import keep_axes
 
 EPS = 1e-6
-
-
-@dataclass(frozen=True)
-class Causal:
-    """Options of causal linear attention, passed as `is_causal` in place of True.
-
-    block_size: number of tokens in a block; each token attends to its whole block and to all earlier blocks. 1 means
-    that each token attends to itself and to all earlier tokens.
-    chunk_size: number of tokens that are processed in parallel; it affects speed, memory and rounding.
-    implementation: "xla", or "pallas" for the TPU kernel in `flowgen.attention.pallas`. "pallas" requires block_size 1
-    and a chunk_size that is a power of two and at least 16, and does not support segment_ids.
-    """
-
-    block_size: int = 1
-    chunk_size: int = CHUNK_SIZE
-    implementation: Literal["xla", "pallas"] = "xla"
-
-    def __post_init__(self):
-        if self.implementation not in ("xla", "pallas"):
-            raise ValueError(f"implementation must be 'xla' or 'pallas', not {self.implementation!r}.")
-        for name in ("block_size", "chunk_size"):
-            if getattr(self, name) < 1:
-                raise ValueError(f"{name} must be at least 1, not {getattr(self, name)}.")
-
-
-def as_causal(is_causal: bool | Causal) -> Causal | None:
-    """Returns the options of causal attention, or None if attention is not causal."""
-    if isinstance(is_causal, Causal):
-        return is_causal
-    return Causal() if is_causal else None
 
 
 def linear_attention(
@@ -152,7 +122,7 @@ def products(
     segment_ids: Int[Array, "b n"] | None = None,
 ) -> tuple[Float[Array, "b n h d"], Float[Array, "b n h"]]:
     """Returns the numerators Σ_j φ(q_i)·φ(k_j) v_j and the normalisers Σ_j φ'(q_i)·φ'(k_j) of `attend_features`."""
-    check_heads(features.q, features.k, v)
+    check_features(features, v)
     q, k = features.q, features.k
     mask = check_mask(mask, q, k)
     causal = as_causal(is_causal)
@@ -219,9 +189,13 @@ def quadratic_products(
     mask: True for keys to keep; None keeps all keys.
     factors: finite numbers by which the weights of both sums are multiplied; None means no factors.
 
+    Raises ValueError if shapes, dtypes or the mask do not match.
+
     Example:
         out, total = quadratic_products(Features(q, k), v, mask)
     """
+    check_features(features, v)
+    mask = check_mask(mask, features.q, features.k)
 
     def run(features, v, mask, factors):
         dtype = jnp.promote_types(jnp.result_type(features.k, v), jnp.float32)

@@ -1,8 +1,7 @@
 """Flax modules that add projections, gates, norms and convolutions from the papers to the attention functions.
 
 All modules map `b n d` to `b n width`. Modules that can be causal also support decoding with an explicit state:
-`init_state(batch)`, `prefill(x, state)` for several tokens and `step(x, state)` for one. The module itself keeps no
-state.
+`init_state(batch)`, `prefill(x, state)` for several tokens and `step(x, state)` for one.
 """
 
 from __future__ import annotations
@@ -17,11 +16,12 @@ from flax import linen as nn
 from jax.typing import DTypeLike
 from jaxtyping import Array, Float, Int
 
+from flowgen.attention.causal import Causal, as_causal
 from flowgen.attention.checks import check_key_mask
 from flowgen.attention.features import DirectionMap, FeatureMap, nala_features
 from flowgen.attention.grids import as_image, as_tokens, check_grid, fold, unfold
 from flowgen.attention.kernels import FeatureKernel, Kernel, State, kernel
-from flowgen.attention.linear import EPS, Causal, as_causal
+from flowgen.attention.linear import EPS
 from flowgen.attention.prefix import LinearState
 from flowgen.attention.rotary import rotary_grid, rotary_line
 from flowgen.attention.soft import (
@@ -47,8 +47,7 @@ class LinearAttention(nn.Module):
     kernel: a name in `flowgen.attention.KERNELS`, your own kernel, or a feature map.
     num_kv_heads: number of key heads, a divisor of num_heads; num_heads / num_kv_heads query heads share each key head.
     None means num_heads.
-    is_causal: whether attention is causal. A `Causal` means True and sets options. The methods for decoding require
-    causal attention with block_size 1.
+    is_causal: whether attention is causal; a `Causal` sets options. Decoding requires this, with block_size 1.
     use_bias: whether the dense layers have biases.
 
     Example:
@@ -104,8 +103,7 @@ class LinearAttention(nn.Module):
     ) -> tuple[Float[Array, "b n width"], State]:
         """Returns the outputs of the next n tokens of each sequence, and the state after them.
 
-        state: the state after the earlier tokens; None means that there are none.
-        mask: a key mask, True for tokens to keep.
+        state: the state after the earlier tokens, if any. mask: a key mask, True for tokens to keep.
 
         Raises ValueError unless attention is causal with block_size 1.
         """
@@ -181,11 +179,10 @@ class NaLaAttention(nn.Module):
     ) -> Float[Array, "b n width"]:
         """Returns the layer's output.
 
-        grid: (height, width) of the grid of tokens, which are in row-major order; None if is_causal is True.
-        mask: a key mask `b 1 1 n`, True for tokens to keep.
+        grid: (height, width) of the grid of tokens in row-major order; None if is_causal is True. mask: a key mask
+        `b 1 1 n`, True for tokens to keep.
 
-        Raises ValueError if is_causal is True and a grid is given. If is_causal is False and conv or rotary is True,
-        raises ValueError unless a grid is given and matches the number of tokens.
+        Raises ValueError if the grid does not match the number of tokens, or is missing but required by conv or rotary.
         """
         if self.is_causal:
             if grid is not None:
@@ -215,8 +212,7 @@ class NaLaAttention(nn.Module):
     ) -> tuple[Float[Array, "b n width"], NaLaState]:
         """Returns the outputs of the next n tokens of each sequence, and the state after them.
 
-        state: the state after the earlier tokens; None means that there are none.
-        mask: a key mask `b 1 1 n`, True for tokens to keep.
+        state: the state after the earlier tokens, if any. mask: a key mask `b 1 1 n`, True for tokens to keep.
 
         Raises ValueError unless is_causal is True.
         """
@@ -263,10 +259,9 @@ class NaLaAttention(nn.Module):
 
 
 class SOFTAttention(nn.Module):
-    """The attention layer of SOFT (arXiv 2110.11945): proj(SOFT(q, k, v) + conv(v)). This layer cannot be causal.
+    """The attention layer of SOFT (arXiv 2110.11945), which cannot be causal: proj(SOFT(q, k, v) + conv(v)).
 
-    Dense layers compute q, k and v from the input. SOFT is `soft_attention`, conv a convolution of v on the
-    grid, and proj a dense layer.
+    Dense layers compute q, k and v. SOFT is `soft_attention`, conv a convolution on the grid, and proj a dense layer.
 
     tied: whether the queries are also used as keys, as in the paper.
     landmarks: how landmarks are computed from the keys. "pool" averages `num_landmarks` runs of consecutive keys or, if
@@ -274,8 +269,7 @@ class SOFTAttention(nn.Module):
     stride are both `stride`; all heads share its weights. "conv_norm_gelu" then also applies LayerNorm and GELU, as in
     the released code.
     num_landmarks: used only by "pool". With a grid, it is the largest number of cells.
-    value_conv: the kernel size of conv, which has one filter per head; 0 means that conv(v) is omitted. Successive
-    stages of the released backbones use 9, 5 and 3.
+    value_conv: the kernel size of conv, which has one filter per head; 0 leaves conv(v) out.
     ridge, solver, normalize: see `soft_attention`.
 
     Example:
@@ -319,12 +313,10 @@ class SOFTAttention(nn.Module):
     ) -> Float[Array, "b n width"]:
         """Returns the layer's output.
 
-        grid: (height, width) of the grid of tokens, which are in row-major order. None is allowed only if landmarks is
-        "pool" and value_conv is 0.
-        mask: a key mask `b 1 1 n`, True for tokens to keep. It must be None unless landmarks is "pool".
+        grid: (height, width) of the grid of tokens in row-major order; None only if landmarks is "pool" and value_conv
+        is 0. mask: a key mask `b 1 1 n`, True for tokens to keep; None unless landmarks is "pool".
 
-        Raises ValueError if a required grid is missing, if the grid does not match the number of tokens, or if the mask
-        is not allowed.
+        Raises ValueError if the grid or the mask does not fit.
         """
 
         def heads(y):

@@ -22,7 +22,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int
 
-from flowgen.attention.checks import check_contiguous
+from flowgen.attention.checks import check_causal, check_heads, check_key_mask, check_segments
 from flowgen.attention.linalg import HIGHEST
 from flowgen.attention.segments import finite, spoil, spoiled
 from flowgen.backend import keep_axes, varying
@@ -88,6 +88,18 @@ class _Chunk(NamedTuple):
     segment: Int[Array, "b c"] | None
 
 
+def check_features(features: Features, v: Array) -> None:
+    """Raises ValueError unless the features and v have the axes that `Features` states, in floating point."""
+    check_heads(features.q, features.k, v)
+    norm_q, norm_k = features.normaliser
+    for name, norm, other in (("norm_q", norm_q, features.q), ("norm_k", norm_k, features.k)):
+        if norm.shape[:-1] != other.shape[:-1] or norm.shape[-1:] != norm_k.shape[-1:]:
+            raise ValueError(
+                f"{name} has shape {norm.shape}, but needs the axes {other.shape[:-1]} of the numerator's features, "
+                f"and the width {norm_k.shape[-1]} of norm_k."
+            )
+
+
 def empty_state(features: Features, v: Float[Array, "b n g d"]) -> LinearState:
     """Returns the state before the first token, with shapes that match these arrays and at least float32 precision."""
     dtype = jnp.promote_types(jnp.result_type(features.k, v), jnp.float32)
@@ -133,13 +145,21 @@ def prefix_product(
     chunk_size: the number of tokens that are processed in parallel, rounded up to whole blocks; it affects speed,
     memory and rounding.
 
+    Raises ValueError if shapes, dtypes or the mask do not match.
+
     Example:
         out, total, state = prefix_product(Features(q, k), v)
     """
     if chunk_size < 1 or block_size < 1:
         raise ValueError(f"chunk_size is {chunk_size} and block_size is {block_size}, but both must be at least 1.")
-    if segment_ids is not None:
-        check_contiguous(segment_ids)
+    check_features(features, v)
+    check_causal(features.q, features.k)
+    check_segments(segment_ids, features.q, features.k)
+    mask = None if mask is None else check_key_mask(mask, features.q, features.k)
+    if log_decay is not None and log_decay.shape != v.shape[:3]:
+        raise ValueError(
+            f"log_decay has shape {log_decay.shape}, but must be (batch, tokens, key heads) = {v.shape[:3]}."
+        )
     kv, norm, length = _state_shapes(features, v)
     if state is not None and (state.kv.shape, state.norm.shape) != (kv, norm):
         raise ValueError(

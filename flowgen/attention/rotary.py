@@ -9,6 +9,7 @@ import numpy as np
 from einops import rearrange
 from jaxtyping import Array, Float, Int
 
+from flowgen.attention.checks import concrete
 from flowgen.backend import keep_axes
 
 
@@ -84,7 +85,8 @@ def rotate(
 
     rotary: the cosines and sines for r pairs of channels. If x has several times 2r channels, each run of 2r channels
     is rotated in the same way. If the number of channels is no multiple of 2r, the function raises ValueError.
-    positions: the positions of the n tokens, as row numbers of the arrays in `rotary`.
+    positions: the positions of the n tokens, as row numbers of the arrays in `rotary`. Positions that these arrays do
+    not have raise ValueError; if they are traced, their tokens are NaN instead.
 
     Example:
         y = rotate(x, rotary_line(256, 64), jnp.arange(x.shape[1]))
@@ -92,13 +94,29 @@ def rotate(
     pairs = rotary.cos.shape[1]
     if x.shape[-1] % (2 * pairs):
         raise ValueError(f"x has {x.shape[-1]} channels, but the rotary table needs a multiple of {2 * pairs}.")
+    _check_positions(positions, x.shape[:2], len(rotary.cos))
 
     def look_up(positions):
-        return tuple(jnp.asarray(table, x.dtype)[positions] for table in rotary)
+        tables = (jnp.asarray(table, x.dtype).at[positions] for table in rotary)
+        return tuple(table.get(mode="fill", fill_value=jnp.nan, wrap_negative_indices=False) for table in tables)
 
     letters = "b n r" if positions.ndim == 2 else "n r"
     cos, sin = keep_axes(look_up, positions, named=[(positions, letters[:-2])], out=(letters, letters))
     return turn(x, cos, sin)
+
+
+def _check_positions(positions: Array, tokens: tuple[int, ...], limit: int) -> None:
+    if positions.shape not in (tokens, tokens[1:]) or not jnp.issubdtype(positions.dtype, jnp.integer):
+        raise ValueError(
+            f"positions are {positions.dtype} of shape {positions.shape}, but x needs one whole number per token, of "
+            f"shape {tokens[1:]} or {tokens}."
+        )
+    known = concrete(positions)
+    if known is not None and known.size and not 0 <= known.min() <= known.max() < limit:
+        raise ValueError(
+            f"positions run from {known.min()} to {known.max()}, but the rotary table has the positions 0 to "
+            f"{limit - 1}; create one with more."
+        )
 
 
 def turn(

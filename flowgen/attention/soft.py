@@ -20,7 +20,7 @@ import jax.numpy as jnp
 from einops import rearrange
 from jaxtyping import Array, Bool, Float, Int
 
-from flowgen.attention.checks import check_floats
+from flowgen.attention.checks import check_boolean, check_floats
 from flowgen.attention.linalg import (
     HIGHEST,
     Ridge,
@@ -271,8 +271,7 @@ def _check_tokens(q: Array, k: Array, v: Array) -> None:
 def _key_padding(mask: Array, k: Array) -> Bool[Array, "b m"]:
     """Returns a key mask `b m` or `b 1 1 m` as `b m`; raises ValueError for any other mask."""
     batch, length = k.shape[:2]
-    if jnp.result_type(mask) != jnp.bool_:
-        raise ValueError(f"mask has dtype {jnp.result_type(mask)}, but must be boolean, True for the keys to keep.")
+    check_boolean(mask)
     keys = mask[:, 0, 0] if mask.ndim == 4 and mask.shape[1:3] == (1, 1) else mask
     if keys.ndim != 2 or keys.shape[0] not in (1, batch) or keys.shape[1] not in (1, length):
         raise ValueError(

@@ -33,9 +33,13 @@ def attend_heads(
     mask: True for keys to keep; it must broadcast to `b h n m`. None keeps all keys. If all keys of a query are masked,
     its output is 0.
 
+    Raises ValueError if shapes, dtypes or the mask do not match.
+
     Example:
         out = attend_heads(q.swapaxes(1, 2), k.swapaxes(1, 2), v.swapaxes(1, 2), None)
     """
+    check_heads(q, k, v, heads=1)
+    mask = check_mask(mask, q, k, heads=1)
     return _attend_in_parts(q, k, v, mask, None, None)
 
 

@@ -26,7 +26,7 @@ from jax.core import Tracer
 from jaxtyping import Array, Float, Key
 
 from flowgen.arrays import at_least_float32, check_count, check_floating, check_key, shown
-from flowgen.backend import nan_if
+from flowgen.backend import nan_if, take_rows
 from flowgen.inference.densities import LogDensity, density_at, flow_log_densities, tempered, value_and_score
 from flowgen.inference.programs import call_program
 from flowgen.weights import (
@@ -342,7 +342,7 @@ def _stage(
 
     def resampled(x, log_weight):
         chosen = systematic_indices(log_weight, len(x), offset)
-        return x[chosen], jnp.full_like(log_weight, log_mean_exp(log_weight))
+        return take_rows(x, chosen), jnp.zeros_like(log_weight) + log_mean_exp(log_weight)
 
     unequal = (ess < resample_below) & (ess > 0)  # The ess is 0 if all weights are.
     x, log_weight = lax.cond(unequal, resampled, lambda *unchanged: unchanged, x, log_weight)

@@ -18,7 +18,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float, Integer, Key, Num, PyTree
 
 from flowgen.arrays import at_least_float32, check_count, check_floating, check_key, shown
-from flowgen.backend import nan_if
+from flowgen.backend import nan_if, take_rows
 from flowgen.conditioning import AnyCondition
 from flowgen.decoding.plan import Plan
 from flowgen.decoding.sampler import sample_and_log_prob
@@ -205,7 +205,7 @@ def resample(key: Key[Array, ""], x: PyTree, log_weight: Float[Array, " b"], num
     none = jnp.isneginf(log_weight).all()
 
     def taken(part):
-        rows = part[chosen]
+        rows = take_rows(part, chosen)
         return rows + nan_if(none, rows.dtype) if jnp.issubdtype(rows.dtype, jnp.floating) else rows
 
     return jax.tree.map(taken, x)

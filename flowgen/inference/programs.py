@@ -16,6 +16,8 @@ from typing import Any
 import jax
 import numpy as np
 
+from flowgen.backend import on_mesh_of
+
 LIBRARY = __name__.partition(".")[0]
 
 
@@ -48,7 +50,8 @@ def call_program(program: Callable[..., Any], functions: tuple[Any, ...], *args:
     leaves, tree = jax.tree.flatten(jax.tree.map(_with_owner, functions, is_leaf=_is_foreign), is_leaf=_is_foreign)
     fixed = tuple(None if _is_array(leaf) else leaf for leaf in leaves)
     if not all(leaf is None or _is_own(leaf) for leaf in fixed):
-        return program(functions, *args, **options)
+        # The constants of the program need the mesh of the samples.
+        return on_mesh_of(partial(program, functions, **options), *args)
     arrays = [leaf for leaf in leaves if _is_array(leaf)]
     return _run(arrays, args, program=program, tree=tree, fixed=fixed, options=tuple(sorted(options.items())))
 
@@ -57,7 +60,7 @@ def call_program(program: Callable[..., Any], functions: tuple[Any, ...], *args:
 def _run(arrays: list[Any], args: tuple[Any, ...], *, program: Any, tree: Any, fixed: Any, options: Any) -> Any:
     given = iter(arrays)
     functions = tree.unflatten([next(given) if leaf is None else leaf for leaf in fixed])
-    return program(functions, *args, **dict(options))
+    return on_mesh_of(partial(program, functions, **dict(options)), *args)
 
 
 def _with_owner(function: Any) -> Any:

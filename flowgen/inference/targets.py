@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 
 import jax
@@ -51,7 +52,7 @@ class ManyWell:
             log_p = ManyWell(4).log_density(jnp.zeros((10, 4)))
         """
         x = at_least_float32("x", x)
-        if x.ndim < 2 or x[0].size != self.dim:
+        if x.ndim < 2 or math.prod(x.shape[1:]) != self.dim:
             raise ValueError(f"x is {shown(x)}; give samples `b *event` of {self.dim} coordinates each.")
         pairs = x.reshape(len(x), self.dim // 2, 2)
         return (_log_first(pairs[..., 0]) - 0.5 * jnp.square(pairs[..., 1])).sum(axis=-1)

@@ -11,7 +11,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float
 
-from flowgen.backend import keep_axes, take_rows
+from flowgen.backend import take_rows
 from flowgen.matching.checks import check_batch, check_positive
 from flowgen.matching.couplings import Cost, GibbsWeights, cost_matrix, paired_cost, square_root
 from flowgen.matching.plans import assignment, corrected_log_weight
@@ -147,11 +147,7 @@ def resample(x: Float[Array, "b *event"], log_weight: Float[Array, " b"]) -> Flo
             f"log_weight has shape {log_weight.shape} for {len(x)} samples; give at least one sample, and one log "
             "weight per sample."
         )
-
-    def chosen(log_weight):
-        return systematic_indices(log_weight, len(x))
-
-    return take_rows(x, keep_axes(chosen, log_weight, named=[(log_weight, "b")], out="b"))
+    return take_rows(x, systematic_indices(log_weight, len(x)))
 
 
 def choose_epsilon(

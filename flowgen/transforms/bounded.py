@@ -221,9 +221,18 @@ def _check_precision(low: Numbers, high: Numbers, dtype: Any) -> None:
             )
 
 
+@jax.custom_jvp
 def _strictly_within(x: Array, low: Array, high: Array) -> Array:
-    """Returns x, clipped to the least and the largest normal number inside (low, high)."""
+    """Returns x, clipped to the least and the largest normal number inside (low, high).
+
+    Only rounding brings x to a bound, so the derivatives are those of x.
+    """
     tiny = jnp.finfo(x.dtype).tiny
     least = jnp.maximum(jnp.nextafter(low, jnp.full_like(low, jnp.inf)), low + tiny)
     most = jnp.minimum(jnp.nextafter(high, jnp.full_like(high, -jnp.inf)), high - tiny)
     return jnp.clip(x, jnp.where(jnp.isfinite(low), least, low), jnp.where(jnp.isfinite(high), most, high))
+
+
+@_strictly_within.defjvp
+def _strictly_within_jvp(primals: tuple[Array, ...], tangents: tuple[Array, ...]) -> tuple[Array, Array]:
+    return _strictly_within(*primals), tangents[0]

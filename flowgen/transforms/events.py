@@ -13,6 +13,7 @@ from jax.core import Tracer
 from jaxtyping import Array, Bool, Float
 
 from flowgen.arrays import at_least_float32, shown
+from flowgen.backend import alike_rows
 
 Class = TypeVar("Class", bound=type[Any])
 # Events `*b *event`, and log|det du/dx| `*b`.
@@ -82,7 +83,8 @@ def of_events(event_ndim: int, x: Any, **parameters: Any) -> list[Array]:
             size not in (1, n) for size, n in zip(value.shape[::-1], event[::-1], strict=False)
         ):
             raise ValueError(f"{name} has shape {value.shape}, but events have shape {event}; it must fit them.")
-    return [x, *(jnp.broadcast_to(jnp.asarray(value, x.dtype), x.shape) for value in parameters.values())]
+    values = [jnp.broadcast_to(jnp.asarray(value, x.dtype), x.shape) for value in parameters.values()]
+    return alike_rows([x, *values])
 
 
 def sum_over_event(event_ndim: int, x: Float[Array, "..."]) -> Float[Array, "*b"]:
