@@ -190,9 +190,10 @@ def test_evaluation_says_how_frames_move(run, capsys):
 def test_evaluation_of_single_frames_says_nothing_of_how_they_move():
     experiment = experiment_of(model=TINY.with_num_frames(1))
     flow, options = experiment.build(), FlowEvaluateOptions(samples=4, batch=8)
-    lines = experiment.evaluate(flow, init(flow, jax.random.key(0)), options).lines
-    assert "by the denoiser" in lines[-1]
-    assert not any("distance" in line for line in lines)
+    evaluation = experiment.evaluate(flow, init(flow, jax.random.key(0)), options)
+    assert "by the denoiser" in evaluation.lines[-1]
+    assert not any("distance" in line for line in evaluation.lines)
+    assert {"psnr_noisy", "psnr_score", "psnr_denoiser"} <= evaluation.metrics.keys()
 
 
 def test_distances_of_frames_tell_order_from_none():

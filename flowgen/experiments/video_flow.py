@@ -48,6 +48,8 @@ from flowgen.training import Job
 from flowgen.training.step import Objective
 
 DENOISED = 64  # number of held-out clips to denoise for the PSNR
+NOISY = "as they are"
+PSNR_METRICS = {NOISY: "psnr_noisy", "by the score": "psnr_score", "by the denoiser": "psnr_denoiser"}
 WHOLE = Clip()  # a clip of the flow's length
 SMALL_SIDE = 10  # smallest side in which digits of 8 pixels can move
 DEFAULT_FPS = 8.0
@@ -293,8 +295,7 @@ class VideoFlowExperiment(AutoregressiveExperiment):
         key = jax.random.key(options.seed)
         ratios = denoised_psnr(codec, model, variables, dataset, key, most=DENOISED)
         line = "PSNR of noisy clips " + ", ".join(f"{how} {ratio:.2f} dB" for how, ratio in ratios.items())
-        metrics = {f"psnr_{how.split()[-1]}": Estimate(ratio) for how, ratio in ratios.items()}
-        evaluation += Evaluation((line,), metrics)
+        evaluation += Evaluation((line,), {PSNR_METRICS[how]: Estimate(ratio) for how, ratio in ratios.items()})
         if not options.samples or model.config.frames == 1:  # A clip of one frame has no frame distances.
             return evaluation
         conditions = self.conditions_of(dataset, unconditional=options.unconditional)
@@ -342,7 +343,7 @@ class VideoFlowExperiment(AutoregressiveExperiment):
             density = flow_nats_per_dim if self.is_latent else flow_bits_per_dim
             metrics = {self.best_metric: density(flow, variables, held_out, key, batch_size=DENOISED)}
             ratios = denoised_psnr(codec, flow, variables, held_out, key, most=DENOISED)
-            names = {"by the score": "psnr_score", "by the denoiser": "psnr_denoiser"}
-            return metrics | {names[how]: ratio for how, ratio in ratios.items() if how in names}
+            # The PSNR without denoising depends only on the training noise.
+            return metrics | {PSNR_METRICS[how]: ratio for how, ratio in ratios.items() if how != NOISY}
 
         return evaluated
