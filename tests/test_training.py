@@ -192,9 +192,10 @@ def test_other_configs_are_asked_for_permission(tmp_path):
 
 def test_a_foreign_directory_is_refused_untouched(tmp_path):
     (tmp_path / "notes.txt").write_text("mine")
-    for workdir in (tmp_path, tmp_path / "notes.txt"):
-        with pytest.raises(FileExistsError, match=r"contains files but no flowgen run; give a new or empty"):
-            toy.run(toy.make_job(), workdir)
+    with pytest.raises(FileExistsError, match=r"contains files but no flowgen run; give a new or empty"):
+        toy.run(toy.make_job(), tmp_path)
+    with pytest.raises(NotADirectoryError, match=r"notes.txt is a file; give a new or empty directory"):
+        toy.run(toy.make_job(), tmp_path / "notes.txt")
     assert [path.name for path in tmp_path.iterdir()] == ["notes.txt"]
     with pytest.raises(OSError, match="cannot be written"):
         toy.run(toy.make_job(), tmp_path / "notes.txt" / "run")

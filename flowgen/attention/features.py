@@ -29,9 +29,12 @@ FOCUSED_FLOOR = 1e-6  # as in the released FLatten: keeps every relu feature pos
 class FeatureMap(ByFields):
     """The feature map φ of linear attention, which consists of a function for queries and a function for keys.
 
-    query, key: the functions. Each accepts queries or keys x `b n h k` and their positions `n`, counted from 0, and
-    returns features `b n h p`. The products of query features and key features must be nonnegative, because linear
-    attention uses them as weights.
+    Each function accepts queries or keys x `b n h k` and their positions `n`, counted from 0, and returns features
+    `b n h p`. The products of query features and key features must be nonnegative, because linear attention uses them
+    as weights.
+
+    query: the function for queries.
+    key: the function for keys.
     query_scale: a function of the queries that returns the factors `b n h` by which `query` multiplies its features to
     prevent underflow; None means that there are none. Linear attention multiplies eps by the same factors, so that they
     cancel.
