@@ -4,7 +4,7 @@
     python examples/many_well.py --dim 32 --steps 3000 --samples 10000
 
 Reverse KL alone finds only some of the modes. The flow therefore learns p^β, where β grows from 0.05 to 1 during the
-first half of the steps: p^0.05 has no barriers between its modes.
+first half of the steps. The barriers between the modes of p^0.05 are low.
 
 All training steps are compiled into one program. The report contains the error of log Z and two effective sample sizes:
 of the flow's samples and of exact samples. Both should be near 1. The latter is small if the flow has missed a mode.

@@ -15,7 +15,7 @@ from typing import Any
 
 import flowgen
 from flowgen.settings import help_of, type_name
-from flowgen.settings.annotations import configs_of, describe, hints_of
+from flowgen.settings.annotations import configs_of, describe, hints_of, members
 
 PROJECT = Path(__file__).parents[2]
 RESULTS = PROJECT / "benchmarks" / "results"
@@ -55,6 +55,14 @@ def default_of(field: dataclasses.Field) -> str:
     return f"`{field.default!r}`"
 
 
+def allowed_by(annotation: Any) -> str:
+    """Returns what an annotation allows, with the names of configs as code."""
+    if not configs_of(annotation):
+        return cell(describe(annotation))
+    kinds = members(annotation)
+    return " or ".join(f"`{one.__name__}`" if dataclasses.is_dataclass(one) else cell(describe(one)) for one in kinds)
+
+
 def fields_of(cls: Any) -> str:
     """Returns a section with a table of a config's fields."""
     about, hints = help_of(cls), hints_of(cls)
@@ -63,8 +71,7 @@ def fields_of(cls: Any) -> str:
     lines += ["| field | default | allowed | meaning |", "|---|---|---|---|"]
     for field in dataclasses.fields(cls):
         if field.name in hints:
-            kinds = " or ".join(f"`{kind.__name__}`" for kind in configs_of(hints[field.name]).values())
-            allowed = kinds or cell(describe(hints[field.name]))
+            allowed = allowed_by(hints[field.name])
             meaning = cell(about.get(field.name, "").rstrip("."))
             lines.append(f"| `{field.name}` | {cell(default_of(field))} | {allowed} | {meaning} |")
     return "\n".join(lines)
@@ -74,7 +81,7 @@ def fields_page() -> str:
     """Returns the page of all fields."""
     head = """# Fields of configs
 
-This page lists every field of every config. Most fields of an experiment are configs themselves:
+This page lists the fields of all experiments and of the configs in them. Most fields of an experiment are configs:
 `--optim.lr 1e-3` on the command line sets the field `lr` of the `OptimConfig` in the experiment's field `optim`.
 `python -m flowgen info --config NAME` prints the values of one experiment. If a field accepts several types, choose one
 by its name without "Config", as in `--data Latents`.
@@ -158,7 +165,7 @@ def numbers_page() -> str:
     """Returns the page of recorded numbers."""
     head = ["config", "command", "seed", "expected"]
     ours = [row for measured, row in references() if measured]
-    published = [row[:-1] for measured, row in references() if not measured]
+    published = [[*row[:2], row[3]] for measured, row in references() if not measured]
     parts = (
         "# Reproducibility",
         """This page lists numbers that we measured or quote from others, and the commands to reproduce them. On one
@@ -167,20 +174,21 @@ number of devices changes the result only by rounding. The file `config.json` in
 config and the seed.""",
         "## Results of configs",
         """We measured the values in the following table with jax 0.10.2 on one or two CPU cores, mostly of an AMD EPYC.
-Training prints the values at its end; if a row contains an `evaluate` command, this command prints them. The
-[glossary](glossary.md) explains the metrics. A Fréchet distance depends on the number of samples. In the configs for
-flow matching, training draws 500 samples, whereas `evaluate` without `--samples` draws one per held-out image, so the
-two print different distances. All values also depend on the seed; the docstring of a config says how much, if we
-measured it.
+Training prints the values at its end; if a row contains an `evaluate` command, this command prints them, except
+`nats_per_dim` of `starflow_digits`, which only training measures on held-out images. The [glossary](glossary.md)
+explains the metrics. A Fréchet distance depends on the number of samples. In the configs for flow matching on digits,
+training draws 500 samples, whereas `evaluate` without `--samples` draws one per held-out image, so the two print
+different distances. All values also depend on the seed; those of three seeds are means.
 
-The last column names the file in `benchmarks/results` that records the metrics, and gives the duration of the training
-steps, without compilation, evaluation and sampling. During our runs, other processes used the same cores, so your runs
-may be faster. A dash means that we measured an earlier version of flowgen and recorded only the values.""",
+The last column names the file in `benchmarks/results` that records the metrics; for `starflow_digits`, it records only
+the nats/dim of seed 0. With `configs.json`, the column also gives the duration of the training steps, without
+compilation, evaluation and sampling. During our runs, other processes used the same cores, so your runs may be faster.
+A dash means that we measured an earlier version of flowgen and recorded only the values.""",
         table([*head, "record"], *ours),
         "## Published values",
         """The values in the following table are from papers and from reproductions by others. We have not reproduced
 them. The [glossary](glossary.md#samples-and-autoencoders) explains the metrics.""",
-        table(head, *published),
+        table([*head[:2], head[3]], *published),
         "## Benchmarks",
         """A row of a file in `benchmarks/results` usually records one measurement, with its device, number of threads
 and package versions. Rows that compare times also record the load of the machine and the time of a baseline, such as

@@ -55,10 +55,10 @@ class DataConfig:
     workers: number of processes that decode the images of `folder` or `tar`; 0 to use threads instead. "auto" means one
     process per core, at most 32, but threads if the machine has at most eight cores, the data are in cloud storage, or
     the package loky is missing.
-    classes: class names, in the order of the integer labels. If empty, a run begins by filling in the class names of
-    its training data. If not empty, the classes of the data are matched to these names: a name without images causes a
-    warning, and a class without a name an error. The labels of an .npz file without class names are positions in
-    `classes`.
+    classes: class names, in the order of the integer labels. If empty, a run whose model has classes begins by filling
+    in the class names of its training data. If not empty, the classes of the data are matched to these names: a name
+    without images causes a warning, and a class without a name an error. The labels of an .npz file without class names
+    are positions in `classes`.
 
     Example:
         config = DataConfig(name="folder", path="photos", flip=True)

@@ -46,8 +46,8 @@ class LatentsConfig:
     """Selects latents of images or clips that `python -m flowgen encode` has computed and written to a directory.
 
     path: directory that contains the latents.
-    fps: frames per second of the clips; sampled videos are written at this rate by default. 0 if the clips have the
-    frame rates of the original videos.
+    fps: frames per second of the clips; 0 if the clips have the frame rates of the original videos. Sampled videos are
+    written at this rate by default, or at `text.frames_per_second` if that field of the experiment is set.
     drop_first: among the training batches of clips, the fraction whose clips lack their first latent frame, as in
     `ClipsConfig`; if it is above 0, the directory must contain such clips.
     images_fraction: for a model of clips, fraction of the training batches that consist of images; 0 to use all clips

@@ -48,8 +48,8 @@ class NumbersConfig:
     step. Use it for sets, whose rows have no meaningful order. Rows of held-out samples keep the order of the file.
     low: lower bound of x, such as that of a uniform prior: one number, or a tuple with one number or None for each
     entry of a vector or channel of a sequence; None for no bound. The flow draws only samples within the bounds.
-    high: upper bound of x, in the same form as low. If a channel has both bounds, values equal to one of them are moved
-    inside by 2^-24 of the distance between the bounds; if it has only one, values equal to it cause an error.
+    high: upper bound of x, in the same form as low. If an entry or channel has both bounds, values equal to one of them
+    are moved inside by 2^-24 of the distance between the bounds; if it has only one, values equal to it cause an error.
 
     Raises ValueError unless low is below high wherever both are given, and tuples have equal lengths.
 

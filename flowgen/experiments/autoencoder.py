@@ -62,8 +62,8 @@ class AutoencodingConfig:
     kl_weight: weight of the KL term in the loss; 0 or more. The term is KL(q || N(0, 1)) in nats, averaged over all
     values of the latents, where q is the normal distribution that the encoder predicts for a value.
     noise: standard deviation of the noise that is added to the latents in training before they are decoded, in units of
-    the standard deviation of each latent channel; 0 for none. Noise teaches the decoder to decode latents that a flow
-    has sampled, which contain noise too.
+    the standard deviation of each latent channel; 0 for none. Noise prepares the decoder for the inexact latents that a
+    flow samples.
     decoder_of: path of a trained or published autoencoder, as in `PretrainedAutoencoder`, whose decoder is fine-tuned
     while its encoder stays frozen; `optim.weight_decay` must then be 0, and `init.path` empty. If decoder_of is empty,
     encoder and decoder are trained.

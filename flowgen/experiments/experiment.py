@@ -101,8 +101,8 @@ class Experiment(abc.ABC):
     train: length, batch size, seed and parallelism of the run.
     log: when the run reports and saves checkpoints.
     init: the run or model that provides the initial parameters; by default, they are random.
-    reference: expected values of some metrics, by name. For a config that ships with flowgen, the docstring of its file
-    says whether they are published or measured.
+    reference: expected values of some metrics, by name. For the configs that ship with flowgen, docs/reproducibility.md
+    in the repository says whether they are published or measured.
 
     Example:
         experiment = flowgen.load_config("configs/tarflow_digits.py")

@@ -29,10 +29,9 @@ class SolverConfig:
     num: number of samples that training draws for a sample grid, and that the command sample draws; at least 1.
     method: ODE solver of `flowgen.matching.integrate`, or "mean_flow" for networks trained with the loss MeanFlow.
     "dopri5" adapts its steps to rtol and atol; the others take num_steps steps.
-    num_steps: number of steps from t = 0 to t = 1, for all methods except "dopri5"; at least 1, or at least 2 if times
-    is "edm".
-    times: "uniform" for equal steps in time; "edm" for steps that become smaller towards the data. The methods "dopri5"
-    and "mean_flow" accept only "uniform".
+    num_steps: number of steps, for all methods except "dopri5"; at least 1, or at least 2 if times is "edm".
+    times: "uniform" for equal steps from t = 0 to t = 1; "edm" for the times of `flowgen.matching.edm_times`, which
+    begin at t = 1/81 and are dense near both ends. The methods "dopri5" and "mean_flow" accept only "uniform".
     rtol: relative error tolerance of "dopri5"; positive.
     atol: absolute error tolerance of "dopri5"; positive.
     guidance: weight w in the guided velocity (1 + w) v_c - w v_u, where v_c and v_u are the velocities with and without

@@ -38,8 +38,8 @@ class TextConfig:
     `model.noise_std` of 0.3.
     aspect: whether to end every text with the aspect ratio of its image, rounded to the nearest of nine ratios, as in
     "in a 16:9 aspect ratio.".
-    frames_per_second: frame rate of the clips, which is then stated in every text, as in "A video with 16 fps:"; None
-    to state no frame rate.
+    frames_per_second: frame rate of the clips, which is then stated in every text about a clip, as in "A video with 16
+    fps:"; None to state no frame rate.
     digest: digest of everything in the encoder that affects the encoded texts, as a string; None to accept any encoder.
     When a flow is trained, the digest is saved in the config of its run. If `encoder` later has another digest, opening
     it raises an error.

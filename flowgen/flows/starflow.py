@@ -95,8 +95,8 @@ class STARFlowConfig(ImageTokens):
     attention: attention kernel of the layers: a name, or your own kernel; see docs/attention.md in the repository.
     attention_implementation: implementation of softmax attention: "xla" for all devices, "cudnn" for NVIDIA GPUs, "tpu"
     for TPUs; "auto" chooses one by device, dtype and shape. See docs/attention.md in the repository.
-    noise_std: standard deviation σ of the Gaussian noise that is added to the samples in training. For latents, it must
-    be above 0; for a flow on pixels, 0 means uniform dequantisation instead.
+    noise_std: standard deviation σ of the Gaussian noise that is added to the samples in training. For latents, and in
+    an experiment with texts, it must be above 0; otherwise, 0 means uniform dequantisation instead.
     dtype: dtype of matrix products and activations; parameters, affine maps and log-determinants are at least float32.
     remat: whether to save memory by recomputing activations in the backward pass instead of storing them; "auto" stores
     them only in blocks of at most 4 layers on a CPU with huge pages, because storing is faster there.

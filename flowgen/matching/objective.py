@@ -58,7 +58,8 @@ class FlowMatching:
 
 @config
 class MeanFlow:
-    """Regression of average velocities, for sampling in one step (arXiv 2505.13447); see `mean_flow_loss`.
+    """Regression of average velocities, for sampling in one step (arXiv 2505.13447); see
+    `flowgen.matching.mean_flow_loss`.
 
     instantaneous: fraction of the pairs of noise and data for which the time interval has length 0, so that the network
     also learns the velocity itself; between 0 and 1.

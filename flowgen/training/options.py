@@ -61,18 +61,18 @@ class OptimConfig:
         for no warm-up.
     decay_steps: for "wsd", number of steps at the end of the run in which the learning rate falls to min_lr; 0 for a
         tenth of the run.
-    weight_decay: factor λ of decoupled weight decay: each update subtracts λ w, times the learning rate, from a
-        parameter w; 0 for no decay.
+    weight_decay: factor λ of weight decay: each update subtracts λ w, times the learning rate, from a parameter w;
+        "adadelta", "adamp", "lamb" and "lars" scale λ w further. 0 for no decay.
     decayed: whether weight decay applies to "all" parameters or to weight "matrices" only.
     not_decayed: patterns of the names of parameters that do not decay, such as "*/proj_out/*", where * stands for any
         text.
-    keep_norms: scale each weight matrix back to its initial Frobenius norm after every update.
-    b1: decay rate of the running mean of gradients, for "adamw", "adamp", "muon", "auon" and "conda"; at least 0 and
-        below 1. For other optimizers, set their decay rates in options.
-    b2: decay rate of the running mean of squared gradients, for the same optimizers as b1; at least 0 and below 1.
-    eps: constant added to the denominator of the updates, for the same optimizers as b1; at least 0.
-    clip_norm: maximum norm of the gradient over all parameters; a gradient with a larger norm is scaled down to this
-        norm. 0 for no clipping.
+    keep_norms: scale each weight matrix that is not initially 0 back to its initial Frobenius norm after every update.
+    b1: decay rate of the running mean of gradients, for "adamw", "adamp", "conda" and the parameters that "muon" and
+        "auon" update by AdamW; at least 0 and below 1. Set other decay rates in options.
+    b2: decay rate of the running mean of squared gradients, for the same parameters as b1; at least 0 and below 1.
+    eps: constant added to the denominator of the updates, for the same parameters as b1; at least 0.
+    clip_norm: maximum norm of the gradient over all parameters that the optimizer updates; a gradient with a larger
+        norm is scaled down to this norm. 0 for no clipping.
     skip_norm: skip an update if the norm of its gradient, before clipping, exceeds this value or is not finite; 0 for
         no skipping.
     skip_after: with skip_norm, number of updates at the start of the run that are skipped only if their gradient norm
