@@ -2,8 +2,8 @@
 and 1,024 tokens.
 
     python train.py --config configs/starflow_t2i_256.py --workdir runs/t2i --data.path IMAGES_WITH_CAPTIONS
-    python -m flowgen convert starflow_3B_t2i_256x256.pth --arguments starflow_3B_t2i_256x256.yaml --to runs/t2i_released \\
-        --autoencoder sd-vae-ft-ema --text-encoder flan-t5-xl --dtype bfloat16
+    python -m flowgen convert starflow_3B_t2i_256x256.pth --arguments starflow_3B_t2i_256x256.yaml \\
+        --to runs/t2i_released --autoencoder sd-vae-ft-ema --text-encoder flan-t5-xl --dtype bfloat16
     python sample.py --checkpoint runs/t2i_released --prompt "a cat" --aspect 1:1 --guidance 3.6
 
 codec.path and text.encoder are folders of published networks. The parameters, their average and the optimizer's moments

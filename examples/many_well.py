@@ -1,7 +1,7 @@
 """Fits a flow to the many-well energy by reverse KL, without data, and compares its log Z with the exact value.
 
     python examples/many_well.py
-    python examples/many_well.py --dim 32 --steps 3000 --samples 10000
+    python examples/many_well.py --dim 32 --steps 800 --samples 10000
 
 Reverse KL alone finds only some of the modes. The flow therefore learns p^β, where β grows from 0.05 to 1 during the
 first half of the steps. The barriers between the modes of p^0.05 are low.

@@ -168,10 +168,10 @@ def numbers_page() -> str:
     published = [[*row[:2], row[3]] for measured, row in references() if not measured]
     parts = (
         "# Reproducibility",
-        """This page lists numbers that we measured or quote from others, and the commands to reproduce them. On one
-kind of device, the config, the seed and the versions of the packages determine the result of a run. By default, the
-number of devices changes the result only by rounding. The file `config.json` in the directory of a run records the
-config and the seed.""",
+        """This page lists numbers that we measured, with commands to reproduce them, and numbers that we quote from
+others. On one kind of device, the config, the seed and the versions of the packages determine the result of a run. By
+default, the number of devices changes the result only by rounding. The file `config.json` in the directory of a run
+records the config and the seed.""",
         "## Results of configs",
         """We measured the values in the following table with jax 0.10.2 on one or two CPU cores, mostly of an AMD EPYC.
 Training prints the values at its end; if a row contains an `evaluate` command, this command prints them, except
@@ -187,14 +187,15 @@ A dash means that we measured an earlier version of flowgen and recorded only th
         table([*head, "record"], *ours),
         "## Published values",
         """The values in the following table are from papers and from reproductions by others. We have not reproduced
-them. The [glossary](glossary.md#samples-and-autoencoders) explains the metrics.""",
+them. The commands only train or import the models; [Evaluation](evaluation.md#samples) explains how to measure an FID.
+The [glossary](glossary.md#samples-and-autoencoders) explains the metrics.""",
         table([*head[:2], head[3]], *published),
         "## Benchmarks",
         """A row of a file in `benchmarks/results` usually records one measurement, with its device, number of threads
 and package versions. Rows that compare times also record the load of the machine and the time of a baseline, such as
 the published code, in the same run. The README in `benchmarks` explains the measurements and the shape A of the models.
-Inputs and parameters come from fixed seeds or closed formulas. `configs.json` records the training runs to which the
-first table refers. The table in the main README shows medians from these rows:
+Inputs and initial parameters come from datasets, fixed seeds or closed formulas. `configs.json` records training runs
+from the first table of this page. The table in the main README shows medians from these rows:
 
 * sampling 16 images: `decode.json`, row `sequential` of shape A, and its baseline `published sequential, processes 2`
 * a training step: `train_step.json`, row `library step` of shape A, and its baseline
