@@ -48,7 +48,7 @@ _REAL_VIDEOS = ("bikes.mp4", "bigbuckbunny.mp4", "carphone_pristine.mp4")
 
 @config
 class ClipsConfig:
-    """Selects the clips to train on. The model and its codec determine the number of frames, image size and channels.
+    """Selects the clips to train on. Other fields of the experiment determine their length, image size and channels.
 
     name: `bouncing` for digits that bounce off the borders, labelled by digit; `crafter` for scenes from the game
     Crafter, labelled by the action that the player repeats; `real` for clips cut from three videos in the package
@@ -66,8 +66,8 @@ class ClipsConfig:
     drop_first: among the training batches of clips, the fraction whose clips lack their first latent frame, so that the
     model learns to continue long clips; 0.25 in the published STARFlow-V. The captions of such clips begin with
     "(extend) ".
-    crop: "center" scales each frame until it covers the model's image size, and keeps only the centre; "none" stretches
-    the frame to that size.
+    crop: "center" scales each frame until it covers the image size, and keeps only the centre; "none" stretches the
+    frame to that size.
     on_corrupt: "refuse" stops the run if a video is unreadable; "skip" leaves the video out with a warning, but works
     for clips with captions only if all clips together need at most `in_memory_bytes`.
     eval_fraction: fraction of the data that is held out for evaluation, the same data on every machine; 0 to hold out

@@ -34,7 +34,7 @@ _HOLD_OUT_NAME = b"flowgen hold-out"
 
 @config
 class DataConfig:
-    """Selects the images to train on. The model determines the image size and channels.
+    """Selects the images to train on. Other fields of the experiment determine the image size and channels.
 
     name: `digits` or `mnist` for handwritten digits, `openmoji` for emoji; `folder`, `tar` or `npz` for your own images
     at `path`; `own` for a dataset that you pass to `flowgen.fit`.
@@ -42,9 +42,9 @@ class DataConfig:
     for `npz`; otherwise empty.
     flip: mirror each training image left to right with probability one half.
     aspects: resize each image of `folder` or `tar` to the nearest of the aspect ratios in `flowgen.text.ASPECTS`, with
-    about as many pixels as the model's image size has; only for a STARFlow. Each batch contains images of one shape.
-    crop: "center" scales each image until it covers the model's image size, and keeps only the centre; "none" stretches
-    the image to that size. Ignored for `npz`.
+    about as many pixels as the image size has; only for a STARFlow. Each batch contains images of one shape.
+    crop: "center" scales each image until it covers the image size, and keeps only the centre; "none" stretches the
+    image to that size. Ignored for `npz`.
     on_corrupt: "refuse" stops the run if a file is unreadable; "skip" leaves the file out with a warning, but cannot be
     used for images with captions.
     eval_fraction: fraction of the images that is held out for evaluation, the same images on every machine; 0 to hold

@@ -76,8 +76,8 @@ class TokenFlowConfig:
     mixture: map of each number by the CDF of a mixture, so that one block can model several modes; None for the affine
     map x = shift + σ z. Guidance works only with the affine map.
     soft_clip: bound c on the outputs of each block's network, such as shift and raw: an output r is replaced by
-    c · tanh(r / c); 0 for no bound. Shifts are within ±c, so outside a `TokenFlowExperiment`, which standardises
-    its data, standardise data that extend far beyond ±c.
+    c · tanh(r / c); 0 for no bound. With a bound, data should not extend far beyond ±c; a `TokenFlowExperiment`
+    standardises them.
     attention: attention kernel of the layers: a name, or your own kernel; see docs/attention.md in the repository.
     attention_implementation: implementation of softmax attention: "xla" for all devices, "cudnn" for NVIDIA GPUs, "tpu"
     for TPUs; "auto" chooses one by device, dtype and shape. See docs/attention.md in the repository.
