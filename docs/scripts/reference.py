@@ -194,7 +194,8 @@ The [glossary](glossary.md#samples-and-autoencoders) explains the metrics.""",
         """A row of a file in `benchmarks/results` usually records one measurement, with its device, number of threads
 and package versions. Rows that compare times also record the load of the machine and the time of a baseline, such as
 the published code, in the same run. The README in `benchmarks` explains the measurements and the shape A of the models.
-Inputs and initial parameters come from datasets, fixed seeds or closed formulas. `configs.json` records training runs
+The inputs of a model come from a dataset, or are drawn with a fixed seed or computed by a formula, as are its initial
+parameters, so every run uses the same values. `configs.json` records training runs
 from the first table of this page. The table in the main README shows medians from these rows:
 
 * sampling 16 images: `decode.json`, row `sequential` of shape A, and its baseline `published sequential, processes 2`

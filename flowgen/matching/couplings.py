@@ -173,7 +173,7 @@ class GibbsWeights:
     cost: cost of a pair: "euclidean" for the distance (as published), "sqeuclidean" for its square, or a function of
     two batches that returns one cost per pair.
     normalize: "running" divides w by its running mean, which the loss updates in each step; "batch" divides w by its
-    mean over the batch; "none" leaves w unchanged. For images, unchanged weights are often too small for optimizers.
+    mean over the batch; "none" leaves w unchanged. For images, unchanged weights often make the loss too small.
     sinkhorn_sweeps: number of Sinkhorn sweeps; 0 for none. Without sweeps, the weights change (tilt) the distributions
     of noise and of data; sweeps reduce the tilt. With sweeps, the log-weight of pair i is -cost_ii/epsilon + f_i + g_i,
     where f and g are the Sinkhorn potentials of the batch.
