@@ -192,7 +192,9 @@ def decode_request(
     )
 
 
-def resolve_denoise(denoise: bool | float | Array | Denoiser, noise_std: float) -> TweedieStep | Denoiser | None:
+def resolve_denoise(
+    denoise: bool | float | Array | np.ndarray | Denoiser, noise_std: float
+) -> TweedieStep | Denoiser | None:
     """Returns the denoising step for noise of this standard deviation; None if the strength or the noise is 0."""
     if isinstance(denoise, Denoiser):
         return denoise

@@ -89,7 +89,7 @@ def sample(
     *,
     plan: Plan | str = "auto",
     guidance: Guidance | None = None,
-    denoise: bool | float | Array | Denoiser = True,
+    denoise: bool | float | Array | np.ndarray | Denoiser = True,
     certify: bool = False,
     clip: Clip | None = None,
     draft: Draft | None = None,
