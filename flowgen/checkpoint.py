@@ -12,7 +12,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from flowgen.arrays import shown
-from flowgen.data.media import check_links
+from flowgen.data.media import nearest_place
 from flowgen.experiments import Experiment, from_json
 from flowgen.nn import init
 from flowgen.places import check_local
@@ -143,8 +143,7 @@ def check_new(run_dir: str | os.PathLike[str]) -> None:
     path = Path(run_dir)
     if path.exists() and (not path.is_dir() or any(path.iterdir())):
         raise FileExistsError(f"{run_dir} already exists; give another directory, or remove it first.")
-    check_links(path)
-    nearest = next(place for place in (path, *path.absolute().parents) if place.exists())
+    nearest = nearest_place(path)
     if not nearest.is_dir():
         raise NotADirectoryError(f"{run_dir} cannot be created because {nearest} is a file; give another directory.")
     if not os.access(nearest, os.W_OK | os.X_OK):

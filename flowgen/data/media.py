@@ -152,8 +152,7 @@ def check_writable(path: str | os.PathLike[str]) -> None:
         check_writable("out/samples.npz")
     """
     path = Path(path)
-    check_links(path.parent)
-    folder = next(place for place in (path.parent, *path.absolute().parents) if place.exists())
+    folder = nearest_place(path.parent)
     if not folder.is_dir():
         raise NotADirectoryError(f"Cannot write '{path}': '{folder}' is a file, not a folder; choose another path.")
     if path.is_dir():
@@ -162,17 +161,20 @@ def check_writable(path: str | os.PathLike[str]) -> None:
         raise PermissionError(f"Cannot write '{path}': permission denied; choose a path you may write to.")
 
 
-def check_links(path: Path) -> None:
-    """Raises FileNotFoundError if a path or one of its parents is a link to a missing place, such as an absent disk.
+def nearest_place(path: Path) -> Path:
+    """Returns the path or, if it does not exist, the nearest of its parents that exists.
+
+    Raises FileNotFoundError if the path or one of its parents is a link to a missing place, such as an absent disk.
 
     Example:
-        check_links(Path("out"))
+        nearest_place(Path("runs/new"))  # "runs", where the new folder would be created
     """
     for place in (path, *path.parents):
         if place.is_symlink() and not place.exists():
             raise FileNotFoundError(
                 f"'{place}' is a link to '{os.readlink(place)}', which is missing; create it, or choose another path."
             )
+    return next(place for place in (path, *path.absolute().parents) if place.exists())
 
 
 @contextlib.contextmanager

@@ -23,7 +23,7 @@ from typing import Any
 
 from flowgen import settings
 from flowgen.data.inventory import Inventory
-from flowgen.data.media import check_links
+from flowgen.data.media import nearest_place
 from flowgen.places import check_local
 from flowgen.runs.checkpoints import CHECKPOINTS, CheckpointReader
 from flowgen.runs.exported import CONFIG_FILE
@@ -172,8 +172,7 @@ def check_workdir(workdir: Path, check_config: Callable[[dict[str, Any]], None],
     Example:
         check_workdir(Path("runs/digits"), experiment.check_resumable)
     """
-    check_links(workdir)
-    nearest = next(place for place in (workdir, *workdir.absolute().parents) if place.exists())
+    nearest = nearest_place(workdir)
     if nearest.is_dir() and not os.access(nearest, os.W_OK | os.X_OK):
         raise PermissionError(f"You have no permission to write to workdir {workdir}; give another directory.")
     if locks:
